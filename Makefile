@@ -1,0 +1,48 @@
+# The two commands a newcomer needs: `make demo` and `make test`. Everything else is for developers.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo install test test-slow test-real check format clean
+
+demo: $(VENV)/.installed           ## install, run the whole pipeline on the embedded world, say where the report is
+	$(BIN)/keel run helpdesk
+
+install: $(VENV)/.installed        ## keel in a virtual environment of its own
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by its exact version: an open range would pull gigabytes of CUDA packages.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(VENV)/.installed-dev       ## what every change must pass; under 10 minutes on 2 cores
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
+	$(BIN)/python -m pytest -m slow
+
+test-real: $(VENV)/.installed-dev  ## on real models and data, where KEEL_REAL_DATA names a folder that has them
+	$(BIN)/python -m pytest -m real
+
+check: $(VENV)/.installed-dev      ## format, lint, types, import contract, then the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache

@@ -1,0 +1,82 @@
+"""The clipped policy loss of PPO, and its kin: dual clip, asymmetric clip, GSPO, and every normalisation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from keel.masked import Reduction, keep, masked_mean, reduced
+
+MAX_LOG_RATIO = 20.0  # e^20 ≈ 5e8; beyond it a float32 product overflows, and 0 · inf makes the gradient NaN
+
+
+def clipped(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    level: Literal["token", "sequence"] = "token",
+    reduce: Reduction = "token",
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate (PPO, 1707.06347, eq. 7), as a loss to minimise.
+
+        ρ = π(a|s) / π_old(a|s)        L = − min(ρ Â, clip(ρ, 1 − ε_low, 1 + ε_high) Â)
+
+    clip_high > clip_low is DAPO's clip-higher (2503.14476). dual_clip c > 1: for Â < 0 the objective is
+    bounded below, max(min(…), c Â) (1912.09729). level "sequence": one ratio for each sequence, the
+    exponential of the mean over its counted tokens of log π − log π_old (GSPO, 2507.18071), and the gradient
+    flows through that mean. reduce: see `keel.masked.reduced`; denominator: its `count` over the whole
+    optimiser step, with which the losses *and metrics* of micro-batches add up to those of the batch.
+
+    logp, old_logp, mask: (B, T). advantages: (B, T), or (B,) for one a sequence. old_logp and advantages are
+    constants. Departure: log ρ is cut off at ± 20 (and has no gradient beyond) so that nothing overflows.
+
+    Returns the loss and, detached and averaged over tokens (over sequences' own means unless reduce is
+    "token"):
+        clipfrac       share of positions where the clip lowers the objective
+        dual_clipfrac  share of positions where the dual clip raises it
+        approxkl       ½ (log π − log π_old)², the KL from old to new policy to second order
+        approxkl_k3    ρ − 1 − log ρ of the tokens, an unbiased estimate of the same KL
+        ratio          ρ
+        ratio_var      (ρ − 1)², the variance of ρ about its expectation, which is 1
+    Raises ValueError for an unknown level or reduce, or dual_clip ≤ 1.
+    """
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
+    if level not in ("token", "sequence"):
+        raise ValueError(f'level must be "token" or "sequence", not {level!r}')
+    if advantages.dim() == 1:
+        advantages = advantages[:, None].expand(mask.shape)
+    advantages = keep(advantages.detach(), mask)
+    token_log_ratio = keep(logp, mask) - keep(old_logp.detach(), mask)
+    log_ratio = token_log_ratio
+    if level == "sequence":
+        log_ratio = masked_mean(token_log_ratio, mask, dim=1)[:, None].expand(mask.shape)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+    unclipped = ratio * advantages
+    objective = torch.minimum(unclipped, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    bounded = objective
+    if dual_clip is not None:
+        bounded = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+    loss = reduced(-bounded, mask, reduce, denominator)
+
+    with torch.no_grad():
+        drift = token_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        per_token = {
+            "clipfrac": objective < unclipped,
+            "dual_clipfrac": bounded > objective,
+            "approxkl": 0.5 * token_log_ratio.square(),
+            "approxkl_k3": torch.expm1(drift) - drift,
+            "ratio": ratio,
+            "ratio_var": (ratio - 1).square(),
+        }
+        own: Reduction = "token" if reduce == "token" else "sequence"
+        metrics = {name: reduced(x, mask, own, denominator) for name, x in per_token.items()}
+    return loss, metrics

@@ -1,0 +1,349 @@
+"""The command line: parse, call, print. Results on stdout; logs and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import keel
+from keel.types import KeelError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="The whole RLHF pipeline on one machine.",
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(invoke_without_command=True, help="Complete configs, one per known use.")
+app.add_typer(recipes_app, name="recipes")
+
+ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a recipe's name.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="dotted.key=value, values in YAML: ppo.kl.coef=0.1")
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run directories.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_loss", "eval_accuracy")
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failure, 2 bad usage, config or data, 3 a check did not hold, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # the libraries' download bars; read when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except KeelError as error:
+        _say(f"keel: {error}")
+        sys.exit(error.exit_code)
+    except _Interrupted:
+        _say("keel: interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer would end without a word."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _Interrupted
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
+    from keel import report
+
+    pipeline = _pipeline(config, overrides, runs, name)
+    with _progress() as show:
+        pipeline.progress = show
+        pipeline.run(only=only, fresh=fresh)
+    if as_json:
+        print(json.dumps(_outcome(pipeline), ensure_ascii=False, indent=2))
+    else:
+        print(report.summary(pipeline.directory))
+        print(f"report: {pipeline.directory / 'report.html'}")
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what CONFIG would do: data, tokens, steps, parameters. Trains nothing."""
+    from keel import planning
+
+    entries = planning.plan(_pipeline(config, overrides, runs, name))
+    print(planning.as_json(entries) if as_json else planning.as_text(entries))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: JsonOption = False
+) -> None:
+    """Write the run's report.html again and print its verdict."""
+    from keel import report as reports
+
+    if not (run / "config.yaml").exists():
+        raise UsageError(f"no run at {run}: there is no config.yaml in it")
+    page = reports.write(run)
+    if as_json:
+        print(json.dumps({"report": str(page), "results": _results(run)}, ensure_ascii=False, indent=2))
+    else:
+        print(reports.summary(run))
+        print(f"report: {page}")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or runs/NAME/stages/STAGE.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to a model. A line is a turn; an empty line or Ctrl-D ends."""
+    from keel.chatting import Talk
+
+    place = Path(model)
+    talk = Talk(
+        str(place / "model") if (place / "model" / "config.json").exists() else model,
+        temperature,
+        max_new_tokens,
+        seed,
+    )
+    if prompt is not None:
+        answer = talk.answer(prompt)
+        print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
+        return
+    while True:
+        try:
+            line = input("you: " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        answer = talk.answer(line)
+        print(
+            json.dumps({"prompt": line, "completion": answer}, ensure_ascii=False) if as_json else answer,
+            flush=True,
+        )
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from keel.config import read
+
+    found = {path.stem: read(path).description for path in sorted(_recipes_folder().glob("*.yaml"))}
+    width = max(map(len, found))
+    print(
+        json.dumps(found, ensure_ascii=False, indent=2)
+        if as_json
+        else "\n".join(f"{n:<{width}}  {d}" for n, d in found.items())
+    )
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe."""
+    print(_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: str, to: Annotated[Path | None, typer.Argument(help="Where to; default: NAME.yaml here.")] = None
+) -> None:
+    """Copy a recipe to edit it."""
+    target = to or Path(f"{name}.yaml")
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    recipe = _recipe(name)
+    if target.exists():
+        raise UsageError(f"{target} is there already; it was not overwritten")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}")
+    shutil.copyfile(recipe, target)
+    print(target)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from keel.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show the environment and whether keel can work in it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    needed = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "safetensors",
+        "pydantic",
+        "typer",
+        "rich",
+        "plotly",
+    )
+    facts: dict[str, Any] = {
+        "keel": keel.__version__,
+        "python": platform.python_version(),
+        **{p: installed(p) for p in needed},
+    }
+    facts |= {
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    facts["hub offline"] = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
+    facts["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
+    missing = [package for package in needed if facts[package] is None]
+    if as_json:
+        print(json.dumps({**facts, "missing": missing}, indent=2))
+    else:
+        print("\n".join(f"{name:<14} {'none' if value is None else value}" for name, value in facts.items()))
+        print(f"missing: {', '.join(missing)}" if missing else "all that keel needs is here")
+    if missing:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------- parts of the commands
+
+
+def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
+    from keel.config import read
+    from keel.pipeline import Pipeline
+
+    path = config if config.is_file() or config.suffix else _recipe(str(config))
+    settings = read(path, [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
+    return Pipeline(settings, runs / settings.name, _say)
+
+
+def _recipes_folder() -> Path:
+    package = Path(keel.__file__).parent
+    return next(folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.exists())
+
+
+def _recipe(name: str) -> Path:
+    path = _recipes_folder() / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.exists():
+        raise UsageError(
+            f"no config or recipe {name!r}; recipes: {', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
+        )
+    return path
+
+
+def _results(run: Path) -> dict[str, Any]:
+    found = sorted((run / "stages").glob("*/result.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def _outcome(pipeline: Any) -> dict[str, Any]:
+    stages = json.loads((pipeline.directory / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    results = _results(pipeline.directory)
+    return {
+        "run": str(pipeline.directory), "report": str(pipeline.directory / "report.html"),
+        "stages": {name: {**facts, "result": results.get(name)} for name, facts in stages.items()},
+    }  # fmt: skip
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Bars on a terminal; elsewhere a line at every tenth of a stage."""
+    if not sys.stderr.isatty():
+
+        def lines(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+            if step == steps or step % max(1, steps // 10) == 0:
+                _say(f"{stage} {step}/{steps}  {_shown(metrics)}")
+
+        yield lines
+        return
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def draw(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=steps, shown="")
+            bars.update(tasks[stage], completed=step, shown=_shown(metrics))
+
+        yield draw
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return "  ".join(
+        f"{name.removeprefix('objective/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Rows into batches: seeded order, packing, padding. Order is a function of (seed, step), so resuming needs no cursor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from any values; the same on every machine and in every process."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@lru_cache(maxsize=8)
+def permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of `rows` rows in pass `epoch`."""
+    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
+    return tuple(torch.randperm(rows, generator=generator).tolist())
+
+
+def rows_of_step(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Row indices of optimiser step `step` (from 0). Passes follow each other without a short batch between."""
+    start = step * batch_size
+    return [
+        permutation(rows, seed, position // rows)[position % rows]
+        for position in range(start, start + batch_size)
+    ]
+
+
+def split_holdout(rows: int, share: float, seed: int, at_most: int = 1000) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out (at least one when share > 0 and there are two rows)."""
+    count = min(at_most, max(1, round(rows * share))) if share > 0 and rows > 1 else 0
+    order = permutation(rows, derive_seed("holdout", seed), 0)
+    return sorted(order[count:]), sorted(order[:count])
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Right-pad to the longest: ids (B, S) and lengths (B,)."""
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return ids, torch.tensor(lengths)
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """(B,) lengths → (B, width), True at the first `length` positions."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def pack_stream(documents: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Join documents (each ending in EOS) and cut into rows of `length` tokens; the last row may be shorter.
+
+    Every row after the first starts with the last token of the row before it, so that each token of the
+    stream is predicted once.
+    """
+    stream = [token for document in documents for token in document]
+    starts = range(0, max(len(stream) - 1, 1), length - 1)
+    return [stream[start : start + length] for start in starts]
+
+
+def pack_examples(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Group examples into rows of at most `capacity` tokens: first-fit, longest first. Returns their indices."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[index] > capacity:
+            raise ValueError(f"example {index} has {lengths[index]} tokens, more than a row of {capacity}")
+        slot = next((i for i, room in enumerate(free) if room >= lengths[index]), None)
+        if slot is None:
+            rows.append([index])
+            free.append(capacity - lengths[index])
+        else:
+            rows[slot].append(index)
+            free[slot] -= lengths[index]
+    return rows

@@ -1,0 +1,250 @@
+"""Files into raw rows. A row that cannot be read is a DataError in its place, so that the caller may skip it.
+
+    .jsonl    an object a line; blank lines are passed over
+    .json     an array of objects, or the content of a .jsonl
+    .parquet  a row a record
+    .csv      a header, then a record a row; `label`, `margin`, `p_chosen`, `votes` and `messages` are read as values
+    .txt      a record a paragraph: paragraphs are separated by blank lines and become {"text": …}
+
+Each also with .gz after it. A folder stands for the .parquet and .jsonl files directly in it, sorted by name.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+
+from keel.data.records import OPTIONAL_COLUMNS, nearest
+from keel.types import DataError, UsageError
+
+RawRow = tuple[str, dict[str, Any] | DataError]  # where the row stands ("file.jsonl:12"), and the row
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+_IN_FOLDERS = (".jsonl", ".parquet")
+_CSV_NUMBERS = ("margin", "p_chosen")
+_CSV_VALUES = ("label", "votes", "messages")
+
+
+def locate(source: str) -> list[Path] | None:
+    """The files that `source` names, or None if it does not look like a path (then it is a hub id).
+
+    Raises UsageError for a path where nothing is (with the nearest name beside it), a folder without data files,
+    a suffix that is not read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if suffix_of(file) in _IN_FOLDERS and file.is_file())
+        if not files:
+            raise UsageError(f"folder {source} holds no .parquet or .jsonl files")
+        return files
+    if path.exists():
+        if suffix_of(path) not in SUFFIXES:
+            raise UsageError(
+                f"{source}: the kind of file is unknown; keel reads {' '.join(SUFFIXES)}, each also .gz"
+            )
+        return [path]
+    if suffix_of(path) not in SUFFIXES and not source.startswith((".", "/", "~")):
+        return None
+    if not path.parent.is_dir():
+        raise UsageError(f"no file {source}: there is no folder {path.parent}")
+    close = nearest(path.name, [beside.name for beside in path.parent.iterdir()])
+    raise UsageError(f"no file {source}" + (f"; did you mean {path.parent / close}?" if close else ""))
+
+
+def read(path: Path, name: str, columns: Mapping[str, str] = MappingProxyType({})) -> Iterator[RawRow]:
+    """The rows of one file; `name` is what messages call it, `columns` (keel's name → the file's) types CSV cells.
+
+    Raises DataError if the file itself is broken.
+    """
+    suffix = suffix_of(path)
+    try:
+        with path.open("rb") as raw:
+            handle: Any = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+            if suffix == ".jsonl":
+                yield from _jsonl(handle, name)
+            elif suffix == ".json":
+                yield from _json(handle.read(), name)
+            elif suffix == ".parquet":
+                yield from _parquet(io.BytesIO(handle.read()) if handle is not raw else handle, name)
+            elif suffix == ".csv":
+                yield from _csv(handle, name, {theirs: ours for ours, theirs in columns.items()})
+            else:
+                yield from _paragraphs(handle, name)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name} cannot be read: {error}") from None
+
+
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without optional columns that are null: in a table, null is the only way to leave one out."""
+    return {key: value for key, value in row.items() if value is not None or key not in OPTIONAL_COLUMNS}
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says how the file is read; .gz does not count."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+# ---------------------------------------------------------------- one reader per format
+
+
+def _jsonl(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            origin = f"{name}:{number}"
+            try:
+                yield origin, _object(_loads(_decoded(line, origin, number == 1).rstrip(), origin), origin)
+            except DataError as error:
+                yield origin, error
+
+
+def _json(content: bytes, name: str) -> Iterator[RawRow]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}: not UTF-8 (byte 0x{content[error.start]:02x})") from None
+    lines = [line for line in text.split("\n") if line.strip()]
+    if text.lstrip().startswith("{") and (len(lines) == 1 or _is_json(lines[0])):
+        yield from _jsonl(io.BytesIO(content), name)
+        return
+    rows = _loads(text, name) if lines else []
+    if not isinstance(rows, list):
+        raise DataError(f"{name} holds one {_kind(rows)}, not an array of rows (or a row a line)")
+    for number, row in enumerate(rows, 1):
+        origin = f"{name}:row {number}"
+        try:
+            yield origin, _object(row, origin)
+        except DataError as error:
+            yield origin, error
+
+
+def _parquet(handle: IO[bytes], name: str) -> Iterator[RawRow]:
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(handle).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name}:row {number}", without_nulls(row)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{name} cannot be read as parquet after row {number}: {error}") from None
+
+
+def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Iterator[RawRow]:
+    decoded = (_decoded(line, f"{name}:{number}", number == 1) for number, line in enumerate(lines, 1))
+    before = csv.field_size_limit(1 << 30)  # a cell may hold a whole document; Python's limit is 128 KiB
+    try:
+        reader = csv.reader(decoded, strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{name}:1: a column name appears twice in the header")
+        start = reader.line_num + 1
+        for cells in reader:
+            origin, start = f"{name}:{start}", reader.line_num + 1  # a quoted cell may span lines
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield origin, DataError(f"{origin}: {len(cells)} cells, but the header has {len(header)}")
+            else:
+                yield (
+                    origin,
+                    without_nulls(
+                        {key: _cell(renamed.get(key, key), cell) for key, cell in zip(header, cells)}
+                    ),
+                )
+    except csv.Error as error:
+        raise DataError(f"{name}:{reader.line_num}: not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _cell(column: str, text: str) -> Any:
+    """CSV knows only text; columns that cannot be text are read as JSON, and left as they are if they are not."""
+    if column in OPTIONAL_COLUMNS and not text.strip():
+        return None
+    try:
+        if column in _CSV_NUMBERS:
+            return float(text)
+        if column in _CSV_VALUES:
+            return json.loads(text.lower() if column == "label" else text)
+    except ValueError:
+        pass
+    return text
+
+
+def _paragraphs(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
+    paragraph: list[str] = []
+    start = number = 0
+    for number, line in enumerate(lines, 1):
+        text = _decoded(line, f"{name}:{number}", number == 1).rstrip("\r\n")
+        if text.strip():
+            start = start or number
+            paragraph.append(text)
+        elif paragraph:
+            yield f"{name}:{start}", {"text": "\n".join(paragraph)}
+            paragraph, start = [], 0
+    if paragraph:
+        yield f"{name}:{start}", {"text": "\n".join(paragraph)}
+
+
+# ---------------------------------------------------------------- text and JSON
+
+
+def _decoded(line: bytes, origin: str, first: bool) -> str:
+    try:
+        return line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
+        raise DataError(f"{origin}: not UTF-8 ({place}); save the file as UTF-8") from None
+
+
+def _loads(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{origin}:{error.lineno}" if error.lineno > 1 else origin
+        raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"{origin}: not readable as JSON: {error}") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _object(value: Any, origin: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}: a row must be an object {{column: value}}, this one is: {_kind(value)}")
+    for column, inner in value.items():
+        found = _not_finite(inner)
+        if found is not None:
+            shown = "NaN" if math.isnan(found) else "infinite"
+            raise DataError(f'{origin}: "{column}" is {shown}; JSON has no such number, leave the column out')
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _not_finite(value: Any) -> float | None:
+    """The first NaN or infinity in a JSON value (Python's reader lets both through)."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for found in map(_not_finite, inner) if found is not None), None)

@@ -1,0 +1,365 @@
+"""Sources into one data set: files, folders, hub data sets, worlds, and weighted mixtures of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from keel import worlds
+from keel.data import files, records
+from keel.data.batches import derive_seed, permutation
+from keel.types import Conversation, DataError, DataSource, Record, RecordType, TextRecord, UsageError
+
+_WORLD = "world:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_OPTIONS = ("name", "revision", "data_dir")
+_REASONS_KEPT = 5
+_ALIASES = {  # what other data sets call keel's columns
+    "text": ("content", "body", "document", "story"),
+    "prompt": ("question", "instruction", "query", "input", "problem"),
+    "completion": ("answer", "response", "output", "reply", "solution"),
+    "chosen": ("accepted", "preferred", "better", "winner", "response1", "response_a", "response_0"),
+    "rejected": ("dispreferred", "worse", "loser", "response2", "response_b", "response_1"),
+    "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Validated records, all of one type."""
+
+    records: tuple[Record, ...]
+    kind: RecordType
+    conversational: bool  # any record is a conversation: a chat template is needed
+    skipped: int  # bad rows that were left out
+    skipped_reasons: tuple[str, ...]  # of the first few
+    sources: tuple[str, ...]  # each source in a few words
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one source gave."""
+
+    source: DataSource
+    natural: RecordType  # the type its rows have by themselves
+    records: tuple[Record, ...]
+    reasons: tuple[str, ...]  # one for each skipped row
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A source read as far as its first usable row."""
+
+    source: DataSource
+    natural: RecordType
+    kinds: tuple[RecordType, ...]  # the accepted types its rows can be read as
+    rows: Iterator[files.RawRow]
+
+
+def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int) -> Dataset:
+    """All records of `sources`, as the first type in `accept` that every source can be read as.
+
+    Rows with more than a type needs are narrowed to it (`records.readable_as`); `Dataset.sources` says where.
+    In a mixture with weights no row is repeated: the numbers of rows stand in the ratio of the weights, as many
+    as the scarcest source allows, drawn and interleaved by `seed`. Without weights all rows are taken, source
+    after source. In a mixture, each record's columns say under "source" where it came from.
+
+    Raises UsageError for a source that is not there or settings without effect, DataError for unusable rows.
+    """
+    if not sources:
+        raise UsageError("no data source is given")
+    if not accept:
+        raise ValueError("accept names no record type")
+    _check_settings(sources)
+    opened = [_open(source, accept, seed) for source in sources]
+    kind = _common_kind(opened, accept)
+    parts = [_parse_all(one, kind) for one in opened]
+    drawn = _mix(parts, seed)
+    everything = [record for records_ in drawn for record in records_]
+    if len(parts) > 1:
+        everything = [
+            replace(record, columns={**record.columns, "source": part.source.source})
+            for part, records_ in zip(parts, drawn)
+            for record in records_
+        ]
+    if sources[0].weight is not None:
+        order = permutation(len(everything), derive_seed("interleave", seed), 0)
+        everything = [everything[index] for index in order]
+    reasons = [reason for part in parts for reason in part.reasons]
+    return Dataset(
+        records=tuple(everything),
+        kind=kind,
+        conversational=any(_is_conversation(record) for record in everything),
+        skipped=len(reasons),
+        skipped_reasons=tuple(reasons[:_REASONS_KEPT]),
+        sources=tuple(_line(part, kind, len(taken), len(parts) > 1) for part, taken in zip(parts, drawn)),
+    )
+
+
+def summary(dataset: Dataset) -> str:
+    """One line: "3,487 rows · preference, standard · hh/helpful.jsonl · 2 skipped"."""
+    form = records.describe(dataset.kind, dataset.conversational)
+    parts = [f"{len(dataset.records):,} rows", form, " + ".join(dataset.sources)]
+    return " · ".join([*parts, f"{dataset.skipped:,} skipped"] if dataset.skipped else parts)
+
+
+def fingerprint(sources: Sequence[DataSource]) -> str:
+    """sha256 of what `sources` hold: the files' bytes, a world's settings, a hub data set's own fingerprint.
+
+    The settings that choose rows (rows, weight, columns, …) count; where a file lies does not. A world's code is
+    not part of it.
+    """
+    digest = hashlib.sha256()
+
+    def add(*parts: object) -> None:
+        for part in parts:
+            content = part if isinstance(part, bytes) else repr(part).encode()
+            digest.update(len(content).to_bytes(8, "big") + content)
+
+    for source in sources:
+        add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
+        add(sorted((key, repr(value)) for key, value in source.options.items()))
+        if source.source.startswith(_WORLD):
+            add("world", *_world_and_split(source.source))
+        elif (paths := files.locate(source.source)) is not None:
+            add(
+                "files",
+                len(paths),
+                *itertools.chain.from_iterable((files.suffix_of(p), _digest(p)) for p in paths),
+            )
+        else:
+            add("hub", source.source, source.split, getattr(_hub(source), "_fingerprint", ""))
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    return digest.digest()
+
+
+# ---------------------------------------------------------------- raw rows
+
+
+def _check_settings(sources: Sequence[DataSource]) -> None:
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(sources) == 1:
+        raise UsageError(f"{sources[0].source}: `weight` has no effect with a single source")
+    if weighted and len(weighted) < len(sources):
+        bare = next(source.source for source in sources if source.weight is None)
+        raise UsageError(
+            f"{bare} has no `weight`, but {weighted[0].source} has: give all sources one, or none"
+        )
+    for source in weighted:
+        if source.weight is not None and not 0 < source.weight < float("inf"):
+            raise UsageError(f"{source.source}: `weight` {source.weight} must be a positive number")
+
+
+def _rows(source: DataSource, seed: int) -> Iterator[files.RawRow]:
+    """The source's rows with its renames applied."""
+    name = source.source
+    on_hub = False
+    if name.startswith(_WORLD):
+        rows = _world_rows(source, seed)
+    elif (paths := files.locate(name)) is not None:
+        folder = Path(name).expanduser().is_dir()
+        labels = [str(Path(name) / path.name) if folder else name for path in paths]
+        rows = itertools.chain.from_iterable(
+            files.read(path, label, source.columns) for path, label in zip(paths, labels)
+        )
+    else:
+        on_hub = True
+        rows = (
+            (f"{name}[{source.split}]:row {number}", files.without_nulls(row))
+            for number, row in enumerate(_hub(source), 1)
+        )
+    if source.split != "train" and not on_hub:
+        raise UsageError(f"{name}: `split` has no effect here; it belongs to data sets of the hub")
+    if source.options and not on_hub and not name.startswith(_WORLD):
+        raise UsageError(f"{name}: `options` have no effect on a file")
+    return (_renamed(origin, row, source.columns) for origin, row in rows)
+
+
+def _renamed(origin: str, row: dict[str, Any] | DataError, columns: Mapping[str, str]) -> files.RawRow:
+    if isinstance(row, DataError) or not columns:
+        return origin, row
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            close = records.nearest(theirs, row)
+            hint = f'; did you mean "{close}"?' if close else ""
+            reason = f'`columns` takes "{ours}" from "{theirs}", which the row does not have'
+            return origin, DataError(f"{origin}: {reason}; it has {', '.join(map(str, row))}{hint}")
+    kept = {key: value for key, value in row.items() if key not in columns.values()}
+    return origin, {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+def _world_and_split(source: str) -> tuple[str, str]:
+    name, slash, split = source.removeprefix(_WORLD).partition("/")
+    if not name or not slash or not split:
+        splits = f"; {name} has {', '.join(worlds.load(name).splits)}" if name else ""
+        raise UsageError(f"{source}: write world:NAME/SPLIT{splits}")
+    return name, split
+
+
+def _world_rows(source: DataSource, seed: int) -> Iterator[files.RawRow]:
+    name, split = _world_and_split(source.source)
+    made = worlds.load(name).rows(split, source.rows, seed, **source.options)
+    return ((f"{source.source}:{number}", dict(row)) for number, row in enumerate(made, 1))
+
+
+def _hub(source: DataSource) -> Iterable[Any]:
+    """A hub data set's split, through the datasets library (cached, and offline if it is in the cache)."""
+    if not _HUB_ID.fullmatch(source.source):
+        raise UsageError(f"{source.source}: no such file, and not a hub id (OWNER/NAME) either")
+    unknown = [key for key in source.options if key not in _HUB_OPTIONS]
+    if unknown:
+        raise UsageError(f"{source.source}: unknown option {unknown[0]!r}; known: {', '.join(_HUB_OPTIONS)}")
+    import datasets  # takes a second to import, and few runs need it
+
+    try:
+        return datasets.load_dataset(source.source, split=source.split, **source.options)
+    except Exception as error:  # whatever goes wrong in there, the user's question is "where is my data?"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{source.source}: there is no such file or folder, and the hub data set (split {source.split!r}) "
+            f"could not be loaded: {reason}. Without a network, only data sets in the local cache can be used"
+        ) from None
+
+
+# ---------------------------------------------------------------- records
+
+
+def _open(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Opened:
+    """Read as far as the first row with the columns of an accepted type."""
+    rows = _rows(source, seed)
+    passed: list[files.RawRow] = []
+    first_reason = ""
+    for origin, row in rows:
+        if not isinstance(row, DataError):
+            possible = records.readable_as(row)
+            kinds: tuple[RecordType, ...] = tuple(kind for kind in accept if kind in possible)
+            if kinds:
+                rest = itertools.chain(passed, [(origin, row)], rows)
+                return _Opened(source, possible[0], kinds, rest)
+            row = _unusable(origin, row, accept)
+        if source.on_bad == "error":
+            raise row
+        first_reason = first_reason or str(row)
+        passed.append((origin, row))
+    if not passed:
+        raise DataError(f"{source.source} holds no rows")
+    raise DataError(f"{source.source}: all {len(passed):,} rows are bad; the first: {first_reason}")
+
+
+def _unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) -> DataError:
+    """What was found, what is wanted, what is missing and how to rename."""
+    found = records.readable_as(row)
+    form = f"{_type(found[0])} row" if found else "row of no known type"
+    wanted = " or ".join(
+        f"{_type(kind)} ({' or '.join(', '.join(group) for group in records.COLUMNS[kind])})"
+        for kind in accept
+    )
+    message = f"{origin}: a {form} (columns: {', '.join(map(str, row)) or 'none'}); wanted: {wanted}"
+    groups = [group for kind in accept for group in records.COLUMNS[kind]]
+    guesses = [{name: _guess(name, row) for name in group if name not in row} for group in groups]
+    if {} in guesses:  # only unpaired rows have all columns of a type that they may not be used as
+        return DataError(
+            f"{message}. Rows with a `label` show bad completions too, which must not be imitated"
+        )
+    closest = min(guesses, key=lambda guess: list(guess.values()).count(None))
+    renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
+    return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
+
+
+def _type(kind: RecordType) -> str:
+    return records.describe(kind, False).partition(",")[0]
+
+
+def _guess(name: str, row: Mapping[str, Any]) -> str | None:
+    """The column of the row that is probably meant by keel's `name`."""
+    lowered = {str(key).lower(): str(key) for key in row if key not in _ALIASES}
+    alias = next((lowered[alias] for alias in _ALIASES.get(name, ()) if alias in lowered), None)
+    close = records.nearest(name, lowered)
+    return alias or (lowered[close] if close else None)
+
+
+def _common_kind(opened: Sequence[_Opened], accept: Sequence[RecordType]) -> RecordType:
+    for kind in accept:
+        if all(kind in one.kinds for one in opened):
+            return kind
+    found = "; ".join(f"{one.source.source} is {' or '.join(one.kinds)}" for one in opened)
+    raise DataError(f"the sources of a mixture must have one record type in common: {found}")
+
+
+def _parse_all(opened: _Opened, kind: RecordType) -> _Part:
+    """The source's first `rows` good records."""
+    source = opened.source
+    good: list[Record] = []
+    reasons: list[str] = []
+    for origin, row in opened.rows:
+        if source.rows is not None and len(good) >= source.rows:
+            break
+        try:
+            if isinstance(row, DataError):
+                raise row
+            good.append(records.parse(row, kind, origin))
+        except DataError as error:
+            if source.on_bad == "error":
+                raise
+            reasons.append(str(error))
+    if not good:
+        raise DataError(f"{source.source}: all {len(reasons):,} rows are bad; the first: {reasons[0]}")
+    return _Part(source, opened.natural, tuple(good), tuple(reasons))
+
+
+def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
+    """The records to take from each part: all, or in the ratio of the weights as many as the scarcest allows."""
+    weights = [part.source.weight for part in parts if part.source.weight is not None]
+    if not weights:
+        return [list(part.records) for part in parts]
+    scale = min(len(part.records) / weight for part, weight in zip(parts, weights))
+    drawn: list[list[Record]] = []
+    for index, (part, weight) in enumerate(zip(parts, weights)):
+        count = int(weight * scale + 1e-9)  # the scarcest source is used up in spite of rounding
+        if count == 0:
+            raise DataError(
+                f"{part.source.source}: its `weight` {weight:g} leaves it no row beside the others, the scarcest of "
+                f"which has {min(len(part.records) for part in parts):,}; raise it, or add rows to the scarcest"
+            )
+        order = permutation(len(part.records), derive_seed("mixture", seed, index), 0)
+        drawn.append([part.records[place] for place in order[:count]])
+    return drawn
+
+
+def _is_conversation(record: Record) -> bool:
+    value: str | Conversation = record.text if isinstance(record, TextRecord) else record.prompt
+    return not isinstance(value, str)
+
+
+def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:
+    """The source in a few words, with what is not evident: its share of a mixture, a narrowed type."""
+    notes: list[str] = []
+    if mixed:
+        total = len(part.records)
+        notes.append(f"{taken:,} rows" if taken == total else f"{taken:,} of {total:,} rows")
+    if part.natural != kind:
+        used = "chosen side" if part.natural == "preference" and kind == "demonstration" else kind
+        notes.append(f"{used} of {_type(part.natural)} rows")
+    name = _short(part.source.source)
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def _short(source: str) -> str:
+    """A long path by its last two parts."""
+    path = Path(source)
+    return str(Path(*path.parts[-2:])) if path.is_absolute() else source

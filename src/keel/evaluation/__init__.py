@@ -1,0 +1,1 @@
+"""Measures of reward models and policies, with intervals."""

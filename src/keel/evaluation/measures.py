@@ -1,0 +1,53 @@
+"""Numbers with their 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Measure = dict[str, float]  # mean, low, high, n
+Z = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+def mean_interval(values: Sequence[float]) -> Measure:
+    """Mean with the interval mean ± 1.96·s/√n (s with n − 1); a single value has no width to tell."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("no values to average")
+    mean = math.fsum(values) / n
+    half = Z * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def wilson(successes: float, n: int) -> Measure:
+    """A share with Wilson's score interval, which stays within [0, 1] and is honest for few trials."""
+    if n == 0:
+        raise ValueError("no trials to count")
+    share = successes / n
+    scale = 1 + Z**2 / n
+    centre = (share + Z**2 / (2 * n)) / scale
+    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / scale
+    return {"mean": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+
+
+def accuracy(chosen: Sequence[float], rejected: Sequence[float], p_chosen: Sequence[float | None]) -> Measure:
+    """Share of pairs ranked as the votes did, over all pairs; an undecided vote (½) does not count, an equal score counts half.
+
+    ValueError when every pair is undecided.
+    """
+    hits = [
+        0.5 if c == r else float((c > r) == (p is None or p > 0.5))
+        for c, r, p in zip(chosen, rejected, p_chosen, strict=True)
+        if p is None or p != 0.5
+    ]
+    return wilson(math.fsum(hits), len(hits))
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """distinct-n (1510.03055): different n-grams of words over all n-grams of all texts; 0 when there are none."""
+    grams = [
+        tuple(words[i : i + n])
+        for words in (text.split() for text in texts)
+        for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,93 @@
+"""Measures of policies: each completion's rewards, KL, length; and what they come to, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keel.evaluation.measures import Measure, distinct, mean_interval, wilson
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One completion and everything said about it."""
+
+    prompt: str
+    completion: str
+    kl: float  # Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the response, in nats
+    length: int  # tokens, the stop token included
+    stop_reason: str
+    proxy: float | None = None  # the reward model's score
+    gold: Mapping[str, float] | None = None  # parts and `total`
+
+
+def measures(own: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[str, Measure]:
+    """All measures of one model that apply. reference: the reference's completions of the same prompts, in order;
+    None for the reference itself.
+
+    `gold_lift`, `proxy_lift`: mean of the paired differences. `win_rate`: by gold where there is one, else by proxy;
+    a draw counts half.
+    """
+    result: dict[str, Measure] = {}
+    if (scores := _proxies(own)) is not None:
+        result["proxy"] = mean_interval(scores)
+    if (golds := _golds(own)) is not None:
+        result["gold"] = mean_interval([gold["total"] for gold in golds])
+        result |= {
+            f"gold/{part}": mean_interval([gold[part] for gold in golds])
+            for part in golds[0]
+            if part != "total"
+        }
+    result["kl"] = mean_interval([j.kl for j in own])
+    result["length"] = mean_interval([float(j.length) for j in own])
+    result["truncated"] = wilson(sum(j.stop_reason == "length" for j in own), len(own))
+    texts = [j.completion for j in own]
+    for n in (1, 2):
+        share = distinct(texts, n)
+        result[f"distinct_{n}"] = {"mean": share, "low": share, "high": share, "n": len(texts)}
+    if reference is not None:
+        result |= _against(own, reference)
+    return result
+
+
+def _against(own: Sequence[Judged], reference: Sequence[Judged]) -> dict[str, Measure]:
+    result: dict[str, Measure] = {}
+    judges: list[tuple[str, list[float], list[float]]] = []
+    if (mine := _golds(own)) is not None and (theirs := _golds(reference)) is not None:
+        judges.append(("gold", [g["total"] for g in mine], [g["total"] for g in theirs]))
+    if (proxies := _proxies(own)) is not None and (others := _proxies(reference)) is not None:
+        judges.append(("proxy", proxies, others))
+    for name, a, b in judges:
+        result[f"{name}_lift"] = mean_interval([x - y for x, y in zip(a, b, strict=True)])
+    if judges:
+        _, a, b = judges[0]
+        result["win_rate"] = wilson(
+            sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)), len(a)
+        )
+    return result
+
+
+def _proxies(judged: Sequence[Judged]) -> list[float] | None:
+    scores = [j.proxy for j in judged if j.proxy is not None]
+    return scores if len(scores) == len(judged) else None
+
+
+def _golds(judged: Sequence[Judged]) -> list[Mapping[str, float]] | None:
+    golds = [j.gold for j in judged if j.gold is not None]
+    return golds if len(golds) == len(judged) else None
+
+
+def sample_row(model: str, index: int, judged: Judged) -> dict[str, Any]:
+    """A completion as a line of samples.jsonl; the same index is the same prompt for every model."""
+    row: dict[str, Any] = {
+        "model": model,
+        "index": index,
+        "prompt": judged.prompt,
+        "completion": judged.completion,
+    }
+    if judged.proxy is not None:
+        row["proxy"] = judged.proxy
+    if judged.gold is not None:
+        row["gold"] = dict(judged.gold)
+    return row | {"kl": judged.kl, "length": judged.length, "stop_reason": judged.stop_reason}

@@ -1,0 +1,1 @@
+"""Models: loading, roles, forward passes, optimiser."""

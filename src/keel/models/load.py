@@ -1,0 +1,262 @@
+"""Models in and out, in the Hugging Face formats. Safe by default: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from keel.data.batches import derive_seed
+from keel.types import UsageError
+
+COUNT_FROM_PAD = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "mpnet",
+    "longformer",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model, in plain values: a path or hub id, or a configuration to build a new one from."""
+
+    path: str | None = None
+    init: Mapping[str, Any] | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """LoRA settings (2106.09685)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = field(default="all-linear")
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer of a model directory or hub id. UsageError if there is none."""
+    with _explained(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def model_config(source: ModelSource) -> Any:
+    """The transformers configuration, without loading weights. UsageError for an unknown model or field."""
+    if source.init is not None:
+        values = dict(source.init)
+        kind = values.pop("model_type")
+        with _explained(kind, "model type"):
+            config = AutoConfig.for_model(kind, **values)
+        unknown = [
+            key
+            for key in values
+            if key not in AutoConfig.for_model(kind).to_dict() and not hasattr(type(config), key)
+        ]
+        if unknown:
+            raise UsageError(f"model.init: {kind} has no setting {unknown[0]!r}")
+        return config
+    with _explained(str(source.path), "model"):
+        return AutoConfig.from_pretrained(
+            str(source.path), trust_remote_code=source.trust_remote_code, revision=source.revision
+        )
+
+
+def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
+    """A causal language model. A new one (`init`) is seeded and gets its vocabulary and special ids from `vocab`,
+    a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's."""
+    config = model_config(source)
+    dtype = getattr(torch, source.dtype)
+    if source.init is None:
+        with _explained(str(source.path), "model"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                trust_remote_code=source.trust_remote_code, revision=source.revision,
+            )  # fmt: skip
+        model, info = loaded
+        if info["missing_keys"]:  # transformers would make them up
+            raise UsageError(
+                f"model {str(source.path)!r} is no whole causal language model: it has no {min(info['missing_keys'])}"
+            )
+        return _with_whole_embeddings(model)
+    if vocab is not None:
+        _adopt_vocabulary(config, vocab, source.init)
+    with _seeded(derive_seed("init", seed)):
+        return _with_whole_embeddings(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def scorer(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
+    """A sequence-classification model with one output, for use as a reward model or critic.
+
+    From a causal LM's checkpoint the backbone is taken and a new score head is seeded (std 1/√(d+1), as in
+    2009.01325); a checkpoint that has a one-output head keeps it. UsageError for one with several outputs.
+    """
+    config = model_config(source)
+    trained = any("SequenceClassification" in kind for kind in getattr(config, "architectures", None) or ())
+    if trained and source.init is None and config.num_labels != 1:
+        raise UsageError(f"{source.path!r} has {config.num_labels} outputs; a reward model has 1")
+    config.num_labels = 1
+    dtype = getattr(torch, source.dtype)
+    if source.init is not None:
+        if vocab is not None:
+            _adopt_vocabulary(config, vocab, source.init)
+        with _seeded(derive_seed("init", seed)):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        missing = ["head"]
+    else:
+        with _explained(str(source.path), "model"), _seeded(derive_seed("init", seed)):
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                trust_remote_code=source.trust_remote_code, revision=source.revision,
+            )  # fmt: skip
+        missing = list(info["missing_keys"])
+    head = score_head(model)
+    if head is not None and missing:
+        seed_head(head, derive_seed("head", seed))
+    return _with_whole_embeddings(model)
+
+
+def _with_whole_embeddings(model: Any) -> Any:
+    """The model with every row of its embeddings trained. Torch keeps a pad token's row from learning, and the pad
+    token may be EOS [trl PR 5303]; real pads get no gradient in any case, since masks here come from lengths."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    return model
+
+
+def score_head(model: Any) -> nn.Linear | None:
+    """The head that scores every position of a decoder; None for an encoder (BERT-type), which pools by itself."""
+    return getattr(model, "score", None)
+
+
+def seed_head(head: nn.Linear, seed: int) -> None:
+    """Initialise a one-output head from its own seed, so that nothing before it can change it."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    with torch.no_grad():
+        values = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
+        head.weight.copy_(values.to(head.weight))
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def add_adapters(model: Any, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
+    """Wrap with LoRA adapters; only they (and a score head, if asked) are trained."""
+    import peft
+
+    targets = (
+        adapters.target_modules if isinstance(adapters.target_modules, str) else list(adapters.target_modules)
+    )
+    settings = peft.LoraConfig(
+        r=adapters.r, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, target_modules=targets,
+        modules_to_save=["score"] if train_head else None,
+    )  # fmt: skip
+    with _seeded(derive_seed("adapters", seed)):
+        try:
+            return peft.get_peft_model(model, settings)
+        except ValueError as error:
+            raise UsageError(f"lora: {error}") from None
+
+
+def merged(model: Any) -> Any:
+    """The plain model with adapters folded in."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save(model: Any, tokenizer: Any, directory: Path, card: str) -> None:
+    """Write what `from_pretrained` reads, plus a model card. Replaces `directory` by rename: never half-written."""
+    partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence the model takes, in tokens; None when its config does not say."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            # RoBERTa and its kin number positions from the pad token's id + 1, so that many rows are never used
+            return value - (config.pad_token_id or 0) - 1 if config.model_type in COUNT_FROM_PAD else value
+    return None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout to 0 everywhere, so that train and eval mode give the same numbers (ratios need that)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def _adopt_vocabulary(config: Any, tokenizer: Any, init: Mapping[str, Any]) -> None:
+    size = len(tokenizer)
+    if init.get("vocab_size", size) < size:
+        raise UsageError(f"model.init.vocab_size {init['vocab_size']} is smaller than the tokenizer's {size}")
+    config.vocab_size = init.get("vocab_size", size)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Run with a global seed of its own and leave the caller's random state untouched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed % 2**63)
+        yield
+
+
+@contextlib.contextmanager
+def _explained(what: str, kind: str) -> Iterator[None]:
+    """Turn transformers' many load errors into one message; keep its progress bars off a user's terminal."""
+    transformers.utils.logging.disable_progress_bar()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        TypeError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+        raise UsageError(f"{kind} {what!r} cannot be loaded: {reason}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)

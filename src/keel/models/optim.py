@@ -1,0 +1,52 @@
+"""AdamW with decay on matrices only, a schedule, and clipping. State is all there is to save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from keel.types import KeelError
+
+
+def adamw(
+    groups: Sequence[tuple[Sequence[nn.Module], float]], *, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """One optimiser over (modules, peak learning rate) groups; a parameter shared by two groups is taken once."""
+    parameters: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for modules, lr in groups:
+        own = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in seen]
+        own = list({id(p): p for p in own}.values())
+        seen.update(id(p) for p in own)
+        for decay, members in (
+            (weight_decay, [p for p in own if p.dim() > 1]),
+            (0.0, [p for p in own if p.dim() <= 1]),
+        ):
+            if members:
+                parameters.append({"params": members, "lr": lr, "peak_lr": lr, "weight_decay": decay})
+    return torch.optim.AdamW(parameters, betas=betas, fused=True)
+
+
+def step(
+    optimizer: torch.optim.Optimizer, scale: float, max_grad_norm: float | None, where: str
+) -> Mapping[str, float]:
+    """Clip, set the learning rates to peak × scale, step, and clear the gradients.
+
+    Returns the gradient's norm before clipping. KeelError if it is not finite: the weights stay as they were.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(
+        parameters, max_grad_norm if max_grad_norm is not None else float("inf")
+    )
+    if not torch.isfinite(norm):
+        raise KeelError(
+            f"{where}: the gradient is not finite (norm {norm.item()}); lower the learning rate, or look at the data of this step"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}

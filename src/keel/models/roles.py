@@ -1,0 +1,95 @@
+"""Who is who in PPO, and what they share in memory. Decided here and nowhere else.
+
+`separate` keeps four sets of weights: policy, reference, critic, reward model. `trunk` keeps three: the critic is a
+head on the policy's last hidden states. With LoRA the reference is the policy with its adapters off: one fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from keel.data.batches import derive_seed
+from keel.models.load import (
+    Adapters,
+    ModelSource,
+    add_adapters,
+    causal_lm,
+    disable_dropout,
+    scorer,
+    seed_head,
+)
+from keel.types import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The models of a PPO run besides the reward model."""
+
+    policy: Any
+    reference: Any  # called like a model; frozen
+    critic: Any | None  # a model with a score head …
+    value_head: nn.Linear | None  # … or a head on the policy's hidden states
+
+    @property
+    def value_modules(self) -> list[nn.Module]:
+        return [module for module in (self.critic, self.value_head) if module is not None]
+
+
+class AdaptersOff:
+    """The policy as it was before LoRA: the reference without a copy of the weights."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def __call__(self, **inputs: Any) -> Any:
+        with self.policy.disable_adapter():
+            return self.policy(**inputs)
+
+
+def open_roles(
+    source: ModelSource,
+    reference: ModelSource | None,
+    *,
+    sharing: Literal["separate", "trunk"],
+    adapters: Adapters | None,
+    gradient_checkpointing: bool,
+    device: torch.device,
+    seed: int,
+) -> Roles:
+    """Load the roles. `reference` None: the reference is what the policy starts from. Dropout is off in all of them."""
+    policy = causal_lm(source, seed)
+    if sharing == "trunk" and not hasattr(policy.config, "hidden_size"):
+        raise UsageError("sharing: trunk needs a model whose config has hidden_size")
+    if adapters is not None:
+        policy = add_adapters(policy, adapters, seed)
+    if adapters is not None and reference is None:
+        frozen: Any = AdaptersOff(policy)
+    else:
+        frozen = causal_lm(reference or source, seed).to(device).requires_grad_(False)
+        disable_dropout(frozen.eval())
+    critic, head = None, None
+    if sharing == "trunk":
+        head = nn.Linear(policy.config.hidden_size, 1, dtype=torch.float32)
+        seed_head(head, derive_seed("value", seed))
+        head.to(device)
+    else:
+        critic = scorer(source, derive_seed("value", seed))
+        if getattr(critic, "score", None) is None:
+            raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")
+        if adapters is not None:
+            critic = add_adapters(critic, adapters, derive_seed("value", seed), train_head=True)
+        critic.to(device)
+    for model in (policy, critic):
+        if model is None:
+            continue
+        disable_dropout(model)
+        model.to(device).eval()
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+            model.train()  # recomputation only happens in train mode; with dropout at 0 the numbers are the same
+    return Roles(policy, frozen, critic, head)

@@ -1,0 +1,288 @@
+"""The report: one HTML file that opens offline, made from a run directory and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from keel.report import pictures, replies, wording
+from keel.report.pictures import Picture
+from keel.report.reading import Run, StageRun, read
+from keel.report.verdict import Verdict, kl_target, unjudged, verdict
+from keel.report.wording import bound, decimals, duration, large, mean, number
+
+_HERE = Path(__file__).parent
+
+
+class Cell(NamedTuple):
+    """One model's value of one measure."""
+
+    value: str
+    interval: str
+    position: float | None  # of the mean on the row's strip, in percent
+    low: float | None
+    high: float | None
+
+
+class Row(NamedTuple):
+    """One measure of all models."""
+
+    label: str
+    explanation: str
+    part: bool  # it is a part of the measure above it
+    cells: list[Cell]
+    scale: tuple[str, str]  # the strip's ends
+
+
+def write(run: Path) -> Path:
+    """Write `run/report.html` from what `run` holds so far and return its path.
+
+    The file appears at once, by an atomic rename; the same run directory gives the same bytes.
+    Raises UsageError when there is no run, DataError when one of its files cannot be parsed.
+    """
+    page = render(read(run))
+    path = run / "report.html"
+    half = run / f".report.html.{os.getpid()}"
+    try:
+        half.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+    return path
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "minus": _minus,
+        "moment": _moment,
+        "number": number,
+        "duration": duration,
+        "large": large,
+    }
+    judged = [stage for stage in run.stages if stage.kind == "evaluate"]
+    curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.kind != "evaluate"}
+    path = pictures.trajectories([stage for stage in run.stages if stage.kind == "ppo"], _colours(judged))
+    paths = [path] if path else []
+    points = {stage.name: pictures.judgement(stage.name, stage.result, run.config) for stage in judged}
+    drawn = [*(p for group in (*curves.values(), *points.values()) for p in group), *paths]
+    plotly, script = get_plotlyjs(), (_HERE / "page.js").read_text(encoding="utf-8")
+    return environment.get_template("page.html").render(
+        run=run,
+        verdicts=verdicts(run),
+        facts={(s.name, v.model): _facts(s, v, run) for s in judged for v in verdict(s.result, run.config)},
+        done=sum(stage.status in ("done", "cached") for stage in run.stages),
+        seconds=sum(stage.record.get("seconds") or 0 for stage in run.stages),
+        columns=_columns(run.stages),
+        results={stage.name: key_result(stage) for stage in run.stages},
+        curves=curves,
+        keys={stage.name: pictures.curve_keys(stage) for stage in run.stages},
+        broken={stage.name: _broken(stage) for stage in run.stages},
+        last={stage.name: _last(stage) for stage in run.stages},
+        judged=judged,
+        tables={stage.name: measures(stage.result) for stage in judged},
+        rm_accuracy={stage.name: _rm_accuracy(stage) for stage in judged},
+        points=points,
+        paths=paths,
+        colours=pictures.MODEL_COLOURS,
+        replies={stage.name: replies.side_by_side(stage) for stage in judged},
+        during={stage.name: replies.during(stage) for stage in run.stages if stage.kind == "ppo"},
+        css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        plotly=Markup(plotly),
+        script=Markup(script),
+        figures=_figures(drawn),
+        hashes=" ".join(f"'sha256-{_digest(source)}'" for source in (plotly, script)),
+    )
+
+
+def verdicts(run: Run) -> list[tuple[str, Verdict]]:
+    """The name of each `evaluate` stage with each of its verdicts; at least one."""
+    judged = [stage for stage in run.stages if stage.kind == "evaluate"]
+    if not judged:
+        return [("", unjudged("run an evaluate stage"))]
+    found: list[tuple[str, Verdict]] = []
+    for stage in judged:
+        if stage.result:
+            found += [(stage.name, one) for one in verdict(stage.result, run.config)]
+        else:
+            found.append((stage.name, unjudged(f"the evaluate stage {stage.name} has not finished")))
+    return found
+
+
+def key_result(stage: StageRun) -> str:
+    """What came out of a stage, in a few words; "" when nothing has."""
+    result = stage.result
+    if stage.kind in ("pretrain", "sft") and mean(result, "eval_loss") is not None:
+        return f"held-out loss {number(mean(result, 'eval_loss'), 2)}"
+    if stage.kind == "reward" and mean(result, "accuracy") is not None:
+        return f"accuracy {_with_interval(result, 'accuracy')}"
+    if stage.kind == "ppo":
+        scores = mean(result, "scores") if "scores" in result else _late(stage, "objective/scores")
+        kl = mean(result, "kl") if "kl" in result else _late(stage, "objective/kl")
+        parts = [f"score {number(scores, 2)}"] if scores is not None else []
+        return ", ".join(parts + ([f"KL {number(kl, 1)} nats"] if kl is not None else []))
+    if stage.kind == "evaluate":
+        models = result.get("models") or {}
+        by = next(
+            (by for by in ("gold", "proxy") if any(mean(m, by) is not None for m in models.values())), ""
+        )
+        means = [(name, mean(m, by)) for name, m in models.items()]
+        if len(means) == 2:
+            return f"{by} " + " → ".join(number(value, 2) for _, value in means)
+        return f"{by}: " + ", ".join(f"{name} {number(value, 2)}" for name, value in means) if by else ""
+    return ""
+
+
+def measures(result: Mapping[str, Any]) -> list[Row]:
+    """Models × measures of an `evaluate` result; a row a measure, a cell a model."""
+    models: Mapping[str, Any] = result.get("models") or {}
+    return [_row(name, models) for name in wording.order(name for m in models.values() for name in m)]
+
+
+def _row(name: str, models: Mapping[str, Any]) -> Row:
+    ends = {
+        model: tuple(bound(m, name, end) for end in ("mean", "low", "high")) for model, m in models.items()
+    }
+    values = [value for triple in ends.values() for value in triple if value is not None]
+    shown, places = wording.measure(name), decimals(values)
+    low, high = (0.0, 1.0) if shown.share else _scale(values)
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(100 * min(max((value - low) / (high - low), 0), 1), 2)
+
+    cells = []
+    for middle, bottom, top in ends.values():
+        known = bottom is not None and top is not None and bottom < top
+        interval = f"{number(bottom, places)} to {number(top, places)}" if known else ""
+        cells.append(Cell(number(middle, places), interval, place(middle), place(bottom), place(top)))
+    return Row(shown.label, shown.explanation, "/" in name, cells, (f"{low:g}", f"{high:g}"))
+
+
+def _scale(values: list[float]) -> tuple[float, float]:
+    """Round ends of an axis that holds 0 and all values."""
+    low, high = min([0.0, *values]), max([0.0, *values])
+    if low == high:
+        return 0.0, 1.0
+    reach = high - low
+    power = 10 ** math.floor(math.log10(reach))
+    step = next(step for step in (power / 5, power / 2, power, 2 * power) if reach / step <= 5)
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+def _facts(stage: StageRun, one: Verdict, run: Run) -> list[tuple[str, str, str]]:
+    """(label, value, remark) of the few numbers that stand under a verdict."""
+    models: Mapping[str, Any] = stage.result.get("models") or {}
+    after, before = models.get(one.model) or {}, models.get(one.reference) or {}
+    facts: list[tuple[str, str, str]] = []
+    for name in ("gold", "proxy", "length"):
+        old, new = mean(before, name), mean(after, name)
+        if old is not None and new is not None:
+            places = decimals([old, new])
+            lift = mean(after, f"{name}_lift")
+            remark = "tokens" if name == "length" else "" if lift is None else wording.signed(lift, places)
+            facts.append(
+                (wording.measure(name).label, f"{number(old, places)} → {number(new, places)}", remark)
+            )
+    if mean(after, "win_rate") is not None:
+        facts.insert(
+            2, ("Win rate", f"{mean(after, 'win_rate'):.0%}".replace("%", " %"), f"against {one.reference}")
+        )
+    if mean(after, "kl") is not None:
+        target = kl_target(run.config, one.model)
+        remark = f"of {number(target, 1)} targeted, nats" if target else "nats per reply"
+        facts.insert(1, ("KL", number(mean(after, "kl"), 1), remark))
+    return facts
+
+
+def _colours(judged: list[StageRun]) -> dict[str, str]:
+    """The colour of each model; the first evaluation that has it decides."""
+    colours: dict[str, str] = {}
+    for stage in judged:
+        for position, model in enumerate(stage.result.get("models") or {}):
+            colours.setdefault(model, pictures.model_colour(position))
+    return colours
+
+
+def _columns(stages: tuple[StageRun, ...]) -> list[tuple[StageRun, int, int]]:
+    """(stage, column, row) of each box: a stage stands right of everything it takes as input."""
+    column: dict[str, int] = {}
+    filled: dict[int, int] = {}
+    placed = []
+    for stage in stages:
+        column[stage.name] = max((column[name] + 1 for name in stage.inputs if name in column), default=0)
+        filled[column[stage.name]] = filled.get(column[stage.name], 0) + 1
+        placed.append((stage, column[stage.name], filled[column[stage.name]] - 1))
+    return placed
+
+
+def _late(stage: StageRun, name: str, count: int = 5) -> float | None:
+    """Mean of a metric over its last `count` steps."""
+    values = [value for _, value in stage.metrics.get(name, ())[-count:] if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _last(stage: StageRun) -> list[tuple[str, int, str]]:
+    return [
+        (name, points[-1][0], number(points[-1][1]) if points[-1][1] is not None else "not finite")
+        for name, points in sorted(stage.metrics.items())
+    ]
+
+
+def _broken(stage: StageRun) -> list[str]:
+    """Metrics that were NaN or infinite at some step: a curve with a gap must not pass for a healthy one."""
+    lines = []
+    for name, points in sorted(stage.metrics.items()):
+        steps = [step for step, value in points if value is None]
+        if steps:
+            lines.append(f"{name} was not a finite number at {len(steps)} steps, first at step {steps[0]}")
+    return lines
+
+
+def _with_interval(result: Mapping[str, Any], name: str) -> str:
+    low, high = bound(result, name, "low"), bound(result, name, "high")
+    interval = f" ({number(low, 2)} to {number(high, 2)})" if None not in (low, high) else ""
+    return number(mean(result, name), 2) + interval
+
+
+def _rm_accuracy(stage: StageRun) -> str:
+    """How often the reward model agrees with people, measured on the evaluation's comparisons; "" if it was not."""
+    found = stage.result.get("reward_model") or {}
+    return _with_interval(found, "accuracy") if mean(found, "accuracy") is not None else ""
+
+
+def _figures(drawn: list[Picture]) -> Markup:
+    """The figures as JSON inside a script element: no "<" may end that element early."""
+    text = json.dumps({picture.id: picture.figure for picture in drawn}, allow_nan=False, ensure_ascii=True)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _moment(text: str) -> str:
+    """An ISO time to the minute."""
+    return re.sub(r"T(\d\d:\d\d)[\d:.]*(?:\+00:00|Z)$", r" \1 UTC", str(text))
+
+
+def _minus(text: str) -> str:
+    """Hyphens that stand for minus become minus signs, and no line ends before a percent sign."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", "−", str(text)).replace(" %", "\u00a0%")
+
+
+def _digest(source: str) -> str:
+    return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()

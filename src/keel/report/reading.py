@@ -1,0 +1,158 @@
+"""A run directory as plain values. Whatever is not there yet is empty; nothing is ever written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keel.types import DataError, UsageError
+
+_REFERENCES = ("model", "models", "reward", "reference")  # settings that may name another stage
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """One stage of a run: what was asked of it and what it has written so far."""
+
+    name: str
+    kind: str
+    status: str  # "done" | "cached" | "unfinished" | "not run yet" | "out of date"
+    directory: Path
+    settings: dict[str, Any]
+    inputs: tuple[str, ...]  # names of the stages it takes models from, in the order of the config
+    record: dict[str, Any]  # stage.json, completed from the manifest
+    result: dict[str, Any]  # result.json
+    metrics: dict[str, list[tuple[int, float | None]]]  # name → (step, value), by step; None: not finite
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        return _rows(self.directory / "samples.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A whole run directory."""
+
+    name: str
+    config: dict[str, Any]
+    config_text: str
+    manifest: dict[str, Any]
+    stages: tuple[StageRun, ...]  # in the order of the config
+
+
+def read(run: Path) -> Run:
+    """Everything the report needs from `run`, finished or not.
+
+    Raises UsageError when there is no such directory, DataError when one of its files cannot be parsed.
+    """
+    if not run.is_dir():
+        raise UsageError(f"no run directory at {run}: give the path of a run, such as runs/NAME")
+    config_path = run / "config.yaml"
+    text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
+    try:
+        config = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{config_path} cannot be read as YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{config_path} is not a mapping: a run's config has `name` and `stages`")
+    manifest = _object(run / "manifest.json")
+    settings: dict[str, Any] = config.get("stages") or {}
+    recorded: dict[str, Any] = manifest.get("stages") or {}
+    names = [*settings, *(name for name in recorded if name not in settings)]
+    stages = tuple(
+        _stage(run, name, settings.get(name) or {}, recorded.get(name) or {}, names) for name in names
+    )
+    name = str(config.get("name") or manifest.get("name") or run.resolve().name)
+    return Run(name, config, text, manifest, stages)
+
+
+def _stage(
+    run: Path, name: str, settings: dict[str, Any], recorded: dict[str, Any], names: list[str]
+) -> StageRun:
+    directory = run / "stages" / name
+    written = _object(directory / "stage.json")
+    if _out_of_date(directory, written, recorded):
+        # what lies there answers another config: none of it may be shown as this one's
+        nowhere, kind = directory / "out-of-date", str(settings.get("kind") or recorded.get("kind"))
+        return StageRun(name, kind, "out of date", nowhere, settings, _inputs(settings, names), {}, {}, {})
+    metrics = _metrics(directory / "metrics.jsonl")
+    status = "not run yet"
+    if written:
+        status = "cached" if recorded.get("status") in ("cached", "done before") else "done"
+    elif metrics:
+        status = "unfinished"
+    return StageRun(
+        name=name,
+        kind=str(settings.get("kind") or written.get("kind") or recorded.get("kind") or "stage"),
+        status=status,
+        directory=directory,
+        settings=settings,
+        inputs=_inputs(settings, names),
+        record={**recorded, **written},
+        result=_object(directory / "result.json"),
+        metrics=metrics,
+    )
+
+
+def _out_of_date(directory: Path, written: dict[str, Any], recorded: dict[str, Any]) -> bool:
+    """Whether the stage's files were made with other settings or inputs than the manifest now asks for."""
+    wanted, mark = recorded.get("fingerprint"), directory / "fingerprint"
+    made = written.get("fingerprint") or (mark.read_text(encoding="utf-8").strip() if mark.exists() else None)
+    return bool(wanted and made and wanted != made)
+
+
+def _inputs(settings: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for key in _REFERENCES:
+        value = settings.get(key)
+        for item in value if isinstance(value, list) else [value]:
+            name = item.get("path") if isinstance(item, dict) else item
+            if isinstance(name, str) and name in names and name not in found:
+                found.append(name)
+    return tuple(found)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. A last line without its end is still being written: it is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                if not line.endswith("\n"):
+                    return
+                raise DataError(f"{path}:{number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} is not a JSON object")
+            yield row
+
+
+def _metrics(path: Path) -> dict[str, list[tuple[int, float | None]]]:
+    by_name: dict[str, dict[int, float | None]] = {}
+    for position, row in enumerate(_rows(path), start=1):
+        step = int(row.get("step", position))
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                finite = abs(value) < float("inf")  # False for NaN as well
+                by_name.setdefault(name, {})[step] = float(value) if finite else None
+    return {name: sorted(points.items()) for name, points in by_name.items()}

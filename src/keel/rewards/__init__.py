@@ -1,0 +1,1 @@
+"""Rewards: learned models, and the way from a score to a reward."""

@@ -1,0 +1,179 @@
+"""A reward model as a reward: it scores completions, by token ids when it reads the policy's tokenizer, by text when not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel.data import chat
+from keel.data.batches import length_mask, pad
+from keel.models.forward import backbone
+from keel.models.load import ModelSource, context_length, load_tokenizer, model_config, score_head, scorer
+from keel.types import Conversation, Prompt, UsageError
+
+Inputs = dict[
+    str, list[int]
+]  # what a model reads for one text: input_ids, and token_type_ids for some encoders
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """r_φ, its tokenizer, and the scale it was given on SFT samples (a Bradley–Terry score has none of its own)."""
+
+    model: Any
+    tokenizer: Any
+    mean: float = 0.0  # of the scores of SFT samples
+    std: float = 1.0
+
+    @property
+    def is_encoder(self) -> bool:
+        return score_head(self.model) is None
+
+
+def load(
+    path: str, *, device: torch.device, dtype: str = "float32", trust_remote_code: bool = False, seed: int = 0
+) -> RewardModel:
+    """A trained reward model from a directory or hub id. UsageError if it has no score head or more than one output."""
+    source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return wrap(
+        scorer_of_trained(source, seed).to(device).eval(),
+        load_tokenizer(path, trust_remote_code=trust_remote_code),
+    )
+
+
+def scorer_of_trained(source: ModelSource, seed: int) -> Any:
+    """A sequence-classification model as it was saved; UsageError for a language model without a trained head."""
+    check_config(model_config(source), str(source.path))
+    return scorer(source, seed)
+
+
+def check_config(config: Any, path: str) -> None:
+    """UsageError unless this is the config of a sequence classifier with one output."""
+    kinds = getattr(config, "architectures", None) or []
+    if not any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds):
+        raise UsageError(
+            f"{path!r} is no reward model (its architecture is {', '.join(kinds) or 'unknown'}): train one with a reward stage"
+        )
+    if config.num_labels != 1:
+        raise UsageError(f"{path!r} has {config.num_labels} outputs; a reward model has 1")
+
+
+def wrap(model: Any, tokenizer: Any) -> RewardModel:
+    """With the scale that keel's reward stage left in the model's config (`keel_reward`), if it did."""
+    scale = getattr(model.config, "keel_reward", None) or {}
+    return RewardModel(model, tokenizer, float(scale.get("mean", 0.0)), float(scale.get("std", 1.0)))
+
+
+def encode(
+    reward: RewardModel, prompt: Prompt, completion: str | Conversation, max_length: int | None = None
+) -> Inputs:
+    """What the model reads for a complete response (its end of sequence included).
+
+    Longer than `max_length` (or the context): the prompt loses its start, never the response; UsageError when
+    the response alone is too long.
+    """
+    limit = max_length or _context(reward)
+    if reward.is_encoder:
+        return _encode_pair(reward, chat.prompt_text(None, prompt), chat.completion_text(completion), limit)
+    response = chat.completion_ids(reward.tokenizer, prompt, completion)
+    return {"input_ids": fit(chat.prompt_ids(reward.tokenizer, prompt), response, limit)}
+
+
+def encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool) -> Inputs:
+    """As `encode`, for a sampled response given as text; one that was cut off (`ended` False) gets no EOS."""
+    inputs = encode(
+        reward, prompt, text if isinstance(prompt, str) else ({"role": "assistant", "content": text.strip()},)
+    )
+    ids = inputs["input_ids"]
+    if not reward.is_encoder and not ended and len(ids) > 1 and ids[-1] == reward.tokenizer.eos_token_id:
+        return {"input_ids": ids[:-1]}
+    return inputs
+
+
+def fit(prompt: Sequence[int], response: Sequence[int], limit: int | None) -> list[int]:
+    """prompt + response within `limit` tokens: the prompt gives way, from its start."""
+    if limit is None or len(prompt) + len(response) <= limit:
+        return [*prompt, *response]
+    room = limit - len(response)
+    if room < 1:
+        raise UsageError(
+            f"a response of {len(response)} tokens does not fit a reward model that reads {limit}"
+        )
+    return [*prompt[-room:], *response]
+
+
+def score(reward: RewardModel, inputs: Sequence[Inputs], *, batch_size: int = 64) -> Tensor:
+    """(B,) raw scores, float32 on the CPU, in the order given. Batches are made of similar lengths."""
+    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]["input_ids"]))
+    scores = torch.zeros(len(inputs))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        with torch.no_grad():
+            scores[part] = forward(reward, [inputs[i] for i in part]).float().cpu()
+    return scores
+
+
+ROWS_A_FORWARD = 8  # rows of similar length that are padded together
+
+
+def forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
+    """(B,) raw scores of one batch, with gradient, in the order given; rows of similar length share a forward."""
+    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]["input_ids"]))
+    parts = [order[start : start + ROWS_A_FORWARD] for start in range(0, len(order), ROWS_A_FORWARD)]
+    scores = torch.cat([_forward(reward, [inputs[i] for i in part]) for part in parts])
+    return scores[torch.tensor(order).argsort().to(scores.device)]
+
+
+def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
+    """One padded forward. A decoder is read at the last token by its length, not by looking for pads: pad may be
+    EOS, or missing."""
+    device = next(reward.model.parameters()).device
+    ids, lengths = pad([item["input_ids"] for item in inputs], chat.ensure_pad(reward.tokenizer))
+    ids, lengths = ids.to(device), lengths.to(device)
+    if reward.is_encoder:
+        extra = {
+            key: pad([item[key] for item in inputs], 0)[0].to(device)
+            for key in inputs[0]
+            if key != "input_ids"
+        }
+        mask = length_mask(lengths, ids.shape[1]).long()
+        return reward.model(input_ids=ids, attention_mask=mask, **extra).logits.squeeze(-1)
+    hidden = backbone(reward.model)(input_ids=ids, use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(inputs), device=device), lengths - 1]
+    return reward.model.score(last).squeeze(-1)
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether ids of one can be read by the other: same vocabulary, same special ids, same chat template."""
+    keys = ("eos_token_id", "bos_token_id", "chat_template")
+    return one is other or (
+        all(getattr(one, k) == getattr(other, k) for k in keys) and one.get_vocab() == other.get_vocab()
+    )
+
+
+def _encode_pair(reward: RewardModel, prompt: str, completion: str, limit: int | None) -> Inputs:
+    encoded = reward.tokenizer(prompt, completion)
+    excess = len(encoded["input_ids"]) - (limit or len(encoded["input_ids"]))
+    if excess > 0:
+        kept = reward.tokenizer(prompt, add_special_tokens=False)["input_ids"][excess:]
+        if not kept:
+            raise UsageError(
+                f"a response of {len(encoded['input_ids'])} tokens with its prompt does not fit a reward model that reads {limit}"
+            )
+        encoded = reward.tokenizer(
+            reward.tokenizer.decode(kept), completion, truncation="only_first", max_length=limit
+        )
+    return {key: list(encoded[key]) for key in ("input_ids", "token_type_ids") if key in encoded}
+
+
+def _context(reward: RewardModel) -> int | None:
+    return context_length(reward.model.config)
+
+
+def save_scale(model: Any, mean: float, std: float) -> None:
+    """Leave the scale in the model's config, where `wrap` finds it again."""
+    model.config.keel_reward = {"mean": mean, "std": std}

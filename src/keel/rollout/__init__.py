@@ -1,0 +1,1 @@
+"""Rollouts: sampling completions, and scoring them token by token."""

@@ -1,0 +1,62 @@
+"""Pretraining: language modelling on a packed stream of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keel.config import PretrainConfig
+from keel.data import chat
+from keel.data.batches import pack_stream
+from keel.models.load import add_adapters, causal_lm, context_length, model_config
+from keel.models.tokenizer import train_tokenizer
+from keel.runlog import StageRun
+from keel.stages import inputs, language
+from keel.types import Record, TextRecord, UsageError
+
+DEFAULT_VOCABULARY = 4096
+
+
+def run(config: PretrainConfig, run: StageRun) -> dict[str, Any]:
+    """1. text  2. a tokenizer, trained when none is given  3. rows of a packed stream  4. the loop  5. save.
+
+    Departure worth knowing: rows are cut from one stream, so a token may attend to the document before its own;
+    an EOS stands between them. That is how GPT-2 and its successors are trained.
+    """
+    dataset, records, held = inputs.train_and_eval(config, run, ("text",))
+    source = inputs.source_of(config.model, run)
+    if config.model.init is not None and config.model.tokenizer is None:
+        # the texts held out are not seen by the tokenizer either
+        limit = config.max_length or context_length(model_config(source)) or 512
+        texts = [_plain(record) for record in records]
+        tokenizer = train_tokenizer(texts, config.model.vocab_size or DEFAULT_VOCABULARY, limit)
+        chat.with_chat_template(tokenizer)
+        if config.model.chat_template:
+            tokenizer.chat_template = config.model.chat_template
+    else:
+        tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    length = inputs.limit_of(config, run, source)
+    if length is None:
+        raise UsageError(f"{run.name}: set max_length; the model's config names no context length")
+    pad_id = chat.ensure_pad(tokenizer)
+    rows, held_rows = _rows(tokenizer, records, length), _rows(tokenizer, held, length)
+
+    model = causal_lm(source, language.model_seed(run), vocab=tokenizer).to(run.device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.lora:
+        model = add_adapters(model, inputs.adapters_of(config.lora), language.model_seed(run))
+    result = language.fit(run, config, model, pad_id, rows, held_rows)
+    inputs.save_model(run, model, tokenizer, config, "A base language model")
+    return result
+
+
+def _rows(tokenizer: Any, records: list[Record], length: int) -> list[language.Row]:
+    documents = [chat.text_ids(tokenizer, record)[0] for record in records if isinstance(record, TextRecord)]
+    return (
+        [language.Row(ids, [True] * len(ids)) for ids in pack_stream(documents, length)] if documents else []
+    )
+
+
+def _plain(record: Record) -> str:
+    text = record.text if isinstance(record, TextRecord) else ""
+    return text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)

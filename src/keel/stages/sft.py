@@ -1,0 +1,91 @@
+"""Supervised fine-tuning on demonstrations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keel.config import SFTConfig
+from keel.data import chat
+from keel.data.batches import pack_examples
+from keel.models.load import add_adapters, causal_lm, model_config
+from keel.runlog import StageRun
+from keel.stages import inputs, language
+from keel.types import DemonstrationRecord, Record, TextRecord, UsageError
+
+
+def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
+    """1. demonstrations  2. tokens, with a mask of those that count  3. rows, packed if asked  4. the loop  5. save."""
+    dataset, records, held = inputs.train_and_eval(config, run, ("demonstration", "text"))
+    source = inputs.source_of(config.model, run)
+    tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    limit = inputs.limit_of(config, run, source)
+    too_long = inputs.TooLong(run, config.too_long, limit)
+    rows: list[language.Row] = inputs.encode_all(
+        run, records, lambda record: _encode(tokenizer, record, config, too_long)
+    )
+    held_rows = inputs.encode_all(run, held, lambda record: _encode(tokenizer, record, config, too_long))
+    too_long.report()
+    if config.packing:
+        if limit is None:
+            raise UsageError(
+                f"{run.name}: packing needs max_length; the model's config names no context length"
+            )
+        _refuse_windows(run, model_config(source), limit)
+        rows = [
+            _pack([rows[i] for i in group]) for group in pack_examples([len(row.ids) for row in rows], limit)
+        ]
+
+    model = causal_lm(source, language.model_seed(run), vocab=tokenizer).to(run.device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.lora:
+        model = add_adapters(model, inputs.adapters_of(config.lora), language.model_seed(run))
+    result = language.fit(run, config, model, chat.ensure_pad(tokenizer), rows, held_rows)
+    inputs.save_model(run, model, tokenizer, config, "A supervised fine-tuned language model")
+    return result
+
+
+def _encode(
+    tokenizer: Any, record: Record, config: SFTConfig, too_long: inputs.TooLong
+) -> language.Row | None:
+    if isinstance(record, DemonstrationRecord):
+        prompt = chat.prompt_ids(tokenizer, record.prompt)
+        response = chat.completion_ids(tokenizer, record.prompt, record.completion)
+        if not too_long.fits(
+            record,
+            len(prompt) + len(response),
+            truncatable=len(response) < (too_long.limit or len(response) + 1),
+        ):
+            return None
+        excess = max(0, len(prompt) + len(response) - (too_long.limit or len(prompt) + len(response)))
+        prompt = prompt[excess:]  # the prompt gives way, from its start; the response stays whole
+        counts = [config.loss_on == "all"] * len(prompt) + [True] * len(response)
+        return language.Row(prompt + response, counts)
+    assert isinstance(record, TextRecord)
+    ids, counts = chat.text_ids(tokenizer, record)
+    if not too_long.fits(record, len(ids)):
+        return None
+    ids, counts = ids[: too_long.limit], counts[: too_long.limit]
+    if config.loss_on == "all":
+        counts = [True] * len(ids)
+    if not any(counts[1:]):
+        raise UsageError(f"{record.origin}: no token of the answer is left within {too_long.limit} tokens")
+    return language.Row(ids, counts)
+
+
+def _pack(examples: list[language.Row]) -> language.Row:
+    return language.Row(
+        [token for row in examples for token in row.ids],
+        [counts for row in examples for counts in row.counts],
+        [number for number, row in enumerate(examples) for _ in row.ids],
+    )
+
+
+def _refuse_windows(run: StageRun, config: Any, length: int) -> None:
+    """A packed row brings its own attention mask, which would take the place of a model's sliding window."""
+    for name in ("sliding_window", "window_size", "attention_window"):
+        window = getattr(config, name, None)
+        if isinstance(window, int) and window < length:
+            raise UsageError(
+                f"{run.name}: packing rows of {length} tokens would undo the model's attention window of {window}; set packing: false or max_length: {window}"
+            )

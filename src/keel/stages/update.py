@@ -1,0 +1,89 @@
+"""What the loops share: how many steps, which rows, when to evaluate, when to stop, how to step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from keel.algorithms.control import schedule
+from keel.config import Supervised, Training
+from keel.data.batches import derive_seed
+from keel.models import optim
+
+T = TypeVar("T")
+
+
+def total_steps(config: Supervised, rows: int) -> int:
+    """Optimiser steps: epochs × rows / batch_size, rounded up, or max_steps if that is fewer."""
+    steps = math.ceil(config.epochs * rows / config.batch_size)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def lr_scale(config: Training, step: int, steps: int) -> float:
+    """Share of the peak learning rate at step `step` (from 0) of `steps`."""
+    return schedule(step, steps, round(config.warmup * steps), config.schedule, config.lr_floor)
+
+
+def optimizer_for(config: Training, *groups: tuple[Sequence[nn.Module], float]) -> torch.optim.AdamW:
+    return optim.adamw(groups, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def micro_batches(rows: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
+    """The rows in parts of `size`; all at once for None."""
+    for start in range(0, len(rows), size or len(rows)):
+        yield rows[start : start + (size or len(rows))]
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make dropout a function of (seed, step), so that a resumed run draws what an undisturbed one drew."""
+    torch.manual_seed(derive_seed("step", seed, step))
+
+
+def add_metrics(total: dict[str, float], part: Mapping[str, Any], weight: float = 1.0) -> None:
+    """total += weight · part, name by name."""
+    for name, value in part.items():
+        total[name] = total.get(name, 0.0) + weight * float(value)
+
+
+def due(step: int, steps: int, every: int | None) -> bool:
+    """Whether something done every `every` steps, and at the end, is due after `step` steps."""
+    return step == steps or (every is not None and step % every == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStop:
+    """The best evaluation so far and how many since were no better. Higher is better; negate a loss."""
+
+    patience: int | None
+    best: float = -math.inf
+    waited: int = 0
+
+    def see(self, value: float) -> EarlyStop:
+        return (
+            replace(self, best=value, waited=0)
+            if value > self.best
+            else replace(self, waited=self.waited + 1)
+        )
+
+    @property
+    def stop(self) -> bool:
+        return self.patience is not None and self.waited >= self.patience
+
+    def values(self) -> dict[str, float | int | None]:
+        """For a checkpoint (JSON has no infinity)."""
+        return {"best": None if math.isinf(self.best) else self.best, "waited": self.waited}
+
+    def restored(self, values: Mapping[str, Any]) -> EarlyStop:
+        return replace(
+            self, best=-math.inf if values["best"] is None else values["best"], waited=values["waited"]
+        )
+
+
+def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's state, cloned."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -1,0 +1,154 @@
+"""Values that travel between keel's parts: records of data, rollouts, errors.
+
+Every value is frozen. Every tensor field says its shape and symbol; B counts sequences, S positions of
+`prompt + response` (right-padded), T positions of the response alone. A mask is True where it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+
+
+class KeelError(Exception):
+    """Anything keel reports to its user as one clear message. `exit_code` is the command's exit code."""
+
+    exit_code = 1
+
+
+class UsageError(KeelError):
+    """The command, the config or a model was not what it must be. Nothing was trained or overwritten."""
+
+    exit_code = 2
+
+
+class DataError(UsageError):
+    """A row or a file of data is unusable; the message names the file, the line and the reason."""
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the form of the Hugging Face chat templates."""
+
+    role: str
+    content: str
+
+
+Conversation = tuple[Message, ...]
+Prompt = str | Conversation  # what the model is given: plain text, or turns that end with the user's
+RecordType = Literal["text", "prompt", "demonstration", "preference", "unpaired"]
+StopReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """One annotator's judgement of a pair."""
+
+    annotator: str
+    choice: Literal["chosen", "rejected", "tie"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecord:
+    """Language modelling: plain text, or a whole conversation (`messages`)."""
+
+    text: str | Conversation
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""  # where the row came from, "file.jsonl:12"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """Prompt-only. `columns` holds the row's other columns; reward functions receive them."""
+
+    prompt: Prompt
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationRecord:
+    """Prompt-completion: what a good answer looks like."""
+
+    prompt: Prompt
+    completion: str | Conversation
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """A comparison. The votes are kept as they were given; `p_chosen` is the share that preferred `chosen`."""
+
+    prompt: Prompt
+    chosen: str | Conversation
+    rejected: str | Conversation
+    p_chosen: float | None = None  # in [0, 1]; ties count one half; None when nobody's votes are known
+    margin: float | None = None  # how much better, in reward units; None when unknown
+    votes: tuple[Vote, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedRecord:
+    """One completion with a thumb up (True) or down (False)."""
+
+    prompt: Prompt
+    completion: str | Conversation
+    label: bool = True
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+Record = TextRecord | PromptRecord | DemonstrationRecord | PreferenceRecord | UnpairedRecord
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """One source of rows, in plain values: what `config.py` validates and `data/load.py` reads."""
+
+    source: str  # a path, a hub id, or world:NAME/SPLIT
+    rows: int | None = None  # at most this many rows (how many to make, for a world)
+    weight: float | None = None  # share in a mixture; None: as many rows as the source has
+    split: str = "train"  # split of a hub data set
+    columns: Mapping[str, str] = field(default_factory=dict)  # keel's column name → the file's
+    on_bad: Literal["error", "skip"] = "error"
+    options: Mapping[str, Any] = field(default_factory=dict)  # a world's own settings
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. `temperature` 0 means greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()  # stop strings; each must be one token of the tokenizer, besides EOS
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response as the engine saw it: token ids, never text."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]  # response tokens; the stop token is the last one, unless stop_reason is "length"
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """A batch of scored rollouts, ready for the update. Everything is from before the first gradient step."""
+
+    ids: Tensor  # (B, S) prompt + response, right-padded
+    prompt_lengths: Tensor  # (B,) tokens of each prompt
+    mask: Tensor  # (B, T) True at response tokens, the stop token included
+    logp: Tensor  # (B, T) log π_old(a_t | s_t)
+    ref_logp: Tensor  # (B, T) log π_ref(a_t | s_t)
+    values: Tensor  # (B, T) V_old(s_t)
+    rewards: Tensor  # (B, T) shaped rewards r_t
+    advantages: Tensor  # (B, T) Â_t
+    returns: Tensor  # (B, T) R_t

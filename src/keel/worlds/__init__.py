@@ -1,0 +1,45 @@
+"""Synthetic tasks whose true reward is known: the embedded default, and a place to measure over-optimisation.
+
+A world makes rows as a `.jsonl` file would hold them and judges completions by a gold reward that no stage
+trains on. Each world is a module with the attributes of `World`. Same split and seed, same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from keel.worlds import arithmetic, helpdesk
+from keel.worlds.streams import unknown
+
+
+class World(Protocol):
+    """What a world offers."""
+
+    name: str
+    splits: Mapping[str, str]  # split → what it holds, in a line
+
+    def rows(self, split: str, rows: int | None, seed: int, **options: Any) -> Iterator[dict[str, Any]]:
+        """`rows` rows of `split` (the split's own default when None). Row i does not depend on `rows`.
+
+        Raises UsageError, at the call, for an unknown split or option and for a negative count.
+        """
+        ...
+
+    def gold(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> dict[str, float]:
+        """The true reward of `completion` for the user's message `prompt`: parts and "total", each in [0, 1].
+
+        `columns` are the other columns of the prompt's row. Raises DataError when neither they nor the
+        prompt say what would have been right.
+        """
+        ...
+
+
+_WORLDS: dict[str, World] = {"helpdesk": helpdesk, "arithmetic": arithmetic}
+
+
+def load(name: str) -> World:
+    """The world called `name`; UsageError with the nearest name and all known ones when there is none."""
+    if name not in _WORLDS:
+        raise unknown("world", name, _WORLDS)
+    return _WORLDS[name]

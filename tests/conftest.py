@@ -1,0 +1,245 @@
+"""Shared fixtures: a tokenizer, a model, data and runs small enough for every test to train for real."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+
+from keel.config import PPOConfig, parse
+from keel.data import chat
+from keel.data.load import load
+from keel.models.load import ModelSource, scorer
+from keel.models.tokenizer import train_tokenizer
+from keel.pipeline import Pipeline
+from keel.rewards import learned
+from keel.runlog import StageRun
+from keel.stages import inputs, ppo
+
+torch.set_num_threads(1)
+
+ANIMALS = ("cat", "dog", "fox", "hen", "owl", "pig")
+COLOURS = ("red", "blue", "green", "pink")
+TEXTS = [f"the {animal} is {colour}, so {colour} it is." for animal in ANIMALS for colour in COLOURS]
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """Files of rows, one a record type."""
+
+    text: Path
+    demonstrations: Path  # answers end by themselves and name any colour
+    pairs: Path  # an answer with "red" is always preferred
+    prompts: Path
+    chats: Path  # conversational demonstrations
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("data")
+    questions = [f"{lead} {animal}?" for lead in ("the", "so the") for animal in ANIMALS]
+    demonstrations = [{"prompt": q, "completion": f" it is {c}."} for q in questions for c in COLOURS]
+    pairs = [
+        {"prompt": q, "chosen": f" it is red{end}", "rejected": f" it is {c}{end}"}
+        for q in questions
+        for c in COLOURS[1:]
+        for end in (".", "")
+    ]
+    pairs += [
+        {"prompt": q, "chosen": " it is red.", "rejected": rejected}
+        for q in questions
+        for rejected in (".", " so.", " so it is.", " is.", " pink pink.")
+    ]
+    chats = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"it is {c}."}]}
+        for q in questions
+        for c in COLOURS[:2]
+    ]
+    return Data(
+        _write(folder / "text.jsonl", [{"text": text} for text in TEXTS]),
+        _write(folder / "demonstrations.jsonl", demonstrations),
+        _write(folder / "pairs.jsonl", pairs),
+        _write(folder / "prompts.jsonl", [{"prompt": q} for q in questions]),
+        _write(folder / "chats.jsonl", chats),
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Byte-level BPE of 300 tokens with EOS and a pad token of its own. Never changed: deep-copy to change it."""
+    return chat.with_chat_template(train_tokenizer(TEXTS * 2, 300, 48))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A seeded, untrained Llama saved with the tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1, **LLAMA,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+Run = Callable[[Mapping[str, Any], Path], Pipeline]
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Validate a config, run it into a directory, and return the pipeline."""
+
+    def go(config: Mapping[str, Any], directory: Path) -> Pipeline:
+        pipeline = Pipeline(
+            parse({"name": "tiny", "threads": 1, "device": "cpu", **config}), directory, lambda line: None
+        )
+        pipeline._report = lambda: None  # takes longer than the stages here, and has tests of its own
+        pipeline.run()
+        return pipeline
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def whole(data: Data) -> dict[str, Any]:
+    """Every stage, both ways to share a critic, a few steps each."""
+    common = {"batch_size": 4, "micro_batch": 3, "save_every": 2}
+    ppo = {
+        "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "updates": 4, "epochs": 2, "mini_batch": 2,
+        "lr": 1e-3, "sampling": {"max_new_tokens": 6}, "kl": {"coef": 0.1, "target": 0.5, "horizon": 40}, **common,
+    }  # fmt: skip
+    held = {"eval_data": {"source": str(data.prompts), "rows": 4}, "eval_every": 2}
+    stages = {
+        "base": {
+            "kind": "pretrain", "data": str(data.text), "model": {"vocab_size": 300, "init": {"model_type": "llama", **LLAMA}},
+            "max_length": 16, "max_steps": 6, "eval_every": 2, "patience": 2, **common,
+        },
+        "sft": {"kind": "sft", "model": "base", "data": str(data.demonstrations), "lr": 1e-3, "max_steps": 5, **common},
+        "reward": {
+            "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 5, "normalize": 8, "eval_every": 2,
+            "sampling": {"max_new_tokens": 6}, **common,
+        },
+        "ppo": {**ppo, **held, "patience": 3, "shaping": {"normalize": "running"}},
+        "ppo-trunk": {
+            **ppo, "sharing": "trunk", "critic_warmup": 1, "samples_per_prompt": 2, "shaping": {"center": "prompt"},
+            "ptx": {"data": str(data.text), "batch_size": 2},
+        },
+        "judge": {
+            "kind": "evaluate", "models": ["sft", "ppo", "ppo-trunk"], "reward": "reward", "data": str(data.prompts),
+            "comparisons": str(data.pairs), "sampling": {"max_new_tokens": 6}, "batch_size": 8,
+        },
+    }  # fmt: skip
+    return {"stages": stages}
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tokenizer: Any) -> Path:
+    """An untrained reward model on the tiny Llama, with a scale as keel's reward stage leaves it."""
+    folder = tmp_path_factory.mktemp("tiny") / "reward"
+    model = scorer(ModelSource(str(tiny_model)), 5)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    learned.save_scale(model, 0.5, 2.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def stage_run(tmp_path: Path) -> StageRun:
+    """A stage at work outside of any pipeline."""
+    return StageRun(
+        "stage",
+        tmp_path,
+        11,
+        torch.device("cpu"),
+        resolve=str,
+        load_data=lambda sources, accept: load(sources, accept, 0),
+    )
+
+
+OpenPPO = Callable[..., tuple[list[ppo.Task], ppo.Setup]]
+
+
+@pytest.fixture
+def open_ppo(tiny_model: Path, tiny_reward: Path, data: Data, stage_run: StageRun) -> OpenPPO:
+    """PPO's prompts and models for given settings, before the first update."""
+
+    def go(**settings: Any) -> tuple[list[ppo.Task], ppo.Setup]:
+        defaults = {
+            "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 8,
+            "updates": 3, "sampling": {"max_new_tokens": 8},
+        }  # fmt: skip
+        config = PPOConfig.model_validate(defaults | settings)
+        tasks, _, setup = ppo._open(config, stage_run, inputs.source_of(config.model, stage_run))
+        return tasks, setup
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained BERT encoder with a WordPiece tokenizer of its own, which splits text quite differently."""
+    folder = tmp_path_factory.mktemp("tiny") / "bert"
+    words = sorted({*" ".join(TEXTS).replace(",", " ,").replace(".", " .").split(), *"?.,", "it", "is", "so"})
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *words,
+        *(w for w in letters if w not in words),
+        *(f"##{c}" for c in letters),
+    ]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=48, initializer_range=0.2,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def differences() -> Callable[[Path, Path], list[str]]:
+    """Files that differ between two run directories, or are in one only; times aside."""
+    of_the_clock = {"times.jsonl", "stage.json", "manifest.json"}
+
+    def contents(directory: Path) -> dict[str, bytes]:
+        files = [path for path in directory.rglob("*") if path.is_file() and path.name != "report.html"]
+        return {
+            str(p.relative_to(directory)): b"" if p.name in of_the_clock else p.read_bytes() for p in files
+        }
+
+    def compare(one: Path, other: Path) -> list[str]:
+        a, b = contents(one), contents(other)
+        assert a
+        return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+    return compare

@@ -1,0 +1,309 @@
+"""Tokens are checked character by character: the tokenizer here has one token per byte unless a test adds merges."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from keel.data import chat
+from keel.types import DataError, TextRecord, UsageError
+
+EOS, PAD, BOS = "<eos>", "<pad>", "<bos>"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+NO_EOS = (
+    "{% for m in messages %}{{ '[' + m['role'][0] + ']' + m['content'] + '[/]' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[a]' }}{% endif %}"
+)
+USER = {"role": "user", "content": "Hello"}
+REPLY = {"role": "assistant", "content": "Hi"}
+SECOND = {"role": "user", "content": "Bye"}
+LAST = {"role": "assistant", "content": "Ciao"}
+
+
+def make_tokenizer(*, eos=EOS, pad=PAD, template=None, adds=None, merges=(), side="right"):
+    """One token per byte, plus `merges`. `adds` is a post-processor template such as "<bos> $A <eos>"."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    specials = list(dict.fromkeys([BOS, EOS, PAD, "<|im_start|>", "<|im_end|>"]))
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    if adds:
+        ids = [(token, inner.token_to_id(token)) for token in (BOS, EOS)]
+        inner.post_processor = processors.TemplateProcessing(single=adds, special_tokens=ids)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=eos,
+        pad_token=pad,
+        bos_token=BOS if adds else None,
+        padding_side=side,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def pieces(tokenizer, ids):
+    """Each token as text."""
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+
+
+def joined(tokenizer, ids):
+    return "".join(pieces(tokenizer, ids))
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_plain_prompt_is_its_bytes():
+    tokenizer = make_tokenizer()
+    assert pieces(tokenizer, chat.prompt_ids(tokenizer, "Q: a")) == ["Q", ":", " ", "a"]
+
+
+def test_plain_prompt_keeps_the_bos_a_tokenizer_adds_and_drops_the_eos_it_adds():
+    tokenizer = make_tokenizer(adds=f"{BOS} $A {EOS}")
+    assert tokenizer("ab")["input_ids"][-1] == tokenizer.eos_token_id  # the danger is there
+    assert pieces(tokenizer, chat.prompt_ids(tokenizer, "ab")) == [BOS, "a", "b"]
+
+
+def test_empty_prompt_becomes_bos_or_eos():
+    bare, with_bos = make_tokenizer(), make_tokenizer(adds=f"{BOS} $A")
+    assert pieces(bare, chat.prompt_ids(bare, "")) == [EOS]
+    assert pieces(with_bos, chat.prompt_ids(with_bos, "")) == [BOS]
+
+
+def test_conversation_prompt_ends_with_the_generation_prompt_and_gets_no_second_bos():
+    tokenizer = make_tokenizer(template="{{ '<bos>' }}" + CHATML, adds=f"{BOS} $A {EOS}")
+    ids = chat.prompt_ids(tokenizer, (USER,))
+    assert joined(tokenizer, ids) == "<bos><|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_default_template_renders_each_role():
+    tokenizer = chat.with_chat_template(make_tokenizer())
+    turns = ({"role": "system", "content": "Be kind."}, USER, REPLY, SECOND)
+    expected = "Be kind.\nUser: Hello\nAssistant: Hi<eos>\nUser: Bye\nAssistant:"
+    assert joined(tokenizer, chat.prompt_ids(tokenizer, turns)) == expected
+    assert chat.prompt_text(tokenizer, turns) == expected
+
+
+def test_with_chat_template_leaves_an_existing_template_alone():
+    assert chat.with_chat_template(make_tokenizer(template=CHATML)).chat_template == CHATML
+
+
+def test_conversation_without_any_template_is_a_usage_error():
+    with pytest.raises(UsageError, match="no chat template"):
+        chat.prompt_ids(make_tokenizer(), (USER,))
+
+
+def test_template_that_refuses_the_roles_is_a_usage_error():
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UsageError, match=r"user, user.*roles must alternate"):
+        chat.prompt_ids(make_tokenizer(template=refusing), (USER, SECOND))
+
+
+# ---------------------------------------------------------------- completions
+
+
+def test_plain_completion_is_text_and_eos():
+    tokenizer = make_tokenizer(adds=f"{BOS} $A {EOS}")
+    assert pieces(tokenizer, chat.completion_ids(tokenizer, "Q", " ab")) == [" ", "a", "b", EOS]
+
+
+@pytest.mark.parametrize("text", ["ab<eos>", "ab<eos><eos>", "ab<eos>\n"])
+def test_trap_26_extra_eos_appended_to_text_that_brings_one(text):
+    tokenizer = make_tokenizer()
+    assert pieces(tokenizer, chat.completion_ids(tokenizer, "Q", text)) == ["a", "b", EOS]
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        (chat.DEFAULT_CHAT_TEMPLATE, EOS, [" ", "H", "i", EOS]),
+        (CHATML, "<|im_end|>", ["H", "i", "<|im_end|>"]),  # the newline after it is cut
+        (CHATML, EOS, ["H", "i", "<|im_end|>", "\n", EOS]),  # end of turn is not EOS
+        (NO_EOS, EOS, ["H", "i", "[", "/", "]", EOS]),
+    ],
+)
+def test_trap_26_extra_eos_appended_to_a_template_that_writes_one(template, eos, expected):
+    tokenizer = make_tokenizer(template=template, eos=eos)
+    assert pieces(tokenizer, chat.completion_ids(tokenizer, (USER,), (REPLY,))) == expected
+
+
+def test_trap_26_extra_eos_appended_to_content_and_template_both_writing_one():
+    tokenizer = make_tokenizer(template=chat.DEFAULT_CHAT_TEMPLATE)
+    reply = {"role": "assistant", "content": "Hi<eos>"}
+    assert pieces(tokenizer, chat.completion_ids(tokenizer, (USER,), (reply,))) == [" ", "H", "i", EOS]
+    ids, _ = chat.text_ids(tokenizer, TextRecord((USER, reply)))
+    assert joined(tokenizer, ids) == "User: Hello\nAssistant: Hi<eos>"
+
+
+def test_eos_inside_the_content_does_not_cut_the_reply():
+    tokenizer = make_tokenizer(template=NO_EOS)
+    reply = {"role": "assistant", "content": "a<eos>b"}
+    ids = chat.completion_ids(tokenizer, (USER,), (reply,))
+    assert joined(tokenizer, ids) == "a<eos>b[/]<eos>"
+
+
+def test_trap_14_prompt_and_response_are_tokenised_apart():
+    tokenizer = make_tokenizer(template=chat.DEFAULT_CHAT_TEMPLATE, merges=[(":", "Ġ")])
+    assert pieces(tokenizer, tokenizer("t: H")["input_ids"]) == ["t", ": ", "H"]  # together they would merge
+    assert pieces(tokenizer, chat.prompt_ids(tokenizer, (USER,)))[-1] == ":"
+    assert pieces(tokenizer, chat.completion_ids(tokenizer, (USER,), (REPLY,)))[0] == " "
+    ids, _ = chat.text_ids(tokenizer, TextRecord((USER, REPLY)))
+    assert pieces(tokenizer, ids)[-5:] == [":", " ", "H", "i", EOS]
+
+
+def test_template_that_rewrites_the_prompt_is_a_usage_error():
+    counting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = make_tokenizer(template=counting)
+    with pytest.raises(UsageError, match="renders earlier turns differently"):
+        chat.completion_ids(tokenizer, (USER,), (REPLY,))
+    with pytest.raises(UsageError, match="renders earlier turns differently"):
+        chat.text_ids(tokenizer, TextRecord((USER, REPLY)))
+
+
+def test_template_that_drops_earlier_replies_is_a_usage_error():
+    forgetful = (
+        "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}{{ '|' + m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '|' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template=forgetful)
+    assert joined(tokenizer, chat.completion_ids(tokenizer, (USER,), (REPLY,))) == "Hi<eos>"
+    with pytest.raises(UsageError, match="renders earlier turns differently"):
+        chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
+
+
+def test_tokenizer_without_eos_is_a_usage_error():
+    with pytest.raises(UsageError, match="no EOS token"):
+        chat.completion_ids(make_tokenizer(eos=None), "Q", "A")
+
+
+# ---------------------------------------------------------------- whole texts
+
+
+@pytest.mark.parametrize("text", ["ab", "ab<eos>", "ab<eos>\n"])
+def test_plain_text_counts_as_a_whole_and_ends_in_one_eos(text):
+    tokenizer = make_tokenizer(adds=f"{BOS} $A {EOS}")
+    ids, mask = chat.text_ids(tokenizer, TextRecord(text))
+    assert pieces(tokenizer, ids) == [BOS, "a", "b", EOS]
+    assert mask == [True] * 4
+
+
+def test_conversation_counts_assistant_turns_with_their_eos():
+    tokenizer = make_tokenizer(template=chat.DEFAULT_CHAT_TEMPLATE)
+    ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
+    assert joined(tokenizer, ids) == "User: Hello\nAssistant: Hi<eos>\nUser: Bye\nAssistant: Ciao<eos>"
+    counted = [piece for piece, counts in zip(pieces(tokenizer, ids), mask) if counts]
+    assert counted == [" ", "H", "i", EOS, " ", "C", "i", "a", "o", EOS]
+
+
+def test_chatml_conversation_counts_the_end_of_turn_but_not_the_newline_after_it():
+    tokenizer = make_tokenizer(template=CHATML, eos="<|im_end|>")
+    ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
+    whole = (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nCiao<|im_end|>"
+    )
+    assert joined(tokenizer, ids) == whole
+    counted = [piece for piece, counts in zip(pieces(tokenizer, ids), mask) if counts]
+    assert counted == ["H", "i", "<|im_end|>", "C", "i", "a", "o", "<|im_end|>"]
+
+
+def test_end_of_turn_that_is_not_eos_counts_and_eos_follows_once():
+    tokenizer = make_tokenizer(template=NO_EOS)
+    ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
+    assert joined(tokenizer, ids) == "[u]Hello[/][a]Hi[/][u]Bye[/][a]Ciao[/]<eos>"
+    counted = [piece for piece, counts in zip(pieces(tokenizer, ids), mask) if counts]
+    assert "".join(counted) == "Hi[/]Ciao[/]<eos>"
+
+
+def test_a_conversation_of_two_turns_has_the_tokens_of_its_prompt_and_completion():
+    for template, eos in ((chat.DEFAULT_CHAT_TEMPLATE, EOS), (CHATML, "<|im_end|>"), (NO_EOS, EOS)):
+        tokenizer = make_tokenizer(template=template, eos=eos)
+        prompt = chat.prompt_ids(tokenizer, (USER,))
+        reply = chat.completion_ids(tokenizer, (USER,), (REPLY,))
+        ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY)))
+        assert ids == prompt + reply
+        assert mask == [False] * len(prompt) + [True] * len(reply)
+
+
+def test_user_turn_at_the_end_does_not_count():
+    tokenizer = make_tokenizer(template=chat.DEFAULT_CHAT_TEMPLATE)
+    ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND)))
+    assert joined(tokenizer, ids) == "User: Hello\nAssistant: Hi<eos>\nUser: Bye\n<eos>"
+    assert mask[-1] is False
+    assert sum(mask) == len(" Hi") + 1
+
+
+def test_conversation_without_an_assistant_turn_is_named():
+    tokenizer = make_tokenizer(template=CHATML)
+    with pytest.raises(DataError, match=r"chats\.jsonl:4: .*no assistant turn"):
+        chat.text_ids(tokenizer, TextRecord((USER,), origin="chats.jsonl:4"))
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_text_forms():
+    tokenizer = make_tokenizer(template=CHATML)
+    assert chat.prompt_text(tokenizer, "plain") == "plain"
+    assert chat.prompt_text(None, (USER, REPLY, SECOND)) == "user: Hello\nassistant: Hi\nuser: Bye"
+    assert chat.prompt_text(tokenizer, (USER,)).endswith("<|im_start|>assistant\n")
+    assert chat.completion_text((REPLY,)) == "Hi"
+    assert chat.completion_text(" Hi") == " Hi"
+    assert chat.user_text((USER, REPLY, SECOND)) == "Bye"
+    assert chat.user_text("plain") == "plain"
+
+
+# ---------------------------------------------------------------- special tokens
+
+
+def test_stop_ids_start_with_eos_and_do_not_repeat():
+    tokenizer = make_tokenizer(merges=[("#", "#")])
+    newline, hashes = tokenizer("\n")["input_ids"][0], tokenizer.convert_tokens_to_ids("##")
+    assert chat.stop_ids(tokenizer, []) == (tokenizer.eos_token_id,)
+    assert chat.stop_ids(tokenizer, ["\n", "##", EOS, "\n"]) == (tokenizer.eos_token_id, newline, hashes)
+
+
+@pytest.mark.parametrize("stop", ["ab", ""])
+def test_stop_string_that_is_not_one_token_is_a_usage_error(stop):
+    with pytest.raises(UsageError, match="must be one token"):
+        chat.stop_ids(make_tokenizer(), [stop])
+
+
+def test_trap_23_no_pad_token_uses_eos():
+    tokenizer = make_tokenizer(pad=None)
+    assert chat.ensure_pad(tokenizer) == tokenizer.eos_token_id
+    assert tokenizer.pad_token == EOS
+    with pytest.raises(UsageError, match="no EOS token"):
+        chat.ensure_pad(make_tokenizer(pad=None, eos=None))
+
+
+def test_a_pad_token_of_its_own_is_kept():
+    tokenizer = make_tokenizer()
+    assert chat.ensure_pad(tokenizer) == tokenizer.convert_tokens_to_ids(PAD) != tokenizer.eos_token_id
+
+
+def test_trap_9_pad_equals_eos_keeps_the_real_eos():
+    tokenizer = make_tokenizer(pad=EOS, template=chat.DEFAULT_CHAT_TEMPLATE)
+    assert chat.ensure_pad(tokenizer) == tokenizer.eos_token_id
+    assert chat.completion_ids(tokenizer, "Q", "A")[-1] == tokenizer.eos_token_id
+    ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY)))
+    assert ids[-1] == tokenizer.eos_token_id
+    assert mask[-1] is True
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_trap_29_padding_side_is_left_as_it_was(side):
+    tokenizer = make_tokenizer(pad=None, side=side)
+    chat.with_chat_template(tokenizer)
+    chat.ensure_pad(tokenizer)
+    chat.prompt_ids(tokenizer, "Q")
+    chat.completion_ids(tokenizer, (USER,), (REPLY,))
+    chat.text_ids(tokenizer, TextRecord((USER, REPLY)))
+    chat.stop_ids(tokenizer, [])
+    assert tokenizer.padding_side == side

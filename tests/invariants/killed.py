@@ -1,0 +1,124 @@
+"""Run a config in child processes, each killed (SIGKILL) just before one chosen change to the disk.
+
+    python killed.py CONFIG FOLDER every STRIDE    one directory a kill: before change 1, 1 + STRIDE, …; each then run to its end
+    python killed.py CONFIG FOLDER chain KILLS SEED    one directory, killed again and again before some change; then run to its end
+
+Python announces every change (audit events), so nothing in keel needs to be patched, and with fork the imports are
+paid for once. FOLDER/undisturbed is a run that nobody disturbed. Prints how many kills there were.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+
+def is_change(event: str, args: tuple[Any, ...]) -> bool:
+    """A file is made, opened to be written, renamed or removed."""
+    if event == "open":
+        return (
+            isinstance(args[0], str)
+            and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+            and not args[0].startswith("/dev")
+        )
+    return event in CHANGES
+
+
+def run(config: Any, directory: Path, kill_before: int | None = None) -> bool:
+    """True if the run came to its end; False if it was killed."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        if status == 0:
+            return True
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return False
+        sys.exit(f"the run in {directory} failed")
+    try:
+        from keel.pipeline import Pipeline
+
+        pipeline, changes = Pipeline(config, directory, lambda line: None), 0
+        pipeline._report = lambda: None
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal changes
+            if is_change(event, args):
+                changes += 1
+                if changes == kill_before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        pipeline.run()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def import_everything() -> None:
+    """What libraries import at first use, so that no child has to. Without a backward pass: autograd does not survive a fork."""
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    torch.set_num_threads(1)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    gc.collect()
+    gc.freeze()  # what is here by now is no child's to search
+
+
+def main() -> None:
+    sys.dont_write_bytecode = True
+    from keel.config import read
+
+    import_everything()
+    config, folder, plan, numbers = (
+        read(Path(sys.argv[1])),
+        Path(sys.argv[2]),
+        sys.argv[3],
+        [int(a) for a in sys.argv[4:]],
+    )
+    assert run(config, folder / "undisturbed")
+    kills = 0
+    if plan == "every":
+        before = 1
+        while not run(config, folder / f"killed-{before}", before):
+            assert run(config, folder / f"killed-{before}")
+            before, kills = before + numbers[0], kills + 1
+    else:
+        random.seed(numbers[1])
+        while kills < numbers[0] and not run(config, folder / "killed", random.randint(1, 60)):
+            kills += 1
+        assert run(config, folder / "killed")
+    print(kills)
+
+
+main()

@@ -1,0 +1,107 @@
+"""Figures: what is drawn from which numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from keel.report import pictures
+from keel.report.reading import StageRun
+
+
+def stage(kind, metrics, **settings):
+    return StageRun("one", kind, "done", Path("nowhere"), {"kind": kind, **settings}, (), {}, {}, metrics)
+
+
+def by_title(found):
+    return {picture.title: picture for picture in found}
+
+
+def test_training_and_held_out_loss_share_a_picture():
+    metrics = {"loss": [(1, 3.0), (2, 2.0), (3, 1.0)], "eval_loss": [(3, 1.5)]}
+    (loss,) = pictures.curves(stage("sft", metrics))
+    training, held_out = loss.figure["data"]
+    assert (training["x"], training["y"]) == ([1, 2, 3], [3.0, 2.0, 1.0])
+    assert (held_out["x"], held_out["y"]) == ([3], [1.5])
+
+
+def test_the_kl_picture_draws_the_target():
+    kl = {"objective/kl": [(1, 0.0), (2, 1.0)]}
+    drawn = by_title(pictures.curves(stage("ppo", kl, kl={"target": 6.0})))["KL from the reference"]
+    (line,) = drawn.figure["layout"]["shapes"]
+    assert (line["y0"], line["y1"]) == (6.0, 6.0)
+    low, high = drawn.figure["layout"]["yaxis"]["range"]
+    assert low < 0 < 6 < high  # the line is in sight
+    assert [key.label for key in drawn.keys] == ["target 6"]
+    without = by_title(pictures.curves(stage("ppo", kl)))["KL from the reference"]
+    assert "shapes" not in without.figure["layout"]
+
+
+def test_a_value_that_is_not_finite_leaves_a_gap_and_valid_json():
+    (loss,) = pictures.curves(stage("sft", {"loss": [(1, 3.0), (2, None), (3, 1.0)]}))
+    assert loss.figure["data"][0]["y"] == [3.0, None, 1.0]
+    json.dumps(loss.figure, allow_nan=False)
+
+
+def test_a_stage_of_unknown_kind_shows_what_it_logged():
+    assert [p.title for p in pictures.curves(stage("new", {"a": [(1, 1.0)], "b": [(1, 2.0)]}))] == ["a", "b"]
+
+
+def test_running_mean_is_centred_and_skips_what_is_missing():
+    points = [(1, 1.0), (2, 4.0), (3, None), (4, 10.0)]
+    assert pictures.running_mean(points, 3) == [(1, 2.5), (2, 2.5), (3, 7.0), (4, 10.0)]
+    assert pictures.running_mean([], 3) == []
+    assert len(pictures.running_mean([(i, 1.0) for i in range(100_000)], 5)) <= pictures.MOST_POINTS + 1
+
+
+def test_thinning_keeps_spikes_and_order():
+    points = [(i, 0.0) for i in range(10_000)]
+    points[5001] = (5001, 99.0)
+    points[7003] = (7003, -99.0)
+    kept = pictures.thin(points, 600)
+    assert len(kept) <= 600
+    assert (5001, 99.0) in kept
+    assert (7003, -99.0) in kept
+    assert kept == sorted(kept)
+    assert pictures.thin(points[:10], 600) == points[:10]
+
+
+def test_points_carry_their_intervals_and_the_reference_sits_at_kl_zero():
+    def m(mean, low, high):
+        return {"mean": mean, "low": low, "high": high, "n": 9}
+
+    models = {
+        "sft": {"gold": m(0.4, 0.3, 0.5), "proxy": m(0.0, -1.0, 1.0)},
+        "ppo": {"gold": m(0.8, 0.7, 0.85), "proxy": m(2.0, 1.0, 3.0), "kl": m(5.0, 4.0, 6.0)},
+    }
+    config = {"stages": {"ppo": {"kl": {"target": 6.0}}}}
+    proxy, kl = pictures.judgement("judge", {"reference": "sft", "models": models}, config)
+    ppo = proxy.figure["data"][1]
+    assert (ppo["x"], ppo["y"]) == ([2.0], [0.8])
+    assert [round(ppo["error_y"][side][0], 6) for side in ("arrayminus", "array")] == [0.1, 0.05]
+    assert [trace["x"] for trace in kl.figure["data"]] == [[0.0], [5.0]]
+    assert kl.figure["layout"]["shapes"][0]["x0"] == 6.0
+
+
+def test_without_gold_the_proxy_is_drawn_against_kl():
+    models = {"a": {"proxy": {"mean": 0.0}}, "b": {"proxy": {"mean": 1.0}, "kl": {"mean": 2.0}}}
+    (kl,) = pictures.judgement("judge", {"reference": "a", "models": models}, {})
+    assert kl.title == "Proxy reward against KL"
+
+
+def test_labels_cannot_become_markup():
+    assert pictures.plain("<b>%{x}") == "&lt;b&gt;% {x}"
+
+
+def test_trajectory_pairs_score_and_kl_of_the_same_update():
+    metrics = {
+        "objective/kl": [(1, 0.0), (2, 1.0), (3, None), (4, 3.0)],
+        "objective/scores": [(1, 10.0), (2, 20.0), (3, 30.0), (4, 40.0), (5, 50.0)],
+    }
+    drawn = pictures.trajectories([stage("ppo", metrics)], {})
+    assert drawn is not None
+    assert (drawn.figure["data"][0]["x"], drawn.figure["data"][0]["y"]) == (
+        [0.0, 1.0, 3.0],
+        [10.0, 20.0, 40.0],
+    )
+    assert pictures.trajectories([stage("ppo", {})], {}) is None

@@ -1,0 +1,144 @@
+"""Reward models read by length, whatever the padding; and by text where tokenizers differ."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from keel.models.load import ModelSource, scorer
+from keel.rewards import learned
+from keel.types import UsageError
+
+ROWS = [[5, 6, 7, 1], [9, 1], [40, 41, 42, 43, 44, 45, 1], [8, 8, 8]]
+
+
+def alone(folder: Path, row: list[int]) -> float:
+    """The head's output at the last token of one unpadded row, from the backbone itself."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([row])).last_hidden_state
+    return (hidden[0, -1] @ model.score.weight[0]).item()
+
+
+def test_a_score_is_the_heads_at_the_rows_last_token(tiny_reward: Path) -> None:
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    expected = [alone(tiny_reward, row) for row in ROWS]
+    assert len({round(x, 3) for x in expected}) == 4
+    for size in (1, 2, 4):
+        scores = learned.score(reward, [{"input_ids": row} for row in ROWS], batch_size=size)
+        torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["pad is None", "pad is eos", "pads on the left"])
+def test_trap_23_the_score_is_that_of_the_last_token_whatever_the_pad_token(
+    tiny_reward: Path, change: str
+) -> None:
+    """[trl 937, 2778; gpt-neox PR 1285] Also row 3, which does not end in EOS."""
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    tokenizer = copy.deepcopy(reward.tokenizer)
+    if change == "pad is None":
+        tokenizer.pad_token = None
+        reward.model.config.pad_token_id = None
+    elif change == "pad is eos":
+        tokenizer.pad_token = tokenizer.eos_token
+        reward.model.config.pad_token_id = tokenizer.eos_token_id
+    else:
+        tokenizer.padding_side = "left"
+    scores = learned.score(learned.wrap(reward.model, tokenizer), [{"input_ids": row} for row in ROWS])
+    torch.testing.assert_close(
+        scores, torch.tensor([alone(tiny_reward, row) for row in ROWS]), rtol=0, atol=1e-5
+    )
+    if change == "pads on the left":
+        assert tokenizer.padding_side == "left"
+
+
+def test_the_scale_of_the_reward_stage_travels_with_the_model(tiny_reward: Path, tiny_model: Path) -> None:
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    assert (reward.mean, reward.std) == (0.5, 2.0)
+
+
+def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match=r"no reward model .*LlamaForCausalLM"):
+        learned.load(str(tiny_model), device=torch.device("cpu"))
+
+
+def test_a_classifier_of_two_classes_is_no_reward_model(
+    tiny_model: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="2 outputs; a reward model has 1"):
+        learned.load(str(tmp_path), device=torch.device("cpu"))
+
+
+def test_trap_28_an_encoder_reads_text_with_its_own_tokenizer(tiny_bert: Path) -> None:
+    """[trl 1979, 3595] Against transformers' own call on the pair, unpadded."""
+    model = scorer(ModelSource(str(tiny_bert)), 3).eval()
+    reward = learned.wrap(model, AutoTokenizer.from_pretrained(tiny_bert))
+    assert reward.is_encoder
+    pairs = [("the cat?", " it is red."), ("so the pig?", " it is blue, so it is."), ("the owl?", "")]
+    scores = learned.score(
+        reward, [learned.encode_sampled(reward, prompt, text, True) for prompt, text in pairs]
+    )
+    for (prompt, text), score in zip(pairs, scores.tolist(), strict=True):
+        with torch.no_grad():
+            expected = model(**reward.tokenizer(prompt, text, return_tensors="pt")).logits.item()
+        assert score == pytest.approx(expected, abs=1e-5)
+
+
+def test_trap_28_a_conversation_reaches_an_encoder_as_text(tiny_bert: Path) -> None:
+    reward = learned.wrap(
+        scorer(ModelSource(str(tiny_bert)), 3).eval(), AutoTokenizer.from_pretrained(tiny_bert)
+    )
+    prompt = ({"role": "user", "content": "the cat?"},)
+    inputs = learned.encode_sampled(reward, prompt, " it is red.", True)
+    tokens = reward.tokenizer.convert_ids_to_tokens(inputs["input_ids"])
+    assert (
+        "".join(tokens).replace("##", "") == "[CLS]user[UNK]thecat?[SEP]itisred.[SEP]"
+    )  # ":" is no word of this one
+    assert inputs["token_type_ids"] == [0] * (tokens.index("[SEP]") + 1) + [1] * (
+        len(tokens) - tokens.index("[SEP]") - 1
+    )
+
+
+def test_a_response_that_was_cut_off_gets_no_eos(tiny_reward: Path) -> None:
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    whole = learned.encode_sampled(reward, "the cat?", " it is red.", True)["input_ids"]
+    cut = learned.encode_sampled(reward, "the cat?", " it is red.", False)["input_ids"]
+    assert whole == [*cut, reward.tokenizer.eos_token_id]
+    assert reward.tokenizer.decode(cut) == "the cat? it is red."
+
+
+def test_what_is_too_long_loses_the_prompts_start_and_nothing_of_the_response(
+    tiny_reward: Path, tiny_bert: Path
+) -> None:
+    decoder = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    ids = learned.encode(decoder, "the cat? " * 30, " it is red.")["input_ids"]
+    assert len(ids) == 48
+    assert decoder.tokenizer.decode(ids).endswith("the cat?  it is red.<|end|>")
+    encoder = learned.wrap(
+        scorer(ModelSource(str(tiny_bert)), 3).eval(), AutoTokenizer.from_pretrained(tiny_bert)
+    )
+    ids = learned.encode(encoder, "the cat? " * 30, " it is red.")["input_ids"]
+    assert len(ids) <= 48
+    assert encoder.tokenizer.decode(ids).endswith("the cat? [SEP] it is red. [SEP]")
+    with pytest.raises(UsageError, match="does not fit a reward model that reads 48"):
+        learned.encode(decoder, "the cat?", " it is red." * 30)
+
+
+def test_only_tokenizers_with_the_same_ids_and_template_read_each_others_ids(
+    tokenizer: Any, tiny_bert: Path
+) -> None:
+    twin = copy.deepcopy(tokenizer)
+    assert learned.same_tokenizer(tokenizer, twin)
+    assert not learned.same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(tiny_bert))
+    twin.chat_template = "{{ messages[0]['content'] }}"
+    assert not learned.same_tokenizer(tokenizer, twin)
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(["<new>"])
+    assert not learned.same_tokenizer(tokenizer, grown)

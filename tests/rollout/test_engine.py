@@ -1,0 +1,231 @@
+"""Sampling against transformers' own generation and against the distribution itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from keel.rollout.engine import generate, pick, text_of
+from keel.types import Completion, Sampling, UsageError
+
+PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45, 46], [8, 8], [100, 3]]
+EOS, PAD = 1, 0
+SMALL = {"vocab_size": 60, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.3}
+
+
+def tiny(architecture: str) -> Any:
+    torch.manual_seed(1)
+    match architecture:
+        case "gpt2":
+            return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=48, **SMALL))
+        case "gpt_neox":
+            sizes = {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+            }
+            return GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=48, **sizes, **SMALL))
+        case "gpt_neo":  # global and local attention, with a window shorter than the sequences
+            return GPTNeoForCausalLM(
+                GPTNeoConfig(
+                    hidden_size=32,
+                    num_layers=2,
+                    num_heads=4,
+                    attention_types=[[["global", "local"], 1]],
+                    window_size=4,
+                    max_position_embeddings=48,
+                    **SMALL,
+                )
+            )
+        case "mistral":  # a sliding window in every layer
+            sizes = {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            }
+            return MistralForCausalLM(
+                MistralConfig(
+                    intermediate_size=64, sliding_window=4, max_position_embeddings=48, **sizes, **SMALL
+                )
+            )
+    raise AssertionError(architecture)
+
+
+def prompts_within(vocabulary: int) -> list[list[int]]:
+    return [[2 + token % (vocabulary - 2) for token in prompt] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gpt_neo", "mistral"])
+def test_greedy_decoding_is_that_of_transformers_for_prompts_of_all_lengths(
+    architecture: str, tiny_model: Path
+) -> None:
+    model = (
+        AutoModelForCausalLM.from_pretrained(tiny_model) if architecture == "llama" else tiny(architecture)
+    ).eval()
+    prompts = prompts_within(model.config.vocab_size)
+    one_at_a_time = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=PAD
+        )
+        one_at_a_time.append(tuple(whole[0, len(prompt) :].tolist()))
+    done = generate(
+        model,
+        prompts,
+        Sampling(12, temperature=0),
+        stop_ids=[model.config.eos_token_id],
+        pad_id=PAD,
+        seed=0,
+        batch_size=3,
+    )
+    assert [c.ids for c in done] == one_at_a_time
+    assert [list(c.prompt_ids) for c in done] == prompts
+
+
+def test_rows_that_end_leave_the_others_as_they_were() -> None:
+    """A stop token that greedy rows reach at different times: each row is cut there, and only there."""
+    model, prompts = tiny("gpt2").eval(), prompts_within(60)
+    free = generate(model, prompts, Sampling(12, temperature=0), stop_ids=[1000], pad_id=PAD, seed=0)
+    stop = free[0].ids[4]
+    done = generate(model, prompts, Sampling(12, temperature=0), stop_ids=[1000, stop], pad_id=PAD, seed=0)
+    ends = set()
+    for before, after in zip(free, done, strict=True):
+        if stop in before.ids:
+            cut = before.ids[: before.ids.index(stop) + 1]
+            assert (after.ids, after.stop_reason) == (cut, "stop")
+            ends.add(len(cut))
+        else:
+            assert (after.ids, after.stop_reason) == (before.ids, "length")
+            ends.add(12)
+    assert len(ends) > 1
+
+
+def test_a_row_is_given_the_same_tokens_whatever_else_is_in_the_batch() -> None:
+    model, prompts = tiny("gpt_neox").eval(), prompts_within(60)
+    draw = {"stop_ids": [EOS], "pad_id": PAD, "seed": 4}
+    whole = generate(model, prompts, Sampling(10), **draw)
+    assert generate(model, prompts, Sampling(10), batch_size=1, **draw) == whole
+    assert generate(model, prompts, Sampling(10), batch_size=2, **draw) == whole
+    others = [prompts[0], [3] * 9, *prompts[2:]]
+    assert generate(model, others, Sampling(10), **draw)[0] == whole[0]
+    assert generate(model, others, Sampling(10), **draw)[2:] == whole[2:]
+    twins = generate(model, [prompts[0]] * 2, Sampling(10), **draw)
+    assert twins[0] == whole[0]
+    assert twins[1].ids != twins[0].ids  # each row draws its own numbers
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_tokens_follow_the_softmax_at_the_temperature(temperature: float) -> None:
+    logits = torch.tensor([1.0, -0.5, 0.3, 2.0, 0.0])
+    n = 20_000
+    draws = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    chosen = pick(logits.expand(n, -1), draws, Sampling(temperature=temperature))
+    weights = [pow(2.718281828459045, x / temperature) for x in logits.tolist()]
+    expected = [n * w / sum(weights) for w in weights]
+    assert chisquare(torch.bincount(chosen, minlength=5).tolist(), expected).pvalue > 0.001
+
+
+def test_sampled_sequences_follow_the_models_own_distribution() -> None:
+    """Both tokens of a response of two, so that cache and positions count as well."""
+    model, n = tiny("gpt2").eval(), 6000
+    with torch.no_grad():  # eight tokens to choose from
+        model.lm_head.weight[8:] = model.lm_head.weight[8:] * 0
+        model.transformer.ln_f.bias[:] = 0
+    done = generate(
+        model, [[5, 6, 7], [9]] * (n // 2), Sampling(2), stop_ids=[EOS], pad_id=PAD, seed=9, batch_size=2000
+    )
+    rows = [c for c in done if c.prompt_ids == (5, 6, 7) and c.ids[0] != EOS]
+    first = max({c.ids[0] for c in rows}, key=[c.ids[0] for c in rows].count)
+    seconds = torch.tensor([c.ids[1] for c in rows if c.ids[0] == first])
+    with torch.no_grad():
+        expected = model(torch.tensor([[5, 6, 7, first]])).logits[0, -1].softmax(-1) * len(seconds)
+    counts = torch.bincount(seconds, minlength=60).float()
+    common = expected >= 5  # the rare ones together
+    seen = [*counts[common].tolist(), counts[~common].sum().item()]
+    wanted = [*expected[common].tolist(), expected[~common].sum().item()]
+    scale = sum(seen) / sum(wanted)
+    assert len(seconds) > 100
+    assert chisquare(seen, [w * scale for w in wanted]).pvalue > 0.001
+
+
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")])
+    for draw in (0.0, 0.25, 0.5, 1 - 2**-53):
+        chosen = pick(logits[None], torch.tensor([draw], dtype=torch.float64), Sampling()).item()
+        assert chosen == (1 if draw < 0.5 else 3)
+
+
+def test_top_k_and_top_p_cut_the_tail_and_nothing_else() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(1000, -1)
+    draws = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)
+
+    def shares(sampling: Sampling) -> list[float]:
+        return [
+            round(x, 2) for x in (torch.bincount(pick(logits, draws, sampling), minlength=4) / 1000).tolist()
+        ]
+
+    assert shares(Sampling()) == [0.1, 0.2, 0.3, 0.4]
+    assert shares(Sampling(top_k=2)) == [0.0, 0.0, 0.43, 0.57]
+    assert shares(Sampling(top_p=0.65)) == [
+        0.0,
+        0.0,
+        0.43,
+        0.57,
+    ]  # 0.4 is short of it, 0.7 is the first above
+    assert shares(Sampling(top_p=0.75)) == [0.0, 0.22, 0.33, 0.44]
+
+
+def test_a_model_in_training_mode_is_sampled_in_evaluation_mode_and_put_back() -> None:
+    """Gradient checkpointing keeps no cache in training mode, so sampling there would see one token at a time."""
+    model = tiny("gpt2")
+    plain = generate(model.eval(), [[5, 6, 7]], Sampling(8), stop_ids=[EOS], pad_id=PAD, seed=3)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert generate(model, [[5, 6, 7]], Sampling(8), stop_ids=[EOS], pad_id=PAD, seed=3) == plain
+    assert model.training
+
+
+def test_a_response_that_cannot_fit_the_context_is_refused_before_sampling(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(UsageError, match=r"45 tokens and max_new_tokens 4 exceed .* 48"):
+        generate(model, [[5], [6] * 45], Sampling(4), stop_ids=[EOS], pad_id=PAD, seed=0)
+
+
+def test_trap_generation_that_ignores_eos() -> None:
+    """[trl 2387] Every row ends at its first EOS, with it, and is said to have ended by it."""
+    prompts = [[5, 6], [9]] * 30
+    done = generate(
+        tiny("gpt2").eval(), prompts, Sampling(30, temperature=3.0), stop_ids=[EOS], pad_id=PAD, seed=1
+    )
+    ended = [c for c in done if c.stop_reason == "eos"]
+    assert 5 < len(ended) < 60
+    for c in ended:
+        assert c.ids.index(EOS) == len(c.ids) - 1
+    for c in (c for c in done if c.stop_reason == "length"):
+        assert len(c.ids) == 30
+        assert EOS not in c.ids
+
+
+def test_the_text_of_a_response_is_without_what_ended_it(tokenizer: Any) -> None:
+    red, dot = tokenizer(" red")["input_ids"], tokenizer(".")["input_ids"]
+    assert text_of(tokenizer, Completion((5,), (*red, *dot), "length")) == " red."
+    assert text_of(tokenizer, Completion((5,), (*red, *dot), "stop")) == " red"
+    assert text_of(tokenizer, Completion((5,), (*red, *dot, tokenizer.eos_token_id), "eos")) == " red."

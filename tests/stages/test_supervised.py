@@ -1,0 +1,209 @@
+"""Pretraining, supervised fine-tuning and the reward model do what their settings say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from keel.config import RewardConfig, SFTConfig
+from keel.models.load import load_tokenizer
+from keel.rewards import learned
+from keel.stages import inputs, language, sft
+from keel.stages import reward as reward_stage
+from keel.stages.update import copy_state
+from keel.types import DataError, DemonstrationRecord, PreferenceRecord, TextRecord, UsageError
+
+LORA = {"r": 4, "alpha": 8}
+
+
+@pytest.fixture
+def run_stage(run: Any, tiny_model: Path, data: Any, tmp_path: Path) -> Any:
+    """Run one stage on the tiny model; returns its directory and its metrics."""
+
+    def go(kind: str, name: str = "run", **settings: Any) -> tuple[Path, list[dict[str, float]]]:
+        rows = {"pretrain": data.text, "sft": data.demonstrations, "reward": data.pairs}[kind]
+        defaults = {
+            "kind": kind,
+            "model": str(tiny_model),
+            "data": str(rows),
+            "lr": 1e-3,
+            "batch_size": 6,
+            "epochs": 10,
+            "max_steps": 3,
+        }
+        more = {"normalize": 8, "sampling": {"max_new_tokens": 4}} if kind == "reward" else {}
+        run({"stages": {"stage": defaults | more | settings}}, tmp_path / name)
+        stage = tmp_path / name / "stages" / "stage"
+        return stage, [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+    return go
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_micro_batches_and_gradient_checkpointing_change_memory_and_not_results(
+    kind: str, lora: Any, run_stage: Any
+) -> None:
+    settings = {"lora": lora, "max_length": 24}
+    _, whole = run_stage(kind, "whole", **settings)
+    stage, split = run_stage(kind, "split", micro_batch=4, gradient_checkpointing=True, **settings)
+    assert len(whole) == len(split) == 3
+    for one, other in zip(whole, split, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    kind_of_model = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    _, info = kind_of_model.from_pretrained(stage / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_early_stopping_keeps_the_best_weights(run_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A held-out loss made to rise after the second evaluation."""
+    losses, weights = iter([2.0, 1.0, 3.0, 4.0, 5.0, 6.0]), []
+
+    def rising(model: Any, *_: Any) -> dict[str, float]:
+        weights.append(copy_state(model))
+        return {"eval_loss": next(losses), "eval_mean_token_accuracy": 0.0}
+
+    monkeypatch.setattr(language, "evaluate", rising)
+    stage, rows = run_stage("sft", eval_every=1, patience=2, max_steps=6)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    kept = AutoModelForCausalLM.from_pretrained(stage / "model").state_dict()
+    assert all(torch.equal(kept[k], v) for k, v in weights[1].items() if k in kept)
+
+
+def test_conversations_are_trained_on_the_answers_alone(data: Any, run_stage: Any, tiny_model: Path) -> None:
+    stage, rows = run_stage("sft", data=str(data.chats), max_steps=30, lr=1e-2)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert AutoTokenizer.from_pretrained(stage / "model").chat_template
+
+
+def encoded(record: Any, tiny_model: Path, stage_run: Any, **settings: Any) -> tuple[Any, Any]:
+    tokenizer = load_tokenizer(str(tiny_model))
+    config = SFTConfig.model_validate({"kind": "sft", "model": "m", "data": "d", **settings})
+    too_long = inputs.TooLong(stage_run, config.too_long, config.max_length)
+    return tokenizer, sft._encode(tokenizer, record, config, too_long)
+
+
+def test_the_loss_is_on_the_completion_and_its_eos_or_on_all(tiny_model: Path, stage_run: Any) -> None:
+    record = DemonstrationRecord("the cat?", " it is red.")
+    tokenizer, row = encoded(record, tiny_model, stage_run)
+    assert tokenizer.decode(row.ids) == "the cat? it is red.<|end|>"
+    counted = [t for t, counts in zip(row.ids, row.counts, strict=True) if counts]
+    assert tokenizer.decode(counted) == " it is red.<|end|>"
+    _, row = encoded(record, tiny_model, stage_run, loss_on="all")
+    assert all(row.counts)
+
+
+def test_a_row_that_is_too_long_is_an_error_or_left_out_or_loses_its_prompts_start(
+    tiny_model: Path, stage_run: Any
+) -> None:
+    record = DemonstrationRecord("the owl? " * 9 + "the cat?", " it is red.", origin="rows.jsonl:3")
+    with pytest.raises(DataError, match=r"rows.jsonl:3: \d+ tokens, more than the 12 of stage"):
+        encoded(record, tiny_model, stage_run, max_length=12)
+    assert encoded(record, tiny_model, stage_run, max_length=12, too_long="skip")[1] is None
+    tokenizer, row = encoded(record, tiny_model, stage_run, max_length=12, too_long="truncate")
+    assert len(row.ids) == 12
+    assert tokenizer.decode(row.ids).endswith("the cat? it is red.<|end|>")
+    with pytest.raises(DataError, match="response alone is longer"):
+        encoded(
+            DemonstrationRecord("a", " red" * 40, origin="x"),
+            tiny_model,
+            stage_run,
+            max_length=12,
+            too_long="truncate",
+        )
+    turns = ({"role": "user", "content": "the cat? " * 20}, {"role": "assistant", "content": "red"})
+    talk = TextRecord(turns, origin="x")
+    with pytest.raises(UsageError, match="no token of the answer is left"):
+        encoded(talk, tiny_model, stage_run, max_length=12, too_long="truncate")
+
+
+def test_packing_that_would_undo_an_attention_window_is_refused(
+    run_stage: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=16, max_position_embeddings=48,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "window")
+    tokenizer.save_pretrained(tmp_path / "window")
+    with pytest.raises(UsageError, match="attention window of 16"):
+        run_stage("sft", model=str(tmp_path / "window"), packing=True)
+    run_stage("sft", "short", model=str(tmp_path / "window"), packing=True, max_length=16)
+
+
+# ---------------------------------------------------------------- reward
+
+
+@pytest.mark.parametrize(
+    ("votes", "shares"), [("soft", [1.0, 0.75, 0.5, 0.25]), ("majority", [1.0, 1.0, 0.5, 0.0])]
+)
+def test_votes_are_kept_as_shares_or_collapsed_as_the_config_says(
+    votes: str, shares: list[float], tiny_reward: Path, stage_run: Any
+) -> None:
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "votes": votes})
+    too_long = inputs.TooLong(stage_run, "error", 48)
+    found = [
+        reward_stage._encode(
+            reward, PreferenceRecord("the cat?", " it is red.", " so", p_chosen=p, margin=m), config, too_long
+        )
+        for p, m in ((None, None), (0.75, 1.5), (0.5, None), (0.25, None))
+    ]
+    assert [pair.p_chosen for pair in found] == shares
+    assert [pair.margin for pair in found] == [0.0, 1.5, 0.0, 0.0]
+    assert reward.tokenizer.decode(found[0].chosen["input_ids"]) == "the cat? it is red.<|end|>"
+    assert reward.tokenizer.decode(found[0].rejected["input_ids"]) == "the cat? so<|end|>"
+
+
+def test_the_scale_is_that_of_samples_of_the_starting_model(
+    run_stage: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samples' scores by the saved model itself, as transformers loads it."""
+    sampled: list[Any] = []
+    original = reward_stage.generate
+
+    def spy(model: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        state = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        sampled.extend(original(model, prompts, *args, **kwargs))
+        return sampled
+
+    monkeypatch.setattr(reward_stage, "generate", spy)
+    stage, _ = run_stage("reward", normalize=16)
+    model = AutoModelForSequenceClassification.from_pretrained(stage / "model").eval()
+    with torch.no_grad():
+        rows = [torch.tensor([[*c.prompt_ids, *c.ids]]) for c in sampled]
+        scores = torch.stack([model.score(model.model(row).last_hidden_state[0, -1])[0] for row in rows])
+    loaded = learned.load(str(stage / "model"), device=torch.device("cpu"))
+    assert len(rows) == 16
+    assert (loaded.mean, loaded.std) == pytest.approx((scores.mean().item(), scores.std().item()), rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_an_encoder_becomes_a_reward_model(lora: Any, run_stage: Any, tiny_bert: Path) -> None:
+    stage, rows = run_stage("reward", model=str(tiny_bert), lora=lora, max_steps=12, lr=1e-2)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    reward = learned.load(str(stage / "model"), device=torch.device("cpu"))
+    assert reward.is_encoder
+    assert (reward.mean, reward.std) != (0.0, 1.0)
+    result = json.loads((stage / "result.json").read_text())
+    assert result["normalized_on"] > 100  # the comparisons' own completions: an encoder cannot be sampled
+
+
+def test_a_classifier_of_several_classes_is_refused_as_a_start(
+    run_stage: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).save_pretrained(
+        tmp_path / "three"
+    )
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "three")
+    with pytest.raises(UsageError, match="3 outputs; a reward model has 1"):
+        run_stage("reward", model=str(tmp_path / "three"))

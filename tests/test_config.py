@@ -1,0 +1,335 @@
+"""What a config may say: unknown keys, settings without effect, stages that do not fit, overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keel.config import RunConfig, parse, read
+from keel.types import UsageError
+
+NEW = {"init": {"model_type": "llama"}}
+
+
+def _config(**stages: Any) -> dict[str, Any]:
+    return {"name": "tiny", "stages": stages}
+
+
+def _sft(**settings: Any) -> dict[str, Any]:
+    return {"kind": "sft", "model": "m", "data": "d.jsonl", **settings}
+
+
+def _reward(**settings: Any) -> dict[str, Any]:
+    return {"kind": "reward", "model": "m", "data": "d.jsonl", **settings}
+
+
+def _ppo(**settings: Any) -> dict[str, Any]:
+    return {"kind": "ppo", "model": "m", "reward": "r", "data": "d.jsonl", **settings}
+
+
+def _pretrain(**settings: Any) -> dict[str, Any]:
+    return {"kind": "pretrain", "model": NEW, "data": "d.jsonl", **settings}
+
+
+def _evaluate(**settings: Any) -> dict[str, Any]:
+    return {"kind": "evaluate", "models": ["m"], "data": "d.jsonl", **settings}
+
+
+def _refusal(config: dict[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse(config)
+    return str(caught.value)
+
+
+def _written(tmp_path: Path, config: dict[str, Any] | str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
+    )
+    return path
+
+
+# ---------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize(
+    ("config", "place", "nearest"),
+    [
+        ({**_config(s=_sft()), "sed": 1}, "sed", "seed"),
+        (_config(s=_sft(epoch=1)), "stages.s.epoch", "epochs"),
+        (_config(s=_sft(model={"pth": "m"})), "stages.s.model.pth", "path"),
+        (_config(s=_sft(data={"source": "d.jsonl", "colums": {}})), "stages.s.data.0.colums", "columns"),
+        (_config(s=_sft(lora={"rr": 4})), "stages.s.lora.rr", "r"),
+        (_config(s=_ppo(kl={"coeff": 0.1})), "stages.s.kl.coeff", "coef"),
+        (_config(s=_ppo(ptx={"data": "d.txt", "coeff": 1})), "stages.s.ptx.coeff", "coef"),
+        (_config(s=_ppo(sampling={"max_tokens": 3})), "stages.s.sampling.max_tokens", "max_new_tokens"),
+        (_config(s=_evaluate(sampling={"topp": 0.9})), "stages.s.sampling.topp", "top_p"),
+        (
+            _config(sft=_pretrain(votes="soft")),
+            "stages.sft.votes",
+            "betas",
+        ),  # a stage named like another kind
+    ],
+)
+def test_unknown_key_names_the_nearest(config, place, nearest):
+    message = _refusal(config)
+    assert f"{place}: unknown key" in message
+    assert f"{nearest!r}" in message or "known: " in message
+    if nearest != "betas":
+        assert f"did you mean {nearest!r}?" in message
+
+
+def test_setting_of_another_kind_of_stage_is_unknown():
+    # PPO samples without filters, because a cut distribution biases the ratio
+    assert "stages.s.sampling.top_p: unknown key" in _refusal(_config(s=_ppo(sampling={"top_p": 0.9})))
+
+
+def test_unknown_or_missing_kind():
+    assert "unknown kind 'sftt'; did you mean 'sft'?" in _refusal(_config(s=_sft(kind="sftt")))
+    config = _sft()
+    del config["kind"]
+    assert "stages.s: `kind` is missing; known: pretrain" in _refusal(_config(s=config))
+
+
+def test_all_mistakes_are_told_at_once():
+    message = _refusal(_config(a=_sft(lr=-1), b=_reward(batch_size=0)))
+    assert "stages.a.lr" in message
+    assert "stages.b.batch_size" in message
+
+
+def test_nan_is_no_setting():
+    assert "stages.s.lr" in _refusal(_config(s=_sft(lr=float("nan"))))
+    assert "stages.s.clip" in _refusal(_config(s=_ppo(clip=float("nan"))))
+
+
+def test_short_and_long_forms_are_the_same():
+    short = parse(_config(s=_sft(data="d.jsonl", model="m")))
+    long = parse(_config(s=_sft(data=[{"source": "d.jsonl"}], model={"path": "m"})))
+    assert short == long
+
+
+def test_resolved_config_reads_back_as_itself():
+    config = parse(
+        _config(
+            b=_pretrain(schedule="constant"),
+            s=_sft(model="b", eval_data="e.jsonl"),
+            r=_reward(model="s", normalize=0),
+            p=_ppo(model="s", reward="r", epochs=1),
+            e=_evaluate(models=["s", "p"], sampling={"temperature": 0}),
+        )
+    )
+    again = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    assert parse(again) == config
+
+
+# ---------------------------------------------------------------- settings without effect
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        (_pretrain(too_long="skip"), "`too_long` has no effect in pretrain"),
+        (_sft(schedule="constant", lr_floor=0.1), "`lr_floor` has no effect"),
+        (_sft(eval_data="e.jsonl", holdout=0.1), "`holdout` has no effect"),
+        (_sft(holdout=0, eval_every=5), "`eval_every` has no effect"),
+        (_sft(patience=2), "`patience` has no effect"),
+        (_sft(model={"path": "m", "tokenizer": "t"}), "have no effect with `path`"),
+        (_sft(model={"path": "m", "vocab_size": 300}), "have no effect with `path`"),
+        (_pretrain(model={**NEW, "tokenizer": "t", "vocab_size": 300}), "`vocab_size` has no effect"),
+        (_pretrain(model={**NEW, "revision": "main"}), "`revision` has no effect"),
+        (_reward(normalize=0, sampling={"max_new_tokens": 8}), "`sampling` has no effect"),
+        (_reward(sampling={"temperature": 0, "top_k": 5}), "`top_k` has no effect"),
+        (_evaluate(sampling={"temperature": 0, "top_p": 0.9}), "`top_p` has no effect"),
+        (_evaluate(comparisons="c.jsonl"), "`comparisons` has no effect without `reward`"),
+        (_evaluate(models=["m", "m"]), "names 'm' twice"),
+        (_evaluate(reference="other"), "is not one of `models`"),
+        (_ppo(max_steps=3), "`max_steps` would have no effect"),
+        (_ppo(kl={"horizon": 10}), "`kl.horizon` has no effect without `kl.target`"),
+        (_ppo(eval_every=2), "work together"),
+        (_ppo(patience=2), "`patience` has no effect"),
+        (_ppo(epochs=1, max_approx_kl=0.1), "`max_approx_kl` has no effect"),
+        (_ppo(epochs=1, mini_batch=64, batch_size=64, dual_clip=3), "`dual_clip` has no effect"),
+    ],
+)
+def test_setting_without_effect_is_refused(stage, reason):
+    assert reason in _refusal(_config(s=stage))
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        (_ppo(sampling={"temperature": 0}), "nothing to explore"),
+        (_ppo(lora={"dropout": 0.1}), "`lora.dropout` must be 0"),
+        (_ppo(batch_size=10, mini_batch=4), "not a multiple of `mini_batch`"),
+        (_ppo(batch_size=10, samples_per_prompt=4), "not a multiple of `samples_per_prompt`"),
+        (_ppo(shaping={"center": "prompt"}), "a lone sample has no peers"),
+        (_ppo(critic_warmup=100, updates=100), "leaves none"),
+        (_ppo(model=NEW), "PPO starts from a trained model"),
+        (_ppo(kl={"where": "loss"}), "needs estimator k2 or k3"),
+        (_ppo(kl={"coef": 0, "target": 1}), "can never adapt"),
+        (_sft(model=NEW), "a new model needs `model.tokenizer`"),
+        (_reward(model=NEW), "a new model needs `model.tokenizer`"),
+        (_sft(model={}), "either `path` or `init`"),
+        (_sft(model={"path": "m", **NEW}), "either `path` or `init`"),
+    ],
+)
+def test_setting_that_cannot_work_is_refused(stage, reason):
+    assert reason in _refusal(_config(s=stage))
+
+
+def test_one_gradient_step_is_counted_by_mini_batches_too():
+    assert parse(_config(s=_ppo(epochs=1, mini_batch=32, batch_size=64, dual_clip=3)))
+
+
+# ---------------------------------------------------------------- stages and what they take
+
+
+def test_a_stage_named_later_is_refused():
+    assert "stage 's' uses 'p', which comes after it" in _refusal(_config(s=_sft(model="p"), p=_pretrain()))
+    assert "stage 's' uses 's', which is that stage itself" in _refusal(_config(s=_sft(model="s")))
+
+
+@pytest.mark.parametrize(
+    ("stages", "reason"),
+    [
+        (
+            {"r": _reward(), "s": _sft(model="r")},
+            "`model` needs a stage of kind pretrain or sft or ppo, but 'r'",
+        ),
+        (
+            {"s": _sft(), "p": _ppo(reward="s")},
+            "`reward` needs a stage of kind reward, but 's' is of kind sft",
+        ),
+        ({"r": _reward(), "p": _ppo(reward="r", reference="r")}, "`reference` needs"),
+        ({"r": _reward(), "e": _evaluate(models=["r"])}, "`models` needs"),
+        ({"s": _sft(), "e": _evaluate(models=["s"], reward="s")}, "`reward` needs a stage of kind reward"),
+        ({"e": _evaluate(), "s": _sft(model="e")}, "but 'e' is of kind evaluate"),
+    ],
+)
+def test_a_stage_of_the_wrong_kind_is_refused(stages, reason):
+    assert reason in _refusal(_config(**stages))
+
+
+def test_a_reward_model_may_be_trained_further():
+    assert parse(_config(r=_reward(), again=_reward(model="r")))
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "two words"])
+def test_name_of_a_run_is_the_name_of_a_folder(name):
+    assert "name" in _refusal({**_config(s=_sft()), "name": name})
+
+
+# ---------------------------------------------------------------- reading and overriding
+
+
+def test_overrides_are_yaml(tmp_path):
+    config = read(
+        _written(tmp_path, _config(s=_sft(), p=_ppo(model="s"))),
+        ["s.lr=1e-4", "stages.s.lora={r: 4}", "p.kl.coef=0.3", "p.kl.target=null", "seed=7", "s.epochs=3"],
+    )
+    sft, ppo = config.stages["s"], config.stages["p"]
+    assert (sft.lr, sft.lora.r, sft.epochs, config.seed) == (1e-4, 4, 3.0, 7)
+    assert (ppo.kl.coef, ppo.kl.target) == (0.3, None)
+
+
+def test_override_reaches_into_short_forms_and_lists(tmp_path):
+    stages = {
+        "s": _sft(eval_data="e.jsonl"),
+        "e": _evaluate(models=["s", "x"], reward="r", comparisons="c.jsonl"),
+    }
+    config = read(
+        _written(tmp_path, _config(**stages)),
+        [
+            "s.data.rows=5",
+            "s.model.dtype=bfloat16",
+            "s.eval_data.on_bad=skip",
+            "e.comparisons.rows=9",
+            "e.models.1=y",
+        ],
+    )
+    sft, evaluate = config.stages["s"], config.stages["e"]
+    assert (sft.data[0].source, sft.data[0].rows) == ("d.jsonl", 5)
+    assert (sft.model.path, sft.model.dtype) == ("m", "bfloat16")
+    assert (sft.eval_data[0].source, sft.eval_data[0].on_bad) == ("e.jsonl", "skip")
+    assert (evaluate.comparisons[0].source, evaluate.comparisons[0].rows) == ("c.jsonl", 9)
+    assert evaluate.models == ["s", "y"]
+
+
+def test_override_into_a_mixture_needs_a_place_and_loses_nothing(tmp_path):
+    mixture = [{"source": "a.jsonl", "weight": 1}, {"source": "b.jsonl", "weight": 2}]
+    path = _written(tmp_path, _config(s=_sft(data=mixture)))
+    with pytest.raises(UsageError, match="a list of 2; 'rows' must be a place in it"):
+        read(path, ["s.data.rows=5"])
+    assert [d.source for d in read(path, ["s.data.1.rows=5"]).stages["s"].data] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("p.kl.coef=0.1", "no stage or setting 'p'"),
+        ("sftt.lr=1", "did you mean 'sft'?"),
+        ("stages.sftt.lr=1", "no stage 'sftt'; did you mean 'sft'?"),
+        ("sft.lr", "is not an override: write dotted.key=value"),
+        ("=1", "is not an override"),
+        ("sft.lr=[1", "the value is not YAML"),
+        ("sft.lr=fast", "stages.sft.lr"),
+        ("sft.lrr=1", "stages.sft.lrr: unknown key; did you mean 'lr'?"),
+    ],
+)
+def test_override_that_cannot_be_is_named(tmp_path, override, message):
+    with pytest.raises(UsageError) as caught:
+        read(_written(tmp_path, _config(sft=_sft())), [override])
+    assert message in str(caught.value)
+
+
+def test_override_changes_one_place_even_when_yaml_shares_it(tmp_path):
+    text = """
+    name: tiny
+    stages:
+      s: {kind: sft, model: m, data: &rows {source: d.jsonl}}
+      r: {kind: reward, model: s, data: *rows}
+    """
+    config = read(_written(tmp_path, text), ["s.data.rows=5"])
+    assert config.stages["s"].data[0].rows == 5
+    assert config.stages["r"].data[0].rows is None
+
+
+def test_a_key_written_twice_is_refused_not_dropped(tmp_path):
+    text = "name: tiny\nstages:\n  s: {kind: sft, model: m, data: a.jsonl}\n  s: {kind: sft, model: m, data: b.jsonl}\n"
+    with pytest.raises(UsageError, match=r"the key 's' appears twice"):
+        read(_written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a mapping"),
+        ("- a\n", "is not a mapping"),
+        ("a: [", "cannot be read as YAML"),
+        ("stages: {}", "name"),
+    ],
+)
+def test_file_that_is_no_config(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        read(_written(tmp_path, text))
+
+
+def test_missing_config(tmp_path):
+    with pytest.raises(UsageError, match="no config at"):
+        read(tmp_path / "nowhere.yaml")
+
+
+def test_numbers_in_exponent_form_are_numbers(tmp_path):
+    # YAML 1.1 takes 2e-5 for text
+    text = "name: tiny\nstages: {s: {kind: sft, model: m, data: d.jsonl, lr: 2e-5}}\n"
+    assert read(_written(tmp_path, text)).stages["s"].lr == 2e-5
+
+
+def test_config_cannot_be_changed_after_validation():
+    config = parse(_config(s=_sft()))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    assert isinstance(config, RunConfig)

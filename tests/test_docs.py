@@ -1,0 +1,227 @@
+"""What is written is documented: every logged name, every setting, every command and path of the README."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import shlex
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pydantic import BaseModel
+
+from keel import cli
+from keel.config import RunConfig, parse
+from keel.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[1]
+METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+SECTIONS = {
+    "pretrain": "pretrain and sft",
+    "sft": "pretrain and sft",
+    "reward": "reward",
+    "ppo": "ppo",
+    "evaluate": "evaluate",
+}
+
+
+def _defined() -> dict[tuple[str, str], set[str]]:
+    """(section, file) → names in the first column of its table. A file with a section of its own has file ""."""
+    found: dict[tuple[str, str], set[str]] = {}
+    section = file = ""
+    for line in METRICS.splitlines():
+        if line.startswith("## "):
+            section, file = line[3:], ""
+        elif line.startswith("### "):
+            file = line[4:]
+        elif cell := re.match(r"\| `([^`]+)` \| (\S.*?) \| (\S.*?) \| (\S.*?) \|$", line):
+            found.setdefault((section, file), set()).add(cell[1])
+        else:
+            assert not line.startswith("| `"), f"a row without all four cells: {line}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], set[str]]:
+    """(section, file) → names, of a tiny run over all stages with every optional measure switched on."""
+    gc.freeze()
+    llama = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    }
+
+    def rows(split: str, number: int = 12) -> dict[str, Any]:
+        return {"source": f"world:helpdesk/{split}", "rows": number}
+
+    few: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "eval_every": 1}
+    short = {"max_new_tokens": 6}
+    stages = {
+        "base": {"kind": "pretrain", "data": rows("text", 60), "model": {"init": {"model_type": "llama", **llama}}, **few},
+        "sft": {"kind": "sft", "model": "base", "data": rows("demonstrations"), **few},
+        "reward": {"kind": "reward", "model": "sft", "data": rows("comparisons", 30), "normalize": 4, "sampling": short, **few},
+        "ppo": {
+            "kind": "ppo", "model": "sft", "reward": "reward", "data": rows("prompts"), "batch_size": 4, "updates": 2, "epochs": 2,
+            "sampling": short, "kl": {"target": 1.0}, "ptx": {"data": rows("text"), "batch_size": 2}, "eval_every": 1,
+            "eval_data": rows("prompts", 4),
+        },
+        "judge": {
+            "kind": "evaluate", "models": ["sft", "ppo"], "reward": "reward", "gold": "world:helpdesk", "data": rows("test_prompts", 4),
+            "comparisons": rows("comparisons", 5), "sampling": short,
+        },
+    }  # fmt: skip
+    pipeline = Pipeline(
+        parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": stages}),
+        tmp_path_factory.mktemp("docs") / "run",
+        str,
+    )
+    pipeline._report = lambda: None
+    pipeline.run()
+    names: dict[tuple[str, str], set[str]] = {}
+    for name, stage in pipeline.config.stages.items():
+        folder = pipeline.stage_directory(name)
+        for path in folder.glob("*.jsonl"):
+            own_section = path.name == "times.jsonl"
+            where = (path.name, "") if own_section else (SECTIONS[stage.kind], path.name)
+            for line in path.read_text(encoding="utf-8").splitlines():
+                names.setdefault(where, set()).update(json.loads(line))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        flat = {*result} | {measure for measures in result.get("models", {}).values() for measure in measures}
+        names.setdefault((SECTIONS[stage.kind], "result.json"), set()).update(flat)
+        mark = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        names.setdefault(("stage.json", ""), set()).update({*mark} | {*mark["facts"]})
+    return names
+
+
+def _plain(names: set[str]) -> set[str]:
+    return {"gold/PART" if name.startswith("gold/") else name for name in names}
+
+
+def test_every_logged_name_is_defined(written):
+    defined = _defined()
+    undefined = {where: _plain(names) - defined.get(where, set()) for where, names in written.items()}
+    assert not {where: names for where, names in undefined.items() if names}
+
+
+def test_every_defined_name_is_logged(written):
+    dead = {where: names - _plain(written.get(where, set())) for where, names in _defined().items()}
+    assert not {where: names for where, names in dead.items() if names}
+
+
+def test_samples_hold_what_the_page_says(written):
+    assert {"rewards", "kl", "stop_reason"} <= written["ppo", "samples.jsonl"]
+    assert {"proxy", "gold"} <= written["evaluate", "samples.jsonl"]
+    assert {name for name in written["evaluate", "result.json"] if name.startswith("gold/")} == {
+        "gold/helpful", "gold/harmless", "gold/honest",
+    }  # fmt: skip
+
+
+def _groups(group: type[BaseModel]) -> set[type[BaseModel]]:
+    """The settings classes inside `group`, itself included."""
+    found: set[type[BaseModel]] = {group}
+    pending: list[Any] = [field.annotation for field in group.model_fields.values()]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if annotation not in found:
+                found.add(annotation)
+                pending += [field.annotation for field in annotation.model_fields.values()]
+        else:
+            pending += typing.get_args(annotation)
+    return found
+
+
+def test_every_setting_has_a_description():
+    groups = _groups(RunConfig)
+    assert len(groups) > 12
+    bare = [
+        f"{g.__name__}.{n}"
+        for g in groups
+        for n, f in g.model_fields.items()
+        if not (f.description or "").strip().endswith((".", "…"))
+    ]
+    assert not bare
+    assert not [group.__name__ for group in groups if not group.__doc__]
+
+
+def test_every_setting_is_read_by_something():
+    """A setting that nothing reads is validated, documented, and a lie."""
+    code = "\n".join(
+        p.read_text(encoding="utf-8") for p in (ROOT / "src" / "keel").rglob("*.py") if p.name != "config.py"
+    )
+    plain = {
+        "DataConfig",
+        "SamplingConfig",
+        "FilteredSamplingConfig",
+    }  # passed on whole, field by field, by plain()
+    unread = [
+        f"{group.__name__}.{name}"
+        for group in _groups(RunConfig)
+        for name in group.model_fields
+        if group.__name__ not in plain
+        and not re.search(rf"\.{name}\b", code)
+        and name not in ("model_type", "kind")
+    ]
+    assert not unread
+
+
+# ---------------------------------------------------------------- the pages
+
+
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """The words of each `keel …` line of the page's code blocks and inline code."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()] + inline
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"keel [a-z]", line)]
+
+
+def _command() -> Any:
+    return typer.main.get_command(cli.app)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_on_the_pages_exist(page):
+    for words in _commands(page):
+        command = _command()
+        arguments = words[1:]
+        while arguments and arguments[0] in getattr(command, "commands", {}):
+            command = command.commands[arguments.pop(0)]
+        assert not getattr(command, "commands", None) or not arguments, f"{page.name}: {shlex.join(words)}"
+        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        used = {word.partition("=")[0] for word in arguments if word.startswith("-")}
+        assert used <= options, f"{page.name}: {shlex.join(words)}"
+
+
+def test_the_readme_shows_the_main_commands():
+    shown = {words[1] for words in _commands(ROOT / "README.md")}
+    assert {"run", "plan", "report", "chat", "recipes", "schema", "doctor"} <= shown
+
+
+def test_configs_in_the_readme_are_valid():
+    import yaml
+
+    blocks = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    assert blocks
+    for block in blocks:
+        tree = yaml.safe_load(block)
+        assert parse(tree if "stages" in tree else {"name": "shown", "stages": tree})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_between_the_pages_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing

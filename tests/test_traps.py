@@ -1,0 +1,712 @@
+"""Bugs that shipped in other libraries, at the level of stages: one test each, named after its number in docs/traps.
+
+Those of single functions are tested beside them (tests/golden, tests/data, tests/rewards, tests/models). The numbers in
+brackets point to the public threads.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import BaseModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import keel
+from keel import types
+from keel.config import RewardConfig, RunConfig, parse
+from keel.data.batches import rows_of_step
+from keel.models.load import ModelSource, causal_lm
+from keel.rewards import learned
+from keel.stages import language, ppo, reward
+from keel.stages.language import Row
+from keel.types import Completion, UsageError
+
+START = ppo.Steering(0.0, ppo.RunningScale())
+QUIET = {"kl": {"coef": 0.0}, "shaping": {"normalize": "none", "clip": None, "missing_stop_penalty": 0.0}}
+
+
+class Steps:
+    """Counts the optimisers' steps and keeps the gradient norm that each was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.norms: list[float] = []
+        original = torch.optim.AdamW.step
+
+        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            gradients = [
+                p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
+            self.norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
+            return original(optimizer, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+def ppo_stage(data: Any, tiny_model: Path, tiny_reward: Path, **settings: Any) -> dict[str, Any]:
+    defaults = {
+        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "lr": 1e-3, "batch_size": 8,
+        "updates": 2, "epochs": 3, "sampling": {"max_new_tokens": 5},
+    }  # fmt: skip
+    return {"stages": {"ppo": defaults | settings}}
+
+
+def metrics_of(pipeline: Any, stage: str = "ppo") -> list[dict[str, float]]:
+    return [
+        json.loads(line)
+        for line in (pipeline.stage_directory(stage) / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def with_completions(monkeypatch: pytest.MonkeyPatch, endings: Sequence[tuple[tuple[int, ...], Any]]) -> None:
+    """Let the engine return these responses, in order, whatever the model."""
+
+    def generate(model: Any, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Completion]:
+        return [Completion(tuple(p), ids, reason) for p, (ids, reason) in zip(prompts, endings, strict=True)]
+
+    monkeypatch.setattr(ppo, "generate", generate)
+
+
+def with_scores(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
+    monkeypatch.setattr(ppo, "score_completions", lambda setup, tasks, completions: torch.tensor(scores))
+
+
+# ---------------------------------------------------------------- optimiser and accumulation
+
+
+@pytest.mark.parametrize(("mini_batch", "steps"), [(None, 1), (4, 2), (2, 4)])
+def test_trap_01_mini_batch_decides_the_number_of_optimiser_steps(
+    mini_batch: int | None, steps: int, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """[trl 5645] Two updates of three epochs, policy and critic."""
+    count = Steps(monkeypatch)
+    run(ppo_stage(data, tiny_model, tiny_reward, mini_batch=mini_batch), tmp_path)
+    assert len(count.norms) == 2 * 3 * steps * 2
+
+
+def test_trap_01_statistics_of_steps_that_were_not_taken_are_not_averaged_in(
+    run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
+) -> None:
+    """[trl 7012] The entropy of a nearly uniform policy over 300 tokens, after the epochs were ended early."""
+    settings = {"epochs": 8, "mini_batch": 2, "max_approx_kl": 1e-9, "lr": 1e-2}
+    rows = metrics_of(run(ppo_stage(data, tiny_model, tiny_reward, **settings), tmp_path))
+    for row in rows:
+        assert row["policy/epochs"] == 1
+        assert row["policy/entropy_avg"] > 0.7 * math.log(300)
+        assert row["val/ratio"] == pytest.approx(1, abs=0.5)
+
+
+def test_trap_02_max_grad_norm_is_applied_in_every_stage(
+    run: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[TRL 1.12] What the optimisers are given is clipped; what is logged is the norm before that."""
+    count, stages = Steps(monkeypatch), copy.deepcopy(whole["stages"])
+    del stages["judge"]
+    for stage in stages.values():
+        stage["max_grad_norm"] = 0.01
+    pipeline = run({"stages": stages}, tmp_path)
+    for name in stages:
+        assert all(
+            row["grad_norm"] > 0.02
+            for row in metrics_of(pipeline, name)
+            if name != "ppo-trunk" or row["step"] > 1
+        )
+    assert len(count.norms) > 40
+    assert max(count.norms) <= 0.01 * (1 + 1e-4)
+    assert sorted(count.norms)[len(count.norms) // 2] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_trap_03_the_loss_is_per_token_of_the_whole_step(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[verl 906, 7200; trl 2615, 6369, 6380] A long and a short row in micro-batches of their own weigh by their tokens."""
+    model = causal_lm(ModelSource(str(tiny_model)), 0).double().eval()
+    rows = [
+        Row([5, 6, 7, 8, 9, 10, 11, 12], [True] * 8),
+        Row([40, 41], [True] * 2),
+        Row([3, 4, 5, 6], [False, False, False, True]),
+    ]
+    losses = []
+    for row in rows:
+        logp = model(input_ids=torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
+        losses += [-logp[t - 1, row.ids[t]].item() for t in range(1, len(row.ids)) if row.counts[t]]
+    assert len(losses) == 7 + 1 + 1
+    tokens = sum(row.counted for row in rows)
+    parts = [language.loss(model, [row], 0, tokens)[0].item() for row in rows]
+    assert sum(parts) == pytest.approx(sum(losses) / 9, rel=1e-12)
+    assert language.loss(model, rows, 0, tokens)[0].item() == pytest.approx(sum(losses) / 9, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "ppo", "trunk"])
+def test_trap_04_nothing_clears_the_gradient_within_a_step(
+    kind: str,
+    run: Any,
+    data: Any,
+    tiny_model: Path,
+    tiny_reward: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """[trl 583] The first gradient of a whole step and of one in micro-batches of 1 have the same norm."""
+    norms = []
+    for size in (None, 1):
+        count = Steps(monkeypatch)
+        if kind in ("ppo", "trunk"):
+            sharing = "separate" if kind == "ppo" else "trunk"
+            stages = ppo_stage(
+                data,
+                tiny_model,
+                tiny_reward,
+                sharing=sharing,
+                micro_batch=size,
+                updates=1,
+                epochs=1,
+                max_grad_norm=None,
+            )
+        else:
+            rows = data.pairs if kind == "reward" else data.demonstrations
+            stage = {
+                "kind": kind,
+                "model": str(tiny_model),
+                "data": str(rows),
+                "batch_size": 8,
+                "max_steps": 1,
+                "micro_batch": size,
+                "max_grad_norm": None,
+            }
+            stages = {"stages": {"stage": stage | ({"normalize": 0} if kind == "reward" else {})}}
+        run(stages, tmp_path / str(size))
+        norms.append(count.norms[:1] if kind != "ppo" else count.norms[:2])
+        monkeypatch.undo()
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+# ---------------------------------------------------------------- masks and rewards
+
+
+def test_trap_07_the_score_is_paid_at_the_last_response_token(
+    open_ppo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[trl 3750] Through collect(), for prompts and responses of different lengths, the stop token included."""
+    tasks, setup = open_ppo(batch_size=4, **QUIET)
+    with_completions(
+        monkeypatch, [((7, 8, 9, 1), "eos"), ((7, 1), "eos"), ((1,), "eos"), ((7, 8, 9, 10, 11), "length")]
+    )
+    with_scores(monkeypatch, [3.0, 4.0, 5.0, 6.0])
+    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
+    assert collected.episodes.rewards.tolist() == [
+        [0, 0, 0, 3, 0],
+        [0, 4, 0, 0, 0],
+        [5, 0, 0, 0, 0],
+        [0, 0, 0, 0, 6],
+    ]
+    assert collected.episodes.mask.sum(dim=1).tolist() == [4, 2, 1, 5]
+
+
+def test_trap_08_the_penalty_for_a_missing_stop_knows_the_configured_stop(
+    open_ppo: Any, tokenizer: Any
+) -> None:
+    """[trl PR 5338] With real samples: who ended at "." or EOS pays nothing, who was cut off pays."""
+    stop = [" it", " is", ".", "a", "e", "i", "o", "u", " so", "r", "s", "t", "l", "n"]
+    sampling = {"max_new_tokens": 12, "temperature": 1.5, "stop": stop}
+    shaping = {"normalize": "none", "clip": None, "missing_stop_penalty": 2.5}
+    tasks, setup = open_ppo(batch_size=12, sampling=sampling, shaping=shaping, kl={"coef": 0.0})
+    collected, _ = ppo.collect(setup, tasks, START, 3)
+    reasons = {c.stop_reason for c in collected.completions}
+    assert {"stop", "length"} <= reasons
+    stops = {tokenizer(text)["input_ids"][0] for text in stop} | {tokenizer.eos_token_id}
+    for completion, score, paid in zip(
+        collected.completions, collected.scores, collected.episodes.rewards.sum(dim=1), strict=True
+    ):
+        ended = completion.ids[-1] in stops
+        assert not stops & set(completion.ids[:-1])
+        assert paid.item() == pytest.approx(score.item() - (0.0 if ended else 2.5), abs=1e-5)
+
+
+def test_trap_09_the_real_eos_counts_where_pad_is_eos(
+    open_ppo: Any, monkeypatch: pytest.MonkeyPatch, run: Any, data: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """[trl PR 5303, PR 3200] PPO trains and scores it; so does SFT, with the same numbers as with a pad of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    results, rows = [], []
+    for path in (tiny_model, tmp_path / "model"):
+        tasks, setup = open_ppo(batch_size=3, model=str(path), **QUIET)
+        with_completions(monkeypatch, [((7, 8, 1), "eos"), ((1,), "eos"), ((7, 8, 9, 10), "length")])
+        collected, _ = ppo.collect(setup, tasks[:3], START, 0)
+        assert collected.episodes.mask.tolist() == [
+            [True, True, True, False],
+            [True, False, False, False],
+            [True] * 4,
+        ]
+        assert (collected.episodes.logp[collected.episodes.mask] < 0).all()
+        results.append(collected)
+        stage = {
+            "kind": "sft",
+            "model": str(path),
+            "data": str(data.demonstrations),
+            "batch_size": 6,
+            "max_steps": 2,
+        }
+        rows.append(
+            metrics_of(run({"stages": {"sft": stage}}, tmp_path / f"run-{path.name}-{len(rows)}"), "sft")
+        )
+    assert torch.equal(results[0].scores, results[1].scores)
+    assert torch.equal(results[0].episodes.logp, results[1].episodes.logp)
+    for one, other in zip(*rows, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+# ---------------------------------------------------------------- log-probabilities and ratios
+
+
+@pytest.mark.parametrize("sharing", ["separate", "trunk"])
+def test_trap_11_the_ratio_of_the_first_update_is_exactly_1(
+    sharing: str, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
+) -> None:
+    """[verl 6280, 2088; trl 6789] Though scored and trained in different micro-batches; and the scored values agree."""
+    settings = {
+        "sharing": sharing,
+        "micro_batch": 3,
+        "mini_batch": 4,
+        "updates": 4,
+        "sampling": {"max_new_tokens": 9, "temperature": 0.7},
+    }
+    rows = metrics_of(run(ppo_stage(data, tiny_model, tiny_reward, **settings), tmp_path))
+    assert [row["val/ratio_first"] for row in rows] == [1.0] * 4
+    assert max(row["policy/logp_drift"] for row in rows) < 2e-5
+    assert all(row["val/ratio"] != 1.0 for row in rows)
+
+
+def test_trap_11_the_ratio_is_1_even_where_other_kernels_scored(
+    open_ppo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another batch shape had rounded otherwise: the drift is reported, and does not get into the ratio."""
+    tasks, setup = open_ppo(batch_size=5, micro_batch=1, epochs=2, clip=1e-3)
+    lengths = (4, 1, 7, 2, 3)  # shares of 17 tokens, whose sum is only rounded to 1
+    with_completions(monkeypatch, [((*range(7, 6 + n), 1), "eos") for n in lengths])
+    collected, _ = ppo.collect(setup, tasks[:5], START, 0)
+    noise = 1e-3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    e = dataclasses.replace(collected.episodes, logp=collected.episodes.logp + noise)
+    assert sum(float(torch.tensor(n / 17)) for n in lengths) != 1.0
+    metrics = ppo.learn(setup, ppo._optimizers(setup.config, setup.roles), e, 1, 0.0)
+    assert metrics["val/ratio_first"] == 1.0
+    assert metrics["policy/logp_drift"] == pytest.approx(noise[e.mask].abs().max().item(), rel=0.02)
+
+
+def test_trap_12_log_probabilities_and_entropy_are_those_of_the_scaled_logits(open_ppo: Any) -> None:
+    """[trl PR 3029; OpenRLHF PR 857, PR 1319; prime-rl PR 697] While scoring and again while learning."""
+    tasks, setup = open_ppo(batch_size=4, sampling={"max_new_tokens": 6, "temperature": 0.5})
+    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
+    e, entropies = collected.episodes, []
+    for i, c in enumerate(collected.completions):
+        p, n = len(c.prompt_ids), len(c.ids)
+        with torch.no_grad():
+            logits = setup.roles.policy(torch.tensor([[*c.prompt_ids, *c.ids]])).logits[0, p - 1 : -1]
+        logp = (logits / 0.5).log_softmax(-1)
+        torch.testing.assert_close(
+            e.logp[i, :n], logp[torch.arange(n), torch.tensor(c.ids)], rtol=0, atol=1e-5
+        )
+        entropies += (-(logp.exp() * logp).sum(-1)).tolist()
+        torch.testing.assert_close(
+            collected.scored.entropy[i, :n], torch.tensor(entropies[-n:]), rtol=0, atol=1e-4
+        )
+    tokens = int(e.mask.sum())
+    _, metrics, drift = ppo.loss(setup, e, [0, 1, 2, 3], tokens, 0.0, fresh=True, learning=True)
+    assert drift < 1e-5
+    assert metrics["policy/entropy_avg"].item() == pytest.approx(sum(entropies) / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("key", ["top_p", "top_k"])
+def test_trap_13_ppo_has_no_setting_that_cuts_the_distribution(
+    key: str, data: Any, tiny_model: Path, tiny_reward: Path
+) -> None:
+    """[trl 6789] It would renormalise what is sampled from, and bias the ratio."""
+    config = ppo_stage(
+        data, tiny_model, tiny_reward, sampling={"max_new_tokens": 4, key: 0.9 if key == "top_p" else 5}
+    )
+    with pytest.raises(UsageError, match=f"sampling.{key}: unknown key"):
+        parse({"name": "x", **config})
+
+
+def test_trap_14_rollouts_are_never_decoded_and_tokenised_again(
+    open_ppo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[trl 5224] Ids that no tokenizer would produce reach reward model and update as they were sampled."""
+    tasks, setup = open_ppo(batch_size=2)
+    letters = tuple(setup.tokenizer.convert_tokens_to_ids(list("red")))
+    assert list(letters) != setup.tokenizer("red")["input_ids"]
+    with_completions(monkeypatch, [((*letters, 1), "eos"), ((0, 1), "eos")])
+    read: list[list[int]] = []
+    original = learned.forward
+    monkeypatch.setattr(
+        learned, "forward", lambda r, rows: read.extend(row["input_ids"] for row in rows) or original(r, rows)
+    )
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a rollout was decoded or tokenised")
+
+    monkeypatch.setattr(type(setup.tokenizer), "decode", refuse)
+    monkeypatch.setattr(type(setup.tokenizer), "__call__", refuse)
+    collected, _ = ppo.collect(setup, tasks[:2], START, 0)
+    wanted = [[*tasks[0].ids, *letters, 1], [*tasks[1].ids, 0, 1]]
+    assert sorted(read) == sorted(wanted)
+    assert [
+        row[: len(ids)] for row, ids in zip(collected.episodes.ids.tolist(), wanted, strict=True)
+    ] == wanted
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trap_15_no_dropout_while_ratios_are_taken(
+    checkpointing: bool, open_ppo: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    """The update's log-probabilities are the scored ones in a model with dropout 0.5 everywhere."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=48, **dropout)
+    ).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    tasks, setup = open_ppo(batch_size=4, model=str(tmp_path / "m"), gradient_checkpointing=checkpointing)
+    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
+    *_, drift = ppo.loss(setup, collected.episodes, [0, 1, 2, 3], 20, 0.0, fresh=True, learning=True)
+    assert drift < 1e-5
+
+
+def test_trap_15_greedy_decoding_is_refused_in_ppo(data: Any, tiny_model: Path, tiny_reward: Path) -> None:
+    config = ppo_stage(data, tiny_model, tiny_reward, sampling={"max_new_tokens": 4, "temperature": 0})
+    with pytest.raises(UsageError, match=r"greedy.* nothing to explore"):
+        parse({"name": "x", **config})
+
+
+# ---------------------------------------------------------------- KL
+
+
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_trap_16_a_larger_coefficient_keeps_the_policy_nearer(
+    where: str, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
+) -> None:
+    """[verl a65c9157; slime PR 399] A flipped sign would drive it away, one that is never applied would do nothing."""
+    kls = {}
+    for coef in (0.0, 2.0):
+        kl = {"coef": coef, "where": where, "estimator": "k1" if where == "reward" else "k2"}
+        settings = {"kl": kl, "updates": 12, "lr": 5e-3, "batch_size": 24, "epochs": 2}
+        rows = metrics_of(run(ppo_stage(data, tiny_model, tiny_reward, **settings), tmp_path / str(coef)))
+        kls[coef] = sum(row["objective/kl_exact"] for row in rows[-4:]) / 4
+    assert 0 < kls[2.0] < 0.5 * kls[0.0]
+
+
+def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(open_ppo: Any) -> None:
+    """[NeMo PR 2530]"""
+    for where, estimator in (("reward", "k1"), ("loss", "k2")):
+        kl = {"coef": 0.7, "where": where, "estimator": estimator}
+        tasks, setup = open_ppo(batch_size=4, **{**QUIET, "kl": kl})
+        with torch.no_grad():
+            setup.roles.policy.lm_head.weight.mul_(1.3)
+        collected, _ = ppo.collect(setup, tasks[:4], ppo.Steering(0.7, ppo.RunningScale()), 0)
+        e = collected.episodes
+        per_token = e.rewards.clone()
+        per_token[torch.arange(4), e.mask.sum(dim=1) - 1] -= collected.scores
+        wanted = -0.7 * (e.logp - e.ref_logp) if where == "reward" else torch.zeros_like(per_token)
+        torch.testing.assert_close(per_token, torch.where(e.mask, wanted, 0.0), rtol=0, atol=1e-5)
+        with_kl, without = (
+            ppo.loss(setup, e, [0, 1, 2, 3], int(e.mask.sum()), coef, fresh=True, learning=True)[0].item()
+            for coef in (0.7, 0.0)
+        )
+        penalty = 0.7 * 0.5 * ((e.logp - e.ref_logp)[e.mask] ** 2).mean().item()
+        assert penalty > 0.001
+        assert with_kl - without == pytest.approx(0.0 if where == "reward" else penalty, abs=1e-4 * penalty)
+
+
+def test_trap_17_k1_as_a_loss_is_refused(data: Any, tiny_model: Path, tiny_reward: Path) -> None:
+    """[trl 4967] Its expected gradient is 0: it would constrain nothing."""
+    with pytest.raises(UsageError, match="k1 is 0"):
+        parse({"name": "x", **ppo_stage(data, tiny_model, tiny_reward, kl={"coef": 0.1, "where": "loss"})})
+
+
+def test_trap_18_the_controller_is_given_nats_per_response(
+    run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
+) -> None:
+    """(verl, OpenRLHF) Each β from the one before it and the KL of its batch, a sum over each response's tokens."""
+    kl = {"coef": 0.3, "target": 0.4, "horizon": 16}
+    settings = {"kl": kl, "updates": 6, "lr": 1e-2, "sampling": {"max_new_tokens": 9}}
+    rows = metrics_of(run(ppo_stage(data, tiny_model, tiny_reward, **settings), tmp_path))
+    for before, after in itertools.pairwise(rows):
+        error = max(-0.2, min(0.2, before["objective/kl_exact"] / 0.4 - 1))
+        assert after["objective/kl_coef"] == pytest.approx(
+            before["objective/kl_coef"] * (1 + error * 8 / 16), rel=1e-9
+        )
+        assert before["rollout/response_length"] > 5
+    assert any(
+        row["objective/kl_exact"] > 0.4 > row["objective/kl_exact"] / row["rollout/response_length"]
+        for row in rows
+    )
+
+
+def test_trap_18_the_kl_of_a_batch_is_a_sum_over_each_responses_tokens(open_ppo: Any) -> None:
+    tasks, setup = open_ppo(batch_size=4)
+    with torch.no_grad():
+        setup.roles.policy.lm_head.weight.mul_(1.3)
+    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
+    sums = []
+    for c in collected.completions:
+        with torch.no_grad():
+            ids = torch.tensor([[*c.prompt_ids, *c.ids]])
+            p, q = (
+                m(input_ids=ids).logits[0, len(c.prompt_ids) - 1 : -1].log_softmax(-1)
+                for m in (setup.roles.policy, setup.roles.reference)
+            )
+        sums.append((p.exp() * (p - q)).sum().item())
+    assert collected.kl == pytest.approx(sum(sums) / 4, rel=1e-4)
+    assert collected.metrics["objective/kl_exact"] == pytest.approx(sum(sums) / 4, rel=1e-4)
+
+
+def test_trap_20_a_group_shares_its_prompt(open_ppo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[Search-R1 88] Samples of one prompt stand together, and each is centred by its own peers."""
+    tasks, setup = open_ppo(
+        batch_size=6, samples_per_prompt=3, **{**QUIET, "shaping": {**QUIET["shaping"], "center": "prompt"}}
+    )
+    with_scores(monkeypatch, [1.0, 2.0, 6.0, 104.0, 104.0, 107.0])
+    collected, _ = ppo.collect(setup, tasks[:2], START, 0)
+    assert [c.prompt_ids for c in collected.completions] == [tasks[0].ids] * 3 + [tasks[1].ids] * 3
+    assert len({c.ids for c in collected.completions[:3]}) > 1
+    assert collected.episodes.rewards.sum(dim=1).tolist() == [
+        1 - 4,
+        2 - 3.5,
+        6 - 1.5,
+        104 - 105.5,
+        104 - 105.5,
+        107 - 104,
+    ]
+
+
+# ---------------------------------------------------------------- reward models, tokenizers
+
+
+@pytest.mark.parametrize("pad", ["its own", "eos", "none"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_trap_23_and_29_a_run_reads_rewards_at_the_last_token_and_leaves_the_padding_side(
+    pad: str, side: str, run: Any, data: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """[trl 937, 2778, 6663; gpt-neox PR 1285] The whole reward stage on a model with that tokenizer: the same losses."""
+    rows = []
+    for name, pad_token, padding_side in (("plain", "its own", "right"), ("other", pad, side)):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.padding_side = padding_side
+        if pad_token != "its own":
+            tokenizer.pad_token = tokenizer.eos_token if pad_token == "eos" else None
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        stage = {
+            "kind": "reward",
+            "model": str(tmp_path / name),
+            "data": str(data.pairs),
+            "batch_size": 6,
+            "max_steps": 2,
+            "normalize": 0,
+        }
+        pipeline = run({"stages": {"reward": stage}}, tmp_path / f"run-{name}")
+        rows.append(metrics_of(pipeline, "reward"))
+        saved = AutoTokenizer.from_pretrained(pipeline.stage_directory("reward") / "model")
+        assert saved.padding_side == padding_side
+    for one, other in zip(*rows, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_trap_25_accuracy_is_counted_over_all_pairs(tiny_reward: Path) -> None:
+    """(OpenRLHF) Batches of 2, 2 and 1: a mean of their means would weigh the last pair double; a tie does not count."""
+    scorer = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    g = torch.Generator().manual_seed(0)
+    sides: list[learned.Inputs] = [
+        {"input_ids": torch.randint(2, 290, (4,), generator=g).tolist()} for _ in range(10)
+    ]
+    scores = learned.score(scorer, sides).tolist()
+    better = [scores[2 * i] > scores[2 * i + 1] for i in range(5)]
+    labels = [1.0, 1.0, 0.5, 0.8, 0.0]
+    pairs = [reward.Pair(sides[2 * i], sides[2 * i + 1], labels[i], 0.0) for i in range(5)]
+    right = [better[0], better[1], better[3], not better[4]]
+    config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "batch_size": 2})
+    _, result = reward.evaluate(scorer, pairs, config)
+    assert result["accuracy"]["n"] == 4
+    assert result["accuracy"]["mean"] == sum(right) / 4
+    means = [sum(right[:2]) / 2, float(right[2]), float(right[3])]
+    assert sum(means) / 3 != sum(right) / 4
+
+
+def test_trap_25_the_training_accuracy_does_not_depend_on_the_micro_batch(
+    run: Any, data: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for size in (None, 1, 3):
+        stage = {
+            "kind": "reward",
+            "model": str(tiny_model),
+            "data": str(data.pairs),
+            "batch_size": 8,
+            "max_steps": 3,
+            "normalize": 0,
+        }
+        rows.append(
+            metrics_of(run({"stages": {"r": {**stage, "micro_batch": size}}}, tmp_path / str(size)), "r")
+        )
+    for whole, ones, threes in zip(*rows, strict=True):
+        assert whole["accuracy"] == ones["accuracy"] == threes["accuracy"]
+        assert whole["accuracy"] * 8 == int(whole["accuracy"] * 8)
+
+
+# ---------------------------------------------------------------- users' standing complaints
+
+
+def test_trap_negative_kl_the_controller_steers_by_one_that_cannot_be(open_ppo: Any) -> None:
+    """[trl 925, 1005, 417] The sampled estimate is negative for some responses; the exact one for none."""
+    tasks, setup = open_ppo(batch_size=12)
+    with torch.no_grad():
+        setup.roles.policy.lm_head.weight.mul_(1.1)
+    collected, _ = ppo.collect(setup, tasks, START, 0)
+    assert (collected.scored.exact_kl[collected.scored.mask] > -1e-6).all()
+    assert ((collected.scored.logp - collected.scored.ref_logp).sum(dim=1) < 0).any()
+
+
+def test_trap_a_gradient_that_is_not_finite_stops_the_run(
+    run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[OpenRLHF 1120] A loud error that names the update, and no weights from after it."""
+    with_scores(monkeypatch, [float("nan")] * 8)
+    with pytest.raises(types.KeelError, match="ppo"):
+        run(ppo_stage(data, tiny_model, tiny_reward), tmp_path)
+    assert not (tmp_path / "stages" / "ppo" / "model").exists()
+    assert not (tmp_path / "stages" / "ppo" / "stage.json").exists()
+
+
+def groups_of_settings() -> dict[str, type[BaseModel]]:
+    """Every group of settings that the run's config reaches, by name."""
+    found: dict[str, type[BaseModel]] = {}
+
+    def visit(annotation: Any) -> None:
+        if (
+            isinstance(annotation, type)
+            and issubclass(annotation, BaseModel)
+            and annotation.__name__ not in found
+        ):
+            found[annotation.__name__] = annotation
+            for field in annotation.model_fields.values():
+                visit(field.annotation)
+        for inner in get_args(annotation):
+            visit(inner)
+
+    visit(RunConfig)
+    return found
+
+
+REFUSED = {  # inherited settings that a stage has no use for: giving one is an error
+    "PretrainConfig.too_long": {"kind": "pretrain", "too_long": "skip"},
+    "PPOConfig.max_steps": {"kind": "ppo", "reward": "r", "max_steps": 3},
+}
+
+
+def test_trap_every_setting_is_read_by_something(
+    run: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that are validated, documented and read by nothing: each is watched during a run over all stages.
+
+    Not counted: what config.py does with them itself, and writing them all out.
+    """
+    read: set[str] = set()
+    original = BaseModel.__getattribute__
+    package = str(Path(keel.__file__).parent)
+
+    def watch(group: Any, name: str) -> Any:
+        if not name.startswith("_") and name in type(group).model_fields:
+            caller = sys._getframe(1).f_code
+            if caller.co_filename.startswith(package) and (
+                Path(caller.co_filename).name != "config.py" or caller.co_name in ("inputs", "references")
+            ):
+                read.add(f"{type(group).__name__}.{name}")
+        return original(group, name)
+
+    stages = copy.deepcopy(whole["stages"])
+    stages["sft"]["lora"] = {"r": 2}
+    stages["sft"]["model"] = {"path": "base"}
+    monkeypatch.setattr(BaseModel, "__getattribute__", watch)
+    pipeline = run({"stages": stages}, tmp_path)
+    monkeypatch.undo()
+    plain = {
+        "DataConfig": types.DataSource,
+        "SamplingConfig": types.Sampling,
+        "FilteredSamplingConfig": types.Sampling,
+    }
+    settings = {f"{name}.{key}" for name, group in groups_of_settings().items() for key in group.model_fields}
+    elsewhere = attributes_read()
+    for name, value in plain.items():  # handed on whole, by plain(): all its fields are read somewhere
+        read |= {f"{name}.{field.name}" for field in dataclasses.fields(value) if field.name in elsewhere}
+    read |= {"RunConfig.description"} & {f"RunConfig.{name}" for name in elsewhere}  # `keel recipes` shows it
+    assert len(pipeline.config.stages) == 6
+    assert settings - read - REFUSED.keys() == set()
+
+
+def attributes_read() -> set[str]:
+    """Names of attributes read anywhere in keel but config.py."""
+    trees = [
+        ast.parse(p.read_text(encoding="utf-8"))
+        for p in Path(keel.__file__).parent.rglob("*.py")
+        if p.name != "config.py"
+    ]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_trap_a_setting_without_effect_is_refused(setting: str) -> None:
+    with pytest.raises(UsageError, match=f"`{setting.partition('.')[2]}`.* no effect"):
+        parse({"name": "x", "stages": {"s": {"model": "m", "data": "d", **REFUSED[setting]}}})
+
+
+def test_trap_every_setting_is_described() -> None:
+    bare = [
+        f"{name}.{key}"
+        for name, group in groups_of_settings().items()
+        for key, f in group.model_fields.items()
+        if not f.description
+    ]
+    assert bare == []
+
+
+def test_trap_every_logged_name_is_a_plain_string_in_the_code(run: Any, whole: Any, tmp_path: Path) -> None:
+    """Names are written out where they are logged, so that they can be searched for."""
+    pipeline = run(whole, tmp_path)
+    sources = "".join(path.read_text() for path in Path(keel.__file__).parent.rglob("*.py"))
+    for stage in whole["stages"]:
+        log = pipeline.stage_directory(stage) / "metrics.jsonl"
+        names = {
+            name
+            for line in (log.read_text().splitlines() if log.exists() else ())
+            for name in json.loads(line)
+        }
+        assert [name for name in names if not re.search(rf'"{re.escape(name)}"', sources)] == []
+
+
+def test_every_row_is_seen_once_in_each_pass() -> None:
+    """No short last batch, none left out: passes follow each other, and step k is the same however it is reached."""
+    seen = [row for step in range(7) for row in rows_of_step(14, 6, step, 5)]
+    assert [sorted(seen[i : i + 14]) for i in (0, 14, 28)] == [list(range(14))] * 3
+    assert seen[:14] != seen[14:28]
+    assert rows_of_step(14, 6, 4, 5) == seen[24:30]
