@@ -1,0 +1,48 @@
+"""The run's configuration: one pydantic model per stage, read from YAML with dotted overrides.
+
+An unknown key names its nearest match; a setting that would have no effect is refused. What is derived
+(micro-batches per step, number of steps) is computed where it is used and never stored.
+"""
+
+from keel.config.parts import (
+    DataConfig,
+    FilteredSamplingConfig,
+    InitConfig,
+    LoraConfig,
+    ModelConfig,
+    SamplingConfig,
+    Settings,
+    Stage,
+    Supervised,
+    Training,
+)
+from keel.config.policy import KLConfig, PPOConfig, PtxConfig, ShapingConfig
+from keel.config.reading import parse, read
+from keel.config.run import KINDS, AnyStage, EvaluateConfig, RunConfig
+from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
+
+__all__ = [
+    "KINDS",
+    "AnyStage",
+    "DataConfig",
+    "EvaluateConfig",
+    "FilteredSamplingConfig",
+    "InitConfig",
+    "KLConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "PPOConfig",
+    "PretrainConfig",
+    "PtxConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "Settings",
+    "ShapingConfig",
+    "Stage",
+    "Supervised",
+    "Training",
+    "parse",
+    "read",
+]

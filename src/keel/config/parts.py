@@ -1,0 +1,256 @@
+"""Parts that several stages share, and what every stage that trains has."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from keel import types
+
+
+class Settings(BaseModel):
+    """A group of settings: immutable, and no key it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    def changes(self, name: str) -> bool:
+        """Whether a setting is not at its default. One that is written out at its default harms nobody, so that a
+        run's resolved config can be read again."""
+        return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+
+
+class DataConfig(Settings):
+    """One source of rows."""
+
+    source: str = Field(
+        description="A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, or world:NAME/SPLIT."
+    )
+    rows: int | None = Field(None, ge=1, description="At most this many rows; for a world, how many to make.")
+    weight: float | None = Field(None, gt=0, description="Share of this source in a mixture.")
+    split: str = Field("train", description="Split of a hub data set.")
+    columns: dict[str, str] = Field({}, description="Rename columns: keel's name → the file's.")
+    on_bad: Literal["error", "skip"] = Field(
+        "error", description="A bad row is an error, or is skipped and counted."
+    )
+    options: dict[str, Any] = Field({}, description="A world's own settings.")
+
+    def plain(self) -> types.DataSource:
+        return types.DataSource(**self.model_dump())
+
+
+class InitConfig(BaseModel):
+    """A new model from a transformers configuration: `model_type` and any field of that type's config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    model_type: str = Field(description="A model type of transformers: llama, gpt2, bert …")
+
+
+class ModelConfig(Settings):
+    """Which model, and how it is loaded."""
+
+    path: str | None = Field(None, description="Another stage's name, a local path or a hub id.")
+    init: InitConfig | None = Field(
+        None, description="Build a new model from this transformers configuration."
+    )
+    tokenizer: str | None = Field(
+        None, description="Tokenizer of a new model: a path or hub id; one is trained when not given."
+    )
+    vocab_size: int | None = Field(
+        None, ge=260, description="Vocabulary of the tokenizer that is trained when none is given."
+    )
+    chat_template: str | None = Field(None, description="Jinja chat template; replaces the tokenizer's own.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of the weights in memory."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python that comes with the model. Off unless you trust its author."
+    )
+    revision: str | None = Field(None, description="Revision of a hub model.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give either `path` or `init`, one of them")
+        if self.path is not None and (self.tokenizer or self.vocab_size):
+            raise ValueError(
+                "`tokenizer` and `vocab_size` have no effect with `path`: a model brings its tokenizer"
+            )
+        if self.tokenizer and self.vocab_size:
+            raise ValueError("`vocab_size` has no effect with `tokenizer`: no tokenizer is trained")
+        if self.init is not None and self.revision and not self.tokenizer:
+            raise ValueError("`revision` has no effect with `init`: nothing is taken from the hub")
+        return self
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (2106.09685), by peft. The saved model has them merged in."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: int = Field(32, ge=1, description="Scale: updates are multiplied by alpha / r.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the adapters' input. Must be 0 where ratios are taken."
+    )
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Modules that get an adapter."
+    )
+
+
+class SamplingConfig(Settings):
+    """How completions are drawn."""
+
+    max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens.")
+    temperature: float = Field(1.0, ge=0, description="Softmax temperature; 0 is greedy.")
+    stop: list[str] = Field([], description="Stop strings besides EOS; each must be one token.")
+
+    def plain(self) -> types.Sampling:
+        values = self.model_dump()
+        return types.Sampling(**{**values, "stop": tuple(values["stop"])})
+
+
+class FilteredSamplingConfig(SamplingConfig):
+    """Sampling where no ratio is taken, so that the distribution may be cut."""
+
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: keep the likeliest tokens up to this mass.")
+    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
+
+    @model_validator(mode="after")
+    def _no_idle_filter(self) -> FilteredSamplingConfig:
+        idle = [name for name in ("top_p", "top_k") if self.changes(name)]
+        if self.temperature == 0 and idle:
+            raise ValueError(
+                f"`{idle[0]}` has no effect with `temperature` 0: greedy takes the likeliest token"
+            )
+        return self
+
+
+def with_tokenizer(stage: Any) -> Any:
+    """The stage; ValueError if its new model has no tokenizer (only a pretrain stage trains one)."""
+    if stage.model.init is not None and stage.model.tokenizer is None:
+        raise ValueError("a new model needs `model.tokenizer` here: only a pretrain stage trains one")
+    return stage
+
+
+def as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def as_source(value: Any) -> Any:
+    return [{"source": item} if isinstance(item, str) else item for item in as_list(value)]
+
+
+def as_model(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Stage(Settings):
+    """What every stage has."""
+
+    kind: str  # each stage narrows this to its own name
+
+    def references(self) -> list[tuple[str, str]]:
+        """(setting, what it names) for each setting that may name another stage, in the order of the config."""
+        return []
+
+    def inputs(self) -> list[str]:
+        """What `references` name."""
+        return [source for _, source in self.references()]
+
+
+class Training(Stage):
+    """What every stage that takes gradient steps has."""
+
+    model: ModelConfig = Field(
+        description="The model to start from: a stage, a path, a hub id, or {init: {...}}."
+    )
+    data: list[DataConfig] = Field(
+        min_length=1, description="Rows to train on: one source or a weighted mixture."
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate (AdamW).")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Decay of the learning rate after warm-up."
+    )
+    warmup: float = Field(
+        0.03, ge=0, le=1, description="Share of the steps over which the learning rate rises."
+    )
+    lr_floor: float = Field(0.0, ge=0, le=1, description="The decay ends at this share of the peak.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay, on matrices only.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decay rates.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Clip the gradient to this global norm; null: never."
+    )
+    batch_size: int = Field(
+        32, ge=1, description="Examples in an optimiser step (pairs, packed rows or episodes)."
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Examples in one forward and backward; null: all. Changes memory, not results.",
+    )
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimiser steps (updates, for PPO)."
+    )
+    max_length: int | None = Field(
+        None, ge=8, description="Longest sequence in tokens; null: the model's context."
+    )
+    too_long: Literal["error", "skip", "truncate"] = Field(
+        "error",
+        description="What to do with a row longer than max_length. Truncation cuts the prompt's start or the text's end, and is counted.",
+    )
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints; the last one is kept.")
+
+    _model = field_validator("model", mode="before")(as_model)
+    _data = field_validator("data", mode="before")(as_source)
+
+    @model_validator(mode="after")
+    def _no_idle_floor(self) -> Training:
+        if self.schedule == "constant" and self.changes("lr_floor"):
+            raise ValueError("`lr_floor` has no effect with `schedule: constant`: nothing decays")
+        return self
+
+    def references(self) -> list[tuple[str, str]]:
+        return [("model", self.model.path)] if self.model.path else []
+
+
+class Supervised(Training):
+    """Training on a fixed set of rows, with a held-out part."""
+
+    epochs: float = Field(
+        1.0, gt=0, description="Passes over the data; max_steps, when given, ends it earlier."
+    )
+    holdout: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of the rows kept from training to evaluate on (at most 1000 rows).",
+    )
+    eval_data: list[DataConfig] | None = Field(
+        None, description="Rows to evaluate on, instead of a held-out share."
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations; null: at the end only."
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop when this many evaluations in a row bring no improvement, and keep the best weights.",
+    )
+
+    _eval_data = field_validator("eval_data", mode="before")(
+        lambda value: None if value is None else as_source(value)
+    )
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> Supervised:
+        if self.eval_data is not None and self.changes("holdout") and self.holdout > 0:
+            raise ValueError("`holdout` has no effect with `eval_data`: give one of them")
+        held_out = self.eval_data is not None or self.holdout > 0
+        if self.eval_every is not None and not held_out:
+            raise ValueError("`eval_every` has no effect without held-out rows: set `holdout` or `eval_data`")
+        if self.patience is not None and (self.eval_every is None or not held_out):
+            raise ValueError("`patience` has no effect without `eval_every` and held-out rows")
+        return self

@@ -1,0 +1,147 @@
+"""A config from YAML with dotted overrides; every error names the key, and an unknown key its nearest match."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from keel import types
+from keel.config.run import KINDS, RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the silent loss of a key that is written twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} appears twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated config at `path` with `dotted.key=value` overrides applied (values are YAML).
+
+    Raises UsageError that names the key, what is wrong with it and, for an unknown key, the nearest one.
+    """
+    try:
+        tree = _unshared(yaml.load(path.read_text(encoding="utf-8"), _Loader))
+    except FileNotFoundError:
+        raise types.UsageError(f"no config at {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise types.UsageError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise types.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
+    for override in overrides:
+        _override(tree, override)
+    return parse(tree, str(path))
+
+
+def parse(tree: Mapping[str, Any], origin: str = "config") -> RunConfig:
+    """The validated config of an already read mapping."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise types.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML aliases made one is separate, so that an override changes one place only."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value`; a leading stage name may leave out `stages.`, a number is a place in a list."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise types.UsageError(f"{override!r} is not an override: write dotted.key=value")
+    parts, stages = key.split("."), tree.get("stages")
+    stages = stages if isinstance(stages, dict) else {}
+    if parts[0] in stages:
+        parts = ["stages", *parts]
+    elif parts[0] not in RunConfig.model_fields:
+        known = {*stages, *RunConfig.model_fields}
+        raise types.UsageError(f"{override!r}: no stage or setting {parts[0]!r}{_nearest(parts[0], known)}")
+    if len(parts) > 1 and parts[0] == "stages" and parts[1] not in stages:
+        raise types.UsageError(f"{override!r}: no stage {parts[1]!r}{_nearest(parts[1], stages)}")
+    node: Any = tree
+    for part in parts[:-1]:
+        node = _inside(node, part, override)
+    try:
+        node[_place(node, parts[-1], override)] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise types.UsageError(f"{override!r}: the value is not YAML: {error}") from None
+
+
+def _inside(node: Any, part: str, override: str) -> Any:
+    """The mapping or list at `part` of `node`, made where there is none; short forms are written out first."""
+    place = _place(node, part, override)
+    value = node[place] if isinstance(node, list) else node.get(place)
+    if isinstance(value, str) and part in ("model", "data", "eval_data", "comparisons"):
+        value = {"path" if part == "model" else "source": value}
+    if not isinstance(value, dict | list):
+        value = {}
+    node[place] = value
+    return value
+
+
+def _place(node: Any, part: str, override: str) -> Any:
+    """`part` as a key of a mapping or an index of a list."""
+    if isinstance(node, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(node):
+        raise types.UsageError(
+            f"{override!r}: there is a list of {len(node)}; {part!r} must be a place in it, from 0"
+        )
+    return int(part)
+
+
+def _nearest(word: str, known: Sequence[str] | Mapping[str, Any] | set[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _explain(item: Any) -> str:
+    place = [str(part) for part in item["loc"]]
+    if len(place) > 2 and place[0] == "stages" and place[2] in KINDS:
+        del place[2]  # pydantic inserts the union's tag
+    dotted, message = ".".join(place), item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key{_nearest(place[-1], _known_keys(item['loc']))}"
+    if item["type"] == "union_tag_invalid":
+        return f"{dotted}: unknown kind {item['ctx']['tag']!r}{_nearest(item['ctx']['tag'], KINDS)}"
+    if item["type"] == "union_tag_not_found":
+        return f"{dotted}: `kind` is missing; known: {', '.join(KINDS)}"
+    return f"{dotted}: {message}" if dotted else message
+
+
+def _known_keys(location: Sequence[Any]) -> set[str]:
+    """Names of the settings that the group at `location` knows."""
+    group: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        if part in KINDS:
+            group = KINDS[part]
+        elif isinstance(part, str) and part in group.model_fields:
+            inner = _group_of(group.model_fields[part].annotation)
+            group = inner or group
+    return set(group.model_fields)
+
+
+def _group_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(
+        (found for found in map(_group_of, get_args(annotation)) if found and found not in KINDS.values()),
+        None,
+    )

@@ -1,0 +1,118 @@
+"""Settings of `evaluate`, and the run as a whole."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_source
+from keel.config.policy import PPOConfig
+from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
+
+
+class EvaluateConfig(Stage):
+    """Compare models on the same prompts."""
+
+    kind: Literal["evaluate"] = Field(description="Models side by side on the same prompts.")
+    models: list[str] = Field(min_length=1, description="Models to compare: stages, paths or hub ids.")
+    reference: str | None = Field(
+        None, description="The model that KL and win rate are measured against; null: the first of `models`."
+    )
+    reward: str | None = Field(
+        None, description="A reward model: measures `proxy` and, with `comparisons`, its accuracy."
+    )
+    gold: str | None = Field(
+        None, description="A world (world:NAME) whose gold reward judges the completions."
+    )
+    data: list[DataConfig] = Field(min_length=1, description="Prompts.")
+    comparisons: list[DataConfig] | None = Field(
+        None, description="Pairs to measure the reward model's accuracy on."
+    )
+    sampling: FilteredSamplingConfig = Field(
+        default_factory=lambda: FilteredSamplingConfig.model_validate({}),
+        description="How completions are drawn.",
+    )
+    too_long: Literal["error", "skip", "truncate"] = Field(
+        "error",
+        description="What to do with a prompt that leaves no room for max_new_tokens in a model's context. Truncation cuts its start; both are counted.",
+    )
+    batch_size: int = Field(64, ge=1, description="Sequences in one forward. Changes memory, not results.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of all models' weights in memory."
+    )
+
+    _data = field_validator("data", mode="before")(as_source)
+    _comparisons = field_validator("comparisons", mode="before")(
+        lambda value: None if value is None else as_source(value)
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> EvaluateConfig:
+        if self.comparisons is not None and self.reward is None:
+            raise ValueError("`comparisons` has no effect without `reward`")
+        if self.reference is not None and self.reference not in self.models:
+            raise ValueError(f"`reference` {self.reference!r} is not one of `models`")
+        twice = [name for name in self.models if self.models.count(name) > 1]
+        if twice:
+            raise ValueError(f"`models` names {twice[0]!r} twice")
+        return self
+
+    def references(self) -> list[tuple[str, str]]:
+        reward = [("reward", self.reward)] if self.reward else []
+        return [*(("models", name) for name in self.models), *reward]
+
+
+AnyStage = PretrainConfig | SFTConfig | RewardConfig | PPOConfig | EvaluateConfig
+StageConfig = Annotated[AnyStage, Field(discriminator="kind")]
+KINDS: dict[str, type[Stage]] = {
+    get_args(c.model_fields["kind"].annotation)[0]: c for c in get_args(AnyStage)
+}
+
+
+LANGUAGE_MODELS = ("pretrain", "sft", "ppo")  # kinds of stages that leave a causal language model
+
+
+class RunConfig(Settings):
+    """A whole run."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."
+    )
+    description: str = Field("", description="What the run is for, in a line.")
+    seed: int = Field(0, ge=0, description="Everything random is derived from this.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads; null: all cores. Results are reproducible for one value."
+    )
+    device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1.")
+    stages: dict[str, StageConfig] = Field(
+        min_length=1, description="Stage name → settings; each `kind` has its own."
+    )
+
+    @model_validator(mode="after")
+    def _inputs_come_first(self) -> RunConfig:
+        seen: set[str] = set()
+        for name, stage in self.stages.items():
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"stage name {name!r}: letters, digits, - and _ only")
+            for setting, source in stage.references():
+                if source not in self.stages:
+                    continue
+                if source not in seen:
+                    order = "is that stage itself" if source == name else "comes after it"
+                    raise ValueError(f"stage {name!r} uses {source!r}, which {order}")
+                kind = self.stages[source].kind
+                if kind not in _fitting(stage.kind, setting):
+                    wanted = " or ".join(_fitting(stage.kind, setting))
+                    raise ValueError(
+                        f"stage {name!r}: `{setting}` needs a stage of kind {wanted}, but {source!r} is of kind {kind}"
+                    )
+            seen.add(name)
+        return self
+
+
+def _fitting(kind: str, setting: str) -> tuple[str, ...]:
+    """Kinds of stages whose model a stage of `kind` can take as its `setting`."""
+    if setting == "reward":
+        return ("reward",)
+    return (*LANGUAGE_MODELS, "reward") if kind == "reward" else LANGUAGE_MODELS

@@ -1,0 +1,73 @@
+"""Settings of the stages that learn from fixed rows: pretrain, sft, reward."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from keel.config.parts import FilteredSamplingConfig, Supervised, with_tokenizer
+
+
+class PretrainConfig(Supervised):
+    """Language modelling on packed text."""
+
+    kind: Literal["pretrain"] = Field(description="Language modelling on packed text.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate (AdamW).")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices only.")
+
+    @model_validator(mode="after")
+    def _nothing_is_too_long(self) -> PretrainConfig:
+        if self.changes("too_long"):
+            raise ValueError(
+                "`too_long` has no effect in pretrain: texts are joined and cut into rows of `max_length`"
+            )
+        return self
+
+
+class SFTConfig(Supervised):
+    """Supervised fine-tuning on demonstrations or conversations."""
+
+    kind: Literal["sft"] = Field(description="Supervised fine-tuning.")
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
+    loss_on: Literal["completion", "all"] = Field(
+        "completion", description="Tokens that count: the completion's (assistant turns), or all."
+    )
+    packing: bool = Field(
+        False,
+        description="Join examples into rows of max_length; attention never crosses from one to the next.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_tokenizer(self) -> SFTConfig:
+        return with_tokenizer(self)
+
+
+class RewardConfig(Supervised):
+    """A reward model from human comparisons (Bradley–Terry)."""
+
+    kind: Literal["reward"] = Field(description="A reward model from comparisons.")
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate (AdamW).")
+    votes: Literal["soft", "majority"] = Field(
+        "soft", description="Labels from several votes: their share, or the majority's side."
+    )
+    center: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of (r_chosen + r_rejected)², which keeps the scores around 0 (2312.09244).",
+    )
+    normalize: int = Field(
+        256,
+        ge=0,
+        description="Fix the scale on this many fresh samples of the starting model; 0: on the chosen and rejected completions.",
+    )
+    sampling: FilteredSamplingConfig = Field(
+        default_factory=lambda: FilteredSamplingConfig.model_validate({}),
+        description="How the samples for `normalize` are drawn.",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> RewardConfig:
+        if self.normalize == 0 and self.changes("sampling"):
+            raise ValueError("`sampling` has no effect with `normalize` 0: nothing is sampled")
+        return with_tokenizer(self)
