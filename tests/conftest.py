@@ -191,7 +191,7 @@ def open_ppo(tiny_model: Path, tiny_reward: Path, data: Data, stage_run: StageRu
             "updates": 3, "sampling": {"max_new_tokens": 8},
         }  # fmt: skip
         config = PPOConfig.model_validate(defaults | settings)
-        tasks, _, setup = ppo._open(config, stage_run, inputs.source_of(config.model, stage_run))
+        tasks, _, setup = ppo.open_stage(config, stage_run, inputs.source_of(config.model, stage_run))
         return tasks, setup
 
     return go

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from keel.config import RunConfig, parse, read
+from keel.config import RunConfig, SFTConfig, parse, read
 from keel.types import UsageError
 
 NEW = {"init": {"model_type": "llama"}}
@@ -172,12 +172,34 @@ def test_setting_without_effect_is_refused(stage, reason):
         (_ppo(kl={"coef": 0, "target": 1}), "can never adapt"),
         (_sft(model=NEW), "a new model needs `model.tokenizer`"),
         (_reward(model=NEW), "a new model needs `model.tokenizer`"),
+        (_sft(betas=[0.9, 1.0]), "stages.s.betas.1: Input should be less than 1"),
+        (_sft(betas=[-0.1, 0.9]), "stages.s.betas.0: Input should be greater than or equal to 0"),
+        (_sft(model={"path": "m", "dtype": "bfloat16"}), "weights in bfloat16 are too coarse to be trained"),
+        (_ppo(epochs=1, clip=0.1), "`clip` has no effect with one gradient step"),
+        (_ppo(value_coef=0, critic_warmup=1), "`critic_warmup` has no effect with `value_coef` 0"),
+        (_reward(normalize=1), "`normalize` 1 gives no spread to scale by: use at least 2, or 0"),
         (_sft(model={}), "either `path` or `init`"),
         (_sft(model={"path": "m", **NEW}), "either `path` or `init`"),
     ],
 )
 def test_setting_that_cannot_work_is_refused(stage, reason):
     assert reason in _refusal(_config(s=stage))
+
+
+def test_the_bounds_themselves_are_fine():
+    config = parse(_config(s=_sft(betas=[0, 0.999]), r=_reward(normalize=2), q=_reward(normalize=0)))
+    assert config.stages["s"].betas == (0, 0.999)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_steps_are_said_to_be_of_the_optimiser_or_updates():
+    fields = SFTConfig.model_fields
+    assert (
+        fields["max_steps"].description
+        == "Stop after this many optimiser steps. Not for PPO, which counts `updates`."
+    )
+    assert str(fields["save_every"].description).startswith(
+        "Optimiser steps between checkpoints (updates, for PPO)"
+    )
 
 
 def test_one_gradient_step_is_counted_by_mini_batches_too():
@@ -244,7 +266,7 @@ def test_override_reaches_into_short_forms_and_lists(tmp_path):
         _written(tmp_path, _config(**stages)),
         [
             "s.data.rows=5",
-            "s.model.dtype=bfloat16",
+            "s.model.revision=v2",
             "s.eval_data.on_bad=skip",
             "e.comparisons.rows=9",
             "e.models.1=y",
@@ -252,7 +274,7 @@ def test_override_reaches_into_short_forms_and_lists(tmp_path):
     )
     sft, evaluate = config.stages["s"], config.stages["e"]
     assert (sft.data[0].source, sft.data[0].rows) == ("d.jsonl", 5)
-    assert (sft.model.path, sft.model.dtype) == ("m", "bfloat16")
+    assert (sft.model.path, sft.model.revision) == ("m", "v2")
     assert (sft.eval_data[0].source, sft.eval_data[0].on_bad) == ("e.jsonl", "skip")
     assert (evaluate.comparisons[0].source, evaluate.comparisons[0].rows) == ("c.jsonl", 9)
     assert evaluate.models == ["s", "y"]

@@ -112,7 +112,7 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows_from_it(go, chain):
     assert go(_config(chain, **{"reward.lr": 2e-3, "ppo.gamma": 0.9})) == ["ppo", "judge"]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"threads": 2}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"threads": 2}, {"device": "meta"}])
 def test_what_all_stages_depend_on_reruns_all(go, chain, tmp_path, change):
     first, second = (Pipeline(parse(_config(chain, **c)), tmp_path / "run") for c in ({}, change))
     assert all(first.fingerprint(name) != second.fingerprint(name) for name in STAGES)
@@ -146,6 +146,83 @@ def test_changed_weights_of_a_model_from_outside_rerun_what_starts_from_it(go, d
     assert go(config) == ["sft"]
 
 
+def test_a_changed_tokenizer_reruns_the_new_model_that_takes_it(go, data, tiny_model, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny_model, folder)
+    init = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = {"init": init, "tokenizer": str(folder)}
+    base = {
+        "kind": "pretrain",
+        "model": model,
+        "data": str(data.text),
+        "max_steps": 1,
+        "batch_size": 2,
+        "max_length": 16,
+    }
+    config = _config({"stages": {"base": base}})
+    assert go(config) == ["base"]
+    assert go(config) == []
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    said: list[str] = []
+    assert go(config, say=said.append) == ["base"]
+    assert f"base: run again, since '{folder}' changed, which it starts from" in said
+
+
+def test_a_model_that_was_deleted_is_trained_again_with_the_same_bytes(go, chain, tmp_path):
+    go(_config(chain))
+    before = _content(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "stages" / "sft" / "model")
+    (tmp_path / "run" / "stages" / "ppo" / "model" / "model.safetensors").unlink()
+    pipeline = Pipeline(parse(_config(chain)), tmp_path / "run")
+    assert [name for name in STAGES if not pipeline.is_done(name)] == ["sft", "ppo"]
+    said: list[str] = []
+    with pytest.raises(UsageError, match="its input 'sft' is not done"):
+        go(_config(chain), only="reward")
+    assert go(_config(chain), say=said.append) == ["sft", "ppo"]
+    assert "sft: run again, since its model is no longer there" in said
+    assert _content(tmp_path / "run") == before
+
+
+def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
+    def again(**changes: Any) -> list[str]:
+        said: list[str] = []
+        go(_config(chain, **changes), say=said.append)
+        return [line for line in said if "run again" in line]
+
+    assert again() == []
+    assert again() == []
+    assert again(**{"reward.lr": 2e-3}) == [
+        "reward: run again, since settings changed (lr 0.001 → 0.002)",
+        "ppo: run again, since 'reward' changed, which it starts from",
+        "judge: run again, since 'ppo', 'reward' changed, which it starts from",
+    ]
+    with pytest.raises(
+        Stopped
+    ):  # what was only begun says why as well, and what is gone on with says nothing
+        go(_config(chain, **{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}}), stop_at=("ppo", 3))
+    assert again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}}) == [
+        "judge: run again, since 'ppo' changed, which it starts from"
+    ]
+    monkeypatch.setattr(pipelines, "code_print", lambda: "other code")
+    assert again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0] == (
+        "base: run again, since the code of keel changed"
+    )
+
+
+def test_the_mark_of_being_done_is_written_last(go, chain, tmp_path):
+    go(_config({"stages": {"base": chain["stages"]["base"]}}))
+    stage = tmp_path / "run" / "stages" / "base"
+    assert json.loads((stage / "fingerprint.json").read_text())["settings"]["kind"] == "pretrain"
+    files = [path for path in stage.rglob("*") if path.is_file()]
+    assert max(files, key=lambda path: path.stat().st_mtime_ns).name == "stage.json"
+
+
 def test_fresh_forgets_what_was_done(go, chain, tmp_path):
     go(_config(chain))
     before = _content(tmp_path / "run")
@@ -153,21 +230,6 @@ def test_fresh_forgets_what_was_done(go, chain, tmp_path):
     assert _content(tmp_path / "run") == before
     assert go(_config(chain), fresh=True, only="ppo") == ["ppo"]
     assert go(_config(chain)) == []
-
-
-def test_code_counts_and_the_report_does_not(monkeypatch, tmp_path):
-    package = tmp_path / "keel"
-    for name in ("__init__.py", "cli.py", "report/page.py", "stages/ppo.py"):
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text("1")
-    monkeypatch.setattr(keel, "__file__", str(package / "__init__.py"))
-    code_print = pipelines.code_print.__wrapped__
-    first = code_print()
-    for name in ("cli.py", "report/page.py"):
-        (package / name).write_text("2")
-    assert code_print() == first
-    (package / "stages" / "ppo.py").write_text("2")
-    assert code_print() != first
 
 
 def test_the_resolved_config_is_the_same_run(go, chain, tmp_path):

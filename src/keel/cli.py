@@ -44,6 +44,10 @@ OverridesArgument = Annotated[
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run directories.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+NEEDED = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "huggingface_hub", "pyarrow", "pydantic",
+    "typer", "rich", "plotly", "jinja2", "markupsafe", "pyyaml", "numpy",
+)  # fmt: skip
 SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_loss", "eval_accuracy")
 
 
@@ -127,7 +131,9 @@ def report(
         raise UsageError(f"no run at {run}: there is no config.yaml in it")
     page = reports.write(run)
     if as_json:
-        print(json.dumps({"report": str(page), "results": _results(run)}, ensure_ascii=False, indent=2))
+        stages = {name: {"status": _status(run, name, facts)} for name, facts in _manifest(run).items()}
+        facts = {"report": str(page), "stages": stages, "results": _results(run)}
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
         print(reports.summary(run))
         print(f"report: {page}")
@@ -230,23 +236,10 @@ def doctor(as_json: JsonOption = False) -> None:
         except PackageNotFoundError:
             return None
 
-    needed = (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "accelerate",
-        "peft",
-        "datasets",
-        "safetensors",
-        "pydantic",
-        "typer",
-        "rich",
-        "plotly",
-    )
     facts: dict[str, Any] = {
         "keel": keel.__version__,
         "python": platform.python_version(),
-        **{p: installed(p) for p in needed},
+        **{p: installed(p) for p in NEEDED},
     }
     facts |= {
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
@@ -255,7 +248,7 @@ def doctor(as_json: JsonOption = False) -> None:
     }
     facts["hub offline"] = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
     facts["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
-    missing = [package for package in needed if facts[package] is None]
+    missing = [package for package in NEEDED if facts[package] is None]
     if as_json:
         print(json.dumps({**facts, "missing": missing}, indent=2))
     else:
@@ -291,17 +284,37 @@ def _recipe(name: str) -> Path:
     return path
 
 
+def _manifest(run: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each stage."""
+    path = run / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+
+
+def _status(run: Path, name: str, facts: Mapping[str, Any]) -> str:
+    """The manifest's status of a stage: "done", "done before", "not run"; "out of date" where what lies there was
+    made with other settings, inputs or code than the manifest asks for."""
+    mark = run / "stages" / name / "fingerprint"
+    stale = mark.exists() and mark.read_text(encoding="utf-8") != facts.get("fingerprint")
+    return "out of date" if stale else facts["status"]
+
+
 def _results(run: Path) -> dict[str, Any]:
-    found = sorted((run / "stages").glob("*/result.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
+    """The results of the stages that are done with what the manifest asks for; never those of other settings."""
+    paths = {
+        name: run / "stages" / name / "result.json"
+        for name, facts in _manifest(run).items()
+        if _status(run, name, facts) in ("done", "done before")
+    }
+    return {
+        name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()
+    }
 
 
 def _outcome(pipeline: Any) -> dict[str, Any]:
-    stages = json.loads((pipeline.directory / "manifest.json").read_text(encoding="utf-8"))["stages"]
     results = _results(pipeline.directory)
     return {
         "run": str(pipeline.directory), "report": str(pipeline.directory / "report.html"),
-        "stages": {name: {**facts, "result": results.get(name)} for name, facts in stages.items()},
+        "stages": {name: {**facts, "result": results.get(name)} for name, facts in _manifest(pipeline.directory).items()},
     }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def test_run_as_json(keel, write, chain):
     assert "sft: done before, unchanged" in again.err
     report = keel("report", "elsewhere/mine", "--json")
     assert report.code == 0, report.err
+    assert report.json["stages"]["judge"] == {"status": "done before"}
     assert report.json["results"]["judge"] == done.json["stages"]["judge"]["result"]
     assert Path(report.json["report"]).exists()
 
@@ -115,6 +116,7 @@ def test_report_of_a_run_that_was_cut_off(keel, write, chain, monkeypatch):
     cut = keel("report", "runs/tiny", "--json")
     assert cut.code == 0, cut.err
     assert cut.json["results"].keys() == {"sft", "reward"}
+    assert cut.json["stages"]["ppo"] == cut.json["stages"]["judge"] == {"status": "not run"}
 
 
 # ---------------------------------------------------------------- plan
@@ -125,7 +127,7 @@ def test_plan_says_what_would_be_done_and_does_nothing(keel, write, chain):
     assert planned.code == 0, planned.err
     sft, reward, ppo, judge = planned.json["stages"]
     assert (sft["rows"], sft["type"], sft["steps"], sft["tokens_measured"]) == (48, "demonstration", 2, True)
-    assert sft["parameters"] == reward["parameters"] == ppo["parameters"] > 10_000
+    assert sft["parameters"] == ppo["parameters"] == judge["parameters"] > reward["parameters"] > 10_000
     assert reward["inputs"] == ["sft"]
     assert (ppo["steps"], ppo["episodes"], ppo["gradient_steps"]) == (2, 4, 2)
     assert judge["rows"] == 3

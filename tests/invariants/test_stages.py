@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTN
 
 from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
-from keel.stages import language, ppo, reward
+from keel.stages import epochs, language, ppo, reward
 from keel.stages.language import Row
 from keel.stages.update import micro_batches
 from keel.types import Episodes
@@ -311,7 +311,7 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
     seen: dict[int | None, list[Tensor]] = {}
     for size in (None, 1, 3):
         ptx = {"data": str(data.text), "batch_size": 5}
-        tasks, setup = open_ppo(**ppo_settings(sharing, micro_batch=size, epochs=1, ptx=ptx))
+        tasks, setup = open_ppo(**ppo_settings(sharing, micro_batch=size, epochs=2, ptx=ptx))
         in_float64(setup)
         steering = ppo.Steering(BETA, ppo.RunningScale())
         collected, _ = ppo.collect(setup, tasks[:8], steering, 5)
@@ -324,7 +324,7 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
                 seen[size] = gradients(setup.roles.policy, *setup.roles.value_modules)
             return {"grad_norm": 0.0, "lr": 0.0}
 
-        monkeypatch.setattr(ppo.optim, "step", keep)
+        monkeypatch.setattr(epochs.optim, "step", keep)
         ppo.learn(setup, ppo._optimizers(setup.config, setup.roles), collected.episodes, 1, BETA)
     assert_same(seen[1], seen[None])
     assert_same(seen[3], seen[None])

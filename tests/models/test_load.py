@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from keel.models.load import (
@@ -14,7 +19,9 @@ from keel.models.load import (
     ModelSource,
     add_adapters,
     causal_lm,
+    checkpoint_activations,
     context_length,
+    disable_dropout,
     merged,
     save,
     scorer,
@@ -68,6 +75,48 @@ def test_a_new_head_has_the_spread_of_the_paper_and_a_trained_one_is_kept(
     assert torch.equal(kept, AutoModelForSequenceClassification.from_pretrained(tiny_reward).score.weight)
 
 
+def without(source: Path, folder: Path, key: str) -> ModelSource:
+    """A copy of a checkpoint that lacks one of its weights."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[key]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return ModelSource(str(folder))
+
+
+@pytest.mark.parametrize("key", ["score.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_trained_reward_model_that_lacks_a_weight_is_refused(
+    key: str, tiny_reward: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"no whole reward model: it has no {key}"):
+        scorer(without(tiny_reward, tmp_path / "model", key), 0)
+
+
+def test_a_language_model_that_becomes_a_reward_model_may_lack_a_head_alone(
+    tiny_model: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """A BERT that was pretrained has no pooler either; that one is part of its head."""
+    scorer(ModelSource(str(tiny_model)), 0)
+    scorer(ModelSource(str(tiny_bert)), 0)
+    for source, key in (
+        (tiny_model, "model.layers.0.self_attn.q_proj.weight"),
+        (tiny_bert, "bert.encoder.layer.1.output.dense.weight"),
+    ):
+        with pytest.raises(UsageError, match=f"no whole language model: it has no {key}"):
+            scorer(without(source, tmp_path / source.name, key), 0)
+
+
+def test_a_whole_head_is_kept_though_the_config_does_not_say_that_there_is_one(
+    tiny_reward: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_reward, tmp_path / "model")
+    config = json.loads((tiny_reward / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    kept = scorer(ModelSource(str(tmp_path / "model")), 99).score.weight
+    assert torch.equal(kept, load_file(tiny_reward / "model.safetensors")["score.weight"])
+
+
 def test_adapters_start_as_the_model_itself_and_end_merged_into_it(
     tiny_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -86,6 +135,145 @@ def test_adapters_start_as_the_model_itself_and_end_merged_into_it(
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=1e-5)
     assert again.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("which", ["tiny_model", "tiny_bert"])
+def test_what_lora_trains_is_float32_on_weights_in_half_precision(
+    which: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    """One step of 1e-4 moves a head of that precision by nothing at all in most places."""
+    source = ModelSource(str(request.getfixturevalue(which)), dtype=dtype)
+    model = add_adapters(scorer(source, 3), Adapters(r=2), 3, train_head=True).train()
+    disable_dropout(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {getattr(torch, dtype)}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = model(input_ids=ids).logits
+    assert logits.dtype == torch.float32
+    logits.sum().backward()
+    before = [p.detach().clone() for p in trained]
+    torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0).step()
+    moved = [
+        (p != b)[p.grad != 0].float().mean() for p, b in zip(trained, before, strict=True) if p.grad.any()
+    ]
+    assert len(moved) > 4
+    assert min(moved) > 0.99
+    expected = model(input_ids=ids).logits
+    tolerance = 0.05 if dtype == "bfloat16" else 0.01
+    torch.testing.assert_close(merged(model)(input_ids=ids).logits, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("bert", {"bert.pooler.dense", "classifier"}),
+        ("distilbert", {"pre_classifier", "classifier"}),
+        ("roberta", {"classifier.dense", "classifier.out_proj"}),
+        ("llama", {"score"}),
+    ],
+)
+def test_lora_trains_the_whole_head_whatever_its_targets(kind: str, head: set[str]) -> None:
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    if kind == "distilbert":
+        sizes = {"vocab_size": 50, "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+    targets = ["query"] if kind in ("bert", "roberta") else ["q_lin"] if kind == "distilbert" else ["q_proj"]
+    for target_modules in (targets, "all-linear"):
+        plain = scorer(ModelSource(init={"model_type": kind, **sizes}), 0)
+        model = add_adapters(plain, Adapters(r=2, target_modules=target_modules), 0, train_head=True)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+        tidy = {
+            name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in trained
+        }
+        assert {name.rpartition(".")[0] for name in tidy} == head
+        assert any("lora" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+OFTEN = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5,
+        "bos_token_id": 1, "eos_token_id": 1,
+    },
+    "gpt_neox": {**OFTEN, "intermediate_size": 64, "hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "falcon": {**OFTEN, "hidden_dropout": 0.5, "attention_dropout": 0.5, "bos_token_id": 1, "eos_token_id": 1},
+    "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "opt": {**OFTEN, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5, "layerdrop": 0.5},
+    "llama": {**OFTEN, "intermediate_size": 64, "attention_dropout": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_trap_15_dropout_is_off_in_every_architecture(kind: str, lora: bool) -> None:
+    """Whether a module drops, a number that its layer keeps, or one that the layer reads from the config. What is
+    saved with the model keeps its rates."""
+    model: Any = causal_lm(ModelSource(init={"model_type": kind, **DROPOUTS[kind]}), 0)
+    if lora:
+        model = add_adapters(model, Adapters(r=2, dropout=0.5), 0)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.fill_(0.1)
+    ids, config = torch.tensor([[5, 6, 7, 8, 9]]), model.config.to_dict()
+
+    def forward(training: bool) -> torch.Tensor:
+        with torch.no_grad():
+            return model.train(training)(input_ids=ids, use_cache=False).logits
+
+    torch.manual_seed(0)
+    assert not torch.equal(forward(True), forward(True))
+    disable_dropout(model)
+    assert torch.equal(forward(True), forward(True))
+    assert torch.equal(forward(True), forward(False))
+    assert model.config.to_dict() == config
+
+
+def test_every_kind_of_dropout_module_is_turned_off() -> None:
+    x = torch.ones(3, 4, 5)
+    for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout):
+        model = nn.Sequential(kind(0.5)).train()
+        assert any(not torch.equal(model(x), x) for _ in range(20))
+        disable_dropout(model)
+        assert all(torch.equal(model(x), x) for _ in range(20))
+
+
+def test_checkpointing_takes_the_name_that_the_library_knows_and_no_deprecated_one(tiny_model: Path) -> None:
+    model = add_adapters(causal_lm(ModelSource(str(tiny_model)), 0), Adapters(r=2), 0).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint_activations(model)
+    model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    class Older(nn.Module):
+        given: Any = None
+
+        def gradient_checkpointing_enable(self, settings: Any) -> None:
+            self.given = settings
+
+        def enable_input_require_grads(self) -> None:
+            pass
+
+    older = Older()
+    checkpoint_activations(older)
+    assert older.given == {"use_reentrant": False}
+
+
+def test_a_model_that_cannot_recompute_its_activations_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = causal_lm(ModelSource(str(tiny_model)), 0)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UsageError, match=r"gradient_checkpointing: .*LlamaForCausalLM does not support"):
+        checkpoint_activations(model)
 
 
 def test_saving_replaces_the_whole_folder_and_leaves_nothing_beside_it(

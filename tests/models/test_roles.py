@@ -9,16 +9,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from keel.models.forward import response_scores
 from keel.models.load import Adapters, ModelSource
 from keel.models.roles import Roles, open_roles
+from keel.types import UsageError
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 
 
-def roles_of(path: Path, sharing: Any = "trunk", adapters: Adapters | None = None, **settings: Any) -> Roles:
+def roles_of(
+    path: Path,
+    sharing: Any = "trunk",
+    adapters: Adapters | None = None,
+    reference: ModelSource | None = None,
+    **settings: Any,
+) -> Roles:
     defaults: dict[str, Any] = {"gradient_checkpointing": False, "device": torch.device("cpu"), "seed": 1}
     return open_roles(
-        ModelSource(str(path)), None, sharing=sharing, adapters=adapters, **(defaults | settings)
+        ModelSource(str(path)), reference, sharing=sharing, adapters=adapters, **(defaults | settings)
     )
 
 
@@ -90,3 +98,29 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path, adapters: 
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
     assert any(g.abs().max() > 0 for g in gradients[0].values())
+
+
+def test_a_reference_with_another_vocabulary_is_refused_before_any_weights_are_read(
+    tiny_model: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    config = GPT2Config(vocab_size=77, n_embd=32, n_layer=1, n_head=2, n_positions=48)
+    config.save_pretrained(tmp_path)  # no weights at all
+    sizes = rf"a vocabulary of {len(tokenizer)}, the reference .* of 77"
+    with pytest.raises(UsageError, match=sizes):
+        roles_of(tiny_model, reference=ModelSource(str(tmp_path)))
+    twin = roles_of(tiny_model, reference=ModelSource(str(tiny_model)))
+    assert torch.equal(twin.reference(input_ids=IDS).logits, twin.policy(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("sharing", ["separate", "trunk"])
+def test_a_value_head_on_a_backbone_in_half_precision_is_float32(tiny_model: Path, sharing: Any) -> None:
+    source = ModelSource(str(tiny_model), dtype="bfloat16")
+    roles = open_roles(
+        source, None, sharing=sharing, adapters=Adapters(r=2), gradient_checkpointing=False, device=torch.device("cpu"), seed=1,
+    )  # fmt: skip
+    for module in (roles.policy, *roles.value_modules):
+        assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    if roles.critic is not None:
+        response_scores(roles.critic, IDS, torch.tensor([2, 3]), 2).sum().backward()
+        gradients = [p.grad for p in roles.critic.parameters() if p.requires_grad]
+        assert any(g is not None and g.any() for g in gradients)

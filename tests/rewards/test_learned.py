@@ -59,7 +59,9 @@ def test_trap_23_the_score_is_that_of_the_last_token_whatever_the_pad_token(
 
 def test_the_scale_of_the_reward_stage_travels_with_the_model(tiny_reward: Path, tiny_model: Path) -> None:
     reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
-    assert (reward.mean, reward.std) == (0.5, 2.0)
+    assert (reward.mean, reward.std, reward.scaled) == (0.5, 2.0, True)
+    foreign = learned.wrap(scorer(ModelSource(str(tiny_model)), 0), reward.tokenizer)
+    assert (foreign.mean, foreign.std, foreign.scaled) == (0.0, 1.0, False)
 
 
 def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
@@ -129,6 +131,53 @@ def test_what_is_too_long_loses_the_prompts_start_and_nothing_of_the_response(
     assert encoder.tokenizer.decode(ids).endswith("the cat? [SEP] it is red. [SEP]")
     with pytest.raises(UsageError, match="does not fit a reward model that reads 48"):
         learned.encode(decoder, "the cat?", " it is red." * 30)
+
+
+def test_a_sampled_response_that_is_too_long_by_itself_is_scored_as_far_as_it_fits(
+    tiny_reward: Path, tiny_bert: Path
+) -> None:
+    """After the prompt's last token, from the response's start; a conversation's too. Such are counted."""
+    decoder = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    encoder = learned.wrap(
+        scorer(ModelSource(str(tiny_bert)), 3).eval(), AutoTokenizer.from_pretrained(tiny_bert)
+    )
+    prompts: list[Any] = ["the cat?", "the cat?", ({"role": "user", "content": "the cat?"},)]
+    texts = [" it is red.", " it is red." + " so" * 60, "it is red." + " so" * 60]
+    for reward, starts in ((decoder, ("?", ":")), (encoder, ("[CLS]?[SEP]", "[CLS]?[SEP]"))):
+        rows, cut = learned.encode_samples(reward, prompts, texts, [True, True, False])
+        assert cut == 2
+        assert rows[0] == learned.encode(reward, "the cat?", " it is red.")
+        for row, start, prompt, text in zip(rows[1:], starts, prompts[1:], texts[1:], strict=True):
+            assert len(row["input_ids"]) == 48
+            read = reward.tokenizer.decode(row["input_ids"]).replace(" ", "")
+            assert read.startswith(f"{start}itisred.soso")
+            assert read.removesuffix("[SEP]").endswith("soso")  # the EOS was cut off with the end
+            assert learned.encode_sampled(reward, prompt, text, True) == row
+        assert torch.isfinite(learned.score(reward, rows)).all()
+
+
+def test_a_cut_off_response_leaves_the_room_of_its_eos_to_the_prompt(tiny_reward: Path) -> None:
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    row = learned.encode_sampled(reward, "the cat? " * 30, " it is red.", False)["input_ids"]
+    assert len(row) == 48
+    assert reward.tokenizer.decode(row).endswith("the cat?  it is red.")
+
+
+def test_ids_are_read_by_a_decoder_with_the_policys_tokenizer_only(
+    tiny_reward: Path, tiny_bert: Path, tokenizer: Any
+) -> None:
+    decoder = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    assert learned.reads_ids_of(decoder, tokenizer)
+    assert not learned.reads_ids_of(decoder, AutoTokenizer.from_pretrained(tiny_bert))
+    encoder = learned.wrap(scorer(ModelSource(str(tiny_bert)), 3), tokenizer)
+    assert not learned.reads_ids_of(encoder, tokenizer)
+
+
+def test_ids_that_would_not_fit_the_reward_model_are_refused_up_front(tiny_reward: Path) -> None:
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    learned.check_room(reward, 48, "ppo")
+    with pytest.raises(UsageError, match=r"ppo: .* up to 49 tokens, but the reward model reads 48"):
+        learned.check_room(reward, 49, "ppo")
 
 
 def test_only_tokenizers_with_the_same_ids_and_template_read_each_others_ids(

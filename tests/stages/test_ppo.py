@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
-from keel.stages import ppo
+from keel.stages import experience, ppo
 from keel.stages.update import copy_state
+from keel.types import DataError, UsageError
 
 
 @pytest.fixture
@@ -86,7 +88,11 @@ def test_with_lora_only_adapters_and_the_value_head_are_trained(open_ppo: Any) -
 def test_half_precision_runs_with_a_first_ratio_of_exactly_1(run_ppo: Any, tiny_model: Path) -> None:
     for sharing in ("separate", "trunk"):
         _, rows = run_ppo(
-            sharing, sharing=sharing, model={"path": str(tiny_model), "dtype": "bfloat16"}, micro_batch=3
+            sharing,
+            sharing=sharing,
+            model={"path": str(tiny_model), "dtype": "bfloat16"},
+            micro_batch=3,
+            lora={"r": 4},
         )
         assert [row["val/ratio_first"] for row in rows] == [1.0, 1.0]
 
@@ -135,9 +141,10 @@ def test_early_stopping_keeps_the_best_weights(
 
     def falling(setup: ppo.Setup, tasks: Any) -> dict[str, float]:
         weights.append(copy_state(setup.roles.policy))
-        return {"eval/objective/scores": next(scores), "eval/objective/kl": 0.0}
+        score = next(scores)
+        return {"eval/objective/scores": score, "eval/objective/kl": 0.0, "eval/objective/rlhf_reward": score}
 
-    monkeypatch.setattr(ppo, "evaluate", falling)
+    monkeypatch.setattr(experience, "evaluate", falling)
     stage, rows = run_ppo(updates=4, eval_every=1, eval_data=str(data.prompts), patience=2)
     assert [row["step"] for row in rows] == [1, 2, 3]
     kept = AutoModelForCausalLM.from_pretrained(stage / "model").state_dict()
@@ -166,7 +173,7 @@ def test_a_reward_models_scale_is_used_or_not_as_the_config_says(open_ppo: Any) 
             shaping={"normalize": normalize, "clip": None, "missing_stop_penalty": 0.0}, kl={"coef": 0.0}
         )
         collected, scale = ppo.collect(setup, tasks[:8], ppo.Steering(0.0, ppo.RunningScale()), 1)
-        rewards[normalize] = collected.episodes.rewards.sum(dim=1), collected.scores
+        rewards[normalize] = collected.episodes.rewards.sum(dim=1), collected.experience.scores
     scores = rewards["none"][1]
     torch.testing.assert_close(rewards["none"][0], scores)
     torch.testing.assert_close(rewards["model"][0], (scores - 0.5) / 2)
@@ -183,7 +190,7 @@ def test_trap_28_ppo_asks_an_encoder_by_text(run_ppo: Any, tiny_bert: Path, tmp_
     scorer(ModelSource(str(tiny_bert)), 3).save_pretrained(tmp_path / "encoder")
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.save_pretrained(tmp_path / "encoder")
-    stage, _ = run_ppo(reward=str(tmp_path / "encoder"), micro_batch=3)
+    stage, _ = run_ppo(reward=str(tmp_path / "encoder"), micro_batch=3, shaping={"normalize": "running"})
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
     for row in samples(stage):
         with torch.no_grad():
@@ -224,3 +231,51 @@ def test_trap_the_value_model_thrown_away_after_training(run_ppo: Any, tiny_mode
         "bias": (1,),
     }
     assert not list(stage.glob(".*"))
+
+
+def test_half_precision_weights_are_not_trained_themselves(run_ppo: Any, tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="bfloat16"):
+        run_ppo(model={"path": str(tiny_model), "dtype": "bfloat16"})
+
+
+def test_a_scale_that_the_reward_model_does_not_have_is_not_made_up(
+    run_ppo: Any, tiny_reward: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_reward, bare)
+    settings = json.loads((bare / "config.json").read_text())
+    del settings["keel_reward"]
+    (bare / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="normalize"):
+        run_ppo("model", reward=str(bare))
+    run_ppo("running", reward=str(bare), shaping={"normalize": "running"})
+
+
+def test_early_stopping_compares_rewards_in_one_unit(open_ppo: Any) -> None:
+    """Normalised scores minus the config's β times the KL, whatever β has become."""
+    tasks, setup = open_ppo(kl={"coef": 0.25, "target": 1.0})
+    found = experience.evaluate(setup, tasks[:8])
+    scores, kl = found["eval/objective/scores"], found["eval/objective/kl"]
+    assert found["eval/objective/rlhf_reward"] == pytest.approx((scores - 0.5) / 2.0 - 0.25 * kl, abs=1e-6)
+
+
+def test_rows_of_the_pretraining_mix_that_are_cut_are_counted(
+    open_ppo: Any, data: Any, stage_run: Any
+) -> None:
+    short = {"max_length": 8, "sampling": {"max_new_tokens": 1}}
+    open_ppo(**short)  # its own prompts fit
+    open_ppo(ptx={"data": str(data.text)}, too_long="truncate", **short)
+    assert stage_run.facts["rows_cut"] == 24
+    with pytest.raises(DataError, match=r"text.jsonl:1: .* more than the 8"):
+        open_ppo(ptx={"data": str(data.text)}, **short)
+
+
+def test_a_reward_model_that_reads_less_than_the_policy_writes_is_refused_up_front(
+    run_ppo: Any, tiny_reward: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(tiny_reward, short)
+    settings = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 8}))
+    with pytest.raises(UsageError, match="8"):
+        run_ppo(reward=str(short))

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from keel.config import RewardConfig, SFTConfig
-from keel.models.load import load_tokenizer
+from keel.models import optim
+from keel.models.load import ModelSource, load_tokenizer
 from keel.rewards import learned
 from keel.stages import inputs, language, sft
 from keel.stages import reward as reward_stage
@@ -19,6 +20,9 @@ from keel.stages.update import copy_state
 from keel.types import DataError, DemonstrationRecord, PreferenceRecord, TextRecord, UsageError
 
 LORA = {"r": 4, "alpha": 8}
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 48,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -187,9 +191,16 @@ def test_the_scale_is_that_of_samples_of_the_starting_model(
     assert (loaded.mean, loaded.std) == pytest.approx((scores.mean().item(), scores.std().item()), rel=1e-4)
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_an_encoder_becomes_a_reward_model(lora: Any, run_stage: Any, tiny_bert: Path) -> None:
-    stage, rows = run_stage("reward", model=str(tiny_bert), lora=lora, max_steps=12, lr=1e-2)
+@pytest.mark.parametrize(
+    "lora", [None, LORA, LORA | {"target_modules": ["query"]}], ids=["full", "lora", "lora on queries"]
+)
+@pytest.mark.parametrize("normalize", [0, 256])
+def test_an_encoder_becomes_a_reward_model(
+    lora: Any, normalize: int, run_stage: Any, tiny_bert: Path
+) -> None:
+    stage, rows = run_stage(
+        "reward", model=str(tiny_bert), lora=lora, max_steps=12, lr=1e-2, normalize=normalize, sampling={}
+    )
     assert rows[-1]["loss"] < rows[0]["loss"]
     reward = learned.load(str(stage / "model"), device=torch.device("cpu"))
     assert reward.is_encoder
@@ -206,4 +217,61 @@ def test_a_classifier_of_several_classes_is_refused_as_a_start(
     )
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "three")
     with pytest.raises(UsageError, match="3 outputs; a reward model has 1"):
-        run_stage("reward", model=str(tmp_path / "three"))
+        run_stage("reward", model=str(tmp_path / "three"), normalize=0, sampling={})
+
+
+@pytest.mark.parametrize("which", ["tiny_model", "tiny_bert"])
+def test_a_head_on_a_backbone_in_half_precision_learns_by_small_steps(
+    which: str, run_stage: Any, request: pytest.FixtureRequest
+) -> None:
+    """With a learning rate that a head in bfloat16 would not notice."""
+    path = str(request.getfixturevalue(which))
+    model = {"path": path, "dtype": "bfloat16"}
+    heads = []
+    for lr in (1e-9, 1e-5):
+        stage, _ = run_stage(
+            "reward", str(lr), model=model, lora=LORA, lr=lr, warmup=0, normalize=0, sampling={}
+        )
+        found = AutoModelForSequenceClassification.from_pretrained(stage / "model", dtype=torch.float32)
+        heads.append((found.score if which == "tiny_model" else found.classifier).weight)
+    assert 0 < (heads[0] - heads[1]).abs().median() < 1e-4
+    with pytest.raises(UsageError, match="bfloat16"):
+        run_stage("reward", "full", model=model, normalize=0, sampling={})
+
+
+def test_settings_of_samples_that_are_not_drawn_are_refused(
+    run_stage: Any, tiny_bert: Path, tiny_reward: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    new = {"init": {"model_type": "llama", **LLAMA}, "tokenizer": str(tmp_path / "tokenizer")}
+    for model in (str(tiny_bert), str(tiny_reward), new):
+        with pytest.raises(UsageError, match="`normalize` has no effect"):
+            run_stage("reward", model=model, normalize=8, sampling={})
+        with pytest.raises(UsageError, match="`sampling` has no effect"):
+            run_stage("reward", model=model, normalize=256, sampling={"max_new_tokens": 4})
+    run_stage("reward", "new", model=new, normalize=0, sampling={})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalize": 1}, "normalize"),
+        ({"sampling": {"max_new_tokens": 24}, "max_length": 24}, "max_new_tokens 24 leaves no room"),
+        (
+            {"sampling": {"max_new_tokens": 4, "stop": ["the cat?"]}},
+            "stop string 'the cat\\?' must be one token",
+        ),
+    ],
+)
+def test_what_stands_in_the_way_of_the_scale_is_found_before_any_training(
+    settings: dict[str, Any], message: str, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "step", lambda *_: pytest.fail("a gradient step was taken"))
+    with pytest.raises((UsageError, ValueError), match=message):
+        run_stage("reward", **settings)
+
+
+def test_the_scale_of_one_sample_is_refused_in_the_stage_too(data: Any, stage_run: Any) -> None:
+    config = RewardConfig.model_construct(normalize=1)
+    with pytest.raises(UsageError, match="one score has no spread"):
+        reward_stage._samples_a_language_model(config, stage_run, ModelSource("m"))

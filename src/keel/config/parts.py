@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keel import types
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -21,7 +23,8 @@ class Settings(BaseModel):
 
 
 class DataConfig(Settings):
-    """One source of rows."""
+    """One source of rows. Special tokens that stand in prompts, completions and turns are read as plain characters; in
+    `text` they are special tokens, as the <|endoftext|> between documents is meant to be."""
 
     source: str = Field(
         description="A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, or world:NAME/SPLIT."
@@ -179,7 +182,7 @@ class Training(Stage):
     )
     lr_floor: float = Field(0.0, ge=0, le=1, description="The decay ends at this share of the peak.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay, on matrices only.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decay rates.")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="AdamW's moment decay rates, each in [0, 1).")
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Clip the gradient to this global norm; null: never."
     )
@@ -192,7 +195,7 @@ class Training(Stage):
         description="Examples in one forward and backward; null: all. Changes memory, not results.",
     )
     max_steps: int | None = Field(
-        None, ge=1, description="Stop after this many optimiser steps (updates, for PPO)."
+        None, ge=1, description="Stop after this many optimiser steps. Not for PPO, which counts `updates`."
     )
     max_length: int | None = Field(
         None, ge=8, description="Longest sequence in tokens; null: the model's context."
@@ -201,10 +204,22 @@ class Training(Stage):
         "error",
         description="What to do with a row longer than max_length. Truncation cuts the prompt's start or the text's end, and is counted.",
     )
-    save_every: int = Field(50, ge=1, description="Steps between checkpoints; the last one is kept.")
+    save_every: int = Field(
+        50,
+        ge=1,
+        description="Optimiser steps between checkpoints (updates, for PPO), of which only the newest is kept.",
+    )
 
     _model = field_validator("model", mode="before")(as_model)
     _data = field_validator("data", mode="before")(as_source)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Training:
+        if self.model.dtype != "float32" and self.lora is None:
+            raise ValueError(
+                f"weights in {self.model.dtype} are too coarse to be trained themselves (a step of AdamW is mostly smaller than the gap between two such numbers): set `model.dtype: float32`, or `lora: {{}}`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_idle_floor(self) -> Training:

@@ -160,15 +160,17 @@ class PPOConfig(Training):
             raise ValueError("PPO counts `updates`; `max_steps` would have no effect")
         if self.model.init is not None:
             raise ValueError("PPO starts from a trained model: give `model` as a stage, a path or a hub id")
-        idle = [name for name in ("max_approx_kl", "dual_clip") if getattr(self, name) is not None]
+        idle = [name for name in ("max_approx_kl", "dual_clip", "clip", "value_clip") if self.changes(name)]
         if idle and self.epochs == 1 and self.mini_batch in (None, self.batch_size):
             raise ValueError(
-                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"
+                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1, its values are the old ones"
             )
         if (self.eval_every is None) != (self.eval_data is None):
             raise ValueError("`eval_every` and `eval_data` work together: give both or neither")
         if self.patience is not None and self.eval_every is None:
             raise ValueError("`patience` has no effect without `eval_every` and `eval_data`")
+        if self.critic_warmup and self.value_coef == 0:
+            raise ValueError("`critic_warmup` has no effect with `value_coef` 0: the critic learns nothing")
         if self.critic_warmup >= self.updates:
             raise ValueError(
                 f"`critic_warmup` {self.critic_warmup} leaves none of {self.updates} updates to the policy"

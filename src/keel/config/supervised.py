@@ -59,7 +59,7 @@ class RewardConfig(Supervised):
     normalize: int = Field(
         256,
         ge=0,
-        description="Fix the scale on this many fresh samples of the starting model; 0: on the chosen and rejected completions.",
+        description="Fix the scale on this many fresh samples of the starting model, at least 2; 0: on the chosen and rejected completions.",
     )
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),
@@ -68,6 +68,8 @@ class RewardConfig(Supervised):
 
     @model_validator(mode="after")
     def _sound(self) -> RewardConfig:
+        if self.normalize == 1:
+            raise ValueError("`normalize` 1 gives no spread to scale by: use at least 2, or 0")
         if self.normalize == 0 and self.changes("sampling"):
             raise ValueError("`sampling` has no effect with `normalize` 0: nothing is sampled")
         return with_tokenizer(self)

@@ -2,16 +2,23 @@
 
 Prompt and response are tokenised apart, because that is the boundary a rollout has: the model continues from the
 prompt's last token, and training must see the same tokens as sampling. A response ends in EOS exactly once.
+
+What people wrote is content: a "<|end|>" in a prompt, a completion or a turn is read as the characters it is made of,
+never as the special token. Only the template and keel itself write special tokens. Two exceptions, by convention:
+plain text for language modelling (documents may have EOS between them), and EOS at the very end of a reply, which
+many data sets bring and which is the response's own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jinja2
 
-from keel.types import Conversation, DataError, Prompt, TextRecord, UsageError
+from keel.types import Conversation, DataError, Message, Prompt, TextRecord, UsageError
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -21,6 +28,10 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+_OPEN, _CLOSE = (
+    "\ufdd0",
+    "\ufdd1",
+)  # stand around special tokens in content; Unicode keeps these two for internal use
 
 
 def with_chat_template(tokenizer: Any) -> Any:
@@ -38,8 +49,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     the generation prompt.
     """
     if not isinstance(prompt, str):
-        return _encode(tokenizer, _render(tokenizer, prompt, generation=True)) or [_first_id(tokenizer)]
-    return _encode_plain(tokenizer, prompt) or [_first_id(tokenizer)]
+        text = _render(tokenizer, _guarded(tokenizer, prompt), generation=True)
+        return _encode_guarded(tokenizer, text) or [_first_id(tokenizer)]
+    return _encode_plain(tokenizer, prompt, content=True) or [_first_id(tokenizer)]
 
 
 def completion_ids(tokenizer: Any, prompt: Prompt, completion: str | Conversation) -> list[int]:
@@ -52,17 +64,18 @@ def completion_ids(tokenizer: Any, prompt: Prompt, completion: str | Conversatio
     if isinstance(prompt, str) != isinstance(completion, str):
         raise UsageError("prompt and completion must both be text or both be conversations")
     if isinstance(prompt, str) or isinstance(completion, str):
-        text = str(completion)
-    else:
-        before = _render(tokenizer, prompt, generation=True)
-        text = _reply_text(tokenizer, before, _render(tokenizer, (*prompt, *completion)), completion)
-    return [*_encode(tokenizer, _without_final_eos(tokenizer, text)), eos_id(tokenizer)]
+        ids = _encode_content(tokenizer, _without_final_eos(tokenizer, str(completion)))
+        return [*ids, eos_id(tokenizer)]
+    prompt, completion = _guarded(tokenizer, prompt), _guarded(tokenizer, completion)
+    before = _render(tokenizer, prompt, generation=True)
+    text = _reply_text(tokenizer, before, _render(tokenizer, (*prompt, *completion)), completion)
+    return [*_encode_guarded(tokenizer, _without_final_eos(tokenizer, text)), eos_id(tokenizer)]
 
 
 def text_ids(tokenizer: Any, record: TextRecord) -> tuple[list[int], list[bool]]:
     """Tokens (S,) of a text or a whole conversation, and the mask (S,) of those that count in the loss.
 
-    Plain text counts as a whole. In a conversation the assistant's turns count, each with its EOS or end of turn.
+    Plain text counts as a whole, and special tokens written in it are special tokens. In a conversation the assistant's turns count, each with its EOS or end of turn.
     Both end in EOS exactly once. DataError for a conversation without an assistant turn, UsageError if the
     template renders earlier turns differently once later ones are there.
     """
@@ -71,7 +84,7 @@ def text_ids(tokenizer: Any, record: TextRecord) -> tuple[list[int], list[bool]]
         ids.append(eos_id(tokenizer))
         return ids, [True] * len(ids)
 
-    turns = record.text
+    turns = _guarded(tokenizer, record.text)
     if all(turn["role"] != "assistant" for turn in turns):
         raise DataError(f'{record.origin}: "messages" has no assistant turn to learn from')
     whole, eos = _render(tokenizer, turns), _string(tokenizer.eos_token)
@@ -91,16 +104,16 @@ def text_ids(tokenizer: Any, record: TextRecord) -> tuple[list[int], list[bool]]
         reply = _reply_text(tokenizer, before, after, turns[index : index + 1])
         if not whole.startswith(after):
             raise _not_nested()
-        add(_encode(tokenizer, whole[done : len(before)]), False)
+        add(_encode_guarded(tokenizer, whole[done : len(before)]), False)
         body = _without_final_eos(tokenizer, reply)
-        add(_encode(tokenizer, body), True)
+        add(_encode_guarded(tokenizer, body), True)
         done = len(before) + len(reply)
         template_ends_it = bool(eos) and whole.startswith(eos, done)
         if template_ends_it or body != reply:
             add([eos_id(tokenizer)], True)
         done += len(eos) if template_ends_it else 0
     if turns[-1]["role"] != "assistant":
-        add(_encode(tokenizer, whole[done:]), False)
+        add(_encode_guarded(tokenizer, whole[done:]), False)
     if ids[-1] != eos_id(tokenizer):
         add([eos_id(tokenizer)], turns[-1]["role"] == "assistant")
     return ids, mask
@@ -219,13 +232,59 @@ def _encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _encode_plain(tokenizer: Any, text: str) -> list[int]:
+def _encode_plain(tokenizer: Any, text: str, content: bool = False) -> list[int]:
     """Tokens with what the tokenizer adds in front (BOS), without what it adds behind (EOS)."""
-    ids = _encode(tokenizer, text, special=True)
-    bare = len(_encode(tokenizer, text))
+    encode = _encode_content if content else _encode
+    ids = encode(tokenizer, text, special=True)
+    bare = len(encode(tokenizer, text))
     while len(ids) > bare and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
+
+
+def _encode_content(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """As `_encode`, with the special tokens in `text` read as the characters they are made of."""
+    if _specials(tokenizer).search(text) is None:
+        return _encode(tokenizer, text, special)
+    return list(
+        tokenizer(text, add_special_tokens=special, verbose=False, split_special_tokens=True)["input_ids"]
+    )
+
+
+def _encode_guarded(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of what a template made of `_guarded` turns: its own special tokens are special, the guarded are not."""
+    ids: list[int] = []
+    for index, part in enumerate(re.split(f"{_OPEN}(.+?){_CLOSE}", text, flags=re.DOTALL)):
+        if part:
+            ids += _encode_content(tokenizer, part) if index % 2 else _encode(tokenizer, part)
+    return ids
+
+
+def _guarded(tokenizer: Any, turns: Conversation) -> Conversation:
+    """The turns with every special token in their content between guards, and no EOS at the end of a reply."""
+    pattern = _specials(tokenizer)
+
+    def content(turn: Message) -> str:
+        text = turn["content"]
+        text = _without_final_eos(tokenizer, text) if turn["role"] == "assistant" else text
+        return pattern.sub(lambda found: f"{_OPEN}{found[0]}{_CLOSE}", text)
+
+    return tuple(Message(role=turn["role"], content=content(turn)) for turn in turns)
+
+
+_patterns: WeakKeyDictionary[Any, tuple[int, re.Pattern[str]]] = WeakKeyDictionary()
+
+
+def _specials(tokenizer: Any) -> re.Pattern[str]:
+    """What matches each of the tokenizer's special tokens, and the guards. Found once a tokenizer and vocabulary."""
+    known = _patterns.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        added = tokenizer.added_tokens_decoder.values()
+        strings = {token.content for token in added if token.special}
+        longest_first = sorted(filter(None, strings), key=lambda text: (-len(text), text))
+        pattern = re.compile("|".join(map(re.escape, [*longest_first, _OPEN, _CLOSE])))
+        known = _patterns[tokenizer] = (len(tokenizer), pattern)
+    return known[1]
 
 
 def _first_id(tokenizer: Any) -> int:

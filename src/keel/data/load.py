@@ -103,9 +103,21 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
 
 def summary(dataset: Dataset) -> str:
     """One line: "3,487 rows · preference, standard · hh/helpful.jsonl · 2 skipped"."""
-    form = records.describe(dataset.kind, dataset.conversational)
-    parts = [f"{len(dataset.records):,} rows", form, " + ".join(dataset.sources)]
+    parts = [f"{len(dataset.records):,} rows", described(dataset), " + ".join(dataset.sources)]
     return " · ".join([*parts, f"{dataset.skipped:,} skipped"] if dataset.skipped else parts)
+
+
+def described(dataset: Dataset) -> str:
+    """The records' type and form: "preference, standard", "prompt-only, standard and conversational"."""
+    both = len(forms(dataset)) == 2
+    return records.describe(dataset.kind, dataset.conversational and not both) + " and conversational" * both
+
+
+def forms(dataset: Dataset) -> frozenset[str]:
+    """The forms that the records have; a mixture may have both, and then each row is read in its own."""
+    return frozenset(
+        "conversational" if _is_conversation(record) else "standard" for record in dataset.records
+    )
 
 
 def fingerprint(sources: Sequence[DataSource]) -> str:

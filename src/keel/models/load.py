@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import shutil
@@ -15,7 +16,15 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from keel.data.batches import derive_seed
 from keel.types import UsageError
@@ -29,6 +38,9 @@ COUNT_FROM_PAD = (
     "mpnet",
     "longformer",
 )
+
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,32 +117,49 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
 def scorer(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
     """A sequence-classification model with one output, for use as a reward model or critic.
 
-    From a causal LM's checkpoint the backbone is taken and a new score head is seeded (std 1/√(d+1), as in
-    2009.01325); a checkpoint that has a one-output head keeps it. UsageError for one with several outputs.
+    From a language model's checkpoint the backbone is taken and a new score head is seeded (std 1/√(d+1), as in
+    2009.01325); a checkpoint that has a one-output head keeps it. UsageError for one with several outputs, and for
+    one that lacks other weights than a new head's: transformers would make them up.
     """
     config = model_config(source)
-    trained = any("SequenceClassification" in kind for kind in getattr(config, "architectures", None) or ())
-    if trained and source.init is None and config.num_labels != 1:
+    trained = source.init is None and is_classifier(config)
+    if trained and config.num_labels != 1:
         raise UsageError(f"{source.path!r} has {config.num_labels} outputs; a reward model has 1")
     config.num_labels = 1
-    dtype = getattr(torch, source.dtype)
+    dtype, new_head = getattr(torch, source.dtype), True
     if source.init is not None:
         if vocab is not None:
             _adopt_vocabulary(config, vocab, source.init)
         with _seeded(derive_seed("init", seed)):
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-        missing = ["head"]
     else:
         with _explained(str(source.path), "model"), _seeded(derive_seed("init", seed)):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
                 trust_remote_code=source.trust_remote_code, revision=source.revision,
             )  # fmt: skip
-        missing = list(info["missing_keys"])
+        new_head = "score.weight" in info["missing_keys"]
+        missing = sorted(
+            key for key in info["missing_keys"] if trained or not _in_head(key, model.base_model_prefix)
+        )
+        if missing:
+            kind = "reward model" if trained else "language model"
+            raise UsageError(f"model {str(source.path)!r} is no whole {kind}: it has no {missing[0]}")
     head = score_head(model)
-    if head is not None and missing:
+    if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
     return _with_whole_embeddings(model)
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a checkpoint with this config has a trained head that scores whole sequences."""
+    kinds = getattr(config, "architectures", None) or ()
+    return any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds)
+
+
+def _in_head(key: str, backbone: str) -> bool:
+    """Whether a weight lies outside of the backbone, or in its pooler, which language models do without."""
+    return not key.startswith(f"{backbone}.") or key.startswith(f"{backbone}.pooler.")
 
 
 def _with_whole_embeddings(model: Any) -> Any:
@@ -158,7 +187,7 @@ def seed_head(head: nn.Linear, seed: int) -> None:
 
 
 def add_adapters(model: Any, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
-    """Wrap with LoRA adapters; only they (and a score head, if asked) are trained."""
+    """Wrap with LoRA adapters; only they (and a classifier's head, if asked) are trained, in float32 at least."""
     import peft
 
     targets = (
@@ -166,13 +195,54 @@ def add_adapters(model: Any, adapters: Adapters, seed: int, *, train_head: bool 
     )
     settings = peft.LoraConfig(
         r=adapters.r, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, target_modules=targets,
-        modules_to_save=["score"] if train_head else None,
+        modules_to_save=head_modules(model) if train_head else None,
     )  # fmt: skip
     with _seeded(derive_seed("adapters", seed)):
         try:
-            return peft.get_peft_model(model, settings)
+            wrapped = peft.get_peft_model(model, settings)
         except ValueError as error:
             raise UsageError(f"lora: {error}") from None
+    for module in wrapped.modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in HALF_PRECISION]
+        for parameter in own:  # a step of AdamW is below what half precision resolves
+            parameter.data = parameter.data.float()
+        if own:
+            module.register_forward_pre_hook(_in_own_precision)
+    return wrapped
+
+
+def head_modules(model: Any) -> list[str]:
+    """Names of a classifier's modules that a language model does not have: those outside of its backbone, and the
+    backbone's pooler."""
+    prefix = model.base_model_prefix
+    heads = {name: child for name, child in model.named_children() if name != prefix}
+    heads[f"{prefix}.pooler"] = getattr(getattr(model, prefix, None), "pooler", None)
+    return [
+        name
+        for name, module in heads.items()
+        if module is not None and any(True for _ in module.parameters())
+    ]
+
+
+def _in_own_precision(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A float32 module on a backbone of lower precision: what it is given is cast first."""
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; in train mode only. To be called after `add_adapters`.
+
+    The embeddings' output is made to require a gradient, without which none would reach adapters in checkpointed
+    layers. UsageError for a model that cannot do it.
+    """
+    # older releases of transformers 5 know the second name only, newer ones warn of it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UsageError(f"gradient_checkpointing: {error}") from None
+    model.enable_input_require_grads()
 
 
 def merged(model: Any) -> Any:
@@ -205,13 +275,36 @@ def context_length(config: Any) -> int | None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout to 0 everywhere, so that train and eval mode give the same numbers (ratios need that)."""
+    """Dropout to 0 everywhere, so that train and eval mode give the same numbers (ratios need that).
+
+    A rate may be a Dropout module, a number that a layer keeps (layer drop and drop path included), or one that a
+    layer reads from the config (Falcon). The config that is saved with the model keeps its rates.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+    saved = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    copies: dict[int, Any] = {}  # of configs by identity, without dropout
+    for module in saved.modules():
+        config = vars(module).get("config")
+        if module is saved or not isinstance(config, PreTrainedConfig) or not _dropout_rates(config):
+            continue
+        if id(config) not in copies:
+            copies[id(config)] = copy.deepcopy(config)
+            for name in _dropout_rates(config):
+                setattr(copies[id(config)], name, 0.0)
+        module.config = copies[id(config)]
+
+
+def _dropout_rates(owner: Any) -> list[str]:
+    """Attributes that are the rate of some dropout, and not 0."""
+    return [
+        name
+        for name, value in vars(owner).items()
+        if "drop" in name and isinstance(value, float) and 0 < value <= 1
+    ]
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:

@@ -18,7 +18,9 @@ from keel.models.load import (
     ModelSource,
     add_adapters,
     causal_lm,
+    checkpoint_activations,
     disable_dropout,
+    model_config,
     scorer,
     seed_head,
 )
@@ -60,7 +62,12 @@ def open_roles(
     device: torch.device,
     seed: int,
 ) -> Roles:
-    """Load the roles. `reference` None: the reference is what the policy starts from. Dropout is off in all of them."""
+    """Load the roles. `reference` None: the reference is what the policy starts from. Dropout is off in all of them.
+
+    UsageError for a reference with another vocabulary than the policy's: their KL is not defined.
+    """
+    if reference is not None:
+        _check_vocabularies(source, reference)
     policy = causal_lm(source, seed)
     if sharing == "trunk" and not hasattr(policy.config, "hidden_size"):
         raise UsageError("sharing: trunk needs a model whose config has hidden_size")
@@ -89,7 +96,14 @@ def open_roles(
         disable_dropout(model)
         model.to(device).eval()
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
+            checkpoint_activations(model)
             model.train()  # recomputation only happens in train mode; with dropout at 0 the numbers are the same
     return Roles(policy, frozen, critic, head)
+
+
+def _check_vocabularies(policy: ModelSource, reference: ModelSource) -> None:
+    ours, theirs = (model_config(source).get_text_config().vocab_size for source in (policy, reference))
+    if ours != theirs:
+        raise UsageError(
+            f"the policy {policy.path!r} has a vocabulary of {ours}, the reference {reference.path!r} of {theirs}; their KL is not defined"
+        )

@@ -12,7 +12,15 @@ from torch import Tensor
 from keel.data import chat
 from keel.data.batches import length_mask, pad
 from keel.models.forward import backbone
-from keel.models.load import ModelSource, context_length, load_tokenizer, model_config, score_head, scorer
+from keel.models.load import (
+    ModelSource,
+    context_length,
+    is_classifier,
+    load_tokenizer,
+    model_config,
+    score_head,
+    scorer,
+)
 from keel.types import Conversation, Prompt, UsageError
 
 Inputs = dict[
@@ -28,6 +36,7 @@ class RewardModel:
     tokenizer: Any
     mean: float = 0.0  # of the scores of SFT samples
     std: float = 1.0
+    scaled: bool = False  # whether it was given a scale; without one, mean 0 and std 1 say nothing
 
     @property
     def is_encoder(self) -> bool:
@@ -37,7 +46,8 @@ class RewardModel:
 def load(
     path: str, *, device: torch.device, dtype: str = "float32", trust_remote_code: bool = False, seed: int = 0
 ) -> RewardModel:
-    """A trained reward model from a directory or hub id. UsageError if it has no score head or more than one output."""
+    """A trained reward model from a directory or hub id. UsageError if it has no trained score head, more than one
+    output, or lacks any of its weights."""
     source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
     return wrap(
         scorer_of_trained(source, seed).to(device).eval(),
@@ -53,8 +63,8 @@ def scorer_of_trained(source: ModelSource, seed: int) -> Any:
 
 def check_config(config: Any, path: str) -> None:
     """UsageError unless this is the config of a sequence classifier with one output."""
-    kinds = getattr(config, "architectures", None) or []
-    if not any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds):
+    if not is_classifier(config):
+        kinds = getattr(config, "architectures", None) or []
         raise UsageError(
             f"{path!r} is no reward model (its architecture is {', '.join(kinds) or 'unknown'}): train one with a reward stage"
         )
@@ -63,9 +73,11 @@ def check_config(config: Any, path: str) -> None:
 
 
 def wrap(model: Any, tokenizer: Any) -> RewardModel:
-    """With the scale that keel's reward stage left in the model's config (`keel_reward`), if it did."""
-    scale = getattr(model.config, "keel_reward", None) or {}
-    return RewardModel(model, tokenizer, float(scale.get("mean", 0.0)), float(scale.get("std", 1.0)))
+    """With the scale that keel's reward stage left in the model's config (`keel_reward`); `scaled` says if it did."""
+    scale = getattr(model.config, "keel_reward", None)
+    if scale is None:
+        return RewardModel(model, tokenizer)
+    return RewardModel(model, tokenizer, float(scale["mean"]), float(scale["std"]), scaled=True)
 
 
 def encode(
@@ -84,14 +96,47 @@ def encode(
 
 
 def encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool) -> Inputs:
-    """As `encode`, for a sampled response given as text; one that was cut off (`ended` False) gets no EOS."""
-    inputs = encode(
-        reward, prompt, text if isinstance(prompt, str) else ({"role": "assistant", "content": text.strip()},)
-    )
-    ids = inputs["input_ids"]
-    if not reward.is_encoder and not ended and len(ids) > 1 and ids[-1] == reward.tokenizer.eos_token_id:
-        return {"input_ids": ids[:-1]}
-    return inputs
+    """As `encode`, for a sampled response given as text; one that was cut off (`ended` False) gets no EOS.
+
+    Departure from `encode`: training goes on whatever the policy writes, so a response that is too long by itself
+    is no error. What fits from its start is scored, after the prompt's last token; `encode_samples` counts such.
+    """
+    return _encode_sampled(reward, prompt, text, ended)[0]
+
+
+def encode_samples(
+    reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]
+) -> tuple[list[Inputs], int]:
+    """(B) sampled responses as the model reads them, and how many of them lost their end to its context."""
+    encoded = [_encode_sampled(reward, *sample) for sample in zip(prompts, texts, ended, strict=True)]
+    return [inputs for inputs, _ in encoded], sum(cut for _, cut in encoded)
+
+
+def _encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool) -> tuple[Inputs, bool]:
+    """What the model reads, and whether the response lost its end."""
+    completion: str | Conversation = text
+    if not isinstance(prompt, str):
+        completion = ({"role": "assistant", "content": text.strip()},)
+    limit = _context(reward)
+    if reward.is_encoder:
+        asked, answer = chat.prompt_text(None, prompt), chat.completion_text(completion)
+        try:
+            return _encode_pair(reward, asked, answer, limit), False
+        except UsageError:
+            last = reward.tokenizer(asked, add_special_tokens=False, split_special_tokens=True)["input_ids"][
+                -1:
+            ]
+            asked = reward.tokenizer.decode(last)
+            encoded = reward.tokenizer(
+                asked, answer, truncation="only_second", max_length=limit, split_special_tokens=True
+            )
+            return _read(encoded), True
+    response = chat.completion_ids(reward.tokenizer, prompt, completion)
+    if not ended and response[-1] == reward.tokenizer.eos_token_id:
+        response = response[:-1]
+    kept = response if limit is None else response[: limit - 1]
+    ids = fit(chat.prompt_ids(reward.tokenizer, prompt), kept, limit)
+    return {"input_ids": ids}, len(kept) < len(response)
 
 
 def fit(prompt: Sequence[int], response: Sequence[int], limit: int | None) -> list[int]:
@@ -155,18 +200,44 @@ def same_tokenizer(one: Any, other: Any) -> bool:
     )
 
 
+def reads_ids_of(reward: RewardModel, tokenizer: Any) -> bool:
+    """Whether the reward model can be given the ids of a policy with this tokenizer, with no text between. Compares
+    whole vocabularies: to be asked once, not once a batch."""
+    return not reward.is_encoder and same_tokenizer(reward.tokenizer, tokenizer)
+
+
+def check_room(reward: RewardModel, longest: int, where: str) -> None:
+    """UsageError unless sequences of up to `longest` ids fit the model. Ids are scored as they are, so nothing
+    would shorten them."""
+    limit = _context(reward)
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"{where}: a prompt and its response take up to {longest} tokens, but the reward model reads {limit}; lower max_length or sampling.max_new_tokens"
+        )
+
+
 def _encode_pair(reward: RewardModel, prompt: str, completion: str, limit: int | None) -> Inputs:
-    encoded = reward.tokenizer(prompt, completion)
+    encoded = reward.tokenizer(prompt, completion, split_special_tokens=True)
     excess = len(encoded["input_ids"]) - (limit or len(encoded["input_ids"]))
     if excess > 0:
-        kept = reward.tokenizer(prompt, add_special_tokens=False)["input_ids"][excess:]
+        kept = reward.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"][
+            excess:
+        ]
         if not kept:
             raise UsageError(
                 f"a response of {len(encoded['input_ids'])} tokens with its prompt does not fit a reward model that reads {limit}"
             )
         encoded = reward.tokenizer(
-            reward.tokenizer.decode(kept), completion, truncation="only_first", max_length=limit
+            reward.tokenizer.decode(kept),
+            completion,
+            truncation="only_first",
+            max_length=limit,
+            split_special_tokens=True,
         )
+    return _read(encoded)
+
+
+def _read(encoded: Any) -> Inputs:
     return {key: list(encoded[key]) for key in ("input_ids", "token_type_ids") if key in encoded}
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad as pad_right
 
 from keel.algorithms import kl
 from keel.data.batches import length_mask, pad
-from keel.masked import at_least_float32, entropy, token_logp
+from keel.masked import at_least_float32, token_logp
 from keel.models.forward import response_logits, response_logits_and_hidden, response_scores, response_tokens
 from keel.types import Completion
 
@@ -27,7 +27,6 @@ class Scored:
     logp: Tensor  # (B, T) log π(a_t | s_t)
     ref_logp: Tensor  # (B, T) log π_ref(a_t | s_t)
     exact_kl: Tensor  # (B, T) KL(π(·|s_t) ‖ π_ref(·|s_t)) over the whole vocabulary, in nats
-    entropy: Tensor  # (B, T) of π(·|s_t), in nats
     values: Tensor  # (B, T) V(s_t); zeros without a critic
 
 
@@ -76,14 +75,13 @@ def score(
                     token_logp(logits, tokens, temperature),
                     token_logp(ref_logits, tokens, temperature),
                     kl.exact(logits, ref_logits, temperature),
-                    entropy(logits, temperature),
                     values,
                 )
             )
-    logp, ref_logp, exact_kl, entropies, values = (
+    logp, ref_logp, exact_kl, values = (
         torch.where(mask, _in_order(column, order, mask.shape[1]), 0.0) for column in zip(*parts, strict=True)
     )
-    return Scored(ids, prompt_lengths, mask, logp, ref_logp, exact_kl, entropies, values)
+    return Scored(ids, prompt_lengths, mask, logp, ref_logp, exact_kl, values)
 
 
 def _in_order(parts: Sequence[Tensor], order: Tensor, width: int) -> Tensor:

@@ -106,6 +106,9 @@ def _judge(
             f"{run.name}: {name!r} has a vocabulary of {model.config.vocab_size}, the reference {reference.config.vocab_size}; their KL is not defined"
         )
     prompts = [chat.prompt_ids(tokenizer, record.prompt)[-(room or 0) :] for record in records]
+    same_ids = reward is not None and learned.reads_ids_of(reward, tokenizer)
+    if reward is not None and same_ids:
+        learned.check_room(reward, max(map(len, prompts)) + sampling.max_new_tokens, run.name)
     done = generate(
         model, prompts, sampling, stop_ids=stop_ids, pad_id=pad_id, seed=derive_seed(run.seed, "evaluate"), batch_size=config.batch_size,
     )  # fmt: skip
@@ -119,13 +122,15 @@ def _judge(
     texts = [text_of(tokenizer, completion) for completion in done]
     proxies: list[float | None] = [None] * len(records)
     if reward is not None:
-        same_ids = not reward.is_encoder and learned.same_tokenizer(reward.tokenizer, tokenizer)
-        rows = [
-            {"input_ids": [*c.prompt_ids, *c.ids]}
-            if same_ids
-            else learned.encode_sampled(reward, record.prompt, text, c.stop_reason != "length")
-            for record, c, text in zip(records, done, texts, strict=True)
-        ]
+        if same_ids:
+            rows: list[learned.Inputs] = [{"input_ids": [*c.prompt_ids, *c.ids]} for c in done]
+        else:
+            ended = [c.stop_reason != "length" for c in done]
+            rows, cut = learned.encode_samples(reward, [record.prompt for record in records], texts, ended)
+            if cut:
+                run.say(
+                    f"{run.name}: {cut} replies of {name} are longer than the reward model reads and scored by their start"
+                )
         proxies = list(learned.score(reward, rows, batch_size=config.batch_size).tolist())
     judged: list[Judged] = []
     for record, completion, text, kl, proxy in zip(records, done, texts, kls, proxies, strict=True):

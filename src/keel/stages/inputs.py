@@ -9,9 +9,19 @@ from typing import Any
 import keel
 from keel.config import DataConfig, LoraConfig, ModelConfig, Supervised, Training
 from keel.data import chat
-from keel.data.batches import split_holdout
+from keel.data.batches import derive_seed, split_holdout
 from keel.data.load import Dataset
-from keel.models.load import Adapters, ModelSource, context_length, load_tokenizer, merged, model_config, save
+from keel.models.load import (
+    Adapters,
+    ModelSource,
+    add_adapters,
+    checkpoint_activations,
+    context_length,
+    load_tokenizer,
+    merged,
+    model_config,
+    save,
+)
 from keel.runlog import StageRun
 from keel.types import DataError, Record, RecordType, UsageError
 
@@ -42,6 +52,17 @@ def adapters_of(config: LoraConfig) -> Adapters:
         config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
     )
     return Adapters(config.r, config.alpha, config.dropout, targets)
+
+
+def to_train(model: Any, config: Training, run: StageRun, *, train_head: bool = False) -> Any:
+    """The model on its device, with adapters and checkpointed activations where the config asks for them."""
+    model.to(run.device)
+    if config.lora:
+        seed = derive_seed(run.seed, "model")
+        model = add_adapters(model, adapters_of(config.lora), seed, train_head=train_head)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
 
 
 def read(run: StageRun, data: Sequence[DataConfig], accept: Sequence[RecordType]) -> Dataset:

@@ -1,4 +1,4 @@
-"""The loop of language modelling, which pretraining and supervised fine-tuning share; they differ in their rows."""
+"""Language modelling, which pretraining and supervised fine-tuning share; they differ in their rows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,12 @@ from torch import Tensor
 
 from keel.algorithms import lm
 from keel.config import Supervised
-from keel.data.batches import derive_seed, pad, rows_of_step
+from keel.data.batches import derive_seed, pad
 from keel.evaluation.measures import mean_interval
-from keel.models import optim
 from keel.models.forward import packed_mask
-from keel.models.load import count_parameters
 from keel.runlog import StageRun
-from keel.stages.update import (
-    EarlyStop,
-    add_metrics,
-    copy_state,
-    due,
-    lr_scale,
-    micro_batches,
-    optimizer_for,
-    seed_step,
-    total_steps,
-)
+from keel.stages import supervised
+from keel.stages.update import add_metrics, micro_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,61 +66,19 @@ def loss(
 def fit(
     run: StageRun, config: Supervised, model: Any, pad_id: int, rows: Sequence[Row], held_out: Sequence[Row]
 ) -> dict[str, Any]:
-    """Train, evaluate, stop early, checkpoint. Returns the stage's result; the model ends with the weights to keep."""
-    steps = total_steps(config, len(rows))
-    optimizer = optimizer_for(config, ([model], config.lr))
-    stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
-    run.facts |= {
-        "rows": len(rows),
-        "held_out_rows": len(held_out),
-        "parameters": count_parameters(model),
-        "steps": steps,
-    }
-    run.facts["trained_parameters"] = count_parameters(model, trainable=True)
-    if checkpoint := run.restore():
-        model.load_state_dict(checkpoint.tensors["model"])
-        optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-        stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
-        first, seen = checkpoint.step, checkpoint.values["seen"]
+    """Train on the rows and return the stage's result; the model ends with the weights to keep."""
+    size = config.micro_batch or config.batch_size
 
-    for step in range(first + 1, steps + 1):
-        if stopping.stop:
-            break
-        # 1. the rows of this step, and the tokens that count in them
-        chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, run.seed)]
-        tokens = sum(row.counted for row in chosen)
-        # 2. the gradient, micro-batch by micro-batch
-        model.train()
-        seed_step(run.seed, step)
-        metrics: dict[str, float] = {"loss": 0.0}
-        with run.timed("train"):
-            for part in micro_batches(chosen, config.micro_batch):
-                value, measured = loss(model, part, pad_id, tokens)
-                value.backward()
-                add_metrics(metrics, {"loss": value.detach(), "mean_token_accuracy": measured["accuracy"]})
-            # 3. the optimiser's step
-            stepped = optim.step(
-                optimizer, lr_scale(config, step - 1, steps), config.max_grad_norm, f"{run.name}, step {step}"
-            )
-        seen += sum(len(row.ids) for row in chosen)
-        metrics |= {"grad_norm": stepped["grad_norm"], "learning_rate": stepped["lr"]}
-        metrics |= {"epoch": step * config.batch_size / len(rows), "num_tokens": seen}
-        # 4. held-out rows, and whether to go on
-        if held_out and due(step, steps, config.eval_every):
-            with run.timed("evaluate"):
-                metrics |= evaluate(model, held_out, pad_id, config.micro_batch or config.batch_size)
-            stopping = stopping.see(-metrics["eval_loss"])
-            if config.patience is not None and stopping.waited == 0:
-                best = copy_state(model)
-        # 5. what happened, and where to go on from
-        run.log(step, steps, metrics)
-        if due(step, steps, config.save_every) or stopping.stop:
-            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
-            run.save(step, tensors, {"stopping": stopping.values(), "seen": seen})
+    def part(rows: Sequence[Row], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        value, measured = loss(model, rows, pad_id, denominator)
+        return value, {"mean_token_accuracy": measured["accuracy"]}
 
-    if best is not None:
-        model.load_state_dict(best)
-    return summary(model, held_out, pad_id, config.micro_batch or config.batch_size)
+    objective: supervised.Objective[Row] = supervised.Objective(
+        loss=part, weight=lambda row: row.counted, length=lambda row: len(row.ids),
+        evaluate=lambda rows: evaluate(model, rows, pad_id, size),
+    )  # fmt: skip
+    supervised.fit(run, config, model, rows, held_out, objective)
+    return summary(model, held_out, pad_id, size)
 
 
 def evaluate(model: Any, rows: Sequence[Row], pad_id: int, batch_size: int) -> dict[str, float]:

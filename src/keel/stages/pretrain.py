@@ -7,7 +7,7 @@ from typing import Any
 from keel.config import PretrainConfig
 from keel.data import chat
 from keel.data.batches import pack_stream
-from keel.models.load import add_adapters, causal_lm, context_length, model_config
+from keel.models.load import causal_lm, context_length, model_config
 from keel.models.tokenizer import train_tokenizer
 from keel.runlog import StageRun
 from keel.stages import inputs, language
@@ -40,11 +40,7 @@ def run(config: PretrainConfig, run: StageRun) -> dict[str, Any]:
     pad_id = chat.ensure_pad(tokenizer)
     rows, held_rows = _rows(tokenizer, records, length), _rows(tokenizer, held, length)
 
-    model = causal_lm(source, language.model_seed(run), vocab=tokenizer).to(run.device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if config.lora:
-        model = add_adapters(model, inputs.adapters_of(config.lora), language.model_seed(run))
+    model = inputs.to_train(causal_lm(source, language.model_seed(run), vocab=tokenizer), config, run)
     result = language.fit(run, config, model, pad_id, rows, held_rows)
     inputs.save_model(run, model, tokenizer, config, "A base language model")
     return result

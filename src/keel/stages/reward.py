@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,25 +11,19 @@ import torch
 from keel.algorithms import reward_model
 from keel.config import RewardConfig
 from keel.data import chat
-from keel.data.batches import derive_seed, rows_of_step
+from keel.data.batches import derive_seed
 from keel.evaluation.measures import accuracy, mean_interval
-from keel.models import optim
-from keel.models.load import ModelSource, add_adapters, causal_lm, count_parameters, model_config, scorer
+from keel.models.load import (
+    ModelSource,
+    causal_lm,
+    model_config,
+    scorer,
+)
 from keel.rewards import learned
 from keel.rollout.engine import generate
 from keel.runlog import StageRun
-from keel.stages import inputs
-from keel.stages.update import (
-    EarlyStop,
-    add_metrics,
-    copy_state,
-    due,
-    lr_scale,
-    micro_batches,
-    optimizer_for,
-    seed_step,
-    total_steps,
-)
+from keel.stages import inputs, supervised
+from keel.stages.update import add_metrics, micro_batches
 from keel.types import PreferenceRecord, Record, UsageError
 
 
@@ -44,12 +38,17 @@ class Pair:
 
 
 def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
-    """1. comparisons  2. tokens  3. the loop  4. fix the scale  5. save, scale included."""
+    """1. comparisons  2. tokens  3. samples to fix the scale on  4. the loop  5. the scale  6. save, scale included.
+
+    The samples are drawn before the loop, so that whatever stands in their way is found before any training.
+    """
     dataset, records, held = inputs.train_and_eval(config, run, ("preference",))
     source = inputs.source_of(config.model, run)
+    sampled = _samples_a_language_model(config, run, source)
     tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
     limit = inputs.limit_of(config, run, source)
-    model = scorer(source, derive_seed(run.seed, "model"), vocab=tokenizer)
+    seed = derive_seed(run.seed, "model")
+    model = scorer(source, seed, vocab=tokenizer)
     model.config.pad_token_id = chat.ensure_pad(tokenizer)
     reward = learned.RewardModel(model, tokenizer)
     too_long = inputs.TooLong(run, config.too_long, limit)
@@ -58,21 +57,16 @@ def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
     )
     held_pairs = inputs.encode_all(run, held, lambda record: _encode(reward, record, config, too_long))
     too_long.report()
+    samples = _sample(config, run, source, tokenizer, limit, records) if sampled else []
 
-    model.to(run.device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if config.lora:
-        model = add_adapters(
-            model,
-            inputs.adapters_of(config.lora),
-            derive_seed(run.seed, "model"),
-            train_head=not reward.is_encoder,
-        )
-        reward = learned.RewardModel(model, tokenizer)
+    model = inputs.to_train(model, config, run, train_head=True)
+    reward = replace(reward, model=model)
     result = _fit(run, config, reward, pairs, held_pairs)
 
-    scores = _scores_to_normalize(config, run, source, reward, records, pairs)
+    model.eval()
+    scores = learned.score(
+        reward, samples or [side for pair in pairs[:500] for side in (pair.chosen, pair.rejected)]
+    )
     mean, std = float(scores.mean()), float(scores.std())
     if not std > 0:
         raise UsageError(
@@ -90,61 +84,14 @@ def _fit(
     pairs: Sequence[Pair],
     held: Sequence[Pair],
 ) -> dict[str, Any]:
-    model, steps = reward.model, total_steps(config, len(pairs))
-    optimizer = optimizer_for(config, ([model], config.lr))
-    stopping, best, first = EarlyStop(config.patience), None, 0
-    run.facts |= {
-        "rows": len(pairs),
-        "held_out_rows": len(held),
-        "parameters": count_parameters(model),
-        "steps": steps,
-    }
-    run.facts["trained_parameters"] = count_parameters(model, trainable=True)
-    if checkpoint := run.restore():
-        model.load_state_dict(checkpoint.tensors["model"])
-        optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-        stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
-        first = checkpoint.step
-
-    for step in range(first + 1, steps + 1):
-        if stopping.stop:
-            break
-        # 1. the pairs of this step
-        chosen = [pairs[i] for i in rows_of_step(len(pairs), config.batch_size, step - 1, run.seed)]
-        # 2. the gradient: both sides of a pair in one forward
-        model.train()
-        seed_step(run.seed, step)
-        metrics: dict[str, float] = {}
-        with run.timed("train"):
-            for part in micro_batches(chosen, config.micro_batch):
-                value, measured = loss(reward, part, config.center, len(chosen))
-                value.backward()
-                add_metrics(metrics, {"loss": value.detach(), **measured})
-            # 3. the optimiser's step
-            stepped = optim.step(
-                optimizer, lr_scale(config, step - 1, steps), config.max_grad_norm, f"{run.name}, step {step}"
-            )
-        metrics = _named(metrics)
-        metrics |= {
-            "grad_norm": stepped["grad_norm"],
-            "learning_rate": stepped["lr"],
-            "epoch": step * config.batch_size / len(pairs),
-        }
-        # 4. held-out pairs, and whether to go on
-        if held and due(step, steps, config.eval_every):
-            with run.timed("evaluate"):
-                metrics |= evaluate(reward, held, config)[0]
-            stopping = stopping.see(-metrics["eval_loss"])
-            if config.patience is not None and stopping.waited == 0:
-                best = copy_state(model)
-        # 5. what happened, and where to go on from
-        run.log(step, steps, metrics)
-        if due(step, steps, config.save_every) or stopping.stop:
-            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
-            run.save(step, tensors, {"stopping": stopping.values()})
-
-    if best is not None:
-        model.load_state_dict(best)
+    """Train on the pairs and return the held-out measures; the model ends with the weights to keep."""
+    objective: supervised.Objective[Pair] = supervised.Objective(
+        loss=lambda part, denominator: loss(reward, part, config.center, denominator),
+        weight=lambda pair: 1,
+        evaluate=lambda pairs: evaluate(reward, pairs, config)[0],
+        named=_named,
+    )
+    supervised.fit(run, config, reward.model, pairs, held, objective)
     return evaluate(reward, held, config)[1] if held else {}
 
 
@@ -223,37 +170,46 @@ def _named(metrics: dict[str, float]) -> dict[str, float]:
     return {**named, "accuracy": metrics["correct"] / max(metrics["decided"], 1.0)}
 
 
-def _scores_to_normalize(
+def _samples_a_language_model(config: RewardConfig, run: StageRun, source: ModelSource) -> bool:
+    """Whether the scale is fixed on samples of the model that training starts from: it must be a language model.
+    UsageError for settings of samples that are not drawn."""
+    if config.normalize == 1:
+        raise UsageError(
+            f"{run.name}: normalize 1: one score has no spread; give 2 samples or more, or 0 for the comparisons' completions"
+        )
+    kinds = [] if source.init is not None else getattr(model_config(source), "architectures", None) or []
+    if any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+        return config.normalize > 0
+    idle = [name for name in ("normalize", "sampling") if config.changes(name) and config.normalize > 0]
+    if idle:
+        what = "a new model" if source.init is not None else f"{source.path!r} ({', '.join(kinds)})"
+        raise UsageError(
+            f"{run.name}: `{idle[0]}` has no effect: {what} is no language model to draw samples from, so the scale is fixed on the comparisons' completions; leave it out, or set normalize: 0"
+        )
+    return False
+
+
+def _sample(
     config: RewardConfig,
     run: StageRun,
     source: ModelSource,
-    reward: learned.RewardModel,
+    tokenizer: Any,
+    limit: int | None,
     records: Sequence[Record],
-    pairs: Sequence[Pair],
-) -> torch.Tensor:
-    """Scores whose mean and spread become the scale: of fresh samples of the model that reward training started
-    from, where that is a language model; otherwise of the comparisons' own completions."""
-    reward.model.eval()
-    kinds = getattr(model_config(source), "architectures", None) or []
-    count = config.normalize
-    if (
-        count == 0
-        or source.init is not None
-        or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
-    ):
-        return learned.score(reward, [side for pair in pairs[:500] for side in (pair.chosen, pair.rejected)])
-    sampler = causal_lm(source, 0).to(run.device).eval()
-    sampling = config.sampling.plain()
-    room = (inputs.limit_of(config, run, source) or 10**9) - sampling.max_new_tokens
-    if room < 1:
+) -> list[learned.Inputs]:
+    """Fresh samples of the model that training starts from, prompts included, whose scores are to fix the scale."""
+    sampling, count = config.sampling.plain(), config.normalize
+    room = None if limit is None else limit - sampling.max_new_tokens
+    if room is not None and room < 1:
         raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt"
+            f"{run.name}: sampling.max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt within {limit} tokens"
         )
+    stop_ids, pad_id = chat.stop_ids(tokenizer, sampling.stop), chat.ensure_pad(tokenizer)
     asked = [record.prompt for record in records if isinstance(record, PreferenceRecord)]
-    prompts = [chat.prompt_ids(reward.tokenizer, prompt)[-room:] for prompt in asked[:count]]
-    prompts = [prompts[i % len(prompts)] for i in range(count)]
+    prompts = [chat.prompt_ids(tokenizer, prompt)[-(room or 0) :] for prompt in asked[:count]]
+    sampler = causal_lm(source, 0).to(run.device).eval()
     completions = generate(
-        sampler, prompts, sampling, stop_ids=chat.stop_ids(reward.tokenizer, sampling.stop),
-        pad_id=chat.ensure_pad(reward.tokenizer), seed=derive_seed(run.seed, "normalize"),
+        sampler, [prompts[i % len(prompts)] for i in range(count)], sampling,
+        stop_ids=stop_ids, pad_id=pad_id, seed=derive_seed(run.seed, "normalize"),
     )  # fmt: skip
-    return learned.score(reward, [{"input_ids": [*c.prompt_ids, *c.ids]} for c in completions])
+    return [{"input_ids": [*c.prompt_ids, *c.ids]} for c in completions]

@@ -7,7 +7,7 @@ from typing import Any
 from keel.config import SFTConfig
 from keel.data import chat
 from keel.data.batches import pack_examples
-from keel.models.load import add_adapters, causal_lm, model_config
+from keel.models.load import causal_lm, model_config
 from keel.runlog import StageRun
 from keel.stages import inputs, language
 from keel.types import DemonstrationRecord, Record, TextRecord, UsageError
@@ -35,11 +35,7 @@ def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
             _pack([rows[i] for i in group]) for group in pack_examples([len(row.ids) for row in rows], limit)
         ]
 
-    model = causal_lm(source, language.model_seed(run), vocab=tokenizer).to(run.device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if config.lora:
-        model = add_adapters(model, inputs.adapters_of(config.lora), language.model_seed(run))
+    model = inputs.to_train(causal_lm(source, language.model_seed(run), vocab=tokenizer), config, run)
     result = language.fit(run, config, model, chat.ensure_pad(tokenizer), rows, held_rows)
     inputs.save_model(run, model, tokenizer, config, "A supervised fine-tuned language model")
     return result

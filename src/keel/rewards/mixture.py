@@ -1,0 +1,123 @@
+"""Several rewards as one: a weighted sum of those that apply to a sample, each kept under its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel.rewards import functions
+from keel.rewards.functions import RewardError
+from keel.types import Conversation, KeelError, Prompt, StopReason, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B sampled responses, as every reward sees them: words for those that read words, ids for those that read ids."""
+
+    prompts: Sequence[Prompt]
+    completions: Sequence[str | Conversation]
+    completion_ids: Sequence[Sequence[int]]  # the stop token is the last one, unless the reason is "length"
+    stop_reasons: Sequence[StopReason]
+    prompt_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]]  # every other column of the data; None where a row has no value
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "columns"}
+        sizes |= {f"columns[{name!r}]": len(values) for name, values in self.columns.items()}
+        if wrong := [f"{name} {size}" for name, size in sizes.items() if size != len(self.prompts)]:
+            raise ValueError(f"a batch of {len(self.prompts)} prompts has {', '.join(wrong)}")
+
+
+Rewarder = Callable[[Batch], Sequence[float | None]]  # one value a sample; None: does not apply
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One reward of a mixture. Weight 0: logged, not counted; negative: a penalty."""
+
+    name: str
+    weight: float
+    function: Rewarder
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """What a mixture made of a batch."""
+
+    total: Tensor  # (B,) Σ_k w_k · r_k over the terms that apply, float32 on the CPU
+    by_name: dict[str, list[float | None]]  # raw r_k, B values a term, before the weight
+
+
+class Mixture:
+    """R(x, y) = Σ_k w_k · r_k(x, y) over the terms k that apply (r_k is not None).
+
+    As in TRL, weights are not renormalised: a term that does not apply adds nothing, and the others keep their weight.
+    UsageError for no terms, a name twice, a weight that is not finite.
+    """
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        if not terms:
+            raise UsageError("a mixture of rewards needs at least one")
+        names = [term.name for term in terms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"two rewards are called {twice[0]!r}; give each a name of its own")
+        for term in terms:
+            if not math.isfinite(term.weight):
+                raise UsageError(f"reward {term.name!r}: weight {term.weight} is no finite number")
+        self.terms = tuple(terms)
+
+    def score(self, batch: Batch) -> Rated:
+        """The weighted sum and the raw values. RewardError, with the reward and the sample, for a term that fails, a
+        sample to which no term applies, and a sum that is too large for a float32."""
+        by_name = {term.name: _values(term, batch) for term in self.terms}
+        total = torch.zeros(len(batch.prompts), dtype=torch.float64)
+        for term in self.terms:
+            total += term.weight * torch.tensor(
+                [value or 0.0 for value in by_name[term.name]], dtype=total.dtype
+            )
+        for index in range(len(batch.prompts)):
+            if all(values[index] is None for values in by_name.values()):
+                raise RewardError(
+                    f"no reward applies to {functions.sample(batch.prompts, index)}: each of {', '.join(by_name)} "
+                    "returned None"
+                )
+        rewards = total.float()
+        if not rewards.isfinite().all():
+            index = int((~rewards.isfinite()).nonzero()[0])
+            parts = ", ".join(f"{name} {values[index]}" for name, values in by_name.items())
+            raise RewardError(
+                f"the rewards of {functions.sample(batch.prompts, index)} do not add up: {parts}"
+            )
+        return Rated(rewards, by_name)
+
+
+def from_function(name: str, function: Callable[..., Any]) -> Rewarder:
+    """A reward of TRL's signature (keel's rules, a classifier, a user's own) as a mixture's."""
+
+    def rewarder(batch: Batch) -> list[float | None]:
+        return functions.call(
+            function, name, batch.prompts, batch.completions, batch.completion_ids, batch.columns
+        )
+
+    return rewarder
+
+
+def precomputed(values: Sequence[float | None] | Tensor) -> Rewarder:
+    """Values that were computed already, such as a reward model's (B,) scores, as a mixture's reward for that batch."""
+    kept = values.tolist() if isinstance(values, Tensor) else list(values)
+    return lambda batch: kept
+
+
+def _values(term: Term, batch: Batch) -> list[float | None]:
+    try:
+        values = term.function(batch)
+    except KeelError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {term.name!r} raised {type(error).__name__}: {error}") from error
+    return functions.checked(values, term.name, batch.prompts)

@@ -1,0 +1,214 @@
+"""What the stages of a config start from: models and data, found, read and checked before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from keel import worlds
+from keel.config import AnyStage, EvaluateConfig, PPOConfig, RunConfig, Stage, Supervised, Training
+from keel.data import chat, load
+from keel.environment import device_of
+from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.rewards import learned
+from keel.types import DataError, DataSource, PromptRecord, RecordType, UsageError
+
+ACCEPTS: Mapping[str, tuple[RecordType, ...]] = {
+    "pretrain": ("text",), "sft": ("demonstration", "text"), "reward": ("preference",), "ppo": ("prompt",), "evaluate": ("prompt",),
+}  # fmt: skip
+
+
+@dataclass
+class Sources:
+    """Where a config's models lie and what its data hold; rows are read once a run."""
+
+    config: RunConfig
+    directory: Path  # of the run
+    _data: dict[str, load.Dataset] = field(default_factory=dict)
+
+    # ------------------------------------------------------------ what the stages are given
+
+    def stage_directory(self, name: str) -> Path:
+        return self.directory / "stages" / name
+
+    def resolve(self, name: str) -> str:
+        """Where a model named in the config lies. UsageError for a path that is not there."""
+        if name in self.config.stages:
+            return str(self.stage_directory(name) / "model")
+        path = Path(name).expanduser()
+        if path.exists():
+            return str(path)
+        near = self._nearest_stage(name, 0.85)
+        # gpt2 beside a stage gpt is more likely the hub's model than a slip of the finger
+        slip = near is not None and "/" not in name and _without_number(near) != _without_number(name)
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+        if looks_local or slip:
+            hint = f"; did you mean the stage {near!r}?" if near else ""
+            way_out = f" For a folder write ./{name}, for a hub model owner/{name}" if slip else ""
+            raise UsageError(f"no stage, folder or hub model {name!r}{hint}{way_out}")
+        return name
+
+    def _nearest_stage(self, name: str, cutoff: float) -> str | None:
+        return next(iter(get_close_matches(name, list(self.config.stages), n=1, cutoff=cutoff)), None)
+
+    def load_data(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> load.Dataset:
+        """The validated rows; read once a run."""
+        key = json.dumps([[repr(source) for source in sources], list(accept)])
+        if key not in self._data:
+            self._data[key] = load.load(sources, accept, self.config.seed)
+        return self._data[key]
+
+    # ------------------------------------------------------------ checks
+
+    def check(self, names: Sequence[str], *, hub: bool = False) -> dict[str, str]:
+        """Read and validate all data and find all models before anything is trained. Returns a summary line a stage.
+
+        hub: also ask the hub for the configs of models that are not on this machine.
+        """
+        device_of(self.config)
+        for name in names:
+            self._check_models(name, hub)
+        lines: dict[str, str] = {}
+        for name in names:
+            stage = self.config.stages[name]
+            for sources, accept in data_of(stage):
+                dataset = self.load_data(sources, accept)
+                lines.setdefault(name, load.summary(dataset))
+            if getattr(stage, "eval_data", None):
+                self._check_eval_data(name)
+            if isinstance(stage, EvaluateConfig) and stage.gold:
+                self._check_gold(stage)
+        return lines
+
+    def _check_models(self, name: str, hub: bool) -> None:
+        """Every model that no stage makes is there and of the right sort, and sequences fit the one that is used."""
+        stage = self.config.stages[name]
+        for setting, source in stage.references():
+            place = self.resolve(source)
+            if source not in self.config.stages and (hub or Path(place).exists()):
+                found = self._config_of(stage, setting, source)
+                if setting == "reward":
+                    learned.check_config(found, place)
+                else:
+                    _check_family(stage, found, place)
+        if isinstance(stage, Training) and stage.model.init:
+            _check_family(stage, model_config(self.source(stage, "model", None)), "model.init")
+        self._check_tokenizer(name, hub)
+        context = self.context(name, hub)
+        longest = getattr(stage, "max_length", None)
+        if longest is not None and context is not None and longest > context:
+            raise UsageError(f"{name}: max_length {longest} exceeds the model's context of {context}")
+        room = longest or context
+        if room is not None and isinstance(stage, PPOConfig | EvaluateConfig):
+            wanted = stage.sampling.max_new_tokens
+            if wanted >= room:
+                raise UsageError(
+                    f"{name}: sampling.max_new_tokens {wanted} leaves no room for a prompt within {room} tokens"
+                )
+
+    def _config_of(self, stage: AnyStage, setting: str, source: str) -> Any:
+        """The config of a model from outside. A UsageError names the stage that was perhaps meant."""
+        try:
+            return model_config(self.source(stage, setting, self.resolve(source)))
+        except UsageError as error:
+            near = self._nearest_stage(source, 0.6)
+            raise UsageError(f"{error}; did you mean the stage {near!r}?" if near else str(error)) from None
+
+    def _check_tokenizer(self, name: str, hub: bool) -> None:
+        """A new model's `tokenizer`, which is a folder or a hub id, can be loaded."""
+        stage = self.config.stages[name]
+        place = stage.model.tokenizer if isinstance(stage, Training) else None
+        if place is None or not isinstance(stage, Training):
+            return
+        if place in self.config.stages and not Path(place).exists():
+            folder = self.stage_directory(place) / "model"
+            raise UsageError(f"{name}: model.tokenizer takes a folder or hub id, not a stage; write {folder}")
+        if hub or Path(place).exists() or place.startswith((".", "/", "~")):
+            try:
+                load_tokenizer(
+                    place, trust_remote_code=stage.model.trust_remote_code, revision=stage.model.revision
+                )
+            except Exception as error:  # the tokenizers library raises bare ones for a broken file
+                raise UsageError(f"{name}: model.tokenizer: {error}") from None
+
+    def _check_eval_data(self, name: str) -> None:
+        """The rows evaluated on are like the rows trained on: of one type, and conversations only if those are."""
+        (sources, accept), (eval_sources, _), *_ = data_of(self.config.stages[name])
+        dataset = self.load_data(sources, accept)
+        try:
+            held = self.load_data(eval_sources, (dataset.kind,))
+        except DataError as error:
+            raise DataError(f"{name}: eval_data must be rows of the same type as data: {error}") from None
+        if not load.forms(held) <= load.forms(dataset):
+            raise DataError(
+                f"{name}: eval_data is {load.described(held)}, but data is {load.described(dataset)}: the model would be "
+                "evaluated on a form that it is not trained on; give both as text, or both as conversations"
+            )
+
+    def context(self, name: str, hub: bool = False) -> int | None:
+        """The context of the model that stage `name` works on, found at the root of its chain; None where unknown."""
+        stage = self.config.stages[name]
+        model = stage.model if isinstance(stage, Training) else None
+        path = model.path if model else stage.inputs()[0]
+        if path in self.config.stages:
+            return self.context(path, hub)
+        if path is not None and not (hub or Path(self.resolve(path)).exists()):
+            return None
+        return context_length(model_config(self.source(stage, "model", path and self.resolve(path))))
+
+    def source(self, stage: AnyStage, setting: str, place: str | None) -> ModelSource:
+        """The model that a stage's `setting` names, which lies at `place`; a new one for `model: {init: …}`."""
+        model = stage.model if isinstance(stage, Training) else None
+        init = model.init.model_dump() if model and model.init and setting == "model" else None
+        revision = model.revision if model and setting == "model" else None
+        return ModelSource(
+            place, init, trust_remote_code=bool(model and model.trust_remote_code), revision=revision
+        )
+
+    def _check_gold(self, stage: EvaluateConfig) -> None:
+        """The world can judge replies to these prompts. DataError at the first that it cannot."""
+        world = worlds.load(str(stage.gold).removeprefix("world:").partition("/")[0])
+        for record in self.load_data(*data_of(stage)[0]).records:
+            if isinstance(record, PromptRecord):
+                try:
+                    world.gold(chat.user_text(record.prompt), "", record.columns)
+                except DataError as error:
+                    raise DataError(
+                        f"{record.origin}: {stage.gold} cannot judge replies to it: {error}"
+                    ) from None
+
+
+def data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
+    """Every data setting of a stage, with the record types it can use; the main one first."""
+    assert isinstance(stage, Training | EvaluateConfig)
+    found = [(stage.data, ACCEPTS[stage.kind])]
+    if isinstance(stage, Supervised) and stage.eval_data:
+        found.append((stage.eval_data, ACCEPTS[stage.kind]))
+    if isinstance(stage, PPOConfig) and stage.eval_data:
+        found.append((stage.eval_data, ("prompt",)))
+    if isinstance(stage, PPOConfig) and stage.ptx:
+        found.append((stage.ptx.data, ("text",)))
+    if isinstance(stage, EvaluateConfig) and stage.comparisons:
+        found.append((stage.comparisons, ("preference",)))
+    return [([source.plain() for source in sources], accept) for sources, accept in found]
+
+
+def _check_family(stage: AnyStage, config: Any, place: str) -> None:
+    """UsageError for a model that transformers cannot give the head it needs. One with code of its own is not judged."""
+    scores = stage.kind == "reward"
+    family: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    remote = isinstance(stage, Training) and stage.model.trust_remote_code and hasattr(config, "auto_map")
+    if type(config) not in family._model_mapping and not remote:
+        lack = "can have no score head" if scores else "is no language model that can write"
+        raise UsageError(f"{place!r} {lack}: its type is {config.model_type}")
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"[-_.]?\d+$", "", name)

@@ -1,0 +1,89 @@
+"""Epochs of mini-batches over one batch of experience, whatever the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from keel.config import PPOConfig
+from keel.data.batches import derive_seed, permutation, rows_of_step
+from keel.models import optim
+from keel.runlog import StageRun
+from keel.stages import language
+from keel.stages.experience import Setup
+from keel.stages.update import add_metrics, lr_scale, micro_batches
+from keel.types import Episodes
+
+# rows, response tokens of their mini-batch, whether π still is π_old → loss, metrics that add up, largest drift
+Loss = Callable[[list[int], int, bool], tuple[Tensor, dict[str, Tensor], float]]
+
+
+def learn(
+    setup: Setup,
+    optimizers: Sequence[torch.optim.Optimizer],
+    episodes: Episodes,
+    update: int,
+    loss: Loss,
+    *,
+    learning: bool = True,
+) -> dict[str, float]:
+    """Returns means over the gradient steps taken. learning False: the policy stands still (only the critic learns)."""
+    config, run = setup.config, setup.run
+    lengths = episodes.prompt_lengths + episodes.mask.sum(dim=1)
+    scale = lr_scale(config, update - 1, config.updates)
+    totals: dict[str, float] = {}
+    steps, epochs, drift, first_ratio = 0, 0, 0.0, 1.0
+    for epoch in range(config.epochs):
+        stop = False
+        for chosen in _mini_batches(config, run, update, epoch):
+            # rows of similar length share a micro-batch: less padding, the same sum
+            chosen = sorted(chosen, key=lambda row: (int(lengths[row]), row))
+            tokens = int(episodes.mask[chosen].sum())
+            measured: dict[str, float] = {}
+            for part in micro_batches(chosen, config.micro_batch):
+                step_loss, part_metrics, part_drift = loss(list(part), tokens, steps == 0)
+                step_loss.backward()
+                add_metrics(measured, part_metrics)
+                drift = max(drift, part_drift)
+            if setup.ptx and learning:
+                add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, steps)})
+            stepped = [
+                optim.step(o, scale, config.max_grad_norm, f"{run.name}, update {update}") for o in optimizers
+            ]
+            measured["grad_norm"], measured["lr"] = stepped[0]["grad_norm"], stepped[0]["lr"]
+            if steps == 0 and measured["val/ratio_var"] > 0:  # else 1: its sum over the parts is only rounded
+                first_ratio = measured["val/ratio"]
+            add_metrics(totals, measured)
+            steps += 1
+            limit = config.max_approx_kl
+            stop = limit is not None and learning and measured["policy/approxkl_k3"] > limit
+            if stop:
+                break
+        epochs += 1
+        if stop:
+            break
+    return {name: total / steps for name, total in totals.items()} | {
+        "policy/epochs": epochs, "policy/logp_drift": drift, "val/ratio_first": first_ratio,
+    }  # fmt: skip
+
+
+def _mini_batches(config: PPOConfig, run: StageRun, update: int, epoch: int) -> list[list[int]]:
+    size = config.mini_batch or config.batch_size
+    order = permutation(config.batch_size, derive_seed(run.seed, "mini-batches", update), epoch)
+    return [list(order[start : start + size]) for start in range(0, config.batch_size, size)]
+
+
+def _ptx_gradient(setup: Setup, update: int, step: int) -> float:
+    """Add the gradient of coef × language-modelling loss on a few rows (PPO-ptx, 2203.02155); returns the loss."""
+    ptx = setup.config.ptx
+    assert ptx is not None
+    seed = derive_seed(setup.run.seed, "ptx", update)
+    rows = [setup.ptx[i] for i in rows_of_step(len(setup.ptx), ptx.batch_size, step, seed)]
+    tokens, total = sum(row.counted for row in rows), 0.0
+    for part in micro_batches(rows, setup.config.micro_batch):
+        value, _ = language.loss(setup.roles.policy, part, setup.pad_id, tokens)
+        (ptx.coef * value).backward()
+        total += float(value.detach())
+    return total

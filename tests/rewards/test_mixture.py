@@ -1,0 +1,137 @@
+"""Mixtures: the weighted sum by hand, what does not apply, and what goes wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keel.rewards import rules
+from keel.rewards.functions import RewardError
+from keel.rewards.mixture import Batch, Mixture, Term, from_function, precomputed
+from keel.types import UsageError
+
+
+def batch_of(*completions: str, **columns: Sequence[Any]) -> Batch:
+    size = len(completions)
+    return Batch(
+        [f"question {i}" for i in range(size)], completions, [[7] * (i + 1) for i in range(size)], ["eos"] * size,
+        [[3]] * size, columns,
+    )  # fmt: skip
+
+
+def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
+    """Row 0: 2·1 − 0.5·4; row 1: −0.5·3, the other weight is not handed on; row 2: 2·0.25."""
+    mixture = Mixture(
+        [
+            Term("a", 2.0, precomputed([1.0, None, 0.25])),
+            Term("b", -0.5, precomputed([4.0, 3.0, None])),
+            Term("watched", 0.0, precomputed([9.0, 9.0, 9.0])),
+        ]
+    )
+    rated = mixture.score(batch_of("x", "y", "z"))
+    assert rated.total.dtype == torch.float32
+    assert rated.total.tolist() == [0.0, -1.5, 0.5]
+    assert rated.by_name == {"a": [1.0, None, 0.25], "b": [4.0, 3.0, None], "watched": [9.0, 9.0, 9.0]}
+
+
+VALUES = st.one_of(st.none(), st.floats(-100, 100))
+
+
+@given(
+    st.lists(st.tuples(VALUES, VALUES, st.floats(-9, 9)), min_size=1, max_size=6),
+    st.floats(-9, 9),
+    st.floats(-9, 9),
+)
+def test_the_total_is_torchs_nansum_as_in_trl(rows: Any, first: float, second: float) -> None:
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    weights = [first, second, 1.0]
+    terms = [Term(str(i), w, precomputed(c)) for i, (w, c) in enumerate(zip(weights, columns, strict=True))]
+    total = Mixture(terms).score(batch_of(*["x"] * len(rows))).total
+    table = torch.tensor([[math.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(
+        total.double(), (table * torch.tensor(weights)).nansum(dim=1), rtol=1e-6, atol=1e-4
+    )
+
+
+def test_functions_of_trls_signature_and_terms_that_read_ids_stand_side_by_side() -> None:
+    def by_ids(batch: Batch) -> list[float | None]:
+        return [float(len(p) + len(c) + (r == "eos")) for p, c, r in zip(batch.prompt_ids, batch.completion_ids, batch.stop_reasons, strict=True)]  # fmt: skip
+
+    mixture = Mixture(
+        [
+            Term("right", 1.0, from_function("right", rules.final_answer())),
+            Term("long", 1.0, from_function("long", rules.length_band(2, 9))),
+            Term("ids", 0.1, by_ids),
+            Term("model", 1.0, precomputed(torch.tensor([0.5, -0.5]))),
+        ]
+    )
+    rated = mixture.score(batch_of("#### 2", "#### 2", answer=["2", "3"]))
+    assert rated.by_name == {"right": [1, 0], "long": [0, 1], "ids": [3, 4], "model": [0.5, -0.5]}
+    torch.testing.assert_close(rated.total, torch.tensor([1.8, 0.9]))
+
+
+def test_an_empty_batch_has_no_rewards() -> None:
+    rated = Mixture([Term("a", 1.0, from_function("a", rules.regex("x")))]).score(batch_of())
+    assert rated.total.shape == (0,)
+    assert rated.by_name == {"a": []}
+
+
+def test_a_sample_to_which_nothing_applies_is_named() -> None:
+    mixture = Mixture([Term(n, 1.0, precomputed([1.0, None])) for n in ("a", "b")])
+    with pytest.raises(
+        RewardError, match="no reward applies to sample 1, prompt 'question 1': each of a, b returned None"
+    ):
+        mixture.score(batch_of("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "reward 'bad' returned 1 values for 2 samples"),
+        ([1.0, math.nan], "reward 'bad' returned nan, .*sample 1, prompt 'question 1'"),
+        ([1e300, 1.0], "rewards of sample 0, prompt 'question 0' do not add up: good 0.0, bad 1e\\+300"),
+    ],
+)
+def test_a_bad_term_is_named(values: list[float], message: str) -> None:
+    mixture = Mixture([Term("good", 1.0, precomputed([0.0, 0.0])), Term("bad", 1.0, precomputed(values))])
+    with pytest.raises(RewardError, match=message):
+        mixture.score(batch_of("x", "y"))
+
+
+def test_a_term_that_raises_is_named() -> None:
+    def fails(batch: Batch) -> list[float | None]:
+        raise ZeroDivisionError("by zero")
+
+    with pytest.raises(RewardError, match="reward 'bad' raised ZeroDivisionError: by zero"):
+        Mixture([Term("bad", 1.0, fails)]).score(batch_of("x"))
+    user = from_function("mine", lambda completions: [1 / len(c) for c in completions])
+    with pytest.raises(
+        RewardError, match=r"reward 'mine' raised ZeroDivisionError: .*\(sample 1, prompt 'question 1'\)"
+    ):
+        Mixture([Term("mine", 1.0, user)]).score(batch_of("x", ""))
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ([], "at least one"),
+        ([("a", 1.0), ("b", 1.0), ("a", 2.0)], "two rewards are called 'a'"),
+        ([("a", math.inf)], "reward 'a': weight inf"),
+    ],
+)
+def test_terms_without_sense_are_refused(terms: list[tuple[str, float]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Mixture([Term(name, weight, precomputed([])) for name, weight in terms])
+
+
+def test_a_batch_of_uneven_lists_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 prompts has columns\['answer'\] 1"):
+        batch_of("x", "y", answer=["1"])
+    with pytest.raises(ValueError, match="1 prompts has stop_reasons 2"):
+        Batch(["p"], ["x"], [[1]], ["eos", "eos"], [[1]], {})

@@ -1,0 +1,148 @@
+"""The plan: parameters, tokens and steps as the run would have them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import DistilBertConfig
+
+from keel import planning
+from keel.config import parse
+from keel.data.batches import split_holdout
+from keel.models.load import load_tokenizer
+from keel.pipeline import Pipeline
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+
+Plan = Callable[..., dict[str, dict[str, Any]]]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """The plan's entry of each stage."""
+
+    def go(**stages: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        config = parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": stages})
+        entries = planning.plan(Pipeline(config, tmp_path / "run"))
+        return {entry["stage"]: entry for entry in entries}
+
+    return go
+
+
+def _pretrain(data: Any, **settings: Any) -> dict[str, Any]:
+    stage = {
+        "kind": "pretrain",
+        "data": str(data.text),
+        "model": {"init": LLAMA},
+        "max_steps": 1,
+        "batch_size": 2,
+    }
+    return {**stage, **settings}
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def test_an_encoder_is_planned_as_the_reward_model_it_will_be(plan, run, data, tiny_bert, tmp_path):
+    DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16).save_pretrained(
+        tmp_path / "d"
+    )
+    reward = {"kind": "reward", "data": str(data.pairs), "max_steps": 1, "batch_size": 2, "normalize": 0}
+    stages = {"bert": {**reward, "model": str(tiny_bert)}, "distil": {**reward, "model": str(tmp_path / "d")}}
+    planned = plan(**stages)
+    assert planned["distil"]["parameters"] > 10_000  # transformers has no way to write with this one
+    done = run({"stages": {"bert": stages["bert"]}}, tmp_path / "run")
+    facts = json.loads((done.stage_directory("bert") / "stage.json").read_text())
+    assert planned["bert"]["parameters"] == facts["parameters"]
+
+
+@pytest.mark.parametrize("model", [{"vocab_size": 300}, {}, {"init": {**LLAMA, "vocab_size": 512}}])
+def test_a_new_model_has_the_embeddings_of_its_vocabulary(plan, data, model):
+    size = model.get("vocab_size") or model.get("init", {}).get("vocab_size") or 4096
+    planned = plan(base=_pretrain(data, model={"init": LLAMA, **model}))["base"]["parameters"]
+    smaller = plan(base=_pretrain(data, model={"init": {**LLAMA, "vocab_size": 260}}))["base"]["parameters"]
+    assert planned - smaller == (size - 260) * LLAMA["hidden_size"]
+
+
+def test_a_new_model_has_the_embeddings_of_the_tokenizer_it_is_given(plan, run, data, tiny_model, tmp_path):
+    base = _pretrain(data, model={"init": LLAMA, "tokenizer": str(tiny_model)}, max_length=16)
+    planned = plan(base=base)["base"]["parameters"]
+    done = run({"stages": {"base": base}}, tmp_path / "run")
+    assert planned == json.loads((done.stage_directory("base") / "stage.json").read_text())["parameters"]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_each_chain_is_measured_by_its_own_tokenizer(plan, run, data, tmp_path):
+    """Two tokenizers are trained in one config; the second sees words whole, the first hardly any."""
+    bases = {
+        name: _pretrain(data, model={"init": LLAMA, "vocab_size": size})
+        for name, size in (("a", 260), ("b", 400))
+    }
+    sft = {"kind": "sft", "data": str(data.demonstrations), "max_steps": 1, "batch_size": 2}
+    stages = {**bases, "sft_a": {**sft, "model": "a"}, "sft_b": {**sft, "model": "b"}}
+    assert not any(entry["tokens_measured"] for entry in plan(**stages).values())
+    done = run({"stages": bases}, tmp_path / "run")
+    planned = plan(**stages)
+    for name in bases:
+        tokenizer = load_tokenizer(str(done.stage_directory(name) / "model"))
+        texts = [json.loads(line) for line in data.demonstrations.read_text().splitlines()]
+        expected = sum(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in texts)
+        assert planned[f"sft_{name}"]["tokens"] == expected
+    assert planned["sft_a"]["tokens"] > planned["sft_b"]["tokens"]
+    changed = plan(**{**stages, "a": {**bases["a"], "lr": 0.1}})
+    assert changed["sft_b"]["tokens_measured"]
+    assert not changed["sft_a"]["tokens_measured"]  # the tokenizer that lies there is of other settings
+
+
+def test_a_model_that_is_only_evaluated_brings_its_tokenizer(plan, data, tiny_model):
+    stage = {
+        "kind": "evaluate",
+        "models": [str(tiny_model)],
+        "data": str(data.prompts),
+        "sampling": {"max_new_tokens": 4},
+    }
+    entry = plan(judge=stage)["judge"]
+    assert entry["tokens_measured"]
+    assert entry["parameters"] > 10_000
+
+
+@pytest.mark.parametrize(("rows", "exact"), [(planning.SAMPLE, True), (planning.SAMPLE + 1, False)])
+def test_extrapolated_tokens_are_marked(plan, tiny_model, tmp_path, rows, exact):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "the cat?", "completion": " red."}\n' * rows)
+    entry = plan(sft={"kind": "sft", "model": str(tiny_model), "data": str(path)})["sft"]
+    assert entry["tokens_measured"] is exact
+    assert ("≈" not in planning.as_text([entry])) is exact
+
+
+def test_the_rows_that_are_measured_are_spread_over_the_data(plan, tiny_model, tmp_path):
+    short, long = (
+        '{"prompt": "a", "completion": "b"}\n',
+        json.dumps({"prompt": "a", "completion": "b" * 39}) + "\n",
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text(short * 500 + long * 500)
+    entry = plan(sft={"kind": "sft", "model": str(tiny_model), "data": str(path)})["sft"]
+    tokenizer = load_tokenizer(str(tiny_model))
+    expected = sum(500 * len(tokenizer(text)["input_ids"]) for text in ("ab", "a" + "b" * 39))
+    assert entry["tokens"] == pytest.approx(expected, rel=0.01)
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize(("rows", "holdout"), [(1, 0.5), (2, 0.01), (40, 0.3), (1500, 0.9), (40, 0)])
+def test_steps_leave_out_the_rows_that_are_held_out(plan, tiny_model, tmp_path, rows, holdout):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "the cat?", "completion": " red."}\n' * rows)
+    stage = {"kind": "sft", "model": str(tiny_model), "data": str(path), "batch_size": 1, "holdout": holdout}
+    assert plan(sft=stage)["sft"]["steps"] == len(split_holdout(rows, holdout, 0)[0])
