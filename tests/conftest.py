@@ -24,7 +24,7 @@ from keel.models.tokenizer import train_tokenizer
 from keel.pipeline import Pipeline
 from keel.rewards import learned
 from keel.runlog import StageRun
-from keel.stages import inputs, ppo
+from keel.stages import experience
 
 torch.set_num_threads(1)
 
@@ -140,13 +140,28 @@ def whole(data: Data) -> dict[str, Any]:
             "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 5, "normalize": 8, "eval_every": 2,
             "sampling": {"max_new_tokens": 6}, **common,
         },
+        "dpo": {
+            "kind": "dpo", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 5, "eval_every": 2, "patience": 2, **common,
+        },
+        "kto": {
+            "kind": "dpo", "model": "sft", "reference": "base", "data": str(data.pairs), "loss": "kto", "lr": 1e-3, "max_steps": 4, **common,
+        },
         "ppo": {**ppo, **held, "patience": 3, "shaping": {"normalize": "running"}},
         "ppo-trunk": {
             **ppo, "sharing": "trunk", "critic_warmup": 1, "samples_per_prompt": 2, "shaping": {"center": "prompt"},
             "ptx": {"data": str(data.text), "batch_size": 2},
         },
+        "grpo": {
+            "kind": "grpo", "model": "sft", "reward": ["reward", {"kind": "length", "high": 4, "slack": 4}], "data": str(data.prompts),
+            "updates": 4, "epochs": 2, "mini_batch": 2, "samples_per_prompt": 2, "resample": 1, "lr": 1e-3, "importance_cap": 2.0,
+            "sampling": {"max_new_tokens": 6}, "kl": {"coef": 0.1, "target": 0.5, "horizon": 40}, **held, "patience": 3, **common,
+        },
+        "best": {
+            "kind": "best_of_n", "model": "sft", "reward": "reward", "data": str(data.prompts), "samples_per_prompt": 3, "lr": 1e-3,
+            "max_steps": 4, "sampling": {"max_new_tokens": 6}, **common,
+        },
         "judge": {
-            "kind": "evaluate", "models": ["sft", "ppo", "ppo-trunk"], "reward": "reward", "data": str(data.prompts),
+            "kind": "evaluate", "models": ["sft", "ppo", "ppo-trunk", "grpo"], "reward": "reward", "data": str(data.prompts),
             "comparisons": str(data.pairs), "sampling": {"max_new_tokens": 6}, "batch_size": 8,
         },
     }  # fmt: skip
@@ -178,20 +193,20 @@ def stage_run(tmp_path: Path) -> StageRun:
     )
 
 
-OpenPPO = Callable[..., tuple[list[ppo.Task], ppo.Setup]]
+OpenPPO = Callable[..., tuple[list[experience.Task], experience.Setup]]
 
 
 @pytest.fixture
 def open_ppo(tiny_model: Path, tiny_reward: Path, data: Data, stage_run: StageRun) -> OpenPPO:
     """PPO's prompts and models for given settings, before the first update."""
 
-    def go(**settings: Any) -> tuple[list[ppo.Task], ppo.Setup]:
+    def go(**settings: Any) -> tuple[list[experience.Task], experience.Setup]:
         defaults = {
             "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 8,
             "updates": 3, "sampling": {"max_new_tokens": 8},
         }  # fmt: skip
         config = PPOConfig.model_validate(defaults | settings)
-        tasks, _, setup = ppo.open_stage(config, stage_run, inputs.source_of(config.model, stage_run))
+        tasks, _, setup = experience.open_stage(config, stage_run, sharing=config.sharing)
         return tasks, setup
 
     return go

@@ -143,7 +143,7 @@ def test_resolved_config_reads_back_as_itself():
         (_reward(normalize=0, sampling={"max_new_tokens": 8}), "`sampling` has no effect"),
         (_reward(sampling={"temperature": 0, "top_k": 5}), "`top_k` has no effect"),
         (_evaluate(sampling={"temperature": 0, "top_p": 0.9}), "`top_p` has no effect"),
-        (_evaluate(comparisons="c.jsonl"), "`comparisons` has no effect without `reward`"),
+        (_evaluate(comparisons="c.jsonl"), "`comparisons` has no effect without one reward model"),
         (_evaluate(models=["m", "m"]), "names 'm' twice"),
         (_evaluate(reference="other"), "is not one of `models`"),
         (_ppo(max_steps=3), "`max_steps` would have no effect"),
@@ -219,7 +219,7 @@ def test_a_stage_named_later_is_refused():
     [
         (
             {"r": _reward(), "s": _sft(model="r")},
-            "`model` needs a stage of kind pretrain or sft or ppo, but 'r'",
+            "`model` needs a stage of kind pretrain or sft or ppo or grpo or dpo or best_of_n, but 'r'",
         ),
         (
             {"s": _sft(), "p": _ppo(reward="s")},

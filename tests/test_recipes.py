@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from keel.config import DataConfig, PPOConfig, RunConfig, Supervised, read
+from keel.config import (
+    ClassifierConfig,
+    DataConfig,
+    OnPolicy,
+    PPOConfig,
+    RewardConfig,
+    RunConfig,
+    Supervised,
+    Training,
+    read,
+)
 from keel.pipeline import Pipeline
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -38,62 +50,133 @@ def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Comparisons as Anthropic wrote them: one string a side, the prompt at the head of both."""
-    path = tmp_path_factory.mktemp("recipes") / "pairs.jsonl"
-    starts = [
-        f"\n\nHuman: is the {animal} red?\n\nAssistant:"
-        for animal in ("cat", "dog", "fox", "hen", "owl", "pig")
-    ]
-    rows = [
-        {"chosen": f"{s} it is {c}.", "rejected": f"{s} {c}"} for s in starts for c in ("red", "blue", "pink")
-    ]
+@dataclass(frozen=True)
+class StandIns:
+    """Tiny files and models in the places of a recipe's."""
+
+    model: Path
+    encoder: Path  # for classifiers to start from, and for similarity
+    pairs: Path
+    files: Mapping[str, Path]  # what a recipe names → rows of the same columns
+
+    def file(self, source: str) -> str:
+        if source.startswith("world:"):
+            return source
+        found = self.files.get(source) or (self.files[".txt"] if source.endswith(".txt") else None)
+        assert found, f"a stand-in for {source} is needed here"
+        return str(found)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def _stand_ins(config: RunConfig, model: Path, pairs: Path) -> list[str]:
-    """Overrides that make a config tiny and leave its form as it is."""
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, model: Path, tiny_bert: Path) -> StandIns:
+    """For each data set of the hub a file with its columns: HH-RLHF's one string a side, GSM8K's worked solutions,
+    UltraFeedback's conversations, TL;DR's posts; for texts a book of some paragraphs."""
+    folder = tmp_path_factory.mktemp("recipes")
+    animals, colours = ("cat", "dog", "fox", "hen", "owl", "pig"), ("red", "blue", "pink")
+    starts = [f"\n\nHuman: is the {animal} red?\n\nAssistant:" for animal in animals]
+    pairs = [{"chosen": f"{s} it is {c}.", "rejected": f"{s} {c}"} for s in starts for c in colours]
+    solutions = [
+        {"question": f"{a} + {b}?", "answer": f"It is {a}+{b}=<<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"}
+        for a in range(3, 7)
+        for b in range(3, 7)
+    ]
+
+    def chat(question: str, reply: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+
+    chats = [
+        {"chosen": chat(f"the {a}?", f"it is {c}."), "rejected": chat(f"the {a}?", c)}
+        for a in animals
+        for c in colours
+    ]
+    posts = [{"prompt": f"POST: the {a} is {c}.\n\nTL;DR:", "completion": f" {a}: {c}."} for a in animals for c in colours]  # fmt: skip
+    book = folder / "book.txt"
+    paragraphs = [
+        f"so the {a} is {c}, and the {a} is not so {c} as it was." for a in animals for c in colours
+    ]
+    book.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    files = {
+        "Anthropic/hh-rlhf": _write(folder / "pairs.jsonl", pairs),
+        "openai/gsm8k": _write(folder / "solutions.jsonl", solutions),
+        "trl-lib/ultrafeedback_binarized": _write(folder / "chats.jsonl", chats),
+        "trl-lib/tldr": _write(folder / "posts.jsonl", posts),
+        ".txt": book,
+    }
+    return StandIns(model, tiny_bert, files["Anthropic/hh-rlhf"], files)
+
+
+def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
+    """Overrides that make a config tiny and leave its form as it is: what is done to rows, rewards, methods."""
     changes = ["threads=1", "device=cpu"]
     for name, stage in config.stages.items():
-        changes.append(f"{name}.batch_size=4")
-        rows = 300 if stage.kind == "pretrain" else 24  # a tokenizer is trained on them
+        few = {"batch_size": 4}
+        rows = 300 if stage.kind == "pretrain" else 16  # a tokenizer is trained on the 300
+
+        def source(one: DataConfig, rows: int = rows) -> dict[str, Any]:
+            kept = one.model_dump(exclude_defaults=True, exclude={"rows", "split"})
+            if not one.source.startswith("world:"):
+                kept.pop("options", None)
+            return {**kept, "source": stand_ins.file(one.source), "rows": rows}
+
         for setting in ("data", "eval_data", "comparisons"):
-            sources: list[DataConfig] = getattr(stage, setting, None) or []
-            worlds = [s.source.startswith("world:") for s in sources]
-            changes += [
-                f"{name}.{setting}={json.dumps([{'source': s.source, 'rows': rows} for s in sources])}"
-                if all(worlds)
-                else f"{name}.{setting}={json.dumps(str(pairs))}"
-            ] * bool(sources)
-        for setting, source in stage.references():
-            if source not in config.stages:
-                assert setting == "model", f"{name}: a stand-in for {setting} is needed here"
-                changes.append(f"{name}.model.path={model}")
+            found: Any = getattr(stage, setting, None)
+            if isinstance(found, dict):
+                few[setting] = {label: [source(one) for one in own] for label, own in found.items()}
+            elif found:
+                few[setting] = [source(one) for one in found]
+        for setting, outside in stage.references():
+            if outside in config.stages:
+                continue
+            if setting == "model":
+                few["model.path"] = str(stand_ins.encoder if stage.kind == "classifier" else stand_ins.model)
+            elif setting == "models":
+                few["models"] = [m if m in config.stages else str(stand_ins.model) for m in stage.models]  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                assert setting == "similarity", f"{name}: a stand-in for {setting} is needed here"
+        if terms := getattr(stage, "reward", None):
+            few["reward"] = [_term(term, stand_ins) for term in terms]
         if isinstance(stage, Supervised):
-            changes += [f"{name}.max_steps=2", f"{name}.micro_batch=2", f"{name}.save_every=1"]
-        if stage.kind == "reward":
-            changes += [f"{name}.normalize=4"]
+            few |= {"max_steps": 2, "micro_batch": 2, "save_every": 1}
+        if isinstance(stage, ClassifierConfig):
+            few["max_length"] = 32
+        if isinstance(stage, RewardConfig):
+            few["normalize"] = 4
+        if isinstance(stage, Training) and stage.model.init:
+            few |= {"model.init.hidden_size": 32, "model.init.num_hidden_layers": 1}
+        if isinstance(stage, OnPolicy):
+            batch = max(4, 2 * stage.samples_per_prompt)
+            few |= {"updates": 2, "batch_size": batch, "micro_batch": min(stage.micro_batch or 4, 4)}
+            few |= {} if stage.mini_batch is None else {"mini_batch": batch // 2}
         if isinstance(stage, PPOConfig):
-            changes += [f"{name}.updates=2", f"{name}.mini_batch=2", f"{name}.micro_batch=2"]
-            changes += [f"{name}.batch_size={4 * stage.samples_per_prompt}"]
-            changes += [f"{name}.critic_warmup={min(stage.critic_warmup, 1)}"]
+            few["critic_warmup"] = min(stage.critic_warmup, 1)
         if hasattr(stage, "sampling"):
-            changes.append(f"{name}.sampling.max_new_tokens=8")
+            few["sampling.max_new_tokens"] = 8
+        changes += [f"{name}.{setting}={json.dumps(value)}" for setting, value in few.items()]
     return changes
 
 
+def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
+    changes: dict[str, Any] = {"model": str(stand_ins.encoder)} if term.kind == "similarity" else {}
+    if term.only is not None:
+        changes["only"] = stand_ins.file(term.only)
+    return {**term.model_dump(exclude_none=True), **changes}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_runs(path, model, pairs, tmp_path, monkeypatch):
+def test_recipe_runs(path, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
-    config = read(path, _stand_ins(read(path), model, pairs))
+    config = read(path, _tiny(read(path), stand_ins))
     Pipeline(config, tmp_path / "run", str).run()
     for name, stage in config.stages.items():
         folder = tmp_path / "run" / "stages" / name
         assert json.loads((folder / "result.json").read_text())
         if stage.kind == "evaluate":
-            assert json.loads((folder / "result.json").read_text())["models"].keys() == set(stage.models)
+            assert json.loads((folder / "result.json").read_text())["models"].keys() >= set(stage.models)
         else:
             assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [1, 2]
             assert (folder / "model" / "model.safetensors").exists()
@@ -104,20 +187,32 @@ def test_recipe_introduces_itself(path):
     config = read(path)
     assert config.name == path.stem
     assert 20 < len(config.description) < 110
+    page = (FOLDER.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert path.stem in re.findall(r"[\w-]+", " ".join(re.findall(r"^## (.+)", page, re.MULTILINE)))
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "helpdesk"], ids=lambda path: path.stem)
-def test_the_command_in_a_recipe_replaces_everything_from_outside(path, model, pairs):
+EMBEDDED = [p for p in RECIPES if "world:" in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p not in EMBEDDED], ids=lambda path: path.stem)
+def test_the_command_in_a_recipe_replaces_everything_from_outside(path, model, tmp_path):
     commands = [shlex.split(line) for line in COMMAND.findall(path.read_text(encoding="utf-8"))]
     assert {words[2] for words in commands} == {path.stem}
-    overrides = max(commands, key=len)[3:]
     mine = [
-        re.sub(r"(TRAIN|TEST)\.jsonl", str(pairs), word).replace("=MODEL", f"={model}") for word in overrides
+        re.sub(r"\bMODEL\b", str(model), re.sub(r"[A-Z]+(-TEST)?\.(jsonl|txt)", rf"{tmp_path}/\g<0>", word))
+        for word in max(commands, key=len)[3:]
     ]
     config = read(path, mine)
-    named = {source for stage in config.stages.values() for source in stage.inputs()} - {*config.stages}
-    assert named == {str(model)}
-    assert {s.source for stage in config.stages.values() for s in stage.data} == {str(pairs)}  # pyright: ignore[reportAttributeAccessIssue]
+    named = {
+        source
+        for stage in config.stages.values()
+        for setting, source in stage.references()
+        if setting != "similarity" and stage.kind != "classifier"
+    }
+    assert named - {*config.stages} == {str(model)}
+    sources = [source for stage in config.stages.values() for source in _all_sources(stage)]
+    assert all(str(tmp_path) in source.source for source in sources)
+    assert all(source.split == "train" and not source.options for source in sources)  # as files have it
 
 
 def test_llama2_has_the_published_settings():
@@ -131,17 +226,31 @@ def test_llama2_has_the_published_settings():
     assert (ppo.sampling.max_new_tokens, ppo.sampling.temperature) == (128, 0.7)
 
 
-def _sources(config: RunConfig, kinds: set[bool]) -> set[tuple[str, str]]:
-    """(source, split) of the stages that train (True) or judge (False)."""
-    stages: list[Any] = [s for s in config.stages.values() if (s.kind != "evaluate") in kinds]
-    return {(d.source, d.split) for s in stages for d in [*s.data, *(getattr(s, "comparisons", None) or [])]}
+def _all_sources(stage: Any) -> list[DataConfig]:
+    found: list[DataConfig] = []
+    for setting in ("data", "eval_data", "comparisons"):
+        value = getattr(stage, setting, None) or []
+        found += [one for own in value.values() for one in own] if isinstance(value, dict) else value
+    return found
+
+
+def _sources(config: RunConfig, *, judging: bool) -> set[tuple[str, str]]:
+    """(source, split) that stages train on, or that they are judged on."""
+    found: list[DataConfig] = []
+    for stage in config.stages.values():
+        if isinstance(stage, Training) and not judging:
+            data: Any = stage.data
+            found += [one for own in data.values() for one in own] if isinstance(data, dict) else data
+        elif not isinstance(stage, Training) and judging:
+            found += _all_sources(stage)
+    return {(one.source, one.split) for one in found}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_nothing_is_judged_on_rows_that_it_was_trained_on(path):
     config = read(path)
-    assert _sources(config, {False})
-    assert not _sources(config, {False}) & _sources(config, {True})
+    assert _sources(config, judging=True)
+    assert not _sources(config, judging=True) & _sources(config, judging=False)
 
 
 @pytest.mark.real

@@ -29,7 +29,8 @@ from keel.config import RewardConfig, RunConfig, parse
 from keel.data.batches import rows_of_step
 from keel.models.load import ModelSource, causal_lm
 from keel.rewards import learned
-from keel.stages import experience, language, ppo, reward
+from keel.rewards.mixture import Rated
+from keel.stages import experience, language, on_policy, ppo, reward
 from keel.stages.language import Row
 from keel.types import Completion, UsageError
 
@@ -79,9 +80,15 @@ def with_completions(monkeypatch: pytest.MonkeyPatch, endings: Sequence[tuple[tu
 
 
 def with_scores(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
-    monkeypatch.setattr(
-        experience, "score_completions", lambda setup, tasks, completions: torch.tensor(scores)
-    )
+    """Let the reward be these scores, whatever the reward model."""
+
+    def rate(setup: Any, tasks: Any, completions: Any) -> Rated:
+        term = setup.rewards.terms[0]
+        raw = torch.tensor(scores)
+        scaled = (raw - term.mean) / term.std
+        return Rated(scaled, raw, scaled, {term.name: list(scores)})
+
+    monkeypatch.setattr(experience, "rate", rate)
 
 
 # ---------------------------------------------------------------- optimiser and accumulation
@@ -231,7 +238,7 @@ def test_trap_08_the_penalty_for_a_missing_stop_knows_the_configured_stop(
     stops = {tokenizer(text)["input_ids"][0] for text in stop} | {tokenizer.eos_token_id}
     for completion, score, paid in zip(
         collected.experience.completions,
-        collected.experience.scores,
+        collected.experience.rated.raw,
         collected.episodes.rewards.sum(dim=1),
         strict=True,
     ):
@@ -272,7 +279,7 @@ def test_trap_09_the_real_eos_counts_where_pad_is_eos(
         rows.append(
             metrics_of(run({"stages": {"sft": stage}}, tmp_path / f"run-{path.name}-{len(rows)}"), "sft")
         )
-    assert torch.equal(results[0].experience.scores, results[1].experience.scores)
+    assert torch.equal(results[0].experience.rated.raw, results[1].experience.rated.raw)
     assert torch.equal(results[0].episodes.logp, results[1].episodes.logp)
     for one, other in zip(*rows, strict=True):
         assert one == pytest.approx(other, rel=1e-6)
@@ -310,7 +317,7 @@ def test_trap_11_the_ratio_is_1_even_where_other_kernels_scored(
     noise = 1e-3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     e = dataclasses.replace(collected.episodes, logp=collected.episodes.logp + noise)
     assert sum(float(torch.tensor(n / 17)) for n in lengths) != 1.0
-    metrics = ppo.learn(setup, ppo._optimizers(setup.config, setup.roles), e, 1, 0.0)
+    metrics = ppo.learn(setup, on_policy.optimizers(setup.config, setup.roles), e, 1, 0.0)
     assert metrics["val/ratio_first"] == 1.0
     assert metrics["policy/logp_drift"] == pytest.approx(noise[e.mask].abs().max().item(), rel=0.02)
 
@@ -426,7 +433,7 @@ def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(open_p
         collected, _ = ppo.collect(setup, tasks[:4], ppo.Steering(0.7, ppo.RunningScale()), 0)
         e = collected.episodes
         per_token = e.rewards.clone()
-        per_token[torch.arange(4), e.mask.sum(dim=1) - 1] -= collected.experience.scores
+        per_token[torch.arange(4), e.mask.sum(dim=1) - 1] -= collected.experience.rated.raw
         wanted = -0.7 * (e.logp - e.ref_logp) if where == "reward" else torch.zeros_like(per_token)
         torch.testing.assert_close(per_token, torch.where(e.mask, wanted, 0.0), rtol=0, atol=1e-5)
         with_kl, without = (
@@ -623,11 +630,12 @@ def groups_of_settings() -> dict[str, type[BaseModel]]:
 REFUSED = {  # inherited settings that a stage has no use for: giving one is an error
     "PretrainConfig.too_long": {"kind": "pretrain", "too_long": "skip"},
     "PPOConfig.max_steps": {"kind": "ppo", "reward": "r", "max_steps": 3},
+    "GRPOConfig.max_steps": {"kind": "grpo", "reward": "r", "max_steps": 3},
 }
 
 
 def test_trap_every_setting_is_read_by_something(
-    run: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, whole: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings that are validated, documented and read by nothing: each is watched during a run over all stages.
 
@@ -641,7 +649,8 @@ def test_trap_every_setting_is_read_by_something(
         if not name.startswith("_") and name in type(group).model_fields:
             caller = sys._getframe(1).f_code
             if caller.co_filename.startswith(package) and (
-                Path(caller.co_filename).parent.name != "config" or caller.co_name in ("inputs", "references")
+                Path(caller.co_filename).parent.name != "config"
+                or caller.co_name in ("inputs", "references", "called")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -649,8 +658,25 @@ def test_trap_every_setting_is_read_by_something(
     stages = copy.deepcopy(whole["stages"])
     stages["sft"]["lora"] = {"r": 2}
     stages["sft"]["model"] = {"path": "base"}
+    rows = [{"prompt": "the cat?", "answer": "red"}, {"prompt": "so the dog?", "answer": "blue"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages["genre"] = {
+        "kind": "classifier", "model": str(tiny_bert), "data": dict.fromkeys("ab", whole["stages"]["base"]["data"]),
+        "max_length": 16, "batch_size": 4, "max_steps": 1,
+    }  # fmt: skip
+    own = str(Path(__file__).parent / "stages" / "rewards_for_tests.py") + ":red"
+    terms = [
+        {"kind": "answer", "only": None}, {"kind": "format"}, {"kind": "regex", "pattern": "r"}, {"kind": "length", "high": 3}, {"kind": "repetition"},
+        {"kind": "keywords", "words": ["red"]}, {"kind": "overlong", "max_length": 6, "buffer": 2},
+        {"kind": "similarity", "model": str(tiny_bert), "to": "answer"}, {"kind": "classifier", "model": "genre", "label": "a"},
+        {"kind": "python", "function": own}, {"kind": "learned", "model": "reward", "combine": "mean"},
+    ]  # fmt: skip
+    alone = {"eval_data": None, "eval_every": None, "patience": None}
+    stages["all-rewards"] = {**stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl")}
+    stages["reward"]["members"] = 2
+    names = stages.keys()
     monkeypatch.setattr(BaseModel, "__getattribute__", watch)
-    pipeline = run({"stages": stages}, tmp_path)
+    pipeline = run({"stages": stages}, tmp_path / "run")
     monkeypatch.undo()
     plain = {
         "DataConfig": types.DataSource,
@@ -662,8 +688,10 @@ def test_trap_every_setting_is_read_by_something(
     for name, value in plain.items():  # handed on whole, by plain(): all its fields are read somewhere
         read |= {f"{name}.{field.name}" for field in dataclasses.fields(value) if field.name in elsewhere}
     read |= {"RunConfig.description"} & {f"RunConfig.{name}" for name in elsewhere}  # `keel recipes` shows it
-    assert len(pipeline.config.stages) == 6
-    assert settings - read - REFUSED.keys() == set()
+    assert pipeline.config.stages.keys() == names
+    # read while the config is: test_grpo.py says what a preset becomes, and a term's kind is the class that it is read as
+    expanded = {"GRPOConfig.preset"} | {name for name in settings if name.endswith("Term.kind")}
+    assert settings - read - REFUSED.keys() - expanded == set()
 
 
 def attributes_read() -> set[str]:
@@ -703,6 +731,7 @@ def test_trap_every_logged_name_is_a_plain_string_in_the_code(run: Any, whole: A
             for line in (log.read_text().splitlines() if log.exists() else ())
             for name in json.loads(line)
         }
+        names = {re.sub("^rewards/(.+)/(mean|std|applies)$", r"rewards/{name}/\2", name) for name in names}
         assert [name for name in names if not re.search(rf'"{re.escape(name)}"', sources)] == []
 
 

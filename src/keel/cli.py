@@ -140,6 +140,27 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories with a finished evaluate stage.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; default: compare.html beside the first run.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank the models of one run or several by gold reward, else by proxy; runs that differ in their seed are pooled."""
+    from keel import comparing
+
+    found = comparing.compare(runs)
+    page = out or runs[0].resolve().parent / "compare.html"
+    comparing.write(found, page)
+    if as_json:
+        print(comparing.as_json(found, page))
+    else:
+        print(comparing.as_text(found))
+        print(f"\npage: {page}")
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or runs/NAME/stages/STAGE.")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.")] = None,

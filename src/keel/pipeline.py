@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import keel
@@ -29,10 +30,19 @@ from keel.checkpoint import discard, write_json, write_text
 from keel.config import AnyStage, RunConfig, Training
 from keel.data import load
 from keel.data.batches import derive_seed
-from keel.environment import code_print, deterministic, device_of, folder_print, hardware, versions
+from keel.environment import (
+    code_print,
+    deterministic,
+    device_of,
+    folder_print,
+    hardware,
+    peak_memory_mib,
+    versions,
+)
+from keel.rewards import functions
 from keel.runlog import Progress, StageRun
-from keel.sources import Sources, data_of
-from keel.stages import evaluate, ppo, pretrain, reward, sft
+from keel.sources import Sources, data_of, functions_of
+from keel.stages import best_of_n, classifier, evaluate, grpo, ppo, preference, pretrain, reward, sft
 from keel.types import KeelError, UsageError
 
 
@@ -69,6 +79,7 @@ class Pipeline:
                 "device": device_of(self.config).type,
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
                 "data": [load.fingerprint(sources) for sources, _ in data_of(stage)],
+                "rewards": {name: functions.source_print(name) for name in functions_of(stage)},
                 "code": code_print(),
                 "versions": versions(),
             }
@@ -171,13 +182,13 @@ class Pipeline:
             self.say,
             self.progress,
         )
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
         start = time.perf_counter()
         result = _dispatch(stage, run)
+        run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
         run.result(result)
         seconds = round(time.perf_counter() - start, 2)
-        summary = "; ".join(
-            load.summary(self.sources.load_data(sources, accept)) for sources, accept in data_of(stage)[:1]
-        )
         done = {
             "kind": stage.kind,
             "fingerprint": fingerprint,
@@ -186,7 +197,12 @@ class Pipeline:
         }
         write_json(
             directory / "stage.json",
-            {**done, "parameters": run.facts.get("parameters"), "data": summary, "facts": run.facts},
+            {
+                **done,
+                "parameters": run.facts.get("parameters"),
+                "data": self.sources.summary(name),
+                "facts": run.facts,
+            },
         )
         self._clear_up(name)
         gc.collect()
@@ -202,8 +218,11 @@ class Pipeline:
             )
 
     def _clear_up(self, name: str) -> None:
-        """A stage that is done needs no checkpoints."""
-        shutil.rmtree(self.stage_directory(name) / "checkpoints", ignore_errors=True)
+        """A stage that is done needs no checkpoints, and an ensemble's members lie in its model's folder."""
+        directory = self.stage_directory(name)
+        for left in ("checkpoints", *(f"members/*/{part}" for part in ("checkpoints", "model"))):
+            for path in directory.glob(left):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _write_manifest(self, states: Mapping[str, str]) -> None:
         path = self.directory / "manifest.json"
@@ -241,8 +260,16 @@ def _dispatch(stage: AnyStage, run: StageRun) -> dict[str, Any]:
             return sft.run(stage, run)
         case "reward":
             return reward.run(stage, run)
+        case "classifier":
+            return classifier.run(stage, run)
         case "ppo":
             return ppo.run(stage, run)
+        case "dpo":
+            return preference.run(stage, run)
+        case "grpo":
+            return grpo.run(stage, run)
+        case "best_of_n":
+            return best_of_n.run(stage, run)
         case "evaluate":
             return evaluate.run(stage, run)
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.config import EvaluateConfig, PPOConfig, Supervised, Training
-from keel.data import chat, load
+from keel.config import ClassifierConfig, EvaluateConfig, OnPolicy, Supervised, Training
+from keel.data import chat
 from keel.data.batches import holdout_count
 from keel.data.load import Dataset
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
 from keel.pipeline import Pipeline
-from keel.sources import data_of
+from keel.sources import main_data_of
 from keel.stages.pretrain import DEFAULT_VOCABULARY
 from keel.types import Record, TextRecord, UsageError
 
@@ -35,24 +35,23 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     stage = pipeline.config.stages[name]
-    sources, accept = data_of(stage)[0]
-    dataset = pipeline.sources.load_data(sources, accept)
-    rows = len(dataset.records)
+    datasets = [pipeline.sources.load_data(sources, accept) for sources, accept in main_data_of(stage)]
+    rows = sum(len(dataset.records) for dataset in datasets)
     tokenizer = _tokenizer(pipeline, name)
-    tokens = _tokens(tokenizer, dataset)
+    tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or None
     entry: dict[str, Any] = {
-        "stage": name, "kind": stage.kind, "inputs": stage.inputs(), "data": load.summary(dataset), "rows": rows, "type": dataset.kind,
+        "stage": name, "kind": stage.kind, "inputs": stage.inputs(), "data": pipeline.sources.summary(name), "rows": rows, "type": datasets[0].kind,
         "tokens": tokens, "tokens_measured": tokenizer is not None and rows <= SAMPLE,
         "parameters": _parameters(pipeline, name, tokenizer), "done": pipeline.is_done(name),
     }  # fmt: skip
     if isinstance(stage, Supervised):
         kept = rows if stage.eval_data else rows - holdout_count(rows, stage.holdout)
-        if stage.kind == "pretrain":
+        if stage.kind == "pretrain" or (isinstance(stage, ClassifierConfig) and stage.passages):
             length = stage.max_length or pipeline.sources.context(name) or 512
             kept = math.ceil((tokens or 0) * kept / max(rows, 1) / (length - 1)) or kept
         steps = math.ceil(stage.epochs * kept / stage.batch_size)
         entry["steps"] = min(steps, stage.max_steps) if stage.max_steps else steps
-    elif isinstance(stage, PPOConfig):
+    elif isinstance(stage, OnPolicy):
         mini = stage.batch_size // (stage.mini_batch or stage.batch_size)
         entry |= {
             "steps": stage.updates,
@@ -129,8 +128,10 @@ def _parameters(pipeline: Pipeline, name: str, tokenizer: Any | None) -> int | N
     if new and init is not None and "vocab_size" not in init:
         config.vocab_size = len(tokenizer) if tokenizer else new.vocab_size or DEFAULT_VOCABULARY
     family: Any = AutoModelForCausalLM
-    if pipeline.config.stages[name].kind == "reward":
-        family, config.num_labels = AutoModelForSequenceClassification, 1
+    stage = pipeline.config.stages[name]
+    if stage.kind in ("reward", "classifier"):
+        family = AutoModelForSequenceClassification
+        config.num_labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
     with torch.device("meta"):
         return count_parameters(family.from_config(config, trust_remote_code=remote))
 

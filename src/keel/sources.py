@@ -13,15 +13,27 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel import worlds
-from keel.config import AnyStage, EvaluateConfig, PPOConfig, RunConfig, Stage, Supervised, Training
+from keel.config import (
+    AnyStage,
+    BestOfNConfig,
+    ClassifierConfig,
+    DPOConfig,
+    EvaluateConfig,
+    OnPolicy,
+    RunConfig,
+    Stage,
+    Supervised,
+    Training,
+)
 from keel.data import chat, load
 from keel.environment import device_of
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
 from keel.rewards import learned
+from keel.stages import rewarding
 from keel.types import DataError, DataSource, PromptRecord, RecordType, UsageError
 
 ACCEPTS: Mapping[str, tuple[RecordType, ...]] = {
-    "pretrain": ("text",), "sft": ("demonstration", "text"), "reward": ("preference",), "ppo": ("prompt",), "evaluate": ("prompt",),
+    "pretrain": ("text",), "sft": ("demonstration", "text"), "reward": ("preference",), "classifier": ("text",), "ppo": ("prompt",), "grpo": ("prompt",), "best_of_n": ("prompt",), "evaluate": ("prompt",),
 }  # fmt: skip
 
 
@@ -79,13 +91,27 @@ class Sources:
         for name in names:
             stage = self.config.stages[name]
             for sources, accept in data_of(stage):
-                dataset = self.load_data(sources, accept)
-                lines.setdefault(name, load.summary(dataset))
-            if getattr(stage, "eval_data", None):
+                self.load_data(sources, accept)
+            lines[name] = self.summary(name)
+            self._check_rewards(name)
+            if getattr(stage, "eval_data", None) and not isinstance(stage, ClassifierConfig):
                 self._check_eval_data(name)
             if isinstance(stage, EvaluateConfig) and stage.gold:
                 self._check_gold(stage)
         return lines
+
+    def summary(self, name: str) -> str:
+        """What a stage works on, in a line; a classifier's data label by label."""
+        stage = self.config.stages[name]
+        if not isinstance(stage, ClassifierConfig):
+            return load.summary(self.load_data(*main_data_of(stage)[0]))
+        lines: list[str] = []
+        for label in stage.labels:
+            found = [self.load_data([s.plain()], ACCEPTS["classifier"]) for s in stage.data[label]]
+            rows = sum(len(dataset.records) for dataset in found)
+            several = f"{rows:,} rows · {len(found)} sources"
+            lines.append(f"{label}: {load.summary(found[0]) if len(found) == 1 else several}")
+        return "; ".join(lines)
 
     def _check_models(self, name: str, hub: bool) -> None:
         """Every model that no stage makes is there and of the right sort, and sequences fit the one that is used."""
@@ -96,7 +122,7 @@ class Sources:
                 found = self._config_of(stage, setting, source)
                 if setting == "reward":
                     learned.check_config(found, place)
-                else:
+                elif setting not in ("classifier", "similarity"):  # these write nothing
                     _check_family(stage, found, place)
         if isinstance(stage, Training) and stage.model.init:
             _check_family(stage, model_config(self.source(stage, "model", None)), "model.init")
@@ -106,11 +132,27 @@ class Sources:
         if longest is not None and context is not None and longest > context:
             raise UsageError(f"{name}: max_length {longest} exceeds the model's context of {context}")
         room = longest or context
-        if room is not None and isinstance(stage, PPOConfig | EvaluateConfig):
+        if room is not None and isinstance(stage, OnPolicy | BestOfNConfig | EvaluateConfig):
             wanted = stage.sampling.max_new_tokens
             if wanted >= room:
                 raise UsageError(
                     f"{name}: sampling.max_new_tokens {wanted} leaves no room for a prompt within {room} tokens"
+                )
+
+    def _check_rewards(self, name: str) -> None:
+        """Rules and functions can be made, and the columns that they compare with are there."""
+        stage = self.config.stages[name]
+        terms = getattr(stage, "reward", None)
+        if not terms:
+            return
+        rewarding.check(terms, name)
+        records = self.load_data(*data_of(stage)[0]).records
+        for term in terms:
+            column = {"answer": "column", "similarity": "to"}.get(term.kind)
+            wanted = getattr(term, column) if column else None
+            if wanted is not None and not any(wanted in record.columns for record in records):
+                raise DataError(
+                    f"{name}: reward {term.called!r}: the data have no column {wanted!r} (`{column}`)"
                 )
 
     def _config_of(self, stage: AnyStage, setting: str, source: str) -> Any:
@@ -185,15 +227,33 @@ class Sources:
                     ) from None
 
 
+def main_data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
+    """What a stage learns from or works on, as `data_of` has it: one entry, for a classifier one for each source."""
+    if isinstance(stage, ClassifierConfig):
+        sources = [source for label in stage.labels for source in stage.data[label]]
+        return [([source.plain()], ACCEPTS[stage.kind]) for source in sources]
+    return data_of(stage)[:1]
+
+
+def functions_of(stage: Stage) -> list[str]:
+    """The Python functions that a stage's rewards name."""
+    terms = getattr(stage, "reward", None) or []
+    return [term.function for term in terms if term.kind == "python"]
+
+
 def data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
-    """Every data setting of a stage, with the record types it can use; the main one first."""
+    """Every data setting of a stage, with the record types it can use; the main ones first."""
     assert isinstance(stage, Training | EvaluateConfig)
-    found = [(stage.data, ACCEPTS[stage.kind])]
+    if isinstance(stage, ClassifierConfig):
+        held = [source for sources in (stage.eval_data or {}).values() for source in sources]
+        return [*main_data_of(stage), *(([source.plain()], ACCEPTS[stage.kind]) for source in held)]
+    accept = stage.record_types if isinstance(stage, DPOConfig) else ACCEPTS[stage.kind]
+    found = [(stage.data, accept)]
     if isinstance(stage, Supervised) and stage.eval_data:
-        found.append((stage.eval_data, ACCEPTS[stage.kind]))
-    if isinstance(stage, PPOConfig) and stage.eval_data:
+        found.append((stage.eval_data, accept))
+    if isinstance(stage, OnPolicy) and stage.eval_data:
         found.append((stage.eval_data, ("prompt",)))
-    if isinstance(stage, PPOConfig) and stage.ptx:
+    if isinstance(stage, OnPolicy) and stage.ptx:
         found.append((stage.ptx.data, ("text",)))
     if isinstance(stage, EvaluateConfig) and stage.comparisons:
         found.append((stage.comparisons, ("preference",)))
@@ -202,7 +262,7 @@ def data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]
 
 def _check_family(stage: AnyStage, config: Any, place: str) -> None:
     """UsageError for a model that transformers cannot give the head it needs. One with code of its own is not judged."""
-    scores = stage.kind == "reward"
+    scores = stage.kind in ("reward", "classifier")
     family: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     remote = isinstance(stage, Training) and stage.model.trust_remote_code and hasattr(config, "auto_map")
     if type(config) not in family._model_mapping and not remote:

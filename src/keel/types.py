@@ -115,6 +115,8 @@ class DataSource:
     weight: float | None = None  # share in a mixture; None: as many rows as the source has
     split: str = "train"  # split of a hub data set
     columns: Mapping[str, str] = field(default_factory=dict)  # keel's column name → the file's
+    rewrite: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # column → pattern → replacement
+    system: str | None = None  # a system turn before every prompt; plain prompts become conversations
     on_bad: Literal["error", "skip"] = "error"
     options: Mapping[str, Any] = field(default_factory=dict)  # a world's own settings
 
@@ -137,6 +139,9 @@ class Completion:
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]  # response tokens; the stop token is the last one, unless stop_reason is "length"
     stop_reason: StopReason
+    logp: tuple[
+        float, ...
+    ] = ()  # log of the probability each response token was drawn with, by the sampler's own logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,4 +156,5 @@ class Episodes:
     values: Tensor  # (B, T) V_old(s_t)
     rewards: Tensor  # (B, T) shaped rewards r_t
     advantages: Tensor  # (B, T) Â_t
-    returns: Tensor  # (B, T) R_t
+    returns: Tensor  # (B, T) R_t; zeros without a critic
+    weights: Tensor | None = None  # (B, T) truncated importance weights min(π_trainer/π_sampler, cap)

@@ -282,7 +282,8 @@ def logs(keel, write, chain):
         changed["sft"]["model"] = str(model)
         changed["sft"]["batch_size"] = changed["reward"]["batch_size"] = changed["ppo"]["batch_size"] = 4
         if reward is not None:
-            changed["ppo"]["reward"] = changed["judge"]["reward"] = str(reward)
+            term = {"kind": "learned", "model": str(reward), "name": "reward"}
+            changed["ppo"]["reward"] = changed["judge"]["reward"] = [term]
         done = keel("run", write(f"{name}.yaml", changed))
         assert done.code == 0, done.err
         files = Path("runs", name, "stages").glob("*/*.jsonl")

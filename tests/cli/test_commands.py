@@ -255,7 +255,7 @@ def test_a_recipe_is_run_by_its_name_even_beside_a_folder_of_that_name(keel):
 def test_unknown_recipe(keel, arguments):
     refused = keel(*arguments)
     assert refused.code == 2
-    assert "recipes: helpdesk, hh-rlhf" in refused.err
+    assert "helpdesk, hh-rlhf" in refused.err
 
 
 def test_schema_describes_every_setting(keel):

@@ -194,3 +194,52 @@ def test_value_loss_by_hand() -> None:
     assert {name: x.item() for name, x in metrics.items()} == pytest.approx(by_hand)
     unclipped, _ = value.clipped(values, old, returns, mask, clip=float("inf"))
     assert unclipped.item() == pytest.approx(5.25 / 2 / 3)
+
+
+# ---------------------------------------------------------------- CISPO and truncated importance sampling
+
+
+def test_cispo_clips_the_weight_and_keeps_every_gradient() -> None:
+    """weight clip(ρ, 0.8, 1.2)   1.2   1.0   0.8 | 1.2   0.9;   ∂L/∂log π = −weight · Â / 5"""
+    logp, old, advantage, mask = inputs()
+    loss, metrics = policy.cispo(logp, old, advantage, mask, 0.2, 0.2)
+    assert gradient(loss, logp) == approx([[-0.24, -0.4, 0.16], [0.24, -0.36, 0.0]])
+    values = [-1.0 + math.log(1.5), -2.0, -0.5 + math.log(0.5), -3.0 + math.log(2.0), -0.1 + math.log(0.9)]
+    factors = [1.2 * 1, 1.0 * 2, 0.8 * -1, 1.2 * -1, 0.9 * 2]
+    expected = -sum(factor * value for factor, value in zip(factors, values, strict=True)) / 5
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert metrics["clipfrac"].item() == pytest.approx(3 / 5)
+    assert "dual_clipfrac" not in metrics
+
+
+@pytest.mark.parametrize("reduce", ["token", "sequence", 7.0])
+def test_cispo_inside_its_clip_has_the_gradient_of_ppo_inside_its_own(reduce: object) -> None:
+    logp, old, advantage, mask = inputs()
+    one = policy.cispo(logp, old, advantage, mask, 0.99, 9.0, reduce=reduce)[0]  # pyright: ignore[reportArgumentType]
+    other = policy.clipped(logp, old, advantage, mask, 0.99, 9.0, reduce=reduce)[0]  # pyright: ignore[reportArgumentType]
+    assert gradient(one, logp) == approx(gradient(other, logp))
+
+
+def test_importance_weights_are_cut_above_and_only_there() -> None:
+    trainer = f64([[-1.0, -1.0, -2.0], [0.0, -5.0, NAN]])
+    sampler = f64([[-1.0, -2.0, -1.0], [-9.0, -5.5, NAN]])
+    found = policy.importance_weights(trainer, sampler, MASK, cap=2.0)
+    assert found.tolist() == approx([[1.0, 2.0, math.exp(-1)], [2.0, math.exp(0.5), 1.0]])
+    with pytest.raises(ValueError, match="cap"):
+        policy.importance_weights(trainer, sampler, MASK, cap=0.0)
+
+
+@pytest.mark.parametrize("loss", [policy.clipped, policy.cispo])
+def test_weights_multiply_each_tokens_gradient(loss: object) -> None:
+    logp, old, advantage, mask = inputs()
+    weights = f64([[2.0, 0.5, 1.0], [0.0, 3.0, NAN]])
+    plain = gradient(loss(logp, old, advantage, mask, 0.5, 0.5)[0], logp)  # pyright: ignore[reportCallIssue]
+    weighted = gradient(loss(logp, old, advantage, mask, 0.5, 0.5, weights=weights)[0], logp)  # pyright: ignore[reportCallIssue]
+    expected = [[g * w for g, w in zip(*rows)] for rows in zip(plain, weights.nan_to_num(0.0).tolist())]
+    assert weighted == approx(expected)
+
+
+def test_unit_weights_are_no_weights() -> None:
+    logp, old, advantage, mask = inputs()
+    one = policy.clipped(logp, old, advantage, mask, weights=torch.ones(2, 3, dtype=torch.float64))[0]
+    assert one.item() == policy.clipped(logp, old, advantage, mask)[0].item()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTN
 
 from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
-from keel.stages import epochs, language, ppo, reward
+from keel.stages import epochs, experience, language, on_policy, ppo, reward
 from keel.stages.language import Row
 from keel.stages.update import micro_batches
 from keel.types import Episodes
@@ -191,8 +191,9 @@ def test_reward_of_an_encoder(size: int | None, tiny_bert: Path, tokenizer: Any)
 T_, EPS, VEPS, BETA, ENTROPY, VALUE = 0.8, 0.2, 0.15, 0.3, 0.05, 0.5  # the settings below
 
 
-def in_float64(setup: ppo.Setup) -> ppo.Setup:
-    for module in (setup.roles.policy, setup.roles.reference, setup.reward.model, *setup.roles.value_modules):
+def in_float64(setup: experience.Setup) -> experience.Setup:
+    judges = [model.model for one in setup.opened for model in one.models]
+    for module in (setup.roles.policy, setup.roles.reference, *judges, *setup.roles.value_modules):
         module.double()
     return setup
 
@@ -204,7 +205,7 @@ def ppo_settings(sharing: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def episodes_by_hand(setup: ppo.Setup) -> Episodes:
+def episodes_by_hand(setup: experience.Setup) -> Episodes:
     """Five responses of lengths 4, 1, 7, 2, 3; old values near enough that clips bind at some tokens and not at all."""
     prompts, lengths = [2, 5, 1, 3, 4], [4, 1, 7, 2, 3]
     g = torch.Generator().manual_seed(8)
@@ -233,7 +234,7 @@ def episodes_by_hand(setup: ppo.Setup) -> Episodes:
     )
 
 
-def response(setup: ppo.Setup, ids: Tensor, prompt: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def response(setup: experience.Setup, ids: Tensor, prompt: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(all log-probabilities, those of the tokens) and values of one response, from one unpadded forward."""
     roles = setup.roles
     output = roles.policy(input_ids=ids[None], output_hidden_states=True)
@@ -245,7 +246,7 @@ def response(setup: ppo.Setup, ids: Tensor, prompt: int) -> tuple[tuple[Tensor, 
     return (logp, logp.gather(1, ids[prompt:, None])[:, 0]), values
 
 
-def expected_ppo(setup: ppo.Setup, e: Episodes, rows: Sequence[int]) -> list[Tensor]:
+def expected_ppo(setup: experience.Setup, e: Episodes, rows: Sequence[int]) -> list[Tensor]:
     """Every term of the loss, written out for one response at a time."""
     number = int(e.mask[list(rows)].sum())
     bound = {"policy": 0, "value": 0}
@@ -295,7 +296,7 @@ def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any) -> None:
     wide = {}
     for field in dataclasses.fields(e):
         value = getattr(e, field.name)
-        if value.dim() == 2:
+        if value is not None and value.dim() == 2:
             filler = {torch.bool: False, torch.long: 7}.get(value.dtype, math.nan)
             value = torch.cat([value, torch.full((5, 3), filler, dtype=value.dtype)], dim=1)
         wide[field.name] = value
@@ -318,14 +319,14 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
         assert len(set(collected.episodes.mask.sum(dim=1).tolist())) >= 1
 
         def keep(
-            optimizer: Any, *_: Any, setup: ppo.Setup = setup, size: int | None = size
+            optimizer: Any, *_: Any, setup: experience.Setup = setup, size: int | None = size
         ) -> dict[str, float]:
             if size not in seen:
                 seen[size] = gradients(setup.roles.policy, *setup.roles.value_modules)
             return {"grad_norm": 0.0, "lr": 0.0}
 
         monkeypatch.setattr(epochs.optim, "step", keep)
-        ppo.learn(setup, ppo._optimizers(setup.config, setup.roles), collected.episodes, 1, BETA)
+        ppo.learn(setup, on_policy.optimizers(setup.config, setup.roles), collected.episodes, 1, BETA)
     assert_same(seen[1], seen[None])
     assert_same(seen[3], seen[None])
 
@@ -335,7 +336,7 @@ def test_the_ratio_of_the_first_update_is_exactly_1(sharing: str, open_ppo: Any)
     """Scored in parts of 3, 3 and 2 and trained in parts of 3 and 1, each with its own padding, in float32."""
     tasks, setup = open_ppo(sharing=sharing, micro_batch=3, mini_batch=4)
     collected, _ = ppo.collect(setup, tasks[:8], ppo.Steering(0.05, ppo.RunningScale()), 5)
-    optimizers = ppo._optimizers(setup.config, setup.roles)
+    optimizers = on_policy.optimizers(setup.config, setup.roles)
     metrics = ppo.learn(setup, optimizers, collected.episodes, 1, 0.05)
     assert metrics["val/ratio_first"] == 1.0
     assert metrics["policy/logp_drift"] < 1e-5  # and the scored log-probabilities were the policy's own

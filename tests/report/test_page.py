@@ -332,3 +332,18 @@ def test_numbers_in_words():
     ]  # fmt: skip
     assert [large(v) for v in (940, 984_192, 1_183_232, 7_000_000_000)] == ["940", "984 k", "1.2 M", "7.0 G"]
     assert [decimals([v]) for v in (250.0, 25.0, 2.5, 0.25, 0.025)] == [0, 1, 2, 2, 3]
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
+    """A process that still lives is left to finish its own."""
+    run = write_run(tmp_path / "run", done=("base",))
+    dead, alive = (
+        run / f".report.html.{2**22 + 1}",
+        run / f".report.html.{os.getppid()}",
+    )  # above any process number
+    dead.write_text("half")
+    alive.write_text("half")
+    report.write(run)
+    assert not dead.exists()
+    assert alive.exists()
+    alive.unlink()

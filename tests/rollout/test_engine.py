@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,37 @@ def test_rows_that_end_leave_the_others_as_they_were() -> None:
 def test_a_row_is_given_the_same_tokens_whatever_else_is_in_the_batch() -> None:
     model, prompts = tiny("gpt_neox").eval(), prompts_within(60)
     draw = {"stop_ids": [EOS], "pad_id": PAD, "seed": 4}
-    whole = generate(model, prompts, Sampling(10), **draw)
-    assert generate(model, prompts, Sampling(10), batch_size=1, **draw) == whole
-    assert generate(model, prompts, Sampling(10), batch_size=2, **draw) == whole
+
+    def tokens(prompts: list[list[int]], **more: Any) -> list[Any]:
+        return [(c.ids, c.stop_reason) for c in generate(model, prompts, Sampling(10), **draw, **more)]
+
+    whole = tokens(prompts)
+    assert tokens(prompts, batch_size=1) == whole
+    assert tokens(prompts, batch_size=2) == whole
     others = [prompts[0], [3] * 9, *prompts[2:]]
-    assert generate(model, others, Sampling(10), **draw)[0] == whole[0]
-    assert generate(model, others, Sampling(10), **draw)[2:] == whole[2:]
-    twins = generate(model, [prompts[0]] * 2, Sampling(10), **draw)
+    assert tokens(others)[0] == whole[0]
+    assert tokens(others)[2:] == whole[2:]
+    twins = tokens([prompts[0]] * 2)
     assert twins[0] == whole[0]
-    assert twins[1].ids != twins[0].ids  # each row draws its own numbers
+    assert twins[1] != twins[0]  # each row draws its own numbers
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_samplers_log_probabilities_are_those_of_a_teacher_forced_forward(temperature: float) -> None:
+    model, prompts = tiny("gpt_neox").eval(), prompts_within(60)
+    done = generate(model, prompts, Sampling(10, temperature), stop_ids=[EOS], pad_id=PAD, seed=4)
+    for c in done:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*c.prompt_ids, *c.ids]])).logits[0, len(c.prompt_ids) - 1 : -1]
+        logp = (logits / temperature).log_softmax(-1)[torch.arange(len(c.ids)), torch.tensor(c.ids)]
+        torch.testing.assert_close(torch.tensor(c.logp), logp, rtol=0, atol=1e-4)
+
+
+def test_the_samplers_log_probabilities_are_of_the_distribution_that_was_cut() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    _, logp = pick(logits, torch.tensor([0.1], dtype=torch.float64), Sampling(top_k=2))
+    assert logp.item() == pytest.approx(-math.log(1 + math.e))  # of token 1: e / (e + e²)
+    assert pick(logits, torch.zeros(1), Sampling(temperature=0))[1].tolist() == [0.0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -137,7 +160,7 @@ def test_sampled_tokens_follow_the_softmax_at_the_temperature(temperature: float
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0, 0.0])
     n = 20_000
     draws = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    chosen = pick(logits.expand(n, -1), draws, Sampling(temperature=temperature))
+    chosen, _ = pick(logits.expand(n, -1), draws, Sampling(temperature=temperature))
     weights = [pow(2.718281828459045, x / temperature) for x in logits.tolist()]
     expected = [n * w / sum(weights) for w in weights]
     assert chisquare(torch.bincount(chosen, minlength=5).tolist(), expected).pvalue > 0.001
@@ -169,7 +192,7 @@ def test_sampled_sequences_follow_the_models_own_distribution() -> None:
 def test_an_impossible_token_is_never_drawn() -> None:
     logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")])
     for draw in (0.0, 0.25, 0.5, 1 - 2**-53):
-        chosen = pick(logits[None], torch.tensor([draw], dtype=torch.float64), Sampling()).item()
+        chosen = pick(logits[None], torch.tensor([draw], dtype=torch.float64), Sampling())[0].item()
         assert chosen == (1 if draw < 0.5 else 3)
 
 
@@ -179,7 +202,8 @@ def test_top_k_and_top_p_cut_the_tail_and_nothing_else() -> None:
 
     def shares(sampling: Sampling) -> list[float]:
         return [
-            round(x, 2) for x in (torch.bincount(pick(logits, draws, sampling), minlength=4) / 1000).tolist()
+            round(x, 2)
+            for x in (torch.bincount(pick(logits, draws, sampling)[0], minlength=4) / 1000).tolist()
         ]
 
     assert shares(Sampling()) == [0.1, 0.2, 0.3, 0.4]

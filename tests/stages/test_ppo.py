@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
-from keel.stages import experience, ppo
+from keel.stages import experience, on_policy, ppo
 from keel.stages.update import copy_state
 from keel.types import DataError, UsageError
 
@@ -100,7 +100,7 @@ def test_half_precision_runs_with_a_first_ratio_of_exactly_1(run_ppo: Any, tiny_
 def test_the_policy_stays_as_it_was_while_the_critic_warms_up(open_ppo: Any) -> None:
     for sharing in ("separate", "trunk"):
         tasks, setup = open_ppo(sharing=sharing, critic_warmup=1, lr=1e-2)
-        optimizers = ppo._optimizers(setup.config, setup.roles)
+        optimizers = on_policy.optimizers(setup.config, setup.roles)
         before, values = copy_state(setup.roles.policy), copy_state(setup.roles.value_modules[0])
         collected, _ = ppo.collect(setup, tasks[:8], ppo.Steering(0.05, ppo.RunningScale()), 1)
         ppo.learn(setup, optimizers, collected.episodes, 1, 0.05)
@@ -139,7 +139,7 @@ def test_early_stopping_keeps_the_best_weights(
     """Held-out measures made to fall after the first evaluation: the run ends, with the weights of update 1."""
     scores, weights = iter([3.0, 2.0, 1.0, 0.0]), []
 
-    def falling(setup: ppo.Setup, tasks: Any) -> dict[str, float]:
+    def falling(setup: experience.Setup, tasks: Any) -> dict[str, float]:
         weights.append(copy_state(setup.roles.policy))
         score = next(scores)
         return {"eval/objective/scores": score, "eval/objective/kl": 0.0, "eval/objective/rlhf_reward": score}
@@ -173,7 +173,7 @@ def test_a_reward_models_scale_is_used_or_not_as_the_config_says(open_ppo: Any) 
             shaping={"normalize": normalize, "clip": None, "missing_stop_penalty": 0.0}, kl={"coef": 0.0}
         )
         collected, scale = ppo.collect(setup, tasks[:8], ppo.Steering(0.0, ppo.RunningScale()), 1)
-        rewards[normalize] = collected.episodes.rewards.sum(dim=1), collected.experience.scores
+        rewards[normalize] = collected.episodes.rewards.sum(dim=1), collected.experience.rated.raw
     scores = rewards["none"][1]
     torch.testing.assert_close(rewards["none"][0], scores)
     torch.testing.assert_close(rewards["model"][0], (scores - 0.5) / 2)
@@ -195,7 +195,7 @@ def test_trap_28_ppo_asks_an_encoder_by_text(run_ppo: Any, tiny_bert: Path, tmp_
     for row in samples(stage):
         with torch.no_grad():
             expected = model(**tokenizer(row["prompt"], row["completion"], return_tensors="pt")).logits.item()
-        assert row["rewards"]["reward"] == pytest.approx(expected, abs=1e-4)
+        assert next(iter(row["rewards"].values())) == pytest.approx(expected, abs=1e-4)
 
 
 def test_trap_28_ppo_asks_a_decoder_with_another_vocabulary_by_text(
@@ -212,7 +212,7 @@ def test_trap_28_ppo_asks_a_decoder_with_another_vocabulary_by_text(
         ids += [tokenizer.eos_token_id] * (row["stop_reason"] == "eos")
         with torch.no_grad():
             expected = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
-        assert row["rewards"]["reward"] == pytest.approx(expected, abs=1e-4)
+        assert next(iter(row["rewards"].values())) == pytest.approx(expected, abs=1e-4)
 
 
 def test_trap_the_value_model_thrown_away_after_training(run_ppo: Any, tiny_model: Path) -> None:

@@ -23,6 +23,7 @@ def clipped(
     level: Literal["token", "sequence"] = "token",
     reduce: Reduction = "token",
     denominator: Tensor | float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (PPO, 1707.06347, eq. 7), as a loss to minimise.
 
@@ -34,8 +35,8 @@ def clipped(
     flows through that mean. reduce: see `keel.masked.reduced`; denominator: its `count` over the whole
     optimiser step, with which the losses *and metrics* of micro-batches add up to those of the batch.
 
-    logp, old_logp, mask: (B, T). advantages: (B, T), or (B,) for one a sequence. old_logp and advantages are
-    constants. Departure: log ρ is cut off at ± 20 (and has no gradient beyond) so that nothing overflows.
+    logp, old_logp, mask: (B, T). advantages: (B, T), or (B,) for one a sequence. old_logp, advantages and weights
+    are constants. weights: (B, T), see `importance_weights`; they multiply the objective of each token. Departure: log ρ is cut off at ± 20 (and has no gradient beyond) so that nothing overflows.
 
     Returns the loss and, detached and averaged over tokens (over sequences' own means unless reduce is
     "token"):
@@ -65,18 +66,73 @@ def clipped(
     bounded = objective
     if dual_clip is not None:
         bounded = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
-    loss = reduced(-bounded, mask, reduce, denominator)
+    weighted = bounded if weights is None else bounded * keep(weights.detach(), mask)
+    loss = reduced(-weighted, mask, reduce, denominator)
+    flags = {"clipfrac": objective < unclipped, "dual_clipfrac": bounded > objective}
+    return loss, _metrics(token_log_ratio, ratio, flags, mask, reduce, denominator)
 
+
+def cispo(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+    reduce: Reduction = "token",
+    denominator: Tensor | float | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """CISPO (MiniMax-M1, 2506.13585, eq. 4): the importance weight is clipped, and no token loses its gradient.
+
+        ρ = π(a|s) / π_old(a|s)        L = − sg[clip(ρ, 1 − ε_low, 1 + ε_high)] Â log π(a|s)
+
+    sg stops the gradient. The paper has no lower bound, which is clip_low 1; it does not say its ε_high.
+    Arguments, returns and metrics as `clipped`, without `dual_clipfrac`; `clipfrac` is the share of positions whose
+    weight is cut. With ρ inside the clip, the gradient is that of `clipped`.
+    """
+    if advantages.dim() == 1:
+        advantages = advantages[:, None].expand(mask.shape)
+    advantages, kept = keep(advantages.detach(), mask), keep(logp, mask)
+    log_ratio = kept.detach() - keep(old_logp.detach(), mask)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    per_token = -weight * advantages * kept
+    if weights is not None:
+        per_token = per_token * keep(weights.detach(), mask)
+    loss = reduced(per_token, mask, reduce, denominator)
+    return loss, _metrics(log_ratio, ratio, {"clipfrac": weight != ratio}, mask, reduce, denominator)
+
+
+def importance_weights(logp: Tensor, sampler_logp: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Truncated importance sampling (Ionides 2008; for RL of language models, Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy training"): min(π_trainer(a|s) / π_sampler(a|s), cap), (B, T).
+
+    For a sampler whose arithmetic differs from the trainer's though the weights are the same. logp: the trainer's, before
+    the first gradient step. Positions that do not count get 1. No gradient. Raises ValueError unless cap > 0.
+    """
+    if not cap > 0:
+        raise ValueError(f"cap must be above 0, not {cap}")
+    log_ratio = keep(logp.detach(), mask) - keep(sampler_logp.detach(), mask)
+    return torch.where(mask, log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap), 1.0)
+
+
+def _metrics(
+    log_ratio: Tensor,
+    ratio: Tensor,
+    flags: dict[str, Tensor],
+    mask: Tensor,
+    reduce: Reduction,
+    denominator: Tensor | float | None,
+) -> dict[str, Tensor]:
     with torch.no_grad():
-        drift = token_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        drift = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         per_token = {
-            "clipfrac": objective < unclipped,
-            "dual_clipfrac": bounded > objective,
-            "approxkl": 0.5 * token_log_ratio.square(),
+            **flags,
+            "approxkl": 0.5 * log_ratio.square(),
             "approxkl_k3": torch.expm1(drift) - drift,
             "ratio": ratio,
             "ratio_var": (ratio - 1).square(),
         }
         own: Reduction = "token" if reduce == "token" else "sequence"
-        metrics = {name: reduced(x, mask, own, denominator) for name, x in per_token.items()}
-    return loss, metrics
+        return {name: reduced(x, mask, own, denominator) for name, x in per_token.items()}

@@ -4,6 +4,8 @@ An unknown key names its nearest match; a setting that would have no effect is r
 (micro-batches per step, number of steps) is computed where it is used and never stored.
 """
 
+from keel.config.best_of_n import BestOfNConfig
+from keel.config.classifier import ClassifierConfig
 from keel.config.parts import (
     DataConfig,
     FilteredSamplingConfig,
@@ -16,7 +18,8 @@ from keel.config.parts import (
     Supervised,
     Training,
 )
-from keel.config.policy import KLConfig, PPOConfig, PtxConfig, ShapingConfig
+from keel.config.policy import GRPOConfig, KLConfig, OnPolicy, PPOConfig, PtxConfig, ShapingConfig
+from keel.config.preference import DPOConfig
 from keel.config.reading import parse, read
 from keel.config.run import KINDS, AnyStage, EvaluateConfig, RunConfig
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
@@ -24,13 +27,18 @@ from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 __all__ = [
     "KINDS",
     "AnyStage",
+    "BestOfNConfig",
+    "ClassifierConfig",
+    "DPOConfig",
     "DataConfig",
     "EvaluateConfig",
     "FilteredSamplingConfig",
+    "GRPOConfig",
     "InitConfig",
     "KLConfig",
     "LoraConfig",
     "ModelConfig",
+    "OnPolicy",
     "PPOConfig",
     "PretrainConfig",
     "PtxConfig",

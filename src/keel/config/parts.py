@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -33,10 +34,34 @@ class DataConfig(Settings):
     weight: float | None = Field(None, gt=0, description="Share of this source in a mixture.")
     split: str = Field("train", description="Split of a hub data set.")
     columns: dict[str, str] = Field({}, description="Rename columns: keel's name → the file's.")
+    rewrite: dict[str, dict[str, str]] = Field(
+        {},
+        description="Column (after renaming) → regular expression → its replacement, in Python's syntax, one after the other: {prompt: {'\\A': 'Question: '}} writes something before every prompt.",
+    )
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="A system message before every prompt or conversation; prompts and replies of plain text become conversations by it.",
+    )
     on_bad: Literal["error", "skip"] = Field(
         "error", description="A bad row is an error, or is skipped and counted."
     )
-    options: dict[str, Any] = Field({}, description="A world's own settings.")
+    options: dict[str, Any] = Field(
+        {}, description="A world's own settings; of a hub data set `name`, `revision` or `data_dir`."
+    )
+
+    @field_validator("rewrite")
+    @classmethod
+    def _sound_patterns(cls, columns: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        for column, patterns in columns.items():
+            if not patterns:
+                raise ValueError(f"`{column}` has no pattern: give {{PATTERN: REPLACEMENT}}")
+            for pattern, replacement in patterns.items():
+                try:  # the alternative "" matches, so that the replacement is read too
+                    re.sub(f"{pattern}|", replacement, "")
+                except (re.error, IndexError) as error:
+                    raise ValueError(f"{pattern!r} → {replacement!r} is no substitution: {error}") from None
+        return columns
 
     def plain(self) -> types.DataSource:
         return types.DataSource(**self.model_dump())

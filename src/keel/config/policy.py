@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from keel.config.parts import DataConfig, SamplingConfig, Settings, Training, as_source
+from keel.config.rewards import RewardTerm, as_terms, check_labels, models_of
 
 
 class KLConfig(Settings):
@@ -56,7 +57,7 @@ class ShapingConfig(Settings):
     clip: float | None = Field(
         5.0,
         gt=0,
-        description="Clip the normalised score to ± this, before the KL penalty and before centring.",
+        description="Clip learned rewards, normalised, to ± this times their weight, before the KL penalty; with `normalize: running` the whole sum. Rules are not clipped. With `normalize: none` only if set.",
     )
     missing_stop_penalty: float = Field(
         1.0, ge=0, description="Subtracted from the score of a response that was cut off by max_new_tokens."
@@ -72,16 +73,20 @@ class PtxConfig(Settings):
     _data = field_validator("data", mode="before")(as_source)
 
 
-class PPOConfig(Training):
-    """Proximal policy optimisation (1707.06347) against a reward model under a KL constraint."""
+class OnPolicy(Training):
+    """What the stages have in common that learn from their own samples."""
 
-    kind: Literal["ppo"] = Field(description="Proximal policy optimisation.")
-    reward: str = Field(description="The reward model: a stage, a path or a hub id.")
-    reference: str | None = Field(None, description="The reference policy; null: the model PPO starts from.")
-    lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy (AdamW).")
-    value_lr: float | None = Field(
-        None, gt=0, description="Learning rate of the value head (and the critic); null: `lr`."
+    reward: list[RewardTerm] = Field(
+        min_length=1,
+        description="What is optimised: a reward stage, python:module.function, or a list of weighted terms.",
     )
+    reference: str | None = Field(
+        None, description="The reference policy; null: the model training starts from."
+    )
+    reference_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Precision of the frozen reference's weights in memory; null: the model's."
+    )
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy (AdamW).")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "linear", description="Decay of the learning rate after warm-up."
     )
@@ -92,10 +97,6 @@ class PPOConfig(Training):
     samples_per_prompt: int = Field(1, ge=1, description="Responses sampled for each prompt.")
     epochs: int = Field(4, ge=1, description="Passes over each batch of episodes.")
     updates: int = Field(100, ge=1, description="Batches of episodes to sample and learn from.")
-    sharing: Literal["separate", "trunk"] = Field(
-        "separate",
-        description="The critic: a model of its own (a copy of the starting model), or a value head on the policy's hidden states.",
-    )
     sampling: SamplingConfig = Field(
         default_factory=lambda: SamplingConfig.model_validate({}),
         description="How responses are drawn. No top-p or top-k: cutting the distribution biases the ratio.",
@@ -106,22 +107,18 @@ class PPOConfig(Training):
     shaping: ShapingConfig = Field(
         default_factory=lambda: ShapingConfig.model_validate({}), description="From a score to a reward."
     )
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount γ.")
-    lam: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation (1506.02438).")
-    whiten_advantages: bool = Field(
-        True, description="Advantages to mean 0 and standard deviation 1 over the batch's response tokens."
-    )
-    clip: float = Field(0.2, gt=0, description="ε: the ratio counts between 1−ε and 1+ε.")
     dual_clip: float | None = Field(
         None, gt=1, description="c: lower bound of the objective for negative advantages (1912.09729)."
     )
-    value_clip: float = Field(0.2, gt=0, description="The value may move this far from its old one.")
-    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="Truncated importance sampling: weigh each token by min(π_trainer/π_sampler, this), for a sampler whose numbers differ from the trainer's.",
+    )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     max_approx_kl: float | None = Field(
         None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."
     )
-    critic_warmup: int = Field(0, ge=0, description="Updates at the start that train the critic only.")
     ptx: PtxConfig | None = Field(None, description="Pretraining mix.")
     eval_every: int | None = Field(None, ge=1, description="Updates between evaluations on held-out prompts.")
     eval_data: list[DataConfig] | None = Field(None, description="Held-out prompts for `eval_every`.")
@@ -132,17 +129,25 @@ class PPOConfig(Training):
     )
     save_every: int = Field(10, ge=1, description="Updates between checkpoints; the last one is kept.")
 
+    _reward = field_validator("reward", mode="before")(as_terms)
+    _labels = field_validator("reward", mode="after")(check_labels)
     _eval_data = field_validator("eval_data", mode="before")(
         lambda value: None if value is None else as_source(value)
     )
 
+    @property
+    def one_step(self) -> bool:
+        """Whether an update takes a single gradient step, so that every ratio is 1."""
+        return self.epochs == 1 and self.mini_batch in (None, self.batch_size)
+
     @model_validator(mode="after")
-    def _sound(self) -> PPOConfig:
+    def _sound_on_policy(self) -> OnPolicy:
+        name = self.kind.upper()
         if self.sampling.temperature == 0:
-            raise ValueError("`sampling.temperature` 0 (greedy) leaves PPO nothing to explore")
+            raise ValueError(f"`sampling.temperature` 0 (greedy) leaves {name} nothing to explore")
         if self.lora is not None and self.lora.dropout > 0:
             raise ValueError(
-                "`lora.dropout` must be 0 in PPO: with dropout the ratio of the first update is not 1"
+                f"`lora.dropout` must be 0 in {name}: with dropout the ratio of the first update is not 1"
             )
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(
@@ -157,18 +162,65 @@ class PPOConfig(Training):
                 "`shaping.center: prompt` needs `samples_per_prompt` of 2 or more: a lone sample has no peers"
             )
         if self.max_steps is not None:
-            raise ValueError("PPO counts `updates`; `max_steps` would have no effect")
+            raise ValueError(f"{name} counts `updates`; `max_steps` would have no effect")
         if self.model.init is not None:
-            raise ValueError("PPO starts from a trained model: give `model` as a stage, a path or a hub id")
-        idle = [name for name in ("max_approx_kl", "dual_clip", "clip", "value_clip") if self.changes(name)]
-        if idle and self.epochs == 1 and self.mini_batch in (None, self.batch_size):
             raise ValueError(
-                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1, its values are the old ones"
+                f"{name} starts from a trained model: give `model` as a stage, a path or a hub id"
+            )
+        if self.reference_dtype is not None and self.lora is not None and self.reference is None:
+            raise ValueError(
+                "`reference_dtype` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
+            )
+        sources = [source.source for source in [*self.data, *(self.eval_data or [])]]
+        lost = next((t for t in self.reward if t.only is not None and t.only not in sources), None)
+        if lost is not None and len(self.data) > 1:
+            raise ValueError(
+                f"reward {lost.called!r}: `only` names {lost.only!r}, which is no source of `data`; there are {', '.join(sources)}"
+            )
+        idle = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
+        if idle and self.one_step:
+            raise ValueError(
+                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"
             )
         if (self.eval_every is None) != (self.eval_data is None):
             raise ValueError("`eval_every` and `eval_data` work together: give both or neither")
         if self.patience is not None and self.eval_every is None:
             raise ValueError("`patience` has no effect without `eval_every` and `eval_data`")
+        return self
+
+    def references(self) -> list[tuple[str, str]]:
+        reference = [("reference", self.reference)] if self.reference else []
+        return [*super().references(), *models_of(self.reward), *reference]
+
+
+class PPOConfig(OnPolicy):
+    """Proximal policy optimisation (1707.06347) against a reward under a KL constraint."""
+
+    kind: Literal["ppo"] = Field(description="Proximal policy optimisation.")
+    value_lr: float | None = Field(
+        None, gt=0, description="Learning rate of the value head (and the critic); null: `lr`."
+    )
+    sharing: Literal["separate", "trunk"] = Field(
+        "separate",
+        description="The critic: a model of its own (a copy of the starting model), or a value head on the policy's hidden states.",
+    )
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount γ.")
+    lam: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation (1506.02438).")
+    whiten_advantages: bool = Field(
+        True, description="Advantages to mean 0 and standard deviation 1 over the batch's response tokens."
+    )
+    clip: float = Field(0.2, gt=0, description="ε: the ratio counts between 1−ε and 1+ε.")
+    value_clip: float = Field(0.2, gt=0, description="The value may move this far from its old one.")
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    critic_warmup: int = Field(0, ge=0, description="Updates at the start that train the critic only.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> PPOConfig:
+        idle = [name for name in ("clip", "value_clip") if self.changes(name)]
+        if idle and self.one_step:
+            raise ValueError(
+                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1, its values are the old ones"
+            )
         if self.critic_warmup and self.value_coef == 0:
             raise ValueError("`critic_warmup` has no effect with `value_coef` 0: the critic learns nothing")
         if self.critic_warmup >= self.updates:
@@ -177,6 +229,168 @@ class PPOConfig(Training):
             )
         return self
 
-    def references(self) -> list[tuple[str, str]]:
-        reference = [("reference", self.reference)] if self.reference else []
-        return [*super().references(), ("reward", self.reward), *reference]
+
+# What the papers set. `reduce: max_new_tokens` stands for that number; `steps` is the gradient steps that a batch is cut into,
+# where a method is about ratios and these would all be 1 in a single step. Where a paper leaves a setting open, it is left.
+_AS_IT_COMES = {
+    "clip": None,
+    "missing_stop_penalty": 0.0,
+}  # none of them clips or punishes a reward by itself
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {  # 2402.03300
+        "baseline": "group", "scale": "group", "reduce": "sequence", "kl": {"coef": 0.04, "estimator": "k3", "where": "loss"},
+    },
+    "dr_grpo": {  # 2503.20783: no division by the group's deviation or by a response's own length; no KL
+        "baseline": "group", "scale": "none", "reduce": "max_new_tokens", "kl": {"coef": 0.0},
+    },
+    "dapo": {  # 2503.14476: clip-higher, token-level loss, dynamic sampling, overlong shaping; no KL; 16 steps a batch
+        "baseline": "group", "scale": "group", "reduce": "token", "clip_low": 0.2, "clip_high": 0.28, "resample": 10,
+        "kl": {"coef": 0.0}, "overlong": True, "steps": 16,
+    },
+    "rloo": {  # 2402.14740: the whole response is one action, the KL is part of its reward
+        "baseline": "leave_one_out", "scale": "none", "reduce": "max_new_tokens", "epochs": 1,
+        "kl": {"coef": 0.05, "estimator": "k1", "where": "reward"},
+    },
+    "reinforce++": {  # 2501.03262: no group; the KL in each token's reward; advantages whitened over the whole batch
+        "baseline": "none", "scale": "batch", "reduce": "token", "samples_per_prompt": 1,
+        "kl": {"coef": 0.01, "estimator": "k1", "where": "reward"},
+    },
+    "gspo": {  # 2507.18071: one ratio a response; 4 steps a batch
+        "baseline": "group", "scale": "group", "level": "sequence", "reduce": "sequence", "clip_low": 3e-4, "clip_high": 4e-4,
+        "kl": {"coef": 0.0}, "steps": 4,
+    },
+    "cispo": {  # 2506.13585: the weight is clipped, never the gradient; no lower bound; 16 steps a batch
+        "baseline": "group", "scale": "group", "objective": "cispo", "reduce": "token", "clip_low": 1.0, "clip_high": 4.0,
+        "kl": {"coef": 0.0}, "steps": 16,
+    },
+}  # fmt: skip
+
+
+class GRPOConfig(OnPolicy):
+    """Critic-free policy optimisation: advantages from the samples of one prompt, in the published variants."""
+
+    kind: Literal["grpo"] = Field(description="Group-relative policy optimisation and its kin.")
+    preset: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "gspo", "cispo"] | None = Field(
+        None,
+        description="A paper's settings; those that you give yourself win. The run's config shows them all.",
+    )
+    samples_per_prompt: int = Field(8, ge=1, description="G: responses sampled for each prompt.")
+    epochs: int = Field(1, ge=1, description="Passes over each batch of episodes.")
+    baseline: Literal["group", "leave_one_out", "none"] = Field(
+        "group",
+        description="What is subtracted from a reward: the mean of its group, of the others of its group, nothing.",
+    )
+    scale: Literal["group", "batch", "none"] = Field(
+        "group", description="Divide by the standard deviation of the group, of the batch, or by nothing."
+    )
+    objective: Literal["clipped", "cispo"] = Field(
+        "clipped", description="PPO's clipped surrogate, or a clipped weight on log π (CISPO)."
+    )
+    clip_low: float = Field(0.2, gt=0, le=1, description="The ratio counts from 1 − this.")
+    clip_high: float = Field(0.2, gt=0, description="The ratio counts up to 1 + this.")
+    level: Literal["token", "sequence"] = Field(
+        "token", description="One ratio a token, or one a response (GSPO)."
+    )
+    reduce: Literal["token", "sequence"] | float = Field(
+        "sequence",
+        description="Normalise the loss by the tokens of the step, by each response's own length, or by a constant length.",
+    )
+    resample: int = Field(
+        0,
+        ge=0,
+        description="Dynamic sampling (2503.14476): replace groups whose rewards are all equal by new prompts, at most this many rounds an update.",
+    )
+    mask_truncated: bool = Field(
+        False,
+        description="Leave responses that were cut off out of the loss (2503.14476, overlong filtering).",
+    )
+    kl: KLConfig = Field(
+        default_factory=lambda: KLConfig.model_validate({"coef": 0.04, "estimator": "k3", "where": "loss"}),
+        description="The KL constraint.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, values: Any) -> Any:
+        """The preset's settings where none is given, and the rest of a KL term of which only a part is given."""
+        if not isinstance(values, dict):
+            return values
+        values, preset = dict(values), dict(PRESETS.get(str(values.get("preset")), {}))  # pyright: ignore[reportArgumentType]
+        sampling, longest = values.get("sampling", {}), 64
+        if isinstance(sampling, dict):
+            longest = sampling.get("max_new_tokens", 64)
+        if any(
+            not isinstance(values.get(key, {}), dict) for key in ("kl", "sampling", "shaping")
+        ) or not isinstance(longest, int):
+            return values  # of the wrong type, which is said in its place
+        form = preset.pop("kl", {"coef": 0.04, "estimator": "k3", "where": "loss"})
+        values["kl"] = _whole_kl(values.get("kl"), form)
+        if preset:
+            values["shaping"] = _AS_IT_COMES | values.get("shaping", {})
+        if preset.pop("overlong", False) and values.get("reward") is not None:
+            terms = as_terms(values["reward"])
+            if not any(_kind(term) == "overlong" for term in terms):
+                overlong = {"kind": "overlong", "max_length": longest, "buffer": max(1, longest // 5)}
+                values["reward"] = [*terms, overlong]
+        steps, batch = preset.pop("steps", None), values.get("batch_size", 64)
+        if steps and "epochs" not in values and isinstance(batch, int) and batch > 1:
+            most = next(n for n in range(min(steps, batch), 0, -1) if batch % n == 0)
+            values.setdefault("mini_batch", batch // most)
+        for key, value in preset.items():
+            values.setdefault(key, float(longest) if value == "max_new_tokens" else value)
+        return values
+
+    @model_validator(mode="after")
+    def _sound(self) -> GRPOConfig:
+        if self.baseline != "none" and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"`baseline: {self.baseline}` needs `samples_per_prompt` of 2 or more: a lone sample has no peers"
+            )
+        if self.shaping.center != "none":
+            raise ValueError(
+                "`shaping.center` has no place here: `baseline` already compares samples of one prompt"
+            )
+        if self.baseline == "none" and self.scale == "group":
+            raise ValueError("`scale: group` needs a group: set `baseline: group`, or `scale: batch`")
+        if self.baseline == "leave_one_out" and self.scale != "none":
+            raise ValueError("`scale` has no effect with `baseline: leave_one_out`: set `scale: none`")
+        if self.baseline == "none" and self.resample:
+            raise ValueError("`resample` has no effect with `baseline: none`: no group is compared")
+        if isinstance(self.reduce, float) and not self.reduce > 0:
+            raise ValueError(f"`reduce` {self.reduce} must be a positive length")
+        idle = [key for key in ("clip_low", "clip_high", "level", "objective") if self.changes(key)]
+        if idle and self.one_step:
+            raise ValueError(
+                f"`{idle[0]}` has no effect with one gradient step an update, whose ratios are all 1: give `mini_batch` or `epochs`"
+            )
+        if self.objective == "cispo" and (self.level == "sequence" or self.dual_clip is not None):
+            raise ValueError(
+                "`objective: cispo` has a weight a token and no dual clip: leave `level` and `dual_clip`"
+            )
+        if (
+            self.kl.coef == 0
+            and (self.kl.changes("where") or self.kl.changes("estimator"))
+            and self.kl.target is None
+        ):
+            raise ValueError("`kl.where` and `kl.estimator` have no effect with `kl.coef` 0")
+        return self
+
+
+def _whole_kl(given: dict[str, Any] | None, form: dict[str, Any]) -> dict[str, Any]:
+    """A KL term of which a part is given: the rest is that of `form`, so that a new coefficient is not another method."""
+    if given is None:
+        return form
+    if given.get("coef") == 0 and given.get("target") is None:
+        return given
+    rest = (
+        {"estimator": "k3", "where": "loss"} | form
+        if form.get("coef")
+        else {"estimator": "k3", "where": "loss"}
+    )
+    if given.get("where", rest["where"]) != rest["where"]:
+        del rest["estimator"]  # which estimator is right depends on where it is used
+    return rest | given
+
+
+def _kind(term: Any) -> Any:
+    return term.get("kind") if isinstance(term, dict) else getattr(term, "kind", None)

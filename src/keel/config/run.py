@@ -6,8 +6,12 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from keel.config.best_of_n import BestOfNConfig
+from keel.config.classifier import ClassifierConfig
 from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_source
-from keel.config.policy import PPOConfig
+from keel.config.policy import GRPOConfig, PPOConfig
+from keel.config.preference import DPOConfig
+from keel.config.rewards import RewardTerm, as_terms, check_labels, models_of
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 
 
@@ -19,8 +23,13 @@ class EvaluateConfig(Stage):
     reference: str | None = Field(
         None, description="The model that KL and win rate are measured against; null: the first of `models`."
     )
-    reward: str | None = Field(
-        None, description="A reward model: measures `proxy` and, with `comparisons`, its accuracy."
+    reward: list[RewardTerm] | None = Field(
+        None,
+        description="A reward stage, or a list of weighted terms: measures `proxy`, each term by its name, and, with `comparisons`, the accuracy of the reward model.",
+    )
+    best_of: list[int] = Field(
+        [],
+        description="For each n here, also the best by `reward` of n samples of the reference: what any training must beat.",
     )
     gold: str | None = Field(
         None, description="A world (world:NAME) whose gold reward judges the completions."
@@ -42,6 +51,12 @@ class EvaluateConfig(Stage):
         "float32", description="Precision of all models' weights in memory."
     )
 
+    _reward = field_validator("reward", mode="before")(
+        lambda value: None if value is None else as_terms(value)
+    )
+    _labels = field_validator("reward", mode="after")(
+        lambda terms: None if terms is None else check_labels(terms)
+    )
     _data = field_validator("data", mode="before")(as_source)
     _comparisons = field_validator("comparisons", mode="before")(
         lambda value: None if value is None else as_source(value)
@@ -49,8 +64,15 @@ class EvaluateConfig(Stage):
 
     @model_validator(mode="after")
     def _sound(self) -> EvaluateConfig:
-        if self.comparisons is not None and self.reward is None:
-            raise ValueError("`comparisons` has no effect without `reward`")
+        learned = [term for term in self.reward or [] if term.kind == "learned"]
+        if self.comparisons is not None and len(learned) != 1:
+            raise ValueError("`comparisons` has no effect without one reward model in `reward`")
+        if self.best_of and not self.reward:
+            raise ValueError("`best_of` needs a `reward` to choose the best by")
+        if self.best_of and self.sampling.temperature == 0:
+            raise ValueError("`best_of` with `sampling.temperature` 0 (greedy) draws the same reply n times")
+        if any(n < 2 for n in self.best_of) or len(set(self.best_of)) < len(self.best_of):
+            raise ValueError(f"`best_of` {self.best_of}: different numbers of 2 or more")
         if self.reference is not None and self.reference not in self.models:
             raise ValueError(f"`reference` {self.reference!r} is not one of `models`")
         twice = [name for name in self.models if self.models.count(name) > 1]
@@ -59,18 +81,28 @@ class EvaluateConfig(Stage):
         return self
 
     def references(self) -> list[tuple[str, str]]:
-        reward = [("reward", self.reward)] if self.reward else []
-        return [*(("models", name) for name in self.models), *reward]
+        return [*(("models", name) for name in self.models), *models_of(self.reward or [])]
 
 
-AnyStage = PretrainConfig | SFTConfig | RewardConfig | PPOConfig | EvaluateConfig
+AnyStage = (
+    PretrainConfig
+    | SFTConfig
+    | RewardConfig
+    | ClassifierConfig
+    | PPOConfig
+    | GRPOConfig
+    | DPOConfig
+    | BestOfNConfig
+    | EvaluateConfig
+)
 StageConfig = Annotated[AnyStage, Field(discriminator="kind")]
 KINDS: dict[str, type[Stage]] = {
     get_args(c.model_fields["kind"].annotation)[0]: c for c in get_args(AnyStage)
 }
 
 
-LANGUAGE_MODELS = ("pretrain", "sft", "ppo")  # kinds of stages that leave a causal language model
+# kinds of stages that leave a causal language model
+LANGUAGE_MODELS = ("pretrain", "sft", "ppo", "grpo", "dpo", "best_of_n")
 
 
 class RunConfig(Settings):
@@ -103,7 +135,7 @@ class RunConfig(Settings):
                     raise ValueError(f"stage {name!r} uses {source!r}, which {order}")
                 kind = self.stages[source].kind
                 if kind not in _fitting(stage.kind, setting):
-                    wanted = " or ".join(_fitting(stage.kind, setting))
+                    wanted = " or ".join(_fitting(stage.kind, setting)) or "none (a path or a hub id)"
                     raise ValueError(
                         f"stage {name!r}: `{setting}` needs a stage of kind {wanted}, but {source!r} is of kind {kind}"
                     )
@@ -113,6 +145,8 @@ class RunConfig(Settings):
 
 def _fitting(kind: str, setting: str) -> tuple[str, ...]:
     """Kinds of stages whose model a stage of `kind` can take as its `setting`."""
-    if setting == "reward":
-        return ("reward",)
-    return (*LANGUAGE_MODELS, "reward") if kind == "reward" else LANGUAGE_MODELS
+    if setting == "similarity":
+        return ()
+    if setting in ("reward", "classifier"):
+        return (setting,)
+    return (*LANGUAGE_MODELS, kind) if kind in ("reward", "classifier") else LANGUAGE_MODELS

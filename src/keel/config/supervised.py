@@ -48,6 +48,11 @@ class RewardConfig(Supervised):
 
     kind: Literal["reward"] = Field(description="A reward model from comparisons.")
     lr: float = Field(1e-5, gt=0, description="Peak learning rate (AdamW).")
+    members: int = Field(
+        1,
+        ge=1,
+        description="Reward models to train, each from a seed and in a data order of its own; more than one is an ensemble.",
+    )
     votes: Literal["soft", "majority"] = Field(
         "soft", description="Labels from several votes: their share, or the majority's side."
     )

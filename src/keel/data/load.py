@@ -13,6 +13,7 @@ from typing import Any
 from keel import worlds
 from keel.data import files, records
 from keel.data.batches import derive_seed, permutation
+from keel.data.rewriting import Rewriter, with_system
 from keel.types import Conversation, DataError, DataSource, Record, RecordType, TextRecord, UsageError
 
 _WORLD = "world:"
@@ -59,6 +60,7 @@ class _Opened:
     natural: RecordType
     kinds: tuple[RecordType, ...]  # the accepted types its rows can be read as
     rows: Iterator[files.RawRow]
+    rewriter: Rewriter  # that the rows go through
 
 
 def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int) -> Dataset:
@@ -123,7 +125,7 @@ def forms(dataset: Dataset) -> frozenset[str]:
 def fingerprint(sources: Sequence[DataSource]) -> str:
     """sha256 of what `sources` hold: the files' bytes, a world's settings, a hub data set's own fingerprint.
 
-    The settings that choose rows (rows, weight, columns, …) count; where a file lies does not. A world's code is
+    The settings that choose rows (rows, weight, columns, rewrite, …) count; where a file lies does not. A world's code is
     not part of it.
     """
     digest = hashlib.sha256()
@@ -136,6 +138,10 @@ def fingerprint(sources: Sequence[DataSource]) -> str:
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
         add(sorted((key, repr(value)) for key, value in source.options.items()))
+        add(
+            source.system,
+            sorted((column, [*patterns.items()]) for column, patterns in source.rewrite.items()),
+        )
         if source.source.startswith(_WORLD):
             add("world", *_world_and_split(source.source))
         elif (paths := files.locate(source.source)) is not None:
@@ -178,7 +184,7 @@ def _check_settings(sources: Sequence[DataSource]) -> None:
 
 
 def _rows(source: DataSource, seed: int) -> Iterator[files.RawRow]:
-    """The source's rows with its renames applied."""
+    """The source's rows as they are written."""
     name = source.source
     on_hub = False
     if name.startswith(_WORLD):
@@ -199,20 +205,7 @@ def _rows(source: DataSource, seed: int) -> Iterator[files.RawRow]:
         raise UsageError(f"{name}: `split` has no effect here; it belongs to data sets of the hub")
     if source.options and not on_hub and not name.startswith(_WORLD):
         raise UsageError(f"{name}: `options` have no effect on a file")
-    return (_renamed(origin, row, source.columns) for origin, row in rows)
-
-
-def _renamed(origin: str, row: dict[str, Any] | DataError, columns: Mapping[str, str]) -> files.RawRow:
-    if isinstance(row, DataError) or not columns:
-        return origin, row
-    for ours, theirs in columns.items():
-        if theirs not in row:
-            close = records.nearest(theirs, row)
-            hint = f'; did you mean "{close}"?' if close else ""
-            reason = f'`columns` takes "{ours}" from "{theirs}", which the row does not have'
-            return origin, DataError(f"{origin}: {reason}; it has {', '.join(map(str, row))}{hint}")
-    kept = {key: value for key, value in row.items() if key not in columns.values()}
-    return origin, {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
+    return rows
 
 
 def _world_and_split(source: str) -> tuple[str, str]:
@@ -253,7 +246,8 @@ def _hub(source: DataSource) -> Iterable[Any]:
 
 def _open(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Opened:
     """Read as far as the first row with the columns of an accepted type."""
-    rows = _rows(source, seed)
+    rewriter = Rewriter(source)
+    rows = (rewriter(origin, row) for origin, row in _rows(source, seed))
     passed: list[files.RawRow] = []
     first_reason = ""
     for origin, row in rows:
@@ -262,7 +256,7 @@ def _open(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Opene
             kinds: tuple[RecordType, ...] = tuple(kind for kind in accept if kind in possible)
             if kinds:
                 rest = itertools.chain(passed, [(origin, row)], rows)
-                return _Opened(source, possible[0], kinds, rest)
+                return _Opened(source, possible[0], kinds, rest, rewriter)
             row = _unusable(origin, row, accept)
         if source.on_bad == "error":
             raise row
@@ -324,13 +318,14 @@ def _parse_all(opened: _Opened, kind: RecordType) -> _Part:
         try:
             if isinstance(row, DataError):
                 raise row
-            good.append(records.parse(row, kind, origin))
+            good.append(with_system(records.parse(row, kind, origin), source.system))
         except DataError as error:
             if source.on_bad == "error":
                 raise
             reasons.append(str(error))
     if not good:
         raise DataError(f"{source.source}: all {len(reasons):,} rows are bad; the first: {reasons[0]}")
+    opened.rewriter.check()
     return _Part(source, opened.natural, tuple(good), tuple(reasons))
 
 

@@ -19,6 +19,43 @@ def mean_interval(values: Sequence[float]) -> Measure:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
+def across_runs(means: Sequence[float]) -> Measure:
+    """Mean over runs (seeds) with Student's interval, mean ± t·s/√n with n − 1 degrees of freedom; `n` counts the runs.
+
+    What varies is the training, not only the prompts; with few runs the interval is wide, as it must be. ValueError for
+    fewer than two runs, which say nothing of how runs vary.
+    """
+    n = len(means)
+    if n < 2:
+        raise ValueError(f"{n} runs have no spread")
+    mean = math.fsum(means) / n
+    half = t_point(n - 1) * math.sqrt(math.fsum((m - mean) ** 2 for m in means) / (n - 1) / n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def t_point(degrees: int) -> float:
+    """The 97.5 % point of Student's t distribution, from its exact distribution function for whole degrees of freedom
+    (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
+    if degrees < 1:
+        raise ValueError(f"{degrees} degrees of freedom")
+
+    def within(angle: float) -> float:
+        """P(|t| < √ν·tan θ)."""
+        sine, cosine = math.sin(angle), math.cos(angle)
+        odd = degrees % 2
+        term, total = (cosine if odd else 1.0), 0.0
+        for k in range(1 + odd, degrees, 2):  # a sum of powers of cos θ, of which every second one is there
+            total += term
+            term *= cosine**2 * k / (k + 1)
+        return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # bisection, to the last bit
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 0.95 else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
 def wilson(successes: float, n: int) -> Measure:
     """A share with Wilson's score interval, which stays within [0, 1] and is honest for few trials."""
     if n == 0:

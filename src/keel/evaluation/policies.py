@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from keel.evaluation.measures import Measure, distinct, mean_interval, wilson
@@ -20,6 +21,7 @@ class Judged:
     stop_reason: str
     proxy: float | None = None  # the reward model's score
     gold: Mapping[str, float] | None = None  # parts and `total`
+    rewards: Mapping[str, float | None] = field(default_factory=dict)  # each reward by its name
 
 
 def measures(own: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[str, Measure]:
@@ -39,6 +41,11 @@ def measures(own: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[
             for part in golds[0]
             if part != "total"
         }
+    names = list(own[0].rewards)
+    for name in names if len(names) > 1 else ():
+        values = [v for j in own if (v := j.rewards[name]) is not None]
+        if values:
+            result[f"reward/{name}"] = mean_interval(values)
     result["kl"] = mean_interval([j.kl for j in own])
     result["length"] = mean_interval([float(j.length) for j in own])
     result["truncated"] = wilson(sum(j.stop_reason == "length" for j in own), len(own))
@@ -49,6 +56,14 @@ def measures(own: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[
     if reference is not None:
         result |= _against(own, reference)
     return result
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n − (n − 1)/n: the KL from a policy to the best of its n samples, in nats (2009.01325, 2210.10760).
+
+    Exact where no two samples are the same and equally good, an upper bound otherwise (2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
 
 
 def _against(own: Sequence[Judged], reference: Sequence[Judged]) -> dict[str, Measure]:
@@ -88,6 +103,8 @@ def sample_row(model: str, index: int, judged: Judged) -> dict[str, Any]:
     }
     if judged.proxy is not None:
         row["proxy"] = judged.proxy
+    if len(judged.rewards) > 1:
+        row["rewards"] = dict(judged.rewards)
     if judged.gold is not None:
         row["gold"] = dict(judged.gold)
     return row | {"kl": judged.kl, "length": judged.length, "stop_reason": judged.stop_reason}

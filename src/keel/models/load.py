@@ -114,18 +114,17 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
         return _with_whole_embeddings(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
-def scorer(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
-    """A sequence-classification model with one output, for use as a reward model or critic.
+def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequence[str] | None = None) -> Any:
+    """A sequence-classification model with one output, for use as a reward model or critic; with one output for each of
+    `labels`, in their order, for use as a classifier.
 
     From a language model's checkpoint the backbone is taken and a new score head is seeded (std 1/√(d+1), as in
-    2009.01325); a checkpoint that has a one-output head keeps it. UsageError for one with several outputs, and for
-    one that lacks other weights than a new head's: transformers would make them up.
+    2009.01325); a checkpoint that has such a head keeps it. UsageError for one with other outputs, and for one that
+    lacks other weights than a new head's: transformers would make them up.
     """
     config = model_config(source)
     trained = source.init is None and is_classifier(config)
-    if trained and config.num_labels != 1:
-        raise UsageError(f"{source.path!r} has {config.num_labels} outputs; a reward model has 1")
-    config.num_labels = 1
+    _set_outputs(config, labels, source.path if trained else None)
     dtype, new_head = getattr(torch, source.dtype), True
     if source.init is not None:
         if vocab is not None:
@@ -143,12 +142,29 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
             key for key in info["missing_keys"] if trained or not _in_head(key, model.base_model_prefix)
         )
         if missing:
-            kind = "reward model" if trained else "language model"
+            kind = ("reward model" if labels is None else "classifier") if trained else "language model"
             raise UsageError(f"model {str(source.path)!r} is no whole {kind}: it has no {missing[0]}")
     head = score_head(model)
     if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
     return _with_whole_embeddings(model)
+
+
+def _set_outputs(config: Any, labels: Sequence[str] | None, trained: str | None) -> None:
+    """Write one output, or one for each label, into the config. UsageError if a trained head has others."""
+    if labels is None:
+        if trained is not None and config.num_labels != 1:
+            raise UsageError(f"{trained!r} has {config.num_labels} outputs; a reward model has 1")
+        config.num_labels = 1
+        return
+    names = dict(enumerate(labels))
+    if trained is not None and {int(i): str(name) for i, name in config.id2label.items()} != names:
+        known = ", ".join(map(str, config.id2label.values()))
+        raise UsageError(
+            f"{trained!r} tells apart {known}, the data {', '.join(labels)}; start from a model without such a head"
+        )
+    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
+    config.problem_type = "single_label_classification"
 
 
 def is_classifier(config: Any) -> bool:
@@ -177,7 +193,7 @@ def score_head(model: Any) -> nn.Linear | None:
 
 
 def seed_head(head: nn.Linear, seed: int) -> None:
-    """Initialise a one-output head from its own seed, so that nothing before it can change it."""
+    """Initialise a head from its own seed, so that nothing before it can change it."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     with torch.no_grad():
         values = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
@@ -250,14 +266,16 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def save(model: Any, tokenizer: Any, directory: Path, card: str) -> None:
-    """Write what `from_pretrained` reads, plus a model card. Replaces `directory` by rename: never half-written."""
+def save(model: Any, tokenizer: Any, directory: Path, card: str, members: Sequence[Path] = ()) -> None:
+    """Write what `from_pretrained` reads, plus a model card and copies of an ensemble's other members. Replaces `directory` by rename: never half-written."""
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
+    for number, member in enumerate(members, 2):
+        shutil.copytree(member, partial / "members" / str(number))
     if directory.exists():
         directory.rename(old)
     partial.rename(directory)

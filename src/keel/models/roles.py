@@ -56,13 +56,13 @@ def open_roles(
     source: ModelSource,
     reference: ModelSource | None,
     *,
-    sharing: Literal["separate", "trunk"],
+    sharing: Literal["separate", "trunk", "none"],
     adapters: Adapters | None,
     gradient_checkpointing: bool,
     device: torch.device,
     seed: int,
 ) -> Roles:
-    """Load the roles. `reference` None: the reference is what the policy starts from. Dropout is off in all of them.
+    """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from. Dropout is off in all of them.
 
     UsageError for a reference with another vocabulary than the policy's: their KL is not defined.
     """
@@ -83,7 +83,7 @@ def open_roles(
         head = nn.Linear(policy.config.hidden_size, 1, dtype=torch.float32)
         seed_head(head, derive_seed("value", seed))
         head.to(device)
-    else:
+    elif sharing == "separate":
         critic = scorer(source, derive_seed("value", seed))
         if getattr(critic, "score", None) is None:
             raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")

@@ -13,7 +13,12 @@ EOS, PAD = "<|end|>", "<|pad|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE (1909.03341) of at most `vocab_size` tokens; any text can be encoded. PAD and EOS differ."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(
+        individual_digits=True
+    )  # as Llama (2302.13971): numbers are read digit by digit
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,

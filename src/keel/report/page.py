@@ -51,41 +51,48 @@ def write(run: Path) -> Path:
     The file appears at once, by an atomic rename; the same run directory gives the same bytes.
     Raises UsageError when there is no run, DataError when one of its files cannot be parsed.
     """
-    page = render(read(run))
     path = run / "report.html"
-    half = run / f".report.html.{os.getpid()}"
+    put(path, render(read(run)))
+    return path
+
+
+def put(path: Path, page: str) -> None:
+    """Write a page at once, by an atomic rename."""
+    half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         half.write_text(page, encoding="utf-8", newline="\n")
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
-    return path
+    for left in path.parent.glob(f".{path.name}.*"):  # by processes that were killed while they wrote
+        if left.suffix[1:].isdigit() and not _is_alive(int(left.suffix[1:])):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    else:
+        return True
 
 
 def render(run: Run) -> str:
     """The whole page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "minus": _minus,
-        "moment": _moment,
-        "number": number,
-        "duration": duration,
-        "large": large,
-    }
     judged = [stage for stage in run.stages if stage.kind == "evaluate"]
     curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.kind != "evaluate"}
-    path = pictures.trajectories([stage for stage in run.stages if stage.kind == "ppo"], _colours(judged))
+    path = pictures.trajectories(
+        [stage for stage in run.stages if stage.kind in ("ppo", "grpo")], _colours(judged)
+    )
     paths = [path] if path else []
     points = {stage.name: pictures.judgement(stage.name, stage.result, run.config) for stage in judged}
     drawn = [*(p for group in (*curves.values(), *points.values()) for p in group), *paths]
-    plotly, script = get_plotlyjs(), (_HERE / "page.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html").render(
+    return fill(
+        "page.html",
+        drawn,
         run=run,
         verdicts=verdicts(run),
         facts={(s.name, v.model): _facts(s, v, run) for s in judged for v in verdict(s.result, run.config)},
@@ -102,9 +109,31 @@ def render(run: Run) -> str:
         rm_accuracy={stage.name: _rm_accuracy(stage) for stage in judged},
         points=points,
         paths=paths,
-        colours=pictures.MODEL_COLOURS,
         replies={stage.name: replies.side_by_side(stage) for stage in judged},
-        during={stage.name: replies.during(stage) for stage in run.stages if stage.kind == "ppo"},
+        during={stage.name: replies.during(stage) for stage in run.stages if stage.kind in ("ppo", "grpo")},
+    )
+
+
+def fill(template: str, drawn: list[Picture], **values: Any) -> str:
+    """A page of this folder with its pictures, style and scripts in it, so that it opens offline."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "minus": _minus,
+        "moment": _moment,
+        "number": number,
+        "duration": duration,
+        "large": large,
+    }
+    plotly, script = get_plotlyjs(), (_HERE / "page.js").read_text(encoding="utf-8")
+    return environment.get_template(template).render(
+        **values,
+        colours=pictures.MODEL_COLOURS,
         css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         plotly=Markup(plotly),
         script=Markup(script),
@@ -132,9 +161,9 @@ def key_result(stage: StageRun) -> str:
     result = stage.result
     if stage.kind in ("pretrain", "sft") and mean(result, "eval_loss") is not None:
         return f"held-out loss {number(mean(result, 'eval_loss'), 2)}"
-    if stage.kind == "reward" and mean(result, "accuracy") is not None:
+    if stage.kind in ("reward", "classifier") and mean(result, "accuracy") is not None:
         return f"accuracy {_with_interval(result, 'accuracy')}"
-    if stage.kind == "ppo":
+    if stage.kind in ("ppo", "grpo"):
         scores = mean(result, "scores") if "scores" in result else _late(stage, "objective/scores")
         kl = mean(result, "kl") if "kl" in result else _late(stage, "objective/kl")
         parts = [f"score {number(scores, 2)}"] if scores is not None else []

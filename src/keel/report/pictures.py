@@ -69,6 +69,11 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         Curve("Margin", "reward units", "margin", "eval_margin"),
         Curve("Gradient norm", "before clipping", "grad_norm"),
     ),
+    "classifier": (
+        Curve("Loss", "nats per row", "loss", "eval_loss"),
+        Curve("Accuracy", "share of rows", "accuracy", "eval_accuracy"),
+        *_OPTIMISER,
+    ),
     "ppo": (
         Curve("Score", "of the reward model", "objective/scores", "eval/objective/scores", wide=True),
         Curve("KL from the reference", "nats per reply", "objective/kl", "eval/objective/kl", wide=True),
@@ -123,7 +128,7 @@ def _known(stage: StageRun) -> tuple[Curve, ...]:
 
 
 def _unit(stage: StageRun) -> str:
-    return "update" if stage.kind == "ppo" else "step"
+    return "update" if stage.kind in ("ppo", "grpo") else "step"
 
 
 def _window(points: Points) -> int:
@@ -164,13 +169,13 @@ def judgement(name: str, result: Mapping[str, Any], config: Mapping[str, Any]) -
     rewards = [by for by in ("gold", "proxy") if sum(mean(m, by) is not None for m in models.values()) > 1]
     pictures = []
     if len(rewards) == 2:
-        pictures.append(_points(f"{name}-gold-proxy", models, "proxy", "gold", {}))
+        pictures.append(points(f"{name}-gold-proxy", models, "proxy", "gold", {}))
     targets = {model: target for model in models if (target := kl_target(config, model)) is not None}
     reference = str(result.get("reference") or next(iter(models), ""))
     at_zero = {"kl": {"mean": 0.0, "low": 0.0, "high": 0.0}}  # the reference is at distance 0 from itself
     placed = {model: {**at_zero, **m} if model == reference else m for model, m in models.items()}
     if rewards and sum(mean(m, "kl") is not None for m in placed.values()) > 1:
-        pictures.append(_points(f"{name}-kl", placed, "kl", rewards[0], targets))
+        pictures.append(points(f"{name}-kl", placed, "kl", rewards[0], targets))
     return pictures
 
 
@@ -217,7 +222,8 @@ def _path(x: list[float | None], y: list[float | None], colour: str) -> list[Tra
     return [{**line, "line": {"color": colour, "width": 2}}, ends]
 
 
-def _points(name: str, models: Mapping[str, Any], x: str, y: str, targets: Mapping[str, float]) -> Picture:
+def points(name: str, models: Mapping[str, Any], x: str, y: str, targets: Mapping[str, float]) -> Picture:
+    """A point a model, its name beside it, with the intervals of both measures; `targets` of KL as lines."""
     traces, all_x, all_y = [], [0.0] if x == "kl" else [], []
     for position, (model, measures) in enumerate(models.items()):
         if mean(measures, x) is None or mean(measures, y) is None:

@@ -26,7 +26,7 @@ def summary(run: Path) -> str:
                 [("  " if row.part else "") + row.label, *(_cell(c.value, c.interval) for c in row.cells)]
                 for row in measures(stage.result)
             ]
-            lines += ["", *_table([head, *rows])]
+            lines += ["", *table([head, *rows])]
     return "\n".join(lines)
 
 
@@ -34,6 +34,7 @@ def _cell(value: str, interval: str) -> str:
     return f"{value} ({interval})" if interval else value
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of plain text, columns aligned on the left."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

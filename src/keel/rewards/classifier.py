@@ -85,11 +85,11 @@ class Classifier:
         """(B, L) outputs z, float32 on the CPU, in the order given; texts of similar length share a forward."""
         rows = encoded(self.tokenizer, texts, self.max_length)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        z = torch.zeros(len(rows), self.model.config.num_labels)
+        z, pad_id = torch.zeros(len(rows), self.model.config.num_labels), chat.ensure_pad(self.tokenizer)
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
             with torch.no_grad():
-                z[part] = self._forward([rows[i] for i in part]).float().cpu()
+                z[part] = forward(self.model, [rows[i] for i in part], pad_id).float().cpu()
         return z
 
     def of_label(self, logits: Tensor) -> Tensor:
@@ -101,14 +101,6 @@ class Classifier:
         log_p = logsigmoid(z) if alone else logits.log_softmax(dim=1)[:, self.label]
         return log_p if self.output == "log_probability" else log_p.exp()
 
-    def _forward(self, rows: Sequence[Mapping[str, list[int]]]) -> Tensor:
-        """A decoder is read at the last token by its length, as a reward model is: pad may be EOS, or missing."""
-        inputs, lengths = padded(rows, chat.ensure_pad(self.tokenizer), self.model.device)
-        if score_head(self.model) is None:
-            return self.model(**inputs).logits
-        hidden = backbone(self.model)(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
-        return self.model.score(hidden[torch.arange(len(rows)), lengths - 1])
-
     def _text(self, prompt: Prompt, completion: str | Conversation) -> str:
         reply = chat.completion_text(completion)
         if self.reads == "completion":
@@ -116,6 +108,18 @@ class Classifier:
         if isinstance(prompt, str):
             return prompt + reply
         return chat.prompt_text(None, (*prompt, {"role": "assistant", "content": reply}))
+
+
+def forward(model: Any, rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> Tensor:
+    """(B, L) outputs z of one padded batch, with gradient. rows: of `encoded`.
+
+    A decoder is read at the last token by its length, as a reward model is: pad may be EOS, or missing.
+    """
+    inputs, lengths = padded(rows, pad_id, next(model.parameters()).device)
+    if score_head(model) is None:
+        return model(**inputs).logits
+    hidden = backbone(model)(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+    return model.score(hidden[torch.arange(len(rows)), lengths - 1])
 
 
 def label_index(config: Any, label: str | int | None, path: str) -> int:

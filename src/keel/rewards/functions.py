@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -56,6 +57,19 @@ def load(name: str, where: str) -> Callable[..., Any]:
     if not callable(found) or isinstance(found, type):
         raise UsageError(f"{where}: {name} is a {_kind(found)}, not a function")
     return found
+
+
+def source_print(name: str) -> str:
+    """A hash of the file that `name`'s function is written in ("" where there is none): another text, another reward."""
+    module, separator, _ = name.rpartition(":")
+    module = module if separator else name.rpartition(".")[0]
+    if module.endswith(".py"):
+        path = Path(module)
+    else:
+        with _on_path(Path.cwd()):
+            found = importlib.util.find_spec(module)
+        path = Path(found.origin) if found and found.origin else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
 
 
 def call(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +54,39 @@ def load(
         scorer_of_trained(source, seed).to(device).eval(),
         load_tokenizer(path, trust_remote_code=trust_remote_code),
     )
+
+
+def load_members(
+    path: str, *, device: torch.device, dtype: str = "float32", trust_remote_code: bool = False
+) -> list[RewardModel]:
+    """A reward model, or all members of an ensemble: the model in `path` itself and those in `path`/members/2, 3 …"""
+    members = Path(path) / "members"
+    others = (
+        sorted((p for p in members.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+        if members.is_dir()
+        else []
+    )
+    return [
+        load(str(place), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        for place in (path, *others)
+    ]
+
+
+def combined(
+    scores: Tensor, combine: Literal["mean", "min", "mean_minus_std"], caution: float = 1.0
+) -> Tensor:
+    """(M, B) normalised scores of M members → (B,): what the ensemble says (2310.02743).
+
+    mean; the worst case, min; or mean − λ·std with λ = `caution` and the population's standard deviation: a response on
+    which the members disagree is one that a member may be wrong about.
+    """
+    match combine:
+        case "mean":
+            return scores.mean(dim=0)
+        case "min":
+            return scores.amin(dim=0)
+        case "mean_minus_std":
+            return scores.mean(dim=0) - caution * scores.std(dim=0, correction=0)
 
 
 def scorer_of_trained(source: ModelSource, seed: int) -> Any:

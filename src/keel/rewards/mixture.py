@@ -32,6 +32,13 @@ class Batch:
         if wrong := [f"{name} {size}" for name, size in sizes.items() if size != len(self.prompts)]:
             raise ValueError(f"a batch of {len(self.prompts)} prompts has {', '.join(wrong)}")
 
+    def rows(self, kept: Sequence[int]) -> Batch:
+        """These rows alone, in this order."""
+        own = {f.name: [getattr(self, f.name)[i] for i in kept] for f in fields(self) if f.name != "columns"}
+        return Batch(
+            **own, columns={name: [values[i] for i in kept] for name, values in self.columns.items()}
+        )
+
 
 Rewarder = Callable[[Batch], Sequence[float | None]]  # one value a sample; None: does not apply
 
@@ -43,18 +50,23 @@ class Term:
     name: str
     weight: float
     function: Rewarder
+    mean: float = 0.0  # its values are normalised, (r − mean) / std, before they are weighted …
+    std: float = 1.0  # … which gives a learned reward, whose scale is arbitrary, one to be weighed on
+    learned: bool = False  # a reward model's, which may be wrong without bound
 
 
 @dataclass(frozen=True, slots=True)
 class Rated:
     """What a mixture made of a batch."""
 
-    total: Tensor  # (B,) Σ_k w_k · r_k over the terms that apply, float32 on the CPU
+    total: Tensor  # (B,) Σ_k w_k · (r_k − mean_k) / std_k over the terms that apply, float32 on the CPU
+    raw: Tensor  # (B,) Σ_k w_k · r_k
+    learned: Tensor  # (B,) the part of `total` that is of learned rewards
     by_name: dict[str, list[float | None]]  # raw r_k, B values a term, before the weight
 
 
 class Mixture:
-    """R(x, y) = Σ_k w_k · r_k(x, y) over the terms k that apply (r_k is not None).
+    """R(x, y) = Σ_k w_k · (r_k(x, y) − mean_k) / std_k over the terms k that apply (r_k is not None).
 
     As in TRL, weights are not renormalised: a term that does not apply adds nothing, and the others keep their weight.
     UsageError for no terms, a name twice, a weight that is not finite.
@@ -69,17 +81,28 @@ class Mixture:
         for term in terms:
             if not math.isfinite(term.weight):
                 raise UsageError(f"reward {term.name!r}: weight {term.weight} is no finite number")
+            if not term.std > 0:
+                raise UsageError(f"reward {term.name!r}: its standard deviation {term.std} is not above 0")
         self.terms = tuple(terms)
+
+    @property
+    def learned_weight(self) -> float:
+        """Σ |w_k| over the learned rewards."""
+        return math.fsum(abs(term.weight) for term in self.terms if term.learned)
 
     def score(self, batch: Batch) -> Rated:
         """The weighted sum and the raw values. RewardError, with the reward and the sample, for a term that fails, a
         sample to which no term applies, and a sum that is too large for a float32."""
         by_name = {term.name: _values(term, batch) for term in self.terms}
-        total = torch.zeros(len(batch.prompts), dtype=torch.float64)
+        total, raw, learned = torch.zeros(3, len(batch.prompts), dtype=torch.float64)
         for term in self.terms:
-            total += term.weight * torch.tensor(
-                [value or 0.0 for value in by_name[term.name]], dtype=total.dtype
-            )
+            values = by_name[term.name]
+            applies = torch.tensor([value is not None for value in values], dtype=torch.bool)
+            r = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
+            raw += term.weight * r
+            part = torch.where(applies, term.weight * (r - term.mean) / term.std, 0.0)
+            total += part
+            learned += part if term.learned else 0.0
         for index in range(len(batch.prompts)):
             if all(values[index] is None for values in by_name.values()):
                 raise RewardError(
@@ -93,7 +116,7 @@ class Mixture:
             raise RewardError(
                 f"the rewards of {functions.sample(batch.prompts, index)} do not add up: {parts}"
             )
-        return Rated(rewards, by_name)
+        return Rated(rewards, raw.float(), learned.float(), by_name)
 
 
 def from_function(name: str, function: Callable[..., Any]) -> Rewarder:

@@ -162,7 +162,7 @@ def _math_verify(reference: str, answer: str) -> bool:
     except ImportError:
         return False
     # its time limits are alarms, which only the main thread may set
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    limit: Any = 5 if threading.current_thread() is threading.main_thread() else None
     gold, found = (
         parse(f"${text.replace('%', chr(92) + '%')}$", parsing_timeout=limit) for text in (reference, answer)
     )

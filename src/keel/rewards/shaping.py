@@ -49,8 +49,11 @@ def terminal_rewards(
     missing_stop_penalty: float = 0.0,
     center: Literal["none", "prompt"] = "none",
     group_size: int = 1,
+    unclipped: Tensor | None = None,
 ) -> Tensor:
     """(B,) scores → (B,) rewards of whole responses.
+
+    unclipped: (B,) what is added after the clip, such as rules, which say what they mean at any size.
 
     ended: (B,) True where the response stopped by itself (EOS or a stop string), whatever the stop token is.
     center "prompt": minus the mean of the prompt's other samples, so that a constant added to all scores of a
@@ -63,6 +66,8 @@ def terminal_rewards(
         ):  # the clip is meant for outliers, so an offset of the prompt must not decide what is one
             rewards = rewards - rewards.view(-1, group_size).mean(dim=1).repeat_interleave(group_size)
         rewards = rewards.clamp(-clip, clip)
+    if unclipped is not None:
+        rewards = rewards + unclipped
     rewards = rewards - missing_stop_penalty * (~ended).to(rewards.dtype)
     return leave_one_out(rewards, group_size) if center == "prompt" else rewards
 

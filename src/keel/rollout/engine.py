@@ -95,6 +95,7 @@ def _decode(
     stops = torch.tensor(list(stop_ids), device=device)
     draws = draws.to(device)
     tokens: list[list[int]] = [[] for _ in prompts]
+    logps: list[list[float]] = [[] for _ in prompts]
     reasons: list[StopReason] = ["length"] * len(prompts)
     alive = torch.arange(len(prompts), device=device)
     cache = None
@@ -109,9 +110,10 @@ def _decode(
                 f"a {type(model).__name__} keeps no key–value cache, so it cannot be sampled from here"
             )
         # 2. one token each
-        chosen = pick(output.logits[:, -1], draws[alive, t], sampling)
-        for row, token in zip(alive.tolist(), chosen.tolist(), strict=True):
+        chosen, logp = pick(output.logits[:, -1], draws[alive, t], sampling)
+        for row, token, value in zip(alive.tolist(), chosen.tolist(), logp.tolist(), strict=True):
             tokens[row].append(token)
+            logps[row].append(value)
         # 3. rows whose token is a stop leave, the stop token with them
         ended = torch.isin(chosen, stops)
         for row, token in zip(alive[ended].tolist(), chosen[ended].tolist(), strict=True):
@@ -127,14 +129,16 @@ def _decode(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [
-        Completion(tuple(p), tuple(y), reason) for p, y, reason in zip(prompts, tokens, reasons, strict=True)
+        Completion(tuple(prompt), tuple(ids), reason, tuple(logp))
+        for prompt, ids, reason, logp in zip(prompts, tokens, reasons, logps, strict=True)
     ]
 
 
-def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) logits and (B,) uniform draws → (B,) tokens, by the inverse of the cumulative distribution."""
+def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(B, V) logits and (B,) uniform draws → (B,) tokens, by the inverse of the cumulative distribution, and (B,) the
+    log of the probability that each had (0 for greedy, which leaves no choice)."""
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1), torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
     logits = logits.double() / sampling.temperature
     if sampling.top_k:
         worst = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
@@ -144,9 +148,11 @@ def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
         mass = ranked.softmax(dim=-1)
         cut = mass.cumsum(dim=-1) - mass >= sampling.top_p
         logits = torch.empty_like(logits).scatter_(-1, index, ranked.masked_fill(cut, float("-inf")))
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    return (
+    probabilities = logits.softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    tokens = (
         torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
         .squeeze(-1)
         .clamp(max=logits.shape[-1] - 1)
     )
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from keel.config import PPOConfig
+from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step
 from keel.models import optim
 from keel.runlog import StageRun
@@ -16,8 +16,8 @@ from keel.stages.experience import Setup
 from keel.stages.update import add_metrics, lr_scale, micro_batches
 from keel.types import Episodes
 
-# rows, response tokens of their mini-batch, whether π still is π_old → loss, metrics that add up, largest drift
-Loss = Callable[[list[int], int, bool], tuple[Tensor, dict[str, Tensor], float]]
+# rows of a part, those of its mini-batch, whether π still is π_old → loss, metrics that add up, largest drift
+Loss = Callable[[list[int], list[int], bool], tuple[Tensor, dict[str, Tensor], float]]
 
 
 def learn(
@@ -37,13 +37,12 @@ def learn(
     steps, epochs, drift, first_ratio = 0, 0, 0.0, 1.0
     for epoch in range(config.epochs):
         stop = False
-        for chosen in _mini_batches(config, run, update, epoch):
+        for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch):
             # rows of similar length share a micro-batch: less padding, the same sum
             chosen = sorted(chosen, key=lambda row: (int(lengths[row]), row))
-            tokens = int(episodes.mask[chosen].sum())
             measured: dict[str, float] = {}
             for part in micro_batches(chosen, config.micro_batch):
-                step_loss, part_metrics, part_drift = loss(list(part), tokens, steps == 0)
+                step_loss, part_metrics, part_drift = loss(list(part), chosen, steps == 0)
                 step_loss.backward()
                 add_metrics(measured, part_metrics)
                 drift = max(drift, part_drift)
@@ -69,10 +68,10 @@ def learn(
     }  # fmt: skip
 
 
-def _mini_batches(config: PPOConfig, run: StageRun, update: int, epoch: int) -> list[list[int]]:
-    size = config.mini_batch or config.batch_size
-    order = permutation(config.batch_size, derive_seed(run.seed, "mini-batches", update), epoch)
-    return [list(order[start : start + size]) for start in range(0, config.batch_size, size)]
+def _mini_batches(config: OnPolicy, run: StageRun, count: int, update: int, epoch: int) -> list[list[int]]:
+    size = config.mini_batch or count
+    order = permutation(count, derive_seed(run.seed, "mini-batches", update), epoch)
+    return [list(order[start : start + size]) for start in range(0, count, size)]
 
 
 def _ptx_gradient(setup: Setup, update: int, step: int) -> float:

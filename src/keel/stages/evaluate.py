@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from keel import worlds
 from keel.config import EvaluateConfig, ModelConfig
@@ -11,15 +14,16 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.load import Dataset
 from keel.evaluation.measures import accuracy
-from keel.evaluation.policies import Judged, measures, sample_row
+from keel.evaluation.policies import Judged, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.rewards import learned
+from keel.rewards.mixture import Mixture, Rated
 from keel.rollout.engine import generate, text_of
 from keel.rollout.score import score
 from keel.runlog import StageRun
-from keel.stages import inputs
+from keel.stages import inputs, rewarding
 from keel.stages.update import micro_batches
-from keel.types import PreferenceRecord, PromptRecord, Record, UsageError
+from keel.types import Completion, PreferenceRecord, PromptRecord, Record, UsageError
 
 
 def run(config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
@@ -29,27 +33,41 @@ def run(config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
     comparisons = inputs.read(run, config.comparisons, ("preference",)).records if config.comparisons else ()
     reference_name = config.reference or config.models[0]
     reference = _open(run, reference_name, config.dtype)
-    reward = (
-        learned.load(run.resolve(config.reward), device=run.device, dtype=config.dtype)
-        if config.reward
-        else None
-    )
+    opened = rewarding.open_rewards(config.reward or [], run, dtype=config.dtype)
+    bench = Bench(config, run, records, room, reference, opened, dataset.conversational)
     judged: dict[str, list[Judged]] = {}
     run.restore()
     for name in [reference_name, *(m for m in config.models if m != reference_name)]:
         run.say(f"{run.name}: {name} answers {len(records)} prompts")
-        judged[name] = _judge(run, config, name, records, room, reference, reward, dataset.conversational)
-    for name in config.models:
+        judged[name] = _judge(bench, name)
+    for n in config.best_of:
+        run.say(f"{run.name}: {reference_name} answers {len(records)} prompts {n} times")
+        judged[f"{reference_name} best of {n}"] = _judge(bench, reference_name, best_of=n)
+    names = [*config.models, *(name for name in judged if name not in config.models)]
+    for name in names:
         run.samples([sample_row(name, index, row) for index, row in enumerate(judged[name])])
     result: dict[str, Any] = {"reference": reference_name, "models": {}}
-    for name in config.models:
-        result["models"][name] = measures(
-            judged[name], None if name == reference_name else judged[reference_name]
-        )
-    if reward is not None and comparisons:
-        result["reward_model"] = {"accuracy": _accuracy(run, config, reward, comparisons)}
+    for name in names:
+        against = None if name == reference_name else judged[reference_name]
+        result["models"][name] = measures(judged[name], against)
+    models = [one.models for one in opened if one.models]
+    if models and comparisons:
+        result["reward_model"] = {"accuracy": _accuracy(run, config, models[0], comparisons)}
     run.facts |= {"rows": len(records)}
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every model is put on: the same prompts, rewards and reference."""
+
+    config: EvaluateConfig
+    run: StageRun
+    records: Sequence[PromptRecord]
+    room: int | None  # tokens of the longest prompt that every model has room for
+    reference: Any
+    opened: Sequence[rewarding.Opened]
+    conversational: bool
 
 
 def _that_fit(
@@ -87,69 +105,100 @@ def _open(run: StageRun, name: str, dtype: str) -> Any:
     return model
 
 
-def _judge(
-    run: StageRun, config: EvaluateConfig, name: str, records: Sequence[PromptRecord], room: int | None, reference: Any,
-    reward: learned.RewardModel | None, conversational: bool,
-) -> list[Judged]:  # fmt: skip
-    """One model's completions of all prompts, in order."""
-    tokenizer = _tokenizer(run, name, conversational)
-    model, sampling, pad_id = (
-        _open(run, name, config.dtype),
-        config.sampling.plain(),
-        chat.ensure_pad(tokenizer),
-    )
-    stop_ids = chat.stop_ids(tokenizer, sampling.stop)
-    gold = worlds.load(config.gold.removeprefix("world:").partition("/")[0]) if config.gold else None
-    same = model.config.vocab_size == reference.config.vocab_size
-    if not same:
+def _judge(bench: Bench, name: str, best_of: int = 1) -> list[Judged]:
+    """One model's completions of all prompts, in order; of each prompt the best by the rewards of `best_of` samples."""
+    config, run, records = bench.config, bench.run, bench.records
+    tokenizer = _tokenizer(run, name, bench.conversational)
+    model = _open(run, name, config.dtype)
+    sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
+    vocabularies = model.config.vocab_size, bench.reference.config.vocab_size
+    if vocabularies[0] != vocabularies[1]:
         raise UsageError(
-            f"{run.name}: {name!r} has a vocabulary of {model.config.vocab_size}, the reference {reference.config.vocab_size}; their KL is not defined"
+            f"{run.name}: {name!r} has a vocabulary of {vocabularies[0]}, the reference {vocabularies[1]}; their KL is not defined"
         )
-    prompts = [chat.prompt_ids(tokenizer, record.prompt)[-(room or 0) :] for record in records]
-    same_ids = reward is not None and learned.reads_ids_of(reward, tokenizer)
-    if reward is not None and same_ids:
-        learned.check_room(reward, max(map(len, prompts)) + sampling.max_new_tokens, run.name)
-    done = generate(
-        model, prompts, sampling, stop_ids=stop_ids, pad_id=pad_id, seed=derive_seed(run.seed, "evaluate"), batch_size=config.batch_size,
-    )  # fmt: skip
-    kls: list[float] = []
-    for part in micro_batches(done, config.batch_size):
-        scored = score(
-            part, model, reference, temperature=sampling.temperature or 1.0, pad_id=pad_id, device=run.device,
-            micro_batch=config.batch_size,
+    prompts = [chat.prompt_ids(tokenizer, record.prompt)[-(bench.room or 0) :] for record in records]
+    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    rewards = rewarding.mixture(
+        bench.opened, run, tokenizer, longest, normalize=len(bench.opened) > 1, batch_size=config.batch_size
+    ) if bench.opened else None  # fmt: skip
+    kept: list[Completion] = []
+    rated: Rated | None = None
+    for round_ in range(best_of):
+        seed = derive_seed(run.seed, "evaluate", *([round_] if round_ else []))
+        done = generate(
+            model, prompts, sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop), pad_id=pad_id, seed=seed,
+            batch_size=config.batch_size,
         )  # fmt: skip
-        kls += scored.exact_kl.sum(dim=1).tolist()
-    texts = [text_of(tokenizer, completion) for completion in done]
-    proxies: list[float | None] = [None] * len(records)
-    if reward is not None:
-        if same_ids:
-            rows: list[learned.Inputs] = [{"input_ids": [*c.prompt_ids, *c.ids]} for c in done]
-        else:
-            ended = [c.stop_reason != "length" for c in done]
-            rows, cut = learned.encode_samples(reward, [record.prompt for record in records], texts, ended)
-            if cut:
-                run.say(
-                    f"{run.name}: {cut} replies of {name} are longer than the reward model reads and scored by their start"
-                )
-        proxies = list(learned.score(reward, rows, batch_size=config.batch_size).tolist())
+        found = _rated(rewards, records, done, tokenizer)
+        if rated is None or found is None:
+            kept, rated = done, found
+            continue
+        better = (found.total > rated.total).tolist()
+        kept = [new if wins else old for new, old, wins in zip(done, kept, better, strict=True)]
+        rated = _chosen(found, rated, better)
+    kls = _kls(bench, model, kept, pad_id) if best_of == 1 else [best_of_n_kl(best_of)] * len(kept)
+    gold = worlds.load(config.gold.removeprefix("world:").partition("/")[0]) if config.gold else None
     judged: list[Judged] = []
-    for record, completion, text, kl, proxy in zip(records, done, texts, kls, proxies, strict=True):
-        prompt = chat.user_text(record.prompt)
+    for index, (record, completion) in enumerate(zip(records, kept, strict=True)):
+        prompt, text = chat.user_text(record.prompt), text_of(tokenizer, completion)
         parts = gold.gold(prompt, text, record.columns) if gold else None
+        proxy = None if rated is None else float(rated.total[index])
+        terms = {} if rated is None else {term: values[index] for term, values in rated.by_name.items()}
         judged.append(
-            Judged(prompt, text.strip(), kl, len(completion.ids), completion.stop_reason, proxy, parts)
+            Judged(
+                prompt,
+                text.strip(),
+                kls[index],
+                len(completion.ids),
+                completion.stop_reason,
+                proxy,
+                parts,
+                terms,
+            )
         )
     return judged
 
 
+def _rated(
+    rewards: Mixture | None, records: Sequence[PromptRecord], done: Sequence[Completion], tokenizer: Any
+) -> Rated | None:
+    if rewards is None:
+        return None
+    columns = [dict(record.columns) for record in records]
+    return rewards.score(rewarding.batch_of([r.prompt for r in records], done, columns, tokenizer))
+
+
+def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
+    """Row by row the new rating where it is better."""
+    wins = torch.tensor(better)
+    by_name = {
+        name: [n if w else o for n, o, w in zip(values, old.by_name[name], better, strict=True)]
+        for name, values in new.by_name.items()
+    }
+    sums = [torch.where(wins, getattr(new, part), getattr(old, part)) for part in ("total", "raw", "learned")]
+    return Rated(sums[0], sums[1], sums[2], by_name)
+
+
+def _kls(bench: Bench, model: Any, done: Sequence[Completion], pad_id: int) -> list[float]:
+    """Each response's exact KL from the reference, summed over its tokens, in nats."""
+    kls: list[float] = []
+    for part in micro_batches(done, bench.config.batch_size):
+        scored = score(
+            part, model, bench.reference, temperature=bench.config.sampling.temperature or 1.0, pad_id=pad_id,
+            device=bench.run.device, micro_batch=bench.config.batch_size,
+        )  # fmt: skip
+        kls += scored.exact_kl.sum(dim=1).tolist()
+    return kls
+
+
 def _accuracy(
-    run: StageRun, config: EvaluateConfig, reward: learned.RewardModel, records: Sequence[Any]
+    run: StageRun, config: EvaluateConfig, members: Sequence[learned.RewardModel], records: Sequence[Any]
 ) -> dict[str, float]:
-    """Over all pairs that the reward model can read; others are an error, or left out and counted (`too_long`)."""
+    """Of the reward model, or of the mean of an ensemble. Over all pairs that the reward model can read; others are an error, or left out and counted (`too_long`)."""
     pairs, sides, left_out = [], [], 0
     for pair in (record for record in records if isinstance(record, PreferenceRecord)):
         try:
-            encoded = [learned.encode(reward, pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+            encoded = [learned.encode(members[0], pair.prompt, side) for side in (pair.chosen, pair.rejected)]
         except UsageError as error:
             if config.too_long == "error":
                 raise UsageError(f"{pair.origin}: {error}; set too_long: skip") from None
@@ -161,5 +210,9 @@ def _accuracy(
         run.say(f"{run.name}: {left_out} comparisons left out, longer than the reward model reads")
     if not pairs:
         raise UsageError(f"{run.name}: the reward model can read none of {len(records)} comparisons")
-    scores = learned.score(reward, sides, batch_size=config.batch_size).tolist()
+    each = [
+        (learned.score(member, sides, batch_size=config.batch_size) - member.mean) / member.std
+        for member in members
+    ]
+    scores = torch.stack(each).mean(dim=0).tolist()
     return accuracy(scores[0::2], scores[1::2], [p.p_chosen for p in pairs])

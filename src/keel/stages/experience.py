@@ -5,25 +5,27 @@ The stages that learn from their own samples share it; they differ in what they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from keel.config import PPOConfig
+from keel.algorithms import policy
+from keel.config import OnPolicy
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.evaluation.measures import Measure, mean_interval
-from keel.models.load import ModelSource
-from keel.models.roles import Roles
-from keel.rewards import learned
+from keel.masked import masked_mean
+from keel.models.load import ModelSource, count_parameters
+from keel.models.roles import Roles, open_roles
+from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rollout.engine import generate, text_of
 from keel.rollout.score import Scored, score
 from keel.runlog import StageRun
-from keel.stages import inputs, language
+from keel.stages import inputs, language, rewarding
 from keel.stages.update import micro_batches
 from keel.types import Completion, Prompt, PromptRecord, Record, TextRecord, UsageError
 
@@ -36,19 +38,21 @@ class Task:
 
     prompt: Prompt
     ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """Everything an update needs that does not change: models, prompts, settings."""
 
-    config: PPOConfig
+    config: OnPolicy
     roles: Roles
-    reward: learned.RewardModel
+    rewards: Mixture
+    opened: Sequence[rewarding.Opened]  # what the rewards hold in memory
+    as_text: bool  # whether any of them reads words
     tokenizer: Any
     run: StageRun
     ptx: tuple[language.Row, ...]
-    same_ids: bool  # the reward model reads the policy's token ids
 
     @property
     def pad_id(self) -> int:
@@ -70,7 +74,7 @@ class Experience:
 
     completions: tuple[Completion, ...]
     scored: Scored
-    scores: Tensor  # (B,) raw scores of the reward model
+    rated: Rated  # what each reward says, and their weighted sum
     rewards: Tensor  # (B,) shaped rewards of whole responses, before any KL
 
     @property
@@ -80,7 +84,7 @@ class Experience:
 
 
 def read_tasks(
-    config: PPOConfig, run: StageRun, source: ModelSource
+    config: OnPolicy, run: StageRun, source: ModelSource
 ) -> tuple[list[Task], list[Task], tuple[language.Row, ...], Any]:
     """Prompts to learn on, held-out prompts, rows of the pretraining mix, and the tokenizer; no weights are read."""
     dataset = inputs.read(run, config.data, ("prompt",))
@@ -102,7 +106,8 @@ def read_tasks(
         ids = chat.prompt_ids(tokenizer, record.prompt)
         if not too_long.fits(record, len(ids)):
             return None
-        return Task(record.prompt, tuple(ids[-too_long.limit :] if too_long.limit else ids))
+        kept = tuple(ids[-too_long.limit :] if too_long.limit else ids)
+        return Task(record.prompt, kept, record.columns)
 
     tasks: list[Task] = inputs.encode_all(run, dataset.records, task)
     held: list[Task] = inputs.encode_all(run, held_out.records, task) if held_out else []
@@ -145,59 +150,50 @@ def score_tokens(setup: Setup, completions: Sequence[Completion]) -> Scored:
     )  # fmt: skip
 
 
-def score_completions(setup: Setup, tasks: Sequence[Task], completions: Sequence[Completion]) -> Tensor:
-    """(B,) raw scores of the reward model: from ids where it reads the policy's, otherwise from text."""
-    if setup.same_ids:
-        rows: list[learned.Inputs] = [{"input_ids": [*c.prompt_ids, *c.ids]} for c in completions]
-    else:
-        texts, ended = (
-            [text_of(setup.tokenizer, c) for c in completions],
-            [c.stop_reason != "length" for c in completions],
-        )
-        rows, cut = learned.encode_samples(setup.reward, [task.prompt for task in tasks], texts, ended)
-        if cut and not setup.run.facts.get("responses_cut_for_reward"):
-            setup.run.say(
-                f"{setup.run.name}: responses longer than the reward model reads are scored by their start"
-            )
-        setup.run.facts["responses_cut_for_reward"] = setup.run.facts.get("responses_cut_for_reward", 0) + cut
-    return learned.score(setup.reward, rows, batch_size=setup.config.micro_batch or setup.config.batch_size)
+def rate(setup: Setup, tasks: Sequence[Task], completions: Sequence[Completion]) -> Rated:
+    """What the rewards say of each response."""
+    columns = [dict(task.columns) for task in tasks]
+    batch = rewarding.batch_of(
+        [task.prompt for task in tasks], completions, columns, setup.tokenizer, as_text=setup.as_text
+    )
+    return setup.rewards.score(batch)
 
 
 def collect(
     setup: Setup, batch: Sequence[Task], scale: RunningScale, seed: int
 ) -> tuple[Experience, RunningScale]:
-    """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scale has seen their scores."""
+    """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scale has seen their rewards."""
     config, run = setup.config, setup.run
     tasks = [task for task in batch for _ in range(config.samples_per_prompt)]
     with run.timed("rollout"):
         completions = sample(setup, tasks, seed)
     with run.timed("score"):
+        rated = rate(setup, tasks, completions)
+    with run.timed("forward"):
         scored = score_tokens(setup, completions)
-        scores = score_completions(setup, tasks, completions)
-    scale = scale.update(scores)
-    mean, std = scale_of(setup, scale)
-    rewards = terminal_rewards(
-        scores, torch.tensor([c.stop_reason != "length" for c in completions]), mean=mean, std=std,
-        clip=config.shaping.clip, missing_stop_penalty=config.shaping.missing_stop_penalty,
-        center=config.shaping.center, group_size=config.samples_per_prompt,
+    scale = scale.update(rated.total)
+    return Experience(tuple(completions), scored, rated, shaped(setup, rated, completions, scale)), scale
+
+
+def shaped(setup: Setup, rated: Rated, completions: Sequence[Completion], scale: RunningScale) -> Tensor:
+    """(B,) rewards of whole responses: normalised, clipped, penalised, centred, as the config says."""
+    shaping = setup.config.shaping
+    ended = torch.tensor([c.stop_reason != "length" for c in completions])
+    if shaping.normalize == "running":
+        scores, rest, mean, std, clip = rated.total, None, scale.mean, scale.std, shaping.clip
+    else:  # the clip is for learned rewards, in units of their scale, and not for what means what it says
+        scores, rest, mean, std = rated.learned, rated.total - rated.learned, 0.0, 1.0
+        bounded = shaping.normalize == "model" or shaping.changes("clip")
+        clip = shaping.clip * setup.rewards.learned_weight if shaping.clip is not None and bounded else None
+    return terminal_rewards(
+        scores, ended, mean=mean, std=std, clip=clip, missing_stop_penalty=shaping.missing_stop_penalty,
+        center=shaping.center, group_size=setup.config.samples_per_prompt, unclipped=rest,
     )  # fmt: skip
-    return Experience(tuple(completions), scored, scores, rewards), scale
-
-
-def scale_of(setup: Setup, scale: RunningScale) -> tuple[float, float]:
-    """Mean and standard deviation that raw scores are normalised with."""
-    match setup.config.shaping.normalize:
-        case "none":
-            return 0.0, 1.0
-        case "model":
-            return setup.reward.mean, setup.reward.std
-        case "running":
-            return scale.mean, scale.std
 
 
 def measured(experience: Experience, coef: float) -> dict[str, float]:
     """The metrics of a batch that say what was sampled and what it earned."""
-    scored, completions, scores = experience.scored, experience.completions, experience.scores
+    scored, completions, scores = experience.scored, experience.completions, experience.rated.raw
     sampled_kl = (scored.logp - scored.ref_logp).sum(dim=1)
     non_score = -coef * sampled_kl
     return {
@@ -210,9 +206,47 @@ def measured(experience: Experience, coef: float) -> dict[str, float]:
         "objective/scores": scores.mean().item(),
         "objective/scores_std": scores.std(correction=0).item(),
         "val/num_eos_tokens": float(sum(c.stop_reason == "eos" for c in completions)),
+        "rollout/episodes": float(len(completions)),
         "rollout/response_length": scored.mask.sum(dim=1).float().mean().item(),
         "rollout/truncated": sum(c.stop_reason == "length" for c in completions) / len(completions),
-    }
+        "rollout/sampler_drift": _sampler_drift(experience),
+    } | _by_name(experience.rated)
+
+
+def _by_name(rated: Rated) -> dict[str, float]:
+    """Mean and spread of each reward over the samples to which it applies, and the share of those."""
+    metrics: dict[str, float] = {}
+    for name, values in rated.by_name.items():
+        applies = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+        metrics[f"rewards/{name}/applies"] = len(applies) / len(values)
+        if len(applies):
+            metrics[f"rewards/{name}/mean"] = applies.mean().item()
+            metrics[f"rewards/{name}/std"] = applies.std(correction=0).item()
+    return metrics
+
+
+def sampler_logp(completions: Sequence[Completion], mask: Tensor) -> Tensor:
+    """(B, T) log-probabilities as the sampler had them; 0 where the mask is False."""
+    found = torch.zeros(mask.shape)
+    for row, completion in enumerate(completions):
+        found[row, : len(completion.logp)] = torch.tensor(completion.logp)
+    return torch.where(mask, found, 0.0)
+
+
+def importance(setup: Setup, experience: Experience) -> Tensor | None:
+    """(B, T) truncated importance weights of trainer against sampler, where the config asks for them."""
+    cap, mask = setup.config.importance_cap, experience.scored.mask
+    if cap is None:
+        return None
+    sampled = sampler_logp(experience.completions, mask)
+    return policy.importance_weights(experience.scored.logp, sampled, mask, cap)
+
+
+def _sampler_drift(experience: Experience) -> float:
+    """Mean |log π of the trainer − log π of the sampler| per token."""
+    mask = experience.scored.mask
+    gap = (experience.scored.logp - sampler_logp(experience.completions, mask)).abs()
+    return masked_mean(gap, mask).item()
 
 
 def sample_rows(setup: Setup, update: int, experience: Experience) -> list[dict[str, Any]]:
@@ -224,7 +258,7 @@ def sample_rows(setup: Setup, update: int, experience: Experience) -> list[dict[
             "step": update,
             "prompt": setup.tokenizer.decode(list(c.prompt_ids), skip_special_tokens=True),
             "completion": text_of(setup.tokenizer, c),
-            "rewards": {"reward": experience.scores[i].item()},
+            "rewards": {name: values[i] for name, values in experience.rated.by_name.items()},
             "kl": kls[i],
             "length": len(c.ids),
             "stop_reason": c.stop_reason,
@@ -236,30 +270,68 @@ def sample_rows(setup: Setup, update: int, experience: Experience) -> list[dict[
 def evaluate(setup: Setup, tasks: Sequence[Task]) -> dict[str, float]:
     """Raw score and exact KL on held-out prompts, and what early stopping looks at: the normalised score minus the
     config's β times the KL (not the β of the moment, which would change what is compared)."""
-    scores, kls, _ = _held_out(setup, tasks)
-    mean, std = (setup.reward.mean, setup.reward.std) if setup.reward.scaled else (0.0, 1.0)
-    reward = (scores - mean) / std - setup.config.kl.coef * kls
+    held = _held_out(setup, tasks)
+    reward = held["normalised"] - setup.config.kl.coef * held["kl"]
     return {
-        "eval/objective/scores": scores.mean().item(),
-        "eval/objective/kl": kls.mean().item(),
+        "eval/objective/scores": held["scores"].mean().item(),
+        "eval/objective/kl": held["kl"].mean().item(),
         "eval/objective/rlhf_reward": reward.mean().item(),
     }
 
 
 def final_measures(setup: Setup, tasks: Sequence[Task]) -> dict[str, Measure]:
     """Measures of the finished policy on held-out prompts, or on the first of its own where none are held out."""
-    scores, kls, lengths = _held_out(setup, tasks[: 4 * setup.config.batch_size])
-    columns = {"scores": scores, "kl": kls, "length": lengths}
-    return {name: mean_interval(column.tolist()) for name, column in columns.items()}
+    held = _held_out(setup, tasks[: 4 * setup.config.batch_size])
+    return {name: mean_interval(held[name].tolist()) for name in ("scores", "kl", "length")}
 
 
-def _held_out(setup: Setup, tasks: Sequence[Task]) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) raw scores, exact KLs and lengths; the same random draws at every call."""
-    scores, kls, lengths = [], [], []
+def _held_out(setup: Setup, tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """(N,) raw and normalised scores, exact KLs and lengths; the same random draws at every call."""
+    columns: dict[str, list[Tensor]] = {"scores": [], "normalised": [], "kl": [], "length": []}
     for number, part in enumerate(micro_batches(tasks, setup.config.batch_size)):
         completions = sample(setup, part, derive_seed(setup.run.seed, "held-out", number))
-        scored = score_tokens(setup, completions)
-        kls.append(scored.exact_kl.sum(dim=1))
-        lengths.append(scored.mask.sum(dim=1).float())
-        scores.append(score_completions(setup, part, completions))
-    return torch.cat(scores), torch.cat(kls), torch.cat(lengths)
+        scored, rated = score_tokens(setup, completions), rate(setup, part, completions)
+        columns["kl"].append(scored.exact_kl.sum(dim=1))
+        columns["length"].append(scored.mask.sum(dim=1).float())
+        columns["scores"].append(rated.raw)
+        columns["normalised"].append(rated.total)
+    return {name: torch.cat(parts) for name, parts in columns.items()}
+
+
+def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> ModelSource | None:
+    """The reference policy; None for what the policy starts from, in the policy's own precision."""
+    dtype = config.reference_dtype or config.model.dtype
+    if config.reference is not None:
+        return ModelSource(run.resolve(config.reference), None, dtype, config.model.trust_remote_code)
+    return None if config.reference_dtype is None else replace(source, dtype=dtype)
+
+
+def open_stage(
+    config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "none"]
+) -> tuple[list[Task], list[Task], Setup]:
+    """Prompts, held-out prompts, and the models. Data and tokens come first, so that a bad row is found before any
+    weights are read."""
+    source = inputs.source_of(config.model, run)
+    tasks, held, ptx, tokenizer = read_tasks(config, run, source)
+    reference = _reference_of(config, run, source)
+    opened = rewarding.open_rewards(
+        config.reward, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
+    )
+    longest = max(len(task.ids) for task in [*tasks, *held]) + config.sampling.max_new_tokens
+    rewards = rewarding.mixture(
+        opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
+        batch_size=config.micro_batch or config.batch_size,
+    )  # fmt: skip
+    roles = open_roles(
+        source, reference, sharing=sharing, adapters=inputs.adapters_of(config.lora) if config.lora else None,
+        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=derive_seed(run.seed, "model"),
+    )  # fmt: skip
+    run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
+    run.facts["trained_parameters"] = sum(
+        count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules)
+    )
+    return (
+        tasks,
+        held,
+        Setup(config, roles, rewards, opened, rewarding.read_text(opened, tokenizer), tokenizer, run, ptx),
+    )

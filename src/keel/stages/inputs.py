@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keel
@@ -134,9 +135,16 @@ def encode_all(run: StageRun, records: Sequence[Record], encode: Callable[[Recor
     return rows
 
 
-def save_model(run: StageRun, model: Any, tokenizer: Any, config: Training, what: str) -> None:
-    """Save to the stage's `model/`, adapters merged in."""
+def save_model(
+    run: StageRun, model: Any, tokenizer: Any, config: Training, what: str, members: Sequence[Path] = ()
+) -> None:
+    """Save to the stage's `model/`, adapters merged in; copies of `members` go with it, as members/2, 3 …"""
     base = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
+    data = (
+        [source for sources in config.data.values() for source in sources]
+        if isinstance(config.data, dict)
+        else config.data
+    )
     card = f"""---
 library_name: transformers
 tags: [keel, rlhf, {config.kind}]  # stage kind
@@ -144,7 +152,7 @@ tags: [keel, rlhf, {config.kind}]  # stage kind
 # {run.name}
 
 {what}, trained by keel {keel.__version__} ({config.kind}) from {base}
-on {", ".join(source.source for source in config.data)}.
+on {", ".join(source.source for source in data)}.
 The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
 """
-    save(merged(model), tokenizer, run.directory / "model", card)
+    save(merged(model), tokenizer, run.directory / "model", card, members)

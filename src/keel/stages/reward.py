@@ -37,8 +37,19 @@ class Pair:
     margin: float
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What all members of an ensemble share."""
+
+    source: ModelSource
+    tokenizer: Any
+    pairs: Sequence[Pair]
+    held: Sequence[Pair]
+    samples: Sequence[learned.Inputs]  # to fix the scale on
+
+
 def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
-    """1. comparisons  2. tokens  3. samples to fix the scale on  4. the loop  5. the scale  6. save, scale included.
+    """1. comparisons  2. tokens  3. samples to fix the scale on  4. each member: the loop, its scale  5. save.
 
     The samples are drawn before the loop, so that whatever stands in their way is found before any training.
     """
@@ -47,34 +58,103 @@ def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
     sampled = _samples_a_language_model(config, run, source)
     tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
     limit = inputs.limit_of(config, run, source)
-    seed = derive_seed(run.seed, "model")
-    model = scorer(source, seed, vocab=tokenizer)
-    model.config.pad_token_id = chat.ensure_pad(tokenizer)
-    reward = learned.RewardModel(model, tokenizer)
+    reader = learned.RewardModel(_scorer(source, run, tokenizer), tokenizer)
     too_long = inputs.TooLong(run, config.too_long, limit)
     pairs: list[Pair] = inputs.encode_all(
-        run, records, lambda record: _encode(reward, record, config, too_long)
+        run, records, lambda record: _encode(reader, record, config, too_long)
     )
-    held_pairs = inputs.encode_all(run, held, lambda record: _encode(reward, record, config, too_long))
+    held_pairs = inputs.encode_all(run, held, lambda record: _encode(reader, record, config, too_long))
     too_long.report()
     samples = _sample(config, run, source, tokenizer, limit, records) if sampled else []
+    prepared = Prepared(source, tokenizer, pairs, held_pairs, samples)
 
-    model = inputs.to_train(model, config, run, train_head=True)
-    reward = replace(reward, model=model)
-    result = _fit(run, config, reward, pairs, held_pairs)
-
-    model.eval()
-    scores = learned.score(
-        reward, samples or [side for pair in pairs[:500] for side in (pair.chosen, pair.rejected)]
+    results, models = [], []
+    for number in range(1, config.members + 1):
+        own = run if number == 1 else _run_of_member(run, number)
+        reward, result = _train(config, own, prepared)
+        results.append(result)
+        models.append(reward)
+    if config.members == 1:
+        what = "A reward model (a sequence classifier with one output)"
+        inputs.save_model(run, models[0].model, tokenizer, config, what)
+        return results[0]
+    scores = [_held_scores(reward, held_pairs, config) for reward in models]
+    for number, reward in enumerate(models[1:], 2):
+        inputs.save_model(
+            _run_of_member(run, number),
+            reward.model,
+            tokenizer,
+            config,
+            f"Member {number} of a reward ensemble",
+        )
+    inputs.save_model(
+        run,
+        models[0].model,
+        tokenizer,
+        config,
+        "The first member of a reward ensemble",
+        members=[_run_of_member(run, number).directory / "model" for number in range(2, config.members + 1)],
     )
+    return {**_of_ensemble(scores, held_pairs), "members": results}
+
+
+def _run_of_member(run: StageRun, number: int) -> StageRun:
+    """A member trains in a directory and from a seed of its own."""
+    directory = run.directory / "members" / str(number)
+    directory.mkdir(parents=True, exist_ok=True)
+    return replace(
+        run,
+        name=f"{run.name}, member {number}",
+        directory=directory,
+        seed=derive_seed(run.seed, "member", number),
+    )
+
+
+def _scorer(source: ModelSource, run: StageRun, tokenizer: Any) -> Any:
+    model = scorer(source, derive_seed(run.seed, "model"), vocab=tokenizer)
+    model.config.pad_token_id = chat.ensure_pad(tokenizer)
+    return model
+
+
+def _train(
+    config: RewardConfig, run: StageRun, prepared: Prepared
+) -> tuple[learned.RewardModel, dict[str, Any]]:
+    """One reward model with its scale, and what its held-out pairs say of it."""
+    model = inputs.to_train(_scorer(prepared.source, run, prepared.tokenizer), config, run, train_head=True)
+    reward = learned.RewardModel(model, prepared.tokenizer)
+    result = _fit(run, config, reward, prepared.pairs, prepared.held)
+    model.eval()
+    sides = [side for pair in prepared.pairs[:500] for side in (pair.chosen, pair.rejected)]
+    scores = learned.score(reward, prepared.samples or sides)
     mean, std = float(scores.mean()), float(scores.std())
     if not std > 0:
         raise UsageError(
             f"{run.name}: the reward model gives every sample the same score ({mean:.3g}); it has learned nothing to optimise"
         )
     learned.save_scale(model, mean, std)
-    inputs.save_model(run, model, tokenizer, config, "A reward model (a sequence classifier with one output)")
-    return {**result, "mean": mean, "std": std, "normalized_on": len(scores)}
+    return replace(reward, mean=mean, std=std, scaled=True), {
+        **result, "mean": mean, "std": std, "normalized_on": len(scores),
+    }  # fmt: skip
+
+
+def _held_scores(reward: learned.RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> torch.Tensor:
+    """(2, N) normalised scores of chosen and rejected."""
+    size = config.micro_batch or config.batch_size
+    sides = [[pair.chosen for pair in pairs], [pair.rejected for pair in pairs]]
+    found = torch.stack([learned.score(reward, side, batch_size=size) for side in sides])
+    return (found - reward.mean) / reward.std
+
+
+def _of_ensemble(scores: Sequence[torch.Tensor], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Held-out accuracy and margin of the members' mean."""
+    if not pairs:
+        return {}
+    chosen, rejected = torch.stack(list(scores)).mean(dim=0)
+    result: dict[str, Any] = {"margin": mean_interval((chosen - rejected).tolist())}
+    if any(p.p_chosen != 0.5 for p in pairs):
+        shares = [p.p_chosen for p in pairs]
+        result = {"accuracy": accuracy(chosen.tolist(), rejected.tolist(), shares), **result}
+    return result
 
 
 def _fit(

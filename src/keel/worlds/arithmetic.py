@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from keel.types import DataError, UsageError
@@ -34,6 +35,7 @@ DEFAULT_ROWS = {
     "test_prompts": 256,
 }
 DEFAULT_DIFFICULTY = 2
+SUMS_OF_A_ROW = 8  # problems whose sums make a row of bare sums, in text
 TEST_SHARE = 0.15  # of all possible problems are in test_prompts only
 
 _NUMBER = r"[-−+]?\s*\$?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
@@ -105,7 +107,7 @@ def rows(split: str, rows: int | None, seed: int, **options: Any) -> Iterator[di
     if type(difficulty) is not int or difficulty not in LEVELS:
         raise UsageError(f"world:{name}/{split}: difficulty must be 1, 2, 3, 4 or 5, not {difficulty!r}")
     make = {
-        "text": _text_row,
+        "text": partial(_text_row, LEVELS[difficulty]),
         "demonstrations": _demonstration_row,
         "comparisons": _comparison_row,
         "prompts": _prompt_row,
@@ -267,7 +269,7 @@ def _comparison_row(rng: random.Random, problem: Problem) -> dict[str, Any]:
     }
 
 
-def _text_row(rng: random.Random, problem: Problem) -> dict[str, Any]:
+def _text_row(level: Level, rng: random.Random, problem: Problem) -> dict[str, Any]:
     form = rng.random()
     if form < 0.5:
         return {"text": f"User: {problem.question}\nAssistant: {_solution(problem)}"}
@@ -277,6 +279,7 @@ def _text_row(rng: random.Random, problem: Problem) -> dict[str, Any]:
         return {"text": f"{problem.question}\n{_solution(problem)}"}
     sums = [
         f"{a} {operation} {operand} = {b}"
-        for (operation, operand), a, b in zip(problem.steps, problem.values, problem.values[1:])
+        for one in (problem, *(_problem(rng, level, is_test=False) for _ in range(SUMS_OF_A_ROW - 1)))
+        for (operation, operand), a, b in zip(one.steps, one.values, one.values[1:])
     ]
     return {"text": "\n".join(sums)}

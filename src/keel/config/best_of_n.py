@@ -1,0 +1,49 @@
+"""Settings of best-of-n sampling."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from keel.config.parts import FilteredSamplingConfig, Supervised
+from keel.config.rewards import RewardTerm, as_terms, check_labels, models_of
+
+
+class BestOfNConfig(Supervised):
+    """Sample, score, keep the best as demonstrations, and fine-tune on them (rejection sampling, 2112.09332, 2307.09288)."""
+
+    kind: Literal["best_of_n"] = Field(description="Best-of-n sampling, then supervised fine-tuning.")
+    reward: list[RewardTerm] = Field(
+        min_length=1, description="What decides which is best: a reward stage, or a list of weighted terms."
+    )
+    samples_per_prompt: int = Field(8, ge=2, description="n: responses sampled for each prompt.")
+    min_reward: float | None = Field(
+        None,
+        description="Keep the best of a prompt only if its reward is at least this (rejection sampling).",
+    )
+    sampling: FilteredSamplingConfig = Field(
+        default_factory=lambda: FilteredSamplingConfig.model_validate({}),
+        description="How responses are drawn.",
+    )
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
+
+    _reward = field_validator("reward", mode="before")(as_terms)
+    _labels = field_validator("reward", mode="after")(check_labels)
+
+    @model_validator(mode="after")
+    def _sound(self) -> BestOfNConfig:
+        if self.sampling.temperature == 0:
+            raise ValueError("`sampling.temperature` 0 (greedy) draws the same response n times")
+        if self.model.init is not None:
+            raise ValueError(
+                "best_of_n starts from a trained model: give `model` as a stage, a path or a hub id"
+            )
+        if self.eval_data is not None:
+            raise ValueError(
+                "`eval_data` has no effect here: `holdout` keeps some of the best responses out of training"
+            )
+        return self
+
+    def references(self) -> list[tuple[str, str]]:
+        return [*super().references(), *models_of(self.reward)]

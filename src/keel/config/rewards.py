@@ -1,0 +1,200 @@
+"""Rewards in a config: any number of terms, each with a weight and a name under which it is logged.
+
+`reward: NAME` is short for one learned reward model, `reward: python:module.function` for a function of yours; a list
+is a mixture.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from keel.config.parts import Settings
+
+
+class Term(Settings):
+    """What every reward has."""
+
+    name: str | None = Field(
+        None, description="Name in metrics and samples; null: from the kind or the model."
+    )
+    weight: float = Field(1.0, allow_inf_nan=False, description="Factor in the sum; 0: only logged.")
+
+    only: str | None = Field(
+        None,
+        description="In a mixture of data sets: applies to rows of this `source` only, so that each task has rewards of its own.",
+    )
+
+    @property
+    def called(self) -> str:
+        """The name under which it is logged."""
+        return self.name or self.kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class LearnedTerm(Term):
+    """A reward model, or an ensemble of them."""
+
+    kind: Literal["learned"] = Field(description="A reward model.")
+    model: str = Field(description="A reward stage, a path or a hub id.")
+    combine: Literal["mean", "min", "mean_minus_std"] | None = Field(
+        None,
+        description="What an ensemble says, each member on its own scale: their mean, the worst case, or mean − caution·std (2310.02743); null: mean.",
+    )
+    caution: float | None = Field(
+        None, ge=0, description="λ of `mean_minus_std`: how much disagreement costs; null: 1."
+    )
+
+    @property
+    def called(self) -> str:
+        *folders, last = self.model.rstrip("/").split("/")
+        return self.name or (folders[-1] if last == "model" and folders else last)  # …/stages/NAME/model
+
+    @model_validator(mode="after")
+    def _sound(self) -> LearnedTerm:
+        if self.caution is not None and self.combine != "mean_minus_std":
+            raise ValueError("`caution` has no effect without `combine: mean_minus_std`")
+        return self
+
+
+class AnswerTerm(Term):
+    """1 for the right final answer, else 0 (GSM8K's form)."""
+
+    kind: Literal["answer"] = Field(description="The final answer, compared exactly.")
+    column: str = Field("answer", description="Column of the data that holds the reference answer.")
+    where: Literal["marker", "last_number"] = Field(
+        "marker",
+        description="The answer stands after the last ####, in \\boxed{} or <answer>; or is the last number of the text.",
+    )
+
+
+class FormatTerm(Term):
+    """1 for a response made of the given tags in order, else 0."""
+
+    kind: Literal["format"] = Field(description="Tags in order: <think>…</think><answer>…</answer>.")
+    tags: list[str] = Field(["think", "answer"], min_length=1, description="Names of the tags, in order.")
+    partial: bool = Field(False, description="Give the share of marks that are in place.")
+
+
+class RegexTerm(Term):
+    """1 where a regular expression is found, else 0."""
+
+    kind: Literal["regex"] = Field(description="A regular expression.")
+    pattern: str = Field(description="Python's syntax; `.` matches newlines.")
+    full: bool = Field(False, description="The whole response must match.")
+
+
+class LengthTerm(Term):
+    """1 within a band of lengths, falling to 0 over `slack`."""
+
+    kind: Literal["length"] = Field(description="A band of lengths.")
+    low: int = Field(0, ge=0, description="Shortest length that earns 1.")
+    high: int = Field(ge=1, description="Longest length that earns 1.")
+    unit: Literal["tokens", "words", "characters"] = Field("tokens", description="What is counted.")
+    slack: int = Field(0, ge=0, description="Outside the band the reward falls to 0 over this distance.")
+
+
+class RepetitionTerm(Term):
+    """Minus the share of repeated n-grams of words: 0 is best, −1 worst."""
+
+    kind: Literal["repetition"] = Field(description="Minus the share of repeated n-grams of words.")
+    n: int = Field(3, ge=1, description="Words of an n-gram.")
+
+
+class KeywordsTerm(Term):
+    """Words that should, or should not, be there."""
+
+    kind: Literal["keywords"] = Field(description="Words that should be there, or not.")
+    words: list[str] = Field(min_length=1, description="Words or phrases, found at word boundaries.")
+    mode: Literal["any", "all", "share", "none"] = Field(
+        "any", description="1 if any, all or none of them occurs; or the share that occurs."
+    )
+    ignore_case: bool = Field(True, description="Upper and lower case are the same.")
+
+
+class OverlongTerm(Term):
+    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0, falling to −1 over the last `buffer` tokens."""
+
+    kind: Literal["overlong"] = Field(description="DAPO's soft overlong punishment.")
+    max_length: int = Field(ge=1, description="Tokens from which on the reward is −1.")
+    buffer: int = Field(ge=1, description="Tokens before that over which it falls.")
+
+
+class SimilarityTerm(Term):
+    """Cosine similarity of sentence embeddings of the response and a reference text."""
+
+    kind: Literal["similarity"] = Field(description="Similarity to a reference text.")
+    model: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        description="A sentence-transformers model: a path or hub id.",
+    )
+    to: str = Field("answer", description="Column of the data that holds the reference text.")
+
+
+class ClassifierTerm(Term):
+    """What a text classifier says: genre, style, sentiment."""
+
+    kind: Literal["classifier"] = Field(description="A text classifier of transformers.")
+    model: str = Field(description="A classifier stage, a path or a hub id.")
+    label: str | int | None = Field(
+        None, description="The label that is wanted, by name or index; null for a model with one output."
+    )
+    output: Literal["probability", "log_probability", "logit"] = Field(
+        "probability", description="What of the label is the reward."
+    )
+    reads: Literal["completion", "prompt+completion"] = Field("completion", description="What it judges.")
+
+
+class FunctionTerm(Term):
+    """A function of yours, in TRL's signature: f(prompts, completions, **columns) → list[float | None]."""
+
+    kind: Literal["python"] = Field(description="A Python function of yours.")
+    function: str = Field(description="module.function, or path/to/file.py:function.")
+
+    @property
+    def called(self) -> str:
+        return self.name or self.function.replace(":", ".").rpartition(".")[2]
+
+
+RewardTerm = Annotated[
+    LearnedTerm
+    | AnswerTerm
+    | FormatTerm
+    | RegexTerm
+    | LengthTerm
+    | RepetitionTerm
+    | KeywordsTerm
+    | OverlongTerm
+    | SimilarityTerm
+    | ClassifierTerm
+    | FunctionTerm,
+    Field(discriminator="kind"),
+]
+
+
+def as_terms(value: Any) -> Any:
+    """Short forms written out: a name is a learned model, `python:…` a function, one term a list of one."""
+
+    def term(item: Any) -> Any:
+        if not isinstance(item, str):
+            return item
+        if item.startswith("python:"):
+            return {"kind": "python", "function": item.removeprefix("python:")}
+        return {"kind": "learned", "model": item}
+
+    return [term(item) for item in value] if isinstance(value, list) else [term(value)]
+
+
+def check_labels(terms: list[Any]) -> list[Any]:
+    """ValueError for two terms of one name: their metrics would be one."""
+    labels = [term.called for term in terms]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise ValueError(f"two rewards are called {twice!r}; give each a `name`")
+    return terms
+
+
+def models_of(terms: list[Any]) -> list[tuple[str, str]]:
+    """(setting, model) of the terms that read a model, as `Stage.references` has them."""
+    settings = {"learned": "reward", "classifier": "classifier", "similarity": "similarity"}
+    return [(settings[term.kind], term.model) for term in terms if term.kind in settings]

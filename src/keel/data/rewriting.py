@@ -1,0 +1,91 @@
+"""What a source's settings make of its rows: columns renamed, texts rewritten, a system turn before every prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from keel.data import records
+from keel.data.files import RawRow
+from keel.types import Conversation, DataError, DataSource, Message, Record, TextRecord
+
+
+@dataclass
+class Rewriter:
+    """Applies a source's `columns`, then its `rewrite`, row by row; remembers which columns it has changed."""
+
+    source: DataSource
+    changed: set[str] = field(default_factory=set)
+
+    def __call__(self, origin: str, row: dict[str, Any] | DataError) -> RawRow:
+        origin, row = _renamed(origin, row, self.source.columns)
+        if isinstance(row, DataError):
+            return origin, row
+        for column, patterns in self.source.rewrite.items():
+            if not isinstance(row.get(column), str):
+                held = "is not text" if column in row else "is not there"
+                return origin, DataError(
+                    f'{origin}: `rewrite` changes "{column}", which {held}; the row has {", ".join(map(str, row))}'
+                )
+            text = row[column]
+            for pattern, replacement in patterns.items():
+                text = re.sub(pattern, replacement, text)
+            if text != row[column]:
+                self.changed.add(column)
+            row = {**row, column: text}
+        return origin, row
+
+    def check(self) -> None:
+        """DataError if a column was not changed in any of the rows read: its patterns are not what was meant."""
+        idle = next((column for column in self.source.rewrite if column not in self.changed), None)
+        if idle is not None:
+            pattern = next(iter(self.source.rewrite[idle]))
+            raise DataError(
+                f'{self.source.source}: `rewrite` changes "{idle}" in no row; the pattern is {pattern!r} (Python\'s '
+                "regular expressions). Correct it, or leave it out"
+            )
+
+
+def with_system(record: Record, system: str | None) -> Record:
+    """The record with a system turn first. What was plain text becomes a conversation: the prompt is the user's turn, the
+    reply the assistant's.
+
+    DataError for plain text without a prompt, and for a conversation that has a system turn of its own.
+    """
+    if system is None:
+        return record
+    turns: str | Conversation = record.text if isinstance(record, TextRecord) else record.prompt
+    if isinstance(record, TextRecord) and isinstance(turns, str):
+        raise DataError(
+            f"{record.origin}: `system` has no effect on plain text: it is for prompts and conversations"
+        )
+    if isinstance(turns, str):
+        turns = (Message(role="user", content=turns),)
+    if turns[0]["role"] == "system":
+        raise DataError(
+            f"{record.origin}: `system` is set, but the row has a system turn of its own; leave one of them out"
+        )
+    turns = (Message(role="system", content=system), *turns)
+    if isinstance(record, TextRecord):
+        return replace(record, text=turns)
+    replies = {
+        name: (Message(role="assistant", content=reply),)
+        for name in ("completion", "chosen", "rejected")
+        if isinstance(reply := getattr(record, name, None), str)
+    }
+    return replace(record, prompt=turns, **replies)
+
+
+def _renamed(origin: str, row: dict[str, Any] | DataError, columns: Mapping[str, str]) -> RawRow:
+    if isinstance(row, DataError) or not columns:
+        return origin, row
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            close = records.nearest(theirs, row)
+            hint = f'; did you mean "{close}"?' if close else ""
+            reason = f'`columns` takes "{ours}" from "{theirs}", which the row does not have'
+            return origin, DataError(f"{origin}: {reason}; it has {', '.join(map(str, row))}{hint}")
+    kept = {key: value for key, value in row.items() if key not in columns.values()}
+    return origin, {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}

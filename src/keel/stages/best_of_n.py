@@ -1,0 +1,137 @@
+"""Best-of-n: sample, score, keep the best of each prompt, fine-tune on them. The baseline that every RL run must beat.
+
+What the sampling alone would cost in KL is known: log n − (n − 1)/n nats at most (2009.01325, 2401.01879). The fine-tuned
+model only imitates it; its own KL is measured by `evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from keel.checkpoint import write_text
+from keel.config import BestOfNConfig
+from keel.data import chat
+from keel.data.batches import derive_seed, split_holdout
+from keel.evaluation.measures import mean_interval
+from keel.evaluation.policies import best_of_n_kl
+from keel.models.load import causal_lm
+from keel.rollout.engine import generate, text_of
+from keel.runlog import StageRun
+from keel.stages import inputs, language, rewarding
+from keel.stages.experience import SAMPLES_KEPT
+from keel.stages.update import micro_batches
+from keel.types import Completion, DataError, PromptRecord, Record, UsageError
+
+CHOSEN = "best.jsonl"  # the best response to each prompt, as ids and text
+PROMPTS_AT_ONCE = 32
+
+
+def run(config: BestOfNConfig, run: StageRun) -> dict[str, Any]:
+    """1. prompts  2. n samples of each, scored  3. the best ones  4. the loop of supervised fine-tuning  5. save."""
+    dataset = inputs.read(run, config.data, ("prompt",))
+    source = inputs.source_of(config.model, run)
+    tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    limit = inputs.limit_of(config, run, source)
+    room = None if limit is None else limit - config.sampling.max_new_tokens
+    if room is not None and room < 1:
+        raise UsageError(
+            f"{run.name}: sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt within {limit} tokens"
+        )
+    chat.stop_ids(tokenizer, config.sampling.stop)
+    too_long = inputs.TooLong(run, config.too_long, room)
+
+    def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
+        assert isinstance(record, PromptRecord)
+        ids = chat.prompt_ids(tokenizer, record.prompt)
+        return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
+
+    tasks = inputs.encode_all(run, dataset.records, task)
+    too_long.report()
+    chosen = run.directory / CHOSEN
+    if not chosen.exists():
+        found = _sample(config, run, source, tokenizer, tasks)
+        write_text(chosen, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    best = [json.loads(line) for line in chosen.read_text(encoding="utf-8").split("\n") if line]
+    kept = [row for row in best if config.min_reward is None or row["reward"] >= config.min_reward]
+    if not kept:
+        raise DataError(
+            f"{run.name}: no response reaches min_reward {config.min_reward}; nothing is left to learn from"
+        )
+    rows = [_row(row) for row in kept]
+    train, held = split_holdout(len(rows), config.holdout, run.seed)
+    run.facts |= {"prompts": len(tasks), "samples": len(tasks) * config.samples_per_prompt, "kept": len(kept)}
+
+    model = inputs.to_train(causal_lm(source, language.model_seed(run)), config, run)
+    result = language.fit(
+        run, config, model, chat.ensure_pad(tokenizer), [rows[i] for i in train], [rows[i] for i in held]
+    )
+    run.samples(
+        [
+            {
+                key: row[key]
+                for key in ("prompt", "completion", "rewards", "reward", "mean", "length", "stop_reason")
+            }
+            for row in kept[:SAMPLES_KEPT]
+        ]
+    )
+    inputs.save_model(
+        run, model, tokenizer, config, "A language model fine-tuned on the best of its own samples"
+    )
+    return result | {
+        "reward_best": mean_interval([row["reward"] for row in best]),
+        "reward_mean": mean_interval([row["mean"] for row in best]),
+        "kl_bound": best_of_n_kl(config.samples_per_prompt),
+        "kept": len(kept) / len(best),
+    }  # fmt: skip
+
+
+def _sample(
+    config: BestOfNConfig,
+    run: StageRun,
+    source: Any,
+    tokenizer: Any,
+    tasks: Sequence[tuple[PromptRecord, list[int]]],
+) -> list[dict[str, Any]]:
+    """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only where none ended."""
+    sampling, n = config.sampling.plain(), config.samples_per_prompt
+    model = causal_lm(source, 0).to(run.device).eval().requires_grad_(False)
+    opened = rewarding.open_rewards(config.reward, run, dtype=config.model.dtype)
+    longest = max(len(ids) for _, ids in tasks) + sampling.max_new_tokens
+    rewards = rewarding.mixture(
+        opened, run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
+    )
+    found: list[dict[str, Any]] = []
+    for number, part in enumerate(micro_batches(tasks, PROMPTS_AT_ONCE)):
+        repeated = [task for task in part for _ in range(n)]
+        done = generate(
+            model, [ids for _, ids in repeated], sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop),
+            pad_id=chat.ensure_pad(tokenizer), seed=derive_seed(run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
+        )  # fmt: skip
+        columns = [dict(record.columns) for record, _ in repeated]
+        rated = rewards.score(rewarding.batch_of([r.prompt for r, _ in repeated], done, columns, tokenizer))
+        totals = rated.total.tolist()
+        for start in range(0, len(done), n):
+            group = range(start, start + n)
+            at = max(group, key=lambda i: (done[i].stop_reason != "length", totals[i], -i))
+            found.append(_chosen(repeated[at][0], done[at], tokenizer) | {
+                "reward": totals[at], "mean": sum(totals[i] for i in group) / n,
+                "rewards": {name: values[at] for name, values in rated.by_name.items()},
+            })  # fmt: skip
+        run.say(f"{run.name}: {len(found)} of {len(tasks)} prompts answered {n} times")
+    return found
+
+
+def _chosen(record: PromptRecord, completion: Completion, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "prompt": chat.user_text(record.prompt), "completion": text_of(tokenizer, completion).strip(),
+        "prompt_ids": completion.prompt_ids, "ids": completion.ids, "length": len(completion.ids),
+        "stop_reason": completion.stop_reason,
+    }  # fmt: skip
+
+
+def _row(best: dict[str, Any]) -> language.Row:
+    """The ids as they were sampled; the response counts, its stop token included."""
+    prompt, response = best["prompt_ids"], best["ids"]
+    return language.Row([*prompt, *response], [False] * len(prompt) + [True] * len(response))

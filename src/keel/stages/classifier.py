@@ -1,0 +1,260 @@
+"""A text classifier from labelled texts: an encoder (BERT, 1810.04805) or a decoder with a head on its last token.
+
+What it leaves is read by `rewards.classifier`, and is trained on what is read there: text as the tokenizer encodes it by
+itself, special tokens included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from keel.algorithms import classification
+from keel.config import ClassifierConfig, DataConfig
+from keel.data import chat, files
+from keel.data.batches import derive_seed, split_holdout
+from keel.evaluation.measures import wilson
+from keel.models.load import ModelSource, model_config, score_head, scorer
+from keel.models.tokenizer import EOS, train_tokenizer
+from keel.rewards.classifier import encoded, forward, longest_input
+from keel.runlog import StageRun
+from keel.stages import inputs, supervised
+from keel.stages.pretrain import DEFAULT_VOCABULARY
+from keel.stages.update import add_metrics, micro_batches
+from keel.types import DataError, TextRecord, UsageError
+
+CLS = "<|cls|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example: a short text, or a passage of a long one."""
+
+    inputs: Mapping[str, list[int]]  # input_ids and, where the tokenizer makes them, token_type_ids
+    label: int  # index of its label
+    weight: float = 1.0  # w of `algorithms.classification.cross_entropy`
+
+
+def run(config: ClassifierConfig, run: StageRun) -> dict[str, Any]:
+    """1. texts by label  2. a tokenizer, trained when none is given  3. rows  4. the loop  5. save, with the labels' names.
+
+    Texts are held out whole and label by label, before they are cut: no passage of a text trained on is evaluated on. The
+    saved tokenizer's limit is the longest row of training, so that as a reward the classifier reads no more than that.
+    """
+    texts, held = _texts(config, run)
+    source = inputs.source_of(config.model, run)
+    tokenizer, limit = _tokenizer(config, run, source, [text for own in texts.values() for text in own])
+    too_long = inputs.TooLong(run, config.too_long, limit)
+    rows, held_rows = (_rows(config, run, tokenizer, part, too_long) for part in (texts, held))
+    too_long.report()
+    pad_id = chat.ensure_pad(tokenizer)
+
+    model = scorer(source, derive_seed(run.seed, "model"), vocab=tokenizer, labels=config.labels)
+    model.config.pad_token_id = pad_id
+    model = inputs.to_train(model, config, run, train_head=True)
+    result = _fit(run, config, model, pad_id, rows, held_rows)
+    if limit is not None:
+        tokenizer.model_max_length = limit
+    inputs.save_model(run, model, tokenizer, config, f"A text classifier ({', '.join(config.labels)})")
+    return result
+
+
+# ---------------------------------------------------------------- texts and rows
+
+
+def _texts(
+    config: ClassifierConfig, run: StageRun
+) -> tuple[dict[str, list[TextRecord]], dict[str, list[TextRecord]]]:
+    """label → texts to train on, and to evaluate on. UsageError if a label has too few to hold one out."""
+    texts = {label: _read(config, run, config.data[label]) for label in config.labels}
+    if config.eval_data is not None:
+        return texts, {label: _read(config, run, config.eval_data[label]) for label in config.labels}
+    kept, held = {}, {}
+    for label, own in texts.items():
+        if len(own) < 2 and config.holdout > 0:
+            joined = " (the paragraphs of a .txt file are one text)" if config.passages else ""
+            raise UsageError(
+                f"{run.name}: label {label!r} has one text{joined}, of which none can be held out; give more, `eval_data`, or `holdout: 0`"
+            )
+        train, out = split_holdout(len(own), config.holdout, derive_seed(run.seed, label))
+        kept[label], held[label] = [own[i] for i in train], [own[i] for i in out]
+    return kept, held
+
+
+def _read(config: ClassifierConfig, run: StageRun, sources: Sequence[DataConfig]) -> list[TextRecord]:
+    """The texts of one label. With `passages` the paragraphs of a .txt file are one text, which they are in a book."""
+    found: list[TextRecord] = []
+    for source in sources:
+        records = [
+            replace(record, text=chat.prompt_text(None, record.text))
+            for record in inputs.read(run, [source], ("text",)).records
+            if isinstance(record, TextRecord)
+        ]
+        if config.passages and files.suffix_of(Path(source.source)) == ".txt":
+            records = [TextRecord("\n\n".join(str(record.text) for record in records), origin=source.source)]
+        found += records
+    return found
+
+
+def _tokenizer(
+    config: ClassifierConfig, run: StageRun, source: ModelSource, texts: Sequence[TextRecord]
+) -> tuple[Any, int | None]:
+    """The tokenizer, and the longest row in tokens. A new one is trained on the texts trained on, never on those held out.
+
+    A new encoder pools what its first token has become, so that its tokenizer puts a token of its own there (CLS), and EOS
+    at the end, as BERT's does.
+    """
+    limit = inputs.limit_of(config, run, source)
+    if config.model.init is None or config.model.tokenizer is not None:
+        tokenizer = inputs.open_tokenizer(config.model, run)
+    else:
+        with torch.device("meta"):
+            shape = AutoModelForSequenceClassification.from_config(model_config(source))
+        encoder = score_head(shape) is None
+        size = (config.model.vocab_size or DEFAULT_VOCABULARY) - encoder  # CLS takes one
+        tokenizer = train_tokenizer((str(text.text) for text in texts), size, limit or 512)
+        if encoder:
+            tokenizer.add_special_tokens({"cls_token": CLS, "sep_token": EOS})
+            ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (CLS, EOS)]
+            single, pair = f"{CLS} $A {EOS}", f"{CLS} $A {EOS} $B {EOS}"
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=single, pair=pair, special_tokens=ends
+            )
+    readable = longest_input(model_config(source), tokenizer)
+    return tokenizer, readable if limit is None else limit if readable is None else min(limit, readable)
+
+
+def _rows(
+    config: ClassifierConfig,
+    run: StageRun,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[TextRecord]],
+    too_long: inputs.TooLong,
+) -> list[Row]:
+    """All labels' rows, weighted so that every label counts the same; DataError for a label without any.
+
+    Texts of one label stand together: the loop draws them in an order of its own.
+    """
+    if not any(texts.values()):
+        return []
+    rows: list[Row] = []
+    for index, label in enumerate(config.labels):
+        own = [
+            Row(row, index)
+            for text in texts[label]
+            for row in (
+                _passages(tokenizer, text, too_long.limit, run)
+                if config.passages
+                else _whole(tokenizer, text, too_long)
+            )
+        ]
+        if not own:
+            raise DataError(f"{run.name}: label {label!r} has no usable text left of {len(texts[label])}")
+        rows += own
+    counts = Counter(row.label for row in rows)
+    return [replace(row, weight=len(rows) / (len(counts) * counts[row.label])) for row in rows]
+
+
+def _whole(tokenizer: Any, text: TextRecord, too_long: inputs.TooLong) -> list[dict[str, list[int]]]:
+    """A text as one row; what is too long is an error, left out, or keeps its start (`too_long`)."""
+    (row,) = encoded(tokenizer, [str(text.text)], None)
+    if not too_long.fits(text, len(row["input_ids"])):
+        return []
+    return encoded(tokenizer, [str(text.text)], too_long.limit)
+
+
+def _passages(
+    tokenizer: Any, text: TextRecord, limit: int | None, run: StageRun
+) -> list[dict[str, list[int]]]:
+    """The text cut into the fewest passages of at most `limit` tokens, as equal as can be: no scrap is left at its end."""
+    if limit is None:
+        raise UsageError(
+            f"{run.name}: set max_length for `passages`; neither the model nor its tokenizer names a limit"
+        )
+    special = tokenizer.num_special_tokens_to_add()
+    if limit <= special or not tokenizer.is_fast:
+        why = (
+            "its tokenizer is a slow one"
+            if limit > special
+            else f"max_length {limit} leaves no room for text"
+        )
+        raise UsageError(f"{run.name}: `passages` cannot be cut: {why}")
+    whole = tokenizer(str(text.text), add_special_tokens=False, verbose=False)["input_ids"]
+    count = max(1, math.ceil(len(whole) / (limit - special)))
+    size = math.ceil(len(whole) / count) + special
+    columns = tokenizer(
+        str(text.text), truncation=True, max_length=size, return_overflowing_tokens=True, verbose=False
+    )
+    keys = [key for key in ("input_ids", "token_type_ids") if key in columns]
+    return [{key: list(columns[key][i]) for key in keys} for i in range(len(columns["input_ids"]))]
+
+
+# ---------------------------------------------------------------- the loop's objective
+
+
+def _fit(
+    run: StageRun,
+    config: ClassifierConfig,
+    model: Any,
+    pad_id: int,
+    rows: Sequence[Row],
+    held: Sequence[Row],
+) -> dict[str, Any]:
+    """Train on the rows and return the held-out measures; the model ends with the weights to keep."""
+
+    def part(rows: Sequence[Row], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        value, measured = loss(model, rows, pad_id, denominator)
+        return value, {"accuracy": measured["correct"] / denominator}
+
+    objective: supervised.Objective[Row] = supervised.Objective(
+        loss=part,
+        weight=lambda row: 1,
+        length=lambda row: len(row.inputs["input_ids"]),
+        evaluate=lambda rows: evaluate(model, rows, pad_id, config)[0],
+    )
+    supervised.fit(run, config, model, rows, held, objective)
+    return evaluate(model, held, pad_id, config)[1] if held else {}
+
+
+def loss(
+    model: Any, rows: Sequence[Row], pad_id: int, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted cross-entropy of these rows as their part of a step of `denominator` rows; how many are
+    `correct`, and the `labels` (B,) taken."""
+    logits = forward(model, [row.inputs for row in rows], pad_id)
+    labels = torch.tensor([row.label for row in rows], device=logits.device)
+    weights = torch.tensor([row.weight for row in rows], dtype=torch.float64).to(logits.device)
+    value, measured = classification.cross_entropy(logits, labels, weights, denominator)
+    return value, {**measured, "labels": logits.argmax(dim=-1)}
+
+
+def evaluate(
+    model: Any, rows: Sequence[Row], pad_id: int, config: ClassifierConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Held-out measures, as metrics and as the stage's result. Accuracy is over all rows, the loss label by label.
+
+    Wilson's interval takes rows as independent; passages of one text are less than that, so that it is narrow for them.
+    """
+    model.eval()
+    totals: dict[str, float] = {}
+    hits, counts = [0] * len(config.labels), [0] * len(config.labels)
+    with torch.no_grad():
+        for part in micro_batches(rows, config.micro_batch or config.batch_size):
+            value, measured = loss(model, part, pad_id, len(rows))
+            add_metrics(totals, {"loss": value})
+            for row, taken in zip(part, measured["labels"].tolist(), strict=True):
+                counts[row.label] += 1
+                hits[row.label] += taken == row.label
+    accuracy = wilson(sum(hits), len(rows))
+    classes = {label: wilson(hits[i], counts[i]) for i, label in enumerate(config.labels)}
+    metrics = {"eval_loss": totals["loss"], "eval_accuracy": accuracy["mean"]}
+    return metrics, {"accuracy": accuracy, "classes": classes, "eval_loss": totals["loss"]}

@@ -1,0 +1,119 @@
+"""The loop of the stages that learn from their own samples; they differ in advantages and in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from keel.algorithms.control import adaptive_kl
+from keel.config import OnPolicy
+from keel.data.batches import derive_seed, rows_of_step
+from keel.models.roles import Roles
+from keel.rewards.shaping import RunningScale
+from keel.stages import experience
+from keel.stages.experience import Experience, Setup, Steering, Task
+from keel.stages.update import EarlyStop, copy_state, due, optimizer_for
+
+# prompts of an update, steering, number of the update → what was sampled, the scale that has seen it, metrics
+Step = Callable[[list[Task], Steering, int], tuple[Experience, RunningScale, dict[str, float]]]
+
+
+def loop(
+    setup: Setup,
+    tasks: Sequence[Task],
+    held: Sequence[Task],
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: Step,
+    *,
+    warmup: int = 0,
+) -> dict[str, Any]:
+    """Each update: 1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, checkpoint.
+
+    warmup: updates at the start during which the policy stands still, so that its KL says nothing about β. Returns the
+    stage's result; the policy ends with the weights to keep.
+    """
+    config, run, policy = setup.config, setup.run, setup.roles.policy
+    steering = Steering(config.kl.coef, RunningScale())
+    stopping, best, first = EarlyStop(config.patience), None, 0
+    if checkpoint := run.restore():
+        _load_state(setup, optimizers, checkpoint.tensors)
+        values = checkpoint.values
+        steering = Steering(values["coef"], RunningScale(**values["scale"]), values["episodes"])
+        stopping = stopping.restored(values["stopping"])
+        best, first = checkpoint.tensors["best"], checkpoint.step
+
+    for update in range(first + 1, config.updates + 1):
+        if stopping.stop:
+            break
+        # 1. the prompts of this update
+        prompts = rows_of_step(
+            len(tasks), config.batch_size // config.samples_per_prompt, update - 1, run.seed
+        )
+        # 2. experience, and epochs of mini-batches over it
+        done, scale, metrics = step([tasks[i] for i in prompts], steering, update)
+        # 3. β follows the KL of this batch
+        coef = steering.coef
+        if config.kl.target is not None and update > warmup:
+            coef = adaptive_kl(coef, done.kl, config.kl.target, config.batch_size, config.kl.horizon)
+        steering = Steering(coef, scale, steering.episodes + round(metrics["rollout/episodes"]))
+        metrics["episode"] = steering.episodes
+        # 4. held-out prompts
+        if held and due(update, config.updates, config.eval_every):
+            with run.timed("evaluate"):
+                metrics |= experience.evaluate(setup, held)
+            stopping = stopping.see(metrics["eval/objective/rlhf_reward"])
+            if config.patience is not None and stopping.waited == 0:
+                best = copy_state(policy)
+        # 5. what happened, and where to go on from
+        if update == 1 or due(update, config.updates, max(1, config.updates // 10)):
+            run.samples(experience.sample_rows(setup, update, done))
+        run.log(update, config.updates, metrics)
+        if due(update, config.updates, config.save_every) or stopping.stop:
+            values = {"coef": steering.coef, "episodes": steering.episodes, "stopping": stopping.values()}
+            scale_values = {"count": scale.count, "mean": scale.mean, "spread": scale.spread}
+            run.save(update, _state(setup, optimizers) | {"best": best}, {**values, "scale": scale_values})
+
+    if best is not None:
+        policy.load_state_dict(best)
+    return experience.final_measures(setup, held or tasks) | {
+        "kl_coef": steering.coef, "kl_target": config.kl.target, "episodes": steering.episodes,
+    }  # fmt: skip
+
+
+def rollout_seed(setup: Setup, update: int, *more: object) -> int:
+    """The seed of an update's samples."""
+    return derive_seed(setup.run.seed, "rollout", update, *more)
+
+
+def optimizers(config: OnPolicy, roles: Roles, value_lr: float | None = None) -> list[torch.optim.Optimizer]:
+    """One for the policy (and its value head); one more for a separate critic, whose gradient is clipped by itself."""
+    groups: list[tuple[Sequence[nn.Module], float]] = [([roles.policy], config.lr)]
+    if roles.value_head is not None:
+        groups.append(([roles.value_head], value_lr or config.lr))
+    found: list[torch.optim.Optimizer] = [optimizer_for(config, *groups)]
+    if roles.critic is not None:
+        found.append(optimizer_for(config, ([roles.critic], value_lr or config.lr)))
+    return found
+
+
+def _state(setup: Setup, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Everything that training changes, for a checkpoint."""
+    modules = {
+        "policy": setup.roles.policy,
+        **{f"value{i}": m for i, m in enumerate(setup.roles.value_modules)},
+    }
+    return {name: m.state_dict() for name, m in modules.items()} | {
+        f"optimizer{i}": o.state_dict() for i, o in enumerate(optimizers)
+    }
+
+
+def _load_state(setup: Setup, optimizers: Sequence[torch.optim.Optimizer], tensors: Any) -> None:
+    """Put a checkpoint's `state` back."""
+    setup.roles.policy.load_state_dict(tensors["policy"])
+    for i, module in enumerate(setup.roles.value_modules):
+        module.load_state_dict(tensors[f"value{i}"])
+    for i, optimizer in enumerate(optimizers):
+        optimizer.load_state_dict(tensors[f"optimizer{i}"])

@@ -1,0 +1,277 @@
+"""Preference optimisation: a policy straight from comparisons, without a reward model (DPO and its kin).
+
+The reference is never trained, so its log-probabilities are taken once, before the first step, and one model is in
+memory while training. With adapters as without, it is what the policy starts from unless another one is named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel.algorithms import preference
+from keel.config import DPOConfig
+from keel.data import chat
+from keel.evaluation.measures import Measure, accuracy, mean_interval, wilson
+from keel.masked import masked_sum
+from keel.models.load import causal_lm, disable_dropout
+from keel.runlog import StageRun
+from keel.stages import comparisons, inputs, language, supervised
+from keel.stages.comparisons import Example, Pair, Response, lengths, logps, scores
+from keel.stages.update import add_metrics, micro_batches
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the losses need besides their rows."""
+
+    config: DPOConfig
+    model: Any
+    pad_id: int
+    device: torch.device
+    reference: Mapping[Response, float]  # log π_ref of all that will be asked for; empty without one
+    limit: int | None  # longest sequence in tokens
+
+
+EVALUATED = {  # a metric of the training rows → the same on the held-out ones
+    "loss": "eval_loss",
+    "rewards/chosen": "eval_rewards/chosen",
+    "rewards/rejected": "eval_rewards/rejected",
+    "rewards/margins": "eval_rewards/margins",
+    "rewards/accuracies": "eval_rewards/accuracies",
+    "logps/chosen": "eval_logps/chosen",
+    "logps/rejected": "eval_logps/rejected",
+    "nll_loss": "eval_nll_loss",
+    "log_odds_ratio": "eval_log_odds_ratio",
+    "kl": "eval_kl",
+}
+
+
+def run(config: DPOConfig, run: StageRun) -> dict[str, Any]:
+    """1. comparisons  2. tokens  3. the reference's log-probabilities  4. the loop  5. save."""
+    dataset, records, held = inputs.train_and_eval(config, run, config.record_types)
+    source = inputs.source_of(config.model, run)
+    limit = inputs.limit_of(config, run, source)
+    other = comparisons.reference_source(config, run, source, limit)
+    tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    pad_id = chat.ensure_pad(tokenizer)
+    rows, held_rows = comparisons.encode(config, run, tokenizer, limit, records, held)
+
+    model = causal_lm(source, language.model_seed(run))
+    disable_dropout(model)
+    asked = comparisons.to_score(config, run, rows, held_rows, limit)
+    reference = comparisons.reference_logps(config, run, model, other, asked, pad_id)
+    model = inputs.to_train(model, config, run)
+    setup = Setup(config, model, pad_id, run.device, reference, limit)
+    supervised.fit(run, config, model, rows, held_rows, _objective(setup))
+    result = _result(setup, held_rows, paired=dataset.kind == "preference") if held_rows else {}
+    what = f"A language model tuned on preferences (loss: {config.loss})"
+    inputs.save_model(run, model, tokenizer, config, what)
+    comparisons.forget_reference(run)
+    return result
+
+
+# ---------------------------------------------------------------- losses of pairs
+
+
+def _references(setup: Setup, responses: Sequence[Response], like: Tensor) -> Tensor:
+    """(B,) log π_ref of the responses."""
+    found = [setup.reference[response] for response in responses]
+    return torch.tensor(found, dtype=like.dtype, device=like.device)
+
+
+def losses(setup: Setup, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) losses and metrics, pair by pair; both sides are read together."""
+    config, better, worse = setup.config, [p.chosen for p in pairs], [p.rejected for p in pairs]
+    chosen, rejected = logps(setup.model, [*better, *worse], setup.pad_id, setup.device).chunk(2)
+    seen = {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
+    n_chosen, n_rejected = lengths(better, setup.device), lengths(worse, setup.device)
+    beta, smoothing, gamma = config.beta, config.label_smoothing, config.gamma
+    if config.loss == "simpo":
+        value, metrics = preference.simpo(chosen / n_chosen, rejected / n_rejected, beta, gamma)
+        return value, seen | metrics
+    if config.loss == "orpo":
+        value, metrics = preference.orpo(chosen / n_chosen, rejected / n_rejected, beta)
+        metrics["nll_loss"] = metrics.pop("nll")
+        return value, seen | metrics
+    ref_chosen, ref_rejected = (_references(setup, side, chosen) for side in (better, worse))
+    if config.loss == "ipo":
+        value, metrics = preference.ipo(
+            chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected, beta
+        )
+        return value, seen | metrics
+    form = preference.robust_dpo if config.loss == "robust" else preference.dpo
+    value, metrics = form(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing)
+    if config.votes == "soft":
+        flipped, _ = form(rejected, chosen, ref_rejected, ref_chosen, beta, smoothing)
+        p = torch.tensor([pair.p_chosen for pair in pairs], dtype=value.dtype, device=value.device)
+        value = p * value + (1 - p) * flipped
+    return value, seen | metrics
+
+
+def loss(setup: Setup, pairs: Sequence[Pair], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of these pairs as their part of a step of `denominator` pairs, and metrics likewise."""
+    value, metrics = losses(setup, pairs)
+    return value.sum() / denominator, {name: x.sum() / denominator for name, x in metrics.items()}
+
+
+def evaluate(setup: Setup, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Held-out metrics: means over all pairs."""
+    found = _measured(setup, pairs)
+    return {EVALUATED[name]: math.fsum(values) / len(pairs) for name, values in found.items()}
+
+
+def _measured(setup: Setup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
+    """Every metric, and `loss`, of every pair."""
+    setup.model.eval()
+    found: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for part in micro_batches(pairs, setup.config.micro_batch or setup.config.batch_size):
+            value, metrics = losses(setup, part)
+            for name, x in {"loss": value, **metrics}.items():
+                found.setdefault(name, []).extend(x.tolist())
+    return found
+
+
+# ---------------------------------------------------------------- KTO
+
+
+class UnpairedStep:
+    """The optimiser step at work. KTO's KL is estimated over all of its rows, though a loss is given a part of them.
+
+    The loop weighs each of a step's rows before it asks for the loss of any part, so that the last `batch_size` rows
+    weighed are the step.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.rows: deque[Example] = deque(maxlen=setup.config.batch_size)
+        self.kl: float | None = None  # of the weights before this step
+
+    def weigh(self, row: Example) -> int:
+        self.rows.append(row)
+        self.kl = None
+        return 1
+
+    def loss(self, part: Sequence[Example], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.kl is None:
+            self.kl = mismatched_kl(self.setup, list(self.rows))
+        return unpaired_loss(self.setup, part, self.kl, denominator)
+
+
+def mismatched_kl(setup: Setup, rows: Sequence[Example]) -> float:
+    """z₀ = max(0, mean of log π − log π_ref over mismatched responses), in nats; 0 where there are none."""
+    asked, config = comparisons.mismatched(rows, setup.limit), setup.config
+    if not asked:
+        return 0.0
+    found = scores(setup.model, asked, setup.pad_id, setup.device, config.micro_batch or config.batch_size)
+    gaps = [logp - setup.reference[response] for logp, response in zip(found, asked)]
+    return max(0.0, math.fsum(gaps) / len(gaps))
+
+
+def unpaired_loss(
+    setup: Setup, rows: Sequence[Example], kl: float, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """KTO's loss of these rows as their part of a step of `denominator` rows, and sums for `_unpaired_metrics`."""
+    config, asked = setup.config, [row.response for row in rows]
+    logp = logps(setup.model, asked, setup.pad_id, setup.device)
+    label = torch.tensor([row.label for row in rows], device=logp.device)
+    weights = (config.beta, config.desirable_weight, config.undesirable_weight)
+    value, metrics = preference.kto(logp, _references(setup, asked, logp), label, kl, *weights)
+    rewards, found = metrics["rewards"], logp.detach()
+    side = torch.sign(rewards - config.beta * kl)
+    right = (torch.where(label, side, -side) + 1) / 2
+    return value.sum() / denominator, {
+        "rewards/chosen": masked_sum(rewards, label),
+        "rewards/rejected": masked_sum(rewards, ~label),
+        "logps/chosen": masked_sum(found, label),
+        "logps/rejected": masked_sum(found, ~label),
+        "rewards/accuracies": right.sum() / denominator,
+        "kl": torch.tensor(kl * len(rows) / denominator, dtype=torch.float64),
+        "up": label.sum(),
+        "down": (~label).sum(),
+    }
+
+
+def _unpaired_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the rows with a thumb up (chosen) and down (rejected); what has no rows is left out."""
+    found = {name: sums[name] for name in ("loss", "rewards/accuracies", "kl")}
+    for label, names in (
+        ("up", ("rewards/chosen", "logps/chosen")), ("down", ("rewards/rejected", "logps/rejected")),
+    ):  # fmt: skip
+        found |= {name: sums[name] / sums[label] for name in names if sums[label]}
+    if sums["up"] and sums["down"]:
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
+
+
+def evaluate_unpaired(setup: Setup, rows: Sequence[Example]) -> dict[str, float]:
+    """Held-out metrics, with the KL of all held-out rows."""
+    setup.model.eval()
+    kl, sums = mismatched_kl(setup, rows), dict[str, float]()
+    with torch.no_grad():
+        for part in micro_batches(rows, setup.config.micro_batch or setup.config.batch_size):
+            value, measured = unpaired_loss(setup, part, kl, len(rows))
+            add_metrics(sums, {"loss": value, **measured})
+    return {EVALUATED[name]: value for name, value in _unpaired_metrics(sums).items()}
+
+
+# ---------------------------------------------------------------- the loop's view, and the result
+
+
+def _objective(setup: Setup) -> supervised.Objective[Any]:
+    if setup.config.loss == "kto":
+        step = UnpairedStep(setup)
+        return supervised.Objective(
+            loss=step.loss, weight=step.weigh, evaluate=lambda rows: evaluate_unpaired(setup, rows), named=_unpaired_metrics,
+        )  # fmt: skip
+    return supervised.Objective(
+        loss=lambda part, denominator: loss(setup, part, denominator),
+        weight=lambda pair: 1,
+        evaluate=lambda pairs: evaluate(setup, pairs),
+    )
+
+
+def _result(setup: Setup, rows: Sequence[Any], paired: bool) -> dict[str, Any]:
+    """The stage's final measures, on the held-out rows; for KTO too on pairs where the data are pairs."""
+    if setup.config.loss != "kto":
+        found = _measured(setup, rows)
+        result = _of_pairs(
+            found["rewards/chosen"], found["rewards/rejected"], [pair.p_chosen for pair in rows]
+        )
+        return {**result, "eval_loss": math.fsum(found["loss"]) / len(rows)}
+    metrics = evaluate_unpaired(setup, rows)
+    asked, size = [row.response for row in rows], setup.config.micro_batch or setup.config.batch_size
+    found = scores(setup.model, asked, setup.pad_id, setup.device, size)
+    rewards = [setup.config.beta * (logp - setup.reference[r]) for logp, r in zip(found, asked)]
+    if paired:
+        half = len(rows) // 2  # all chosen ones come first
+        result = _of_pairs(rewards[:half], rewards[half:], [1.0] * half)
+    else:
+        result = {"accuracy": wilson(metrics["eval_rewards/accuracies"] * len(rows), len(rows))}
+        sides = [[x for x, row in zip(rewards, rows) if row.label == label] for label in (True, False)]
+        if all(sides):
+            result["margin"] = _difference(*map(mean_interval, sides))
+    return {**result, "eval_loss": metrics["eval_loss"]}
+
+
+def _of_pairs(
+    chosen: Sequence[float], rejected: Sequence[float], p_chosen: Sequence[float]
+) -> dict[str, Measure]:
+    """Accuracy (absent when every vote is undecided) and margin of the implicit rewards."""
+    margin = {"margin": mean_interval([c - r for c, r in zip(chosen, rejected, strict=True)])}
+    decided = any(p != 0.5 for p in p_chosen)
+    return {"accuracy": accuracy(chosen, rejected, p_chosen), **margin} if decided else margin
+
+
+def _difference(one: Measure, other: Measure) -> Measure:
+    """Of two independent means, with its interval."""
+    mean = one["mean"] - other["mean"]
+    half = math.hypot(one["high"] - one["mean"], other["high"] - other["mean"])
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": one["n"] + other["n"]}
