@@ -35,7 +35,7 @@ def write_config(folder: Path, stages: Mapping[str, Any]) -> Path:
 
 def killed_and_resumed(folder: Path, stages: Mapping[str, Any], *plan: str) -> int:
     command = [sys.executable, str(KILLED), str(write_config(folder, stages)), str(folder), *plan]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stderr[-3000:]
     return int(done.stdout)
 
@@ -151,38 +151,35 @@ def keel_run(config: Path, runs: Path, kill_after: float | None = None) -> bool:
     return process.returncode == 0
 
 
-def kill_at_random(config: Path, folder: Path, kills: int, seconds: float, differences: Differences) -> int:
-    """Kill `keel run` within `seconds` of work until there were `kills`, in as many runs as that takes; all end alike.
-
-    Returns how many kills left a run half done.
-    """
-    draw, done, half, number = random.Random(kills), 0, 0, 0
-    while done < kills:
+def kill_at_random(config: Path, folder: Path, kills: int, seconds: float, differences: Differences) -> None:
+    """Kill `keel run` within `seconds` of work until `kills` have left a run half done, in as many runs as that takes;
+    all end alike."""
+    draw, half, number = random.Random(kills), 0, 0
+    while half < kills:
         number += 1
+        assert number <= 5 * kills, "kills hardly ever fall within the work"
         runs = folder / f"killed-{number}"
-        while not keel_run(config, runs, draw.uniform(0, seconds) if done < kills else None):
-            done += 1
+        while not keel_run(config, runs, draw.uniform(0, seconds) if half < kills else None):
             half += not (runs / "tiny" / "stages" / "judge" / "stage.json").exists()
         assert differences(folder / "undisturbed", runs / "tiny") == []
         shutil.rmtree(runs)
-    return half
 
 
 def test_keel_run_killed_at_random_moments_ends_the_same(
     whole: Mapping[str, Any], run: Any, tmp_path: Path, differences: Differences
 ) -> None:
     run(whole, tmp_path / "undisturbed")
-    config = write_config(tmp_path, whole["stages"])
-    assert kill_at_random(config, tmp_path, 2, 1.0, differences) > 0
+    kill_at_random(write_config(tmp_path, whole["stages"]), tmp_path, 1, 1.0, differences)
 
 
 @pytest.mark.slow
 def test_keel_run_killed_at_20_random_moments_ends_the_same(
     whole: Mapping[str, Any], run: Any, tmp_path: Path, differences: Differences
 ) -> None:
+    began = time.perf_counter()
     run(whole, tmp_path / "undisturbed")
-    config = write_config(tmp_path, whole["stages"])
-    assert kill_at_random(config, tmp_path, 20, 2.5, differences) >= 15
+    seconds = time.perf_counter() - began  # on this machine: kills must fall within the work, not after it
+    kill_at_random(write_config(tmp_path, whole["stages"]), tmp_path, 20, 0.6 * seconds, differences)
 
 
 @pytest.mark.slow
