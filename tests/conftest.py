@@ -140,6 +140,12 @@ def whole(data: Data) -> dict[str, Any]:
             "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 5, "normalize": 8, "eval_every": 2,
             "sampling": {"max_new_tokens": 6}, **common,
         },
+        "rewards": {
+            "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 3, "members": 2, "normalize": 0, **common,
+        },
+        "dpo-lora": {
+            "kind": "dpo", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 3, "lora": {"r": 2}, **common,
+        },
         "dpo": {
             "kind": "dpo", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 5, "eval_every": 2, "patience": 2, **common,
         },

@@ -237,6 +237,112 @@ def test_a_stage_of_the_wrong_kind_is_refused(stages, reason):
 
 def test_a_reward_model_may_be_trained_further():
     assert parse(_config(r=_reward(), again=_reward(model="r")))
+    message = _refusal(_config(r=_reward(members=3), again=_reward(model="r")))
+    assert "stage 'again': `model` is an ensemble of 3" in message
+
+
+def _term(kind: str, model: str, **settings: Any) -> dict[str, Any]:
+    return {"kind": kind, "model": model, "name": "t", **settings}
+
+
+_GENRES = {"kind": "classifier", "model": "m", "data": {"verse": "v.txt", "prose": "p.txt"}}
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("combine", [None, "mean", "min"])
+def test_what_an_ensemble_says_is_for_ensembles(members, combine):
+    stages = {"r": _reward(members=members), "p": _ppo(reward=[_term("learned", "r", combine=combine)])}
+    if members == 1 and combine is not None:
+        message = _refusal(_config(**stages))
+        assert "stage 'p': reward 't': `combine` has no effect: 'r' trains a single reward model" in message
+    else:
+        assert parse(_config(**stages))
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("verse", None),
+        (1, None),
+        (None, "needs a `label`; those of 'c' are 'prose' (0), 'verse' (1)"),
+        ("drama", "'c' has no `label` 'drama'; its labels are 'prose' (0), 'verse' (1)"),
+        (2, "'c' has no `label` 2"),
+    ],
+)
+def test_a_label_is_one_of_the_classifiers_own(label, reason):
+    stages = {"c": _GENRES, "e": _evaluate(reward=[_term("classifier", "c", label=label)])}
+    if reason is None:
+        assert parse(_config(**stages))
+    else:
+        assert f"stage 'e': reward 't'{' ' if label is None else ': '}{reason}" in _refusal(_config(**stages))
+
+
+def _best(**settings: Any) -> dict[str, Any]:
+    return {"kind": "best_of_n", "model": "m", "reward": "r", "data": "d.jsonl", **settings}
+
+
+@pytest.mark.parametrize("stage", [_ppo, _best, _evaluate])
+def test_a_reward_is_for_a_source_that_there_is(stage):
+    def length(**settings: Any) -> dict[str, Any]:
+        return {"kind": "length", "high": 3, **settings}
+
+    assert parse(_config(s=stage(reward=[length(only="d.jsonl")])))
+    assert parse(
+        _config(s=stage(reward=[length(only="e.jsonl"), length(name="b")], data=["d.jsonl", "e.jsonl"]))
+    )
+    message = _refusal(_config(s=stage(reward=[length(only="x.jsonl")])))
+    assert "reward 'length': `only` names 'x.jsonl', which is no source of `data`" in message
+    message = _refusal(_config(s=stage(reward=[length(only="d.jsonl")], data=["d.jsonl", "e.jsonl"])))
+    assert "no reward is for the rows of 'e.jsonl'" in message
+
+
+def test_held_out_prompts_have_a_reward_too():
+    reward = [{"kind": "length", "high": 3, "only": "d.jsonl"}]
+    held = {"eval_data": "e.jsonl", "eval_every": 1}
+    assert "no reward is for the rows of 'e.jsonl'" in _refusal(_config(s=_ppo(reward=reward, **held)))
+    assert parse(_config(s=_ppo(reward=reward, **{**held, "eval_data": "d.jsonl"})))
+
+
+@pytest.mark.parametrize("stage", [_ppo, _best, _evaluate])
+def test_rewards_that_all_weigh_nothing_are_refused(stage):
+    logged = {"kind": "length", "high": 3, "weight": 0}
+    assert "every reward has `weight` 0" in _refusal(_config(s=stage(reward=[logged])))
+    assert parse(_config(s=stage(reward=[logged, "r"])))
+
+
+# ---------------------------------------------------------------- presets
+
+
+def _grpo(**settings: Any) -> dict[str, Any]:
+    return {"kind": "grpo", "model": "m", "reward": "r", "data": "d.jsonl", **settings}
+
+
+def test_a_constant_length_is_finite():
+    for length in (float("inf"), float("nan"), 0.0):
+        assert "must be a positive, finite length" in _refusal(_config(s=_grpo(reduce=length)))
+
+
+@pytest.mark.parametrize(
+    ("preset", "place"), [("dr_grpo", "reduce"), ("rloo", "reduce"), ("dapo", "reward.1.max_length")]
+)
+def test_an_override_of_the_longest_response_reaches_what_a_preset_makes_of_it(tmp_path, preset, place):
+    """Also in a run's own config, where the preset is written out: there, the old length is refused."""
+    path = _written(tmp_path, _config(s=_grpo(preset=preset, sampling={"max_new_tokens": 32})))
+    stage = read(path, ["s.sampling.max_new_tokens=128"]).stages["s"]
+    assert (stage.reduce if place == "reduce" else stage.reward[1].max_length) == 128
+    resolved = _written(tmp_path, read(path).model_dump(mode="json"))
+    assert read(resolved).stages["s"].sampling.max_new_tokens == 32
+    with pytest.raises(UsageError, match=rf"`{place}` is 32 in `preset: {preset}`, but .* is 128"):
+        read(resolved, ["s.sampling.max_new_tokens=128"])
+    both = read(resolved, ["s.sampling.max_new_tokens=128", f"s.{place}=128"]).stages["s"]
+    assert both.sampling.max_new_tokens == 128
+
+
+@pytest.mark.parametrize("given", [{"sampling": {"max_new_tokens": 32.0}}, {"batch_size": "32"}])
+def test_a_preset_is_not_lost_on_a_number_that_is_whole_but_no_integer(given):
+    stage = parse(_config(s=_grpo(preset="gspo", **given))).stages["s"]
+    assert stage.level == "sequence"
+    assert stage.mini_batch == stage.batch_size // 4
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "two words"])

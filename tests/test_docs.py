@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from keel import cli
 from keel.config import RunConfig, parse
+from keel.diagnosis.watch import CHECKS
 from keel.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def _defined() -> dict[tuple[str, str], set[str]]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], set[str]]:
+def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], set[str]]:
     """(section, file) → names, of a tiny run over all stages with every optional measure switched on."""
     gc.freeze()
     llama = {
@@ -70,6 +71,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], s
         "base": {"kind": "pretrain", "data": rows("text", 60), "model": {"init": {"model_type": "llama", **llama}}, **few},
         "sft": {"kind": "sft", "model": "base", "data": rows("demonstrations"), **few},
         "reward": {"kind": "reward", "model": "sft", "data": rows("comparisons", 30), "normalize": 4, "sampling": short, **few},
+        "rewards": {"kind": "reward", "model": "sft", "data": rows("comparisons", 30), "normalize": 0, "members": 2, **few},
         "genre": {
             "kind": "classifier", "model": "sft", "data": {"asked": rows("text"), "told": rows("text", 8)}, "passages": True, **few,
         },
@@ -77,8 +79,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], s
             loss: {"kind": "dpo", "model": "sft", "data": rows("comparisons", 30), "loss": loss, **few} for loss in ("sigmoid", "kto", "orpo")
         },
         "ppo": {
-            "kind": "ppo", "model": "sft", "reward": "reward", "data": rows("prompts"), "batch_size": 4, "updates": 2, "epochs": 2,
-            "sampling": short, "kl": {"target": 1.0}, "ptx": {"data": rows("text"), "batch_size": 2}, "eval_every": 1,
+            "kind": "ppo", "model": "sft", "reward": "reward", "data": rows("prompts"), "batch_size": 4, "updates": 3, "epochs": 2,
+            "sampling": short, "kl": {"target": 1.0}, "judge": "world:helpdesk", "control": {"on_finding": "adjust", "reward_bound": -1e6}, "ptx": {"data": rows("text"), "batch_size": 2}, "eval_every": 1,
             "eval_data": rows("prompts", 4),
         },
         "grpo": {
@@ -91,7 +93,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], s
         },
         "judge": {
             "kind": "evaluate", "models": ["sft", "ppo"], "reward": ["reward", {"kind": "length", "high": 9}], "gold": "world:helpdesk", "data": rows("test_prompts", 4),
-            "comparisons": rows("comparisons", 5), "sampling": short,
+            "comparisons": rows("comparisons", 5), "subset": "form", "position": "first", "sampling": short,
+        },
+        "cut": {  # a reward model that reads fewer tokens than such replies have in its own
+            "kind": "evaluate", "models": ["sft"], "reward": str(tiny_reward), "data": rows("test_prompts", 2), "sampling": {"max_new_tokens": 40},
         },
     }  # fmt: skip
     pipeline = Pipeline(
@@ -133,6 +138,22 @@ def test_every_logged_name_is_defined(written):
     defined = _defined()
     undefined = {where: _plain(names) - defined.get(where, set()) for where, names in written.items()}
     assert not {where: names for where, names in undefined.items() if names}
+
+
+def test_every_check_is_documented_with_its_changes():
+    page = (ROOT / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+    rows = {
+        row[0].strip("` "): row
+        for row in (line.strip("|").split("|") for line in page.splitlines())
+        if len(row) == 6
+    }
+    words = {"raise_kl": "β", "cut_lr": "lr"}
+    for name, check in CHECKS.items():
+        assert name in rows, f"{name} is not in docs/diagnosis.md"
+        assert {word.strip() for word in rows[name][5].split(",")} - {""} == {words[c] for c in check.changes}
+        assert len(check.look.__doc__ or "") > 80, f"{name} does not say why its limits are where they are"
+    assert {name for name in rows if name.islower() and name.isidentifier()} - {"check"} == set(CHECKS)
+    assert "docs/diagnosis.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_defined_name_is_logged(written):

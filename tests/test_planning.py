@@ -146,3 +146,63 @@ def test_steps_leave_out_the_rows_that_are_held_out(plan, tiny_model, tmp_path, 
     path.write_text('{"prompt": "the cat?", "completion": " red."}\n' * rows)
     stage = {"kind": "sft", "model": str(tiny_model), "data": str(path), "batch_size": 1, "holdout": holdout}
     assert plan(sft=stage)["sft"]["steps"] == len(split_holdout(rows, holdout, 0)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("pairs", {"loss": "kto"}), ("pairs", {"loss": "kto", "holdout": 0}), ("pairs", {}), ("pairs", {"votes": "soft"}),
+        ("labels", {"loss": "kto"}),
+    ],
+)  # fmt: skip
+def test_steps_of_preferences_are_those_of_the_loop(plan, run, tiny_model, tmp_path, kind, settings):
+    """KTO learns from both sides of a pair; a pair that votes leave undecided is learned from with soft votes only."""
+    path = tmp_path / "rows.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"the cat {i}?", "chosen": " red", "rejected": " so", "p_chosen": (1.0, 0.5, 0.8)[i % 3]} for i in range(11)
+    ]  # fmt: skip
+    if kind == "labels":
+        rows = [{"prompt": f"the cat {i}?", "completion": " red", "label": i % 2 == 0} for i in range(11)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {
+        "kind": "dpo", "model": str(tiny_model), "data": str(path), "batch_size": 2, "epochs": 1.5, "holdout": 0.3, **settings,
+    }  # fmt: skip
+    planned = plan(dpo=stage)["dpo"]["steps"]
+    done = run({"stages": {"dpo": stage}}, tmp_path / "run")
+    assert planned == json.loads((done.stage_directory("dpo") / "stage.json").read_text())["facts"]["steps"]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_memory_is_planned_by_role_and_phase(plan, data, tiny_model):
+    sft = {"kind": "sft", "model": str(tiny_model), "data": str(data.demonstrations), "batch_size": 4}
+    reward = {"kind": "reward", "model": "sft", "data": str(data.pairs), "batch_size": 2, "normalize": 0}
+    ppo = {
+        "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "batch_size": 4, "updates": 1,
+        "sampling": {"max_new_tokens": 4},
+    }  # fmt: skip
+    planned = plan(sft=sft, reward=reward, ppo=ppo, shared={**ppo, "sharing": "trunk"})
+    memory = planned["ppo"]["memory"]
+    assert set(memory["phases"]) == {"rollout", "score", "forward", "train"}
+    assert set(memory["phases"]["train"]) == {"policy", "reference", "critic", "reward"}
+    assert memory["phases"]["train"]["policy"]["weights"] == 4 * planned["ppo"]["parameters"]
+    assert memory["phases"]["train"]["policy"]["optimizer"] == 8 * planned["ppo"]["parameters"]
+    assert memory["phases"]["rollout"]["policy"]["kv_cache"] > 0
+    assert "critic" not in planned["shared"]["memory"]["phases"]["train"]
+    assert planned["shared"]["memory"]["peak"] < memory["peak"]
+    assert "by role" in planning.as_text([planned["ppo"]])
+
+
+def test_a_common_model_that_is_not_here_is_planned_with(plan, data):
+    entry = plan(sft={"kind": "sft", "model": "openai-community/gpt2", "data": str(data.demonstrations)})[
+        "sft"
+    ]
+    assert entry["parameters"] == 124_439_808
+    assert entry["memory"]["phases"]["train"]["model"]["weights"] == 4 * 124_439_808
+
+
+def test_memory_of_an_unknown_model_is_unknown(plan, data):
+    entry = plan(sft={"kind": "sft", "model": "nobody/none", "data": str(data.demonstrations)})["sft"]
+    assert entry["memory"] is None
+    assert "memory unknown" in planning.as_text([entry])

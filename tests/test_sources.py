@@ -93,6 +93,46 @@ def test_an_encoder_cannot_be_tuned_to_write(sft, tiny_distilbert, data, tmp_pat
     assert "preference" in _check({"reward": reward}, tmp_path)["reward"]
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "pretrain", "evaluate", "best_of_n"])
+def test_an_encoder_with_a_language_models_head_is_no_model_that_can_write(kind, tiny_bert, data, tmp_path):
+    """transformers would load a BERT as a causal language model, which sees the tokens it has to predict."""
+    rows = {"sft": data.demonstrations, "dpo": data.pairs, "pretrain": data.text}.get(kind, data.prompts)
+    stage: dict[str, Any] = {"kind": kind, "model": str(tiny_bert), "data": str(rows)}
+    if kind == "evaluate":
+        stage = {
+            "kind": kind,
+            "models": [str(tiny_bert)],
+            "data": str(rows),
+            "sampling": {"max_new_tokens": 4},
+        }
+    if kind == "best_of_n":
+        stage |= {"reward": {"kind": "length", "high": 3}, "sampling": {"max_new_tokens": 4}}
+    with pytest.raises(
+        UsageError, match=r"no language model that can write: it is an encoder \(its type is bert"
+    ):
+        _check({"s": stage}, tmp_path)
+    config = json.loads((tiny_bert / "config.json").read_text())
+    decoder = tmp_path / "decoder"
+    shutil.copytree(tiny_bert, decoder)
+    (decoder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    stage |= {"models": [str(decoder)]} if kind == "evaluate" else {"model": str(decoder)}
+    assert _check({"s": stage}, tmp_path)
+
+
+def test_an_ensemble_that_is_not_whole_is_found_before_anything_is_trained(
+    tiny_reward, tiny_model, data, tmp_path
+):
+    shutil.copytree(tiny_reward, tmp_path / "reward")
+    path = tmp_path / "reward" / "config.json"
+    scale = {"mean": 0.0, "std": 1.0, "members": 2}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "keel_reward": scale}))
+    stage = {
+        "kind": "ppo", "model": str(tiny_model), "reward": str(tmp_path / "reward"), "data": str(data.prompts), "sampling": {"max_new_tokens": 4},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=r"an ensemble of 2 reward models, but member 2 is not there"):
+        _check({"ppo": stage}, tmp_path)
+
+
 def test_a_model_that_can_have_no_score_head_is_no_reward_model_to_be(data, tmp_path):
     CLIPConfig().save_pretrained(tmp_path / "clip")
     with pytest.raises(UsageError, match="can have no score head: its type is clip"):

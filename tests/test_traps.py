@@ -671,7 +671,8 @@ def test_trap_every_setting_is_read_by_something(
         {"kind": "similarity", "model": str(tiny_bert), "to": "answer"}, {"kind": "classifier", "model": "genre", "label": "a"},
         {"kind": "python", "function": own}, {"kind": "learned", "model": "reward", "combine": "mean"},
     ]  # fmt: skip
-    alone = {"eval_data": None, "eval_every": None, "patience": None}
+    alone = {"eval_data": None, "eval_every": None, "patience": None, "judge": None}
+    stages["grpo"] = {**stages["grpo"], "judge": {"reward": [{"kind": "length", "high": 3}]}}
     stages["all-rewards"] = {**stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl")}
     stages["reward"]["members"] = 2
     names = stages.keys()
@@ -687,6 +688,9 @@ def test_trap_every_setting_is_read_by_something(
     elsewhere = attributes_read()
     for name, value in plain.items():  # handed on whole, by plain(): all its fields are read somewhere
         read |= {f"{name}.{field.name}" for field in dataclasses.fields(value) if field.name in elsewhere}
+    read |= {"ControlConfig.reward_bound"} & {
+        f"ControlConfig.{name}" for name in elsewhere
+    }  # of `Conditions`
     read |= {"RunConfig.description"} & {f"RunConfig.{name}" for name in elsewhere}  # `keel recipes` shows it
     assert pipeline.config.stages.keys() == names
     # read while the config is: test_grpo.py says what a preset becomes, and a term's kind is the class that it is read as

@@ -107,15 +107,35 @@ def run(
 
 @app.command()
 def plan(
-    config: ConfigArgument,
+    config: Annotated[Path | None, typer.Argument(help="A config file, or a recipe's name.")] = None,
     overrides: OverridesArgument = None,
     runs: RunsOption = Path("runs"),
     name: NameOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Instead of CONFIG: a model folder or a common model's hub id."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="With --model: sft, reward, dpo, grpo or ppo (default).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what CONFIG would do: data, tokens, steps, parameters. Trains nothing."""
-    from keel import planning
+    """Say what CONFIG would do: data, tokens, steps, parameters, memory. Trains nothing.
 
+    With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real totals.
+    """
+    from keel import planning, textbook
+
+    if (config is None) == (model is None):
+        raise UsageError(
+            "give a config or recipe to plan, or --model with the hub id of a model: one of them"
+        )
+    if model is not None:
+        table = textbook.as_json if as_json else textbook.as_text
+        print(table(model, method or "ppo"))
+        return
+    if method is not None or config is None:
+        raise UsageError("--method has no effect without --model: a config names its methods itself")
     entries = planning.plan(_pipeline(config, overrides, runs, name))
     print(planning.as_json(entries) if as_json else planning.as_text(entries))
 
@@ -137,6 +157,20 @@ def report(
     else:
         print(reports.summary(run))
         print(f"report: {page}")
+
+
+@app.command()
+def diagnose(
+    path: Annotated[Path, typer.Argument(help="A run, one of its stages, or a trainer_state.json of TRL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the metrics of PATH show: findings by stage. Exits with 3 where something is going wrong."""
+    from keel import diagnosing
+
+    found = diagnosing.diagnose(path)
+    print(diagnosing.as_json(found) if as_json else diagnosing.as_text(found))
+    if diagnosing.urgent(found):
+        raise typer.Exit(3)
 
 
 @app.command()

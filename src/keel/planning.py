@@ -1,4 +1,5 @@
-"""`keel plan`: what a config would do, from its data and the shapes of its models. Nothing is trained or downloaded."""
+"""`keel plan`: what a config would do, from its data and the shapes of its models: rows, tokens, steps, memory. Nothing is
+trained or downloaded."""
 
 from __future__ import annotations
 
@@ -10,24 +11,42 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.config import ClassifierConfig, EvaluateConfig, OnPolicy, Supervised, Training
+from keel import fitting, footprint
+from keel.config import (
+    AnyStage,
+    BestOfNConfig,
+    ClassifierConfig,
+    DPOConfig,
+    EvaluateConfig,
+    OnPolicy,
+    PretrainConfig,
+    SFTConfig,
+    Supervised,
+    Training,
+)
 from keel.data import chat
-from keel.data.batches import holdout_count
+from keel.data.batches import derive_seed, holdout_count, split_holdout
 from keel.data.load import Dataset
+from keel.environment import device_of
+from keel.footprint import Cast, Found, Lengths
+from keel.models import shapes
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
 from keel.pipeline import Pipeline
-from keel.sources import main_data_of
+from keel.sources import main_data_of, trusts
+from keel.stages import comparisons
 from keel.stages.pretrain import DEFAULT_VOCABULARY
-from keel.types import Record, TextRecord, UsageError
+from keel.types import DemonstrationRecord, PreferenceRecord, Record, TextRecord, UnpairedRecord, UsageError
 
 CHARACTERS_A_TOKEN = 4  # a rule of thumb, used where no tokenizer exists yet
 SAMPLE = 200  # rows whose tokens are counted
+CANDIDATES = 20  # rows, the longest in characters, among which the longest in tokens is looked for
 
 
 def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
-    """One entry a stage: kind, inputs, data, rows, type, tokens (None where unknown), steps, parameters, state.
+    """One entry a stage: kind, inputs, data, rows, type, tokens (None where unknown), steps, parameters, state, memory.
 
-    `tokens_measured`: every row was tokenised; otherwise the tokens are an estimate.
+    `tokens_measured`: every row was tokenised; otherwise the tokens are an estimate. `memory`: see `_memory`; None where
+    the shape of one of its models is unknown.
     """
     pipeline.sources.check(list(pipeline.config.stages))
     return [_stage(pipeline, name) for name in pipeline.config.stages]
@@ -46,6 +65,8 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(stage, Supervised):
         kept = rows if stage.eval_data else rows - holdout_count(rows, stage.holdout)
+        if isinstance(stage, DPOConfig):
+            kept = _examples(pipeline, name, stage, datasets[0])
         if stage.kind == "pretrain" or (isinstance(stage, ClassifierConfig) and stage.passages):
             length = stage.max_length or pipeline.sources.context(name) or 512
             kept = math.ceil((tokens or 0) * kept / max(rows, 1) / (length - 1)) or kept
@@ -58,7 +79,16 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
             "episodes": stage.updates * stage.batch_size,
             "gradient_steps": stage.updates * stage.epochs * mini,
         }
+    entry["memory"] = _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets))
     return entry
+
+
+def _examples(pipeline: Pipeline, name: str, stage: DPOConfig, dataset: Dataset) -> int:
+    """What a stage of preferences learns from: pairs or examples, without those held out and undecided ones."""
+    records = dataset.records
+    share = 0.0 if stage.eval_data else stage.holdout
+    kept, _ = split_holdout(len(records), share, derive_seed(pipeline.config.seed, name))
+    return comparisons.count(stage, [records[i] for i in kept])
 
 
 def _tokens(tokenizer: Any | None, dataset: Dataset) -> int | None:
@@ -110,30 +140,175 @@ def _tokenizer(pipeline: Pipeline, name: str) -> Any | None:
         elif pipeline.is_done(root):  # it has trained one
             place = pipeline.stage_directory(root) / "model"
     try:
-        return load_tokenizer(str(place)) if place and place.exists() else None
+        remote = trusts(stage or pipeline.config.stages[name])
+        return load_tokenizer(str(place), trust_remote_code=remote) if place and place.exists() else None
     except UsageError:
         return None
 
 
-def _parameters(pipeline: Pipeline, name: str, tokenizer: Any | None) -> int | None:
-    """Parameters of the model a stage works on; None when its config is not on this machine."""
+def _config(pipeline: Pipeline, name: str, tokenizer: Any | None) -> Any | None:
+    """The transformers configuration of the model a stage works on; None when it is not on this machine."""
     root = pipeline.config.stages.get(_root(pipeline, name))
     new = root.model if isinstance(root, Training) and root.model.init else None
     place = _place(pipeline, name)
     if new is None and place is None:
         return None
-    remote = isinstance(root, Training) and root.model.trust_remote_code
+    remote = trusts(root or pipeline.config.stages[name])
     init = new.init.model_dump() if new and new.init else None
     config = model_config(ModelSource(str(place), init, trust_remote_code=remote))
     if new and init is not None and "vocab_size" not in init:
         config.vocab_size = len(tokenizer) if tokenizer else new.vocab_size or DEFAULT_VOCABULARY
+    return config
+
+
+def _parameters(pipeline: Pipeline, name: str, tokenizer: Any | None) -> int | None:
+    """Parameters of the model a stage works on; None when neither its config is on this machine nor its shape known."""
+    stage, root = pipeline.config.stages[name], pipeline.config.stages.get(_root(pipeline, name))
+    scores = stage.kind in ("reward", "classifier")
+    labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
+    config = _config(pipeline, name, tokenizer)
+    if config is None:
+        shape = shapes.known(_origin(pipeline, name))
+        return shape and shape.parameters("score" if scores else "lm", labels)
+    remote = isinstance(root, Training) and root.model.trust_remote_code
     family: Any = AutoModelForCausalLM
-    stage = pipeline.config.stages[name]
-    if stage.kind in ("reward", "classifier"):
+    if scores:
         family = AutoModelForSequenceClassification
-        config.num_labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
+        config.num_labels = labels
     with torch.device("meta"):
         return count_parameters(family.from_config(config, trust_remote_code=remote))
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _memory(pipeline: Pipeline, name: str, lengths: Lengths) -> dict[str, Any] | None:
+    """`longest`: tokens of the longest row, `prompt` and `answer`; `phases`: phase → role → kind → bytes on this machine's
+    device; `peak` and `peak_phase`; `cards`: size in GB → whether the stage fits, and settings that would make it fit;
+    `estimated`: a model is of a type that keel does not know block by block."""
+    stage = pipeline.config.stages[name]
+    cast = _cast(pipeline, name)
+    if cast is None:
+        return None
+    device: footprint.Device = "cuda" if device_of(pipeline.config).type == "cuda" else "cpu"
+    phases = footprint.phases(stage, cast, lengths, device)
+    fullest = max(phases, key=lambda phase: phase.total)
+
+    def peak(stage: AnyStage) -> float:
+        limit = getattr(stage, "max_length", None)
+        return max(phase.total for phase in footprint.phases(stage, cast, lengths.within(limit), "cuda"))
+
+    found = fitting.fits(stage, peak, lengths.total)
+    models = [cast.model, *([cast.reference] if cast.reference else []), *cast.rewards.values()]
+    return {
+        "device": device,
+        "longest": {"prompt": lengths.prompt, "answer": lengths.answer},
+        "phases": {phase.name: _whole(phase.parts) for phase in phases},
+        "peak": round(fullest.total),
+        "peak_phase": fullest.name,
+        "cards": {str(fit.gb): {"fits": fit.fits, "with": fit.settings} for fit in found},
+        "estimated": not all(model.shape.known for model in models),
+    }
+
+
+def _whole(parts: dict[str, dict[str, float]]) -> dict[str, dict[str, int]]:
+    return {
+        role: {kind: round(value) for kind, value in kinds.items() if value} for role, kinds in parts.items()
+    }
+
+
+def _cast(pipeline: Pipeline, name: str) -> Cast | None:
+    """The shapes of a stage's models; None where one is unknown."""
+    stage = pipeline.config.stages[name]
+    rewards: dict[str, Found] = {}
+    for term in getattr(stage, "reward", None) or []:
+        if term.kind in ("learned", "classifier", "similarity"):
+            found = _found(pipeline, term.model, "score", judges=term.kind != "learned")
+            if found is None:
+                return None
+            rewards[term.called] = found
+    if isinstance(stage, EvaluateConfig):
+        models = [_found(pipeline, model, "lm") for model in stage.models]
+        if any(model is None for model in models):
+            return None
+        whole = sorted((m for m in models if m), key=lambda m: m.shape.parameters())
+        reference = models[stage.models.index(stage.reference or stage.models[0])]
+        return Cast(whole[-1], reference, rewards)
+    assert isinstance(stage, Training)
+    model = _found(pipeline, name, "score" if stage.kind in ("reward", "classifier") else "lm")
+    named = getattr(stage, "reference", None)
+    reference = _found(pipeline, named, "lm") if named else None
+    return None if model is None or (named and reference is None) else Cast(model, reference, rewards)
+
+
+def _found(pipeline: Pipeline, name: str, head: shapes.Head, *, judges: bool = False) -> Found | None:
+    """What a stage's name, a path or a hub id stands for; None where its shape is unknown."""
+    stage = pipeline.config.stages.get(name)
+    if stage is None:
+        path = Path(pipeline.sources.resolve(name))
+        config = model_config(ModelSource(str(path))) if (path / "config.json").exists() else None
+        members = 1 + len(list((path / "members").glob("*"))) if config else 1
+    else:
+        config, members = _config(pipeline, name, _tokenizer(pipeline, name)), getattr(stage, "members", 1)
+    shape = shapes.known(_origin(pipeline, name)) if config is None else shapes.of_config(config)
+    if shape is None:
+        return None
+    counted = _parameters(pipeline, name, _tokenizer(pipeline, name)) if stage and not shape.known else None
+    return Found(shape, counted, members, judges)
+
+
+def _origin(pipeline: Pipeline, name: str) -> str:
+    """The path or hub id that the model of `name` comes from, at the root of its chain."""
+    root = _root(pipeline, name)
+    stage = pipeline.config.stages.get(root)
+    return (stage.model.path or root) if isinstance(stage, Training) else root
+
+
+def _longest(pipeline: Pipeline, name: str, tokenizer: Any | None, datasets: list[Dataset]) -> Lengths:
+    """Tokens of the longest row that a stage will see: of the rows longest in characters, as the stage writes them."""
+    stage = pipeline.config.stages[name]
+    limit = getattr(stage, "max_length", None) or _context(pipeline, name)
+    packed = isinstance(stage, SFTConfig) and stage.packing
+    if (
+        isinstance(stage, PretrainConfig)
+        or packed
+        or (isinstance(stage, ClassifierConfig) and stage.passages)
+    ):
+        return Lengths(0, limit or 512)
+    records = [record for dataset in datasets for record in dataset.records]
+    candidates = sorted(records, key=lambda record: _length(None, record))[-CANDIDATES:]
+    rows = [_lengths(tokenizer, record) for record in candidates]
+    if isinstance(stage, OnPolicy | BestOfNConfig | EvaluateConfig):
+        new = stage.sampling.max_new_tokens
+        prompt = max(row.total for row in rows)
+        return Lengths(min(prompt, max(1, limit - new)) if limit else prompt, new)
+    return max(rows, key=lambda row: row.total).within(limit)
+
+
+def _context(pipeline: Pipeline, name: str) -> int | None:
+    context = pipeline.sources.context(name)
+    shape = shapes.known(_origin(pipeline, name)) if context is None else None
+    return shape.context if shape else context
+
+
+def _lengths(tokenizer: Any | None, record: Record) -> Lengths:
+    """Of one record; of a pair its longer side."""
+    if isinstance(record, TextRecord):
+        return Lengths(0, math.ceil(_length(tokenizer, record)))
+    prompt = _count(tokenizer, record.prompt)
+    if isinstance(record, PreferenceRecord):
+        return Lengths(prompt, max(_count(tokenizer, side) for side in (record.chosen, record.rejected)) + 1)
+    if isinstance(record, DemonstrationRecord | UnpairedRecord):
+        return Lengths(prompt, _count(tokenizer, record.completion) + 1)  # its EOS
+    return Lengths(prompt, 0)
+
+
+def _count(tokenizer: Any | None, part: Any) -> int:
+    """Tokens of a text, or of turns as keel's template writes them where the tokenizer brings none."""
+    text = part if isinstance(part, str) else chat.prompt_text(None, part)
+    if tokenizer is None:
+        return math.ceil(len(text) / CHARACTERS_A_TOKEN)
+    return len(tokenizer(text, verbose=False)["input_ids"])
 
 
 def as_text(entries: list[dict[str, Any]]) -> str:
@@ -163,8 +338,49 @@ def as_text(entries: list[dict[str, Any]]) -> str:
             f"{entry['stage']} ({entry['kind']}){source}{'  [done]' if entry['done'] else ''}",
             f"    {entry['data']}",
             f"    {' · '.join(facts)}",
+            *(
+                _memory_lines(entry["memory"])
+                if entry["memory"]
+                else ["    memory unknown until the shapes of its models are"]
+            ),
         ]
     return "\n".join(lines)
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    """The peak by kind and by role, each phase, and the cards."""
+    parts = memory["phases"][memory["peak_phase"]]
+    by_kind: dict[str, int] = {}
+    for kinds in parts.values():
+        for kind, value in kinds.items():
+            by_kind[kind] = by_kind.get(kind, 0) + value
+    by_role = {role: sum(kinds.values()) for role, kinds in parts.items()}
+    totals = {
+        name: sum(sum(kinds.values()) for kinds in phase.values()) for name, phase in memory["phases"].items()
+    }
+    about = (
+        ", a rough estimate: keel does not know this type of model block by block"
+        if memory["estimated"]
+        else ""
+    )
+    fits = [fitting.Fit(int(gb), card["fits"], card["with"]) for gb, card in memory["cards"].items()]
+    lines = [
+        f"    memory {_gb(memory['peak'])} GB at its peak, {memory['peak_phase']}: {_named(by_kind)}{about}"
+    ]
+    if len(by_role) > 1:
+        lines.append(f"    by role: {_named(by_role)}")
+    if len(totals) > 1:
+        lines.append(f"    by phase: {_named(totals)}")
+    return [*lines, f"    {fitting.as_text(fits)}"]
+
+
+def _named(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_gb(value)}" for name, value in values.items())
+
+
+def _gb(value: float) -> str:
+    """Bytes as GB (10⁹), with three digits."""
+    return f"{value / fitting.GB:.3g}" if value < 999.5 * fitting.GB else f"{value / fitting.GB:,.0f}"
 
 
 def as_json(entries: list[dict[str, Any]]) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from keel.checkpoint import Checkpoint, latest, save, write_json
-from keel.types import DataSource, KeelError, RecordType
+from keel.types import DataSource, NotFiniteError, RecordType
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "times.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
 Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
 
 
@@ -41,13 +41,17 @@ class StageRun:
     facts: dict[str, Any] = field(default_factory=dict)  # rows, parameters …, for stage.json
     _seconds: dict[str, float] = field(default_factory=dict)
 
-    def log(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        """Append one line of metrics. KeelError at the first number that is not finite."""
+    def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+        """NotFiniteError at the first number that is not finite."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise KeelError(
+                raise NotFiniteError(
                     f"{self.name}: {name} is {value} at step {step}; nothing of this step was kept (last checkpoint: {self.directory / 'checkpoints'})"
                 )
+
+    def log(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        """Append one line of metrics. NotFiniteError at the first number that is not finite."""
+        self.check_finite(step, metrics)
         self._append(
             "metrics.jsonl", [{"step": step, **{name: float(value) for name, value in metrics.items()}}]
         )
@@ -62,6 +66,11 @@ class StageRun:
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append sample rows."""
         self._append("samples.jsonl", rows)
+
+    def events(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append findings and what was done about them; no file is made for none."""
+        if rows:
+            self._append("events.jsonl", rows)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from keel import worlds
 from keel.config import (
@@ -29,7 +29,7 @@ from keel.data import chat, load
 from keel.environment import device_of
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
 from keel.rewards import learned
-from keel.stages import rewarding
+from keel.stages import judging, rewarding
 from keel.types import DataError, DataSource, PromptRecord, RecordType, UsageError
 
 ACCEPTS: Mapping[str, tuple[RecordType, ...]] = {
@@ -97,7 +97,9 @@ class Sources:
             if getattr(stage, "eval_data", None) and not isinstance(stage, ClassifierConfig):
                 self._check_eval_data(name)
             if isinstance(stage, EvaluateConfig) and stage.gold:
-                self._check_gold(stage)
+                self._check_gold(stage.gold, data_of(stage)[0])
+            if isinstance(stage, OnPolicy) and stage.judge and stage.judge.gold:
+                self._check_gold(stage.judge.gold, data_of(stage)[1 if stage.eval_data else 0])
         return lines
 
     def summary(self, name: str) -> str:
@@ -122,6 +124,8 @@ class Sources:
                 found = self._config_of(stage, setting, source)
                 if setting == "reward":
                     learned.check_config(found, place)
+                    if Path(place).exists():
+                        learned.other_members(found, place)
                 elif setting not in ("classifier", "similarity"):  # these write nothing
                     _check_family(stage, found, place)
         if isinstance(stage, Training) and stage.model.init:
@@ -142,7 +146,7 @@ class Sources:
     def _check_rewards(self, name: str) -> None:
         """Rules and functions can be made, and the columns that they compare with are there."""
         stage = self.config.stages[name]
-        terms = getattr(stage, "reward", None)
+        terms = _rewards_of(stage)
         if not terms:
             return
         rewarding.check(terms, name)
@@ -210,21 +214,17 @@ class Sources:
         model = stage.model if isinstance(stage, Training) else None
         init = model.init.model_dump() if model and model.init and setting == "model" else None
         revision = model.revision if model and setting == "model" else None
-        return ModelSource(
-            place, init, trust_remote_code=bool(model and model.trust_remote_code), revision=revision
-        )
+        return ModelSource(place, init, trust_remote_code=trusts(stage), revision=revision)
 
-    def _check_gold(self, stage: EvaluateConfig) -> None:
+    def _check_gold(self, gold: str, data: tuple[list[DataSource], tuple[RecordType, ...]]) -> None:
         """The world can judge replies to these prompts. DataError at the first that it cannot."""
-        world = worlds.load(str(stage.gold).removeprefix("world:").partition("/")[0])
-        for record in self.load_data(*data_of(stage)[0]).records:
+        world = worlds.load(judging.world_of(gold))
+        for record in self.load_data(*data).records:
             if isinstance(record, PromptRecord):
                 try:
                     world.gold(chat.user_text(record.prompt), "", record.columns)
                 except DataError as error:
-                    raise DataError(
-                        f"{record.origin}: {stage.gold} cannot judge replies to it: {error}"
-                    ) from None
+                    raise DataError(f"{record.origin}: {gold} cannot judge replies to it: {error}") from None
 
 
 def main_data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
@@ -235,9 +235,21 @@ def main_data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType,
     return data_of(stage)[:1]
 
 
+def trusts(stage: AnyStage | None) -> bool:
+    """Whether Python that comes with a stage's models may be run."""
+    owner = stage.model if isinstance(stage, Training) else stage
+    return bool(owner and owner.trust_remote_code)
+
+
+def _rewards_of(stage: Stage) -> list[Any]:
+    """The terms of a stage's rewards, its judge's included."""
+    judge = stage.judge if isinstance(stage, OnPolicy) else None
+    return [*(getattr(stage, "reward", None) or []), *((judge and judge.reward) or [])]
+
+
 def functions_of(stage: Stage) -> list[str]:
     """The Python functions that a stage's rewards name."""
-    terms = getattr(stage, "reward", None) or []
+    terms = _rewards_of(stage)
     return [term.function for term in terms if term.kind == "python"]
 
 
@@ -264,10 +276,22 @@ def _check_family(stage: AnyStage, config: Any, place: str) -> None:
     """UsageError for a model that transformers cannot give the head it needs. One with code of its own is not judged."""
     scores = stage.kind in ("reward", "classifier")
     family: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    remote = isinstance(stage, Training) and stage.model.trust_remote_code and hasattr(config, "auto_map")
+    remote = trusts(stage) and hasattr(config, "auto_map")
     if type(config) not in family._model_mapping and not remote:
         lack = "can have no score head" if scores else "is no language model that can write"
         raise UsageError(f"{place!r} {lack}: its type is {config.model_type}")
+    if not scores and _reads_both_ways(config):
+        raise UsageError(
+            f"{place!r} is no language model that can write: it is an encoder (its type is {config.model_type}, without `is_decoder`), which sees the tokens that it would have to predict"
+        )
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether a model of this config attends to later tokens too, as BERT does. transformers gives such a type a language
+    model's head all the same, and masks what comes later only with `is_decoder` (XLM: `causal`)."""
+    masks = ("is_decoder", "is_encoder_decoder", "causal")
+    encoder: Any = AutoModelForMaskedLM
+    return type(config) in encoder._model_mapping and not any(getattr(config, name, False) for name in masks)
 
 
 def _without_number(name: str) -> str:

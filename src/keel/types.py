@@ -25,6 +25,10 @@ class UsageError(KeelError):
     exit_code = 2
 
 
+class NotFiniteError(KeelError):
+    """A loss, a gradient or a metric is NaN or infinite: the step that made it is worth nothing."""
+
+
 class DataError(UsageError):
     """A row or a file of data is unusable; the message names the file, the line and the reason."""
 
@@ -129,6 +133,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     stop: tuple[str, ...] = ()  # stop strings; each must be one token of the tokenizer, besides EOS
 
 
@@ -142,6 +147,11 @@ class Completion:
     logp: tuple[
         float, ...
     ] = ()  # log of the probability each response token was drawn with, by the sampler's own logits
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ended by itself, with a stop token; False for one that was cut off."""
+        return self.stop_reason != "length"
 
 
 @dataclass(frozen=True, slots=True)

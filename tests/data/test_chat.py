@@ -381,3 +381,24 @@ def test_trap_29_padding_side_is_left_as_it_was(side):
     chat.text_ids(tokenizer, TextRecord((USER, REPLY)))
     chat.stop_ids(tokenizer, [])
     assert tokenizer.padding_side == side
+
+
+@pytest.mark.parametrize("where", ["prompt", "completion", "text"])
+def test_a_template_that_leaves_out_the_system_message_is_refused(where):
+    """Silently, the model would be trained and sampled without it. Spaces around it may go."""
+    system, user, reply = ({"role": r, "content": c} for r, c in (("system", " Be brief.\n"), ("user", "a?"), ("assistant", "b.")))  # fmt: skip
+
+    def encode() -> object:
+        if where == "text":
+            return chat.text_ids(tokenizer, TextRecord((system, user, reply)))
+        if where == "completion":
+            return chat.completion_ids(tokenizer, (system, user), (reply,))
+        return chat.prompt_ids(tokenizer, (system, user))
+
+    silent = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer = make_tokenizer(template=silent)
+    with pytest.raises(UsageError, match="the chat template leaves out the system message"):
+        encode()
+    assert chat.prompt_ids(tokenizer, (user,))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"
+    assert encode()

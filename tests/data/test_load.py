@@ -221,7 +221,7 @@ def test_narrowing_is_said(tmp_path):
     assert [record.completion for record in demonstrations.records] == [f"c{i}" for i in range(5)]
     assert "chosen side of preference rows" in demonstrations.sources[0]
     prompts = read(path, ["prompt"])
-    assert prompts.records[1].columns == {"chosen": "c1", "rejected": "r1"}
+    assert prompts.records[1].columns == {"chosen": "c1", "rejected": "r1", "source": str(path)}
     assert "prompt of preference rows" in prompts.sources[0]
 
 
@@ -238,7 +238,7 @@ def test_unknown_columns_suggest_a_rename_that_works(tmp_path):
     assert "missing: prompt, completion" in message
     assert "`columns: {prompt: question, completion: answer}`" in message
     record = read(path, ["demonstration"], columns={"prompt": "question", "completion": "answer"}).records[0]
-    assert (record.prompt, record.completion, record.columns) == ("2+2?", "4", {})
+    assert (record.prompt, record.completion, record.columns) == ("2+2?", "4", {"source": str(path)})
 
 
 def test_type_that_a_stage_cannot_use_is_named(tmp_path):
@@ -410,8 +410,10 @@ def test_mixture_says_its_shares(two):
     assert "letters.jsonl (4 of 16 rows)" in summary(mixture(two, (3.0, 1.0)))
 
 
-def test_a_single_source_adds_no_column(two):
-    assert read(two[0]).records[0].columns == {}
+def test_rows_of_a_single_source_say_where_they_came_from_too(two, tmp_path):
+    assert read(two[0]).records[0].columns == {"source": str(two[0])}
+    own = jsonl(tmp_path / "own.jsonl", [{"prompt": "a", "source": "theirs", "id": 1}])
+    assert read(own, ["prompt"]).records[0].columns == {"source": str(own), "id": 1}
 
 
 def test_mixture_errors(two, tmp_path):

@@ -128,6 +128,8 @@ def test_split_accumulation_and_padding_leave_the_gradient(
 
     objective = preference._objective(preference.Setup(config, model, 0, torch.device("cpu"), known, None))
     denominator, total = sum(objective.weight(row) for row in batch), 0.0
+    if objective.begin is not None:
+        objective.begin(batch)
     for part in micro_batches(batch, size):
         value, _ = objective.loss(part, denominator)
         value.backward()

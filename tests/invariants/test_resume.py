@@ -88,6 +88,29 @@ def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
     assert_all_alike(tmp_path, differences)
 
 
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
+    stride: int, short: Mapping[str, Any], tmp_path: Path, differences: Differences
+) -> None:
+    """A check fires after each third update: twice a rollback, then a stop, whose checkpoint may be the last thing written."""
+    ppo = {
+        **{k: v for k, v in short["ppo"].items() if k not in ("patience", "eval_data")}, "updates": 10, "save_every": 2, "lr": 0.01,
+        "judge": {"kind": "length", "high": 2, "slack": 2},
+    }  # fmt: skip
+    control = {"on_finding": "rollback", "attempts": 2, "reward_bound": -1e6}
+    stages = {
+        "rolled": {**ppo, "control": control},
+        "adjusted": {**ppo, "control": {**control, "on_finding": "adjust"}},
+    }
+    assert killed_and_resumed(tmp_path, stages, "every", str(stride)) * stride > 90
+    found = [
+        json.loads(line)["event"]
+        for line in (tmp_path / "undisturbed" / "stages" / "rolled" / "events.jsonl").read_text().splitlines()
+    ]
+    assert found == ["finding", "rollback", "finding", "rollback", "finding", "stop"]
+    assert_all_alike(tmp_path, differences)
+
+
 def test_a_run_over_all_stages_killed_again_and_again_ends_the_same(
     whole: Mapping[str, Any], tmp_path: Path, differences: Differences
 ) -> None:

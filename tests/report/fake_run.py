@@ -103,8 +103,27 @@ def result() -> dict[str, Any]:
     return {
         "reference": "sft",
         "models": {"sft": sft, "ppo": ppo},
-        "reward_model": {"accuracy": measure(0.731, 0.039, 500)},
+        "reward_model": reward_model(),
     }
+
+
+def reward_model() -> dict[str, Any]:
+    """A reward model that is surer than it should be and likes length more than people do."""
+    bins = [
+        {"low": low, "high": low + 0.05, "confidence": low + 0.024, "share": measure(0.5 + 0.7 * (low - 0.5), 0.06, 90 - 80 * (low - 0.5))}
+        for low in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+    ]  # fmt: skip
+    like = {"pearson": 0.3, "spearman": 0.31}
+    return {
+        "accuracy": measure(0.731, 0.039, 500),
+        "by_margin": {"unanimous": measure(0.842, 0.05, 210), "split": measure(0.638, 0.06, 290)},
+        "by_subset": {"contrast": measure(0.69, 0.06, 200), "near duplicate": measure(0.52, 0.14, 50)},
+        "calibration": {"ece": 0.083, "brier": measure(0.187, 0.012, 500), "bins": bins},
+        "length": {"replies": like, "pairs": {"pearson": 0.4, "spearman": 0.42}, "votes": {"pearson": 0.2, "spearman": 0.21}},
+        "position": {side: {"first": measure(0.51, 0.04, 500), **like} for side in ("reward", "votes")},
+        "disagreement": {"auroc": 0.66, "std_right": measure(0.3, 0.03, 365), "std_wrong": measure(0.4, 0.04, 135)},
+        "offset": {"within": 0.4, "between": 0.9, "share": 0.692},
+    }  # fmt: skip
 
 
 def write_run(run: Path, done: Collection[str] = tuple(KINDS), unfinished: Collection[str] = ()) -> Path:

@@ -16,13 +16,14 @@ import pytest
 import yaml
 
 from keel import report
-from keel.report.page import measures
-from keel.report.reading import read
+from keel.report import reward_models
+from keel.report.page import key_result, measures
+from keel.report.reading import StageRun, read
 from keel.report.wording import decimals, duration, large, number
 from keel.types import DataError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_run import CONFIG, KINDS, PROMPTS, measure, result, write_run
+from fake_run import CONFIG, KINDS, PROMPTS, measure, result, reward_model, write_run
 
 EMPTY = ("meta", "link", "br", "img", "input", "hr", "line", "circle")
 
@@ -73,7 +74,7 @@ def page(tmp_path_factory) -> tuple[str, Page]:
 def test_the_verdict_comes_first_and_large(page):
     _, seen = page
     assert next(tag for tag, _ in seen.tags if tag in ("h1", "h2")) == "h1"
-    words = "Better: gold reward rose from 0.46 to 0.78 (+0.32, 95 % interval 0.28 to 0.36) at KL 5.2 nats (target 6.0)."
+    words = "Better: gold reward rose from 0.46 to 0.78 (+0.32, 95 % interval 0.28 to 0.36) at KL 5.2 nats (target 6.0), no finding in training."
     assert words in seen.text
     assert seen.text.index("Better:") < seen.text.index("Pipeline")
 
@@ -123,6 +124,79 @@ def test_the_sections_tell_the_run(page):
     }  # fmt: skip
     assert "kind: evaluate" in seen.text  # settings
     assert "2.13.0+cpu" in seen.text  # environment
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "said"),
+    [
+        (
+            "dpo",
+            {"accuracy": measure(0.8, 0.1), "margin": measure(1.5, 0.5)},
+            "held-out accuracy 0.80 (0.70 to 0.90), margin 1.50 (1.00 to 2.00)",
+        ),
+        ("dpo", {}, ""),
+        (
+            "best_of_n",
+            {"reward_best": measure(0.9, 0.1), "reward_mean": measure(0.4, 0.1)},
+            "reward 0.40 → 0.90",
+        ),
+    ],
+)
+def test_what_came_out_of_a_stage_in_a_few_words(kind, found, said):
+    one = StageRun("s", kind, "done", Path("nowhere"), {"kind": kind}, (), {}, found, {})
+    assert key_result(one) == said
+
+
+def test_a_stage_takes_the_models_of_its_reward_terms(tmp_path):
+    """As the resolved config writes them: a list of terms."""
+    config = {**CONFIG, "stages": {name: dict(stage) for name, stage in CONFIG["stages"].items()}}
+    config["stages"]["ppo"]["reward"] = [
+        {"kind": "learned", "model": "reward"},
+        {"kind": "length", "high": 3},
+    ]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert {stage.name: stage.inputs for stage in read(tmp_path).stages}["ppo"] == ("sft", "reward")
+
+
+def test_the_reward_model_has_a_table_and_a_reliability_diagram(page):
+    _, shown = page
+    assert "The reward model on held-out comparisons" in shown.text
+    for words in (
+        "of unanimous votes 0.84 (0.79 to 0.89)",
+        "of “near duplicate” 0.52",
+        "Calibration error 0.08",
+        "Length: within pairs +0.42",
+        "Length: people +0.21",
+        "First one preferred by people 0.51",
+        "Disagreement 0.66",
+        "Offset of prompts 0.69",
+    ):
+        assert words in shown.text, words
+    assert "Reliability of the reward model" in shown.text
+
+
+def test_what_was_not_measured_of_a_reward_model_is_not_shown():
+    assert reward_models.lines({}) == []
+    assert reward_models.in_short({}) == ""
+    assert reward_models.reliability_diagram("judge", {}) is None
+    only = {"accuracy": measure(0.7, 0.1), "length": {"pairs": {"spearman": None, "pearson": None}}}
+    assert [line.label for line in reward_models.lines(only)] == ["Accuracy"]
+    assert reward_models.in_short(only) == "accuracy 0.70 (0.60 to 0.80)"
+
+
+def test_the_reliability_diagram_shows_every_bin_with_its_interval():
+    found = reward_model()
+    picture = reward_models.reliability_diagram("judge", found)
+    (trace,) = picture.figure["data"]
+    bins = found["calibration"]["bins"]
+    assert trace["x"] == [one["confidence"] for one in bins]
+    assert trace["y"] == [one["share"]["mean"] for one in bins]
+    assert trace["error_y"]["array"] == pytest.approx(
+        [one["share"]["high"] - one["share"]["mean"] for one in bins]
+    )
+    low, high = picture.figure["layout"]["yaxis"]["range"]
+    assert low < min(one["share"]["low"] for one in bins)
+    assert high > 1
 
 
 def test_samples_are_the_first_prompts_not_picked_ones(page):
@@ -297,6 +371,12 @@ def test_summary_is_plain_text_with_verdict_and_table(tmp_path):
     assert head == ["judge", "sft", "ppo"]
     gold = next(line for line in lines if line.startswith("Gold reward"))
     assert gold.split("  ")[-1].strip() == "0.78 (0.76 to 0.81)"
+    assert lines[-1].startswith(
+        "reward model on comparisons: accuracy 0.73 (0.69 to 0.77), unanimous 0.84, split 0.64, "
+    )
+    assert lines[-1].endswith(
+        "length within pairs +0.42, AUROC of disagreement 0.66, variance between prompts 0.69"
+    )
     assert not any(line != line.rstrip() or "[" in line for line in lines)
 
 

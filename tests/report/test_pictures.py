@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from keel.config import KINDS
 from keel.report import pictures
+from keel.report.curves import CURVES
 from keel.report.reading import StageRun
 
 
@@ -41,6 +46,69 @@ def test_a_value_that_is_not_finite_leaves_a_gap_and_valid_json():
     (loss,) = pictures.curves(stage("sft", {"loss": [(1, 3.0), (2, None), (3, 1.0)]}))
     assert loss.figure["data"][0]["y"] == [3.0, None, 1.0]
     json.dumps(loss.figure, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "settings", "titles"),
+    [
+        (
+            "dpo",
+            ["loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "epoch"],
+            {},
+            ["Margin", "Accuracy", "Loss", "Log-probability of the chosen"],
+        ),
+        ("dpo", ["loss", "kl"], {"loss": "kto"}, ["Loss", "KL from the reference"]),
+        (
+            "dpo",
+            ["nll_loss", "log_odds_ratio"],
+            {"loss": "orpo"},
+            ["Loss of the chosen", "Log odds"],
+        ),
+        (
+            "grpo",
+            [
+                "objective/scores",
+                "objective/scores_sampled",
+                "rollout/groups_replaced",
+                "frac_reward_zero_std",
+            ],
+            {"resample": 0},
+            ["Score", "Groups of equal rewards"],
+        ),
+        (
+            "grpo",
+            ["objective/scores", "objective/scores_sampled", "rollout/groups_replaced"],
+            {"resample": 3},
+            ["Score", "Groups replaced", "Score as first sampled"],
+        ),
+        ("best_of_n", ["loss", "mean_token_accuracy", "epoch"], {}, ["Loss", "Token accuracy"]),
+        ("classifier", ["accuracy", "loss"], {}, ["Loss", "Accuracy"]),
+    ],
+)
+def test_each_kind_of_stage_shows_what_matters_of_it(kind, metrics, settings, titles):
+    logged = {name: [(1, 0.5), (2, 0.7)] for name in metrics}
+    assert [picture.title for picture in pictures.curves(stage(kind, logged, **settings))] == titles
+
+
+def test_every_metric_that_is_drawn_is_one_that_is_logged():
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    drawn = {name for known in CURVES.values() for c in known for name in (c.metric, c.held_out) if name}
+    assert [name for name in sorted(drawn) if f"| `{name}` |" not in page] == []
+    assert set(CURVES) == set(KINDS) - {"evaluate"}
+
+
+def test_the_chosen_responses_are_drawn_against_the_mean_of_all(tmp_path):
+    rows = [{"mean": 0.1, "reward": 0.9}, {"mean": 0.4, "reward": 0.4}]
+    (tmp_path / "best.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best = replace(stage("best_of_n", {"loss": [(1, 1.0)]}, min_reward=0.5), directory=tmp_path)
+    drawn, loss = pictures.curves(best)
+    (dots,) = drawn.figure["data"]
+    assert (dots["x"], dots["y"]) == ([0.1, 0.4], [0.9, 0.4])
+    diagonal, least = drawn.figure["layout"]["shapes"]
+    assert [diagonal[end] for end in ("x0", "y0", "x1", "y1")] == [0.1, 0.1, 0.4, 0.4]
+    assert (least["y0"], least["y1"]) == (0.5, 0.5)
+    assert [key.label for key in drawn.keys] == ["a prompt", "the mean itself", "kept from 0.50"]
+    assert loss.title == "Loss"
 
 
 def test_a_stage_of_unknown_kind_shows_what_it_logged():

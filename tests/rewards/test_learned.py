@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,60 @@ def test_only_tokenizers_with_the_same_ids_and_template_read_each_others_ids(
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(["<new>"])
     assert not learned.same_tokenizer(tokenizer, grown)
+
+
+# ---------------------------------------------------------------- ensembles
+
+
+def ensemble_of(count: int, tiny_reward: Path, folder: Path, *, present: int) -> Path:
+    """A folder that says it is an ensemble of `count`, with its first member and the others up to `present` there."""
+    shutil.copytree(tiny_reward, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["keel_reward"] = {"mean": 0.5, "std": 2.0, "members": count}
+    (folder / "config.json").write_text(json.dumps(config))
+    for number in range(2, present + 1):
+        shutil.copytree(tiny_reward, folder / "members" / str(number))
+    return folder
+
+
+def test_an_ensemble_without_one_of_its_members_is_refused(tiny_reward: Path, tmp_path: Path) -> None:
+    whole = ensemble_of(3, tiny_reward, tmp_path / "whole", present=3)
+    assert len(learned.load_members(str(whole), device=torch.device("cpu"))) == 3
+    part = ensemble_of(3, tiny_reward, tmp_path / "part", present=2)
+    with pytest.raises(UsageError, match=r"an ensemble of 3 reward models, but member 3 is not there"):
+        learned.load_members(str(part), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cached", ["everything", "the first member", "nothing"])
+def test_the_members_of_an_ensemble_on_the_hub_are_brought_too(
+    cached: str, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, from the cache as the hub's client lays it out; what is not in it is an error, never one member alone."""
+    repository = tmp_path / "hub" / "models--owner--judge"
+    if cached != "nothing":
+        present = 2 if cached == "everything" else 1
+        ensemble_of(2, tiny_reward, repository / "snapshots" / "0123abc", present=present)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    if cached == "everything":
+        members = learned.load_members("owner/judge", device=torch.device("cpu"))
+        assert [member.scaled for member in members] == [True, True]
+        return
+    reason = "member 2 is not there" if cached == "the first member" else "'owner/judge' cannot be loaded"
+    with pytest.raises(UsageError, match=reason):
+        learned.load_members("owner/judge", device=torch.device("cpu"))
+
+
+def test_members_that_cannot_be_downloaded_are_an_error(
+    tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = learned.model_config(ModelSource(str(ensemble_of(2, tiny_reward, tmp_path / "e", present=1))))
+
+    def unreachable(path: str, allow_patterns: list[str]) -> str:
+        assert (path, allow_patterns) == ("owner/judge", ["members/*"])
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(UsageError, match=r"its members cannot be downloaded: no route to the hub"):
+        learned.other_members(config, "owner/judge")

@@ -11,22 +11,48 @@ import torch
 from scipy.stats import chisquare
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-from keel.rollout.engine import generate, pick, text_of
+from keel.masked import token_logp
+from keel.models import precision
+from keel.models.forward import response_logits, response_tokens
+from keel.models.load import Adapters, add_adapters
+from keel.rollout import lean, plain
+from keel.rollout.engine import generate, text_of
+from keel.rollout.sampling import pick
 from keel.types import Completion, Sampling, UsageError
 
 PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45, 46], [8, 8], [100, 3]]
 EOS, PAD = 1, 0
 SMALL = {"vocab_size": 60, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.3}
+
+LLAMA_LIKE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 48, **SMALL,
+}  # fmt: skip
+ARCHITECTURES = (
+    "llama", "llama3", "qwen2", "qwen3", "mistral", "gemma2", "mixtral", "gpt2", "gpt_neox", "gpt_neo",
+)  # fmt: skip
 
 
 def tiny(architecture: str) -> Any:
@@ -55,17 +81,25 @@ def tiny(architecture: str) -> Any:
                 )
             )
         case "mistral":  # a sliding window in every layer
-            sizes = {
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-            }
-            return MistralForCausalLM(
-                MistralConfig(
-                    intermediate_size=64, sliding_window=4, max_position_embeddings=48, **sizes, **SMALL
-                )
+            return MistralForCausalLM(MistralConfig(sliding_window=4, **LLAMA_LIKE))
+        case "llama":  # keys and values shared by two heads
+            return LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE))
+        case "llama3":  # rotations that are scaled by frequency, biases
+            rope = {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16, "rope_theta": 10000.0,
+            }  # fmt: skip
+            return LlamaForCausalLM(
+                LlamaConfig(rope_parameters=rope, attention_bias=True, mlp_bias=True, **LLAMA_LIKE)
             )
+        case "qwen2":
+            return Qwen2ForCausalLM(Qwen2Config(**LLAMA_LIKE))
+        case "qwen3":  # normed queries and keys, heads wider than the model
+            return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **LLAMA_LIKE))
+        case "gemma2":  # window and full attention in turn, capped logits
+            return Gemma2ForCausalLM(Gemma2Config(head_dim=8, sliding_window=4, **LLAMA_LIKE))
+        case "mixtral":  # a mixture of experts
+            return MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **LLAMA_LIKE))
     raise AssertionError(architecture)
 
 
@@ -73,13 +107,12 @@ def prompts_within(vocabulary: int) -> list[list[int]]:
     return [[2 + token % (vocabulary - 2) for token in prompt] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gpt_neo", "mistral"])
-def test_greedy_decoding_is_that_of_transformers_for_prompts_of_all_lengths(
-    architecture: str, tiny_model: Path
-) -> None:
-    model = (
-        AutoModelForCausalLM.from_pretrained(tiny_model) if architecture == "llama" else tiny(architecture)
-    ).eval()
+PROMPTS_60 = prompts_within(60)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_decoding_is_that_of_transformers_for_prompts_of_all_lengths(architecture: str) -> None:
+    model = tiny(architecture).eval()
     prompts = prompts_within(model.config.vocab_size)
     one_at_a_time = []
     for prompt in prompts:
@@ -99,6 +132,105 @@ def test_greedy_decoding_is_that_of_transformers_for_prompts_of_all_lengths(
     )
     assert [c.ids for c in done] == one_at_a_time
     assert [list(c.prompt_ids) for c in done] == prompts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_the_engine_samples_what_the_plain_one_samples(architecture: str, slots: int) -> None:
+    """Prompts given once and several times, more of them than slots, responses that end early and late: the columns
+    of the cache run out, and rows move."""
+    model = tiny(architecture).eval()
+    prompts = [p for i, p in enumerate(prompts_within(60)) for _ in range(1 + 4 * (i % 2))] * 2
+    sampling = Sampling(16, temperature=1.5)
+    stop_ids = [EOS, *range(20, 26)]
+    done = generate(model, prompts, sampling, stop_ids=stop_ids, pad_id=PAD, seed=3, batch_size=slots)
+    draws = torch.rand(len(prompts), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = [
+            plain.complete(model, prompt, row, sampling, stop_ids)
+            for prompt, row in zip(prompts, draws, strict=True)
+        ]
+    assert [(c.prompt_ids, c.ids, c.stop_reason) for c in done] == [
+        (c.prompt_ids, c.ids, c.stop_reason) for c in expected
+    ]
+    assert {"stop", "length"} <= {c.stop_reason for c in done}
+    for ours, theirs in zip(done, expected, strict=True):
+        assert ours.logp == pytest.approx(theirs.logp, abs=1e-4)
+
+
+def test_the_lean_step_is_taken_by_the_models_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {name: lean.fits(tiny(name)) for name in ARCHITECTURES}
+    assert [name for name, fits in taken.items() if fits] == ["llama", "llama3", "qwen2", "qwen3"]
+    model = tiny("qwen3").eval()
+    options: Any = {"stop_ids": [EOS], "pad_id": PAD, "seed": 5}
+    lean_done = generate(model, PROMPTS_60, Sampling(16), **options)
+    monkeypatch.setattr(lean, "fits", lambda model: False)
+    modules_done = generate(model, PROMPTS_60, Sampling(16), **options)
+    assert [c.ids for c in lean_done] == [c.ids for c in modules_done]
+    hooked = tiny("llama")
+    hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    monkeypatch.undo()
+    assert not lean.fits(hooked)
+
+
+def test_adapters_stay_in_effect_in_the_lean_step() -> None:
+    plain_model = tiny("llama").eval()
+    wrapped = add_adapters(tiny("llama"), Adapters(r=4), 0).eval()
+    assert lean.fits(wrapped)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.5, generator=generator)
+    options: Any = {"stop_ids": [EOS], "pad_id": PAD, "seed": 5}
+    sampled = generate(wrapped, PROMPTS_60, Sampling(16, temperature=0), **options)
+    assert sampled != generate(plain_model, PROMPTS_60, Sampling(16, temperature=0), **options)
+    merged = wrapped.merge_and_unload()
+    assert [c.ids for c in sampled] == [
+        c.ids for c in generate(merged, PROMPTS_60, Sampling(16, temperature=0), **options)
+    ]
+
+
+def test_a_prompt_that_is_given_several_times_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny("gpt2").eval(), []
+    forward = model.forward
+
+    def counted(**inputs: Any) -> Any:
+        read.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    generate(model, [[5, 6, 7]] * 8 + [[9]] * 8, Sampling(2), stop_ids=[1000], pad_id=PAD, seed=0)
+    assert read == [(2, 3), (16, 1)]
+
+
+def test_a_model_without_keys_and_values_is_sampled_plainly() -> None:
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **SMALL)).eval()
+    done = generate(model, [[5, 6, 7], [9]], Sampling(4), stop_ids=[1000], pad_id=PAD, seed=0)
+    assert [len(c.ids) for c in done] == [4, 4]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_in_bfloat16_the_samplers_log_probabilities_are_close_to_those_of_training(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
+    model = precision.opened(tiny(architecture).eval(), "auto")
+    for c in generate(model, PROMPTS_60, Sampling(16), stop_ids=[EOS], pad_id=PAD, seed=5):
+        ids, prompt = torch.tensor([[*c.prompt_ids, *c.ids]]), torch.tensor([len(c.prompt_ids)])
+        with torch.no_grad():
+            logits = response_logits(model, ids, prompt, len(c.ids))
+        logp = token_logp(logits, response_tokens(ids, prompt, len(c.ids)))
+        assert logits.dtype == torch.bfloat16  # what was meant to be tested
+        torch.testing.assert_close(torch.tensor([c.logp]), logp, rtol=0, atol=0.1)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+
+
+def test_min_p_keeps_tokens_near_the_likeliest_one() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(1000, -1)
+    draws = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    counts = torch.bincount(pick(logits, draws, Sampling(min_p=0.25))[0], minlength=4)
+    assert counts.tolist() == pytest.approx([526, 316, 158, 0], abs=1)
 
 
 def test_rows_that_end_leave_the_others_as_they_were() -> None:
@@ -253,3 +385,13 @@ def test_the_text_of_a_response_is_without_what_ended_it(tokenizer: Any) -> None
     assert text_of(tokenizer, Completion((5,), (*red, *dot), "length")) == " red."
     assert text_of(tokenizer, Completion((5,), (*red, *dot), "stop")) == " red"
     assert text_of(tokenizer, Completion((5,), (*red, *dot, tokenizer.eos_token_id), "eos")) == " red."
+
+
+@pytest.mark.parametrize(("reason", "ended"), [("eos", True), ("stop", True), ("length", False)])
+def test_a_response_that_was_cut_off_has_not_ended_and_keeps_its_last_token(
+    reason: Any, ended: bool, tokenizer: Any
+) -> None:
+    ids = tuple(tokenizer(" it is red")["input_ids"])
+    completion = Completion((5,), ids, reason)
+    assert completion.ended is ended
+    assert (text_of(tokenizer, completion) == " it is red") is not ended

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from keel.rewards import learned
+from keel.types import UsageError
 
 
 @pytest.fixture
@@ -34,6 +40,62 @@ def judge(run: Any, data: Any, tiny_model: Path, other_model: Path, tiny_reward:
         return json.loads((stage / "result.json").read_text()), samples
 
     return go
+
+
+@pytest.fixture
+def with_code(tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiny language model and reward model as types of their own, which come with the Python that makes them."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = (
+        "import torch\nfrom transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'keel-own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        "class OwnForSequenceClassification(LlamaPreTrainedModel):\n    config_class = OwnConfig\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n        self.model = LlamaModel(config)\n"
+        "        self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)\n        self.post_init()\n"
+    )
+    found = []
+    for source, head in ((tiny_model, "ForCausalLM"), (tiny_reward, "ForSequenceClassification")):
+        folder = tmp_path / f"own{head}"
+        shutil.copytree(source, folder)
+        (folder / "code_of_own.py").write_text(code)
+        config = json.loads((folder / "config.json").read_text())
+        own = {"AutoConfig": "code_of_own.OwnConfig", f"AutoModel{head}": f"code_of_own.Own{head}"}
+        config |= {"model_type": "keel-own", "architectures": [f"Own{head}"], "auto_map": own}
+        (folder / "config.json").write_text(json.dumps(config))
+        found.append(str(folder))
+    yield found
+    for name in [name for name in sys.modules if name.startswith("transformers_modules.")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "best_of_n"])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_models_and_rewards_with_code_of_their_own_run_where_they_are_trusted(
+    kind: str, trusted: bool, with_code: Any, run: Any, data: Any, tmp_path: Path
+) -> None:
+    model, reward = with_code
+    rows = {"source": str(data.prompts), "rows": 2}
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "reward": reward,
+        "data": rows,
+        "sampling": {"max_new_tokens": 3},
+    }
+    if kind == "evaluate":
+        settings |= {"models": [model], "trust_remote_code": trusted}
+    else:
+        settings |= {
+            "model": {"path": model, "trust_remote_code": trusted},
+            "samples_per_prompt": 2,
+            "max_steps": 1,
+        }
+    if trusted:
+        run({"stages": {"s": settings}}, tmp_path / "run")
+        assert (tmp_path / "run" / "stages" / "s" / "result.json").exists()
+    else:
+        with pytest.raises(UsageError, match="trust_remote_code"):
+            run({"stages": {"s": settings}}, tmp_path / "run")
 
 
 def nearly_equal(one: Any, other: Any) -> bool:
@@ -118,11 +180,84 @@ def test_the_reward_models_accuracy_is_over_all_comparisons(
     assert 0.05 < sum(hits) / len(hits) < 0.95
 
 
+@pytest.fixture
+def voted(data: Any, tmp_path: Path) -> Path:
+    """The pairs with votes, kinds and positions."""
+    rows = [json.loads(line) for line in data.pairs.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["votes"] = {"chosen": 3, "rejected": i % 2}
+        row |= {"kind": "odd" if i % 3 else "even", "first": "chosen" if i % 4 else "rejected"}
+    path = tmp_path / "voted.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_reward_model_is_judged_by_more_than_its_accuracy(
+    judge: Any, voted: Path, tiny_reward: Path, tokenizer: Any
+) -> None:
+    found = judge("judged", comparisons=str(voted), subset="kind", position="first")[0]["reward_model"]
+    rows = [json.loads(line) for line in voted.read_text().splitlines()]
+    assert list(found) == [
+        "accuracy",
+        "by_margin",
+        "by_subset",
+        "calibration",
+        "length",
+        "position",
+        "offset",
+    ]
+    assert {name: one["n"] for name, one in found["by_subset"].items()} == {
+        kind: sum(row["kind"] == kind for row in rows) for kind in ("even", "odd")
+    }
+    assert found["by_margin"]["unanimous"]["n"] + found["by_margin"]["split"]["n"] == len(rows)
+    assert found["position"]["reward"]["first"]["n"] == len(rows)
+    loaded = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    sides = [
+        learned.encode(loaded, row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")
+    ]
+    scores = learned.score(loaded, sides).double().numpy()
+    difference = scores[0::2] - scores[1::2]
+    shares = np.array([3 / (3 + i % 2) for i in range(len(rows))])
+    brier = np.mean((1 / (1 + np.exp(-difference)) - shares) ** 2)
+    assert found["calibration"]["brier"]["mean"] == pytest.approx(brier, abs=1e-6)
+    longer = [len(row["chosen"]) - len(row["rejected"]) for row in rows]
+    expected = (difference * longer).sum() / np.sqrt((difference**2).sum() * np.square(longer).sum())
+    assert found["length"]["pairs"]["pearson"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_ensemble_is_asked_whether_its_members_disagree(
+    judge: Any, voted: Path, tiny_reward: Path, tmp_path: Path
+) -> None:
+    ensemble = tmp_path / "ensemble"
+    shutil.copytree(tiny_reward, ensemble)
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_reward)
+    with torch.no_grad():
+        other.score.weight.copy_(other.score.weight.flip(1))
+    other.save_pretrained(ensemble / "members" / "2")
+    AutoTokenizer.from_pretrained(tiny_reward).save_pretrained(ensemble / "members" / "2")
+    found = judge("ensemble", comparisons=str(voted), reward=str(ensemble))[0]["reward_model"]
+    assert 0 < found["disagreement"]["auroc"] < 1
+    assert found["disagreement"]["std_wrong"]["mean"] > 0
+
+
+def test_columns_of_comparisons_that_are_not_there_are_named(judge: Any, voted: Path, data: Any) -> None:
+    from keel.types import DataError, UsageError
+
+    with pytest.raises(UsageError, match="`subset` names a column of `comparisons`, and there are none"):
+        judge("none", subset="kind")
+    with pytest.raises(UsageError, match="subset: no comparison has a column 'sort'; they have first, kind"):
+        judge("other", comparisons=str(voted), subset="sort")
+    with pytest.raises(DataError, match=r"'kind' is 'even'.*chosen or rejected"):
+        judge("wrong", comparisons=str(voted), position="kind")
+    rows = [json.loads(line) | {"kind": str(i)} for i, line in enumerate(voted.read_text().splitlines())]
+    voted.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="at most 50 kinds"):
+        judge("many", comparisons=str(voted), subset="kind")
+
+
 def test_models_with_other_vocabularies_have_no_kl(
     judge: Any, tiny_model: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
-    from keel.types import UsageError
-
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.resize_token_embeddings(310)
     model.save_pretrained(tmp_path / "wide")

@@ -215,7 +215,7 @@ def test_settings_of_the_wrong_type_are_a_clear_error(wrong: Any, settings: Any)
         ({"baseline": "none", "scale": "batch", "resample": 1}, "`resample` has no effect"),
         ({"shaping": {"center": "prompt"}}, "`shaping.center` has no place here"),
         ({"objective": "cispo", "level": "sequence", "epochs": 2}, "a weight a token"),
-        ({"reduce": -1.0}, "positive length"),
+        ({"reduce": -1.0}, "positive, finite length"),
         ({"kl": {"coef": 0.0, "where": "loss", "estimator": "k2"}}, "no effect with `kl.coef` 0"),
         ({"epochs": 1, "dual_clip": 3.0}, "`dual_clip` has no effect with one gradient step"),
         ({"reward": [RED, RED]}, "two rewards are called 'keywords'"),
@@ -239,6 +239,8 @@ def test_equal_groups_are_counted_and_sampled_again(open_grpo: Any, monkeypatch:
     assert collected.experience.rated.raw.tolist() == scores[:4] + scores[12:]
     assert collected.experience.rated.by_name["red"] == scores[:4] + scores[12:]
     assert collected.metrics["frac_reward_zero_std"] == 0.0
+    sampled = collected.metrics["objective/scores_sampled"]
+    assert sampled == pytest.approx(5 / 8) != collected.metrics["objective/scores"]
     assert (collected.metrics["rollout/resample_rounds"], collected.metrics["rollout/groups_replaced"]) == (
         2,
         2,

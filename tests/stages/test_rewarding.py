@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
+from keel.stages import reward
 from keel.types import KeelError, UsageError
 
 FUNCTIONS = Path(__file__).parent / "rewards_for_tests.py"
@@ -94,8 +96,28 @@ def test_each_task_of_a_mixture_has_rewards_of_its_own(run_stage: Any, data: Any
             not numbers,
             numbers,
         )
-    with pytest.raises(UsageError, match="`only` needs a mixture"):
-        run_stage("grpo", [{"kind": "length", "high": 3, "only": "x"}], "alone")
+
+
+@pytest.mark.parametrize("kind", ["ppo", "best_of_n", "evaluate"])
+def test_a_reward_for_the_only_source_is_for_all_of_its_rows(
+    kind: str, run: Any, data: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A single data set is a source like those of a mixture, and so is a single set of held-out prompts."""
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "the cat?"}\n')
+    reward: list[dict[str, Any]] = [{"kind": "length", "high": 3, "only": str(data.prompts)}]
+    settings: dict[str, Any] = {"kind": kind, "data": str(data.prompts), "sampling": {"max_new_tokens": 4}}
+    if kind == "evaluate":
+        settings |= {"models": [str(tiny_model)]}
+    else:
+        settings |= {"model": str(tiny_model), "batch_size": 4}
+    if kind == "ppo":
+        reward.append({"kind": "regex", "pattern": "e", "only": str(held)})
+        settings |= {"updates": 1, "eval_data": str(held), "eval_every": 1}
+    if kind == "best_of_n":
+        settings |= {"samples_per_prompt": 2, "max_steps": 1}
+    run({"stages": {"s": {**settings, "reward": reward}}}, tmp_path / "run")
+    assert (tmp_path / "run" / "stages" / "s" / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +199,35 @@ def test_members_differ_and_travel_as_one_folder(ensemble: Path) -> None:
     result = json.loads((ensemble / "result.json").read_text())
     assert len(result["members"]) == 3
     assert 0 <= result["accuracy"]["mean"] <= 1
+
+
+def test_one_member_is_in_memory_at_a_time(
+    run: Any, data: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none while the comparisons are encoded, for which the tokenizer and the model's config do."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    original, encode = reward.scorer, learned.encode
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(model() is not None for model in made))
+        model = original(*args, **kwargs)
+        made.append(weakref.ref(model))
+        return model
+
+    def without_weights(judge: learned.RewardModel, *args: Any) -> Any:
+        assert {parameter.device.type for parameter in judge.model.parameters()} == {"meta"}
+        return encode(judge, *args)
+
+    monkeypatch.setattr(reward, "scorer", counted)
+    monkeypatch.setattr(learned, "encode", without_weights)
+    for lora in (None, {"r": 2}):
+        settings = {
+            "kind": "reward", "model": str(tiny_model), "data": str(data.pairs), "batch_size": 4, "max_steps": 1, "members": 3,
+            "normalize": 4, "sampling": {"max_new_tokens": 3}, "lora": lora,
+        }  # fmt: skip
+        run({"stages": {"reward": settings}}, tmp_path / str(bool(lora)))
+    assert alive == [0] * 6
 
 
 @pytest.mark.parametrize("combine", [None, "mean", "min", "mean_minus_std"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from keel.config import RewardConfig, SFTConfig
@@ -17,7 +18,7 @@ from keel.rewards import learned
 from keel.stages import inputs, language, sft
 from keel.stages import reward as reward_stage
 from keel.stages.update import copy_state
-from keel.types import DataError, DemonstrationRecord, PreferenceRecord, TextRecord, UsageError
+from keel.types import DataError, DemonstrationRecord, PreferenceRecord, TextRecord, UsageError, Vote
 
 LORA = {"r": 4, "alpha": 8}
 LLAMA = {
@@ -146,25 +147,70 @@ def test_packing_that_would_undo_an_attention_window_is_refused(
 # ---------------------------------------------------------------- reward
 
 
+def _record(p: float | None, *votes: tuple[str, Any], margin: float | None = None) -> PreferenceRecord:
+    return PreferenceRecord("the cat?", " it is red.", " so", p, margin, tuple(Vote(*vote) for vote in votes))
+
+
 @pytest.mark.parametrize(
-    ("votes", "shares"), [("soft", [1.0, 0.75, 0.5, 0.25]), ("majority", [1.0, 1.0, 0.5, 0.0])]
+    ("labels", "shares"), [("soft", [1.0, 0.75, 0.5, 0.25]), ("majority", [1.0, 1.0, 0.5, 0.0])]
 )
 def test_votes_are_kept_as_shares_or_collapsed_as_the_config_says(
-    votes: str, shares: list[float], tiny_reward: Path, stage_run: Any
+    labels: str, shares: list[float], tiny_reward: Path, stage_run: Any
 ) -> None:
     reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
-    config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "votes": votes})
+    config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "labels": labels})
     too_long = inputs.TooLong(stage_run, "error", 48)
-    found = [
-        reward_stage._encode(
-            reward, PreferenceRecord("the cat?", " it is red.", " so", p_chosen=p, margin=m), config, too_long
-        )
-        for p, m in ((None, None), (0.75, 1.5), (0.5, None), (0.25, None))
-    ]
-    assert [pair.p_chosen for pair in found] == shares
-    assert [pair.margin for pair in found] == [0.0, 1.5, 0.0, 0.0]
-    assert reward.tokenizer.decode(found[0].chosen["input_ids"]) == "the cat? it is red.<|end|>"
-    assert reward.tokenizer.decode(found[0].rejected["input_ids"]) == "the cat? so<|end|>"
+    records = [_record(None), _record(0.75, margin=1.5), _record(0.5), _record(0.25)]
+    for rows in reward_stage._labelled(config, stage_run, records, records):  # to train on, and held out
+        found = [reward_stage._encode(reward, record, too_long) for record in rows]
+        assert [pair.p_chosen for pair in found] == shares
+        assert [pair.margin for pair in found] == [0.0, 1.5, 0.0, 0.0]
+        assert reward.tokenizer.decode(found[0].chosen["input_ids"]) == "the cat? it is red.<|end|>"
+        assert reward.tokenizer.decode(found[0].rejected["input_ids"]) == "the cat? so<|end|>"
+
+
+def test_labels_by_reliability_are_for_training_and_held_out_pairs_keep_their_votes(stage_run: Any) -> None:
+    config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "labels": "reliability"})  # fmt: skip
+    agreed = [_record(1.0, ("a", "chosen"), ("b", "chosen"))] * 20
+    alone = _record(0.5, ("a", "chosen"), ("c", "rejected"))
+    kept, held = reward_stage._labelled(config, stage_run, [*agreed, alone], [alone])
+    assert isinstance(kept[-1], PreferenceRecord)
+    assert kept[-1].p_chosen is not None
+    assert kept[-1].p_chosen > 0.7  # a is known to be right, c is not
+    assert held == [alone]
+    counts = [_record(0.5, ("", "chosen"), ("", "rejected"))] * 3
+    with pytest.raises(DataError, match=r"labels: reliability.*two annotators who are named.*labels: soft"):
+        reward_stage._labelled(config, stage_run, counts, [])
+
+
+def test_the_former_name_of_labels_is_still_read() -> None:
+    base = {"kind": "reward", "model": "m", "data": "d"}
+    assert RewardConfig.model_validate({**base, "votes": "majority"}).labels == "majority"
+    assert "votes" not in RewardConfig.model_validate({**base, "votes": "soft"}).model_dump()
+    with pytest.raises(ValidationError, match="votes"):
+        RewardConfig.model_validate({**base, "votes": "soft", "labels": "majority"})
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_reward_stage_trains_on_estimated_labels_and_says_what_it_thinks_of_the_annotators(
+    members: int, run_stage: Any, data: Any, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in data.pairs.read_text().splitlines()][:24]
+    for i, row in enumerate(rows):
+        third = "rejected" if i % 2 else "chosen"
+        votes = [("a", "chosen"), ("b", "tie" if i % 6 == 0 else "chosen"), ("c", third)]
+        row["votes"] = [{"annotator": who, "choice": choice} for who, choice in votes]
+    path = tmp_path / "voted.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"normalize": 0, "sampling": {}}
+    stage, _ = run_stage("reward", data=str(path), labels="reliability", members=members, **more)
+    found = json.loads((stage / "result.json").read_text())["annotators"]
+    assert (found["pairs"], found["votes"]) == (24, 72)
+    assert found["unanimous"]["mean"] == pytest.approx(8 / 24)
+    assert set(found) == {"pairs", "votes", "unanimous", "alpha", "fleiss", "cohen", "reliability"}
+    right = {name: one["dawid_skene"] for name, one in found["reliability"].items()}
+    assert right["a"] > 0.85 > 0.75 > right["c"]
+    assert found["reliability"]["c"]["votes"] == 24
 
 
 def test_the_scale_is_that_of_samples_of_the_starting_model(

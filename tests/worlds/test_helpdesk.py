@@ -134,7 +134,7 @@ def judged() -> list[tuple[float, int, int, float]]:
 def test_chosen_has_the_more_votes_of_different_annotators() -> None:
     sizes = set()
     for row in helpdesk.rows("comparisons", 500, 0):
-        assert set(row) == {"prompt", "chosen", "rejected", "votes"}
+        assert set(row) == {"prompt", "chosen", "rejected", "votes", "form", "first"}
         assert row["chosen"] != row["rejected"]
         counted = Counter(vote["choice"] for vote in row["votes"])
         assert counted["chosen"] >= counted["rejected"]
@@ -251,3 +251,18 @@ def test_key_phrases_occur_in_no_other_sentence() -> None:
                 assert not [
                     o for o in (*others, *plain) if pattern.search(o.replace("[", "").replace("]", ""))
                 ]
+
+
+def test_comparisons_say_how_they_were_made_and_what_stood_first():
+    rows = list(helpdesk.rows("comparisons", 600, 0))
+    forms = Counter(row["form"] for row in rows)
+    assert 0.05 < forms["near duplicate"] / 600 < 0.16
+    assert 0.34 < forms["contrast"] / 600 < 0.46
+    assert sum(forms.values()) == 600
+    assert len(forms) == 3
+    for row in rows:
+        if row["form"] == "near duplicate":
+            one, other = sorted((row[side][0]["content"] for side in ("chosen", "rejected")), key=len)
+            assert other.startswith(one)
+    first = [row["first"] == "chosen" for row in rows if row["form"] == "contrast"]
+    assert 0.4 < sum(first) / len(first) < 0.6  # people here do not mind what stands first

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config.parts import FilteredSamplingConfig, Supervised
-from keel.config.rewards import RewardTerm, as_terms, check_labels, models_of
+from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, models_of
 
 
 class BestOfNConfig(Supervised):
@@ -39,6 +39,7 @@ class BestOfNConfig(Supervised):
             raise ValueError(
                 "best_of_n starts from a trained model: give `model` as a stage, a path or a hub id"
             )
+        check_only(self.reward, self.data, "`data`")
         if self.eval_data is not None:
             raise ValueError(
                 "`eval_data` has no effect here: `holdout` keeps some of the best responses out of training"

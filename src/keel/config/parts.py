@@ -88,8 +88,9 @@ class ModelConfig(Settings):
         None, ge=260, description="Vocabulary of the tokenizer that is trained when none is given."
     )
     chat_template: str | None = Field(None, description="Jinja chat template; replaces the tokenizer's own.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of the weights in memory."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Precision. auto: weights in float32, matrix products in bfloat16 where the hardware is fast in it (CUDA from Ampere on, CPUs with AMX). Else that of the weights in memory, and of all that is computed.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python that comes with the model. Off unless you trust its author."
@@ -141,10 +142,16 @@ class FilteredSamplingConfig(SamplingConfig):
 
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: keep the likeliest tokens up to this mass.")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Keep tokens at least this share as likely as the likeliest one; 0 keeps all.",
+    )
 
     @model_validator(mode="after")
     def _no_idle_filter(self) -> FilteredSamplingConfig:
-        idle = [name for name in ("top_p", "top_k") if self.changes(name)]
+        idle = [name for name in ("top_p", "top_k", "min_p") if self.changes(name)]
         if self.temperature == 0 and idle:
             raise ValueError(
                 f"`{idle[0]}` has no effect with `temperature` 0: greedy takes the likeliest token"
@@ -240,7 +247,7 @@ class Training(Stage):
 
     @model_validator(mode="after")
     def _trainable(self) -> Training:
-        if self.model.dtype != "float32" and self.lora is None:
+        if self.model.dtype not in ("auto", "float32") and self.lora is None:
             raise ValueError(
                 f"weights in {self.model.dtype} are too coarse to be trained themselves (a step of AdamW is mostly smaller than the gap between two such numbers): set `model.dtype: float32`, or `lora: {{}}`"
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from keel.config.parts import DataConfig, SamplingConfig, Settings, Training, as_source
-from keel.config.rewards import RewardTerm, as_terms, check_labels, models_of
+from keel.config.parts import DataConfig, SamplingConfig, Settings, as_source
+from keel.config.presets import AS_IT_COMES, PRESETS, whole_kl
+from keel.config.rewards import as_terms, check_only, models_of
+from keel.config.watching import Watched
 
 
 class KLConfig(Settings):
@@ -73,18 +76,14 @@ class PtxConfig(Settings):
     _data = field_validator("data", mode="before")(as_source)
 
 
-class OnPolicy(Training):
+class OnPolicy(Watched):
     """What the stages have in common that learn from their own samples."""
 
-    reward: list[RewardTerm] = Field(
-        min_length=1,
-        description="What is optimised: a reward stage, python:module.function, or a list of weighted terms.",
-    )
     reference: str | None = Field(
         None, description="The reference policy; null: the model training starts from."
     )
-    reference_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="Precision of the frozen reference's weights in memory; null: the model's."
+    reference_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="Precision of the frozen reference, as in `model.dtype`; null: the model's."
     )
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy (AdamW).")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -120,20 +119,7 @@ class OnPolicy(Training):
         None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."
     )
     ptx: PtxConfig | None = Field(None, description="Pretraining mix.")
-    eval_every: int | None = Field(None, ge=1, description="Updates between evaluations on held-out prompts.")
-    eval_data: list[DataConfig] | None = Field(None, description="Held-out prompts for `eval_every`.")
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="Stop when this many evaluations in a row bring no better reward minus β·KL, and keep the best weights.",
-    )
     save_every: int = Field(10, ge=1, description="Updates between checkpoints; the last one is kept.")
-
-    _reward = field_validator("reward", mode="before")(as_terms)
-    _labels = field_validator("reward", mode="after")(check_labels)
-    _eval_data = field_validator("eval_data", mode="before")(
-        lambda value: None if value is None else as_source(value)
-    )
 
     @property
     def one_step(self) -> bool:
@@ -171,26 +157,18 @@ class OnPolicy(Training):
             raise ValueError(
                 "`reference_dtype` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
             )
-        sources = [source.source for source in [*self.data, *(self.eval_data or [])]]
-        lost = next((t for t in self.reward if t.only is not None and t.only not in sources), None)
-        if lost is not None and len(self.data) > 1:
-            raise ValueError(
-                f"reward {lost.called!r}: `only` names {lost.only!r}, which is no source of `data`; there are {', '.join(sources)}"
-            )
+        check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
         idle = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
         if idle and self.one_step:
             raise ValueError(
                 f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"
             )
-        if (self.eval_every is None) != (self.eval_data is None):
-            raise ValueError("`eval_every` and `eval_data` work together: give both or neither")
-        if self.patience is not None and self.eval_every is None:
-            raise ValueError("`patience` has no effect without `eval_every` and `eval_data`")
         return self
 
     def references(self) -> list[tuple[str, str]]:
         reference = [("reference", self.reference)] if self.reference else []
-        return [*super().references(), *models_of(self.reward), *reference]
+        judges = models_of(self.judge.reward or []) if self.judge else []
+        return [*super().references(), *models_of(self.reward), *reference, *judges]
 
 
 class PPOConfig(OnPolicy):
@@ -228,42 +206,6 @@ class PPOConfig(OnPolicy):
                 f"`critic_warmup` {self.critic_warmup} leaves none of {self.updates} updates to the policy"
             )
         return self
-
-
-# What the papers set. `reduce: max_new_tokens` stands for that number; `steps` is the gradient steps that a batch is cut into,
-# where a method is about ratios and these would all be 1 in a single step. Where a paper leaves a setting open, it is left.
-_AS_IT_COMES = {
-    "clip": None,
-    "missing_stop_penalty": 0.0,
-}  # none of them clips or punishes a reward by itself
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {  # 2402.03300
-        "baseline": "group", "scale": "group", "reduce": "sequence", "kl": {"coef": 0.04, "estimator": "k3", "where": "loss"},
-    },
-    "dr_grpo": {  # 2503.20783: no division by the group's deviation or by a response's own length; no KL
-        "baseline": "group", "scale": "none", "reduce": "max_new_tokens", "kl": {"coef": 0.0},
-    },
-    "dapo": {  # 2503.14476: clip-higher, token-level loss, dynamic sampling, overlong shaping; no KL; 16 steps a batch
-        "baseline": "group", "scale": "group", "reduce": "token", "clip_low": 0.2, "clip_high": 0.28, "resample": 10,
-        "kl": {"coef": 0.0}, "overlong": True, "steps": 16,
-    },
-    "rloo": {  # 2402.14740: the whole response is one action, the KL is part of its reward
-        "baseline": "leave_one_out", "scale": "none", "reduce": "max_new_tokens", "epochs": 1,
-        "kl": {"coef": 0.05, "estimator": "k1", "where": "reward"},
-    },
-    "reinforce++": {  # 2501.03262: no group; the KL in each token's reward; advantages whitened over the whole batch
-        "baseline": "none", "scale": "batch", "reduce": "token", "samples_per_prompt": 1,
-        "kl": {"coef": 0.01, "estimator": "k1", "where": "reward"},
-    },
-    "gspo": {  # 2507.18071: one ratio a response; 4 steps a batch
-        "baseline": "group", "scale": "group", "level": "sequence", "reduce": "sequence", "clip_low": 3e-4, "clip_high": 4e-4,
-        "kl": {"coef": 0.0}, "steps": 4,
-    },
-    "cispo": {  # 2506.13585: the weight is clipped, never the gradient; no lower bound; 16 steps a batch
-        "baseline": "group", "scale": "group", "objective": "cispo", "reduce": "token", "clip_low": 1.0, "clip_high": 4.0,
-        "kl": {"coef": 0.0}, "steps": 16,
-    },
-}  # fmt: skip
 
 
 class GRPOConfig(OnPolicy):
@@ -316,24 +258,24 @@ class GRPOConfig(OnPolicy):
         if not isinstance(values, dict):
             return values
         values, preset = dict(values), dict(PRESETS.get(str(values.get("preset")), {}))  # pyright: ignore[reportArgumentType]
-        sampling, longest = values.get("sampling", {}), 64
+        sampling, longest = values.get("sampling", {}), None
         if isinstance(sampling, dict):
-            longest = sampling.get("max_new_tokens", 64)
-        if any(
+            longest = _whole_number(sampling.get("max_new_tokens", 64))
+        if longest is None or any(
             not isinstance(values.get(key, {}), dict) for key in ("kl", "sampling", "shaping")
-        ) or not isinstance(longest, int):
+        ):
             return values  # of the wrong type, which is said in its place
         form = preset.pop("kl", {"coef": 0.04, "estimator": "k3", "where": "loss"})
-        values["kl"] = _whole_kl(values.get("kl"), form)
+        values["kl"] = whole_kl(values.get("kl"), form)
         if preset:
-            values["shaping"] = _AS_IT_COMES | values.get("shaping", {})
+            values["shaping"] = AS_IT_COMES | values.get("shaping", {})
         if preset.pop("overlong", False) and values.get("reward") is not None:
             terms = as_terms(values["reward"])
             if not any(_kind(term) == "overlong" for term in terms):
                 overlong = {"kind": "overlong", "max_length": longest, "buffer": max(1, longest // 5)}
                 values["reward"] = [*terms, overlong]
-        steps, batch = preset.pop("steps", None), values.get("batch_size", 64)
-        if steps and "epochs" not in values and isinstance(batch, int) and batch > 1:
+        steps, batch = preset.pop("steps", None), _whole_number(values.get("batch_size", 64))
+        if steps and "epochs" not in values and batch is not None and batch > 1:
             most = next(n for n in range(min(steps, batch), 0, -1) if batch % n == 0)
             values.setdefault("mini_batch", batch // most)
         for key, value in preset.items():
@@ -356,8 +298,9 @@ class GRPOConfig(OnPolicy):
             raise ValueError("`scale` has no effect with `baseline: leave_one_out`: set `scale: none`")
         if self.baseline == "none" and self.resample:
             raise ValueError("`resample` has no effect with `baseline: none`: no group is compared")
-        if isinstance(self.reduce, float) and not self.reduce > 0:
-            raise ValueError(f"`reduce` {self.reduce} must be a positive length")
+        if isinstance(self.reduce, float) and not 0 < self.reduce < math.inf:
+            raise ValueError(f"`reduce` {self.reduce} must be a positive, finite length")
+        self._of_one_length()
         idle = [key for key in ("clip_low", "clip_high", "level", "objective") if self.changes(key)]
         if idle and self.one_step:
             raise ValueError(
@@ -375,21 +318,31 @@ class GRPOConfig(OnPolicy):
             raise ValueError("`kl.where` and `kl.estimator` have no effect with `kl.coef` 0")
         return self
 
+    def _of_one_length(self) -> None:
+        """ValueError where a length that the preset takes from `sampling.max_new_tokens` is another one: what a run's own
+        config says of it, in which the preset is written out, would survive a change of that setting."""
+        longest = self.sampling.max_new_tokens
+        both = f"but `sampling.max_new_tokens` is {longest}: change both, or leave `preset` out"
+        constant = PRESETS.get(self.preset or "", {}).get("reduce") == "max_new_tokens"
+        if constant and isinstance(self.reduce, float) and self.reduce != longest:
+            raise ValueError(f"`reduce` is {self.reduce:g} in `preset: {self.preset}`, {both}")
+        for place, term in enumerate(self.reward):
+            if self.preset != "dapo" or term.kind != "overlong" or term.max_length == longest:
+                continue
+            if term.buffer == max(
+                1, term.max_length // 5
+            ):  # as the preset makes it; others are the user's own
+                raise ValueError(
+                    f"`reward.{place}.max_length` is {term.max_length} in `preset: dapo`, {both}"
+                )
 
-def _whole_kl(given: dict[str, Any] | None, form: dict[str, Any]) -> dict[str, Any]:
-    """A KL term of which a part is given: the rest is that of `form`, so that a new coefficient is not another method."""
-    if given is None:
-        return form
-    if given.get("coef") == 0 and given.get("target") is None:
-        return given
-    rest = (
-        {"estimator": "k3", "where": "loss"} | form
-        if form.get("coef")
-        else {"estimator": "k3", "where": "loss"}
-    )
-    if given.get("where", rest["where"]) != rest["where"]:
-        del rest["estimator"]  # which estimator is right depends on where it is used
-    return rest | given
+
+def _whole_number(value: Any) -> int | None:
+    """What pydantic will read as an integer, as one; None for what it will refuse."""
+    try:
+        return TypeAdapter(int).validate_python(value)
+    except ValidationError:
+        return None
 
 
 def _kind(term: Any) -> Any:

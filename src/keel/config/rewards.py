@@ -6,11 +6,12 @@ is a mixture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from keel.config.parts import Settings
+from keel.config.parts import DataConfig, Settings
 
 
 class Term(Settings):
@@ -23,7 +24,7 @@ class Term(Settings):
 
     only: str | None = Field(
         None,
-        description="In a mixture of data sets: applies to rows of this `source` only, so that each task has rewards of its own.",
+        description="Applies to rows of this `source` of the data only, so that in a mixture each task has rewards of its own.",
     )
 
     @property
@@ -186,12 +187,27 @@ def as_terms(value: Any) -> Any:
 
 
 def check_labels(terms: list[Any]) -> list[Any]:
-    """ValueError for two terms of one name: their metrics would be one."""
+    """ValueError for two terms of one name, whose metrics would be one, and for terms none of which counts."""
     labels = [term.called for term in terms]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
         raise ValueError(f"two rewards are called {twice!r}; give each a `name`")
+    if terms and all(term.weight == 0 for term in terms):
+        raise ValueError("every reward has `weight` 0: nothing would count; give one of them another weight")
     return terms
+
+
+def check_only(terms: Sequence[Any], data: Sequence[DataConfig], setting: str = "data") -> None:
+    """ValueError for an `only` that names none of the sources, and for a source that no term is for."""
+    sources = [source.source for source in data]
+    lost = next((term for term in terms if term.only is not None and term.only not in sources), None)
+    if lost is not None:
+        raise ValueError(
+            f"reward {lost.called!r}: `only` names {lost.only!r}, which is no source of {setting}; there are {', '.join(sources)}"
+        )
+    bare = next((s for s in sources if terms and not any(term.only in (None, s) for term in terms)), None)
+    if bare is not None:
+        raise ValueError(f"no reward is for the rows of {bare!r}: every one names another source in `only`")
 
 
 def models_of(terms: list[Any]) -> list[tuple[str, str]]:

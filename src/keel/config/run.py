@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +12,7 @@ from keel.config.classifier import ClassifierConfig
 from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_source
 from keel.config.policy import GRPOConfig, PPOConfig
 from keel.config.preference import DPOConfig
-from keel.config.rewards import RewardTerm, as_terms, check_labels, models_of
+from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, models_of
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 
 
@@ -36,7 +37,15 @@ class EvaluateConfig(Stage):
     )
     data: list[DataConfig] = Field(min_length=1, description="Prompts.")
     comparisons: list[DataConfig] | None = Field(
-        None, description="Pairs to measure the reward model's accuracy on."
+        None, description="Pairs to judge the reward model on: accuracy, calibration, what it is drawn to."
+    )
+    subset: str | None = Field(
+        None,
+        description="A column of `comparisons` with a kind of pair: accuracy is given for each kind too.",
+    )
+    position: str | None = Field(
+        None,
+        description="A column of `comparisons` that says which side stood first when people voted, chosen or rejected: measures what position does to votes and reward.",
     )
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),
@@ -47,8 +56,13 @@ class EvaluateConfig(Stage):
         description="What to do with a prompt that leaves no room for max_new_tokens in a model's context. Truncation cuts its start; both are counted.",
     )
     batch_size: int = Field(64, ge=1, description="Sequences in one forward. Changes memory, not results.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of all models' weights in memory."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of all models, as in `model.dtype` of other stages."
+    )
+
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python that comes with the models and the rewards' models. Off unless you trust its authors.",
     )
 
     _reward = field_validator("reward", mode="before")(
@@ -64,9 +78,13 @@ class EvaluateConfig(Stage):
 
     @model_validator(mode="after")
     def _sound(self) -> EvaluateConfig:
+        check_only(self.reward or [], self.data, "`data`")
         learned = [term for term in self.reward or [] if term.kind == "learned"]
         if self.comparisons is not None and len(learned) != 1:
             raise ValueError("`comparisons` has no effect without one reward model in `reward`")
+        for name in ("subset", "position"):
+            if self.changes(name) and self.comparisons is None:
+                raise ValueError(f"`{name}` names a column of `comparisons`, and there are none")
         if self.best_of and not self.reward:
             raise ValueError("`best_of` needs a `reward` to choose the best by")
         if self.best_of and self.sampling.temperature == 0:
@@ -139,8 +157,36 @@ class RunConfig(Settings):
                     raise ValueError(
                         f"stage {name!r}: `{setting}` needs a stage of kind {wanted}, but {source!r} is of kind {kind}"
                     )
+            for term in getattr(stage, "reward", None) or []:
+                _check_made_here(name, term, self.stages)
+            _check_start(name, stage, self.stages)
             seen.add(name)
         return self
+
+
+def _check_made_here(name: str, term: Any, stages: Mapping[str, AnyStage]) -> None:
+    """ValueError for a reward whose settings do not fit the stage that its model comes from."""
+    made = stages.get(getattr(term, "model", ""))
+    where = f"stage {name!r}: reward {term.called!r}"
+    if term.kind == "learned" and isinstance(made, RewardConfig) and term.combine and made.members == 1:
+        raise ValueError(
+            f"{where}: `combine` has no effect: {term.model!r} trains a single reward model (`members` 1)"
+        )
+    if term.kind == "classifier" and isinstance(made, ClassifierConfig):
+        known = ", ".join(f"{label!r} ({index})" for index, label in enumerate(made.labels))
+        if term.label is None:
+            raise ValueError(f"{where} needs a `label`; those of {term.model!r} are {known}")
+        if term.label not in made.labels and term.label not in range(len(made.labels)):
+            raise ValueError(f"{where}: {term.model!r} has no `label` {term.label!r}; its labels are {known}")
+
+
+def _check_start(name: str, stage: AnyStage, stages: Mapping[str, AnyStage]) -> None:
+    """ValueError for a reward model that would go on from an ensemble: from one member of it, that is."""
+    start = stages.get(stage.model.path or "") if isinstance(stage, RewardConfig) else None
+    if isinstance(start, RewardConfig) and start.members > 1:
+        raise ValueError(
+            f"stage {name!r}: `model` is an ensemble of {start.members}, of which training would go on from the first member only; start from a language model, or from a reward stage with `members` 1"
+        )
 
 
 def _fitting(kind: str, setting: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from keel.config.parts import FilteredSamplingConfig, Supervised, with_tokenizer
 
@@ -53,8 +53,10 @@ class RewardConfig(Supervised):
         ge=1,
         description="Reward models to train, each from a seed and in a data order of its own; more than one is an ensemble.",
     )
-    votes: Literal["soft", "majority"] = Field(
-        "soft", description="Labels from several votes: their share, or the majority's side."
+    labels: Literal["soft", "majority", "reliability"] = Field(
+        "soft",
+        validation_alias=AliasChoices("labels", "votes"),  # its former name
+        description="Labels from several votes: their share, the majority's side, or what is probable once the annotators' reliability has been estimated from all training pairs (Dawid–Skene); votes must name their annotators for that.",
     )
     center: float = Field(
         0.0,

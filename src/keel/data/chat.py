@@ -199,7 +199,12 @@ def _render(tokenizer: Any, turns: Conversation, generation: bool = False) -> st
     except jinja2.TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise UsageError(f"the chat template refuses the roles {roles}: {error}") from None
-    return _string(text)
+    text = _string(text)
+    if any(turn["role"] == "system" and turn["content"].strip() not in text for turn in turns):
+        raise UsageError(
+            "the chat template leaves out the system message (of the data, or set as `system`); give another `chat_template`, or do without the message"
+        )
+    return text
 
 
 def _reply_text(tokenizer: Any, before: str, after: str, reply: Conversation) -> str:

@@ -69,7 +69,7 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
     Rows with more than a type needs are narrowed to it (`records.readable_as`); `Dataset.sources` says where.
     In a mixture with weights no row is repeated: the numbers of rows stand in the ratio of the weights, as many
     as the scarcest source allows, drawn and interleaved by `seed`. Without weights all rows are taken, source
-    after source. In a mixture, each record's columns say under "source" where it came from.
+    after source. Each record's columns say under "source" which source it came from, in place of a column of that name.
 
     Raises UsageError for a source that is not there or settings without effect, DataError for unusable rows.
     """
@@ -82,13 +82,11 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
     kind = _common_kind(opened, accept)
     parts = [_parse_all(one, kind) for one in opened]
     drawn = _mix(parts, seed)
-    everything = [record for records_ in drawn for record in records_]
-    if len(parts) > 1:
-        everything = [
-            replace(record, columns={**record.columns, "source": part.source.source})
-            for part, records_ in zip(parts, drawn)
-            for record in records_
-        ]
+    everything = [
+        _with_source(record, {"source": part.source.source})
+        for part, records_ in zip(parts, drawn)
+        for record in records_
+    ]
     if sources[0].weight is not None:
         order = permutation(len(everything), derive_seed("interleave", seed), 0)
         everything = [everything[index] for index in order]
@@ -346,6 +344,10 @@ def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
         order = permutation(len(part.records), derive_seed("mixture", seed, index), 0)
         drawn.append([part.records[place] for place in order[:count]])
     return drawn
+
+
+def _with_source(record: Record, source: Mapping[str, Any]) -> Record:
+    return replace(record, columns={**record.columns, **source} if record.columns else source)
 
 
 def _is_conversation(record: Record) -> bool:

@@ -56,7 +56,7 @@ def t_point(degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
-def wilson(successes: float, n: int) -> Measure:
+def wilson(successes: float, n: float) -> Measure:
     """A share with Wilson's score interval, which stays within [0, 1] and is honest for few trials."""
     if n == 0:
         raise ValueError("no trials to count")
@@ -65,6 +65,25 @@ def wilson(successes: float, n: int) -> Measure:
     centre = (share + Z**2 / (2 * n)) / scale
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / scale
     return {"mean": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+
+
+def points_share(points: Sequence[float]) -> Measure:
+    """Mean of wins (1), draws (½) and losses (0), with Wilson's interval for as many trials as they are worth.
+
+    Draws vary less than wins and losses do, so n trials with draws say as much as n' = n·p(1 − p)/s² without; p and s²
+    are taken with two wins and two losses more (as Agresti & Coull do), so that draws alone are not held for certain.
+    Without draws n' = n: `wilson`. ValueError when there are none, or one lies outside of [0, 1].
+    """
+    n = len(points)
+    if any(not 0 <= point <= 1 for point in points):
+        raise ValueError("points lie between 0 and 1")
+    total = math.fsum(points)
+    if n == 0 or all(point in (0, 1) for point in points):
+        return wilson(total, n)
+    p = (total + 2) / (n + 4)
+    variance = (math.fsum(point**2 for point in points) + 2) / (n + 4) - p**2
+    worth = n * p * (1 - p) / variance
+    return {**wilson(total / n * worth, worth), "mean": total / n, "n": n}
 
 
 def accuracy(chosen: Sequence[float], rejected: Sequence[float], p_chosen: Sequence[float | None]) -> Measure:
@@ -77,7 +96,7 @@ def accuracy(chosen: Sequence[float], rejected: Sequence[float], p_chosen: Seque
         for c, r, p in zip(chosen, rejected, p_chosen, strict=True)
         if p is None or p != 0.5
     ]
-    return wilson(math.fsum(hits), len(hits))
+    return points_share(hits)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keel.evaluation.measures import Measure, distinct, mean_interval, wilson
+from keel.evaluation.measures import Measure, distinct, mean_interval, points_share, wilson
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ def _against(own: Sequence[Judged], reference: Sequence[Judged]) -> dict[str, Me
         result[f"{name}_lift"] = mean_interval([x - y for x, y in zip(a, b, strict=True)])
     if judges:
         _, a, b = judges[0]
-        result["win_rate"] = wilson(
-            sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)), len(a)
+        result["win_rate"] = points_share(
+            [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)]
         )
     return result
 

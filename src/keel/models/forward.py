@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from keel.masked import at_least_float32
+from keel.models.precision import computing
 
 
 def response_positions(prompt_lengths: Tensor, width: int) -> Tensor:
@@ -28,7 +29,8 @@ def response_tokens(ids: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
 
 def response_logits(model: Any, ids: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
     """(B, T, V) logits that predict each response token."""
-    logits = model(input_ids=ids, use_cache=False).logits
+    with computing(model, ids.device):
+        logits = model(input_ids=ids, use_cache=False).logits
     return at_positions(logits, response_positions(prompt_lengths, width))
 
 
@@ -36,16 +38,23 @@ def response_logits_and_hidden(
     model: Any, ids: Tensor, prompt_lengths: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """Logits (B, T, V) and the last hidden states (B, T, d) at the same positions, from one forward."""
-    output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    with computing(model, ids.device):
+        output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     positions = response_positions(prompt_lengths, width)
     return at_positions(output.logits, positions), at_positions(output.hidden_states[-1], positions)
 
 
 def response_scores(scorer: Any, ids: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
     """(B, T) values of a decoder with a score head: V(s_t), the state before response token t."""
-    hidden = backbone(scorer)(input_ids=ids, use_cache=False).last_hidden_state
-    values = scorer.score(at_positions(hidden, response_positions(prompt_lengths, width))).squeeze(-1)
+    with computing(scorer, ids.device):
+        hidden = backbone(scorer)(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = at_positions(hidden, response_positions(prompt_lengths, width))
+    values = scorer.score(hidden.to(head_dtype(scorer.score))).squeeze(-1)
     return at_least_float32(values)
+
+
+def head_dtype(head: Any) -> torch.dtype:
+    return next(head.parameters()).dtype
 
 
 def backbone(model: Any) -> Any:

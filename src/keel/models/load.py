@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from keel.data.batches import derive_seed
+from keel.models.precision import opened, weights
 from keel.types import UsageError
 
 COUNT_FROM_PAD = (
@@ -49,7 +50,7 @@ class ModelSource:
 
     path: str | None = None
     init: Mapping[str, Any] | None = None
-    dtype: str = "float32"
+    dtype: str = "float32"  # see keel.models.precision
     trust_remote_code: bool = False
     revision: str | None = None
 
@@ -95,7 +96,7 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
     """A causal language model. A new one (`init`) is seeded and gets its vocabulary and special ids from `vocab`,
     a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's."""
     config = model_config(source)
-    dtype = getattr(torch, source.dtype)
+    dtype = weights(source.dtype)
     if source.init is None:
         with _explained(str(source.path), "model"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -107,11 +108,12 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
             raise UsageError(
                 f"model {str(source.path)!r} is no whole causal language model: it has no {min(info['missing_keys'])}"
             )
-        return _with_whole_embeddings(model)
+        return opened(_with_whole_embeddings(model), source.dtype)
     if vocab is not None:
         _adopt_vocabulary(config, vocab, source.init)
     with _seeded(derive_seed("init", seed)):
-        return _with_whole_embeddings(AutoModelForCausalLM.from_config(config, dtype=dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return opened(_with_whole_embeddings(model), source.dtype)
 
 
 def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequence[str] | None = None) -> Any:
@@ -125,7 +127,7 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
     config = model_config(source)
     trained = source.init is None and is_classifier(config)
     _set_outputs(config, labels, source.path if trained else None)
-    dtype, new_head = getattr(torch, source.dtype), True
+    dtype, new_head = weights(source.dtype), True
     if source.init is not None:
         if vocab is not None:
             _adopt_vocabulary(config, vocab, source.init)
@@ -147,7 +149,17 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
     head = score_head(model)
     if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
-    return _with_whole_embeddings(model)
+    return opened(_with_whole_embeddings(model), source.dtype)
+
+
+def scorer_without_weights(source: ModelSource) -> Any:
+    """What `scorer` makes, in shape alone: its config and modules, on the meta device. Errors are those of its outputs."""
+    config = model_config(source)
+    _set_outputs(config, None, source.path if source.init is None and is_classifier(config) else None)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(
+            config, trust_remote_code=source.trust_remote_code
+        )
 
 
 def _set_outputs(config: Any, labels: Sequence[str] | None, trained: str | None) -> None:
@@ -368,6 +380,8 @@ def _explained(what: str, kind: str) -> Iterator[None]:
     ) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+        if "trust_remote_code" in str(error):
+            reason += " Set `trust_remote_code` if you trust its author"
         raise UsageError(f"{kind} {what!r} cannot be loaded: {reason}") from error
     finally:
         transformers.utils.logging.set_verbosity(level)

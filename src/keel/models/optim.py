@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from keel.types import KeelError
+from keel.types import NotFiniteError
 
 
 def adamw(
@@ -35,14 +35,14 @@ def step(
 ) -> Mapping[str, float]:
     """Clip, set the learning rates to peak × scale, step, and clear the gradients.
 
-    Returns the gradient's norm before clipping. KeelError if it is not finite: the weights stay as they were.
+    Returns the gradient's norm before clipping. NotFiniteError if it is none: the weights stay as they were.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(
         parameters, max_grad_norm if max_grad_norm is not None else float("inf")
     )
     if not torch.isfinite(norm):
-        raise KeelError(
+        raise NotFiniteError(
             f"{where}: the gradient is not finite (norm {norm.item()}); lower the learning rate, or look at the data of this step"
         )
     for group in optimizer.param_groups:

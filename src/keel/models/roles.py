@@ -46,6 +46,7 @@ class AdaptersOff:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
+        self.keel_auto = getattr(policy, "keel_auto", False)  # see keel.models.precision
 
     def __call__(self, **inputs: Any) -> Any:
         with self.policy.disable_adapter():

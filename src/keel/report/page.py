@@ -16,7 +16,8 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from keel.report import pictures, replies, wording
+from keel.diagnosis.logs import Diagnosis
+from keel.report import health, pictures, replies, reward_models, wording
 from keel.report.pictures import Picture
 from keel.report.reading import Run, StageRun, read
 from keel.report.verdict import Verdict, kl_target, unjudged, verdict
@@ -84,17 +85,23 @@ def render(run: Run) -> str:
     """The whole page."""
     judged = [stage for stage in run.stages if stage.kind == "evaluate"]
     curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.kind != "evaluate"}
+    diagnoses = health.diagnoses(run)
     path = pictures.trajectories(
         [stage for stage in run.stages if stage.kind in ("ppo", "grpo")], _colours(judged)
     )
     paths = [path] if path else []
     points = {stage.name: pictures.judgement(stage.name, stage.result, run.config) for stage in judged}
+    rewards = {stage.name: stage.result.get("reward_model") or {} for stage in judged}
+    for name, found in rewards.items():
+        if (diagram := reward_models.reliability_diagram(name, found)) is not None:
+            points[name].append(diagram)
     drawn = [*(p for group in (*curves.values(), *points.values()) for p in group), *paths]
     return fill(
         "page.html",
         drawn,
         run=run,
-        verdicts=verdicts(run),
+        verdicts=verdicts(run, diagnoses),
+        findings={name: health.lines(one) for name, one in diagnoses.items()},
         facts={(s.name, v.model): _facts(s, v, run) for s in judged for v in verdict(s.result, run.config)},
         done=sum(stage.status in ("done", "cached") for stage in run.stages),
         seconds=sum(stage.record.get("seconds") or 0 for stage in run.stages),
@@ -106,7 +113,7 @@ def render(run: Run) -> str:
         last={stage.name: _last(stage) for stage in run.stages},
         judged=judged,
         tables={stage.name: measures(stage.result) for stage in judged},
-        rm_accuracy={stage.name: _rm_accuracy(stage) for stage in judged},
+        rm_lines={name: reward_models.lines(found) for name, found in rewards.items()},
         points=points,
         paths=paths,
         replies={stage.name: replies.side_by_side(stage) for stage in judged},
@@ -142,15 +149,16 @@ def fill(template: str, drawn: list[Picture], **values: Any) -> str:
     )
 
 
-def verdicts(run: Run) -> list[tuple[str, Verdict]]:
-    """The name of each `evaluate` stage with each of its verdicts; at least one."""
+def verdicts(run: Run, diagnoses: Mapping[str, Diagnosis]) -> list[tuple[str, Verdict]]:
+    """The name of each `evaluate` stage with each of its verdicts; at least one. diagnoses: of the stages that have any."""
+    said = {name: health.said(one) for name, one in diagnoses.items()}
     judged = [stage for stage in run.stages if stage.kind == "evaluate"]
     if not judged:
         return [("", unjudged("run an evaluate stage"))]
     found: list[tuple[str, Verdict]] = []
     for stage in judged:
         if stage.result:
-            found += [(stage.name, one) for one in verdict(stage.result, run.config)]
+            found += [(stage.name, one) for one in verdict(stage.result, run.config, said)]
         else:
             found.append((stage.name, unjudged(f"the evaluate stage {stage.name} has not finished")))
     return found
@@ -163,6 +171,13 @@ def key_result(stage: StageRun) -> str:
         return f"held-out loss {number(mean(result, 'eval_loss'), 2)}"
     if stage.kind in ("reward", "classifier") and mean(result, "accuracy") is not None:
         return f"accuracy {_with_interval(result, 'accuracy')}"
+    if stage.kind == "dpo":
+        parts = [
+            f"{name} {_with_interval(result, name)}" for name in ("accuracy", "margin") if name in result
+        ]
+        return "held-out " + ", ".join(parts) if parts else ""
+    if stage.kind == "best_of_n" and mean(result, "reward_best") is not None:
+        return f"reward {number(mean(result, 'reward_mean'), 2)} → {number(mean(result, 'reward_best'), 2)}"
     if stage.kind in ("ppo", "grpo"):
         scores = mean(result, "scores") if "scores" in result else _late(stage, "objective/scores")
         kl = mean(result, "kl") if "kl" in result else _late(stage, "objective/kl")
@@ -289,12 +304,6 @@ def _with_interval(result: Mapping[str, Any], name: str) -> str:
     low, high = bound(result, name, "low"), bound(result, name, "high")
     interval = f" ({number(low, 2)} to {number(high, 2)})" if None not in (low, high) else ""
     return number(mean(result, name), 2) + interval
-
-
-def _rm_accuracy(stage: StageRun) -> str:
-    """How often the reward model agrees with people, measured on the evaluation's comparisons; "" if it was not."""
-    found = stage.result.get("reward_model") or {}
-    return _with_interval(found, "accuracy") if mean(found, "accuracy") is not None else ""
 
 
 def _figures(drawn: list[Picture]) -> Markup:

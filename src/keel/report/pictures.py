@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from keel.report.curves import CURVES, Curve
 from keel.report.reading import StageRun
 from keel.report.verdict import kl_target
 from keel.report.wording import bound, mean, measure, number
@@ -38,57 +39,6 @@ class Picture:
     wide: bool = False
 
 
-class Curve(NamedTuple):
-    """One picture of a stage: a metric over steps, and the same on held-out rows where that is logged."""
-
-    title: str
-    unit: str
-    metric: str
-    held_out: str = ""
-    wide: bool = False
-    level: float | None = None  # a line to compare with
-    level_label: str = ""
-    smooth: bool = True  # False for what is set, not measured: a mean would only blur it
-
-
-_OPTIMISER = (
-    Curve("Gradient norm", "before clipping", "grad_norm"),
-    Curve("Learning rate", "", "learning_rate", smooth=False),
-)
-_LANGUAGE = (
-    Curve("Loss", "nats per token", "loss", "eval_loss"),
-    Curve("Token accuracy", "share of tokens", "mean_token_accuracy", "eval_mean_token_accuracy"),
-    *_OPTIMISER,
-)
-CURVES: dict[str, tuple[Curve, ...]] = {
-    "pretrain": _LANGUAGE,
-    "sft": _LANGUAGE,
-    "reward": (
-        Curve("Loss", "nats per pair", "loss", "eval_loss", level=0.6931, level_label="guessing"),
-        Curve("Accuracy", "share of pairs", "accuracy", "eval_accuracy", level=0.5, level_label="guessing"),
-        Curve("Margin", "reward units", "margin", "eval_margin"),
-        Curve("Gradient norm", "before clipping", "grad_norm"),
-    ),
-    "classifier": (
-        Curve("Loss", "nats per row", "loss", "eval_loss"),
-        Curve("Accuracy", "share of rows", "accuracy", "eval_accuracy"),
-        *_OPTIMISER,
-    ),
-    "ppo": (
-        Curve("Score", "of the reward model", "objective/scores", "eval/objective/scores", wide=True),
-        Curve("KL from the reference", "nats per reply", "objective/kl", "eval/objective/kl", wide=True),
-        Curve("Entropy", "nats per token", "policy/entropy_avg"),
-        Curve("Reply length", "tokens", "rollout/response_length"),
-        Curve("Cut-off replies", "share", "rollout/truncated"),
-        Curve("KL coefficient", "β", "objective/kl_coef", smooth=False),
-        Curve("Clip fraction", "share of tokens", "policy/clipfrac_avg"),
-        Curve("KL of one update", "nats per token", "policy/approxkl_avg"),
-        Curve("Explained variance", "of returns", "val/explained_variance"),
-        Curve("Gradient norm", "before clipping", "grad_norm"),
-    ),
-}
-
-
 def model_colour(position: int) -> str:
     """The colour of a model, by its position in the evaluation; the first, usually the reference, is grey."""
     return MODEL_COLOURS[position % len(MODEL_COLOURS)]
@@ -104,7 +54,33 @@ def curves(stage: StageRun) -> list[Picture]:
             curve = curve._replace(level_label="target")
         if any(value is not None for _, value in stage.metrics.get(curve.metric, ())):
             pictures.append(_curve(f"{stage.name}-{position}", curve, stage))
-    return pictures
+    best = _best_of_n(stage) if stage.kind == "best_of_n" else None
+    return [best, *pictures] if best else pictures
+
+
+def _best_of_n(stage: StageRun) -> Picture | None:
+    """A point a prompt: the reward of the response that was chosen against the mean of all that were sampled."""
+    found = [(row["mean"], row["reward"]) for row in stage.chosen() if {"mean", "reward"} <= row.keys()]
+    found = found[:: -(-len(found) // MOST_POINTS) or 1]
+    if not found:
+        return None
+    x, y = [mean for mean, _ in found], [reward for _, reward in found]
+    dots = {
+        "type": "scatter", "mode": "markers", "x": x, "y": y, "marker": {"color": "--train", "size": 5},
+        "hovertemplate": "chosen %{y:.4~g}<br>mean %{x:.4~g}<extra></extra>",
+    }  # fmt: skip
+    layout, ends = _layout(x_title="mean reward of the samples", height=250), [min(x), max(x)]
+    _pad(layout, x, y)
+    line = {"type": "line", "line": {"color": "--ink", "width": 1, "dash": "dash"}, "layer": "below"}
+    layout["shapes"] = [{**line, "x0": ends[0], "x1": ends[1], "y0": ends[0], "y1": ends[1]}]
+    keys = [Key("a prompt", "--train", "dot"), Key("the mean itself", "--ink", "dash")]
+    least = stage.settings.get("min_reward")
+    if least is not None:
+        layout["shapes"].append(_level(y=least, colour="--held-out"))
+        layout["yaxis"]["range"] = _span([*y, *ends, least])
+        keys.append(Key(f"kept from {number(float(least))}", "--held-out", "dash"))
+    figure = {"data": [dots], "layout": layout}
+    return Picture(f"{stage.name}-best", "Chosen response", "reward", tuple(keys), figure, wide=True)
 
 
 def curve_keys(stage: StageRun) -> tuple[Key, ...]:
@@ -124,7 +100,10 @@ def curve_keys(stage: StageRun) -> tuple[Key, ...]:
 
 
 def _known(stage: StageRun) -> tuple[Curve, ...]:
-    return CURVES.get(stage.kind) or tuple(Curve(name, "", name) for name in list(stage.metrics)[:12])
+    known = CURVES.get(stage.kind, ())
+    if known:
+        return tuple(curve for curve in known if not curve.setting or stage.settings.get(curve.setting))
+    return tuple(Curve(name, "", name) for name in list(stage.metrics)[:12])
 
 
 def _unit(stage: StageRun) -> str:

@@ -32,6 +32,10 @@ class StageRun:
     def samples(self) -> Iterator[dict[str, Any]]:
         return _rows(self.directory / "samples.jsonl")
 
+    def chosen(self) -> Iterator[dict[str, Any]]:
+        """The best response to each prompt, of a best_of_n stage."""
+        return _rows(self.directory / "best.jsonl")
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -110,7 +114,8 @@ def _inputs(settings: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     for key in _REFERENCES:
         value = settings.get(key)
         for item in value if isinstance(value, list) else [value]:
-            name = item.get("path") if isinstance(item, dict) else item
+            # a model's path, or the model of a reward term
+            name = item.get("path") or item.get("model") if isinstance(item, dict) else item
             if isinstance(name, str) and name in names and name not in found:
                 found.append(name)
     return tuple(found)

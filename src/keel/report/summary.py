@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from keel.report import health
 from keel.report.page import measures, verdicts
 from keel.report.reading import read
+from keel.report.reward_models import in_short
 
 
 def summary(run: Path) -> str:
-    """Verdicts, then a table of models × measures for each finished evaluate stage. Lines of plain text.
+    """Verdicts, what was found in training, then a table of models × measures for each finished evaluate stage. Lines of plain text.
 
     Raises what `keel.report.reading.read` raises.
     """
     found = read(run)
     lines: list[str] = []
-    for _, one in verdicts(found):
+    diagnosed = health.diagnoses(found)
+    for _, one in verdicts(found, diagnosed):
         against = f"{one.model} against {one.reference}: " if one.model else ""
         lines += [against + one.text, *(f"  {note}" for note in one.notes)]
+    for name, one in diagnosed.items():
+        for line in health.lines(one):
+            if line.level == "done":
+                lines.append(f"{name}: {line.evidence}")
+            elif line.level != "note":
+                lines.append(
+                    f"{name}: {line.level}, {line.name} from step {line.step}: {line.evidence}; {line.remedy}"
+                )
     for stage in found.stages:
         if stage.kind == "evaluate" and stage.result.get("models"):
             head = [stage.name, *stage.result["models"]]
@@ -27,6 +38,8 @@ def summary(run: Path) -> str:
                 for row in measures(stage.result)
             ]
             lines += ["", *table([head, *rows])]
+            if said := in_short(stage.result.get("reward_model") or {}):
+                lines += ["", f"reward model on comparisons: {said}"]
     return "\n".join(lines)
 
 

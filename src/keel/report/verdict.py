@@ -58,11 +58,14 @@ class _Lift:
         return "worse" if self.high is not None and self.high < 0 else "unclear"
 
 
-def verdict(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[Verdict]:
+def verdict(
+    result: Mapping[str, Any], config: Mapping[str, Any], health: Mapping[str, str] | None = None
+) -> list[Verdict]:
     """One verdict for each model of an `evaluate` result but the reference, in the result's order.
 
     Gold reward decides when it was measured, else the proxy. A change counts when the 95 % interval of the
-    difference to the reference excludes 0. `config` is the run's: it holds the KL target of each PPO stage.
+    difference to the reference excludes 0. `config` is the run's: it holds the KL target of each PPO stage. `health`:
+    what was found while a model trained, in words, "" for nothing; models of which nothing is known are not in it.
     """
     models: Mapping[str, Any] = result.get("models") or {}
     if not models:
@@ -73,7 +76,7 @@ def verdict(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[Verdic
         return [
             unjudged(f"only {reference} was evaluated; name a second model to compare it with", reference)
         ]
-    return [_judge(name, reference, models, config) for name in others]
+    return [_judge(name, reference, models, config, (health or {}).get(name)) for name in others]
 
 
 def unjudged(what_to_do: str, reference: str = "") -> Verdict:
@@ -87,7 +90,9 @@ def kl_target(config: Mapping[str, Any], model: str) -> float | None:
     return bound(kl, "target", "mean") if isinstance(kl, Mapping) else None
 
 
-def _judge(name: str, reference: str, models: Mapping[str, Any], config: Mapping[str, Any]) -> Verdict:
+def _judge(
+    name: str, reference: str, models: Mapping[str, Any], config: Mapping[str, Any], health: str | None
+) -> Verdict:
     after, before = models[name], models.get(reference) or {}
     for by in ("gold", "proxy"):
         lift = _lift(after, before, by)
@@ -96,6 +101,8 @@ def _judge(name: str, reference: str, models: Mapping[str, Any], config: Mapping
         sentence = _change(by, lift, mean(before, by), mean(after, by)) + _distance(
             after, kl_target(config, name)
         )
+        if health is not None:
+            sentence += f"; in training {health}" if health else ", no finding in training"
         notes = _notes(by, lift, after, before, kl_target(config, name))
         count = bound(after, by, "n")
         return Verdict(

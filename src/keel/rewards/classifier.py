@@ -16,8 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from keel.data import chat
 from keel.data.batches import length_mask, pad
-from keel.models.forward import backbone
+from keel.masked import at_least_float32
+from keel.models.forward import backbone, head_dtype
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config, score_head
+from keel.models.precision import computing, opened, weights
 from keel.types import Conversation, Prompt, UsageError
 
 Output = Literal["probability", "log_probability", "logit"]
@@ -117,9 +119,12 @@ def forward(model: Any, rows: Sequence[Mapping[str, list[int]]], pad_id: int) ->
     """
     inputs, lengths = padded(rows, pad_id, next(model.parameters()).device)
     if score_head(model) is None:
-        return model(**inputs).logits
-    hidden = backbone(model)(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
-    return model.score(hidden[torch.arange(len(rows)), lengths - 1])
+        with computing(model, inputs["input_ids"].device):
+            return at_least_float32(model(**inputs).logits)
+    with computing(model, inputs["input_ids"].device):
+        hidden = backbone(model)(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(rows)), lengths - 1]
+    return model.score(last.to(head_dtype(model.score)))
 
 
 def label_index(config: Any, label: str | int | None, path: str) -> int:
@@ -156,14 +161,14 @@ def pretrained(kind: Any, source: ModelSource, config: Any) -> Any:
         torch.random.fork_rng(),
     ):  # a pooler made up must not move the caller's seed
         model, info = kind.from_pretrained(
-            str(source.path), config=config, dtype=getattr(torch, source.dtype), use_safetensors=True,
+            str(source.path), config=config, dtype=weights(source.dtype), use_safetensors=True,
             output_loading_info=True, trust_remote_code=source.trust_remote_code, revision=source.revision,
         )  # fmt: skip
     headless = kind is not AutoModelForSequenceClassification
     missing = [key for key in info["missing_keys"] if not (headless and key.startswith("pooler."))]
     if missing:
         raise UsageError(f"model {source.path!r} is incomplete: it has no {min(missing)}")
-    return model
+    return opened(model, source.dtype)
 
 
 @contextlib.contextmanager

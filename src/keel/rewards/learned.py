@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
 from torch import Tensor
 
 from keel.data import chat
 from keel.data.batches import length_mask, pad
-from keel.models.forward import backbone
+from keel.models.forward import backbone, head_dtype
 from keel.models.load import (
     ModelSource,
     context_length,
@@ -22,6 +23,7 @@ from keel.models.load import (
     score_head,
     scorer,
 )
+from keel.models.precision import computing
 from keel.types import Conversation, Prompt, UsageError
 
 Inputs = dict[
@@ -59,17 +61,41 @@ def load(
 def load_members(
     path: str, *, device: torch.device, dtype: str = "float32", trust_remote_code: bool = False
 ) -> list[RewardModel]:
-    """A reward model, or all members of an ensemble: the model in `path` itself and those in `path`/members/2, 3 …"""
-    members = Path(path) / "members"
-    others = (
-        sorted((p for p in members.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
-        if members.is_dir()
-        else []
-    )
+    """A reward model, or all members of an ensemble: the model in `path` itself and those in `path`/members/2, 3 …, which
+    are downloaded if `path` is a hub id. UsageError, also offline, if one of them is missing."""
+    source = ModelSource(path, trust_remote_code=trust_remote_code)
     return [
-        load(str(place), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        for place in (path, *others)
+        load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        for place in (path, *other_members(model_config(source), path))
     ]
+
+
+def other_members(config: Any, path: str) -> list[str]:
+    """The folders of an ensemble's members 2, 3 …; `config` is the first member's, which says how many there are.
+    UsageError if one is missing."""
+    count = (getattr(config, "keel_reward", None) or {}).get("members", 1)
+    folder = Path(path)
+    if not folder.is_dir() and count > 1:
+        folder = _downloaded(path, count)
+    found = [place for place in (folder / "members").glob("*") if (place / "config.json").is_file()]
+    numbers = sorted(int(place.name) for place in found if place.name.isdigit())
+    missing = next((number for number in range(2, count + 1) if number not in numbers), None)
+    if missing is not None:
+        raise UsageError(
+            f"{path!r} is an ensemble of {count} reward models, but member {missing} is not there (members/{missing}); bring the whole folder"
+        )
+    return [str(folder / "members" / str(number)) for number in numbers]
+
+
+def _downloaded(path: str, count: int) -> Path:
+    """A hub model's snapshot with the members of an ensemble in it; offline, what the cache has of it."""
+    try:
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=["members/*"]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{path!r} is an ensemble of {count} reward models, but its members cannot be downloaded: {reason}"
+        ) from error
 
 
 def combined(
@@ -220,10 +246,16 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
             if key != "input_ids"
         }
         mask = length_mask(lengths, ids.shape[1]).long()
-        return reward.model(input_ids=ids, attention_mask=mask, **extra).logits.squeeze(-1)
-    hidden = backbone(reward.model)(input_ids=ids, use_cache=False).last_hidden_state
+        with computing(reward.model, device):
+            return (
+                reward.model(input_ids=ids, attention_mask=mask, **extra)
+                .logits.squeeze(-1)
+                .to(head_dtype(reward.model))
+            )
+    with computing(reward.model, device):
+        hidden = backbone(reward.model)(input_ids=ids, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(inputs), device=device), lengths - 1]
-    return reward.model.score(last).squeeze(-1)
+    return reward.model.score(last.to(head_dtype(reward.model.score))).squeeze(-1)
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:
@@ -279,6 +311,7 @@ def _context(reward: RewardModel) -> int | None:
     return context_length(reward.model.config)
 
 
-def save_scale(model: Any, mean: float, std: float) -> None:
-    """Leave the scale in the model's config, where `wrap` finds it again."""
-    model.config.keel_reward = {"mean": mean, "std": std}
+def save_scale(model: Any, mean: float, std: float, members: int = 1) -> None:
+    """Leave the scale in the model's config, where `wrap` finds it again; and of an ensemble its size, for `other_members`."""
+    size = {"members": members} if members > 1 else {}
+    model.config.keel_reward = {"mean": mean, "std": std, **size}

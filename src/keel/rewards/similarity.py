@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 
 from keel.data import chat
 from keel.models.load import ModelSource, load_tokenizer, model_config
+from keel.models.precision import computing
 from keel.rewards.classifier import encoded, explained, longest_input, padded, pretrained
 from keel.rewards.rules import column_of
 from keel.types import Conversation, Prompt, UsageError
@@ -97,7 +98,7 @@ def embed(embedder: Embedder, texts: Sequence[str], *, batch_size: int = 64) -> 
         inputs, _ = padded(
             [rows[i] for i in part], chat.ensure_pad(embedder.tokenizer), embedder.model.device
         )
-        with torch.no_grad():
+        with torch.no_grad(), computing(embedder.model, embedder.model.device):
             states = embedder.model(**inputs).last_hidden_state.float()
         vectors[part] = pool(states, inputs["attention_mask"].bool(), embedder.pooling).cpu()
     return normalize(vectors, dim=1)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from keel.models.load import context_length
+from keel.models.precision import computing, keeping_casts
+from keel.rollout import lean, plain
+from keel.rollout.sampling import pick
+from keel.rollout.slots import Slots
 from keel.types import Completion, Sampling, StopReason, UsageError
+
+SPARE_COLUMNS = (
+    32  # of the cache, beyond the longest sequence: a shift to the left is due after as many steps
+)
 
 
 class Engine(Protocol):
@@ -31,7 +41,8 @@ def generate(
     seed: int,
     batch_size: int = 64,
 ) -> list[Completion]:
-    """Sample with a key–value cache; rows that have ended leave the batch.
+    """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once; a row
+    that has ended leaves at once, and a waiting prompt takes its slot.
 
     stop_ids: the EOS id first, then those of the stop strings. Each row draws its own random numbers, so what
     else is in the batch does not change what it is given. UsageError if a prompt and its response cannot fit
@@ -49,20 +60,20 @@ def generate(
         dtype=torch.float64,
         generator=torch.Generator().manual_seed(seed),
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions: list[Completion | None] = [None] * len(prompts)
-    with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            done = _decode(model, [prompts[i] for i in part], draws[part], sampling, stop_ids, pad_id)
-            for index, completion in zip(part, done, strict=True):
-                completions[index] = completion
-    return [done for done in completions if done is not None]
+    device = next(model.parameters()).device
+    with _evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device):
+        done = _stream(model, prompts, draws, sampling, stop_ids, pad_id, batch_size)
+        if done is None:
+            return [
+                plain.complete(model, prompt, row, sampling, stop_ids)
+                for prompt, row in zip(prompts, draws, strict=True)
+            ]
+    return done
 
 
 def text_of(tokenizer: Any, completion: Completion) -> str:
     """The response as a reader sees it: without the token that ended it."""
-    ids = completion.ids if completion.stop_reason == "length" else completion.ids[:-1]
+    ids = completion.ids[:-1] if completion.ended else completion.ids
     return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
@@ -77,82 +88,110 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-@torch.no_grad()
-def _decode(
+def _stream(
     model: Any,
     prompts: Sequence[Sequence[int]],
     draws: Tensor,
     sampling: Sampling,
     stop_ids: Sequence[int],
     pad_id: int,
-) -> list[Completion]:
-    """One batch. Only in here prompts are padded on the left, so that all rows write the same cache column."""
+    batch_size: int,
+) -> list[Completion] | None:
+    """All prompts through the slots; None if the model keeps no keys and values."""
     device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    stops = torch.tensor(list(stop_ids), device=device)
-    draws = draws.to(device)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logps: list[list[float]] = [[] for _ in prompts]
-    reasons: list[StopReason] = ["length"] * len(prompts)
-    alive = torch.arange(len(prompts), device=device)
-    cache = None
-    for t in range(sampling.max_new_tokens):
-        # 1. logits of the newest position of every row that is still going
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            raise UsageError(
-                f"a {type(model).__name__} keeps no key–value cache, so it cannot be sampled from here"
-            )
-        # 2. one token each
-        chosen, logp = pick(output.logits[:, -1], draws[alive, t], sampling)
-        for row, token, value in zip(alive.tolist(), chosen.tolist(), logp.tolist(), strict=True):
-            tokens[row].append(token)
-            logps[row].append(value)
-        # 3. rows whose token is a stop leave, the stop token with them
-        ended = torch.isin(chosen, stops)
-        for row, token in zip(alive[ended].tolist(), chosen[ended].tolist(), strict=True):
-            reasons[row] = "eos" if token == stop_ids[0] else "stop"
-        if bool(ended.all()):
-            break
-        if bool(ended.any()):
-            going = (~ended).nonzero().flatten()
-            cache.batch_select_indices(going)
-            alive, chosen, mask, positions = alive[going], chosen[going], mask[going], positions[going]
-        # 4. the token becomes the next input
-        ids = chosen[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return [
-        Completion(tuple(prompt), tuple(ids), reason, tuple(logp))
-        for prompt, ids, reason, logp in zip(prompts, tokens, reasons, logps, strict=True)
-    ]
+    longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+    slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device)
+    forward = lean.Step(model, longest) if lean.fits(model) else None
+    draws, stops = draws.to(device), torch.tensor(list(stop_ids), device=device)
+    tokens = torch.zeros(draws.shape, dtype=torch.long, device=device)  # (N, max_new_tokens)
+    logps = torch.zeros(draws.shape, device=device)
+    # of similar length, so that little is padded; equal ones side by side, so that they are read once
+    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
+    rows = newest = made = torch.zeros(
+        0, dtype=torch.long, device=device
+    )  # (n,) by slot: prompt, token, how many
+    while waiting or len(slots):
+        # 1. waiting prompts take free slots, several at a time
+        free = slots.capacity - len(slots)
+        if waiting and (not len(slots) or free >= max(1, slots.capacity // 8)):
+            fresh, waiting = waiting[:free], waiting[free:]
+            logits = _read(model, [tuple(prompts[i]) for i in fresh], slots, pad_id)
+            if logits is None:
+                return None
+            rows = torch.cat([rows, torch.tensor(fresh, device=device)])
+            newest, made = (torch.cat([x, x.new_zeros(len(fresh))]) for x in (newest, made))
+        # 2. or every row takes a step
+        else:
+            fresh = ()
+            slots.make_room()
+            logits = forward(newest, slots) if forward else _step(model, newest, slots)
+            slots.step()
+        # 3. a token each
+        part = slice(len(rows) - len(fresh), None) if fresh else slice(None)
+        chosen, logp = pick(logits, draws[rows[part], made[part]], sampling)
+        tokens[rows[part], made[part]] = chosen
+        logps[rows[part], made[part]] = logp.to(logps.dtype)
+        newest, made = newest.clone(), made.clone()
+        newest[part] = chosen
+        made[part] += 1
+        # 4. rows that have ended leave
+        going = ~torch.isin(newest, stops) & (made < sampling.max_new_tokens)
+        if not bool(going.all()):
+            order = slots.keep(going)
+            rows, newest, made = rows[order], newest[order], made[order]
+    return _completions(prompts, tokens, logps, stops)
 
 
-def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(B, V) logits and (B,) uniform draws → (B,) tokens, by the inverse of the cumulative distribution, and (B,) the
-    log of the probability that each had (0 for greedy, which leaves no choice)."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1), torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    logits = logits.double() / sampling.temperature
-    if sampling.top_k:
-        worst = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < worst, float("-inf"))
-    if sampling.top_p < 1:
-        ranked, index = logits.sort(dim=-1, descending=True)
-        mass = ranked.softmax(dim=-1)
-        cut = mass.cumsum(dim=-1) - mass >= sampling.top_p
-        logits = torch.empty_like(logits).scatter_(-1, index, ranked.masked_fill(cut, float("-inf")))
-    probabilities = logits.softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    tokens = (
-        torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
-        .squeeze(-1)
-        .clamp(max=logits.shape[-1] - 1)
+def _read(model: Any, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int) -> Tensor | None:
+    """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits of their
+    first tokens, None if the model keeps no keys and values."""
+    distinct = list(dict.fromkeys(prompts))
+    where = {prompt: i for i, prompt in enumerate(distinct)}
+    lengths = [len(prompt) for prompt in distinct]
+    width, device = max(lengths), slots.starts.device
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in distinct], device=device)
+    own = (
+        torch.arange(width, device=device)[None, :]
+        >= torch.tensor([width - n for n in lengths], device=device)[:, None]
     )
-    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+    cache = DynamicCache()
+    output = model(
+        input_ids=ids, attention_mask=own.long(), position_ids=(own.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache, use_cache=True, **_last_only(model),
+    )  # fmt: skip
+    source = [where[prompt] for prompt in prompts]
+    if not slots.admit(cache, lengths, source):
+        return None
+    return output.logits[:, -1][torch.tensor(source, device=device)]
+
+
+def _step(model: Any, newest: Tensor, slots: Slots) -> Tensor:
+    """(n,) newest tokens → (n, V) logits, by the model's own forward."""
+    mask = slots.mask()
+    return model(
+        input_ids=newest[:, None], attention_mask=None if mask is None else mask.long(), position_ids=slots.positions[:, None],
+        past_key_values=slots.cache, use_cache=True,
+    ).logits[:, -1]  # fmt: skip
+
+
+def _last_only(model: Any) -> dict[str, int]:
+    """The argument by which a model makes logits of the last position only, where it has one."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+
+
+def _completions(
+    prompts: Sequence[Sequence[int]], tokens: Tensor, logps: Tensor, stops: Tensor
+) -> list[Completion]:
+    """Each row up to its first stop token."""
+    ends = torch.isin(tokens, stops)
+    ended = ends.any(dim=1).tolist()
+    lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1]).tolist()
+    eos = int(stops[0])
+    done = []
+    for prompt, ids, logp, length, stopped in zip(
+        prompts, tokens.tolist(), logps.tolist(), lengths, ended, strict=True
+    ):
+        reason: StopReason = "length" if not stopped else "eos" if ids[length - 1] == eos else "stop"
+        done.append(Completion(tuple(prompt), tuple(ids[:length]), reason, tuple(logp[:length])))
+    return done

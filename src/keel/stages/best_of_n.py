@@ -97,7 +97,9 @@ def _sample(
     """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only where none ended."""
     sampling, n = config.sampling.plain(), config.samples_per_prompt
     model = causal_lm(source, 0).to(run.device).eval().requires_grad_(False)
-    opened = rewarding.open_rewards(config.reward, run, dtype=config.model.dtype)
+    opened = rewarding.open_rewards(
+        config.reward, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
+    )
     longest = max(len(ids) for _, ids in tasks) + sampling.max_new_tokens
     rewards = rewarding.mixture(
         opened, run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
@@ -114,7 +116,7 @@ def _sample(
         totals = rated.total.tolist()
         for start in range(0, len(done), n):
             group = range(start, start + n)
-            at = max(group, key=lambda i: (done[i].stop_reason != "length", totals[i], -i))
+            at = max(group, key=lambda i: (done[i].ended, totals[i], -i))
             found.append(_chosen(repeated[at][0], done[at], tokenizer) | {
                 "reward": totals[at], "mean": sum(totals[i] for i in group) / n,
                 "rewards": {name: values[at] for name, values in rated.by_name.items()},

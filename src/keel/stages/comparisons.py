@@ -83,6 +83,12 @@ def _undecided(record: Record) -> bool:
     return isinstance(record, PreferenceRecord) and record.p_chosen == 0.5
 
 
+def count(config: DPOConfig, records: Sequence[Record]) -> int:
+    """Rows that `encode` makes of these records if none is too long: pairs, or for KTO examples, two of each pair."""
+    decided = [record for record in records if config.votes == "soft" or not _undecided(record)]
+    return sum(1 + (config.loss == "kto" and isinstance(r, PreferenceRecord)) for r in decided)
+
+
 def _encode(
     config: DPOConfig, tokenizer: Any, record: Record, too_long: inputs.TooLong
 ) -> Pair | Example | None:
@@ -145,19 +151,13 @@ def reference_source(
 ) -> ModelSource | None:
     """The reference that the config names; None for the model that training starts from, and for losses without one.
 
-    UsageError for a policy that cannot write, and for a reference that cannot read what the policy reads.
+    UsageError for a reference that cannot read what the policy reads.
     """
-    policy = model_config(source)
-    kinds = getattr(policy, "architectures", None) or []
-    if any("MaskedLM" in kind for kind in kinds):
-        raise UsageError(
-            f"{run.name}: {source.path!r} is an encoder ({', '.join(kinds)}); preferences are learned by a model that writes"
-        )
     if config.reference is None:
         return None
     path = run.resolve(config.reference)
     reference = ModelSource(path, None, config.model.dtype, config.model.trust_remote_code)
-    found = model_config(reference)
+    policy, found = model_config(source), model_config(reference)
     ours, theirs = (c.get_text_config().vocab_size for c in (policy, found))
     if ours != theirs:
         raise UsageError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from keel import worlds
@@ -13,7 +15,7 @@ from keel.config import EvaluateConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.load import Dataset
-from keel.evaluation.measures import accuracy
+from keel.evaluation import reward_models
 from keel.evaluation.policies import Judged, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.rewards import learned
@@ -23,7 +25,9 @@ from keel.rollout.score import score
 from keel.runlog import StageRun
 from keel.stages import inputs, rewarding
 from keel.stages.update import micro_batches
-from keel.types import Completion, PreferenceRecord, PromptRecord, Record, UsageError
+from keel.types import Completion, DataError, PreferenceRecord, PromptRecord, Record, UsageError
+
+MOST_SUBSETS = 50  # more kinds than this are not kinds: every row has its own
 
 
 def run(config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
@@ -32,8 +36,10 @@ def run(config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
     records, room = _that_fit(run, config, dataset)
     comparisons = inputs.read(run, config.comparisons, ("preference",)).records if config.comparisons else ()
     reference_name = config.reference or config.models[0]
-    reference = _open(run, reference_name, config.dtype)
-    opened = rewarding.open_rewards(config.reward or [], run, dtype=config.dtype)
+    reference = _open(run, config, reference_name)
+    opened = rewarding.open_rewards(
+        config.reward or [], run, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
     bench = Bench(config, run, records, room, reference, opened, dataset.conversational)
     judged: dict[str, list[Judged]] = {}
     run.restore()
@@ -52,7 +58,7 @@ def run(config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
         result["models"][name] = measures(judged[name], against)
     models = [one.models for one in opened if one.models]
     if models and comparisons:
-        result["reward_model"] = {"accuracy": _accuracy(run, config, models[0], comparisons)}
+        result["reward_model"] = reward_models.judge(_compared(run, config, models[0], comparisons))
     run.facts |= {"rows": len(records)}
     return result
 
@@ -74,13 +80,13 @@ def _that_fit(
     run: StageRun, config: EvaluateConfig, dataset: Dataset
 ) -> tuple[list[PromptRecord], int | None]:
     """The prompts that every model has room for, and that room in tokens: all models answer the same ones."""
-    contexts = [context_length(model_config(ModelSource(run.resolve(name)))) for name in config.models]
+    contexts = [context_length(model_config(_source(run, config, name))) for name in config.models]
     room = min((c - config.sampling.max_new_tokens for c in contexts if c is not None), default=None)
     if room is not None and room < 1:
         raise UsageError(
             f"{run.name}: sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt"
         )
-    tokenizers = [_tokenizer(run, name, dataset.conversational) for name in config.models]
+    tokenizers = [_tokenizer(run, config, name, dataset.conversational) for name in config.models]
     too_long = inputs.TooLong(run, config.too_long, room)
 
     def fitting(record: Record) -> PromptRecord | None:
@@ -93,14 +99,17 @@ def _that_fit(
     return records, room
 
 
-def _tokenizer(run: StageRun, name: str, conversational: bool) -> Any:
-    return inputs.open_tokenizer(ModelConfig(path=name), run, conversational=conversational)  # pyright: ignore[reportCallIssue]
+def _source(run: StageRun, config: EvaluateConfig, name: str) -> ModelSource:
+    return ModelSource(run.resolve(name), dtype=config.dtype, trust_remote_code=config.trust_remote_code)
 
 
-def _open(run: StageRun, name: str, dtype: str) -> Any:
-    model = (
-        causal_lm(ModelSource(run.resolve(name), dtype=dtype), 0).to(run.device).eval().requires_grad_(False)
-    )
+def _tokenizer(run: StageRun, config: EvaluateConfig, name: str, conversational: bool) -> Any:
+    model = ModelConfig.model_validate({"path": name, "trust_remote_code": config.trust_remote_code})
+    return inputs.open_tokenizer(model, run, conversational=conversational)
+
+
+def _open(run: StageRun, config: EvaluateConfig, name: str) -> Any:
+    model = causal_lm(_source(run, config, name), 0).to(run.device).eval().requires_grad_(False)
     disable_dropout(model)
     return model
 
@@ -108,8 +117,8 @@ def _open(run: StageRun, name: str, dtype: str) -> Any:
 def _judge(bench: Bench, name: str, best_of: int = 1) -> list[Judged]:
     """One model's completions of all prompts, in order; of each prompt the best by the rewards of `best_of` samples."""
     config, run, records = bench.config, bench.run, bench.records
-    tokenizer = _tokenizer(run, name, bench.conversational)
-    model = _open(run, name, config.dtype)
+    tokenizer = _tokenizer(run, config, name, bench.conversational)
+    model = _open(run, config, name)
     sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
     vocabularies = model.config.vocab_size, bench.reference.config.vocab_size
     if vocabularies[0] != vocabularies[1]:
@@ -191,10 +200,10 @@ def _kls(bench: Bench, model: Any, done: Sequence[Completion], pad_id: int) -> l
     return kls
 
 
-def _accuracy(
+def _compared(
     run: StageRun, config: EvaluateConfig, members: Sequence[learned.RewardModel], records: Sequence[Any]
-) -> dict[str, float]:
-    """Of the reward model, or of the mean of an ensemble. Over all pairs that the reward model can read; others are an error, or left out and counted (`too_long`)."""
+) -> reward_models.Compared:
+    """The comparisons with the scores of the reward model, or of all members of an ensemble. All pairs that the reward model can read; others are an error, or left out and counted (`too_long`)."""
     pairs, sides, left_out = [], [], 0
     for pair in (record for record in records if isinstance(record, PreferenceRecord)):
         try:
@@ -210,9 +219,51 @@ def _accuracy(
         run.say(f"{run.name}: {left_out} comparisons left out, longer than the reward model reads")
     if not pairs:
         raise UsageError(f"{run.name}: the reward model can read none of {len(records)} comparisons")
-    each = [
-        (learned.score(member, sides, batch_size=config.batch_size) - member.mean) / member.std
-        for member in members
-    ]
-    scores = torch.stack(each).mean(dim=0).tolist()
-    return accuracy(scores[0::2], scores[1::2], [p.p_chosen for p in pairs])
+    scores = torch.stack(
+        [learned.score(member, sides, batch_size=config.batch_size).double() for member in members]
+    )
+    lengths = [[len(chat.completion_text(side)) for side in (p.chosen, p.rejected)] for p in pairs]
+    return reward_models.Compared(
+        chosen=scores[:, 0::2].numpy(),
+        rejected=scores[:, 1::2].numpy(),
+        means=np.array([member.mean for member in members]),
+        stds=np.array([member.std for member in members]),
+        p_chosen=[pair.p_chosen for pair in pairs],
+        votes=[len(pair.votes) for pair in pairs],
+        prompts=[json.dumps(pair.prompt) for pair in pairs],
+        lengths=np.array(lengths, dtype=np.float64).T,
+        subsets=_column(run, "subset", config.subset, pairs),
+        chosen_first=[
+            _is_first(run, config, pair, value)
+            for pair, value in zip(pairs, _column(run, "position", config.position, pairs))
+        ],
+    )
+
+
+def _column(
+    run: StageRun, setting: str, name: str | None, pairs: Sequence[PreferenceRecord]
+) -> list[str | None]:
+    """A column of the pairs as text, None where a pair lacks it; empty without a `name`. UsageError if all lack it."""
+    if name is None:
+        return []
+    values = [None if (value := pair.columns.get(name)) is None else str(value) for pair in pairs]
+    if not any(value is not None for value in values):
+        known = sorted({column for pair in pairs for column in pair.columns})
+        raise UsageError(
+            f"{run.name}: {setting}: no comparison has a column {name!r}; they have {', '.join(known) or 'none besides the pair'}"
+        )
+    if setting == "subset" and len(set(values)) > MOST_SUBSETS:
+        raise UsageError(
+            f"{run.name}: subset: {name!r} has {len(set(values))} values in {len(pairs)} comparisons; name a column of at most {MOST_SUBSETS} kinds"
+        )
+    return values
+
+
+def _is_first(
+    run: StageRun, config: EvaluateConfig, pair: PreferenceRecord, value: str | None
+) -> bool | None:
+    if value not in (None, "chosen", "rejected"):
+        raise DataError(
+            f"{pair.origin}: {config.position!r} is {value!r}; stage {run.name!r} takes it for `position`, chosen or rejected"
+        )
+    return None if value is None else value == "chosen"

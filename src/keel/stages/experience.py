@@ -25,7 +25,7 @@ from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rollout.engine import generate, text_of
 from keel.rollout.score import Scored, score
 from keel.runlog import StageRun
-from keel.stages import inputs, language, rewarding
+from keel.stages import inputs, judging, language, rewarding
 from keel.stages.update import micro_batches
 from keel.types import Completion, Prompt, PromptRecord, Record, TextRecord, UsageError
 
@@ -53,6 +53,7 @@ class Setup:
     tokenizer: Any
     run: StageRun
     ptx: tuple[language.Row, ...]
+    judge: judging.Judge | None = None  # held out: nothing is trained on it
 
     @property
     def pad_id(self) -> int:
@@ -178,7 +179,7 @@ def collect(
 def shaped(setup: Setup, rated: Rated, completions: Sequence[Completion], scale: RunningScale) -> Tensor:
     """(B,) rewards of whole responses: normalised, clipped, penalised, centred, as the config says."""
     shaping = setup.config.shaping
-    ended = torch.tensor([c.stop_reason != "length" for c in completions])
+    ended = torch.tensor([c.ended for c in completions])
     if shaping.normalize == "running":
         scores, rest, mean, std, clip = rated.total, None, scale.mean, scale.std, shaping.clip
     else:  # the clip is for learned rewards, in units of their scale, and not for what means what it says
@@ -208,8 +209,9 @@ def measured(experience: Experience, coef: float) -> dict[str, float]:
         "val/num_eos_tokens": float(sum(c.stop_reason == "eos" for c in completions)),
         "rollout/episodes": float(len(completions)),
         "rollout/response_length": scored.mask.sum(dim=1).float().mean().item(),
-        "rollout/truncated": sum(c.stop_reason == "length" for c in completions) / len(completions),
+        "rollout/truncated": sum(not c.ended for c in completions) / len(completions),
         "rollout/sampler_drift": _sampler_drift(experience),
+        **_shape(experience),
     } | _by_name(experience.rated)
 
 
@@ -223,6 +225,20 @@ def _by_name(rated: Rated) -> dict[str, float]:
             metrics[f"rewards/{name}/mean"] = applies.mean().item()
             metrics[f"rewards/{name}/std"] = applies.std(correction=0).item()
     return metrics
+
+
+def _shape(experience: Experience) -> dict[str, float]:
+    """How much responses repeat themselves, and how far their length tells their reward (0 where either is constant)."""
+    repeated = []
+    for ids in (c.ids for c in experience.completions):
+        runs = list(zip(ids, ids[1:], ids[2:], strict=False))
+        repeated.append(1 - len(set(runs)) / len(runs) if runs else 0.0)
+    both = torch.stack([experience.rated.raw.double(), experience.scored.mask.sum(dim=1).double()])
+    varied = len(repeated) > 1 and bool((both.amax(dim=1) > both.amin(dim=1)).all())
+    return {
+        "rollout/repetition": sum(repeated) / len(repeated),
+        "rollout/length_correlation": torch.corrcoef(both)[0, 1].item() if varied else 0.0,
+    }
 
 
 def sampler_logp(completions: Sequence[Completion], mask: Tensor) -> Tensor:
@@ -272,7 +288,9 @@ def evaluate(setup: Setup, tasks: Sequence[Task]) -> dict[str, float]:
     config's β times the KL (not the β of the moment, which would change what is compared)."""
     held = _held_out(setup, tasks)
     reward = held["normalised"] - setup.config.kl.coef * held["kl"]
-    return {
+    judged = held["judge"]
+    said = {"eval/judge": judged.mean().item(), "eval/judge_error": judging.error(judged)}
+    return (said if setup.judge else {}) | {
         "eval/objective/scores": held["scores"].mean().item(),
         "eval/objective/kl": held["kl"].mean().item(),
         "eval/objective/rlhf_reward": reward.mean().item(),
@@ -282,12 +300,14 @@ def evaluate(setup: Setup, tasks: Sequence[Task]) -> dict[str, float]:
 def final_measures(setup: Setup, tasks: Sequence[Task]) -> dict[str, Measure]:
     """Measures of the finished policy on held-out prompts, or on the first of its own where none are held out."""
     held = _held_out(setup, tasks[: 4 * setup.config.batch_size])
-    return {name: mean_interval(held[name].tolist()) for name in ("scores", "kl", "length")}
+    names = ("scores", "kl", "length", *(["judge"] if setup.judge else []))
+    return {name: mean_interval(held[name].tolist()) for name in names}
 
 
 def _held_out(setup: Setup, tasks: Sequence[Task]) -> dict[str, Tensor]:
-    """(N,) raw and normalised scores, exact KLs and lengths; the same random draws at every call."""
-    columns: dict[str, list[Tensor]] = {"scores": [], "normalised": [], "kl": [], "length": []}
+    """(N,) raw and normalised scores, exact KLs, lengths and the judge's scores (0 without one); the same random draws at
+    every call."""
+    columns: dict[str, list[Tensor]] = {"scores": [], "normalised": [], "kl": [], "length": [], "judge": []}
     for number, part in enumerate(micro_batches(tasks, setup.config.batch_size)):
         completions = sample(setup, part, derive_seed(setup.run.seed, "held-out", number))
         scored, rated = score_tokens(setup, completions), rate(setup, part, completions)
@@ -295,6 +315,7 @@ def _held_out(setup: Setup, tasks: Sequence[Task]) -> dict[str, Tensor]:
         columns["length"].append(scored.mask.sum(dim=1).float())
         columns["scores"].append(rated.raw)
         columns["normalised"].append(rated.total)
+        columns["judge"].append(judging.scores(setup.judge, part, completions, setup.tokenizer))
     return {name: torch.cat(parts) for name, parts in columns.items()}
 
 
@@ -333,5 +354,15 @@ def open_stage(
     return (
         tasks,
         held,
-        Setup(config, roles, rewards, opened, rewarding.read_text(opened, tokenizer), tokenizer, run, ptx),
+        Setup(
+            config,
+            roles,
+            rewards,
+            opened,
+            rewarding.read_text(opened, tokenizer),
+            tokenizer,
+            run,
+            ptx,
+            judging.open_judge(config, run, tokenizer, longest),
+        ),
     )

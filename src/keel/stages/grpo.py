@@ -70,7 +70,7 @@ def collect(
     """One batch of experience with advantages; groups of equal rewards are replaced first, where the config says so."""
     config = settings_of(setup)
     done, scale = experience.collect(setup, batch, steering.scale, on_policy.rollout_seed(setup, update))
-    rounds, replaced = 0, 0
+    rounds, replaced, sampled = 0, 0, done.rated.raw.mean().item()
     for round_ in range(1, config.resample + 1):
         groups = _equal(_compared(config, done), config.samples_per_prompt).nonzero().flatten().tolist()
         if not groups:
@@ -86,6 +86,7 @@ def collect(
     equal = _equal(done.rewards, config.samples_per_prompt)
     metrics["frac_reward_zero_std"] = equal.float().mean().item() if config.samples_per_prompt > 1 else 0.0
     metrics["rollout/resample_rounds"], metrics["rollout/groups_replaced"] = float(rounds), float(replaced)
+    metrics["objective/scores_sampled"] = sampled  # before any group was replaced
     metrics["rollout/episodes"] += float(replaced * config.samples_per_prompt)
     return Collected(done, _episodes(setup, done, steering.coef), metrics), scale
 
@@ -112,7 +113,7 @@ def _episodes(setup: Setup, done: Experience, coef: float) -> Episodes:
         estimated = torch.where(scored.mask, of_response[:, None], 0.0)
     mask = scored.mask
     if config.mask_truncated:
-        ended = torch.tensor([c.stop_reason != "length" for c in done.completions])
+        ended = torch.tensor([c.ended for c in done.completions])
         mask = mask & ended[:, None]
     nothing = torch.zeros_like(scored.logp)
     return Episodes(

@@ -15,6 +15,7 @@ from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
 from keel.evaluation.measures import mean_interval
 from keel.models.forward import packed_mask
+from keel.models.precision import computing
 from keel.runlog import StageRun
 from keel.stages import supervised
 from keel.stages.update import add_metrics, micro_batches
@@ -49,15 +50,20 @@ def loss(
     ids, _ = pad([row.ids for row in rows], pad_id)
     counts = pad([row.counts for row in rows], 0)[0].bool()
     if rows[0].segments is None:
-        logits = model(input_ids=ids.to(device), use_cache=False).logits
+        with computing(model, device):
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
     else:
         segments = pad([row.segments or () for row in rows], -1)[0]
         counts[:, 1:] &= segments[:, 1:] == segments[:, :-1]
         positions = torch.tensor([_positions(row, ids.shape[1]) for row in rows])
         mask = packed_mask(segments.to(device), next(model.parameters()).dtype)
-        logits = model(
-            input_ids=ids.to(device), attention_mask=mask, position_ids=positions.to(device), use_cache=False
-        ).logits
+        with computing(model, device):
+            logits = model(
+                input_ids=ids.to(device),
+                attention_mask=mask,
+                position_ids=positions.to(device),
+                use_cache=False,
+            ).logits
     return lm.cross_entropy(
         logits[:, :-1], ids[:, 1:].to(device), counts[:, 1:].to(device), denominator=denominator
     )

@@ -13,9 +13,11 @@ from keel.config import OnPolicy
 from keel.data.batches import derive_seed, rows_of_step
 from keel.models.roles import Roles
 from keel.rewards.shaping import RunningScale
-from keel.stages import experience
+from keel.stages import experience, judging
 from keel.stages.experience import Experience, Setup, Steering, Task
+from keel.stages.guard import Guard
 from keel.stages.update import EarlyStop, copy_state, due, optimizer_for
+from keel.types import NotFiniteError
 
 # prompts of an update, steering, number of the update → what was sampled, the scale that has seen it, metrics
 Step = Callable[[list[Task], Steering, int], tuple[Experience, RunningScale, dict[str, float]]]
@@ -30,13 +32,14 @@ def loop(
     *,
     warmup: int = 0,
 ) -> dict[str, Any]:
-    """Each update: 1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, checkpoint.
+    """Each update: 1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, diagnose, checkpoint.
 
     warmup: updates at the start during which the policy stands still, so that its KL says nothing about β. Returns the
     stage's result; the policy ends with the weights to keep.
     """
     config, run, policy = setup.config, setup.run, setup.roles.policy
-    steering = Steering(config.kl.coef, RunningScale())
+    steering, guard = Steering(config.kl.coef, RunningScale()), Guard.open(setup, optimizers)
+    asked = held or (tasks[: judging.JUDGED] if setup.judge else [])
     stopping, best, first = EarlyStop(config.patience), None, 0
     if checkpoint := run.restore():
         _load_state(setup, optimizers, checkpoint.tensors)
@@ -44,16 +47,23 @@ def loop(
         steering = Steering(values["coef"], RunningScale(**values["scale"]), values["episodes"])
         stopping = stopping.restored(values["stopping"])
         best, first = checkpoint.tensors["best"], checkpoint.step
+        guard.restored(values["guard"], checkpoint.tensors["kept"])
 
     for update in range(first + 1, config.updates + 1):
-        if stopping.stop:
+        if stopping.stop or guard.stopped:
             break
         # 1. the prompts of this update
         prompts = rows_of_step(
             len(tasks), config.batch_size // config.samples_per_prompt, update - 1, run.seed
         )
         # 2. experience, and epochs of mini-batches over it
-        done, scale, metrics = step([tasks[i] for i in prompts], steering, update)
+        try:
+            done, scale, metrics = step([tasks[i] for i in prompts], steering, update)
+            run.check_finite(update, metrics)
+        except NotFiniteError as error:  # nothing of this update counts
+            steering = guard.failed(update, error, steering)
+            run.log(update, config.updates, {"episode": steering.episodes})
+            continue
         # 3. β follows the KL of this batch
         coef = steering.coef
         if config.kl.target is not None and update > warmup:
@@ -61,9 +71,9 @@ def loop(
         steering = Steering(coef, scale, steering.episodes + round(metrics["rollout/episodes"]))
         metrics["episode"] = steering.episodes
         # 4. held-out prompts
-        if held and due(update, config.updates, config.eval_every):
+        if asked and due(update, config.updates, config.eval_every):
             with run.timed("evaluate"):
-                metrics |= experience.evaluate(setup, held)
+                metrics |= experience.evaluate(setup, asked)
             stopping = stopping.see(metrics["eval/objective/rlhf_reward"])
             if config.patience is not None and stopping.waited == 0:
                 best = copy_state(policy)
@@ -71,12 +81,16 @@ def loop(
         if update == 1 or due(update, config.updates, max(1, config.updates // 10)):
             run.samples(experience.sample_rows(setup, update, done))
         run.log(update, config.updates, metrics)
-        if due(update, config.updates, config.save_every) or stopping.stop:
+        steering = guard.see(update, metrics, steering)
+        if due(update, config.updates, config.save_every) or stopping.stop or guard.stopped:
+            scale = steering.scale
             values = {"coef": steering.coef, "episodes": steering.episodes, "stopping": stopping.values()}
-            scale_values = {"count": scale.count, "mean": scale.mean, "spread": scale.spread}
-            run.save(update, _state(setup, optimizers) | {"best": best}, {**values, "scale": scale_values})
+            values |= {"scale": {"count": scale.count, "mean": scale.mean, "spread": scale.spread}}
+            tensors = _state(setup, optimizers) | {"best": best, "kept": guard.kept}
+            run.save(update, tensors, {**values, "guard": guard.values()})
 
-    if best is not None:
+    guard.finish()
+    if best is not None and not guard.stopped:
         policy.load_state_dict(best)
     return experience.final_measures(setup, held or tasks) | {
         "kl_coef": steering.coef, "kl_target": config.kl.target, "episodes": steering.episodes,

@@ -7,7 +7,6 @@ memory while training. With adapters as without, it is what the policy starts fr
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,25 +142,16 @@ def _measured(setup: Setup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
 
 
 class UnpairedStep:
-    """The optimiser step at work. KTO's KL is estimated over all of its rows, though a loss is given a part of them.
-
-    The loop weighs each of a step's rows before it asks for the loss of any part, so that the last `batch_size` rows
-    weighed are the step.
-    """
+    """The optimiser step at work. KTO's KL is estimated over all of its rows, though a loss is given a part of them."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.rows: deque[Example] = deque(maxlen=setup.config.batch_size)
-        self.kl: float | None = None  # of the weights before this step
+        self.kl = 0.0  # of the weights before this step
 
-    def weigh(self, row: Example) -> int:
-        self.rows.append(row)
-        self.kl = None
-        return 1
+    def begin(self, rows: Sequence[Example]) -> None:
+        self.kl = mismatched_kl(self.setup, rows)
 
     def loss(self, part: Sequence[Example], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.kl is None:
-            self.kl = mismatched_kl(self.setup, list(self.rows))
         return unpaired_loss(self.setup, part, self.kl, denominator)
 
 
@@ -229,7 +219,8 @@ def _objective(setup: Setup) -> supervised.Objective[Any]:
     if setup.config.loss == "kto":
         step = UnpairedStep(setup)
         return supervised.Objective(
-            loss=step.loss, weight=step.weigh, evaluate=lambda rows: evaluate_unpaired(setup, rows), named=_unpaired_metrics,
+            loss=step.loss, weight=lambda row: 1, evaluate=lambda rows: evaluate_unpaired(setup, rows),
+            named=_unpaired_metrics, begin=step.begin,
         )  # fmt: skip
     return supervised.Objective(
         loss=lambda part, denominator: loss(setup, part, denominator),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -12,19 +14,22 @@ from keel.algorithms import reward_model
 from keel.config import RewardConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
+from keel.evaluation import reliability
+from keel.evaluation.annotators import agreement
 from keel.evaluation.measures import accuracy, mean_interval
 from keel.models.load import (
     ModelSource,
     causal_lm,
     model_config,
     scorer,
+    scorer_without_weights,
 )
 from keel.rewards import learned
 from keel.rollout.engine import generate
 from keel.runlog import StageRun
 from keel.stages import inputs, supervised
 from keel.stages.update import add_metrics, micro_batches
-from keel.types import PreferenceRecord, Record, UsageError
+from keel.types import DataError, PreferenceRecord, Record, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Pair:
 
     chosen: learned.Inputs
     rejected: learned.Inputs
-    p_chosen: float  # share of the votes for `chosen`; 1 when nobody's votes are known
+    p_chosen: float  # what `labels` makes of the votes for `chosen`; 1 when nobody's votes are known
     margin: float
 
 
@@ -49,53 +54,71 @@ class Prepared:
 
 
 def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
-    """1. comparisons  2. tokens  3. samples to fix the scale on  4. each member: the loop, its scale  5. save.
+    """1. comparisons  2. tokens  3. samples to fix the scale on  4. each member: the loop, its scale, save.
 
-    The samples are drawn before the loop, so that whatever stands in their way is found before any training.
+    The samples are drawn before the loop, so that whatever stands in their way is found before any training. One member
+    is in memory at a time; the first is trained last, since the others are saved beside it.
     """
     dataset, records, held = inputs.train_and_eval(config, run, ("preference",))
+    voters = _voters([*records, *held])
+    records, held = _labelled(config, run, records, held)
     source = inputs.source_of(config.model, run)
     sampled = _samples_a_language_model(config, run, source)
     tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
     limit = inputs.limit_of(config, run, source)
-    reader = learned.RewardModel(_scorer(source, run, tokenizer), tokenizer)
+    reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
     too_long = inputs.TooLong(run, config.too_long, limit)
-    pairs: list[Pair] = inputs.encode_all(
-        run, records, lambda record: _encode(reader, record, config, too_long)
-    )
-    held_pairs = inputs.encode_all(run, held, lambda record: _encode(reader, record, config, too_long))
+    pairs: list[Pair] = inputs.encode_all(run, records, lambda record: _encode(reader, record, too_long))
+    held_pairs = inputs.encode_all(run, held, lambda record: _encode(reader, record, too_long))
     too_long.report()
     samples = _sample(config, run, source, tokenizer, limit, records) if sampled else []
     prepared = Prepared(source, tokenizer, pairs, held_pairs, samples)
 
-    results, models = [], []
-    for number in range(1, config.members + 1):
-        own = run if number == 1 else _run_of_member(run, number)
-        reward, result = _train(config, own, prepared)
-        results.append(result)
-        models.append(reward)
     if config.members == 1:
+        reward, result = _train(config, run, prepared)
         what = "A reward model (a sequence classifier with one output)"
-        inputs.save_model(run, models[0].model, tokenizer, config, what)
-        return results[0]
-    scores = [_held_scores(reward, held_pairs, config) for reward in models]
-    for number, reward in enumerate(models[1:], 2):
-        inputs.save_model(
-            _run_of_member(run, number),
-            reward.model,
-            tokenizer,
-            config,
-            f"Member {number} of a reward ensemble",
-        )
-    inputs.save_model(
-        run,
-        models[0].model,
-        tokenizer,
-        config,
-        "The first member of a reward ensemble",
-        members=[_run_of_member(run, number).directory / "model" for number in range(2, config.members + 1)],
-    )
-    return {**_of_ensemble(scores, held_pairs), "members": results}
+        inputs.save_model(run, reward.model, tokenizer, config, what)
+        return {**result, **voters}
+    others = [_run_of_member(run, number) for number in range(2, config.members + 1)]
+    done = [
+        _member(config, own, prepared, f"Member {number} of a reward ensemble")
+        for number, own in enumerate(others, 2)
+    ]
+    first = _member(
+        config, run, prepared, "The first member of a reward ensemble", [own.directory / "model" for own in others]
+    )  # fmt: skip
+    results, scores = zip(first, *done)
+    return {**_of_ensemble(scores, held_pairs), "members": list(results), **voters}
+
+
+def _voters(records: Sequence[Record]) -> dict[str, Any]:
+    """`annotators`: how far they agree on all pairs, held-out ones included, and each one's reliability; empty where no
+    pair has two votes."""
+    pairs = [record for record in records if isinstance(record, PreferenceRecord)]
+    found = agreement(pairs)
+    return {} if found is None else {"annotators": {**found, "reliability": reliability.of_annotators(pairs)}}
+
+
+def _labelled(
+    config: RewardConfig, run: StageRun, records: Sequence[Record], held: Sequence[Record]
+) -> tuple[list[Record], list[Record]]:
+    """Both with the label that `labels` asks for as their `p_chosen`.
+
+    With `reliability` the held-out pairs keep the share of their votes: they have no part in what training learns from,
+    and are judged as with `soft`. DataError if nobody's reliability can be estimated.
+    """
+
+    def relabelled(rows: Sequence[Record], kind: Literal["soft", "majority", "reliability"]) -> list[Record]:
+        pairs = [row for row in rows if isinstance(row, PreferenceRecord)]
+        return [replace(pair, p_chosen=p) for pair, p in zip(pairs, reliability.labels(pairs, kind))]
+
+    try:
+        chosen = relabelled(records, config.labels)
+    except ValueError as error:
+        raise DataError(
+            f"stage {run.name!r}: labels: reliability cannot be estimated: {error}; give votes as a list of {{annotator, choice}}, several a pair, or set labels: soft"
+        ) from None
+    return chosen, relabelled(held, "soft" if config.labels == "reliability" else config.labels)
 
 
 def _run_of_member(run: StageRun, number: int) -> StageRun:
@@ -116,8 +139,21 @@ def _scorer(source: ModelSource, run: StageRun, tokenizer: Any) -> Any:
     return model
 
 
+def _member(
+    config: RewardConfig, run: StageRun, prepared: Prepared, what: str, others: Sequence[Path] = ()
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Train one reward model and save it, the first with the `others` beside it: its result and its `_held_scores`. Its
+    weights are freed."""
+    reward, result = _train(config, run, prepared, members=1 + len(others))
+    scores = _held_scores(reward, prepared.held, config)
+    inputs.save_model(run, reward.model, prepared.tokenizer, config, what, members=others)
+    del reward
+    gc.collect()
+    return result, scores
+
+
 def _train(
-    config: RewardConfig, run: StageRun, prepared: Prepared
+    config: RewardConfig, run: StageRun, prepared: Prepared, members: int = 1
 ) -> tuple[learned.RewardModel, dict[str, Any]]:
     """One reward model with its scale, and what its held-out pairs say of it."""
     model = inputs.to_train(_scorer(prepared.source, run, prepared.tokenizer), config, run, train_head=True)
@@ -131,7 +167,7 @@ def _train(
         raise UsageError(
             f"{run.name}: the reward model gives every sample the same score ({mean:.3g}); it has learned nothing to optimise"
         )
-    learned.save_scale(model, mean, std)
+    learned.save_scale(model, mean, std, members)
     return replace(reward, mean=mean, std=std, scaled=True), {
         **result, "mean": mean, "std": std, "normalized_on": len(scores),
     }  # fmt: skip
@@ -220,9 +256,7 @@ def evaluate(
     return metrics, result
 
 
-def _encode(
-    reward: learned.RewardModel, record: Record, config: RewardConfig, too_long: inputs.TooLong
-) -> Pair | None:
+def _encode(reward: learned.RewardModel, record: Record, too_long: inputs.TooLong) -> Pair | None:
     assert isinstance(record, PreferenceRecord)
     whole = [learned.encode(reward, record.prompt, side, 10**9) for side in (record.chosen, record.rejected)]
     longest = max(len(side["input_ids"]) for side in whole)
@@ -238,8 +272,6 @@ def _encode(
             too_long.fits(record, longest, truncatable=False)
             return None
     p = 1.0 if record.p_chosen is None else record.p_chosen
-    if config.votes == "majority" and p != 0.5:
-        p = float(p > 0.5)
     return Pair(whole[0], whole[1], p, record.margin or 0.0)
 
 

@@ -51,7 +51,9 @@ def open_rewards(
             case FunctionTerm():
                 opened.append(Opened(term, function=functions.load(term.function, where)))
             case SimilarityTerm():
-                found = Similarity(run.resolve(term.model), term.to, device=run.device)
+                found = Similarity(
+                    run.resolve(term.model), term.to, device=run.device, trust_remote_code=trust_remote_code
+                )
                 opened.append(Opened(term, function=found))
             case ClassifierTerm():
                 judge = Classifier(
@@ -60,6 +62,7 @@ def open_rewards(
                     output=term.output,
                     reads=term.reads,
                     device=run.device,
+                    trust_remote_code=trust_remote_code,
                 )
                 opened.append(Opened(term, function=judge))
             case _:
@@ -137,11 +140,7 @@ def _only(term: Any, rewarder: Rewarder) -> Rewarder:
         return rewarder
 
     def chosen(batch: Batch) -> list[float | None]:
-        sources = batch.columns.get("source")
-        if sources is None:
-            raise UsageError(
-                f"reward {term.called!r}: `only` needs a mixture of data sets; rows of a single one have no source"
-            )
+        sources = batch.columns["source"]  # every row that is read has one
         rows = [i for i, source in enumerate(sources) if source == term.only]
         values: list[float | None] = [None] * len(sources)
         if rows:

@@ -41,6 +41,7 @@ class Objective(Generic[Row]):
     ]  # held-out metrics; early stopping watches `eval_loss`
     length: Callable[[Row], int] | None = None  # a row's tokens, for `num_tokens`; None: they are not counted
     named: Callable[[dict[str, float]], dict[str, float]] = dict  # a step's sums under the names of the log
+    begin: Callable[[Sequence[Row]], None] | None = None  # is given a step's rows before the loss of any part
 
 
 def fit(
@@ -73,6 +74,8 @@ def fit(
         seed_step(run.seed, step)
         sums: dict[str, float] = {}
         with run.timed("train"):
+            if objective.begin is not None:
+                objective.begin(chosen)
             for part in micro_batches(chosen, config.micro_batch):
                 value, measured = objective.loss(part, denominator)
                 value.backward()

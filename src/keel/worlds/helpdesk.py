@@ -266,13 +266,16 @@ def _comparison_row(rng: random.Random) -> dict[str, Any]:
 
 
 def _compared(rng: random.Random, product: str, fault: str, message: str) -> dict[str, Any]:
-    """Two replies to a message, and the votes on them."""
+    """Two replies to a message, the votes on them, how the two were made, and which of them people saw first."""
     sentences = _reply(rng, product, fault, COMPARED)
-    form = rng.random()
-    if form < NEAR_DUPLICATE_SHARE:
+    drawn = rng.random()
+    form = "free"
+    if drawn < NEAR_DUPLICATE_SHARE:
+        form = "near duplicate"
         others = [line for line in grammar.CLOSINGS + grammar.VAGUE[4:] if line not in sentences]
         twin = [*sentences, rng.choice(others)]
-    elif form < NEAR_DUPLICATE_SHARE + CONTRAST_SHARE:
+    elif drawn < NEAR_DUPLICATE_SHARE + CONTRAST_SHARE:
+        form = "contrast"
         stream = rng.getrandbits(64)
         sentences, twin = (
             _reply(random.Random(stream), product, fault, replace(COMPARED, remedies={kind: 1.0}))
@@ -294,6 +297,8 @@ def _compared(rng: random.Random, product: str, fault: str, message: str) -> dic
         "chosen": _assistant(a if a_wins else b),
         "rejected": _assistant(b if a_wins else a),
         "votes": [{"annotator": who, "choice": names.get(choice, "tie")} for who, choice in votes],
+        "form": form,
+        "first": names["a"],
     }
 
 

@@ -1,0 +1,121 @@
+"""keel's rollout engine against transformers' `generate`, in pairs in one run: useful tokens (up to and with the end of
+sequence) a second, on a Llama of 7.3 M parameters with prompts of 32 tokens and at most 64 new ones.
+
+    python benchmarks/engine.py [--threads N] [--repeats N]
+
+Four cases: 64 distinct prompts that all end at the limit; 64 prompts whose responses end after 24 tokens on average; 8
+prompts with 8 samples each; 256 prompts, which `generate` takes in batches of 64 and keel streams through 64 slots. The
+last one also with `dtype: auto`. Both sides sample at temperature 1 from the whole distribution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keel.models.precision import opened
+from keel.rollout.engine import generate
+from keel.types import Sampling
+
+VOCABULARY, PROMPT, NEW, BATCH, EOS, NEVER = 2048, 32, 64, 64, 2, -1
+
+
+def model(mean_length: int | None) -> Any:
+    """A random Llama; with `mean_length` the chance of EOS is about 1 / mean_length at every position."""
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+            max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
+        )
+    ).eval()  # fmt: skip
+    if mean_length is None:
+        made.generation_config.eos_token_id = None
+        return made
+    with torch.no_grad():
+        # a direction that every hidden state carries, and a head for EOS that reads it
+        embeddings = made.model.embed_tokens.weight
+        direction = torch.randn(embeddings.shape[1])
+        embeddings += 3 * embeddings.norm(dim=1).mean() * direction / direction.norm()
+        hidden = made.model(torch.randint(4, VOCABULARY, (16, 64))).last_hidden_state.flatten(0, 1).mean(0)
+        made.lm_head.weight[EOS] = (
+            torch.log(torch.tensor(VOCABULARY / mean_length)) * hidden / hidden.dot(hidden)
+        )
+    return made
+
+
+def of_transformers(policy: Any, prompts: Sequence[Sequence[int]]) -> int:
+    useful = 0
+    for start in range(0, len(prompts), BATCH):
+        ids = torch.tensor(prompts[start : start + BATCH])
+        with torch.no_grad():
+            done = policy.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0
+            )  # fmt: skip
+        useful += int((done[:, PROMPT:] != 0).sum())
+    return useful
+
+
+def of_keel(policy: Any, prompts: Sequence[Sequence[int]], stop: int) -> int:
+    done = generate(policy, prompts, Sampling(NEW), stop_ids=[stop], pad_id=0, seed=0, batch_size=BATCH)
+    return sum(len(completion.ids) for completion in done)
+
+
+def compare(name: str, sides: dict[str, Callable[[], int]], repeats: int) -> None:
+    """Medians of tokens a second after a warm-up, and their ratio to the first side's."""
+    speeds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(repeats + 1):
+        for side, sample in sides.items():
+            start = time.perf_counter()
+            tokens = sample()
+            if number:
+                speeds[side].append(tokens / (time.perf_counter() - start))
+    medians = {side: statistics.median(found) for side, found in speeds.items()}
+    base = next(iter(medians.values()))
+    print(
+        f"{name:28}" + "  ".join(f"{s} {v:7,.0f} ({v / base:.2f}×)" for s, v in medians.items()), flush=True
+    )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--repeats", type=int, default=5)
+    asked = options.parse_args()
+    torch.set_num_threads(asked.threads)
+    generator = torch.Generator().manual_seed(1)
+
+    def prompts(count: int) -> list[list[int]]:
+        return torch.randint(4, VOCABULARY, (count, PROMPT), generator=generator).tolist()
+
+    even, mixed = model(None), model(24)
+    cases = {
+        "64 of equal length": (even, prompts(64), NEVER),
+        "64 of mixed length": (mixed, prompts(64), EOS),
+        "8 prompts × 8 samples": (mixed, [p for p in prompts(8) for _ in range(8)], EOS),
+        "256 through 64 slots": (mixed, prompts(256), EOS),
+    }
+    for name, (policy, asked_for, stop) in cases.items():
+        sides = {
+            "generate": partial(of_transformers, policy, asked_for),
+            "keel": partial(of_keel, policy, asked_for, stop),
+        }
+        compare(name, sides, asked.repeats)
+    policy, asked_for, stop = cases["256 through 64 slots"]
+    auto = opened(model(24), "auto")
+    sides = {
+        "generate": partial(of_transformers, policy, asked_for),
+        "keel": partial(of_keel, auto, asked_for, stop),
+    }
+    compare("256, keel in dtype auto", sides, asked.repeats)
+
+
+if __name__ == "__main__":
+    main()

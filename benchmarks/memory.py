@@ -1,0 +1,218 @@
+"""Predicted against measured memory: `python benchmarks/memory.py` (three stages on a CPU, some two minutes).
+
+Each stage is planned as `keel plan` plans it, then run for a few steps in a process of its own. Measured is the peak of that
+process's resident memory above what it was when everything was imported (VmHWM above VmRSS in /proc/self/status; Linux
+only). glibc is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, one arena),
+since by default it keeps blocks of up to 32 MiB, which then count as used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+VOCABULARY = 8192  # of the models; their tokenizer has fewer tokens
+GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "n_positions": 512}  # 30 M parameters
+LLAMA = {
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+LARGER = {**LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10}
+CONFIGS = ("sft", "ppo", "dpo")
+
+
+def stage_of(name: str, folder: Path) -> dict[str, Any]:
+    """The stage that is measured; its models and rows lie in `folder`."""
+    common = {"data": str(folder / f"{name}.jsonl"), "save_every": 1000}
+    few: dict[str, Any] = {"max_steps": 2, "holdout": 0}
+    if name == "sft":  # all weights of a GPT-2 of 30 M parameters, with its dropout
+        model = {"init": {**GPT2, "vocab_size": VOCABULARY}, "tokenizer": str(folder / "tokenizer")}
+        return {"kind": "sft", "model": model, "batch_size": 6, "loss_on": "all", **few, **common}
+    if name == "ppo":  # four models, the critic one of its own
+        return {
+            "kind": "ppo", "model": str(folder / "policy"), "reward": str(folder / "reward"), "sharing": "separate", "updates": 2,
+            "batch_size": 8, "mini_batch": 4, "epochs": 1, "sampling": {"max_new_tokens": 32}, **common,
+        }  # fmt: skip
+    return {  # frozen weights, adapters, both sides of a pair, gradients in two parts
+        "kind": "dpo", "model": str(folder / "larger"), "lora": {"r": 8}, "batch_size": 8, "micro_batch": 4, **few, **common,
+    }  # fmt: skip
+
+
+def prepare(folder: Path, names: tuple[str, ...]) -> None:
+    """A tokenizer, untrained models and rows of one length each."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from keel.data import chat
+    from keel.models.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["the cat is red, so red it is. " * 8] * 4, 300, 512)
+    chat.with_chat_template(tokenizer)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+
+    def build(place: str, sizes: dict[str, Any], family: Any, **more: Any) -> None:
+        values = {**sizes, **special, **more, "bos_token_id": None, "vocab_size": VOCABULARY}
+        model = family.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+        model.save_pretrained(folder / place)
+        tokenizer.save_pretrained(folder / place)
+
+    if "ppo" in names:
+        build("policy", LLAMA, AutoModelForCausalLM)
+        build(
+            "reward",
+            LLAMA,
+            AutoModelForSequenceClassification,
+            num_labels=1,
+            keel_reward={"mean": 0.0, "std": 1.0},
+        )
+    if "dpo" in names:
+        build("larger", LARGER, AutoModelForCausalLM)
+
+    def text(tokens: int) -> str:
+        """Letters that no merge joins, so that each is a token."""
+        return ("q#" * tokens)[:tokens]
+
+    rows = {
+        "sft": {"prompt": text(100), "completion": text(300)},
+        "ppo": {"prompt": text(224)},
+        "dpo": {"prompt": text(128), "chosen": text(128), "rejected": text(127)},
+    }
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8)
+
+
+def config_of(name: str, folder: Path) -> dict[str, Any]:
+    return {"name": name, "threads": 1, "device": "cpu", "stages": {name: stage_of(name, folder)}}
+
+
+def predicted(name: str, folder: Path) -> dict[str, Any]:
+    """What `keel plan` says of the stage's memory."""
+    from keel import planning
+    from keel.config import parse
+    from keel.pipeline import Pipeline
+
+    (entry,) = planning.plan(Pipeline(parse(config_of(name, folder)), folder / "runs" / name))
+    return entry["memory"]
+
+
+def measured(name: str, folder: Path) -> dict[str, Any]:
+    """Bytes at the peak of a process that runs the stage, above those when it began; `phases`: the peak of each."""
+    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder)]
+    done = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(name: str, folder: Path) -> None:
+    """In the process that is measured: import, look, run, look."""
+    import torch
+
+    from keel.config import parse
+    from keel.pipeline import Pipeline
+    from keel.runlog import StageRun
+
+    torch.set_num_threads(1)
+    for module in (
+        "peft",
+        "keel.report",
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.models.llama.modeling_llama",
+    ):
+        importlib.import_module(module)
+    for kind in CONFIGS:
+        importlib.import_module(f"keel.stages.{'preference' if kind == 'dpo' else kind}")
+    pipeline = Pipeline(parse(config_of(name, folder)), folder / "runs" / name)
+    phases: dict[str, int] = {}
+    before = _status("VmRSS")
+    _forget_peak()
+    timed = StageRun.timed
+
+    def seen(run: StageRun, phase: str) -> Any:
+        """Each phase from a peak of its own."""
+        phases["other"] = max(phases.get("other", 0), _status("VmHWM") - before)
+        _forget_peak()
+        return _Peak(timed(run, phase), phase, phases, before)
+
+    StageRun.timed = seen  # pyright: ignore[reportAttributeAccessIssue]
+    pipeline.run()
+    phases["other"] = max(phases.get("other", 0), _status("VmHWM") - before)
+    print(json.dumps({"peak": max(phases.values()), "phases": phases}))
+
+
+class _Peak:
+    def __init__(self, inner: Any, phase: str, phases: dict[str, int], before: int) -> None:
+        self.inner, self.phase, self.phases, self.before = inner, phase, phases, before
+
+    def __enter__(self) -> None:
+        self.inner.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.inner.__exit__(*error)
+        self.phases[self.phase] = max(self.phases.get(self.phase, 0), _status("VmHWM") - self.before)
+        _forget_peak()
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _forget_peak() -> None:
+    """Set VmHWM back to what is resident now (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*CONFIGS, []], default=[])
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.measure:
+        measure(settings.measure, settings.folder)
+        return
+    names = tuple(settings.names) or CONFIGS
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(folder, names)
+        print(
+            f"{'stage':<6} {'predicted':>10} {'measured':>10} {'ratio':>6}   MiB, by phase: predicted / measured"
+        )
+        for name in names:
+            plan, found = predicted(name, folder), measured(name, folder)
+            sums = {
+                p: sum(sum(kinds.values()) for kinds in roles.values()) for p, roles in plan["phases"].items()
+            }
+            sums = {"train": sums.pop("train"), **sums}
+            asked = {
+                phase: [f"{sums[phase] / MIB:.0f}" if phase in sums else "–"]
+                for phase in {**sums, **found["phases"]}
+            }
+            for phase, column in asked.items():
+                column.append(f"{found['phases'][phase] / MIB:.0f}" if phase in found["phases"] else "–")
+            shown = ", ".join(f"{phase} {' / '.join(column)}" for phase, column in asked.items())
+            ratio = plan["peak"] / found["peak"]
+            print(
+                f"{name:<6} {plan['peak'] / MIB:>10.0f} {found['peak'] / MIB:>10.0f} {ratio:>6.3f}   {shown}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

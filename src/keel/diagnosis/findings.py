@@ -1,0 +1,144 @@
+"""What a check is, what it finds, and the metrics it looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+WINDOW = 10  # updates that a state must last before it counts: one odd batch is noise
+SUSTAINED = 0.8  # share of a window that must be beyond a limit, besides its last value
+SHORT = 3  # updates in a row that suffice where nothing healthy comes near
+START = 5  # first updates of a run, whose median is its own measure
+
+Severity = Literal["note", "warn", "act"]
+SEVERITIES: tuple[Severity, ...] = (
+    "note",
+    "warn",
+    "act",
+)  # note: worth knowing; warn: look at it; act: it is going wrong
+Change = Literal["raise_kl", "cut_lr"]
+Levels = Sequence[tuple[Severity, float]]  # limits, the worst first
+Alarm = tuple[Severity, str]  # how bad, and the evidence in words
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found."""
+
+    check: str
+    severity: Severity
+    step: int  # of the first alarm
+    evidence: str  # the numbers, in words
+    cause: str  # the likely one
+    remedy: str
+
+    def row(self) -> dict[str, Any]:
+        """A line of events.jsonl."""
+        return {
+            "step": self.step,
+            "event": "finding",
+            **{k: v for k, v in asdict(self).items() if k != "step"},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a check must know of a stage's settings."""
+
+    kl_target: float | None = None  # nats per response
+    constrained: bool = True  # whether β is above 0
+    warmup: int = 0  # updates at the start in which the policy stands still
+    reward_bound: float | None = None  # mean raw reward that nobody would believe
+    length_rewarded: bool = False  # a reward is about length, as the user wants it
+    sequence_ratios: bool = False  # one ratio a response (GSPO), clipped within a much narrower range
+
+
+def conditions(settings: Mapping[str, Any]) -> Conditions:
+    """Those of a stage's resolved settings, as config.yaml has them."""
+    kl, control = settings.get("kl") or {}, settings.get("control") or {}
+    terms = settings.get("reward")
+    kinds = (
+        [term.get("kind") for term in terms if isinstance(term, Mapping)] if isinstance(terms, list) else []
+    )
+    return Conditions(
+        kl_target=kl.get("target"),
+        constrained=kl.get("coef", 1.0) > 0,
+        warmup=settings.get("critic_warmup") or 0,
+        reward_bound=control.get("reward_bound"),
+        length_rewarded="length" in kinds or "overlong" in kinds,
+        sequence_ratios=settings.get("level") == "sequence",
+    )
+
+
+@dataclass
+class History:
+    """The metrics of a run up to its last step, column by column. Values that are not finite are kept apart."""
+
+    conditions: Conditions = field(default_factory=Conditions)
+    step: int = 0
+    since: int = 0  # windows begin after this step: the last action, before which the run was another one
+    columns: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)  # largest value of each column
+    broken: dict[str, float] = field(default_factory=dict)  # what was NaN or infinite at the last step
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One more step's metrics."""
+        self.step, self.broken = step, {}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                self.broken[name] = value
+            elif name != "step":
+                self.columns.setdefault(name, []).append((step, value))
+                self.peaks[name] = max(value, self.peaks.get(name, value))
+
+    def recent(self, name: str, count: int = WINDOW) -> list[float]:
+        """The last `count` values after warm-up and the last action, oldest first; empty where there are fewer."""
+        after = max(self.since, self.conditions.warmup)
+        found = [value for step, value in self.columns.get(name, ())[-count:] if step > after]
+        return found if len(found) == count else []
+
+    def start(self, name: str) -> float | None:
+        """Median of the run's first values; None where there are too few."""
+        first = [value for _, value in self.columns.get(name, ())[:START]]
+        return median(first) if len(first) == START else None
+
+    def now(self, name: str) -> float | None:
+        """Median of the last window; None before there is one."""
+        window = self.recent(name)
+        return median(window) if window else None
+
+    def sustained(self, name: str, limit: float, *, below: bool = False) -> bool:
+        """Whether the last value and most of the last window are above the limit (or below it)."""
+        window = self.recent(name)
+        beyond = [value < limit if below else value > limit for value in window]
+        return bool(beyond) and beyond[-1] and sum(beyond) >= SUSTAINED * len(beyond)
+
+    def first_of(self, *names: str) -> str:
+        """The first of these metrics that the run has; the last one if it has none."""
+        return next((name for name in names if name in self.columns), names[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A question to a history. `look` is pure; its docstring says why its limits are what they are."""
+
+    name: str
+    look: Callable[[History], Alarm | None]
+    cause: str
+    remedy: str
+    changes: frozenset[Change] = frozenset()  # what `control` may do about it
+
+    def finding(self, history: History) -> Finding | None:
+        alarm = self.look(history)
+        return self.found(history.step, *alarm) if alarm else None
+
+    def found(self, step: int, severity: Severity, evidence: str) -> Finding:
+        return Finding(self.name, severity, step, evidence, self.cause, self.remedy)
+
+
+def shown(value: float) -> str:
+    """A number for a sentence."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

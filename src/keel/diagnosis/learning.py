@@ -1,0 +1,177 @@
+"""Checks of what the updates do: KL, entropy, clipping, the critic, numbers that are none."""
+
+from __future__ import annotations
+
+from statistics import fmean, median, stdev
+
+from keel.diagnosis.findings import SHORT, WINDOW, Alarm, Check, History, Levels, shown
+
+KL_FLOOR = 10.0  # nats a response
+KL_PER_TOKEN = 0.1  # nats a token, for long responses without a target
+SETTLING = 20  # updates that a fresh critic is given to learn something
+
+
+def not_finite(history: History) -> Alarm | None:
+    """act: any metric is NaN or infinite, at once. There is no healthy NaN, so nothing is waited for."""
+    if not history.broken:
+        return None
+    listed = ", ".join(f"{name} is {value}" for name, value in sorted(history.broken.items())[:3])
+    more = len(history.broken) - 3
+    return "act", listed + (f" and {more} more" if more > 0 else "")
+
+
+def kl_limit(history: History) -> float:
+    """Nats a response above which the policy has left the reference: the classic 10, or 2.5 times the target where that
+    is more. Without a target 10 too, or 0.1 nats a token where responses are so long that this is more: 10 nats are a
+    lot for a sentence and nothing for a page."""
+    target = history.conditions.kl_target
+    if target is not None:
+        return max(KL_FLOOR, 2.5 * target)
+    length = history.start("rollout/response_length") or 0.0
+    return max(KL_FLOOR, KL_PER_TOKEN * length)
+
+
+def kl_too_high(history: History) -> Alarm | None:
+    """act: above max(10, 2.5 × target) for a window; or above 4 times that for 3 updates, since a policy that runs away
+    does so within a few. An adaptive β lets the KL swing to nearly twice its target while it settles, in healthy runs to
+    1.9 times: hence 2.5, and a warning from 2. Without a target nobody said how far is too far: a warning above the
+    limit, act above 2.5 times it; with β = 0 distance is wanted or at least allowed: act at 10 times it only."""
+    name = history.first_of("objective/kl_exact", "objective/kl")
+    limit, target, constrained = (
+        kl_limit(history),
+        history.conditions.kl_target,
+        history.conditions.constrained,
+    )
+    act = limit if target is not None else limit * (2.5 if constrained else 10.0)
+    warn = 2 * target if target is not None else limit * (1.0 if constrained else 2.5)
+    goal = f"target {shown(target)}, limit {shown(act)}" if target is not None else f"limit {shown(act)}"
+    last = history.recent(name, SHORT)
+    if last and min(last) > 4 * act:
+        return "act", f"KL above {shown(min(last))} nats for {SHORT} updates ({goal})"
+    limits: Levels = (("act", act), ("warn", warn))
+    for severity, bound in limits:
+        if history.sustained(name, bound):
+            window = median(history.recent(name))
+            return severity, f"median KL of the last {WINDOW} updates {shown(window)} nats ({goal})"
+    return None
+
+
+def kl_negative(history: History) -> Alarm | None:
+    """The mean over samples of log π − log π_ref estimates a KL, which is never negative; in one batch it may be, so the
+    mean of a window must be 3 standard errors below 0. warn: and below −0.1 nats, so that rounding is none. act: below
+    −1: the samples do not come from the policy that is scored (top-p, a mask, a temperature, other weights)."""
+    window = history.recent("objective/kl")
+    if not window:
+        return None
+    mean, error = fmean(window), stdev(window) / WINDOW**0.5
+    if mean > -0.1 or mean > -3 * error:
+        return None
+    said = f"sampled KL {shown(mean)} ± {shown(error)} nats over the last {WINDOW} updates; a KL is never negative"
+    return ("act" if mean < -1 else "warn"), said
+
+
+def entropy_collapse(history: History) -> Alarm | None:
+    """warn: below a tenth of the run's own start for a window; healthy runs lose half, and where there is one right answer
+    down to a fifth. act: and the reward is no higher than at the start, so that certainty was bought with nothing. A
+    policy that became certain because it is right is left alone."""
+    name = "policy/entropy_avg"
+    start = history.start(name)
+    if start is None or start <= 0 or not history.sustained(name, 0.1 * start, below=True):
+        return None
+    said = f"entropy {shown(history.now(name) or 0.0)} nats a token, at the start {shown(start)}"
+    before, after = history.start("objective/scores"), history.now("objective/scores")
+    if before is not None and after is not None and after <= before:
+        return "act", f"{said}, while the reward went from {shown(before)} to {shown(after)}"
+    return "warn", said
+
+
+def clip_fraction(history: History) -> Alarm | None:
+    """warn: the clip holds back more than 0.3 of the tokens for a window; healthy runs stay under 0.1. act: above 0.5, most of the gradient is thrown away and the rest is one-sided. With one ratio
+    a response (GSPO, 2507.18071) the range is a thousandth and high fractions are reported as healthy: a note only."""
+    name = "policy/clipfrac_avg"
+    limits: Levels = (("act", 0.5), ("warn", 0.3))
+    for severity, limit in limits:
+        if history.sustained(name, limit):
+            said = f"the clip held back {shown(history.now(name) or 0.0)} of the tokens over the last {WINDOW} updates"
+            return ("note" if history.conditions.sequence_ratios else severity), said
+    return None
+
+
+def critic_unexplaining(history: History) -> Alarm | None:
+    """note: explained variance below 0 for a window: the critic is worse than its own mean. A fresh critic begins there
+    and small ones stay there in runs that learn, so 20 updates after warm-up are left out. warn: below −0.5. act: below
+    −3, its error has four times the variance of the returns: it diverges, and the advantages are its noise."""
+    name = "val/explained_variance"
+    if history.step <= history.conditions.warmup + SETTLING:
+        return None
+    limits: Levels = (("act", -3.0), ("warn", -0.5), ("note", 0.0))
+    for severity, limit in limits:
+        if history.sustained(name, limit, below=True):
+            return (
+                severity,
+                f"explained variance {shown(history.now(name) or 0.0)} over the last {WINDOW} updates",
+            )
+    return None
+
+
+def sampler_disagrees(history: History) -> Alarm | None:
+    """Sampler and trainer hold the same weights, so their log-probabilities differ by rounding: 1e−6 nats in float32, a
+    few thousandths in bfloat16, 0.01 to 0.05 between two engines. warn: above 0.05 a token for a window. act: above 0.2:
+    ratios are off by a fifth before anything is learned."""
+    name = "rollout/sampler_drift"
+    limits: Levels = (("act", 0.2), ("warn", 0.05))
+    for severity, limit in limits:
+        if history.sustained(name, limit):
+            return severity, f"|log π of trainer − of sampler| {shown(history.now(name) or 0.0)} nats a token"
+    return None
+
+
+CHECKS = (
+    Check(
+        "not_finite",
+        not_finite,
+        "a gradient that exploded, or a reward that is none",
+        "lower the learning rate, set max_grad_norm, look at the rewards of this update",
+        frozenset({"cut_lr"}),
+    ),
+    Check(
+        "kl_too_high",
+        kl_too_high,
+        "the policy leaves the reference faster than β holds it",
+        "raise kl.coef (× 1.5) or set kl.target, or halve the learning rate",
+        frozenset({"raise_kl", "cut_lr"}),
+    ),
+    Check(
+        "kl_negative",
+        kl_negative,
+        "the responses were not drawn from the distribution that is scored",
+        "sample without top-p and top-k, at the same temperature, with the same weights and masks",
+    ),
+    Check(
+        "entropy_collapse",
+        entropy_collapse,
+        "the policy repeats what once earned a reward and explores nothing else",
+        "raise the temperature, kl.coef or entropy_coef, lower the learning rate, or draw more samples per prompt",
+        frozenset({"raise_kl", "cut_lr"}),
+    ),
+    Check(
+        "clip_fraction",
+        clip_fraction,
+        "steps too large, or too many of them on one batch",
+        "halve the learning rate, or take fewer epochs or larger mini-batches",
+        frozenset({"cut_lr"}),
+    ),
+    Check(
+        "critic_unexplaining",
+        critic_unexplaining,
+        "the critic has not learned to predict the reward, or its targets move too fast",
+        "set critic_warmup, change value_lr or raise batch_size; or use a stage without a critic (grpo)",
+        frozenset({"cut_lr"}),
+    ),
+    Check(
+        "sampler_disagrees",
+        sampler_disagrees,
+        "sampler and trainer differ in precision, kernels or weights",
+        "use one precision for both, or set importance_cap",
+    ),
+)

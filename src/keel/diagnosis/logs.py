@@ -1,0 +1,112 @@
+"""Logs as the checks read them: keel's metrics.jsonl and events.jsonl, and TRL's trainer_state.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from keel.diagnosis.findings import Conditions, Finding, conditions
+from keel.diagnosis.watch import CHECKS, replay
+from keel.types import DataError
+
+# TRL's names → keel's, where they are not the same. PPO and RLOO of TRL up to 0.29 log keel's own names.
+_TRL = {
+    "reward": "objective/scores",
+    "reward_std": "objective/scores_std",
+    "completions/mean_length": "rollout/response_length",
+    "completions/clipped_ratio": "rollout/truncated",
+    "entropy": "policy/entropy_avg",
+    "clip_ratio": "policy/clipfrac_avg",
+    "clip_ratio/region_mean": "policy/clipfrac_avg",
+    "sampling/sampling_logp_difference/mean": "rollout/sampler_drift",
+    "eval_reward": "eval/objective/scores",
+}
+_SAME = (
+    "objective/kl", "objective/scores", "policy/clipfrac_avg", "policy/entropy_avg", "frac_reward_zero_std", "loss", "grad_norm",
+    "loss/policy_avg", "loss/value_avg", "val/ratio",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was found in the logs of one stage, and what was done about it."""
+
+    findings: tuple[Finding, ...]  # by step
+    actions: tuple[Mapping[str, Any], ...]  # lines of events.jsonl that are no findings
+    steps: int  # the last step that was seen
+
+
+def stage(directory: Path, settings: Mapping[str, Any]) -> Diagnosis:
+    """Of a stage directory; settings: its resolved ones, {} where unknown. DataError for a file that is no JSON lines.
+
+    What the stage found while it ran is in events.jsonl. The checks are asked again, so that a run that was watched by
+    nobody (`control.on_finding: off`, or an older keel) is diagnosed as well; what both say is said once.
+    """
+    rows, events = lines(directory / "metrics.jsonl"), lines(directory / "events.jsonl")
+    actions = [row for row in events if row["event"] != "finding"]
+    _, again = replay(rows, conditions(settings), {int(row["step"]) for row in actions})
+    names = [f.name for f in fields(Finding)]
+    said = [Finding(**{name: row[name] for name in names}) for row in events if row["event"] == "finding"]
+    known = {(f.check, f.severity, f.step) for f in said}
+    found = sorted(
+        [*said, *(f for f in again if (f.check, f.severity, f.step) not in known)], key=lambda f: f.step
+    )
+    return Diagnosis(tuple(found), tuple(actions), max([0, *(int(row["step"]) for row in [*rows, *events])]))
+
+
+def trainer_state(path: Path) -> Diagnosis:
+    """Of a run of TRL (or any trainer of transformers). DataError for a file that is none."""
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        rows = [(int(row["step"]), row) for row in history]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise DataError(
+            f"{path} is no trainer_state.json: it has no `log_history` of rows with a `step`"
+        ) from None
+    by_step: dict[int, dict[str, float]] = {}
+    for step, row in rows:
+        by_step.setdefault(step, {"step": step}).update(_from_trl(row))
+    _, found = replay((by_step[step] for step in sorted(by_step)), Conditions())
+    return Diagnosis(tuple(found), (), max(by_step, default=0))
+
+
+def _from_trl(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that checks know. A reward that applies to no sample is NaN in TRL and healthy: others are left out."""
+    values = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    found = {name: values[name] for name in _SAME if name in values}
+    found |= {_TRL[name]: value for name, value in values.items() if name in _TRL}
+    if "kl" in values and "completions/mean_length" in values:  # TRL's GRPO: nats a token
+        found["objective/kl"] = values["kl"] * values["completions/mean_length"]
+    return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line without its end is still being written. Empty where there is none."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break
+            raise DataError(f"{path}:{number} is not JSON: {error}") from None
+    return rows
+
+
+def worst(findings: tuple[Finding, ...]) -> list[Finding]:
+    """One finding a check: the first of its worst severity, by step."""
+    order = ("act", "warn", "note")
+    found = [
+        min(
+            (f for f in findings if f.check == name),
+            key=lambda f: (order.index(f.severity), f.step),
+            default=None,
+        )
+        for name in CHECKS
+    ]
+    return sorted((f for f in found if f), key=lambda f: (order.index(f.severity), f.step))

@@ -1,0 +1,215 @@
+"""Checks of what is sampled and what it earns: rewards, lengths, repetition, groups, a held-out judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import hypot, inf
+from statistics import fmean, median
+
+from keel.diagnosis.findings import SHORT, WINDOW, Alarm, Check, History, Levels, shown
+
+SCORES, SPREAD, JUDGE = "objective/scores", "objective/scores_std", "eval/judge"
+
+
+def reward_implausible(history: History) -> Alarm | None:
+    """act: the mean reward is above `control.reward_bound` for 3 updates where the user set one. Else measured on the
+    run's own scale, the largest standard deviation that a batch of it had: a policy at KL d from its reference can
+    raise a normally distributed reward by √(2d) standard deviations at most (the √KL of 2204.05862), 4.5 at 10 nats
+    and 8 at 32. warn: more than 5 for a window, act: more than 8. The largest deviation, since that of a reward of 0 or
+    1 is small at both ends of a perfectly healthy rise."""
+    bound, last = history.conditions.reward_bound, history.recent(SCORES, SHORT)
+    if bound is not None:
+        if last and min(last) > bound:
+            return (
+                "act",
+                f"mean reward above {shown(min(last))} for {SHORT} updates, above the bound {shown(bound)}",
+            )
+        return None
+    start, spread = history.start(SCORES), history.peaks.get(SPREAD, 0.0)
+    if start is None or spread <= 0:
+        return None
+    limits: Levels = (("act", 8.0), ("warn", 5.0))
+    for severity, times in limits:
+        if history.sustained(SCORES, start + times * spread):
+            now = history.now(SCORES) or 0.0
+            said = f"mean reward from {shown(start)} to {shown(now)}, {shown((now - start) / spread)} standard deviations of a batch"
+            return severity, said
+    return None
+
+
+def reward_without_spread(history: History) -> Alarm | None:
+    """The classic limit is 0.1: with less there is little to learn from. warn: under 0.1, or under a tenth of the run's
+    own start, for a window, after it was at least twice as much. note: under 0.1 from the start on, where the
+    reward may simply have a small scale. Never act: a solved task ends here, too."""
+    start, now = history.start(SPREAD), history.now(SPREAD)
+    if start is None or now is None:
+        return None
+    said = f"standard deviation of the rewards {shown(now)} over the last {WINDOW} updates, at the start {shown(start)}"
+    if history.sustained(SPREAD, max(0.1 * start, min(0.1, 0.5 * start)), below=True):
+        return "warn", said
+    return ("note", said) if history.sustained(SPREAD, 0.1, below=True) else None
+
+
+def length_drift(history: History) -> Alarm | None:
+    """note: responses twice or half as long as at the run's start for a window; warn: three times or a third. Never
+    act: reasoning grows healthily, and so does politeness; whether it paid is for a judge to say."""
+    name = "rollout/response_length"
+    start = history.start(name)
+    if not start:
+        return None
+    limits: Levels = (("warn", 3.0), ("note", 2.0))
+    for severity, factor in limits:
+        if history.sustained(name, factor * start) or history.sustained(name, start / factor, below=True):
+            return (
+                severity,
+                f"responses of {shown(history.now(name) or 0.0)} tokens, at the start {shown(start)}",
+            )
+    return None
+
+
+def truncated_rising(history: History) -> Alarm | None:
+    """warn: 0.2 more of the responses are cut off than at the run's start, for a window: far beyond the noise of
+    a batch of 64 (0.06 at most). act: 0.9 of them where less than half were: the policy has forgotten how to end."""
+    name = "rollout/truncated"
+    start = history.start(name)
+    if start is None:
+        return None
+    said = f"share of truncated responses {shown(history.now(name) or 0.0)}, at the start {shown(start)}"
+    if start < 0.5 and history.sustained(name, 0.9):
+        return "act", said
+    return ("warn", said) if history.sustained(name, start + 0.2) else None
+
+
+def repetition(history: History) -> Alarm | None:
+    """Share of a response's runs of three tokens that it had before. warn: 0.2 above the run's own start for a window;
+    what people write has under 0.1. act: above 0.5 where it was under half of that: most of a response is an echo."""
+    name = "rollout/repetition"
+    start = history.start(name)
+    if start is None:
+        return None
+    said = f"{shown(history.now(name) or 0.0)} of a response repeats itself, at the start {shown(start)}"
+    if start < 0.25 and history.sustained(name, 0.5):
+        return "act", said
+    return ("warn", said) if history.sustained(name, start + 0.2) else None
+
+
+def groups_all_equal(history: History) -> Alarm | None:
+    """warn: more than 0.8 of the groups for a window: five times the sampling for one group that teaches. Never
+    act: nothing breaks, and a task that is solved ends here."""
+    name = "frac_reward_zero_std"
+    if not history.sustained(name, 0.8):
+        return None
+    return "warn", f"all rewards are equal in {shown(history.now(name) or 0.0)} of the groups"
+
+
+def judge_falls(history: History) -> Alarm | None:
+    """The held-out judge is below its best while the reward trained on is above what it was then. Two successive
+    evaluations count as one, in units of the error of a difference: from the logged standard errors, or, where there
+    are none, from what successive evaluations differ by. The best of many equal evaluations is a lucky one, so 2.5 errors
+    would be found in every third run of pure noise; warn: 3 (one run in ten of 20 evaluations), act: 4 (one in 300), and
+    only with logged errors, since a few evaluations tell their own too roughly."""
+    judge = history.columns.get(JUDGE, [])
+    proxy = dict(history.columns.get("eval/objective/scores") or history.columns.get(SCORES, []))
+    pairs = list(pairwise(judge))
+    if len(pairs) < 3 or judge[-1][0] != history.step or pairs[-1][0][0] <= history.since:
+        return None
+    best, last = max(pairs[:-2], key=_mean), pairs[-1]
+    error = _error(history, [*best, *last], judge)
+    before, after = ([proxy[step] for step, _ in pair if step in proxy] for pair in (best, last))
+    fall = _mean(best) - _mean(last)
+    if not before or not after or fmean(after) <= fmean(before) or fall <= 3 * error:
+        return None
+    said = f"the judge fell from {shown(_mean(best))} at step {best[1][0]} to {shown(_mean(last))}"
+    said += f" ({shown(fall / error) if error else 'many'} errors), while the proxy rose from {shown(fmean(before))} to {shown(fmean(after))}"
+    sure = "eval/judge_error" in history.columns
+    return ("act" if sure and fall > 4 * error else "warn"), said
+
+
+def _mean(pair: Sequence[tuple[int, float]]) -> float:
+    return fmean(value for _, value in pair)
+
+
+def _error(
+    history: History, points: Sequence[tuple[int, float]], judge: Sequence[tuple[int, float]]
+) -> float:
+    """Standard error of the difference of two means of two evaluations each."""
+    errors = dict(history.columns.get("eval/judge_error", []))
+    if all(step in errors for step, _ in points):
+        return hypot(*(errors[step] for step, _ in points)) / 2
+    steps = [
+        abs(b[1] - a[1]) for a, b in pairwise(judge)
+    ]  # their median is 0.67 errors of a single difference
+    return median(steps) / 0.67 / 2**0.5 if len(steps) >= 5 else inf
+
+
+def reward_is_length(history: History) -> Alarm | None:
+    """Correlation of reward and length within a batch. warn: beyond ±0.7 for a window (half of the reward's variance is
+    length), grown by 0.2 since the start; note: it was so from the start. Never act: bad answers may be long
+    for good reasons. Silent where the user rewards length."""
+    name = "rollout/length_correlation"
+    start = history.start(name)
+    up, down = history.sustained(name, 0.7), history.sustained(name, -0.7, below=True)
+    if history.conditions.length_rewarded or start is None or not (up or down):
+        return None
+    now = history.now(name) or 0.0
+    grown = abs(now - start) > 0.2
+    return (
+        "warn" if grown else "note"
+    ), f"correlation of reward and length {shown(now)}, at the start {shown(start)}"
+
+
+CHECKS = (
+    Check(
+        "reward_implausible",
+        reward_implausible,
+        "the policy has found what the reward model overrates",
+        "raise kl.coef (× 1.5), use an ensemble of reward models, train the reward model on such samples",
+        frozenset({"raise_kl"}),
+    ),
+    Check(
+        "reward_without_spread",
+        reward_without_spread,
+        "all samples are about equally good to the reward: too little exploration, or the task is solved",
+        "explore more: raise sampling.temperature, take harder prompts or another reward",
+    ),
+    Check(
+        "length_drift",
+        length_drift,
+        "the reward prefers another length",
+        "look at samples; add a length term, or train the reward model on pairs of equal length",
+    ),
+    Check(
+        "truncated_rising",
+        truncated_rising,
+        "the policy no longer ends its responses",
+        "raise shaping.missing_stop_penalty, kl.coef or sampling.max_new_tokens",
+        frozenset({"raise_kl", "cut_lr"}),
+    ),
+    Check(
+        "repetition",
+        repetition,
+        "the policy has fallen into a loop that the reward does not mind",
+        "raise kl.coef, add a repetition term to the reward",
+        frozenset({"raise_kl", "cut_lr"}),
+    ),
+    Check(
+        "groups_all_equal",
+        groups_all_equal,
+        "the prompts are too easy or too hard for the policy",
+        "take prompts of medium difficulty, more samples per prompt, or set resample",
+    ),
+    Check(
+        "judge_falls",
+        judge_falls,
+        "the reward model is over-optimised (2210.10760)",
+        "keep the weights from before the fall; raise kl.coef, lower kl.target, use an ensemble of reward models",
+        frozenset({"raise_kl", "cut_lr"}),
+    ),
+    Check(
+        "reward_is_length",
+        reward_is_length,
+        "the reward model has learned length in place of quality",
+        "train the reward model on pairs of equal length, or add a length term against it",
+    ),
+)

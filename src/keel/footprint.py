@@ -1,0 +1,315 @@
+"""A stage's memory before it is run: which models it holds, what each of its phases does with them, where its peak is.
+
+What the stages do is written here a second time, as arithmetic; `benchmarks/memory.py` measures how far the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from keel.config import (
+    AnyStage,
+    BestOfNConfig,
+    ClassifierConfig,
+    DPOConfig,
+    EvaluateConfig,
+    GRPOConfig,
+    OnPolicy,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    Supervised,
+    Training,
+)
+from keel.config.preference import REFERENCE_FREE
+from keel.models import memory
+from keel.models.memory import Lora, Model, Pass, Phase, fullest, resident, training, with_parts
+from keel.models.shapes import Head, Shape
+from keel.rewards.learned import ROWS_A_FORWARD
+from keel.stages.best_of_n import PROMPTS_AT_ONCE
+
+SAMPLED_AT_ONCE = 64  # rows of a batch of rollout.engine.generate
+CLASSIFIED_AT_ONCE = 64  # rows of a forward of a reward that is a classifier or measures similarity
+FULL = 4  # bytes of a float32 activation
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of the longest row: its prompt (0 where there is none) and what is learned from, or is sampled."""
+
+    prompt: int
+    answer: int
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.answer
+
+    def within(self, limit: int | None) -> Lengths:
+        """Cut to `limit` tokens as the stages cut: the prompt gives way."""
+        if limit is None or self.total <= limit:
+            return self
+        answer = min(self.answer, limit)
+        return Lengths(limit - answer, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model that a config names."""
+
+    shape: Shape
+    counted: int | None = None  # parameters, where they were counted on the model itself
+    members: int = 1  # of an ensemble
+    judges: bool = False  # a classifier or a sentence embedder, in float32 and with batches of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who is who in a stage. `rewards`: of its learned rewards and classifiers, by the name of the term."""
+
+    model: Found
+    reference: Found | None = None
+    rewards: Mapping[str, Found] = field(default_factory=dict)
+
+
+def phases(stage: AnyStage, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
+    """The phases of a stage with the most that each holds."""
+    match stage:
+        case PretrainConfig() | SFTConfig():
+            return [_language(stage, cast, lengths, device)]
+        case RewardConfig() | ClassifierConfig():
+            return _scoring_model(stage, cast, lengths, device)
+        case DPOConfig():
+            return _pairs(stage, cast, lengths, device)
+        case BestOfNConfig():
+            return _best_of_n(stage, cast, lengths, device)
+        case PPOConfig() | GRPOConfig():
+            return _on_policy(stage, cast, lengths, device)
+        case EvaluateConfig():
+            return _evaluate(stage, cast, lengths, device)
+
+
+def _trained(stage: Training, found: Found, device: Device, *, dropout: bool = False) -> Model:
+    lora = None
+    if stage.lora:
+        targets = stage.lora.target_modules
+        lora = Lora(
+            stage.lora.r, targets if isinstance(targets, str) else tuple(targets), stage.lora.dropout > 0
+        )
+    return Model(
+        found.shape, stage.model.dtype, trained=True, lora=lora, checkpointing=stage.gradient_checkpointing, dropout=dropout,
+        device=device, counted=found.counted,
+    )  # fmt: skip
+
+
+def _frozen(found: Found, dtype: str, device: Device, head: Head = "lm") -> Model:
+    return Model(found.shape, dtype, head=head, device=device, counted=found.counted)
+
+
+def _rows(stage: Training, whole: int) -> int:
+    """Rows of one forward and backward."""
+    return min(stage.micro_batch or whole, whole)
+
+
+def _with_best(phase: Phase, models: Mapping[str, Model], role: str, patience: int | None) -> Phase:
+    """With the copy of the best weights that early stopping keeps."""
+    if patience is None:
+        return phase
+    return Phase(phase.name, with_parts(phase.parts, role, copy=memory.weights(models[role])))
+
+
+# ---------------------------------------------------------------- stages with fixed rows
+
+
+def _language(stage: Supervised, cast: Cast, lengths: Lengths, device: Device) -> Phase:
+    """Language modelling with the model's own dropout."""
+    model = _trained(stage, cast.model, device, dropout=True)
+    rows, length = _rows(stage, stage.batch_size), lengths.total
+    everything = isinstance(stage, PretrainConfig) or (
+        isinstance(stage, SFTConfig) and stage.loss_on == "all"
+    )
+    counted = rows * (length if everything else lengths.answer)
+    logits = memory.language_logits(model, rows, length, counted)
+    if isinstance(stage, SFTConfig) and stage.packing:
+        logits += 2 * rows * length * length * model.bytes  # the mask, and what it is made from
+    models = {"model": model}
+    accumulates = rows < stage.batch_size
+    phase = training(models, [Pass("model", rows, length, logits)], accumulates=accumulates)
+    return _with_best(phase, models, "model", stage.patience)
+
+
+def _scoring_model(
+    stage: RewardConfig | ClassifierConfig, cast: Cast, lengths: Lengths, device: Device
+) -> list[Phase]:
+    """A head on the last token; a reward model reads both sides of a pair."""
+    labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
+    model = replace(_trained(stage, cast.model, device, dropout=True), head="score", labels=labels)
+    models, found = {"model": model}, []
+    pairs = isinstance(stage, RewardConfig)
+    rows = _rows(stage, stage.batch_size)
+    passed = Pass("model", 2 * rows if pairs else rows, lengths.total)
+    phase = training(models, [passed], accumulates=rows < stage.batch_size)
+    if isinstance(stage, RewardConfig):
+        plain = replace(model, trained=False, lora=None)
+        if stage.normalize and not model.shape.is_encoder:
+            prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
+            sampler = {"sampler": _frozen(cast.model, "float32", device)}
+            if device == "cpu":
+                sampler["reader"] = plain
+            found.append(_rollout(sampler, "sampler", SAMPLED_AT_ONCE, prompt, name="samples"))
+        parts = phase.parts
+        if device == "cpu":  # the model that read the rows stays on the CPU while another one trains
+            parts = with_parts(parts, "reader", weights=memory.weights(plain))
+        if stage.members > 1:
+            parts = with_parts(parts, "members", weights=(stage.members - 1) * memory.weights(model))
+        phase = Phase(phase.name, parts)
+    return [*found, _with_best(phase, models, "model", stage.patience)]
+
+
+def _pairs(stage: DPOConfig, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
+    """The reference's log-probabilities first, then both sides of a pair in one step, a few rows a forward."""
+    policy, found = _trained(stage, cast.model, device), []
+    models = {"policy": policy}
+    if stage.loss not in REFERENCE_FREE:
+        one = min(ROWS_A_FORWARD, stage.micro_batch or stage.batch_size)
+        asked = replace(policy, trained=False, lora=None)
+        held = {"policy": asked}
+        if cast.reference:
+            held["reference"] = _frozen(cast.reference, stage.model.dtype, device)
+        role = "reference" if cast.reference else "policy"
+        logits = memory.pair_logits(held[role], one, lengths.total, lengths.answer, ROWS_A_FORWARD)
+        parts = with_parts(
+            resident(held), role, logits=logits, activations=memory.working(held[role], one, lengths.total)
+        )
+        found.append(Phase("reference", parts))
+    rows = _rows(stage, stage.batch_size) * (1 if stage.loss == "kto" else 2)
+    logits = memory.pair_logits(policy, rows, lengths.total, lengths.answer, ROWS_A_FORWARD)
+    accumulates = _rows(stage, stage.batch_size) < stage.batch_size
+    phase = training(models, [Pass("policy", rows, lengths.total, logits)], accumulates=accumulates)
+    return [*found, _with_best(phase, models, "policy", stage.patience)]
+
+
+def _best_of_n(stage: BestOfNConfig, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
+    sampler = {"sampler": _frozen(cast.model, stage.model.dtype, device)}
+    held = sampler | _rewards(cast, stage.model.dtype, device)
+    rows = PROMPTS_AT_ONCE * stage.samples_per_prompt
+    found = [_rollout(held, "sampler", rows, lengths, name="samples")]
+    found += _judging(held, stage.batch_size, lengths)
+    return [*found, _language(stage, cast, lengths, device)]
+
+
+# ---------------------------------------------------------------- stages that sample
+
+
+def _on_policy(stage: OnPolicy, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
+    """Every update: rollout, the rewards' scores, everybody's log-probabilities and values, gradient steps."""
+    models = roles(stage, cast, device)
+    policy = models["policy"]
+    rows = min(stage.micro_batch or stage.batch_size, stage.batch_size)
+    length, answer = lengths.total, lengths.answer
+    trunk = getattr(stage, "sharing", "none") == "trunk"
+    found = [_rollout(models, "policy", min(SAMPLED_AT_ONCE, stage.batch_size), lengths)]
+    found += _judging(models, rows, lengths)
+    inside = memory.working(policy, rows, length, every_layer=trunk)
+    parts = with_parts(
+        resident(models),
+        "policy",
+        activations=inside,
+        logits=memory.score_logits(policy, rows, length, answer),
+    )
+    found.append(Phase("forward", parts))
+    mini = stage.mini_batch or stage.batch_size
+    rows = _rows(stage, mini)
+    logits = memory.policy_logits(policy, rows, length, answer, entropy_learns=stage.entropy_coef > 0)
+    passes = [Pass("policy", rows, length, logits)]
+    if "critic" in models:
+        passes.append(Pass("critic", rows, length))
+    train = training(models, passes, accumulates=rows < mini)
+    if (
+        trunk and policy.bytes < FULL
+    ):  # every layer's output is asked for; in float32 it is one that is saved anyway
+        every = rows * length * (policy.shape.layers + 1) * policy.shape.hidden * policy.bytes
+        train = Phase(train.name, with_parts(train.parts, "policy", activations=every))
+    found.append(train)
+    if stage.ptx:  # after the policy's gradient is there
+        ptx = _rows(stage, stage.ptx.batch_size)
+        logits = memory.language_logits(policy, ptx, length, ptx * length)
+        found.append(training(models, [Pass("policy", ptx, length, logits)], accumulates=True, name="ptx"))
+    return [_with_best(phase, models, "policy", stage.patience) for phase in found]
+
+
+def roles(stage: OnPolicy, cast: Cast, device: Device) -> dict[str, Model]:
+    """The models that an on-policy stage holds, as models/roles.py shares them."""
+    policy = _trained(stage, cast.model, device)
+    models = {"policy": policy}
+    sharing = getattr(stage, "sharing", "none")
+    if stage.lora is None or stage.reference is not None:
+        found = cast.reference or cast.model
+        models["reference"] = _frozen(found, stage.reference_dtype or stage.model.dtype, device)
+    if sharing == "adapters":  # one frozen base; what differs between the roles is adapters and heads
+        models.pop("reference", None)
+    rewards = _rewards(cast, stage.model.dtype, device)
+    if sharing in ("separate", "adapters"):
+        models["critic"] = replace(policy, head="score", base=sharing == "separate", counted=None)
+    return models | rewards
+
+
+def _rewards(cast: Cast, dtype: str, device: Device) -> dict[str, Model]:
+    """Reward models and classifiers, each member of an ensemble a role of its own."""
+    models: dict[str, Model] = {}
+    for name, found in cast.rewards.items():
+        for member in range(1, found.members + 1):
+            role = ("reward" if name == "reward" else f"reward {name}") + (
+                f" {member}" if found.members > 1 else ""
+            )
+            models[role] = _frozen(
+                found, "float32" if found.judges else dtype, device, "none" if found.judges else "score"
+            )
+    return models
+
+
+def _rollout(
+    models: dict[str, Model], role: str, rows: int, lengths: Lengths, *, name: str = "rollout"
+) -> Phase:
+    """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache, of which one
+    layer is there twice while it grows."""
+    model, base = models[role], resident(models)
+    one_layer = 1 + 1 / model.shape.layers
+    prefill = with_parts(
+        base, role, kv_cache=memory.kv_cache(model, rows, lengths.prompt),
+        activations=memory.working(model, rows, lengths.prompt), logits=memory.sampling_logits(model, rows, lengths.prompt),
+    )  # fmt: skip
+    end = with_parts(
+        base, role, kv_cache=memory.kv_cache(model, rows, lengths.total) * one_layer,
+        activations=memory.working(model, rows, lengths.total, new=1), logits=memory.sampling_logits(model, rows, 1),
+    )  # fmt: skip
+    return fullest(name, [prefill, end])
+
+
+def _judging(models: dict[str, Model], rows: int, lengths: Lengths) -> list[Phase]:
+    """The rewards' forwards, one after the other."""
+    found: list[Phase] = []
+    for role, model in models.items():
+        if role.startswith("reward"):
+            at_once = CLASSIFIED_AT_ONCE if model.head == "none" else rows
+            inside = memory.working(model, at_once, lengths.within(model.shape.context).total)
+            found.append(Phase("score", with_parts(resident(models), role, activations=inside)))
+    return [max(found, key=lambda phase: phase.total)] if found else []
+
+
+def _evaluate(stage: EvaluateConfig, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
+    """The reference, and one model after the other: its samples, the rewards' scores, the exact KL."""
+    models = {"model": _frozen(cast.model, stage.dtype, device)}
+    if len(stage.models) > 1:
+        models["reference"] = _frozen(cast.reference or cast.model, stage.dtype, device)
+    models |= _rewards(cast, stage.dtype, device)
+    rows = stage.batch_size
+    found = [_rollout(models, "model", rows, lengths), *_judging(models, rows, lengths)]
+    parts = with_parts(
+        resident(models), "model", activations=memory.working(models["model"], rows, lengths.total),
+        logits=memory.score_logits(models["model"], rows, lengths.total, lengths.answer),
+    )  # fmt: skip
+    return [*found, Phase("forward", parts)]

@@ -1,0 +1,84 @@
+"""In which precision a model computes. Weights that learn stay in float32; where the hardware is fast in bfloat16, the
+matrix products are taken in it (`dtype: auto`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+@cache
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, on CPUs with
+    AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(_of_cpu().get("amx_bf16"))
+
+
+def _of_cpu() -> Mapping[str, Any]:
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def weights(dtype: str) -> torch.dtype:
+    """The dtype of a model's weights in memory: float32 for `auto`."""
+    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
+
+
+def opened(model: Any, dtype: str) -> Any:
+    """The model, marked with whether `computing` chooses its precision."""
+    model.keel_auto = dtype == "auto"
+    if dtype == "auto":
+        AttentionInterface.register("sdpa", _attention)
+    return model
+
+
+def computing(model: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype: auto` on
+    hardware that is fast in it. Weights are cast once in a context, so it must end before they change."""
+    if getattr(model, "keel_auto", False) and fast_in_bfloat16(device) and not _is_double(model):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _is_double(model: Any) -> bool:
+    """Whether somebody asked for more than float32 since the model was opened."""
+    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+    return parameter is not None and parameter.dtype == torch.float64
+
+
+@contextlib.contextmanager
+def keeping_casts(model: Any) -> Iterator[None]:
+    """For many forwards in one `computing` without gradient: torch keeps the cast only of weights that want one."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention, but for a CPU in bfloat16: torch's backward is six times slower there than in float32,
+    so that float32 is used where several positions ask at once (as they do in training)."""
+    if query.device.type == "cpu" and query.shape[2] > 1 and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            query, key, value = (x.float() for x in (query, key, value))
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -1,0 +1,87 @@
+"""Findings and actions of a stage in words: what the verdict says of them, and the list below it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from keel.diagnosis import logs
+from keel.diagnosis.findings import SEVERITIES
+from keel.diagnosis.logs import Diagnosis
+from keel.report.reading import Run
+
+ON_POLICY = ("ppo", "grpo")
+_TIMES = {1: "once", 2: "twice", 3: "three times"}
+_DONE = {"rollback": "rolled back", "adjust": "adjusted", "stop": "stopped"}
+
+
+class Line(NamedTuple):
+    """One finding or action, for a table."""
+
+    step: int
+    level: str  # note | warn | act | done
+    name: str
+    evidence: str
+    cause: str
+    remedy: str
+
+
+def diagnoses(run: Run) -> dict[str, Diagnosis]:
+    """Stage → its diagnosis, for each that learns from its own samples and has metrics."""
+    return {
+        stage.name: logs.stage(stage.directory, stage.settings)
+        for stage in run.stages
+        if stage.kind in ON_POLICY and (stage.metrics or (stage.directory / "events.jsonl").exists())
+    }
+
+
+def said(diagnosis: Diagnosis) -> str:
+    """ "the proxy rose, the judge fell from step 40: rolled back twice", "2 findings", …; "" for none."""
+    found = logs.worst(diagnosis.findings)
+    if not found:
+        return ""
+    kinds = [str(action["event"]) for action in diagnosis.actions]
+    done = ", ".join(
+        word if kind == "stop" else f"{word} {_times(kinds.count(kind))}"
+        for kind, word in _DONE.items()
+        if kind in kinds
+    )
+    judged = next((f for f in found if f.check == "judge_falls" and f.severity == "act"), None)
+    urgent = judged or found[0]
+    if judged:
+        words = f"the proxy rose, the judge fell from step {judged.step}"
+    elif urgent.severity == "act":
+        words = f"{urgent.check.replace('_', ' ')} from step {urgent.step}"
+    else:
+        words = ", ".join(
+            f"{count} {word}" + ("s" if count > 1 else "")
+            for severity, word in zip(reversed(SEVERITIES[:2]), ("warning", "note"), strict=True)
+            if (count := sum(f.severity == severity for f in found))
+        )
+    return words + (f": {done}" if done else "")
+
+
+def _times(count: int) -> str:
+    return _TIMES.get(count, f"{count} times")
+
+
+def lines(diagnosis: Diagnosis) -> list[Line]:
+    """Findings and actions by step; an action after what led to it."""
+    rows = [
+        Line(f.step, f.severity, f.check.replace("_", " "), f.evidence, f.cause, f.remedy)
+        for f in diagnosis.findings
+    ]
+    rows += [Line(int(a["step"]), "done", _DONE[a["event"]], deed(a), "", "") for a in diagnosis.actions]
+    return sorted(rows, key=lambda row: (row.step, row.level == "done"))
+
+
+def deed(action: Mapping[str, Any]) -> str:
+    """An action as a sentence."""
+    because = ", ".join(action["checks"]).replace("_", " ")
+    if action["event"] == "stop":
+        return f"stopped at step {action['step']} for {because}; the weights of step {action['to']} were kept"
+    went = f", back to the weights of step {action['to']}" if action["to"] is not None else ""
+    return (
+        f"{_DONE[action['event']]} at step {action['step']} for {because}{went}; "
+        f"from then on β {action['kl_coef']:.3g}, learning rate × {action['lr_factor']:g}"
+    )

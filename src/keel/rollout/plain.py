@@ -1,0 +1,31 @@
+"""The plain engine: every token is read off a forward over the whole sequence. Slow, and right for any model; the fast
+engine is tested against it, and it serves models that keep no keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel.rollout.sampling import pick
+from keel.types import Completion, Sampling, StopReason
+
+
+def complete(
+    model: Any, prompt: Sequence[int], draws: Tensor, sampling: Sampling, stop_ids: Sequence[int]
+) -> Completion:
+    """One prompt's completion. draws: (max_new_tokens,) uniform numbers. To be called without gradient."""
+    ids, logps = list(prompt), list[float]()
+    device = next(model.parameters()).device
+    reason: StopReason = "length"
+    for draw in draws.to(device):
+        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[:, -1]
+        token, logp = pick(logits, draw[None], sampling)
+        ids.append(int(token))
+        logps.append(float(logp))
+        if ids[-1] in stop_ids:
+            reason = "eos" if ids[-1] == stop_ids[0] else "stop"
+            break
+    return Completion(tuple(prompt), tuple(ids[len(prompt) :]), reason, tuple(logps))

@@ -1,0 +1,47 @@
+"""One token from logits, and the probability it was drawn with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from keel.masked import at_least_float32
+from keel.types import Sampling
+
+
+def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(B, V) logits and (B,) uniform draws in [0, 1) → (B,) tokens, by the inverse of the cumulative distribution, and
+    (B,) the log of the probability that each had (0 for greedy, which leaves no choice).
+
+    The cumulative sum is taken in float64: float32 would lose the tail of a large vocabulary.
+    """
+    logits = at_least_float32(logits)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1), torch.zeros(len(logits), dtype=logits.dtype, device=logits.device)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    logp = _cut(logits, sampling).log_softmax(dim=-1)
+    cumulative = logp.exp().cumsum(dim=-1, dtype=torch.float64)
+    tokens = (
+        torch.searchsorted(cumulative, draws[:, None].double() * cumulative[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp(max=logits.shape[-1] - 1)
+    )
+    return tokens, logp.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _cut(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(B, V) logits with those of tokens that may not be drawn at −∞: top-k first, then nucleus, then min-p."""
+    if sampling.top_k:
+        worst = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < worst, float("-inf"))
+    if sampling.top_p < 1:
+        ranked, index = logits.sort(dim=-1, descending=True)
+        mass = ranked.softmax(dim=-1)
+        cut = mass.cumsum(dim=-1) - mass >= sampling.top_p
+        logits = torch.empty_like(logits).scatter_(-1, index, ranked.masked_fill(cut, float("-inf")))
+    if sampling.min_p:
+        logp = logits.log_softmax(dim=-1)
+        least = logp.amax(dim=-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        logits = logits.masked_fill(logp < least, float("-inf"))
+    return logits

@@ -1,0 +1,236 @@
+"""Each check on series made by hand: silent on a healthy run and on single outliers, loud on the illness it is for."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from keel.diagnosis.findings import Conditions, Finding, conditions
+from keel.diagnosis.watch import CHECKS, replay
+
+UPDATES = 60
+TARGETED = Conditions(kl_target=6.0)
+Series = Mapping[str, Callable[[int], float]]
+
+
+def healthy(update: int, noise: random.Random) -> dict[str, float]:
+    """As in real runs: the reward rises, the KL swings to 1.6 times its target of 6, entropy halves, the critic is poor."""
+    rise = 1 - math.exp(-update / 15)
+    kl = 6 * rise * (1 + 0.6 * math.sin(update / 8)) * noise.uniform(0.8, 1.2)
+    row = {
+        "objective/kl": kl + noise.gauss(0, 0.4), "objective/kl_exact": kl, "objective/scores": -0.3 + 1.4 * rise + noise.gauss(0, 0.15),
+        "objective/scores_std": 1.05 - 0.2 * rise + noise.gauss(0, 0.12), "policy/entropy_avg": 0.46 - 0.25 * rise + noise.gauss(0, 0.01),
+        "policy/clipfrac_avg": 0.05 * (1 - rise) + noise.uniform(0, 0.02), "val/explained_variance": -0.5 * (1 - rise) - 0.05 + noise.gauss(0, 0.1),
+        "rollout/response_length": 31 + 7 * rise + noise.gauss(0, 1.5), "rollout/truncated": max(0.0, noise.gauss(0.01, 0.015)),
+        "rollout/repetition": 0.06 + noise.gauss(0, 0.01), "rollout/length_correlation": 0.3 + noise.gauss(0, 0.15),
+        "rollout/sampler_drift": 2e-7, "frac_reward_zero_std": min(1.0, max(0.0, 0.5 + 0.2 * rise + noise.gauss(0, 0.1))),
+    }  # fmt: skip
+    if update % 5 == 0:
+        row |= {"eval/judge": 0.46 + 0.2 * rise + noise.gauss(0, 0.03), "eval/judge_error": 0.03}
+        row["eval/objective/scores"] = row["objective/scores"]
+    return row
+
+
+def found(
+    series: Series | None = None,
+    settings: Conditions = TARGETED,
+    seed: int = 0,
+    updates: int = UPDATES,
+) -> list[Finding]:
+    noise, rows = random.Random(seed), []
+    for update in range(1, updates + 1):
+        row = healthy(update, noise) | {name: value(update) for name, value in (series or {}).items()}
+        rows.append({"step": update, **{k: v for k, v in row.items() if v is not None}})
+    return replay(rows, settings)[1]
+
+
+def worst(findings: list[Finding], check: str) -> str | None:
+    return ([f.severity for f in findings if f.check == check] or [None])[-1]
+
+
+def after(update: int, well: float, ill: float) -> Callable[[int], float]:
+    return lambda now: ill if now >= update else well
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_healthy_runs_raise_nothing_to_act_on(seed):
+    for settings in (Conditions(kl_target=6.0), Conditions(), Conditions(constrained=False)):
+        findings = found(settings=settings, seed=seed)
+        assert not [f for f in findings if f.severity != "note" and f.check != "kl_too_high"]
+        assert not [f for f in findings if f.severity == "act"]
+
+
+ILL: list[tuple[str, str, Series, Conditions]] = [
+    ("not_finite", "act", {"loss/policy_avg": after(30, 0.1, math.nan)}, Conditions()),
+    ("not_finite", "act", {"grad_norm": after(30, 0.1, math.inf)}, Conditions()),
+    ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 13)}, Conditions(kl_target=6.0)),
+    ("kl_too_high", "act", {"objective/kl_exact": after(30, 4, 17)}, Conditions(kl_target=6.0)),
+    ("kl_too_high", "act", {"objective/kl_exact": after(30, 0.5, 11)}, Conditions(kl_target=1.0)),
+    ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 12)}, Conditions()),
+    ("kl_too_high", "act", {"objective/kl_exact": after(30, 4, 30)}, Conditions()),
+    ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 30)}, Conditions(constrained=False)),
+    ("kl_negative", "warn", {"objective/kl": lambda u: -0.5 + 0.2 * (-1) ** u}, Conditions()),
+    ("kl_negative", "act", {"objective/kl": lambda u: -3 + (-1) ** u}, Conditions()),
+    ("entropy_collapse", "warn", {"policy/entropy_avg": after(30, 0.5, 0.02)}, Conditions()),
+    ("entropy_collapse", "act", {"policy/entropy_avg": after(30, 0.5, 0.02), "objective/scores": after(30, 0.5, 0.3)}, Conditions()),
+    ("clip_fraction", "warn", {"policy/clipfrac_avg": after(30, 0.1, 0.35)}, Conditions()),
+    ("clip_fraction", "act", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions()),
+    ("clip_fraction", "note", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions(sequence_ratios=True)),
+    ("critic_unexplaining", "note", {"val/explained_variance": after(30, 0.3, -0.2)}, Conditions()),
+    ("critic_unexplaining", "warn", {"val/explained_variance": after(30, 0.3, -0.7)}, Conditions()),
+    ("critic_unexplaining", "act", {"val/explained_variance": after(30, 0.3, -5)}, Conditions()),
+    ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 0.06}, Conditions()),
+    ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.3}, Conditions()),
+    ("reward_implausible", "warn", {"objective/scores": after(30, 0, 6), "objective/scores_std": lambda u: 1}, Conditions()),
+    ("reward_implausible", "act", {"objective/scores": after(30, 0, 9), "objective/scores_std": lambda u: 1}, Conditions()),
+    ("reward_implausible", "act", {"objective/scores": after(30, 0, 0.6)}, Conditions(reward_bound=0.5)),
+    ("reward_without_spread", "warn", {"objective/scores_std": after(30, 1, 0.05)}, Conditions()),
+    ("reward_without_spread", "warn", {"objective/scores_std": after(30, 50, 3)}, Conditions()),
+    ("reward_without_spread", "note", {"objective/scores_std": lambda u: 0.05}, Conditions()),
+    ("length_drift", "note", {"rollout/response_length": after(30, 30, 65)}, Conditions()),
+    ("length_drift", "warn", {"rollout/response_length": after(30, 30, 100)}, Conditions()),
+    ("length_drift", "warn", {"rollout/response_length": after(30, 30, 8)}, Conditions()),
+    ("truncated_rising", "warn", {"rollout/truncated": after(30, 0.02, 0.4)}, Conditions()),
+    ("truncated_rising", "act", {"rollout/truncated": after(30, 0.02, 0.97)}, Conditions()),
+    ("repetition", "warn", {"rollout/repetition": after(30, 0.05, 0.3)}, Conditions()),
+    ("repetition", "act", {"rollout/repetition": after(30, 0.05, 0.7)}, Conditions()),
+    ("groups_all_equal", "warn", {"frac_reward_zero_std": after(30, 0.3, 0.9)}, Conditions()),
+    ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, 0.85)}, Conditions()),
+    ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, -0.85)}, Conditions()),
+    ("reward_is_length", "note", {"rollout/length_correlation": lambda u: 0.85}, Conditions()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "severity", "series", "settings"), ILL)
+def test_an_ill_run_is_found_with_evidence_cause_and_remedy(check, severity, series, settings):
+    findings = found(series, settings)
+    assert worst(findings, check) == severity
+    finding = next(f for f in findings if f.check == check)
+    assert finding.cause
+    assert finding.remedy
+    assert any(letter.isdigit() for letter in finding.evidence) or check == "not_finite"
+
+
+@pytest.mark.parametrize(
+    ("check", "severity", "series", "settings"), [one for one in ILL if one[0] != "not_finite"]
+)
+def test_two_odd_batches_in_ten_are_noise(check, severity, series, settings):
+    def odd(value: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda update: value(UPDATES) if update % 10 in (1, 2) else value(1)
+
+    if all(value(1) == value(UPDATES) for value in series.values()) or check == "kl_negative":
+        pytest.skip("ill from the start on")
+    assert worst(found({name: odd(value) for name, value in series.items()}, settings), check) is None
+
+
+def test_every_check_has_a_series_that_raises_it():
+    assert {one[0] for one in ILL} | {"judge_falls"} == set(CHECKS)
+
+
+# ---------------------------------------------------------------- what they are relative to
+
+
+def test_the_first_alarm_comes_after_most_of_a_window_and_once():
+    findings = found({"objective/kl_exact": after(30, 4, 30)})
+    assert [(f.severity, f.step) for f in findings if f.check == "kl_too_high"] == [("act", 37)]
+    worse = found({"objective/kl_exact": lambda u: 4 if u < 20 else 13 if u < 40 else 30})
+    assert [(f.severity, f.step) for f in worse if f.check == "kl_too_high"] == [("warn", 27), ("act", 47)]
+
+
+def test_a_policy_that_runs_away_is_not_waited_for():
+    findings = found({"objective/kl_exact": after(30, 4, 100)})
+    assert [f.step for f in findings if f.severity == "act"] == [32]
+
+
+def test_updates_that_train_the_critic_alone_are_left_out():
+    hot = {
+        "policy/clipfrac_avg": lambda u: 0.9 if u <= 12 else 0.05,
+        "val/explained_variance": lambda u: -9 if u <= 30 else 0.5,
+    }
+    assert worst(found(hot, Conditions(warmup=12)), "clip_fraction") is None
+    assert worst(found(hot, Conditions(warmup=12)), "critic_unexplaining") is None
+    assert worst(found(hot, Conditions()), "clip_fraction") == "act"
+    assert worst(found(hot, Conditions()), "critic_unexplaining") == "act"
+
+
+def test_long_responses_may_be_further_from_the_reference_where_no_target_is_set():
+    far = {"objective/kl_exact": after(30, 4, 40), "rollout/response_length": lambda u: 900}
+    assert worst(found(far, Conditions()), "kl_too_high") is None
+    assert worst(found(far, Conditions(kl_target=6.0)), "kl_too_high") == "act"
+
+
+def test_a_solved_task_of_right_and_wrong_is_no_hacking():
+    """From 2 % to 99 % right: the batch's deviation is small at both ends, and large on the way."""
+    share = lambda u: 0.02 + 0.97 / (1 + math.exp(-(u - 30) / 4))  # noqa: E731
+    solved = {
+        "objective/scores": share,
+        "objective/scores_std": lambda u: math.sqrt(share(u) * (1 - share(u))),
+    }
+    findings = found({**solved, "policy/entropy_avg": after(40, 0.5, 0.01)}, Conditions(constrained=False))
+    assert worst(findings, "reward_implausible") is None
+    assert not [f for f in findings if f.severity == "act"]
+
+
+def test_length_that_the_user_rewards_is_not_pointed_at():
+    assert (
+        worst(
+            found({"rollout/length_correlation": lambda u: 0.9}, Conditions(length_rewarded=True)),
+            "reward_is_length",
+        )
+        is None
+    )
+
+
+# ---------------------------------------------------------------- the judge
+
+
+def judged(
+    judge: Callable[[int], float], proxy: Callable[[int], float], error: float | None = 0.02
+) -> str | None:
+    rows = [
+        {"step": u, "eval/judge": judge(u), "eval/objective/scores": proxy(u)} | ({} if error is None else {"eval/judge_error": error})
+        for u in range(5, 101, 5)
+    ]  # fmt: skip
+    return worst(replay(rows, Conditions())[1], "judge_falls")
+
+
+def over(update: float) -> float:
+    return 0.5 + 0.3 * math.sin(min(update, 90) / 90 * math.pi)  # rises to update 45, then falls
+
+
+def test_a_judge_that_falls_while_the_proxy_rises_is_found():
+    assert judged(over, lambda u: u / 100) == "act"
+    assert judged(over, lambda u: u / 100, error=None) == "warn"
+
+
+def test_a_judge_that_falls_with_the_proxy_or_rises_or_is_unsure_is_not():
+    assert judged(over, lambda u: -abs(u - 45)) is None
+    assert judged(lambda u: u / 100, lambda u: u / 100) is None
+    assert judged(over, lambda u: u / 100, error=0.2) is None
+
+
+def test_noise_alone_seldom_makes_a_falling_judge():
+    for error in (0.02, None):
+        said = []
+        for seed in range(200):
+            noise = random.Random(seed)
+            said.append(judged(lambda u, noise=noise: 0.5 + noise.gauss(0, 0.02), lambda u: u / 100, error))
+        assert said.count("act") <= (4 if error else 0)  # without logged errors it never asks to act
+        assert said.count("warn") <= (30 if error else 60)
+
+
+# ---------------------------------------------------------------- from settings
+
+
+def test_conditions_come_from_a_stages_settings():
+    settings: dict[str, Any] = {
+        "kl": {"coef": 0.1, "target": 4.0}, "critic_warmup": 3, "level": "sequence", "control": {"reward_bound": 2.0},
+        "reward": [{"kind": "learned"}, {"kind": "overlong"}],
+    }  # fmt: skip
+    assert conditions(settings) == Conditions(4.0, True, 3, 2.0, True, True)
+    assert conditions({"kl": {"coef": 0.0, "target": None}}) == Conditions(constrained=False)
+    assert conditions({}) == Conditions()
