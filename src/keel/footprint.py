@@ -152,20 +152,10 @@ def _scoring_model(
     rows = _rows(stage, stage.batch_size)
     passed = Pass("model", 2 * rows if pairs else rows, lengths.total)
     phase = training(models, [passed], accumulates=rows < stage.batch_size)
-    if isinstance(stage, RewardConfig):
-        plain = replace(model, trained=False, lora=None)
-        if stage.normalize and not model.shape.is_encoder:
-            prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
-            sampler = {"sampler": _frozen(cast.model, "float32", device)}
-            if device == "cpu":
-                sampler["reader"] = plain
-            found.append(_rollout(sampler, "sampler", SAMPLED_AT_ONCE, prompt, name="samples"))
-        parts = phase.parts
-        if device == "cpu":  # the model that read the rows stays on the CPU while another one trains
-            parts = with_parts(parts, "reader", weights=memory.weights(plain))
-        if stage.members > 1:
-            parts = with_parts(parts, "members", weights=(stage.members - 1) * memory.weights(model))
-        phase = Phase(phase.name, parts)
+    if isinstance(stage, RewardConfig) and stage.normalize and not model.shape.is_encoder:
+        prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
+        sampler = {"sampler": _frozen(cast.model, "float32", device)}
+        found.append(_rollout(sampler, "sampler", SAMPLED_AT_ONCE, prompt, name="samples"))
     return [*found, _with_best(phase, models, "model", stage.patience)]
 
 

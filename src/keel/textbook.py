@@ -75,7 +75,7 @@ def columns(name: str, method: str) -> list[Column]:
         found.append(
             Column(
                 f"adapters, {how} base",
-                f"one frozen {how} base, LoRA of rank 16 and a head for each role",
+                f"one frozen {how} base, LoRA of rank 16 and a head for each role (keel does not train so yet)",
                 _shared(shape, uses, dtype),
             )
         )
