@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
+PEERS  ?= .venv-peers
 
-.PHONY: demo install test test-slow test-real check format clean
+.PHONY: demo install test test-slow test-real check bench format clean
 
 demo: $(VENV)/.installed           ## install, run the whole pipeline on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -40,9 +41,23 @@ check: $(VENV)/.installed-dev      ## format, lint, types, import contract, then
 	$(BIN)/lint-imports
 	$(MAKE) test
 
+# Peers live in an environment of their own: TRL 1.16, and beside it 1.12, the last release that has PPO.
+$(PEERS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.16.0
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PEERS)/trl112 trl==1.12.0
+	touch $@
+
+bench: $(VENV)/.installed $(PEERS)/.installed  ## against peers, in pairs in one run; half an hour on an idle machine
+	$(BIN)/python benchmarks/peers.py --peer $(PEERS)/bin/python --ppo-peer $(PEERS)/trl112
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scaling.py
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) runs build dist .pytest_cache .ruff_cache

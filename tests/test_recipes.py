@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from keel.config import (
     ClassifierConfig,
     DataConfig,
+    EvaluateConfig,
     OnPolicy,
     PPOConfig,
     RewardConfig,
@@ -234,11 +235,19 @@ def _all_sources(stage: Any) -> list[DataConfig]:
     return found
 
 
+def _behind(config: RunConfig, names: Iterable[str]) -> set[str]:
+    """Stages among `names`, and all that these are made from."""
+    own = {name for name in names if name in config.stages}
+    return own | {one for name in own for one in _behind(config, config.stages[name].inputs())}
+
+
 def _sources(config: RunConfig, *, judging: bool) -> set[tuple[str, str]]:
-    """(source, split) that stages train on, or that they are judged on."""
+    """(source, split) that judged models come from, or that they are judged on. (A judge may know what they may not.)"""
+    judges = [stage for stage in config.stages.values() if isinstance(stage, EvaluateConfig)]
+    judged = _behind(config, {name for stage in judges for name in stage.models})
     found: list[DataConfig] = []
-    for stage in config.stages.values():
-        if isinstance(stage, Training) and not judging:
+    for name, stage in config.stages.items():
+        if isinstance(stage, Training) and name in judged and not judging:
             data: Any = stage.data
             found += [one for own in data.values() for one in own] if isinstance(data, dict) else data
         elif not isinstance(stage, Training) and judging:

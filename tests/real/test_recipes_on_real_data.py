@@ -106,7 +106,8 @@ def test_genre(run_recipe, policy, real):
     held = {genre: str(own[2]) for genre, own in books.items()}
     stages = run_recipe("genre", {
         "genre.data": train, "genre.eval_data": held, "genre.model": {"init": BERT, "vocab_size": 1000}, "genre.lr": 1e-3,
-        "genre.max_steps": 10, "ppo.model": str(policy), "ppo.data.0.source": train["adventure"][0], "ppo.data.0.rows": 50,
+        "genre.max_steps": 10, "witness.data": held, "witness.eval_data": train, "witness.model": {"init": BERT, "vocab_size": 1000},
+        "witness.lr": 1e-3, "witness.max_steps": 10, "ppo.model": str(policy), "ppo.data.0.source": train["adventure"][0], "ppo.data.0.rows": 50,
         "ppo.data.1.source": train["domestic"][0], "ppo.data.1.rows": 50, "ppo.updates": 2, "ppo.batch_size": 8,
         "ppo.mini_batch": 4, "ppo.micro_batch": 4, "judge.models": [str(policy), "ppo"], "judge.data.0.source": held["adventure"],
         "judge.data.0.rows": 8, "judge.data.1.source": held["domestic"], "judge.data.1.rows": 8,
@@ -115,4 +116,6 @@ def test_genre(run_recipe, policy, real):
     judged = json.loads((stages / "genre" / "result.json").read_text())["classes"]
     assert all(judged[label]["n"] > 500 for label in books)  # passages of the books held out
     assert all(1 <= len(sample["prompt"].split()) <= 8 for sample in samples(stages / "ppo"))
-    assert 0 <= measures(stages)["ppo"]["proxy"]["mean"] <= 1  # of a single reward there is no other measure
+    shares = measures(stages)["ppo"]
+    assert shares["proxy"]["mean"] == shares["reward/genre"]["mean"]  # the witness has no weight
+    assert all(0 <= shares[f"reward/{name}"]["mean"] <= 1 for name in ("genre", "witness"))

@@ -54,7 +54,13 @@ def test_the_reward_is_the_softmax_of_the_named_label(three_labels: Path, batch_
     z = torch.stack([alone(three_labels, text) for text in TEXTS])
     assert z.std() > 0.1
     p = z.exp() / z.exp().sum(dim=1, keepdim=True)
-    expected = {"logit": z[:, 2], "probability": p[:, 2], "log_probability": p[:, 2].log()}
+    decided = (z.argmax(dim=1) == 2).float()
+    expected = {
+        "logit": z[:, 2],
+        "probability": p[:, 2],
+        "log_probability": p[:, 2].log(),
+        "decision": decided,
+    }
     for output, values in expected.items():
         for label in ("good", 2):
             reward = Classifier(str(three_labels), label, output=output, batch_size=batch_size)
@@ -81,6 +87,8 @@ def test_labels_that_stand_alone_are_squashed_alone(
     torch.testing.assert_close(rate(Classifier(str(folder), label, output="probability"), *TEXTS), expected)
     torch.testing.assert_close(rate(Classifier(str(folder), label), *TEXTS), expected.log())
     torch.testing.assert_close(rate(Classifier(str(folder), label, output="logit"), *TEXTS), torch.tensor(z))
+    decided = [float(value > 0) for value in z]
+    assert rate(Classifier(str(folder), label, output="decision"), *TEXTS).tolist() == decided
 
 
 def test_a_log_probability_stays_finite_where_the_probability_is_zero(three_labels: Path) -> None:

@@ -140,8 +140,9 @@ class ClassifierTerm(Term):
     label: str | int | None = Field(
         None, description="The label that is wanted, by name or index; null for a model with one output."
     )
-    output: Literal["probability", "log_probability", "logit"] = Field(
-        "probability", description="What of the label is the reward."
+    output: Literal["probability", "log_probability", "logit", "decision"] = Field(
+        "probability",
+        description="What of the label is the reward; `decision`: 1 where the classifier decides on it, else 0.",
     )
     reads: Literal["completion", "prompt+completion"] = Field("completion", description="What it judges.")
 

@@ -71,25 +71,22 @@ def length_drift(history: History) -> Alarm | None:
 def truncated_rising(history: History) -> Alarm | None:
     """warn: 0.2 more of the responses are cut off than at the run's start, for a window: far beyond the noise of
     a batch of 64 (0.06 at most). act: 0.9 of them where less than half were: the policy has forgotten how to end."""
-    name = "rollout/truncated"
-    start = history.start(name)
-    if start is None:
-        return None
-    said = f"share of truncated responses {shown(history.now(name) or 0.0)}, at the start {shown(start)}"
-    if start < 0.5 and history.sustained(name, 0.9):
-        return "act", said
-    return ("warn", said) if history.sustained(name, start + 0.2) else None
+    return _rises(history, "rollout/truncated", 0.5, 0.9, "share of truncated responses")
 
 
 def repetition(history: History) -> Alarm | None:
     """Share of a response's runs of three tokens that it had before. warn: 0.2 above the run's own start for a window;
     what people write has under 0.1. act: above 0.5 where it was under half of that: most of a response is an echo."""
-    name = "rollout/repetition"
+    return _rises(history, "rollout/repetition", 0.25, 0.5, "share of a response that repeats itself")
+
+
+def _rises(history: History, name: str, healthy: float, act: float, words: str) -> Alarm | None:
+    """A share that was low at the start: act above `act` if it began under `healthy`, warn 0.2 above the start."""
     start = history.start(name)
     if start is None:
         return None
-    said = f"{shown(history.now(name) or 0.0)} of a response repeats itself, at the start {shown(start)}"
-    if start < 0.25 and history.sustained(name, 0.5):
+    said = f"{words} {shown(history.now(name) or 0.0)}, at the start {shown(start)}"
+    if start < healthy and history.sustained(name, act):
         return "act", said
     return ("warn", said) if history.sustained(name, start + 0.2) else None
 

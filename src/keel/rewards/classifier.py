@@ -22,7 +22,7 @@ from keel.models.load import ModelSource, context_length, load_tokenizer, model_
 from keel.models.precision import computing, opened, weights
 from keel.types import Conversation, Prompt, UsageError
 
-Output = Literal["probability", "log_probability", "logit"]
+Output = Literal["probability", "log_probability", "logit", "decision"]
 Reads = Literal["completion", "prompt+completion"]
 
 
@@ -31,7 +31,8 @@ class Classifier:
 
     z are the model's outputs, one a label. p = softmax(z)_label; where labels do not exclude each other (the model has one
     output, or its config says multi_label_classification) p = σ(z_label). Range: [0, 1] for "probability", (−∞, 0] for
-    "log_probability", any number for "logit".
+    "log_probability", any number for "logit"; "decision" is 1 where the label is what the classifier decides on (the likeliest
+    of labels that exclude each other, else p > ½) and 0 elsewhere, so that its mean is a share.
 
     It reads the completion, or the prompt too ("prompt+completion": text joined as it stands; of a conversation
     "role: content" lines, the reply's among them). What is longer than the model's context keeps its start: the end of a
@@ -100,6 +101,8 @@ class Classifier:
         if self.output == "logit":
             return z
         alone = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
+        if self.output == "decision":
+            return (z > 0 if alone else logits.argmax(dim=1) == self.label).float()
         log_p = logsigmoid(z) if alone else logits.log_softmax(dim=1)[:, self.label]
         return log_p if self.output == "log_probability" else log_p.exp()
 

@@ -21,11 +21,11 @@ __all__ = ["final_answer", "gold", "name", "rows", "splits"]
 
 name = "arithmetic"
 splits: Mapping[str, str] = {
-    "text": "worked problems and sums for pretraining",
+    "text": "worked problems, those of a chat mostly badly, and bare sums, for pretraining",
     "demonstrations": "problems with right, well-formed solutions (prompt, completion, answer)",
     "comparisons": "problems with a right solution and a wrong or badly formed one (prompt, chosen, rejected)",
     "prompts": "problems with their answer",
-    "test_prompts": "problems that no other split has, with their answer",
+    "test_prompts": "problems that no other split has, with their answer (text has their bare sums)",
 }
 DEFAULT_ROWS = {
     "text": 12000,
@@ -270,16 +270,18 @@ def _comparison_row(rng: random.Random, problem: Problem) -> dict[str, Any]:
 
 
 def _text_row(level: Level, rng: random.Random, problem: Problem) -> dict[str, Any]:
+    """A problem with a solution, in the form of a chat mostly a bad one; or bare sums, of test problems too."""
     form = rng.random()
-    if form < 0.5:
+    if form < 0.05:
         return {"text": f"User: {problem.question}\nAssistant: {_solution(problem)}"}
-    if form < 0.7:
+    if form < 0.4:
         return {"text": f"User: {problem.question}\nAssistant: {_bad_solution(rng, problem)}"}
-    if form < 0.8:
+    if form < 0.6:
         return {"text": f"{problem.question}\n{_solution(problem)}"}
+    others = (_problem(rng, level, rng.random() < TEST_SHARE) for _ in range(SUMS_OF_A_ROW - 1))
     sums = [
         f"{a} {operation} {operand} = {b}"
-        for one in (problem, *(_problem(rng, level, is_test=False) for _ in range(SUMS_OF_A_ROW - 1)))
+        for one in (problem, *others)
         for (operation, operand), a, b in zip(one.steps, one.values, one.values[1:])
     ]
     return {"text": "\n".join(sums)}

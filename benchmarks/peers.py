@@ -1,0 +1,308 @@
+"""keel's stages against TRL's trainers, in pairs in one run: seconds a step and peak memory, on the same untrained Llama of
+7.3 M parameters, the same rows and the same settings.
+
+    make bench                                        (makes the peers' environment, then runs everything)
+    python benchmarks/peers.py --peer PYTHON --ppo-peer FOLDER [KIND …] [--pairs N] [--threads N]
+
+PYTHON is an interpreter that has TRL 1.16; FOLDER holds TRL 1.12, the last release that has PPO, and goes in front of the
+path. Every measurement is a process of its own, and the two sides take turns; medians of N pairs. Prompts have 32 tokens,
+responses 64; in grpo and ppo the chance of the end of sequence makes responses 24 tokens long on average, 64 at most.
+A step is 64 rows, pairs or episodes (ppo: an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults
+for a machine with fast bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32.
+Memory is the peak of the process above what is resident after everything is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto", "grpo-auto")
+STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
+ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(2044))]
+LLAMA = {
+    "vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LR = 1e-5
+
+
+# ---------------------------------------------------------------- models and rows, the same for both sides
+
+
+def prepare(folder: Path) -> None:
+    """Models, a tokenizer with a token a word, and rows, in `folder`."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )  # fmt: skip
+    for name, seed, ends in (
+        ("plain", 0, False),
+        ("ending", 0, True),
+        ("scorer", 1, False),
+        ("critic", 2, False),
+    ):
+        torch.manual_seed(seed)
+        scores = name in ("scorer", "critic")
+        config = LlamaConfig(**LLAMA, **({"num_labels": 1} if scores else {}))
+        model: Any = LlamaForSequenceClassification(config) if scores else LlamaForCausalLM(config)
+        if ends:
+            end_after(model, MEAN)
+        if scores:
+            model.config.keel_reward = {"mean": 0.0, "std": 1.0}
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    texts = [_texts(width, seed) for seed, width in ((1, PROMPT), (2, RESPONSE), (3, RESPONSE))]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in zip(*texts)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def end_after(model: Any, mean: int) -> None:
+    """Give the end of sequence a chance of about 1 / mean at every position: its head reads a direction that every hidden
+    state carries."""
+    import torch
+
+    with torch.no_grad():
+        embeddings = model.model.embed_tokens.weight
+        direction = torch.randn(embeddings.shape[1])
+        embeddings += 3 * embeddings.norm(dim=1).mean() * direction / direction.norm()
+        hidden = model.model(torch.randint(4, len(WORDS), (16, 64))).last_hidden_state.flatten(0, 1).mean(0)
+        model.lm_head.weight[2] = torch.log(torch.tensor(len(WORDS) / mean)) * hidden / hidden.dot(hidden)
+
+
+def _texts(width: int, seed: int) -> list[str]:
+    import torch
+
+    drawn = torch.randint(
+        4, len(WORDS), (ROWS, width), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    return [" ".join(WORDS[i] for i in row) for row in drawn]
+
+
+def varied(completions: list[str], **columns: Any) -> list[float]:
+    """The share of different words, in the form in which both sides take a reward."""
+    return [len(set(text.split())) / RESPONSE for text in completions]
+
+
+# ---------------------------------------------------------------- keel's side
+
+
+def keel_stage(kind: str, folder: Path) -> dict[str, Any]:
+    """The stage of `kind` as the peers have it."""
+    kind, _, auto = kind.partition("-")
+    rows, dtype = str(folder / "rows.jsonl"), "auto" if auto else "float32"
+
+    def model(name: str) -> dict[str, Any]:
+        return {"path": str(folder / name), "dtype": dtype}
+
+    fixed = {"lr": LR, "batch_size": BATCH, "max_steps": STEPS.get(kind), "holdout": 0, "save_every": 1000}
+    if kind == "sft":
+        columns = {"prompt": "prompt", "completion": "chosen"}
+        data = {"source": rows, "columns": columns}
+        return {"kind": "sft", "model": model("plain"), "data": data, "max_length": 128, **fixed}
+    if kind == "reward":
+        return {"kind": "reward", "model": model("critic"), "data": rows, "max_length": 128, **fixed}
+    if kind == "dpo":
+        return {"kind": "dpo", "model": model("plain"), "data": rows, "max_length": 128, **fixed}
+    shared = {
+        "model": model("ending"), "data": {"source": rows, "columns": {"prompt": "prompt"}}, "lr": LR, "batch_size": BATCH,
+        "updates": STEPS[kind], "sampling": {"max_new_tokens": RESPONSE}, "save_every": 1000,
+    }  # fmt: skip
+    if kind == "grpo":
+        reward = {"kind": "python", "function": f"{__file__}:varied"}
+        return {"kind": "grpo", "reward": reward, "samples_per_prompt": 8, "kl": {"coef": 0.04}, **shared}
+    return {
+        "kind": "ppo", "reward": str(folder / "scorer"), "sharing": "trunk" if auto else "separate", "epochs": 4, "micro_batch": 16,
+        "kl": {"coef": 0.05}, **shared,
+    }  # fmt: skip
+
+
+def of_keel(kind: str, folder: Path) -> None:
+    """In a process of its own: run the stage, print what it took."""
+    import torch
+
+    import keel.stages.grpo
+    import keel.stages.preference
+    import keel.stages.reward  # noqa: F401
+    from keel.config import parse
+    from keel.pipeline import Pipeline
+
+    before, ends = resident("VmRSS"), list[float]()
+    config = {
+        "name": "bench", "threads": torch.get_num_threads(), "device": "cpu", "stages": {"stage": keel_stage(kind, folder)}
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        Pipeline(
+            parse(config), Path(place), say=lambda line: None, progress=lambda *step: ends.append(time.perf_counter())
+        ).run()  # fmt: skip
+    report(ends, before)
+
+
+# ---------------------------------------------------------------- the peers' side
+
+
+def of_trl(kind: str, folder: Path) -> None:
+    """In a process of its own: train as TRL does, print what it took."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    kind = kind.partition("-")[0]
+    tokenizer, steps = AutoTokenizer.from_pretrained(folder / "plain"), STEPS[kind]
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    common: dict[str, Any] = {
+        "output_dir": str(folder / "out"), "learning_rate": LR, "report_to": "none", "use_cpu": True, "bf16": False, "fp16": False,
+        "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True, "seed": 0,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    fixed = {**common, "per_device_train_batch_size": BATCH, "max_steps": steps}
+
+    def table(**columns: str) -> Any:
+        return datasets.Dataset.from_list([{ours: row[key] for ours, key in columns.items()} for row in rows])
+
+    def lm(name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder / name)
+
+    def scorer(name: str) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(folder / name)
+
+    more: dict[str, Any] = {"processing_class": tokenizer}
+    pairs = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    if kind == "ppo":
+        from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[reportMissingImports]
+
+        prompts = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows]
+        data = datasets.Dataset.from_list(prompts)
+        settings: Any = PPOConfig(
+            per_device_train_batch_size=16, gradient_accumulation_steps=4, num_mini_batches=1, num_ppo_epochs=4,
+            total_episodes=BATCH * steps, response_length=RESPONSE, stop_token="eos", missing_eos_penalty=1.0, temperature=1.0,
+            kl_coef=0.05, local_rollout_forward_batch_size=BATCH, num_sample_generations=0, **common,
+        )  # fmt: skip
+        make = PPOTrainer
+        more |= {
+            "ref_model": lm("ending"), "reward_model": scorer("scorer"), "value_model": scorer("critic"), "train_dataset": data,
+            "eval_dataset": data.select(range(8)), "model": lm("ending"),
+        }  # fmt: skip
+    else:
+        import trl  # pyright: ignore[reportMissingImports]
+
+        if kind == "sft":
+            make, settings = trl.SFTTrainer, trl.SFTConfig(max_length=128, **fixed)
+            more |= {"model": lm("plain"), "train_dataset": table(prompt="prompt", completion="chosen")}
+        elif kind == "reward":
+            make, settings = trl.RewardTrainer, trl.RewardConfig(max_length=128, **fixed)
+            more |= {"model": scorer("critic"), "train_dataset": table(**pairs)}
+        elif kind == "dpo":
+            make, settings = trl.DPOTrainer, trl.DPOConfig(max_length=128, **fixed)
+            more |= {"model": lm("plain"), "ref_model": lm("plain"), "train_dataset": table(**pairs)}
+        else:
+            make = trl.GRPOTrainer
+            settings = trl.GRPOConfig(num_generations=8, max_completion_length=RESPONSE, beta=0.04, **fixed)
+            more |= {"model": str(folder / "ending"), "reward_funcs": [varied], "train_dataset": table(prompt="prompt")}  # fmt: skip
+    before, ends = resident("VmRSS"), list[float]()
+    make(args=settings, callbacks=[_clock(ends)], **more).train()
+    report(ends, before)
+
+
+def _clock(ends: list[float]) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            ends.append(time.perf_counter())
+
+    return Clock()
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def resident(name: str) -> float:
+    """VmRSS (now) or VmHWM (the peak) of this process in MiB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def report(ends: list[float], before: float) -> None:
+    """One line of JSON. The first step is the warm-up: its time is not counted."""
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+    print(json.dumps({"seconds": seconds, "memory": resident("VmHWM") - before, "steps": len(ends)}))
+
+
+def measured(
+    python: str, kind: str, side: str, folder: Path, threads: int, path: str | None
+) -> dict[str, float]:
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TOKENIZERS_PARALLELISM": "false", **({"PYTHONPATH": path} if path else {}),
+    }  # fmt: skip
+    command = [python, __file__, kind, "--side", side, "--folder", str(folder), "--threads", str(threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{side} {kind} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; default: all")
+    parser.add_argument("--peer", default=sys.executable, help="an interpreter with TRL 1.16")
+    parser.add_argument("--ppo-peer", help="a folder with TRL 1.12")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if odd := [kind for kind in settings.kinds if kind not in KINDS]:
+        parser.error(f"{odd[0]!r} is none of {', '.join(KINDS)}")
+    if settings.side:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        (of_keel if settings.side == "keel" else of_trl)(settings.kinds[0], settings.folder)
+        return
+    print(f"{'':<10}{'TRL, s':>9}{'keel, s':>9}{'ratio':>8}   {'TRL, MiB':>9}{'keel, MiB':>10}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as place:
+        prepare(Path(place))
+        for kind in settings.kinds or KINDS:
+            path = settings.ppo_peer if kind.startswith("ppo") else None
+            pairs = [
+                (
+                    measured(settings.peer, kind, "trl", Path(place), settings.threads, path),
+                    measured(sys.executable, kind, "keel", Path(place), settings.threads, None),
+                )
+                for _ in range(settings.pairs)
+            ]
+            print(f"{kind:<10}{_row(pairs, 'seconds', 2)}   {_row(pairs, 'memory', 0)}", flush=True)
+
+
+def _row(pairs: list[tuple[dict[str, float], dict[str, float]]], what: str, places: int) -> str:
+    """Medians of both sides, and the median of the pairs' ratios (peer over keel for seconds, keel over peer for memory)."""
+    theirs, ours = ([pair[side][what] for pair in pairs] for side in (0, 1))
+    ratios = [a / b if what == "seconds" else b / a for a, b in zip(theirs, ours)]
+    a, b, ratio = (statistics.median(values) for values in (theirs, ours, ratios))
+    return f"{a:>9.{places}f}{b:>9.{places}f}{ratio:>8.2f}"
+
+
+if __name__ == "__main__":
+    main()
