@@ -172,8 +172,8 @@ class _TokenLogp(torch.autograd.Function):
             assert of_logp is not None
             found.mul_(-of_logp[:, None])
         else:
-            # a token that has no probability has no part in it: its y is −∞, and 0 · −∞ is no number
-            factor = (y.clamp(min=torch.finfo(y.dtype).min / 2) + h[:, None]).mul_(-of_entropy[:, None])
+            # where y is −∞ its weight e^y is 0, but 0 · −∞ is no number; below −10⁴ the weight is 0 as well
+            factor = (y.clamp(min=-1e4) + h[:, None]).mul_(-of_entropy[:, None])
             if of_logp is not None:
                 factor.sub_(of_logp[:, None])
             found.mul_(factor)
