@@ -80,7 +80,7 @@ def score(
     logp, ref_logp, exact_kl, values = (
         torch.where(mask, _in_order(column, order, mask.shape[1]), 0.0) for column in zip(*parts, strict=True)
     )
-    logp = sampled_logp(completions, mask) if known else logp
+    logp = sampled_logp(completions, mask).to(logp) if known else logp
     return Scored(ids, prompt_lengths, mask, logp, ref_logp, exact_kl, values)
 
 
