@@ -66,6 +66,7 @@ def _tried(model: Any, linear: Any) -> tuple[float, float | None, int] | None:
     head = Head(linear, factor, getattr(config, "final_logit_softcapping", None), 0)
     device = next(linear.parameters()).device
     ids, given = torch.arange(4, device=device)[None], []
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def other(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
@@ -76,9 +77,9 @@ def _tried(model: Any, linear: Any) -> tuple[float, float | None, int] | None:
     with evaluating(model), torch.no_grad(), computing(model, device):
         try:
             with _before(linear, other):
-                logits = model(input_ids=ids, use_cache=False).logits
+                logits = model(**asked).logits
             with reading(head, nothing=True) as seen:
-                model(input_ids=ids, use_cache=False)
+                model(**asked)
             ours = head(given[-1])
         except (
             RuntimeError,
