@@ -52,6 +52,11 @@ def _written(tmp_path: Path, config: dict[str, Any] | str) -> Path:
     return path
 
 
+def test_a_micro_batch_is_so_many_rows_or_so_many_tokens() -> None:
+    assert "give one of them" in _refusal(_config(s=_sft(micro_batch=2, micro_tokens=64)))
+    assert parse(_config(s=_sft(micro_tokens=64))).stages["s"].micro_tokens == 64  # pyright: ignore
+
+
 # ---------------------------------------------------------------- keys
 
 

@@ -338,7 +338,7 @@ def test_trap_12_log_probabilities_and_entropy_are_those_of_the_scaled_logits(op
         entropies += (-(logp.exp() * logp).sum(-1)).tolist()
     tokens = int(e.mask.sum())
     _, metrics, drift = ppo.loss(setup, e, [0, 1, 2, 3], tokens, 0.0, fresh=True, learning=True)
-    assert drift < 1e-5
+    assert drift.largest < 1e-5
     assert metrics["policy/entropy_avg"].item() == pytest.approx(sum(entropies) / tokens, rel=1e-4)
 
 
@@ -397,7 +397,7 @@ def test_trap_15_no_dropout_while_ratios_are_taken(
     tasks, setup = open_ppo(batch_size=4, model=str(tmp_path / "m"), gradient_checkpointing=checkpointing)
     collected, _ = ppo.collect(setup, tasks[:4], START, 0)
     *_, drift = ppo.loss(setup, collected.episodes, [0, 1, 2, 3], 20, 0.0, fresh=True, learning=True)
-    assert drift < 1e-5
+    assert drift.largest < 1e-5
 
 
 def test_trap_15_greedy_decoding_is_refused_in_ppo(data: Any, tiny_model: Path, tiny_reward: Path) -> None:

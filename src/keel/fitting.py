@@ -57,7 +57,9 @@ def _changes(stage: AnyStage, longest: int) -> Sequence[dict[str, Any]]:
         return [*_halves("batch_size", stage.batch_size), {"dtype": "bfloat16"}]
     assert isinstance(stage, Training)
     whole = min(stage.micro_batch or stage.batch_size, getattr(stage, "mini_batch", None) or stage.batch_size)
-    found: list[dict[str, Any]] = [*_halves("micro_batch", whole), {"gradient_checkpointing": True}]
+    tokens = stage.micro_tokens
+    fewer = _halves("micro_batch", whole) if tokens is None else _halves("micro_tokens", tokens)
+    found: list[dict[str, Any]] = [*fewer, {"gradient_checkpointing": True}]
     if isinstance(stage, PPOConfig):
         found.append({"sharing": "trunk"})
     if stage.lora is None:

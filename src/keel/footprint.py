@@ -33,7 +33,6 @@ from keel.stages.best_of_n import PROMPTS_AT_ONCE
 
 SAMPLED_AT_ONCE = 64  # rows of a batch of rollout.engine.generate
 CLASSIFIED_AT_ONCE = 64  # rows of a forward of a reward that is a classifier or measures similarity
-FULL = 4  # bytes of a float32 activation
 Device = Literal["cpu", "cuda"]
 
 
@@ -109,8 +108,10 @@ def _frozen(found: Found, dtype: str, device: Device, head: Head = "lm") -> Mode
     return Model(found.shape, dtype, head=head, device=device, counted=found.counted)
 
 
-def _rows(stage: Training, whole: int) -> int:
-    """Rows of one forward and backward."""
+def _rows(stage: Training, whole: int, length: int) -> int:
+    """Rows of one forward and backward, if all take `length` tokens."""
+    if stage.micro_tokens is not None:
+        return min(max(1, stage.micro_tokens // max(1, length)), whole)
     return min(stage.micro_batch or whole, whole)
 
 
@@ -127,12 +128,12 @@ def _with_best(phase: Phase, models: Mapping[str, Model], role: str, patience: i
 def _language(stage: Supervised, cast: Cast, lengths: Lengths, device: Device) -> Phase:
     """Language modelling with the model's own dropout."""
     model = _trained(stage, cast.model, device, dropout=True)
-    rows, length = _rows(stage, stage.batch_size), lengths.total
+    rows, length = _rows(stage, stage.batch_size, lengths.total), lengths.total
     everything = isinstance(stage, PretrainConfig) or (
         isinstance(stage, SFTConfig) and stage.loss_on == "all"
     )
     counted = rows * (length if everything else lengths.answer)
-    logits = memory.language_logits(model, rows, length, counted)
+    logits = memory.loss_logits(model, counted)
     if isinstance(stage, SFTConfig) and stage.packing:
         logits += 2 * rows * length * length * model.bytes  # the mask, and what it is made from
     models = {"model": model}
@@ -149,7 +150,7 @@ def _scoring_model(
     model = replace(_trained(stage, cast.model, device, dropout=True), head="score", labels=labels)
     models, found = {"model": model}, []
     pairs = isinstance(stage, RewardConfig)
-    rows = _rows(stage, stage.batch_size)
+    rows = _rows(stage, stage.batch_size, lengths.total * (2 if pairs else 1))
     passed = Pass("model", 2 * rows if pairs else rows, lengths.total)
     phase = training(models, [passed], accumulates=rows < stage.batch_size)
     if isinstance(stage, RewardConfig) and stage.normalize and not model.shape.is_encoder:
@@ -164,20 +165,22 @@ def _pairs(stage: DPOConfig, cast: Cast, lengths: Lengths, device: Device) -> li
     policy, found = _trained(stage, cast.model, device), []
     models = {"policy": policy}
     if stage.loss not in REFERENCE_FREE:
-        one = min(ROWS_A_FORWARD, stage.micro_batch or stage.batch_size)
+        whole = _rows(stage, stage.batch_size, lengths.total)
+        one = min(ROWS_A_FORWARD, whole)
         asked = replace(policy, trained=False, lora=None)
         held = {"policy": asked}
         if cast.reference:
             held["reference"] = _frozen(cast.reference, stage.model.dtype, device)
         role = "reference" if cast.reference else "policy"
-        logits = memory.pair_logits(held[role], one, lengths.total, lengths.answer, ROWS_A_FORWARD)
+        logits = memory.loss_logits(replace(held[role], trained=False), whole * lengths.answer)
         parts = with_parts(
             resident(held), role, logits=logits, activations=memory.working(held[role], one, lengths.total)
         )
         found.append(Phase("reference", parts))
-    rows = _rows(stage, stage.batch_size) * (1 if stage.loss == "kto" else 2)
-    logits = memory.pair_logits(policy, rows, lengths.total, lengths.answer, ROWS_A_FORWARD)
-    accumulates = _rows(stage, stage.batch_size) < stage.batch_size
+    sides = 1 if stage.loss == "kto" else 2
+    rows = sides * _rows(stage, stage.batch_size, sides * lengths.total)
+    logits = memory.loss_logits(policy, rows * lengths.answer)
+    accumulates = rows < sides * stage.batch_size
     phase = training(models, [Pass("policy", rows, lengths.total, logits)], accumulates=accumulates)
     return [*found, _with_best(phase, models, "policy", stage.patience)]
 
@@ -198,35 +201,29 @@ def _on_policy(stage: OnPolicy, cast: Cast, lengths: Lengths, device: Device) ->
     """Every update: rollout, the rewards' scores, everybody's log-probabilities and values, gradient steps."""
     models = roles(stage, cast, device)
     policy = models["policy"]
-    rows = min(stage.micro_batch or stage.batch_size, stage.batch_size)
     length, answer = lengths.total, lengths.answer
-    trunk = getattr(stage, "sharing", "none") == "trunk"
-    found = [_rollout(models, "policy", min(SAMPLED_AT_ONCE, stage.batch_size), lengths)]
-    found += _judging(models, rows, lengths)
-    inside = memory.working(policy, rows, length, every_layer=trunk)
-    parts = with_parts(
-        resident(models),
-        "policy",
-        activations=inside,
-        logits=memory.score_logits(policy, rows, length, answer),
-    )
+    rows = _rows(stage, stage.batch_size, length)
+    kept = stage.batch_size * answer * policy.shape.hidden * policy.bytes if stage.trusts_sampler else 0
+    sampled = _rollout(models, "policy", min(SAMPLED_AT_ONCE, stage.batch_size), lengths)
+    found = [Phase(sampled.name, with_parts(sampled.parts, "policy", activations=kept))]
+    found += [
+        Phase(phase.name, with_parts(phase.parts, "policy", activations=kept))
+        for phase in _judging(models, rows, lengths)
+    ]
+    inside = kept + memory.working(policy, rows, length)
+    logits = memory.score_logits(policy, rows * answer)
+    parts = with_parts(resident(models), "policy", activations=inside, logits=logits)
     found.append(Phase("forward", parts))
     mini = stage.mini_batch or stage.batch_size
-    rows = _rows(stage, mini)
-    logits = memory.policy_logits(policy, rows, length, answer, entropy_learns=stage.entropy_coef > 0)
+    rows = _rows(stage, mini, length)
+    logits = memory.loss_logits(policy, rows * answer, entropy=True, entropy_learns=stage.entropy_coef > 0)
     passes = [Pass("policy", rows, length, logits)]
     if "critic" in models:
         passes.append(Pass("critic", rows, length))
-    train = training(models, passes, accumulates=rows < mini)
-    if (
-        trunk and policy.bytes < FULL
-    ):  # every layer's output is asked for; in float32 it is one that is saved anyway
-        every = rows * length * (policy.shape.layers + 1) * policy.shape.hidden * policy.bytes
-        train = Phase(train.name, with_parts(train.parts, "policy", activations=every))
-    found.append(train)
+    found.append(training(models, passes, accumulates=rows < mini))
     if stage.ptx:  # after the policy's gradient is there
-        ptx = _rows(stage, stage.ptx.batch_size)
-        logits = memory.language_logits(policy, ptx, length, ptx * length)
+        ptx = _rows(stage, stage.ptx.batch_size, length)
+        logits = memory.loss_logits(policy, ptx * length)
         found.append(training(models, [Pass("policy", ptx, length, logits)], accumulates=True, name="ptx"))
     return [_with_best(phase, models, "policy", stage.patience) for phase in found]
 
@@ -300,6 +297,6 @@ def _evaluate(stage: EvaluateConfig, cast: Cast, lengths: Lengths, device: Devic
     found = [_rollout(models, "model", rows, lengths), *_judging(models, rows, lengths)]
     parts = with_parts(
         resident(models), "model", activations=memory.working(models["model"], rows, lengths.total),
-        logits=memory.score_logits(models["model"], rows, lengths.total, lengths.answer),
+        logits=memory.score_logits(models["model"], rows * lengths.answer),
     )  # fmt: skip
     return [*found, Phase("forward", parts)]

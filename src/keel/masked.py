@@ -9,10 +9,11 @@ Half precision is computed in float32; float64 stays float64.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Reduction = Literal["token", "sequence"] | float
 """How (B, T) becomes one number; see `reduced`."""
@@ -132,3 +133,52 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logp = log_softmax(logits, temperature)
     logp = logp.masked_fill(logp == float("-inf"), 0.0)  # 0 · log 0 = 0, and e⁰ · 0 is also 0
     return -(logp.exp() * logp).sum(dim=-1)
+
+
+def token_logp_and_entropy(
+    logits: Tensor, ids: Tensor, temperature: float = 1.0, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`token_logp` and `entropy` of the same logits, (N, V) and (N,) → two of (N,), with gradient to both, from one log-softmax
+    and with fewer copies of it: it is all that is kept for the backward pass. with_entropy False: the entropies are 0."""
+    return _TokenLogp.apply(logits, ids, temperature, with_entropy)  # pyright: ignore[reportReturnType]
+
+
+class _TokenLogp(torch.autograd.Function):
+    """With y = log softmax(x / T), H = −Σ_v e^{y_v} y_v: ∂y_a/∂x = (1_a − e^y)/T, ∂H/∂x = −e^y (y + H)/T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        y = log_softmax(logits, temperature)
+        logp = y.gather(-1, ids[:, None]).squeeze(-1)
+        h = torch.zeros_like(logp)
+        if with_entropy:  # 0 · log 0 = 0; a NaN of the model's own is in logp as well
+            h = -y.exp().mul_(y).nan_to_num_(nan=0.0).sum(dim=-1)
+        ctx.save_for_backward(y, ids, h)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.set_materialize_grads(False)
+        return logp, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        of_logp, of_entropy = gradients
+        y, ids, h = ctx.saved_tensors
+        if of_logp is None and of_entropy is None:
+            return None, None, None, None
+        found = y.exp()
+        if of_entropy is None:
+            assert of_logp is not None
+            found.mul_(-of_logp[:, None])
+        else:
+            # where y is −∞ its weight e^y is 0, but 0 · −∞ is no number; below −10⁴ the weight is 0 as well
+            factor = (y.clamp(min=-1e4) + h[:, None]).mul_(-of_entropy[:, None])
+            if of_logp is not None:
+                factor.sub_(of_logp[:, None])
+            found.mul_(factor)
+        if of_logp is not None:
+            found.scatter_add_(-1, ids[:, None], of_logp[:, None])
+        if ctx.temperature != 1.0:
+            found.div_(ctx.temperature)
+        return found.to(ctx.dtype), None, None, None

@@ -147,6 +147,8 @@ class Completion:
     logp: tuple[
         float, ...
     ] = ()  # log of the probability each response token was drawn with, by the sampler's own logits
+    # (T, d) what the sampler's head was given for each of them, while it is of use
+    hidden: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def ended(self) -> bool:

@@ -309,17 +309,18 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
     sharing: str, open_ppo: Any, data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through collect() and learn(): what the optimiser is given at its first step, pretraining mix included."""
-    seen: dict[int | None, list[Tensor]] = {}
-    for size in (None, 1, 3):
+    seen: dict[str, list[Tensor]] = {}
+    sizes = {"whole": {}, "1": {"micro_batch": 1}, "3": {"micro_batch": 3}, "tokens": {"micro_tokens": 40}}
+    for size, settings in sizes.items():
         ptx = {"data": str(data.text), "batch_size": 5}
-        tasks, setup = open_ppo(**ppo_settings(sharing, micro_batch=size, epochs=2, ptx=ptx))
+        tasks, setup = open_ppo(**ppo_settings(sharing, epochs=2, ptx=ptx, **settings))
         in_float64(setup)
         steering = ppo.Steering(BETA, ppo.RunningScale())
         collected, _ = ppo.collect(setup, tasks[:8], steering, 5)
         assert len(set(collected.episodes.mask.sum(dim=1).tolist())) >= 1
 
         def keep(
-            optimizer: Any, *_: Any, setup: experience.Setup = setup, size: int | None = size
+            optimizer: Any, *_: Any, setup: experience.Setup = setup, size: str = size
         ) -> dict[str, float]:
             if size not in seen:
                 seen[size] = gradients(setup.roles.policy, *setup.roles.value_modules)
@@ -327,8 +328,8 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
 
         monkeypatch.setattr(epochs.optim, "step", keep)
         ppo.learn(setup, on_policy.optimizers(setup.config, setup.roles), collected.episodes, 1, BETA)
-    assert_same(seen[1], seen[None])
-    assert_same(seen[3], seen[None])
+    for size in ("1", "3", "tokens"):
+        assert_same(seen[size], seen["whole"])
 
 
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])

@@ -125,7 +125,7 @@ def test_the_peak_of_a_step_is_its_fullest_moment(config_of):
     n = model.parameters
     few = memory.training(models, [Pass("model", 1, 1)], accumulates=False)
     assert few.total == pytest.approx(16 * n, rel=0.02)
-    logits = memory.language_logits(model, 8, 500, 8 * 500)
+    logits = memory.loss_logits(model, 8 * 500)
     many = memory.training(models, [Pass("model", 8, 500, logits)], accumulates=False)
     last = memory.backward_working(model, 8, 500)  # the last block's backward, when the logits are gone
     assert many.total == 12 * n + memory.saved(model, 8, 500) + max(logits, last)

@@ -36,6 +36,7 @@ from transformers import (
 from keel.masked import token_logp
 from keel.models import precision
 from keel.models.forward import response_logits, response_tokens
+from keel.models.head import head_of, reading
 from keel.models.load import Adapters, add_adapters
 from keel.rollout import lean, plain
 from keel.rollout.engine import generate, text_of
@@ -224,6 +225,34 @@ def test_in_bfloat16_the_samplers_log_probabilities_are_close_to_those_of_traini
         assert logits.dtype == torch.bfloat16  # what was meant to be tested
         torch.testing.assert_close(torch.tensor([c.logp]), logp, rtol=0, atol=0.1)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_the_head_was_given_is_kept_for_each_token(architecture: str) -> None:
+    """As a forward over the whole sequence gives it, whichever slot the row had; by the plain engine too."""
+    model = tiny(architecture).eval()
+    prompts = [p for i, p in enumerate(PROMPTS_60) for _ in range(1 + 4 * (i % 2))]
+    options: Any = {"stop_ids": [EOS, *range(20, 26)], "pad_id": PAD, "seed": 3, "batch_size": 3}
+    sampling = Sampling(12, temperature=1.5)
+    done = generate(model, prompts, sampling, hidden=True, **options)
+    assert done == generate(model, prompts, sampling, **options)  # the same tokens and log-probabilities
+    head = head_of(model)
+    assert head is not None
+    for c in done:
+        ids = torch.tensor([[*c.prompt_ids, *c.ids]])
+        with torch.no_grad():
+            expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        assert c.hidden is not None
+        torch.testing.assert_close(c.hidden, expected[len(c.prompt_ids) - 1 : -1], rtol=1e-4, atol=1e-4)
+        assert token_logp(head(c.hidden), torch.tensor(c.ids), 1.5).tolist() == pytest.approx(
+            c.logp, abs=1e-5
+        )
+    with torch.no_grad(), reading(head) as seen:
+        draws = torch.rand(12, dtype=torch.float64)
+        one = plain.complete(model, PROMPTS_60[0], draws, sampling, [EOS], seen)
+        whole = model.base_model(input_ids=torch.tensor([[*one.prompt_ids, *one.ids]]), use_cache=False)
+    assert one.hidden is not None
+    torch.testing.assert_close(one.hidden, whole.last_hidden_state[0, 2:-1], rtol=1e-4, atol=1e-4)
 
 
 def test_min_p_keeps_tokens_near_the_likeliest_one() -> None:

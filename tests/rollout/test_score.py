@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from keel.models import forward
 from keel.models.load import ModelSource, scorer
+from keel.rollout.engine import generate
 from keel.rollout.score import score
-from keel.types import Completion
+from keel.types import Completion, Sampling
 
 DONE = [
     Completion((5, 6, 7), (20, 21, 1), "eos"),
@@ -97,3 +100,31 @@ def test_a_head_on_the_trunk_reads_the_last_hidden_state_before_each_token(
             hidden = policy.model(torch.tensor([[*done.prompt_ids, *done.ids]])).last_hidden_state[0]
             expected = head(hidden[p - 1 : p - 1 + n]).squeeze(-1)
         torch.testing.assert_close(scored.values[i, :n], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("value_head", [False, True])
+def test_with_the_samplers_hidden_states_the_policy_is_not_asked_again(
+    models: tuple[Any, Any, Any], value_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as by its own forwards, by chunks of the logits too; log π is what the sampler said."""
+    policy, reference, critic = models
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 1).double() if value_head else None
+    prompts, stops = [[5, 6, 7], [9], [40, 41, 42, 43], [9]], [1, *range(100, 160)]
+    drawn = generate(
+        policy, prompts, Sampling(9, temperature=0.7), stop_ids=stops, pad_id=0, seed=1, hidden=True
+    )
+    assert len({len(c.ids) for c in drawn}) > 1
+    options: Any = {
+        "temperature": 0.7, "pad_id": 0, "device": torch.device("cpu"), "critic": None if head else critic, "value_head": head,
+    }  # fmt: skip
+    expected = score([replace(c, hidden=None) for c in drawn], policy, reference, **options)
+    monkeypatch.setattr(policy, "forward", None)  # cannot be called
+    for at_once, limits in ((2**26, {"micro_batch": 3}), (4 * 2 * 300, {"micro_tokens": 20})):
+        monkeypatch.setattr(forward, "LOGITS_AT_ONCE", at_once)
+        found = score(drawn, policy, reference, **options, **limits)
+        for field in fields(found):
+            one, other = getattr(found, field.name), getattr(expected, field.name)
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 if field.name == "logp" else 1e-6)
+        for row, c in enumerate(drawn):
+            assert found.logp[row, : len(c.ids)].tolist() == pytest.approx(c.logp, abs=1e-6)

@@ -104,10 +104,10 @@ def test_the_micro_batch_does_not_change_the_gradient(
     reduce: Any, objective: str, open_grpo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[list[torch.Tensor]] = []
-    for size in (None, 1, 3):
+    for size in ({}, {"micro_batch": 1}, {"micro_batch": 3}, {"micro_tokens": 24}):
         tasks, setup = open_grpo(
-            reduce=reduce, objective=objective, micro_batch=size, epochs=2, entropy_coef=0.1, importance_cap=2.0,
-            kl={"coef": 0.3, "estimator": "k2", "where": "loss"},
+            reduce=reduce, objective=objective, epochs=2, entropy_coef=0.1, importance_cap=2.0,
+            kl={"coef": 0.3, "estimator": "k2", "where": "loss"}, **size,
         )  # fmt: skip
         for model in (setup.roles.policy, setup.roles.reference):
             model.double()
@@ -117,7 +117,7 @@ def test_the_micro_batch_does_not_change_the_gradient(
 
         def keep(optimizer: Any, *_: Any) -> dict[str, float]:
             grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
-            if len(found) < 3:
+            if len(found) < 4:
                 found.append(grads)
             optimizer.zero_grad()
             return {"grad_norm": 0.0, "lr": 0.0}
@@ -127,6 +127,7 @@ def test_the_micro_batch_does_not_change_the_gradient(
         before = len(found)
         grpo.learn(setup, optimizers, collected.episodes, 1, 0.3)
         del found[before + 1 :]
+    assert len(found) == 4
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.models.head import head_of
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
 from keel.stages import experience, on_policy, ppo
@@ -120,10 +121,43 @@ def test_another_reference_is_what_the_kl_is_measured_against(
         model.lm_head.weight.mul_(3.0)
     model.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "other")
-    assert run_ppo("own")[1][0]["objective/kl_exact"] == 0.0
+    assert run_ppo("own")[1][0]["objective/kl_exact"] == pytest.approx(0.0, abs=1e-6)
+    assert run_ppo("twice", old_logp="trainer")[1][0]["objective/kl_exact"] == 0.0
     for lora in (None, {"r": 2}):
         _, rows = run_ppo(f"other-{lora}", reference=str(tmp_path / "other"), lora=lora)
         assert rows[0]["objective/kl_exact"] > 1.0
+
+
+@pytest.mark.parametrize("sharing", ["separate", "trunk"])
+def test_experience_takes_no_forward_of_the_policy_besides_sampling(sharing: str, open_ppo: Any) -> None:
+    """Unless it is asked for; what is learned from is the same to rounding."""
+    found, asked = {}, []
+    for how in ({}, {"old_logp": "trainer"}, {"importance_cap": 2.0}):
+        tasks, setup = open_ppo(sharing=sharing, entropy_coef=0.1, **how)
+        with torch.no_grad():  # a policy that has moved away from its reference
+            setup.roles.policy.lm_head.weight.mul_(1.3)
+        done = experience.sample(setup, tasks[:8], 1)
+        calls: list[Any] = []
+        head_of(setup.roles.policy)  # tried out by now
+        handle = setup.roles.policy.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        scored = experience.score_tokens(setup, done)
+        handle.remove()
+        asked.append(len(calls))
+        found[len(found)] = scored
+        collected, _ = ppo.collect(setup, tasks[:8], ppo.Steering(0.05, ppo.RunningScale()), 1)
+        assert all(c.hidden is None for c in collected.experience.completions)  # not kept any longer
+    assert asked == [0, 1, 1]
+    for name in ("logp", "ref_logp", "exact_kl", "values"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=0, atol=1e-5)
+    assert torch.equal(found[1].logp, found[2].logp)
+    assert found[0].exact_kl.sum() > 0.1
+
+
+def test_how_far_the_sampler_is_from_the_trainer_is_measured_in_the_first_step(run_ppo: Any) -> None:
+    for name, how in (("sampler", {}), ("trainer", {"old_logp": "trainer"})):
+        _, rows = run_ppo(name, mini_batch=4, **how)
+        assert all(0 < row["rollout/sampler_drift"] < 1e-5 for row in rows)
+        assert all(row["val/ratio_first"] == 1.0 for row in rows)
 
 
 def test_the_epochs_end_when_the_policy_has_moved_far_enough(run_ppo: Any) -> None:

@@ -273,8 +273,9 @@ def test_micro_batches_and_gradient_checkpointing_change_memory_and_not_results(
 ) -> None:
     one = metrics_of(run_dpo("whole", loss=loss, lora=lora))
     other = metrics_of(run_dpo("split", loss=loss, lora=lora, micro_batch=4, gradient_checkpointing=True))
-    assert len(one) == len(other) == 3
-    for whole, split in zip(one, other, strict=True):
+    third = metrics_of(run_dpo("tokens", loss=loss, lora=lora, micro_tokens=90))
+    assert len(one) == len(other) == len(third) == 3
+    for whole, split in zip([*one, *one], [*other, *third], strict=True):
         clear = {n for n in whole if n != "rewards/accuracies" or whole["step"] > 1}  # else rounding decides
         assert {n: split[n] for n in clear} == pytest.approx({n: whole[n] for n in clear}, rel=1e-3, abs=1e-3)
 

@@ -11,8 +11,8 @@ from keel.types import UsageError
 
 
 def test_a_reference_in_16_bit_is_the_same_policy_in_half_the_memory(open_ppo):
-    tasks, whole = open_ppo()
-    _, half = open_ppo(reference_dtype="float16")
+    tasks, whole = open_ppo(old_logp="trainer")
+    _, half = open_ppo(old_logp="trainer", reference_dtype="float16")
     assert {p.dtype for p in half.roles.reference.parameters()} == {torch.float16}
     assert {p.dtype for p in half.roles.policy.parameters()} == {torch.float32}
     done = experience.sample(half, tasks[:8], 1)

@@ -57,9 +57,11 @@ def test_micro_batches_and_gradient_checkpointing_change_memory_and_not_results(
     settings = {"lora": lora, "max_length": 24}
     _, whole = run_stage(kind, "whole", **settings)
     stage, split = run_stage(kind, "split", micro_batch=4, gradient_checkpointing=True, **settings)
-    assert len(whole) == len(split) == 3
-    for one, other in zip(whole, split, strict=True):
+    _, by_tokens = run_stage(kind, "tokens", micro_tokens=50, **settings)
+    assert len(whole) == len(split) == len(by_tokens) == 3
+    for one, other, third in zip(whole, split, by_tokens, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+        assert third == pytest.approx(one, rel=1e-3, abs=1e-4)
     kind_of_model = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     _, info = kind_of_model.from_pretrained(stage / "model", output_loading_info=True)
     assert not info["missing_keys"]

@@ -51,7 +51,10 @@ def exact(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tenso
     Both distributions are taken at `temperature`, that of sampling. A token that π excludes (logit −∞) adds
     0; one that only π_ref excludes makes the KL infinite, as it is.
     """
-    logp, ref_logp = log_softmax(logits, temperature), log_softmax(ref_logits, temperature)
-    excluded = logp == float("-inf")
-    logp, ref_logp = logp.masked_fill(excluded, 0.0), ref_logp.masked_fill(excluded, 0.0)
-    return (logp.exp() * (logp - ref_logp)).sum(dim=-1)
+    return between(log_softmax(logits, temperature), log_softmax(ref_logits, temperature))
+
+
+def between(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """`exact` of log-probabilities over the vocabulary, both (…, V)."""
+    gap = (logp - ref_logp).masked_fill(logp == float("-inf"), 0.0)
+    return (logp.exp() * gap).sum(dim=-1)

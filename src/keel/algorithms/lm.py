@@ -21,8 +21,14 @@ def cross_entropy(
     Returns the loss and, detached, `accuracy`: share of positions where the label has the highest logit.
     """
     logits, labels = logits[mask], labels[mask]
-    counted = torch.ones_like(labels, dtype=torch.bool)
-    loss = -masked_mean(token_logp(logits, labels), counted, denominator=denominator)
-    with torch.no_grad():
-        hits = logits.argmax(dim=-1) == labels
-        return loss, {"accuracy": masked_mean(hits, counted, denominator=denominator)}
+    hits = logits.detach().argmax(dim=-1) == labels
+    return likelihood(token_logp(logits, labels), hits, denominator)
+
+
+def likelihood(
+    logp: Tensor, hits: Tensor, denominator: Tensor | float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`cross_entropy` of log-probabilities, (N,): logp of the counted labels, and hits, whether each was the likeliest."""
+    counted = torch.ones_like(hits)
+    loss = -masked_mean(logp, counted, denominator=denominator)
+    return loss, {"accuracy": masked_mean(hits, counted, denominator=denominator)}

@@ -226,6 +226,11 @@ class Training(Stage):
         ge=1,
         description="Examples in one forward and backward; null: all. Changes memory, not results.",
     )
+    micro_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="Tokens in one forward and backward, padding included, instead of a number of examples: short ones share it, longer ones have it to themselves. Changes memory, not results.",
+    )
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many optimiser steps. Not for PPO, which counts `updates`."
     )
@@ -250,6 +255,14 @@ class Training(Stage):
         if self.model.dtype not in ("auto", "float32") and self.lora is None:
             raise ValueError(
                 f"weights in {self.model.dtype} are too coarse to be trained themselves (a step of AdamW is mostly smaller than the gap between two such numbers): set `model.dtype: float32`, or `lora: {{}}`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_micro_batch(self) -> Training:
+        if self.micro_batch is not None and self.micro_tokens is not None:
+            raise ValueError(
+                "`micro_batch` and `micro_tokens` both say what goes into one forward: give one of them"
             )
         return self
 

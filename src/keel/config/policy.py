@@ -114,6 +114,10 @@ class OnPolicy(Watched):
         gt=0,
         description="Truncated importance sampling: weigh each token by min(π_trainer/π_sampler, this), for a sampler whose numbers differ from the trainer's.",
     )
+    old_logp: Literal["sampler", "trainer"] = Field(
+        "sampler",
+        description="Where log π_old comes from: the very logits each token was drawn from, with no further forward of the policy; or a forward of the trainer's own, for a sampler whose numbers differ. With `importance_cap` always the trainer's.",
+    )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     max_approx_kl: float | None = Field(
         None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."
@@ -125,6 +129,11 @@ class OnPolicy(Watched):
     def one_step(self) -> bool:
         """Whether an update takes a single gradient step, so that every ratio is 1."""
         return self.epochs == 1 and self.mini_batch in (None, self.batch_size)
+
+    @property
+    def trusts_sampler(self) -> bool:
+        """Whether log π_old is the sampler's."""
+        return self.old_logp == "sampler" and self.importance_cap is None
 
     @model_validator(mode="after")
     def _sound_on_policy(self) -> OnPolicy:

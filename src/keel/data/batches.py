@@ -54,6 +54,18 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor(lengths)
 
 
+def by_length(lengths: Sequence[int], rows: int | None = None, tokens: int | None = None) -> list[list[int]]:
+    """Indices in parts of similar length, shortest first: at most `rows` in a part, and at most `tokens` with the padding (a
+    row that is longer has a part of its own). All in one part where neither is given."""
+    parts: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        fits = bool(parts) and (rows is None or len(parts[-1]) < rows)
+        if not fits or (tokens is not None and (len(parts[-1]) + 1) * lengths[index] > tokens):
+            parts.append([])
+        parts[-1].append(index)
+    return parts
+
+
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """(B,) lengths → (B, width), True at the first `length` positions."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]

@@ -2,13 +2,119 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from keel.masked import at_least_float32
+from keel.masked import at_least_float32, token_logp_and_entropy
+from keel.models.head import Head, head_of, reading
 from keel.models.precision import computing
+
+LOGITS_AT_ONCE = 2**26  # bytes of float32 logits that are made at a time
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a language model makes of N positions, short of its logits."""
+
+    model: Any
+    head: Head | None
+    values: Tensor  # (N, d) what its head is given; (N, V) its logits where keel does not know its head
+    hidden: Tensor | None  # (N, d) the last hidden states; None where nobody asked
+
+    @property
+    def rows_at_once(self) -> int:
+        vocab = self.values.shape[-1] if self.head is None else self.head.vocab
+        return max(1, LOGITS_AT_ONCE // (4 * vocab))
+
+    def logits(self, values: Tensor) -> Tensor:
+        """(n, V) of some of `values`."""
+        if self.head is None:
+            return values
+        with computing(self.model, values.device):
+            return self.head(values)
+
+
+class Said(NamedTuple):
+    """What a model says of tokens."""
+
+    logp: Tensor  # (N,) log π(token)
+    entropy: Tensor  # (N,) of its distribution, in nats; 0 where not asked for
+    hits: Tensor  # (N,) bool: whether the token was the likeliest; False where not asked for
+
+
+def states(
+    model: Any,
+    ids: Tensor,
+    index: Tensor,
+    *,
+    hidden: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> States:
+    """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
+
+    hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward.
+    """
+    head = head_of(model)
+    with computing(model, ids.device):
+        if head is not None:
+            with reading(head, nothing=True) as seen:
+                model(input_ids=ids, use_cache=False, **inputs or {})
+            values = seen[-1].flatten(0, 1).index_select(0, index)
+            return States(model, head, values, values)
+        output = model(input_ids=ids, use_cache=False, output_hidden_states=hidden, **inputs or {})
+    last = output.hidden_states[-1].flatten(0, 1).index_select(0, index) if hidden else None
+    return States(model, None, output.logits.flatten(0, 1).index_select(0, index), last)
+
+
+def joined(parts: Sequence[States]) -> States:
+    """The states of several forwards of one model, one after the other."""
+    first = parts[0]
+    values = torch.cat([part.values for part in parts])
+    if first.head is not None:
+        return States(first.model, first.head, values, values)
+    hidden = [part.hidden for part in parts if part.hidden is not None]
+    return States(first.model, None, values, torch.cat(hidden) if hidden else None)
+
+
+def said(
+    states: States, tokens: Tensor, temperature: float = 1.0, *, entropy: bool = False, hits: bool = False
+) -> Said:
+    """What the model says of (N,) tokens, `LOGITS_AT_ONCE` at a time. Where that takes several times, the logits are made
+    again in the backward pass, so that never more than a part of them is there."""
+
+    def of(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = states.logits(values)
+        logp, h = token_logp_and_entropy(logits, tokens, temperature, with_entropy=entropy)
+        best = (
+            logits.detach().argmax(dim=-1) == tokens if hits else torch.zeros_like(tokens, dtype=torch.bool)
+        )
+        return logp, h, best
+
+    rows = states.rows_at_once
+    if len(tokens) <= rows:
+        return Said(*of(states.values, tokens))
+    parts = zip(states.values.split(rows), tokens.split(rows), strict=True)
+    if torch.is_grad_enabled():
+        found = [checkpoint(of, *part, use_reentrant=False) for part in parts]
+    else:
+        found = [of(*part) for part in parts]
+    return Said(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def response_index(mask: Tensor, prompt_lengths: Tensor, reach: int) -> Tensor:
+    """(N,) indices into the flattened (B, reach) ids: of the positions that predict the tokens of a (B, T) mask, row by row."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    return rows * reach + prompt_lengths[rows] - 1 + columns
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values → (B, T): where the mask is True, row by row, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def response_positions(prompt_lengths: Tensor, width: int) -> Tensor:
@@ -32,16 +138,6 @@ def response_logits(model: Any, ids: Tensor, prompt_lengths: Tensor, width: int)
     with computing(model, ids.device):
         logits = model(input_ids=ids, use_cache=False).logits
     return at_positions(logits, response_positions(prompt_lengths, width))
-
-
-def response_logits_and_hidden(
-    model: Any, ids: Tensor, prompt_lengths: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) and the last hidden states (B, T, d) at the same positions, from one forward."""
-    with computing(model, ids.device):
-        output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    positions = response_positions(prompt_lengths, width)
-    return at_positions(output.logits, positions), at_positions(output.hidden_states[-1], positions)
 
 
 def response_scores(scorer: Any, ids: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:

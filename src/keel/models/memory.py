@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from keel.models.forward import LOGITS_AT_ONCE
 from keel.models.shapes import Head, Shape, targeted
 
 # Bytes of a weight. 8 and 4 bits as in bitsandbytes: a scale in float32 for each row (2208.07339; too few to count), for each
@@ -215,12 +216,9 @@ def saved(model: Model, rows: int, length: int) -> float:
     return rows * length * per_token
 
 
-def working(
-    model: Model, rows: int, length: int, *, new: int | None = None, every_layer: bool = False
-) -> float:
+def working(model: Model, rows: int, length: int, *, new: int | None = None) -> float:
     """What a forward without gradient holds at most besides logits and cache: the residual stream and the widest moment
-    of one block. new: tokens a row that are read now, the others being in the cache. every_layer: all hidden states
-    are asked for."""
+    of one block. new: tokens a row that are read now, the others being in the cache."""
     shape, b = model.shape, model.bytes
     h, i, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
     norm = 2 * h * (0 if shape.layer_norm else FLOAT32)
@@ -229,8 +227,6 @@ def working(
         attention += 2 * shape.heads * length * b
     mlp = i * b * (4 if shape.gelu_by_parts else 3 if shape.gated else 2)
     total = 2 * h * b + max(norm, attention, mlp)
-    if every_layer:
-        total += (shape.layers + 1) * h * b
     return rows * (length if new is None else new) * total
 
 
@@ -243,47 +239,34 @@ def backward_working(model: Model, rows: int, length: int) -> float:
 # ---------------------------------------------------------------- logits, by the copies that the losses make
 
 
-def language_logits(model: Model, rows: int, length: int, counted: int) -> float:
-    """`algorithms.lm.cross_entropy` of `counted` tokens of (rows, length): the most of its forward and backward."""
-    b, v = model.bytes, model.shape.vocab
-    every, part, log = rows * length * v * b, counted * v * b, counted * v * FLOAT32
-    forward = (
-        every + part + log + (log if b < 4 else 0)
-    )  # all; those that count; their log-softmax (cast first)
-    backward = max(
-        3 * log, log + part + every, 2 * every
-    )  # of gather and log-softmax; of the selection; of the shift
-    return max(forward, backward)
+def _at_once(model: Model, tokens: int) -> int:
+    """Tokens whose logits `models.forward` makes at a time."""
+    return min(tokens, max(1, LOGITS_AT_ONCE // (model.shape.vocab * FLOAT32)))
 
 
-def pair_logits(model: Model, rows: int, length: int, answer: int, at_once: int) -> float:
-    """`stages.comparisons.logps` of `rows` responses, `at_once` a forward: the log-softmax of every part is kept."""
-    b, v = model.bytes, model.shape.vocab
-    part = min(rows, at_once)
-    every, own, log = part * length * v * b, part * answer * v * b, part * answer * v * FLOAT32
-    before = (rows - part) * answer * v * FLOAT32
-    cast = log if b < 4 else 0
-    return before + max(every + own, own + cast + log, 3 * log, log + every)
+def _kept_states(model: Model, tokens: int) -> float:
+    """The hidden states at those tokens, a copy."""
+    return tokens * model.shape.hidden * model.bytes
 
 
-def policy_logits(
-    model: Model, rows: int, length: int, answer: int, *, entropy_learns: bool = False
-) -> float:
-    """The loss of stages/ppo.py and grpo.py: logits and their log-softmax, and for the entropy three copies more and a
-    mask."""
-    b, v = model.bytes, model.shape.vocab
-    every, own, log = rows * length * v * b, rows * answer * v * b, rows * answer * v * FLOAT32
-    kept = 3 * log if entropy_learns else 0
-    forward = max(every + own, own + log + 3 * log + log / FLOAT32 + (log if b < 4 else 0))
-    return max(forward, kept + 3 * log, kept + log + every)
+def loss_logits(model: Model, tokens: int, *, entropy: bool = False, entropy_learns: bool = False) -> float:
+    """`models.forward.said` of so many tokens, the most of its forward and backward: a part of the logits and their log-softmax,
+    and for the entropy one copy more; then that and its gradient, and the gradient of the head, which is there twice when
+    there are several parts."""
+    b, v, n = model.bytes, model.shape.vocab, _at_once(model, tokens)
+    part, log = n * v * b, n * v * FLOAT32
+    head = model.shape.hidden * v * TRAINED if model.trained and not model.lora else 0
+    forward = part + log + (log if b < 4 else 0) + (log if entropy else 0)
+    backward = 2 * log + (log if entropy_learns else 0) + (part if b < 4 else 0)
+    before = head if n < tokens else 0  # of the parts before this one
+    return _kept_states(model, tokens) + before + max(forward, backward, part + head)
 
 
-def score_logits(model: Model, rows: int, length: int, answer: int) -> float:
-    """`rollout.score.score`: the policy's logits while the reference makes its own, then the exact KL, five copies and a
-    mask."""
-    b, v = model.bytes, model.shape.vocab
-    every, own, log = rows * length * v * b, rows * answer * v * b, rows * answer * v * FLOAT32
-    return 2 * own + max(every, 5 * log + log / FLOAT32)
+def score_logits(model: Model, tokens: int) -> float:
+    """`rollout.score.compared` of so many tokens: log-softmaxes of policy and reference, a part at a time, and the four
+    copies and the mask of the exact KL."""
+    v, n = model.shape.vocab, _at_once(model, tokens)
+    return 2 * _kept_states(model, tokens) + n * v * (6 * FLOAT32 + 1)
 
 
 def sampling_logits(model: Model, rows: int, prompt: int) -> float:

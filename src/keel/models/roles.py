@@ -47,6 +47,10 @@ class AdaptersOff:
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.keel_auto = getattr(policy, "keel_auto", False)  # see keel.models.precision
+        self.config = policy.config
+
+    def get_output_embeddings(self) -> Any:
+        return self.policy.get_output_embeddings()
 
     def __call__(self, **inputs: Any) -> Any:
         with self.policy.disable_adapter():

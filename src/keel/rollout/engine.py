@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from keel.models.head import evaluating, head_of, reading
 from keel.models.load import context_length
 from keel.models.precision import computing, keeping_casts
 from keel.rollout import lean, plain
@@ -40,13 +41,15 @@ def generate(
     pad_id: int,
     seed: int,
     batch_size: int = 64,
+    hidden: bool = False,
 ) -> list[Completion]:
     """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once; a row
     that has ended leaves at once, and a waiting prompt takes its slot.
 
     stop_ids: the EOS id first, then those of the stop strings. Each row draws its own random numbers, so what
-    else is in the batch does not change what it is given. UsageError if a prompt and its response cannot fit
-    the context.
+    else is in the batch does not change what it is given. hidden: keep what the head was given for each token, so
+    that nobody has to compute it again (not for a model whose head keel does not know). UsageError if a prompt and its
+    response cannot fit the context.
     """
     limit = context_length(model.config)
     longest = max(len(prompt) for prompt in prompts)
@@ -61,11 +64,13 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
     )
     device = next(model.parameters()).device
-    with _evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device):
-        done = _stream(model, prompts, draws, sampling, stop_ids, pad_id, batch_size)
+    head = head_of(model) if hidden else None
+    looking = nullcontext() if head is None else reading(head)
+    with evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device), looking as seen:
+        done = _stream(model, prompts, draws, sampling, stop_ids, pad_id, batch_size, seen)
         if done is None:
             return [
-                plain.complete(model, prompt, row, sampling, stop_ids)
+                plain.complete(model, prompt, row, sampling, stop_ids, seen)
                 for prompt, row in zip(prompts, draws, strict=True)
             ]
     return done
@@ -77,17 +82,6 @@ def text_of(tokenizer: Any, completion: Completion) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """In evaluation mode, and back: in training mode a model with gradient checkpointing keeps no cache."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _stream(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -96,8 +90,10 @@ def _stream(
     stop_ids: Sequence[int],
     pad_id: int,
     batch_size: int,
+    seen: list[Tensor] | None,
 ) -> list[Completion] | None:
-    """All prompts through the slots; None if the model keeps no keys and values."""
+    """All prompts through the slots; None if the model keeps no keys and values. seen: where `reading` puts what the head is
+    given."""
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
     slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device)
@@ -105,6 +101,7 @@ def _stream(
     draws, stops = draws.to(device), torch.tensor(list(stop_ids), device=device)
     tokens = torch.zeros(draws.shape, dtype=torch.long, device=device)  # (N, max_new_tokens)
     logps = torch.zeros(draws.shape, device=device)
+    hidden: Tensor | None = None  # (N, max_new_tokens, d)
     # of similar length, so that little is padded; equal ones side by side, so that they are read once
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
     rows = newest = made = torch.zeros(
@@ -115,7 +112,8 @@ def _stream(
         free = slots.capacity - len(slots)
         if waiting and (not len(slots) or free >= max(1, slots.capacity // 8)):
             fresh, waiting = waiting[:free], waiting[free:]
-            logits = _read(model, [tuple(prompts[i]) for i in fresh], slots, pad_id)
+            asked = [tuple(prompts[i]) for i in fresh]
+            logits, source = _read(model, asked, slots, pad_id)
             if logits is None:
                 return None
             rows = torch.cat([rows, torch.tensor(fresh, device=device)])
@@ -124,13 +122,18 @@ def _stream(
         else:
             fresh = ()
             slots.make_room()
-            logits = forward(newest, slots) if forward else _step(model, newest, slots)
+            logits, source = forward(newest, slots) if forward else _step(model, newest, slots), None
             slots.step()
         # 3. a token each
         part = slice(len(rows) - len(fresh), None) if fresh else slice(None)
         chosen, logp = pick(logits, draws[rows[part], made[part]], sampling)
         tokens[rows[part], made[part]] = chosen
         logps[rows[part], made[part]] = logp.to(logps.dtype)
+        if seen:
+            last = last_given(seen, source)
+            if hidden is None:  # as zeros, which take no memory before they are written
+                hidden = torch.zeros(*draws.shape, last.shape[-1], dtype=last.dtype, device=device)
+            hidden[rows[part], made[part]] = last
         newest, made = newest.clone(), made.clone()
         newest[part] = chosen
         made[part] += 1
@@ -139,12 +142,22 @@ def _stream(
         if not bool(going.all()):
             order = slots.keep(going)
             rows, newest, made = rows[order], newest[order], made[order]
-    return _completions(prompts, tokens, logps, stops)
+    return _completions(prompts, tokens, logps, stops, hidden)
 
 
-def _read(model: Any, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int) -> Tensor | None:
+def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
+    """(n, d) what the head was given at the last position of each row, or of the rows `source`; the list is emptied."""
+    given = seen.pop()
+    seen.clear()
+    last = given[:, -1] if given.dim() == 3 else given
+    return last if source is None else last[source]
+
+
+def _read(
+    model: Any, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
+) -> tuple[Tensor | None, Tensor]:
     """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits of their
-    first tokens, None if the model keeps no keys and values."""
+    first tokens, None if the model keeps no keys and values; and (n,) which of the distinct prompts each has."""
     distinct = list(dict.fromkeys(prompts))
     where = {prompt: i for i, prompt in enumerate(distinct)}
     lengths = [len(prompt) for prompt in distinct]
@@ -160,9 +173,8 @@ def _read(model: Any, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: 
         past_key_values=cache, use_cache=True, **_last_only(model),
     )  # fmt: skip
     source = [where[prompt] for prompt in prompts]
-    if not slots.admit(cache, lengths, source):
-        return None
-    return output.logits[:, -1][torch.tensor(source, device=device)]
+    index = torch.tensor(source, device=device)
+    return output.logits[:, -1][index] if slots.admit(cache, lengths, source) else None, index
 
 
 def _step(model: Any, newest: Tensor, slots: Slots) -> Tensor:
@@ -181,7 +193,7 @@ def _last_only(model: Any) -> dict[str, int]:
 
 
 def _completions(
-    prompts: Sequence[Sequence[int]], tokens: Tensor, logps: Tensor, stops: Tensor
+    prompts: Sequence[Sequence[int]], tokens: Tensor, logps: Tensor, stops: Tensor, hidden: Tensor | None
 ) -> list[Completion]:
     """Each row up to its first stop token."""
     ends = torch.isin(tokens, stops)
@@ -189,9 +201,10 @@ def _completions(
     lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1]).tolist()
     eos = int(stops[0])
     done = []
-    for prompt, ids, logp, length, stopped in zip(
-        prompts, tokens.tolist(), logps.tolist(), lengths, ended, strict=True
+    for i, (prompt, ids, logp, length, stopped) in enumerate(
+        zip(prompts, tokens.tolist(), logps.tolist(), lengths, ended, strict=True)
     ):
         reason: StopReason = "length" if not stopped else "eos" if ids[length - 1] == eos else "stop"
-        done.append(Completion(tuple(prompt), tuple(ids[:length]), reason, tuple(logp[:length])))
+        kept = None if hidden is None else hidden[i, :length]
+        done.append(Completion(tuple(prompt), tuple(ids[:length]), reason, tuple(logp[:length]), kept))
     return done

@@ -29,7 +29,7 @@ from keel.rewards.classifier import encoded, forward, longest_input
 from keel.runlog import StageRun
 from keel.stages import inputs, supervised
 from keel.stages.pretrain import DEFAULT_VOCABULARY
-from keel.stages.update import add_metrics, micro_batches
+from keel.stages.update import add_metrics, forward_parts
 from keel.types import DataError, TextRecord, UsageError
 
 CLS = "<|cls|>"
@@ -218,11 +218,16 @@ def _fit(
     objective: supervised.Objective[Row] = supervised.Objective(
         loss=part,
         weight=lambda row: 1,
-        length=lambda row: len(row.inputs["input_ids"]),
+        size=_size,
+        length=_size,
         evaluate=lambda rows: evaluate(model, rows, pad_id, config)[0],
     )
     supervised.fit(run, config, model, rows, held, objective)
     return evaluate(model, held, pad_id, config)[1] if held else {}
+
+
+def _size(row: Row) -> int:
+    return len(row.inputs["input_ids"])
 
 
 def loss(
@@ -248,7 +253,8 @@ def evaluate(
     totals: dict[str, float] = {}
     hits, counts = [0] * len(config.labels), [0] * len(config.labels)
     with torch.no_grad():
-        for part in micro_batches(rows, config.micro_batch or config.batch_size):
+        for indices in forward_parts(config, [_size(row) for row in rows]):
+            part = [rows[i] for i in indices]
             value, measured = loss(model, part, pad_id, len(rows))
             add_metrics(totals, {"loss": value})
             for row, taken in zip(part, measured["labels"].tolist(), strict=True):

@@ -16,14 +16,14 @@ from keel.checkpoint import write_json
 from keel.config import DPOConfig
 from keel.config.preference import REFERENCE_FREE
 from keel.data import chat
-from keel.data.batches import length_mask, pad, rows_of_step
-from keel.masked import masked_sum, token_logp
-from keel.models.forward import response_logits, response_tokens
+from keel.data.batches import by_length, length_mask, pad, rows_of_step
+from keel.masked import masked_sum
+from keel.models.forward import States, joined, response_index, said, spread, states
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
 from keel.rewards.learned import ROWS_A_FORWARD
 from keel.runlog import StageRun
 from keel.stages import inputs, language
-from keel.stages.update import micro_batches, total_steps
+from keel.stages.update import forward_rows, total_steps
 from keel.types import DataError, KeelError, PreferenceRecord, Record, UnpairedRecord, UsageError
 
 REFERENCE_FILE = "reference.json"  # log-probabilities, in a stage's directory while it is at work
@@ -208,7 +208,7 @@ def reference_logps(
     run.say(f"{run.name}: the reference reads {len(asked):,} responses")
     model = policy if other is None else causal_lm(other, language.model_seed(run))
     model.to(run.device).eval()
-    found = scores(model, asked, pad_id, run.device, config.micro_batch or config.batch_size)
+    found = scores(model, asked, pad_id, run.device, **forward_rows(config))
     del model  # `policy` lives on; another one ends here
     gc.collect()
     if not all(map(math.isfinite, found)):
@@ -228,31 +228,54 @@ def forget_reference(run: StageRun) -> None:
 
 
 def scores(
-    model: Any, responses: Sequence[Response], pad_id: int, device: torch.device, batch_size: int
+    model: Any,
+    responses: Sequence[Response],
+    pad_id: int,
+    device: torch.device,
+    micro_batch: int | None = None,
+    micro_tokens: int | None = None,
 ) -> list[float]:
-    """log π of each response, without gradient."""
-    found: list[float] = []
+    """log π of each response, without gradient; so many rows or tokens a forward."""
+    found = [0.0] * len(responses)
     with torch.no_grad():
-        for part in micro_batches(responses, batch_size):
-            found += logps(model, part, pad_id, device).tolist()
+        for part in by_length([size(response) for response in responses], micro_batch, micro_tokens):
+            logp = logps(model, [responses[i] for i in part], pad_id, device)
+            for i, value in zip(part, logp.tolist(), strict=True):
+                found[i] = value
     return found
 
 
+def size(row: Response | Pair | Example) -> int:
+    """Tokens of a row's forward; of both sides of a pair, with the padding."""
+    match row:
+        case Pair():
+            return 2 * max(size(row.chosen), size(row.rejected))
+        case Example():
+            return size(row.response)
+    return len(row.prompt) + len(row.ids)
+
+
 def logps(model: Any, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:
-    """(B,) log π(y|x), a sum over the response's tokens, with gradient; rows of similar length share a forward."""
-    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt) + len(responses[i].ids))
-    parts = [[responses[i] for i in part] for part in micro_batches(order, ROWS_A_FORWARD)]
-    sums = torch.cat([_logps(model, part, pad_id, device) for part in parts])
-    return sums[torch.tensor(order).argsort().to(device)]
+    """(B,) log π(y|x), a sum over the response's tokens, with gradient; rows of similar length share a forward, and all share
+    the head."""
+    forwards = by_length([size(response) for response in responses], ROWS_A_FORWARD)
+    order = [i for part in forwards for i in part]
+    found, tokens = zip(*(_states(model, [responses[i] for i in part], pad_id, device) for part in forwards))
+    counts = lengths([responses[i] for i in order], device)
+    mask = length_mask(counts, int(counts.max()))
+    logp = spread(said(joined(found), torch.cat(tokens)).logp, mask)
+    return masked_sum(logp, mask, dim=1)[torch.tensor(order).argsort().to(device)]
 
 
-def _logps(model: Any, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:
-    ids, _ = pad([[*response.prompt, *response.ids] for response in responses], pad_id)
+def _states(
+    model: Any, responses: Sequence[Response], pad_id: int, device: torch.device
+) -> tuple[States, Tensor]:
+    """The model's states before each token of the responses, and those tokens."""
+    ids = pad([[*response.prompt, *response.ids] for response in responses], pad_id)[0].to(device)
     prompts = torch.tensor([len(response.prompt) for response in responses], device=device)
     counts = lengths(responses, device)
-    ids, width = ids.to(device), max(len(response.ids) for response in responses)
-    logp = token_logp(response_logits(model, ids, prompts, width), response_tokens(ids, prompts, width))
-    return masked_sum(logp, length_mask(counts, width), dim=1)
+    index = response_index(length_mask(counts, int(counts.max())), prompts, ids.shape[1])
+    return states(model, ids, index), ids.flatten()[index + 1]
 
 
 def lengths(responses: Sequence[Response], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,14 +11,38 @@ from torch import Tensor
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step
 from keel.models import optim
+from keel.models.head import head_of
 from keel.runlog import StageRun
 from keel.stages import language
 from keel.stages.experience import Setup
-from keel.stages.update import add_metrics, lr_scale, micro_batches
+from keel.stages.update import add_metrics, lr_scale, parts_of
 from keel.types import Episodes
 
-# rows of a part, those of its mini-batch, whether π still is π_old → loss, metrics that add up, largest drift
-Loss = Callable[[list[int], list[int], bool], tuple[Tensor, dict[str, Tensor], float]]
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """|log π − log π_old| at the response tokens of the first gradient step, where both are of the same weights."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    tokens: int = 0
+
+    @staticmethod
+    def between(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Drift:
+        """Of (B, T)."""
+        gap = torch.where(mask, (logp.detach() - old_logp).abs(), 0.0)
+        return Drift(float(gap.max()), float(gap.sum()), int(mask.sum()))
+
+    def and_of(self, other: Drift) -> Drift:
+        return Drift(max(self.largest, other.largest), self.total + other.total, self.tokens + other.tokens)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.tokens)
+
+
+# rows of a part, those of its mini-batch, whether π still is π_old → loss, metrics that add up, drift
+Loss = Callable[[list[int], list[int], bool], tuple[Tensor, dict[str, Tensor], Drift]]
 
 
 def learn(
@@ -31,21 +56,20 @@ def learn(
 ) -> dict[str, float]:
     """Returns means over the gradient steps taken. learning False: the policy stands still (only the critic learns)."""
     config, run = setup.config, setup.run
-    lengths = episodes.prompt_lengths + episodes.mask.sum(dim=1)
+    lengths = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
     scale = lr_scale(config, update - 1, config.updates)
     totals: dict[str, float] = {}
-    steps, epochs, drift, first_ratio = 0, 0, 0.0, 1.0
+    steps, epochs, drift, first_ratio = 0, 0, Drift(), 1.0
     for epoch in range(config.epochs):
         stop = False
         for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch):
             # rows of similar length share a micro-batch: less padding, the same sum
-            chosen = sorted(chosen, key=lambda row: (int(lengths[row]), row))
             measured: dict[str, float] = {}
-            for part in micro_batches(chosen, config.micro_batch):
-                step_loss, part_metrics, part_drift = loss(list(part), chosen, steps == 0)
+            for part in parts_of(config, sorted(chosen), lengths.__getitem__):
+                step_loss, part_metrics, part_drift = loss(part, chosen, steps == 0)
                 step_loss.backward()
                 add_metrics(measured, part_metrics)
-                drift = max(drift, part_drift)
+                drift = drift.and_of(part_drift)
             if setup.ptx and learning:
                 add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, steps)})
             stepped = [
@@ -63,9 +87,10 @@ def learn(
         epochs += 1
         if stop:
             break
-    return {name: total / steps for name, total in totals.items()} | {
-        "policy/epochs": epochs, "policy/logp_drift": drift, "val/ratio_first": first_ratio,
-    }  # fmt: skip
+    done = {"policy/epochs": epochs, "policy/logp_drift": drift.largest, "val/ratio_first": first_ratio}
+    if config.trusts_sampler and head_of(setup.roles.policy) is not None:  # π_old's are the sampler's own
+        done["rollout/sampler_drift"] = drift.mean
+    return {name: total / steps for name, total in totals.items()} | done
 
 
 def _mini_batches(config: OnPolicy, run: StageRun, count: int, update: int, epoch: int) -> list[list[int]]:
@@ -81,7 +106,7 @@ def _ptx_gradient(setup: Setup, update: int, step: int) -> float:
     seed = derive_seed(setup.run.seed, "ptx", update)
     rows = [setup.ptx[i] for i in rows_of_step(len(setup.ptx), ptx.batch_size, step, seed)]
     tokens, total = sum(row.counted for row in rows), 0.0
-    for part in micro_batches(rows, setup.config.micro_batch):
+    for part in parts_of(setup.config, rows, lambda row: len(row.ids)):
         value, _ = language.loss(setup.roles.policy, part, setup.pad_id, tokens)
         (ptx.coef * value).backward()
         total += float(value.detach())

@@ -23,10 +23,10 @@ from keel.models.roles import Roles, open_roles
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rollout.engine import generate, text_of
-from keel.rollout.score import Scored, score
+from keel.rollout.score import Scored, sampled_logp, score
 from keel.runlog import StageRun
 from keel.stages import inputs, judging, language, rewarding
-from keel.stages.update import micro_batches
+from keel.stages.update import forward_rows, micro_batches
 from keel.types import Completion, Prompt, PromptRecord, Record, TextRecord, UsageError
 
 SAMPLES_KEPT = 4  # episodes written to samples.jsonl when an update is sampled
@@ -134,11 +134,11 @@ def read_tasks(
 
 
 def sample(setup: Setup, tasks: Sequence[Task], seed: int) -> list[Completion]:
-    """One response a task."""
+    """One response a task, with what `score_tokens` will need of the sampler's own forwards."""
     sampling = setup.config.sampling.plain()
     return generate(
-        setup.roles.policy, [task.ids for task in tasks], sampling,
-        stop_ids=chat.stop_ids(setup.tokenizer, sampling.stop), pad_id=setup.pad_id, seed=seed,
+        setup.roles.policy, [task.ids for task in tasks], sampling, stop_ids=chat.stop_ids(setup.tokenizer, sampling.stop),
+        pad_id=setup.pad_id, seed=seed, hidden=setup.config.trusts_sampler,
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def score_tokens(setup: Setup, completions: Sequence[Completion]) -> Scored:
     config, roles = setup.config, setup.roles
     return score(
         completions, roles.policy, roles.reference, temperature=config.sampling.temperature, pad_id=setup.pad_id,
-        device=setup.run.device, micro_batch=config.micro_batch or config.batch_size, critic=roles.critic, value_head=roles.value_head,
+        device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
     )  # fmt: skip
 
 
@@ -173,7 +173,8 @@ def collect(
     with run.timed("forward"):
         scored = score_tokens(setup, completions)
     scale = scale.update(rated.total)
-    return Experience(tuple(completions), scored, rated, shaped(setup, rated, completions, scale)), scale
+    done = tuple(replace(c, hidden=None) for c in completions)
+    return Experience(done, scored, rated, shaped(setup, rated, done, scale)), scale
 
 
 def shaped(setup: Setup, rated: Rated, completions: Sequence[Completion], scale: RunningScale) -> Tensor:
@@ -241,27 +242,19 @@ def _shape(experience: Experience) -> dict[str, float]:
     }
 
 
-def sampler_logp(completions: Sequence[Completion], mask: Tensor) -> Tensor:
-    """(B, T) log-probabilities as the sampler had them; 0 where the mask is False."""
-    found = torch.zeros(mask.shape)
-    for row, completion in enumerate(completions):
-        found[row, : len(completion.logp)] = torch.tensor(completion.logp)
-    return torch.where(mask, found, 0.0)
-
-
 def importance(setup: Setup, experience: Experience) -> Tensor | None:
     """(B, T) truncated importance weights of trainer against sampler, where the config asks for them."""
     cap, mask = setup.config.importance_cap, experience.scored.mask
     if cap is None:
         return None
-    sampled = sampler_logp(experience.completions, mask)
+    sampled = sampled_logp(experience.completions, mask)
     return policy.importance_weights(experience.scored.logp, sampled, mask, cap)
 
 
 def _sampler_drift(experience: Experience) -> float:
-    """Mean |log π of the trainer − log π of the sampler| per token."""
+    """Mean |scored log π − log π of the sampler| per token."""
     mask = experience.scored.mask
-    gap = (experience.scored.logp - sampler_logp(experience.completions, mask)).abs()
+    gap = (experience.scored.logp - sampled_logp(experience.completions, mask)).abs()
     return masked_mean(gap, mask).item()
 
 

@@ -21,13 +21,14 @@ from keel.algorithms import advantages as advantage
 from keel.algorithms import kl, policy
 from keel.config import GRPOConfig
 from keel.data.batches import derive_seed, rows_of_step
-from keel.masked import count, entropy, masked_sum, reduced, token_logp, whiten
-from keel.models.forward import response_logits, response_tokens
+from keel.masked import count, masked_sum, reduced, whiten
+from keel.models.forward import response_index, said, spread, states
 from keel.rewards.mixture import Rated
 from keel.rewards.shaping import RunningScale, token_rewards
 from keel.rollout.score import Scored
 from keel.runlog import StageRun
 from keel.stages import epochs, experience, inputs, on_policy
+from keel.stages.epochs import Drift
 from keel.stages.experience import Experience, Setup, Steering, Task
 from keel.types import Episodes
 
@@ -130,7 +131,7 @@ def learn(
 
     def part_loss(
         rows: list[int], mini_batch: list[int], fresh: bool
-    ) -> tuple[Tensor, dict[str, Tensor], float]:
+    ) -> tuple[Tensor, dict[str, Tensor], Drift]:
         denominator = int(count(episodes.mask[mini_batch], reduce))
         return loss(setup, episodes, rows, denominator, coef, fresh=fresh)
 
@@ -139,11 +140,11 @@ def learn(
 
 def loss(
     setup: Setup, episodes: Episodes, rows: list[int], denominator: float, coef: float, *, fresh: bool
-) -> tuple[Tensor, dict[str, Tensor], float]:
+) -> tuple[Tensor, dict[str, Tensor], Drift]:
     """The part that `rows` have in the loss of a mini-batch whose `masked.count` is `denominator`.
 
     fresh: the weights are those that sampled, so π_old is π itself. Returns the loss, metrics that add up over the
-    parts, and the largest |log π − scored log π_old| of a fresh part.
+    parts, and for a fresh part how far log π is from the scored log π_old.
     """
     config, device = settings_of(setup), setup.run.device
     mask = episodes.mask[rows].to(device)
@@ -155,9 +156,13 @@ def loss(
         part[rows, :width].to(device) for part in (episodes.logp, episodes.advantages, episodes.ref_logp)
     )
     weights = None if episodes.weights is None else episodes.weights[rows, :width].to(device)
-    logits = response_logits(setup.roles.policy, ids, starts, width)
-    logp = token_logp(logits, response_tokens(ids, starts, width), config.sampling.temperature)
-    drift = float(torch.where(mask, (logp.detach() - old_logp).abs(), 0.0).max()) if fresh else 0.0
+    index = response_index(mask, starts, ids.shape[1])
+    found = states(setup.roles.policy, ids, index)
+    tokens = ids.flatten()[index + 1]
+    logp, entropies, _ = said(found, tokens, config.sampling.temperature, entropy=True)
+    logp = spread(logp, mask)
+    entropies = spread(entropies if config.entropy_coef > 0 else entropies.detach(), mask)
+    drift = Drift.between(logp, old_logp, mask) if fresh else Drift()
     old_logp = logp.detach() if fresh else old_logp
     if config.objective == "cispo":
         policy_loss, measured = policy.cispo(
@@ -168,8 +173,6 @@ def loss(
             logp, old_logp, advantages, mask, config.clip_low, config.clip_high, config.dual_clip, config.level,
             config.reduce, denominator, weights,
         )  # fmt: skip
-    with torch.set_grad_enabled(config.entropy_coef > 0):
-        entropies = entropy(logits, config.sampling.temperature)
     total = policy_loss - config.entropy_coef * reduced(entropies, mask, config.reduce, denominator)
     if config.kl.where == "loss" and coef > 0:
         estimate = kl.estimate(logp, ref_logp, config.kl.estimator, mask)

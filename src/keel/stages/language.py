@@ -14,11 +14,10 @@ from keel.algorithms import lm
 from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
 from keel.evaluation.measures import mean_interval
-from keel.models.forward import packed_mask
-from keel.models.precision import computing
+from keel.models.forward import packed_mask, said, states
 from keel.runlog import StageRun
 from keel.stages import supervised
-from keel.stages.update import add_metrics, micro_batches
+from keel.stages.update import add_metrics, forward_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,62 +47,59 @@ def loss(
     """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step)."""
     device = next(model.parameters()).device
     ids, _ = pad([row.ids for row in rows], pad_id)
-    counts = pad([row.counts for row in rows], 0)[0].bool()
-    if rows[0].segments is None:
-        with computing(model, device):
-            logits = model(input_ids=ids.to(device), use_cache=False).logits
-    else:
+    counts = pad([row.counts for row in rows], 0)[0].bool()[:, 1:]
+    more: dict[str, Tensor] = {}
+    if rows[0].segments is not None:
         segments = pad([row.segments or () for row in rows], -1)[0]
-        counts[:, 1:] &= segments[:, 1:] == segments[:, :-1]
+        counts &= segments[:, 1:] == segments[:, :-1]
         positions = torch.tensor([_positions(row, ids.shape[1]) for row in rows])
         mask = packed_mask(segments.to(device), next(model.parameters()).dtype)
-        with computing(model, device):
-            logits = model(
-                input_ids=ids.to(device),
-                attention_mask=mask,
-                position_ids=positions.to(device),
-                use_cache=False,
-            ).logits
-    return lm.cross_entropy(
-        logits[:, :-1], ids[:, 1:].to(device), counts[:, 1:].to(device), denominator=denominator
-    )
+        more = {"attention_mask": mask, "position_ids": positions.to(device)}
+    where, before = counts.nonzero(as_tuple=True)
+    index = where * ids.shape[1] + before  # of the token before each that counts
+    labels = ids.flatten()[index + 1].to(device)
+    found = said(states(model, ids.to(device), index.to(device), inputs=more), labels, hits=True)
+    return lm.likelihood(found.logp, found.hits, denominator)
 
 
 def fit(
     run: StageRun, config: Supervised, model: Any, pad_id: int, rows: Sequence[Row], held_out: Sequence[Row]
 ) -> dict[str, Any]:
     """Train on the rows and return the stage's result; the model ends with the weights to keep."""
-    size = config.micro_batch or config.batch_size
 
     def part(rows: Sequence[Row], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         value, measured = loss(model, rows, pad_id, denominator)
         return value, {"mean_token_accuracy": measured["accuracy"]}
 
     objective: supervised.Objective[Row] = supervised.Objective(
-        loss=part, weight=lambda row: row.counted, length=lambda row: len(row.ids),
-        evaluate=lambda rows: evaluate(model, rows, pad_id, size),
+        loss=part, weight=lambda row: row.counted, size=_size, length=_size,
+        evaluate=lambda rows: evaluate(model, rows, pad_id, config),
     )  # fmt: skip
     supervised.fit(run, config, model, rows, held_out, objective)
-    return summary(model, held_out, pad_id, size)
+    return summary(model, held_out, pad_id, config)
 
 
-def evaluate(model: Any, rows: Sequence[Row], pad_id: int, batch_size: int) -> dict[str, float]:
+def _size(row: Row) -> int:
+    return len(row.ids)
+
+
+def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, float]:
     """Loss and accuracy per counted token over all rows (not a mean of batch means)."""
     tokens = sum(row.counted for row in rows)
     totals: dict[str, float] = {}
     model.eval()
     with torch.no_grad():
-        for part in micro_batches(rows, batch_size):
-            value, measured = loss(model, part, pad_id, tokens)
+        for part in forward_parts(config, [_size(row) for row in rows]):
+            value, measured = loss(model, [rows[i] for i in part], pad_id, tokens)
             add_metrics(totals, {"eval_loss": value, "eval_mean_token_accuracy": measured["accuracy"]})
     return totals
 
 
-def summary(model: Any, rows: Sequence[Row], pad_id: int, batch_size: int) -> dict[str, Any]:
+def summary(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, Any]:
     """The held-out loss with an interval over rows, each row weighing by its tokens."""
     if not rows:
         return {}
-    totals = evaluate(model, rows, pad_id, batch_size)
+    totals = evaluate(model, rows, pad_id, config)
     per_row, tokens = [], sum(row.counted for row in rows)
     with torch.no_grad():
         for row in rows:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from keel.algorithms import advantages as advantage
 from keel.algorithms import kl, policy, value
 from keel.config import PPOConfig
-from keel.masked import at_least_float32, entropy, masked_mean, token_logp, whiten
-from keel.models.forward import response_logits, response_logits_and_hidden, response_scores, response_tokens
+from keel.masked import at_least_float32, masked_mean, whiten
+from keel.models.forward import response_index, response_scores, said, spread, states
 from keel.models.load import merged, save
-from keel.models.roles import Roles
 from keel.rewards.shaping import RunningScale, token_rewards
 from keel.runlog import StageRun
 from keel.stages import epochs, experience, inputs, on_policy
+from keel.stages.epochs import Drift
 from keel.stages.experience import Experience, Setup, Steering, Task
 from keel.types import Episodes
 
@@ -96,7 +96,7 @@ def learn(
 
     def part_loss(
         rows: list[int], mini_batch: list[int], fresh: bool
-    ) -> tuple[Tensor, dict[str, Tensor], float]:
+    ) -> tuple[Tensor, dict[str, Tensor], Drift]:
         tokens = int(episodes.mask[mini_batch].sum())
         return loss(setup, episodes, rows, tokens, coef, fresh=fresh, learning=learning)
 
@@ -112,13 +112,13 @@ def loss(
     *,
     fresh: bool,
     learning: bool,
-) -> tuple[Tensor, dict[str, Tensor], float]:
+) -> tuple[Tensor, dict[str, Tensor], Drift]:
     """The part that `rows` have in the loss of a mini-batch with `tokens` response tokens.
 
     fresh: the weights are those that sampled, so π_old is π itself. Returns the loss, metrics that add up over the
-    parts, and the largest |log π − scored log π_old| of a fresh part.
+    parts, and for a fresh part how far log π is from the scored log π_old.
     """
-    config, roles, device = settings_of(setup), setup.roles, setup.run.device
+    config, device = settings_of(setup), setup.run.device
     mask = episodes.mask[rows].to(device)
     width = int(mask.sum(dim=1).max())
     mask = mask[:, :width]
@@ -130,9 +130,8 @@ def loss(
             episodes.logp, episodes.values, episodes.returns, episodes.advantages, episodes.ref_logp,
         )
     )  # fmt: skip
-    logits, values = _logits_and_values(roles, ids, starts, width, learning)
-    logp = token_logp(logits, response_tokens(ids, starts, width), config.sampling.temperature)
-    drift = float(torch.where(mask, (logp.detach() - old_logp).abs(), 0.0).max()) if fresh else 0.0
+    logp, entropies, values = _forward(setup, ids, starts, mask, learning)
+    drift = Drift.between(logp, old_logp, mask) if fresh else Drift()
     old_logp = logp.detach() if fresh else old_logp
     policy_loss, policy_metrics = policy.clipped(
         logp,
@@ -148,8 +147,7 @@ def loss(
     value_loss, value_metrics = value.clipped(
         values, old_values, returns, mask, config.value_clip, denominator=tokens
     )
-    with torch.set_grad_enabled(config.entropy_coef > 0 and learning):
-        mean_entropy = masked_mean(entropy(logits, config.sampling.temperature), mask, denominator=tokens)
+    mean_entropy = masked_mean(entropies, mask, denominator=tokens)
     total = config.value_coef * value_loss
     if learning:
         total = total + policy_loss - config.entropy_coef * mean_entropy
@@ -170,17 +168,22 @@ def loss(
     return total, metrics, drift
 
 
-def _logits_and_values(
-    roles: Roles, ids: Tensor, starts: Tensor, width: int, learning: bool
-) -> tuple[Tensor, Tensor]:
-    """(B, T, V) and (B, T); no gradient reaches the policy unless it is learning."""
-    if roles.value_head is not None:
-        logits, hidden = response_logits_and_hidden(roles.policy, ids, starts, width)
-        hidden = hidden if learning else hidden.detach()
-        return logits, roles.value_head(at_least_float32(hidden)).squeeze(-1)
+def _forward(
+    setup: Setup, ids: Tensor, starts: Tensor, mask: Tensor, learning: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) log π, entropies and values, 0 where the mask is False; no gradient reaches the policy unless it is learning, and
+    none comes from the entropies unless they are rewarded."""
+    config, roles = settings_of(setup), setup.roles
+    index = response_index(mask, starts, ids.shape[1])
     with torch.set_grad_enabled(learning):
-        logits = response_logits(roles.policy, ids, starts, width)
-    return logits, response_scores(roles.critic, ids, starts, width)
+        found = states(roles.policy, ids, index, hidden=roles.value_head is not None)
+        logp, entropies, _ = said(found, ids.flatten()[index + 1], config.sampling.temperature, entropy=True)
+    entropies = entropies if config.entropy_coef > 0 else entropies.detach()
+    if roles.value_head is not None and found.hidden is not None:
+        values = spread(roles.value_head(at_least_float32(found.hidden)).squeeze(-1), mask)
+    else:
+        values = response_scores(roles.critic, ids, starts, mask.shape[1])
+    return spread(logp, mask), spread(entropies, mask), values
 
 
 def _save(setup: Setup, config: PPOConfig) -> None:

@@ -23,7 +23,7 @@ from keel.models.load import causal_lm, disable_dropout
 from keel.runlog import StageRun
 from keel.stages import comparisons, inputs, language, supervised
 from keel.stages.comparisons import Example, Pair, Response, lengths, logps, scores
-from keel.stages.update import add_metrics, micro_batches
+from keel.stages.update import add_metrics, forward_parts, forward_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +131,12 @@ def _measured(setup: Setup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
     setup.model.eval()
     found: dict[str, list[float]] = {}
     with torch.no_grad():
-        for part in micro_batches(pairs, setup.config.micro_batch or setup.config.batch_size):
-            value, metrics = losses(setup, part)
+        for part in forward_parts(setup.config, [comparisons.size(pair) for pair in pairs]):
+            value, metrics = losses(setup, [pairs[i] for i in part])
             for name, x in {"loss": value, **metrics}.items():
-                found.setdefault(name, []).extend(x.tolist())
+                column = found.setdefault(name, [0.0] * len(pairs))
+                for i, measured in zip(part, x.tolist(), strict=True):
+                    column[i] = measured
     return found
 
 
@@ -157,10 +159,10 @@ class UnpairedStep:
 
 def mismatched_kl(setup: Setup, rows: Sequence[Example]) -> float:
     """z₀ = max(0, mean of log π − log π_ref over mismatched responses), in nats; 0 where there are none."""
-    asked, config = comparisons.mismatched(rows, setup.limit), setup.config
+    asked = comparisons.mismatched(rows, setup.limit)
     if not asked:
         return 0.0
-    found = scores(setup.model, asked, setup.pad_id, setup.device, config.micro_batch or config.batch_size)
+    found = scores(setup.model, asked, setup.pad_id, setup.device, **forward_rows(setup.config))
     gaps = [logp - setup.reference[response] for logp, response in zip(found, asked)]
     return max(0.0, math.fsum(gaps) / len(gaps))
 
@@ -206,8 +208,8 @@ def evaluate_unpaired(setup: Setup, rows: Sequence[Example]) -> dict[str, float]
     setup.model.eval()
     kl, sums = mismatched_kl(setup, rows), dict[str, float]()
     with torch.no_grad():
-        for part in micro_batches(rows, setup.config.micro_batch or setup.config.batch_size):
-            value, measured = unpaired_loss(setup, part, kl, len(rows))
+        for part in forward_parts(setup.config, [comparisons.size(row) for row in rows]):
+            value, measured = unpaired_loss(setup, [rows[i] for i in part], kl, len(rows))
             add_metrics(sums, {"loss": value, **measured})
     return {EVALUATED[name]: value for name, value in _unpaired_metrics(sums).items()}
 
@@ -219,12 +221,13 @@ def _objective(setup: Setup) -> supervised.Objective[Any]:
     if setup.config.loss == "kto":
         step = UnpairedStep(setup)
         return supervised.Objective(
-            loss=step.loss, weight=lambda row: 1, evaluate=lambda rows: evaluate_unpaired(setup, rows),
+            loss=step.loss, weight=lambda row: 1, size=comparisons.size, evaluate=lambda rows: evaluate_unpaired(setup, rows),
             named=_unpaired_metrics, begin=step.begin,
         )  # fmt: skip
     return supervised.Objective(
         loss=lambda part, denominator: loss(setup, part, denominator),
         weight=lambda pair: 1,
+        size=comparisons.size,
         evaluate=lambda pairs: evaluate(setup, pairs),
     )
 
@@ -238,8 +241,8 @@ def _result(setup: Setup, rows: Sequence[Any], paired: bool) -> dict[str, Any]:
         )
         return {**result, "eval_loss": math.fsum(found["loss"]) / len(rows)}
     metrics = evaluate_unpaired(setup, rows)
-    asked, size = [row.response for row in rows], setup.config.micro_batch or setup.config.batch_size
-    found = scores(setup.model, asked, setup.pad_id, setup.device, size)
+    asked = [row.response for row in rows]
+    found = scores(setup.model, asked, setup.pad_id, setup.device, **forward_rows(setup.config))
     rewards = [setup.config.beta * (logp - setup.reference[r]) for logp, r in zip(found, asked)]
     if paired:
         half = len(rows) // 2  # all chosen ones come first

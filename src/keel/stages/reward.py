@@ -28,7 +28,7 @@ from keel.rewards import learned
 from keel.rollout.engine import generate
 from keel.runlog import StageRun
 from keel.stages import inputs, supervised
-from keel.stages.update import add_metrics, micro_batches
+from keel.stages.update import add_metrics, forward_parts
 from keel.types import DataError, PreferenceRecord, Record, UsageError
 
 
@@ -204,11 +204,17 @@ def _fit(
     objective: supervised.Objective[Pair] = supervised.Objective(
         loss=lambda part, denominator: loss(reward, part, config.center, denominator),
         weight=lambda pair: 1,
+        size=_size,
         evaluate=lambda pairs: evaluate(reward, pairs, config)[0],
         named=_named,
     )
     supervised.fit(run, config, reward.model, pairs, held, objective)
     return evaluate(reward, held, config)[1] if held else {}
+
+
+def _size(pair: Pair) -> int:
+    """Tokens of both sides, with the padding."""
+    return 2 * max(len(side["input_ids"]) for side in (pair.chosen, pair.rejected))
 
 
 def loss(
@@ -237,8 +243,9 @@ def evaluate(
     size = config.micro_batch or config.batch_size
     totals: dict[str, float] = {}
     with torch.no_grad():
-        for part in micro_batches(pairs, size):
-            add_metrics(totals, {"loss": loss(reward, part, config.center, len(pairs))[0]})
+        for part in forward_parts(config, [_size(pair) for pair in pairs]):
+            value, _ = loss(reward, [pairs[i] for i in part], config.center, len(pairs))
+            add_metrics(totals, {"loss": value})
     chosen = learned.score(reward, [p.chosen for p in pairs], batch_size=size)
     rejected = learned.score(reward, [p.rejected for p in pairs], batch_size=size)
     decided = any(p.p_chosen != 0.5 for p in pairs)

@@ -20,8 +20,8 @@ from keel.stages.update import (
     copy_state,
     due,
     lr_scale,
-    micro_batches,
     optimizer_for,
+    parts_of,
     seed_step,
     total_steps,
 )
@@ -36,6 +36,7 @@ class Objective(Generic[Row]):
     # rows, and the denominator of the whole step → their part of its loss, and metrics that add up over the parts
     loss: Callable[[Sequence[Row], float], tuple[Tensor, dict[str, Tensor]]]
     weight: Callable[[Row], int]  # what a row adds to the denominator: its counted tokens, or 1
+    size: Callable[[Row], int]  # tokens of its forward, by which rows are put together
     evaluate: Callable[
         [Sequence[Row]], dict[str, float]
     ]  # held-out metrics; early stopping watches `eval_loss`
@@ -76,7 +77,7 @@ def fit(
         with run.timed("train"):
             if objective.begin is not None:
                 objective.begin(chosen)
-            for part in micro_batches(chosen, config.micro_batch):
+            for part in parts_of(config, chosen, objective.size):
                 value, measured = objective.loss(part, denominator)
                 value.backward()
                 add_metrics(sums, {"loss": value.detach(), **measured})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from keel.algorithms.control import schedule
 from keel.config import Supervised, Training
-from keel.data.batches import derive_seed
+from keel.data.batches import by_length, derive_seed
 from keel.models import optim
 
 T = TypeVar("T")
@@ -37,6 +37,24 @@ def micro_batches(rows: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
     """The rows in parts of `size`; all at once for None."""
     for start in range(0, len(rows), size or len(rows)):
         yield rows[start : start + (size or len(rows))]
+
+
+def forward_rows(config: Training) -> dict[str, int | None]:
+    """What goes into one forward without gradient, where the config does not say: a whole batch."""
+    whole = config.batch_size if config.micro_tokens is None else None
+    return {"micro_batch": config.micro_batch or whole, "micro_tokens": config.micro_tokens}
+
+
+def forward_parts(config: Training, sizes: Sequence[int]) -> list[list[int]]:
+    """Indices of rows of so many tokens, in parts of similar length for forwards without gradient."""
+    limits = forward_rows(config)
+    return by_length(sizes, limits["micro_batch"], limits["micro_tokens"])
+
+
+def parts_of(config: Training, rows: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
+    """The rows of a step in micro-batches of similar length, as the config says; size: tokens of a row."""
+    parts = by_length([size(row) for row in rows], config.micro_batch, config.micro_tokens)
+    return [[rows[i] for i in part] for part in parts]
 
 
 def seed_step(seed: int, step: int) -> None:
