@@ -67,7 +67,7 @@ def _changes(stage: AnyStage, longest: int) -> Sequence[dict[str, Any]]:
     if isinstance(stage, OnPolicy):
         found.append({"reference_dtype": "bfloat16"})
     if isinstance(stage, PPOConfig):
-        found.append({"sharing": "adapters"})
+        found.append({"sharing": "adapters"} | ({} if stage.lora else {"lora": {}}))
     shorter = (change for change in _halves("max_length", longest) if change["max_length"] >= SHORTEST)
     return [*found, *({**change, "too_long": "truncate"} for change in shorter)]
 

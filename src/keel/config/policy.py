@@ -82,6 +82,10 @@ class OnPolicy(Watched):
     reference: str | None = Field(
         None, description="The reference policy; null: the model training starts from."
     )
+    sharing: Literal["separate", "adapters"] = Field(
+        "separate",
+        description="adapters: one frozen base; policy and reward models (those that a reward stage trained with `lora` on the same `model`) are adapters on it, and the reference is the base itself. `lora` is on then.",
+    )
     reference_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None, description="Precision of the frozen reference, as in `model.dtype`; null: the model's."
     )
@@ -126,8 +130,20 @@ class OnPolicy(Watched):
         """Whether an update takes a single gradient step, so that every ratio is 1."""
         return self.epochs == 1 and self.mini_batch in (None, self.batch_size)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters(cls, values: Any) -> Any:
+        """Adapters with their defaults where `sharing` asks for some and none are described."""
+        if isinstance(values, dict) and values.get("sharing") == "adapters":
+            return {"lora": {}, **values}
+        return values
+
     @model_validator(mode="after")
     def _sound_on_policy(self) -> OnPolicy:
+        if self.sharing == "adapters" and self.lora is None:
+            raise ValueError(
+                "`sharing: adapters` trains adapters, but `lora` is null: leave it out, or share otherwise"
+            )
         name = self.kind.upper()
         if self.sampling.temperature == 0:
             raise ValueError(f"`sampling.temperature` 0 (greedy) leaves {name} nothing to explore")
@@ -178,9 +194,9 @@ class PPOConfig(OnPolicy):
     value_lr: float | None = Field(
         None, gt=0, description="Learning rate of the value head (and the critic); null: `lr`."
     )
-    sharing: Literal["separate", "trunk"] = Field(
+    sharing: Literal["separate", "trunk", "adapters"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         "separate",
-        description="The critic: a model of its own (a copy of the starting model), or a value head on the policy's hidden states.",
+        description="The critic: a model of its own (a copy of the starting model), or trunk: a value head on the policy's hidden states. adapters: one frozen base; policy, critic and reward models (those that a reward stage trained with `lora` on the same `model`) are adapters with heads on it, and the reference is the base itself. `lora` is on then.",
     )
     gamma: float = Field(1.0, ge=0, le=1, description="Discount γ.")
     lam: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation (1506.02438).")

@@ -20,6 +20,7 @@ from keel.evaluation.measures import Measure, mean_interval
 from keel.masked import masked_mean
 from keel.models.load import ModelSource, count_parameters
 from keel.models.roles import Roles, open_roles
+from keel.models.shared import open_base
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rollout.engine import generate, text_of
@@ -328,15 +329,21 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
 
 
 def open_stage(
-    config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "none"]
+    config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
 ) -> tuple[list[Task], list[Task], Setup]:
-    """Prompts, held-out prompts, and the models. Data and tokens come first, so that a bad row is found before any
-    weights are read."""
+    """Prompts, held-out prompts, and the models; sharing "none": without a critic. Data and tokens come first, so that a
+    bad row is found before any weights are read."""
     source = inputs.source_of(config.model, run)
     tasks, held, ptx, tokenizer = read_tasks(config, run, source)
     reference = _reference_of(config, run, source)
+    seed = derive_seed(run.seed, "model")
+    base = open_base(source, seed, run.device) if config.sharing == "adapters" else None
     opened = rewarding.open_rewards(
-        config.reward, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
+        config.reward,
+        run,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        base=base,
     )
     longest = max(len(task.ids) for task in [*tasks, *held]) + config.sampling.max_new_tokens
     rewards = rewarding.mixture(
@@ -345,7 +352,7 @@ def open_stage(
     )  # fmt: skip
     roles = open_roles(
         source, reference, sharing=sharing, adapters=inputs.adapters_of(config.lora) if config.lora else None,
-        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=derive_seed(run.seed, "model"),
+        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
     )  # fmt: skip
     run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
     run.facts["trained_parameters"] = sum(
@@ -363,6 +370,6 @@ def open_stage(
             tokenizer,
             run,
             ptx,
-            judging.open_judge(config, run, tokenizer, longest),
+            judging.open_judge(config, run, tokenizer, longest, base),
         ),
     )

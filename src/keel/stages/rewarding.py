@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, SimilarityTerm
-from keel.rewards import functions, learned, rules
+from keel.models.shared import Base
+from keel.rewards import functions, learned, on_base, rules
 from keel.rewards.classifier import Classifier
 from keel.rewards.mixture import Batch, Mixture, Rewarder, Term, from_function
 from keel.rewards.similarity import Similarity
@@ -29,20 +30,30 @@ class Opened:
 
 
 def open_rewards(
-    terms: Sequence[Any], run: StageRun, *, dtype: str = "float32", trust_remote_code: bool = False
+    terms: Sequence[Any],
+    run: StageRun,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    base: Base | None = None,
 ) -> list[Opened]:
-    """Load the models and functions that the terms name. UsageError for one that cannot be used."""
+    """Load the models and functions that the terms name; reward models that were trained as adapters on `base` as such.
+    UsageError for one that cannot be used."""
     opened: list[Opened] = []
     where = f"{run.name}: reward"
     for term in terms:
         match term:
             case LearnedTerm():
-                models = learned.load_members(
-                    run.resolve(term.model),
-                    device=run.device,
-                    dtype=dtype,
-                    trust_remote_code=trust_remote_code,
-                )
+                place = run.resolve(term.model)
+                if base is None:
+                    models = learned.load_members(
+                        place, device=run.device, dtype=dtype, trust_remote_code=trust_remote_code
+                    )
+                else:
+                    models = on_base.load_members(
+                        place, base, dtype=dtype, trust_remote_code=trust_remote_code,
+                        say=lambda line: run.say(f"{run.name}: {line}"),
+                    )  # fmt: skip
                 if term.combine is not None and len(models) == 1:
                     raise UsageError(
                         f"{where}: `combine` has no effect: {term.model!r} is a single reward model"
