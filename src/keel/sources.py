@@ -27,6 +27,7 @@ from keel.config import (
 )
 from keel.data import chat, load
 from keel.environment import device_of
+from keel.models import adapters
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
 from keel.rewards import learned
 from keel.stages import judging, rewarding
@@ -120,6 +121,9 @@ class Sources:
         stage = self.config.stages[name]
         for setting, source in stage.references():
             place = self.resolve(source)
+            if setting == "reward" and adapters.is_bare(place):
+                _check_adapter(stage, name, place)
+                continue
             if source not in self.config.stages and (hub or Path(place).exists()):
                 found = self._config_of(stage, setting, source)
                 if setting == "reward":
@@ -292,6 +296,15 @@ def _reads_both_ways(config: Any) -> bool:
     masks = ("is_decoder", "is_encoder_decoder", "causal")
     encoder: Any = AutoModelForMaskedLM
     return type(config) in encoder._model_mapping and not any(getattr(config, name, False) for name in masks)
+
+
+def _check_adapter(stage: AnyStage, name: str, place: str) -> None:
+    """UsageError for a reward model that is an adapter and no model, where there is no base for it."""
+    if getattr(stage, "sharing", None) != "adapters":
+        raise UsageError(
+            f"{name}: {place!r} holds an adapter and no model: it is used with `sharing: adapters`, by a stage whose `model` is its base"
+        )
+    adapters.settings_of(Path(place))
 
 
 def _without_number(name: str) -> str:

@@ -35,8 +35,8 @@ from transformers import (
 
 from keel.masked import token_logp
 from keel.models import precision
-from keel.models.forward import response_logits, response_tokens
 from keel.models.adapters import Adapters, add_adapters
+from keel.models.forward import response_logits, response_tokens
 from keel.rollout import lean, plain
 from keel.rollout.engine import generate, text_of
 from keel.rollout.sampling import pick

@@ -12,9 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from keel.models.adapters import files_of
+from keel.config import parse
+from keel.models import adapters
 from keel.models.load import ModelSource
-from keel.rewards import learned
+from keel.models.shared import open_base
+from keel.pipeline import Pipeline
+from keel.rewards import learned, on_base
+from keel.types import UsageError
 
 LORA = {"r": 2, "alpha": 16}
 
@@ -41,7 +45,10 @@ def stages(run: Any, data: Any, tiny_model: Path, rewarded: Path, tmp_path: Path
             "lr": 1e-2, "batch_size": 8, "updates": 3, "epochs": 2, "mini_batch": 4, "micro_batch": 3, "sampling": {"max_new_tokens": 5},
         }  # fmt: skip
         said: list[str] = []
-        pipeline = run({"stages": {"one": stage | settings}}, tmp_path / name)
+        config = {"name": "tiny", "threads": 1, "device": "cpu", "stages": {"one": stage | settings}}
+        pipeline = Pipeline(parse(config), tmp_path / name, said.append)
+        pipeline._report = lambda: None
+        pipeline.run()
         return pipeline.stage_directory("one"), said
 
     return go
@@ -66,3 +73,105 @@ def test_a_shared_base_gives_the_bytes_of_separate_models(
     for folder in ("model", "model/adapter", *(["critic", "critic/adapter"] if kind == "ppo" else [])):
         (weights,) = (one / folder).glob("*.safetensors")
         assert weights.read_bytes() == (other / folder / weights.name).read_bytes()
+
+
+def opened_on(base: Any, path: Path) -> tuple[list[learned.RewardModel], list[str]]:
+    said: list[str] = []
+    found = on_base.load_members(str(path), base, dtype="float32", trust_remote_code=False, say=said.append)
+    return found, said
+
+
+@pytest.fixture
+def base(tiny_model: Path) -> Any:
+    return open_base(ModelSource(str(tiny_model)), 0, torch.device("cpu"))
+
+
+INPUTS = [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [9, 8, 7]}, {"input_ids": [3]}]
+
+
+def test_a_reward_adapter_on_the_base_gives_the_scores_of_the_whole_reward_model(
+    base: Any, rewarded: Path, tiny_model: Path
+) -> None:
+    """Those of peft's own loader to the bit, those of the merged model up to rounding; with scale and tokenizer."""
+    (shared,), said = opened_on(base, rewarded / "reward" / "model")
+    alone = learned.load(str(rewarded / "reward" / "model"), device=torch.device("cpu"))
+    assert not said
+    assert (shared.mean, shared.std, shared.scaled) == (alone.mean, alone.std, True)
+    assert learned.same_tokenizer(shared.tokenizer, alone.tokenizer)
+    scores = learned.score(shared, INPUTS)
+    torch.testing.assert_close(scores, learned.score(alone, INPUTS), rtol=1e-4, atol=1e-5)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    theirs = PeftModel.from_pretrained(plain, rewarded / "reward" / "model" / "adapter").eval()
+    assert torch.equal(scores, learned.score(learned.RewardModel(theirs, shared.tokenizer), INPUTS))
+    untouched = learned.score(learned.RewardModel(base.scorer(0), shared.tokenizer), INPUTS)
+    assert not torch.allclose(scores, untouched, atol=1e-2)
+
+
+def test_the_members_of_an_ensemble_cost_adapters_only(base: Any, rewarded: Path) -> None:
+    members, said = opened_on(base, rewarded / "rewards" / "model")
+    assert len(members) == 2
+    assert not said
+    shared = {p.data_ptr() for p in base.model.parameters()}
+    for member in members:
+        own = sum(p.numel() for p in member.model.parameters() if p.data_ptr() not in shared)
+        assert 0 < own < 0.2 * sum(p.numel() for p in base.model.parameters())
+    one, other = (learned.score(member, INPUTS) for member in members)
+    assert not torch.allclose(one, other)
+
+
+def test_a_reward_model_that_is_no_adapter_on_this_base_is_opened_whole_and_that_is_said(
+    stages: Any, rewarded: Path, tiny_reward: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    one, said = stages("adapter", sharing="adapters")
+    assert not any("memory of its own" in line for line in said)
+    _, said = stages("whole", sharing="adapters", reward=str(tiny_reward))
+    assert any("takes memory of its own: all of its weights were trained" in line for line in said)
+    moved = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        moved.lm_head.weight.mul_(1.5)
+    moved.save_pretrained(tmp_path / "moved")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "moved")
+    _, said = stages("other base", sharing="adapters", model=str(tmp_path / "moved"))
+    assert any("takes memory of its own: its adapter was trained on another base" in line for line in said)
+    separate, _ = stages("separate")
+    for ours, theirs in zip(metrics_of(one), metrics_of(separate), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)  # the merged reward model rounds otherwise
+
+
+def test_a_folder_with_nothing_but_an_adapter_is_a_reward_model_for_its_own_base(
+    stages: Any, rewarded: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As peft and TRL save them: known by the name of the base in its settings, and without a scale."""
+    bare = tmp_path / "bare"
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    trained = PeftModel.from_pretrained(plain, rewarded / "reward" / "model" / "adapter")
+    trained.save_pretrained(bare)
+    settings = json.loads((bare / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tiny_model)
+    (bare / "adapter_config.json").write_text(json.dumps(settings))
+    running = {"shaping": {"normalize": "running"}}
+    one, _ = stages("bare", sharing="adapters", reward=str(bare), **running)
+    other, _ = stages("kept", sharing="adapters", **running)
+    for ours, theirs in zip(metrics_of(one), metrics_of(other), strict=True):
+        assert ours["objective/scores"] == theirs["objective/scores"]
+    with pytest.raises(UsageError, match="`sharing: adapters`"):
+        stages("separate", reward=str(bare), **running)
+    settings["base_model_name_or_path"] = "somebody/else"
+    (bare / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="trained on another base, and there is no whole model"):
+        stages("foreign", sharing="adapters", reward=str(bare), **running)
+
+
+def test_adapter_files_are_what_peft_reads_and_the_same_for_every_run(
+    rewarded: Path, tiny_model: Path
+) -> None:
+    folder = rewarded / "reward" / "model" / "adapter"
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "base.json",
+    }  # fmt: skip
+    assert adapters.belongs_to(folder, ModelSource(str(tiny_model)))
+    assert not adapters.belongs_to(folder, ModelSource(str(rewarded / "reward" / "model")))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["task_type"] == "SEQ_CLS"
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    assert "base_model.model.score.weight" in load_file(folder / "adapter_model.safetensors")

@@ -102,7 +102,7 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
                 f"model {str(source.path)!r} is no whole causal language model: it has no {min(info['missing_keys'])}"
             )
         if source.quantize is not None:
-            model.keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
+            quantised.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
         return opened(with_whole_embeddings(model), source.dtype)
     if vocab is not None:
         _adopt_vocabulary(config, vocab, source.init)
@@ -136,7 +136,7 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
             )  # fmt: skip
         if source.quantize is not None:
             again = replace(source, quantize=None)
-            model.keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
+            quantised.settled(model).keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
         new_head = "score.weight" in info["missing_keys"]
         missing = sorted(
             key for key in info["missing_keys"] if trained or not _in_head(key, model.base_model_prefix)

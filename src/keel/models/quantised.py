@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ KINDS = {"8bit": "int8", "4bit": "int4"}  # a config's word → that of keel.mod
 
 
 def check() -> None:
-    """UsageError unless bitsandbytes is here, and new enough."""
+    """UsageError unless bitsandbytes is here, and new enough. It is kept from saying at every product that it casts."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     way_out = "install it (`pip install 'bitsandbytes>=0.48'`), or leave quantize out"
     try:
         version = importlib.import_module("bitsandbytes").__version__
@@ -39,3 +41,12 @@ def options(quantize: str | None, dtype: torch.dtype) -> dict[str, Any]:
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     )
     return {"quantization_config": settings}
+
+
+def settled(model: Any) -> Any:
+    """The model with one way to compute: on some CPUs bitsandbytes repacks 4-bit weights at the first forward in evaluation
+    mode, and what comes after it is rounded otherwise, so that a resumed run would not end with the same bytes."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model

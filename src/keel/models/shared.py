@@ -29,6 +29,9 @@ from keel.models.load import (
 from keel.models.precision import opened, weights
 from keel.types import UsageError
 
+# by which transformers and peft know a quantised model
+QUANTISED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
@@ -57,6 +60,9 @@ class Base:
         own = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=device)
         model.score = own.to(weights(self.source.dtype))
         seed_head(model.score, derive_seed("head", seed))
+        for name in QUANTISED:
+            if hasattr(lm, name):
+                setattr(model, name, getattr(lm, name))
         model.keel_afresh = partial(scorer, replace(self.source, quantize=None), seed)
         return opened(with_whole_embeddings(model).requires_grad_(False), self.source.dtype)
 
