@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from keel.config import parse
 from keel.models import adapters
@@ -18,6 +21,8 @@ from keel.models.load import ModelSource
 from keel.models.shared import open_base
 from keel.pipeline import Pipeline
 from keel.rewards import learned, on_base
+from keel.stages import experience, on_policy
+from keel.stages.update import copy_state
 from keel.types import UsageError
 
 LORA = {"r": 2, "alpha": 16}
@@ -175,3 +180,140 @@ def test_adapter_files_are_what_peft_reads_and_the_same_for_every_run(
     assert settings["task_type"] == "SEQ_CLS"
     assert settings["target_modules"] == sorted(settings["target_modules"])
     assert "base_model.model.score.weight" in load_file(folder / "adapter_model.safetensors")
+
+
+# ---------------------------------------------------------------- what is trained and kept
+
+
+def test_optimizer_and_checkpoint_hold_adapters_and_heads_and_nothing_of_the_base(
+    open_ppo: Any, tiny_model: Path
+) -> None:
+    _, setup = open_ppo(sharing="adapters", lora=LORA)
+    optimizers = on_policy.optimizers(setup.config, setup.roles)
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    models = [setup.roles.policy, setup.roles.critic]
+    trained = {id(p): name for m in models for name, p in m.named_parameters() if p.requires_grad}
+    assert held == trained.keys()
+    assert all("lora_" in name or "score" in name for name in trained.values())
+    state = on_policy._state(setup, optimizers)
+    assert {*state["policy"], *state["value0"]} == set(trained.values())
+    kept = sum(p.numel() for part in ("policy", "value0") for p in state[part].values())
+    assert kept < 0.5 * sum(p.numel() for p in setup.roles.reference.parameters())
+    before = copy_state(setup.roles.policy)
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+    on_policy._load_state(setup, optimizers, {**state, "policy": before})
+    assert all(torch.equal(value, before[name]) for name, value in copy_state(setup.roles.policy).items())
+
+
+def test_everything_of_the_base_stays_as_it_was_in_a_run_and_in_saving_it(
+    stages: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def watched(*args: Any) -> Any:
+        seen.append(open_base(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(experience, "open_base", watched)
+    stages("watched", sharing="adapters")
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    (base,) = seen
+    assert all(torch.equal(value, start[name]) for name, value in base.model.state_dict().items())
+
+
+# ---------------------------------------------------------------- offload
+
+
+def test_frozen_models_rest_between_uses_and_change_nothing(
+    open_ppo: Any, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, awake = open_ppo(offload=False)
+    moves: list[tuple[str, str]] = []
+    whole = LlamaPreTrainedModel.to
+
+    def moved(self: Any, place: Any, *args: Any, **more: Any) -> Any:
+        moves.append((type(self).__name__, str(place)))
+        return whole(self, "cpu")
+
+    _, resting = open_ppo(offload=True)
+    for model in (resting.roles.reference, resting.opened[0].models[0].model):
+        assert model.keel_works_on == torch.device("cpu")
+        model.keel_works_on = torch.device("cuda:7")
+    monkeypatch.setattr(LlamaPreTrainedModel, "to", moved)
+    done = experience.sample(resting, tasks[:4], 1)
+    assert not moves
+    rated, scored = experience.rate(resting, tasks[:4], done), experience.score_tokens(resting, done)
+    score, lm = "LlamaForSequenceClassification", "LlamaForCausalLM"
+    assert moves == [(score, "cuda:7"), (score, "cpu"), (lm, "cuda:7"), (lm, "cpu")]
+    assert torch.equal(rated.total, experience.rate(awake, tasks[:4], done).total)
+    assert torch.equal(scored.ref_logp, experience.score_tokens(awake, done).ref_logp)
+
+
+def test_offload_without_effect_is_refused(
+    stages: Any, open_ppo: Any, rewarded: Path, tiny_model: Path
+) -> None:
+    with pytest.raises(UsageError, match="`offload` has no effect on a CPU"):
+        stages("cpu", offload=True)
+    with pytest.raises(
+        UsageError, match="`offload` has no effect: reference and reward models are on the policy's"
+    ):
+        open_ppo(sharing="adapters", reward=str(rewarded / "reward" / "model"), offload=True)
+
+
+# ---------------------------------------------------------------- 8 and 4 bits
+
+
+def test_quantised_weights_without_bitsandbytes_are_refused_before_anything_runs(
+    stages: Any, tiny_model: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        UsageError, match=r"one: quantize needs bitsandbytes.*pip install 'bitsandbytes>=0\.48'"
+    ):
+        stages("none", model={"path": str(tiny_model), "quantize": "4bit"})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(__version__="0.43.1"))
+    with pytest.raises(UsageError, match=r"0\.48 or newer; here is 0\.43\.1"):
+        stages("old", reward={"kind": "learned", "model": str(tiny_reward), "quantize": "8bit"})
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_base_is_shared_and_the_saved_model_is_in_full_precision(
+    bits: str, stages: Any, tiny_model: Path
+) -> None:
+    """bitsandbytes computes on a CPU too. Same bytes as with three quantised models."""
+    pytest.importorskip("bitsandbytes", "0.48")
+    model = {"path": str(tiny_model), "quantize": bits}
+    one, _ = stages("shared", model=model, sharing="adapters")
+    other, _ = stages("separate", model=model, reward={"kind": "length", "high": 3})
+    again, _ = stages("shared too", model=model, sharing="adapters", reward={"kind": "length", "high": 3})
+    assert (other / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
+    assert [row["val/ratio_first"] for row in metrics_of(one)] == [1.0] * 3
+    for folder, family in (("model", AutoModelForCausalLM), ("critic", AutoModelForSequenceClassification)):
+        saved = family.from_pretrained(one / folder)
+        assert not hasattr(saved.config, "quantization_config")
+        assert {p.dtype for p in saved.parameters()} <= {torch.bfloat16, torch.float32}
+    start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
+    ends = AutoModelForCausalLM.from_pretrained(one / "model", dtype=torch.bfloat16).state_dict()
+    assert torch.equal(start["model.embed_tokens.weight"], ends["model.embed_tokens.weight"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    change = (ends[name].float() - start[name].float()).abs().max() / start[name].float().abs().max()
+    assert 0 < change < 0.5
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_frozen_models_may_be_quantised_by_themselves(bits: str, open_ppo: Any, tiny_reward: Path) -> None:
+    pytest.importorskip("bitsandbytes", "0.48")
+    tasks, whole = open_ppo()
+    _, small = open_ppo(
+        reference_quantize=bits, reward={"kind": "learned", "model": str(tiny_reward), "quantize": bits}
+    )
+    done = experience.sample(whole, tasks[:4], 1)
+    rough, exact = experience.score_tokens(small, done), experience.score_tokens(whole, done)
+    assert torch.equal(rough.logp, exact.logp)
+    assert 0 < (rough.ref_logp - exact.ref_logp).abs().mean() < 0.5
+    totals = [experience.rate(setup, tasks[:4], done).total for setup in (small, whole)]
+    assert 0 < (totals[0] - totals[1]).abs().mean() < 0.5

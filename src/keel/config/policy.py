@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from keel.config.parts import DataConfig, SamplingConfig, Settings, as_source
+from keel.config.parts import DataConfig, Quantize, SamplingConfig, Settings, as_source
 from keel.config.presets import AS_IT_COMES, PRESETS, whole_kl
-from keel.config.rewards import as_terms, check_only, models_of
+from keel.config.rewards import LearnedTerm, as_terms, check_only, models_of
 from keel.config.watching import Watched
 
 
@@ -88,6 +88,14 @@ class OnPolicy(Watched):
     )
     reference_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None, description="Precision of the frozen reference, as in `model.dtype`; null: the model's."
+    )
+    reference_quantize: Quantize = Field(
+        None,
+        description="Hold a frozen reference with weights of its own in 8 or 4 bit, as in `model.quantize`.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep the reference and the reward models on the CPU between uses: less GPU memory, more time. For those with weights of their own.",
     )
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy (AdamW).")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -169,10 +177,23 @@ class OnPolicy(Watched):
             raise ValueError(
                 f"{name} starts from a trained model: give `model` as a stage, a path or a hub id"
             )
-        if self.reference_dtype is not None and self.lora is not None and self.reference is None:
+        own_reference = self.lora is None or self.reference is not None
+        idle = [key for key in ("reference_dtype", "reference_quantize") if self.changes(key)]
+        if idle and not own_reference:
             raise ValueError(
-                "`reference_dtype` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
+                f"`{idle[0]}` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
             )
+        learned = [term for term in self.reward if isinstance(term, LearnedTerm)]
+        if self.reference_quantize is not None and self.reference_dtype in ("auto", "float32"):
+            raise ValueError(
+                f"`reference_quantize` needs a `reference_dtype` of 16 bit for what is not quantised, not {self.reference_dtype}"
+            )
+        if self.offload and not (own_reference or learned):
+            raise ValueError(
+                "`offload` has no effect: there is no reward model, and the reference is the policy with its adapters off"
+            )
+        if self.offload and (self.reference_quantize or any(term.quantize for term in learned)):
+            raise ValueError("`offload` is for models in full precision: leave it out, or `quantize`")
         check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
         idle = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
         if idle and self.one_step:

@@ -29,6 +29,11 @@ def check() -> None:
         raise UsageError(f"quantize needs bitsandbytes 0.48 or newer; here is {version}: {way_out}")
 
 
+def rest_in(dtype: str) -> str:
+    """The precision of what is not quantised, for a model that would be in `dtype`: always in 16 bit."""
+    return "bfloat16" if dtype in ("auto", "float32") else dtype
+
+
 def options(quantize: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained`: LLM.int8 (2208.07339) for 8bit, NF4 (2305.14314) for 4bit; none for None. The blocks'
     matrices are quantised; embeddings, norms and heads stay in `dtype`, in which everything is computed."""

@@ -14,10 +14,17 @@ from keel.types import UsageError
 
 
 def load_members(
-    path: str, base: Base, *, dtype: str, trust_remote_code: bool, say: Callable[[str], None]
+    path: str,
+    base: Base,
+    *,
+    dtype: str,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+    quantize: str | None = None,
 ) -> list[RewardModel]:
     """As `learned.load_members`, each member on `base` if its adapter was trained there. `say` is told of one that was not,
-    and takes memory of its own; UsageError if it is an adapter alone, which is nothing without its base."""
+    and takes memory of its own. UsageError if it is an adapter alone, which is nothing without its base, and for a
+    `quantize` without effect."""
     places, bare = [path], adapters.is_bare(path)
     if not bare:
         source = ModelSource(path, trust_remote_code=trust_remote_code)
@@ -26,6 +33,10 @@ def load_members(
     for place in places:
         folder = adapters.folder_of(place)
         if folder is not None and adapters.belongs_to(folder, base.source):
+            if quantize is not None:
+                raise UsageError(
+                    f"reward model {place!r}: `quantize` has no effect: it is an adapter on the base, which `model.quantize` is for"
+                )
             found.append(on(base, place, folder, trust_remote_code=trust_remote_code))
             continue
         why = (
@@ -35,7 +46,11 @@ def load_members(
             raise UsageError(f"reward model {place!r} cannot be used: {why}, and there is no whole model")
         say(f"the reward model {place!r} takes memory of its own: {why}")
         device = next(base.model.parameters()).device
-        found.append(learned.load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+        found.append(
+            learned.load(
+                place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize
+            )
+        )
     return found
 
 

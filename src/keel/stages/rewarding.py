@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, SimilarityTerm
+from keel.models.offload import awake
 from keel.models.shared import Base
 from keel.rewards import functions, learned, on_base, rules
 from keel.rewards.classifier import Classifier
@@ -47,11 +48,15 @@ def open_rewards(
                 place = run.resolve(term.model)
                 if base is None:
                     models = learned.load_members(
-                        place, device=run.device, dtype=dtype, trust_remote_code=trust_remote_code
+                        place,
+                        device=run.device,
+                        dtype=dtype,
+                        trust_remote_code=trust_remote_code,
+                        quantize=term.quantize,
                     )
                 else:
                     models = on_base.load_members(
-                        place, base, dtype=dtype, trust_remote_code=trust_remote_code,
+                        place, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
                         say=lambda line: run.say(f"{run.name}: {line}"),
                     )  # fmt: skip
                 if term.combine is not None and len(models) == 1:
@@ -187,7 +192,8 @@ def _ensemble(run: StageRun, one: Opened, tokenizer: Any, batch_size: int) -> Re
             run.say(f"{run.name}: responses longer than the reward model reads are scored by their start")
         if cut:
             run.facts["responses_cut_for_reward"] = run.facts.get("responses_cut_for_reward", 0) + cut
-        return learned.score(model, rows, batch_size=batch_size)
+        with awake(model.model):
+            return learned.score(model, rows, batch_size=batch_size)
 
     def rewarder(batch: Batch) -> list[float]:
         found = [scores(model, ids, batch) for model, ids in zip(one.models, reads_ids, strict=True)]
