@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +226,16 @@ def identity(source: ModelSource) -> str:
             )  # fmt: skip
         except (OSError, ValueError):
             return f"{source.path}@{source.revision or 'main'}"
+    files = sorted(folder.glob("*.safetensors"))
+    return _hash(tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache
+def _hash(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of the content of files; their sizes and times are there so that changed ones are read again."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as handle:
+    for path, *_ in files:
+        with Path(path).open("rb") as handle:
             while part := handle.read(1 << 24):
                 total.update(part)
     return f"sha256:{total.hexdigest()}"

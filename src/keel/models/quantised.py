@@ -18,7 +18,7 @@ KINDS = {"8bit": "int8", "4bit": "int4"}  # a config's word → that of keel.mod
 def check() -> None:
     """UsageError unless bitsandbytes is here, and new enough. It is kept from saying at every product that it casts."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    way_out = "install it (`pip install 'bitsandbytes>=0.48'`), or leave quantize out"
+    way_out = "install it (`pip install 'bitsandbytes>=0.48'`), or leave `quantize` out"
     try:
         version = importlib.import_module("bitsandbytes").__version__
     except (ImportError, RuntimeError, OSError) as error:
