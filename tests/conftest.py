@@ -123,7 +123,7 @@ def run() -> Run:
 
 @pytest.fixture(scope="session")
 def whole(data: Data) -> dict[str, Any]:
-    """Every stage, both ways to share a critic, a few steps each."""
+    """Every stage, every way to share models, a few steps each."""
     common = {"batch_size": 4, "micro_batch": 3, "save_every": 2}
     ppo = {
         "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "updates": 4, "epochs": 2, "mini_batch": 2,
@@ -143,6 +143,9 @@ def whole(data: Data) -> dict[str, Any]:
         "rewards": {
             "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 3, "members": 2, "normalize": 0, **common,
         },
+        "reward-lora": {
+            "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-2, "max_steps": 3, "normalize": 0, "lora": {"r": 2}, **common,
+        },
         "dpo-lora": {
             "kind": "dpo", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 3, "lora": {"r": 2}, **common,
         },
@@ -157,6 +160,7 @@ def whole(data: Data) -> dict[str, Any]:
             **ppo, "sharing": "trunk", "critic_warmup": 1, "samples_per_prompt": 2, "shaping": {"center": "prompt"},
             "ptx": {"data": str(data.text), "batch_size": 2},
         },
+        "ppo-adapters": {**ppo, "sharing": "adapters", "reward": "reward-lora", "lora": {"r": 2}},
         "grpo": {
             "kind": "grpo", "model": "sft", "reward": ["reward", {"kind": "length", "high": 4, "slack": 4}], "data": str(data.prompts),
             "updates": 4, "epochs": 2, "mini_batch": 2, "samples_per_prompt": 2, "resample": 1, "lr": 1e-3, "importance_cap": 2.0,

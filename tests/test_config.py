@@ -181,6 +181,23 @@ def test_setting_without_effect_is_refused(stage, reason):
         (_sft(betas=[-0.1, 0.9]), "stages.s.betas.0: Input should be greater than or equal to 0"),
         (_sft(model={"path": "m", "dtype": "bfloat16"}), "weights in bfloat16 are too coarse to be trained"),
         (_ppo(epochs=1, clip=0.1), "`clip` has no effect with one gradient step"),
+        (_ppo(sharing="adapters", lora=None), "`sharing: adapters` trains adapters, but `lora` is null"),
+        (_sft(model={"path": "m", "quantize": "4bit"}), "weights in 4bit cannot be trained themselves"),
+        (
+            _sft(model={"path": "m", "quantize": "4bit", "dtype": "float32"}, lora={}),
+            "`quantize` needs `dtype: bfloat16`",
+        ),
+        (
+            _sft(model={**NEW, "tokenizer": "t", "quantize": "8bit"}, lora={}),
+            "those of a new model are all trained",
+        ),
+        (_ppo(reference_quantize="4bit", lora={}), "`reference_quantize` has no effect with `lora`"),
+        (_ppo(reference_quantize="4bit", reference_dtype="auto"), "needs a `reference_dtype` of 16 bit"),
+        (
+            _ppo(lora={}, reward={"kind": "length", "high": 3}, offload=True),
+            "`offload` has no effect: there is no reward model",
+        ),
+        (_ppo(reference_quantize="8bit", offload=True), "`offload` is for models in full precision"),
         (_ppo(value_coef=0, critic_warmup=1), "`critic_warmup` has no effect with `value_coef` 0"),
         (_reward(normalize=1), "`normalize` 1 gives no spread to scale by: use at least 2, or 0"),
         (_sft(model={}), "either `path` or `init`"),
@@ -189,6 +206,20 @@ def test_setting_without_effect_is_refused(stage, reason):
 )
 def test_setting_that_cannot_work_is_refused(stage, reason):
     assert reason in _refusal(_config(s=stage))
+
+
+def test_adapters_and_16_bit_that_follow_from_other_settings_stand_in_the_resolved_config():
+    stages = {
+        "p": _ppo(sharing="adapters"), "g": _ppo(kind="grpo", samples_per_prompt=2, sharing="adapters", lora={"r": 4}),
+        "s": _sft(model={"path": "m", "quantize": "8bit"}, lora={}),
+    }  # fmt: skip
+    config = parse(_config(**stages))
+    resolved = config.model_dump(mode="json")
+    tree = resolved["stages"]
+    assert tree["p"]["lora"]["r"] == 16
+    assert tree["g"]["lora"]["r"] == 4
+    assert tree["s"]["model"]["dtype"] == "bfloat16"
+    assert parse(resolved) == config
 
 
 def test_the_bounds_themselves_are_fine():

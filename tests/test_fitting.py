@@ -10,6 +10,9 @@ from keel import fitting, footprint
 from keel.config import parse
 from keel.footprint import Cast, Found, Lengths
 from keel.models import shapes
+from keel.models.memory import Lora
+
+LLAMA = shapes.KNOWN["meta-llama/Llama-2-7b-hf"]
 
 
 def _stage(**settings: Any) -> Any:
@@ -43,6 +46,21 @@ def test_a_model_whose_optimizer_does_not_fit_is_told_to_use_lora_in_16_bit():
     assert found[24].settings is not None
     assert "lora" in found[24].settings
     assert found[24].settings["model.dtype"] == "bfloat16"
+
+
+def test_ppo_that_does_not_fit_is_told_to_share_a_base_and_then_to_quantise_it():
+    stage = _stage(kind="ppo", reward="r", data="rows.jsonl", batch_size=8, updates=1)
+    cast = Cast(Found(LLAMA), rewards={"r": Found(LLAMA, adapter=Lora())})
+
+    def peak(stage: Any) -> float:
+        return max(phase.total for phase in footprint.phases(stage, cast, Lengths(64, 64), "cuda"))
+
+    found = {fit.gb: fit.settings for fit in fitting.fits(stage, peak, 128)}
+    assert found[16] is not None
+    assert found[16]["sharing"] == "adapters"
+    assert found[12] is not None
+    assert found[12]["model.quantize"] == "4bit"
+    assert found[8] is not None
 
 
 @pytest.mark.parametrize("gb", fitting.CARDS)

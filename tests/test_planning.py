@@ -194,6 +194,71 @@ def test_memory_is_planned_by_role_and_phase(plan, data, tiny_model):
     assert "by role" in planning.as_text([planned["ppo"]])
 
 
+def test_one_base_is_planned_as_what_is_held(plan, run, data, tiny_model, tmp_path):
+    """A reward model that will be, or was, an adapter on the policy's base takes no base of its own."""
+    lora = {"r": 2}
+    sft = {
+        "kind": "sft",
+        "model": str(tiny_model),
+        "data": str(data.demonstrations),
+        "batch_size": 4,
+        "max_steps": 1,
+    }
+    reward = {
+        "kind": "reward", "model": "sft", "data": str(data.pairs), "batch_size": 2, "normalize": 0, "lora": lora, "max_steps": 1,
+    }  # fmt: skip
+    ppo = {
+        "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "batch_size": 4, "updates": 1, "lora": lora,
+        "sampling": {"max_new_tokens": 4}, "sharing": "adapters",
+    }  # fmt: skip
+    grpo = {**ppo, "kind": "grpo", "samples_per_prompt": 2}
+    chain = {"sft": sft, "reward": reward, "whole": {**reward, "lora": None}}
+    planned = plan(
+        **chain, ppo=ppo, grpo=grpo, mixed={**ppo, "reward": "whole"}, apart={**ppo, "sharing": "separate"}
+    )
+    weights = {
+        name: {role: kinds["weights"] for role, kinds in entry["memory"]["phases"]["train"].items()}
+        for name, entry in planned.items() if name in ("ppo", "grpo", "mixed", "apart")
+    }  # fmt: skip
+    base, hidden = 4 * planned["ppo"]["parameters"], 32
+    adapter = weights["ppo"]["policy"] - base
+    assert 0 < adapter < 0.2 * base
+    assert weights["ppo"] == {
+        "policy": base + adapter,
+        "critic": adapter + 4 * hidden,
+        "reward": adapter + 4 * hidden,
+    }
+    assert weights["grpo"] == {"policy": base + adapter, "reward": adapter + 4 * hidden}
+    assert weights["mixed"]["reward whole"] > 0.6 * base
+    assert weights["apart"]["reward"] == weights["mixed"]["reward whole"]
+    assert planned["ppo"]["memory"]["peak"] < planned["apart"]["memory"]["peak"]
+    made = run({"stages": {"sft": sft, "reward": reward}}, tmp_path / "made")
+    places = {
+        "model": str(made.stage_directory("sft") / "model"),
+        "reward": str(made.stage_directory("reward") / "model"),
+    }
+    again = plan(ppo={**ppo, **places})["ppo"]["memory"]["phases"]["train"]
+    assert {role: kinds["weights"] for role, kinds in again.items()} == weights["ppo"]
+
+
+def test_what_rests_on_the_cpu_is_counted_where_it_works(plan, data, tiny_model, tiny_reward):
+    ppo = {
+        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 4, "updates": 1,
+        "sampling": {"max_new_tokens": 4}, "sharing": "trunk", "offload": True,
+    }  # fmt: skip
+    phases = plan(ppo=ppo)["ppo"]["memory"]["phases"]
+    assert {name: set(roles) for name, roles in phases.items()} == {
+        "rollout": {"policy"}, "score": {"policy", "reward"}, "forward": {"policy", "reference"}, "train": {"policy"},
+    }  # fmt: skip
+
+
+def test_weights_in_4_bit_are_planned_without_bitsandbytes(plan, data):
+    model = {"path": "meta-llama/Llama-2-7b-hf", "quantize": "4bit"}
+    sft = {"kind": "sft", "model": model, "data": str(data.demonstrations), "lora": {}}
+    held = plan(sft=sft)["sft"]["memory"]["phases"]["train"]["model"]["weights"]
+    assert held < 0.7 * 6_738_415_616  # half a byte a weight and its scales; embeddings, head and adapters
+
+
 def test_a_common_model_that_is_not_here_is_planned_with(plan, data):
     entry = plan(sft={"kind": "sft", "model": "openai-community/gpt2", "data": str(data.demonstrations)})[
         "sft"

@@ -69,7 +69,11 @@ def _changes(stage: AnyStage, longest: int) -> Sequence[dict[str, Any]]:
     if isinstance(stage, OnPolicy):
         found.append({"reference_dtype": "bfloat16"})
     if isinstance(stage, PPOConfig):
-        found.append({"sharing": "adapters"})
+        found.append({"sharing": "adapters"} | ({} if stage.lora else {"lora": {}}))
+    if stage.model.init is None:
+        needed = {} if stage.lora else {"lora": {}}
+        needed |= {"model.dtype": "bfloat16"} if stage.model.dtype in ("auto", "float32") else {}
+        found.append({**needed, "model.quantize": "4bit"})
     shorter = (change for change in _halves("max_length", longest) if change["max_length"] >= SHORTEST)
     return [*found, *({**change, "too_long": "truncate"} for change in shorter)]
 

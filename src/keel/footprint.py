@@ -25,10 +25,11 @@ from keel.config import (
     Training,
 )
 from keel.config.preference import REFERENCE_FREE
-from keel.models import memory
+from keel.models import memory, quantised
 from keel.models.memory import Lora, Model, Pass, Phase, fullest, resident, training, with_parts
 from keel.models.shapes import Head, Shape
 from keel.rewards.learned import ROWS_A_FORWARD
+from keel.sources import lora_of
 from keel.stages.best_of_n import PROMPTS_AT_ONCE
 
 SAMPLED_AT_ONCE = 64  # rows of a batch of rollout.engine.generate
@@ -63,6 +64,8 @@ class Found:
     counted: int | None = None  # parameters, where they were counted on the model itself
     members: int = 1  # of an ensemble
     judges: bool = False  # a classifier or a sentence embedder, in float32 and with batches of its own
+    adapter: Lora | None = None  # as which a reward model was trained on the stage's own base
+    quantize: str | None = None  # a reward model of its own: 8bit, 4bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +94,15 @@ def phases(stage: AnyStage, cast: Cast, lengths: Lengths, device: Device) -> lis
             return _evaluate(stage, cast, lengths, device)
 
 
+def _held_in(dtype: str, quantize: str | None) -> str:
+    """How weights lie in memory, in the words of `memory.WEIGHT`."""
+    return dtype if quantize is None else quantised.KINDS[quantize]
+
+
 def _trained(stage: Training, found: Found, device: Device, *, dropout: bool = False) -> Model:
-    lora = None
-    if stage.lora:
-        targets = stage.lora.target_modules
-        lora = Lora(
-            stage.lora.r, targets if isinstance(targets, str) else tuple(targets), stage.lora.dropout > 0
-        )
+    lora, dtype = lora_of(stage), _held_in(stage.model.dtype, stage.model.quantize)
     return Model(
-        found.shape, stage.model.dtype, trained=True, lora=lora, checkpointing=stage.gradient_checkpointing, dropout=dropout,
+        found.shape, dtype, trained=True, lora=lora, checkpointing=stage.gradient_checkpointing, dropout=dropout,
         device=device, counted=found.counted,
     )  # fmt: skip
 
@@ -155,7 +158,8 @@ def _scoring_model(
     phase = training(models, [passed], accumulates=rows < stage.batch_size)
     if isinstance(stage, RewardConfig) and stage.normalize and not model.shape.is_encoder:
         prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
-        sampler = {"sampler": _frozen(cast.model, "float32", device)}
+        dtype = _held_in(stage.model.dtype, stage.model.quantize)
+        sampler = {"sampler": _frozen(cast.model, dtype, device)}
         found.append(_rollout(sampler, "sampler", SAMPLED_AT_ONCE, prompt, name="samples"))
     return [*found, _with_best(phase, models, "model", stage.patience)]
 
@@ -186,7 +190,8 @@ def _pairs(stage: DPOConfig, cast: Cast, lengths: Lengths, device: Device) -> li
 
 
 def _best_of_n(stage: BestOfNConfig, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
-    sampler = {"sampler": _frozen(cast.model, stage.model.dtype, device)}
+    dtype = _held_in(stage.model.dtype, stage.model.quantize)
+    sampler = {"sampler": _frozen(cast.model, dtype, device)}
     held = sampler | _rewards(cast, stage.model.dtype, device)
     rows = PROMPTS_AT_ONCE * stage.samples_per_prompt
     found = [_rollout(held, "sampler", rows, lengths, name="samples")]
@@ -225,36 +230,55 @@ def _on_policy(stage: OnPolicy, cast: Cast, lengths: Lengths, device: Device) ->
         ptx = _rows(stage, stage.ptx.batch_size, length)
         logits = memory.loss_logits(policy, ptx * length)
         found.append(training(models, [Pass("policy", ptx, length, logits)], accumulates=True, name="ptx"))
+    if stage.offload:
+        found = [_without_resting(phase, models) for phase in found]
     return [_with_best(phase, models, "policy", stage.patience) for phase in found]
+
+
+def _without_resting(phase: Phase, models: Mapping[str, Model]) -> Phase:
+    """A phase without the frozen models that lie on the CPU meanwhile: the reference works in one phase, and of the reward
+    models one at a time in another, where it is the one with activations."""
+
+    def here(role: str, kinds: Mapping[str, float]) -> bool:
+        if role == "reference":
+            return phase.name == "forward"
+        resting = role.startswith("reward") and models[role].base and models[role].head == "score"
+        return not resting or "activations" in kinds
+
+    return Phase(phase.name, {role: kinds for role, kinds in phase.parts.items() if here(role, kinds)})
 
 
 def roles(stage: OnPolicy, cast: Cast, device: Device) -> dict[str, Model]:
     """The models that an on-policy stage holds, as models/roles.py shares them."""
     policy = _trained(stage, cast.model, device)
     models = {"policy": policy}
-    sharing = getattr(stage, "sharing", "none")
+    shared = (
+        stage.sharing == "adapters"
+    )  # one frozen base; what differs between the roles is adapters and heads
     if stage.lora is None or stage.reference is not None:
         found = cast.reference or cast.model
-        models["reference"] = _frozen(found, stage.reference_dtype or stage.model.dtype, device)
-    if sharing == "adapters":  # one frozen base; what differs between the roles is adapters and heads
-        models.pop("reference", None)
-    rewards = _rewards(cast, stage.model.dtype, device)
-    if sharing in ("separate", "adapters"):
-        models["critic"] = replace(policy, head="score", base=sharing == "separate", counted=None)
-    return models | rewards
+        dtype = _held_in(stage.reference_dtype or stage.model.dtype, stage.reference_quantize)
+        models["reference"] = _frozen(found, dtype, device)
+    if isinstance(stage, PPOConfig) and stage.sharing != "trunk":
+        models["critic"] = replace(policy, head="score", base=not shared, counted=None)
+    return models | _rewards(cast, stage.model.dtype, device, policy if shared else None)
 
 
-def _rewards(cast: Cast, dtype: str, device: Device) -> dict[str, Model]:
-    """Reward models and classifiers, each member of an ensemble a role of its own."""
+def _rewards(cast: Cast, dtype: str, device: Device, base: Model | None = None) -> dict[str, Model]:
+    """Reward models and classifiers, each member of an ensemble a role of its own. base: what those that were trained as
+    adapters on it are put on."""
     models: dict[str, Model] = {}
     for name, found in cast.rewards.items():
+        on_base = base is not None and found.adapter is not None
+        held_in = base.dtype if base is not None and on_base else _held_in(dtype, found.quantize)
         for member in range(1, found.members + 1):
             role = ("reward" if name == "reward" else f"reward {name}") + (
                 f" {member}" if found.members > 1 else ""
             )
-            models[role] = _frozen(
-                found, "float32" if found.judges else dtype, device, "none" if found.judges else "score"
+            model = _frozen(
+                found, "float32" if found.judges else held_in, device, "none" if found.judges else "score"
             )
+            models[role] = replace(model, lora=found.adapter, base=False) if on_base else model
     return models
 
 

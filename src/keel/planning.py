@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,15 @@ def _cast(pipeline: Pipeline, name: str) -> Cast | None:
     rewards: dict[str, Found] = {}
     for term in getattr(stage, "reward", None) or []:
         if term.kind in ("learned", "classifier", "similarity"):
-            found = _found(pipeline, term.model, "score", judges=term.kind != "learned")
+            # an adapter alone has the shape of its base
+            on = name if pipeline.sources.is_bare(term.model) else term.model
+            found = _found(pipeline, on, "score", judges=term.kind != "learned")
             if found is None:
                 return None
+            if term.kind == "learned":
+                found = replace(
+                    found, adapter=pipeline.sources.adapter(stage, term.model), quantize=term.quantize
+                )
             rewards[term.called] = found
     if isinstance(stage, EvaluateConfig):
         models = [_found(pipeline, model, "lm") for model in stage.models]

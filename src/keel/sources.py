@@ -20,6 +20,7 @@ from keel.config import (
     DPOConfig,
     EvaluateConfig,
     OnPolicy,
+    RewardConfig,
     RunConfig,
     Stage,
     Supervised,
@@ -27,7 +28,9 @@ from keel.config import (
 )
 from keel.data import chat, load
 from keel.environment import device_of
+from keel.models import adapters, quantised
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.models.memory import Lora
 from keel.rewards import learned
 from keel.stages import judging, rewarding
 from keel.types import DataError, DataSource, PromptRecord, RecordType, UsageError
@@ -120,6 +123,9 @@ class Sources:
         stage = self.config.stages[name]
         for setting, source in stage.references():
             place = self.resolve(source)
+            if setting == "reward" and adapters.is_bare(place):
+                _check_adapter(stage, name, place)
+                continue
             if source not in self.config.stages and (hub or Path(place).exists()):
                 found = self._config_of(stage, setting, source)
                 if setting == "reward":
@@ -131,6 +137,8 @@ class Sources:
         if isinstance(stage, Training) and stage.model.init:
             _check_family(stage, model_config(self.source(stage, "model", None)), "model.init")
         self._check_tokenizer(name, hub)
+        if hub:  # only a run needs them: a plan is also for another machine
+            self._check_machine(name)
         context = self.context(name, hub)
         longest = getattr(stage, "max_length", None)
         if longest is not None and context is not None and longest > context:
@@ -184,6 +192,22 @@ class Sources:
             except Exception as error:  # the tokenizers library raises bare ones for a broken file
                 raise UsageError(f"{name}: model.tokenizer: {error}") from None
 
+    def _check_machine(self, name: str) -> None:
+        """What the stage's settings need of this machine is here."""
+        stage = self.config.stages[name]
+        asked = [getattr(term, "quantize", None) for term in _rewards_of(stage)]
+        asked.append(stage.model.quantize if isinstance(stage, Training) else None)
+        asked.append(getattr(stage, "reference_quantize", None))
+        try:
+            if any(asked):
+                quantised.check()
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+        if getattr(stage, "offload", False) and device_of(self.config).type == "cpu":
+            raise UsageError(
+                f"{name}: `offload` has no effect on a CPU, where all models lie anyway; leave it out"
+            )
+
     def _check_eval_data(self, name: str) -> None:
         """The rows evaluated on are like the rows trained on: of one type, and conversations only if those are."""
         (sources, accept), (eval_sources, _), *_ = data_of(self.config.stages[name])
@@ -216,6 +240,26 @@ class Sources:
         revision = model.revision if model and setting == "model" else None
         return ModelSource(place, init, trust_remote_code=trusts(stage), revision=revision)
 
+    def is_bare(self, name: str) -> bool:
+        """Whether a model that no stage makes is an adapter without a model."""
+        return name not in self.config.stages and adapters.is_bare(self.resolve(name))
+
+    def adapter(self, stage: AnyStage, name: str) -> Lora | None:
+        """As which adapter a reward model was trained, or will be, on the model that `stage` starts from; None for one with
+        weights of its own."""
+        if not isinstance(stage, OnPolicy) or stage.model.path is None:
+            return None
+        made = self.config.stages.get(name)
+        if isinstance(made, RewardConfig):
+            return lora_of(made) if made.model.path == stage.model.path else None
+        place, base = (Path(self.resolve(path)) for path in (name, stage.model.path))
+        folder = adapters.folder_of(str(place)) if place.exists() else None
+        if folder is None or not base.exists() or not adapters.belongs_to(folder, ModelSource(str(base))):
+            return None
+        settings = adapters.settings_of(folder)
+        targets = settings.target_modules
+        return Lora(settings.r, targets if isinstance(targets, str) else tuple(targets))
+
     def _check_gold(self, gold: str, data: tuple[list[DataSource], tuple[RecordType, ...]]) -> None:
         """The world can judge replies to these prompts. DataError at the first that it cannot."""
         world = worlds.load(judging.world_of(gold))
@@ -225,6 +269,14 @@ class Sources:
                     world.gold(chat.user_text(record.prompt), "", record.columns)
                 except DataError as error:
                     raise DataError(f"{record.origin}: {gold} cannot judge replies to it: {error}") from None
+
+
+def lora_of(stage: Training) -> Lora | None:
+    """The adapters that a stage trains."""
+    if stage.lora is None:
+        return None
+    targets = stage.lora.target_modules
+    return Lora(stage.lora.r, targets if isinstance(targets, str) else tuple(targets), stage.lora.dropout > 0)
 
 
 def main_data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
@@ -292,6 +344,15 @@ def _reads_both_ways(config: Any) -> bool:
     masks = ("is_decoder", "is_encoder_decoder", "causal")
     encoder: Any = AutoModelForMaskedLM
     return type(config) in encoder._model_mapping and not any(getattr(config, name, False) for name in masks)
+
+
+def _check_adapter(stage: AnyStage, name: str, place: str) -> None:
+    """UsageError for a reward model that is an adapter and no model, where there is no base for it."""
+    if getattr(stage, "sharing", None) != "adapters":
+        raise UsageError(
+            f"{name}: {place!r} holds an adapter and no model: it is used with `sharing: adapters`, by a stage whose `model` is its base"
+        )
+    adapters.settings_of(Path(place))
 
 
 def _without_number(name: str) -> str:

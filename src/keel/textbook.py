@@ -75,7 +75,7 @@ def columns(name: str, method: str) -> list[Column]:
         found.append(
             Column(
                 f"adapters, {how} base",
-                f"one frozen {how} base, LoRA of rank 16 and a head for each role (keel does not train so yet)",
+                f"one frozen {how} base, LoRA of rank 16 and a head for each role ({'model.quantize: 4bit' if dtype == 'int4' else 'model.dtype: bfloat16'}, sharing: adapters)",
                 _shared(shape, uses, dtype),
             )
         )

@@ -65,7 +65,12 @@ def short(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
         "eval_data": {"source": str(data.prompts), "rows": 2}, **common,
     }  # fmt: skip
     sft = {"kind": "sft", "data": {"source": str(data.demonstrations), "rows": 8}, "max_steps": 2, **common}
-    return {"sft": sft, "ppo": {**ppo, "sharing": "separate"}, "ppo-trunk": {**ppo, "sharing": "trunk"}}
+    return {
+        "sft": sft,
+        "ppo": {**ppo, "sharing": "separate"},
+        "ppo-trunk": {**ppo, "sharing": "trunk"},
+        "ppo-adapters": {**ppo, "sharing": "adapters", "lora": {"r": 4, "alpha": 64}},
+    }
 
 
 @pytest.mark.parametrize("stride", [19, pytest.param(1, marks=pytest.mark.slow)])

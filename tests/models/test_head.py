@@ -17,7 +17,8 @@ from keel.masked import entropy, token_logp
 from keel.models import forward
 from keel.models.forward import said, states
 from keel.models.head import head_of
-from keel.models.load import Adapters, add_adapters, checkpoint_activations
+from keel.models.adapters import Adapters, add_adapters
+from keel.models.load import checkpoint_activations
 from keel.models.roles import AdaptersOff
 
 SIZES = {

@@ -14,15 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.models.adapters import Adapters, add_adapters, merged
 from keel.models.load import (
-    Adapters,
     ModelSource,
-    add_adapters,
     causal_lm,
     checkpoint_activations,
     context_length,
     disable_dropout,
-    merged,
     save,
     scorer,
 )

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel.models import memory, shapes
-from keel.models.load import Adapters, add_adapters, checkpoint_activations, disable_dropout
+from keel.models.adapters import Adapters, add_adapters
+from keel.models.load import checkpoint_activations, disable_dropout
 from keel.models.memory import Lora, Model, Pass
 
 ROWS, LENGTH = 2, 40

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from keel.models.adapters import Adapters
 from keel.models.forward import response_scores
-from keel.models.load import Adapters, ModelSource
+from keel.models.load import ModelSource
 from keel.models.roles import Roles, open_roles
 from keel.types import UsageError
 

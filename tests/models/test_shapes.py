@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from keel.models import shapes
-from keel.models.load import Adapters, add_adapters, count_parameters
+from keel.models.adapters import Adapters, add_adapters
+from keel.models.load import count_parameters
 
 # as their model cards and the hub's file metadata have it; of an encoder without pooler and head
 PUBLISHED = {

@@ -35,9 +35,9 @@ from transformers import (
 
 from keel.masked import token_logp
 from keel.models import precision
+from keel.models.adapters import Adapters, add_adapters
 from keel.models.forward import response_logits, response_tokens
 from keel.models.head import head_of, reading
-from keel.models.load import Adapters, add_adapters
 from keel.rollout import lean, plain
 from keel.rollout.engine import generate, text_of
 from keel.rollout.sampling import pick

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from keel import types
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Quantize = Literal["8bit", "4bit"] | None
 
 
 class Settings(BaseModel):
@@ -92,10 +93,21 @@ class ModelConfig(Settings):
         "float32",
         description="Precision. auto: weights in float32, matrix products in bfloat16 where the hardware is fast in it (CUDA from Ampere on, CPUs with AMX). Else that of the weights in memory, and of all that is computed.",
     )
+    quantize: Quantize = Field(
+        None,
+        description="Keep the frozen weights under adapters in 8 bit (LLM.int8) or 4 bit (NF4), by bitsandbytes; all else stays in `dtype`, which is then bfloat16 unless given. Needs `lora`.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python that comes with the model. Off unless you trust its author."
     )
     revision: str | None = Field(None, description="Revision of a hub model.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_16_bit(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("quantize") is not None:
+            return {"dtype": "bfloat16", **values}
+        return values
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -109,11 +121,19 @@ class ModelConfig(Settings):
             raise ValueError("`vocab_size` has no effect with `tokenizer`: no tokenizer is trained")
         if self.init is not None and self.revision and not self.tokenizer:
             raise ValueError("`revision` has no effect with `init`: nothing is taken from the hub")
+        if self.quantize is not None and self.init is not None:
+            raise ValueError(
+                "`quantize` is for weights that stay frozen; those of a new model are all trained"
+            )
+        if self.quantize is not None and self.dtype in ("auto", "float32"):
+            raise ValueError(
+                f"`quantize` needs `dtype: bfloat16` or float16 for what is not quantised, not {self.dtype}"
+            )
         return self
 
 
 class LoraConfig(Settings):
-    """Low-rank adapters (2106.09685), by peft. The saved model has them merged in."""
+    """Low-rank adapters (2106.09685), by peft. The saved model has them merged in, and in adapter/ by themselves."""
 
     r: int = Field(16, ge=1, description="Rank.")
     alpha: int = Field(32, ge=1, description="Scale: updates are multiplied by alpha / r.")
@@ -252,6 +272,10 @@ class Training(Stage):
 
     @model_validator(mode="after")
     def _trainable(self) -> Training:
+        if self.model.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"weights in {self.model.quantize} cannot be trained themselves: set `lora: {{}}` to train adapters on them, or leave `model.quantize` out"
+            )
         if self.model.dtype not in ("auto", "float32") and self.lora is None:
             raise ValueError(
                 f"weights in {self.model.dtype} are too coarse to be trained themselves (a step of AdamW is mostly smaller than the gap between two such numbers): set `model.dtype: float32`, or `lora: {{}}`"

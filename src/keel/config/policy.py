@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from keel.config.parts import DataConfig, SamplingConfig, Settings, as_source
+from keel.config.parts import DataConfig, Quantize, SamplingConfig, Settings, as_source
 from keel.config.presets import AS_IT_COMES, PRESETS, whole_kl
-from keel.config.rewards import as_terms, check_only, models_of
+from keel.config.rewards import LearnedTerm, as_terms, check_only, models_of
 from keel.config.watching import Watched
 
 
@@ -82,8 +82,20 @@ class OnPolicy(Watched):
     reference: str | None = Field(
         None, description="The reference policy; null: the model training starts from."
     )
+    sharing: Literal["separate", "adapters"] = Field(
+        "separate",
+        description="adapters: one frozen base; policy and reward models (those that a reward stage trained with `lora` on the same `model`) are adapters on it, and the reference is the base itself. `lora` is on then.",
+    )
     reference_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None, description="Precision of the frozen reference, as in `model.dtype`; null: the model's."
+    )
+    reference_quantize: Quantize = Field(
+        None,
+        description="Hold a frozen reference with weights of its own in 8 or 4 bit, as in `model.quantize`.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep the reference and the reward models on the CPU between uses: less GPU memory, more time. For those with weights of their own.",
     )
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy (AdamW).")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -135,8 +147,20 @@ class OnPolicy(Watched):
         """Whether log π_old is the sampler's."""
         return self.old_logp == "sampler" and self.importance_cap is None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters(cls, values: Any) -> Any:
+        """Adapters with their defaults where `sharing` asks for some and none are described."""
+        if isinstance(values, dict) and values.get("sharing") == "adapters":
+            return {"lora": {}, **values}
+        return values
+
     @model_validator(mode="after")
     def _sound_on_policy(self) -> OnPolicy:
+        if self.sharing == "adapters" and self.lora is None:
+            raise ValueError(
+                "`sharing: adapters` trains adapters, but `lora` is null: leave it out, or share otherwise"
+            )
         name = self.kind.upper()
         if self.sampling.temperature == 0:
             raise ValueError(f"`sampling.temperature` 0 (greedy) leaves {name} nothing to explore")
@@ -162,10 +186,23 @@ class OnPolicy(Watched):
             raise ValueError(
                 f"{name} starts from a trained model: give `model` as a stage, a path or a hub id"
             )
-        if self.reference_dtype is not None and self.lora is not None and self.reference is None:
+        own_reference = self.lora is None or self.reference is not None
+        idle = [key for key in ("reference_dtype", "reference_quantize") if self.changes(key)]
+        if idle and not own_reference:
             raise ValueError(
-                "`reference_dtype` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
+                f"`{idle[0]}` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
             )
+        learned = [term for term in self.reward if isinstance(term, LearnedTerm)]
+        if self.reference_quantize is not None and self.reference_dtype in ("auto", "float32"):
+            raise ValueError(
+                f"`reference_quantize` needs a `reference_dtype` of 16 bit for what is not quantised, not {self.reference_dtype}"
+            )
+        if self.offload and not (own_reference or learned):
+            raise ValueError(
+                "`offload` has no effect: there is no reward model, and the reference is the policy with its adapters off"
+            )
+        if self.offload and (self.reference_quantize or any(term.quantize for term in learned)):
+            raise ValueError("`offload` is for models in full precision: leave it out, or `quantize`")
         check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
         idle = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
         if idle and self.one_step:
@@ -187,9 +224,9 @@ class PPOConfig(OnPolicy):
     value_lr: float | None = Field(
         None, gt=0, description="Learning rate of the value head (and the critic); null: `lr`."
     )
-    sharing: Literal["separate", "trunk"] = Field(
+    sharing: Literal["separate", "trunk", "adapters"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         "separate",
-        description="The critic: a model of its own (a copy of the starting model), or a value head on the policy's hidden states.",
+        description="The critic: a model of its own (a copy of the starting model), or trunk: a value head on the policy's hidden states. adapters: one frozen base; policy, critic and reward models (those that a reward stage trained with `lora` on the same `model`) are adapters with heads on it, and the reference is the base itself. `lora` is on then.",
     )
     gamma: float = Field(1.0, ge=0, le=1, description="Discount γ.")
     lam: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation (1506.02438).")

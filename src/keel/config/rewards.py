@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from keel.config.parts import DataConfig, Settings
+from keel.config.parts import DataConfig, Quantize, Settings
 
 
 class Term(Settings):
@@ -44,6 +44,11 @@ class LearnedTerm(Term):
     )
     caution: float | None = Field(
         None, ge=0, description="λ of `mean_minus_std`: how much disagreement costs; null: 1."
+    )
+
+    quantize: Quantize = Field(
+        None,
+        description="Hold it in 8 or 4 bit, as in `model.quantize`. Not for one that is an adapter on a shared base.",
     )
 
     @property

@@ -8,9 +8,10 @@ import io
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -27,8 +28,12 @@ from transformers import (
 )
 
 from keel.data.batches import derive_seed
+from keel.models import quantised
 from keel.models.precision import opened, weights
 from keel.types import UsageError
+
+if TYPE_CHECKING:
+    from keel.models.adapters import AdapterFiles
 
 COUNT_FROM_PAD = (
     "roberta",
@@ -41,9 +46,6 @@ COUNT_FROM_PAD = (
 )
 
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """Which model, in plain values: a path or hub id, or a configuration to build a new one from."""
@@ -53,16 +55,7 @@ class ModelSource:
     dtype: str = "float32"  # see keel.models.precision
     trust_remote_code: bool = False
     revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Adapters:
-    """LoRA settings (2106.09685)."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] = field(default="all-linear")
+    quantize: str | None = None  # "8bit" or "4bit": see keel.models.quantised
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -101,19 +94,21 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
         with _explained(str(source.path), "model"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=source.trust_remote_code, revision=source.revision,
+                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantised.options(source.quantize, dtype),
             )  # fmt: skip
         model, info = loaded
         if info["missing_keys"]:  # transformers would make them up
             raise UsageError(
                 f"model {str(source.path)!r} is no whole causal language model: it has no {min(info['missing_keys'])}"
             )
-        return opened(_with_whole_embeddings(model), source.dtype)
+        if source.quantize is not None:
+            quantised.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
+        return opened(with_whole_embeddings(model), source.dtype)
     if vocab is not None:
         _adopt_vocabulary(config, vocab, source.init)
-    with _seeded(derive_seed("init", seed)):
+    with seeded(derive_seed("init", seed)):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return opened(_with_whole_embeddings(model), source.dtype)
+    return opened(with_whole_embeddings(model), source.dtype)
 
 
 def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequence[str] | None = None) -> Any:
@@ -131,14 +126,17 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
     if source.init is not None:
         if vocab is not None:
             _adopt_vocabulary(config, vocab, source.init)
-        with _seeded(derive_seed("init", seed)):
+        with seeded(derive_seed("init", seed)):
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     else:
-        with _explained(str(source.path), "model"), _seeded(derive_seed("init", seed)):
+        with _explained(str(source.path), "model"), seeded(derive_seed("init", seed)):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=source.trust_remote_code, revision=source.revision,
+                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantised.options(source.quantize, dtype),
             )  # fmt: skip
+        if source.quantize is not None:
+            again = replace(source, quantize=None)
+            quantised.settled(model).keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
         new_head = "score.weight" in info["missing_keys"]
         missing = sorted(
             key for key in info["missing_keys"] if trained or not _in_head(key, model.base_model_prefix)
@@ -149,7 +147,7 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
     head = score_head(model)
     if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
-    return opened(_with_whole_embeddings(model), source.dtype)
+    return opened(with_whole_embeddings(model), source.dtype)
 
 
 def scorer_without_weights(source: ModelSource) -> Any:
@@ -190,7 +188,7 @@ def _in_head(key: str, backbone: str) -> bool:
     return not key.startswith(f"{backbone}.") or key.startswith(f"{backbone}.pooler.")
 
 
-def _with_whole_embeddings(model: Any) -> Any:
+def with_whole_embeddings(model: Any) -> Any:
     """The model with every row of its embeddings trained. Torch keeps a pad token's row from learning, and the pad
     token may be EOS [trl PR 5303]; real pads get no gradient in any case, since masks here come from lengths."""
     for module in model.modules():
@@ -214,50 +212,6 @@ def seed_head(head: nn.Linear, seed: int) -> None:
             head.bias.zero_()
 
 
-def add_adapters(model: Any, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
-    """Wrap with LoRA adapters; only they (and a classifier's head, if asked) are trained, in float32 at least."""
-    import peft
-
-    targets = (
-        adapters.target_modules if isinstance(adapters.target_modules, str) else list(adapters.target_modules)
-    )
-    settings = peft.LoraConfig(
-        r=adapters.r, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, target_modules=targets,
-        modules_to_save=head_modules(model) if train_head else None,
-    )  # fmt: skip
-    with _seeded(derive_seed("adapters", seed)):
-        try:
-            wrapped = peft.get_peft_model(model, settings)
-        except ValueError as error:
-            raise UsageError(f"lora: {error}") from None
-    for module in wrapped.modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in HALF_PRECISION]
-        for parameter in own:  # a step of AdamW is below what half precision resolves
-            parameter.data = parameter.data.float()
-        if own:
-            module.register_forward_pre_hook(_in_own_precision)
-    return wrapped
-
-
-def head_modules(model: Any) -> list[str]:
-    """Names of a classifier's modules that a language model does not have: those outside of its backbone, and the
-    backbone's pooler."""
-    prefix = model.base_model_prefix
-    heads = {name: child for name, child in model.named_children() if name != prefix}
-    heads[f"{prefix}.pooler"] = getattr(getattr(model, prefix, None), "pooler", None)
-    return [
-        name
-        for name, module in heads.items()
-        if module is not None and any(True for _ in module.parameters())
-    ]
-
-
-def _in_own_precision(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A float32 module on a backbone of lower precision: what it is given is cast first."""
-    dtype = next(module.parameters()).dtype
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass; in train mode only. To be called after `add_adapters`.
 
@@ -273,19 +227,24 @@ def checkpoint_activations(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def merged(model: Any) -> Any:
-    """The plain model with adapters folded in."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
-def save(model: Any, tokenizer: Any, directory: Path, card: str, members: Sequence[Path] = ()) -> None:
-    """Write what `from_pretrained` reads, plus a model card and copies of an ensemble's other members. Replaces `directory` by rename: never half-written."""
+def save(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    card: str,
+    members: Sequence[Path] = (),
+    adapter: AdapterFiles | None = None,
+) -> None:
+    """Write what `from_pretrained` reads, plus a model card, the adapter that was merged in, and copies of an ensemble's
+    other members. Replaces `directory` by rename: never half-written."""
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
+    if adapter is not None:
+        adapter.write(partial / "adapter")
     for number, member in enumerate(members, 2):
         shutil.copytree(member, partial / "members" / str(number))
     if directory.exists():
@@ -338,7 +297,13 @@ def _dropout_rates(owner: Any) -> list[str]:
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    """Parameters; of 4-bit ones, which are stored two in a byte, as many as they stand for."""
+
+    def size(parameter: nn.Parameter) -> int:
+        state = getattr(parameter, "quant_state", None)
+        return parameter.numel() if state is None else math.prod(state.shape)
+
+    return sum(size(p) for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def _adopt_vocabulary(config: Any, tokenizer: Any, init: Mapping[str, Any]) -> None:
@@ -353,7 +318,7 @@ def _adopt_vocabulary(config: Any, tokenizer: Any, init: Mapping[str, Any]) -> N
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Run with a global seed of its own and leave the caller's random state untouched."""
     with torch.random.fork_rng():
         torch.manual_seed(seed % 2**63)

@@ -1,7 +1,8 @@
 """Who is who in PPO, and what they share in memory. Decided here and nowhere else.
 
 `separate` keeps four sets of weights: policy, reference, critic, reward model. `trunk` keeps three: the critic is a
-head on the policy's last hidden states. With LoRA the reference is the policy with its adapters off: one fewer.
+head on the policy's last hidden states. With LoRA the reference is the policy with its adapters off: one fewer. `adapters`
+keeps one: policy, critic and reward model are adapters on a frozen base, which is the reference.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import torch
 from torch import nn
 
 from keel.data.batches import derive_seed
+from keel.models.adapters import Adapters, add_adapters
 from keel.models.load import (
-    Adapters,
     ModelSource,
-    add_adapters,
     causal_lm,
     checkpoint_activations,
     disable_dropout,
@@ -24,6 +24,7 @@ from keel.models.load import (
     scorer,
     seed_head,
 )
+from keel.models.shared import Base, open_base
 from keel.types import UsageError
 
 
@@ -61,25 +62,32 @@ def open_roles(
     source: ModelSource,
     reference: ModelSource | None,
     *,
-    sharing: Literal["separate", "trunk", "none"],
+    sharing: Literal["separate", "trunk", "adapters", "none"],
     adapters: Adapters | None,
     gradient_checkpointing: bool,
     device: torch.device,
     seed: int,
+    base: Base | None = None,
 ) -> Roles:
     """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from. Dropout is off in all of them.
+
+    base: the frozen weights to put adapters on, where they are open already; opened here if needed for `sharing: adapters`.
 
     UsageError for a reference with another vocabulary than the policy's: their KL is not defined.
     """
     if reference is not None:
         _check_vocabularies(source, reference)
-    policy = causal_lm(source, seed)
+    if sharing == "adapters" and base is None:
+        base = open_base(source, seed, device)
+    policy = causal_lm(source, seed) if base is None else base.language_model()
     if sharing == "trunk" and not hasattr(policy.config, "hidden_size"):
         raise UsageError("sharing: trunk needs a model whose config has hidden_size")
     if adapters is not None:
         policy = add_adapters(policy, adapters, seed)
-    if adapters is not None and reference is None:
-        frozen: Any = AdaptersOff(policy)
+    if base is not None and reference is None:
+        frozen: Any = base.model
+    elif adapters is not None and reference is None:
+        frozen = AdaptersOff(policy)
     else:
         frozen = causal_lm(reference or source, seed).to(device).requires_grad_(False)
         disable_dropout(frozen.eval())
@@ -88,8 +96,9 @@ def open_roles(
         head = nn.Linear(policy.config.hidden_size, 1, dtype=torch.float32)
         seed_head(head, derive_seed("value", seed))
         head.to(device)
-    elif sharing == "separate":
-        critic = scorer(source, derive_seed("value", seed))
+    elif sharing != "none":
+        own = derive_seed("value", seed)
+        critic = scorer(source, own) if base is None else base.scorer(own)
         if getattr(critic, "score", None) is None:
             raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")
         if adapters is not None:

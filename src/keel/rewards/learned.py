@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keel.data import chat
 from keel.data.batches import length_mask, pad
+from keel.models import quantised
 from keel.models.forward import backbone, head_dtype
 from keel.models.load import (
     ModelSource,
@@ -47,11 +48,18 @@ class RewardModel:
 
 
 def load(
-    path: str, *, device: torch.device, dtype: str = "float32", trust_remote_code: bool = False, seed: int = 0
+    path: str,
+    *,
+    device: torch.device,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    quantize: str | None = None,
 ) -> RewardModel:
     """A trained reward model from a directory or hub id. UsageError if it has no trained score head, more than one
     output, or lacks any of its weights."""
-    source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    dtype = quantised.rest_in(dtype) if quantize else dtype
+    source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
     return wrap(
         scorer_of_trained(source, seed).to(device).eval(),
         load_tokenizer(path, trust_remote_code=trust_remote_code),
@@ -59,13 +67,18 @@ def load(
 
 
 def load_members(
-    path: str, *, device: torch.device, dtype: str = "float32", trust_remote_code: bool = False
+    path: str,
+    *,
+    device: torch.device,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> list[RewardModel]:
     """A reward model, or all members of an ensemble: the model in `path` itself and those in `path`/members/2, 3 …, which
     are downloaded if `path` is a hub id. UsageError, also offline, if one of them is missing."""
     source = ModelSource(path, trust_remote_code=trust_remote_code)
     return [
-        load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
         for place in (path, *other_members(model_config(source), path))
     ]
 

@@ -18,8 +18,11 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.evaluation.measures import Measure, mean_interval
 from keel.masked import masked_mean
+from keel.models import quantised
 from keel.models.load import ModelSource, count_parameters
+from keel.models.offload import awake, rest
 from keel.models.roles import Roles, open_roles
+from keel.models.shared import open_base
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rollout.engine import generate, text_of
@@ -145,7 +148,8 @@ def sample(setup: Setup, tasks: Sequence[Task], seed: int) -> list[Completion]:
 def score_tokens(setup: Setup, completions: Sequence[Completion]) -> Scored:
     """What policy, reference and critic say of each token."""
     config, roles = setup.config, setup.roles
-    return score(
+    with awake(roles.reference):
+        return score(
         completions, roles.policy, roles.reference, temperature=config.sampling.temperature, pad_id=setup.pad_id,
         device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
     )  # fmt: skip
@@ -314,22 +318,48 @@ def _held_out(setup: Setup, tasks: Sequence[Task]) -> dict[str, Tensor]:
 
 def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> ModelSource | None:
     """The reference policy; None for what the policy starts from, in the policy's own precision."""
-    dtype = config.reference_dtype or config.model.dtype
+    dtype, quantize = config.reference_dtype or config.model.dtype, config.reference_quantize
+    if quantize is not None:
+        dtype = quantised.rest_in(dtype)
     if config.reference is not None:
-        return ModelSource(run.resolve(config.reference), None, dtype, config.model.trust_remote_code)
-    return None if config.reference_dtype is None else replace(source, dtype=dtype)
+        path, remote = run.resolve(config.reference), config.model.trust_remote_code
+        return ModelSource(path, None, dtype, remote, quantize=quantize)
+    if config.reference_dtype is None and quantize is None:
+        return None
+    return replace(source, dtype=dtype, quantize=quantize)
+
+
+def _offload(run: StageRun, roles: Roles, opened: Sequence[rewarding.Opened]) -> None:
+    """Send frozen models with weights of their own to the CPU. UsageError where there are none."""
+    found = [reward.model for one in opened for reward in one.models]
+    if isinstance(roles.reference, torch.nn.Module):
+        found.append(roles.reference)
+    shared = {id(p) for p in roles.policy.parameters()}
+    own = [model for model in found if not any(id(p) in shared for p in model.parameters())]
+    if not own:
+        raise UsageError(
+            f"{run.name}: `offload` has no effect: reference and reward models are on the policy's own weights, or there are none"
+        )
+    for model in own:
+        rest(model, run.device)
 
 
 def open_stage(
-    config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "none"]
+    config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
 ) -> tuple[list[Task], list[Task], Setup]:
-    """Prompts, held-out prompts, and the models. Data and tokens come first, so that a bad row is found before any
-    weights are read."""
+    """Prompts, held-out prompts, and the models; sharing "none": without a critic. Data and tokens come first, so that a
+    bad row is found before any weights are read."""
     source = inputs.source_of(config.model, run)
     tasks, held, ptx, tokenizer = read_tasks(config, run, source)
     reference = _reference_of(config, run, source)
+    seed = derive_seed(run.seed, "model")
+    base = open_base(source, seed, run.device) if config.sharing == "adapters" else None
     opened = rewarding.open_rewards(
-        config.reward, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
+        config.reward,
+        run,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        base=base,
     )
     longest = max(len(task.ids) for task in [*tasks, *held]) + config.sampling.max_new_tokens
     rewards = rewarding.mixture(
@@ -338,8 +368,10 @@ def open_stage(
     )  # fmt: skip
     roles = open_roles(
         source, reference, sharing=sharing, adapters=inputs.adapters_of(config.lora) if config.lora else None,
-        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=derive_seed(run.seed, "model"),
+        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
     )  # fmt: skip
+    if config.offload:
+        _offload(run, roles, opened)
     run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
     run.facts["trained_parameters"] = sum(
         count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules)
@@ -356,6 +388,6 @@ def open_stage(
             tokenizer,
             run,
             ptx,
-            judging.open_judge(config, run, tokenizer, longest),
+            judging.open_judge(config, run, tokenizer, longest, base),
         ),
     )

@@ -18,6 +18,7 @@ from keel.diagnosis.findings import WINDOW, Finding, conditions
 from keel.diagnosis.watch import CHECKS, Watch, replay
 from keel.rewards.shaping import RunningScale
 from keel.stages.experience import Setup, Steering
+from keel.stages.update import put_back, state_of
 from keel.types import KeelError
 
 
@@ -96,9 +97,9 @@ class Guard:
         """Put the best weights back where the stage was stopped: by judge or evaluated reward, else the last healthy."""
         if self.stopped:
             state = self.kept.get("best", self.kept["healthy"])
-            self.setup.roles.policy.load_state_dict(state["modules"]["policy"])
+            put_back(self.setup.roles.policy, state["modules"]["policy"])
             for module, name in self._values():
-                module.load_state_dict(state["modules"][name])
+                put_back(module, state["modules"][name])
 
     # ------------------------------------------------------------ how
 
@@ -159,15 +160,15 @@ class Guard:
         modules = {"policy": self.setup.roles.policy, **{name: module for module, name in self._values()}}
         return {
             "update": update,
-            "modules": {name: _copied(module.state_dict()) for name, module in modules.items()},
+            "modules": {name: _copied(state_of(module)) for name, module in modules.items()},
             "optimizers": [_copied(optimizer.state_dict()) for optimizer in self.optimizers],
             "scale": {"count": scale.count, "mean": scale.mean, "spread": scale.spread},
         }
 
     def _put_back(self, state: Mapping[str, Any]) -> None:
-        self.setup.roles.policy.load_state_dict(state["modules"]["policy"])
+        put_back(self.setup.roles.policy, state["modules"]["policy"])
         for module, name in self._values():
-            module.load_state_dict(state["modules"][name])
+            put_back(module, state["modules"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(
                 _copied(saved)

@@ -12,14 +12,12 @@ from keel.config import DataConfig, LoraConfig, ModelConfig, Supervised, Trainin
 from keel.data import chat
 from keel.data.batches import derive_seed, split_holdout
 from keel.data.load import Dataset
+from keel.models.adapters import Adapters, add_adapters, files_of, merged
 from keel.models.load import (
-    Adapters,
     ModelSource,
-    add_adapters,
     checkpoint_activations,
     context_length,
     load_tokenizer,
-    merged,
     model_config,
     save,
 )
@@ -31,7 +29,7 @@ def source_of(config: ModelConfig, run: StageRun) -> ModelSource:
     """The config's model with another stage's name replaced by where that stage's model lies."""
     path = run.resolve(config.path) if config.path else None
     init = config.init.model_dump() if config.init else None
-    return ModelSource(path, init, config.dtype, config.trust_remote_code, config.revision)
+    return ModelSource(path, init, config.dtype, config.trust_remote_code, config.revision, config.quantize)
 
 
 def open_tokenizer(config: ModelConfig, run: StageRun, *, conversational: bool = False) -> Any:
@@ -138,7 +136,8 @@ def encode_all(run: StageRun, records: Sequence[Record], encode: Callable[[Recor
 def save_model(
     run: StageRun, model: Any, tokenizer: Any, config: Training, what: str, members: Sequence[Path] = ()
 ) -> None:
-    """Save to the stage's `model/`, adapters merged in; copies of `members` go with it, as members/2, 3 …"""
+    """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with it, as
+    members/2, 3 …"""
     base = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
     data = (
         [source for sources in config.data.values() for source in sources]
@@ -155,4 +154,5 @@ tags: [keel, rlhf, {config.kind}]  # stage kind
 on {", ".join(source.source for source in data)}.
 The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
 """
-    save(merged(model), tokenizer, run.directory / "model", card, members)
+    adapter = files_of(model, source_of(config.model, run), base)
+    save(merged(model), tokenizer, run.directory / "model", card, members, adapter)

@@ -12,6 +12,7 @@ from torch import Tensor
 from keel import worlds
 from keel.config import OnPolicy
 from keel.data import chat
+from keel.models.shared import Base
 from keel.rewards.mixture import Mixture
 from keel.rollout.engine import text_of
 from keel.runlog import StageRun
@@ -38,8 +39,10 @@ class Judge:
     rewards: Mixture | None
 
 
-def open_judge(config: OnPolicy, run: StageRun, tokenizer: Any, longest: int) -> Judge | None:
-    """What `judge` names; None without. longest: tokens of a prompt and its response at most."""
+def open_judge(
+    config: OnPolicy, run: StageRun, tokenizer: Any, longest: int, base: Base | None = None
+) -> Judge | None:
+    """What `judge` names, on `base` where it can be; None without. longest: tokens of a prompt and its response at most."""
     settings = config.judge
     if settings is None:
         return None
@@ -47,7 +50,7 @@ def open_judge(config: OnPolicy, run: StageRun, tokenizer: Any, longest: int) ->
         return Judge(worlds.load(world_of(settings.gold)), None)
     terms = settings.reward or []
     opened = rewarding.open_rewards(
-        terms, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
+        terms, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, base=base
     )
     rewards = rewarding.mixture(
         opened,

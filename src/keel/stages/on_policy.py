@@ -16,7 +16,7 @@ from keel.rewards.shaping import RunningScale
 from keel.stages import experience, judging
 from keel.stages.experience import Experience, Setup, Steering, Task
 from keel.stages.guard import Guard
-from keel.stages.update import EarlyStop, copy_state, due, optimizer_for
+from keel.stages.update import EarlyStop, copy_state, due, optimizer_for, put_back, state_of
 from keel.types import NotFiniteError
 
 # prompts of an update, steering, number of the update → what was sampled, the scale that has seen it, metrics
@@ -91,7 +91,7 @@ def loop(
 
     guard.finish()
     if best is not None and not guard.stopped:
-        policy.load_state_dict(best)
+        put_back(policy, best)
     return experience.final_measures(setup, held or tasks) | {
         "kl_coef": steering.coef, "kl_target": config.kl.target, "episodes": steering.episodes,
     }  # fmt: skip
@@ -119,15 +119,15 @@ def _state(setup: Setup, optimizers: Sequence[torch.optim.Optimizer]) -> dict[st
         "policy": setup.roles.policy,
         **{f"value{i}": m for i, m in enumerate(setup.roles.value_modules)},
     }
-    return {name: m.state_dict() for name, m in modules.items()} | {
+    return {name: state_of(m) for name, m in modules.items()} | {
         f"optimizer{i}": o.state_dict() for i, o in enumerate(optimizers)
     }
 
 
 def _load_state(setup: Setup, optimizers: Sequence[torch.optim.Optimizer], tensors: Any) -> None:
     """Put a checkpoint's `state` back."""
-    setup.roles.policy.load_state_dict(tensors["policy"])
+    put_back(setup.roles.policy, tensors["policy"])
     for i, module in enumerate(setup.roles.value_modules):
-        module.load_state_dict(tensors[f"value{i}"])
+        put_back(module, tensors[f"value{i}"])
     for i, optimizer in enumerate(optimizers):
         optimizer.load_state_dict(tensors[f"optimizer{i}"])

@@ -22,8 +22,9 @@ from keel.algorithms import advantages as advantage
 from keel.algorithms import kl, policy, value
 from keel.config import PPOConfig
 from keel.masked import at_least_float32, masked_mean, whiten
+from keel.models.adapters import files_of, merged
 from keel.models.forward import response_index, response_scores, said, spread, states
-from keel.models.load import merged, save
+from keel.models.load import save
 from keel.rewards.shaping import RunningScale, token_rewards
 from keel.runlog import StageRun
 from keel.stages import epochs, experience, inputs, on_policy
@@ -193,7 +194,9 @@ def _save(setup: Setup, config: PPOConfig) -> None:
         card = (
             f"The critic of stage {run.name}: a sequence classifier whose score at each position is V(s_t).\n"
         )
-        save(merged(roles.critic), setup.tokenizer, run.directory / "critic", card)
+        base = config.model.path or ""
+        adapter = files_of(roles.critic, inputs.source_of(config.model, run), base)
+        save(merged(roles.critic), setup.tokenizer, run.directory / "critic", card, adapter=adapter)
     elif roles.value_head is not None:
         head: nn.Linear = roles.value_head
         target = run.directory / "value_head.safetensors"

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, SimilarityTerm
-from keel.rewards import functions, learned, rules
+from keel.models.offload import awake
+from keel.models.shared import Base
+from keel.rewards import functions, learned, on_base, rules
 from keel.rewards.classifier import Classifier
 from keel.rewards.mixture import Batch, Mixture, Rewarder, Term, from_function
 from keel.rewards.similarity import Similarity
@@ -29,20 +31,34 @@ class Opened:
 
 
 def open_rewards(
-    terms: Sequence[Any], run: StageRun, *, dtype: str = "float32", trust_remote_code: bool = False
+    terms: Sequence[Any],
+    run: StageRun,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    base: Base | None = None,
 ) -> list[Opened]:
-    """Load the models and functions that the terms name. UsageError for one that cannot be used."""
+    """Load the models and functions that the terms name; reward models that were trained as adapters on `base` as such.
+    UsageError for one that cannot be used."""
     opened: list[Opened] = []
     where = f"{run.name}: reward"
     for term in terms:
         match term:
             case LearnedTerm():
-                models = learned.load_members(
-                    run.resolve(term.model),
-                    device=run.device,
-                    dtype=dtype,
-                    trust_remote_code=trust_remote_code,
-                )
+                place = run.resolve(term.model)
+                if base is None:
+                    models = learned.load_members(
+                        place,
+                        device=run.device,
+                        dtype=dtype,
+                        trust_remote_code=trust_remote_code,
+                        quantize=term.quantize,
+                    )
+                else:
+                    models = on_base.load_members(
+                        place, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
+                        say=lambda line: run.say(f"{run.name}: {line}"),
+                    )  # fmt: skip
                 if term.combine is not None and len(models) == 1:
                     raise UsageError(
                         f"{where}: `combine` has no effect: {term.model!r} is a single reward model"
@@ -176,7 +192,8 @@ def _ensemble(run: StageRun, one: Opened, tokenizer: Any, batch_size: int) -> Re
             run.say(f"{run.name}: responses longer than the reward model reads are scored by their start")
         if cut:
             run.facts["responses_cut_for_reward"] = run.facts.get("responses_cut_for_reward", 0) + cut
-        return learned.score(model, rows, batch_size=batch_size)
+        with awake(model.model):
+            return learned.score(model, rows, batch_size=batch_size)
 
     def rewarder(batch: Batch) -> list[float]:
         found = [scores(model, ids, batch) for model, ids in zip(one.models, reads_ids, strict=True)]

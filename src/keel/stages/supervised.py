@@ -22,7 +22,9 @@ from keel.stages.update import (
     lr_scale,
     optimizer_for,
     parts_of,
+    put_back,
     seed_step,
+    state_of,
     total_steps,
 )
 
@@ -59,7 +61,7 @@ def fit(
     run.facts |= {"rows": len(rows), "held_out_rows": len(held_out), "parameters": count_parameters(model)}
     run.facts |= {"steps": steps, "trained_parameters": count_parameters(model, trainable=True)}
     if checkpoint := run.restore():
-        model.load_state_dict(checkpoint.tensors["model"])
+        put_back(model, checkpoint.tensors["model"])
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
         stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
         first, seen = checkpoint.step, checkpoint.values["seen"]
@@ -100,8 +102,8 @@ def fit(
         # 5. what happened, and where to go on from
         run.log(step, steps, metrics)
         if due(step, steps, config.save_every) or stopping.stop:
-            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
+            tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
             run.save(step, tensors, {"stopping": stopping.values(), "seen": seen})
 
     if best is not None:
-        model.load_state_dict(best)
+        put_back(model, best)

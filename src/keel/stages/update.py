@@ -102,6 +102,21 @@ class EarlyStop:
         )
 
 
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """What training changes: the whole state, or with adapters their parameters and the trained head's."""
+    state = module.state_dict()
+    if not hasattr(module, "peft_config"):
+        return state
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
+
+
+def put_back(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a module the state that `state_of` took of it."""
+    found = module.load_state_dict(state, strict=not hasattr(module, "peft_config"))
+    assert not found.unexpected_keys, found.unexpected_keys
+
+
 def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The module's state, cloned."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    """The module's `state_of`, cloned."""
+    return {name: value.detach().clone() for name, value in state_of(module).items()}
