@@ -149,7 +149,7 @@ class Pipeline:
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._locked(), deterministic(self.config):
+        with locked(self.directory), deterministic(self.config):
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
@@ -255,15 +255,16 @@ class Pipeline:
         }  # fmt: skip
         write_json(path, manifest)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process a run directory; the lock ends with the process, however that ends."""
-        with (self.directory / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise KeelError(f"another process is working in {self.directory}") from None
-            yield
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One process a directory; the lock ends with the process, however that ends. KeelError where another has it."""
+    with (directory / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise KeelError(f"another process is working in {directory}") from None
+        yield
 
 
 def _dispatch(stage: AnyStage, run: StageRun) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from keel.config import (
     Supervised,
     Training,
 )
+from keel.config.parts import FROM_STAGE
 from keel.data import chat, load
 from keel.environment import device_of
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
 from keel.rewards import learned
-from keel.config.parts import FROM_STAGE
 from keel.stages import judging, rewarding
 from keel.stages.collect import COMPARISONS
 from keel.types import DataError, DataSource, PromptRecord, RecordType, UsageError
