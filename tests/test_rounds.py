@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from keel.config import parse
+from keel.config import parse, read
 from keel.pipeline import Pipeline, resolved
 from keel.report import reading, rounds
 from keel.types import UsageError
@@ -68,6 +69,20 @@ def test_what_the_config_says_of_a_later_round_wins(config: Any) -> None:
     stages = parse(config).stages
     assert (stages["ppo"].updates, stages["ppo-2"].updates, stages["ppo-3"].updates) == (1, 7, 1)
     assert list(stages)[4] == "ppo-2"
+
+
+def test_an_override_reaches_into_a_later_round_alone(config: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    stages = read(
+        path, ["ppo.sampling.temperature=0.9", "ppo-2.sampling.max_new_tokens=7", "collect-2.pairs=3"]
+    ).stages
+    found = [stages[name].sampling for name in ("ppo", "ppo-2", "ppo-3")]
+    assert [sampling.max_new_tokens for sampling in found] == [6, 7, 6]
+    assert [sampling.temperature for sampling in found] == [0.9] * 3
+    assert (stages["collect-2"].pairs, stages["collect-3"].pairs) == (3, 4)
+    with pytest.raises(UsageError, match="no stage or setting 'ppo-4'; did you mean"):
+        read(path, ["ppo-4.updates=3"])
 
 
 def test_one_round_is_the_config_as_it_stands(config: Any) -> None:

@@ -95,9 +95,20 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in made:
             after[name] = stage
         if name == policy:
-            after |= {new: {**made[new], **given.get(new, {})} for new in made}
+            after |= {new: _merged(made[new], given.get(new, {})) for new in made}
     names = [round_name(str(policy), number) for number in range(2, n + 1)]
     return {**values, "stages": {name: _judging(stage, str(policy), names) for name, stage in after.items()}}
+
+
+def _merged(made: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`made` with what is given in its place, key by key, and so in each mapping inside."""
+    both = {
+        key: _merged(made[key], value)
+        if isinstance(value, Mapping) and isinstance(made.get(key), Mapping)
+        else value
+        for key, value in given.items()
+    }
+    return {**made, **both}
 
 
 def _round(
