@@ -310,3 +310,15 @@ def test_a_sweep_without_anything_done_has_a_page(tmp_path: Path) -> None:
     assert "0 of 1 points are done" in sweeps.verdict(found)
     sweeps.write(found, tmp_path / "page.html")
     assert "No point is done yet" in (tmp_path / "page.html").read_text()
+
+
+def test_a_sweep_of_seeds_alone_compares_models(tmp_path: Path) -> None:
+    points = [
+        point._replace(settings={}) for point in made_up(tmp_path, {(1, 0): 0.50, (2, 1): 0.70, (3, 2): 0.60})
+    ]
+    found = sweeps.gather("s", points)
+    assert sweeps.verdict(found).startswith(
+        "ppo has the highest gold reward, 0.60 (0.35 to 0.85), +0.200 (-0.048 to 0.448,"
+    )
+    assert sweeps.cells(found)[0] == ["Model", "Gold reward"]
+    assert sweeps.against_setting(found, "gold") is None

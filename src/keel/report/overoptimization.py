@@ -230,7 +230,7 @@ def _picture(name: str, title: str, unit: str, groups: Mapping[str, Sequence[Pat
 
 def _dots(label: str, law: Law, x: list[float], y: list[float], at: list[int], colour: str) -> dict[str, Any]:
     where = "n" if law == "best_of_n" else "update"
-    marker: dict[str, Any] = {"color": colour, "size": 6}
+    marker: dict[str, Any] = {"color": colour, "size": 5, "opacity": 0.55}
     if law == "best_of_n":
         marker["symbol"] = "diamond"
     return {

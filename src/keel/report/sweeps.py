@@ -60,11 +60,10 @@ class Found:
 
 
 def shown(settings: Mapping[str, Any]) -> str:
-    """ "ppo.kl.coef=0.1, ppo.lr=1e-4"; the config's own settings are "as it stands"."""
-    said = ", ".join(
+    """ "ppo.kl.coef=0.1, ppo.lr=1e-4"; "" where only seeds are swept."""
+    return ", ".join(
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
     )
-    return said or "as it stands"
 
 
 # ---------------------------------------------------------------- gathering
@@ -135,19 +134,24 @@ def _over_seeds(own: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
 
 def _ways(by_setting: Mapping[str, Sequence[Ended]]) -> dict[str, Sequence[overoptimization.Path]]:
     """The ways of over-optimisation of each setting; what is the same in several stands once."""
-    found: dict[str, Sequence[overoptimization.Path]] = {}
+    by_name: dict[str, dict[str, Sequence[overoptimization.Path]]] = {}
     for label, points in by_setting.items():
         for name, own in overoptimization.by_name([read(point.run) for point in points]).items():
-            if own not in found.values():
-                found[name if len(by_setting) == 1 or name not in found else f"{name}, {label}"] = own
-    return found
+            if own not in by_name.setdefault(name, {}).values():
+                by_name[name][label] = own
+    return {
+        name if len(settings) == 1 else f"{name}, {label}": own
+        for name, settings in by_name.items()
+        for label, own in settings.items()
+    }
 
 
 # ---------------------------------------------------------------- words
 
 
 def verdict(found: Found) -> str:
-    """Which setting did best, by gold where there is one, and whether it can be told apart from the second."""
+    """Which setting did best, by gold where there is one, and whether it can be told apart from the second of the same model;
+    where only seeds are swept, which model."""
     failed = [point for point in found.points if point.status == "failed"]
     lost = f" {len(failed)} of {len(found.points)} points failed." if failed else ""
     by = next((by for by in ("gold", "proxy") if any(by in row.measures for row in found.rows)), None)
@@ -157,7 +161,7 @@ def verdict(found: Found) -> str:
         return f"{len(found.points) - len(failed)} of {len(found.points)} points are done; no reward was measured.{lost}"
     best = rated[0]
     text = f"{_named(best)} has the highest {by} reward, {_value(best.measures[by])}"
-    second = next((row for row in rated[1:] if row.subject == best.subject), None)
+    second = next((row for row in rated[1:] if row.subject == best.subject or not best.settings), None)
     if second is None:
         return f"{text}.{lost}"
     seeds = [seed for seed in best.by_seed if by in second.by_seed.get(seed, {})]
@@ -171,7 +175,7 @@ def verdict(found: Found) -> str:
 
 
 def _named(row: Row) -> str:
-    return f"{row.subject} with {row.settings}"
+    return f"{row.subject} with {row.settings}" if row.settings else row.subject
 
 
 def _value(found: Measure) -> str:
@@ -185,10 +189,11 @@ def _value(found: Measure) -> str:
 
 
 def cells(found: Found) -> tuple[list[str], list[list[Cell]]]:
-    """Headings and rows of the table: setting, model, then each measure with its interval."""
+    """Headings and rows of the table: setting where one is swept, model, then each measure with its interval."""
+    swept = any(point.settings for point in found.points)
     body: list[list[Cell]] = []
     for row in found.rows:
-        line = [Cell(row.settings), Cell(row.subject)]
+        line = [*([Cell(row.settings)] if swept else []), Cell(row.subject)]
         for name in found.columns:
             one = row.measures.get(name)
             if one is None:
@@ -202,7 +207,7 @@ def cells(found: Found) -> tuple[list[str], list[list[Cell]]]:
             )
             line.append(Cell(number(one["mean"], places), ends))
         body.append(line)
-    return ["Setting", "Model", *(measure(name).label for name in found.columns)], body
+    return [*(["Setting"] if swept else []), "Model", *(measure(name).label for name in found.columns)], body
 
 
 def as_text(facts: Mapping[str, Any]) -> str:
@@ -302,12 +307,15 @@ def against_setting(found: Found, by: str) -> Picture | None:
         )
         legend.append(Key(label, colour, "line"))
         values += [row.measures[by][end] for row in own for end in ("low", "high")]
-    for row in rows:
+    for row in (row for row in rows if " best of " not in row.subject):
         if row.settings == ALL and (by != "kl" or row.measures[by]["mean"] > 0):
             layout.setdefault("shapes", []).append(pictures._level(y=row.measures[by]["mean"]))
             legend.append(Key(f"{row.subject}, {ALL}", "--ink", "dash"))
             values.append(row.measures[by]["mean"])
     layout["xaxis"]["type"], layout["hovermode"] = kind, "closest"
+    if kind != "category":
+        ticks = sorted({x for trace in traces for x in trace["x"]})
+        layout["xaxis"] |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{x:g}" for x in ticks]}
     layout["yaxis"]["range"] = pictures._span(values, 0.15)
     return Picture(f"sweep-{by}", measure(by).label, "", tuple(legend), {"data": traces, "layout": layout})
 
