@@ -30,6 +30,7 @@ SECTIONS = {
     "ppo": "ppo and grpo",
     "grpo": "ppo and grpo",
     "best_of_n": "best_of_n",
+    "collect": "collect",
     "evaluate": "evaluate",
 }
 
@@ -90,6 +91,9 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "best": {
             "kind": "best_of_n", "model": "sft", "reward": ["reward", {"kind": "length", "high": 9}], "data": rows("prompts"),
             "samples_per_prompt": 2, "sampling": short, "holdout": 0.2, **few,
+        },
+        "collect": {
+            "kind": "collect", "model": "sft", "data": rows("prompts", 4), "pairs": 3, "annotators": "world:helpdesk", "sampling": short,
         },
         "judge": {
             "kind": "evaluate", "models": ["sft", "ppo"], "reward": ["reward", {"kind": "length", "high": 9}], "gold": "world:helpdesk", "data": rows("test_prompts", 4),

@@ -18,7 +18,7 @@ import keel
 from keel import pipeline as pipelines
 from keel.config import parse, read
 from keel.models.load import ModelSource, causal_lm
-from keel.pipeline import Pipeline
+from keel.pipeline import Pipeline, locked
 from keel.types import DataError, KeelError, UsageError
 
 STAGES = ("base", "sft", "reward", "ppo", "judge")
@@ -355,7 +355,7 @@ def test_a_folder_that_holds_no_model(go, chain, tmp_path):
 def test_one_process_a_run_directory(go, chain, tmp_path):
     first = Pipeline(parse(_config(chain)), tmp_path / "run")
     first.directory.mkdir()
-    with first._locked(), pytest.raises(KeelError, match="another process is working in") as caught:
+    with locked(first.directory), pytest.raises(KeelError, match="another process is working in") as caught:
         go(_config(chain))
     assert caught.value.exit_code == 1
     assert not (tmp_path / "run" / "stages").exists()

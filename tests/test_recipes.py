@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from keel.config import (
     ClassifierConfig,
+    CollectConfig,
     DataConfig,
     EvaluateConfig,
     OnPolicy,
@@ -129,7 +130,9 @@ def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
             if isinstance(found, dict):
                 few[setting] = {label: [source(one) for one in own] for label, own in found.items()}
             elif found:
-                few[setting] = [source(one) for one in found]
+                few[setting] = [
+                    one.model_dump(exclude_defaults=True) if one.stage else source(one) for one in found
+                ]
         for setting, outside in stage.references():
             if outside in config.stages:
                 continue
@@ -153,6 +156,8 @@ def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
             batch = max(4, 2 * stage.samples_per_prompt)
             few |= {"updates": 2, "batch_size": batch, "micro_batch": min(stage.micro_batch or 4, 4)}
             few |= {} if stage.mini_batch is None else {"mini_batch": batch // 2}
+        if isinstance(stage, CollectConfig):
+            few["pairs"] = 4
         if isinstance(stage, PPOConfig):
             few["critic_warmup"] = min(stage.critic_warmup, 1)
         if hasattr(stage, "sampling"):
@@ -178,6 +183,8 @@ def test_recipe_runs(path, stand_ins, tmp_path, monkeypatch):
         assert json.loads((folder / "result.json").read_text())
         if stage.kind == "evaluate":
             assert json.loads((folder / "result.json").read_text())["models"].keys() >= set(stage.models)
+        elif stage.kind == "collect":
+            assert (folder / "comparisons.jsonl").read_text().count("\n") in range(1, 5)
         else:
             assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [1, 2]
             assert (folder / "model" / "model.safetensors").exists()
@@ -247,10 +254,10 @@ def _sources(config: RunConfig, *, judging: bool) -> set[tuple[str, str]]:
     judged = _behind(config, {name for stage in judges for name in stage.models})
     found: list[DataConfig] = []
     for name, stage in config.stages.items():
-        if isinstance(stage, Training) and name in judged and not judging:
+        if isinstance(stage, Training | CollectConfig) and name in judged and not judging:
             data: Any = stage.data
             found += [one for own in data.values() for one in own] if isinstance(data, dict) else data
-        elif not isinstance(stage, Training) and judging:
+        elif isinstance(stage, EvaluateConfig) and judging:
             found += _all_sources(stage)
     return {(one.source, one.split) for one in found}
 

@@ -195,6 +195,41 @@ def compare(
 
 
 @app.command()
+def sweep(
+    config: ConfigArgument,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="dotted.key=1,2,3 is swept, values in YAML between commas; one value is an override."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds between commas: 0,1,2; default: the config's.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the sweep; default: the config's, -sweep.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Points that run at the same time.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Run CONFIG over settings and seeds. Points share stages that no setting changes; what is done is skipped."""
+    from keel import sweeping
+    from keel.report import sweeps
+
+    place = _place(config)
+    directory, points = sweeping.points(place, settings or [], sweeping.seeds_of(seeds), runs, name, _say)
+    facts = sweeping.Sweep(place, directory, points, jobs, _say).run()
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+    else:
+        print(sweeps.as_text(facts))
+        print(f"\npage: {facts['report']}")
+    if any(point["status"] == "failed" for point in facts["points"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or runs/NAME/stages/STAGE.")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.")] = None,
@@ -320,9 +355,13 @@ def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str |
     from keel.config import read
     from keel.pipeline import Pipeline
 
-    path = config if config.is_file() or config.suffix else _recipe(str(config))
-    settings = read(path, [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
+    settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
     return Pipeline(settings, runs / settings.name, _say)
+
+
+def _place(config: Path) -> Path:
+    """The file of a config, or of the recipe with that name."""
+    return config if config.is_file() or config.suffix else _recipe(str(config))
 
 
 def _recipes_folder() -> Path:

@@ -33,6 +33,8 @@ WITHOUT_EFFECT = (
     "models/shapes.py",
     "comparing.py",
     "changes.py",
+    "diagnosing.py",
+    "sweeping.py",
 )  # code that no result depends on
 
 

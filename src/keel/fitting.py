@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from keel.config import AnyStage, EvaluateConfig, OnPolicy, PPOConfig, Training
+from keel.config import AnyStage, CollectConfig, EvaluateConfig, OnPolicy, PPOConfig, Training
 
 # Sold as so many GB, which a card has in GiB. What is between the two, 7 %, is left to the CUDA context, to the workspaces of
 # its libraries and to the gaps of the allocator.
@@ -53,7 +53,7 @@ def _settings(stage: AnyStage, peak: Peak, longest: int, room: float) -> dict[st
 
 
 def _changes(stage: AnyStage, longest: int) -> Sequence[dict[str, Any]]:
-    if isinstance(stage, EvaluateConfig):
+    if isinstance(stage, EvaluateConfig | CollectConfig):
         return [*_halves("batch_size", stage.batch_size), {"dtype": "bfloat16"}]
     assert isinstance(stage, Training)
     whole = min(stage.micro_batch or stage.batch_size, getattr(stage, "mini_batch", None) or stage.batch_size)

@@ -13,6 +13,7 @@ from keel.config import (
     AnyStage,
     BestOfNConfig,
     ClassifierConfig,
+    CollectConfig,
     DPOConfig,
     EvaluateConfig,
     GRPOConfig,
@@ -90,6 +91,8 @@ def phases(stage: AnyStage, cast: Cast, lengths: Lengths, device: Device) -> lis
             return _best_of_n(stage, cast, lengths, device)
         case PPOConfig() | GRPOConfig():
             return _on_policy(stage, cast, lengths, device)
+        case CollectConfig():
+            return _collect(stage, cast, lengths, device)
         case EvaluateConfig():
             return _evaluate(stage, cast, lengths, device)
 
@@ -200,6 +203,11 @@ def _best_of_n(stage: BestOfNConfig, cast: Cast, lengths: Lengths, device: Devic
 
 
 # ---------------------------------------------------------------- stages that sample
+
+
+def _collect(stage: CollectConfig, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
+    held = {"sampler": _frozen(cast.model, stage.dtype, device)}
+    return [_rollout(held, "sampler", stage.batch_size, lengths)]
 
 
 def _on_policy(stage: OnPolicy, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:

@@ -27,7 +27,7 @@ import yaml
 import keel
 from keel import changes, report
 from keel.checkpoint import discard, write_json, write_text
-from keel.config import AnyStage, RunConfig, Training
+from keel.config import AnyStage, CollectConfig, RunConfig, Training
 from keel.data import load
 from keel.data.batches import derive_seed
 from keel.environment import (
@@ -41,8 +41,8 @@ from keel.environment import (
 )
 from keel.rewards import functions
 from keel.runlog import Progress, StageRun
-from keel.sources import Sources, data_of, functions_of
-from keel.stages import best_of_n, classifier, evaluate, grpo, ppo, preference, pretrain, reward, sft
+from keel.sources import Sources, data_of, from_outside, functions_of
+from keel.stages import best_of_n, classifier, collect, evaluate, grpo, ppo, preference, pretrain, reward, sft
 from keel.types import KeelError, UsageError
 
 
@@ -78,7 +78,7 @@ class Pipeline:
                 "threads": self.config.threads,
                 "device": device_of(self.config).type,
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
-                "data": [load.fingerprint(sources) for sources, _ in data_of(stage)],
+                "data": [load.fingerprint(from_outside(sources)) for sources, _ in data_of(stage)],
                 "rewards": {name: functions.source_print(name) for name in functions_of(stage)},
                 "code": code_print(),
                 "versions": versions(),
@@ -91,28 +91,42 @@ class Pipeline:
         return hashlib.sha256(json.dumps(self.parts(name), sort_keys=True).encode()).hexdigest()
 
     def input_print(self, name: str) -> str:
-        """A model's identity: its stage's fingerprint, its files' content, or its hub id."""
+        """A model's identity: its stage's fingerprint, its files' content, or its hub id. Of comparisons by people their
+        votes are part of it."""
         if name in self.config.stages:
-            return self.fingerprint(name)
+            votes = self._votes(name)
+            return self.fingerprint(name) + (f"+{votes}" if votes else "")
         return _model_print(self.sources.resolve(name))
 
     def is_done(self, name: str) -> bool:
-        """Whether the stage was run to its end with what it would be run with now, and its model is still there."""
-        return self._is_current(name) and self._has_model(name)
+        """Whether the stage was run to its end with what it would be run with now, and what it made is still there."""
+        return self._is_current(name) and self._is_whole(name)
 
     def _is_current(self, name: str) -> bool:
         return _object(self.stage_directory(name) / "stage.json").get("fingerprint") == self.fingerprint(name)
 
-    def _has_model(self, name: str) -> bool:
-        folder = self.stage_directory(name) / "model"
+    def _is_whole(self, name: str) -> bool:
+        """Whether its model is there, or its comparisons, made of the votes that are there now."""
+        directory = self.stage_directory(name)
+        if isinstance(self.config.stages[name], CollectConfig):
+            counted = _object(directory / "stage.json").get("facts", {}).get("votes_print")
+            return (directory / collect.COMPARISONS).exists() and counted == self._votes(name)
+        folder = directory / "model"
         whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
         return whole or not isinstance(self.config.stages[name], Training)
+
+    def _votes(self, name: str) -> str | None:
+        """What people's votes on a stage's pairs hold; None for a stage that asks no people."""
+        stage = self.config.stages[name]
+        asks = isinstance(stage, CollectConfig) and stage.world is None
+        return collect.votes_print(self.stage_directory(name)) if asks else None
 
     def _why_again(self, name: str) -> str | None:
         """Why a stage that was run before, or begun, cannot stay as it is; None for a new one and one to go on with."""
         directory = self.stage_directory(name)
-        if self._is_current(name) and not self._has_model(name):
-            return "its model is no longer there"
+        if self._is_current(name) and not self._is_whole(name):
+            collects = isinstance(self.config.stages[name], CollectConfig)
+            return "its votes or comparisons changed" if collects else "its model is no longer there"
         mark = directory / "fingerprint"
         if not mark.exists() or mark.read_text(encoding="utf-8") == self.fingerprint(name):
             return None
@@ -135,7 +149,7 @@ class Pipeline:
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._locked(), deterministic(self.config):
+        with locked(self.directory), deterministic(self.config):
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
@@ -241,15 +255,16 @@ class Pipeline:
         }  # fmt: skip
         write_json(path, manifest)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process a run directory; the lock ends with the process, however that ends."""
-        with (self.directory / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise KeelError(f"another process is working in {self.directory}") from None
-            yield
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One process a directory; the lock ends with the process, however that ends. KeelError where another has it."""
+    with (directory / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise KeelError(f"another process is working in {directory}") from None
+        yield
 
 
 def _dispatch(stage: AnyStage, run: StageRun) -> dict[str, Any]:
@@ -270,6 +285,8 @@ def _dispatch(stage: AnyStage, run: StageRun) -> dict[str, Any]:
             return grpo.run(stage, run)
         case "best_of_n":
             return best_of_n.run(stage, run)
+        case "collect":
+            return collect.run(stage, run)
         case "evaluate":
             return evaluate.run(stage, run)
 

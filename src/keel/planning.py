@@ -17,6 +17,7 @@ from keel.config import (
     AnyStage,
     BestOfNConfig,
     ClassifierConfig,
+    CollectConfig,
     DPOConfig,
     EvaluateConfig,
     OnPolicy,
@@ -33,7 +34,7 @@ from keel.footprint import Cast, Found, Lengths
 from keel.models import shapes
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
 from keel.pipeline import Pipeline
-from keel.sources import main_data_of, trusts
+from keel.sources import from_outside, main_data_of, trusts
 from keel.stages import comparisons
 from keel.stages.pretrain import DEFAULT_VOCABULARY
 from keel.types import DemonstrationRecord, PreferenceRecord, Record, TextRecord, UnpairedRecord, UsageError
@@ -55,18 +56,20 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     stage = pipeline.config.stages[name]
-    datasets = [pipeline.sources.load_data(sources, accept) for sources, accept in main_data_of(stage)]
-    rows = sum(len(dataset.records) for dataset in datasets)
+    there = [(from_outside(sources), accept) for sources, accept in main_data_of(stage)]
+    datasets = [pipeline.sources.load_data(sources, accept) for sources, accept in there if sources]
+    rows = sum(len(dataset.records) for dataset in datasets) + _collected(pipeline, stage)
     tokenizer = _tokenizer(pipeline, name)
     tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or None
     entry: dict[str, Any] = {
-        "stage": name, "kind": stage.kind, "inputs": stage.inputs(), "data": pipeline.sources.summary(name), "rows": rows, "type": datasets[0].kind,
+        "stage": name, "kind": stage.kind, "inputs": stage.inputs(), "data": pipeline.sources.summary(name, ahead=True), "rows": rows,
+        "type": datasets[0].kind if datasets else main_data_of(stage)[0][1][0],
         "tokens": tokens, "tokens_measured": tokenizer is not None and rows <= SAMPLE,
         "parameters": _parameters(pipeline, name, tokenizer), "done": pipeline.is_done(name),
     }  # fmt: skip
     if isinstance(stage, Supervised):
         kept = rows if stage.eval_data else rows - holdout_count(rows, stage.holdout)
-        if isinstance(stage, DPOConfig):
+        if isinstance(stage, DPOConfig) and not stage.data_stages():
             kept = _examples(pipeline, name, stage, datasets[0])
         if stage.kind == "pretrain" or (isinstance(stage, ClassifierConfig) and stage.passages):
             length = stage.max_length or pipeline.sources.context(name) or 512
@@ -80,8 +83,16 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
             "episodes": stage.updates * stage.batch_size,
             "gradient_steps": stage.updates * stage.epochs * mini,
         }
-    entry["memory"] = _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets))
+    entry["memory"] = (
+        _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets)) if datasets else None
+    )
     return entry
+
+
+def _collected(pipeline: Pipeline, stage: AnyStage) -> int:
+    """Rows that a stage gets from others, at most."""
+    makers = [pipeline.config.stages[name] for _, name in stage.data_stages()]
+    return sum(maker.pairs for maker in makers if isinstance(maker, CollectConfig))
 
 
 def _examples(pipeline: Pipeline, name: str, stage: DPOConfig, dataset: Dataset) -> int:
@@ -116,9 +127,8 @@ def _root(pipeline: Pipeline, name: str) -> str:
     stage = pipeline.config.stages.get(name)
     if stage is None:
         return name
-    if isinstance(stage, EvaluateConfig):
-        return _root(pipeline, stage.models[0])
-    assert isinstance(stage, Training)
+    if not isinstance(stage, Training):
+        return _root(pipeline, stage.inputs()[0])
     return _root(pipeline, stage.model.path) if stage.model.path in pipeline.config.stages else name
 
 
@@ -241,6 +251,9 @@ def _cast(pipeline: Pipeline, name: str) -> Cast | None:
         whole = sorted((m for m in models if m), key=lambda m: m.shape.parameters())
         reference = models[stage.models.index(stage.reference or stage.models[0])]
         return Cast(whole[-1], reference, rewards)
+    if isinstance(stage, CollectConfig):
+        model = _found(pipeline, stage.model, "lm")
+        return model and Cast(model)
     assert isinstance(stage, Training)
     model = _found(pipeline, name, "score" if stage.kind in ("reward", "classifier") else "lm")
     named = getattr(stage, "reference", None)
@@ -285,7 +298,7 @@ def _longest(pipeline: Pipeline, name: str, tokenizer: Any | None, datasets: lis
     records = [record for dataset in datasets for record in dataset.records]
     candidates = sorted(records, key=lambda record: _length(None, record))[-CANDIDATES:]
     rows = [_lengths(tokenizer, record) for record in candidates]
-    if isinstance(stage, OnPolicy | BestOfNConfig | EvaluateConfig):
+    if isinstance(stage, OnPolicy | BestOfNConfig | CollectConfig | EvaluateConfig):
         new = stage.sampling.max_new_tokens
         prompt = max(row.total for row in rows)
         return Lengths(min(prompt, max(1, limit - new)) if limit else prompt, new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from keel.config import (
     AnyStage,
     BestOfNConfig,
     ClassifierConfig,
+    CollectConfig,
     DPOConfig,
     EvaluateConfig,
     OnPolicy,
@@ -26,6 +27,7 @@ from keel.config import (
     Supervised,
     Training,
 )
+from keel.config.parts import FROM_STAGE
 from keel.data import chat, load
 from keel.environment import device_of
 from keel.models import adapters, quantised
@@ -33,10 +35,11 @@ from keel.models.load import ModelSource, context_length, load_tokenizer, model_
 from keel.models.memory import Lora
 from keel.rewards import learned
 from keel.stages import judging, rewarding
+from keel.stages.collect import COMPARISONS
 from keel.types import DataError, DataSource, PromptRecord, RecordType, UsageError
 
 ACCEPTS: Mapping[str, tuple[RecordType, ...]] = {
-    "pretrain": ("text",), "sft": ("demonstration", "text"), "reward": ("preference",), "classifier": ("text",), "ppo": ("prompt",), "grpo": ("prompt",), "best_of_n": ("prompt",), "evaluate": ("prompt",),
+    "pretrain": ("text",), "sft": ("demonstration", "text"), "reward": ("preference",), "classifier": ("text",), "ppo": ("prompt",), "grpo": ("prompt",), "best_of_n": ("prompt",), "collect": ("prompt",), "evaluate": ("prompt",),
 }  # fmt: skip
 
 
@@ -74,11 +77,18 @@ class Sources:
         return next(iter(get_close_matches(name, list(self.config.stages), n=1, cutoff=cutoff)), None)
 
     def load_data(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> load.Dataset:
-        """The validated rows; read once a run."""
+        """The validated rows; read once a run. What a stage makes lies in its directory."""
+        sources = [self._located(source) for source in sources]
         key = json.dumps([[repr(source) for source in sources], list(accept)])
         if key not in self._data:
             self._data[key] = load.load(sources, accept, self.config.seed)
         return self._data[key]
+
+    def _located(self, source: DataSource) -> DataSource:
+        if not source.source.startswith(FROM_STAGE):
+            return source
+        name = source.source.removeprefix(FROM_STAGE)
+        return replace(source, source=str(self.stage_directory(name) / COMPARISONS))
 
     # ------------------------------------------------------------ checks
 
@@ -94,22 +104,30 @@ class Sources:
         for name in names:
             stage = self.config.stages[name]
             for sources, accept in data_of(stage):
-                self.load_data(sources, accept)
-            lines[name] = self.summary(name)
+                if there := from_outside(sources):
+                    self.load_data(there, accept)
+            lines[name] = self.summary(name, ahead=True)
             self._check_rewards(name)
             if getattr(stage, "eval_data", None) and not isinstance(stage, ClassifierConfig):
                 self._check_eval_data(name)
             if isinstance(stage, EvaluateConfig) and stage.gold:
                 self._check_gold(stage.gold, data_of(stage)[0])
+            if isinstance(stage, CollectConfig) and stage.world:
+                worlds.annotators(stage.world)
+                self._check_gold(stage.annotators, data_of(stage)[0])
             if isinstance(stage, OnPolicy) and stage.judge and stage.judge.gold:
                 self._check_gold(stage.judge.gold, data_of(stage)[1 if stage.eval_data else 0])
         return lines
 
-    def summary(self, name: str) -> str:
-        """What a stage works on, in a line; a classifier's data label by label."""
+    def summary(self, name: str, *, ahead: bool = False) -> str:
+        """What a stage works on, in a line; a classifier's data label by label. ahead: without reading what other stages
+        have yet to make."""
         stage = self.config.stages[name]
         if not isinstance(stage, ClassifierConfig):
-            return load.summary(self.load_data(*main_data_of(stage)[0]))
+            sources, accept = main_data_of(stage)[0]
+            there = from_outside(sources) if ahead else sources
+            made = [f"what {one} collects" for _, one in stage.data_stages()] if ahead else []
+            return " + ".join([*([load.summary(self.load_data(there, accept))] if there else []), *made])
         lines: list[str] = []
         for label in stage.labels:
             found = [self.load_data([s.plain()], ACCEPTS["classifier"]) for s in stage.data[label]]
@@ -144,7 +162,7 @@ class Sources:
         if longest is not None and context is not None and longest > context:
             raise UsageError(f"{name}: max_length {longest} exceeds the model's context of {context}")
         room = longest or context
-        if room is not None and isinstance(stage, OnPolicy | BestOfNConfig | EvaluateConfig):
+        if room is not None and isinstance(stage, OnPolicy | BestOfNConfig | CollectConfig | EvaluateConfig):
             wanted = stage.sampling.max_new_tokens
             if wanted >= room:
                 raise UsageError(
@@ -287,6 +305,11 @@ def main_data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType,
     return data_of(stage)[:1]
 
 
+def from_outside(sources: Sequence[DataSource]) -> list[DataSource]:
+    """The sources that no stage of the run makes: what can be read before anything has run."""
+    return [source for source in sources if not source.source.startswith(FROM_STAGE)]
+
+
 def trusts(stage: AnyStage | None) -> bool:
     """Whether Python that comes with a stage's models may be run."""
     owner = stage.model if isinstance(stage, Training) else stage
@@ -307,7 +330,7 @@ def functions_of(stage: Stage) -> list[str]:
 
 def data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
     """Every data setting of a stage, with the record types it can use; the main ones first."""
-    assert isinstance(stage, Training | EvaluateConfig)
+    assert isinstance(stage, Training | EvaluateConfig | CollectConfig)
     if isinstance(stage, ClassifierConfig):
         held = [source for sources in (stage.eval_data or {}).values() for source in sources]
         return [*main_data_of(stage), *(([source.plain()], ACCEPTS[stage.kind]) for source in held)]

@@ -25,6 +25,12 @@ class UsageError(KeelError):
     exit_code = 2
 
 
+class WaitingError(KeelError):
+    """A stage has done its part and waits for people; the message says for what. Nothing failed."""
+
+    exit_code = 3
+
+
 class NotFiniteError(KeelError):
     """A loss, a gradient or a metric is NaN or infinite: the step that made it is worth nothing."""
 

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from keel.masked import entropy, token_logp
 from keel.models import forward
+from keel.models.adapters import Adapters, add_adapters
 from keel.models.forward import said, states
 from keel.models.head import head_of
-from keel.models.adapters import Adapters, add_adapters
 from keel.models.load import checkpoint_activations
 from keel.models.roles import AdaptersOff
 

@@ -264,3 +264,14 @@ def test_models_with_other_vocabularies_have_no_kl(
     tokenizer.save_pretrained(tmp_path / "wide")
     with pytest.raises(UsageError, match="vocabulary of 310"):
         judge("wide", models=[str(tiny_model), str(tmp_path / "wide")])
+
+
+def test_the_best_of_several_n_are_those_of_each_n_alone(judge: Any, tiny_model: Path) -> None:
+    """They share their samples: as many are drawn as the largest n asks for."""
+    alone = {n: judge(f"best-{n}", best_of=[n])[0]["models"] for n in (2, 4)}
+    together, _ = judge("best", best_of=[4, 2])
+    names = [f"{tiny_model} best of {n}" for n in (4, 2)]
+    assert list(together["models"])[2:] == names
+    for n, name in zip((4, 2), names, strict=True):
+        assert together["models"][name] == alone[n][name]
+    assert together["models"][names[0]]["proxy"]["mean"] >= together["models"][names[1]]["proxy"]["mean"]

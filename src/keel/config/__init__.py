@@ -6,6 +6,7 @@ An unknown key names its nearest match; a setting that would have no effect is r
 
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
+from keel.config.collect import CollectConfig
 from keel.config.parts import (
     DataConfig,
     FilteredSamplingConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "AnyStage",
     "BestOfNConfig",
     "ClassifierConfig",
+    "CollectConfig",
     "DPOConfig",
     "DataConfig",
     "EvaluateConfig",

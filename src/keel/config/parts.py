@@ -11,6 +11,7 @@ from keel import types
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Quantize = Literal["8bit", "4bit"] | None
+FROM_STAGE = "stage:"  # what begins a source that another stage makes
 
 
 class Settings(BaseModel):
@@ -29,7 +30,7 @@ class DataConfig(Settings):
     `text` they are special tokens, as the <|endoftext|> between documents is meant to be."""
 
     source: str = Field(
-        description="A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, or world:NAME/SPLIT."
+        description="A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, or stage:NAME for the comparisons of a collect stage."
     )
     rows: int | None = Field(None, ge=1, description="At most this many rows; for a world, how many to make.")
     weight: float | None = Field(None, gt=0, description="Share of this source in a mixture.")
@@ -63,6 +64,11 @@ class DataConfig(Settings):
                 except (re.error, IndexError) as error:
                     raise ValueError(f"{pattern!r} → {replacement!r} is no substitution: {error}") from None
         return columns
+
+    @property
+    def stage(self) -> str | None:
+        """The collect stage that `source` names; None for any other source."""
+        return self.source.removeprefix(FROM_STAGE) if self.source.startswith(FROM_STAGE) else None
 
     def plain(self) -> types.DataSource:
         return types.DataSource(**self.model_dump())
@@ -207,9 +213,18 @@ class Stage(Settings):
         """(setting, what it names) for each setting that may name another stage, in the order of the config."""
         return []
 
+    def data_stages(self) -> list[tuple[str, str]]:
+        """(setting, stage) for each source of data that another stage makes."""
+        found: list[tuple[str, str]] = []
+        for setting in ("data", "eval_data", "comparisons"):
+            given = getattr(self, setting, None) or []
+            listed = [one for own in given.values() for one in own] if isinstance(given, dict) else given
+            found += [(setting, source.stage) for source in listed if source.stage is not None]
+        return found
+
     def inputs(self) -> list[str]:
-        """What `references` name."""
-        return [source for _, source in self.references()]
+        """What `references` and `data_stages` name."""
+        return [source for _, source in [*self.references(), *self.data_stages()]]
 
 
 class Training(Stage):

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from keel import types
+from keel.config.collect import expanded
 from keel.config.run import KINDS, RunConfig
 
 
@@ -66,7 +67,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise types.UsageError(f"{override!r} is not an override: write dotted.key=value")
-    parts, stages = key.split("."), tree.get("stages")
+    parts, stages = key.split("."), expanded(tree).get("stages")
     stages = stages if isinstance(stages, dict) else {}
     if parts[0] in stages:
         parts = ["stages", *parts]

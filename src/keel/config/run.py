@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
+from keel.config.collect import CollectConfig, RoundsConfig, expanded
 from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_source
 from keel.config.policy import GRPOConfig, PPOConfig
 from keel.config.preference import DPOConfig
@@ -111,6 +112,7 @@ AnyStage = (
     | GRPOConfig
     | DPOConfig
     | BestOfNConfig
+    | CollectConfig
     | EvaluateConfig
 )
 StageConfig = Annotated[AnyStage, Field(discriminator="kind")]
@@ -120,6 +122,7 @@ KINDS: dict[str, type[Stage]] = {
 
 
 # kinds of stages that leave a causal language model
+ON_POLICY = ("ppo", "grpo")
 LANGUAGE_MODELS = ("pretrain", "sft", "ppo", "grpo", "dpo", "best_of_n")
 
 
@@ -135,9 +138,32 @@ class RunConfig(Settings):
         None, ge=1, description="CPU threads; null: all cores. Results are reproducible for one value."
     )
     device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1.")
+    rounds: RoundsConfig | None = Field(
+        None,
+        description="Refresh a reward model on what the policy has become, round by round; the run's config shows the stages.",
+    )
     stages: dict[str, StageConfig] = Field(
         min_length=1, description="Stage name → settings; each `kind` has its own."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, values: Any) -> Any:
+        return expanded(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _sound_rounds(self) -> RunConfig:
+        if self.rounds is None:
+            return self
+        for setting, name, kinds in (("reward", self.rounds.reward, ("reward",)), ("policy", self.rounds.policy, ON_POLICY)):  # fmt: skip
+            stage = self.stages.get(name)
+            if stage is None or stage.kind not in kinds:
+                raise ValueError(f"`rounds.{setting}` {name!r} is no stage of kind {' or '.join(kinds)}")
+        if self.rounds.reward not in self.stages[self.rounds.policy].inputs():
+            raise ValueError(
+                f"`rounds` has no effect: {self.rounds.policy!r} is not trained on the reward {self.rounds.reward!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _inputs_come_first(self) -> RunConfig:
@@ -157,11 +183,26 @@ class RunConfig(Settings):
                     raise ValueError(
                         f"stage {name!r}: `{setting}` needs a stage of kind {wanted}, but {source!r} is of kind {kind}"
                     )
+            for setting, source in stage.data_stages():
+                _check_collected(name, stage, setting, source, self.stages, seen)
             for term in getattr(stage, "reward", None) or []:
                 _check_made_here(name, term, self.stages)
             _check_start(name, stage, self.stages)
             seen.add(name)
         return self
+
+
+def _check_collected(
+    name: str, stage: AnyStage, setting: str, source: str, stages: Mapping[str, AnyStage], seen: set[str]
+) -> None:
+    """ValueError for data from a stage that is not there, comes later, or leaves no comparisons that this one reads."""
+    where = f"stage {name!r}: `{setting}` takes stage:{source}"
+    if source not in stages or stages[source].kind != "collect":
+        raise ValueError(f"{where}, but {source!r} is no stage of kind collect")
+    if source not in seen:
+        raise ValueError(f"{where}, which comes after it")
+    if stage.kind not in ("reward", "dpo") or setting != "data":
+        raise ValueError(f"{where}: comparisons of a stage are for `data` of reward and dpo stages")
 
 
 def _check_made_here(name: str, term: Any, stages: Mapping[str, AnyStage]) -> None:

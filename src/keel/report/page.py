@@ -17,13 +17,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from keel.diagnosis.logs import Diagnosis
-from keel.report import health, pictures, replies, reward_models, wording
+from keel.report import health, overoptimization, pictures, replies, reward_models, rounds, wording
 from keel.report.pictures import Picture
 from keel.report.reading import Run, StageRun, read
 from keel.report.verdict import Verdict, kl_target, unjudged, verdict
 from keel.report.wording import bound, decimals, duration, large, mean, number
 
 _HERE = Path(__file__).parent
+WITHOUT_STEPS = ("collect", "evaluate")  # kinds of stages that train nothing
 
 
 class Cell(NamedTuple):
@@ -84,12 +85,16 @@ def _is_alive(process: int) -> bool:
 def render(run: Run) -> str:
     """The whole page."""
     judged = [stage for stage in run.stages if stage.kind == "evaluate"]
-    curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.kind != "evaluate"}
+    curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.kind not in WITHOUT_STEPS}
     diagnoses = health.diagnoses(run)
     path = pictures.trajectories(
         [stage for stage in run.stages if stage.kind in ("ppo", "grpo")], _colours(judged)
     )
     paths = [path] if path else []
+    if (refreshed := rounds.picture(run)) is not None:
+        paths.append(refreshed)
+    ways = overoptimization.by_name([run])
+    paths += overoptimization.drawn(ways)
     points = {stage.name: pictures.judgement(stage.name, stage.result, run.config) for stage in judged}
     rewards = {stage.name: stage.result.get("reward_model") or {} for stage in judged}
     for name, found in rewards.items():
@@ -100,6 +105,7 @@ def render(run: Run) -> str:
         "page.html",
         drawn,
         run=run,
+        trained=[stage for stage in run.stages if stage.kind not in WITHOUT_STEPS],
         verdicts=verdicts(run, diagnoses),
         findings={name: health.lines(one) for name, one in diagnoses.items()},
         facts={(s.name, v.model): _facts(s, v, run) for s in judged for v in verdict(s.result, run.config)},
@@ -116,6 +122,7 @@ def render(run: Run) -> str:
         rm_lines={name: reward_models.lines(found) for name, found in rewards.items()},
         points=points,
         paths=paths,
+        ways=(overoptimization.HEAD, [line.cells for line in overoptimization.lines(ways)]),
         replies={stage.name: replies.side_by_side(stage) for stage in judged},
         during={stage.name: replies.during(stage) for stage in run.stages if stage.kind in ("ppo", "grpo")},
     )
@@ -178,6 +185,8 @@ def key_result(stage: StageRun) -> str:
         return "held-out " + ", ".join(parts) if parts else ""
     if stage.kind == "best_of_n" and mean(result, "reward_best") is not None:
         return f"reward {number(mean(result, 'reward_mean'), 2)} → {number(mean(result, 'reward_best'), 2)}"
+    if stage.kind == "collect" and "comparisons" in result:
+        return f"{number(int(result['comparisons']))} comparisons"
     if stage.kind in ("ppo", "grpo"):
         scores = mean(result, "scores") if "scores" in result else _late(stage, "objective/scores")
         kl = mean(result, "kl") if "kl" in result else _late(stage, "objective/kl")

@@ -111,11 +111,14 @@ def _out_of_date(directory: Path, written: dict[str, Any], recorded: dict[str, A
 
 def _inputs(settings: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     found: list[str] = []
-    for key in _REFERENCES:
+    for key in (*_REFERENCES, "data"):
         value = settings.get(key)
         for item in value if isinstance(value, list) else [value]:
             # a model's path, or the model of a reward term
             name = item.get("path") or item.get("model") if isinstance(item, dict) else item
+            if key == "data":
+                source = str(item.get("source") if isinstance(item, dict) else item)
+                name = source.removeprefix("stage:") if source.startswith("stage:") else None
             if isinstance(name, str) and name in names and name not in found:
                 found.append(name)
     return tuple(found)

@@ -45,10 +45,11 @@ def run(config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
     run.restore()
     for name in [reference_name, *(m for m in config.models if m != reference_name)]:
         run.say(f"{run.name}: {name} answers {len(records)} prompts")
-        judged[name] = _judge(bench, name)
-    for n in config.best_of:
-        run.say(f"{run.name}: {reference_name} answers {len(records)} prompts {n} times")
-        judged[f"{reference_name} best of {n}"] = _judge(bench, reference_name, best_of=n)
+        judged[name] = _judge(bench, name)[1]
+    if config.best_of:
+        run.say(f"{run.name}: {reference_name} answers {len(records)} prompts {max(config.best_of)} times")
+        best = _judge(bench, reference_name, config.best_of)
+        judged |= {f"{reference_name} best of {n}": best[n] for n in config.best_of}
     names = [*config.models, *(name for name in judged if name not in config.models)]
     for name in names:
         run.samples([sample_row(name, index, row) for index, row in enumerate(judged[name])])
@@ -114,8 +115,9 @@ def _open(run: StageRun, config: EvaluateConfig, name: str) -> Any:
     return model
 
 
-def _judge(bench: Bench, name: str, best_of: int = 1) -> list[Judged]:
-    """One model's completions of all prompts, in order; of each prompt the best by the rewards of `best_of` samples."""
+def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, list[Judged]]:
+    """n → one model's completions of all prompts, in order: of each prompt the best by the rewards of its first n samples.
+    What is best of 4 samples is chosen among the 2 that were drawn first, and 2 more."""
     config, run, records = bench.config, bench.run, bench.records
     tokenizer = _tokenizer(run, config, name, bench.conversational)
     model = _open(run, config, name)
@@ -132,20 +134,31 @@ def _judge(bench: Bench, name: str, best_of: int = 1) -> list[Judged]:
     ) if bench.opened else None  # fmt: skip
     kept: list[Completion] = []
     rated: Rated | None = None
-    for round_ in range(best_of):
+    found: dict[int, list[Judged]] = {}
+    for round_ in range(max(best_of)):
         seed = derive_seed(run.seed, "evaluate", *([round_] if round_ else []))
         done = generate(
             model, prompts, sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop), pad_id=pad_id, seed=seed,
             batch_size=config.batch_size,
         )  # fmt: skip
-        found = _rated(rewards, records, done, tokenizer)
-        if rated is None or found is None:
-            kept, rated = done, found
-            continue
-        better = (found.total > rated.total).tolist()
-        kept = [new if wins else old for new, old, wins in zip(done, kept, better, strict=True)]
-        rated = _chosen(found, rated, better)
-    kls = _kls(bench, model, kept, pad_id) if best_of == 1 else [best_of_n_kl(best_of)] * len(kept)
+        new = _rated(rewards, records, done, tokenizer)
+        if rated is None or new is None:
+            kept, rated = done, new
+        else:
+            better = (new.total > rated.total).tolist()
+            kept = [one if wins else old for one, old, wins in zip(done, kept, better, strict=True)]
+            rated = _chosen(new, rated, better)
+        if (n := round_ + 1) in best_of:
+            kls = _kls(bench, model, kept, pad_id) if n == 1 else [best_of_n_kl(n)] * len(kept)
+            found[n] = _all_judged(bench, tokenizer, kept, rated, kls)
+    return found
+
+
+def _all_judged(
+    bench: Bench, tokenizer: Any, kept: Sequence[Completion], rated: Rated | None, kls: Sequence[float]
+) -> list[Judged]:
+    """Everything that is said of one completion of each prompt, gold included."""
+    config, records = bench.config, bench.records
     gold = worlds.load(config.gold.removeprefix("world:").partition("/")[0]) if config.gold else None
     judged: list[Judged] = []
     for index, (record, completion) in enumerate(zip(records, kept, strict=True)):

@@ -6,9 +6,11 @@ trains on. Each world is a module with the attributes of `World`. Same split and
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from keel.types import UsageError
 from keel.worlds import arithmetic, helpdesk
 from keel.worlds.streams import unknown
 
@@ -35,6 +37,19 @@ class World(Protocol):
         ...
 
 
+class Annotators(Protocol):
+    """What a world offers besides that has people to ask."""
+
+    def votes(
+        self, prompt: str, a: str, b: str, columns: Mapping[str, Any], rng: random.Random
+    ) -> list[tuple[str, str]]:
+        """(annotator, "a" | "b" | "tie") of some annotators of two replies to the user's message `prompt`.
+
+        Raises DataError where `gold` would.
+        """
+        ...
+
+
 _WORLDS: dict[str, World] = {"helpdesk": helpdesk, "arithmetic": arithmetic}
 
 
@@ -43,3 +58,12 @@ def load(name: str) -> World:
     if name not in _WORLDS:
         raise unknown("world", name, _WORLDS)
     return _WORLDS[name]
+
+
+def annotators(name: str) -> Annotators:
+    """The annotators of the world called `name`; UsageError where there is no such world, or it has none."""
+    world: Any = load(name)
+    if not hasattr(world, "votes"):
+        able = ", ".join(f"world:{other}" for other, one in _WORLDS.items() if hasattr(one, "votes"))
+        raise UsageError(f"world:{name} has no annotators; these have some: {able}")
+    return world

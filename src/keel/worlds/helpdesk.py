@@ -18,7 +18,7 @@ from keel.worlds import helpdesk_grammar as grammar
 from keel.worlds import streams
 from keel.worlds.helpdesk_gold import OFFENCE_VALUE, gold, is_a, split_sentences, without_marks
 
-__all__ = ["gold", "name", "rows", "splits"]
+__all__ = ["gold", "name", "rows", "splits", "votes"]
 
 name = "helpdesk"
 splits: Mapping[str, str] = {
@@ -215,10 +215,12 @@ def _vote(rng: random.Random, z: float) -> str:
     return "a" if rng.random() < 1 / (1 + math.exp(-z)) else "b"
 
 
-def _votes(rng: random.Random, fault: str, message: str, a: str, b: str) -> list[tuple[str, str]]:
-    """(annotator, "a" | "b" | "tie") of a few annotators, in the order of their numbers."""
-    columns = {"fault": fault}
-    gold_difference = gold(message, a, columns)["total"] - gold(message, b, columns)["total"]
+def votes(
+    prompt: str, a: str, b: str, columns: Mapping[str, Any], rng: random.Random
+) -> list[tuple[str, str]]:
+    """(annotator, "a" | "b" | "tie") of a few annotators, in the order of their numbers, of replies `a` and `b` to the
+    message `prompt`. `columns` as `gold` takes them."""
+    gold_difference = gold(prompt, a, columns)["total"] - gold(prompt, b, columns)["total"]
     more_words, more_promises = len(a.split()) - len(b.split()), _promises(a) - _promises(b)
     annotators = sorted(rng.sample(range(len(RELIABILITIES)), rng.choice(VOTES_PER_PAIR)))
     return [
@@ -288,15 +290,15 @@ def _compared(rng: random.Random, product: str, fault: str, message: str) -> dic
     a, b = " ".join(sentences), " ".join(twin)
     if rng.random() < 0.5:
         a, b = b, a
-    votes = _votes(rng, fault, message, a, b)
-    choices = [choice for _, choice in votes]
+    voted = votes(message, a, b, {"fault": fault}, rng)
+    choices = [choice for _, choice in voted]
     a_wins = choices.count("a") >= choices.count("b")
     names = {"a": "chosen", "b": "rejected"} if a_wins else {"a": "rejected", "b": "chosen"}
     return {
         "prompt": _user(message),
         "chosen": _assistant(a if a_wins else b),
         "rejected": _assistant(b if a_wins else a),
-        "votes": [{"annotator": who, "choice": names.get(choice, "tie")} for who, choice in votes],
+        "votes": [{"annotator": who, "choice": names.get(choice, "tie")} for who, choice in voted],
         "form": form,
         "first": names["a"],
     }

@@ -1,0 +1,151 @@
+"""Settings of `collect`: comparisons of a policy's own replies; and `rounds`, which writes such stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_list, as_source
+
+ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
+_WHO = "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and waits."
+
+
+class CollectConfig(Stage):
+    """Two replies of a model to each prompt, compared by annotators. Other stages name the result in their `data` as
+    `stage:NAME`."""
+
+    kind: Literal["collect"] = Field(description="Comparisons of a model's own replies.")
+    model: str = Field(description="The model that answers: a stage, a path or a hub id.")
+    data: list[DataConfig] = Field(min_length=1, description="Prompts to draw from.")
+    pairs: int = Field(
+        ge=1, description="Prompts to draw, each once and by the seed: as many pairs are compared at most."
+    )
+    annotators: str = Field(pattern=ANNOTATORS, description=_WHO)
+    sampling: FilteredSamplingConfig = Field(
+        default_factory=lambda: FilteredSamplingConfig.model_validate({}),
+        description="How replies are drawn.",
+    )
+    too_long: Literal["error", "skip", "truncate"] = Field(
+        "error",
+        description="What to do with a prompt that leaves no room for max_new_tokens. Truncation cuts its start; both are counted.",
+    )
+    batch_size: int = Field(64, ge=2, description="Replies sampled at once.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of the model, as in `model.dtype` of other stages."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python that comes with the model. Off unless you trust its author."
+    )
+
+    _data = field_validator("data", mode="before")(as_source)
+
+    @model_validator(mode="after")
+    def _sound(self) -> CollectConfig:
+        if self.sampling.temperature == 0:
+            raise ValueError("`sampling.temperature` 0 (greedy) draws the same reply twice")
+        return self
+
+    def references(self) -> list[tuple[str, str]]:
+        return [("model", self.model)]
+
+    @property
+    def world(self) -> str | None:
+        """The world whose annotators vote; None for people."""
+        return None if self.annotators == "people" else self.annotators.removeprefix("world:")
+
+
+class RoundsConfig(Settings):
+    """Rounds of refreshing a reward model on what the policy has become. Round 1 is the two stages as they are written;
+    round k is written out as three more: collect-k, REWARD-k on all comparisons so far, POLICY-k from the policy before."""
+
+    n: int = Field(ge=1, description="Rounds in all; with 1 nothing is collected.")
+    reward: str = Field(description="The reward stage that is trained again in each round.")
+    policy: str = Field(description="The stage, ppo or grpo, that goes on in each round.")
+    annotators: str = Field(pattern=ANNOTATORS, description=_WHO)
+    pairs: int = Field(ge=1, description="Pairs that each round after the first collects at most.")
+
+
+def round_name(stage: str, number: int) -> str:
+    """What the stage of round `number` is called."""
+    return stage if number == 1 else f"{stage}-{number}"
+
+
+def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's raw mapping with the stages of its `rounds` written out after the policy's, and these policies among the
+    models of every evaluate stage that judges the first. What the config itself says of such a stage wins, so that a
+    resolved config reads as itself. A mapping that does not fit is returned as it is, for the validators to refuse.
+    """
+    rounds, stages = values.get("rounds"), values.get("stages")
+    if not (isinstance(rounds, Mapping) and isinstance(stages, Mapping)):
+        return dict(values)
+    n, reward, policy = rounds.get("n"), rounds.get("reward"), rounds.get("policy")
+    first = stages.get(policy) if isinstance(policy, str) else None
+    rewarded = stages.get(reward) if isinstance(reward, str) else None
+    if not (isinstance(n, int) and isinstance(first, Mapping) and isinstance(rewarded, Mapping)):
+        return dict(values)
+    made: dict[str, Any] = {}
+    for number in range(2, n + 1):
+        made |= _round(number, str(reward), rewarded, str(policy), first, rounds)
+    given = {name: stage if isinstance(stage, Mapping) else {} for name, stage in stages.items()}
+    after: dict[str, Any] = {}
+    for name, stage in stages.items():
+        if name not in made:
+            after[name] = stage
+        if name == policy:
+            after |= {new: _merged(made[new], given.get(new, {})) for new in made}
+    names = [round_name(str(policy), number) for number in range(2, n + 1)]
+    return {**values, "stages": {name: _judging(stage, str(policy), names) for name, stage in after.items()}}
+
+
+def _merged(made: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`made` with what is given in its place, key by key, and so in each mapping inside."""
+    both = {
+        key: _merged(made[key], value)
+        if isinstance(value, Mapping) and isinstance(made.get(key), Mapping)
+        else value
+        for key, value in given.items()
+    }
+    return {**made, **both}
+
+
+def _round(
+    number: int, reward: str, rewarded: Mapping[str, Any], policy: str, first: Mapping[str, Any], rounds: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The three stages of round `number`, from the stages of the first."""
+    before, model = round_name(policy, number - 1), first.get("model")
+    fresh = [{"source": f"stage:collect-{k}"} for k in range(2, number + 1)]
+    collect = {
+        "kind": "collect", "model": before, "data": first.get("data"), "pairs": rounds.get("pairs"),
+        "annotators": rounds.get("annotators"), **({"sampling": first["sampling"]} if "sampling" in first else {}),
+    }  # fmt: skip
+    path = model.get("path") if isinstance(model, Mapping) else model
+    start = {**model, "path": before, "revision": None} if isinstance(model, Mapping) else before
+    return {
+        f"collect-{number}": collect,
+        round_name(reward, number): {**rewarded, "data": [*as_list(rewarded.get("data")), *fresh]},
+        round_name(policy, number): {
+            **first, "model": start, "reference": first.get("reference") or path,
+            "reward": _renamed(first.get("reward"), reward, round_name(reward, number)),
+        },
+    }  # fmt: skip
+
+
+def _renamed(terms: Any, old: str, new: str) -> Any:
+    """Reward terms, short or written out, with another model in the place of `old`."""
+    if isinstance(terms, list):
+        return [_renamed(term, old, new) for term in terms]
+    if isinstance(terms, Mapping):
+        return {**terms, "model": new} if terms.get("model") == old else terms
+    return new if terms == old else terms
+
+
+def _judging(stage: Any, policy: str, names: list[str]) -> Any:
+    """An evaluate stage with the policies of all rounds, if it judges the first; any other stage as it is."""
+    models = stage.get("models") if isinstance(stage, Mapping) and stage.get("kind") == "evaluate" else None
+    if not isinstance(models, list) or policy not in models:
+        return stage
+    place = models.index(policy) + 1
+    return {**stage, "models": [*models[:place], *(n for n in names if n not in models), *models[place:]]}

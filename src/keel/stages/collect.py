@@ -1,0 +1,247 @@
+"""Comparisons of a policy's own replies, to refresh a reward model on what the policy has become (2203.02155, 2204.05862).
+
+Left out: pairs are drawn from one model at one temperature; none is chosen for what it would teach.
+
+Annotators of a world vote at once. For people the run stops after the replies are written, and goes on when their votes lie
+beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keel import worlds
+from keel.checkpoint import write_text
+from keel.config import CollectConfig, ModelConfig
+from keel.data import chat
+from keel.data.batches import derive_seed, permutation
+from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
+from keel.rollout.engine import generate, text_of
+from keel.runlog import StageRun
+from keel.stages import inputs
+from keel.types import Completion, DataError, PromptRecord, Record, UsageError, WaitingError
+
+PAIRS = "pairs.jsonl"  # two replies to each prompt
+VOTES = "votes.jsonl"  # what people say of them
+COMPARISONS = "comparisons.jsonl"  # both, as rows of type preference
+TRIES = 4  # draws of a second reply, until it differs from the first
+CHOICES = ("a", "b", "tie", "skip")
+
+
+@dataclass(frozen=True, slots=True)
+class Voted:
+    """One vote on one pair."""
+
+    pair: int
+    annotator: str
+    choice: str  # of CHOICES
+
+
+def run(config: CollectConfig, run: StageRun) -> dict[str, Any]:
+    """1. prompts  2. two replies to each  3. votes  4. comparisons."""
+    dataset = inputs.read(run, config.data, ("prompt",))
+    tasks, tokenizer = _tasks(config, run, dataset.records, dataset.conversational)
+    pairs_file, votes_file = run.directory / PAIRS, run.directory / VOTES
+    if not pairs_file.exists():
+        write_text(pairs_file, _lines(_pairs(config, run, tasks, tokenizer)))
+    pairs = _read(pairs_file)
+    if not pairs:
+        raise DataError(f"{run.name}: the model gave no two different replies to any of {len(tasks)} prompts")
+    if config.world is None:
+        votes = _votes_of_people(run, pairs, votes_file)
+        run.facts["votes_print"] = votes_print(run.directory)
+    else:
+        votes = _votes_of_world(config.world, run, pairs, [record for record, _ in tasks])
+    rows = comparisons(pairs, votes)
+    if not rows:
+        raise DataError(f"{run.name}: every pair was skipped: no comparison is left")
+    write_text(run.directory / COMPARISONS, _lines(rows))
+    run.facts |= {"rows": len(rows)}
+    run.say(
+        f"{run.name}: {len(rows)} comparisons, {len(tasks) - len(pairs)} prompts without two different replies"
+    )
+    return {
+        "comparisons": len(rows), "same": len(tasks) - len(pairs), "skipped": len(pairs) - len(rows),
+        "votes": sum(len(row["votes"]) for row in rows), "truncated": sum(pair["cut"] for pair in pairs) / (2 * len(pairs)),
+    }  # fmt: skip
+
+
+def votes_print(directory: Path) -> str | None:
+    """What the votes of people hold, as a short text; None where there are none."""
+    path = directory / VOTES
+    return f"{derive_seed(path.read_text(encoding='utf-8')):016x}" if path.exists() else None
+
+
+def comparisons(pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted]) -> list[dict[str, Any]]:
+    """Rows of type preference: what more votes prefer is chosen, the first reply where none does. Pairs that somebody
+    skipped, or nobody voted on, are left out."""
+    by_pair: dict[int, list[Voted]] = {}
+    for vote in votes:
+        by_pair.setdefault(vote.pair, []).append(vote)
+    rows: list[dict[str, Any]] = []
+    for pair in pairs:
+        own = by_pair.get(pair["pair"], [])
+        choices = [vote.choice for vote in own]
+        if not own or "skip" in choices:
+            continue
+        a_wins = choices.count("a") >= choices.count("b")
+        names = {"a": "chosen", "b": "rejected"} if a_wins else {"a": "rejected", "b": "chosen"}
+        sides = {names[side]: _reply(pair["prompt"], pair[side]) for side in ("a", "b")}
+        said = [{"annotator": vote.annotator, "choice": names.get(vote.choice, "tie")} for vote in own]
+        rows.append(
+            {
+                "prompt": pair["prompt"],
+                "chosen": sides["chosen"],
+                "rejected": sides["rejected"],
+                "votes": said,
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------- replies
+
+
+def _tasks(
+    config: CollectConfig, run: StageRun, records: Sequence[Record], conversational: bool
+) -> tuple[list[tuple[PromptRecord, list[int]]], Any]:
+    """`pairs` prompts with their ids, drawn by the stage's seed, and the tokenizer. DataError where there are too few."""
+    settings = ModelConfig.model_validate(
+        {"path": config.model, "trust_remote_code": config.trust_remote_code}
+    )
+    tokenizer = inputs.open_tokenizer(settings, run, conversational=conversational)
+    context = context_length(model_config(_source(config, run)))
+    room = None if context is None else context - config.sampling.max_new_tokens
+    if room is not None and room < 1:
+        raise UsageError(
+            f"{run.name}: sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt within {context} tokens"
+        )
+    too_long = inputs.TooLong(run, config.too_long, room)
+
+    def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
+        assert isinstance(record, PromptRecord)
+        ids = chat.prompt_ids(tokenizer, record.prompt)
+        return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
+
+    found = inputs.encode_all(run, records, task)
+    too_long.report()
+    if len(found) < config.pairs:
+        raise DataError(
+            f"{run.name}: `pairs` is {config.pairs}, but there are {len(found)} prompts: give more, or fewer pairs"
+        )
+    order = permutation(len(found), derive_seed(run.seed, "prompts"), 0)
+    return [found[place] for place in order[: config.pairs]], tokenizer
+
+
+def _source(config: CollectConfig, run: StageRun) -> ModelSource:
+    return ModelSource(
+        run.resolve(config.model), dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+
+
+def _pairs(
+    config: CollectConfig, run: StageRun, tasks: Sequence[tuple[PromptRecord, list[int]]], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Two replies to each prompt; prompts whose second reply stays the first, or of which one is empty, are left out."""
+    model = causal_lm(_source(config, run), 0).to(run.device).eval().requires_grad_(False)
+    disable_dropout(model)
+    stop, pad = chat.stop_ids(tokenizer, config.sampling.stop), chat.ensure_pad(tokenizer)
+
+    def sample(places: Sequence[int], *what: object) -> list[Completion]:
+        return generate(
+            model, [tasks[i][1] for i in places], config.sampling.plain(), stop_ids=stop, pad_id=pad,
+            seed=derive_seed(run.seed, *what), batch_size=config.batch_size,
+        )  # fmt: skip
+
+    everything = range(len(tasks))
+    first = sample(everything, "a")
+    second = sample(everything, "b", 0)
+    run.say(f"{run.name}: {len(tasks)} prompts answered twice")
+    for turn in range(1, TRIES):
+        same = [i for i in everything if _alike(tokenizer, first[i], second[i])]
+        again = sample(same, "b", turn) if same else []
+        for i, completion in zip(same, again, strict=True):
+            second[i] = completion
+    rows: list[dict[str, Any]] = []
+    for i in everything:
+        a, b = (text_of(tokenizer, completion).strip() for completion in (first[i], second[i]))
+        if a and b and a != b:
+            cut = sum(completion.stop_reason == "length" for completion in (first[i], second[i]))
+            rows.append({"pair": i, "prompt": tasks[i][0].prompt, "a": a, "b": b, "cut": cut})
+    return rows
+
+
+def _alike(tokenizer: Any, one: Completion, other: Completion) -> bool:
+    return text_of(tokenizer, one).strip() == text_of(tokenizer, other).strip()
+
+
+def _reply(prompt: Any, text: str) -> Any:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+# ---------------------------------------------------------------- votes
+
+
+def _votes_of_world(
+    name: str, run: StageRun, pairs: Sequence[Mapping[str, Any]], records: Sequence[PromptRecord]
+) -> list[Voted]:
+    world = worlds.annotators(name)
+    found: list[Voted] = []
+    for pair in pairs:
+        record, rng = records[pair["pair"]], random.Random(derive_seed(run.seed, "votes", pair["pair"]))
+        votes = world.votes(chat.user_text(record.prompt), pair["a"], pair["b"], record.columns, rng)
+        found += [Voted(pair["pair"], who, choice) for who, choice in votes]
+    return found
+
+
+def _votes_of_people(run: StageRun, pairs: Sequence[Mapping[str, Any]], path: Path) -> list[Voted]:
+    """The votes at `path`, one on each pair at least. WaitingError while some are missing, DataError for a line that is none."""
+    known = {pair["pair"] for pair in pairs}
+    votes = [
+        _vote(line, f"{path}:{number}", known) for number, line in enumerate(_raw(path), 1) if line.strip()
+    ]
+    missing = len(known - {vote.pair for vote in votes})
+    if missing:
+        raise WaitingError(
+            f"{run.name}: {missing} of {len(known)} pairs wait for people, in {path.with_name(PAIRS)}. Write a line "
+            f'{{"pair": 0, "annotator": "NAME", "choice": "a"}} for each (choice: {", ".join(CHOICES)}; several annotators a pair '
+            f"are welcome) into {path}; the same command then goes on"
+        )
+    return votes
+
+
+def _vote(line: str, where: str, known: set[int]) -> Voted:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    pair, who, choice = (
+        (row.get(key) for key in ("pair", "annotator", "choice")) if isinstance(row, dict) else (None,) * 3
+    )
+    if isinstance(pair, bool) or pair not in known:
+        raise DataError(f"{where}: `pair` is {pair!r}, which is none of the pairs in {PAIRS}")
+    if not isinstance(who, str) or not who:
+        raise DataError(f"{where}: `annotator` is {who!r}, not a name")
+    if choice not in CHOICES:
+        raise DataError(f"{where}: `choice` is {choice!r}, not one of {', '.join(CHOICES)}")
+    return Voted(int(pair), who, choice)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _raw(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _raw(path) if line]
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
