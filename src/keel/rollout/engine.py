@@ -112,8 +112,7 @@ def _stream(
         free = slots.capacity - len(slots)
         if waiting and (not len(slots) or free >= max(1, slots.capacity // 8)):
             fresh, waiting = waiting[:free], waiting[free:]
-            asked = [tuple(prompts[i]) for i in fresh]
-            logits, source = _read(model, asked, slots, pad_id)
+            logits, source = _read(model, [tuple(prompts[i]) for i in fresh], slots, pad_id)
             if logits is None:
                 return None
             rows = torch.cat([rows, torch.tensor(fresh, device=device)])

@@ -135,16 +135,9 @@ def loss(
     drift = Drift.between(logp, old_logp, mask) if fresh else Drift()
     old_logp = logp.detach() if fresh else old_logp
     policy_loss, policy_metrics = policy.clipped(
-        logp,
-        old_logp,
-        advantages,
-        mask,
-        config.clip,
-        config.clip,
-        dual_clip=config.dual_clip,
-        denominator=tokens,
+        logp, old_logp, advantages, mask, config.clip, config.clip, dual_clip=config.dual_clip, denominator=tokens,
         weights=None if episodes.weights is None else episodes.weights[rows, :width].to(device),
-    )
+    )  # fmt: skip
     value_loss, value_metrics = value.clipped(
         values, old_values, returns, mask, config.value_clip, denominator=tokens
     )
