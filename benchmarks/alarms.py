@@ -1,0 +1,235 @@
+"""Alarms and control on small runs: `python benchmarks/alarms.py [--control warn|rollback] [--only NAME] [--list]`.
+
+Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning rate × 30, no KL,
+a reward model of people who only count words, length paid and no penalty for a missing stop, a sampler at another temperature
+than the trainer's, reward × 100 without a scale. All start from one base, SFT and reward model. A gold reward judges each while it runs.
+
+Prints, for each, the first finding of severity "act", the update of the gold peak, the gold reward at the end, at its best and of
+the SFT model, all on the same prompts; then false alarms, sick runs found, and how far control kept the end from the best.
+What is done already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from keel.config import parse, read
+from keel.diagnosis import logs
+from keel.pipeline import Pipeline, resolved
+from keel.stages import experience
+from keel.types import KeelError
+from keel.worlds import helpdesk
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "helpdesk.yaml"
+PROMPTS = {"source": "world:helpdesk/test_prompts", "rows": 64}
+BIASED_PAIRS = 3000
+NEAR = 0.03  # of the best gold reward: as good as kept
+OTHER_TEMPERATURE = 0.6
+
+
+class Case(NamedTuple):
+    name: str
+    sick: bool
+    seed: int
+    changes: Mapping[str, Any]  # of the ppo stage
+    temperature: float | None = None  # the sampler's, where it is not the trainer's
+
+
+class Outcome(NamedTuple):
+    case: Case
+    alarm: tuple[int, str] | None  # update and check of the first finding of severity act
+    peak: int  # update of the highest gold reward
+    best: float
+    end: float | None  # None: the run ended with an error
+
+
+def cases() -> list[Case]:
+    lr, kl = 4.0e-4, {"coef": 0.1, "target": 6.0, "horizon": 100}
+    healthy = [
+        Case(
+            f"healthy-{rate:g}-{target:g}-{seed}",
+            False,
+            seed,
+            {"lr": rate * lr, "kl": {**kl, "target": target}},
+        )
+        for seed in range(5)
+        for rate, target in ((1.0, 6.0), (0.5, 6.0), (1.0, 3.0), (0.5, 10.0))
+    ]
+    free = {"coef": 0.0}
+    long = {"kind": "length", "low": 72, "high": 72, "slack": 72, "weight": 10.0}
+    learned = {"kind": "learned", "model": "reward"}
+    sick: list[tuple[str, int, Mapping[str, Any], float | None]] = [
+        ("lr-x30", 4, {"lr": 30 * lr}, None),
+        ("no-kl", 4, {"lr": 2 * lr, "kl": free}, None),
+        ("biased", 3, {"reward": "biased", "lr": 2 * lr, "kl": free}, None),
+        ("broken-stop", 3, {"reward": [learned, long], "shaping": {"center": "prompt", "missing_stop_penalty": 0.0}, "kl": free}, None),
+        ("temperature", 3, {}, OTHER_TEMPERATURE),
+        ("reward-x100", 3, {"reward": [{**learned, "weight": 100.0}], "shaping": {"normalize": "none"}, "whiten_advantages": False}, None),
+    ]  # fmt: skip
+    return healthy + [
+        Case(f"{name}-{seed}", True, seed, changes, temperature)
+        for name, count, changes, temperature in sick
+        for seed in range(count)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--control", default="warn", choices=["warn", "adjust", "rollback", "stop"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/alarms"))
+    parser.add_argument("--updates", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--only", help="cases whose name begins so")
+    parser.add_argument("--list", action="store_true", help="name the cases and end")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, dotted.key=value")
+    settings = parser.parse_args()
+    chosen = [case for case in cases() if case.name.startswith(settings.only or "")]
+    if settings.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    shared = prepare(settings)
+    start = json.loads((shared / "start" / "result.json").read_text())["models"]["sft"]["gold"]["mean"]
+    print(
+        f"{'run':<20} {'first alarm':<28} {'gold peak':>9} {'end':>6} {'best':>6}   (SFT {start:.3f})",
+        flush=True,
+    )
+    found = []
+    for case in chosen:
+        found.append(outcome := run(case, settings, shared))
+        alarm = f"{outcome.alarm[0]} {outcome.alarm[1]}" if outcome.alarm else "–"
+        end = "error" if outcome.end is None else f"{outcome.end:.3f}"
+        print(f"{case.name:<20} {alarm:<28} {outcome.peak:>9} {end:>6} {outcome.best:>6.3f}", flush=True)
+    print("\n".join(summary(found, start)))
+
+
+def prepare(settings: argparse.Namespace) -> Path:
+    """Base, SFT and reward models that all cases share, and the gold reward that they start from; the stages' folder."""
+    settings.runs.mkdir(parents=True, exist_ok=True)
+    pairs = settings.runs / "biased.jsonl"
+    if not pairs.exists():
+        pairs.write_text(
+            "".join(json.dumps(row) + "\n" for row in biased_pairs(BIASED_PAIRS)), encoding="utf-8"
+        )
+    stages = resolved(read(RECIPE, settings.set))["stages"]
+    kept = {name: stages[name] for name in ("base", "sft", "reward")}
+    kept["biased"] = {**stages["reward"], "data": str(pairs)}
+    sampling = stages["ppo"]["sampling"]
+    kept["start"] = {
+        "kind": "evaluate",
+        "models": ["sft"],
+        "gold": "world:helpdesk",
+        "data": PROMPTS,
+        "sampling": {**sampling},
+    }
+    tree = {"name": "shared", "threads": settings.threads, "stages": kept}
+    Pipeline(parse(tree), settings.runs / "shared", print).run()
+    return settings.runs / "shared" / "stages"
+
+
+def biased_pairs(count: int) -> Iterator[dict[str, Any]]:
+    """Comparisons by somebody who prefers the longer reply nine times of ten, whatever it says."""
+    for index, row in enumerate(helpdesk.rows("comparisons", count, 1)):
+        sides = sorted((row["chosen"], row["rejected"]), key=lambda side: len(side[0]["content"].split()))
+        longer = random.Random(index).random() < 0.9
+        yield {"prompt": row["prompt"], "chosen": sides[longer], "rejected": sides[not longer]}
+
+
+def run(case: Case, settings: argparse.Namespace, shared: Path) -> Outcome:
+    """One case, with what it came to."""
+    tree = tree_of(case, settings, shared)
+    directory = settings.runs / settings.control / case.name
+    pipeline = Pipeline(parse(tree), directory, lambda line: None)
+    failed = False
+    with sampled_at(case.temperature):
+        try:
+            pipeline.run()
+        except KeelError:
+            failed = True  # numbers that are none: an alarm of its own
+    folder = directory / "stages" / "ppo"
+    alarms = [
+        f
+        for f in logs.stage(folder, resolved(pipeline.config)["stages"]["ppo"]).findings
+        if f.severity == "act"
+    ]
+    judged = {
+        row["step"]: row["eval/judge"] for row in logs.lines(folder / "metrics.jsonl") if "eval/judge" in row
+    }
+    peak = max(judged, key=lambda step: judged[step], default=0)
+    end = None if failed else json.loads((folder / "result.json").read_text())["judge"]["mean"]
+    first = min(alarms, key=lambda finding: finding.step, default=None)
+    return Outcome(case, (first.step, first.check) if first else None, peak, judged.get(peak, 0.0), end)
+
+
+def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str, Any]:
+    """The config of a case: the recipe's PPO, smaller, judged as it runs, and changed."""
+    recipe = resolved(read(RECIPE, settings.set))["stages"]["ppo"]
+    stage = recipe | {
+        "model": str(shared / "sft" / "model"), "updates": settings.updates, "batch_size": 64, "mini_batch": 16,
+        "samples_per_prompt": 4, "eval_every": 3, "eval_data": PROMPTS, "judge": "world:helpdesk", "control": settings.control,
+    }  # fmt: skip
+    changes = dict(case.changes)
+    shaping = changes.pop("shaping", {})
+    stage |= {
+        **changes,
+        "shaping": {**recipe["shaping"], **shaping, **({"clip": None} if "normalize" in shaping else {})},
+    }
+    stage["reward"] = [_located(term, shared) for term in _listed(stage["reward"])]
+    return {"name": case.name, "seed": case.seed, "threads": settings.threads, "stages": {"ppo": stage}}
+
+
+@contextlib.contextmanager
+def sampled_at(temperature: float | None) -> Iterator[None]:
+    """A sampler at another temperature than the trainer's; None: as it is."""
+    generate = experience.generate
+
+    def other(model: Any, prompts: Any, sampling: Any, **more: Any) -> Any:
+        return generate(model, prompts, replace(sampling, temperature=temperature), **more)
+
+    with mock.patch.object(experience, "generate", generate if temperature is None else other):
+        yield
+
+
+def _listed(terms: Any) -> list[Any]:
+    return terms if isinstance(terms, list) else [{"kind": "learned", "model": terms}]
+
+
+def _located(term: Mapping[str, Any], shared: Path) -> dict[str, Any]:
+    """A reward model of the shared run by its place."""
+    model = term.get("model")
+    return (
+        {**term, "name": term.get("name") or model, "model": str(shared / model / "model")}
+        if model
+        else dict(term)
+    )
+
+
+def summary(found: list[Outcome], start: float) -> list[str]:
+    """The counts that the table comes to."""
+    healthy, sick = ([o for o in found if o.case.sick is ill] for ill in (False, True))
+    seen = [o for o in sick if o.alarm]
+    timing = {"early": 0, "late": 0}
+    for o in seen:
+        assert o.alarm
+        timing["early" if o.alarm[0] <= o.peak else "late"] += 1
+    kept = [o for o in sick if o.end is not None and o.end >= o.best - NEAR]
+    below = [o for o in sick if o.end is None or o.end < start]
+    return [
+        "",
+        f"false alarms: {sum(o.alarm is not None for o in healthy)} of {len(healthy)} healthy runs",
+        f"found: {len(seen)} of {len(sick)} sick runs; {timing['early']} at the gold peak or before, {timing['late']} after, {len(sick) - len(seen)} never",
+        f"gold at the end within {NEAR} of the best evaluation: {len(kept)} of {len(sick)}; below the SFT model's: {len(below)} ({', '.join(o.case.name for o in below) or 'none'})",
+    ]
+
+
+if __name__ == "__main__":
+    main()
