@@ -650,7 +650,7 @@ def test_trap_every_setting_is_read_by_something(
             caller = sys._getframe(1).f_code
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
-                or caller.co_name in ("inputs", "references", "called")
+                or caller.co_name in ("inputs", "references", "called", "trusts_sampler", "world")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -675,6 +675,16 @@ def test_trap_every_setting_is_read_by_something(
     stages["grpo"] = {**stages["grpo"], "judge": {"reward": [{"kind": "length", "high": 3}]}}
     stages["all-rewards"] = {**stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl")}
     stages["reward"]["members"] = 2
+    prompts = {"source": "world:helpdesk/prompts", "rows": 4}
+    stages["collected"] = {
+        "kind": "collect",
+        "model": "sft",
+        "data": prompts,
+        "pairs": 2,
+        "annotators": "world:helpdesk",
+        "too_long": "truncate",
+        "sampling": {"max_new_tokens": 4},
+    }
     names = stages.keys()
     monkeypatch.setattr(BaseModel, "__getattribute__", watch)
     pipeline = run({"stages": stages}, tmp_path / "run")
@@ -695,6 +705,9 @@ def test_trap_every_setting_is_read_by_something(
     assert pipeline.config.stages.keys() == names
     # read while the config is: test_grpo.py says what a preset becomes, and a term's kind is the class that it is read as
     expanded = {"GRPOConfig.preset"} | {name for name in settings if name.endswith("Term.kind")}
+    expanded |= {
+        name for name in settings if name.startswith("RoundsConfig.")
+    }  # written out as stages: test_rounds.py
     assert settings - read - REFUSED.keys() - expanded == set()
 
 

@@ -102,7 +102,7 @@ def test_it_learns_and_is_read_as_a_reward(init: Any, train: Any, texts: Any) ->
     assert config.id2label == {0: "home", 1: "sea"}
     assert config.label2id == {"home": 0, "sea": 1}
     reward = Classifier(str(stage / "model"), "sea", output="probability")
-    sea, home = reward(["", ""], ["the low ship and the far sea.", "the low tea in the far house."])
+    sea, home = reward(["", ""], [SEA[-1], HOME[0]])
     assert sea > 0.9 > 0.1 > home
 
 
