@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from keel.masked import entropy, token_logp
-from keel.models import forward
+from keel.models import forward, precision
 from keel.models.adapters import Adapters, add_adapters
 from keel.models.forward import said, states
 from keel.models.head import head_of
@@ -246,3 +246,19 @@ def test_at_a_vocabulary_of_128_000_the_peak_is_a_quarter_of_the_naive_computati
     ours, naive = map(int, done.stdout.split())
     assert naive > 500_000  # kB: tensors, not the allocator's noise
     assert ours <= naive / 4, (ours, naive)
+
+
+def test_in_bfloat16_products_the_parts_are_those_of_the_models_own_logits(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dtype: auto`: weights and log-softmax in float32, gradients too."""
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
+    model = precision.opened(model_of("llama").float(), "auto")
+    with precision.computing(model, IDS.device):
+        theirs = plainly(model)
+    ours = in_parts(model)
+    assert ours[0].dtype == torch.float32
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0.05)
+    for one, other in zip(gradients(model, ours), gradients(model, theirs), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.1 * float(other.abs().max()))
