@@ -102,3 +102,17 @@ def test_what_depends_on_the_clock_is_in_a_log_of_its_own(stage_run: Any) -> Non
     stage_run.log(1, 2, {"loss": 2.0})
     assert json.loads((stage_run.directory / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
     assert json.loads((stage_run.directory / "times.jsonl").read_text()).keys() == {"step", "train"}
+
+
+def test_rates_are_those_of_the_tokens_counted(stage_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 20.0, 22.0])
+    monkeypatch.setattr("keel.runlog.time.perf_counter", lambda: next(clock))
+    stage_run.flops, stage_run.fastest = {"train": 6e6}, 1e9
+    for _ in range(2):
+        with stage_run.timed("train"):
+            stage_run.count("train", 100, 150)
+    stage_run.log(1, 2, {"loss": 1.0})
+    (line,) = (stage_run.directory / "times.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 1, "train": 4.0, "train/tokens_per_second": 50.0, "train/useful": 0.6667, "train/mfu": 0.3
+    }  # fmt: skip

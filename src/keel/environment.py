@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import resource
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -68,15 +66,6 @@ def hardware(config: RunConfig) -> dict[str, Any]:
         "device": str(device), "name": name, "cores": os.cpu_count(), "threads": config.threads or torch.get_num_threads(),
         "memory_gib": round(memory / 2**30, 1), "system": platform.platform(),
     }  # fmt: skip
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory that was in use, in MiB: on cuda what torch allocated since its counter was reset, elsewhere the
-    resident memory of this process since it started (getrusage), whatever used it."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, KiB on Linux
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import keel
@@ -36,9 +35,9 @@ from keel.environment import (
     device_of,
     folder_print,
     hardware,
-    peak_memory_mib,
     versions,
 )
+from keel.models.machine import forget_peak, peak_memory_mib
 from keel.rewards import functions
 from keel.runlog import Progress, StageRun
 from keel.sources import Sources, data_of, from_outside, functions_of
@@ -196,8 +195,7 @@ class Pipeline:
             self.say,
             self.progress,
         )
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
+        forget_peak(run.device)
         start = time.perf_counter()
         result = _dispatch(stage, run)
         run.facts["peak_memory_mib"] = peak_memory_mib(run.device)

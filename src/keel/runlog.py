@@ -39,7 +39,10 @@ class StageRun:
     say: Callable[[str], None] = lambda line: None
     progress: Progress = lambda stage, step, steps, metrics: None
     facts: dict[str, Any] = field(default_factory=dict)  # rows, parameters …, for stage.json
+    flops: dict[str, float] = field(default_factory=dict)  # of a useful token, by phase
+    fastest: float | None = None  # FLOP/s that the machine reaches, where it has been measured
     _seconds: dict[str, float] = field(default_factory=dict)
+    _tokens: dict[str, tuple[int, int]] = field(default_factory=dict)  # by phase: useful, computed
 
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         """NotFiniteError at the first number that is not finite."""
@@ -56,11 +59,12 @@ class StageRun:
             "metrics.jsonl", [{"step": step, **{name: float(value) for name, value in metrics.items()}}]
         )
         if self._seconds:
+            spent = {**self._seconds, **self._rates()}
             self._append(
-                "times.jsonl",
-                [{"step": step, **{name: round(value, 4) for name, value in self._seconds.items()}}],
+                "times.jsonl", [{"step": step, **{name: round(value, 4) for name, value in spent.items()}}]
             )
             self._seconds.clear()
+            self._tokens.clear()
         self.progress(self.name, step, steps, metrics)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -78,6 +82,22 @@ class StageRun:
         start = time.perf_counter()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def count(self, phase: str, useful: int, computed: int) -> None:
+        """Count tokens of a phase: those that somebody needs, and those that the model computed, padding included."""
+        before = self._tokens.get(phase, (0, 0))
+        self._tokens[phase] = (before[0] + useful, before[1] + computed)
+
+    def _rates(self) -> dict[str, float]:
+        """Of each phase whose tokens were counted: tokens a second, the useful share, and the share of the machine's speed that
+        went into the model's own arithmetic on useful tokens (MFU, 2204.02311)."""
+        rates: dict[str, float] = {}
+        for phase, (useful, computed) in self._tokens.items():
+            speed = useful / self._seconds[phase]
+            rates |= {f"{phase}/tokens_per_second": speed, f"{phase}/useful": useful / computed}
+            if self.fastest is not None and phase in self.flops:
+                rates[f"{phase}/mfu"] = speed * self.flops[phase] / self.fastest
+        return rates
 
     def restore(self) -> Checkpoint | None:
         """The checkpoint to go on from, with the logs cut back to where they were then; None for a fresh start."""

@@ -39,7 +39,7 @@ from keel.models.adapters import Adapters, add_adapters
 from keel.models.forward import response_logits, response_tokens
 from keel.models.head import head_of, reading
 from keel.rollout import lean, plain
-from keel.rollout.engine import generate, text_of
+from keel.rollout.engine import Work, generate, text_of
 from keel.rollout.sampling import pick
 from keel.types import Completion, Sampling, UsageError
 
@@ -202,6 +202,19 @@ def test_a_prompt_that_is_given_several_times_is_read_once(monkeypatch: pytest.M
     monkeypatch.setattr(model, "forward", counted)
     generate(model, [[5, 6, 7]] * 8 + [[9]] * 8, Sampling(2), stop_ids=[1000], pad_id=PAD, seed=0)
     assert read == [(2, 3), (16, 1)]
+
+
+def test_tokens_are_counted_that_somebody_needs_and_that_were_computed() -> None:
+    model, never = tiny("llama"), 10**6
+    work = Work()
+    prompts = [[5, 6, 7], [5, 6, 7], [8]]
+    generate(model, prompts, Sampling(4), stop_ids=[never], pad_id=0, seed=0, work=work)
+    assert work.useful == 3 + 1 + 3 * 3  # the last token of a response is never read
+    assert work.computed == 2 * 3 + 3 * 3  # two prompts, one of them padded; then three steps of three rows
+    alone = Work()
+    generate(model, prompts, Sampling(4), stop_ids=[never], pad_id=0, seed=0, batch_size=1, work=alone)
+    assert alone.useful == work.useful
+    assert alone.computed == 3 + 3 + 1 + 3 * 3  # the second one is read again
 
 
 def test_a_model_without_keys_and_values_is_sampled_plainly() -> None:

@@ -66,6 +66,11 @@ def by_length(lengths: Sequence[int], rows: int | None = None, tokens: int | Non
     return parts
 
 
+def padded(lengths: Sequence[int], parts: Sequence[Sequence[int]]) -> int:
+    """Tokens of all parts, each padded to its longest row."""
+    return sum(len(part) * max(lengths[i] for i in part) for part in parts)
+
+
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """(B,) lengths → (B, width), True at the first `length` positions."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]

@@ -43,9 +43,20 @@ def opened(model: Any, dtype: str) -> Any:
 def computing(model: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype: auto` on
     hardware that is fast in it. Weights are cast once in a context, so it must end before they change."""
-    if getattr(model, "keel_auto", False) and fast_in_bfloat16(device) and not _is_double(model):
+    if _casts(model, device):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def _casts(model: Any, device: torch.device) -> bool:
+    return getattr(model, "keel_auto", False) and fast_in_bfloat16(device) and not _is_double(model)
+
+
+def compute_dtype(model: Any, device: torch.device) -> torch.dtype:
+    """What `computing` multiplies matrices in."""
+    if _casts(model, device):
+        return torch.bfloat16
+    return next(model.parameters()).dtype
 
 
 def _is_double(model: Any) -> bool:

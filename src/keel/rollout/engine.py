@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +34,14 @@ class Engine(Protocol):
         ...
 
 
+@dataclass
+class Work:
+    """Tokens that a model was given while sampling."""
+
+    useful: int = 0  # each different prompt's once, and each response's but the last
+    computed: int = 0  # with padding, and what was read again
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -42,13 +52,14 @@ def generate(
     seed: int,
     batch_size: int = 64,
     hidden: bool = False,
+    work: Work | None = None,
 ) -> list[Completion]:
     """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once; a row
     that has ended leaves at once, and a waiting prompt takes its slot.
 
     stop_ids: the EOS id first, then those of the stop strings. Each row draws its own random numbers, so what
     else is in the batch does not change what it is given. hidden: keep what the head was given for each token, so
-    that nobody has to compute it again (not for a model whose head keel does not know). UsageError if a prompt and its
+    that nobody has to compute it again (not for a model whose head keel does not know). work: counts. UsageError if a prompt and its
     response cannot fit the context.
     """
     limit = context_length(model.config)
@@ -67,12 +78,17 @@ def generate(
     head = head_of(model) if hidden else None
     looking = nullcontext() if head is None else reading(head)
     with evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device), looking as seen:
-        done = _stream(model, prompts, draws, sampling, stop_ids, pad_id, batch_size, seen)
+        work = work or Work()
+        done = _stream(model, prompts, draws, sampling, stop_ids, pad_id, batch_size, seen, work)
         if done is None:
-            return [
+            done = [
                 plain.complete(model, prompt, row, sampling, stop_ids, seen)
                 for prompt, row in zip(prompts, draws, strict=True)
             ]
+            work.computed = sum(
+                len(c.prompt_ids) * len(c.ids) + math.comb(len(c.ids), 2) for c in done
+            )  # everything again for each token
+    work.useful += sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(len(c.ids) - 1 for c in done)
     return done
 
 
@@ -91,6 +107,7 @@ def _stream(
     pad_id: int,
     batch_size: int,
     seen: list[Tensor] | None,
+    work: Work,
 ) -> list[Completion] | None:
     """All prompts through the slots; None if the model keeps no keys and values. seen: where `reading` puts what the head is
     given."""
@@ -112,15 +129,18 @@ def _stream(
         free = slots.capacity - len(slots)
         if waiting and (not len(slots) or free >= max(1, slots.capacity // 8)):
             fresh, waiting = waiting[:free], waiting[free:]
-            logits, source = _read(model, [tuple(prompts[i]) for i in fresh], slots, pad_id)
+            asked = [tuple(prompts[i]) for i in fresh]
+            logits, source = _read(model, asked, slots, pad_id)
             if logits is None:
                 return None
+            work.computed += len(set(asked)) * max(map(len, asked))
             rows = torch.cat([rows, torch.tensor(fresh, device=device)])
             newest, made = (torch.cat([x, x.new_zeros(len(fresh))]) for x in (newest, made))
         # 2. or every row takes a step
         else:
             fresh = ()
             slots.make_room()
+            work.computed += len(slots)
             logits, source = forward(newest, slots) if forward else _step(model, newest, slots), None
             slots.step()
         # 3. a token each

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keel.config import OnPolicy
-from keel.data.batches import derive_seed, permutation, rows_of_step
+from keel.data.batches import derive_seed, padded, permutation, rows_of_step
 from keel.models import optim
 from keel.models.head import head_of
 from keel.runlog import StageRun
@@ -65,7 +65,9 @@ def learn(
         for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch):
             # rows of similar length share a micro-batch: less padding, the same sum
             measured: dict[str, float] = {}
-            for part in parts_of(config, sorted(chosen), lengths.__getitem__):
+            parts = parts_of(config, sorted(chosen), lengths.__getitem__)
+            run.count("train", sum(lengths[i] for i in chosen), padded(lengths, parts))
+            for part in parts:
                 step_loss, part_metrics, part_drift = loss(part, chosen, steps == 0)
                 step_loss.backward()
                 add_metrics(measured, part_metrics)

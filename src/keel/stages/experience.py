@@ -15,21 +15,23 @@ from torch import Tensor
 from keel.algorithms import policy
 from keel.config import OnPolicy
 from keel.data import chat
-from keel.data.batches import derive_seed
+from keel.data.batches import derive_seed, padded
 from keel.evaluation.measures import Measure, mean_interval
 from keel.masked import masked_mean
 from keel.models import quantised
 from keel.models.load import ModelSource, count_parameters
+from keel.models.machine import fastest, forward_flops
 from keel.models.offload import awake, rest
+from keel.models.precision import compute_dtype
 from keel.models.roles import Roles, open_roles
 from keel.models.shared import open_base
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
-from keel.rollout.engine import generate, text_of
+from keel.rollout.engine import Work, generate, text_of
 from keel.rollout.score import Scored, sampled_logp, score
 from keel.runlog import StageRun
 from keel.stages import inputs, judging, language, rewarding
-from keel.stages.update import forward_rows, micro_batches
+from keel.stages.update import forward_parts, forward_rows, micro_batches
 from keel.types import Completion, Prompt, PromptRecord, Record, TextRecord, UsageError
 
 SAMPLES_KEPT = 4  # episodes written to samples.jsonl when an update is sampled
@@ -136,12 +138,12 @@ def read_tasks(
     return tasks, held, tuple(ptx), tokenizer
 
 
-def sample(setup: Setup, tasks: Sequence[Task], seed: int) -> list[Completion]:
-    """One response a task, with what `score_tokens` will need of the sampler's own forwards."""
+def sample(setup: Setup, tasks: Sequence[Task], seed: int, work: Work | None = None) -> list[Completion]:
+    """One response a task, with what `score_tokens` will need of the sampler's own forwards. work: counts its tokens."""
     sampling = setup.config.sampling.plain()
     return generate(
         setup.roles.policy, [task.ids for task in tasks], sampling, stop_ids=chat.stop_ids(setup.tokenizer, sampling.stop),
-        pad_id=setup.pad_id, seed=seed, hidden=setup.config.trusts_sampler,
+        pad_id=setup.pad_id, seed=seed, hidden=setup.config.trusts_sampler, work=work,
     )  # fmt: skip
 
 
@@ -150,9 +152,9 @@ def score_tokens(setup: Setup, completions: Sequence[Completion]) -> Scored:
     config, roles = setup.config, setup.roles
     with awake(roles.reference):
         return score(
-        completions, roles.policy, roles.reference, temperature=config.sampling.temperature, pad_id=setup.pad_id,
-        device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
-    )  # fmt: skip
+            completions, roles.policy, roles.reference, temperature=config.sampling.temperature, pad_id=setup.pad_id,
+            device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
+        )  # fmt: skip
 
 
 def rate(setup: Setup, tasks: Sequence[Task], completions: Sequence[Completion]) -> Rated:
@@ -170,12 +172,16 @@ def collect(
     """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scale has seen their rewards."""
     config, run = setup.config, setup.run
     tasks = [task for task in batch for _ in range(config.samples_per_prompt)]
+    work = Work()
     with run.timed("rollout"):
-        completions = sample(setup, tasks, seed)
+        completions = sample(setup, tasks, seed, work)
+    run.count("rollout", work.useful, work.computed)
     with run.timed("score"):
         rated = rate(setup, tasks, completions)
     with run.timed("forward"):
         scored = score_tokens(setup, completions)
+    lengths = [len(c.prompt_ids) + len(c.ids) for c in completions]
+    run.count("forward", sum(lengths), padded(lengths, forward_parts(config, lengths)))
     scale = scale.update(rated.total)
     done = tuple(replace(c, hidden=None) for c in completions)
     return Experience(done, scored, rated, shaped(setup, rated, done, scale)), scale
@@ -344,6 +350,16 @@ def _offload(run: StageRun, roles: Roles, opened: Sequence[rewarding.Opened]) ->
         rest(model, run.device)
 
 
+def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
+    """FLOPs of a token in each phase, and what the machine can do, for the shares in times.jsonl."""
+    own = forward_flops(roles.policy)
+    critic = sum(forward_flops(module) for module in roles.value_modules)
+    passes = 2 if config.lora else 3  # a backward is two forwards, or one where no weight has a gradient
+    policy_again = 0.0 if config.trusts_sampler else own
+    run.flops = {"rollout": own, "forward": own + critic + policy_again, "train": passes * (own + critic)}
+    run.fastest = fastest(run.device, compute_dtype(roles.policy, run.device))
+
+
 def open_stage(
     config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
 ) -> tuple[list[Task], list[Task], Setup]:
@@ -372,6 +388,7 @@ def open_stage(
     )  # fmt: skip
     if config.offload:
         _offload(run, roles, opened)
+    _rate(run, config, roles)
     run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
     run.facts["trained_parameters"] = sum(
         count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules)

@@ -1,0 +1,67 @@
+"""What the machine can do, and what a run got out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SIDE, TRIES = 1024, 5  # of the matrices that are multiplied to find out how fast that goes
+
+
+@cache
+def fastest(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a product of large matrices reaches here with the threads of the moment, the best of a few: what a model's
+    utilisation is a share of. Takes some hundredths of a second."""
+    a, b = torch.ones(2, SIDE, SIDE, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(TRIES):
+        _wait(device)
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forward_flops(model: nn.Module) -> float:
+    """FLOPs of a token's forward by the weights that it is multiplied with: 2 for each (2001.08361). An embedding is only
+    looked up, unless the head is the same matrix; what attention adds with the length of the text is left out."""
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    idle = looked_up - multiplied
+    return 2.0 * sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in idle)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory_mib` begin anew at what is in use now, where the system can do that: on cuda, and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that was in use since `forget_peak`, in MiB: on cuda what torch allocated; elsewhere the resident memory
+    of this process, libraries and data included, on Linux (elsewhere since the process began)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(
+        peak / (2**20 if sys.platform == "darwin" else 2**10), 1
+    )  # bytes there, KiB on other systems
