@@ -7,6 +7,7 @@
 PYTHON is an interpreter that has TRL 1.16; FOLDER holds TRL 1.12, the last release that has PPO, and goes in front of the
 path. Every measurement is a process of its own, and the two sides take turns; medians of N pairs. Prompts have 32 tokens,
 responses 64; in grpo and ppo the chance of the end of sequence makes responses 24 tokens long on average, 64 at most.
+Where keel's reference model reads all rows before the first step (dpo), each step is charged its share of that.
 A step is 64 rows, pairs or episodes (ppo: an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults
 for a machine with fast bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32.
 Memory is the peak of the process above what is resident after everything is imported.
@@ -15,6 +16,7 @@ Memory is the peak of the process above what is resident after everything is imp
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -150,11 +152,16 @@ def of_keel(kind: str, folder: Path) -> None:
     config = {
         "name": "bench", "threads": torch.get_num_threads(), "device": "cpu", "stages": {"stage": keel_stage(kind, folder)}
     }  # fmt: skip
+    marks: list[float] = []  # when the reference of dpo began to read, which is before the first step
+
+    def say(line: str) -> None:
+        marks.extend([time.perf_counter()] if "the reference reads" in line else [])
+
     with tempfile.TemporaryDirectory() as place:
-        Pipeline(
-            parse(config), Path(place), say=lambda line: None, progress=lambda *step: ends.append(time.perf_counter())
-        ).run()  # fmt: skip
-    report(ends, before)
+        progress = lambda *step: ends.append(time.perf_counter())  # noqa: E731
+        Pipeline(parse(config), Path(place), say=say, progress=progress).run()
+    reading = sum(ends[0] - mark for mark in marks)
+    report(ends, before, reading * BATCH / ROWS)
 
 
 # ---------------------------------------------------------------- the peers' side
@@ -166,6 +173,12 @@ def of_trl(kind: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     kind = kind.partition("-")[0]
+    if kind == "ppo":
+        import trl.experimental.ppo  # pyright: ignore[reportMissingImports]
+    else:
+        importlib.import_module("trl")
+        importlib.import_module(f"trl.trainer.{kind}_trainer")
+    before, ends = resident("VmRSS"), list[float]()
     tokenizer, steps = AutoTokenizer.from_pretrained(folder / "plain"), STEPS[kind]
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     common: dict[str, Any] = {
@@ -217,7 +230,6 @@ def of_trl(kind: str, folder: Path) -> None:
             make = trl.GRPOTrainer
             settings = trl.GRPOConfig(num_generations=8, max_completion_length=RESPONSE, beta=0.04, **fixed)
             more |= {"model": str(folder / "ending"), "reward_funcs": [varied], "train_dataset": table(prompt="prompt")}  # fmt: skip
-    before, ends = resident("VmRSS"), list[float]()
     make(args=settings, callbacks=[_clock(ends)], **more).train()
     report(ends, before)
 
@@ -241,9 +253,10 @@ def resident(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def report(ends: list[float], before: float) -> None:
-    """One line of JSON. The first step is the warm-up: its time is not counted."""
-    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+def report(ends: list[float], before: float, more: float = 0.0) -> None:
+    """One line of JSON. The first step is the warm-up: its time is not counted. more: what each step owes to work that was
+    done before the first (with the warm-up's own time in it, so that it is too much rather than too little)."""
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1) + more
     print(json.dumps({"seconds": seconds, "memory": resident("VmHWM") - before, "steps": len(ends)}))
 
 

@@ -24,7 +24,7 @@ from keel.models.tokenizer import train_tokenizer
 from keel.pipeline import Pipeline
 from keel.rewards import learned
 from keel.runlog import StageRun
-from keel.stages import experience
+from keel.stages import experience, opening
 
 torch.set_num_threads(1)
 
@@ -231,7 +231,7 @@ def open_ppo(tiny_model: Path, tiny_reward: Path, data: Data, stage_run: StageRu
             "updates": 3, "sampling": {"max_new_tokens": 8},
         }  # fmt: skip
         config = PPOConfig.model_validate(defaults | settings)
-        tasks, _, setup = experience.open_stage(config, stage_run, sharing=config.sharing)
+        tasks, _, setup = opening.open_stage(config, stage_run, sharing=config.sharing)
         return tasks, setup
 
     return go

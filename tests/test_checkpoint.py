@@ -116,3 +116,16 @@ def test_rates_are_those_of_the_tokens_counted(stage_run: Any, monkeypatch: pyte
     assert json.loads(line) == {
         "step": 1, "train": 4.0, "train/tokens_per_second": 50.0, "train/useful": 0.6667, "train/mfu": 0.3
     }  # fmt: skip
+
+
+def test_what_people_made_survives_its_directory(tmp_path: Path) -> None:
+    for number, name in ((1, "collect.kept"), (2, "collect.kept-2")):
+        folder = tmp_path / "collect"
+        folder.mkdir()
+        for file in ("votes.jsonl", "pairs.jsonl", "stage.json"):
+            (folder / file).write_text(f"{file} {number}")
+        discard(folder)
+        assert not folder.exists()
+        assert {p.name: p.read_text() for p in (tmp_path / name).iterdir()} == {
+            "votes.jsonl": f"votes.jsonl {number}", "pairs.jsonl": f"pairs.jsonl {number}"
+        }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import DistilBertConfig
 
-from keel import planning
+from keel import planning, plantext
 from keel.config import parse
 from keel.data.batches import split_holdout
 from keel.models.load import load_tokenizer
@@ -121,7 +121,7 @@ def test_extrapolated_tokens_are_marked(plan, tiny_model, tmp_path, rows, exact)
     path.write_text('{"prompt": "the cat?", "completion": " red."}\n' * rows)
     entry = plan(sft={"kind": "sft", "model": str(tiny_model), "data": str(path)})["sft"]
     assert entry["tokens_measured"] is exact
-    assert ("≈" not in planning.as_text([entry])) is exact
+    assert ("≈" not in plantext.as_text([entry])) is exact
 
 
 def test_the_rows_that_are_measured_are_spread_over_the_data(plan, tiny_model, tmp_path):
@@ -191,7 +191,7 @@ def test_memory_is_planned_by_role_and_phase(plan, data, tiny_model):
     assert memory["phases"]["rollout"]["policy"]["kv_cache"] > 0
     assert "critic" not in planned["shared"]["memory"]["phases"]["train"]
     assert planned["shared"]["memory"]["peak"] < memory["peak"]
-    assert "by role" in planning.as_text([planned["ppo"]])
+    assert "by role" in plantext.as_text([planned["ppo"]])
 
 
 def test_one_base_is_planned_as_what_is_held(plan, run, data, tiny_model, tmp_path):
@@ -270,4 +270,4 @@ def test_a_common_model_that_is_not_here_is_planned_with(plan, data):
 def test_memory_of_an_unknown_model_is_unknown(plan, data):
     entry = plan(sft={"kind": "sft", "model": "nobody/none", "data": str(data.demonstrations)})["sft"]
     assert entry["memory"] is None
-    assert "memory unknown" in planning.as_text([entry])
+    assert "memory unknown" in plantext.as_text([entry])

@@ -6,6 +6,7 @@ checkpoint is the step, the tensors (weights, optimiser), a few plain values, an
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -59,13 +60,29 @@ def latest(directory: Path) -> Checkpoint | None:
     return Checkpoint(meta["step"], tensors, meta["values"], meta["logs"])
 
 
+BY_HAND = ("votes.jsonl", "pairs.jsonl")  # what people made, and what they made it of
+
+
 def discard(directory: Path) -> None:
-    """Remove a directory that somebody may take for a whole one: out of sight by rename first, then file by file."""
+    """Remove a directory that somebody may take for a whole one: out of sight by rename first, then file by file. What people
+    made in it is never removed: it is moved beside it, as NAME.kept, NAME.kept-2 …"""
     gone = directory.with_name(f".{directory.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
+    if (directory / BY_HAND[0]).exists():
+        kept = _free(directory.with_name(f"{directory.name}.kept"))
+        kept.mkdir()
+        for name in BY_HAND:
+            if (directory / name).exists():
+                shutil.copy2(directory / name, kept / name)
     if directory.exists():
         directory.rename(gone)
         shutil.rmtree(gone)
+
+
+def _free(path: Path) -> Path:
+    """The path, or with the first number that nothing has yet."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(place for place in itertools.chain([path], numbered) if not place.exists())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,23 +9,14 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 import keel
+from keel import outcomes
+from keel.progress import progress, say
 from keel.types import KeelError, UsageError
 
 app = typer.Typer(
@@ -48,7 +39,6 @@ NEEDED = (
     "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "huggingface_hub", "pyarrow", "pydantic",
     "typer", "rich", "plotly", "jinja2", "markupsafe", "pyyaml", "numpy",
 )  # fmt: skip
-SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_loss", "eval_accuracy")
 
 
 def main() -> None:
@@ -64,10 +54,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KeelError as error:
-        _say(f"keel: {error}")
+        say(f"keel: {error}")
         sys.exit(error.exit_code)
     except _Interrupted:
-        _say("keel: interrupted; the same command goes on from the last checkpoint")
+        say("keel: interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
@@ -95,11 +85,11 @@ def run(
     from keel import report
 
     pipeline = _pipeline(config, overrides, runs, name)
-    with _progress() as show:
+    with progress() as show:
         pipeline.progress = show
         pipeline.run(only=only, fresh=fresh)
     if as_json:
-        print(json.dumps(_outcome(pipeline), ensure_ascii=False, indent=2))
+        print(json.dumps(outcomes.outcome(pipeline), ensure_ascii=False, indent=2))
     else:
         print(report.summary(pipeline.directory))
         print(f"report: {pipeline.directory / 'report.html'}")
@@ -124,7 +114,7 @@ def plan(
 
     With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real totals.
     """
-    from keel import planning, textbook
+    from keel import planning, plantext, textbook
 
     if (config is None) == (model is None):
         raise UsageError(
@@ -137,7 +127,7 @@ def plan(
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
     entries = planning.plan(_pipeline(config, overrides, runs, name))
-    print(planning.as_json(entries) if as_json else planning.as_text(entries))
+    print(planning.as_json(entries) if as_json else plantext.as_text(entries))
 
 
 @app.command()
@@ -151,8 +141,11 @@ def report(
         raise UsageError(f"no run at {run}: there is no config.yaml in it")
     page = reports.write(run)
     if as_json:
-        stages = {name: {"status": _status(run, name, facts)} for name, facts in _manifest(run).items()}
-        facts = {"report": str(page), "stages": stages, "results": _results(run)}
+        stages = {
+            name: {"status": outcomes.status(run, name, facts)}
+            for name, facts in outcomes.manifest(run).items()
+        }
+        facts = {"report": str(page), "stages": stages, "results": outcomes.results(run)}
         print(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
         print(reports.summary(run))
@@ -218,8 +211,8 @@ def sweep(
     from keel.report import sweeps
 
     place = _place(config)
-    directory, points = sweeping.points(place, settings or [], sweeping.seeds_of(seeds), runs, name, _say)
-    facts = sweeping.Sweep(place, directory, points, jobs, _say).run()
+    directory, points = sweeping.points(place, settings or [], sweeping.seeds_of(seeds), runs, name, say)
+    facts = sweeping.Sweep(place, directory, points, jobs, say).run()
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
@@ -356,7 +349,7 @@ def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str |
     from keel.pipeline import Pipeline
 
     settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
-    return Pipeline(settings, runs / settings.name, _say)
+    return Pipeline(settings, runs / settings.name, say)
 
 
 def _place(config: Path) -> Path:
@@ -376,80 +369,6 @@ def _recipe(name: str) -> Path:
             f"no config or recipe {name!r}; recipes: {', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
         )
     return path
-
-
-def _manifest(run: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each stage."""
-    path = run / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
-
-
-def _status(run: Path, name: str, facts: Mapping[str, Any]) -> str:
-    """The manifest's status of a stage: "done", "done before", "not run"; "out of date" where what lies there was
-    made with other settings, inputs or code than the manifest asks for."""
-    mark = run / "stages" / name / "fingerprint"
-    stale = mark.exists() and mark.read_text(encoding="utf-8") != facts.get("fingerprint")
-    return "out of date" if stale else facts["status"]
-
-
-def _results(run: Path) -> dict[str, Any]:
-    """The results of the stages that are done with what the manifest asks for; never those of other settings."""
-    paths = {
-        name: run / "stages" / name / "result.json"
-        for name, facts in _manifest(run).items()
-        if _status(run, name, facts) in ("done", "done before")
-    }
-    return {
-        name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()
-    }
-
-
-def _outcome(pipeline: Any) -> dict[str, Any]:
-    results = _results(pipeline.directory)
-    return {
-        "run": str(pipeline.directory), "report": str(pipeline.directory / "report.html"),
-        "stages": {name: {**facts, "result": results.get(name)} for name, facts in _manifest(pipeline.directory).items()},
-    }  # fmt: skip
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Bars on a terminal; elsewhere a line at every tenth of a stage."""
-    if not sys.stderr.isatty():
-
-        def lines(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-            if step == steps or step % max(1, steps // 10) == 0:
-                _say(f"{stage} {step}/{steps}  {_shown(metrics)}")
-
-        yield lines
-        return
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def draw(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=steps, shown="")
-            bars.update(tasks[stage], completed=step, shown=_shown(metrics))
-
-        yield draw
-
-
-def _shown(metrics: Mapping[str, float]) -> str:
-    return "  ".join(
-        f"{name.removeprefix('objective/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics
-    )
 
 
 if __name__ == "__main__":

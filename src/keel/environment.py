@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ WITHOUT_EFFECT = (
     "cli.py",
     "chatting.py",
     "planning.py",
+    "plantext.py",
+    "progress.py",
+    "outcomes.py",
     "footprint.py",
     "fitting.py",
     "textbook.py",
@@ -38,7 +41,10 @@ WITHOUT_EFFECT = (
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
-    return {package: version(package) for package in VERSIONS}
+    found = {package: version(package) for package in VERSIONS}
+    with contextlib.suppress(PackageNotFoundError):
+        found["bitsandbytes"] = version("bitsandbytes")
+    return found
 
 
 def device_of(config: RunConfig) -> torch.device:

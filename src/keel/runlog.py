@@ -80,8 +80,10 @@ class StageRun:
     def timed(self, phase: str) -> Iterator[None]:
         """Count the seconds of a phase (rollout, score, train …) of the current step."""
         start = time.perf_counter()
-        yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def count(self, phase: str, useful: int, computed: int) -> None:
         """Count tokens of a phase: those that somebody needs, and those that the model computed, padding included."""

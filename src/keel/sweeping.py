@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import yaml
 
 from keel.checkpoint import discard, write_json
-from keel.config import read
+from keel.config import CollectConfig, read
 from keel.pipeline import Pipeline, locked
 from keel.report import sweeps
 from keel.types import UsageError
@@ -128,6 +128,11 @@ def points(
         point = _name(settings, seed)
         changes = [*fixed, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), f"seed={seed}"]
         own = read(config, [*changes, f"name={json.dumps(point)}"])
+        for stage, facts in own.stages.items():
+            if isinstance(facts, CollectConfig) and facts.world is None:
+                raise UsageError(
+                    f"stage {stage!r} waits for people's votes, which no point of a sweep can wait for: run it alone, or name a world's annotators"
+                )
         found.append(
             Point(point, settings, seed, tuple(changes), Pipeline(own, directory / "points" / point, say))
         )

@@ -16,7 +16,7 @@ from keel.config.policy import PRESETS
 from keel.masked import masked_sum
 from keel.rewards.mixture import Rated
 from keel.rewards.shaping import RunningScale
-from keel.stages import epochs, experience, grpo, on_policy
+from keel.stages import epochs, experience, grpo, on_policy, opening
 from keel.types import Completion, UsageError
 
 START = experience.Steering(0.0, RunningScale())
@@ -35,7 +35,7 @@ def settings(data: Any, tiny_model: Path) -> dict[str, Any]:
 def open_grpo(settings: Any, stage_run: Any) -> Any:
     def go(**more: Any) -> tuple[list[experience.Task], experience.Setup]:
         config = GRPOConfig.model_validate(settings | more)
-        tasks, _, setup = experience.open_stage(config, stage_run, sharing="none")
+        tasks, _, setup = opening.open_stage(config, stage_run, sharing="none")
         return tasks, setup
 
     return go

@@ -15,6 +15,7 @@ from keel.config import PPOConfig
 from keel.diagnosis.findings import conditions
 from keel.diagnosis.logs import lines
 from keel.diagnosis.watch import replay
+from keel.models import optim
 from keel.stages import on_policy, ppo
 from keel.types import KeelError, NotFiniteError
 
@@ -170,3 +171,22 @@ def test_without_a_way_back_it_is_an_error_as_ever(control, open_ppo):
     assert "loss/policy_avg is nan at step 3" in str(error)
     said = [e["check"] for e in lines(setup.run.directory / "events.jsonl")]
     assert said == ([] if control == "off" else ["not_finite"])
+
+
+def test_a_gradient_that_is_not_finite_is_rolled_back_in_the_whole_stage(
+    stages: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `ppo.run`, with its clocks and counts: the failed update is logged and the run goes on."""
+    step, calls = optim.step, []
+
+    def spoiled(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 3:
+            raise NotFiniteError("stage, update 3: the gradient is not finite")
+        return step(*given, **named)
+
+    monkeypatch.setattr(optim, "step", spoiled)
+    run(stages(control="rollback", sharing="trunk"), tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert metrics(tmp_path)[2].keys() == {"step", "episode"}
+    assert len(lines(tmp_path / "stages" / "ppo" / "times.jsonl")) == 7

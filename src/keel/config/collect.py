@@ -119,7 +119,8 @@ def _round(
     fresh = [{"source": f"stage:collect-{k}"} for k in range(2, number + 1)]
     collect = {
         "kind": "collect", "model": before, "data": first.get("data"), "pairs": rounds.get("pairs"),
-        "annotators": rounds.get("annotators"), **({"sampling": first["sampling"]} if "sampling" in first else {}),
+        "annotators": rounds.get("annotators"), **{key: first[key] for key in ("sampling", "too_long") if key in first},
+        **({key: model[key] for key in ("dtype", "trust_remote_code") if key in model} if isinstance(model, Mapping) else {}),
     }  # fmt: skip
     path = model.get("path") if isinstance(model, Mapping) else model
     start = {**model, "path": before, "revision": None} if isinstance(model, Mapping) else before

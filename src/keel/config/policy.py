@@ -128,7 +128,7 @@ class OnPolicy(Watched):
     )
     old_logp: Literal["sampler", "trainer"] = Field(
         "sampler",
-        description="Where log π_old comes from: the very logits each token was drawn from, with no further forward of the policy; or a forward of the trainer's own, for a sampler whose numbers differ. With `importance_cap` always the trainer's.",
+        description="Where log π_old comes from: the very logits each token was drawn from, with no further forward of the policy; or a forward of the trainer's own, for a sampler whose numbers differ, and with `importance_cap`, which compares them.",
     )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     max_approx_kl: float | None = Field(
@@ -203,6 +203,10 @@ class OnPolicy(Watched):
             )
         if self.offload and (self.reference_quantize or any(term.quantize for term in learned)):
             raise ValueError("`offload` is for models in full precision: leave it out, or `quantize`")
+        if self.importance_cap is not None and self.changes("old_logp") and self.old_logp == "sampler":
+            raise ValueError(
+                "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
+            )
         check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
         idle = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
         if idle and self.one_step:

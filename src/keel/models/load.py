@@ -297,13 +297,14 @@ def _dropout_rates(owner: Any) -> list[str]:
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """Parameters; of 4-bit ones, which are stored two in a byte, as many as they stand for."""
+    """Parameters."""
+    return sum(size_of(p) for p in model.parameters() if p.requires_grad or not trainable)
 
-    def size(parameter: nn.Parameter) -> int:
-        state = getattr(parameter, "quant_state", None)
-        return parameter.numel() if state is None else math.prod(state.shape)
 
-    return sum(size(p) for p in model.parameters() if p.requires_grad or not trainable)
+def size_of(parameter: nn.Parameter) -> int:
+    """Numbers in it; of a 4-bit one, which is stored two in a byte, as many as it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def _adopt_vocabulary(config: Any, tokenizer: Any, init: Mapping[str, Any]) -> None:

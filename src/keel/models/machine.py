@@ -12,22 +12,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SIDE, TRIES = 1024, 5  # of the matrices that are multiplied to find out how fast that goes
+from keel.models.load import size_of
+
+SIDE, TRIES = (
+    {"cuda": 8192},
+    5,
+)  # of the matrices that are multiplied to find out how fast that goes; elsewhere 1024
 
 
 @cache
 def fastest(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that a product of large matrices reaches here with the threads of the moment, the best of a few: what a model's
     utilisation is a share of. Takes some hundredths of a second."""
-    a, b = torch.ones(2, SIDE, SIDE, device=device, dtype=dtype)
+    side = SIDE.get(device.type, 1024)
+    a, b = torch.ones(2, side, side, device=device, dtype=dtype)
     seconds = []
     for _ in range(TRIES):
         _wait(device)
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * SIDE**3 / min(seconds)
+    return 2 * side**3 / min(seconds)
 
 
 def _wait(device: torch.device) -> None:
@@ -41,7 +47,7 @@ def forward_flops(model: nn.Module) -> float:
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     idle = looked_up - multiplied
-    return 2.0 * sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in idle)
+    return 2.0 * sum(size_of(p) for p in model.parameters() if p.dim() > 1 and id(p) not in idle)
 
 
 def forget_peak(device: torch.device) -> None:

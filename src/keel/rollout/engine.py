@@ -116,9 +116,7 @@ def _stream(
     slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device)
     forward = lean.Step(model, longest) if lean.fits(model) else None
     draws, stops = draws.to(device), torch.tensor(list(stop_ids), device=device)
-    tokens = torch.zeros(draws.shape, dtype=torch.long, device=device)  # (N, max_new_tokens)
-    logps = torch.zeros(draws.shape, device=device)
-    hidden: Tensor | None = None  # (N, max_new_tokens, d)
+    drawn = _Drawn(torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws, dtype=torch.float32))
     # of similar length, so that little is padded; equal ones side by side, so that they are read once
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
     rows = newest = made = torch.zeros(
@@ -146,13 +144,7 @@ def _stream(
         # 3. a token each
         part = slice(len(rows) - len(fresh), None) if fresh else slice(None)
         chosen, logp = pick(logits, draws[rows[part], made[part]], sampling)
-        tokens[rows[part], made[part]] = chosen
-        logps[rows[part], made[part]] = logp.to(logps.dtype)
-        if seen:
-            last = last_given(seen, source)
-            if hidden is None:  # as zeros, which take no memory before they are written
-                hidden = torch.zeros(*draws.shape, last.shape[-1], dtype=last.dtype, device=device)
-            hidden[rows[part], made[part]] = last
+        drawn.put((rows[part], made[part]), chosen, logp, last_given(seen, source) if seen else None)
         newest, made = newest.clone(), made.clone()
         newest[part] = chosen
         made[part] += 1
@@ -161,7 +153,26 @@ def _stream(
         if not bool(going.all()):
             order = slots.keep(going)
             rows, newest, made = rows[order], newest[order], made[order]
-    return _completions(prompts, tokens, logps, stops, hidden)
+    return _completions(prompts, drawn, stops)
+
+
+@dataclass
+class _Drawn:
+    """What has been drawn so far, by prompt and token."""
+
+    tokens: Tensor  # (N, max_new_tokens)
+    logps: Tensor  # (N, max_new_tokens)
+    hidden: Tensor | None = None  # (N, max_new_tokens, d)
+
+    def put(self, where: tuple[Tensor, Tensor], tokens: Tensor, logps: Tensor, last: Tensor | None) -> None:
+        """A token of some prompts; last: what the head was given for it."""
+        self.tokens[where] = tokens
+        self.logps[where] = logps.to(self.logps.dtype)
+        if last is None:
+            return
+        if self.hidden is None:  # as zeros, which take no memory before they are written
+            self.hidden = last.new_zeros(*self.tokens.shape, last.shape[-1])
+        self.hidden[where] = last
 
 
 def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
@@ -211,10 +222,9 @@ def _last_only(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
 
 
-def _completions(
-    prompts: Sequence[Sequence[int]], tokens: Tensor, logps: Tensor, stops: Tensor, hidden: Tensor | None
-) -> list[Completion]:
+def _completions(prompts: Sequence[Sequence[int]], drawn: _Drawn, stops: Tensor) -> list[Completion]:
     """Each row up to its first stop token."""
+    tokens, logps, hidden = drawn.tokens, drawn.logps, drawn.hidden
     ends = torch.isin(tokens, stops)
     ended = ends.any(dim=1).tolist()
     lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1]).tolist()

@@ -27,7 +27,7 @@ from keel.rewards.mixture import Rated
 from keel.rewards.shaping import RunningScale, token_rewards
 from keel.rollout.score import Scored
 from keel.runlog import StageRun
-from keel.stages import epochs, experience, inputs, on_policy
+from keel.stages import epochs, experience, inputs, on_policy, opening
 from keel.stages.epochs import Drift
 from keel.stages.experience import Experience, Setup, Steering, Task
 from keel.types import Episodes
@@ -49,7 +49,7 @@ def settings_of(setup: Setup) -> GRPOConfig:
 
 def run(config: GRPOConfig, run: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy."""
-    tasks, held, setup = experience.open_stage(config, run, sharing="none")
+    tasks, held, setup = opening.open_stage(config, run, sharing="none")
     optimizers = on_policy.optimizers(config, setup.roles)
 
     def step(

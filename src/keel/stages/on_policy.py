@@ -44,7 +44,7 @@ def loop(
     if checkpoint := run.restore():
         _load_state(setup, optimizers, checkpoint.tensors)
         values = checkpoint.values
-        steering = Steering(values["coef"], RunningScale(**values["scale"]), values["episodes"])
+        steering = Steering.restored(values)
         stopping = stopping.restored(values["stopping"])
         best, first = checkpoint.tensors["best"], checkpoint.step
         guard.restored(values["guard"], checkpoint.tensors["kept"])
@@ -83,11 +83,9 @@ def loop(
         run.log(update, config.updates, metrics)
         steering = guard.see(update, metrics, steering)
         if due(update, config.updates, config.save_every) or stopping.stop or guard.stopped:
-            scale = steering.scale
-            values = {"coef": steering.coef, "episodes": steering.episodes, "stopping": stopping.values()}
-            values |= {"scale": {"count": scale.count, "mean": scale.mean, "spread": scale.spread}}
             tensors = _state(setup, optimizers) | {"best": best, "kept": guard.kept}
-            run.save(update, tensors, {**values, "guard": guard.values()})
+            values = {**steering.values(), "stopping": stopping.values(), "guard": guard.values()}
+            run.save(update, tensors, values)
 
     guard.finish()
     if best is not None and not guard.stopped:

@@ -27,7 +27,7 @@ from keel.models.forward import response_index, response_scores, said, spread, s
 from keel.models.load import save
 from keel.rewards.shaping import RunningScale, token_rewards
 from keel.runlog import StageRun
-from keel.stages import epochs, experience, inputs, on_policy
+from keel.stages import epochs, experience, inputs, on_policy, opening
 from keel.stages.epochs import Drift
 from keel.stages.experience import Experience, Setup, Steering, Task
 from keel.types import Episodes
@@ -49,7 +49,7 @@ class Collected:
 
 def run(config: PPOConfig, run: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy and what valued it."""
-    tasks, held, setup = experience.open_stage(config, run, sharing=config.sharing)
+    tasks, held, setup = opening.open_stage(config, run, sharing=config.sharing)
     optimizers = on_policy.optimizers(config, setup.roles, config.value_lr)
 
     def step(

@@ -1,0 +1,60 @@
+"""What a person sees on stderr while stages run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_loss", "eval_accuracy")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """Bars on a terminal; elsewhere a line at every tenth of a stage."""
+    if not sys.stderr.isatty():
+
+        def lines(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+            if step == steps or step % max(1, steps // 10) == 0:
+                say(f"{stage} {step}/{steps}  {shown(metrics)}")
+
+        yield lines
+        return
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def draw(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=steps, shown="")
+            bars.update(tasks[stage], completed=step, shown=shown(metrics))
+
+        yield draw
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    return "  ".join(
+        f"{name.removeprefix('objective/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics
+    )
