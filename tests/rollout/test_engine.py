@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,25 @@ def test_a_prompt_that_is_given_several_times_is_read_once(monkeypatch: pytest.M
     monkeypatch.setattr(model, "forward", counted)
     generate(model, [[5, 6, 7]] * 8 + [[9]] * 8, Sampling(2), stop_ids=[1000], pad_id=PAD, seed=0)
     assert read == [(2, 3), (16, 1)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_keys_and_values_are_gone_when_the_engine_returns(architecture: str) -> None:
+    """And not when Python's collector comes, which knows nothing of how much memory they hold."""
+    model = tiny(architecture)
+
+    def sampled() -> None:
+        generate(model, [[5, 6, 7]] * 3, Sampling(4), stop_ids=[10**6], pad_id=0, seed=0)
+
+    sampled()  # what is made once
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(o) is torch.Tensor for o in gc.get_objects())
+        sampled()
+        assert sum(type(o) is torch.Tensor for o in gc.get_objects()) <= before
+    finally:
+        gc.enable()
 
 
 def test_tokens_are_counted_that_somebody_needs_and_that_were_computed() -> None:

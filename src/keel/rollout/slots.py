@@ -7,6 +7,7 @@ stay right. A row's tokens reach from its own start to the newest column; what l
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -104,7 +105,7 @@ class _Layer(DynamicLayer):
 
     def __init__(self, slots: Slots, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self._slots = slots
+        self._slots = weakref.proxy(slots)  # a cycle would keep all keys and values until the collector comes
         # rotations may leave keys in float32 where values are in half precision: that is not kept
         self.k, self.v = (
             held.new_empty(slots.capacity, held.shape[1], slots.columns, held.shape[3], dtype=values.dtype)
