@@ -95,6 +95,8 @@ class StageRun:
         went into the model's own arithmetic on useful tokens (MFU, 2204.02311)."""
         rates: dict[str, float] = {}
         for phase, (useful, computed) in self._tokens.items():
+            if phase not in self._seconds:
+                continue
             speed = useful / self._seconds[phase]
             rates |= {f"{phase}/tokens_per_second": speed, f"{phase}/useful": useful / computed}
             if self.fastest is not None and phase in self.flops:

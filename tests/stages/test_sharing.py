@@ -21,7 +21,7 @@ from keel.models.load import ModelSource
 from keel.models.shared import open_base
 from keel.pipeline import Pipeline
 from keel.rewards import learned, on_base
-from keel.stages import experience, on_policy
+from keel.stages import experience, on_policy, opening
 from keel.stages.update import copy_state
 from keel.types import UsageError
 
@@ -218,7 +218,7 @@ def test_everything_of_the_base_stays_as_it_was_in_a_run_and_in_saving_it(
         seen.append(open_base(*args))
         return seen[-1]
 
-    monkeypatch.setattr(experience, "open_base", watched)
+    monkeypatch.setattr(opening, "open_base", watched)
     stages("watched", sharing="adapters")
     start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     (base,) = seen
