@@ -46,7 +46,7 @@ class Case(NamedTuple):
 class Outcome(NamedTuple):
     case: Case
     alarm: tuple[int, str] | None  # update and check of the first finding of severity act
-    peak: int  # update of the highest gold reward
+    peak: int  # update of the highest gold reward; 0: what it started from
     best: float
     end: float | None  # None: the run ended with an error
 
@@ -105,7 +105,7 @@ def main() -> None:
     )
     found = []
     for case in chosen:
-        found.append(outcome := run(case, settings, shared))
+        found.append(outcome := run(case, settings, shared, start))
         alarm = f"{outcome.alarm[0]} {outcome.alarm[1]}" if outcome.alarm else "–"
         end = "error" if outcome.end is None else f"{outcome.end:.3f}"
         print(f"{case.name:<20} {alarm:<28} {outcome.peak:>9} {end:>6} {outcome.best:>6.3f}", flush=True)
@@ -144,8 +144,8 @@ def biased_pairs(count: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": row["prompt"], "chosen": sides[longer], "rejected": sides[not longer]}
 
 
-def run(case: Case, settings: argparse.Namespace, shared: Path) -> Outcome:
-    """One case, with what it came to."""
+def run(case: Case, settings: argparse.Namespace, shared: Path, start: float) -> Outcome:
+    """One case, with what it came to. start: gold reward of what it started from."""
     tree = tree_of(case, settings, shared)
     directory = settings.runs / settings.control / case.name
     pipeline = Pipeline(parse(tree), directory, lambda line: None)
@@ -161,13 +161,12 @@ def run(case: Case, settings: argparse.Namespace, shared: Path) -> Outcome:
         for f in logs.stage(folder, resolved(pipeline.config)["stages"]["ppo"]).findings
         if f.severity == "act"
     ]
-    judged = {
-        row["step"]: row["eval/judge"] for row in logs.lines(folder / "metrics.jsonl") if "eval/judge" in row
-    }
-    peak = max(judged, key=lambda step: judged[step], default=0)
+    rows = logs.lines(folder / "metrics.jsonl")
+    judged = {0: start} | {row["step"]: row["eval/judge"] for row in rows if "eval/judge" in row}
+    peak = max(judged, key=lambda step: judged[step])
     end = None if failed else json.loads((folder / "result.json").read_text())["judge"]["mean"]
     first = min(alarms, key=lambda finding: finding.step, default=None)
-    return Outcome(case, (first.step, first.check) if first else None, peak, judged.get(peak, 0.0), end)
+    return Outcome(case, (first.step, first.check) if first else None, peak, judged[peak], end)
 
 
 def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str, Any]:
@@ -217,16 +216,14 @@ def summary(found: list[Outcome], start: float) -> list[str]:
     """The counts that the table comes to."""
     healthy, sick = ([o for o in found if o.case.sick is ill] for ill in (False, True))
     seen = [o for o in sick if o.alarm]
-    timing = {"early": 0, "late": 0}
-    for o in seen:
-        assert o.alarm
-        timing["early" if o.alarm[0] <= o.peak else "late"] += 1
+    delays = sorted(o.alarm[0] - o.peak for o in seen if o.alarm)
+    early = sum(delay <= 0 for delay in delays)
     kept = [o for o in sick if o.end is not None and o.end >= o.best - NEAR]
     below = [o for o in sick if o.end is None or o.end < start]
     return [
         "",
         f"false alarms: {sum(o.alarm is not None for o in healthy)} of {len(healthy)} healthy runs",
-        f"found: {len(seen)} of {len(sick)} sick runs; {timing['early']} at the gold peak or before, {timing['late']} after, {len(sick) - len(seen)} never",
+        f"found: {len(seen)} of {len(sick)} sick runs; {early} at the gold peak or before, {len(seen) - early} after, {len(sick) - len(seen)} never; updates from the peak to the alarm: {', '.join(map(str, delays))}",
         f"gold at the end within {NEAR} of the best evaluation: {len(kept)} of {len(sick)}; below the SFT model's: {len(below)} ({', '.join(o.case.name for o in below) or 'none'})",
     ]
 

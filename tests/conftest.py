@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, LlamaCo
 from keel.config import PPOConfig, parse
 from keel.data import chat
 from keel.data.load import load
+from keel.models import prefixes
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
 from keel.pipeline import Pipeline
@@ -51,6 +52,12 @@ class Data:
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that begin alike are not read as one: which rows share a forward then leaves no trace in the last digits."""
+    monkeypatch.setattr(prefixes, "WORTH", 0.0)
 
 
 @pytest.fixture(scope="session")

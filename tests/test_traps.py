@@ -365,7 +365,9 @@ def test_trap_14_rollouts_are_never_decoded_and_tokenised_again(
     read: list[list[int]] = []
     original = learned.forward
     monkeypatch.setattr(
-        learned, "forward", lambda r, rows: read.extend(row["input_ids"] for row in rows) or original(r, rows)
+        learned,
+        "forward",
+        lambda r, rows, *more: read.extend(row["input_ids"] for row in rows) or original(r, rows, *more),
     )
 
     def refuse(*_: Any, **__: Any) -> Any:

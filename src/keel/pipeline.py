@@ -37,7 +37,7 @@ from keel.environment import (
     hardware,
     versions,
 )
-from keel.models.machine import forget_peak, peak_memory_mib
+from keel.models.machine import forget_peak, keep_freed_memory, peak_memory_mib
 from keel.rewards import functions
 from keel.runlog import Progress, StageRun
 from keel.sources import Sources, data_of, from_outside, functions_of
@@ -195,6 +195,7 @@ class Pipeline:
             self.say,
             self.progress,
         )
+        keep_freed_memory()
         forget_peak(run.device)
         start = time.perf_counter()
         result = _dispatch(stage, run)

@@ -96,6 +96,7 @@ def gradients(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize(("loss", "votes"), [*((loss, "hard") for loss in LOSSES), ("sigmoid", "soft")])
 @pytest.mark.parametrize("size", [None, 1, 3])
+@pytest.mark.usefixtures("read_apart")
 def test_split_accumulation_and_padding_leave_the_gradient(
     loss: str, votes: str, size: int | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,6 +305,7 @@ def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any) -> None:
 
 
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])
+@pytest.mark.usefixtures("read_apart")
 def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
     sharing: str, open_ppo: Any, data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

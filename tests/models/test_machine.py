@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -31,3 +32,26 @@ def test_a_peak_that_was_forgotten_does_not_count() -> None:
     del taken
     forget_peak(cpu)
     assert peak_memory_mib(cpu) < before + 200
+
+
+FAULTS = """
+import resource, torch
+from keel.models.machine import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        x = torch.ones(2**24)  # 64 MiB
+        del x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+before, kept = faults(), keep_freed_memory()
+faults()
+print(before, int(kept), faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a matter of glibc")
+def test_freed_memory_is_taken_again_without_asking_the_system_for_it() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, kept, after = map(int, done.stdout.split())
+    assert not kept or after < before / 100

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from keel.models.adapters import Adapters
-from keel.models.forward import response_scores
+from keel.models.forward import scores_at
 from keel.models.load import ModelSource
 from keel.models.roles import Roles, open_roles
 from keel.types import UsageError
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+INDEX = torch.tensor([1, 2, 7, 8])  # two positions of each row
 
 
 def roles_of(
@@ -122,6 +123,6 @@ def test_a_value_head_on_a_backbone_in_half_precision_is_float32(tiny_model: Pat
     for module in (roles.policy, *roles.value_modules):
         assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
     if roles.critic is not None:
-        response_scores(roles.critic, IDS, torch.tensor([2, 3]), 2).sum().backward()
+        scores_at(roles.critic, IDS, INDEX).sum().backward()
         gradients = [p.grad for p in roles.critic.parameters() if p.requires_grad]
         assert any(g is not None and g.any() for g in gradients)

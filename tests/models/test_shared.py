@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from keel.models.adapters import Adapters, add_adapters, merged
-from keel.models.forward import response_scores
+from keel.models.forward import scores_at
 from keel.models.load import ModelSource, scorer
 from keel.models.roles import Roles, open_roles
 from keel.models.shared import Base, on_the_same_weights, open_base
@@ -20,6 +20,7 @@ from keel.rollout.engine import generate
 from keel.types import Sampling, UsageError
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+INDEX = torch.tensor([1, 2, 7, 8])  # two positions of each row
 CPU = torch.device("cpu")
 
 
@@ -97,10 +98,10 @@ def test_no_gradient_crosses_roles(tiny_model: Path, checkpointing: bool) -> Non
     }
     losses = {
         id(roles.policy): lambda: roles.policy(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum(),
-        id(roles.critic): lambda: response_scores(roles.critic, IDS, torch.tensor([2, 3]), 2).sum(),
+        id(roles.critic): lambda: scores_at(roles.critic, IDS, INDEX).sum(),
     }
     for learner, other in ((roles.policy, roles.critic), (roles.critic, roles.policy)):
-        response_scores(reward, IDS, torch.tensor([2, 3]), 2)
+        scores_at(reward, IDS, INDEX)
         roles.reference(input_ids=IDS)
         losses[id(learner)]().backward()
         assert gradients(learner) == trained[id(learner)]
@@ -119,7 +120,7 @@ def test_both_at_once_have_the_gradients_of_each_alone_also_where_activations_ar
         _, roles = opened(tiny_model, gradient_checkpointing=checkpointing)
         disturb(roles.policy, roles.critic)
         policy = roles.policy(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum()
-        value = response_scores(roles.critic, IDS, torch.tensor([2, 3]), 2).sum()
+        value = scores_at(roles.critic, IDS, INDEX).sum()
         (policy + value).backward()
         found.append(
             {
@@ -180,15 +181,13 @@ def test_a_scorer_on_the_base_is_the_scorer_that_would_be_loaded(
     base, roles = opened(tmp_path)
     loaded = scorer(ModelSource(str(tmp_path)), 7).eval()
     with torch.no_grad():
-        values = [response_scores(m, IDS, torch.tensor([2, 3]), 2) for m in (base.scorer(7).eval(), loaded)]
+        values = [scores_at(m, IDS, INDEX) for m in (base.scorer(7).eval(), loaded)]
         assert torch.equal(*values)
         disturb(roles.critic)
-        before = response_scores(roles.critic, IDS, torch.tensor([2, 3]), 2)
+        before = scores_at(roles.critic, IDS, INDEX)
         weights = copy.deepcopy(base.model.state_dict())
         whole = merged(roles.critic)
-        torch.testing.assert_close(
-            response_scores(whole, IDS, torch.tensor([2, 3]), 2), before, rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(scores_at(whole, IDS, INDEX), before, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(value, weights[name]) for name, value in base.model.state_dict().items())
     assert not {p.data_ptr() for p in whole.parameters()} & {p.data_ptr() for p in base.model.parameters()}
 

@@ -37,7 +37,6 @@ from transformers import (
 from keel.masked import token_logp
 from keel.models import precision
 from keel.models.adapters import Adapters, add_adapters
-from keel.models.forward import response_logits, response_tokens
 from keel.models.head import head_of, reading
 from keel.rollout import lean, plain
 from keel.rollout.engine import Work, generate, text_of
@@ -251,10 +250,10 @@ def test_in_bfloat16_the_samplers_log_probabilities_are_close_to_those_of_traini
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
     model = precision.opened(tiny(architecture).eval(), "auto")
     for c in generate(model, PROMPTS_60, Sampling(16), stop_ids=[EOS], pad_id=PAD, seed=5):
-        ids, prompt = torch.tensor([[*c.prompt_ids, *c.ids]]), torch.tensor([len(c.prompt_ids)])
-        with torch.no_grad():
-            logits = response_logits(model, ids, prompt, len(c.ids))
-        logp = token_logp(logits, response_tokens(ids, prompt, len(c.ids)))
+        ids, before = torch.tensor([[*c.prompt_ids, *c.ids]]), len(c.prompt_ids) - 1
+        with torch.no_grad(), precision.computing(model, ids.device):
+            logits = model(input_ids=ids).logits[:, before:-1]
+        logp = token_logp(logits, ids[:, before + 1 :])
         assert logits.dtype == torch.bfloat16  # what was meant to be tested
         torch.testing.assert_close(torch.tensor([c.logp]), logp, rtol=0, atol=0.1)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())

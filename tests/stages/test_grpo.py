@@ -100,6 +100,7 @@ def test_two_runs_are_the_same_bytes(run_grpo: Any, differences: Any, tmp_path: 
 
 @pytest.mark.parametrize("reduce", ["token", "sequence", 5.0])
 @pytest.mark.parametrize("objective", ["clipped", "cispo"])
+@pytest.mark.usefixtures("read_apart")
 def test_the_micro_batch_does_not_change_the_gradient(
     reduce: Any, objective: str, open_grpo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from keel.diagnosis.logs import lines
 from keel.diagnosis.watch import replay
 from keel.models import optim
 from keel.stages import on_policy, ppo
+from keel.stages import experience
 from keel.types import KeelError, NotFiniteError
 
 
@@ -90,20 +91,44 @@ def test_rollback_goes_back_with_both_changes_and_stops_after_its_attempts(stage
     }  # fmt: skip
 
 
-def test_stop_keeps_the_weights_that_the_judge_liked_best(stages, run, tmp_path, tiny_model):
-    """The judge likes long responses, and no later state more than an earlier one of equal length."""
-    judge = {
-        "kind": "length",
-        "low": 100,
-        "high": 101,
-    }  # never reached: 0 at every evaluation, so the first is best
-    run(stages(control={"on_finding": "stop", **BOUND}, judge=judge, eval_every=1), tmp_path / "stopped")
+ALL_ALIKE = {
+    "kind": "length",
+    "low": 100,
+    "high": 101,
+}  # never reached: 0 at every evaluation, so the first is best
+
+
+def judged_at(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
+    """What the judge says, evaluation by evaluation, the first before any update."""
+    said, evaluate = iter(values), experience.evaluate
+    monkeypatch.setattr(experience, "evaluate", lambda *a: {**evaluate(*a), "eval/judge": next(said)})
+
+
+def test_stop_keeps_the_weights_that_the_judge_liked_best(stages, run, tmp_path, tiny_model, monkeypatch):
+    judged_at(monkeypatch, 0.5, 0.7, 0.6, 0.9)
+    run(stages(control={"on_finding": "stop", **BOUND}, judge=ALL_ALIKE, eval_every=1), tmp_path / "stopped")
     run(stages(control="off", updates=1), tmp_path / "one")
     assert events(tmp_path / "stopped")[-1] == {
         "step": 3, "event": "stop", "checks": ["reward_implausible"], "kl_coef": 0.1, "lr_factor": 1.0, "to": 1,
     }  # fmt: skip
     one, stopped = weights(tmp_path / "one"), weights(tmp_path / "stopped")
     assert all(torch.equal(one[name], stopped[name]) for name in one)
+
+
+@pytest.mark.parametrize(("control", "kept"), [("rollback", 0), ("stop", 0), ("warn", None)])
+def test_where_control_goes_back_a_stage_ends_no_worse_than_it_began(
+    stages, run, tmp_path, tiny_model, control, kept
+):
+    """Nothing is found, and no later state is liked better than what the stage started from."""
+    run(stages(control=control, judge=ALL_ALIKE, eval_every=1, updates=2), tmp_path)
+    start, end = load_file(tiny_model / "model.safetensors"), weights(tmp_path)
+    assert all(torch.equal(start[name], end[name]) for name in end) is (kept == 0)
+    assert [(e["event"], e["to"]) for e in events(tmp_path)] == ([("keep", kept)] if kept == 0 else [])
+    (
+        tmp_path / "stages" / "ppo" / "stage.json"
+    ).unlink()  # killed at the very end: the event is not written twice
+    run(stages(control=control, judge=ALL_ALIKE, eval_every=1, updates=2), tmp_path)
+    assert len(events(tmp_path)) == (kept == 0)
 
 
 def test_stop_without_any_evaluation_keeps_the_last_healthy_weights(stages, run, tmp_path, tiny_model):

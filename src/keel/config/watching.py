@@ -37,7 +37,7 @@ class ControlConfig(Settings):
 
     on_finding: Literal["off", "warn", "adjust", "rollback", "stop"] = Field(
         "warn",
-        description="off: look at nothing; warn: say and record it; adjust: also β × 1.5 and learning rate × 0.5, as the finding asks; rollback: go back to the last healthy weights and go on with both changes; stop: end the stage with the best weights.",
+        description="off: look at nothing; warn: say and record it; adjust: also β × 1.5 and learning rate × 0.5, as the finding asks; rollback: go back to the last healthy weights and go on with both changes; stop: end the stage with the best weights. With rollback or stop and a `judge`, the stage ends with the weights that it liked best.",
     )
     attempts: int = Field(
         3,

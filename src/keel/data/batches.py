@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 import torch
@@ -54,21 +54,50 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor(lengths)
 
 
-def by_length(lengths: Sequence[int], rows: int | None = None, tokens: int | None = None) -> list[list[int]]:
+def by_length(
+    lengths: Sequence[int],
+    rows: int | None = None,
+    tokens: int | None = None,
+    together: Sequence[Hashable] | None = None,
+) -> list[list[int]]:
     """Indices in parts of similar length, shortest first: at most `rows` in a part, and at most `tokens` with the padding (a
-    row that is longer has a part of its own). All in one part where neither is given."""
+    row that is longer has a part of its own). All in one part where neither is given.
+
+    together: rows with the same value, which begin alike, stand side by side, in one part where it holds them all.
+    """
+    alike = _alike(lengths, together)
+    if rows is None and tokens is None:
+        return [[index for group in alike for index in group]] if lengths else []
     parts: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        fits = bool(parts) and (rows is None or len(parts[-1]) < rows)
-        if not fits or (tokens is not None and (len(parts[-1]) + 1) * lengths[index] > tokens):
+    for group in alike:
+        whole = [*(parts[-1] if parts else []), *group]
+        if parts and not _fits(whole, lengths, rows, tokens) and _fits(group, lengths, rows, tokens):
             parts.append([])
-        parts[-1].append(index)
-    return parts
+        for index in group:
+            if not parts or (parts[-1] and not _fits([*parts[-1], index], lengths, rows, tokens)):
+                parts.append([])
+            parts[-1].append(index)
+    return [part for part in parts if part]
 
 
-def padded(lengths: Sequence[int], parts: Sequence[Sequence[int]]) -> int:
-    """Tokens of all parts, each padded to its longest row."""
-    return sum(len(part) * max(lengths[i] for i in part) for part in parts)
+def _alike(lengths: Sequence[int], together: Sequence[Hashable] | None) -> list[list[int]]:
+    """Indices by what they have in common, those with the shorter longest row first, each sorted by length."""
+    groups: dict[Hashable, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        groups.setdefault(index if together is None else (together[index],), []).append(index)
+    return sorted(groups.values(), key=lambda group: (lengths[group[-1]], group[-1]))
+
+
+def _fits(part: Sequence[int], lengths: Sequence[int], rows: int | None, tokens: int | None) -> bool:
+    longest = max(lengths[i] for i in part)
+    return (rows is None or len(part) <= rows) and (tokens is None or len(part) * longest <= tokens)
+
+
+def useful_tokens(rows: Sequence[tuple[tuple[int, ...], int]]) -> int:
+    """Tokens of rows, each given by its prompt and its length with it, that nobody can do without: every different prompt's
+    once, and every response's but the last, which nothing follows."""
+    responses = sum(length - len(prompt) - 1 for prompt, length in rows)
+    return responses + sum(map(len, {prompt for prompt, _ in rows}))
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from keel.masked import at_least_float32, token_logp_and_entropy
+from keel.models import prefixes
 from keel.models.head import Head, head_of, reading
 from keel.models.precision import computing
 
@@ -57,14 +58,22 @@ def states(
 ) -> States:
     """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
 
-    hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward.
+    hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward; without any, rows
+    that begin alike are read as one.
     """
     head = head_of(model)
     with computing(model, ids.device):
         if head is not None:
-            with reading(head, nothing=True) as seen:
-                model(input_ids=ids, use_cache=False, **inputs or {})
-            values = seen[-1].flatten(0, 1).index_select(0, index)
+
+            def given_to_head(**more: Tensor) -> Tensor:
+                with reading(head, nothing=True) as seen:
+                    model(use_cache=False, **more)
+                return seen[-1]
+
+            if inputs:
+                values = given_to_head(input_ids=ids, **inputs).flatten(0, 1).index_select(0, index)
+            else:
+                values = prefixes.read(head.linear, model, given_to_head, ids, index)
             return States(model, head, values, values)
         output = model(input_ids=ids, use_cache=False, output_hidden_states=hidden, **inputs or {})
     last = output.hidden_states[-1].flatten(0, 1).index_select(0, index) if hidden else None
@@ -117,36 +126,17 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def response_positions(prompt_lengths: Tensor, width: int) -> Tensor:
-    """(B,) → (B, T): the positions whose logits predict each response token (the one before it)."""
-    return prompt_lengths[:, None] - 1 + torch.arange(width, device=prompt_lengths.device)[None, :]
+def scores_at(scorer: Any, ids: Tensor, index: Tensor) -> Tensor:
+    """(N,) what the score head of a decoder makes of the states at N positions of (B, S) ids; rows that begin alike are read
+    as one. index: (N,) into the flattened ids."""
+    trunk = backbone(scorer)
 
+    def last_states(**inputs: Tensor) -> Tensor:
+        return trunk(use_cache=False, **inputs).last_hidden_state
 
-def at_positions(values: Tensor, positions: Tensor) -> Tensor:
-    """Pick (B, T, …) out of (B, S, …) at (B, T) positions; positions past the end repeat the last one."""
-    positions = positions.clamp(max=values.shape[1] - 1)
-    return values[torch.arange(values.shape[0], device=values.device)[:, None], positions]
-
-
-def response_tokens(ids: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-    """(B, S) → (B, T): the response's token ids; past a response's end the value has no meaning."""
-    return at_positions(ids, response_positions(prompt_lengths, width) + 1)
-
-
-def response_logits(model: Any, ids: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-    """(B, T, V) logits that predict each response token."""
-    with computing(model, ids.device):
-        logits = model(input_ids=ids, use_cache=False).logits
-    return at_positions(logits, response_positions(prompt_lengths, width))
-
-
-def response_scores(scorer: Any, ids: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-    """(B, T) values of a decoder with a score head: V(s_t), the state before response token t."""
     with computing(scorer, ids.device):
-        hidden = backbone(scorer)(input_ids=ids, use_cache=False).last_hidden_state
-    hidden = at_positions(hidden, response_positions(prompt_lengths, width))
-    values = scorer.score(hidden.to(head_dtype(scorer.score))).squeeze(-1)
-    return at_least_float32(values)
+        hidden = prefixes.read(trunk, scorer, last_states, ids, index)
+    return at_least_float32(scorer.score(hidden.to(head_dtype(scorer.score))).squeeze(-1))
 
 
 def head_dtype(head: Any) -> torch.dtype:

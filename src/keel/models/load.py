@@ -287,6 +287,17 @@ def disable_dropout(model: nn.Module) -> None:
         module.config = copies[id(config)]
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward in train mode draws anything at random; False after `disable_dropout`."""
+    saved = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    for module in model.modules():
+        config = vars(module).get("config")
+        own = module is not saved and isinstance(config, PreTrainedConfig) and _dropout_rates(config)
+        if own or _dropout_rates(module) or (isinstance(module, _DropoutNd) and module.p > 0):
+            return True
+    return False
+
+
 def _dropout_rates(owner: Any) -> list[str]:
     """Attributes that are the rate of some dropout, and not 0."""
     return [

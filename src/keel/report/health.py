@@ -13,6 +13,7 @@ from keel.report.reading import Run
 ON_POLICY = ("ppo", "grpo")
 _TIMES = {1: "once", 2: "twice", 3: "three times"}
 _DONE = {"rollback": "rolled back", "adjust": "adjusted", "stop": "stopped"}
+_KEPT = "kept the best"
 
 
 class Line(NamedTuple):
@@ -71,12 +72,16 @@ def lines(diagnosis: Diagnosis) -> list[Line]:
         Line(f.step, f.severity, f.check.replace("_", " "), f.evidence, f.cause, f.remedy)
         for f in diagnosis.findings
     ]
-    rows += [Line(int(a["step"]), "done", _DONE[a["event"]], deed(a), "", "") for a in diagnosis.actions]
+    rows += [
+        Line(int(a["step"]), "done", _DONE.get(a["event"], _KEPT), deed(a), "", "") for a in diagnosis.actions
+    ]
     return sorted(rows, key=lambda row: (row.step, row.level == "done"))
 
 
 def deed(action: Mapping[str, Any]) -> str:
     """An action as a sentence."""
+    if action["event"] == "keep":
+        return f"the weights of step {action['to']} were kept, which the judge liked best"
     because = ", ".join(action["checks"]).replace("_", " ")
     if action["event"] == "stop":
         return f"stopped at step {action['step']} for {because}; the weights of step {action['to']} were kept"

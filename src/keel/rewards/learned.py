@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from keel.data import chat
-from keel.data.batches import length_mask, pad
+from keel.data.batches import by_length, length_mask, pad
 from keel.models import quantised
-from keel.models.forward import backbone, head_dtype
+from keel.models.forward import head_dtype, scores_at
 from keel.models.load import (
     ModelSource,
     context_length,
@@ -224,26 +224,35 @@ def fit(prompt: Sequence[int], response: Sequence[int], limit: int | None) -> li
     return [*prompt[-room:], *response]
 
 
-def score(reward: RewardModel, inputs: Sequence[Inputs], *, batch_size: int = 64) -> Tensor:
-    """(B,) raw scores, float32 on the CPU, in the order given. Batches are made of similar lengths."""
-    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]["input_ids"]))
+def score(
+    reward: RewardModel,
+    inputs: Sequence[Inputs],
+    *,
+    batch_size: int = 64,
+    together: Sequence[Hashable] | None = None,
+) -> Tensor:
+    """(B,) raw scores, float32 on the CPU, in the order given. Batches are made of similar lengths, and of rows with the same
+    value of `together`, which begin alike."""
     scores = torch.zeros(len(inputs))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    for part in by_length([len(item["input_ids"]) for item in inputs], batch_size, together=together):
+        alike = None if together is None else [together[i] for i in part]
         with torch.no_grad():
-            scores[part] = forward(reward, [inputs[i] for i in part]).float().cpu()
+            scores[part] = forward(reward, [inputs[i] for i in part], alike).float().cpu()
     return scores
 
 
 ROWS_A_FORWARD = 8  # rows of similar length that are padded together
 
 
-def forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
-    """(B,) raw scores of one batch, with gradient, in the order given; rows of similar length share a forward."""
-    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]["input_ids"]))
-    parts = [order[start : start + ROWS_A_FORWARD] for start in range(0, len(order), ROWS_A_FORWARD)]
+def forward(
+    reward: RewardModel, inputs: Sequence[Inputs], together: Sequence[Hashable] | None = None
+) -> Tensor:
+    """(B,) raw scores of one batch, with gradient, in the order given; rows of similar length share a forward, those with the
+    same value of `together`, which begin alike, before others."""
+    parts = by_length([len(item["input_ids"]) for item in inputs], ROWS_A_FORWARD, together=together)
     scores = torch.cat([_forward(reward, [inputs[i] for i in part]) for part in parts])
-    return scores[torch.tensor(order).argsort().to(scores.device)]
+    order = torch.tensor([i for part in parts for i in part])
+    return scores[order.argsort().to(scores.device)]
 
 
 def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
@@ -265,10 +274,8 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
                 .logits.squeeze(-1)
                 .to(head_dtype(reward.model))
             )
-    with computing(reward.model, device):
-        hidden = backbone(reward.model)(input_ids=ids, use_cache=False).last_hidden_state
-    last = hidden[torch.arange(len(inputs), device=device), lengths - 1]
-    return reward.model.score(last.to(head_dtype(reward.model.score))).squeeze(-1)
+    last = torch.arange(len(inputs), device=device) * ids.shape[1] + lengths - 1
+    return scores_at(reward.model, ids, last)
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:

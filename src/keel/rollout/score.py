@@ -13,7 +13,7 @@ from torch.nn.functional import pad as pad_right
 from keel.algorithms import kl
 from keel.data.batches import by_length, length_mask, pad
 from keel.masked import at_least_float32, log_softmax
-from keel.models.forward import States, response_index, response_scores, spread, states
+from keel.models.forward import States, response_index, scores_at, spread, states
 from keel.models.head import head_of
 from keel.types import Completion
 
@@ -59,7 +59,8 @@ def score(
     order: list[int] = []
     parts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
-        for rows in by_length(ends.tolist(), micro_batch, micro_tokens):
+        prompts = [c.prompt_ids for c in completions]
+        for rows in by_length(ends.tolist(), micro_batch, micro_tokens, together=prompts):
             order += rows
             reach, width = int(ends[rows].max()), int(lengths[rows].max())
             x, starts = ids[rows, :reach].to(device), prompt_lengths[rows].to(device)
@@ -75,7 +76,7 @@ def score(
             if value_head is not None and ours.hidden is not None:
                 values = spread(value_head(at_least_float32(ours.hidden)).squeeze(-1), own)
             elif critic is not None:
-                values = response_scores(critic, x, starts, width)
+                values = spread(scores_at(critic, x, index), own)
             parts.append((*(spread(column, own) for column in columns), values))
     logp, ref_logp, exact_kl, values = (
         torch.where(mask, _in_order(column, order, mask.shape[1]), 0.0) for column in zip(*parts, strict=True)

@@ -238,7 +238,9 @@ def scores(
     """log π of each response, without gradient; so many rows or tokens a forward."""
     found = [0.0] * len(responses)
     with torch.no_grad():
-        for part in by_length([size(response) for response in responses], micro_batch, micro_tokens):
+        prompts = [response.prompt for response in responses]
+        sizes = [size(response) for response in responses]
+        for part in by_length(sizes, micro_batch, micro_tokens, together=prompts):
             logp = logps(model, [responses[i] for i in part], pad_id, device)
             for i, value in zip(part, logp.tolist(), strict=True):
                 found[i] = value
@@ -256,9 +258,10 @@ def size(row: Response | Pair | Example) -> int:
 
 
 def logps(model: Any, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:
-    """(B,) log π(y|x), a sum over the response's tokens, with gradient; rows of similar length share a forward, and all share
-    the head."""
-    forwards = by_length([size(response) for response in responses], ROWS_A_FORWARD)
+    """(B,) log π(y|x), a sum over the response's tokens, with gradient; rows of similar length share a forward, those of one
+    prompt before others, and all share the head."""
+    prompts = [response.prompt for response in responses]
+    forwards = by_length([size(response) for response in responses], ROWS_A_FORWARD, together=prompts)
     order = [i for part in forwards for i in part]
     found, tokens = zip(*(_states(model, [responses[i] for i in part], pad_id, device) for part in forwards))
     counts = lengths([responses[i] for i in order], device)

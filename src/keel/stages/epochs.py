@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from keel.config import OnPolicy
-from keel.data.batches import derive_seed, padded, permutation, rows_of_step
-from keel.models import optim
+from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
+from keel.models import optim, prefixes
 from keel.models.head import head_of
 from keel.runlog import StageRun
 from keel.stages import language
@@ -57,21 +57,23 @@ def learn(
     """Returns means over the gradient steps taken. learning False: the policy stands still (only the critic learns)."""
     config, run = setup.config, setup.run
     lengths = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
+    prompts = _prompts(episodes)
     scale = lr_scale(config, update - 1, config.updates)
     totals: dict[str, float] = {}
     steps, epochs, drift, first_ratio = 0, 0, Drift(), 1.0
     for epoch in range(config.epochs):
         stop = False
         for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch):
-            # rows of similar length share a micro-batch: less padding, the same sum
+            # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
             measured: dict[str, float] = {}
-            parts = parts_of(config, sorted(chosen), lengths.__getitem__)
-            run.count("train", sum(lengths[i] for i in chosen), padded(lengths, parts))
-            for part in parts:
-                step_loss, part_metrics, part_drift = loss(part, chosen, steps == 0)
-                step_loss.backward()
-                add_metrics(measured, part_metrics)
-                drift = drift.and_of(part_drift)
+            parts = parts_of(config, sorted(chosen), lengths.__getitem__, prompts.__getitem__)
+            with prefixes.counting() as read:
+                for part in parts:
+                    step_loss, part_metrics, part_drift = loss(part, chosen, steps == 0)
+                    step_loss.backward()
+                    add_metrics(measured, part_metrics)
+                    drift = drift.and_of(part_drift)
+            run.count("train", useful_tokens([(prompts[i], lengths[i]) for i in chosen]), read())
             if setup.ptx and learning:
                 add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, steps)})
             stepped = [
@@ -93,6 +95,12 @@ def learn(
     if config.trusts_sampler and head_of(setup.roles.policy) is not None:  # π_old's are the sampler's own
         done["rollout/sampler_drift"] = drift.mean
     return {name: total / steps for name, total in totals.items()} | done
+
+
+def _prompts(episodes: Episodes) -> list[tuple[int, ...]]:
+    """The prompt of each row."""
+    rows = zip(episodes.ids.tolist(), episodes.prompt_lengths.tolist(), strict=True)
+    return [tuple(ids[:length]) for ids, length in rows]
 
 
 def _mini_batches(config: OnPolicy, run: StageRun, count: int, update: int, epoch: int) -> list[list[int]]:

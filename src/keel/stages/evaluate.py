@@ -232,8 +232,9 @@ def _compared(
         run.say(f"{run.name}: {left_out} comparisons left out, longer than the reward model reads")
     if not pairs:
         raise UsageError(f"{run.name}: the reward model can read none of {len(records)} comparisons")
+    own = [i // 2 for i in range(len(sides))]
     scores = torch.stack(
-        [learned.score(member, sides, batch_size=config.batch_size).double() for member in members]
+        [learned.score(m, sides, batch_size=config.batch_size, together=own).double() for m in members]
     )
     lengths = [[len(chat.completion_text(side)) for side in (p.chosen, p.rejected)] for p in pairs]
     return reward_models.Compared(

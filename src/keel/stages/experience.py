@@ -15,9 +15,10 @@ from torch import Tensor
 from keel.algorithms import policy
 from keel.config import OnPolicy
 from keel.data import chat
-from keel.data.batches import derive_seed, padded
+from keel.data.batches import derive_seed, useful_tokens
 from keel.evaluation.measures import Measure, mean_interval
 from keel.masked import masked_mean
+from keel.models import prefixes
 from keel.models.offload import awake
 from keel.models.roles import Roles
 from keel.rewards.mixture import Mixture, Rated
@@ -26,7 +27,7 @@ from keel.rollout.engine import Work, generate, text_of
 from keel.rollout.score import Scored, sampled_logp, score
 from keel.runlog import StageRun
 from keel.stages import judging, language, rewarding
-from keel.stages.update import forward_parts, forward_rows, micro_batches
+from keel.stages.update import forward_rows, micro_batches
 from keel.types import Completion, Prompt
 
 SAMPLES_KEPT = 4  # episodes written to samples.jsonl when an update is sampled
@@ -130,14 +131,14 @@ def collect(
     with run.timed("rollout"):
         completions = sample(setup, tasks, seed, work)
     run.count("rollout", work.useful, work.computed)
-    with run.timed("forward"):
+    with run.timed("forward"), prefixes.counting() as read:
         scored = score_tokens(setup, completions)
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
     with run.timed("score"):
         rated = rate(setup, tasks, done)
-    lengths = [len(c.prompt_ids) + len(c.ids) for c in done]
-    run.count("forward", sum(lengths), padded(lengths, forward_parts(config, lengths)))
+    sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
+    run.count("forward", useful_tokens(sizes), read())
     scale = scale.update(rated.total)
     return Experience(done, scored, rated, shaped(setup, rated, done, scale)), scale
 

@@ -71,6 +71,10 @@ class Guard:
     def off(self) -> bool:
         return self.setup.config.control.on_finding == "off"
 
+    def begin(self, metrics: Mapping[str, float]) -> None:
+        """The evaluation of what the stage starts from, which is the first to go back to."""
+        self._prefer(0, metrics, RunningScale())
+
     def see(self, update: int, metrics: Mapping[str, float], steering: Steering) -> Steering:
         """The metrics of an update that went well → the steering to go on with."""
         if self.off:
@@ -94,14 +98,29 @@ class Guard:
         return self._react(update, [finding], steering)
 
     def finish(self) -> None:
-        """Put the best weights back where the stage was stopped: by judge or evaluated reward, else the last healthy."""
-        if self.stopped:
+        """Put the best weights back: those that the judge liked best, where control may go back at all; without a judge only
+        where the stage was stopped, by evaluated reward, else the last healthy."""
+        if self.chooses:
             state = self.kept.get("best", self.kept["healthy"])
-            put_back(self.setup.roles.policy, state["modules"]["policy"])
-            for module, name in self._values():
-                put_back(module, state["modules"][name])
+            self._put_weights_back(state)
+            self._record_kept(state["update"])
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `finish` puts weights back."""
+        return self.stopped or (self.setup.judge is not None and "best" in self.kept)
 
     # ------------------------------------------------------------ how
+
+    def _record_kept(self, to: int) -> None:
+        """An event, unless the stage was stopped, which says so itself, or ends as it is."""
+        run, last = self.setup.run, self.setup.config.updates
+        said = any(row["event"] == "keep" for row in logs.lines(run.directory / "events.jsonl"))
+        if self.stopped or said or to == last:
+            return
+        row = {"event": "keep", "checks": [], "kl_coef": None, "lr_factor": self.lr_factor, "to": to}
+        run.events([{"step": last, **row}])
+        run.say(f"{run.name}: the weights of update {to} are kept, which the judge liked best")
 
     def _react(self, update: int, findings: Sequence[Finding], steering: Steering) -> Steering:
         run, control = self.setup.run, self.setup.config.control
@@ -148,6 +167,9 @@ class Guard:
             if fresh is not None:
                 self.kept["healthy"] = fresh
             self.kept["fresh"] = self._snapshot(update, scale)
+        self._prefer(update, metrics, scale)
+
+    def _prefer(self, update: int, metrics: Mapping[str, float], scale: RunningScale) -> None:
         value = metrics.get("eval/judge", metrics.get("eval/objective/rlhf_reward"))
         if value is not None and (self.best is None or value > self.best):
             self.best, self.kept["best"] = value, self._snapshot(update, scale)
@@ -165,10 +187,13 @@ class Guard:
             "scale": {"count": scale.count, "mean": scale.mean, "spread": scale.spread},
         }
 
-    def _put_back(self, state: Mapping[str, Any]) -> None:
+    def _put_weights_back(self, state: Mapping[str, Any]) -> None:
         put_back(self.setup.roles.policy, state["modules"]["policy"])
         for module, name in self._values():
             put_back(module, state["modules"][name])
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        self._put_weights_back(state)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(
                 _copied(saved)

@@ -48,6 +48,8 @@ def loop(
         stopping = stopping.restored(values["stopping"])
         best, first = checkpoint.tensors["best"], checkpoint.step
         guard.restored(values["guard"], checkpoint.tensors["kept"])
+    elif asked and config.control.goes_back:
+        guard.begin(experience.evaluate(setup, asked))
 
     for update in range(first + 1, config.updates + 1):
         if stopping.stop or guard.stopped:
@@ -88,7 +90,7 @@ def loop(
             run.save(update, tensors, values)
 
     guard.finish()
-    if best is not None and not guard.stopped:
+    if best is not None and not guard.chooses:
         put_back(policy, best)
     return experience.final_measures(setup, held or tasks) | {
         "kl_coef": steering.coef, "kl_target": config.kl.target, "episodes": steering.episodes,

@@ -23,7 +23,7 @@ from keel.algorithms import kl, policy, value
 from keel.config import PPOConfig
 from keel.masked import at_least_float32, masked_mean, whiten
 from keel.models.adapters import files_of, merged
-from keel.models.forward import response_index, response_scores, said, spread, states
+from keel.models.forward import response_index, said, scores_at, spread, states
 from keel.models.load import save
 from keel.rewards.shaping import RunningScale, token_rewards
 from keel.runlog import StageRun
@@ -176,7 +176,7 @@ def _forward(
     if roles.value_head is not None and found.hidden is not None:
         values = spread(roles.value_head(at_least_float32(found.hidden)).squeeze(-1), mask)
     else:
-        values = response_scores(roles.critic, ids, starts, mask.shape[1])
+        values = spread(scores_at(roles.critic, ids, index), mask)
     return spread(logp, mask), spread(entropies, mask), values
 
 

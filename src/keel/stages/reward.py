@@ -17,6 +17,7 @@ from keel.data.batches import derive_seed
 from keel.evaluation import reliability
 from keel.evaluation.annotators import agreement
 from keel.evaluation.measures import accuracy, mean_interval
+from keel.masked import at_least_float32
 from keel.models.load import (
     ModelSource,
     causal_lm,
@@ -28,7 +29,6 @@ from keel.rewards import learned
 from keel.rollout.engine import generate
 from keel.runlog import StageRun
 from keel.stages import inputs, supervised
-from keel.stages.update import add_metrics, forward_parts
 from keel.types import DataError, PreferenceRecord, Record, UsageError
 
 
@@ -175,10 +175,7 @@ def _train(
 
 def _held_scores(reward: learned.RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> torch.Tensor:
     """(2, N) normalised scores of chosen and rejected."""
-    size = config.micro_batch or config.batch_size
-    sides = [[pair.chosen for pair in pairs], [pair.rejected for pair in pairs]]
-    found = torch.stack([learned.score(reward, side, batch_size=size) for side in sides])
-    return (found - reward.mean) / reward.std
+    return (_scores(reward, pairs, config) - reward.mean) / reward.std
 
 
 def _of_ensemble(scores: Sequence[torch.Tensor], pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -221,18 +218,27 @@ def loss(
     reward: learned.RewardModel, pairs: Sequence[Pair], center: float, denominator: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The Bradley–Terry loss of these pairs as their part of a step of `denominator` pairs."""
-    scores = learned.forward(reward, [p.chosen for p in pairs] + [p.rejected for p in pairs])
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    sides = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    scores = learned.forward(reward, sides, together=2 * list(range(len(pairs))))
+    return _loss_of(at_least_float32(scores).view(2, -1), pairs, center, denominator)
+
+
+def _loss_of(
+    scores: torch.Tensor, pairs: Sequence[Pair], center: float, denominator: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """As `loss`, of (2, B) scores of chosen and rejected."""
     p_chosen = torch.tensor([p.p_chosen for p in pairs], dtype=scores.dtype, device=scores.device)
     margin = torch.tensor([p.margin for p in pairs], dtype=scores.dtype, device=scores.device)
     return reward_model.bradley_terry(
-        scores[: len(pairs)],
-        scores[len(pairs) :],
-        margin=margin,
-        p_chosen=p_chosen,
-        center=center,
-        denominator=denominator,
+        scores[0], scores[1], margin=margin, p_chosen=p_chosen, center=center, denominator=denominator
     )
+
+
+def _scores(reward: learned.RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> torch.Tensor:
+    """(2, N) raw scores of chosen and rejected."""
+    sides, own = [p.chosen for p in pairs] + [p.rejected for p in pairs], 2 * list(range(len(pairs)))
+    size = config.micro_batch or config.batch_size
+    return learned.score(reward, sides, batch_size=size, together=own).view(2, -1)
 
 
 def evaluate(
@@ -240,20 +246,14 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Held-out measures, as metrics and as the stage's result. Accuracy is over all pairs."""
     reward.model.eval()
-    size = config.micro_batch or config.batch_size
-    totals: dict[str, float] = {}
-    with torch.no_grad():
-        for part in forward_parts(config, [_size(pair) for pair in pairs]):
-            value, _ = loss(reward, [pairs[i] for i in part], config.center, len(pairs))
-            add_metrics(totals, {"loss": value})
-    chosen = learned.score(reward, [p.chosen for p in pairs], batch_size=size)
-    rejected = learned.score(reward, [p.rejected for p in pairs], batch_size=size)
+    scores = _scores(reward, pairs, config)
+    eval_loss, (chosen, rejected) = float(_loss_of(scores, pairs, config.center, len(pairs))[0]), scores
     decided = any(p.p_chosen != 0.5 for p in pairs)
     result: dict[str, Any] = {
-        "eval_loss": totals["loss"],
+        "eval_loss": eval_loss,
         "margin": mean_interval((chosen - rejected).tolist()),
     }
-    metrics = {"eval_loss": totals["loss"], "eval_margin": result["margin"]["mean"]}
+    metrics = {"eval_loss": eval_loss, "eval_margin": result["margin"]["mean"]}
     if decided:
         result = {
             "accuracy": accuracy(chosen.tolist(), rejected.tolist(), [p.p_chosen for p in pairs]),

@@ -193,7 +193,8 @@ def _ensemble(run: StageRun, one: Opened, tokenizer: Any, batch_size: int) -> Re
         if cut:
             run.facts["responses_cut_for_reward"] = run.facts.get("responses_cut_for_reward", 0) + cut
         with awake(model.model):
-            return learned.score(model, rows, batch_size=batch_size)
+            prompts = [tuple(ids) for ids in batch.prompt_ids]
+            return learned.score(model, rows, batch_size=batch_size, together=prompts)
 
     def rewarder(batch: Batch) -> list[float]:
         found = [scores(model, ids, batch) for model, ids in zip(one.models, reads_ids, strict=True)]

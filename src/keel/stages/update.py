@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -51,9 +51,16 @@ def forward_parts(config: Training, sizes: Sequence[int]) -> list[list[int]]:
     return by_length(sizes, limits["micro_batch"], limits["micro_tokens"])
 
 
-def parts_of(config: Training, rows: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
-    """The rows of a step in micro-batches of similar length, as the config says; size: tokens of a row."""
-    parts = by_length([size(row) for row in rows], config.micro_batch, config.micro_tokens)
+def parts_of(
+    config: Training,
+    rows: Sequence[T],
+    size: Callable[[T], int],
+    start: Callable[[T], Hashable] | None = None,
+) -> list[list[T]]:
+    """The rows of a step in micro-batches of similar length, as the config says; size: tokens of a row; start: what rows
+    that begin alike have in common, so that they are put together."""
+    together = None if start is None else [start(row) for row in rows]
+    parts = by_length([size(row) for row in rows], config.micro_batch, config.micro_tokens, together)
     return [[rows[i] for i in part] for part in parts]
 
 

@@ -1,0 +1,185 @@
+"""Sequences that begin alike, read as one, against the same read one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from keel.data.batches import by_length, pad
+from keel.models import forward, prefixes
+from keel.models.adapters import Adapters, add_adapters
+from keel.models.load import checkpoint_activations, disable_dropout
+from keel.models.prefixes import counting, grouped
+from keel.models.roles import AdaptersOff
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 97, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+SHARED: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8}, "mixtral": {"num_local_experts": 4}, "gpt_neox": {}, "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}, "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+}  # fmt: skip
+APART = {"bloom": {}, "mamba": {}}  # positions from the mask; no attention
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13]]
+ROWS = [
+    PROMPTS[0] + [20, 21, 22], PROMPTS[1] + [23, 24], PROMPTS[0] + [20, 25], PROMPTS[0] + [26], PROMPTS[1] + [27, 28, 29, 30],
+    [40, 41, 42, 43],
+]  # fmt: skip
+
+
+def model_of(kind: str, more: dict[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
+    torch.manual_seed(0)
+    model = auto.from_config(AutoConfig.for_model(kind, **{**SIZES, **more}))
+    disable_dropout(model)
+    return model.to(torch.float32 if kind == "mixtral" else torch.float64).eval()
+
+
+def asked() -> tuple[Tensor, Tensor]:
+    """The rows, and every position but each row's last."""
+    ids, lengths = pad(ROWS, 0)
+    index = [row * ids.shape[1] + i for row, n in enumerate(lengths.tolist()) for i in range(n - 1)]
+    return ids, torch.tensor(index)
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading together is taken to pay, however small the model."""
+    monkeypatch.setattr(prefixes, "DEARER", 0)
+
+
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "WORTH", 0.0)
+
+
+def gradients(model: Any, found: Tensor) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    (found * torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view_as(found)).sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def assert_same(model: Any, read: Any, monkeypatch: pytest.MonkeyPatch, *, fewer: bool = True) -> None:
+    with counting() as count:
+        together = read()
+        tokens = count()
+    found = gradients(model, together)
+    apart(monkeypatch)
+    with counting() as count:
+        plain = read()
+        assert (tokens < count()) is fewer
+    close = {"rtol": 1e-4, "atol": 1e-5}  # norms and rotations are float32 whatever the weights are
+    torch.testing.assert_close(together, plain, **close)
+    expected = gradients(model, plain)
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-9 + 1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_states_and_gradients_are_those_of_sequences_read_apart(
+    kind: str, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (ids, index) = model_of(kind, SHARED[kind]), asked()
+    assert_same(model, lambda: forward.states(model, ids, index).values, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_a_model_that_cannot_read_them_together_reads_them_apart(
+    kind: str, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (ids, index) = model_of(kind, APART[kind]), asked()
+    assert_same(model, lambda: forward.states(model, ids, index).values, monkeypatch, fewer=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_scores_of_a_critic(kind: str, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(kind, {**SHARED[kind], "num_labels": 1}, AutoModelForSequenceClassification)
+    ids, index = asked()
+    assert_same(model, lambda: forward.scores_at(model, ids, index), monkeypatch)
+
+
+def test_adapters_the_policy_without_them_and_recomputed_activations(
+    always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, index = asked()
+    model = add_adapters(model_of("llama", {}), Adapters(4, 8, 0.0, "all-linear"), 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert_same(model, lambda: forward.states(model, ids, index).values, monkeypatch)
+    monkeypatch.undo()
+    monkeypatch.setattr(prefixes, "DEARER", 0)
+    with torch.no_grad():
+        off = forward.states(AdaptersOff(model), ids, index).values
+        plain = forward.states(model_of("llama", {}), ids, index).values
+    torch.testing.assert_close(off, plain, rtol=1e-4, atol=1e-5)
+    again = model_of("llama", {})
+    checkpoint_activations(again)
+    again.train()
+    assert_same(again, lambda: forward.states(again, ids, index).values, monkeypatch)
+
+
+def test_rows_of_other_lengths_and_positions_that_nobody_asks_for(
+    always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (ids, index) = model_of("llama", {}), asked()
+    some = index[(index % ids.shape[1] > 2) & (index // ids.shape[1] != 1)]  # nothing of row 1
+    assert_same(model, lambda: forward.states(model, ids, some).values, monkeypatch)
+
+
+def test_dropout_and_windows_are_read_apart(always: None) -> None:
+    ids, index = asked()
+    torch.manual_seed(0)
+    drops = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **{**SIZES, **SHARED["gpt2"]}))
+    for training, expected in ((True, ids.numel()), (False, 27)):
+        with counting() as count:
+            forward.states(drops.train(training), ids, index)
+        assert count() == expected
+    window = model_of("mistral", {"sliding_window": 8})  # the widest group has 10 tokens
+    with counting() as count:
+        forward.states(window, ids, index)
+    assert 27 < count() < ids.numel()
+
+
+def test_what_is_worth_reading_together() -> None:
+    prompt = list(range(50))
+    rows = [prompt + [100 + i] * 30 for i in range(4)] + [[7] * 60, [8] * 5]
+    groups = grouped(rows, weight=2000, widest=1000)
+    assert sorted((sorted(g.rows), g.common, g.width) for g in groups) == [
+        ([0, 1, 2, 3], 50, 170), ([4], 60, 60), ([5], 5, 5),
+    ]  # fmt: skip
+    assert max(len(g.rows) for g in grouped(rows, weight=2000, widest=120)) == 2  # 50 + 2 × 30 is 110
+    wide = [[1, 2, *[i] * 100] for i in range(3, 6)]  # where attention is all there is, a wide row is dear
+    assert all(len(g.rows) == 1 for g in grouped(wide, weight=10, widest=1000))
+    alike = [[1, 2, 3], [1, 2, 3], [1, 2]]
+    assert [(sorted(g.rows), g.common, g.width) for g in grouped(alike, 1e6, 100)] == [([0, 1, 2], 2, 4)]
+
+
+def test_the_masks_of_a_forward_have_a_limit(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, index) = model_of("llama", {}), asked()
+    monkeypatch.setattr(prefixes, "MASK_AT_MOST", 6 * 8 * 8**2)  # six rows of 8 tokens in float64
+    with counting() as count:
+        forward.states(model, ids, index)
+    assert count() > 27
+    monkeypatch.setattr(prefixes, "MASK_AT_MOST", 0)
+    with counting() as count:
+        forward.states(model, ids, index)
+    assert count() == ids.numel()
+
+
+def test_rows_of_one_prompt_share_a_part() -> None:
+    lengths, prompts = [5, 3, 9, 8, 5, 7], ["a", "b", "a", "b", "a", "b"]
+    assert by_length(lengths, together=prompts) == [[1, 5, 3, 0, 4, 2]]
+    assert by_length(lengths, 3, together=prompts) == [[1, 5, 3], [0, 4, 2]]
+    assert by_length(lengths, 4, together=prompts) == [
+        [1, 5, 3],
+        [0, 4, 2],
+    ]  # a group is not cut for a single row
+    assert by_length(lengths, 2, together=prompts) == [[1, 5], [3, 0], [4, 2]]
+    assert by_length(lengths, tokens=24, together=prompts) == [[1, 5, 3], [0, 4], [2]]
