@@ -389,3 +389,55 @@ def test_manifest_says_what_the_run_was_made_of(go, chain, tiny_model, tmp_path)
     assert len(facts["inputs"][str(tiny_model)]) == 64
     assert not list((tmp_path / "run").rglob("*.partial*"))
     assert not (tmp_path / "run" / "stages" / "sft" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------- micro_batch: auto
+
+
+def _auto(chain: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    base = {**chain["stages"]["base"], "batch_size": 8, "micro_batch": "auto", **changes}
+    return {"name": "tiny", "threads": 1, "device": "cpu", "stages": {"base": base}}
+
+
+def _tries(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Stages that run out of memory with more than `most` examples at a time; the numbers that are tried."""
+    tried, dispatch = list[int](), pipelines._dispatch
+
+    def go(stage: Any, run: Any) -> Any:
+        tried.append(stage.micro_batch)
+        if stage.micro_batch > most:
+            raise torch.OutOfMemoryError("no room")
+        return dispatch(stage, run)
+
+    monkeypatch.setattr(pipelines, "_dispatch", go)
+    return tried
+
+
+def test_auto_takes_what_fits_and_goes_on_with_half_where_it_does_not(chain, tmp_path, monkeypatch):
+    said, tried = list[str](), _tries(monkeypatch, most=2)
+    pipeline = Pipeline(parse(_auto(chain)), tmp_path / "run", said.append, fit=lambda pipeline, name: 7)
+    pipeline.run()
+    assert tried == [7, 4, 2]
+    assert "base: 4 examples at a time do not fit; half as many from here" in said
+    assert json.loads((tmp_path / "run/stages/base/stage.json").read_text())["facts"]["micro_batch"] == 2
+    # begun again after a kill, it goes on with what it had; without anybody who reckons, it begins with all
+    (tmp_path / "run/stages/base/stage.json").unlink()
+    Pipeline(parse(_auto(chain)), tmp_path / "run", str, fit=lambda pipeline, name: 8).run()
+    Pipeline(parse(_auto(chain, lr=1e-4)), tmp_path / "run", str).run()
+    assert tried == [7, 4, 2, 2, 8, 4, 2]
+
+
+@pytest.mark.parametrize(("asked", "tries"), [("auto", [8, 4, 2, 1]), (8, [8])])
+def test_what_does_not_fit_at_all_ends_the_run(chain, tmp_path, monkeypatch, asked, tries):
+    tried = _tries(monkeypatch, most=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        Pipeline(parse(_auto(chain, micro_batch=asked)), tmp_path / "run", str).run()
+    assert tried == tries
+
+
+def test_auto_is_the_same_run_as_the_number_it_comes_to(chain, tmp_path):
+    for name, asked in (("auto", "auto"), ("number", 4)):
+        config = parse(_auto(chain, micro_batch=asked))
+        Pipeline(config, tmp_path / name, str, fit=lambda pipeline, name: 4).run()
+    one, other = (tmp_path / n / "stages/base/model/model.safetensors" for n in ("auto", "number"))
+    assert one.read_bytes() == other.read_bytes()

@@ -271,3 +271,26 @@ def test_memory_of_an_unknown_model_is_unknown(plan, data):
     entry = plan(sft={"kind": "sft", "model": "nobody/none", "data": str(data.demonstrations)})["sft"]
     assert entry["memory"] is None
     assert "memory unknown" in plantext.as_text([entry])
+
+
+# ---------------------------------------------------------------- micro_batch: auto
+
+
+def test_auto_is_the_largest_half_that_fits_into_what_is_free(plan, data, monkeypatch):
+    stage = _pretrain(data, batch_size=12, max_length=32)
+    peaks = {
+        rows: plan(base={**stage, "micro_batch": rows})["base"]["memory"]["peak"] for rows in (12, 6, 3, 2, 1)
+    }
+    for room, expected in ((peaks[12], 12), (peaks[12] - 1, 6), (peaks[3], 3), (peaks[2], 2), (1, 1)):
+        monkeypatch.setattr(planning, "free_memory", lambda device, room=room: room / planning.USABLE + 1e-3)
+        entry = plan(base={**stage, "micro_batch": "auto"})["base"]
+        assert entry["micro_batch"] == expected
+        assert entry["memory"]["peak"] == peaks[expected]
+        assert f"micro_batch {expected} here" in plantext.as_text([entry])
+
+
+def test_of_a_shape_that_nobody_knows_auto_says_nothing(tmp_path, data):
+    model = {"path": "nobody/unheard-of"}
+    sft = {"kind": "sft", "model": model, "data": str(data.demonstrations), "micro_batch": "auto"}
+    config = parse({"name": "tiny", "stages": {"sft": sft}})
+    assert planning.micro_batch(Pipeline(config, tmp_path / "run"), "sft") is None

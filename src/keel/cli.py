@@ -345,11 +345,12 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
+    from keel import planning
     from keel.config import read
     from keel.pipeline import Pipeline
 
     settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
-    return Pipeline(settings, runs / settings.name, say)
+    return Pipeline(settings, runs / settings.name, say, fit=planning.micro_batch)
 
 
 def _place(config: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ def _changes(stage: AnyStage, longest: int) -> Sequence[dict[str, Any]]:
     if isinstance(stage, EvaluateConfig | CollectConfig):
         return [*_halves("batch_size", stage.batch_size), {"dtype": "bfloat16"}]
     assert isinstance(stage, Training)
-    whole = min(stage.micro_batch or stage.batch_size, getattr(stage, "mini_batch", None) or stage.batch_size)
+    whole = min(stage.rows_at_once or stage.whole_batch, stage.whole_batch)
     tokens = stage.micro_tokens
     fewer = _halves("micro_batch", whole) if tokens is None else _halves("micro_tokens", tokens)
     found: list[dict[str, Any]] = [*fewer, {"gradient_checkpointing": True}]
@@ -115,6 +116,16 @@ def _without_idle(stage: AnyStage, peak: Peak, settings: dict[str, Any], room: f
     while (size := settings.get("micro_batch")) and fitting(settings | {"micro_batch": 2 * size}):
         settings["micro_batch"] = 2 * size
     return settings
+
+
+def micro_batch(stage: AnyStage, peak: Peak, room: float) -> int:
+    """The largest number of examples in one forward and backward, of whole, half, quarter …, with which a stage takes no more
+    than `room` bytes; 1 if none does."""
+    assert isinstance(stage, Training)
+    rows = stage.whole_batch
+    while rows > 1 and peak(stage.model_copy(update={"micro_batch": rows})) > room:
+        rows = math.ceil(rows / 2)
+    return rows
 
 
 def as_text(found: Sequence[Fit]) -> str:

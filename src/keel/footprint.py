@@ -118,7 +118,7 @@ def _rows(stage: Training, whole: int, length: int) -> int:
     """Rows of one forward and backward, if all take `length` tokens."""
     if stage.micro_tokens is not None:
         return min(max(1, stage.micro_tokens // max(1, length)), whole)
-    return min(stage.micro_batch or whole, whole)
+    return min(stage.rows_at_once or whole, whole)
 
 
 def _with_best(phase: Phase, models: Mapping[str, Model], role: str, patience: int | None) -> Phase:

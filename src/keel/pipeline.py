@@ -12,6 +12,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import math
 import platform
 import shutil
 import time
@@ -21,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import keel
@@ -44,6 +46,8 @@ from keel.sources import Sources, data_of, from_outside, functions_of
 from keel.stages import best_of_n, classifier, collect, evaluate, grpo, ppo, preference, pretrain, reward, sft
 from keel.types import KeelError, UsageError
 
+MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
+
 
 @dataclass
 class Pipeline:
@@ -53,6 +57,7 @@ class Pipeline:
     directory: Path
     say: Callable[[str], None] = print
     progress: Progress = lambda stage, step, steps, metrics: None
+    fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
     sources: Sources = field(init=False)  # where models lie and what data hold
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -185,20 +190,10 @@ class Pipeline:
         write_json(directory / "fingerprint.json", self.parts(name))  # what the fingerprint is made of
         write_text(started, fingerprint)
         (directory / "stage.json").unlink(missing_ok=True)
-        run = StageRun(
-            name,
-            directory,
-            derive_seed(self.config.seed, name),
-            device_of(self.config),
-            self.sources.resolve,
-            self.sources.load_data,
-            self.say,
-            self.progress,
-        )
         keep_freed_memory()
-        forget_peak(run.device)
+        forget_peak(device_of(self.config))
         start = time.perf_counter()
-        result = _dispatch(stage, run)
+        run, result = self._dispatched(name)
         run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
         run.result(result)
         seconds = round(time.perf_counter() - start, 2)
@@ -220,6 +215,39 @@ class Pipeline:
         self._clear_up(name)
         gc.collect()
         self.say(f"{name}: done in {seconds:.1f} s")
+
+    def _dispatched(self, name: str) -> tuple[StageRun, dict[str, Any]]:
+        """Run a stage. With `micro_batch: auto`, one that runs out of memory goes on from its last checkpoint with half of it."""
+        directory, asked = self.stage_directory(name), self.config.stages[name]
+        while True:
+            run = StageRun(
+                name, directory, derive_seed(self.config.seed, name), device_of(self.config), self.sources.resolve,
+                self.sources.load_data, self.say, self.progress,
+            )  # fmt: skip
+            if not isinstance(asked, Training) or asked.micro_batch != "auto":
+                return run, _dispatch(asked, run)
+            rows = self._micro_batch(name, asked)
+            run.facts["micro_batch"] = rows
+            try:
+                return run, _dispatch(asked.model_copy(update={"micro_batch": rows}), run)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                write_json(directory / MICRO_BATCH, {"micro_batch": math.ceil(rows / 2)})
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.say(f"{name}: {rows} examples at a time do not fit; half as many from here")
+
+    def _micro_batch(self, name: str, stage: Training) -> int:
+        """What `micro_batch: auto` comes to: what the stage began with, so that it goes on alike after a kill, else what fits."""
+        place = self.stage_directory(name) / MICRO_BATCH
+        known = _object(place).get("micro_batch")
+        if known is not None:
+            return known
+        rows = (self.fit and self.fit(self, name)) or stage.whole_batch
+        write_json(place, {"micro_batch": rows})
+        self.say(f"{name}: {rows} examples at a time")
+        return rows
 
     def _report(self) -> None:
         """A page that cannot be drawn must not cost a trained model."""

@@ -33,6 +33,7 @@ from keel.environment import device_of
 from keel.footprint import Cast, Found, Lengths
 from keel.models import shapes
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
+from keel.models.machine import free_memory
 from keel.pipeline import Pipeline
 from keel.sources import from_outside, main_data_of, trusts
 from keel.stages import comparisons
@@ -41,6 +42,7 @@ from keel.types import DemonstrationRecord, PreferenceRecord, Record, TextRecord
 
 CHARACTERS_A_TOKEN = 4  # a rule of thumb, used where no tokenizer exists yet
 SAMPLE = 200  # rows whose tokens are counted
+USABLE = 0.85  # of the memory that is free: `plan` is within 15 % of what was measured
 CANDIDATES = 20  # rows, the longest in characters, among which the longest in tokens is looked for
 
 
@@ -56,8 +58,7 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
 
 def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     stage = pipeline.config.stages[name]
-    there = [(from_outside(sources), accept) for sources, accept in main_data_of(stage)]
-    datasets = [pipeline.sources.load_data(sources, accept) for sources, accept in there if sources]
+    datasets = _datasets(pipeline, name)
     rows = sum(len(dataset.records) for dataset in datasets) + _collected(pipeline, stage)
     tokenizer = _tokenizer(pipeline, name)
     tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or None
@@ -83,10 +84,43 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
             "episodes": stage.updates * stage.batch_size,
             "gradient_steps": stage.updates * stage.epochs * mini,
         }
+    if isinstance(stage, Training) and stage.micro_batch == "auto":
+        entry["micro_batch"] = micro_batch(pipeline, name)
     entry["memory"] = (
-        _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets)) if datasets else None
+        _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets), entry.get("micro_batch"))
+        if datasets
+        else None
     )
     return entry
+
+
+def micro_batch(pipeline: Pipeline, name: str) -> int | None:
+    """What `micro_batch: auto` comes to on this machine as it is now: what is free on the device, less what its allocator and the
+    libraries take. None where the shape of a model is unknown."""
+    stage, cast, datasets = pipeline.config.stages[name], _cast(pipeline, name), _datasets(pipeline, name)
+    if cast is None or not datasets:
+        return None
+    assert isinstance(stage, Training)
+    lengths = _longest(pipeline, name, _tokenizer(pipeline, name), datasets)
+    device = device_of(pipeline.config)
+    kind = _kind(device)
+
+    def peak(stage: AnyStage) -> float:
+        return max(phase.total for phase in footprint.phases(stage, cast, lengths, kind))
+
+    return fitting.micro_batch(stage, peak, USABLE * free_memory(device))
+
+
+def _kind(device: torch.device) -> footprint.Device:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def _datasets(pipeline: Pipeline, name: str) -> list[Dataset]:
+    """What a stage learns from, as far as it is no other stage's."""
+    there = [
+        (from_outside(sources), accept) for sources, accept in main_data_of(pipeline.config.stages[name])
+    ]
+    return [pipeline.sources.load_data(sources, accept) for sources, accept in there if sources]
 
 
 def _collected(pipeline: Pipeline, stage: AnyStage) -> int:
@@ -193,7 +227,9 @@ def _parameters(pipeline: Pipeline, name: str, tokenizer: Any | None) -> int | N
 # ---------------------------------------------------------------- memory
 
 
-def _memory(pipeline: Pipeline, name: str, lengths: Lengths) -> dict[str, Any] | None:
+def _memory(
+    pipeline: Pipeline, name: str, lengths: Lengths, micro_batch: int | None = None
+) -> dict[str, Any] | None:
     """`longest`: tokens of the longest row, `prompt` and `answer`; `phases`: phase → role → kind → bytes on this machine's
     device; `peak` and `peak_phase`; `cards`: size in GB → whether the stage fits, and settings that would make it fit;
     `estimated`: a model is of a type that keel does not know block by block."""
@@ -201,7 +237,9 @@ def _memory(pipeline: Pipeline, name: str, lengths: Lengths) -> dict[str, Any] |
     cast = _cast(pipeline, name)
     if cast is None:
         return None
-    device: footprint.Device = "cuda" if device_of(pipeline.config).type == "cuda" else "cpu"
+    if micro_batch is not None:  # what `auto` comes to
+        stage = stage.model_copy(update={"micro_batch": micro_batch})
+    device = _kind(device_of(pipeline.config))
     phases = footprint.phases(stage, cast, lengths, device)
     fullest = max(phases, key=lambda phase: phase.total)
 

@@ -29,6 +29,7 @@ def as_text(entries: list[dict[str, Any]]) -> str:
             if entry["parameters"]
             else ["parameters unknown until the model is here"]
         )
+        facts += [f"micro_batch {entry['micro_batch']} here"] if entry.get("micro_batch") else []
         source = f" ← {', '.join(entry['inputs'])}" if entry["inputs"] else ""
         lines += [
             f"{entry['stage']} ({entry['kind']}){source}{'  [done]' if entry['done'] else ''}",

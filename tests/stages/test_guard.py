@@ -16,8 +16,7 @@ from keel.diagnosis.findings import conditions
 from keel.diagnosis.logs import lines
 from keel.diagnosis.watch import replay
 from keel.models import optim
-from keel.stages import on_policy, ppo
-from keel.stages import experience
+from keel.stages import experience, on_policy, ppo
 from keel.types import KeelError, NotFiniteError
 
 

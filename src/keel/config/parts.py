@@ -256,10 +256,9 @@ class Training(Stage):
     batch_size: int = Field(
         32, ge=1, description="Examples in an optimiser step (pairs, packed rows or episodes)."
     )
-    micro_batch: int | None = Field(
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        ge=1,
-        description="Examples in one forward and backward; null: all. Changes memory, not results.",
+        description="Examples in one forward and backward; null: all; auto: as many as fit, by what `keel plan` reckons. Changes memory, not results.",
     )
     micro_tokens: int | None = Field(
         None,
@@ -296,6 +295,17 @@ class Training(Stage):
                 f"weights in {self.model.dtype} are too coarse to be trained themselves (a step of AdamW is mostly smaller than the gap between two such numbers): set `model.dtype: float32`, or `lora: {{}}`"
             )
         return self
+
+    @property
+    def whole_batch(self) -> int:
+        """Examples of a gradient step."""
+        return getattr(self, "mini_batch", None) or self.batch_size
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """`micro_batch` in a stage that runs, where `auto` has become a number."""
+        assert self.micro_batch != "auto"
+        return self.micro_batch
 
     @model_validator(mode="after")
     def _one_micro_batch(self) -> Training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -66,6 +67,16 @@ def _libc() -> ctypes.CDLL | None:
     with contextlib.suppress(OSError, TypeError):  # there is no such thing on other systems
         return ctypes.CDLL(None)
     return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses: on the card, or in this machine's memory as Linux reckons it (elsewhere half of what there is)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def forget_peak(device: torch.device) -> None:

@@ -58,7 +58,7 @@ def open_judge(
         tokenizer,
         longest,
         normalize=len(terms) > 1,
-        batch_size=config.micro_batch or config.batch_size,
+        batch_size=config.rows_at_once or config.batch_size,
     )
     return Judge(None, rewards)
 

@@ -132,7 +132,7 @@ def open_stage(
     longest = max(len(task.ids) for task in [*tasks, *held]) + config.sampling.max_new_tokens
     rewards = rewarding.mixture(
         opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
-        batch_size=config.micro_batch or config.batch_size,
+        batch_size=config.rows_at_once or config.batch_size,
     )  # fmt: skip
     roles = open_roles(
         source, reference, sharing=sharing, adapters=inputs.adapters_of(config.lora) if config.lora else None,

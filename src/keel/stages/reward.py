@@ -237,7 +237,7 @@ def _loss_of(
 def _scores(reward: learned.RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> torch.Tensor:
     """(2, N) raw scores of chosen and rejected."""
     sides, own = [p.chosen for p in pairs] + [p.rejected for p in pairs], 2 * list(range(len(pairs)))
-    size = config.micro_batch or config.batch_size
+    size = config.rows_at_once or config.batch_size
     return learned.score(reward, sides, batch_size=size, together=own).view(2, -1)
 
 

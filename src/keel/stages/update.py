@@ -42,7 +42,7 @@ def micro_batches(rows: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
 def forward_rows(config: Training) -> dict[str, int | None]:
     """What goes into one forward without gradient, where the config does not say: a whole batch."""
     whole = config.batch_size if config.micro_tokens is None else None
-    return {"micro_batch": config.micro_batch or whole, "micro_tokens": config.micro_tokens}
+    return {"micro_batch": config.rows_at_once or whole, "micro_tokens": config.micro_tokens}
 
 
 def forward_parts(config: Training, sizes: Sequence[int]) -> list[list[int]]:
@@ -60,7 +60,7 @@ def parts_of(
     """The rows of a step in micro-batches of similar length, as the config says; size: tokens of a row; start: what rows
     that begin alike have in common, so that they are put together."""
     together = None if start is None else [start(row) for row in rows]
-    parts = by_length([size(row) for row in rows], config.micro_batch, config.micro_tokens, together)
+    parts = by_length([size(row) for row in rows], config.rows_at_once, config.micro_tokens, together)
     return [[rows[i] for i in part] for part in parts]
 
 
