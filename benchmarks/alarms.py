@@ -1,4 +1,4 @@
-"""Alarms and control on small runs: `python benchmarks/alarms.py [--control warn|rollback] [--only NAME] [--list]`.
+"""Alarms and control on small runs: `python benchmarks/alarms.py [--control warn|rollback] [--only healthy|sick] [--list]`.
 
 Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning rate × 30, no KL,
 a reward model of people who only count words, length paid and no penalty for a missing stop, a sampler at another temperature
@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/alarms"))
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--only", help="cases whose name begins so")
+    parser.add_argument("--only", choices=["healthy", "sick"], help="half of the cases")
     parser.add_argument("--list", action="store_true", help="name the cases and end")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, dotted.key=value")
     settings = parser.parse_args()
-    chosen = [case for case in cases() if case.name.startswith(settings.only or "")]
+    chosen = [case for case in cases() if settings.only in (None, "sick" if case.sick else "healthy")]
     if settings.list:
         print("\n".join(case.name for case in chosen))
         return

@@ -85,6 +85,8 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("critic_unexplaining", "act", {"val/explained_variance": after(30, 0.3, -5)}, Conditions()),
     ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 0.06}, Conditions()),
     ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.3}, Conditions()),
+    ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.02}, Conditions(same_numbers=True)),
+    ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 2e-3}, Conditions(same_numbers=True)),
     ("reward_implausible", "warn", {"objective/scores": after(30, 0, 6), "objective/scores_std": lambda u: 1}, Conditions()),
     ("reward_implausible", "act", {"objective/scores": after(30, 0, 9), "objective/scores_std": lambda u: 1}, Conditions()),
     ("reward_implausible", "act", {"objective/scores": after(30, 0, 0.6)}, Conditions(reward_bound=0.5)),
@@ -197,7 +199,7 @@ def judged(
 ) -> str | None:
     rows = [
         {"step": u, "eval/judge": judge(u), "eval/objective/scores": proxy(u)} | ({} if error is None else {"eval/judge_error": error})
-        for u in range(5, 101, 5)
+        for u in range(0, 101, 5)
     ]  # fmt: skip
     return worst(replay(rows, Conditions())[1], "judge_falls")
 
@@ -217,6 +219,24 @@ def test_a_judge_that_falls_with_the_proxy_or_rises_or_is_unsure_is_not():
     assert judged(over, lambda u: u / 100, error=0.2) is None
 
 
+def test_a_judge_that_is_below_what_training_started_from_is_found_at_the_second_evaluation():
+    def at(gold: float, proxy: float = 1.0, last: int = 6) -> list[Any]:
+        values = {0: (0.42, 0.0), 3: (gold, proxy), 6: (gold, proxy)}
+        rows = [
+            {"step": u, "eval/judge": v, "eval/judge_error": 0.03, "eval/objective/scores": p}
+            for u, (v, p) in values.items()
+            if u <= last
+        ]
+        return replay(rows, Conditions())[1]
+
+    assert worst(at(0.1), "judge_falls") == "act"
+    assert "from 0.42 at step 0 to 0.1" in at(0.1)[0].evidence
+    assert worst(at(0.28), "judge_falls") == "warn"  # 0.14 is 3.8 errors
+    assert at(0.36) == []
+    assert at(0.1, proxy=-1.0) == []  # both fall: training fails, it is not fooled
+    assert at(0.1, last=3) == []
+
+
 def test_noise_alone_seldom_makes_a_falling_judge():
     for error in (0.02, None):
         said = []
@@ -232,9 +252,9 @@ def test_noise_alone_seldom_makes_a_falling_judge():
 
 def test_conditions_come_from_a_stages_settings():
     settings: dict[str, Any] = {
-        "kl": {"coef": 0.1, "target": 4.0}, "critic_warmup": 3, "level": "sequence", "control": {"reward_bound": 2.0},
+        "kl": {"coef": 0.1, "target": 4.0}, "critic_warmup": 3, "level": "sequence", "control": {"reward_bound": 2.0}, "model": {"dtype": "float32"},
         "reward": [{"kind": "learned"}, {"kind": "overlong"}],
     }  # fmt: skip
-    assert conditions(settings) == Conditions(4.0, True, 3, 2.0, True, True)
+    assert conditions(settings) == Conditions(4.0, True, 3, 2.0, True, True, True)
     assert conditions({"kl": {"coef": 0.0, "target": None}}) == Conditions(constrained=False)
     assert conditions({}) == Conditions()

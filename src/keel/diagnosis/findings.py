@@ -54,6 +54,7 @@ class Conditions:
     reward_bound: float | None = None  # mean raw reward that nobody would believe
     length_rewarded: bool = False  # a reward is about length, as the user wants it
     sequence_ratios: bool = False  # one ratio a response (GSPO), clipped within a much narrower range
+    same_numbers: bool = False  # sampler and trainer compute alike, in float32
 
 
 def conditions(settings: Mapping[str, Any]) -> Conditions:
@@ -68,6 +69,7 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
         constrained=kl.get("coef", 1.0) > 0,
         warmup=settings.get("critic_warmup") or 0,
         reward_bound=control.get("reward_bound"),
+        same_numbers=(settings.get("model") or {}).get("dtype") == "float32",
         length_rewarded="length" in kinds or "overlong" in kinds,
         sequence_ratios=settings.get("level") == "sequence",
     )

@@ -117,9 +117,11 @@ def critic_unexplaining(history: History) -> Alarm | None:
 def sampler_disagrees(history: History) -> Alarm | None:
     """Sampler and trainer hold the same weights, so their log-probabilities differ by rounding: 1e−6 nats in float32, a
     few thousandths in bfloat16, 0.01 to 0.05 between two engines. warn: above 0.05 a token for a window. act: above 0.2:
-    ratios are off by a fifth before anything is learned."""
+    ratios are off by a fifth before anything is learned. Where both are keel's in float32 a hundredth is no rounding but another
+    distribution than the one that is trained: warn above 0.001, act above 0.01."""
     name = "rollout/sampler_drift"
-    limits: Levels = (("act", 0.2), ("warn", 0.05))
+    exact: Levels = (("act", 0.01), ("warn", 0.001))
+    limits: Levels = exact if history.conditions.same_numbers else (("act", 0.2), ("warn", 0.05))
     for severity, limit in limits:
         if history.sustained(name, limit):
             return severity, f"|log π of trainer − of sampler| {shown(history.now(name) or 0.0)} nats a token"

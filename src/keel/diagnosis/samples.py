@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import hypot, inf
+from math import hypot, inf, isinf
 from statistics import fmean, median
 
 from keel.diagnosis.findings import SHORT, WINDOW, Alarm, Check, History, Levels, shown
@@ -102,42 +102,52 @@ def groups_all_equal(history: History) -> Alarm | None:
 
 def judge_falls(history: History) -> Alarm | None:
     """The held-out judge is below its best while the reward trained on is above what it was then. Two successive
-    evaluations count as one, in units of the error of a difference: from the logged standard errors, or, where there
-    are none, from what successive evaluations differ by. The best of many equal evaluations is a lucky one, so 2.5 errors
-    would be found in every third run of pure noise; warn: 3 (one run in ten of 20 evaluations), act: 4 (one in 300), and
-    only with logged errors, since a few evaluations tell their own too roughly."""
+    evaluations count as one, that of the start (step 0) by itself, in units of the error of a difference: from the logged standard
+    errors, or, where there are none, from what successive evaluations differ by. The best of many equal evaluations is a lucky
+    one, so 2.5 errors would be found in every third run of pure noise; warn: 3 (one run in ten of 20 evaluations), act: 4 (one in
+    300), and only with logged errors, since a few evaluations tell their own too roughly."""
     judge = history.columns.get(JUDGE, [])
     proxy = dict(history.columns.get("eval/objective/scores") or history.columns.get(SCORES, []))
-    pairs = list(pairwise(judge))
-    if len(pairs) < 3 or judge[-1][0] != history.step or pairs[-1][0][0] <= history.since:
+    last = judge[-2:]
+    earlier = [judge[:1]] if judge and judge[0][0] == 0 and len(judge) > 2 else []
+    earlier += map(list, list(pairwise(judge))[:-2])
+    if not earlier or judge[-1][0] != history.step or last[0][0] <= history.since:
         return None
-    best, last = max(pairs[:-2], key=_mean), pairs[-1]
-    error = _error(history, [*best, *last], judge)
-    before, after = ([proxy[step] for step, _ in pair if step in proxy] for pair in (best, last))
-    fall = _mean(best) - _mean(last)
-    if not before or not after or fmean(after) <= fmean(before) or fall <= 3 * error:
+
+    def errors(points: Sequence[tuple[int, float]]) -> float:
+        """By how many errors the judge has fallen since."""
+        fall, error = _mean(points) - _mean(last), _error(history, points, last, judge)
+        return fall / error if error else inf if fall > 0 else 0.0
+
+    best = max(earlier, key=errors)
+    before, after = ([proxy[step] for step, _ in points if step in proxy] for points in (best, last))
+    if not before or not after or fmean(after) <= fmean(before) or errors(best) <= 3:
         return None
-    said = f"the judge fell from {shown(_mean(best))} at step {best[1][0]} to {shown(_mean(last))}"
-    said += f" ({shown(fall / error) if error else 'many'} errors), while the proxy rose from {shown(fmean(before))} to {shown(fmean(after))}"
+    said = f"the judge fell from {shown(_mean(best))} at step {best[-1][0]} to {shown(_mean(last))}"
+    many = "many" if isinf(errors(best)) else shown(errors(best))
+    said += f" ({many} errors), while the proxy rose from {shown(fmean(before))} to {shown(fmean(after))}"
     sure = "eval/judge_error" in history.columns
-    return ("act" if sure and fall > 4 * error else "warn"), said
+    return ("act" if sure and errors(best) > 4 else "warn"), said
 
 
-def _mean(pair: Sequence[tuple[int, float]]) -> float:
-    return fmean(value for _, value in pair)
+def _mean(points: Sequence[tuple[int, float]]) -> float:
+    return fmean(value for _, value in points)
 
 
 def _error(
-    history: History, points: Sequence[tuple[int, float]], judge: Sequence[tuple[int, float]]
+    history: History,
+    before: Sequence[tuple[int, float]],
+    after: Sequence[tuple[int, float]],
+    judge: Sequence[tuple[int, float]],
 ) -> float:
-    """Standard error of the difference of two means of two evaluations each."""
-    errors = dict(history.columns.get("eval/judge_error", []))
-    if all(step in errors for step, _ in points):
-        return hypot(*(errors[step] for step, _ in points)) / 2
+    """Standard error of the difference of two means of evaluations."""
+    logged = dict(history.columns.get("eval/judge_error", []))
+    if all(step in logged for step, _ in (*before, *after)):
+        return hypot(*(logged[step] / len(points) for points in (before, after) for step, _ in points))
     steps = [
         abs(b[1] - a[1]) for a, b in pairwise(judge)
     ]  # their median is 0.67 errors of a single difference
-    return median(steps) / 0.67 / 2**0.5 if len(steps) >= 5 else inf
+    return median(steps) / 0.67 * ((1 / len(before) + 1 / len(after)) / 2) ** 0.5 if len(steps) >= 5 else inf
 
 
 def reward_is_length(history: History) -> Alarm | None:

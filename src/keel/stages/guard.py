@@ -73,7 +73,10 @@ class Guard:
 
     def begin(self, metrics: Mapping[str, float]) -> None:
         """The evaluation of what the stage starts from, which is the first to go back to."""
-        self._prefer(0, metrics, RunningScale())
+        if not self.off:
+            self.watch.see(0, metrics)
+        if self.setup.config.control.goes_back:
+            self._prefer(0, metrics, RunningScale())
 
     def see(self, update: int, metrics: Mapping[str, float], steering: Steering) -> Steering:
         """The metrics of an update that went well → the steering to go on with."""

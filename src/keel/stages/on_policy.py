@@ -32,7 +32,8 @@ def loop(
     *,
     warmup: int = 0,
 ) -> dict[str, Any]:
-    """Each update: 1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, diagnose, checkpoint.
+    """Each update: 1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, diagnose, checkpoint. Where there is a
+    judge, what the stage starts from is evaluated as update 0.
 
     warmup: updates at the start during which the policy stands still, so that its KL says nothing about β. Returns the
     stage's result; the policy ends with the weights to keep.
@@ -48,8 +49,11 @@ def loop(
         stopping = stopping.restored(values["stopping"])
         best, first = checkpoint.tensors["best"], checkpoint.step
         guard.restored(values["guard"], checkpoint.tensors["kept"])
-    elif asked and config.control.goes_back:
-        guard.begin(experience.evaluate(setup, asked))
+    elif asked and (setup.judge or config.control.goes_back):
+        with run.timed("evaluate"):
+            before = experience.evaluate(setup, asked)
+        run.log(0, config.updates, before)
+        guard.begin(before)
 
     for update in range(first + 1, config.updates + 1):
         if stopping.stop or guard.stopped:
