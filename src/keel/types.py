@@ -140,7 +140,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    stop: tuple[str, ...] = ()  # stop strings; each must be one token of the tokenizer, besides EOS
+    stop: tuple[str, ...] = ()  # strings that end a response, besides EOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +148,13 @@ class Completion:
     """One sampled response as the engine saw it: token ids, never text."""
 
     prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]  # response tokens; the stop token is the last one, unless stop_reason is "length"
+    # response tokens; the last one is the stop token, or holds the end of the stop string, unless stop_reason is "length"
+    ids: tuple[int, ...]
     stop_reason: StopReason
     logp: tuple[
         float, ...
     ] = ()  # log of the probability each response token was drawn with, by the sampler's own logits
+    stop: str = ""  # the string in its text that ended it, where it was no token of its own
     # (T, d) what the sampler's head was given for each of them, while it is of use
     hidden: Tensor | None = field(default=None, compare=False, repr=False)
 

@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from keel.data import chat
+from keel.data.stops import stop_texts
 from keel.types import DataError, TextRecord, UsageError
 
 EOS, PAD, BOS = "<eos>", "<pad>", "<bos>"
@@ -338,15 +339,30 @@ def test_text_forms():
 
 def test_stop_ids_start_with_eos_and_do_not_repeat():
     tokenizer = make_tokenizer(merges=[("#", "#")])
-    newline, hashes = tokenizer("\n")["input_ids"][0], tokenizer.convert_tokens_to_ids("##")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert chat.stop_ids(tokenizer, []) == (tokenizer.eos_token_id,)
-    assert chat.stop_ids(tokenizer, ["\n", "##", EOS, "\n"]) == (tokenizer.eos_token_id, newline, hashes)
+    assert chat.stop_ids(tokenizer, ["\n", "<|end|>", EOS, "<|end|>"]) == (tokenizer.eos_token_id, end)
+    texts = stop_texts(tokenizer, ["\n", "<|end|>", "##"])
+    assert texts is not None
+    assert texts.texts == ("\n", "##")
+    assert stop_texts(tokenizer, ["<|end|>"]) is None
 
 
-@pytest.mark.parametrize("stop", ["ab", ""])
-def test_stop_string_that_is_not_one_token_is_a_usage_error(stop):
-    with pytest.raises(UsageError, match="must be one token"):
-        chat.stop_ids(make_tokenizer(), [stop])
+@pytest.mark.parametrize(
+    ("stop", "text", "found"),
+    [
+        (["ab"], "xaby", "ab"), (["ab"], "a b", ""), (["#a", "b#"], "xb#ab", "b#"), ([" b"], "a b", " b"), (["a "], "a b", "a "),
+        (["é"], "café", "é"), (["日本"], "x日本y", "日本"),
+    ],
+)  # fmt: skip
+def test_a_stop_string_is_found_wherever_the_tokenizer_cuts_it(stop, text, found):
+    tokenizer = make_tokenizer(merges=[("#", "#"), ("a", "b")])
+    texts, ids = stop_texts(tokenizer, stop), tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert texts is not None
+    assert texts.within(ids) == found
+    first = next((n for n in range(1, len(ids) + 1) if texts.within(ids[:n])), None)
+    assert first is None or bool(texts.closing[ids[first - 1]])  # the sampler looks after this token
 
 
 def test_trap_23_no_pad_token_uses_eos():

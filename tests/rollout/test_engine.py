@@ -34,6 +34,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from keel.data.stops import stop_texts
 from keel.masked import token_logp
 from keel.models import precision
 from keel.models.adapters import Adapters, add_adapters
@@ -456,3 +457,51 @@ def test_a_response_that_was_cut_off_has_not_ended_and_keeps_its_last_token(
     completion = Completion((5,), ids, reason)
     assert completion.ended is ended
     assert (text_of(tokenizer, completion) == " it is red") is not ended
+
+
+def test_a_stop_string_of_several_tokens_ends_a_response(tiny_model: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    prompts = [tokenizer(text)["input_ids"] for text in ("the cat?", "so the dog?", "the hen?")] * 4
+    eos, pad, sampling = tokenizer.eos_token_id, 0, Sampling(12, temperature=1.5)
+    free = generate(model, prompts, sampling, stop_ids=[eos], pad_id=pad, seed=3)
+    texts = [text_of(tokenizer, c) for c in free]
+    stop = next(text[2:5] for text in texts if len(text) > 8)  # across the cuts of the tokenizer
+    assert len(tokenizer(stop)["input_ids"]) > 1
+    own = stop_texts(tokenizer, [stop])
+    done = generate(model, prompts, sampling, stop_ids=[eos], stop_texts=own, pad_id=pad, seed=3)
+    for before, after, text in zip(free, done, texts, strict=True):
+        assert after.ids == before.ids[: len(after.ids)]
+        if stop in text:
+            assert (after.stop_reason, after.stop) == ("stop", stop)
+            assert after.ended
+            assert text_of(tokenizer, after) == text[: text.find(stop)]
+            assert stop not in tokenizer.decode(after.ids[:-1])  # no token later than it had to
+        else:
+            assert after == before
+    assert 0 < sum(c.stop == stop for c in done) < len(done)
+    draws = torch.rand(len(prompts), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plainly = [
+            plain.complete(model, p, row, sampling, [eos], stop_texts=own)
+            for p, row in zip(prompts, draws, strict=True)
+        ]
+    assert [(c.ids, c.stop_reason, c.stop) for c in plainly] == [(c.ids, c.stop_reason, c.stop) for c in done]
+
+
+def test_a_stop_token_and_a_stop_string_at_once_and_an_eos_of_id_0(tiny_model: Path, tokenizer: Any) -> None:
+    """What was never drawn is 0 in the engine's table, and must not be taken for an end."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    prompt = tokenizer("the cat?")["input_ids"]
+    (free,) = generate(model, [prompt], Sampling(6, temperature=0.0), stop_ids=[0], pad_id=0, seed=0)
+    stop = text_of(tokenizer, free)[:2]
+    own = stop_texts(tokenizer, [stop])
+    (done,) = generate(
+        model, [prompt], Sampling(6, temperature=0.0), stop_ids=[0], stop_texts=own, pad_id=0, seed=0
+    )
+    assert done.stop_reason == "stop"
+    assert len(done.ids) < len(free.ids)
+    last = done.ids[-1]
+    (both,) = generate(
+        model, [prompt], Sampling(6, temperature=0.0), stop_ids=[last], stop_texts=own, pad_id=0, seed=0
+    )
+    assert both.ids == done.ids[: both.ids.index(last) + 1]

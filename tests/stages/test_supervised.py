@@ -305,10 +305,7 @@ def test_settings_of_samples_that_are_not_drawn_are_refused(
     [
         ({"normalize": 1}, "normalize"),
         ({"sampling": {"max_new_tokens": 24}, "max_length": 24}, "max_new_tokens 24 leaves no room"),
-        (
-            {"sampling": {"max_new_tokens": 4, "stop": ["the cat?"]}},
-            "stop string 'the cat\\?' must be one token",
-        ),
+        ({"sampling": {"max_new_tokens": 4, "stop": [""]}}, "at least 1 character"),
     ],
 )
 def test_what_stands_in_the_way_of_the_scale_is_found_before_any_training(

@@ -156,7 +156,10 @@ class SamplingConfig(Settings):
 
     max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens.")
     temperature: float = Field(1.0, ge=0, description="Softmax temperature; 0 is greedy.")
-    stop: list[str] = Field([], description="Stop strings besides EOS; each must be one token.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="Strings that end a response besides EOS, as soon as they stand in its text; they are no part of the text that rewards and readers see.",
+    )
 
     def plain(self) -> types.Sampling:
         values = self.model_dump()

@@ -160,17 +160,9 @@ def eos_id(tokenizer: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
-    """Ids that end a response: EOS first, then each stop string's. UsageError for one that is not a single token."""
-    found = [eos_id(tokenizer)]
-    for text in stop:
-        ids = _encode(tokenizer, text)
-        if len(ids) != 1:
-            pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) or "nothing"
-            raise UsageError(
-                f"stop string {text!r} must be one token of the tokenizer; it is {len(ids)}: {pieces}"
-            )
-        found.extend(ids)
-    return tuple(dict.fromkeys(found))
+    """Ids that end a response: EOS first, then the stop strings that are special tokens; `stops.stop_texts` has the others."""
+    special = tokenizer.get_added_vocab()
+    return tuple(dict.fromkeys([eos_id(tokenizer), *(special[text] for text in stop if text in special)]))
 
 
 def ensure_pad(tokenizer: Any) -> int:

@@ -6,13 +6,14 @@ import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from keel.data.stops import StopTexts
 from keel.models.head import evaluating, head_of, reading
 from keel.models.load import context_length
 from keel.models.precision import computing, keeping_casts
@@ -50,6 +51,7 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
     seed: int,
+    stop_texts: StopTexts | None = None,
     batch_size: int = 64,
     hidden: bool = False,
     work: Work | None = None,
@@ -57,7 +59,7 @@ def generate(
     """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once; a row
     that has ended leaves at once, and a waiting prompt takes its slot.
 
-    stop_ids: the EOS id first, then those of the stop strings. Each row draws its own random numbers, so what
+    stop_ids: the EOS id first. stop_texts: strings that end a response, too. Each row draws its own random numbers, so what
     else is in the batch does not change what it is given. hidden: keep what the head was given for each token, so
     that nobody has to compute it again (not for a model whose head keel does not know). work: counts. UsageError if a prompt and its
     response cannot fit the context.
@@ -79,10 +81,10 @@ def generate(
     looking = nullcontext() if head is None else reading(head)
     with evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device), looking as seen:
         work = work or Work()
-        done = _stream(model, prompts, draws, sampling, stop_ids, pad_id, batch_size, seen, work)
+        done = _stream(model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, batch_size, seen, work)
         if done is None:
             done = [
-                plain.complete(model, prompt, row, sampling, stop_ids, seen)
+                plain.complete(model, prompt, row, sampling, stop_ids, seen, stop_texts)
                 for prompt, row in zip(prompts, draws, strict=True)
             ]
             work.computed = sum(
@@ -93,9 +95,10 @@ def generate(
 
 
 def text_of(tokenizer: Any, completion: Completion) -> str:
-    """The response as a reader sees it: without the token that ended it."""
-    ids = completion.ids[:-1] if completion.ended else completion.ids
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
+    """The response as a reader sees it: without the token or the string that ended it."""
+    ids = completion.ids[:-1] if completion.ended and not completion.stop else completion.ids
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text[: text.find(completion.stop)] if completion.stop else text
 
 
 def _stream(
@@ -104,6 +107,7 @@ def _stream(
     draws: Tensor,
     sampling: Sampling,
     stop_ids: Sequence[int],
+    stop_texts: StopTexts | None,
     pad_id: int,
     batch_size: int,
     seen: list[Tensor] | None,
@@ -150,6 +154,8 @@ def _stream(
         made[part] += 1
         # 4. rows that have ended leave
         going = ~torch.isin(newest, stops) & (made < sampling.max_new_tokens)
+        if stop_texts is not None:
+            going &= ~drawn.stopped_by(stop_texts, rows, newest, made, part)
         if not bool(going.all()):
             order = slots.keep(going)
             rows, newest, made = rows[order], newest[order], made[order]
@@ -163,6 +169,18 @@ class _Drawn:
     tokens: Tensor  # (N, max_new_tokens)
     logps: Tensor  # (N, max_new_tokens)
     hidden: Tensor | None = None  # (N, max_new_tokens, d)
+    ends: dict[int, tuple[int, str]] = field(default_factory=dict)  # prompt → length and stop string
+
+    def stopped_by(self, stops: StopTexts, rows: Tensor, newest: Tensor, made: Tensor, part: slice) -> Tensor:
+        """(n,) by slot: whether a stop string stands in what the rows of `part` have by now."""
+        found = torch.zeros_like(newest, dtype=torch.bool)
+        maybe = torch.zeros_like(found)
+        maybe[part] = stops.closing.to(newest.device)[newest[part]]
+        for slot in maybe.nonzero().flatten().tolist():
+            row, length = int(rows[slot]), int(made[slot])
+            if stop := stops.within(self.tokens[row, :length].tolist()):
+                self.ends[row], found[slot] = (length, stop), True
+        return found
 
     def put(self, where: tuple[Tensor, Tensor], tokens: Tensor, logps: Tensor, last: Tensor | None) -> None:
         """A token of some prompts; last: what the head was given for it."""
@@ -234,6 +252,9 @@ def _completions(prompts: Sequence[Sequence[int]], drawn: _Drawn, stops: Tensor)
         zip(prompts, tokens.tolist(), logps.tolist(), lengths, ended, strict=True)
     ):
         reason: StopReason = "length" if not stopped else "eos" if ids[length - 1] == eos else "stop"
+        stop = ""
+        if i in drawn.ends and drawn.ends[i][0] < length + (not stopped):  # else a stop token came with it
+            (length, stop), reason = drawn.ends[i], "stop"
         kept = None if hidden is None else hidden[i, :length]
-        done.append(Completion(tuple(prompt), tuple(ids[:length]), reason, tuple(logp[:length]), kept))
+        done.append(Completion(tuple(prompt), tuple(ids[:length]), reason, tuple(logp[:length]), stop, kept))
     return done

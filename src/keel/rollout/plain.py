@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keel.data.stops import StopTexts
 from keel.rollout.sampling import pick
 from keel.types import Completion, Sampling, StopReason
 
@@ -20,12 +21,14 @@ def complete(
     sampling: Sampling,
     stop_ids: Sequence[int],
     seen: list[Tensor] | None = None,
+    stop_texts: StopTexts | None = None,
 ) -> Completion:
     """One prompt's completion. draws: (max_new_tokens,) uniform numbers. To be called without gradient. seen: where
     `models.head.reading` puts what the head is given, which is then kept."""
     ids, logps, hidden = list(prompt), list[float](), list[Tensor]()
     device = next(model.parameters()).device
     reason: StopReason = "length"
+    stop = ""
     for draw in draws.to(device):
         logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[:, -1]
         token, logp = pick(logits, draw[None], sampling)
@@ -36,5 +39,8 @@ def complete(
         if ids[-1] in stop_ids:
             reason = "eos" if ids[-1] == stop_ids[0] else "stop"
             break
+        if stop_texts is not None and (stop := stop_texts.within(ids[len(prompt) :])):
+            reason = "stop"
+            break
     kept = torch.stack(hidden) if hidden else None
-    return Completion(tuple(prompt), tuple(ids[len(prompt) :]), reason, tuple(logps), kept)
+    return Completion(tuple(prompt), tuple(ids[len(prompt) :]), reason, tuple(logps), stop, kept)

@@ -14,6 +14,7 @@ from keel.checkpoint import write_text
 from keel.config import BestOfNConfig
 from keel.data import chat
 from keel.data.batches import derive_seed, split_holdout
+from keel.data.stops import stop_texts
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
 from keel.models.load import causal_lm
@@ -109,6 +110,7 @@ def _sample(
         repeated = [task for task in part for _ in range(n)]
         done = generate(
             model, [ids for _, ids in repeated], sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop),
+            stop_texts=stop_texts(tokenizer, sampling.stop),
             pad_id=chat.ensure_pad(tokenizer), seed=derive_seed(run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
         )  # fmt: skip
         columns = [dict(record.columns) for record, _ in repeated]

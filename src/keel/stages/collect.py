@@ -20,6 +20,7 @@ from keel.checkpoint import write_text
 from keel.config import CollectConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed, permutation
+from keel.data.stops import stop_texts
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.rollout.engine import generate, text_of
 from keel.runlog import StageRun
@@ -155,6 +156,7 @@ def _pairs(
     def sample(places: Sequence[int], *what: object) -> list[Completion]:
         return generate(
             model, [tasks[i][1] for i in places], config.sampling.plain(), stop_ids=stop, pad_id=pad,
+            stop_texts=stop_texts(tokenizer, config.sampling.stop),
             seed=derive_seed(run.seed, *what), batch_size=config.batch_size,
         )  # fmt: skip
 

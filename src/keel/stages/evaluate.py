@@ -15,6 +15,7 @@ from keel.config import EvaluateConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.load import Dataset
+from keel.data.stops import stop_texts
 from keel.evaluation import reward_models
 from keel.evaluation.policies import Judged, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
@@ -138,7 +139,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     for round_ in range(max(best_of)):
         seed = derive_seed(run.seed, "evaluate", *([round_] if round_ else []))
         done = generate(
-            model, prompts, sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop), pad_id=pad_id, seed=seed,
+            model, prompts, sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop), stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id, seed=seed,
             batch_size=config.batch_size,
         )  # fmt: skip
         new = _rated(rewards, records, done, tokenizer)

@@ -16,6 +16,7 @@ from keel.algorithms import policy
 from keel.config import OnPolicy
 from keel.data import chat
 from keel.data.batches import derive_seed, useful_tokens
+from keel.data.stops import stop_texts
 from keel.evaluation.measures import Measure, mean_interval
 from keel.masked import masked_mean
 from keel.models import prefixes
@@ -98,6 +99,7 @@ def sample(setup: Setup, tasks: Sequence[Task], seed: int, work: Work | None = N
     sampling = setup.config.sampling.plain()
     return generate(
         setup.roles.policy, [task.ids for task in tasks], sampling, stop_ids=chat.stop_ids(setup.tokenizer, sampling.stop),
+        stop_texts=stop_texts(setup.tokenizer, sampling.stop),
         pad_id=setup.pad_id, seed=seed, hidden=setup.config.trusts_sampler, work=work,
     )  # fmt: skip
 

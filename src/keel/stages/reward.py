@@ -14,6 +14,7 @@ from keel.algorithms import reward_model
 from keel.config import RewardConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
+from keel.data.stops import stop_texts
 from keel.evaluation import reliability
 from keel.evaluation.annotators import agreement
 from keel.evaluation.measures import accuracy, mean_interval
@@ -329,6 +330,6 @@ def _sample(
     sampler = causal_lm(source, 0).to(run.device).eval()
     completions = generate(
         sampler, [prompts[i % len(prompts)] for i in range(count)], sampling,
-        stop_ids=stop_ids, pad_id=pad_id, seed=derive_seed(run.seed, "normalize"),
+        stop_ids=stop_ids, stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id, seed=derive_seed(run.seed, "normalize"),
     )  # fmt: skip
     return [{"input_ids": [*c.prompt_ids, *c.ids]} for c in completions]

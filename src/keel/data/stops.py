@@ -1,0 +1,54 @@
+"""Stop strings in what is being sampled, however a tokenizer cuts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+_closing: WeakKeyDictionary[Any, dict[frozenset[str], Tensor]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class StopTexts:
+    """Strings that end a response as soon as they stand in its text. A token may hold the end of one and more behind it; that stays
+    in the response's ids, and in its text nothing from the string on."""
+
+    tokenizer: Any
+    texts: tuple[str, ...]
+    closing: Tensor  # (V,) True at the tokens in whose text a string may end: after others nobody has to look
+
+    def within(self, ids: Sequence[int]) -> str:
+        """The first stop string in the text of a response; "" where there is none."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return (
+            min((text.find(stop), stop) for stop in self.texts if stop in text)[1]
+            if self.any_in(text)
+            else ""
+        )
+
+    def any_in(self, text: str) -> bool:
+        return any(stop in text for stop in self.texts)
+
+
+def stop_texts(tokenizer: Any, stop: Sequence[str]) -> StopTexts | None:
+    """Those of the stop strings that are looked for as text: all but special tokens, which are ids (`chat.stop_ids`)."""
+    texts = tuple(text for text in stop if text not in tokenizer.get_added_vocab())
+    if not texts:
+        return None
+    known = _closing.setdefault(tokenizer, {})
+    ends = frozenset(text[-1] for text in texts)
+    if ends not in known:
+        known[ends] = torch.tensor([_may_close(tokenizer, i, ends) for i in range(len(tokenizer))])
+    return StopTexts(tokenizer, texts, known[ends])
+
+
+def _may_close(tokenizer: Any, token: int, ends: frozenset[str]) -> bool:
+    """Whether a stop string may end in a token. One that by itself is part of a character, or nothing, or loses a space before
+    it, may be anything among others."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    return not text or "\ufffd" in text or " " in ends or any(end in text for end in ends)
