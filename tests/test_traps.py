@@ -228,22 +228,26 @@ def test_trap_08_the_penalty_for_a_missing_stop_knows_the_configured_stop(
     open_ppo: Any, tokenizer: Any
 ) -> None:
     """[trl PR 5338] With real samples: who ended at "." or EOS pays nothing, who was cut off pays."""
-    stop = [" it", " is", ".", "a", "e", "i", "o", "u", " so", "r", "s", "t", "l", "n"]
+    stop = [".", "a", "e it", "so"]  # some of them several tokens
     sampling = {"max_new_tokens": 12, "temperature": 1.5, "stop": stop}
     shaping = {"normalize": "none", "clip": None, "missing_stop_penalty": 2.5}
     tasks, setup = open_ppo(batch_size=12, sampling=sampling, shaping=shaping, kl={"coef": 0.0})
     collected, _ = ppo.collect(setup, tasks, START, 3)
     reasons = {c.stop_reason for c in collected.experience.completions}
     assert {"stop", "length"} <= reasons
-    stops = {tokenizer(text)["input_ids"][0] for text in stop} | {tokenizer.eos_token_id}
+
+    def stopped(ids: Any) -> bool:
+        text = tokenizer.decode(list(ids), skip_special_tokens=True)
+        return tokenizer.eos_token_id in ids or any(string in text for string in stop)
+
     for completion, score, paid in zip(
         collected.experience.completions,
         collected.experience.rated.raw,
         collected.episodes.rewards.sum(dim=1),
         strict=True,
     ):
-        ended = completion.ids[-1] in stops
-        assert not stops & set(completion.ids[:-1])
+        ended = stopped(completion.ids)
+        assert not stopped(completion.ids[:-1])
         assert paid.item() == pytest.approx(score.item() - (0.0 if ended else 2.5), abs=1e-5)
 
 
