@@ -23,7 +23,7 @@ from keel.runlog import StageRun
 from keel.stages import inputs, language, rewarding
 from keel.stages.experience import SAMPLES_KEPT
 from keel.stages.update import micro_batches
-from keel.types import Completion, DataError, PromptRecord, Record, UsageError
+from keel.types import Completion, DataError, PromptRecord, Record
 
 CHOSEN = "best.jsonl"  # the best response to each prompt, as ids and text
 PROMPTS_AT_ONCE = 32
@@ -35,11 +35,7 @@ def run(config: BestOfNConfig, run: StageRun) -> dict[str, Any]:
     source = inputs.source_of(config.model, run)
     tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
     limit = inputs.limit_of(config, run, source)
-    room = None if limit is None else limit - config.sampling.max_new_tokens
-    if room is not None and room < 1:
-        raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt within {limit} tokens"
-        )
+    room = inputs.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = inputs.TooLong(run, config.too_long, room)
 

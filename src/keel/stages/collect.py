@@ -25,7 +25,7 @@ from keel.models.load import ModelSource, causal_lm, context_length, disable_dro
 from keel.rollout.engine import generate, text_of
 from keel.runlog import StageRun
 from keel.stages import inputs
-from keel.types import Completion, DataError, PromptRecord, Record, UsageError, WaitingError
+from keel.types import Completion, DataError, PromptRecord, Record, WaitingError
 
 PAIRS = "pairs.jsonl"  # two replies to each prompt
 VOTES = "votes.jsonl"  # what people say of them
@@ -117,11 +117,7 @@ def _tasks(
     )
     tokenizer = inputs.open_tokenizer(settings, run, conversational=conversational)
     context = context_length(model_config(_source(config, run)))
-    room = None if context is None else context - config.sampling.max_new_tokens
-    if room is not None and room < 1:
-        raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt within {context} tokens"
-        )
+    room = inputs.room_of(run, context, config.sampling.max_new_tokens)
     too_long = inputs.TooLong(run, config.too_long, room)
 
     def task(record: Record) -> tuple[PromptRecord, list[int]] | None:

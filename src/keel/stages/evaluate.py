@@ -83,11 +83,8 @@ def _that_fit(
 ) -> tuple[list[PromptRecord], int | None]:
     """The prompts that every model has room for, and that room in tokens: all models answer the same ones."""
     contexts = [context_length(model_config(_source(run, config, name))) for name in config.models]
-    room = min((c - config.sampling.max_new_tokens for c in contexts if c is not None), default=None)
-    if room is not None and room < 1:
-        raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt"
-        )
+    context = min((c for c in contexts if c is not None), default=None)
+    room = inputs.room_of(run, context, config.sampling.max_new_tokens)
     tokenizers = [_tokenizer(run, config, name, dataset.conversational) for name in config.models]
     too_long = inputs.TooLong(run, config.too_long, room)
 

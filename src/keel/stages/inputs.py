@@ -90,6 +90,16 @@ def limit_of(config: Training, run: StageRun, source: ModelSource) -> int | None
     return config.max_length or context
 
 
+def room_of(run: StageRun, limit: int | None, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have within `limit`, with the response behind it; None: any number. UsageError for none."""
+    room = None if limit is None else limit - max_new_tokens
+    if room is not None and room < 1:
+        raise UsageError(
+            f"{run.name}: sampling.max_new_tokens {max_new_tokens} leaves no room for a prompt within {limit} tokens"
+        )
+    return room
+
+
 @dataclass
 class TooLong:
     """Applies `too_long`, and counts."""

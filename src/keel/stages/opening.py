@@ -35,11 +35,7 @@ def read_tasks(
     conversational = any(rows.conversational for rows in (dataset, held_out, mix) if rows)
     tokenizer = inputs.open_tokenizer(config.model, run, conversational=conversational)
     limit = inputs.limit_of(config, run, source)
-    room = None if limit is None else limit - config.sampling.max_new_tokens
-    if room is not None and room < 1:
-        raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt within {limit} tokens"
-        )
+    room = inputs.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = inputs.TooLong(run, config.too_long, room)
 

@@ -319,11 +319,7 @@ def _sample(
 ) -> list[learned.Inputs]:
     """Fresh samples of the model that training starts from, prompts included, whose scores are to fix the scale."""
     sampling, count = config.sampling.plain(), config.normalize
-    room = None if limit is None else limit - sampling.max_new_tokens
-    if room is not None and room < 1:
-        raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt within {limit} tokens"
-        )
+    room = inputs.room_of(run, limit, sampling.max_new_tokens)
     stop_ids, pad_id = chat.stop_ids(tokenizer, sampling.stop), chat.ensure_pad(tokenizer)
     asked = [record.prompt for record in records if isinstance(record, PreferenceRecord)]
     prompts = [chat.prompt_ids(tokenizer, prompt)[-(room or 0) :] for prompt in asked[:count]]
