@@ -170,8 +170,10 @@ def trajectories(stages: Sequence[StageRun], colours: Mapping[str, str]) -> Pict
         window = len(steps) // 8 | 1
         x = [value for _, value in running_mean([(step, kl[step]) for step in steps], window)]
         y = [value for _, value in running_mean([(step, scores[step]) for step in steps], window)]
-        colour = colours.get(stage.name) or model_colour(position + 1)
-        traces += _path(x, y, colour)
+        own = [colours.get(s.name) for s in stages]
+        distinct = None not in own and len(set(own)) == len(own)
+        colour = colours[stage.name] if distinct else model_colour(position + 1)
+        traces += _path(x, y, colour, stage.name if len(stages) > 1 else None)
         keys.append(Key(f"{stage.name}, mean of {window} updates", colour, "line"))
         all_x += [value for value in x if value is not None]
         all_y += [value for value in y if value is not None]
@@ -183,7 +185,10 @@ def trajectories(stages: Sequence[StageRun], colours: Mapping[str, str]) -> Pict
     return Picture("training-path", "Score against KL in training", "", tuple(keys), figure)
 
 
-def _path(x: list[float | None], y: list[float | None], colour: str) -> list[Trace]:
+def _path(
+    x: list[float | None], y: list[float | None], colour: str, name: str | None = None
+) -> list[Trace]:
+    """A line with its ends marked, the last one by `name` where there are several lines."""
     line = {"type": "scatter", "mode": "lines", "x": x, "y": y, "hoverinfo": "skip"}
     rose = (y[-1] or 0) >= (y[0] or 0)
     ends = {
@@ -191,7 +196,7 @@ def _path(x: list[float | None], y: list[float | None], colour: str) -> list[Tra
         "mode": "markers+text",
         "x": [x[0], x[-1]],
         "y": [y[0], y[-1]],
-        "text": ["start", "end"],
+        "text": ["start", "end"] if name is None else ["", plain(name)],
         "textposition": ["bottom center", "top center"] if rose else ["top center", "bottom center"],
         "textfont": {"color": "--ink", "size": 12},
         "marker": {"size": 9, "color": ["--paper", colour], "line": {"color": colour, "width": 2}},
@@ -247,7 +252,7 @@ def _point(model: str, measures: Mapping[str, Any], x: str, y: str, colour: str)
         "y": [mean(measures, y)],
         "error_x": bars(x),
         "error_y": bars(y),
-        "text": [plain(model)],
+        "text": [plain(model.partition(" best of ")[2] or model)],  # n alone, of many such points
         "textfont": {"color": "--ink", "size": 13},
         "marker": {"size": 10, "color": colour},
         "hovertemplate": f"{plain(model)}<br>{x} %{{x:.3f}}<br>{y} %{{y:.3f}}<extra></extra>",

@@ -61,7 +61,8 @@ class _Lift:
 def verdict(
     result: Mapping[str, Any], config: Mapping[str, Any], health: Mapping[str, str] | None = None
 ) -> list[Verdict]:
-    """One verdict for each model of an `evaluate` result but the reference, in the result's order.
+    """One verdict for each model of an `evaluate` result but the reference, in the result's order. The best of the
+    reference's own samples are judged where there is no other model; else the table below has them.
 
     Gold reward decides when it was measured, else the proxy. A change counts when the 95 % interval of the
     difference to the reference excludes 0. `config` is the run's: it holds the KL target of each PPO stage. `health`:
@@ -71,7 +72,8 @@ def verdict(
     if not models:
         return [unjudged("run an evaluate stage")]
     reference = str(result.get("reference") or next(iter(models)))
-    others = [name for name in models if name != reference]
+    asked_often = [name for name in models if name.startswith(f"{reference} best of ")]
+    others = [name for name in models if name != reference and name not in asked_often] or asked_often
     if not others:
         return [
             unjudged(f"only {reference} was evaluated; name a second model to compare it with", reference)
