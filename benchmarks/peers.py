@@ -8,7 +8,7 @@ PYTHON is an interpreter that has TRL 1.16; FOLDER holds TRL 1.12, the last rele
 path. Every measurement is a process of its own, and the two sides take turns; medians of N pairs. Prompts have 32 tokens,
 responses 64; in grpo and ppo the chance of the end of sequence makes responses 24 tokens long on average, 64 at most.
 Where keel's reference model reads all rows before the first step (dpo), each step is charged its share of that.
-A step is 64 rows, pairs or episodes (ppo: an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults
+A step is 64 rows, pairs or episodes, 16 at a time (ppo: an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults
 for a machine with fast bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32.
 Memory is the peak of the process above what is resident after everything is imported.
 """
@@ -30,6 +30,7 @@ from typing import Any
 KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto", "grpo-auto")
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
 ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
+MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(2044))]
 LLAMA = {
     "vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -116,7 +117,14 @@ def keel_stage(kind: str, folder: Path) -> dict[str, Any]:
     def model(name: str) -> dict[str, Any]:
         return {"path": str(folder / name), "dtype": dtype}
 
-    fixed = {"lr": LR, "batch_size": BATCH, "max_steps": STEPS.get(kind), "holdout": 0, "save_every": 1000}
+    fixed = {
+        "lr": LR,
+        "batch_size": BATCH,
+        "micro_batch": MICRO,
+        "max_steps": STEPS.get(kind),
+        "holdout": 0,
+        "save_every": 1000,
+    }
     if kind == "sft":
         columns = {"prompt": "prompt", "completion": "chosen"}
         data = {"source": rows, "columns": columns}
@@ -127,13 +135,13 @@ def keel_stage(kind: str, folder: Path) -> dict[str, Any]:
         return {"kind": "dpo", "model": model("plain"), "data": rows, "max_length": 128, **fixed}
     shared = {
         "model": model("ending"), "data": {"source": rows, "columns": {"prompt": "prompt"}}, "lr": LR, "batch_size": BATCH,
-        "updates": STEPS[kind], "sampling": {"max_new_tokens": RESPONSE}, "save_every": 1000,
+        "micro_batch": MICRO, "updates": STEPS[kind], "sampling": {"max_new_tokens": RESPONSE}, "save_every": 1000,
     }  # fmt: skip
     if kind == "grpo":
         reward = {"kind": "python", "function": f"{__file__}:varied"}
         return {"kind": "grpo", "reward": reward, "samples_per_prompt": 8, "kl": {"coef": 0.04}, **shared}
     return {
-        "kind": "ppo", "reward": str(folder / "scorer"), "sharing": "trunk" if auto else "separate", "epochs": 4, "micro_batch": 16,
+        "kind": "ppo", "reward": str(folder / "scorer"), "sharing": "trunk" if auto else "separate", "epochs": 4,
         "kl": {"coef": 0.05}, **shared,
     }  # fmt: skip
 
@@ -186,7 +194,8 @@ def of_trl(kind: str, folder: Path) -> None:
         "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True, "seed": 0,
         "dataloader_pin_memory": False,
     }  # fmt: skip
-    fixed = {**common, "per_device_train_batch_size": BATCH, "max_steps": steps}
+    parts = {"per_device_train_batch_size": MICRO, "gradient_accumulation_steps": BATCH // MICRO}
+    fixed = {**common, **parts, "max_steps": steps}
 
     def table(**columns: str) -> Any:
         return datasets.Dataset.from_list([{ours: row[key] for ours, key in columns.items()} for row in rows])
@@ -205,7 +214,7 @@ def of_trl(kind: str, folder: Path) -> None:
         prompts = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows]
         data = datasets.Dataset.from_list(prompts)
         settings: Any = PPOConfig(
-            per_device_train_batch_size=16, gradient_accumulation_steps=4, num_mini_batches=1, num_ppo_epochs=4,
+            num_mini_batches=1, num_ppo_epochs=4, **parts,
             total_episodes=BATCH * steps, response_length=RESPONSE, stop_token="eos", missing_eos_penalty=1.0, temperature=1.0,
             kl_coef=0.05, local_rollout_forward_batch_size=BATCH, num_sample_generations=0, **common,
         )  # fmt: skip
