@@ -32,6 +32,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "helpdesk.yaml"
 PROMPTS = {"source": "world:helpdesk/test_prompts", "rows": 64}
 BIASED_PAIRS = 3000
 NEAR = 0.03  # of the best gold reward: as good as kept
+ROUNDING = 1e-3  # the same weights and draws twice
 OTHER_TEMPERATURE = 0.6
 
 
@@ -48,6 +49,7 @@ class Outcome(NamedTuple):
     alarm: tuple[int, str] | None  # update and check of the first finding of severity act
     peak: int  # update of the highest gold reward; 0: what it started from
     best: float
+    start: float  # of what it started from, on the same prompts with the same draws
     end: float | None  # None: the run ended with an error
 
 
@@ -98,22 +100,24 @@ def main() -> None:
         print("\n".join(case.name for case in chosen))
         return
     shared = prepare(settings)
-    start = json.loads((shared / "start" / "result.json").read_text())["models"]["sft"]["gold"]["mean"]
     print(
-        f"{'run':<20} {'first alarm':<28} {'gold peak':>9} {'end':>6} {'best':>6}   (SFT {start:.3f})",
+        f"{'run':<20} {'first alarm':<28} {'gold peak':>9} {'SFT':>6} {'best':>6} {'end':>6}",
         flush=True,
     )
     found = []
     for case in chosen:
-        found.append(outcome := run(case, settings, shared, start))
+        found.append(outcome := run(case, settings, shared))
         alarm = f"{outcome.alarm[0]} {outcome.alarm[1]}" if outcome.alarm else "–"
         end = "error" if outcome.end is None else f"{outcome.end:.3f}"
-        print(f"{case.name:<20} {alarm:<28} {outcome.peak:>9} {end:>6} {outcome.best:>6.3f}", flush=True)
-    print("\n".join(summary(found, start)))
+        print(
+            f"{case.name:<20} {alarm:<28} {outcome.peak:>9} {outcome.start:>6.3f} {outcome.best:>6.3f} {end:>6}",
+            flush=True,
+        )
+    print("\n".join(summary(found)))
 
 
 def prepare(settings: argparse.Namespace) -> Path:
-    """Base, SFT and reward models that all cases share, and the gold reward that they start from; the stages' folder."""
+    """Base, SFT and reward models that all cases share; the stages' folder."""
     settings.runs.mkdir(parents=True, exist_ok=True)
     pairs = settings.runs / "biased.jsonl"
     if not pairs.exists():
@@ -123,14 +127,6 @@ def prepare(settings: argparse.Namespace) -> Path:
     stages = resolved(read(RECIPE, settings.set))["stages"]
     kept = {name: stages[name] for name in ("base", "sft", "reward")}
     kept["biased"] = {**stages["reward"], "data": str(pairs)}
-    sampling = stages["ppo"]["sampling"]
-    kept["start"] = {
-        "kind": "evaluate",
-        "models": ["sft"],
-        "gold": "world:helpdesk",
-        "data": PROMPTS,
-        "sampling": {**sampling},
-    }
     tree = {"name": "shared", "threads": settings.threads, "stages": kept}
     Pipeline(parse(tree), settings.runs / "shared", print).run()
     return settings.runs / "shared" / "stages"
@@ -144,8 +140,8 @@ def biased_pairs(count: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": row["prompt"], "chosen": sides[longer], "rejected": sides[not longer]}
 
 
-def run(case: Case, settings: argparse.Namespace, shared: Path, start: float) -> Outcome:
-    """One case, with what it came to. start: gold reward of what it started from."""
+def run(case: Case, settings: argparse.Namespace, shared: Path) -> Outcome:
+    """One case, with what it came to."""
     tree = tree_of(case, settings, shared)
     directory = settings.runs / settings.control / case.name
     pipeline = Pipeline(parse(tree), directory, lambda line: None)
@@ -162,11 +158,11 @@ def run(case: Case, settings: argparse.Namespace, shared: Path, start: float) ->
         if f.severity == "act"
     ]
     rows = logs.lines(folder / "metrics.jsonl")
-    judged = {0: start} | {row["step"]: row["eval/judge"] for row in rows if "eval/judge" in row}
+    judged = {row["step"]: row["eval/judge"] for row in rows if "eval/judge" in row}
     peak = max(judged, key=lambda step: judged[step])
     end = None if failed else json.loads((folder / "result.json").read_text())["judge"]["mean"]
     first = min(alarms, key=lambda finding: finding.step, default=None)
-    return Outcome(case, (first.step, first.check) if first else None, peak, judged[peak], end)
+    return Outcome(case, (first.step, first.check) if first else None, peak, judged[peak], judged[0], end)
 
 
 def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str, Any]:
@@ -212,14 +208,14 @@ def _located(term: Mapping[str, Any], shared: Path) -> dict[str, Any]:
     )
 
 
-def summary(found: list[Outcome], start: float) -> list[str]:
+def summary(found: list[Outcome]) -> list[str]:
     """The counts that the table comes to."""
     healthy, sick = ([o for o in found if o.case.sick is ill] for ill in (False, True))
     seen = [o for o in sick if o.alarm]
     delays = sorted(o.alarm[0] - o.peak for o in seen if o.alarm)
     early = sum(delay <= 0 for delay in delays)
     kept = [o for o in sick if o.end is not None and o.end >= o.best - NEAR]
-    below = [o for o in sick if o.end is None or o.end < start]
+    below = [o for o in sick if o.end is None or o.end < o.start - ROUNDING]
     return [
         "",
         f"false alarms: {sum(o.alarm is not None for o in healthy)} of {len(healthy)} healthy runs",
