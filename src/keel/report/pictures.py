@@ -185,9 +185,7 @@ def trajectories(stages: Sequence[StageRun], colours: Mapping[str, str]) -> Pict
     return Picture("training-path", "Score against KL in training", "", tuple(keys), figure)
 
 
-def _path(
-    x: list[float | None], y: list[float | None], colour: str, name: str | None = None
-) -> list[Trace]:
+def _path(x: list[float | None], y: list[float | None], colour: str, name: str | None = None) -> list[Trace]:
     """A line with its ends marked, the last one by `name` where there are several lines."""
     line = {"type": "scatter", "mode": "lines", "x": x, "y": y, "hoverinfo": "skip"}
     rose = (y[-1] or 0) >= (y[0] or 0)
