@@ -20,12 +20,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 FACTORS = (0.25, 1, 4, 8)
 DIVERGED = 10  # times the target
+JUDGING = threading.Lock()
 
 
 def main() -> None:
@@ -102,6 +104,8 @@ def judge(point: dict[str, Any], stage: str, target: float | None) -> tuple[str,
 
 def peer(point: dict[str, Any], settings: argparse.Namespace) -> tuple[str, str, str, str]:
     """TRL's PPO from what a point of the sweep started from, judged as that point was."""
+    from keel.types import KeelError
+
     folder = settings.runs / "stability-trl" / point["name"]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -111,6 +115,8 @@ def peer(point: dict[str, Any], settings: argparse.Namespace) -> tuple[str, str,
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()[-1:] or ["no word"]
         return point["name"], "failed", "–", last[0]
+    except (RuntimeError, ValueError, KeelError) as error:  # its policy cannot even be sampled
+        return point["name"], "failed", "–", str(error)
     return judge({**point, "status": "done", "run": str(run)}, "trl", point["target"])
 
 
@@ -157,14 +163,15 @@ def evaluate(point: dict[str, Any], settings: argparse.Namespace, folder: Path) 
     links = folder / "models"
     links.mkdir(exist_ok=True)
     for name, place in (("sft", places[stages[settings.stage]["model"]["path"]]), ("trl", str((folder / "policy").resolve()))):  # fmt: skip
-        if not (links / name).exists():
-            (links / name).symlink_to(place)
+        (links / name).unlink(missing_ok=True)
+        (links / name).symlink_to(place)
     own = {
         "kind": "evaluate", "models": [str(links / "sft"), str(links / "trl")],
         **{key: stage[key] for key in ("gold", "data", "sampling")},
     }  # fmt: skip
     tree = {"name": "judged", "threads": 1, "stages": {"judge": own}}
-    Pipeline(parse(tree), folder / "judged", lambda line: None).run()
+    with JUDGING:  # a pipeline sets threads and determinism of the whole process
+        Pipeline(parse(tree), folder / "judged", lambda line: None).run()
     place = folder / "judged" / "stages" / "judge" / "result.json"
     result = json.loads(place.read_text())
     named = {Path(name).name: value for name, value in result["models"].items()}

@@ -244,9 +244,11 @@ class Pipeline:
         known = _object(place).get("micro_batch")
         if known is not None:
             return known
-        rows = (self.fit and self.fit(self, name)) or stage.whole_batch
+        fitting = self.fit(self, name) if self.fit else None
+        rows = fitting or stage.whole_batch
         write_json(place, {"micro_batch": rows})
-        self.say(f"{name}: {rows} examples at a time")
+        why = "" if fitting else ", since nobody can reckon what fits"
+        self.say(f"{name}: {rows} examples at a time{why}")
         return rows
 
     def _report(self) -> None:

@@ -84,7 +84,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
             "episodes": stage.updates * stage.batch_size,
             "gradient_steps": stage.updates * stage.epochs * mini,
         }
-    if isinstance(stage, Training) and stage.micro_batch == "auto":
+    if isinstance(stage, Training) and stage.micro_batch == "auto" and datasets:
         entry["micro_batch"] = micro_batch(pipeline, name)
     entry["memory"] = (
         _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets), entry.get("micro_batch"))
@@ -97,8 +97,9 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
 def micro_batch(pipeline: Pipeline, name: str) -> int | None:
     """What `micro_batch: auto` comes to on this machine as it is now: what is free on the device, less what its allocator and the
     libraries take. None where the shape of a model is unknown."""
-    stage, cast, datasets = pipeline.config.stages[name], _cast(pipeline, name), _datasets(pipeline, name)
-    if cast is None or not datasets:
+    stage, cast = pipeline.config.stages[name], _cast(pipeline, name)
+    datasets = _datasets(pipeline, name) or [pipeline.sources.load_data(*d) for d in main_data_of(stage)]
+    if cast is None:
         return None
     assert isinstance(stage, Training)
     lengths = _longest(pipeline, name, _tokenizer(pipeline, name), datasets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -363,6 +364,15 @@ def test_a_stop_string_is_found_wherever_the_tokenizer_cuts_it(stop, text, found
     assert texts.within(ids) == found
     first = next((n for n in range(1, len(ids) + 1) if texts.within(ids[:n])), None)
     assert first is None or bool(texts.closing[ids[first - 1]])  # the sampler looks after this token
+
+
+def test_ids_that_are_none_of_the_tokenizers_end_nothing():
+    texts = stop_texts(make_tokenizer(), ["a"])
+    assert texts is not None
+    ids = torch.tensor(
+        [*make_tokenizer()("a", add_special_tokens=False)["input_ids"], len(texts.closing), 10**6]
+    )
+    assert texts.may_end(ids).tolist() == [True, False, False]
 
 
 def test_trap_23_no_pad_token_uses_eos():

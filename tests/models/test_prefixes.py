@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from keel.data.batches import by_length, pad
 from keel.models import forward, prefixes
 from keel.models.adapters import Adapters, add_adapters
 from keel.models.load import checkpoint_activations, disable_dropout
-from keel.models.prefixes import counting, grouped
+from keel.models.prefixes import Group, counting, grouped, worth_it
 from keel.models.roles import AdaptersOff
 
 SIZES = {
@@ -183,3 +184,35 @@ def test_rows_of_one_prompt_share_a_part() -> None:
     ]  # a group is not cut for a single row
     assert by_length(lengths, 2, together=prompts) == [[1, 5], [3, 0], [4, 2]]
     assert by_length(lengths, tokens=24, together=prompts) == [[1, 5, 3], [0, 4], [2]]
+
+
+def test_rows_are_padded_to_the_widest_group_and_that_must_pay_too() -> None:
+    prompt = list(range(50))
+    rows = [prompt + [100 + i] * 50 for i in range(4)] + [[i] * 100 for i in range(200, 204)]
+    lengths = [len(row) for row in rows]
+    groups = grouped(rows, 1e6, 1e6)
+    assert max(group.width for group in groups) == 250  # five rows of 250 are more than eight of 100
+    assert worth_it(groups, lengths, 1e6) == []
+    alike = grouped([row + row[-1:] * 1 for row in rows[:4]], 1e6, 1e6)
+    assert worth_it(alike, [101] * 4, 1e6) == alike
+    pairs = [Group([0, 1], 90, 110), Group([2, 3], 90, 110), Group([4, 5], 10, 190)]
+    found = worth_it(pairs, [100] * 6, 1e6)
+    assert sorted(group.width for group in found) == [100, 100, 110, 110]  # the widest is taken apart
+
+
+def test_every_forward_is_counted_whatever_the_model() -> None:
+    model, (ids, index) = model_of("llama", {}), asked()
+    headless = model_of("llama", {})
+    headless.forward = lambda *a, **k: model(*a, **k)  # its own head is not what makes these logits
+    with counting() as count:
+        forward.states(headless, ids, index)
+    assert count() == ids.numel()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with counting() as count:
+        forward.states(model, ids, index, inputs={"position_ids": positions})
+    assert count() == ids.numel()
+
+
+def test_a_model_whose_layers_differ_in_size_is_read_apart() -> None:
+    config = SimpleNamespace(hidden_size=32, intermediate_size=[48, 48])  # Gemma 3n
+    assert prefixes._weight(config) is None

@@ -158,7 +158,7 @@ class SamplingConfig(Settings):
     temperature: float = Field(1.0, ge=0, description="Softmax temperature; 0 is greedy.")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
-        description="Strings that end a response besides EOS, as soon as they stand in its text; they are no part of the text that rewards and readers see.",
+        description="Strings that end a response besides EOS, as soon as they stand in its text; they are no part of the text that rewards and readers see (a reward model with the policy's tokenizer reads the ids, and with them the string).",
     )
 
     def plain(self) -> types.Sampling:

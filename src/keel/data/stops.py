@@ -22,6 +22,11 @@ class StopTexts:
     texts: tuple[str, ...]
     closing: Tensor  # (V,) True at the tokens in whose text a string may end: after others nobody has to look
 
+    def may_end(self, tokens: Tensor) -> Tensor:
+        """(n,) tokens → (n,) bool: `closing`; False for ids that are none of the tokenizer's, which some models have."""
+        closing = self.closing.to(tokens.device)
+        return (tokens < len(closing)) & closing[tokens.clamp(max=len(closing) - 1)]
+
     def within(self, ids: Sequence[int]) -> str:
         """The first stop string in the text of a response; "" where there is none."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -60,7 +60,7 @@ class Conditions:
 def conditions(settings: Mapping[str, Any]) -> Conditions:
     """Those of a stage's resolved settings, as config.yaml has them."""
     kl, control = settings.get("kl") or {}, settings.get("control") or {}
-    terms = settings.get("reward")
+    terms, model = settings.get("reward"), settings.get("model") or {}
     kinds = (
         [term.get("kind") for term in terms if isinstance(term, Mapping)] if isinstance(terms, list) else []
     )
@@ -69,7 +69,7 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
         constrained=kl.get("coef", 1.0) > 0,
         warmup=settings.get("critic_warmup") or 0,
         reward_bound=control.get("reward_bound"),
-        same_numbers=(settings.get("model") or {}).get("dtype") == "float32",
+        same_numbers=model.get("dtype") == "float32" and model.get("quantize") is None,
         length_rewarded="length" in kinds or "overlong" in kinds,
         sequence_ratios=settings.get("level") == "sequence",
     )

@@ -71,10 +71,12 @@ def states(
                 return seen[-1]
 
             if inputs:
+                prefixes.count(model, ids.numel())
                 values = given_to_head(input_ids=ids, **inputs).flatten(0, 1).index_select(0, index)
             else:
                 values = prefixes.read(head.linear, model, given_to_head, ids, index)
             return States(model, head, values, values)
+        prefixes.count(model, ids.numel())
         output = model(input_ids=ids, use_cache=False, output_hidden_states=hidden, **inputs or {})
     last = output.hidden_states[-1].flatten(0, 1).index_select(0, index) if hidden else None
     return States(model, None, output.logits.flatten(0, 1).index_select(0, index), last)

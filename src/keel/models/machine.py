@@ -72,11 +72,25 @@ def _libc() -> ctypes.CDLL | None:
 def free_memory(device: torch.device) -> int:
     """Bytes that nobody uses: on the card, or in this machine's memory as Linux reckons it (elsewhere half of what there is)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return min(free, _left_to_container())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_to_container() -> int:
+    """Bytes that a control group (Docker, Kubernetes, Slurm) still grants; without a limit more than any machine has."""
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            return int((group / limit).read_text()) - int((group / used).read_text())
+    return 2**63
 
 
 def forget_peak(device: torch.device) -> None:

@@ -47,9 +47,9 @@ def read(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: Tenso
     asked for in a row is needed. key: the module that stands for the model in what is remembered of it."""
     found = _laid_out(key, model, forward, ids, index)
     if found is None:
-        _count(model, ids.numel())
+        count(model, ids.numel())
         return forward(input_ids=ids).flatten(0, 1).index_select(0, index)
-    _count(model, found.ids.numel())
+    count(model, found.ids.numel())
     states = forward(input_ids=found.ids, **found.inputs)
     return states.flatten(0, 1).index_select(0, found.index)
 
@@ -71,7 +71,8 @@ def counting() -> Iterator[Callable[[], int]]:
         _read.reset(token)
 
 
-def _count(model: Any, tokens: int) -> None:
+def count(model: Any, tokens: int) -> None:
+    """A model was given so many tokens."""
     if (counted := _read.get()) is not None:
         counted[id(model)] = counted.get(id(model), 0) + tokens
 
@@ -97,8 +98,11 @@ def _laid_out(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: 
     reach.scatter_reduce_(0, index // ids.shape[1], index % ids.shape[1] + 1, "amax")
     sequences = [row[:end] for row, end in zip(ids.tolist(), reach.tolist(), strict=True)]
     size = _dtype(key).itemsize * len(ids)  # of a row of all masks
-    groups = grouped(sequences, _weight(config), _widest(config, size))
-    if all(len(group.rows) == 1 for group in groups) or not _takes_masks(key, model, forward):
+    weight = _weight(config)
+    if weight is None:
+        return None
+    groups = worth_it(grouped(sequences, weight, _widest(config, size)), [*map(len, sequences)], weight)
+    if not groups or not _takes_masks(key, model, forward):
         return None
     return _layout(sequences, groups, ids, index, _dtype(key))
 
@@ -125,6 +129,21 @@ def grouped(sequences: Sequence[Sequence[int]], weight: float, widest: float) ->
     return groups
 
 
+def worth_it(groups: Sequence[Group], lengths: Sequence[int], weight: float) -> list[Group]:
+    """The groups, if their rows, all padded to the widest of them, cost less than all sequences padded to the longest; wide groups
+    are taken apart until they do. Empty if they never do. lengths: of the sequences."""
+    groups = sorted(groups, key=lambda group: group.width)
+    apart = len(lengths) * _cost(max(lengths), weight)
+    while any(len(group.rows) > 1 for group in groups):
+        if len(groups) * _cost(groups[-1].width, weight) < WORTH * apart:
+            return groups
+        widest = next(group for group in reversed(groups) if len(group.rows) > 1)
+        groups.remove(widest)
+        alone = [Group([row], lengths[row], lengths[row]) for row in widest.rows]
+        groups = sorted([*groups, *alone], key=lambda group: group.width)
+    return []
+
+
 def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
 
@@ -133,10 +152,11 @@ def _cost(width: int, weight: float) -> float:
     return width * weight + DEARER * width * width
 
 
-def _weight(config: Any) -> float:
-    """Products of a token with the weights of a layer, for each of the layer's channels."""
+def _weight(config: Any) -> float | None:
+    """Products of a token with the weights of a layer, for each of the layer's channels; None where layers differ."""
     hidden = getattr(config, "hidden_size", None) or 1024
-    return 4.0 * hidden + 3.0 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return 4.0 * hidden + 3.0 * inner if isinstance(hidden, int) and isinstance(inner, int) else None
 
 
 def _widest(config: Any, size: int) -> float:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -120,6 +120,8 @@ def _stream(
     slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device)
     forward = lean.Step(model, longest) if lean.fits(model) else None
     draws, stops = draws.to(device), torch.tensor(list(stop_ids), device=device)
+    if stop_texts is not None:
+        stop_texts = replace(stop_texts, closing=stop_texts.closing.to(device))
     drawn = _Drawn(torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws, dtype=torch.float32))
     # of similar length, so that little is padded; equal ones side by side, so that they are read once
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
@@ -175,7 +177,7 @@ class _Drawn:
         """(n,) by slot: whether a stop string stands in what the rows of `part` have by now."""
         found = torch.zeros_like(newest, dtype=torch.bool)
         maybe = torch.zeros_like(found)
-        maybe[part] = stops.closing.to(newest.device)[newest[part]]
+        maybe[part] = stops.may_end(newest[part])
         for slot in maybe.nonzero().flatten().tolist():
             row, length = int(rows[slot]), int(made[slot])
             if stop := stops.within(self.tokens[row, :length].tolist()):

@@ -74,9 +74,11 @@ class Guard:
     def begin(self, metrics: Mapping[str, float]) -> None:
         """The evaluation of what the stage starts from, which is the first to go back to."""
         if not self.off:
-            self.watch.see(0, metrics)
-        if self.setup.config.control.goes_back:
-            self._prefer(0, metrics, RunningScale())
+            found = self.watch.see(0, metrics)
+            assert not found, found  # no check speaks before there was an update
+        value = _worth(metrics)
+        if self.setup.config.control.goes_back and value is not None:
+            self.best, self.kept["best"] = value, self.kept["healthy"]  # which is the same state
 
     def see(self, update: int, metrics: Mapping[str, float], steering: Steering) -> Steering:
         """The metrics of an update that went well → the steering to go on with."""
@@ -100,13 +102,13 @@ class Guard:
             optimizer.zero_grad(set_to_none=True)
         return self._react(update, [finding], steering)
 
-    def finish(self) -> None:
+    def finish(self, last: int) -> None:
         """Put the best weights back: those that the judge liked best, where control may go back at all; without a judge only
-        where the stage was stopped, by evaluated reward, else the last healthy."""
+        where the stage was stopped, by evaluated reward, else the last healthy. last: the update that the stage ended with."""
         if self.chooses:
             state = self.kept.get("best", self.kept["healthy"])
             self._put_weights_back(state)
-            self._record_kept(state["update"])
+            self._record_kept(state["update"], last)
 
     @property
     def chooses(self) -> bool:
@@ -115,9 +117,9 @@ class Guard:
 
     # ------------------------------------------------------------ how
 
-    def _record_kept(self, to: int) -> None:
+    def _record_kept(self, to: int, last: int) -> None:
         """An event, unless the stage was stopped, which says so itself, or ends as it is."""
-        run, last = self.setup.run, self.setup.config.updates
+        run = self.setup.run
         said = any(row["event"] == "keep" for row in logs.lines(run.directory / "events.jsonl"))
         if self.stopped or said or to == last:
             return
@@ -173,7 +175,7 @@ class Guard:
         self._prefer(update, metrics, scale)
 
     def _prefer(self, update: int, metrics: Mapping[str, float], scale: RunningScale) -> None:
-        value = metrics.get("eval/judge", metrics.get("eval/objective/rlhf_reward"))
+        value = _worth(metrics)
         if value is not None and (self.best is None or value > self.best):
             self.best, self.kept["best"] = value, self._snapshot(update, scale)
 
@@ -206,6 +208,11 @@ class Guard:
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["peak_lr"] = peak * self.lr_factor
+
+
+def _worth(metrics: Mapping[str, float]) -> float | None:
+    """By what the best state is chosen: the judge, else the evaluated reward; None where nothing was evaluated."""
+    return metrics.get("eval/judge", metrics.get("eval/objective/rlhf_reward"))
 
 
 def _urgent(findings: Sequence[Finding]) -> bool:

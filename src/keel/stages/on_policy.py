@@ -33,7 +33,7 @@ def loop(
     warmup: int = 0,
 ) -> dict[str, Any]:
     """Each update: 1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, diagnose, checkpoint. Where there is a
-    judge, what the stage starts from is evaluated as update 0.
+    judge, or weights may be put back, what the stage starts from is evaluated as update 0.
 
     warmup: updates at the start during which the policy stands still, so that its KL says nothing about β. Returns the
     stage's result; the policy ends with the weights to keep.
@@ -41,13 +41,14 @@ def loop(
     config, run, policy = setup.config, setup.run, setup.roles.policy
     steering, guard = Steering(config.kl.coef, RunningScale()), Guard.open(setup, optimizers)
     asked = held or (tasks[: judging.JUDGED] if setup.judge else [])
-    stopping, best, first = EarlyStop(config.patience), None, 0
+    stopping, best, first, update = EarlyStop(config.patience), None, 0, 0
     if checkpoint := run.restore():
         _load_state(setup, optimizers, checkpoint.tensors)
         values = checkpoint.values
         steering = Steering.restored(values)
         stopping = stopping.restored(values["stopping"])
         best, first = checkpoint.tensors["best"], checkpoint.step
+        update = first
         guard.restored(values["guard"], checkpoint.tensors["kept"])
     elif asked and (setup.judge or config.control.goes_back):
         with run.timed("evaluate"):
@@ -93,7 +94,7 @@ def loop(
             values = {**steering.values(), "stopping": stopping.values(), "guard": guard.values()}
             run.save(update, tensors, values)
 
-    guard.finish()
+    guard.finish(update)
     if best is not None and not guard.chooses:
         put_back(policy, best)
     return experience.final_measures(setup, held or tasks) | {
