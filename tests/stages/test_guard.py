@@ -130,6 +130,15 @@ def test_where_control_goes_back_a_stage_ends_no_worse_than_it_began(
     assert len(events(tmp_path)) == (kept == 0)
 
 
+def test_a_stage_that_ends_before_its_last_update_says_at_which_one(stages, run, data, tmp_path):
+    """The evaluated reward never rises, so patience ends it; the judge liked the start best."""
+    held = {"eval_every": 1, "eval_data": str(data.prompts), "patience": 1}
+    run(stages(control="rollback", judge=ALL_ALIKE, lr=1.0, reward=ALL_ALIKE, **held), tmp_path)
+    last = metrics(tmp_path)[-1]["step"]
+    assert 0 < last < 7
+    assert [(e["event"], e["step"], e["to"]) for e in events(tmp_path)] == [("keep", last, 0)]
+
+
 def test_stop_without_any_evaluation_keeps_the_last_healthy_weights(stages, run, tmp_path, tiny_model):
     run(stages(control={"on_finding": "stop", **BOUND}), tmp_path)
     start, stopped = load_file(tiny_model / "model.safetensors"), weights(tmp_path)

@@ -119,10 +119,8 @@ def _stream(
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
     slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device)
     forward = lean.Step(model, longest) if lean.fits(model) else None
-    draws, stops = draws.to(device), torch.tensor(list(stop_ids), device=device)
-    if stop_texts is not None:
-        stop_texts = replace(stop_texts, closing=stop_texts.closing.to(device))
-    drawn = _Drawn(torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws, dtype=torch.float32))
+    draws = draws.to(device)
+    drawn = _Drawn.open(draws, stop_ids, stop_texts)
     # of similar length, so that little is padded; equal ones side by side, so that they are read once
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
     rows = newest = made = torch.zeros(
@@ -155,13 +153,11 @@ def _stream(
         newest[part] = chosen
         made[part] += 1
         # 4. rows that have ended leave
-        going = ~torch.isin(newest, stops) & (made < sampling.max_new_tokens)
-        if stop_texts is not None:
-            going &= ~drawn.stopped_by(stop_texts, rows, newest, made, part)
+        going = (made < sampling.max_new_tokens) & ~drawn.ended(rows, newest, made, part)
         if not bool(going.all()):
             order = slots.keep(going)
             rows, newest, made = rows[order], newest[order], made[order]
-    return _completions(prompts, drawn, stops)
+    return _completions(prompts, drawn)
 
 
 @dataclass
@@ -170,12 +166,27 @@ class _Drawn:
 
     tokens: Tensor  # (N, max_new_tokens)
     logps: Tensor  # (N, max_new_tokens)
+    stop_ids: Tensor
+    stop_texts: StopTexts | None
     hidden: Tensor | None = None  # (N, max_new_tokens, d)
     ends: dict[int, tuple[int, str]] = field(default_factory=dict)  # prompt → length and stop string
 
-    def stopped_by(self, stops: StopTexts, rows: Tensor, newest: Tensor, made: Tensor, part: slice) -> Tensor:
-        """(n,) by slot: whether a stop string stands in what the rows of `part` have by now."""
-        found = torch.zeros_like(newest, dtype=torch.bool)
+    @classmethod
+    def open(cls, draws: Tensor, stop_ids: Sequence[int], stop_texts: StopTexts | None) -> _Drawn:
+        """Nothing yet; draws: (N, max_new_tokens)."""
+        tokens, logps = (
+            torch.zeros_like(draws, dtype=torch.long),
+            torch.zeros_like(draws, dtype=torch.float32),
+        )
+        if stop_texts is not None:
+            stop_texts = replace(stop_texts, closing=stop_texts.closing.to(draws.device))
+        return cls(tokens, logps, torch.tensor(list(stop_ids), device=draws.device), stop_texts)
+
+    def ended(self, rows: Tensor, newest: Tensor, made: Tensor, part: slice) -> Tensor:
+        """(n,) by slot: whether the newest token is a stop, or a stop string stands in what the rows of `part` have by now."""
+        found = torch.isin(newest, self.stop_ids)
+        if (stops := self.stop_texts) is None:
+            return found
         maybe = torch.zeros_like(found)
         maybe[part] = stops.may_end(newest[part])
         for slot in maybe.nonzero().flatten().tolist():
@@ -242,9 +253,9 @@ def _last_only(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
 
 
-def _completions(prompts: Sequence[Sequence[int]], drawn: _Drawn, stops: Tensor) -> list[Completion]:
+def _completions(prompts: Sequence[Sequence[int]], drawn: _Drawn) -> list[Completion]:
     """Each row up to its first stop token."""
-    tokens, logps, hidden = drawn.tokens, drawn.logps, drawn.hidden
+    tokens, logps, hidden, stops = drawn.tokens, drawn.logps, drawn.hidden, drawn.stop_ids
     ends = torch.isin(tokens, stops)
     ended = ends.any(dim=1).tolist()
     lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1]).tolist()

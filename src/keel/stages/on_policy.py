@@ -32,74 +32,113 @@ def loop(
     *,
     warmup: int = 0,
 ) -> dict[str, Any]:
-    """Each update: 1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, diagnose, checkpoint. Where there is a
-    judge, or weights may be put back, what the stage starts from is evaluated as update 0.
+    """Updates until there are enough, or a reason to stop. Where there is a judge, or weights may be put back, what the stage
+    starts from is evaluated as update 0.
 
     warmup: updates at the start during which the policy stands still, so that its KL says nothing about β. Returns the
     stage's result; the policy ends with the weights to keep.
     """
-    config, run, policy = setup.config, setup.run, setup.roles.policy
-    steering, guard = Steering(config.kl.coef, RunningScale()), Guard.open(setup, optimizers)
-    asked = held or (tasks[: judging.JUDGED] if setup.judge else [])
-    stopping, best, first, update = EarlyStop(config.patience), None, 0, 0
-    if checkpoint := run.restore():
-        _load_state(setup, optimizers, checkpoint.tensors)
-        values = checkpoint.values
-        steering = Steering.restored(values)
-        stopping = stopping.restored(values["stopping"])
-        best, first = checkpoint.tensors["best"], checkpoint.step
-        update = first
-        guard.restored(values["guard"], checkpoint.tensors["kept"])
-    elif asked and (setup.judge or config.control.goes_back):
-        with run.timed("evaluate"):
-            before = experience.evaluate(setup, asked)
-        run.log(0, config.updates, before)
-        guard.begin(before)
+    course = _Course(setup, tasks, held, optimizers, step, warmup)
+    last = course.begin()
+    while last < setup.config.updates and not course.over:
+        last += 1
+        course.update(last)
+    return course.end(last)
 
-    for update in range(first + 1, config.updates + 1):
-        if stopping.stop or guard.stopped:
-            break
+
+class _Course:
+    """One stage on its way; what of it changes between updates is in each checkpoint."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        tasks: Sequence[Task],
+        held: Sequence[Task],
+        optimizers: Sequence[torch.optim.Optimizer],
+        step: Step,
+        warmup: int,
+    ):
+        self.setup, self.config, self.run = setup, setup.config, setup.run
+        self.tasks, self.held, self.optimizers, self.step, self.warmup = tasks, held, optimizers, step, warmup
+        self.asked = held or (tasks[: judging.JUDGED] if setup.judge else [])
+        self.steering = Steering(self.config.kl.coef, RunningScale())
+        self.stopping = EarlyStop(self.config.patience)
+        self.guard = Guard.open(setup, optimizers)
+        self.best: dict[str, Any] | None = None  # the policy at its best evaluation, for `patience`
+
+    @property
+    def over(self) -> bool:
+        return self.stopping.stop or self.guard.stopped
+
+    def begin(self) -> int:
+        """From the checkpoint, if there is one; the last update that was done."""
+        if checkpoint := self.run.restore():
+            _load_state(self.setup, self.optimizers, checkpoint.tensors)
+            values, self.best = checkpoint.values, checkpoint.tensors["best"]
+            self.steering = Steering.restored(values)
+            self.stopping = self.stopping.restored(values["stopping"])
+            self.guard.restored(values["guard"], checkpoint.tensors["kept"])
+            return checkpoint.step
+        if self.asked and (self.setup.judge or self.config.control.goes_back):
+            before = self._evaluate()
+            self.run.log(0, self.config.updates, before)
+            self.guard.begin(before)
+        return 0
+
+    def update(self, update: int) -> None:
+        """1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, diagnose, checkpoint"""
+        config, run = self.config, self.run
         # 1. the prompts of this update
         prompts = rows_of_step(
-            len(tasks), config.batch_size // config.samples_per_prompt, update - 1, run.seed
+            len(self.tasks), config.batch_size // config.samples_per_prompt, update - 1, run.seed
         )
         # 2. experience, and epochs of mini-batches over it
         try:
-            done, scale, metrics = step([tasks[i] for i in prompts], steering, update)
+            done, scale, metrics = self.step([self.tasks[i] for i in prompts], self.steering, update)
             run.check_finite(update, metrics)
         except NotFiniteError as error:  # nothing of this update counts
-            steering = guard.failed(update, error, steering)
-            run.log(update, config.updates, {"episode": steering.episodes})
-            continue
+            self.steering = self.guard.failed(update, error, self.steering)
+            run.log(update, config.updates, {"episode": self.steering.episodes})
+            return
         # 3. β follows the KL of this batch
-        coef = steering.coef
-        if config.kl.target is not None and update > warmup:
+        coef = self.steering.coef
+        if config.kl.target is not None and update > self.warmup:
             coef = adaptive_kl(coef, done.kl, config.kl.target, config.batch_size, config.kl.horizon)
-        steering = Steering(coef, scale, steering.episodes + round(metrics["rollout/episodes"]))
+        steering = Steering(coef, scale, self.steering.episodes + round(metrics["rollout/episodes"]))
         metrics["episode"] = steering.episodes
         # 4. held-out prompts
-        if asked and due(update, config.updates, config.eval_every):
-            with run.timed("evaluate"):
-                metrics |= experience.evaluate(setup, asked)
-            stopping = stopping.see(metrics["eval/objective/rlhf_reward"])
-            if config.patience is not None and stopping.waited == 0:
-                best = copy_state(policy)
+        if self.asked and due(update, config.updates, config.eval_every):
+            metrics |= self._evaluate()
+            self.stopping = self.stopping.see(metrics["eval/objective/rlhf_reward"])
+            if config.patience is not None and self.stopping.waited == 0:
+                self.best = copy_state(self.setup.roles.policy)
         # 5. what happened, and where to go on from
         if update == 1 or due(update, config.updates, max(1, config.updates // 10)):
-            run.samples(experience.sample_rows(setup, update, done))
+            run.samples(experience.sample_rows(self.setup, update, done))
         run.log(update, config.updates, metrics)
-        steering = guard.see(update, metrics, steering)
-        if due(update, config.updates, config.save_every) or stopping.stop or guard.stopped:
-            tensors = _state(setup, optimizers) | {"best": best, "kept": guard.kept}
-            values = {**steering.values(), "stopping": stopping.values(), "guard": guard.values()}
-            run.save(update, tensors, values)
+        self.steering = self.guard.see(update, metrics, steering)
+        if due(update, config.updates, config.save_every) or self.over:
+            self._save(update)
 
-    guard.finish(update)
-    if best is not None and not guard.chooses:
-        put_back(policy, best)
-    return experience.final_measures(setup, held or tasks) | {
-        "kl_coef": steering.coef, "kl_target": config.kl.target, "episodes": steering.episodes,
-    }  # fmt: skip
+    def end(self, last: int) -> dict[str, Any]:
+        """The result, measured on the weights to keep. last: the last update."""
+        self.guard.finish(last)
+        if self.best is not None and not self.guard.chooses:
+            put_back(self.setup.roles.policy, self.best)
+        return experience.final_measures(self.setup, self.held or self.tasks) | {
+            "kl_coef": self.steering.coef, "kl_target": self.config.kl.target, "episodes": self.steering.episodes,
+        }  # fmt: skip
+
+    def _evaluate(self) -> dict[str, float]:
+        with self.run.timed("evaluate"):
+            return experience.evaluate(self.setup, self.asked)
+
+    def _save(self, update: int) -> None:
+        tensors = _state(self.setup, self.optimizers) | {"best": self.best, "kept": self.guard.kept}
+        values = {
+            **self.steering.values(), "stopping": self.stopping.values(), "guard": self.guard.values(),
+        }  # fmt: skip
+        self.run.save(update, tensors, values)
 
 
 def rollout_seed(setup: Setup, update: int, *more: object) -> int:
