@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from keel.models import memory, shapes
 from keel.models.adapters import Adapters, add_adapters
+from keel.models.fused import fuse
 from keel.models.load import checkpoint_activations, disable_dropout
 from keel.models.memory import Lora, Model, Pass
 
@@ -27,7 +28,7 @@ def _saved_by_autograd(
     family: Any = (
         AutoModelForSequenceClassification if config.model_type in shapes.ENCODERS else AutoModelForCausalLM
     )
-    model: Any = family.from_config(config, dtype=dtype)
+    model: Any = fuse(family.from_config(config, dtype=dtype))
     if lora:
         model = add_adapters(model, Adapters(r=4), 0)
     if not dropout:

@@ -148,11 +148,21 @@ def _attention(model: Model, length: int) -> float:
     return (stored + q) * b + shape.heads * FLOAT32  # its output, and a log-sum-exp a head
 
 
+def fused(model: Model) -> bool:
+    """Whether norms and rotations are those of `keel.models.fused`."""
+    return model.device == "cpu" and model.bytes == FLOAT32
+
+
+def _norms_again(model: Model) -> bool:
+    """Whether what a norm's weight multiplies is made again."""
+    return fused(model) and not model.shape.kind.startswith("gemma")
+
+
 def _norms(model: Model) -> float:
     """Bytes a token. LayerNorm keeps its input and two statistics; RMSNorm in float32 its input, and what its own weight
-    multiplies where that learns."""
+    multiplies where that learns and `keel.models.fused` does not make it again."""
     shape, b, h = model.shape, model.bytes, model.shape.hidden
-    full = model.trained and model.lora is None
+    full = model.trained and model.lora is None and not _norms_again(model)
     if shape.layer_norm:
         inputs = 1 if shape.kind == "gpt_neox" else 2  # its two norms read the same
         return (inputs * h + 4) * b
@@ -168,7 +178,8 @@ def _linears(model: Model, length: int) -> float:
     which casts what it reads to float32."""
     shape, b, lora = model.shape, model.bytes, model.lora
     # the fused kernel keeps its output, which is the output matrix's input, unless that is a copy
-    kept = {"attended"} if not attention_matrix(model) and shape.kind not in ("gpt_neox", "phi3") else set()
+    copied = ("gpt_neox",) if fused(model) else ("gpt_neox", "phi3")
+    kept = {"attended"} if not attention_matrix(model) and shape.kind not in copied else set()
     if lora is None:
         return sum({x.reads: x.inputs * b for x in shape.linears() if x.reads not in kept}.values())
     total, seen = 0.0, set()
@@ -206,7 +217,9 @@ def saved(model: Model, rows: int, length: int) -> float:
     """Activations of a forward that a backward will follow, without logits. With checkpointing: the input of every block
     and what one block saves."""
     shape, b = model.shape, model.bytes
-    per_token = shape.hidden * (FLOAT32 + b if not shape.layer_norm else b)  # the last norm
+    per_token = shape.hidden * (
+        b if shape.layer_norm else FLOAT32 if _norms_again(model) else FLOAT32 + b
+    )  # the last norm
     if model.dropout and shape.dropout:
         per_token += shape.hidden * (b if model.device == "cpu" else 1)
     if model.checkpointing:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from keel.models.fused import fuse
+
 
 @cache
 def fast_in_bfloat16(device: torch.device) -> bool:
@@ -33,11 +35,11 @@ def weights(dtype: str) -> torch.dtype:
 
 
 def opened(model: Any, dtype: str) -> Any:
-    """The model, marked with whether `computing` chooses its precision."""
+    """The model, `fused`, and marked with whether `computing` chooses its precision."""
     model.keel_auto = dtype == "auto"
     if dtype == "auto":
         AttentionInterface.register("sdpa", _attention)
-    return model
+    return fuse(model)
 
 
 def computing(model: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
