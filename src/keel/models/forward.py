@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from keel.masked import at_least_float32, token_logp_and_entropy
 from keel.models import prefixes
 from keel.models.head import Head, head_of, reading
+from keel.models.last_layer import looked_at
 from keel.models.precision import computing
 
 LOGITS_AT_ONCE = 2**26  # bytes of float32 logits that are made at a time
@@ -72,7 +73,8 @@ def states(
 
             if inputs:
                 prefixes.count(model, ids.numel())
-                values = given_to_head(input_ids=ids, **inputs).flatten(0, 1).index_select(0, index)
+                with looked_at(model, index, ids.numel()):
+                    values = given_to_head(input_ids=ids, **inputs).flatten(0, 1).index_select(0, index)
             else:
                 values = prefixes.read(head.linear, model, given_to_head, ids, index)
             return States(model, head, values, values)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.models.head import evaluating
+from keel.models.last_layer import looked_at
 from keel.models.load import has_dropout
 
 MASK_AT_MOST = 2**26  # bytes of the masks of one forward
@@ -38,7 +39,7 @@ class Layout:
     """R rows of W tokens in which B sequences are read together."""
 
     ids: Tensor  # (R, W)
-    inputs: dict[str, Tensor]  # positions (R, W) and mask (R, 1, W, W)
+    inputs: dict[str, Tensor]  # positions (R, W) and mask (R, 1, W, W); none where each row is a sequence
     index: Tensor  # (N,) into the flattened ids: the positions that were asked for
 
 
@@ -47,10 +48,10 @@ def read(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: Tenso
     asked for in a row is needed. key: the module that stands for the model in what is remembered of it."""
     found = _laid_out(key, model, forward, ids, index)
     if found is None:
-        count(model, ids.numel())
-        return forward(input_ids=ids).flatten(0, 1).index_select(0, index)
+        found = Layout(ids, {}, index)
     count(model, found.ids.numel())
-    states = forward(input_ids=found.ids, **found.inputs)
+    with looked_at(model, found.index, found.ids.numel()):
+        states = forward(input_ids=found.ids, **found.inputs)
     return states.flatten(0, 1).index_select(0, found.index)
 
 

@@ -53,6 +53,9 @@ class AdaptersOff:
     def get_output_embeddings(self) -> Any:
         return self.policy.get_output_embeddings()
 
+    def get_base_model(self) -> Any:
+        return self.policy.get_base_model()
+
     def __call__(self, **inputs: Any) -> Any:
         with self.policy.disable_adapter():
             return self.policy(**inputs)
