@@ -73,6 +73,7 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 12)}, Conditions()),
     ("kl_too_high", "act", {"objective/kl_exact": after(30, 4, 30)}, Conditions()),
     ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 30)}, Conditions(constrained=False)),
+    ("kl_too_high", "act", {"objective/kl_exact": after(30, 4, 30)}, Conditions(constrained=False, learned=True)),
     ("kl_negative", "warn", {"objective/kl": lambda u: -0.5 + 0.2 * (-1) ** u}, Conditions()),
     ("kl_negative", "act", {"objective/kl": lambda u: -3 + (-1) ** u}, Conditions()),
     ("entropy_collapse", "warn", {"policy/entropy_avg": after(30, 0.5, 0.02)}, Conditions()),
@@ -255,6 +256,8 @@ def test_conditions_come_from_a_stages_settings():
         "kl": {"coef": 0.1, "target": 4.0}, "critic_warmup": 3, "level": "sequence", "control": {"reward_bound": 2.0}, "model": {"dtype": "float32"},
         "reward": [{"kind": "learned"}, {"kind": "overlong"}],
     }  # fmt: skip
-    assert conditions(settings) == Conditions(4.0, True, 3, 2.0, True, True, True)
+    assert conditions(settings) == Conditions(
+        kl_target=4.0, learned=True, warmup=3, reward_bound=2.0, length_rewarded=True, sequence_ratios=True, same_numbers=True
+    )  # fmt: skip
     assert conditions({"kl": {"coef": 0.0, "target": None}}) == Conditions(constrained=False)
     assert conditions({}) == Conditions()

@@ -50,6 +50,7 @@ class Conditions:
 
     kl_target: float | None = None  # nats per response
     constrained: bool = True  # whether β is above 0
+    learned: bool = False  # a model says what is good, which can be fooled
     warmup: int = 0  # updates at the start in which the policy stands still
     reward_bound: float | None = None  # mean raw reward that nobody would believe
     length_rewarded: bool = False  # a reward is about length, as the user wants it
@@ -67,6 +68,7 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
     return Conditions(
         kl_target=kl.get("target"),
         constrained=kl.get("coef", 1.0) > 0,
+        learned="learned" in kinds or "classifier" in kinds,
         warmup=settings.get("critic_warmup") or 0,
         reward_bound=control.get("reward_bound"),
         same_numbers=model.get("dtype") == "float32" and model.get("quantize") is None,

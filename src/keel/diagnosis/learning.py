@@ -35,15 +35,13 @@ def kl_too_high(history: History) -> Alarm | None:
     """act: above max(10, 2.5 × target) for a window; or above 4 times that for 3 updates, since a policy that runs away
     does so within a few. An adaptive β lets the KL swing to nearly twice its target while it settles, in healthy runs to
     1.9 times: hence 2.5, and a warning from 2. Without a target nobody said how far is too far: a warning above the
-    limit, act above 2.5 times it; with β = 0 distance is wanted or at least allowed: act at 10 times it only."""
+    limit, act above 2.5 times it. With β = 0 and rewards that cannot be fooled distance is wanted or at least allowed: act
+    at 10 times it only; what a model rewards is worth less with distance whatever β is (2210.10760)."""
     name = history.first_of("objective/kl_exact", "objective/kl")
-    limit, target, constrained = (
-        kl_limit(history),
-        history.conditions.kl_target,
-        history.conditions.constrained,
-    )
-    act = limit if target is not None else limit * (2.5 if constrained else 10.0)
-    warn = 2 * target if target is not None else limit * (1.0 if constrained else 2.5)
+    limit, target = kl_limit(history), history.conditions.kl_target
+    free = not history.conditions.constrained and not history.conditions.learned
+    act = limit if target is not None else limit * (10.0 if free else 2.5)
+    warn = 2 * target if target is not None else limit * (2.5 if free else 1.0)
     goal = f"target {shown(target)}, limit {shown(act)}" if target is not None else f"limit {shown(act)}"
     last = history.recent(name, SHORT)
     if last and min(last) > 4 * act:
