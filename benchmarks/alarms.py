@@ -1,6 +1,6 @@
 """Alarms and control on small runs: `python benchmarks/alarms.py [--control warn|rollback] [--only healthy|sick] [--list]`.
 
-Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning rate × 30, no KL,
+Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning rate × 30 (and no limit to an update), no KL,
 a reward model of people who only count words, length paid and no penalty for a missing stop, a sampler at another temperature
 than the trainer's, reward × 100 without a scale. All start from one base, SFT and reward model. A gold reward judges each while it runs.
 
@@ -69,7 +69,7 @@ def cases() -> list[Case]:
     long = {"kind": "length", "low": 72, "high": 72, "slack": 72, "weight": 10.0}
     learned = {"kind": "learned", "model": "reward"}
     sick: list[tuple[str, int, Mapping[str, Any], float | None]] = [
-        ("lr-x30", 4, {"lr": 30 * lr}, None),
+        ("lr-x30", 4, {"lr": 30 * lr, "max_approx_kl": None}, None),
         ("no-kl", 4, {"lr": 2 * lr, "kl": free}, None),
         ("biased", 3, {"reward": "biased", "lr": 2 * lr, "kl": free}, None),
         ("broken-stop", 3, {"reward": [learned, long], "shaping": {"center": "prompt", "missing_stop_penalty": 0.0}, "kl": free}, None),

@@ -34,6 +34,16 @@ def test_cross_entropy_of_nothing_is_0_with_gradient_0() -> None:
     assert torch.equal(out, torch.zeros(1, 2, 3))
 
 
+def test_adaptive_pace_by_hand() -> None:
+    assert control.adaptive_pace(1.0, 0.4, 0.1) == pytest.approx(
+        0.5
+    )  # a fourth of the KL is half of the step
+    assert control.adaptive_pace(0.5, 0.2, 0.1) == pytest.approx(0.5 / math.sqrt(2))
+    assert control.adaptive_pace(1.0, 100.0, 0.1) == 0.25  # at most
+    assert control.adaptive_pace(0.5, 0.1, 0.1) == pytest.approx(0.55)
+    assert control.adaptive_pace(0.95, 0.0, 0.1) == 1.0
+
+
 def test_adaptive_kl_by_hand() -> None:
     # KL 6.6 of 6: error 0.1; 64 of 640 episodes: 0.2 (1 + 0.1 · 0.1)
     assert control.adaptive_kl(0.2, 6.6, 6.0, episodes=64, horizon=640) == pytest.approx(0.202)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.models import optim
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
 from keel.stages import experience, on_policy, ppo
@@ -159,11 +160,43 @@ def test_how_far_the_sampler_is_from_the_trainer_is_measured_in_the_first_step(r
         assert all(row["val/ratio_first"] == 1.0 for row in rows)
 
 
-def test_the_epochs_end_when_the_policy_has_moved_far_enough(run_ppo: Any) -> None:
-    _, rows = run_ppo(epochs=4, mini_batch=4, lr=1e-2, max_approx_kl=1e-6)
-    assert [row["policy/epochs"] for row in rows] == [1.0, 1.0]
-    # means over the two steps that were taken, not over the eight there might have been
-    assert all(0.5 < row["val/ratio"] < 2 and row["policy/entropy_avg"] > 4 for row in rows)
+def test_an_update_ends_before_the_step_that_would_go_too_far_and_the_next_ones_are_slower(
+    run_ppo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[float] = []
+    step = optim.step
+    monkeypatch.setattr(
+        optim, "step", lambda o, scale, *more: (steps.append(scale), step(o, scale, *more))[1]
+    )
+    how = {
+        "epochs": 4,
+        "mini_batch": 4,
+        "lr": 1e-2,
+        "schedule": "constant",
+        "warmup": 0,
+        "sharing": "trunk",
+        "updates": 3,
+    }
+    _, rows = run_ppo("free", **how, max_approx_kl=None)
+    assert len(steps) == 3 * 8
+    assert {row["policy/pace"] for row in rows} == {1.0}
+    assert min(row["policy/approxkl_max"] for row in rows) > 1e-3
+    steps.clear()
+    _, rows = run_ppo("held", **how, max_approx_kl=1e-6)
+    assert [row["policy/epochs"] for row in rows] == [1.0, 1.0, 1.0]
+    assert steps == pytest.approx([1, 1 / 4, 1 / 16])  # one step each, cut as far as it may be
+    assert [row["policy/pace"] for row in rows] == pytest.approx(steps)
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 * pace for pace in steps])
+    # of the one step that was taken, whose ratio is 1, not of the mini-batch after it
+    assert all(row["val/ratio"] == pytest.approx(1) and row["policy/approxkl_max"] > 1e-6 for row in rows)
+
+
+def test_an_update_within_the_limit_is_left_as_it_is(run_ppo: Any) -> None:
+    how = {"epochs": 2, "mini_batch": 4, "lr": 1e-4}
+    _, free = run_ppo("free", **how, max_approx_kl=None)
+    _, held = run_ppo("held", **how)
+    assert 0 < max(row["policy/approxkl_max"] for row in free) < 0.1
+    assert free == held
 
 
 def test_early_stopping_keeps_the_best_weights(

@@ -132,7 +132,9 @@ class OnPolicy(Watched):
     )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     max_approx_kl: float | None = Field(
-        None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."
+        0.1,
+        gt=0,
+        description="How far an update may go from its own start: a mini-batch whose mean of ½ (log ρ)² a token is above this ends the update before its step, and the learning rate of those that follow is cut to what would have stayed within, to a quarter at most; it recovers by a tenth with every update that does. null: no limit.",
     )
     ptx: PtxConfig | None = Field(None, description="Pretraining mix.")
     save_every: int = Field(10, ge=1, description="Updates between checkpoints; the last one is kept.")

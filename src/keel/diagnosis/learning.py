@@ -95,6 +95,14 @@ def clip_fraction(history: History) -> Alarm | None:
     return None
 
 
+def rate_held_back(history: History) -> Alarm | None:
+    """warn: `max_approx_kl` leaves less than half of the learning rate for a window; runs at a recipe's own rate lose none. What
+    holds it back works, and a lower rate would not need it."""
+    if not history.sustained("policy/pace", 0.5, below=True):
+        return None
+    return "warn", f"max_approx_kl leaves {shown(history.now('policy/pace') or 0.0)} of the learning rate"
+
+
 def critic_unexplaining(history: History) -> Alarm | None:
     """note: explained variance below 0 for a window: the critic is worse than its own mean. A fresh critic begins there
     and small ones stay there in runs that learn, so 20 updates after warm-up are left out. warn: below −0.5. act: below
@@ -160,6 +168,12 @@ CHECKS = (
         "steps too large, or too many of them on one batch",
         "halve the learning rate, or take fewer epochs or larger mini-batches",
         frozenset({"cut_lr"}),
+    ),
+    Check(
+        "rate_held_back",
+        rate_held_back,
+        "the learning rate is higher than what the policy can follow",
+        "lower the learning rate by this factor, or take fewer epochs or larger mini-batches",
     ),
     Check(
         "critic_unexplaining",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,15 +53,18 @@ def learn(
     update: int,
     loss: Loss,
     *,
+    pace: float = 1.0,
     learning: bool = True,
 ) -> dict[str, float]:
-    """Returns means over the gradient steps taken. learning False: the policy stands still (only the critic learns)."""
+    """Returns means over the gradient steps taken. pace: share of the scheduled learning rate. learning False: the policy stands
+    still (only the critic learns)."""
     config, run = setup.config, setup.run
     lengths = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
     prompts = _prompts(episodes)
-    scale = lr_scale(config, update - 1, config.updates)
+    scale = pace * lr_scale(config, update - 1, config.updates)
+    limit = math.inf if config.max_approx_kl is None else config.max_approx_kl
     totals: dict[str, float] = {}
-    steps, epochs, drift, first_ratio = 0, 0, Drift(), 1.0
+    steps, epochs, drift, first_ratio, furthest = 0, 0, Drift(), 1.0, 0.0
     for epoch in range(config.epochs):
         stop = False
         for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch):
@@ -74,6 +78,12 @@ def learn(
                     add_metrics(measured, part_metrics)
                     drift = drift.and_of(part_drift)
             run.count("train", useful_tokens([(prompts[i], lengths[i]) for i in chosen]), read())
+            if learning:
+                furthest = max(furthest, measured["policy/approxkl_avg"])
+            if stop := steps > 0 and furthest > limit:
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                break
             if setup.ptx and learning:
                 add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, steps)})
             stepped = [
@@ -84,14 +94,13 @@ def learn(
                 first_ratio = measured["val/ratio"]
             add_metrics(totals, measured)
             steps += 1
-            limit = config.max_approx_kl
-            stop = limit is not None and learning and measured["policy/approxkl_k3"] > limit
-            if stop:
-                break
         epochs += 1
         if stop:
             break
-    done = {"policy/epochs": epochs, "policy/logp_drift": drift.largest, "val/ratio_first": first_ratio}
+    done = {
+        "policy/epochs": epochs, "policy/logp_drift": drift.largest, "val/ratio_first": first_ratio,
+        "policy/approxkl_max": furthest, "policy/pace": pace,
+    }  # fmt: skip
     if config.trusts_sampler and head_of(setup.roles.policy) is not None:  # π_old's are the sampler's own
         done["rollout/sampler_drift"] = drift.mean
     return {name: total / steps for name, total in totals.items()} | done

@@ -69,14 +69,15 @@ class Steering:
     coef: float  # β
     scale: RunningScale
     episodes: int = 0
+    pace: float = 1.0  # share of the scheduled learning rate
 
     def values(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"coef": self.coef, "scale": asdict(self.scale), "episodes": self.episodes}
+        return {"coef": self.coef, "scale": asdict(self.scale), "episodes": self.episodes, "pace": self.pace}
 
     @staticmethod
     def restored(values: Mapping[str, Any]) -> Steering:
-        return Steering(values["coef"], RunningScale(**values["scale"]), values["episodes"])
+        return Steering(values["coef"], RunningScale(**values["scale"]), values["episodes"], values["pace"])
 
 
 @dataclass(frozen=True, slots=True)

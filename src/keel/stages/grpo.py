@@ -57,7 +57,9 @@ def run(config: GRPOConfig, run: StageRun) -> dict[str, Any]:
     ) -> tuple[Experience, RunningScale, dict[str, float]]:
         collected, scale = collect(setup, tasks, batch, steering, update)
         with run.timed("train"):
-            learned_metrics = learn(setup, optimizers, collected.episodes, update, steering.coef)
+            learned_metrics = learn(
+                setup, optimizers, collected.episodes, update, steering.coef, steering.pace
+            )
         return collected.experience, scale, collected.metrics | learned_metrics
 
     result = on_policy.loop(setup, tasks, held, optimizers, step)
@@ -124,7 +126,12 @@ def _episodes(setup: Setup, done: Experience, coef: float) -> Episodes:
 
 
 def learn(
-    setup: Setup, optimizers: Sequence[torch.optim.Optimizer], episodes: Episodes, update: int, coef: float
+    setup: Setup,
+    optimizers: Sequence[torch.optim.Optimizer],
+    episodes: Episodes,
+    update: int,
+    coef: float,
+    pace: float = 1.0,
 ) -> dict[str, float]:
     """Epochs of mini-batches over one batch of experience. Returns means over the gradient steps taken."""
     reduce = settings_of(setup).reduce
@@ -135,7 +142,7 @@ def learn(
         denominator = int(count(episodes.mask[mini_batch], reduce))
         return loss(setup, episodes, rows, denominator, coef, fresh=fresh)
 
-    return epochs.learn(setup, optimizers, episodes, update, part_loss)
+    return epochs.learn(setup, optimizers, episodes, update, part_loss, pace=pace)
 
 
 def loss(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from keel.algorithms.control import adaptive_kl
+from keel.algorithms.control import adaptive_kl, adaptive_pace
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, rows_of_step
 from keel.models.roles import Roles
@@ -100,11 +100,15 @@ class _Course:
             self.steering = self.guard.failed(update, error, self.steering)
             run.log(update, config.updates, {"episode": self.steering.episodes})
             return
-        # 3. β follows the KL of this batch
+        # 3. β follows the KL of this batch, the pace that of the update
         coef = self.steering.coef
         if config.kl.target is not None and update > self.warmup:
             coef = adaptive_kl(coef, done.kl, config.kl.target, config.batch_size, config.kl.horizon)
-        steering = Steering(coef, scale, self.steering.episodes + round(metrics["rollout/episodes"]))
+        pace = self.steering.pace
+        if config.max_approx_kl is not None and not config.one_step:
+            pace = adaptive_pace(pace, metrics["policy/approxkl_max"], config.max_approx_kl)
+        episodes = self.steering.episodes + round(metrics["rollout/episodes"])
+        steering = Steering(coef, scale, episodes, pace)
         metrics["episode"] = steering.episodes
         # 4. held-out prompts
         if self.asked and due(update, config.updates, config.eval_every):

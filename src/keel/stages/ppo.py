@@ -57,7 +57,9 @@ def run(config: PPOConfig, run: StageRun) -> dict[str, Any]:
     ) -> tuple[Experience, RunningScale, dict[str, float]]:
         collected, scale = collect(setup, batch, steering, on_policy.rollout_seed(setup, update))
         with run.timed("train"):
-            learned_metrics = learn(setup, optimizers, collected.episodes, update, steering.coef)
+            learned_metrics = learn(
+                setup, optimizers, collected.episodes, update, steering.coef, steering.pace
+            )
         return collected.experience, scale, collected.metrics | learned_metrics
 
     result = on_policy.loop(setup, tasks, held, optimizers, step, warmup=config.critic_warmup)
@@ -90,7 +92,12 @@ def collect(
 
 
 def learn(
-    setup: Setup, optimizers: Sequence[torch.optim.Optimizer], episodes: Episodes, update: int, coef: float
+    setup: Setup,
+    optimizers: Sequence[torch.optim.Optimizer],
+    episodes: Episodes,
+    update: int,
+    coef: float,
+    pace: float = 1.0,
 ) -> dict[str, float]:
     """Epochs of mini-batches over one batch of experience. Returns means over the gradient steps taken."""
     learning = update > settings_of(setup).critic_warmup
@@ -101,7 +108,7 @@ def learn(
         tokens = int(episodes.mask[mini_batch].sum())
         return loss(setup, episodes, rows, tokens, coef, fresh=fresh, learning=learning)
 
-    return epochs.learn(setup, optimizers, episodes, update, part_loss, learning=learning)
+    return epochs.learn(setup, optimizers, episodes, update, part_loss, pace=pace, learning=learning)
 
 
 def loss(
