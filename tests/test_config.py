@@ -163,6 +163,10 @@ def test_setting_without_effect_is_refused(stage, reason):
     assert reason in _refusal(_config(s=stage))
 
 
+def test_no_limit_is_said_where_there_would_be_none_anyway():
+    assert isinstance(parse(_config(s=_ppo(epochs=1, max_approx_kl=None))), RunConfig)
+
+
 @pytest.mark.parametrize(
     ("stage", "reason"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def assert_same(model: Any, read: Any, monkeypatch: pytest.MonkeyPatch, position
     found = read()
     assert seen.positions == positions
     by_found = pulled(model, found)
-    monkeypatch.setattr(last_layer, "WORTH", 0.0)
+    monkeypatch.setattr(last_layer, "WORTH", math.inf)
     whole = read()
     assert seen.positions > positions
     close = {"rtol": 1e-5, "atol": 1e-6}
@@ -148,8 +149,24 @@ def test_the_whole_layer_is_computed_where_something_is_wrapped_around_it():
 
 def test_an_error_leaves_the_layer_as_it_was():
     model = model_of("llama", {})
-    with pytest.raises(RuntimeError, match="stop"), last_layer.looked_at(model, INDEX, IDS.numel()):
+    with pytest.raises(RuntimeError, match="stop"), last_layer.looked_at(model, INDEX, IDS.shape):
         raise RuntimeError("stop")
     seen = Seen(model)
     model(input_ids=IDS)
     assert seen.positions == IDS.numel()
+
+
+def test_long_rows_most_of_which_is_looked_at_take_the_kernel_that_needs_no_mask(monkeypatch):
+    layer = model_of("llama", {}).model.layers[-1]
+
+    def worth(share: float, length: int, rows: int = 2) -> bool:
+        each = torch.arange(round(share * length))
+        index = torch.cat([row * length + each for row in range(rows)])
+        return last_layer._worth_it(layer, index, (rows, length))
+
+    assert [worth(share, 32) for share in (0.1, 0.7, 0.99, 1.0)] == [True, True, False, False]
+    assert [worth(share, 1024) for share in (0.01, 0.1, 0.7)] == [True, True, False]
+    assert not worth(0.0, 32)
+    monkeypatch.setattr(last_layer, "MASK_AT_MOST", 4 * 2 * 16 * 32 - 1)
+    assert not worth(0.5, 32)
+    assert worth(0.4, 32)

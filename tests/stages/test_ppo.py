@@ -187,8 +187,22 @@ def test_an_update_ends_before_the_step_that_would_go_too_far_and_the_next_ones_
     assert steps == pytest.approx([1, 1 / 4, 1 / 16])  # one step each, cut as far as it may be
     assert [row["policy/pace"] for row in rows] == pytest.approx(steps)
     assert [row["lr"] for row in rows] == pytest.approx([1e-2 * pace for pace in steps])
-    # of the one step that was taken, whose ratio is 1, not of the mini-batch after it
-    assert all(row["val/ratio"] == pytest.approx(1) and row["policy/approxkl_max"] > 1e-6 for row in rows)
+    # means over both mini-batches that were looked at, that before which the update ended included
+    assert all(0 < row["policy/approxkl_avg"] == row["policy/approxkl_max"] / 2 for row in rows)
+
+
+def test_an_epoch_without_a_step_is_none_and_a_critic_of_its_own_keeps_its_pace(
+    run_ppo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = optim.step
+    monkeypatch.setattr(
+        optim, "step", lambda o, scale, *more: (rates.append(scale), step(o, scale, *more))[1]
+    )
+    how = {"epochs": 4, "lr": 1e-2, "schedule": "constant", "warmup": 0}
+    _, rows = run_ppo(**how, max_approx_kl=1e-6)
+    assert [row["policy/epochs"] for row in rows] == [1.0, 1.0]
+    assert rates == pytest.approx([1, 1, 1 / 4, 1])  # policy, critic; the policy's cut
 
 
 def test_an_update_within_the_limit_is_left_as_it_is(run_ppo: Any) -> None:

@@ -25,6 +25,7 @@ def adaptive_kl(coef: float, kl: float, target: float, episodes: int, horizon: f
 
 
 SLOWEST, FASTER = 0.25, 1.1  # factors on the pace from one update to the next
+FLOOR = 1 / 64  # below which a pace is not cut: what the measure then shows is no step's doing
 
 
 def adaptive_pace(pace: float, kl: float, limit: float) -> float:
@@ -32,10 +33,10 @@ def adaptive_pace(pace: float, kl: float, limit: float) -> float:
 
     kl and limit are in nats a token. To second order the KL of a step grows with the square of its length (1502.05477), so that
     √(limit / kl) of the pace would have stayed within the limit; a cut is to a quarter at most, and within the limit
-    the pace recovers by a tenth, to 1 at most.
+    the pace recovers by a tenth, to 1 at most; it never falls below 1/64.
     """
     if kl > limit:
-        return pace * max(SLOWEST, math.sqrt(limit / kl))
+        return max(FLOOR, pace * max(SLOWEST, math.sqrt(limit / kl)))
     return min(1.0, pace * FASTER)
 
 

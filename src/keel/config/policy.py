@@ -134,7 +134,7 @@ class OnPolicy(Watched):
     max_approx_kl: float | None = Field(
         0.1,
         gt=0,
-        description="How far an update may go from its own start: a mini-batch whose mean of ½ (log ρ)² a token is above this ends the update before its step, and the learning rate of those that follow is cut to what would have stayed within, to a quarter at most; it recovers by a tenth with every update that does. null: no limit.",
+        description="How far an update may be found from its own start: a mini-batch whose mean of ½ (log ρ)² a token is above this ends the update before its step, a critic's too, and the policy's learning rate in those that follow is cut to what would have stayed within, to a quarter at most; it recovers by a tenth with every update that does. The first step of an update is never held back. null: no limit.",
     )
     ptx: PtxConfig | None = Field(None, description="Pretraining mix.")
     save_every: int = Field(10, ge=1, description="Updates between checkpoints; the last one is kept.")
@@ -210,7 +210,8 @@ class OnPolicy(Watched):
                 "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
             )
         check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
-        idle = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
+        asked = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
+        idle = [key for key in asked if getattr(self, key) is not None]
         if idle and self.one_step:
             raise ValueError(
                 f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"

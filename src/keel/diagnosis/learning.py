@@ -96,8 +96,8 @@ def clip_fraction(history: History) -> Alarm | None:
 
 
 def rate_held_back(history: History) -> Alarm | None:
-    """warn: `max_approx_kl` leaves less than half of the learning rate for a window; runs at a recipe's own rate lose none. What
-    holds it back works, and a lower rate would not need it."""
+    """warn: `max_approx_kl` leaves less than half of the learning rate for a window; a cut at a first update is made up for by
+    then. What holds it back works, and a lower rate would not need it; a sampler that is far from the trainer shows the same."""
     if not history.sustained("policy/pace", 0.5, below=True):
         return None
     return "warn", f"max_approx_kl leaves {shown(history.now('policy/pace') or 0.0)} of the learning rate"
@@ -172,8 +172,8 @@ CHECKS = (
     Check(
         "rate_held_back",
         rate_held_back,
-        "the learning rate is higher than what the policy can follow",
-        "lower the learning rate by this factor, or take fewer epochs or larger mini-batches",
+        "the learning rate is higher than what the policy can follow, or the sampler is not the policy that is trained",
+        "lower the learning rate by this factor, or take fewer epochs; where rollout/sampler_drift is as large, one precision for both",
     ),
     Check(
         "critic_unexplaining",

@@ -73,7 +73,7 @@ def states(
 
             if inputs:
                 prefixes.count(model, ids.numel())
-                with looked_at(model, index, ids.numel()):
+                with looked_at(model, index, ids.shape):
                     values = given_to_head(input_ids=ids, **inputs).flatten(0, 1).index_select(0, index)
             else:
                 values = prefixes.read(head.linear, model, given_to_head, ids, index)

@@ -3,12 +3,13 @@
 What a loss or a score needs are the states at some positions: those that predict a response, or the last token of a text. All
 layers but the last must be computed everywhere, as later positions look at them. The last layer's keys and values too; its
 queries, its output matrix and its feed-forward part, seven eighths of its products with weights, are needed where they are
-looked at alone. For models that are built like Llama; the states are those of the whole layer (tests).
+looked at alone. For models that are built like Llama, with torch's attention and no window; the states are those of the whole
+layer (tests).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,16 +25,21 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from keel.models.fused import turned
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-WORTH = 0.8  # share of all positions from which on the whole layer is computed
+WORTH = 0.05  # share of the layer that must be saved
+OF_LAYER = 7 / 8  # of its products with weights; keys and values are the rest, less where heads share them
+MASK_AT_MOST = 2**26  # bytes of the masks of one forward
+DEARER = (
+    3.0  # a token's attention to another, which goes by small products, in those of a token with a weight
+)
 
 
 @contextmanager
-def looked_at(model: Any, index: Tensor, positions: int) -> Iterator[None]:
+def looked_at(model: Any, index: Tensor, shape: Sequence[int]) -> Iterator[None]:
     """Within it the last layer's states are computed at `index` of the flattened (B, S) ids, and are zero elsewhere; the whole
-    of it where `model` is not one of those, or that would not save much. positions: B · S."""
+    of it where `model` is not one of those, or that would not save much. For one thread at a time."""
     layer = _last_of(model)
     index = torch.unique(index)  # sorted
-    if layer is None or not len(index) or len(index) >= WORTH * positions:
+    if layer is None or not _worth_it(layer, index, shape):
         yield
         return
     again = getattr(layer, "gradient_checkpointing", False)
@@ -44,6 +50,21 @@ def looked_at(model: Any, index: Tensor, positions: int) -> Iterator[None]:
     finally:
         del layer.forward
         layer.gradient_checkpointing = again
+
+
+def _worth_it(layer: Any, index: Tensor, shape: Sequence[int]) -> bool:
+    """Whether fewer products with weights outweigh attention that takes a mask, where the whole layer's needs none."""
+    rows, length = shape
+    if not len(index):
+        return False
+    most = int(torch.bincount(index // length, minlength=rows).max())
+    if 4 * rows * most * length > MASK_AT_MOST:
+        return False
+    config = layer.self_attn.config
+    weight = 4.0 * config.hidden_size + 3.0 * config.intermediate_size  # a token's, for each channel
+    whole = rows * length * (weight + DEARER * length / 2)
+    saved = (rows * length - len(index)) * OF_LAYER * weight
+    return saved - DEARER * rows * length * (most - length / 2) > WORTH * whole
 
 
 def _last_of(model: Any) -> Any:
@@ -105,7 +126,7 @@ class _Queries:
     def at(cls, index: Tensor, rows: int, length: int) -> _Queries:
         row, column = index // length, index % length
         counts = torch.bincount(row, minlength=rows)
-        most = int(counts.max())
+        most = max(2, int(counts.max()))  # with one alone it would look like a step of a sampler
         within = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[row]
         return cls(rows, length, most, row, column, row * most + within)
 

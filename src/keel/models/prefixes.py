@@ -20,13 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from keel.models.head import evaluating
-from keel.models.last_layer import looked_at
+from keel.models.last_layer import DEARER, MASK_AT_MOST, looked_at
 from keel.models.load import has_dropout
 
-MASK_AT_MOST = 2**26  # bytes of the masks of one forward
-DEARER = (
-    3.0  # a token's attention to another, which goes by small products, in those of a token with a weight
-)
 WORTH = 0.95  # of the cost of reading apart
 WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")  # names in a config
 _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -50,7 +46,7 @@ def read(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: Tenso
     if found is None:
         found = Layout(ids, {}, index)
     count(model, found.ids.numel())
-    with looked_at(model, found.index, found.ids.numel()):
+    with looked_at(model, found.index, found.ids.shape):
         states = forward(input_ids=found.ids, **found.inputs)
     return states.flatten(0, 1).index_select(0, found.index)
 

@@ -36,7 +36,7 @@ _SAMPLED = (
     Curve("Cut-off replies", "share", "rollout/truncated"),
     Curve("KL coefficient", "β", "objective/kl_coef", smooth=False),
     Curve("Clip fraction", "share of tokens", "policy/clipfrac_avg"),
-    Curve("KL of one update", "nats per token", "policy/approxkl_avg"),
+    Curve("KL of one update", "nats per token, at most", "policy/approxkl_max"),
 )
 # What a stage has not logged is not drawn: a loss of dpo without a reference has no KL.
 CURVES: dict[str, tuple[Curve, ...]] = {

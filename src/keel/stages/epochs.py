@@ -56,54 +56,73 @@ def learn(
     pace: float = 1.0,
     learning: bool = True,
 ) -> dict[str, float]:
-    """Returns means over the gradient steps taken. pace: share of the scheduled learning rate. learning False: the policy stands
-    still (only the critic learns)."""
+    """Returns means over the mini-batches that were looked at; `grad_norm`, `lr` and `loss/ptx` over the steps that were taken.
+
+    pace: share of the scheduled learning rate, for the policy's optimiser, which is the first. learning False: the policy stands
+    still (only the critic learns).
+    """
     config, run = setup.config, setup.run
     lengths = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
     prompts = _prompts(episodes)
-    scale = pace * lr_scale(config, update - 1, config.updates)
+    scale = lr_scale(config, update - 1, config.updates)
     limit = math.inf if config.max_approx_kl is None else config.max_approx_kl
-    totals: dict[str, float] = {}
-    steps, epochs, drift, first_ratio, furthest = 0, 0, Drift(), 1.0, 0.0
-    for epoch in range(config.epochs):
-        stop = False
-        for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch):
-            # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
-            measured: dict[str, float] = {}
-            parts = parts_of(config, sorted(chosen), lengths.__getitem__, prompts.__getitem__)
-            with prefixes.counting() as read:
-                for part in parts:
-                    step_loss, part_metrics, part_drift = loss(part, chosen, steps == 0)
-                    step_loss.backward()
-                    add_metrics(measured, part_metrics)
-                    drift = drift.and_of(part_drift)
-            run.count("train", useful_tokens([(prompts[i], lengths[i]) for i in chosen]), read())
-            if learning:
-                furthest = max(furthest, measured["policy/approxkl_avg"])
-            if stop := steps > 0 and furthest > limit:
-                for optimizer in optimizers:
-                    optimizer.zero_grad(set_to_none=True)
-                break
-            if setup.ptx and learning:
-                add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, steps)})
-            stepped = [
-                optim.step(o, scale, config.max_grad_norm, f"{run.name}, update {update}") for o in optimizers
-            ]
-            measured["grad_norm"], measured["lr"] = stepped[0]["grad_norm"], stepped[0]["lr"]
-            if steps == 0 and measured["val/ratio_var"] > 0:  # else 1: its sum over the parts is only rounded
-                first_ratio = measured["val/ratio"]
-            add_metrics(totals, measured)
-            steps += 1
-        epochs += 1
-        if stop:
+    looked, taken = _Means(), _Means()
+    epochs, drift, first_ratio, furthest = 0, Drift(), 1.0, 0.0
+    planned = [
+        (epoch, chosen)
+        for epoch in range(config.epochs)
+        for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch)
+    ]
+    for epoch, chosen in planned:
+        # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
+        measured: dict[str, float] = {}
+        with prefixes.counting() as read:
+            for part in parts_of(config, sorted(chosen), lengths.__getitem__, prompts.__getitem__):
+                step_loss, part_metrics, part_drift = loss(part, chosen, taken.count == 0)
+                step_loss.backward()
+                add_metrics(measured, part_metrics)
+                drift = drift.and_of(part_drift)
+        run.count("train", useful_tokens([(prompts[i], lengths[i]) for i in chosen]), read())
+        looked.add(measured)
+        if learning:
+            furthest = max(furthest, measured["policy/approxkl_avg"])
+        if taken.count and furthest > limit:
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             break
-    done = {
+        if (
+            taken.count == 0 and measured["val/ratio_var"] > 0
+        ):  # else 1: its sum over the parts is only rounded
+            first_ratio = measured["val/ratio"]
+        done = {"loss/ptx": _ptx_gradient(setup, update, taken.count)} if setup.ptx and learning else {}
+        stepped = [
+            optim.step(optimizer, rate, config.max_grad_norm, f"{run.name}, update {update}")
+            for optimizer, rate in zip(optimizers, (pace * scale, scale))  # a critic of its own is the second
+        ]
+        taken.add({"grad_norm": stepped[0]["grad_norm"], "lr": stepped[0]["lr"], **done})
+        epochs = epoch + 1
+    said = {
         "policy/epochs": epochs, "policy/logp_drift": drift.largest, "val/ratio_first": first_ratio,
         "policy/approxkl_max": furthest, "policy/pace": pace,
     }  # fmt: skip
     if config.trusts_sampler and head_of(setup.roles.policy) is not None:  # π_old's are the sampler's own
-        done["rollout/sampler_drift"] = drift.mean
-    return {name: total / steps for name, total in totals.items()} | done
+        said["rollout/sampler_drift"] = drift.mean
+    return looked.means() | taken.means() | said
+
+
+class _Means:
+    """Of what was measured so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.totals: dict[str, float] = {}
+
+    def add(self, measured: dict[str, float]) -> None:
+        add_metrics(self.totals, measured)
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.count for name, total in self.totals.items()}
 
 
 def _prompts(episodes: Episodes) -> list[tuple[int, ...]]:
