@@ -69,7 +69,7 @@ def cases() -> list[Case]:
     long = {"kind": "length", "low": 72, "high": 72, "slack": 72, "weight": 10.0}
     learned = {"kind": "learned", "model": "reward"}
     sick: list[tuple[str, int, Mapping[str, Any], float | None]] = [
-        ("lr-x30", 4, {"lr": 30 * lr, "max_approx_kl": None}, None),
+        ("lr-x30", 4, {"lr": 30 * lr, "desired_kl": None}, None),
         ("no-kl", 4, {"lr": 2 * lr, "kl": free}, None),
         ("biased", 3, {"reward": "biased", "lr": 2 * lr, "kl": free}, None),
         ("broken-stop", 3, {"reward": [learned, long], "shaping": {"center": "prompt", "missing_stop_penalty": 0.0}, "kl": free}, None),

@@ -155,7 +155,8 @@ def test_resolved_config_reads_back_as_itself():
         (_ppo(kl={"horizon": 10}), "`kl.horizon` has no effect without `kl.target`"),
         (_ppo(eval_every=2), "work together"),
         (_ppo(patience=2), "`patience` has no effect"),
-        (_ppo(epochs=1, max_approx_kl=0.2), "`max_approx_kl` has no effect"),
+        (_ppo(epochs=1, max_approx_kl=0.1), "`max_approx_kl` has no effect"),
+        (_ppo(epochs=1, desired_kl=0.2), "`desired_kl` has no effect"),
         (_ppo(epochs=1, mini_batch=64, batch_size=64, dual_clip=3), "`dual_clip` has no effect"),
     ],
 )
@@ -164,7 +165,7 @@ def test_setting_without_effect_is_refused(stage, reason):
 
 
 def test_no_limit_is_said_where_there_would_be_none_anyway():
-    assert isinstance(parse(_config(s=_ppo(epochs=1, max_approx_kl=None))), RunConfig)
+    assert isinstance(parse(_config(s=_ppo(epochs=1, desired_kl=None))), RunConfig)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_trap_01_mini_batch_decides_the_number_of_optimiser_steps(
 ) -> None:  # fmt: skip
     """[trl 5645] Two updates of three epochs, policy and critic."""
     count = Steps(monkeypatch)
-    run(ppo_stage(data, tiny_model, tiny_reward, mini_batch=mini_batch, max_approx_kl=None), tmp_path)
+    run(ppo_stage(data, tiny_model, tiny_reward, mini_batch=mini_batch), tmp_path)
     assert len(count.norms) == 2 * 3 * steps * 2
 
 

@@ -131,10 +131,13 @@ class OnPolicy(Watched):
         description="Where log π_old comes from: the very logits each token was drawn from, with no further forward of the policy; or a forward of the trainer's own, for a sampler whose numbers differ, and with `importance_cap`, which compares them.",
     )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
-    max_approx_kl: float | None = Field(
+    desired_kl: float | None = Field(
         0.1,
         gt=0,
-        description="How far an update may be found from its own start: a mini-batch whose mean of ½ (log ρ)² a token is above this ends the update before its step, a critic's too, and the policy's learning rate in those that follow is cut to what would have stayed within, to a quarter at most; it recovers by a tenth with every update that does. The first step of an update is never held back. null: no limit.",
+        description="How far an update should go from its own start at most, in nats a token. Where a mini-batch measures more (mean of ½ (log ρ)²), the policy's learning rate is cut to what would have stayed within, to a quarter at most, for the rest of the update and those that follow; it recovers by a quarter with every update that stays within, up to `lr`. null: never.",
+    )
+    max_approx_kl: float | None = Field(
+        None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."
     )
     ptx: PtxConfig | None = Field(None, description="Pretraining mix.")
     save_every: int = Field(10, ge=1, description="Updates between checkpoints; the last one is kept.")
@@ -210,7 +213,7 @@ class OnPolicy(Watched):
                 "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
             )
         check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
-        asked = [key for key in ("max_approx_kl", "dual_clip") if self.changes(key)]
+        asked = [key for key in ("max_approx_kl", "desired_kl", "dual_clip") if self.changes(key)]
         idle = [key for key in asked if getattr(self, key) is not None]
         if idle and self.one_step:
             raise ValueError(

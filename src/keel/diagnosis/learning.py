@@ -96,11 +96,11 @@ def clip_fraction(history: History) -> Alarm | None:
 
 
 def rate_held_back(history: History) -> Alarm | None:
-    """warn: `max_approx_kl` leaves less than half of the learning rate for a window; a cut at a first update is made up for by
+    """warn: `desired_kl` leaves less than half of the learning rate for a window; a cut at a first update is made up for by
     then. What holds it back works, and a lower rate would not need it; a sampler that is far from the trainer shows the same."""
     if not history.sustained("policy/pace", 0.5, below=True):
         return None
-    return "warn", f"max_approx_kl leaves {shown(history.now('policy/pace') or 0.0)} of the learning rate"
+    return "warn", f"desired_kl leaves {shown(history.now('policy/pace') or 0.0)} of the learning rate"
 
 
 def critic_unexplaining(history: History) -> Alarm | None:

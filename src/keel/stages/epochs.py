@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keel.algorithms.control import adaptive_pace
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
 from keel.models import optim, prefixes
@@ -56,7 +57,7 @@ def learn(
     pace: float = 1.0,
     learning: bool = True,
 ) -> dict[str, float]:
-    """Returns means over the mini-batches that were looked at; `grad_norm`, `lr` and `loss/ptx` over the steps that were taken.
+    """Returns means over the gradient steps taken.
 
     pace: share of the scheduled learning rate, for the policy's optimiser, which is the first. learning False: the policy stands
     still (only the critic learns).
@@ -65,8 +66,8 @@ def learn(
     lengths = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
     prompts = _prompts(episodes)
     scale = lr_scale(config, update - 1, config.updates)
-    limit = math.inf if config.max_approx_kl is None else config.max_approx_kl
-    looked, taken = _Means(), _Means()
+    desired = math.inf if config.desired_kl is None else config.desired_kl
+    taken = _Means()
     epochs, drift, first_ratio, furthest = 0, Drift(), 1.0, 0.0
     planned = [
         (epoch, chosen)
@@ -83,31 +84,33 @@ def learn(
                 add_metrics(measured, part_metrics)
                 drift = drift.and_of(part_drift)
         run.count("train", useful_tokens([(prompts[i], lengths[i]) for i in chosen]), read())
-        looked.add(measured)
         if learning:
             furthest = max(furthest, measured["policy/approxkl_avg"])
-        if taken.count and furthest > limit:
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            break
+        slower = adaptive_pace(pace, furthest, desired) if furthest > desired else pace
         if (
             taken.count == 0 and measured["val/ratio_var"] > 0
         ):  # else 1: its sum over the parts is only rounded
             first_ratio = measured["val/ratio"]
-        done = {"loss/ptx": _ptx_gradient(setup, update, taken.count)} if setup.ptx and learning else {}
+        if setup.ptx and learning:
+            add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, taken.count)})
         stepped = [
             optim.step(optimizer, rate, config.max_grad_norm, f"{run.name}, update {update}")
-            for optimizer, rate in zip(optimizers, (pace * scale, scale))  # a critic of its own is the second
+            for optimizer, rate in zip(
+                optimizers, (slower * scale, scale)
+            )  # a critic of its own is the second
         ]
-        taken.add({"grad_norm": stepped[0]["grad_norm"], "lr": stepped[0]["lr"], **done})
+        taken.add(measured | {"grad_norm": stepped[0]["grad_norm"], "lr": stepped[0]["lr"]})
         epochs = epoch + 1
+        end = config.max_approx_kl
+        if end is not None and learning and measured["policy/approxkl_k3"] > end:
+            break
     said = {
         "policy/epochs": epochs, "policy/logp_drift": drift.largest, "val/ratio_first": first_ratio,
         "policy/approxkl_max": furthest, "policy/pace": pace,
     }  # fmt: skip
     if config.trusts_sampler and head_of(setup.roles.policy) is not None:  # π_old's are the sampler's own
         said["rollout/sampler_drift"] = drift.mean
-    return looked.means() | taken.means() | said
+    return taken.means() | said
 
 
 class _Means:

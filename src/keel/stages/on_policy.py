@@ -105,8 +105,8 @@ class _Course:
         if config.kl.target is not None and update > self.warmup:
             coef = adaptive_kl(coef, done.kl, config.kl.target, config.batch_size, config.kl.horizon)
         pace = self.steering.pace
-        if config.max_approx_kl is not None and not config.one_step:
-            pace = adaptive_pace(pace, metrics["policy/approxkl_max"], config.max_approx_kl)
+        if config.desired_kl is not None:
+            pace = adaptive_pace(pace, metrics["policy/approxkl_max"], config.desired_kl)
         episodes = self.steering.episodes + round(metrics["rollout/episodes"])
         steering = Steering(coef, scale, episodes, pace)
         metrics["episode"] = steering.episodes
