@@ -87,17 +87,15 @@ def learn(
         if learning:
             furthest = max(furthest, measured["policy/approxkl_avg"])
         slower = adaptive_pace(pace, furthest, desired) if furthest > desired else pace
-        if (
-            taken.count == 0 and measured["val/ratio_var"] > 0
-        ):  # else 1: its sum over the parts is only rounded
+        # where nothing varies it is 1, and its sum over the parts is only rounded
+        if taken.count == 0 and measured["val/ratio_var"] > 0:
             first_ratio = measured["val/ratio"]
         if setup.ptx and learning:
             add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, taken.count)})
+        rates = (slower * scale, scale)  # a critic of its own has the second
         stepped = [
             optim.step(optimizer, rate, config.max_grad_norm, f"{run.name}, update {update}")
-            for optimizer, rate in zip(
-                optimizers, (slower * scale, scale)
-            )  # a critic of its own is the second
+            for optimizer, rate in zip(optimizers, rates)
         ]
         taken.add(measured | {"grad_norm": stepped[0]["grad_norm"], "lr": stepped[0]["lr"]})
         epochs = epoch + 1
