@@ -190,9 +190,9 @@ def test_a_policy_that_went_too_far_goes_on_more_slowly(
     assert min(row["policy/approxkl_max"] for row in free) > 1e-3
     rates.clear()
     _, held = run_ppo("held", **how, desired_kl=1e-6)
-    assert [row["policy/pace"] for row in held] == pytest.approx([1, 1 / 4, 1 / 16])
+    assert [row["policy/pace"] for row in held] == pytest.approx([1, 1 / 2, 1 / 4])
     # the first step of an update shows nothing yet; what it did is known at the second
-    policy = [1, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 16, 1 / 16, 1 / 16, 1 / 16, 1 / 64, 1 / 64, 1 / 64]
+    policy = [1, 1 / 2, 1 / 2, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8]
     steps = rates[:: 1 if sharing == "trunk" else 2]
     assert steps == pytest.approx(policy)
     if sharing == "separate":  # whose critic keeps its own
