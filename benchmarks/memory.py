@@ -3,7 +3,7 @@
 Each stage is planned as `keel plan` plans it, then run for a few steps in a process of its own. Measured is the peak of that
 process's resident memory above what it was when everything was imported (VmHWM above VmRSS in /proc/self/status; Linux
 only). glibc is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, one arena),
-since by default it keeps blocks of up to 32 MiB, which then count as used.
+since by default it keeps blocks of up to 32 MiB, which then count as used; keel's own wish to keep all of it is turned off.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -83,16 +84,15 @@ def prepare(folder: Path, names: tuple[str, ...]) -> None:
         build("larger", LARGER, AutoModelForCausalLM)
 
     def text(tokens: int) -> str:
-        """Letters that no merge joins, so that each is a token."""
-        return ("q#" * tokens)[:tokens]
+        """Letters that no merge joins, so that each is a token, and no two texts that begin alike."""
+        return "".join(draws.choices("BGJKQVWXYZ#%&@", k=tokens))
 
-    rows = {
-        "sft": {"prompt": text(100), "completion": text(300)},
-        "ppo": {"prompt": text(224)},
-        "dpo": {"prompt": text(128), "chosen": text(128), "rejected": text(127)},
-    }
-    for name, row in rows.items():
-        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    draws = random.Random(0)
+    for name, parts in {
+        "sft": {"prompt": 100, "completion": 300}, "ppo": {"prompt": 224}, "dpo": {"prompt": 128, "chosen": 128, "rejected": 127},
+    }.items():  # fmt: skip
+        rows = [{part: text(tokens) for part, tokens in parts.items()} for _ in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def config_of(name: str, folder: Path) -> dict[str, Any]:
@@ -122,11 +122,13 @@ def measure(name: str, folder: Path) -> None:
     """In the process that is measured: import, look, run, look."""
     import torch
 
+    from keel import pipeline as pipelines
     from keel.config import parse
     from keel.pipeline import Pipeline
     from keel.runlog import StageRun
 
     torch.set_num_threads(1)
+    pipelines.keep_freed_memory = lambda: False  # what is kept for later is not what a stage needs
     for module in (
         "peft",
         "keel.report",
