@@ -213,8 +213,8 @@ class OnPolicy(Watched):
                 "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
             )
         check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
-        asked = [key for key in ("max_approx_kl", "desired_kl", "dual_clip") if self.changes(key)]
-        idle = [key for key in asked if getattr(self, key) is not None]
+        limits = ("max_approx_kl", "desired_kl", "dual_clip")
+        idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
         if idle and self.one_step:
             raise ValueError(
                 f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"

@@ -28,9 +28,8 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3Decode
 WORTH = 0.05  # share of the layer that must be saved
 OF_LAYER = 7 / 8  # of its products with weights; keys and values are the rest, less where heads share them
 MASK_AT_MOST = 2**26  # bytes of the masks of one forward
-DEARER = (
-    3.0  # a token's attention to another, which goes by small products, in those of a token with a weight
-)
+# a token's attention to another, which goes by small products, in those of a token with a weight
+DEARER = 3.0
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,12 +69,7 @@ def learn(
     desired = math.inf if config.desired_kl is None else config.desired_kl
     taken = _Means()
     epochs, drift, first_ratio, furthest = 0, Drift(), 1.0, 0.0
-    planned = [
-        (epoch, chosen)
-        for epoch in range(config.epochs)
-        for chosen in _mini_batches(config, run, len(episodes.ids), update, epoch)
-    ]
-    for epoch, chosen in planned:
+    for epoch, chosen in _mini_batches(config, run, len(episodes.ids), update):
         # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
         measured: dict[str, float] = {}
         with prefixes.counting() as read:
@@ -132,10 +127,15 @@ def _prompts(episodes: Episodes) -> list[tuple[int, ...]]:
     return [tuple(ids[:length]) for ids, length in rows]
 
 
-def _mini_batches(config: OnPolicy, run: StageRun, count: int, update: int, epoch: int) -> list[list[int]]:
+def _mini_batches(
+    config: OnPolicy, run: StageRun, count: int, update: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(epoch, rows) in the order of an update."""
     size = config.mini_batch or count
-    order = permutation(count, derive_seed(run.seed, "mini-batches", update), epoch)
-    return [list(order[start : start + size]) for start in range(0, count, size)]
+    for epoch in range(config.epochs):
+        order = permutation(count, derive_seed(run.seed, "mini-batches", update), epoch)
+        for start in range(0, count, size):
+            yield epoch, list(order[start : start + size])
 
 
 def _ptx_gradient(setup: Setup, update: int, step: int) -> float:
