@@ -51,24 +51,24 @@ def model(mean_length: int | None) -> Any:
     return made
 
 
-def of_transformers(policy: Any, prompts: Sequence[Sequence[int]]) -> int:
+def of_transformers(policy: Any, prompts: Sequence[Sequence[int]], new: int = NEW) -> int:
     useful = 0
     for start in range(0, len(prompts), BATCH):
-        ids = torch.tensor(prompts[start : start + BATCH])
+        ids = torch.tensor(prompts[start : start + BATCH], device=policy.device)
         with torch.no_grad():
             done = policy.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0
             )  # fmt: skip
         useful += int((done[:, PROMPT:] != 0).sum())
     return useful
 
 
-def of_keel(policy: Any, prompts: Sequence[Sequence[int]], stop: int) -> int:
-    done = generate(policy, prompts, Sampling(NEW), stop_ids=[stop], pad_id=0, seed=0, batch_size=BATCH)
+def of_keel(policy: Any, prompts: Sequence[Sequence[int]], stop: int, new: int = NEW) -> int:
+    done = generate(policy, prompts, Sampling(new), stop_ids=[stop], pad_id=0, seed=0, batch_size=BATCH)
     return sum(len(completion.ids) for completion in done)
 
 
-def compare(name: str, sides: dict[str, Callable[[], int]], repeats: int) -> None:
+def compare(name: str, sides: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
     """Medians of tokens a second after a warm-up, and their ratio to the first side's."""
     speeds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(repeats + 1):
@@ -82,6 +82,7 @@ def compare(name: str, sides: dict[str, Callable[[], int]], repeats: int) -> Non
     print(
         f"{name:28}" + "  ".join(f"{s} {v:7,.0f} ({v / base:.2f}×)" for s, v in medians.items()), flush=True
     )
+    return medians
 
 
 def main() -> None:

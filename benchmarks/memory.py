@@ -1,9 +1,11 @@
-"""Predicted against measured memory: `python benchmarks/memory.py` (three stages on a CPU, some two minutes).
+"""Predicted against measured memory: `python benchmarks/memory.py` (five stages on a CPU, some three minutes).
 
 Each stage is planned as `keel plan` plans it, then run for a few steps in a process of its own. Measured is the peak of that
 process's resident memory above what it was when everything was imported (VmHWM above VmRSS in /proc/self/status; Linux
 only). glibc is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, one arena),
 since by default it keeps blocks of up to 32 MiB, which then count as used; keel's own wish to keep all of it is turned off.
+
+`--tensors` measures torch's tensors instead, every one of them: what is left of a gap then is a tensor that the plan does not know.
 """
 
 from __future__ import annotations
@@ -16,8 +18,13 @@ import random
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 MIB = 2**20
 ENVIRONMENT = {
@@ -31,29 +38,44 @@ LLAMA = {
     "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 LARGER = {**LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10}
-CONFIGS = ("sft", "ppo", "dpo")
+ROWS: dict[str, dict[str, int]] = {  # stage → tokens of each part of its rows
+    "sft": {"prompt": 100, "completion": 300},
+    "ppo": {"prompt": 224},
+    "dpo": {"prompt": 128, "chosen": 128, "rejected": 127},
+    "grpo": {"prompt": 224},
+    "reward": {"prompt": 128, "chosen": 128, "rejected": 127},
+}
+MODULES = {"dpo": "preference"}  # of a stage, where it has another name
 
 
-def stage_of(name: str, folder: Path) -> dict[str, Any]:
+def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
     """The stage that is measured; its models and rows lie in `folder`."""
-    common = {"data": str(folder / f"{name}.jsonl"), "save_every": 1000}
-    few: dict[str, Any] = {"max_steps": 2, "holdout": 0}
-    if name == "sft":  # all weights of a GPT-2 of 30 M parameters, with its dropout
-        model = {"init": {**GPT2, "vocab_size": VOCABULARY}, "tokenizer": str(folder / "tokenizer")}
-        return {"kind": "sft", "model": model, "batch_size": 6, "loss_on": "all", **few, **common}
-    if name == "ppo":  # four models, the critic one of its own
-        return {
-            "kind": "ppo", "model": str(folder / "policy"), "reward": str(folder / "reward"), "sharing": "separate", "updates": 2,
-            "batch_size": 8, "mini_batch": 4, "epochs": 1, "sampling": {"max_new_tokens": 32}, **common,
-        }  # fmt: skip
-    return {  # frozen weights, adapters, both sides of a pair, gradients in two parts
-        "kind": "dpo", "model": str(folder / "larger"), "lora": {"r": 8}, "batch_size": 8, "micro_batch": 4, **few, **common,
-    }  # fmt: skip
+    common = {"kind": name, "data": str(folder / f"{name}.jsonl"), "save_every": 1000}
+    few: dict[str, Any] = {"max_steps": 2, "epochs": 2, "holdout": 0}
+    policy, larger = ({"path": str(folder / model), "dtype": dtype} for model in ("policy", "larger"))
+    sampled = {"model": policy, "reward": str(folder / "reward"), "updates": 2, "batch_size": 8, "epochs": 1}
+    match name:
+        case "sft":  # all weights of a GPT-2 of 30 M parameters, with its dropout
+            model = {
+                "init": {**GPT2, "vocab_size": VOCABULARY},
+                "tokenizer": str(folder / "tokenizer"),
+                "dtype": dtype,
+            }
+            return {**common, **few, "model": model, "batch_size": 6, "loss_on": "all"}
+        case "ppo":  # four models, the critic one of its own
+            return {
+                **common, **sampled, "sharing": "separate", "mini_batch": 4, "sampling": {"max_new_tokens": 32},
+            }  # fmt: skip
+        case "dpo":  # frozen weights, adapters, both sides of a pair, gradients in two parts
+            return {**common, **few, "model": larger, "lora": {"r": 8}, "batch_size": 8, "micro_batch": 4}
+        case "grpo":  # four samples a prompt
+            return {**common, **sampled, "samples_per_prompt": 4, "sampling": {"max_new_tokens": 64}}
+        case _:  # a reward model: all weights, two forwards of four pairs each in one gradient
+            return {**common, **few, "model": policy, "batch_size": 8, "normalize": 0}
 
 
 def prepare(folder: Path, names: tuple[str, ...]) -> None:
     """A tokenizer, untrained models and rows of one length each."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from keel.data import chat
@@ -71,7 +93,7 @@ def prepare(folder: Path, names: tuple[str, ...]) -> None:
         model.save_pretrained(folder / place)
         tokenizer.save_pretrained(folder / place)
 
-    if "ppo" in names:
+    if {"ppo", "grpo", "reward"} & {*names}:
         build("policy", LLAMA, AutoModelForCausalLM)
         build(
             "reward",
@@ -88,40 +110,38 @@ def prepare(folder: Path, names: tuple[str, ...]) -> None:
         return "".join(draws.choices("BGJKQVWXYZ#%&@", k=tokens))
 
     draws = random.Random(0)
-    for name, parts in {
-        "sft": {"prompt": 100, "completion": 300}, "ppo": {"prompt": 224}, "dpo": {"prompt": 128, "chosen": 128, "rejected": 127},
-    }.items():  # fmt: skip
+    for name, parts in ROWS.items():
         rows = [{part: text(tokens) for part, tokens in parts.items()} for _ in range(8)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def config_of(name: str, folder: Path) -> dict[str, Any]:
-    return {"name": name, "threads": 1, "device": "cpu", "stages": {name: stage_of(name, folder)}}
+def config_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
+    return {"name": name, "threads": 1, "device": "cpu", "stages": {name: stage_of(name, folder, dtype)}}
 
 
-def predicted(name: str, folder: Path) -> dict[str, Any]:
+def predicted(name: str, folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """What `keel plan` says of the stage's memory."""
     from keel import planning
     from keel.config import parse
     from keel.pipeline import Pipeline
 
-    (entry,) = planning.plan(Pipeline(parse(config_of(name, folder)), folder / "runs" / name))
+    (entry,) = planning.plan(Pipeline(parse(config_of(name, folder, dtype)), folder / "runs" / name))
     return entry["memory"]
 
 
-def measured(name: str, folder: Path) -> dict[str, Any]:
-    """Bytes at the peak of a process that runs the stage, above those when it began; `phases`: the peak of each."""
-    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder)]
+def measured(name: str, folder: Path, dtype: str = "float32", *, tensors: bool = False) -> dict[str, Any]:
+    """Bytes at the peak of a process that runs the stage, above those when it began; `phases`: the peak of each. tensors: of
+    torch's tensors alone."""
+    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--dtype", dtype]
+    command += ["--tensors"] if tensors else []
     done = subprocess.run(
         command, env={**os.environ, **ENVIRONMENT}, check=True, stdout=subprocess.PIPE, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(name: str, folder: Path) -> None:
+def measure(name: str, folder: Path, dtype: str, tensors: bool) -> None:
     """In the process that is measured: import, look, run, look."""
-    import torch
-
     from keel import pipeline as pipelines
     from keel.config import parse
     from keel.pipeline import Pipeline
@@ -136,37 +156,53 @@ def measure(name: str, folder: Path) -> None:
         "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(module)
-    for kind in CONFIGS:
-        importlib.import_module(f"keel.stages.{'preference' if kind == 'dpo' else kind}")
-    pipeline = Pipeline(parse(config_of(name, folder)), folder / "runs" / name)
+    for kind in ROWS:
+        importlib.import_module(f"keel.stages.{MODULES.get(kind, kind)}")
+    runs = folder / "runs" / f"{name}{'-tensors' if tensors else ''}"
+    pipeline = Pipeline(parse(config_of(name, folder, dtype)), runs)
     phases: dict[str, int] = {}
-    before = _status("VmRSS")
-    _forget_peak()
     timed = StageRun.timed
+    with Tensors() if tensors else Resident() as look:
 
-    def seen(run: StageRun, phase: str) -> Any:
-        """Each phase from a peak of its own."""
-        phases["other"] = max(phases.get("other", 0), _status("VmHWM") - before)
-        _forget_peak()
-        return _Peak(timed(run, phase), phase, phases, before)
+        def seen(run: StageRun, phase: str) -> Any:
+            """Each phase from a peak of its own."""
+            phases["other"] = max(phases.get("other", 0), look.taken())
+            return _Peak(timed(run, phase), phase, phases, look)
 
-    StageRun.timed = seen  # pyright: ignore[reportAttributeAccessIssue]
-    pipeline.run()
-    phases["other"] = max(phases.get("other", 0), _status("VmHWM") - before)
+        StageRun.timed = seen  # pyright: ignore[reportAttributeAccessIssue]
+        pipeline.run()
+    phases["other"] = max(phases.get("other", 0), look.taken())
     print(json.dumps({"peak": max(phases.values()), "phases": phases}))
 
 
 class _Peak:
-    def __init__(self, inner: Any, phase: str, phases: dict[str, int], before: int) -> None:
-        self.inner, self.phase, self.phases, self.before = inner, phase, phases, before
+    def __init__(self, inner: Any, phase: str, phases: dict[str, int], look: Resident | Tensors) -> None:
+        self.inner, self.phase, self.phases, self.look = inner, phase, phases, look
 
     def __enter__(self) -> None:
         self.inner.__enter__()
 
     def __exit__(self, *error: object) -> None:
         self.inner.__exit__(*error)
-        self.phases[self.phase] = max(self.phases.get(self.phase, 0), _status("VmHWM") - self.before)
-        _forget_peak()
+        self.phases[self.phase] = max(self.phases.get(self.phase, 0), self.look.taken())
+
+
+class Resident:
+    """The process's resident memory above what it is when this is entered."""
+
+    def __enter__(self) -> Resident:
+        self.before = _status("VmRSS")
+        self.taken()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def taken(self) -> int:
+        """Bytes at the peak since the last call (proc(5), clear_refs)."""
+        peak = _status("VmHWM") - self.before
+        Path("/proc/self/clear_refs").write_text("5")
+        return peak
 
 
 def _status(name: str) -> int:
@@ -175,21 +211,54 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _forget_peak() -> None:
-    """Set VmHWM back to what is resident now (proc(5), clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
+class Tensors(TorchDispatchMode):
+    """The storages of all tensors that operations see while it is entered, each until it is freed. (Matrices that oneDNN has
+    laid out have none.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in tree_flatten((args, kwargs, made))[0]:
+            if isinstance(x, torch.Tensor) and x.layout == torch.strided:
+                self.see(x)
+        return made
+
+    def see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or tensor.device.type != "cpu":
+            return
+
+        def gone(_: Any) -> None:
+            del self.known[key]
+            self.now -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def taken(self) -> int:
+        """Bytes at the peak since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*CONFIGS, []], default=[])
+    parser.add_argument("names", nargs="*", choices=[*ROWS, []], default=[])
+    parser.add_argument("--dtype", default="float32", help="model.dtype of all")
+    parser.add_argument("--tensors", action="store_true", help="torch's tensors, not the process")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.measure:
-        measure(settings.measure, settings.folder)
+        measure(settings.measure, settings.folder, settings.dtype, settings.tensors)
         return
-    names = tuple(settings.names) or CONFIGS
+    names = tuple(settings.names) or tuple(ROWS)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder, names)
@@ -197,7 +266,8 @@ def main() -> None:
             f"{'stage':<6} {'predicted':>10} {'measured':>10} {'ratio':>6}   MiB, by phase: predicted / measured"
         )
         for name in names:
-            plan, found = predicted(name, folder), measured(name, folder)
+            plan = predicted(name, folder, settings.dtype)
+            found = measured(name, folder, settings.dtype, tensors=settings.tensors)
             sums = {
                 p: sum(sum(kinds.values()) for kinds in roles.values()) for p, roles in plan["phases"].items()
             }

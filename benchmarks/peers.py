@@ -11,6 +11,9 @@ Where keel's reference model reads all rows before the first step (dpo), each st
 A step is 64 rows, pairs or episodes, 16 at a time (ppo: an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults
 for a machine with fast bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32.
 Memory is the peak of the process above what is resident after everything is imported.
+
+On CUDA (`--device cuda`, with `--size half` for 0.5 B parameters; `gpu.py` does both) the two sides multiply in bfloat16, keel by
+`dtype: auto` and TRL by its `bf16`, and memory is the peak of what torch had allocated on the card.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +35,21 @@ KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto", "grpo-auto")
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
 ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
 MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(2044))]
-LLAMA = {
-    "vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {  # 7.3 M parameters
+        "model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    },
+    # 0.5 B parameters, as Qwen2.5-0.5B has them. Not of Qwen2's class: beside one, `AutoTokenizer` makes Qwen2's tokenizer of any
+    "half": {
+        "model_type": "llama", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+    },
+    "tiny": {  # to see that everything runs
+        "model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+    },
 }  # fmt: skip
 LR = 1e-5
 
@@ -42,18 +57,19 @@ LR = 1e-5
 # ---------------------------------------------------------------- models and rows, the same for both sides
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, size: str = "small") -> None:
     """Models, a tokenizer with a token a word, and rows, in `folder`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        LlamaForSequenceClassification,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
         PreTrainedTokenizerFast,
     )
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    vocabulary = [*SPECIAL, *(f"w{i}" for i in range(SIZES[size]["vocab_size"] - len(SPECIAL)))]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
@@ -66,15 +82,17 @@ def prepare(folder: Path) -> None:
     ):
         torch.manual_seed(seed)
         scores = name in ("scorer", "critic")
-        config = LlamaConfig(**LLAMA, **({"num_labels": 1} if scores else {}))
-        model: Any = LlamaForSequenceClassification(config) if scores else LlamaForCausalLM(config)
+        more = {"max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        config = AutoConfig.for_model(**SIZES[size], **more, **({"num_labels": 1} if scores else {}))
+        family = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        model: Any = family.from_config(config)
         if ends:
             end_after(model, MEAN)
         if scores:
             model.config.keel_reward = {"mean": 0.0, "std": 1.0}
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    texts = [_texts(width, seed) for seed, width in ((1, PROMPT), (2, RESPONSE), (3, RESPONSE))]
+    texts = [_texts(vocabulary, width, seed) for seed, width in ((1, PROMPT), (2, RESPONSE), (3, RESPONSE))]
     rows = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in zip(*texts)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -85,20 +103,22 @@ def end_after(model: Any, mean: int) -> None:
     import torch
 
     with torch.no_grad():
-        embeddings = model.model.embed_tokens.weight
+        embeddings, size = model.model.embed_tokens.weight, model.config.vocab_size
         direction = torch.randn(embeddings.shape[1])
-        embeddings += 3 * embeddings.norm(dim=1).mean() * direction / direction.norm()
-        hidden = model.model(torch.randint(4, len(WORDS), (16, 64))).last_hidden_state.flatten(0, 1).mean(0)
-        model.lm_head.weight[2] = torch.log(torch.tensor(len(WORDS) / mean)) * hidden / hidden.dot(hidden)
+        common = 3 * embeddings.norm(dim=1).mean() * direction / direction.norm()
+        embeddings += common
+        hidden = model.model(torch.randint(4, size, (16, 64))).last_hidden_state.flatten(0, 1).mean(0)
+        row = torch.log(torch.tensor(size / mean)) * hidden / hidden.dot(hidden)
+        model.lm_head.weight[2] = row + (common if model.config.tie_word_embeddings else 0)
 
 
-def _texts(width: int, seed: int) -> list[str]:
+def _texts(vocabulary: list[str], width: int, seed: int) -> list[str]:
     import torch
 
     drawn = torch.randint(
-        4, len(WORDS), (ROWS, width), generator=torch.Generator().manual_seed(seed)
+        4, len(vocabulary), (ROWS, width), generator=torch.Generator().manual_seed(seed)
     ).tolist()
-    return [" ".join(WORDS[i] for i in row) for row in drawn]
+    return [" ".join(vocabulary[i] for i in row) for row in drawn]
 
 
 def varied(completions: list[str], **columns: Any) -> list[float]:
@@ -109,10 +129,17 @@ def varied(completions: list[str], **columns: Any) -> list[float]:
 # ---------------------------------------------------------------- keel's side
 
 
-def keel_stage(kind: str, folder: Path) -> dict[str, Any]:
+def keel_config(kind: str, folder: Path, device: str) -> dict[str, Any]:
+    import torch
+
+    stages = {"stage": keel_stage(kind, folder, device)}
+    return {"name": "bench", "threads": torch.get_num_threads(), "device": device, "stages": stages}
+
+
+def keel_stage(kind: str, folder: Path, device: str) -> dict[str, Any]:
     """The stage of `kind` as the peers have it."""
     kind, _, auto = kind.partition("-")
-    rows, dtype = str(folder / "rows.jsonl"), "auto" if auto else "float32"
+    rows, dtype = str(folder / "rows.jsonl"), "auto" if auto or device != "cpu" else "float32"
 
     def model(name: str) -> dict[str, Any]:
         return {"path": str(folder / name), "dtype": dtype}
@@ -146,10 +173,8 @@ def keel_stage(kind: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def of_keel(kind: str, folder: Path) -> None:
+def of_keel(kind: str, folder: Path, device: str) -> None:
     """In a process of its own: run the stage, print what it took."""
-    import torch
-
     import keel.stages.grpo
     import keel.stages.preference
     import keel.stages.reward  # noqa: F401
@@ -157,25 +182,23 @@ def of_keel(kind: str, folder: Path) -> None:
     from keel.pipeline import Pipeline
 
     before, ends = resident("VmRSS"), list[float]()
-    config = {
-        "name": "bench", "threads": torch.get_num_threads(), "device": "cpu", "stages": {"stage": keel_stage(kind, folder)}
-    }  # fmt: skip
     marks: list[float] = []  # when the reference of dpo began to read, which is before the first step
 
     def say(line: str) -> None:
         marks.extend([time.perf_counter()] if "the reference reads" in line else [])
 
     with tempfile.TemporaryDirectory() as place:
-        progress = lambda *step: ends.append(time.perf_counter())  # noqa: E731
-        Pipeline(parse(config), Path(place), say=say, progress=progress).run()
+        progress = lambda *step: ends.append(now(device))  # noqa: E731
+        config = parse(keel_config(kind, folder, device))
+        Pipeline(config, Path(place), say=say, progress=progress).run()
     reading = sum(ends[0] - mark for mark in marks)
-    report(ends, before, reading * BATCH / ROWS)
+    report(ends, before, device, reading * BATCH / ROWS)
 
 
 # ---------------------------------------------------------------- the peers' side
 
 
-def of_trl(kind: str, folder: Path) -> None:
+def of_trl(kind: str, folder: Path, device: str) -> None:
     """In a process of its own: train as TRL does, print what it took."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -190,8 +213,8 @@ def of_trl(kind: str, folder: Path) -> None:
     tokenizer, steps = AutoTokenizer.from_pretrained(folder / "plain"), STEPS[kind]
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     common: dict[str, Any] = {
-        "output_dir": str(folder / "out"), "learning_rate": LR, "report_to": "none", "use_cpu": True, "bf16": False, "fp16": False,
-        "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True, "seed": 0,
+        "output_dir": str(folder / "out"), "learning_rate": LR, "report_to": "none", "use_cpu": device == "cpu", "bf16": device != "cpu",
+        "fp16": False, "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True, "seed": 0,
         "dataloader_pin_memory": False,
     }  # fmt: skip
     parts = {"per_device_train_batch_size": MICRO, "gradient_accumulation_steps": BATCH // MICRO}
@@ -239,16 +262,16 @@ def of_trl(kind: str, folder: Path) -> None:
             make = trl.GRPOTrainer
             settings = trl.GRPOConfig(num_generations=8, max_completion_length=RESPONSE, beta=0.04, **fixed)
             more |= {"model": str(folder / "ending"), "reward_funcs": [varied], "train_dataset": table(prompt="prompt")}  # fmt: skip
-    make(args=settings, callbacks=[_clock(ends)], **more).train()
-    report(ends, before)
+    make(args=settings, callbacks=[_clock(ends, device)], **more).train()
+    report(ends, before, device)
 
 
-def _clock(ends: list[float]) -> Any:
+def _clock(ends: list[float], device: str) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_step_end(self, *given: Any, **named: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(now(device))
 
     return Clock()
 
@@ -262,25 +285,64 @@ def resident(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def report(ends: list[float], before: float, more: float = 0.0) -> None:
+def now(device: str) -> float:
+    """Seconds, when all that was launched on the device is done."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def report(ends: list[float], before: float, device: str, more: float = 0.0) -> None:
     """One line of JSON. The first step is the warm-up: its time is not counted. more: what each step owes to work that was
     done before the first (with the warm-up's own time in it, so that it is too much rather than too little)."""
+    import torch
+
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1) + more
-    print(json.dumps({"seconds": seconds, "memory": resident("VmHWM") - before, "steps": len(ends)}))
+    on_cpu = device == "cpu"
+    memory = resident("VmHWM") - before if on_cpu else torch.cuda.max_memory_allocated() / 2**20
+    print(json.dumps({"seconds": seconds, "memory": memory, "steps": len(ends)}))
 
 
 def measured(
-    python: str, kind: str, side: str, folder: Path, threads: int, path: str | None
+    python: str,
+    kind: str,
+    side: str,
+    folder: Path,
+    threads: int,
+    path: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, float]:
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
         "TOKENIZERS_PARALLELISM": "false", **({"PYTHONPATH": path} if path else {}),
     }  # fmt: skip
-    command = [python, __file__, kind, "--side", side, "--folder", str(folder), "--threads", str(threads)]
+    command = [
+        python, __file__, kind, "--side", side, "--folder", str(folder), "--threads", str(threads), "--device", device
+    ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{side} {kind} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
+    """A line a kind: both sides, in turn, and their ratios."""
+    print(f"{'':<10}{'TRL, s':>9}{'keel, s':>9}{'ratio':>8}   {'TRL, MiB':>9}{'keel, MiB':>10}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as place:
+        prepare(Path(place), settings.size)
+        for kind in kinds:
+            path = settings.ppo_peer if kind.startswith("ppo") else None
+            shared = Path(place), settings.threads
+            pairs = [
+                (
+                    measured(settings.peer, kind, "trl", *shared, path, settings.device),
+                    measured(sys.executable, kind, "keel", *shared, None, settings.device),
+                )
+                for _ in range(settings.pairs)
+            ]
+            print(f"{kind:<10}{_row(pairs, 'seconds', 2)}   {_row(pairs, 'memory', 0)}", flush=True)
 
 
 def main() -> None:
@@ -292,6 +354,8 @@ def main() -> None:
     parser.add_argument("--ppo-peer", help="a folder with TRL 1.12")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     settings = parser.parse_args()
@@ -301,21 +365,10 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(settings.threads)
-        (of_keel if settings.side == "keel" else of_trl)(settings.kinds[0], settings.folder)
+        side = of_keel if settings.side == "keel" else of_trl
+        side(settings.kinds[0], settings.folder, settings.device)
         return
-    print(f"{'':<10}{'TRL, s':>9}{'keel, s':>9}{'ratio':>8}   {'TRL, MiB':>9}{'keel, MiB':>10}{'ratio':>8}")
-    with tempfile.TemporaryDirectory() as place:
-        prepare(Path(place))
-        for kind in settings.kinds or KINDS:
-            path = settings.ppo_peer if kind.startswith("ppo") else None
-            pairs = [
-                (
-                    measured(settings.peer, kind, "trl", Path(place), settings.threads, path),
-                    measured(sys.executable, kind, "keel", Path(place), settings.threads, None),
-                )
-                for _ in range(settings.pairs)
-            ]
-            print(f"{kind:<10}{_row(pairs, 'seconds', 2)}   {_row(pairs, 'memory', 0)}", flush=True)
+    compare(settings, settings.kinds or KINDS)
 
 
 def _row(pairs: list[tuple[dict[str, float], dict[str, float]]], what: str, places: int) -> str:

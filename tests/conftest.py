@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, LlamaCo
 from keel.config import PPOConfig, parse
 from keel.data import chat
 from keel.data.load import load
-from keel.models import prefixes
+from keel.models import precision, prefixes
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
 from keel.pipeline import Pipeline
@@ -52,6 +52,14 @@ class Data:
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _in_float32() -> Iterator[None]:
+    """`dtype: auto`, the default, is float32 in tests, whatever processor they run on; those that test bfloat16 ask for it."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it patched
+        patch.setattr(precision, "fast_in_bfloat16", lambda device: False)
+        yield
 
 
 @pytest.fixture

@@ -502,3 +502,19 @@ def test_config_cannot_be_changed_after_validation():
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
     assert isinstance(config, RunConfig)
+
+
+def test_the_runs_dtype_is_that_of_every_stage_that_does_not_say_another():
+    stages = {
+        "base": {"kind": "pretrain", "model": {"init": {"model_type": "llama"}, "dtype": "auto"}, "data": "a.txt"},
+        "sft": {"kind": "sft", "model": "base", "data": "b.jsonl"},
+        "small": {"kind": "sft", "model": {"path": "base", "quantize": "4bit"}, "lora": {}, "data": "b.jsonl"},
+        "judge": {"kind": "evaluate", "models": ["sft"], "gold": "world:helpdesk", "data": "c.jsonl"},
+    }  # fmt: skip
+    found = parse({"name": "run", "dtype": "float32", "stages": stages}).stages
+    assert [found[name].model.dtype for name in ("base", "sft", "small")] == ["auto", "float32", "bfloat16"]  # pyright: ignore
+    assert found["judge"].dtype == "float32"  # pyright: ignore
+    found = parse({"name": "run", "stages": stages}).stages
+    assert [found[name].model.dtype for name in ("sft", "small")] == ["auto", "bfloat16"]  # pyright: ignore
+    with pytest.raises(UsageError, match="dtype"):
+        parse({"name": "run", "dtype": "half", "stages": stages})

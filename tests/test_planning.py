@@ -13,6 +13,7 @@ from transformers import DistilBertConfig
 from keel import planning, plantext
 from keel.config import parse
 from keel.data.batches import split_holdout
+from keel.footprint import Lengths
 from keel.models.load import load_tokenizer
 from keel.pipeline import Pipeline
 
@@ -250,6 +251,55 @@ def test_what_rests_on_the_cpu_is_counted_where_it_works(plan, data, tiny_model,
     assert {name: set(roles) for name, roles in phases.items()} == {
         "rollout": {"policy"}, "score": {"policy", "reward"}, "forward": {"policy", "reference"}, "train": {"policy"},
     }  # fmt: skip
+
+
+def _activations(entry: dict[str, Any], role: str) -> int:
+    return entry["memory"]["phases"]["train"][role]["activations"]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_a_prompt_that_both_sides_of_a_pair_share_is_planned_to_be_read_once(
+    plan, tiny_model, tmp_path, kind
+):
+    """Against rows as long, of which all is response."""
+    rows = {"shared": ("the cat is red, so " * 3, " red", " so"), "apart": ("the", " cat" * 22, " red" * 22)}
+    stages = {}
+    for name, (prompt, chosen, rejected) in rows.items():
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        (tmp_path / name).with_suffix(".jsonl").write_text(8 * (json.dumps(row) + "\n"))
+        stages[name] = {
+            "kind": kind,
+            "model": str(tiny_model),
+            "data": str(tmp_path / f"{name}.jsonl"),
+            "batch_size": 8,
+        }
+    planned = plan(**stages)
+    lengths = [sum(planned[name]["memory"]["longest"].values()) for name in rows]
+    assert lengths[0] == pytest.approx(lengths[1], abs=2)
+    role = "policy" if kind == "dpo" else "model"
+    shared, apart = (_activations(planned[name], role) for name in rows)
+    assert shared < 0.7 * apart
+
+
+def test_samples_of_a_prompt_are_planned_to_share_it_as_far_as_they_share_a_mini_batch(
+    plan, data, tiny_model
+):
+    ppo = {
+        "kind": "ppo", "model": str(tiny_model), "reward": {"kind": "length", "low": 1, "high": 9}, "data": str(data.prompts),
+        "batch_size": 16, "sampling": {"max_new_tokens": 3},
+    }  # fmt: skip
+    group = {**ppo, "samples_per_prompt": 4}
+    planned = plan(one=ppo, four=group, mini={**group, "mini_batch": 4}, few={**ppo, "mini_batch": 4})
+    one, four, mini, few = (_activations(planned[name], "policy") for name in ("one", "four", "mini", "few"))
+    assert four < 0.8 * one
+    assert mini == few  # drawn at random from 16, all 4 may be of different prompts
+
+
+def test_no_row_takes_more_than_the_one_that_is_planned_for():
+    rows = [Lengths(90, 10, 5), Lengths(0, 60, 60), Lengths(20, 70, 1)]
+    assert Lengths.of_all(rows) == Lengths(30, 70, 60)
+    assert Lengths.of_all(rows).within(64) == Lengths(0, 64, 60)
+    assert Lengths.of_all([Lengths(3, 2), Lengths(1, 1)]) == Lengths(3, 2)
 
 
 def test_weights_in_4_bit_are_planned_without_bitsandbytes(plan, data):

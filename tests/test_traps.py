@@ -712,6 +712,7 @@ def test_trap_every_setting_is_read_by_something(
     # read while the config is: test_grpo.py says what a preset becomes, and a term's kind is the class that it is read as
     expanded = {"GRPOConfig.preset"} | {name for name in settings if name.endswith("Term.kind")}
     # written out as stages before that: test_rounds.py
+    expanded |= {"RunConfig.dtype"}  # in every stage: test_config.py
     expanded |= {"RunConfig.rounds", *(name for name in settings if name.startswith("RoundsConfig."))}
     assert settings - read - REFUSED.keys() - expanded == set()
 

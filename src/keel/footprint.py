@@ -5,7 +5,7 @@ What the stages do is written here a second time, as arithmetic; `benchmarks/mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -26,8 +26,9 @@ from keel.config import (
     Training,
 )
 from keel.config.preference import REFERENCE_FREE
-from keel.models import memory, quantised
-from keel.models.memory import Lora, Model, Pass, Phase, fullest, resident, training, with_parts
+from keel.models import activations, foreseen, memory, quantised
+from keel.models.memory import Forward, Lora, Model
+from keel.models.phases import Pass, Phase, fullest, resident, training, with_parts
 from keel.models.shapes import Head, Shape
 from keel.rewards.learned import ROWS_A_FORWARD
 from keel.sources import lora_of
@@ -44,6 +45,7 @@ class Lengths:
 
     prompt: int
     answer: int
+    other: int | None = None  # of a pair the shorter side; None: as long as the longer one
 
     @property
     def total(self) -> int:
@@ -54,7 +56,15 @@ class Lengths:
         if limit is None or self.total <= limit:
             return self
         answer = min(self.answer, limit)
-        return Lengths(limit - answer, answer)
+        return Lengths(limit - answer, answer, None if self.other is None else min(self.other, limit))
+
+    @staticmethod
+    def of_all(rows: Sequence[Lengths]) -> Lengths:
+        """A row as long as the longest, of which as much is answer as of any, so that no row takes more."""
+        answer, total = (max(getattr(row, name) for row in rows) for name in ("answer", "total"))
+        return Lengths(
+            total - answer, answer, max((row.other for row in rows if row.other is not None), default=None)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +144,33 @@ def _with_best(phase: Phase, models: Mapping[str, Model], role: str, patience: i
 def _language(stage: Supervised, cast: Cast, lengths: Lengths, device: Device) -> Phase:
     """Language modelling with the model's own dropout."""
     model = _trained(stage, cast.model, device, dropout=True)
-    rows, length = _rows(stage, stage.batch_size, lengths.total), lengths.total
-    everything = isinstance(stage, PretrainConfig) or (
-        isinstance(stage, SFTConfig) and stage.loss_on == "all"
-    )
-    counted = rows * (length if everything else lengths.answer)
-    logits = memory.loss_logits(model, counted)
+    rows = _rows(stage, stage.batch_size, lengths.total)
+    if isinstance(stage, PretrainConfig) or (isinstance(stage, SFTConfig) and stage.loss_on == "all"):
+        lengths = Lengths(0, lengths.total)
+    read = foreseen.forward(model, [foreseen.answer(i, lengths.prompt, lengths.answer) for i in range(rows)])
+    logits = memory.loss_logits(model, rows * lengths.answer)
     if isinstance(stage, SFTConfig) and stage.packing:
-        logits += 2 * rows * length * length * model.bytes  # the mask, and what it is made from
+        read = Forward(rows, lengths.total, masked=True)
+        logits += read.tokens * lengths.total * model.bytes  # what the mask is made from
     models = {"model": model}
-    accumulates = rows < stage.batch_size
-    phase = training(models, [Pass("model", rows, length, logits)], accumulates=accumulates)
+    phase = training(models, [Pass("model", [read], logits)], accumulates=rows < stage.batch_size)
     return _with_best(phase, models, "model", stage.patience)
+
+
+def _sides(row: Callable[[int, int, int], foreseen.Row], pairs: int, lengths: Lengths) -> list[foreseen.Row]:
+    """Both sides of so many pairs."""
+    sides = (lengths.answer, lengths.answer if lengths.other is None else lengths.other)
+    return [row(pair, lengths.prompt, side) for pair in range(pairs) for side in sides]
+
+
+def _read(model: Model, rows: Sequence[foreseen.Row]) -> list[Forward]:
+    """The forwards in which a reward model and the losses of pairs read rows."""
+    return [foreseen.forward(model, part) for part in foreseen.parts(rows, ROWS_A_FORWARD)]
+
+
+def _working(model: Model, reads: Sequence[Forward]) -> float:
+    """What the largest of forwards without gradient, one after the other, holds at most."""
+    return max(activations.working(model, read) for read in reads)
 
 
 def _scoring_model(
@@ -155,10 +180,11 @@ def _scoring_model(
     labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
     model = replace(_trained(stage, cast.model, device, dropout=True), head="score", labels=labels)
     models, found = {"model": model}, []
-    pairs = isinstance(stage, RewardConfig)
-    rows = _rows(stage, stage.batch_size, lengths.total * (2 if pairs else 1))
-    passed = Pass("model", 2 * rows if pairs else rows, lengths.total)
-    phase = training(models, [passed], accumulates=rows < stage.batch_size)
+    rows = _rows(stage, stage.batch_size, lengths.total * (2 if isinstance(stage, RewardConfig) else 1))
+    reads = [Forward(rows, lengths.total)]
+    if isinstance(stage, RewardConfig):
+        reads = _read(model, _sides(foreseen.scored, rows, lengths))
+    phase = training(models, [Pass("model", reads)], accumulates=rows < stage.batch_size)
     if isinstance(stage, RewardConfig) and stage.normalize and not model.shape.is_encoder:
         prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
         dtype = _held_in(stage.model.dtype, stage.model.quantize)
@@ -172,24 +198,39 @@ def _pairs(stage: DPOConfig, cast: Cast, lengths: Lengths, device: Device) -> li
     policy, found = _trained(stage, cast.model, device), []
     models = {"policy": policy}
     if stage.loss not in REFERENCE_FREE:
-        whole = _rows(stage, stage.batch_size, lengths.total)
-        one = min(ROWS_A_FORWARD, whole)
-        asked = replace(policy, trained=False, lora=None)
-        held = {"policy": asked}
-        if cast.reference:
-            held["reference"] = _frozen(cast.reference, stage.model.dtype, device)
-        role = "reference" if cast.reference else "policy"
-        logits = memory.loss_logits(replace(held[role], trained=False), whole * lengths.answer)
-        parts = with_parts(
-            resident(held), role, logits=logits, activations=memory.working(held[role], one, lengths.total)
-        )
-        found.append(Phase("reference", parts))
+        found.append(_reference(stage, cast, lengths, device))
     sides = 1 if stage.loss == "kto" else 2
-    rows = sides * _rows(stage, stage.batch_size, sides * lengths.total)
-    logits = memory.loss_logits(policy, rows * lengths.answer)
-    accumulates = rows < sides * stage.batch_size
-    phase = training(models, [Pass("policy", rows, lengths.total, logits)], accumulates=accumulates)
+    count = _rows(stage, stage.batch_size, sides * lengths.total)
+    rows = _responses(stage, count, lengths)
+    tokens = sum(row.asked for row in rows)
+    logits = memory.loss_logits(policy, tokens) + memory.kept_states(policy, tokens)  # `joined` copies them
+    phase = training(
+        models, [Pass("policy", _read(policy, rows), logits)], accumulates=count < stage.batch_size
+    )
     return [*found, _with_best(phase, models, "policy", stage.patience)]
+
+
+def _responses(stage: DPOConfig, count: int, lengths: Lengths) -> list[foreseen.Row]:
+    """Those of so many pairs; with KTO, where examples meet by chance, of so many prompts."""
+    if stage.loss == "kto":
+        return [foreseen.answer(i, lengths.prompt, lengths.answer) for i in range(count)]
+    return _sides(foreseen.answer, count, lengths)
+
+
+def _reference(stage: DPOConfig, cast: Cast, lengths: Lengths, device: Device) -> Phase:
+    """The log-probabilities of all responses, in parts of as many rows as the micro-batch has examples."""
+    held = {"policy": replace(_trained(stage, cast.model, device), trained=False, lora=None)}
+    if cast.reference:
+        held["reference"] = _frozen(cast.reference, stage.model.dtype, device)
+    role = "reference" if cast.reference else "policy"
+    model = replace(held[role], trained=False)
+    rows = _rows(stage, stage.batch_size, lengths.total)
+    part = max(foreseen.parts(_responses(stage, rows, lengths), rows), key=len)
+    tokens = sum(row.asked for row in part)
+    logits = memory.loss_logits(model, tokens) + memory.kept_states(model, tokens)
+    inside = _working(model, _read(model, part))
+    parts = with_parts(resident(held), role, logits=logits, activations=inside, casts=memory.casts(model))
+    return Phase("reference", parts)
 
 
 def _best_of_n(stage: BestOfNConfig, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
@@ -198,7 +239,7 @@ def _best_of_n(stage: BestOfNConfig, cast: Cast, lengths: Lengths, device: Devic
     held = sampler | _rewards(cast, stage.model.dtype, device)
     rows = PROMPTS_AT_ONCE * stage.samples_per_prompt
     found = [_rollout(held, "sampler", rows, lengths, name="samples")]
-    found += _judging(held, stage.batch_size, lengths)
+    found += _judging(held, stage.batch_size, lengths, stage.samples_per_prompt)
     return [*found, _language(stage, cast, lengths, device)]
 
 
@@ -213,34 +254,53 @@ def _collect(stage: CollectConfig, cast: Cast, lengths: Lengths, device: Device)
 def _on_policy(stage: OnPolicy, cast: Cast, lengths: Lengths, device: Device) -> list[Phase]:
     """Every update: rollout, the rewards' scores, everybody's log-probabilities and values, gradient steps."""
     models = roles(stage, cast, device)
-    policy = models["policy"]
-    length, answer = lengths.total, lengths.answer
-    rows = _rows(stage, stage.batch_size, length)
-    kept = stage.batch_size * answer * policy.shape.hidden * policy.bytes if stage.trusts_sampler else 0
-    sampled = _rollout(models, "policy", min(SAMPLED_AT_ONCE, stage.batch_size), lengths)
-    found = [Phase(sampled.name, with_parts(sampled.parts, "policy", activations=kept))]
-    found += [
-        Phase(phase.name, with_parts(phase.parts, "policy", activations=kept))
-        for phase in _judging(models, rows, lengths)
+    policy, whole = models["policy"], stage.batch_size
+    kept = whole * lengths.answer * policy.shape.hidden * policy.bytes if stage.trusts_sampler else 0
+    sampled = _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
+    judged = _judging(models, _rows(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
+    found = [
+        Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
     ]
-    inside = kept + memory.working(policy, rows, length)
-    logits = memory.score_logits(policy, rows * answer)
+    part = _fullest_part(stage, policy, whole, lengths)
+    inside = kept + activations.working(policy, foreseen.forward(policy, part))
+    logits = memory.score_logits(policy, sum(row.asked for row in part))
     parts = with_parts(resident(models), "policy", activations=inside, logits=logits)
+    for role in ("reference", "critic") if stage.trusts_sampler else ("policy", "reference", "critic"):
+        if role in models:
+            parts = with_parts(parts, role, casts=memory.casts(models[role]))
     found.append(Phase("forward", parts))
-    mini = stage.mini_batch or stage.batch_size
-    rows = _rows(stage, mini, length)
-    logits = memory.loss_logits(policy, rows * answer, entropy=True, entropy_learns=stage.entropy_coef > 0)
-    passes = [Pass("policy", rows, length, logits)]
-    if "critic" in models:
-        passes.append(Pass("critic", rows, length))
-    found.append(training(models, passes, accumulates=rows < mini))
+    found.append(_steps(stage, models, lengths))
     if stage.ptx:  # after the policy's gradient is there
-        ptx = _rows(stage, stage.ptx.batch_size, length)
-        logits = memory.loss_logits(policy, ptx * length)
-        found.append(training(models, [Pass("policy", ptx, length, logits)], accumulates=True, name="ptx"))
+        rows = _rows(stage, stage.ptx.batch_size, lengths.total)
+        read = foreseen.forward(policy, [foreseen.answer(i, 0, lengths.total) for i in range(rows)])
+        logits = memory.loss_logits(policy, read.tokens)
+        found.append(training(models, [Pass("policy", [read], logits)], accumulates=True, name="ptx"))
     if stage.offload:
         found = [_without_resting(phase, models) for phase in found]
     return [_with_best(phase, models, "policy", stage.patience) for phase in found]
+
+
+def _steps(stage: OnPolicy, models: Mapping[str, Model], lengths: Lengths) -> Phase:
+    """The gradient steps of policy and critic, which read the same rows."""
+    policy, mini = models["policy"], stage.mini_batch or stage.batch_size
+    part = _fullest_part(stage, policy, mini, lengths)
+    tokens, learns = sum(row.asked for row in part), stage.entropy_coef > 0
+    logits = memory.loss_logits(policy, tokens, entropy=True, entropy_learns=learns)
+    waiting = memory.waiting_logits(policy, tokens)
+    passes = [Pass("policy", [foreseen.forward(policy, part)], logits, waiting)]
+    if "critic" in models:
+        passes.append(Pass("critic", [foreseen.forward(models["critic"], part)]))
+    return training(models, passes, accumulates=len(part) < mini)
+
+
+def _fullest_part(stage: OnPolicy, model: Model, count: int, lengths: Lengths) -> list[foreseen.Row]:
+    """Of the parts in which so many episodes of an update go through a forward. They are of as many prompts as can be: a
+    mini-batch is drawn at random."""
+    prompts = stage.batch_size // stage.samples_per_prompt
+    rows = [foreseen.answer(i % prompts, lengths.prompt, lengths.answer) for i in range(count)]
+    at_once = None if stage.micro_tokens else min(stage.rows_at_once or count, count)
+    found = foreseen.parts(rows, at_once, stage.micro_tokens)
+    return max(found, key=lambda part: activations.working(model, foreseen.forward(model, part)))
 
 
 def _without_resting(phase: Phase, models: Mapping[str, Model]) -> Phase:
@@ -295,27 +355,32 @@ def _rollout(
 ) -> Phase:
     """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache, of which one
     layer is there twice while it grows."""
-    model, base = models[role], resident(models)
+    model, base = models[role], with_parts(resident(models), role, casts=memory.casts(models[role]))
     one_layer = 1 + 1 / model.shape.layers
     prefill = with_parts(
         base, role, kv_cache=memory.kv_cache(model, rows, lengths.prompt),
-        activations=memory.working(model, rows, lengths.prompt), logits=memory.sampling_logits(model, rows, lengths.prompt),
+        activations=activations.working(model, Forward(rows, lengths.prompt)), logits=memory.sampling_logits(model, rows, lengths.prompt),
     )  # fmt: skip
     end = with_parts(
         base, role, kv_cache=memory.kv_cache(model, rows, lengths.total) * one_layer,
-        activations=memory.working(model, rows, lengths.total, new=1), logits=memory.sampling_logits(model, rows, 1),
+        activations=activations.working(model, Forward(rows, lengths.total), new=1), logits=memory.sampling_logits(model, rows, 1),
     )  # fmt: skip
     return fullest(name, [prefill, end])
 
 
-def _judging(models: dict[str, Model], rows: int, lengths: Lengths) -> list[Phase]:
-    """The rewards' forwards, one after the other."""
+def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int = 1) -> list[Phase]:
+    """The rewards' forwards, one after the other. samples: rows of one prompt."""
     found: list[Phase] = []
     for role, model in models.items():
         if role.startswith("reward"):
-            at_once = CLASSIFIED_AT_ONCE if model.head == "none" else rows
-            inside = memory.working(model, at_once, lengths.within(model.shape.context).total)
-            found.append(Phase("score", with_parts(resident(models), role, activations=inside)))
+            own = lengths.within(model.shape.context)
+            reads = [Forward(CLASSIFIED_AT_ONCE, own.total)]
+            if model.head != "none":
+                few = range(min(rows, ROWS_A_FORWARD))
+                reads = _read(model, [foreseen.scored(i // samples, own.prompt, own.answer) for i in few])
+            inside = _working(model, reads)
+            parts = with_parts(resident(models), role, activations=inside, casts=memory.casts(model))
+            found.append(Phase("score", parts))
     return [max(found, key=lambda phase: phase.total)] if found else []
 
 
@@ -327,8 +392,10 @@ def _evaluate(stage: EvaluateConfig, cast: Cast, lengths: Lengths, device: Devic
     models |= _rewards(cast, stage.dtype, device)
     rows = stage.batch_size
     found = [_rollout(models, "model", rows, lengths), *_judging(models, rows, lengths)]
+    model = models["model"]
+    inside = activations.working(model, Forward(rows, lengths.total))
+    logits = memory.score_logits(model, rows * lengths.answer)
     parts = with_parts(
-        resident(models), "model", activations=memory.working(models["model"], rows, lengths.total),
-        logits=memory.score_logits(models["model"], rows * lengths.answer),
-    )  # fmt: skip
+        resident(models), "model", activations=inside, logits=logits, casts=memory.casts(model)
+    )
     return [*found, Phase("forward", parts)]

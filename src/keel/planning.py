@@ -231,7 +231,7 @@ def _parameters(pipeline: Pipeline, name: str, tokenizer: Any | None) -> int | N
 def _memory(
     pipeline: Pipeline, name: str, lengths: Lengths, micro_batch: int | None = None
 ) -> dict[str, Any] | None:
-    """`longest`: tokens of the longest row, `prompt` and `answer`; `phases`: phase → role → kind → bytes on this machine's
+    """`longest`: `prompt` and `answer` of a row as long as the longest, whose answer is as long as any, in tokens; `phases`: phase → role → kind → bytes on this machine's
     device; `peak` and `peak_phase`; `cards`: size in GB → whether the stage fits, and settings that would make it fit;
     `estimated`: a model is of a type that keel does not know block by block."""
     stage = pipeline.config.stages[name]
@@ -324,7 +324,7 @@ def _origin(pipeline: Pipeline, name: str) -> str:
 
 
 def _longest(pipeline: Pipeline, name: str, tokenizer: Any | None, datasets: list[Dataset]) -> Lengths:
-    """Tokens of the longest row that a stage will see: of the rows longest in characters, as the stage writes them."""
+    """Tokens of the longest rows that a stage will see: of the rows longest in characters, as the stage writes them."""
     stage = pipeline.config.stages[name]
     limit = getattr(stage, "max_length", None) or _context(pipeline, name)
     packed = isinstance(stage, SFTConfig) and stage.packing
@@ -341,7 +341,7 @@ def _longest(pipeline: Pipeline, name: str, tokenizer: Any | None, datasets: lis
         new = stage.sampling.max_new_tokens
         prompt = max(row.total for row in rows)
         return Lengths(min(prompt, max(1, limit - new)) if limit else prompt, new)
-    return max(rows, key=lambda row: row.total).within(limit)
+    return Lengths.of_all(rows).within(limit)
 
 
 def _context(pipeline: Pipeline, name: str) -> int | None:
@@ -351,12 +351,13 @@ def _context(pipeline: Pipeline, name: str) -> int | None:
 
 
 def _lengths(tokenizer: Any | None, record: Record) -> Lengths:
-    """Of one record; of a pair its longer side."""
+    """Of one record."""
     if isinstance(record, TextRecord):
         return Lengths(0, math.ceil(_length(tokenizer, record)))
     prompt = _count(tokenizer, record.prompt)
     if isinstance(record, PreferenceRecord):
-        return Lengths(prompt, max(_count(tokenizer, side) for side in (record.chosen, record.rejected)) + 1)
+        shorter, longer = sorted(_count(tokenizer, side) + 1 for side in (record.chosen, record.rejected))
+        return Lengths(prompt, longer, shorter)
     if isinstance(record, DemonstrationRecord | UnpairedRecord):
         return Lengths(prompt, _count(tokenizer, record.completion) + 1)  # its EOS
     return Lengths(prompt, 0)

@@ -34,7 +34,7 @@ class CollectConfig(Stage):
     )
     batch_size: int = Field(64, ge=2, description="Replies sampled at once.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of the model, as in `model.dtype` of other stages."
+        "auto", description="Precision of the model, as in `model.dtype` of other stages."
     )
     trust_remote_code: bool = Field(
         False, description="Run Python that comes with the model. Off unless you trust its author."

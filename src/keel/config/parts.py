@@ -96,7 +96,7 @@ class ModelConfig(Settings):
     )
     chat_template: str | None = Field(None, description="Jinja chat template; replaces the tokenizer's own.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32",
+        "auto",
         description="Precision. auto: weights in float32, matrix products in bfloat16 where the hardware is fast in it (CUDA from Ampere on, CPUs with AMX). Else that of the weights in memory, and of all that is computed.",
     )
     quantize: Quantize = Field(

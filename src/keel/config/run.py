@@ -58,7 +58,7 @@ class EvaluateConfig(Stage):
     )
     batch_size: int = Field(64, ge=1, description="Sequences in one forward. Changes memory, not results.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of all models, as in `model.dtype` of other stages."
+        "auto", description="Precision of all models, as in `model.dtype` of other stages."
     )
 
     trust_remote_code: bool = Field(
@@ -138,6 +138,10 @@ class RunConfig(Settings):
         None, ge=1, description="CPU threads; null: all cores. Results are reproducible for one value."
     )
     device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="Precision of every model, as in `model.dtype`, where a stage does not say another; null: what stages say themselves (auto).",
+    )
     rounds: RoundsConfig | None = Field(
         None,
         description="Refresh a reward model on what the policy has become, round by round; the run's config shows the stages.",
@@ -149,7 +153,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, values: Any) -> Any:
-        return expanded(values) if isinstance(values, dict) else values
+        return _in_precision(expanded(values)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _sound_rounds(self) -> RunConfig:
@@ -190,6 +194,25 @@ class RunConfig(Settings):
             _check_start(name, stage, self.stages)
             seen.add(name)
         return self
+
+
+def _in_precision(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the run's `dtype` in every stage that does not say another."""
+    dtype, stages = values.get("dtype"), values.get("stages")
+    if dtype is None or not isinstance(stages, Mapping):
+        return values
+    return {**values, "stages": {name: _stage_in(dtype, stage) for name, stage in stages.items()}}
+
+
+def _stage_in(dtype: Any, stage: Any) -> Any:
+    if not isinstance(stage, Mapping):
+        return stage
+    if stage.get("kind") in ("evaluate", "collect"):
+        return {"dtype": dtype, **stage}
+    model = {"path": stage["model"]} if isinstance(stage.get("model"), str) else stage.get("model")
+    if not isinstance(model, Mapping) or model.get("quantize") is not None:
+        return stage  # what is not quantised has a precision of its own
+    return {**stage, "model": {"dtype": dtype, **model}}
 
 
 def _check_collected(

@@ -25,6 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from keel.models.fused import turned
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+KINDS = ("llama", "mistral", "qwen2", "qwen3")  # the model types that have them
 WORTH = 0.05  # share of the layer that must be saved
 OF_LAYER = 7 / 8  # of its products with weights; keys and values are the rest, less where heads share them
 MASK_AT_MOST = 2**26  # bytes of the masks of one forward
@@ -52,18 +53,29 @@ def looked_at(model: Any, index: Tensor, shape: Sequence[int]) -> Iterator[None]
 
 
 def _worth_it(layer: Any, index: Tensor, shape: Sequence[int]) -> bool:
-    """Whether fewer products with weights outweigh attention that takes a mask, where the whole layer's needs none."""
     rows, length = shape
     if not len(index):
         return False
     most = int(torch.bincount(index // length, minlength=rows).max())
+    config = layer.self_attn.config
+    return worth_it(rows, length, len(index), most, weight_of(config.hidden_size, config.intermediate_size))
+
+
+def worth_it(rows: int, length: int, positions: int, most: int, weight: float) -> bool:
+    """Whether fewer products with weights outweigh attention that takes a mask, where the whole layer's needs none.
+
+    positions: those looked at, each once, `most` of them in one row. weight: see `weight_of`.
+    """
     if 4 * rows * most * length > MASK_AT_MOST:
         return False
-    config = layer.self_attn.config
-    weight = 4.0 * config.hidden_size + 3.0 * config.intermediate_size  # a token's, for each channel
     whole = rows * length * (weight + DEARER * length / 2)
-    saved = (rows * length - len(index)) * OF_LAYER * weight
+    saved = (rows * length - positions) * OF_LAYER * weight
     return saved - DEARER * rows * length * (most - length / 2) > WORTH * whole
+
+
+def weight_of(hidden: int, inner: int) -> float:
+    """A token's products with the weights of a layer, for each of the layer's channels."""
+    return 4.0 * hidden + 3.0 * inner
 
 
 def _last_of(model: Any) -> Any:
@@ -87,9 +99,11 @@ def _narrow(
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
+    past_key_values: Any = None,
     **more: Any,
 ) -> Tensor:
-    """`layer`'s forward on (B, S, d) hidden states, at `index` alone."""
+    """`layer`'s forward on (B, S, d) hidden states, at `index` alone. past_key_values: an empty cache, which gets the keys and
+    values of all positions."""
     assert position_embeddings is not None, "the trunk rotates"
     rows_, length, width = hidden_states.shape
     attention = layer.self_attn
@@ -101,6 +115,8 @@ def _narrow(
     q = _heads(attention, "q", x.flatten(0, 1).index_select(0, index))
     cos, sin = (angle.expand(rows_, length, -1) for angle in position_embeddings)
     k = _rotated(k, cos.unsqueeze(2), sin.unsqueeze(2)).transpose(1, 2)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, attention.layer_idx)
     q = _rotated(q, *(angle.flatten(0, 1).index_select(0, index).unsqueeze(1) for angle in (cos, sin)))
     attend = AttentionInterface()["sdpa"]
     attended, _ = attend(

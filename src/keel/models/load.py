@@ -272,17 +272,17 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for name in _dropout_rates(module):
+        for name in dropout_rates(module):
             setattr(module, name, 0.0)
     saved = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     copies: dict[int, Any] = {}  # of configs by identity, without dropout
     for module in saved.modules():
         config = vars(module).get("config")
-        if module is saved or not isinstance(config, PreTrainedConfig) or not _dropout_rates(config):
+        if module is saved or not isinstance(config, PreTrainedConfig) or not dropout_rates(config):
             continue
         if id(config) not in copies:
             copies[id(config)] = copy.deepcopy(config)
-            for name in _dropout_rates(config):
+            for name in dropout_rates(config):
                 setattr(copies[id(config)], name, 0.0)
         module.config = copies[id(config)]
 
@@ -292,13 +292,13 @@ def has_dropout(model: nn.Module) -> bool:
     saved = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     for module in model.modules():
         config = vars(module).get("config")
-        own = module is not saved and isinstance(config, PreTrainedConfig) and _dropout_rates(config)
-        if own or _dropout_rates(module) or (isinstance(module, _DropoutNd) and module.p > 0):
+        own = module is not saved and isinstance(config, PreTrainedConfig) and dropout_rates(config)
+        if own or dropout_rates(module) or (isinstance(module, _DropoutNd) and module.p > 0):
             return True
     return False
 
 
-def _dropout_rates(owner: Any) -> list[str]:
+def dropout_rates(owner: Any) -> list[str]:
     """Attributes that are the rate of some dropout, and not 0."""
     return [
         name

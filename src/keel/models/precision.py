@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from keel.models.fused import fuse
+from keel.models.products import casting_once, with_products
 
 
 @cache
@@ -39,24 +40,28 @@ def opened(model: Any, dtype: str) -> Any:
     model.keel_auto = dtype == "auto"
     if dtype == "auto":
         AttentionInterface.register("sdpa", _attention)
-    return fuse(model)
+    return with_products(fuse(model))
 
 
-def computing(model: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def computing(model: Any, device: torch.device) -> Iterator[None]:
     """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype: auto` on
     hardware that is fast in it. Weights are cast once in a context, so it must end before they change."""
-    if _casts(model, device):
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    if not casts(model, device):
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), casting_once():
+        yield
 
 
-def _casts(model: Any, device: torch.device) -> bool:
+def casts(model: Any, device: torch.device) -> bool:
+    """Whether `computing` takes a model's products in bfloat16."""
     return getattr(model, "keel_auto", False) and fast_in_bfloat16(device) and not _is_double(model)
 
 
 def compute_dtype(model: Any, device: torch.device) -> torch.dtype:
     """What `computing` multiplies matrices in."""
-    if _casts(model, device):
+    if casts(model, device):
         return torch.bfloat16
     return next(model.parameters()).dtype
 

@@ -20,11 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from keel.models.head import evaluating
-from keel.models.last_layer import DEARER, MASK_AT_MOST, looked_at
+from keel.models.last_layer import DEARER, MASK_AT_MOST, looked_at, weight_of
 from keel.models.load import has_dropout
 
 WORTH = 0.95  # of the cost of reading apart
 WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")  # names in a config
+KINDS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gpt_neox",
+    "gpt2",
+)  # model types that take masks (tests)
 _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 Forward = Callable[..., Tensor]  # input_ids (R, W) and more inputs → (R, W, d)
@@ -94,14 +103,18 @@ def _laid_out(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: 
     reach = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     reach.scatter_reduce_(0, index // ids.shape[1], index % ids.shape[1] + 1, "amax")
     sequences = [row[:end] for row, end in zip(ids.tolist(), reach.tolist(), strict=True)]
-    size = _dtype(key).itemsize * len(ids)  # of a row of all masks
     weight = _weight(config)
     if weight is None:
         return None
-    groups = worth_it(grouped(sequences, weight, _widest(config, size)), [*map(len, sequences)], weight)
+    groups = together(sequences, weight, width_limit(len(ids), _dtype(key).itemsize, window_of(config)))
     if not groups or not _takes_masks(key, model, forward):
         return None
     return _layout(sequences, groups, ids, index, _dtype(key))
+
+
+def together(sequences: Sequence[Sequence[int]], weight: float, widest: float) -> list[Group]:
+    """How the sequences of a forward are read, each in one of the groups; empty where apart."""
+    return worth_it(grouped(sequences, weight, widest), [*map(len, sequences)], weight)
 
 
 def grouped(sequences: Sequence[Sequence[int]], weight: float, widest: float) -> list[Group]:
@@ -150,17 +163,22 @@ def _cost(width: int, weight: float) -> float:
 
 
 def _weight(config: Any) -> float | None:
-    """Products of a token with the weights of a layer, for each of the layer's channels; None where layers differ."""
+    """`last_layer.weight_of`; None where layers differ."""
     hidden = getattr(config, "hidden_size", None) or 1024
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    return 4.0 * hidden + 3.0 * inner if isinstance(hidden, int) and isinstance(inner, int) else None
+    return weight_of(hidden, inner) if isinstance(hidden, int) and isinstance(inner, int) else None
 
 
-def _widest(config: Any, size: int) -> float:
-    """Tokens of a row that is no wider than a window of the model, and whose mask, for as many rows, is no bigger than allowed.
-    size: bytes of a column of the mask, of all rows together."""
-    windows = [getattr(config, name, None) for name in WINDOWS]
-    return min([(MASK_AT_MOST / size) ** 0.5, *(w for w in windows if isinstance(w, int))])
+def window_of(config: Any) -> int | None:
+    """Tokens that a position of the model sees at most, where its config bounds them."""
+    return min((w for name in WINDOWS if isinstance(w := getattr(config, name, None), int)), default=None)
+
+
+def width_limit(rows: int, itemsize: int, window: int | None) -> float:
+    """Tokens of a row that is no wider than the model's window, and whose mask, for as many rows, is no bigger than allowed.
+    itemsize: bytes of a number of the mask."""
+    of_mask = (MASK_AT_MOST / (itemsize * rows)) ** 0.5
+    return of_mask if window is None else min(of_mask, window)
 
 
 # ---------------------------------------------------------------- how they are laid out

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from keel.models.load import dropout_rates
+from keel.models.prefixes import window_of
+
 Head = Literal["lm", "score", "none"]
 ENCODERS = ("bert", "roberta", "distilbert")
 FAMILIES = (
@@ -56,6 +59,9 @@ class Shape:
     dropout: bool = False  # on the residual branches
     gelu_by_parts: bool = False  # GPT-2's `gelu_new`, written out in elementary operations
     known: bool = True
+    window: int | None = None  # tokens that a position sees at most
+    draws: bool = False  # whether anything is dropped at random in training, there or elsewhere
+    silu: bool = True  # the nonlinearity of a gated MLP
 
     @property
     def queries(self) -> int:
@@ -88,6 +94,16 @@ class Shape:
     @property
     def gated(self) -> bool:
         return not self.layer_norm
+
+    @property
+    def plain_silu(self) -> bool:
+        """Whether its MLP is down(silu(gate(x)) · up(x)), by three matrices without biases."""
+        return self.known and self.silu and not self.mlp_bias and len(self.linears()) == 7
+
+    @property
+    def linear(self) -> bool:
+        """Whether its matrices are torch's linear layers: GPT-2 has others."""
+        return self.known and self.kind != "gpt2"
 
     def linears(self) -> tuple[Linear, ...]:
         """The matrices of one block."""
@@ -174,7 +190,8 @@ def of_config(config: Any) -> Shape | None:
         attention_dropout=_rate(config, "attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"),
         dropout=_rate(config, "resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout"),
         gelu_by_parts=getattr(config, "activation_function", "") == "gelu_new",
-        known=kind in FAMILIES,
+        known=kind in FAMILIES, window=window_of(config), draws=bool(dropout_rates(config)),
+        silu=getattr(config, "hidden_act", "") == "silu",
     )  # fmt: skip
 
 
@@ -192,18 +209,19 @@ def _rate(config: Any, *names: str) -> bool:
 
 def _gpt2(hidden: int, layers: int, heads: int) -> Shape:
     return Shape(
-        "gpt2", hidden, 4 * hidden, layers, heads, heads, hidden // heads, 50257, 1024, True, 1024, 0, True, True, True, True, True, True
+        "gpt2", hidden, 4 * hidden, layers, heads, heads, hidden // heads, 50257, 1024, True, 1024, 0, True, True, True, True, True, True,
+        draws=True,
     )  # fmt: skip
 
 
 def _llama(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, *, kind: str = "llama",
-    tied: bool = False, head_dim: int = 0, qkv_bias: bool = False,
+    tied: bool = False, head_dim: int = 0, qkv_bias: bool = False, window: int | None = None,
 ) -> Shape:  # fmt: skip
     width = head_dim or hidden // heads
     return Shape(
-        kind, hidden, intermediate, layers, heads, kv_heads, width, vocab, context, tied, qkv_bias=qkv_bias
-    )
+        kind, hidden, intermediate, layers, heads, kv_heads, width, vocab, context, tied, qkv_bias=qkv_bias, window=window
+    )  # fmt: skip
 
 
 def _qwen2(
@@ -220,16 +238,24 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, *, tied: boo
     )
 
 
+def _gemma2(hidden: int, intermediate: int, layers: int, heads: int, kv: int) -> Shape:
+    return _llama(
+        hidden, intermediate, layers, heads, kv, 256000, 8192, kind="gemma2", tied=True, head_dim=256, window=4096
+    )  # fmt: skip
+
+
 def _pythia(hidden: int, layers: int, heads: int, vocab: int = 50304) -> Shape:
     width = hidden // heads
     return Shape(
-        "gpt_neox", hidden, 4 * hidden, layers, heads, heads, width, vocab, 2048, qkv_bias=True, out_bias=True, mlp_bias=True
+        "gpt_neox", hidden, 4 * hidden, layers, heads, heads, width, vocab, 2048, qkv_bias=True, out_bias=True, mlp_bias=True,
+        draws=True,
     )  # fmt: skip
 
 
 def _encoder(kind: str, layers: int, vocab: int, positions: int, types: int) -> Shape:
     return Shape(
-        kind, 768, 3072, layers, 12, 12, 64, vocab, 512, True, positions, types, True, True, True, True, True
+        kind, 768, 3072, layers, 12, 12, 64, vocab, 512, True, positions, types, True, True, True, True, True,
+        draws=True,
     )  # fmt: skip
 
 
@@ -261,10 +287,10 @@ KNOWN: dict[str, Shape] = {
     "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32),
     "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40),
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
-    "mistralai/Mistral-7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32000, 32768, kind="mistral"),
-    "google/gemma-2-2b": _llama(2304, 9216, 26, 8, 4, 256000, 8192, kind="gemma2", tied=True, head_dim=256),
-    "google/gemma-2-9b": _llama(3584, 14336, 42, 16, 8, 256000, 8192, kind="gemma2", tied=True, head_dim=256),
-    "microsoft/Phi-3-mini-4k-instruct": _llama(3072, 8192, 32, 32, 32, 32064, 4096, kind="phi3"),
+    "mistralai/Mistral-7B-v0.1": _llama(4096, 14336, 32, 32, 8, 32000, 32768, kind="mistral", window=4096),
+    "google/gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4),
+    "google/gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8),
+    "microsoft/Phi-3-mini-4k-instruct": _llama(3072, 8192, 32, 32, 32, 32064, 4096, kind="phi3", window=2047),
     "HuggingFaceTB/SmolLM2-135M": _llama(576, 1536, 30, 9, 3, 49152, 8192, tied=True),
     "HuggingFaceTB/SmolLM2-360M": _llama(960, 2560, 32, 15, 5, 49152, 8192, tied=True),
     "HuggingFaceTB/SmolLM2-1.7B": _llama(2048, 8192, 24, 32, 32, 49152, 8192, tied=True),

@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 from keel.data.stops import StopTexts
 from keel.models.head import evaluating, head_of, reading
+from keel.models.last_layer import looked_at
 from keel.models.load import context_length
-from keel.models.precision import computing, keeping_casts
-from keel.rollout import lean, plain
+from keel.models.precision import casts, computing, keeping_casts
+from keel.rollout import captured, lean, plain, static
 from keel.rollout.sampling import pick
 from keel.rollout.slots import Slots
 from keel.types import Completion, Sampling, StopReason, UsageError
@@ -79,9 +80,14 @@ def generate(
     device = next(model.parameters()).device
     head = head_of(model) if hidden else None
     looking = nullcontext() if head is None else reading(head)
-    with evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device), looking as seen:
+    with (
+        evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device), looking as seen,
+        captured.opened(model, device, reading=seen is not None) as steps,
+    ):  # fmt: skip
         work = work or Work()
-        done = _stream(model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, batch_size, seen, work)
+        done = _stream(
+            model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, batch_size, seen, steps, work
+        )
         if done is None:
             done = [
                 plain.complete(model, prompt, row, sampling, stop_ids, seen, stop_texts)
@@ -111,14 +117,20 @@ def _stream(
     pad_id: int,
     batch_size: int,
     seen: list[Tensor] | None,
+    steps: captured.Captured | None,
     work: Work,
 ) -> list[Completion] | None:
     """All prompts through the slots; None if the model keeps no keys and values. seen: where `reading` puts what the head is
-    given."""
+    given. steps: the recorded ones."""
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device)
-    forward = lean.Step(model, longest) if lean.fits(model) else None
+    # transformers' own cache makes float32 of the values where the rotated keys are
+    kept = torch.bfloat16 if casts(model, device) else None
+    slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device, kept)
+    if steps is not None:
+        forward = captured.Step(model, steps, slots, longest, seen)
+    else:
+        forward = lean.Step(model, longest) if lean.fits(model) else None
     draws = draws.to(device)
     drawn = _Drawn.open(draws, stop_ids, stop_texts)
     # of similar length, so that little is padded; equal ones side by side, so that they are read once
@@ -142,7 +154,7 @@ def _stream(
         else:
             fresh = ()
             slots.make_room()
-            work.computed += len(slots)
+            work.computed += static.rows_of(slots) if steps else len(slots)
             logits, source = forward(newest, slots) if forward else _step(model, newest, slots), None
             slots.step()
         # 3. a token each
@@ -229,10 +241,12 @@ def _read(
         >= torch.tensor([width - n for n in lengths], device=device)[:, None]
     )
     cache = DynamicCache()
-    output = model(
-        input_ids=ids, attention_mask=own.long(), position_ids=(own.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache, use_cache=True, **_last_only(model),
-    )  # fmt: skip
+    last = torch.arange(width - 1, len(distinct) * width, width, device=device)
+    with looked_at(model, last, ids.shape):
+        output = model(
+            input_ids=ids, attention_mask=own.long(), position_ids=(own.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache, use_cache=True, **_last_only(model),
+        )  # fmt: skip
     source = [where[prompt] for prompt in prompts]
     index = torch.tensor(source, device=device)
     return output.logits[:, -1][index] if slots.admit(cache, lengths, source) else None, index

@@ -14,16 +14,25 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+BLOCK = 16  # rows whose columns are read together
+NEAR = 8  # columns that are not worth another operation
+
 
 class Slots:
     """Rows 0 … n − 1 are in use. `cache` is what a transformers model takes as its past."""
 
-    def __init__(self, capacity: int, columns: int, device: torch.device) -> None:
+    def __init__(
+        self, capacity: int, columns: int, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        """dtype: of what is kept; that of the first prompts' values where None."""
+        self.dtype = dtype
         self.capacity, self.columns = capacity, columns
         self.column = 0  # the next one to be written
         self.low = 0  # the first one that any row has
         self.starts = torch.zeros(0, dtype=torch.long, device=device)  # (n,) each row's first column
+        self._blocks: list[tuple[slice, int]] | None = None  # not looked at yet
         self.layers: list[_Layer] = []
+        self.lent: Sequence[tuple[Tensor, Tensor]] = ()  # each layer's k, v, at least as large as needed
         self.cache = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
 
     def __len__(self) -> int:
@@ -41,6 +50,18 @@ class Slots:
         columns = torch.arange(self.low, self.column + 1, device=self.starts.device)
         return columns[None, :] >= self.starts[:, None]
 
+    def blocks(self) -> list[tuple[slice, int]]:
+        """Rows that look back equally far, and the first column that any of them has. On the CPU, where attention takes as long as it
+        takes to read the columns; all rows at once elsewhere."""
+        if self._blocks is None:
+            lows = [int(part.min()) for part in self.starts.split(BLOCK)]
+            if self.starts.device.type != "cpu" or max(lows) - self.low < NEAR:
+                self._blocks = [(slice(0, len(self)), self.low)]
+            else:
+                ends = [min(BLOCK * (i + 1), len(self)) for i in range(len(lows))]
+                self._blocks = [(slice(BLOCK * i, end), low) for i, (end, low) in enumerate(zip(ends, lows))]
+        return self._blocks
+
     def admit(self, prompts: DynamicCache, lengths: Sequence[int], source: Sequence[int]) -> bool:
         """Give new rows the keys and values of prompts, which are padded on the left; `source` says which prompt each
         row has. False if the model left no keys and values to take (it is no attention model)."""
@@ -48,7 +69,8 @@ class Slots:
         if not _holds(prompts, width):
             return False
         if not self.layers:
-            self.layers.extend(_Layer(self, layer.keys, layer.values) for layer in prompts.layers)  # pyright: ignore
+            lent = self.lent or [self._room(layer.keys, layer.values) for layer in prompts.layers]  # pyright: ignore
+            self.layers.extend(_Layer(self, k, v) for k, v in lent)
         if self.column < width:
             self._move(width)
         first, end = len(self), len(self) + len(source)
@@ -82,7 +104,21 @@ class Slots:
     def make_room(self) -> None:
         """Move everything to the left when the next column would be one too many."""
         if self.column == self.columns:
-            self._move(self.column - self.low)
+            self.close_up()
+
+    def close_up(self) -> None:
+        """Move everything to the left, so that nothing is before the first column in use."""
+        self._move(self.column - self.low)
+
+    def _room(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """For all slots, like a layer's keys and values of prompts. Zeros: rows read columns that none of them has written (they
+        came later, or another had the slot), and what is masked counts as nothing only where it is finite."""
+        # rotations may leave keys in float32 where values are in half precision: that is not kept
+        dtype = self.dtype or values.dtype
+        return tuple(
+            held.new_zeros(self.capacity, held.shape[1], self.columns, held.shape[3], dtype=dtype)
+            for held in (keys, values)
+        )  # pyright: ignore[reportReturnType]
 
     def _move(self, column: int) -> None:
         """Shift the columns in use so that `column` is the next one to be written."""
@@ -97,20 +133,17 @@ class Slots:
     def _set(self, starts: Tensor) -> None:
         self.starts = starts
         self.low = int(starts.min()) if len(starts) else self.column
+        self._blocks = None
         self._even = not len(starts) or int(starts.max()) == self.low
 
 
 class _Layer(DynamicLayer):
     """One layer's keys and values: k, v (slots, heads, columns, head dimension)."""
 
-    def __init__(self, slots: Slots, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, slots: Slots, k: Tensor, v: Tensor) -> None:
         super().__init__()
         self._slots = weakref.proxy(slots)  # a cycle would keep all keys and values until the collector comes
-        # rotations may leave keys in float32 where values are in half precision: that is not kept
-        self.k, self.v = (
-            held.new_empty(slots.capacity, held.shape[1], slots.columns, held.shape[3], dtype=values.dtype)
-            for held in (keys, values)
-        )
+        self.k, self.v = k, v
         self.is_initialized = True
 
     def update(

@@ -14,6 +14,7 @@ from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
 from keel.models import optim, prefixes
 from keel.models.head import head_of
+from keel.models.products import casting_once
 from keel.runlog import StageRun
 from keel.stages import language
 from keel.stages.experience import Setup
@@ -72,7 +73,7 @@ def learn(
     for epoch, chosen in _mini_batches(config, run, len(episodes.ids), update):
         # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
         measured: dict[str, float] = {}
-        with prefixes.counting() as read:
+        with prefixes.counting() as read, casting_once():
             for part in parts_of(config, sorted(chosen), lengths.__getitem__, prompts.__getitem__):
                 step_loss, part_metrics, part_drift = loss(part, chosen, taken.count == 0)
                 step_loss.backward()

@@ -21,6 +21,7 @@ from keel.evaluation.measures import Measure, mean_interval
 from keel.masked import masked_mean
 from keel.models import prefixes
 from keel.models.offload import awake
+from keel.models.products import casting_once
 from keel.models.roles import Roles
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
@@ -134,11 +135,11 @@ def collect(
     with run.timed("rollout"):
         completions = sample(setup, tasks, seed, work)
     run.count("rollout", work.useful, work.computed)
-    with run.timed("forward"), prefixes.counting() as read:
+    with run.timed("forward"), prefixes.counting() as read, casting_once():
         scored = score_tokens(setup, completions)
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
-    with run.timed("score"):
+    with run.timed("score"), casting_once():
         rated = rate(setup, tasks, done)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     run.count("forward", useful_tokens(sizes), read())

@@ -13,6 +13,7 @@ from keel.config import Supervised
 from keel.data.batches import rows_of_step
 from keel.models import optim
 from keel.models.load import count_parameters
+from keel.models.products import casting_once
 from keel.runlog import StageRun
 from keel.stages.update import (
     EarlyStop,
@@ -76,7 +77,7 @@ def fit(
         model.train()
         seed_step(run.seed, step)
         sums: dict[str, float] = {}
-        with run.timed("train"):
+        with run.timed("train"), casting_once():
             if objective.begin is not None:
                 objective.begin(chosen)
             for part in parts_of(config, chosen, objective.size):

@@ -1,0 +1,108 @@
+"""The moments of a stage at which memory is fullest, by role: role → kind → bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from keel.models import activations, memory
+from keel.models.memory import Forward, Model
+
+Parts = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What lies in memory at the fullest moment of a part of a stage: role → kind → bytes. Kinds: weights, gradients,
+    optimizer, activations, kv_cache, logits, copy, casts."""
+
+    name: str
+    parts: Parts
+
+    @property
+    def total(self) -> float:
+        return sum(sum(kinds.values()) for kinds in self.parts.values())
+
+
+def resident(models: Mapping[str, Model], *, trained: bool = True) -> Parts:
+    """Weights of all roles, and the optimiser's state of those that learn."""
+    parts = {role: {"weights": memory.weights(model)} for role, model in models.items()}
+    for role, model in models.items():
+        if trained and model.trained:
+            parts[role]["optimizer"] = memory.optimizer(model)
+    return parts
+
+
+def with_parts(parts: Parts, role: str, **kinds: float) -> Parts:
+    """The parts with more of these kinds in a role."""
+    own = dict(parts.get(role, {}))
+    for kind, value in kinds.items():
+        own[kind] = own.get(kind, 0) + value
+    return {**parts, role: own}
+
+
+def fullest(name: str, moments: Sequence[Parts]) -> Phase:
+    return max((Phase(name, parts) for parts in moments), key=lambda phase: phase.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A role's forwards and their backward. Bytes of its logits at most, and between forward and backward."""
+
+    role: str
+    forwards: Sequence[Forward]
+    logits: float = 0.0
+    waiting: float = 0.0
+
+
+def training(
+    models: Mapping[str, Model], passes: Sequence[Pass], *, accumulates: bool, name: str = "train"
+) -> Phase:
+    """A gradient step. The forwards of all passes come first, then their backwards, the last pass's first.
+
+    accumulates: gradients of earlier micro-batches are there already.
+    """
+    done, moments = resident(models), list[Parts]()
+    for p in passes:
+        model = models[p.role]
+        there = memory.gradients(model) if accumulates else 0
+        done = with_parts(done, p.role, gradients=there, casts=memory.casts(model))
+    for i, p in reversed([*enumerate(passes)]):
+        held = done
+        for earlier in passes[:i]:
+            kept = sum(activations.saved(models[earlier.role], read) for read in earlier.forwards)
+            held = with_parts(held, earlier.role, activations=kept, logits=earlier.waiting)
+        moments += _backward(held, models[p.role], p, accumulates)
+        if not accumulates:
+            done = with_parts(done, p.role, gradients=memory.gradients(models[p.role]))
+    return fullest(name, moments)
+
+
+def _backward(held: Parts, model: Model, p: Pass, accumulates: bool) -> list[Parts]:
+    """The loss with all activations; the backward of the last block and of the one before it, in the forward that is largest;
+    the end of that. held: what is there besides."""
+    *others, read = sorted(p.forwards, key=lambda read: read.tokens)
+    kept, of_others = (sum(activations.saved(model, one) for one in part) for part in (p.forwards, others))
+    inside = activations.backward_working(model, read.tokens)
+    last = inside if read.looked is None else activations.backward_working(model, read.looked)
+    # a weight's gradient is one more tensor until the last of its forwards is there to be added
+    shape, is_lm = model.shape, model.head == "lm"
+    smallest = min(x.inputs * x.outputs for x in shape.linears())
+    apart = not accumulates or (bool(others) and not (shape.linear and memory.adds_in_place(model, smallest)))
+    tied = shape.tied and is_lm
+    waits = tied and not memory.adds_in_place(model, shape.hidden * shape.vocab)
+    head = memory.embedding_gradient(model) * (is_lm and (waits or not accumulates))
+    embedding = memory.embedding_gradient(model) * bool(accumulates or tied or others)
+    of_block = 0.0 if model.checkpointing else activations.last_block(model, read)
+    first = 0.0 if model.checkpointing else activations.saved(model, read) / model.shape.layers
+    mlp, block = (
+        apart * made for made in (activations.feed_forward_gradients(model), memory.block_gradients(model))
+    )
+    return [
+        with_parts(held, p.role, activations=kept, logits=p.logits),
+        with_parts(held, p.role, activations=kept + last, gradients=head + mlp),
+        with_parts(held, p.role, activations=kept - of_block + inside, gradients=head + block + mlp),
+        with_parts(
+            held, p.role, activations=of_others + first + inside, gradients=apart * memory.gradients(model) + embedding
+        ),
+    ]  # fmt: skip
