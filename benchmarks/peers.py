@@ -34,7 +34,7 @@ from typing import Any
 KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto", "grpo-auto")
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
 ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
-MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides
+MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides (the peer's: --peer-rows)
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 SIZES: dict[str, dict[str, Any]] = {
     "small": {  # 7.3 M parameters
@@ -198,8 +198,8 @@ def of_keel(kind: str, folder: Path, device: str) -> None:
 # ---------------------------------------------------------------- the peers' side
 
 
-def of_trl(kind: str, folder: Path, device: str) -> None:
-    """In a process of its own: train as TRL does, print what it took."""
+def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
+    """In a process of its own: train as TRL does, `at_once` rows at a time, print what it took."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -217,7 +217,7 @@ def of_trl(kind: str, folder: Path, device: str) -> None:
         "fp16": False, "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True, "seed": 0,
         "dataloader_pin_memory": False,
     }  # fmt: skip
-    parts = {"per_device_train_batch_size": MICRO, "gradient_accumulation_steps": BATCH // MICRO}
+    parts = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": BATCH // at_once}
     fixed = {**common, **parts, "max_steps": steps}
 
     def table(**columns: str) -> Any:
@@ -313,13 +313,15 @@ def measured(
     threads: int,
     path: str | None = None,
     device: str = "cpu",
+    peer_rows: int = MICRO,
 ) -> dict[str, float]:
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
         "TOKENIZERS_PARALLELISM": "false", **({"PYTHONPATH": path} if path else {}),
     }  # fmt: skip
     command = [
-        python, __file__, kind, "--side", side, "--folder", str(folder), "--threads", str(threads), "--device", device
+        python, __file__, kind, "--side", side, "--folder", str(folder), "--threads", str(threads), "--device", device,
+        "--peer-rows", str(peer_rows),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -337,7 +339,7 @@ def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
             shared = Path(place), settings.threads
             pairs = [
                 (
-                    measured(settings.peer, kind, "trl", *shared, path, settings.device),
+                    measured(settings.peer, kind, "trl", *shared, path, settings.device, settings.peer_rows),
                     measured(sys.executable, kind, "keel", *shared, None, settings.device),
                 )
                 for _ in range(settings.pairs)
@@ -354,6 +356,7 @@ def main() -> None:
     parser.add_argument("--ppo-peer", help="a folder with TRL 1.12")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--peer-rows", type=int, default=MICRO, help="that TRL takes at once")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
@@ -365,8 +368,8 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(settings.threads)
-        side = of_keel if settings.side == "keel" else of_trl
-        side(settings.kinds[0], settings.folder, settings.device)
+        given = settings.kinds[0], settings.folder, settings.device
+        of_keel(*given) if settings.side == "keel" else of_trl(*given, settings.peer_rows)
         return
     compare(settings, settings.kinds or KINDS)
 

@@ -21,6 +21,7 @@ from keel.models.load import (
     checkpoint_activations,
     context_length,
     disable_dropout,
+    load_tokenizer,
     save,
     scorer,
 )
@@ -307,6 +308,19 @@ def test_saving_replaces_the_whole_folder_and_leaves_nothing_beside_it(
 def test_a_model_that_cannot_be_is_a_clear_error(source: ModelSource, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         causal_lm(source, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "gpt2"])
+def test_a_tokenizer_of_ones_own_stays_what_it_is_beside_any_model(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """transformers 5 makes a Qwen2Tokenizer of whatever stands beside a Qwen 2 or 3, with other ids."""
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    found, text = load_tokenizer(str(tmp_path)), "the cat is 123 times red, isn't it?"
+    assert len(found) == len(tokenizer)
+    assert found(text).input_ids == tokenizer(text).input_ids
+    assert (found.eos_token_id, found.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def test_a_new_model_takes_vocabulary_and_special_tokens_from_the_tokenizer(tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from keel.data.batches import derive_seed
@@ -44,6 +46,7 @@ COUNT_FROM_PAD = (
     "mpnet",
     "longformer",
 )
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of tokenizers that are what their file says
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,19 @@ class ModelSource:
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The tokenizer of a model directory or hub id. UsageError if there is none."""
     with _explained(path, "tokenizer"):
+        if _says_all(Path(path)):
+            return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def _says_all(folder: Path) -> bool:
+    """Whether a folder's tokenizer is of no family, and its file all there is to it. AutoTokenizer would make one of the family that the
+    model belongs to all the same, which splits texts otherwise (Qwen 2 in transformers 5)."""
+    place = folder / "tokenizer_config.json"
+    if not place.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    named = json.loads(place.read_text(encoding="utf-8"))
+    return named.get("tokenizer_class") in GENERIC and "auto_map" not in named
 
 
 def model_config(source: ModelSource) -> Any:
