@@ -89,6 +89,8 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.3}, Conditions()),
     ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.02}, Conditions(same_numbers=True)),
     ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 2e-3}, Conditions(same_numbers=True)),
+    ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.11}, Conditions(near_numbers=True)),
+    ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 0.03}, Conditions(near_numbers=True)),
     ("reward_implausible", "warn", {"objective/scores": after(30, 0, 6), "objective/scores_std": lambda u: 1}, Conditions()),
     ("reward_implausible", "act", {"objective/scores": after(30, 0, 9), "objective/scores_std": lambda u: 1}, Conditions()),
     ("reward_implausible", "act", {"objective/scores": after(30, 0, 0.6)}, Conditions(reward_bound=0.5)),
@@ -260,5 +262,6 @@ def test_conditions_come_from_a_stages_settings():
     assert conditions(settings) == Conditions(
         kl_target=4.0, learned=True, warmup=3, reward_bound=2.0, length_rewarded=True, sequence_ratios=True, same_numbers=True
     )  # fmt: skip
+    assert conditions({"model": {"dtype": "auto"}}) == Conditions(near_numbers=True)
     assert conditions({"kl": {"coef": 0.0, "target": None}}) == Conditions(constrained=False)
     assert conditions({}) == Conditions()

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel.data.batches import pad
-from keel.models import activations, foreseen, forward, memory, phases, products, shapes
+from keel.models import activations, foreseen, forward, memory, phases, precision, products, shapes
 from keel.models.adapters import Adapters, add_adapters
 from keel.models.load import checkpoint_activations, disable_dropout
 from keel.models.memory import Forward, Lora, Model
@@ -207,10 +207,10 @@ def test_weights_that_are_cast_are_there_twice(config_of, monkeypatch):
     model, shape = _model(config_of("llama"), dtype="auto"), shapes.of_config(config_of("llama"))
     assert shape is not None
     matrices = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
-    monkeypatch.setattr(memory, "fast_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: False)
     slow = phases.training({"model": model}, [Pass("model", [READ])], accumulates=False).total
     assert memory.casts(model) == memory.casts(replace(model, dtype="float32")) == 0
-    monkeypatch.setattr(memory, "fast_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
     assert memory.casts(model) == 2 * (matrices + 101 * 64)
     assert memory.casts(replace(model, head="score")) == 2 * matrices
     fast = phases.training({"model": model}, [Pass("model", [READ])], accumulates=False).total

@@ -170,35 +170,63 @@ def test_products_in_bfloat16_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_weight_is_cast_once_within_and_again_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = with_products(nn.Sequential(nn.Linear(16, 8)))[0], torch.randn(4, 16)  # pyright: ignore[reportIndexIssue]
-    made: list[int] = []
-    plain = products._Casts._once
+    layer: Any = with_products(nn.Sequential(nn.Linear(16, 8)))[0]  # pyright: ignore[reportIndexIssue]
+    x, made, plain = torch.randn(4, 16), list[str](), products._Casts._once
     monkeypatch.setattr(
         products._Casts, "_once",
-        lambda self, weight, laid_out, make: plain(self, weight, laid_out, lambda: made.append(1) or make()),
+        lambda self, kind, make, *weights: plain(self, kind, lambda: made.append(kind) or make(), *weights),
     )  # fmt: skip
     with torch.autocast("cpu", torch.bfloat16), casting_once():
         first = layer(x)
         with casting_once():
             layer(x)
-        assert len(made) == 2  # matrix and bias
+        assert made == ["cast", "cast"]  # matrix and bias
         with torch.no_grad():
             layer.weight.mul_(2)
         second = layer(x)
-        assert len(made) == 3
+        assert made == ["cast"] * 3
+        with torch.no_grad():
+            layer(x)
+            layer.bias.add_(1)
+            third = layer(x)
+        assert made == ["cast"] * 3 + ["packed"] * 2
     assert not torch.equal(first, second)
     with torch.autocast("cpu", torch.bfloat16):
-        same(second, nn.functional.linear(x, layer.weight, layer.bias), 1e-2)
+        same(third, nn.functional.linear(x, layer.weight, layer.bias).detach(), 1e-2)
 
 
-def test_packed_matrices_are_products_side_by_side() -> None:
-    layers = [nn.Linear(32, n) for n in (16, 24)]
-    x = torch.randn(5, 32).bfloat16()
-    found = Packed.of(*layers)(x)
-    expected = torch.cat(
-        [nn.functional.linear(x, m.weight.bfloat16(), m.bias.bfloat16()) for m in layers], dim=1
-    )
-    same(found.detach(), expected.detach(), 1e-2)
+@pytest.mark.parametrize("half", [False, True])
+def test_what_a_layer_makes_may_be_changed_in_place(half: bool) -> None:
+    """OLMo clips its queries so."""
+    plain = nn.Sequential(nn.Linear(256, 256, bias=False))
+    ours, x = with_products(copy.deepcopy(plain)), torch.randn(3, 7, 256)
+    for model in (plain, ours):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model(x).clamp_(-0.5, 0.5).float().pow(2).sum().backward()
+    same(ours[0].weight.grad, plain[0].weight.grad, 2e-2 if half else 1e-5)  # pyright: ignore
+
+
+def test_a_gated_part_that_drops_stays_as_it_is() -> None:
+    model = model_of("seed_oss", residual_dropout=0.1, head_dim=64)
+    before = {type(layer.mlp) for layer in model.model.layers}
+    assert {type(layer.mlp) for layer in with_products(model).model.layers} == before
+    assert {
+        type(layer.mlp) for layer in with_products(model_of("seed_oss", residual_dropout=0.0)).model.layers
+    } != before
+
+
+def test_a_computed_weight_passes_its_gradient_on() -> None:
+    layer: Any = with_products(nn.Sequential(nn.Linear(256, 256, bias=False)))[0]  # pyright: ignore[reportIndexIssue]
+    parts = layer.weight.detach().clone().requires_grad_()
+    torch.func.functional_call(layer, {"weight": 2 * parts}, torch.randn(4, 256)).sum().backward()
+    assert float(parts.grad.norm()) > 0  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_packed_matrix_gives_the_layers_product() -> None:
+    for bias in (True, False):
+        layer, x = nn.Linear(32, 16, bias=bias), torch.randn(5, 32).bfloat16()
+        own = None if layer.bias is None else layer.bias.bfloat16()
+        same(Packed(layer)(x), nn.functional.linear(x, layer.weight.bfloat16(), own).detach(), 1e-2)
 
 
 def test_without_gradient_the_result_is_the_same() -> None:

@@ -40,6 +40,7 @@ from keel.models import precision
 from keel.models.adapters import Adapters, add_adapters
 from keel.models.head import head_of, reading
 from keel.rollout import lean, plain
+from keel.rollout import slots as cache
 from keel.rollout.engine import Work, generate, text_of
 from keel.rollout.sampling import pick
 from keel.types import Completion, Sampling, UsageError
@@ -160,6 +161,20 @@ def test_the_engine_samples_what_the_plain_one_samples(architecture: str, slots:
         assert ours.logp == pytest.approx(theirs.logp, abs=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_rows_that_look_back_less_far_are_read_by_themselves(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "BLOCK", 2)
+    monkeypatch.setattr(cache, "NEAR", 1)
+    blocks, plainly = list[int](), cache.Slots.blocks
+    monkeypatch.setattr(
+        cache.Slots, "blocks", lambda self: blocks.append(len(plainly(self))) or plainly(self)
+    )
+    test_the_engine_samples_what_the_plain_one_samples(architecture, 7)
+    assert max(blocks) == 4
+
+
 def test_the_lean_step_is_taken_by_the_models_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = {name: lean.fits(tiny(name)) for name in ARCHITECTURES}
     assert [name for name, fits in taken.items() if fits] == ["llama", "llama3", "qwen2", "qwen3"]
@@ -258,7 +273,7 @@ def test_a_model_without_keys_and_values_is_sampled_plainly() -> None:
     assert [len(c.ids) for c in done] == [4, 4]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "llama3", "qwen2", "qwen3", "gpt2"])
 def test_in_bfloat16_the_samplers_log_probabilities_are_close_to_those_of_training(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ class Conditions:
     length_rewarded: bool = False  # a reward is about length, as the user wants it
     sequence_ratios: bool = False  # one ratio a response (GSPO), clipped within a much narrower range
     same_numbers: bool = False  # sampler and trainer compute alike, in float32
+    near_numbers: bool = False  # … in float32 but for their matrix products (`dtype: auto`)
 
 
 def conditions(settings: Mapping[str, Any]) -> Conditions:
@@ -72,6 +73,7 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
         warmup=settings.get("critic_warmup") or 0,
         reward_bound=control.get("reward_bound"),
         same_numbers=model.get("dtype") == "float32" and model.get("quantize") is None,
+        near_numbers=model.get("dtype") == "auto" and model.get("quantize") is None,
         length_rewarded="length" in kinds or "overlong" in kinds,
         sequence_ratios=settings.get("level") == "sequence",
     )

@@ -124,10 +124,14 @@ def sampler_disagrees(history: History) -> Alarm | None:
     """Sampler and trainer hold the same weights, so their log-probabilities differ by rounding: 1e−6 nats in float32, a
     few thousandths in bfloat16, 0.01 to 0.05 between two engines. warn: above 0.05 a token for a window. act: above 0.2:
     ratios are off by a fifth before anything is learned. Where both are keel's in float32 a hundredth is no rounding but another
-    distribution than the one that is trained: warn above 0.001, act above 0.01."""
+    distribution than the one that is trained: warn above 0.001, act above 0.01. With `dtype: auto`, whose products round to bfloat16
+    where that is fast (0.001 to 0.002 on a CPU with AMX): warn above 0.02, act above 0.1."""
     name = "rollout/sampler_drift"
-    exact: Levels = (("act", 0.01), ("warn", 0.001))
-    limits: Levels = exact if history.conditions.same_numbers else (("act", 0.2), ("warn", 0.05))
+    limits: Levels = (("act", 0.2), ("warn", 0.05))
+    if history.conditions.same_numbers:
+        limits = (("act", 0.01), ("warn", 0.001))
+    elif history.conditions.near_numbers:
+        limits = (("act", 0.1), ("warn", 0.02))
     for severity, limit in limits:
         if history.sustained(name, limit):
             return severity, f"|log π of trainer − of sampler| {shown(history.now(name) or 0.0)} nats a token"

@@ -46,7 +46,10 @@ COUNT_FROM_PAD = (
     "mpnet",
     "longformer",
 )
-GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of tokenizers that are what their file says
+GENERIC = (
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)  # classes of tokenizers that are what their file says
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
 
 def _says_all(folder: Path) -> bool:
     """Whether a folder's tokenizer is of no family, and its file all there is to it. AutoTokenizer would make one of the family that the
-    model belongs to all the same, which splits texts otherwise (Qwen 2 in transformers 5)."""
+    model belongs to all the same, which splits texts otherwise (Qwen 2 in transformers 5; what a hub id names still goes through it)."""
     place = folder / "tokenizer_config.json"
     if not place.is_file() or not (folder / "tokenizer.json").is_file():
         return False

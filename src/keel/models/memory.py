@@ -11,9 +11,8 @@ from typing import Literal
 
 import torch
 
-from keel.models import products
+from keel.models import precision, products
 from keel.models.forward import LOGITS_AT_ONCE
-from keel.models.precision import fast_in_bfloat16
 from keel.models.shapes import Head, Shape
 
 # Bytes of a weight. 8 and 4 bits as in bitsandbytes: a scale in float32 for each row (2208.07339; too few to count), for each
@@ -160,7 +159,9 @@ def embedding_gradient(model: Model) -> float:
 def casts(model: Model) -> float:
     """The matrices of a model at work, with its head, in bfloat16 beside the weights: with `auto` they are cast once for all
     forwards of a step, or are kept for its backward. On CUDA, which a plan may be for without one here, they are taken to be."""
-    if model.dtype != "auto" or (model.device == "cpu" and not fast_in_bfloat16(torch.device("cpu"))):
+    if model.dtype != "auto" or (
+        model.device == "cpu" and not precision.fast_in_bfloat16(torch.device("cpu"))
+    ):
         return 0
     head = model.shape.vocab * model.shape.hidden if model.head == "lm" else 0
     return WEIGHT["bfloat16"] * (
@@ -169,8 +170,9 @@ def casts(model: Model) -> float:
 
 
 def kv_cache(model: Model, rows: int, length: int) -> float:
-    """rows × length × layers × key heads × head dimension × 2 × bytes."""
-    return rows * length * model.shape.layers * model.shape.keys * 2 * model.bytes
+    """rows × length × layers × key heads × head dimension × 2 × bytes, which are 2 where products are taken in bfloat16."""
+    size = WEIGHT["bfloat16"] if casts(model) else model.bytes
+    return rows * length * model.shape.layers * model.shape.keys * 2 * size
 
 
 # ---------------------------------------------------------------- logits, by the copies that the losses make

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
+from torch.nn.modules.dropout import _DropoutNd
 
 LEAST = 8  # rows, and the step between sizes up to 64
 WORTH = 2**15  # weights of a matrix from which a step of autograd of our own pays in float32
@@ -66,9 +67,8 @@ class _Linear(nn.Linear):
                 rows, weight = casts.rows(input, dtype), casts.of(self.weight, dtype)
                 bias = None if self.bias is None else casts.of(self.bias, dtype)
                 given = (input, rows, self.weight, weight, self.bias, bias)
-                return _Product.apply(*given)  # pyright: ignore[reportReturnType]
-            made = casts.packed(self)(casts.rows(input, dtype))
-            return _like(made, input)
+                return _like(_Product.apply(*given), input)  # pyright: ignore[reportArgumentType]
+            return _like(casts.packed(self)(casts.rows(input, dtype)), input)
 
 
 @cache
@@ -84,7 +84,7 @@ def _gated(kind: type[nn.Module]) -> type[nn.Module]:
         with torch.autocast("cpu", enabled=False):
             casts, weights = _casts.get() or _Casts(), [layer.weight for layer in layers]
             given = (x, casts.rows(x, dtype), *weights, *(casts.of(weight, dtype) for weight in weights))
-            return _Gated.apply(*given)  # pyright: ignore[reportReturnType]
+            return _like(_Gated.apply(*given), x)  # pyright: ignore[reportArgumentType]
 
     return type(kind.__name__, (kind,), {"forward": forward})
 
@@ -93,6 +93,9 @@ def _is_gated(module: Any) -> bool:
     """Whether a module computes down(silu(gate(x)) · up(x)): by its parts, and by what it makes of numbers."""
     layers: list[Any] = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     if type(module).__module__ == __name__ or not all(_is_plain(layer) for layer in layers):
+        return False
+    drops = any("drop" in name and value for name, value in vars(module).items() if isinstance(value, float))
+    if drops or any(isinstance(child, _DropoutNd) for child in module.modules()):
         return False
     if {name for name, _ in module.named_parameters()} != {
         f"{n}_proj.weight" for n in ("gate", "up", "down")
@@ -143,7 +146,8 @@ def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b. x: (…, k); rows: (M, k) x as it is multiplied; own, own_bias: W (n, k) and b (n,) likewise. Returns (…, n)."""
+    """x Wᵀ + b. x: (…, k); rows: (M, k) x as it is multiplied; own, own_bias: W (n, k) and b (n,) likewise.
+    Returns (M, n), of which `_like` takes what is x's: no view, so that whoever reads it may change it in place."""
 
     @staticmethod
     def forward(
@@ -151,25 +155,26 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(rows, own)
         ctx.weight, ctx.dtype, ctx.shape = weight, x.dtype, x.shape
-        return _like(linear(rows, own, own_bias), x)
+        return linear(rows, own, own_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, own = ctx.saved_tensors
-        gradient = _filled(gradients[0], rows.dtype)
+        gradient = gradients[0].contiguous()
         of_input = of_weight = of_bias = None
         if ctx.needs_input_grad[2]:
             of_weight = _added(ctx.weight, gradient, rows)
         if ctx.needs_input_grad[4]:
-            of_bias = gradients[0].float().flatten(0, -2).sum(dim=0)
+            of_bias = gradient.sum(dim=0, dtype=torch.float32)
         if ctx.needs_input_grad[0]:
             of_input = (gradient @ own)[: ctx.shape[:-1].numel()].to(ctx.dtype).view(ctx.shape)
         return of_input, None, of_weight, None, of_bias, None
 
 
 class _Gated(torch.autograd.Function):
-    """down(silu(gate(x)) · up(x)) (2002.05202). x: (…, d); rows: (M, d) x as it is multiplied; the last three: the weights likewise."""
+    """down(silu(gate(x)) · up(x)) (2002.05202). x: (…, d); rows: (M, d) x as it is multiplied; the last three: the weights likewise.
+    Returns (M, d), as `_Product` does."""
 
     @staticmethod
     def forward(
@@ -178,13 +183,13 @@ class _Gated(torch.autograd.Function):
         a, b = linear(rows, own[0]), linear(rows, own[1])
         ctx.save_for_backward(rows, a, b, *own)
         ctx.weights, ctx.dtype, ctx.shape = (gate, up, down), x.dtype, x.shape
-        return _like(linear(silu(a).mul_(b), own[2]), x)
+        return linear(silu(a).mul_(b), own[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, a, b, gate, up, down = ctx.saved_tensors
-        gradient = _filled(gradients[0], rows.dtype)
+        gradient = gradients[0].contiguous()
         of_weights: list[Tensor | None] = [None, None, None]
         s = silu(a)
         if ctx.needs_input_grad[4]:
@@ -216,8 +221,11 @@ def _added(weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
 
 
 def _awaited(weight: Tensor) -> bool:
-    """Whether hooks are called when torch adds a weight's gradient: somebody's own, or those of processes that average theirs."""
-    hooked = weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
+    """Whether a weight's gradient goes on from it: it was computed itself, or hooks are called when torch adds it, somebody's own or
+    those of processes that average theirs."""
+    hooked = (
+        not weight.is_leaf or weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
+    )
     return bool(hooked) or (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
@@ -244,21 +252,13 @@ def _filled(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Packed:
-    """Matrices (n₁, k), (n₂, k) … one below the other in bfloat16, laid out once as oneDNN wants them; otherwise they would be laid
-    out in every product, which for few rows takes longer than the product. Without gradient."""
+    """A linear layer's matrix (n, k) in bfloat16, laid out once as oneDNN wants it; otherwise it would be laid out in every
+    product, which for few rows takes longer than the product. Without gradient."""
 
-    def __init__(self, *weights: Tensor, bias: Tensor | None = None) -> None:
-        whole = torch.cat([weight.detach().to(torch.bfloat16) for weight in weights])
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(whole, USUAL) if PACKS else whole
-        self._bias = None if bias is None else bias.detach().to(torch.bfloat16)
-
-    @classmethod
-    def of(cls, *layers: nn.Linear) -> Packed:
-        """Of linear layers that read the same; all of them have a bias, or none has one."""
-        biases = [layer.bias for layer in layers]
-        return cls(
-            *(layer.weight for layer in layers), bias=None if biases[0] is None else torch.cat([*biases])
-        )
+    def __init__(self, layer: nn.Linear) -> None:
+        weight = layer.weight.detach().to(torch.bfloat16)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL) if PACKS else weight
+        self._bias = None if layer.bias is None else layer.bias.detach().to(torch.bfloat16)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(M, k) → (M, n), both in bfloat16."""
@@ -267,25 +267,33 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
 
 
+def packed(layer: nn.Linear) -> Packed:
+    """A layer's matrix laid out: the one that the layer itself multiplies with, within `casting_once`."""
+    return (_casts.get() or _Casts()).packed(layer)
+
+
 class _Casts:
     """Weights in bfloat16, each cast once, and the last input, which several layers may have in common."""
 
     def __init__(self) -> None:
-        self._weights: dict[tuple[int, bool], tuple[Tensor, int, Any]] = {}
+        self._made: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], list[int], Any]] = {}
         self._last: tuple[Any, int, Tensor] | None = None
 
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if dtype == weight.dtype:
             return weight.detach()
-        return self._once(weight, False, lambda: weight.detach().to(dtype))
+        return self._once("cast", lambda: weight.detach().to(dtype), weight)
 
     def packed(self, layer: nn.Linear) -> Packed:
-        return self._once(layer.weight, True, lambda: Packed(layer.weight, bias=layer.bias))
+        bias = [] if layer.bias is None else [layer.bias]
+        return self._once("packed", lambda: Packed(layer), layer.weight, *bias)
 
-    def _once(self, weight: Tensor, laid_out: bool, make: Callable[[], Any]) -> Any:
-        held = self._weights.get((id(weight), laid_out))
-        if held is None or held[0] is not weight or held[1] != weight._version:
-            held = self._weights[id(weight), laid_out] = weight, weight._version, make()
+    def _once(self, kind: str, make: Callable[[], Any], *weights: Tensor) -> Any:
+        """What was made of these weights, as long as they are what they were."""
+        key, versions = (kind, *map(id, weights)), [weight._version for weight in weights]
+        held = self._made.get(key)  # which keeps the weights, so that no other has their id
+        if held is None or held[1] != versions:
+            held = self._made[key] = weights, versions, make()
         return held[2]
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -303,7 +311,8 @@ _casts: ContextVar[_Casts | None] = ContextVar("casts", default=None)
 
 @contextlib.contextmanager
 def casting_once() -> Iterator[None]:
-    """Within it each weight is cast once (again if it was changed in place)."""
+    """Within it each weight is cast once (again if an operation changed it in place; the fused optimisers do not say that they did, so it
+    must end before their step)."""
     if _casts.get() is not None:
         yield
         return

@@ -25,6 +25,7 @@ from keel.models.load import (
     scorer,
 )
 from keel.models.precision import computing
+from keel.models.products import casting_once
 from keel.types import Conversation, Prompt, UsageError
 
 Inputs = dict[
@@ -224,6 +225,7 @@ def fit(prompt: Sequence[int], response: Sequence[int], limit: int | None) -> li
     return [*prompt[-room:], *response]
 
 
+@casting_once()
 def score(
     reward: RewardModel,
     inputs: Sequence[Inputs],

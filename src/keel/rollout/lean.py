@@ -16,7 +16,7 @@ from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, sil
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import SiLUActivation
 
-from keel.models.products import Packed, packs, sized
+from keel.models.products import Packed, packed, packs, sized
 from keel.rollout.slots import Slots
 
 SHAPES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -25,9 +25,9 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not depend 
 
 class Step:
     """The step for one model, up to `columns` positions. Made anew for each call of the engine, as weights change. On a CPU that
-    computes in bfloat16 its matrices are laid out once, with those side by side that read the same, unless `packs` is False."""
+    computes in bfloat16 its matrices are laid out once."""
 
-    def __init__(self, model: Any, columns: int, *, packs: bool = True) -> None:
+    def __init__(self, model: Any, columns: int) -> None:
         self.model = model.get_base_model() if hasattr(model, "peft_config") else model
         config, trunk = self.model.config, self.model.model
         positions = torch.arange(columns, device=trunk.embed_tokens.weight.device)
@@ -39,7 +39,7 @@ class Step:
         )  # signed, for halves that swap places
         self.half, self.groups = half, config.num_key_value_heads
         self.heads = config.num_attention_heads
-        self.packed = [_Layer.of(layer) for layer in trunk.layers] if packs and _packs(self.model) else None
+        self.packed = [_Layer.of(layer) for layer in trunk.layers] if _packs(self.model) else None
 
     def __call__(self, ids: Tensor, slots: Slots) -> Tensor:
         """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`."""
@@ -64,14 +64,13 @@ class Step:
         trunk, n = self.model.model, len(x)
         size = sized(n)
         x = _filled(x, size)
-        widths = [self.heads * cos.shape[-1], self.groups * cos.shape[-1]]
-        widths.append(widths[1])
-        for layer, packed, held in zip(trunk.layers, self.packed, slots.layers, strict=True):
-            q, k, v = packed.qkv(_norm(layer.input_layernorm, x).bfloat16())[:n].split(widths, dim=1)
+        for layer, own, held in zip(trunk.layers, self.packed, slots.layers, strict=True):
+            h = _norm(layer.input_layernorm, x).bfloat16()
+            q, k, v = own.q(h)[:n], own.k(h)[:n], own.v(h)[:n]
             attended = self._attended(layer.self_attn, q, k, v, held, slots, cos, sin, mask)
-            x = x + packed.out(_filled(attended.bfloat16(), size))
-            gate, up = packed.gate_up(_norm(layer.post_attention_layernorm, x).bfloat16()).chunk(2, dim=1)
-            x = x + packed.down(silu(gate).mul_(up))
+            x = x + own.out(_filled(attended.bfloat16(), size))
+            h = _norm(layer.post_attention_layernorm, x).bfloat16()
+            x = x + own.down(silu(own.gate(h)).mul_(own.up(h)))
         return self.model.lm_head(_norm(trunk.norm, x)[:n])
 
     def _attention(
@@ -107,18 +106,19 @@ class Step:
 class _Layer(NamedTuple):
     """A layer's matrices, laid out."""
 
-    qkv: Packed
+    q: Packed
+    k: Packed
+    v: Packed
     out: Packed
-    gate_up: Packed
+    gate: Packed
+    up: Packed
     down: Packed
 
     @classmethod
     def of(cls, layer: Any) -> _Layer:
         own, mlp = layer.self_attn, layer.mlp
-        return cls(
-            Packed.of(own.q_proj, own.k_proj, own.v_proj), Packed.of(own.o_proj),
-            Packed.of(mlp.gate_proj, mlp.up_proj), Packed.of(mlp.down_proj),
-        )  # fmt: skip
+        layers = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return cls(*map(packed, layers))
 
 
 def _packs(model: Any) -> bool:

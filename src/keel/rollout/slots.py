@@ -54,8 +54,9 @@ class Slots:
         """Rows that look back equally far, and the first column that any of them has. On the CPU, where attention takes as long as it
         takes to read the columns; all rows at once elsewhere."""
         if self._blocks is None:
-            lows = [int(part.min()) for part in self.starts.split(BLOCK)]
-            if self.starts.device.type != "cpu" or max(lows) - self.low < NEAR:
+            on_cpu = self.starts.device.type == "cpu"
+            lows = [int(part.min()) for part in self.starts.split(BLOCK)] if on_cpu else [self.low]
+            if max(lows) - self.low < NEAR:
                 self._blocks = [(slice(0, len(self)), self.low)]
             else:
                 ends = [min(BLOCK * (i + 1), len(self)) for i in range(len(lows))]

@@ -20,6 +20,7 @@ from keel.data.batches import by_length, length_mask, pad, rows_of_step
 from keel.masked import masked_sum
 from keel.models.forward import States, joined, response_index, said, spread, states
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
+from keel.models.products import casting_once
 from keel.rewards.learned import ROWS_A_FORWARD
 from keel.runlog import StageRun
 from keel.stages import inputs, language
@@ -188,6 +189,7 @@ def _once(responses: Sequence[Response]) -> list[Response]:
     return list(dict.fromkeys(responses))
 
 
+@casting_once()
 def reference_logps(
     config: DPOConfig,
     run: StageRun,

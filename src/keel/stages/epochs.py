@@ -139,6 +139,7 @@ def _mini_batches(
             yield epoch, list(order[start : start + size])
 
 
+@casting_once()
 def _ptx_gradient(setup: Setup, update: int, step: int) -> float:
     """Add the gradient of coef × language-modelling loss on a few rows (PPO-ptx, 2203.02155); returns the loss."""
     ptx = setup.config.ptx

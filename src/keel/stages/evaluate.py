@@ -19,6 +19,7 @@ from keel.data.stops import stop_texts
 from keel.evaluation import reward_models
 from keel.evaluation.policies import Judged, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
+from keel.models.products import casting_once
 from keel.rewards import learned
 from keel.rewards.mixture import Mixture, Rated
 from keel.rollout.engine import generate, text_of
@@ -199,6 +200,7 @@ def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
     return Rated(sums[0], sums[1], sums[2], by_name)
 
 
+@casting_once()
 def _kls(bench: Bench, model: Any, done: Sequence[Completion], pad_id: int) -> list[float]:
     """Each response's exact KL from the reference, summed over its tokens, in nats."""
     kls: list[float] = []

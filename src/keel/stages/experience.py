@@ -267,6 +267,7 @@ def final_measures(setup: Setup, tasks: Sequence[Task]) -> dict[str, Measure]:
     return {name: mean_interval(held[name].tolist()) for name in names}
 
 
+@casting_once()
 def _held_out(setup: Setup, tasks: Sequence[Task]) -> dict[str, Tensor]:
     """(N,) raw and normalised scores, exact KLs, lengths and the judge's scores (0 without one); the same random draws at
     every call."""

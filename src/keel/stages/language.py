@@ -15,6 +15,7 @@ from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
 from keel.evaluation.measures import mean_interval
 from keel.models.forward import packed_mask, said, states
+from keel.models.products import casting_once
 from keel.runlog import StageRun
 from keel.stages import supervised
 from keel.stages.update import add_metrics, forward_parts
@@ -83,6 +84,7 @@ def _size(row: Row) -> int:
     return len(row.ids)
 
 
+@casting_once()
 def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, float]:
     """Loss and accuracy per counted token over all rows (not a mean of batch means)."""
     tokens = sum(row.counted for row in rows)
@@ -95,6 +97,7 @@ def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -
     return totals
 
 
+@casting_once()
 def summary(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, Any]:
     """The held-out loss with an interval over rows, each row weighing by its tokens."""
     if not rows:

@@ -20,6 +20,7 @@ from keel.data import chat
 from keel.evaluation.measures import Measure, accuracy, mean_interval, wilson
 from keel.masked import masked_sum
 from keel.models.load import causal_lm, disable_dropout
+from keel.models.products import casting_once
 from keel.runlog import StageRun
 from keel.stages import comparisons, inputs, language, supervised
 from keel.stages.comparisons import Example, Pair, Response, lengths, logps, scores
@@ -126,6 +127,7 @@ def evaluate(setup: Setup, pairs: Sequence[Pair]) -> dict[str, float]:
     return {EVALUATED[name]: math.fsum(values) / len(pairs) for name, values in found.items()}
 
 
+@casting_once()
 def _measured(setup: Setup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
     """Every metric, and `loss`, of every pair."""
     setup.model.eval()

@@ -77,13 +77,14 @@ def fit(
         model.train()
         seed_step(run.seed, step)
         sums: dict[str, float] = {}
-        with run.timed("train"), casting_once():
+        with run.timed("train"):
             if objective.begin is not None:
                 objective.begin(chosen)
-            for part in parts_of(config, chosen, objective.size):
-                value, measured = objective.loss(part, denominator)
-                value.backward()
-                add_metrics(sums, {"loss": value.detach(), **measured})
+            with casting_once():
+                for part in parts_of(config, chosen, objective.size):
+                    value, measured = objective.loss(part, denominator)
+                    value.backward()
+                    add_metrics(sums, {"loss": value.detach(), **measured})
             # 3. the optimiser's step
             scale, where = lr_scale(config, step - 1, steps), f"{run.name}, step {step}"
             stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
