@@ -30,7 +30,7 @@ def learned_twice(run: Any, data: Any, tmp_path_factory: pytest.TempPathFactory)
     """pretrain → sft → reward → ppo (both sharings), long enough to learn, in two directories."""
     ppo = {
         "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "lr": 2e-3, "batch_size": 48, "mini_batch": 24,
-        "epochs": 2, "updates": 24, "sampling": {"max_new_tokens": 6}, "kl": {"coef": 0.05},
+        "epochs": 2, "updates": 32, "sampling": {"max_new_tokens": 6}, "kl": {"coef": 0.05},
     }  # fmt: skip
     init = {
         "model_type": "llama",

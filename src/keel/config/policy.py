@@ -134,7 +134,7 @@ class OnPolicy(Watched):
     desired_kl: float | None = Field(
         0.1,
         gt=0,
-        description="How far an update should go from its own start at most, in nats a token. Where a mini-batch measures more (mean of ½ (log ρ)²), the policy's learning rate is cut to what would have stayed within, to a half at most, for the rest of the update and those that follow; it recovers by a tenth with every update that stays within, up to `lr`. null: never.",
+        description="How far an update should go from its own start at most, in nats a token. Where a mini-batch measures more (mean of ½ (log ρ)²), the policy's learning rate is cut to what would have stayed within, to a half at most, for the rest of the update and those that follow; it recovers by a tenth with every update that stays within, up to `lr`. The gradient steps of the first update, of which nothing is known yet, take rising rates up to it. null: none of this.",
     )
     max_approx_kl: float | None = Field(
         None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."

@@ -57,18 +57,20 @@ def learn(
     *,
     pace: float = 1.0,
     learning: bool = True,
+    first: bool = False,
 ) -> dict[str, float]:
     """Returns means over the gradient steps taken.
 
     pace: share of the scheduled learning rate, for the policy's optimiser, which is the first. learning False: the policy stands
-    still (only the critic learns).
+    still (only the critic learns). first: it has not learned before. Adam's first steps are as long as the rate allows, whatever the
+    gradient, and nothing is known yet of how far they lead: where `desired_kl` is to be held, their rates rise from step to step.
     """
     config, run = setup.config, setup.run
     lengths = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
     prompts = _prompts(episodes)
     scale = lr_scale(config, update - 1, config.updates)
     desired = math.inf if config.desired_kl is None else config.desired_kl
-    taken = _Means()
+    taken, ramp = _Means(), _steps(config, len(episodes.ids)) if first and config.desired_kl else 1
     epochs, drift, first_ratio, furthest = 0, Drift(), 1.0, 0.0
     for epoch, chosen in _mini_batches(config, run, len(episodes.ids), update):
         # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
@@ -88,6 +90,7 @@ def learn(
             first_ratio = measured["val/ratio"]
         if setup.ptx and learning:
             add_metrics(measured, {"loss/ptx": _ptx_gradient(setup, update, taken.count)})
+        slower *= min(1.0, (taken.count + 1) / ramp)
         rates = (slower * scale, scale)  # a critic of its own has the second
         stepped = [
             optim.step(optimizer, rate, config.max_grad_norm, f"{run.name}, update {update}")
@@ -137,6 +140,11 @@ def _mini_batches(
         order = permutation(count, derive_seed(run.seed, "mini-batches", update), epoch)
         for start in range(0, count, size):
             yield epoch, list(order[start : start + size])
+
+
+def _steps(config: OnPolicy, count: int) -> int:
+    """Gradient steps of an update."""
+    return config.epochs * math.ceil(count / (config.mini_batch or count))
 
 
 @casting_once()

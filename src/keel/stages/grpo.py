@@ -142,7 +142,7 @@ def learn(
         denominator = int(count(episodes.mask[mini_batch], reduce))
         return loss(setup, episodes, rows, denominator, coef, fresh=fresh)
 
-    return epochs.learn(setup, optimizers, episodes, update, part_loss, pace=pace)
+    return epochs.learn(setup, optimizers, episodes, update, part_loss, pace=pace, first=update == 1)
 
 
 def loss(

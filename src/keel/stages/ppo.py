@@ -100,7 +100,8 @@ def learn(
     pace: float = 1.0,
 ) -> dict[str, float]:
     """Epochs of mini-batches over one batch of experience. Returns means over the gradient steps taken."""
-    learning = update > settings_of(setup).critic_warmup
+    waits = settings_of(setup).critic_warmup
+    learning, first = update > waits, update == waits + 1
 
     def part_loss(
         rows: list[int], mini_batch: list[int], fresh: bool
@@ -108,7 +109,9 @@ def learn(
         tokens = int(episodes.mask[mini_batch].sum())
         return loss(setup, episodes, rows, tokens, coef, fresh=fresh, learning=learning)
 
-    return epochs.learn(setup, optimizers, episodes, update, part_loss, pace=pace, learning=learning)
+    return epochs.learn(
+        setup, optimizers, episodes, update, part_loss, pace=pace, learning=learning, first=first
+    )
 
 
 def loss(
