@@ -1,8 +1,9 @@
 """Alarms and control on small runs: `python benchmarks/alarms.py [--control warn|rollback] [--only healthy|sick] [--list]`.
 
-Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning rate × 30 (and no limit to an update), no KL,
+Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning rate × 30, no KL,
 a reward model of people who only count words, length paid and no penalty for a missing stop, a sampler at another temperature
-than the trainer's, reward × 100 without a scale. All start from one base, SFT and reward model. A gold reward judges each while it runs.
+than the trainer's, reward × 100 without a scale. `desired_kl`, which would hold most of these back, is off in the sick ones (`--limit` leaves it
+on). All start from one base, SFT and reward model. A gold reward judges each while it runs.
 
 Prints, for each, the first finding of severity "act", the update of the gold peak, the gold reward at the end, at its best and of
 the SFT model, all on the same prompts; then false alarms, sick runs found, and how far control kept the end from the best.
@@ -53,7 +54,8 @@ class Outcome(NamedTuple):
     end: float | None  # None: the run ended with an error
 
 
-def cases() -> list[Case]:
+def cases(limit: bool = False) -> list[Case]:
+    """limit: `desired_kl` is left on in the sick ones."""
     lr, kl = 4.0e-4, {"coef": 0.1, "target": 6.0, "horizon": 100}
     healthy = [
         Case(
@@ -69,7 +71,7 @@ def cases() -> list[Case]:
     long = {"kind": "length", "low": 72, "high": 72, "slack": 72, "weight": 10.0}
     learned = {"kind": "learned", "model": "reward"}
     sick: list[tuple[str, int, Mapping[str, Any], float | None]] = [
-        ("lr-x30", 4, {"lr": 30 * lr, "desired_kl": None}, None),
+        ("lr-x30", 4, {"lr": 30 * lr}, None),
         ("no-kl", 4, {"lr": 2 * lr, "kl": free}, None),
         ("biased", 3, {"reward": "biased", "lr": 2 * lr, "kl": free}, None),
         ("broken-stop", 3, {"reward": [learned, long], "shaping": {"center": "prompt", "missing_stop_penalty": 0.0}, "kl": free}, None),
@@ -77,7 +79,7 @@ def cases() -> list[Case]:
         ("reward-x100", 3, {"reward": [{**learned, "weight": 100.0}], "shaping": {"normalize": "none"}, "whiten_advantages": False}, None),
     ]  # fmt: skip
     return healthy + [
-        Case(f"{name}-{seed}", True, seed, changes, temperature)
+        Case(f"{name}-{seed}", True, seed, changes if limit else {**changes, "desired_kl": None}, temperature)
         for name, count, changes, temperature in sick
         for seed in range(count)
     ]
@@ -94,8 +96,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["healthy", "sick"], help="half of the cases")
     parser.add_argument("--list", action="store_true", help="name the cases and end")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, dotted.key=value")
+    parser.add_argument("--limit", action="store_true", help="leave desired_kl on in the sick runs")
     settings = parser.parse_args()
-    chosen = [case for case in cases() if settings.only in (None, "sick" if case.sick else "healthy")]
+    chosen = [
+        case for case in cases(settings.limit) if settings.only in (None, "sick" if case.sick else "healthy")
+    ]
     if settings.list:
         print("\n".join(case.name for case in chosen))
         return
@@ -124,10 +129,11 @@ def prepare(settings: argparse.Namespace) -> Path:
         pairs.write_text(
             "".join(json.dumps(row) + "\n" for row in biased_pairs(BIASED_PAIRS)), encoding="utf-8"
         )
-    stages = resolved(read(RECIPE, settings.set))["stages"]
+    recipe = read(RECIPE, settings.set)
+    stages = resolved(recipe)["stages"]
     kept = {name: stages[name] for name in ("base", "sft", "reward")}
     kept["biased"] = {**stages["reward"], "data": str(pairs)}
-    tree = {"name": "shared", "threads": settings.threads, "stages": kept}
+    tree = {"name": "shared", "threads": settings.threads, "dtype": recipe.dtype, "stages": kept}
     Pipeline(parse(tree), settings.runs / "shared", print).run()
     return settings.runs / "shared" / "stages"
 
@@ -143,7 +149,7 @@ def biased_pairs(count: int) -> Iterator[dict[str, Any]]:
 def run(case: Case, settings: argparse.Namespace, shared: Path) -> Outcome:
     """One case, with what it came to."""
     tree = tree_of(case, settings, shared)
-    directory = settings.runs / settings.control / case.name
+    directory = settings.runs / (settings.control + "-limit" * (settings.limit and case.sick)) / case.name
     pipeline = Pipeline(parse(tree), directory, lambda line: None)
     failed = False
     with sampled_at(case.temperature):
@@ -167,7 +173,8 @@ def run(case: Case, settings: argparse.Namespace, shared: Path) -> Outcome:
 
 def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str, Any]:
     """The config of a case: the recipe's PPO, smaller, judged as it runs, and changed."""
-    recipe = resolved(read(RECIPE, settings.set))["stages"]["ppo"]
+    whole = read(RECIPE, settings.set)
+    recipe = resolved(whole)["stages"]["ppo"]
     stage = recipe | {
         "model": str(shared / "sft" / "model"), "updates": settings.updates, "batch_size": 64, "mini_batch": 16,
         "samples_per_prompt": 4, "eval_every": 3, "eval_data": PROMPTS, "judge": "world:helpdesk", "control": settings.control,
@@ -179,7 +186,8 @@ def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str,
         "shaping": {**recipe["shaping"], **shaping, **({"clip": None} if "normalize" in shaping else {})},
     }
     stage["reward"] = [_located(term, shared) for term in _listed(stage["reward"])]
-    return {"name": case.name, "seed": case.seed, "threads": settings.threads, "stages": {"ppo": stage}}
+    common = {"seed": case.seed, "threads": settings.threads, "dtype": whole.dtype}
+    return {"name": case.name, **common, "stages": {"ppo": stage}}
 
 
 @contextlib.contextmanager

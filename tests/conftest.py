@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from keel.models.tokenizer import train_tokenizer
 from keel.pipeline import Pipeline
 from keel.rewards import learned
 from keel.runlog import StageRun
-from keel.stages import experience, opening
+from keel.stages import epochs, experience, opening
 
 torch.set_num_threads(1)
 
@@ -66,6 +66,22 @@ def _in_float32() -> Iterator[None]:
 def read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that begin alike are not read as one: which rows share a forward then leaves no trace in the last digits."""
     monkeypatch.setattr(prefixes, "WORTH", 0.0)
+
+
+@pytest.fixture
+def in_one() -> Callable[[Iterable[epochs.Term]], epochs.Term]:
+    """The terms of a loss as one: their sum, all metrics, the drift."""
+
+    def sum_of(terms: Iterable[epochs.Term]) -> epochs.Term:
+        found = [*terms]
+        metrics = {name: value for _, measured, _ in found for name, value in measured.items()}
+        assert len(metrics) == sum(len(measured) for _, measured, _ in found)
+        drift = epochs.Drift()
+        for *_, more in found:
+            drift = drift.and_of(more)
+        return torch.stack([term for term, *_ in found]).sum(), metrics, drift
+
+    return sum_of
 
 
 @pytest.fixture(scope="session")

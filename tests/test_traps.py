@@ -326,7 +326,9 @@ def test_trap_11_the_ratio_is_1_even_where_other_kernels_scored(
     assert metrics["policy/logp_drift"] == pytest.approx(noise[e.mask].abs().max().item(), rel=0.02)
 
 
-def test_trap_12_log_probabilities_and_entropy_are_those_of_the_scaled_logits(open_ppo: Any) -> None:
+def test_trap_12_log_probabilities_and_entropy_are_those_of_the_scaled_logits(
+    open_ppo: Any, in_one: Any
+) -> None:
     """[trl PR 3029; OpenRLHF PR 857, PR 1319; prime-rl PR 697] While scoring and again while learning."""
     tasks, setup = open_ppo(batch_size=4, sampling={"max_new_tokens": 6, "temperature": 0.5})
     collected, _ = ppo.collect(setup, tasks[:4], START, 0)
@@ -341,7 +343,7 @@ def test_trap_12_log_probabilities_and_entropy_are_those_of_the_scaled_logits(op
         )
         entropies += (-(logp.exp() * logp).sum(-1)).tolist()
     tokens = int(e.mask.sum())
-    _, metrics, drift = ppo.loss(setup, e, [0, 1, 2, 3], tokens, 0.0, fresh=True, learning=True)
+    _, metrics, drift = in_one(ppo.losses(setup, e, [0, 1, 2, 3], tokens, 0.0, fresh=True, learning=True))
     assert drift.largest < 1e-5
     assert metrics["policy/entropy_avg"].item() == pytest.approx(sum(entropies) / tokens, rel=1e-4)
 
@@ -389,7 +391,7 @@ def test_trap_14_rollouts_are_never_decoded_and_tokenised_again(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trap_15_no_dropout_while_ratios_are_taken(
-    checkpointing: bool, open_ppo: Any, tmp_path: Path, tokenizer: Any
+    checkpointing: bool, open_ppo: Any, tmp_path: Path, tokenizer: Any, in_one: Any
 ) -> None:
     """The update's log-probabilities are the scored ones in a model with dropout 0.5 everywhere."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -402,7 +404,9 @@ def test_trap_15_no_dropout_while_ratios_are_taken(
     tokenizer.save_pretrained(tmp_path / "m")
     tasks, setup = open_ppo(batch_size=4, model=str(tmp_path / "m"), gradient_checkpointing=checkpointing)
     collected, _ = ppo.collect(setup, tasks[:4], START, 0)
-    *_, drift = ppo.loss(setup, collected.episodes, [0, 1, 2, 3], 20, 0.0, fresh=True, learning=True)
+    *_, drift = in_one(
+        ppo.losses(setup, collected.episodes, [0, 1, 2, 3], 20, 0.0, fresh=True, learning=True)
+    )
     assert drift.largest < 1e-5
 
 
@@ -429,7 +433,7 @@ def test_trap_16_a_larger_coefficient_keeps_the_policy_nearer(
     assert 0 < kls[2.0] < 0.5 * kls[0.0]
 
 
-def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(open_ppo: Any) -> None:
+def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(open_ppo: Any, in_one: Any) -> None:
     """[NeMo PR 2530]"""
     for where, estimator in (("reward", "k1"), ("loss", "k2")):
         kl = {"coef": 0.7, "where": where, "estimator": estimator}
@@ -443,7 +447,9 @@ def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(open_p
         wanted = -0.7 * (e.logp - e.ref_logp) if where == "reward" else torch.zeros_like(per_token)
         torch.testing.assert_close(per_token, torch.where(e.mask, wanted, 0.0), rtol=0, atol=1e-5)
         with_kl, without = (
-            ppo.loss(setup, e, [0, 1, 2, 3], int(e.mask.sum()), coef, fresh=True, learning=True)[0].item()
+            in_one(ppo.losses(setup, e, [0, 1, 2, 3], int(e.mask.sum()), coef, fresh=True, learning=True))[
+                0
+            ].item()
             for coef in (0.7, 0.0)
         )
         penalty = 0.7 * 0.5 * ((e.logp - e.ref_logp)[e.mask] ** 2).mean().item()

@@ -30,7 +30,6 @@ from keel.models import activations, foreseen, memory, quantised
 from keel.models.memory import Forward, Lora, Model
 from keel.models.phases import Pass, Phase, fullest, resident, training, with_parts
 from keel.models.shapes import Head, Shape
-from keel.rewards.learned import ROWS_A_FORWARD
 from keel.sources import lora_of
 from keel.stages.best_of_n import PROMPTS_AT_ONCE
 
@@ -165,7 +164,7 @@ def _sides(row: Callable[[int, int, int], foreseen.Row], pairs: int, lengths: Le
 
 def _read(model: Model, rows: Sequence[foreseen.Row]) -> list[Forward]:
     """The forwards in which a reward model and the losses of pairs read rows."""
-    return [foreseen.forward(model, part) for part in foreseen.parts(rows, ROWS_A_FORWARD)]
+    return [foreseen.forward(model, part) for part in foreseen.parts(rows, foreseen.best_rows(model))]
 
 
 def _working(model: Model, reads: Sequence[Forward]) -> float:
@@ -281,15 +280,14 @@ def _on_policy(stage: OnPolicy, cast: Cast, lengths: Lengths, device: Device) ->
 
 
 def _steps(stage: OnPolicy, models: Mapping[str, Model], lengths: Lengths) -> Phase:
-    """The gradient steps of policy and critic, which read the same rows."""
+    """The gradient steps of critic and policy, which read the same rows."""
     policy, mini = models["policy"], stage.mini_batch or stage.batch_size
     part = _fullest_part(stage, policy, mini, lengths)
     tokens, learns = sum(row.asked for row in part), stage.entropy_coef > 0
     logits = memory.loss_logits(policy, tokens, entropy=True, entropy_learns=learns)
-    waiting = memory.waiting_logits(policy, tokens)
-    passes = [Pass("policy", [foreseen.forward(policy, part)], logits, waiting)]
+    passes = [Pass("policy", [foreseen.forward(policy, part)], logits)]
     if "critic" in models:
-        passes.append(Pass("critic", [foreseen.forward(models["critic"], part)]))
+        passes = [Pass("critic", [foreseen.forward(models["critic"], part)]), *passes]
     return training(models, passes, accumulates=len(part) < mini)
 
 
@@ -376,7 +374,7 @@ def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int
             own = lengths.within(model.shape.context)
             reads = [Forward(CLASSIFIED_AT_ONCE, own.total)]
             if model.head != "none":
-                few = range(min(rows, ROWS_A_FORWARD))
+                few = range(min(rows, foreseen.best_rows(model)))
                 reads = _read(model, [foreseen.scored(i // samples, own.prompt, own.answer) for i in few])
             inside = _working(model, reads)
             parts = with_parts(resident(models), role, activations=inside, casts=memory.casts(model))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from keel.config import DPOConfig
+from keel.models import prefixes
 from keel.stages import comparisons, preference
 from keel.stages.comparisons import Example, Pair, Response
 from keel.stages.update import micro_batches
@@ -101,7 +102,7 @@ def test_split_accumulation_and_padding_leave_the_gradient(
     loss: str, votes: str, size: int | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, with another reference than the policy; forwards of at most 4 rows, so that they are split, too."""
-    monkeypatch.setattr(comparisons, "ROWS_A_FORWARD", 4)
+    monkeypatch.setattr(prefixes, "MANY", 4)
     model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model).double() for _ in range(2))
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():

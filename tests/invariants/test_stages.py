@@ -272,23 +272,25 @@ def expected_ppo(setup: experience.Setup, e: Episodes, rows: Sequence[int]) -> l
 
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])
 @pytest.mark.parametrize("size", [None, 1, 2, 3])
-def test_ppo_split_accumulation_and_padding(sharing: str, size: int | None, open_ppo: Any) -> None:
+def test_ppo_split_accumulation_and_padding(
+    sharing: str, size: int | None, open_ppo: Any, in_one: Any
+) -> None:
     setup = in_float64(open_ppo(**ppo_settings(sharing))[1])
     e, rows = episodes_by_hand(setup), [3, 0, 2, 1, 4]
     expected = expected_ppo(setup, e, rows)
     tokens, totals = int(e.mask[rows].sum()), dict[str, float]()
     for part in micro_batches(rows, size):
-        loss, metrics, _ = ppo.loss(setup, e, list(part), tokens, BETA, fresh=False, learning=True)
+        loss, metrics, _ = in_one(ppo.losses(setup, e, list(part), tokens, BETA, fresh=False, learning=True))
         loss.backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value)
     assert_same(gradients(setup.roles.policy, *setup.roles.value_modules), expected)
-    whole = ppo.loss(setup, e, rows, tokens, BETA, fresh=False, learning=True)[1]
-    assert totals == pytest.approx({name: float(value) for name, value in whole.items()}, rel=1e-6)
+    metrics = in_one(ppo.losses(setup, e, rows, tokens, BETA, fresh=False, learning=True))[1]
+    assert totals == pytest.approx({name: float(value) for name, value in metrics.items()}, rel=1e-6)
 
 
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])
-def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any) -> None:
+def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any, in_one: Any) -> None:
     """More columns of padding on every tensor, filled with what must never count."""
     setup = in_float64(open_ppo(**ppo_settings(sharing))[1])
     e, rows = episodes_by_hand(setup), [0, 1, 2, 3, 4]
@@ -300,7 +302,9 @@ def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any) -> None:
             filler = {torch.bool: False, torch.long: 7}.get(value.dtype, math.nan)
             value = torch.cat([value, torch.full((5, 3), filler, dtype=value.dtype)], dim=1)
         wide[field.name] = value
-    ppo.loss(setup, Episodes(**wide), rows, int(e.mask.sum()), BETA, fresh=False, learning=True)[0].backward()
+    in_one(ppo.losses(setup, Episodes(**wide), rows, int(e.mask.sum()), BETA, fresh=False, learning=True))[
+        0
+    ].backward()
     assert_same(gradients(setup.roles.policy, *setup.roles.value_modules), expected)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from keel.data.batches import pad
 from keel.models import foreseen, forward, last_layer, prefixes, shapes
+from keel.models.attention import rows_of
 from keel.models.foreseen import Row
 from keel.models.memory import Forward, Lora, Model
 
@@ -24,8 +25,12 @@ def _given(model: Any, look: Any, ids: Tensor, index: Tensor) -> Forward:
     positions: list[int] = []
 
     def see(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        rows, length = (inputs[0] if inputs else named["input_ids"]).shape
-        seen.append(Forward(rows, length, named.get("attention_mask") is not None))
+        ids, mask = inputs[0] if inputs else named["input_ids"], named.get("attention_mask")
+        rows = rows_of(mask)
+        if rows is None:
+            seen.append(Forward(*ids.shape, mask is not None))
+        else:
+            seen.append(Forward(rows.rows, rows.width, rows.mask is not None, unpadded=ids.numel()))
 
     def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
         positions.append(inputs[0].numel() // inputs[0].shape[-1])

@@ -34,6 +34,7 @@ WIDTH = 9
 IDS = torch.arange(3 * WIDTH).view(3, WIDTH) % 90 + 1
 # the first row's end, one position of the second twice, nothing of the third but its first
 INDEX = torch.tensor([6, 7, 8, WIDTH + 4, WIDTH + 4, 2 * WIDTH])
+NEEDED = 9 + 5 + 1  # tokens up to the last of these in each row
 
 
 def model_of(kind: str, more: dict[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
@@ -126,7 +127,7 @@ def test_the_whole_layer_is_computed_where_another_attention_is_asked_for(kind):
     model = model_of(kind, OTHER[kind])
     seen = Seen(model)
     forward.states(model, IDS, INDEX)
-    assert seen.positions == IDS.numel()
+    assert seen.positions == (NEEDED if kind == "gemma" else IDS.numel())
 
 
 def test_with_recomputed_activations(monkeypatch):
@@ -141,7 +142,7 @@ def test_the_whole_layer_is_computed_where_something_is_wrapped_around_it():
     seen, layer = Seen(model), model.model.layers[-1]
     layer.forward = layer.forward  # as offloading libraries do
     forward.states(model, IDS, INDEX)
-    assert seen.positions == IDS.numel()
+    assert seen.positions == NEEDED
     del layer.forward
     forward.states(model, IDS, INDEX)
     assert seen.positions == 5
@@ -162,7 +163,7 @@ def test_long_rows_most_of_which_is_looked_at_take_the_kernel_that_needs_no_mask
     def worth(share: float, length: int, rows: int = 2) -> bool:
         each = torch.arange(round(share * length))
         index = torch.cat([row * length + each for row in range(rows)])
-        return last_layer._worth_it(layer, index, (rows, length))
+        return last_layer._worth_it(layer, index, (rows, length), None)
 
     assert [worth(share, 32) for share in (0.1, 0.7, 0.99, 1.0)] == [True, True, False, False]
     assert [worth(share, 1024) for share in (0.01, 0.1, 0.7)] == [True, True, False]

@@ -143,6 +143,23 @@ def test_activations_of_rows_that_are_read_as_one(config_of, kind, dtype, lora, 
         assert activations.saved(model, read) == pytest.approx(found, rel=0.05)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(("dtype", "lora"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_activations_of_rows_without_padding(config_of, kind, dtype, lora, monkeypatch):
+    monkeypatch.setattr(products, "WORTH", 0)
+    lengths = [40, 12, 20]
+    ids = torch.randint(1, 101, (3, 40))
+    index = torch.tensor([row * 40 + at for row, n in enumerate(lengths) for at in range(n // 2, n - 1)])
+    rows = [foreseen.answer(i, n // 2 + 1, n - n // 2 - 1) for i, n in enumerate(lengths)]
+    built = _built(config_of(kind), getattr(torch, dtype), lora=lora)
+    forward.states(built, ids, index)
+    model = _model(config_of(kind), dtype=dtype, lora=Lora(4) if lora else None)
+    read = foreseen.forward(model, rows)
+    assert (read.unpadded, read.cells, read.masked) == (sum(lengths) - 3, 3 * 39, False)
+    found = _saved_by_autograd(built, lambda: forward.states(built, ids, index).values)
+    assert activations.saved(model, read) == pytest.approx(found, rel=0.05)
+
+
 @pytest.mark.parametrize("kind", shapes.FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_forward_without_gradient_holds_what_is_counted(config_of, kind, dtype):
@@ -163,7 +180,7 @@ def test_checkpointing_saves_the_input_of_every_block_and_recomputes_one(config_
     checkpoint_activations(built)
     found = _saved_by_autograd(built, _backbone(built))
     model = _model(config_of(kind), checkpointing=True)
-    recomputed = READ.tokens * activations.block(model, READ)
+    recomputed = activations.block(model, READ)
     assert activations.saved(model, READ) - recomputed == pytest.approx(found, rel=0.04)
 
 
@@ -235,8 +252,8 @@ def test_the_peak_of_a_step_is_its_fullest_moment(config_of):
     assert again.total == 12 * n + 4 * n + activations.saved(model, read) + max(logits, last)
 
 
-def test_one_pass_after_the_other_goes_back(config_of):
-    """The critic's backward comes first, with all that the policy keeps; then the policy's, beside the critic's gradients."""
+def test_one_pass_comes_after_the_other(config_of):
+    """The critic's forward and backward; then the policy's, beside the critic's gradients."""
     policy = _model(config_of("llama"))
     models = {"policy": policy, "critic": replace(policy, head="score")}
     read = Forward(8, 400)
@@ -245,10 +262,11 @@ def test_one_pass_after_the_other_goes_back(config_of):
     inside = activations.backward_working(policy, read.tokens)
 
     def peak(logits: float) -> float:
-        passes = [Pass("policy", [read], logits, 1000.0), Pass("critic", [read])]
+        passes = [Pass("critic", [read]), Pass("policy", [read], logits)]
         return phases.training(models, passes, accumulates=False).total
 
-    assert peak(0) == held + 2 * kept + 1000 + inside
+    head = memory.embedding_gradient(policy)
+    assert peak(0) == held + kept + memory.gradients(models["critic"]) + head + inside
     many = 10 * kept
     assert peak(many) == held + kept + many + memory.gradients(models["critic"])
 

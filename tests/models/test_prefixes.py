@@ -1,7 +1,8 @@
-"""Sequences that begin alike, read as one, against the same read one by one."""
+"""Sequences that begin alike read as one, and without padding, against the same read one by one."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel.data.batches import by_length, pad
-from keel.models import forward, prefixes
+from keel.models import forward, precision, prefixes
 from keel.models.adapters import Adapters, add_adapters
+from keel.models.attention import Rows
 from keel.models.load import checkpoint_activations, disable_dropout
-from keel.models.prefixes import Group, counting, grouped, worth_it
+from keel.models.precision import opened
+from keel.models.prefixes import Group, arranged, counting, grouped, worth_it
 from keel.models.roles import AdaptersOff
 
 SIZES = {
@@ -28,6 +31,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}, "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
 }  # fmt: skip
 APART = {"bloom": {}, "mamba": {}}  # positions from the mask; no attention
+TOGETHER_TOKENS = 19  # with each prompt once, and no row's last
+APART_TOKENS = 32
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13]]
 ROWS = [
     PROMPTS[0] + [20, 21, 22], PROMPTS[1] + [23, 24], PROMPTS[0] + [20, 25], PROMPTS[0] + [26], PROMPTS[1] + [27, 28, 29, 30],
@@ -55,8 +60,10 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "DEARER", 0)
 
 
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def apart(monkeypatch: pytest.MonkeyPatch, *, padded: bool = True) -> None:
     monkeypatch.setattr(prefixes, "WORTH", 0.0)
+    if padded:
+        monkeypatch.setattr(prefixes, "LAYING_OUT", math.inf)
 
 
 def gradients(model: Any, found: Tensor) -> list[Tensor]:
@@ -88,6 +95,72 @@ def test_states_and_gradients_are_those_of_sequences_read_apart(
 ) -> None:
     model, (ids, index) = model_of(kind, SHARED[kind]), asked()
     assert_same(model, lambda: forward.states(model, ids, index).values, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_rows_without_padding(kind: str, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself, and each token up to the last that is asked for once; with padding where attention is not torch's."""
+    model, (ids, index) = model_of(kind, SHARED[kind]), asked()
+    apart(monkeypatch, padded=False)
+    with counting() as count:
+        forward.states(model, ids, index)
+        assert count() == (ids.numel() if kind in ("gemma2", "gpt_neo") else APART_TOKENS)
+    can = kind not in ("gemma2", "gpt_neo")
+    assert_same(model, lambda: forward.states(model, ids, index).values, monkeypatch, fewer=can)
+
+
+def test_rows_without_padding_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, index) = model_of("llama", {}).float(), asked()
+    opened(model, "auto")
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
+    with counting() as count:
+        ours = forward.states(model, ids, index).values
+        assert count() < APART_TOKENS
+    found = gradients(model, ours)
+    apart(monkeypatch)
+    plain = forward.states(model, ids, index).values
+    torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.02 * float(plain.abs().max()))
+    for a, b in zip(found, gradients(model, plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.05 * float(b.abs().max()))
+
+
+def test_rows_are_laid_out_and_taken_back_with_their_gradients() -> None:
+    where = torch.tensor([0, 1, 4, 5, 6, 8])  # rows of 2, 3 and 1 tokens
+    rows = Rows.of(where, 3, 4, None, torch.device("cpu"))
+    assert rows.padding.tolist() == [2, 3, 7, 9, 10, 11]
+    x = torch.arange(1.0, 13.0, dtype=torch.float64).view(1, 6, 2).requires_grad_()
+    laid = rows.laid_out(x)
+    assert laid.shape == (3, 4, 2)
+    assert laid.view(12, 2)[where].equal(x[0])
+    torch.testing.assert_close(rows.taken(laid), x)
+    # what padding would be given goes nowhere, as nobody sees it
+    pull = torch.rand(3, 4, 2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(laid, x, pull)
+    assert gradient[0].equal(pull.view(12, 2)[where])
+    y = torch.rand(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(rows.taken, y)
+
+
+def test_padding_is_read_where_there_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "LAYING_OUT", 1.1)
+    found = [
+        arranged([[i] * n for i, n in enumerate(lengths)], 1000, 4, None) for lengths in ([50, 48], [50, 40])
+    ]
+    assert [(way.unpadded, way.tokens) for way in found] == [(False, 98), (True, 90)]
+    assert not arranged([[1] * 50, [2] * 40], 1000, 4, window=49).unpadded
+    assert arranged([[1] * 50, [2] * 40, []], 1000, 4, window=50).tokens == 90
+
+
+def test_more_rows_share_a_forward_where_they_need_no_padding() -> None:
+    llama, gpt2 = model_of("llama", {}), model_of("gpt2", {**SHARED["gpt2"]})
+    assert prefixes.best_rows_of(llama) == prefixes.best_rows_of(gpt2) == prefixes.MANY
+    eager = model_of("llama", {})
+    eager.config._attn_implementation = "eager"
+    drops = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", **{**SIZES, **SHARED["gpt2"]})
+    ).train()
+    apart = [model_of(kind, SHARED[kind]) for kind in ("gpt_neo", "gemma2")]
+    assert {prefixes.best_rows_of(model) for model in (eager, drops, *apart)} == {prefixes.FEW}
 
 
 @pytest.mark.parametrize("kind", APART)
@@ -138,14 +211,18 @@ def test_dropout_and_windows_are_read_apart(always: None) -> None:
     ids, index = asked()
     torch.manual_seed(0)
     drops = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **{**SIZES, **SHARED["gpt2"]}))
-    for training, expected in ((True, ids.numel()), (False, 27)):
+    for training, expected in ((True, ids.numel()), (False, TOGETHER_TOKENS)):
         with counting() as count:
             forward.states(drops.train(training), ids, index)
         assert count() == expected
     window = model_of("mistral", {"sliding_window": 8})  # the widest group has 10 tokens
     with counting() as count:
         forward.states(window, ids, index)
-    assert 27 < count() < ids.numel()
+    assert TOGETHER_TOKENS < count() < APART_TOKENS
+    narrow = model_of("mistral", {"sliding_window": 4})  # narrower than the rows
+    with counting() as count:
+        forward.states(narrow, ids, index)
+    assert count() == ids.numel()
 
 
 def test_what_is_worth_reading_together() -> None:
@@ -167,11 +244,11 @@ def test_the_masks_of_a_forward_have_a_limit(always: None, monkeypatch: pytest.M
     monkeypatch.setattr(prefixes, "MASK_AT_MOST", 6 * 8 * 8**2)  # six rows of 8 tokens in float64
     with counting() as count:
         forward.states(model, ids, index)
-    assert count() > 27
+    assert TOGETHER_TOKENS < count() < APART_TOKENS
     monkeypatch.setattr(prefixes, "MASK_AT_MOST", 0)
     with counting() as count:
         forward.states(model, ids, index)
-    assert count() == ids.numel()
+    assert count() == APART_TOKENS
 
 
 def test_rows_of_one_prompt_share_a_part() -> None:

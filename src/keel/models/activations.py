@@ -24,7 +24,7 @@ def attention_matrix(model: Model) -> bool:
 
 
 def _attention(model: Model, read: Forward) -> float:
-    """Bytes a token of what attention saves besides the input of its output matrix."""
+    """Bytes a token that attention reads, of what it saves besides the input of its output matrix."""
     shape, b = model.shape, model.bytes
     q, k = shape.queries, shape.keys
     square = shape.heads * read.length
@@ -37,9 +37,11 @@ def _attention(model: Model, read: Forward) -> float:
         return 3 * q * b + square * b * (
             3 if dropped else 1
         )  # softmax; and the dropout's mask, and what is left
-    stored = {
+    separate = 3 * q if read.masked and model.repeats_keys else q + 2 * k
+    views = {
         "gpt2": 3 * q, "gpt_neox": (q + 2 * k) + q + k, "phi3": (q + 2 * k) + q + k,  # v is a view of the fused projection
-    }.get(shape.kind, 3 * q if read.masked and model.repeats_keys else q + 2 * k)  # fmt: skip
+    }  # fmt: skip
+    stored = separate if read.unpadded is not None else views.get(shape.kind, separate)
     return (stored + q) * b + shape.heads * FLOAT32  # its output, and a log-sum-exp a head
 
 
@@ -107,30 +109,30 @@ def feed_forward_gradients(model: Model) -> float:
 
 
 def block(model: Model, read: Forward) -> float:
-    """Bytes a token that one block saves for its backward pass."""
+    """Bytes that one block saves for its backward pass."""
     # the fused kernel keeps its output, which is the output matrix's input, unless that is a copy
-    copied = ("gpt_neox",) if fused(model) else ("gpt_neox", "phi3")
-    kept = {"attended"} if not attention_matrix(model) and model.shape.kind not in copied else set()
+    copying = ("gpt_neox",) if fused(model) else ("gpt_neox", "phi3")
+    copied = model.shape.kind in copying or read.unpadded is not None
+    kept = {"attended"} if not attention_matrix(model) and not copied else set()
     kept |= {"middle"} if _gated_once(model) else set()  # made again
-    total = _norms(model) + _attention(model, read) + _nonlinearity(model)
-    total += _linears(model, model.shape.linears(), kept)
+    total = _norms(model) + _nonlinearity(model) + _linears(model, model.shape.linears(), kept)
     if (
         model.dropout and model.shape.dropout
     ):  # a mask for each residual branch; DistilBERT has none after attention
         branches = 1 if model.shape.kind == "distilbert" else 2
         total += branches * model.shape.hidden * (model.bytes if model.device == "cpu" else 1)
-    return total
+    return read.tokens * total + read.cells * _attention(model, read)
 
 
 def last_block(model: Model, read: Forward) -> float:
     """Bytes that the last block saves: `block` for every token, or what `models.last_layer` saves, keys and values of every
     token and all else at the positions that are looked at."""
     if read.looked is None:
-        return read.tokens * block(model, read)
+        return block(model, read)
     shape, b = model.shape, model.bytes
     h, q, k = shape.hidden, shape.queries, shape.keys
     query, *keys, out, gate, up, down = shape.linears()
-    everywhere = _norm(model, h) + _linears(model, keys) + 2 * (q if model.repeats_keys else k) * b
+    everywhere, attended = _norm(model, h) + _linears(model, keys), 2 * (q if model.repeats_keys else k) * b
     kept = {"middle"} if _gated_once(model) else set()
     there = _norm(model, h) + _linears(model, [query, out, gate, up, down], kept) + _nonlinearity(model)
     if shape.qk_norm:
@@ -139,13 +141,14 @@ def last_block(model: Model, read: Forward) -> float:
     # what is copied into rows of queries, and back among all positions; cosines and sines
     there += (q + h + 2 * shape.head_dim) * b
     laid_out = 2 * q * b + shape.heads * FLOAT32 + read.length * b  # queries, what they found, and their mask
-    return read.tokens * everywhere + read.looked * there + read.rows * read.most * laid_out
+    seen = read.tokens * everywhere + read.cells * attended
+    return seen + read.looked * there + read.rows * read.most * laid_out
 
 
 def _masks(model: Model, read: Forward) -> float:
     """Of a row's own. CUDA's kernel copies one whose rows are no multiple of 8, in every layer (torch's code, not measured)."""
     copies = 0 if model.device == "cpu" else 1 if model.checkpointing else model.shape.layers
-    return read.masked * (1 + copies) * read.tokens * read.length * model.bytes
+    return read.masked * (1 + copies) * read.cells * read.length * model.bytes
 
 
 def saved(model: Model, read: Forward) -> float:
@@ -157,7 +160,7 @@ def saved(model: Model, read: Forward) -> float:
     )  # the last norm
     if model.dropout and shape.dropout:
         per_token += shape.hidden * (b if model.device == "cpu" else 1)
-    each = read.tokens * block(model, read)
+    each = block(model, read)
     if model.checkpointing:
         blocks = read.tokens * shape.layers * shape.hidden * b + max(each, last_block(model, read))
     else:
@@ -173,15 +176,20 @@ def working(model: Model, read: Forward, *, new: int | None = None) -> float:
     h, i, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
     norm = 2 * h * (0 if shape.layer_norm else FLOAT32)
     turned = 1 if shape.positions else 2  # before and after rotation
-    attention = (h + turned * (q + 2 * k) + 2 * q) * b  # its input, and the output in two layouts
+    tokens, cells = (read.tokens, read.cells) if new is None else (read.rows * new, read.rows * new)
+    attended = q * b
     if attention_matrix(model):  # scores and their softmax, which is taken in float32
-        attention += shape.heads * length * (2 * b if b == FLOAT32 else b + 2 * FLOAT32)
+        attended += shape.heads * length * (2 * b if b == FLOAT32 else b + 2 * FLOAT32)
     elif read.masked and model.repeats_keys:
-        attention += 2 * q * b
+        attended += 2 * q * b
+    if read.unpadded is not None:
+        attended += (q + 2 * k) * b
+    # its input, and the output in two layouts
+    attention = tokens * (h + turned * (q + 2 * k) + q) * b + cells * attended
     inside = 4 if shape.gelu_by_parts or shape.kind == "phi3" else 3 if shape.gated else 2
     mlp = (2 * h + inside * i) * b  # the residual stream, the MLP's input and its inside
-    mask = read.masked * read.tokens * length * b
-    return read.rows * (length if new is None else new) * (2 * h * b + max(norm, attention, mlp)) + mask
+    mask = read.masked * read.cells * length * b
+    return tokens * 2 * h * b + max(tokens * norm, attention, tokens * mlp) + mask
 
 
 def backward_working(model: Model, tokens: int) -> float:

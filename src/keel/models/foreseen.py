@@ -15,7 +15,7 @@ from keel.data.batches import by_length
 from keel.models import last_layer, prefixes
 from keel.models.last_layer import weight_of
 from keel.models.memory import Forward, Model
-from keel.models.prefixes import Group
+from keel.models.prefixes import Arrangement, Ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,10 @@ def forward(model: Model, rows: Sequence[Row]) -> Forward:
     return _forward(model, _renumbered(rows))
 
 
+def best_rows(model: Model) -> int:
+    return prefixes.best_rows(model.shape.kind, draws=model.draws)
+
+
 def _renumbered(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The rows with beginnings numbered as they come, so that like parts are equal."""
     numbers = {begins: number for number, begins in enumerate(dict.fromkeys(row.begins for row in rows))}
@@ -59,17 +63,19 @@ def _renumbered(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 @lru_cache(maxsize=1000)
 def _forward(model: Model, rows: tuple[Row, ...]) -> Forward:
-    groups = _together(model, rows)
-    asked = [_asked([rows[i] for i in group.rows], group.common) for group in groups]
-    if groups:
-        read = Forward(len(groups), max(group.width for group in groups), masked=True)
+    found = _arranged(model, rows)
+    if found.together or found.unpadded:
+        asked = [_asked([rows[i] for i in group.rows], group.common) for group in found.groups]
+        unpadded = found.tokens if found.unpadded else None
+        read = Forward(len(found.groups), found.width, masked=found.together, unpadded=unpadded)
     else:
         read, asked = Forward(len(rows), max(row.length for row in rows)), [row.asked for row in rows]
-    shape, most = model.shape, max(asked)
+    shape, most, looked = model.shape, max(asked), sum(asked)
     weight = weight_of(shape.hidden, shape.intermediate)
-    if most and _narrows(model) and last_layer.worth_it(read.rows, read.length, sum(asked), most, weight):
-        return replace(read, looked=sum(asked), most=most)
-    return read
+    if not looked or not _narrows(model):
+        return read
+    worth = last_layer.worth_it(read.rows, read.length, read.tokens, looked, most, weight)
+    return replace(read, looked=looked, most=most) if worth else read
 
 
 def _asked(rows: Sequence[Row], common: int) -> int:
@@ -78,16 +84,17 @@ def _asked(rows: Sequence[Row], common: int) -> int:
     return shared + sum(min(row.asked, row.end - common) for row in rows)
 
 
-def _together(model: Model, rows: Sequence[Row]) -> list[Group]:
+def _arranged(model: Model, rows: Sequence[Row]) -> Arrangement:
     shape = model.shape
-    if shape.kind not in prefixes.KINDS or model.draws or len({row.begins for row in rows}) == len(rows):
-        return []
+    can = Ways(False, False)
+    if shape.kind in prefixes.KINDS and not model.draws and len(rows) > 1:
+        can = Ways(unpadded=shape.kind not in prefixes.WRITTEN_OUT)
     sequences: list[list[int]] = []
     for i, row in enumerate(rows):
         common = min(row.common, row.end)
         sequences.append([row.begins] * common + [-1 - i] * (row.end - common))
-    limit = prefixes.width_limit(len(rows), model.bytes, shape.window)
-    return prefixes.together(sequences, weight_of(shape.hidden, shape.intermediate), limit)
+    weight = weight_of(shape.hidden, shape.intermediate)
+    return prefixes.arranged(sequences, weight, model.bytes, shape.window, can)
 
 
 def _narrows(model: Model) -> bool:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from keel.models.attention import Rows, attend, rows_of
 from keel.models.fused import turned
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
@@ -34,12 +34,13 @@ DEARER = 3.0
 
 
 @contextmanager
-def looked_at(model: Any, index: Tensor, shape: Sequence[int]) -> Iterator[None]:
+def looked_at(model: Any, index: Tensor, shape: Sequence[int], rows: Rows | None = None) -> Iterator[None]:
     """Within it the last layer's states are computed at `index` of the flattened (B, S) ids, and are zero elsewhere; the whole
-    of it where `model` is not one of those, or that would not save much. For one thread at a time."""
+    of it where `model` is not one of those, or that would not save much. For one thread at a time. rows: those that the ids stand
+    for, where they are one row without padding."""
     layer = _last_of(model)
     index = torch.unique(index)  # sorted
-    if layer is None or not _worth_it(layer, index, shape):
+    if layer is None or not _worth_it(layer, index, shape, rows):
         yield
         return
     again = getattr(layer, "gradient_checkpointing", False)
@@ -52,24 +53,29 @@ def looked_at(model: Any, index: Tensor, shape: Sequence[int]) -> Iterator[None]
         layer.gradient_checkpointing = again
 
 
-def _worth_it(layer: Any, index: Tensor, shape: Sequence[int]) -> bool:
-    rows, length = shape
+def _worth_it(layer: Any, index: Tensor, shape: Sequence[int], rows: Rows | None) -> bool:
     if not len(index):
         return False
-    most = int(torch.bincount(index // length, minlength=rows).max())
+    tokens = shape[0] * shape[1]
+    count, length, places = (
+        (*shape, index) if rows is None else (rows.rows, rows.width, rows.where.index_select(0, index))
+    )
+    most = int(torch.bincount(places // length, minlength=count).max())
     config = layer.self_attn.config
-    return worth_it(rows, length, len(index), most, weight_of(config.hidden_size, config.intermediate_size))
+    weight = weight_of(config.hidden_size, config.intermediate_size)
+    return worth_it(count, length, tokens, len(index), most, weight)
 
 
-def worth_it(rows: int, length: int, positions: int, most: int, weight: float) -> bool:
+def worth_it(rows: int, length: int, tokens: int, positions: int, most: int, weight: float) -> bool:
     """Whether fewer products with weights outweigh attention that takes a mask, where the whole layer's needs none.
 
-    positions: those looked at, each once, `most` of them in one row. weight: see `weight_of`.
+    tokens: of the rows, with or without their padding. positions: those looked at, each once, `most` of them in one row. weight:
+    see `weight_of`.
     """
     if 4 * rows * most * length > MASK_AT_MOST:
         return False
-    whole = rows * length * (weight + DEARER * length / 2)
-    saved = (rows * length - positions) * OF_LAYER * weight
+    whole = tokens * weight + rows * length * DEARER * length / 2
+    saved = (tokens - positions) * OF_LAYER * weight
     return saved - DEARER * rows * length * (most - length / 2) > WORTH * whole
 
 
@@ -108,17 +114,22 @@ def _narrow(
     rows_, length, width = hidden_states.shape
     attention = layer.self_attn
     x = layer.input_layernorm(hidden_states)
-    queries = _Queries.at(index, rows_, length)
+    rows = rows_of(attention_mask)
+    if rows is None:
+        queries = _Queries.at(index, rows_, length)
+    else:
+        queries = _Queries.at(rows.where.index_select(0, index), rows.rows, rows.width)
+        attention_mask = rows.mask
     # keys and values of all, queries of some
     k = _heads(attention, "k", x)
-    v = _heads(attention, "v", x).transpose(1, 2)
+    v = _heads(attention, "v", x)
     q = _heads(attention, "q", x.flatten(0, 1).index_select(0, index))
     cos, sin = (angle.expand(rows_, length, -1) for angle in position_embeddings)
-    k = _rotated(k, cos.unsqueeze(2), sin.unsqueeze(2)).transpose(1, 2)
+    k = _rotated(k, cos.unsqueeze(2), sin.unsqueeze(2))
+    k, v = ((x if rows is None else rows.laid_out(x)).transpose(1, 2) for x in (k, v))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, attention.layer_idx)
     q = _rotated(q, *(angle.flatten(0, 1).index_select(0, index).unsqueeze(1) for angle in (cos, sin)))
-    attend = AttentionInterface()["sdpa"]
     attended, _ = attend(
         attention, queries.laid_out(q).transpose(1, 2), k, v.to(k.dtype), queries.mask(attention_mask, k.device),
         dropout=0.0, scaling=attention.scaling,

@@ -106,10 +106,17 @@ class Forward:
     masked: bool = False  # whether the rows bring a mask of their own: `models.prefixes`, packed rows
     looked: int | None = None  # positions that the last layer is computed at (`models.last_layer`); None: all
     most: int = 0  # of these, in one row
+    unpadded: int | None = None  # tokens, where only attention reads padding (`models.attention`)
+
+    @property
+    def cells(self) -> int:
+        """Tokens that attention reads."""
+        return self.rows * self.length
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length
+        """That all else reads."""
+        return self.cells if self.unpadded is None else self.unpadded
 
 
 def weights(model: Model) -> float:
@@ -200,12 +207,6 @@ def loss_logits(model: Model, tokens: int, *, entropy: bool = False, entropy_lea
     before = head if n < tokens else 0  # of the parts before this one
     head = 0 if before and adds_in_place(model, model.shape.hidden * v) else head
     return kept_states(model, tokens) + before + max(forward, backward, part + head)
-
-
-def waiting_logits(model: Model, tokens: int) -> float:
-    """What of `loss_logits` stays between forward and backward: one part's log-softmax; several parts are made again."""
-    n = _at_once(model, tokens)
-    return kept_states(model, tokens) + (n * model.shape.vocab * FLOAT32 if n == tokens else 0)
 
 
 def score_logits(model: Model, tokens: int) -> float:

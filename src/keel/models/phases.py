@@ -47,18 +47,17 @@ def fullest(name: str, moments: Sequence[Parts]) -> Phase:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A role's forwards and their backward. Bytes of its logits at most, and between forward and backward."""
+    """A role's forwards and their backward. Bytes of its logits at most."""
 
     role: str
     forwards: Sequence[Forward]
     logits: float = 0.0
-    waiting: float = 0.0
 
 
 def training(
     models: Mapping[str, Model], passes: Sequence[Pass], *, accumulates: bool, name: str = "train"
 ) -> Phase:
-    """A gradient step. The forwards of all passes come first, then their backwards, the last pass's first.
+    """A gradient step: one pass after the other, forwards and backward.
 
     accumulates: gradients of earlier micro-batches are there already.
     """
@@ -67,12 +66,8 @@ def training(
         model = models[p.role]
         there = memory.gradients(model) if accumulates else 0
         done = with_parts(done, p.role, gradients=there, casts=memory.casts(model))
-    for i, p in reversed([*enumerate(passes)]):
-        held = done
-        for earlier in passes[:i]:
-            kept = sum(activations.saved(models[earlier.role], read) for read in earlier.forwards)
-            held = with_parts(held, earlier.role, activations=kept, logits=earlier.waiting)
-        moments += _backward(held, models[p.role], p, accumulates)
+    for p in passes:
+        moments += _backward(done, models[p.role], p, accumulates)
         if not accumulates:
             done = with_parts(done, p.role, gradients=memory.gradients(models[p.role]))
     return fullest(name, moments)

@@ -9,10 +9,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from keel.models import attention
 from keel.models.fused import fuse
 from keel.models.products import casting_once, with_products
 
@@ -38,8 +36,7 @@ def weights(dtype: str) -> torch.dtype:
 def opened(model: Any, dtype: str) -> Any:
     """The model, `fused`, and marked with whether `computing` chooses its precision."""
     model.keel_auto = dtype == "auto"
-    if dtype == "auto":
-        AttentionInterface.register("sdpa", _attention)
+    attention.register()
     return with_products(fuse(model))
 
 
@@ -83,20 +80,3 @@ def keeping_casts(model: Any) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention, but for a CPU in bfloat16: torch's backward is six times slower there than in float32,
-    so that float32 is used where several positions ask at once (as they do in training)."""
-    if query.device.type == "cpu" and query.shape[2] > 1 and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            query, key, value = (x.float() for x in (query, key, value))
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -1,9 +1,10 @@
-"""Sequences that begin alike are read as one: their common start once, what differs side by side behind it (2410.20305).
+"""How a model reads the sequences of a batch: what several begin with once, and no padding.
 
-The two sides of a comparison have their prompt in common, and so have all samples of a group. Each token sees the common start
-and what stands before it in its own sequence, by a mask of its own and with the position that it has there, so that the states
-are those of the sequences read one by one. Whether a model takes such a mask is tried out on it once; whether reading
-together pays is reckoned from its sizes.
+The two sides of a comparison have their prompt in common, and so have all samples of a group: their common start is read once, what
+differs side by side behind it (2410.20305). Each token sees the common start and what stands before it in its own sequence, by a mask of its
+own and with the position that it has there. And where rows differ in length, all that is computed token by token is computed of one row
+without padding (`attention`). Either way the states are those of the sequences read one by one. Whether a model can is tried out on it
+once; whether it pays is reckoned from its sizes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from keel.models import attention
+from keel.models.attention import Rows
 from keel.models.head import evaluating
 from keel.models.last_layer import DEARER, MASK_AT_MOST, looked_at, weight_of
 from keel.models.load import has_dropout
 
 WORTH = 0.95  # of the cost of reading apart
+MANY, FEW = 32, 8  # sequences of similar length in a forward, without padding and with it
+LAYING_OUT = 1.08  # what a token costs whose queries, keys and values are laid out for attention, in those of one for which they are not
 WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")  # names in a config
 KINDS = (
     "llama",
@@ -33,31 +38,51 @@ KINDS = (
     "gemma2",
     "gpt_neox",
     "gpt2",
-)  # model types that take masks (tests)
-_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+)  # model types that can be read in these ways (tests)
+WRITTEN_OUT = (
+    "gemma2",
+)  # of these, those whose attention is not by torch's kernels: they want their padding
+_tried: WeakKeyDictionary[nn.Module, Ways] = WeakKeyDictionary()
 
 Forward = Callable[..., Tensor]  # input_ids (R, W) and more inputs → (R, W, d)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """R rows of W tokens in which B sequences are read together."""
+    """R rows of W tokens in which B sequences are read, or one row of all their tokens."""
 
-    ids: Tensor  # (R, W)
-    inputs: dict[str, Tensor]  # positions (R, W) and mask (R, 1, W, W); none where each row is a sequence
+    ids: Tensor  # (R, W) or (1, T)
+    inputs: dict[str, Tensor]  # positions and a mask; none where each row is a sequence
     index: Tensor  # (N,) into the flattened ids: the positions that were asked for
+    rows: Rows | None = None  # those that the one row stands for
 
 
 def read(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: Tensor) -> Tensor:
     """(N, d) states at `index` of the flattened (B, S) ids, which are padded on the right; no token behind the last position
     asked for in a row is needed. key: the module that stands for the model in what is remembered of it."""
-    found = _laid_out(key, model, forward, ids, index)
-    if found is None:
-        found = Layout(ids, {}, index)
+    found = _laid_out(key, model, forward, ids, index) or Layout(ids, {}, index)
     count(model, found.ids.numel())
-    with looked_at(model, found.index, found.ids.shape):
+    with looked_at(model, found.index, found.ids.shape, found.rows):
         states = forward(input_ids=found.ids, **found.inputs)
     return states.flatten(0, 1).index_select(0, found.index)
+
+
+def best_rows(kind: str, *, kernels: bool = True, draws: bool = False) -> int:
+    """Sequences of similar length that are best read in one forward, where there are more: few, if they are padded to the longest.
+
+    kind: the model's type. kernels: whether it attends by torch's. draws: whether something in it is drawn at random.
+    """
+    return MANY if kind in KINDS and kind not in WRITTEN_OUT and kernels and not draws else FEW
+
+
+def best_rows_of(model: Any) -> int:
+    """`best_rows` of a model at work."""
+    config, draws = model.config.get_text_config(), _draws(model)
+    return best_rows(config.model_type, kernels=config._attn_implementation == "sdpa", draws=draws)
+
+
+def _draws(model: Any) -> bool:
+    return getattr(model, "training", False) and has_dropout(model)
 
 
 # ---------------------------------------------------------------- how much was read
@@ -95,10 +120,44 @@ class Group:
     width: int  # tokens of the common start and of all that follows
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What can be done with the sequences of a forward."""
+
+    together: bool = True  # what they begin with is read once
+    unpadded: bool = True  # no padding
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How the sequences of a forward are read: each in one of the groups."""
+
+    groups: list[Group]
+    unpadded: bool
+
+    @property
+    def together(self) -> bool:
+        return any(len(group.rows) > 1 for group in self.groups)
+
+    @property
+    def width(self) -> int:
+        return max(group.width for group in self.groups)
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(group.width for group in self.groups)
+
+    @property
+    def ways(self) -> Ways:
+        """What it takes."""
+        return Ways(self.together, self.unpadded)
+
+
 def _laid_out(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: Tensor) -> Layout | None:
-    """The layout, where some sequences are worth reading together and the model can."""
+    """The layout, where another than the rows themselves is worth it and the model can."""
     config = model.config.get_text_config()
-    if len(ids) < 2 or not len(index) or (getattr(model, "training", False) and has_dropout(model)):
+    if len(ids) < 2 or not len(index) or _draws(model):
         return None  # what is drawn at random, each sequence draws for itself
     reach = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     reach.scatter_reduce_(0, index // ids.shape[1], index % ids.shape[1] + 1, "amax")
@@ -106,15 +165,26 @@ def _laid_out(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: 
     weight = _weight(config)
     if weight is None:
         return None
-    groups = together(sequences, weight, width_limit(len(ids), _dtype(key).itemsize, window_of(config)))
-    if not groups or not _takes_masks(key, model, forward):
-        return None
-    return _layout(sequences, groups, ids, index, _dtype(key))
+    sizes = (weight, _dtype(key).itemsize, window_of(config))
+    found = arranged(sequences, *sizes)
+    if found.ways != Ways(False, False):
+        can = _ways_of(key, model, forward)
+        found = arranged(sequences, *sizes, can)
+    return None if found.ways == Ways(False, False) else _layout(sequences, found, ids, index, _dtype(key))
 
 
-def together(sequences: Sequence[Sequence[int]], weight: float, widest: float) -> list[Group]:
-    """How the sequences of a forward are read, each in one of the groups; empty where apart."""
-    return worth_it(grouped(sequences, weight, widest), [*map(len, sequences)], weight)
+def arranged(
+    sequences: Sequence[Sequence[int]], weight: float, itemsize: int, window: int | None, can: Ways = Ways()
+) -> Arrangement:
+    """How the sequences are read. weight: see `grouped`; itemsize: bytes of a number of a mask; window: see `window_of`."""
+    lengths = [*map(len, sequences)]
+    unpadded = can.unpadded and (window is None or max(lengths) <= window)
+    groups = [Group([i], length, length) for i, length in enumerate(lengths) if length]
+    if can.together:
+        widest = width_limit(len(sequences), itemsize, window)
+        groups = worth_it(grouped(sequences, weight, widest), lengths, weight, unpadded) or groups
+    widths = [group.width for group in groups]
+    return Arrangement(groups, unpadded and _cost(widths, weight, True) < _cost(widths, weight, False))
 
 
 def grouped(sequences: Sequence[Sequence[int]], weight: float, widest: float) -> list[Group]:
@@ -131,25 +201,27 @@ def grouped(sequences: Sequence[Sequence[int]], weight: float, widest: float) ->
             common = min(last.common, _in_common(sequences[before], sequences[i]))
             lengths = [len(sequences[row]) for row in last.rows] + [length]
             width = common + sum(n - common for n in lengths)
-            apart = _cost(last.width, weight) + _cost(length, weight)
-            if common > 0 and width <= widest and _cost(width, weight) < WORTH * apart:
+            apart = _cost([last.width], weight) + _cost([length], weight)
+            if common > 0 and width <= widest and _cost([width], weight) < WORTH * apart:
                 groups[-1] = Group([*last.rows, i], common, width)
                 continue
         groups.append(Group([i], length, length))
     return groups
 
 
-def worth_it(groups: Sequence[Group], lengths: Sequence[int], weight: float) -> list[Group]:
-    """The groups, if their rows, all padded to the widest of them, cost less than all sequences padded to the longest; wide groups
-    are taken apart until they do. Empty if they never do. lengths: of the sequences."""
-    groups = sorted(groups, key=lambda group: group.width)
-    apart = len(lengths) * _cost(max(lengths), weight)
+def worth_it(
+    groups: Sequence[Group], lengths: Sequence[int], weight: float, unpadded: bool = False
+) -> list[Group]:
+    """The groups that have tokens, if reading them costs less than reading all sequences apart; wide groups are taken apart until it
+    does. Empty if it never does. lengths: of the sequences. unpadded: whether their padding need not be read."""
+    groups = sorted((group for group in groups if group.width), key=lambda group: group.width)
+    apart = _cost([length for length in lengths if length], weight, unpadded)
     while any(len(group.rows) > 1 for group in groups):
-        if len(groups) * _cost(groups[-1].width, weight) < WORTH * apart:
+        if _cost([group.width for group in groups], weight, unpadded) < WORTH * apart:
             return groups
         widest = next(group for group in reversed(groups) if len(group.rows) > 1)
         groups.remove(widest)
-        alone = [Group([row], lengths[row], lengths[row]) for row in widest.rows]
+        alone = [Group([row], lengths[row], lengths[row]) for row in widest.rows if lengths[row]]
         groups = sorted([*groups, *alone], key=lambda group: group.width)
     return []
 
@@ -158,8 +230,13 @@ def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
 
 
-def _cost(width: int, weight: float) -> float:
-    return width * weight + DEARER * width * width
+def _cost(widths: Sequence[int], weight: float, unpadded: bool = False) -> float:
+    """Of rows so wide. unpadded: whether they may be read without padding, if that is less."""
+    rows, width = len(widths), max(widths)
+    tokens = rows * width
+    if unpadded:
+        tokens = min(tokens, LAYING_OUT * sum(widths))
+    return tokens * weight + rows * DEARER * width * width
 
 
 def _weight(config: Any) -> float | None:
@@ -186,52 +263,82 @@ def width_limit(rows: int, itemsize: int, window: int | None) -> float:
 
 def _layout(
     sequences: Sequence[Sequence[int]],
-    groups: Sequence[Group],
+    arrangement: Arrangement,
     ids: Tensor,
     index: Tensor,
     dtype: torch.dtype,
 ) -> Layout:
-    width = max(group.width for group in groups)
-    tokens, positions, branches = ([[0] * width for _ in groups] for _ in range(3))
-    where = torch.zeros(ids.shape, dtype=torch.long)
+    """index: (N,) into the flattened (B, S) ids."""
+    device, groups, width = ids.device, arrangement.groups, arrangement.width
+    tokens, positions, branches, places = list[int](), list[int](), list[int](), list[int]()
+    at = torch.zeros(ids.shape, dtype=torch.long)  # of a position of the ids, its token among all
     for row, group in enumerate(groups):
-        common, at = group.common, group.common
-        tokens[row][:common] = sequences[group.rows[0]][:common]
-        positions[row][:common] = range(common)
+        common, first = group.common, len(tokens)
+        tokens += sequences[group.rows[0]][:common]
+        positions += range(common)
+        branches += [0] * common
         for branch, i in enumerate(group.rows, start=1):
-            own = sequences[i][common:]
-            end = at + len(own)
-            tokens[row][at:end], positions[row][at:end] = own, range(common, common + len(own))
-            branches[row][at:end] = [branch] * len(own)
-            where[i, :common] = row * width + torch.arange(common)
-            where[i, common : common + len(own)] = row * width + torch.arange(at, end)
-            at = end
-        branches[row][at:] = [-1] * (width - at)
-    device = ids.device
-    branch = torch.tensor(branches, device=device)
+            own, end = sequences[i][common:], len(sequences[i])
+            at[i, :common] = torch.arange(first, first + common)
+            at[i, common:end] = torch.arange(len(tokens), len(tokens) + len(own))
+            tokens += own
+            positions += range(common, end)
+            branches += [branch] * len(own)
+        places += range(row * width, row * width + group.width)
+    where, flat_ids, flat_positions = (torch.tensor(x) for x in (places, tokens, positions))
+    asked = at.flatten()[index.cpu()]
+    size = (len(groups), width)
+    mask = _mask(torch.tensor(branches), where, size, dtype, device) if arrangement.together else None
+    if arrangement.unpadded:
+        rows = Rows.of(where, *size, mask, device)
+        inputs = {
+            "position_ids": flat_positions[None].to(device),
+            "attention_mask": attention.mask_for(rows, dtype),
+        }
+        return Layout(flat_ids[None].to(device), inputs, asked.to(device), rows)
+    padded = torch.zeros(2, len(groups) * width, dtype=torch.long)
+    padded[:, where] = torch.stack([flat_ids, flat_positions])
+    given, numbers = padded.view(2, *size).to(device)
+    inputs = {"position_ids": numbers} | ({} if mask is None else {"attention_mask": mask})
+    return Layout(given, inputs, where[asked].to(device))
+
+
+def _mask(
+    branches: Tensor, where: Tensor, size: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(R, 1, W, W), additive. branches: (T,) 0 for what a row's sequences have in common, otherwise which of them a token belongs to."""
+    branch = torch.full((size[0] * size[1],), -1)
+    branch[where] = branches
+    branch = branch.view(size).to(device)
     seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    seen &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-    return Layout(
-        torch.tensor(tokens, device=device),
-        {"position_ids": torch.tensor(positions, device=device), "attention_mask": mask[:, None]},
-        where.to(device).flatten()[index],
-    )  # fmt: skip
+    seen &= torch.ones(size[1], size[1], dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 # ---------------------------------------------------------------- whether a model can
 
 
-def _takes_masks(key: nn.Module, model: Any, forward: Forward) -> bool:
-    """Whether the model's states are the same for sequences read together and apart: tried out once."""
+def _ways_of(key: nn.Module, model: Any, forward: Forward) -> Ways:
+    """In which ways the model's states are the same as for sequences read apart: tried out once."""
     if key not in _tried:
-        _tried[key] = getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager") and _same(
-            key, model, forward
+        attention.register()
+        kernel = getattr(model.config, "_attn_implementation", None)
+        pair, whole = Group([0, 1], 3, 9), Group([0, 1, 2], 3, 12)
+        alone = [Group([0], 5, 5), Group([1], 7, 7), Group([2], 6, 6)]
+        one, two, three = (
+            Arrangement([whole], False),
+            Arrangement([pair, alone[2]], True),
+            Arrangement(alone, True),
+        )
+        same = lambda *ways: all(_same(key, model, forward, way) for way in ways)  # noqa: E731
+        _tried[key] = Ways(
+            together=kernel in ("sdpa", "eager") and same(one), unpadded=kernel == "sdpa" and same(two, three)
         )
     return _tried[key]
 
 
-def _same(key: nn.Module, model: Any, forward: Forward) -> bool:
+def _same(key: nn.Module, model: Any, forward: Forward, way: Arrangement) -> bool:
     device, vocab = next(key.parameters()).device, model.config.get_text_config().vocab_size
     sequences = [
         [i % vocab for i in row] for row in ([1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [1, 2, 3, 5, 4, 6])
@@ -240,11 +347,11 @@ def _same(key: nn.Module, model: Any, forward: Forward) -> bool:
     index = torch.tensor(
         [row * 7 + i for row, own in enumerate(sequences) for i in range(len(own))], device=device
     )
-    together = _layout(sequences, [Group([0, 1, 2], 3, 12)], ids, index, _dtype(key))
+    laid = _layout(sequences, way, ids, index, _dtype(key))
     with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             apart = forward(input_ids=ids).flatten(0, 1)[index]
-            found = forward(input_ids=together.ids, **together.inputs).flatten(0, 1)[together.index]
+            found = forward(input_ids=laid.ids, **laid.inputs).flatten(0, 1)[laid.index]
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
             return False
     rough = 3e-2 if apart.dtype in (torch.float16, torch.bfloat16) else 1e-4

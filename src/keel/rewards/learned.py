@@ -13,7 +13,7 @@ from torch import Tensor
 
 from keel.data import chat
 from keel.data.batches import by_length, length_mask, pad
-from keel.models import quantised
+from keel.models import prefixes, quantised
 from keel.models.forward import head_dtype, scores_at
 from keel.models.load import (
     ModelSource,
@@ -243,15 +243,13 @@ def score(
     return scores
 
 
-ROWS_A_FORWARD = 8  # rows of similar length that are padded together
-
-
 def forward(
     reward: RewardModel, inputs: Sequence[Inputs], together: Sequence[Hashable] | None = None
 ) -> Tensor:
     """(B,) raw scores of one batch, with gradient, in the order given; rows of similar length share a forward, those with the
     same value of `together`, which begin alike, before others."""
-    parts = by_length([len(item["input_ids"]) for item in inputs], ROWS_A_FORWARD, together=together)
+    sizes = [len(item["input_ids"]) for item in inputs]
+    parts = by_length(sizes, prefixes.best_rows_of(reward.model), together=together)
     scores = torch.cat([_forward(reward, [inputs[i] for i in part]) for part in parts])
     order = torch.tensor([i for part in parts for i in part])
     return scores[order.argsort().to(scores.device)]

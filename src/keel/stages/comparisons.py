@@ -18,10 +18,10 @@ from keel.config.preference import REFERENCE_FREE
 from keel.data import chat
 from keel.data.batches import by_length, length_mask, pad, rows_of_step
 from keel.masked import masked_sum
+from keel.models import prefixes
 from keel.models.forward import States, joined, response_index, said, spread, states
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
 from keel.models.products import casting_once
-from keel.rewards.learned import ROWS_A_FORWARD
 from keel.runlog import StageRun
 from keel.stages import inputs, language
 from keel.stages.update import forward_rows, total_steps
@@ -263,7 +263,8 @@ def logps(model: Any, responses: Sequence[Response], pad_id: int, device: torch.
     """(B,) log π(y|x), a sum over the response's tokens, with gradient; rows of similar length share a forward, those of one
     prompt before others, and all share the head."""
     prompts = [response.prompt for response in responses]
-    forwards = by_length([size(response) for response in responses], ROWS_A_FORWARD, together=prompts)
+    sizes = [size(response) for response in responses]
+    forwards = by_length(sizes, prefixes.best_rows_of(model), together=prompts)
     order = [i for part in forwards for i in part]
     found, tokens = zip(*(_states(model, [responses[i] for i in part], pad_id, device) for part in forwards))
     counts = lengths([responses[i] for i in order], device)

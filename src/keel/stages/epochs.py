@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,10 @@ class Drift:
         return self.total / max(1, self.tokens)
 
 
-# rows of a part, those of its mini-batch, whether π still is π_old → loss, metrics that add up, drift
-Loss = Callable[[list[int], list[int], bool], tuple[Tensor, dict[str, Tensor], Drift]]
+Term = tuple[Tensor, dict[str, Tensor], Drift]  # a loss, metrics that add up, drift
+# rows of a part, those of its mini-batch, whether π still is π_old → the terms of the loss that have no backward in common, one after
+# the other: what one keeps for its backward is gone before the next is there
+Losses = Callable[[list[int], list[int], bool], Iterable[Term]]
 
 
 def learn(
@@ -53,7 +55,7 @@ def learn(
     optimizers: Sequence[torch.optim.Optimizer],
     episodes: Episodes,
     update: int,
-    loss: Loss,
+    losses: Losses,
     *,
     pace: float = 1.0,
     learning: bool = True,
@@ -77,10 +79,11 @@ def learn(
         measured: dict[str, float] = {}
         with prefixes.counting() as read, casting_once():
             for part in parts_of(config, sorted(chosen), lengths.__getitem__, prompts.__getitem__):
-                step_loss, part_metrics, part_drift = loss(part, chosen, taken.count == 0)
-                step_loss.backward()
-                add_metrics(measured, part_metrics)
-                drift = drift.and_of(part_drift)
+                for term, part_metrics, part_drift in losses(part, chosen, taken.count == 0):
+                    if term.requires_grad:
+                        term.backward()
+                    add_metrics(measured, part_metrics)
+                    drift = drift.and_of(part_drift)
         run.count("train", useful_tokens([(prompts[i], lengths[i]) for i in chosen]), read())
         if learning:
             furthest = max(furthest, measured["policy/approxkl_avg"])

@@ -28,7 +28,7 @@ from keel.rewards.shaping import RunningScale, token_rewards
 from keel.rollout.score import Scored
 from keel.runlog import StageRun
 from keel.stages import epochs, experience, inputs, on_policy, opening
-from keel.stages.epochs import Drift
+from keel.stages.epochs import Drift, Term
 from keel.stages.experience import Experience, Setup, Steering, Task
 from keel.types import Episodes
 
@@ -136,18 +136,16 @@ def learn(
     """Epochs of mini-batches over one batch of experience. Returns means over the gradient steps taken."""
     reduce = settings_of(setup).reduce
 
-    def part_loss(
-        rows: list[int], mini_batch: list[int], fresh: bool
-    ) -> tuple[Tensor, dict[str, Tensor], Drift]:
+    def of_part(rows: list[int], mini_batch: list[int], fresh: bool) -> list[Term]:
         denominator = int(count(episodes.mask[mini_batch], reduce))
-        return loss(setup, episodes, rows, denominator, coef, fresh=fresh)
+        return [loss(setup, episodes, rows, denominator, coef, fresh=fresh)]
 
-    return epochs.learn(setup, optimizers, episodes, update, part_loss, pace=pace, first=update == 1)
+    return epochs.learn(setup, optimizers, episodes, update, of_part, pace=pace, first=update == 1)
 
 
 def loss(
     setup: Setup, episodes: Episodes, rows: list[int], denominator: float, coef: float, *, fresh: bool
-) -> tuple[Tensor, dict[str, Tensor], Drift]:
+) -> Term:
     """The part that `rows` have in the loss of a mini-batch whose `masked.count` is `denominator`.
 
     fresh: the weights are those that sampled, so π_old is π itself. Returns the loss, metrics that add up over the

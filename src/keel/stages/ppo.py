@@ -10,7 +10,7 @@ What this leaves out or does differently, knowingly:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,12 @@ from keel.algorithms import kl, policy, value
 from keel.config import PPOConfig
 from keel.masked import at_least_float32, masked_mean, whiten
 from keel.models.adapters import files_of, merged
-from keel.models.forward import response_index, said, scores_at, spread, states
+from keel.models.forward import States, response_index, said, scores_at, spread, states
 from keel.models.load import save
 from keel.rewards.shaping import RunningScale, token_rewards
 from keel.runlog import StageRun
 from keel.stages import epochs, experience, inputs, on_policy, opening
-from keel.stages.epochs import Drift
+from keel.stages.epochs import Drift, Term
 from keel.stages.experience import Experience, Setup, Steering, Task
 from keel.types import Episodes
 
@@ -103,18 +103,16 @@ def learn(
     waits = settings_of(setup).critic_warmup
     learning, first = update > waits, update == waits + 1
 
-    def part_loss(
-        rows: list[int], mini_batch: list[int], fresh: bool
-    ) -> tuple[Tensor, dict[str, Tensor], Drift]:
+    def of_part(rows: list[int], mini_batch: list[int], fresh: bool) -> Iterator[Term]:
         tokens = int(episodes.mask[mini_batch].sum())
-        return loss(setup, episodes, rows, tokens, coef, fresh=fresh, learning=learning)
+        return losses(setup, episodes, rows, tokens, coef, fresh=fresh, learning=learning)
 
     return epochs.learn(
-        setup, optimizers, episodes, update, part_loss, pace=pace, learning=learning, first=first
+        setup, optimizers, episodes, update, of_part, pace=pace, learning=learning, first=first
     )
 
 
-def loss(
+def losses(
     setup: Setup,
     episodes: Episodes,
     rows: list[int],
@@ -123,11 +121,12 @@ def loss(
     *,
     fresh: bool,
     learning: bool,
-) -> tuple[Tensor, dict[str, Tensor], Drift]:
-    """The part that `rows` have in the loss of a mini-batch with `tokens` response tokens.
+) -> Iterator[Term]:
+    """The part that `rows` have in the loss of a mini-batch with `tokens` response tokens: a critic's of its own and then the policy's, or
+    both in one where they share a trunk.
 
-    fresh: the weights are those that sampled, so π_old is π itself. Returns the loss, metrics that add up over the
-    parts, and for a fresh part how far log π is from the scored log π_old.
+    fresh: the weights are those that sampled, so π_old is π itself. Metrics add up over the parts; for a fresh part the drift says
+    how far log π is from the scored log π_old.
     """
     config, device = settings_of(setup), setup.run.device
     mask = episodes.mask[rows].to(device)
@@ -141,53 +140,57 @@ def loss(
             episodes.logp, episodes.values, episodes.returns, episodes.advantages, episodes.ref_logp,
         )
     )  # fmt: skip
-    logp, entropies, values = _forward(setup, ids, starts, mask, learning)
+    index = response_index(mask, starts, ids.shape[1])
+
+    def of_values(values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        value_loss, measured = value.clipped(
+            spread(values, mask), old_values, returns, mask, config.value_clip, denominator=tokens
+        )
+        metrics = {"loss/value_avg": value_loss.detach(), "val/clipfrac_avg": measured["clipfrac"]}
+        return config.value_coef * value_loss, metrics
+
+    total, metrics = torch.zeros((), device=device), dict[str, Tensor]()
+    if (head := setup.roles.value_head) is None:
+        yield *of_values(scores_at(setup.roles.critic, ids, index)), Drift()
+    found, logp, entropies = _policy(setup, ids, index, mask, learning)
+    if head is not None:
+        assert found.hidden is not None
+        total, metrics = of_values(head(at_least_float32(found.hidden)).squeeze(-1))
     drift = Drift.between(logp, old_logp, mask) if fresh else Drift()
     old_logp = logp.detach() if fresh else old_logp
     policy_loss, policy_metrics = policy.clipped(
         logp, old_logp, advantages, mask, config.clip, config.clip, dual_clip=config.dual_clip, denominator=tokens,
         weights=None if episodes.weights is None else episodes.weights[rows, :width].to(device),
     )  # fmt: skip
-    value_loss, value_metrics = value.clipped(
-        values, old_values, returns, mask, config.value_clip, denominator=tokens
-    )
     mean_entropy = masked_mean(entropies, mask, denominator=tokens)
-    total = config.value_coef * value_loss
     if learning:
         total = total + policy_loss - config.entropy_coef * mean_entropy
         if config.kl.where == "loss":
             estimate = kl.estimate(logp, ref_logp, config.kl.estimator, mask)
             total = total + coef * masked_mean(estimate, mask, denominator=tokens)
-    metrics = {
+    metrics |= {
         "policy/approxkl_avg": policy_metrics["approxkl"],
         "policy/approxkl_k3": policy_metrics["approxkl_k3"],
         "policy/clipfrac_avg": policy_metrics["clipfrac"],
         "policy/entropy_avg": mean_entropy.detach(),
         "loss/policy_avg": policy_loss.detach(),
-        "loss/value_avg": value_loss.detach(),
-        "val/clipfrac_avg": value_metrics["clipfrac"],
         "val/ratio": policy_metrics["ratio"],
         "val/ratio_var": policy_metrics["ratio_var"],
     }
-    return total, metrics, drift
+    yield total, metrics, drift
 
 
-def _forward(
-    setup: Setup, ids: Tensor, starts: Tensor, mask: Tensor, learning: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) log π, entropies and values, 0 where the mask is False; no gradient reaches the policy unless it is learning, and
-    none comes from the entropies unless they are rewarded."""
+def _policy(
+    setup: Setup, ids: Tensor, index: Tensor, mask: Tensor, learning: bool
+) -> tuple[States, Tensor, Tensor]:
+    """The policy's states, and (B, T) log π and entropies, 0 where the mask is False; no gradient reaches the policy unless it is learning,
+    and none comes from the entropies unless they are rewarded."""
     config, roles = settings_of(setup), setup.roles
-    index = response_index(mask, starts, ids.shape[1])
     with torch.set_grad_enabled(learning):
         found = states(roles.policy, ids, index, hidden=roles.value_head is not None)
         logp, entropies, _ = said(found, ids.flatten()[index + 1], config.sampling.temperature, entropy=True)
     entropies = entropies if config.entropy_coef > 0 else entropies.detach()
-    if roles.value_head is not None and found.hidden is not None:
-        values = spread(roles.value_head(at_least_float32(found.hidden)).squeeze(-1), mask)
-    else:
-        values = spread(scores_at(roles.critic, ids, index), mask)
-    return spread(logp, mask), spread(entropies, mask), values
+    return found, spread(logp, mask), spread(entropies, mask)
 
 
 def _save(setup: Setup, config: PPOConfig) -> None:
