@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel.data.batches import by_length, pad
-from keel.models import forward, precision, prefixes
+from keel.models import attention, forward, precision, prefixes
 from keel.models.adapters import Adapters, add_adapters
 from keel.models.attention import Rows
 from keel.models.load import checkpoint_activations, disable_dropout
@@ -161,6 +161,44 @@ def test_more_rows_share_a_forward_where_they_need_no_padding() -> None:
     ).train()
     apart = [model_of(kind, SHARED[kind]) for kind in ("gpt_neo", "gemma2")]
     assert {prefixes.best_rows_of(model) for model in (eager, drops, *apart)} == {prefixes.FEW}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("llama4_text", {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48, "pad_token_id": None}),  # scales by the row's own positions
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),  # turns by the longest
+    ],
+)  # fmt: skip
+def test_models_for_which_the_length_of_a_row_means_something_keep_their_padding(
+    kind: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart(monkeypatch, padded=False)
+    model, (ids, index) = model_of(kind, more), asked()
+    with counting() as count:
+        forward.states(model.float(), ids, index)
+        assert count() == ids.numel()
+    assert prefixes.best_rows_of(model) == prefixes.FEW
+
+
+@pytest.mark.parametrize("large", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reading_that_is_wrong_is_found_out(
+    large: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one channel is much larger than all others."""
+    ids, index = asked()
+    model = model_of("gpt_neox", {}).to(dtype)
+    with torch.no_grad():
+        model.gpt_neox.final_layer_norm.bias[0] = large
+    right = model_of("gpt_neox", {}).to(dtype)
+    right.load_state_dict(model.state_dict())
+    monkeypatch.setattr(attention, "rows_of", lambda mask: None)  # every token sees every token
+    forward.states(model, ids, index)
+    assert not prefixes._tried[forward.head_of(model).linear].unpadded
+    monkeypatch.undo()
+    forward.states(right, ids, index)
+    assert prefixes._tried[forward.head_of(right).linear].unpadded
 
 
 @pytest.mark.parametrize("kind", APART)

@@ -52,7 +52,7 @@ def forward(model: Model, rows: Sequence[Row]) -> Forward:
 
 
 def best_rows(model: Model) -> int:
-    return prefixes.best_rows(model.shape.kind, draws=model.draws)
+    return prefixes.best_rows(model.shape.kind, model.shape.window, draws=model.draws)
 
 
 def _renumbered(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -88,7 +88,7 @@ def _arranged(model: Model, rows: Sequence[Row]) -> Arrangement:
     shape = model.shape
     can = Ways(False, False)
     if shape.kind in prefixes.KINDS and not model.draws and len(rows) > 1:
-        can = Ways(unpadded=shape.kind not in prefixes.WRITTEN_OUT)
+        can = Ways(unpadded=shape.kind in prefixes.UNPADDED)
     sequences: list[list[int]] = []
     for i, row in enumerate(rows):
         common = min(row.common, row.end)

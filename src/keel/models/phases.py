@@ -76,7 +76,7 @@ def training(
 def _backward(held: Parts, model: Model, p: Pass, accumulates: bool) -> list[Parts]:
     """The loss with all activations; the backward of the last block and of the one before it, in the forward that is largest;
     the end of that. held: what is there besides."""
-    *others, read = sorted(p.forwards, key=lambda read: read.tokens)
+    *others, read = sorted(p.forwards, key=lambda read: activations.saved(model, read))
     kept, of_others = (sum(activations.saved(model, one) for one in part) for part in (p.forwards, others))
     inside = activations.backward_working(model, read.tokens)
     last = inside if read.looked is None else activations.backward_working(model, read.looked)
