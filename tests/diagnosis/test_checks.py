@@ -94,6 +94,8 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("reward_implausible", "warn", {"objective/scores": after(30, 0, 6), "objective/scores_std": lambda u: 1}, Conditions()),
     ("reward_implausible", "act", {"objective/scores": after(30, 0, 9), "objective/scores_std": lambda u: 1}, Conditions()),
     ("reward_implausible", "act", {"objective/scores": after(30, 0, 0.6)}, Conditions(reward_bound=0.5)),
+    ("reward_falls", "act", {"objective/scores": after(30, 0.5, -0.8), "objective/scores_std": lambda u: 1}, Conditions()),
+    ("reward_falls", "act", {"objective/scores": after(2, 0.1, -2), "objective/scores_std": after(2, 1, 0.1)}, Conditions()),
     ("reward_without_spread", "warn", {"objective/scores_std": after(30, 1, 0.05)}, Conditions()),
     ("reward_without_spread", "warn", {"objective/scores_std": after(30, 50, 3)}, Conditions()),
     ("reward_without_spread", "note", {"objective/scores_std": lambda u: 0.05}, Conditions()),
@@ -135,6 +137,12 @@ def test_two_odd_batches_in_ten_are_noise(check, severity, series, settings):
         return lambda update: value(UPDATES) if update % 10 in (1, 2) else value(1)
 
     assert worst(found({name: odd(value) for name, value in series.items()}, settings), check) is None
+
+
+def test_a_single_update_that_leaves_everything_behind_is_enough():
+    kl = lambda far: {"objective/kl_exact": lambda update: far if update == 2 else 4}  # noqa: E731
+    assert worst(found(kl(151), TARGETED), "kl_too_high") == "act"  # 10 × 2.5 × 6
+    assert worst(found(kl(149), TARGETED), "kl_too_high") is None
 
 
 def test_every_check_has_a_series_that_raises_it():

@@ -33,7 +33,7 @@ def kl_limit(history: History) -> float:
 
 def kl_too_high(history: History) -> Alarm | None:
     """act: above max(10, 2.5 × target) for a window; or above 4 times that for 3 updates, since a policy that runs away
-    does so within a few. An adaptive β lets the KL swing to nearly twice its target while it settles, in healthy runs to
+    does so within a few; or above 10 times that in one update, which nothing healthy comes near. An adaptive β lets the KL swing to nearly twice its target while it settles, in healthy runs to
     1.9 times: hence 2.5, and a warning from 2. Without a target nobody said how far is too far: a warning above the
     limit, act above 2.5 times it. With β = 0 and rewards that cannot be fooled distance is wanted or at least allowed: act
     at 10 times it only; what a model rewards is worth less with distance whatever β is (2210.10760)."""
@@ -46,6 +46,8 @@ def kl_too_high(history: History) -> Alarm | None:
     last = history.recent(name, SHORT)
     if last and min(last) > 4 * act:
         return "act", f"KL above {shown(min(last))} nats for {SHORT} updates ({goal})"
+    if (newest := history.recent(name, 1)) and newest[0] > 10 * act:
+        return "act", f"KL {shown(newest[0])} nats in one update ({goal})"
     limits: Levels = (("act", act), ("warn", warn))
     for severity, bound in limits:
         if history.sustained(name, bound):

@@ -38,6 +38,20 @@ def reward_implausible(history: History) -> Alarm | None:
     return None
 
 
+def reward_falls(history: History) -> Alarm | None:
+    """act: for a window the mean reward is more than a standard deviation of the first batch below that batch's mean, which was drawn before any
+    step: what has been learned is worse than nothing by the measure that it was learned for. The first batch and not the first few, since
+    a policy can be ruined by the first update. Of 16 responses a mean is off by a quarter of a deviation."""
+    first, spread = (history.columns.get(name, [])[:1] for name in (SCORES, SPREAD))
+    if not first or not spread or not history.sustained(SCORES, first[0][1] - spread[0][1], below=True):
+        return None
+    now = history.now(SCORES) or 0.0
+    return (
+        "act",
+        f"mean reward from {shown(first[0][1])} to {shown(now)}, by more than a standard deviation of a batch ({shown(spread[0][1])})",
+    )
+
+
 def reward_without_spread(history: History) -> Alarm | None:
     """The classic limit is 0.1: with less there is little to learn from. warn: under 0.1, or under a tenth of the run's
     own start, for a window, after it was at least twice as much. note: under 0.1 from the start on, where the
@@ -173,6 +187,13 @@ CHECKS = (
         "the policy has found what the reward model overrates",
         "raise kl.coef (× 1.5), use an ensemble of reward models, train the reward model on such samples",
         frozenset({"raise_kl"}),
+    ),
+    Check(
+        "reward_falls",
+        reward_falls,
+        "steps so large that the policy was ruined, or a penalty (KL, length) that outweighs the reward",
+        "lower the learning rate, leave desired_kl on, look at samples; lower kl.coef if the KL is small",
+        frozenset({"cut_lr"}),
     ),
     Check(
         "reward_without_spread",
