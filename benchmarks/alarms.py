@@ -1,13 +1,15 @@
-"""Alarms and control on small runs: `python benchmarks/alarms.py [--control warn|rollback] [--only healthy|sick] [--list]`.
+"""Alarms and control on small runs: `python benchmarks/alarms.py [--control warn|rollback] [--only
+healthy|sick] [--list]`.
 
-Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning rate × 30, no KL,
-a reward model of people who only count words, length paid and no penalty for a missing stop, a sampler at another temperature
-than the trainer's, reward × 100 without a scale. `desired_kl`, which would hold most of these back, is off in the sick ones (`--limit` leaves it
-on). All start from one base, SFT and reward model. A gold reward judges each while it runs.
+Twenty healthy runs of PPO on the help desk (seeds, learning rates, KL targets) and twenty sick ones: learning
+rate × 30, no KL, a reward model of people who only count words, length paid and no penalty for a missing
+stop, a sampler at another temperature than the trainer's, reward × 100 without a scale. `desired_kl`, which
+would hold most of these back, is off in the sick ones (`--limit` leaves it on). All start from one base, SFT
+and reward model. A gold reward judges each while it runs.
 
-Prints, for each, the first finding of severity "act", the update of the gold peak, the gold reward at the end, at its best and of
-the SFT model, all on the same prompts; then false alarms, sick runs found, and how far control kept the end from the best.
-What is done already is not run again.
+Prints, for each, the first finding of severity "act", the update of the gold peak, the gold reward at the
+end, at its best and of the SFT model, all on the same prompts; then false alarms, sick runs found, and how
+far control kept the end from the best. What is done already is not run again.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from unittest import mock
 
 from keel.config import parse, read
 from keel.diagnosis import logs
-from keel.pipeline import Pipeline, resolved
-from keel.stages import experience
-from keel.types import KeelError
+from keel.errors import KeelError
+from keel.pipeline.pipeline import Pipeline, resolved
+from keel.rl import rollout
 from keel.worlds import helpdesk
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "helpdesk.yaml"
@@ -193,12 +195,12 @@ def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str,
 @contextlib.contextmanager
 def sampled_at(temperature: float | None) -> Iterator[None]:
     """A sampler at another temperature than the trainer's; None: as it is."""
-    generate = experience.generate
+    generate = rollout.generate
 
     def other(model: Any, prompts: Any, sampling: Any, **more: Any) -> Any:
         return generate(model, prompts, replace(sampling, temperature=temperature), **more)
 
-    with mock.patch.object(experience, "generate", generate if temperature is None else other):
+    with mock.patch.object(rollout, "generate", generate if temperature is None else other):
         yield
 
 

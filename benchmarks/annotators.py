@@ -1,9 +1,10 @@
-"""Whose votes to believe: `python benchmarks/annotators.py [--rows N] [--train] [--set stages.reward.lr=3e-4 …]`.
+"""Whose votes to believe: `python benchmarks/annotators.py [--rows N] [--train] [--set stages.reward.lr=3e-4
+…]`.
 
-On the help desk, where the truth is known: how well the labels of `labels: soft | majority | reliability` agree with the
-gold reward, and how well the estimated reliability of the annotators agrees with how often they really name the better
-reply. With --train, also the gold accuracy of a reward model trained with each (the stages base, sft and reward of a
-recipe, by default recipes/helpdesk.yaml; minutes to an hour).
+On the help desk, where the truth is known: how well the labels of `labels: soft | majority | reliability`
+agree with the gold reward, and how well the estimated reliability of the annotators agrees with how often
+they really name the better reply. With --train, also the gold accuracy of a reward model trained with each
+(the stages base, sft and reward of a recipe, by default recipes/helpdesk.yaml; minutes to an hour).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from keel.data.records import parse
 from keel.evaluation.annotators import agreement
 from keel.evaluation.measures import points_share
 from keel.evaluation.reliability import labels, of_annotators
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 from keel.rewards import learned
 from keel.types import PreferenceRecord
 from keel.worlds import helpdesk
@@ -70,7 +71,8 @@ def gold_difference(record: PreferenceRecord) -> float:
 
 
 def people(pairs: Sequence[PreferenceRecord]) -> None:
-    """Print how they agree, and each one's reliability: as drawn, as it turned out, as estimated without the truth."""
+    """Print how they agree, and each one's reliability: as drawn, as it turned out, as estimated without the
+    truth."""
     agreed, found = agreement(pairs), of_annotators(pairs)
     if agreed is None or found is None:
         raise SystemExit("too few rows: no pair has two votes")

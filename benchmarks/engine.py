@@ -1,11 +1,13 @@
-"""keel's rollout engine against transformers' `generate`, in pairs in one run: useful tokens (up to and with the end of
-sequence) a second, on a Llama of 7.3 M parameters with prompts of 32 tokens and at most 64 new ones.
+"""keel's rollout engine against transformers' `generate`, in pairs in one run: useful tokens (up to and with
+the end of sequence) a second, on a Llama of 7.3 M parameters with prompts of 32 tokens and at most 64 new
+ones.
 
     python benchmarks/engine.py [--threads N] [--repeats N]
 
-Four cases: 64 distinct prompts that all end at the limit; 64 prompts whose responses end after 24 tokens on average; 8
-prompts with 8 samples each; 256 prompts, which `generate` takes in batches of 64 and keel streams through 64 slots. The
-last one also with `dtype: auto`. Both sides sample at temperature 1 from the whole distribution.
+Four cases: 64 distinct prompts that all end at the limit; 64 prompts whose responses end after 24 tokens on
+average; 8 prompts with 8 samples each; 256 prompts, which `generate` takes in batches of 64 and keel streams
+through 64 slots. The last one also with `dtype: auto`. Both sides sample at temperature 1 from the whole
+distribution.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from keel.models.precision import opened
+from keel.models.precision import prepare_model
 from keel.rollout.engine import generate
 from keel.types import Sampling
 
@@ -110,7 +112,7 @@ def main() -> None:
         }
         compare(name, sides, asked.repeats)
     policy, asked_for, stop = cases["256 through 64 slots"]
-    auto = opened(model(24), "auto")
+    auto = prepare_model(model(24), "auto")
     sides = {
         "generate": partial(of_transformers, policy, asked_for),
         "keel": partial(of_keel, auto, asked_for, stop),

@@ -1,17 +1,21 @@
-"""keel on one CUDA device: is it right, how fast does it sample, what does it take beside TRL, and does the plan of memory hold?
+"""keel on one CUDA device: is it right, how fast does it sample, what does it take beside TRL, and does the
+plan of memory hold?
 
     make bench-gpu                                    (makes the peers' environment, then runs everything)
     python benchmarks/gpu.py [--peer PYTHON] [--ppo-peer FOLDER] [--parts PART …] [--pairs N]
 
 The parts, in this order:
 
-correctness  On small models: greedy responses of the engine against transformers' `generate`, log-probabilities and states of
-             recorded steps (CUDA graphs) against a forward over the whole sequence, in float32 and in bfloat16, and a PPO update
-             on the CPU against the same on the card.
-engine       Tokens a second on a model of 0.5 B parameters in bfloat16 (Qwen2.5-0.5B's config): `generate`, keel without and with
-             recorded steps, and what the card's memory allows: each step must read all weights, and the keys and values so far.
-memory       What `keel plan` predicts for SFT, PPO and DPO of that model against the peak of what torch had allocated.
-peers        The pairs of `peers.py` with that model; needs --peer (and --ppo-peer for PPO), as described there.
+correctness  On small models: greedy responses of the engine against transformers' `generate`,
+log-probabilities and states of
+             recorded steps (CUDA graphs) against a forward over the whole sequence, in float32 and in
+             bfloat16, and a PPO update
+             on the CPU against the same on the card. engine       Tokens a second on a model of 0.5 B
+parameters in bfloat16 (Qwen2.5-0.5B's config): `generate`, keel without and with
+             recorded steps, and what the card's memory allows: each step must read all weights, and the keys
+and values so far. memory       What `keel plan` predicts for SFT, PPO and DPO of that model against the peak
+of what torch had allocated. peers        The pairs of `peers.py` with that model; needs --peer (and
+--ppo-peer for PPO), as described there.
 
 Exit code 2 without a CUDA device, 1 if something is not right.
 """
@@ -36,12 +40,12 @@ import peers
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from keel import planning
+from keel.accel import decode_graphs
+from keel.algorithms.masked import token_logp
 from keel.config import parse
-from keel.masked import token_logp
-from keel.models.precision import computing, opened
-from keel.pipeline import Pipeline
-from keel.rollout import captured
+from keel.models.precision import computing, prepare_model
+from keel.pipeline.pipeline import Pipeline
+from keel.plan import planner
 from keel.rollout.engine import generate
 from keel.types import Completion, Sampling
 
@@ -61,7 +65,7 @@ def _never(device: torch.device) -> None:
     """In the place of `captured.recorder`."""
 
 
-UNRECORDED = mock.patch.object(captured, "recorder", _never)
+UNRECORDED = mock.patch.object(decode_graphs, "recorder", _never)
 
 
 # ---------------------------------------------------------------- is it right?
@@ -74,7 +78,7 @@ def correctness(device: torch.device) -> bool:
         model = _sharp(family).to(device)
         held.append(_check(f"{family}: greedy responses that differ", _greedy_differs(model), 0))
         for dtype in ("float32", "auto"):
-            done, graphs = _sampled(opened(model, dtype)), len(captured._kept[model].replays)
+            done, graphs = _sampled(prepare_model(model, dtype)), len(decode_graphs._kept[model].replays)
             with UNRECORDED:
                 plain = _sampled(model)
             differs, usual = (max(_forward_differs(model, c) for c in sampled) for sampled in (done, plain))
@@ -208,7 +212,8 @@ def _copied(device: torch.device, size: int) -> float:
 
 
 def _bound(policy: Any, rows: int, new: int, bandwidth: float) -> float:
-    """Tokens a second if nothing took time but reading, once a step, the weights and each row's keys and values."""
+    """Tokens a second if nothing took time but reading, once a step, the weights and each row's keys and
+    values."""
     config = policy.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weights = sum(parameter.nbytes for parameter in policy.parameters())
@@ -228,7 +233,7 @@ def memory(device: torch.device, size: str, threads: int) -> None:
         peers.prepare(folder, size)
         for kind in ("sft", "ppo", "dpo"):
             config = parse(peers.keel_config(kind, folder, device.type))
-            (entry,) = planning.plan(Pipeline(config, folder / "runs" / kind))
+            (entry,) = planner.plan(Pipeline(config, folder / "runs" / kind))
             predicted = entry["memory"]["peak"] / 2**20
             found = peers.measured(sys.executable, kind, "keel", folder, threads, None, device.type)["memory"]
             print(f"{kind:<10}{predicted:>10,.0f}{found:>10,.0f}{predicted / found:>8.2f}", flush=True)
@@ -256,7 +261,7 @@ def main() -> int:
     torch.set_num_threads(settings.threads)
     size, new, repeats = ("tiny", 24, 1) if settings.tiny else ("half", 256, 3)
     if device.type == "cpu":
-        captured.recorder = lambda device: lambda function: function
+        decode_graphs.recorder = lambda device: lambda function: function
     # it would be said once and pass unseen
     warnings.filterwarnings("error", message="the decode step could not be recorded")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -1,11 +1,14 @@
-"""Predicted against measured memory: `python benchmarks/memory.py` (five stages on a CPU, some three minutes).
+"""Predicted against measured memory: `python benchmarks/memory.py` (five stages on a CPU, some three
+minutes).
 
-Each stage is planned as `keel plan` plans it, then run for a few steps in a process of its own. Measured is the peak of that
-process's resident memory above what it was when everything was imported (VmHWM above VmRSS in /proc/self/status; Linux
-only). glibc is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, one arena),
-since by default it keeps blocks of up to 32 MiB, which then count as used; keel's own wish to keep all of it is turned off.
+Each stage is planned as `keel plan` plans it, then run for a few steps in a process of its own. Measured is
+the peak of that process's resident memory above what it was when everything was imported (VmHWM above VmRSS
+in /proc/self/status; Linux only). glibc is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_, one arena), since by default it keeps blocks of up to 32 MiB, which then count as
+used; keel's own wish to keep all of it is turned off.
 
-`--tensors` measures torch's tensors instead, every one of them: what is left of a gap then is a tensor that the plan does not know.
+`--tensors` measures torch's tensors instead, every one of them: what is left of a gap then is a tensor that
+the plan does not know.
 """
 
 from __future__ import annotations
@@ -121,17 +124,17 @@ def config_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
 
 def predicted(name: str, folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """What `keel plan` says of the stage's memory."""
-    from keel import planning
     from keel.config import parse
-    from keel.pipeline import Pipeline
+    from keel.pipeline.pipeline import Pipeline
+    from keel.plan import planner
 
-    (entry,) = planning.plan(Pipeline(parse(config_of(name, folder, dtype)), folder / "runs" / name))
+    (entry,) = planner.plan(Pipeline(parse(config_of(name, folder, dtype)), folder / "runs" / name))
     return entry["memory"]
 
 
 def measured(name: str, folder: Path, dtype: str = "float32", *, tensors: bool = False) -> dict[str, Any]:
-    """Bytes at the peak of a process that runs the stage, above those when it began; `phases`: the peak of each. tensors: of
-    torch's tensors alone."""
+    """Bytes at the peak of a process that runs the stage, above those when it began; `phases`: the peak of
+    each. tensors: of torch's tensors alone."""
     command = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--dtype", dtype]
     command += ["--tensors"] if tensors else []
     done = subprocess.run(
@@ -142,10 +145,10 @@ def measured(name: str, folder: Path, dtype: str = "float32", *, tensors: bool =
 
 def measure(name: str, folder: Path, dtype: str, tensors: bool) -> None:
     """In the process that is measured: import, look, run, look."""
-    from keel import pipeline as pipelines
     from keel.config import parse
-    from keel.pipeline import Pipeline
-    from keel.runlog import StageRun
+    from keel.pipeline import pipeline as pipelines
+    from keel.pipeline.pipeline import Pipeline
+    from keel.rundir.stage_run import StageRun
 
     torch.set_num_threads(1)
     pipelines.keep_freed_memory = lambda: False  # what is kept for later is not what a stage needs
@@ -212,8 +215,8 @@ def _status(name: str) -> int:
 
 
 class Tensors(TorchDispatchMode):
-    """The storages of all tensors that operations see while it is entered, each until it is freed. (Matrices that oneDNN has
-    laid out have none.)"""
+    """The storages of all tensors that operations see while it is entered, each until it is freed. (Matrices
+    that oneDNN has laid out have none.)"""
 
     def __init__(self) -> None:
         super().__init__()

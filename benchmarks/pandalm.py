@@ -2,9 +2,10 @@
 
     python benchmarks/pandalm.py TESTSET.json MODEL [key=value …]
 
-TESTSET.json is PandaLM's test set (999 pairs, `annotator1` to `annotator3`), MODEL a small language model. Its instructions are
-dealt into two halves; a reward model learns from one half's votes and is judged on the other, and the other way round, so that
-every pair is judged once by a model that has not seen its instruction. Settings (`lr=…`) are the reward stage's.
+TESTSET.json is PandaLM's test set (999 pairs, `annotator1` to `annotator3`), MODEL a small language model.
+Its instructions are dealt into two halves; a reward model learns from one half's votes and is judged on the
+other, and the other way round, so that every pair is judged once by a model that has not seen its
+instruction. Settings (`lr=…`) are the reward stage's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 
 from keel.config import parse
 from keel.evaluation.measures import wilson
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 
 PEOPLE = ("annotator1", "annotator2", "annotator3")
 GROUPS = ("all pairs", "unanimous", "split")

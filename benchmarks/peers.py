@@ -1,19 +1,21 @@
-"""keel's stages against TRL's trainers, in pairs in one run: seconds a step and peak memory, on the same untrained Llama of
-7.3 M parameters, the same rows and the same settings.
+"""keel's stages against TRL's trainers, in pairs in one run: seconds a step and peak memory, on the same
+untrained Llama of 7.3 M parameters, the same rows and the same settings.
 
     make bench                                        (makes the peers' environment, then runs everything)
     python benchmarks/peers.py --peer PYTHON --ppo-peer FOLDER [KIND …] [--pairs N] [--threads N]
 
-PYTHON is an interpreter that has TRL 1.16; FOLDER holds TRL 1.12, the last release that has PPO, and goes in front of the
-path. Every measurement is a process of its own, and the two sides take turns; medians of N pairs. Prompts have 32 tokens,
-responses 64; in grpo and ppo the chance of the end of sequence makes responses 24 tokens long on average, 64 at most.
-Where keel's reference model reads all rows before the first step (dpo), each step is charged its share of that.
-A step is 64 rows, pairs or episodes, 16 at a time (ppo: an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults
-for a machine with fast bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32.
-Memory is the peak of the process above what is resident after everything is imported.
+PYTHON is an interpreter that has TRL 1.16; FOLDER holds TRL 1.12, the last release that has PPO, and goes in
+front of the path. Every measurement is a process of its own, and the two sides take turns; medians of N
+pairs. Prompts have 32 tokens, responses 64; in grpo and ppo the chance of the end of sequence makes responses
+24 tokens long on average, 64 at most. Where keel's reference model reads all rows before the first step
+(dpo), each step is charged its share of that. A step is 64 rows, pairs or episodes, 16 at a time (ppo: an
+update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for a machine with fast bfloat16
+(`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the peak of
+the process above what is resident after everything is imported.
 
-On CUDA (`--device cuda`, with `--size half` for 0.5 B parameters; `gpu.py` does both) the two sides multiply in bfloat16, keel by
-`dtype: auto` and TRL by its `bf16`, and memory is the peak of what torch had allocated on the card.
+On CUDA (`--device cuda`, with `--size half` for 0.5 B parameters; `gpu.py` does both) the two sides multiply
+in bfloat16, keel by `dtype: auto` and TRL by its `bf16`, and memory is the peak of what torch had allocated
+on the card.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
         "num_attention_heads": 4,
     },
-    # 0.5 B parameters, as Qwen2.5-0.5B has them. Not of Qwen2's class: beside one, `AutoTokenizer` makes Qwen2's tokenizer of any
+    # 0.5 B parameters, as Qwen2.5-0.5B has them. Not of Qwen2's class: beside one, `AutoTokenizer` makes
+    # Qwen2's tokenizer of any
     "half": {
         "model_type": "llama", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
@@ -98,8 +101,8 @@ def prepare(folder: Path, size: str = "small") -> None:
 
 
 def end_after(model: Any, mean: int) -> None:
-    """Give the end of sequence a chance of about 1 / mean at every position: its head reads a direction that every hidden
-    state carries."""
+    """Give the end of sequence a chance of about 1 / mean at every position: its head reads a direction that
+    every hidden state carries."""
     import torch
 
     with torch.no_grad():
@@ -175,11 +178,11 @@ def keel_stage(kind: str, folder: Path, device: str) -> dict[str, Any]:
 
 def of_keel(kind: str, folder: Path, device: str) -> None:
     """In a process of its own: run the stage, print what it took."""
-    import keel.stages.grpo
+    import keel.rl.grpo
     import keel.stages.preference
     import keel.stages.reward  # noqa: F401
     from keel.config import parse
-    from keel.pipeline import Pipeline
+    from keel.pipeline.pipeline import Pipeline
 
     before, ends = resident("VmRSS"), list[float]()
     marks: list[float] = []  # when the reference of dpo began to read, which is before the first step
@@ -295,8 +298,9 @@ def now(device: str) -> float:
 
 
 def report(ends: list[float], before: float, device: str, more: float = 0.0) -> None:
-    """One line of JSON. The first step is the warm-up: its time is not counted. more: what each step owes to work that was
-    done before the first (with the warm-up's own time in it, so that it is too much rather than too little)."""
+    """One line of JSON. The first step is the warm-up: its time is not counted. more: what each step owes to
+    work that was done before the first (with the warm-up's own time in it, so that it is too much rather than
+    too little)."""
     import torch
 
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1) + more
@@ -375,7 +379,8 @@ def main() -> None:
 
 
 def _row(pairs: list[tuple[dict[str, float], dict[str, float]]], what: str, places: int) -> str:
-    """Medians of both sides, and the median of the pairs' ratios (peer over keel for seconds, keel over peer for memory)."""
+    """Medians of both sides, and the median of the pairs' ratios (peer over keel for seconds, keel over peer
+    for memory)."""
     theirs, ours = ([pair[side][what] for pair in pairs] for side in (0, 1))
     ratios = [a / b if what == "seconds" else b / a for a, b in zip(theirs, ours)]
     a, b, ratio = (statistics.median(values) for values in (theirs, ours, ratios))

@@ -1,9 +1,9 @@
 """Cost grows linearly: `python benchmarks/scaling.py [--threads N] [--repeats N] [--picture FILE.svg]`.
 
-Seconds of a PPO update (rollout, scores, training; 2 epochs, trunk) on an untrained Llama of 7.3 M parameters while one of
-three sizes is doubled twice: episodes a batch, tokens a response (no response ends early), samples a prompt with the prompts
-of a batch fixed. The sizes take turns in one run, and each number is the median over the rounds. What is looked for: no doubling takes more
-than 2.1 times as long.
+Seconds of a PPO update (rollout, scores, training; 2 epochs, trunk) on an untrained Llama of 7.3 M parameters
+while one of three sizes is doubled twice: episodes a batch, tokens a response (no response ends early),
+samples a prompt with the prompts of a batch fixed. The sizes take turns in one run, and each number is the
+median over the rounds. What is looked for: no doubling takes more than 2.1 times as long.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import peers
 import torch
 
 from keel.config import parse
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 
 BASE = {"batch": 32, "length": 32, "samples": 4}
 PROMPTS = 8  # of a batch, while the samples of each are doubled
@@ -84,7 +84,8 @@ def main() -> None:
 
 
 def picture(medians: dict[str, dict[int, float]]) -> str:
-    """Seconds against size, both as multiples of the smallest, on straight axes; the dashed line is exactly linear."""
+    """Seconds against size, both as multiples of the smallest, on straight axes; the dashed line is exactly
+    linear."""
     width, height, left, top, colours = 520, 300, 48, 16, ("#2563eb", "#d97706", "#059669")
     highest = max(4.2, max(at[4] / at[1] for at in medians.values()) * 1.05)
 

@@ -3,14 +3,16 @@
     python benchmarks/stability.py [CONFIG] [--seeds 0,1,2,3,4] [--jobs N] [key=value …]
     python benchmarks/stability.py [the same] --peer PYTHON --ppo-peer FOLDER
 
-The first runs `keel sweep CONFIG STAGE.lr=…` with a quarter, one, four and eight times the config's own learning rate, and counts
-the points that ended with an error (NaN among them), that diverged (KL above ten times its target), or that left gold below the SFT
-model's. The second then trains TRL 1.12's PPO from what each point of the sweep started from: the same base, SFT and reward model, prompts, sampling,
-batch, mini-batches, epochs, number of updates and learning rates; the rest is TRL's own (a fixed `kl_coef`, which gets the config's `kl.coef`; a
-value model that begins as the reward model; one response a prompt; linear decay). Its policies are judged by the config's own evaluate stage.
+The first runs `keel sweep CONFIG STAGE.lr=…` with a quarter, one, four and eight times the config's own
+learning rate, and counts the points that ended with an error (NaN among them), that diverged (KL above ten
+times its target), or that left gold below the SFT model's. The second then trains TRL 1.12's PPO from what
+each point of the sweep started from: the same base, SFT and reward model, prompts, sampling, batch,
+mini-batches, epochs, number of updates and learning rates; the rest is TRL's own (a fixed `kl_coef`, which
+gets the config's `kl.coef`; a value model that begins as the reward model; one response a prompt; linear
+decay). Its policies are judged by the config's own evaluate stage.
 
-PYTHON is an interpreter that has TRL's requirements; FOLDER holds TRL 1.12 and goes in front of the path (`make bench` makes both).
-What is done already is not run again.
+PYTHON is an interpreter that has TRL's requirements; FOLDER holds TRL 1.12 and goes in front of the path
+(`make bench` makes both). What is done already is not run again.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def sweep(settings: argparse.Namespace) -> list[dict[str, Any]]:
     stage: Any = read(Path(settings.config), settings.overrides).stages[settings.stage]
     rates = ",".join(f"{factor * stage.lr:g}" for factor in FACTORS)
     command = [
-        sys.executable, "-m", "keel.cli", "sweep", settings.config, *settings.overrides, f"{settings.stage}.lr={rates}",
+        sys.executable, "-m", "keel", "sweep", settings.config, *settings.overrides, f"{settings.stage}.lr={rates}",
         "--seeds", settings.seeds, "--jobs", str(settings.jobs), "--runs", str(settings.runs), "--name", "stability", "--json",
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -104,7 +106,7 @@ def judge(point: dict[str, Any], stage: str, target: float | None) -> tuple[str,
 
 def peer(point: dict[str, Any], settings: argparse.Namespace) -> tuple[str, str, str, str]:
     """TRL's PPO from what a point of the sweep started from, judged as that point was."""
-    from keel.types import KeelError
+    from keel.errors import KeelError
 
     folder = settings.runs / "stability-trl" / point["name"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,8 +126,8 @@ def train(point: dict[str, Any], settings: argparse.Namespace, folder: Path) -> 
     from keel.config import read
     from keel.data import chat
     from keel.models.load import load_tokenizer
-    from keel.pipeline import Pipeline
-    from keel.sources import from_outside, main_data_of
+    from keel.pipeline.pipeline import Pipeline
+    from keel.pipeline.preflight import from_outside, main_data_of
 
     run = Path(point["run"])
     config = read(run / "config.yaml", [])
@@ -154,7 +156,7 @@ def train(point: dict[str, Any], settings: argparse.Namespace, folder: Path) -> 
 def evaluate(point: dict[str, Any], settings: argparse.Namespace, folder: Path) -> Path:
     """Run the point's evaluate stage on TRL's policy; its directory."""
     from keel.config import parse, read
-    from keel.pipeline import Pipeline, resolved
+    from keel.pipeline.pipeline import Pipeline, resolved
 
     run = Path(point["run"])
     stages = resolved(read(run / "config.yaml", []))["stages"]

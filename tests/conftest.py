@@ -14,18 +14,27 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from keel.accel import batch_layout
 from keel.config import PPOConfig, parse
 from keel.data import chat
 from keel.data.load import load
-from keel.models import precision, prefixes
+from keel.models import precision
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 from keel.rewards import learned
-from keel.runlog import StageRun
-from keel.stages import epochs, experience, opening
+from keel.rl import epochs, rollout
+from keel.rl.setup import open_stage
+from keel.rundir.stage_run import StageRun
 
 torch.set_num_threads(1)
 
@@ -56,7 +65,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(autouse=True)
 def _in_float32() -> Iterator[None]:
-    """`dtype: auto`, the default, is float32 in tests, whatever processor they run on; those that test bfloat16 ask for it."""
+    """`dtype: auto`, the default, is float32 in tests, whatever processor they run on; those that test
+    bfloat16 ask for it."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it patched
         patch.setattr(precision, "fast_in_bfloat16", lambda device: False)
         yield
@@ -64,19 +74,20 @@ def _in_float32() -> Iterator[None]:
 
 @pytest.fixture
 def read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that begin alike are not read as one: which rows share a forward then leaves no trace in the last digits."""
-    monkeypatch.setattr(prefixes, "WORTH", 0.0)
+    """Rows that begin alike are not read as one: which rows share a forward then leaves no trace in the last
+    digits."""
+    monkeypatch.setattr(batch_layout, "WORTH", 0.0)
 
 
 @pytest.fixture
-def in_one() -> Callable[[Iterable[epochs.Term]], epochs.Term]:
+def in_one() -> Callable[[Iterable[epochs.LossTerm]], epochs.LossTerm]:
     """The terms of a loss as one: their sum, all metrics, the drift."""
 
-    def sum_of(terms: Iterable[epochs.Term]) -> epochs.Term:
+    def sum_of(terms: Iterable[epochs.LossTerm]) -> epochs.LossTerm:
         found = [*terms]
         metrics = {name: value for _, measured, _ in found for name, value in measured.items()}
         assert len(metrics) == sum(len(measured) for _, measured, _ in found)
-        drift = epochs.Drift()
+        drift = epochs.LogprobMismatch()
         for *_, more in found:
             drift = drift.and_of(more)
         return torch.stack([term for term, *_ in found]).sum(), metrics, drift
@@ -116,7 +127,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Byte-level BPE of 300 tokens with EOS and a pad token of its own. Never changed: deep-copy to change it."""
+    """Byte-level BPE of 300 tokens with EOS and a pad token of its own. Never changed: deep-copy to change
+    it."""
     return chat.with_chat_template(train_tokenizer(TEXTS * 2, 300, 48))
 
 
@@ -249,20 +261,20 @@ def stage_run(tmp_path: Path) -> StageRun:
     )
 
 
-OpenPPO = Callable[..., tuple[list[experience.Task], experience.Setup]]
+OpenPPO = Callable[..., tuple[list[rollout.PromptExample], rollout.Setup]]
 
 
 @pytest.fixture
 def open_ppo(tiny_model: Path, tiny_reward: Path, data: Data, stage_run: StageRun) -> OpenPPO:
     """PPO's prompts and models for given settings, before the first update."""
 
-    def go(**settings: Any) -> tuple[list[experience.Task], experience.Setup]:
+    def go(**settings: Any) -> tuple[list[rollout.PromptExample], rollout.Setup]:
         defaults = {
             "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 8,
             "updates": 3, "sampling": {"max_new_tokens": 8},
         }  # fmt: skip
         config = PPOConfig.model_validate(defaults | settings)
-        tasks, _, setup = opening.open_stage(config, stage_run, sharing=config.sharing)
+        tasks, _, setup = open_stage(config, stage_run, sharing=config.sharing)
         return tasks, setup
 
     return go
@@ -270,7 +282,8 @@ def open_ppo(tiny_model: Path, tiny_reward: Path, data: Data, stage_run: StageRu
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained BERT encoder with a WordPiece tokenizer of its own, which splits text quite differently."""
+    """An untrained BERT encoder with a WordPiece tokenizer of its own, which splits text quite
+    differently."""
     folder = tmp_path_factory.mktemp("tiny") / "bert"
     words = sorted({*" ".join(TEXTS).replace(",", " ,").replace(".", " .").split(), *"?.,", "it", "is", "so"})
     letters = [chr(c) for c in range(97, 123)]
@@ -314,3 +327,29 @@ def differences() -> Callable[[Path, Path], list[str]]:
         return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
     return compare
+
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101,
+    "max_position_embeddings": 48,
+}  # fmt: skip
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 48, "bos_token_id": 0, "eos_token_id": 0},
+    "gpt_neox": SIZES,
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 24},
+    "gemma2": {**GROUPED, "head_dim": 24},
+    "phi3": {**GROUPED, "pad_token_id": 0, "eos_token_id": 0},
+    "bert": SIZES,
+    "roberta": SIZES,
+    "distilbert": {"dim": 64, "hidden_dim": 160, "n_layers": 3, "n_heads": 4, "vocab_size": 101, "max_position_embeddings": 48},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def config_of() -> Callable[..., Any]:
+    """A configuration of a family that keel knows block by block, small, with settings of one's own."""
+    return lambda kind, **more: AutoConfig.for_model(kind, **{**CONFIGS[kind], **more})

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from keel.config import RunConfig, SFTConfig, parse, read
-from keel.types import UsageError
+from keel.errors import UsageError
 
 NEW = {"init": {"model_type": "llama"}}
 

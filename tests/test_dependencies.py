@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from keel.cli import NEEDED
+from keel.cli.main import NEEDED
 
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the module has another name

@@ -14,10 +14,10 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from keel import cli
+from keel.cli import main
 from keel.config import RunConfig, parse
 from keel.diagnosis.watch import CHECKS
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -36,7 +36,8 @@ SECTIONS = {
 
 
 def _defined() -> dict[tuple[str, str], set[str]]:
-    """(section, file) → names in the first column of its table. A file with a section of its own has file ""."""
+    """(section, file) → names in the first column of its table. A file with a section of its own has file
+    ""."""
     found: dict[tuple[str, str], set[str]] = {}
     section = file = ""
     for line in METRICS.splitlines():
@@ -217,7 +218,7 @@ def _commands(page: Path) -> list[list[str]]:
 
 
 def _command() -> Any:
-    return typer.main.get_command(cli.app)
+    return typer.main.get_command(main.app)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -1,4 +1,5 @@
-"""Every recipe through the real loading code: two steps a stage, with tiny stand-ins for its models and data."""
+"""Every recipe through the real loading code: two steps a stage, with tiny stand-ins for its models and
+data."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from keel.config import (
     Training,
     read,
 )
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -76,8 +77,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory, model: Path, tiny_bert: Path) -> StandIns:
-    """For each data set of the hub a file with its columns: HH-RLHF's one string a side, GSM8K's worked solutions,
-    UltraFeedback's conversations, TL;DR's posts; for texts a book of some paragraphs."""
+    """For each data set of the hub a file with its columns: HH-RLHF's one string a side, GSM8K's worked
+    solutions, UltraFeedback's conversations, TL;DR's posts; for texts a book of some paragraphs."""
     folder = tmp_path_factory.mktemp("recipes")
     animals, colours = ("cat", "dog", "fox", "hen", "owl", "pig"), ("red", "blue", "pink")
     starts = [f"\n\nHuman: is the {animal} red?\n\nAssistant:" for animal in animals]
@@ -113,7 +114,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, model: Path, tiny_bert: 
 
 
 def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
-    """Overrides that make a config tiny and leave its form as it is: what is done to rows, rewards, methods."""
+    """Overrides that make a config tiny and leave its form as it is: what is done to rows, rewards,
+    methods."""
     changes = ["threads=1", "device=cpu"]
     for name, stage in config.stages.items():
         few = {"batch_size": 4}
@@ -251,7 +253,8 @@ def _behind(config: RunConfig, names: Iterable[str]) -> set[str]:
 
 
 def _sources(config: RunConfig, *, judging: bool) -> set[tuple[str, str]]:
-    """(source, split) that judged models come from, or that they are judged on. (A judge may know what they may not.)"""
+    """(source, split) that judged models come from, or that they are judged on. (A judge may know what they
+    may not.)"""
     judges = [stage for stage in config.stages.values() if isinstance(stage, EvaluateConfig)]
     judged = _behind(config, {name for stage in judges for name in stage.models})
     found: list[DataConfig] = []

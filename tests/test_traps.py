@@ -1,7 +1,8 @@
-"""Bugs that shipped in other libraries, at the level of stages: one test each, named after its number in docs/traps.
+"""Bugs that shipped in other libraries, at the level of stages: one test each, named after its number in
+docs/traps.
 
-Those of single functions are tested beside them (tests/golden, tests/data, tests/rewards, tests/models). The numbers in
-brackets point to the public threads.
+Those of single functions are tested beside them (tests/golden, tests/data, tests/rewards, tests/models). The
+numbers in brackets point to the public threads.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import keel
-from keel import types
+from keel import errors, types
 from keel.config import RewardConfig, RunConfig, parse
 from keel.data.batches import rows_of_step
+from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm
 from keel.rewards import learned
 from keel.rewards.mixture import Rated
-from keel.stages import experience, language, on_policy, ppo, reward
+from keel.rl import loop, ppo, rollout
+from keel.stages import language, reward
 from keel.stages.language import Row
-from keel.types import Completion, UsageError
+from keel.types import Completion
 
-START = ppo.Steering(0.0, ppo.RunningScale())
+START = ppo.LoopState(0.0, ppo.RunningScale())
 QUIET = {"kl": {"coef": 0.0}, "shaping": {"normalize": "none", "clip": None, "missing_stop_penalty": 0.0}}
 
 
@@ -76,7 +79,7 @@ def with_completions(monkeypatch: pytest.MonkeyPatch, endings: Sequence[tuple[tu
     def generate(model: Any, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Completion]:
         return [Completion(tuple(p), ids, reason) for p, (ids, reason) in zip(prompts, endings, strict=True)]
 
-    monkeypatch.setattr(experience, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
 
 
 def with_scores(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
@@ -88,7 +91,7 @@ def with_scores(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> Non
         scaled = (raw - term.mean) / term.std
         return Rated(scaled, raw, scaled, {term.name: list(scores)})
 
-    monkeypatch.setattr(experience, "rate", rate)
+    monkeypatch.setattr(rollout, "rate", rate)
 
 
 # ---------------------------------------------------------------- optimiser and accumulation
@@ -108,7 +111,8 @@ def test_trap_01_mini_batch_decides_the_number_of_optimiser_steps(
 def test_trap_01_statistics_of_steps_that_were_not_taken_are_not_averaged_in(
     run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
 ) -> None:
-    """[trl 7012] The entropy of a nearly uniform policy over 300 tokens, after the epochs were ended early."""
+    """[trl 7012] The entropy of a nearly uniform policy over 300 tokens, after the epochs were ended
+    early."""
     settings = {"epochs": 8, "mini_batch": 2, "max_approx_kl": 1e-9, "lr": 1e-2}
     rows = metrics_of(run(ppo_stage(data, tiny_model, tiny_reward, **settings), tmp_path))
     for row in rows:
@@ -140,7 +144,8 @@ def test_trap_02_max_grad_norm_is_applied_in_every_stage(
 def test_trap_03_the_loss_is_per_token_of_the_whole_step(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """[verl 906, 7200; trl 2615, 6369, 6380] A long and a short row in micro-batches of their own weigh by their tokens."""
+    """[verl 906, 7200; trl 2615, 6369, 6380] A long and a short row in micro-batches of their own weigh by
+    their tokens."""
     model = causal_lm(ModelSource(str(tiny_model)), 0).double().eval()
     rows = [
         Row([5, 6, 7, 8, 9, 10, 11, 12], [True] * 8),
@@ -208,7 +213,8 @@ def test_trap_04_nothing_clears_the_gradient_within_a_step(
 def test_trap_07_the_score_is_paid_at_the_last_response_token(
     open_ppo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """[trl 3750] Through collect(), for prompts and responses of different lengths, the stop token included."""
+    """[trl 3750] Through collect(), for prompts and responses of different lengths, the stop token
+    included."""
     tasks, setup = open_ppo(batch_size=4, **QUIET)
     with_completions(
         monkeypatch, [((7, 8, 9, 1), "eos"), ((7, 1), "eos"), ((1,), "eos"), ((7, 8, 9, 10, 11), "length")]
@@ -254,7 +260,8 @@ def test_trap_08_the_penalty_for_a_missing_stop_knows_the_configured_stop(
 def test_trap_09_the_real_eos_counts_where_pad_is_eos(
     open_ppo: Any, monkeypatch: pytest.MonkeyPatch, run: Any, data: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """[trl PR 5303, PR 3200] PPO trains and scores it; so does SFT, with the same numbers as with a pad of its own."""
+    """[trl PR 5303, PR 3200] PPO trains and scores it; so does SFT, with the same numbers as with a pad of
+    its own."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -296,7 +303,8 @@ def test_trap_09_the_real_eos_counts_where_pad_is_eos(
 def test_trap_11_the_ratio_of_the_first_update_is_exactly_1(
     sharing: str, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
 ) -> None:
-    """[verl 6280, 2088; trl 6789] Though scored and trained in different micro-batches; and the scored values agree."""
+    """[verl 6280, 2088; trl 6789] Though scored and trained in different micro-batches; and the scored values
+    agree."""
     settings = {
         "sharing": sharing,
         "micro_batch": 3,
@@ -313,7 +321,8 @@ def test_trap_11_the_ratio_of_the_first_update_is_exactly_1(
 def test_trap_11_the_ratio_is_1_even_where_other_kernels_scored(
     open_ppo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another batch shape had rounded otherwise: the drift is reported, and does not get into the ratio."""
+    """As if another batch shape had rounded otherwise: the drift is reported, and does not get into the
+    ratio."""
     tasks, setup = open_ppo(batch_size=5, micro_batch=1, epochs=2, clip=1e-3)
     lengths = (4, 1, 7, 2, 3)  # shares of 17 tokens, whose sum is only rounded to 1
     with_completions(monkeypatch, [((*range(7, 6 + n), 1), "eos") for n in lengths])
@@ -321,7 +330,7 @@ def test_trap_11_the_ratio_is_1_even_where_other_kernels_scored(
     noise = 1e-3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     e = dataclasses.replace(collected.episodes, logp=collected.episodes.logp + noise)
     assert sum(float(torch.tensor(n / 17)) for n in lengths) != 1.0
-    metrics = ppo.learn(setup, on_policy.optimizers(setup.config, setup.roles), e, 1, 0.0)
+    metrics = ppo.learn(setup, loop.optimizers(setup.config, setup.roles), e, 1, 0.0)
     assert metrics["val/ratio_first"] == 1.0
     assert metrics["policy/logp_drift"] == pytest.approx(noise[e.mask].abs().max().item(), rel=0.02)
 
@@ -423,7 +432,8 @@ def test_trap_15_greedy_decoding_is_refused_in_ppo(data: Any, tiny_model: Path, 
 def test_trap_16_a_larger_coefficient_keeps_the_policy_nearer(
     where: str, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
 ) -> None:
-    """[verl a65c9157; slime PR 399] A flipped sign would drive it away, one that is never applied would do nothing."""
+    """[verl a65c9157; slime PR 399] A flipped sign would drive it away, one that is never applied would do
+    nothing."""
     kls = {}
     for coef in (0.0, 2.0):
         kl = {"coef": coef, "where": where, "estimator": "k1" if where == "reward" else "k2"}
@@ -440,7 +450,7 @@ def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(open_p
         tasks, setup = open_ppo(batch_size=4, **{**QUIET, "kl": kl})
         with torch.no_grad():
             setup.roles.policy.lm_head.weight.mul_(1.3)
-        collected, _ = ppo.collect(setup, tasks[:4], ppo.Steering(0.7, ppo.RunningScale()), 0)
+        collected, _ = ppo.collect(setup, tasks[:4], ppo.LoopState(0.7, ppo.RunningScale()), 0)
         e = collected.episodes
         per_token = e.rewards.clone()
         per_token[torch.arange(4), e.mask.sum(dim=1) - 1] -= collected.experience.rated.raw
@@ -466,7 +476,8 @@ def test_trap_17_k1_as_a_loss_is_refused(data: Any, tiny_model: Path, tiny_rewar
 def test_trap_18_the_controller_is_given_nats_per_response(
     run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path
 ) -> None:
-    """(verl, OpenRLHF) Each β from the one before it and the KL of its batch, a sum over each response's tokens."""
+    """(verl, OpenRLHF) Each β from the one before it and the KL of its batch, a sum over each response's
+    tokens."""
     kl = {"coef": 0.3, "target": 0.4, "horizon": 16}
     settings = {"kl": kl, "updates": 6, "lr": 1e-2, "sampling": {"max_new_tokens": 9}}
     rows = metrics_of(run(ppo_stage(data, tiny_model, tiny_reward, **settings), tmp_path))
@@ -527,7 +538,8 @@ def test_trap_20_a_group_shares_its_prompt(open_ppo: Any, monkeypatch: pytest.Mo
 def test_trap_23_and_29_a_run_reads_rewards_at_the_last_token_and_leaves_the_padding_side(
     pad: str, side: str, run: Any, data: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """[trl 937, 2778, 6663; gpt-neox PR 1285] The whole reward stage on a model with that tokenizer: the same losses."""
+    """[trl 937, 2778, 6663; gpt-neox PR 1285] The whole reward stage on a model with that tokenizer: the same
+    losses."""
     rows = []
     for name, pad_token, padding_side in (("plain", "its own", "right"), ("other", pad, side)):
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -555,7 +567,8 @@ def test_trap_23_and_29_a_run_reads_rewards_at_the_last_token_and_leaves_the_pad
 
 
 def test_trap_25_accuracy_is_counted_over_all_pairs(tiny_reward: Path) -> None:
-    """(OpenRLHF) Batches of 2, 2 and 1: a mean of their means would weigh the last pair double; a tie does not count."""
+    """(OpenRLHF) Batches of 2, 2 and 1: a mean of their means would weigh the last pair double; a tie does
+    not count."""
     scorer = learned.load(str(tiny_reward), device=torch.device("cpu"))
     g = torch.Generator().manual_seed(0)
     sides: list[learned.Inputs] = [
@@ -613,7 +626,7 @@ def test_trap_a_gradient_that_is_not_finite_stops_the_run(
 ) -> None:
     """[OpenRLHF 1120] A loud error that names the update, and no weights from after it."""
     with_scores(monkeypatch, [float("nan")] * 8)
-    with pytest.raises(types.KeelError, match="ppo"):
+    with pytest.raises(errors.KeelError, match="ppo"):
         run(ppo_stage(data, tiny_model, tiny_reward), tmp_path)
     assert not (tmp_path / "stages" / "ppo" / "model").exists()
     assert not (tmp_path / "stages" / "ppo" / "stage.json").exists()
@@ -649,7 +662,8 @@ REFUSED = {  # inherited settings that a stage has no use for: giving one is an 
 def test_trap_every_setting_is_read_by_something(
     run: Any, whole: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings that are validated, documented and read by nothing: each is watched during a run over all stages.
+    """Settings that are validated, documented and read by nothing: each is watched during a run over all
+    stages.
 
     Not counted: what the config does with them itself, and writing them all out.
     """
@@ -715,7 +729,8 @@ def test_trap_every_setting_is_read_by_something(
     }  # of `Conditions`
     read |= {"RunConfig.description"} & {f"RunConfig.{name}" for name in elsewhere}  # `keel recipes` shows it
     assert pipeline.config.stages.keys() == names
-    # read while the config is: test_grpo.py says what a preset becomes, and a term's kind is the class that it is read as
+    # read while the config is: test_grpo.py says what a preset becomes, and a term's kind is the class that
+    # it is read as
     expanded = {"GRPOConfig.preset"} | {name for name in settings if name.endswith("Term.kind")}
     # written out as stages before that: test_rounds.py
     expanded |= {"RunConfig.dtype"}  # in every stage: test_config.py
@@ -765,7 +780,8 @@ def test_trap_every_logged_name_is_a_plain_string_in_the_code(run: Any, whole: A
 
 
 def test_every_row_is_seen_once_in_each_pass() -> None:
-    """No short last batch, none left out: passes follow each other, and step k is the same however it is reached."""
+    """No short last batch, none left out: passes follow each other, and step k is the same however it is
+    reached."""
     seen = [row for step in range(7) for row in rows_of_step(14, 6, step, 5)]
     assert [sorted(seen[i : i + 14]) for i in (0, 14, 28)] == [list(range(14))] * 3
     assert seen[:14] != seen[14:28]

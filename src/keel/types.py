@@ -13,32 +13,6 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor
 
 
-class KeelError(Exception):
-    """Anything keel reports to its user as one clear message. `exit_code` is the command's exit code."""
-
-    exit_code = 1
-
-
-class UsageError(KeelError):
-    """The command, the config or a model was not what it must be. Nothing was trained or overwritten."""
-
-    exit_code = 2
-
-
-class WaitingError(KeelError):
-    """A stage has done its part and waits for people; the message says for what. Nothing failed."""
-
-    exit_code = 3
-
-
-class NotFiniteError(KeelError):
-    """A loss, a gradient or a metric is NaN or infinite: the step that made it is worth nothing."""
-
-
-class DataError(UsageError):
-    """A row or a file of data is unusable; the message names the file, the line and the reason."""
-
-
 class Message(TypedDict):
     """One turn of a conversation, in the form of the Hugging Face chat templates."""
 
@@ -90,7 +64,8 @@ class DemonstrationRecord:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
-    """A comparison. The votes are kept as they were given; `p_chosen` is the share that preferred `chosen`."""
+    """A comparison. The votes are kept as they were given; `p_chosen` is the share that preferred
+    `chosen`."""
 
     prompt: Prompt
     chosen: str | Conversation
@@ -148,7 +123,8 @@ class Completion:
     """One sampled response as the engine saw it: token ids, never text."""
 
     prompt_ids: tuple[int, ...]
-    # response tokens; the last one is the stop token, or holds the end of the stop string, unless stop_reason is "length"
+    # response tokens; the last one is the stop token, or holds the end of the stop string, unless stop_reason
+    # is "length"
     ids: tuple[int, ...]
     stop_reason: StopReason
     logp: tuple[

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli
+from keel.cli import main
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def keel(
         monkeypatch.setattr(sys, "argv", ["keel", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         code = ended.value.code
         return Outcome(code if isinstance(code, int) else 0 if code is None else 1, out, err)

@@ -1,4 +1,5 @@
-"""What a user gets wrong: one clear message and exit code 2, or a correct run. Never a traceback, never a silent loss."""
+"""What a user gets wrong: one clear message and exit code 2, or a correct run. Never a traceback, never a
+silent loss."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import pytest
 
 from keel.config import RunConfig, read
 
-KEEL = [sys.executable, "-m", "keel.cli"]
+KEEL = [sys.executable, "-m", "keel"]
 
 
 def _process(arguments: list[object], **more: object) -> subprocess.Popen[str]:
@@ -105,7 +105,7 @@ def test_report_of_nothing(keel):
 
 
 def test_report_of_a_run_that_was_cut_off(keel, write, chain, monkeypatch):
-    from keel import pipeline
+    from keel.pipeline import pipeline
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
@@ -295,7 +295,7 @@ def test_wrong_use_is_2_and_help_is_0(keel):
 
 
 def test_a_command_starts_without_loading_what_it_does_not_need():
-    code = "import sys, keel.cli; print([m for m in ('transformers', 'datasets', 'plotly', 'pandas', 'peft') if m in sys.modules])"
+    code = "import sys, keel.cli.main; print([m for m in ('transformers', 'datasets', 'plotly', 'pandas', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -13,9 +13,8 @@ import pytest
 import scipy.stats
 import yaml
 
-from keel import comparing
 from keel.evaluation.measures import across_runs, mean_interval, t_point
-from keel.report import comparison
+from keel.report import compare, comparison
 from keel.report.comparison import HEIGHT, LETTER, LINE, WIDTH, Model
 
 STAGES: dict[str, Any] = {
@@ -69,7 +68,7 @@ def write_run(tmp_path: Path) -> WriteRun:
     return go
 
 
-def by_name(found: comparing.Comparison) -> dict[str, comparing.Entry]:
+def by_name(found: compare.Comparison) -> dict[str, compare.Entry]:
     return {entry.name: entry for entry in found.entries}
 
 
@@ -81,7 +80,7 @@ KL = {"ppo": 5.0, "dpo": 5.05}
 
 
 def test_models_are_ranked_by_gold_and_the_pairs_decide(write_run: WriteRun) -> None:
-    found = comparing.compare([write_run("one", GOLD, KL)])
+    found = compare.compare([write_run("one", GOLD, KL)])
     assert found.by == "gold"
     assert [entry.name for entry in found.entries] == ["ppo", "dpo", "sft"]
     expected = mean_interval([0.1, 0.0, 0.2, 0.1])
@@ -93,13 +92,13 @@ def test_models_are_ranked_by_gold_and_the_pairs_decide(write_run: WriteRun) -> 
     # their own intervals overlap: unpaired, they could not be told apart
     own = by_name(found)
     assert own["dpo"].measures["gold"]["high"] > own["ppo"].measures["gold"]["low"]
-    level, word, sentence = comparing.verdict(found)
+    level, word, sentence = compare.verdict(found)
     assert (level, word) == ("better", "Best")
     assert sentence == (
         "ppo is best, with gold reward 0.78 (95 % interval 0.65 to 0.90) at KL 5.0 nats, ahead of dpo at KL 5.0 nats by +0.10 "
         "(95 % interval 0.02 to 0.18, paired over 4 prompts)."
     )  # fmt: skip
-    (equal,) = comparing.at_equal_kl(found)
+    (equal,) = compare.at_equal_kl(found)
     assert equal.startswith(
         "At equal KL (intervals overlap) ppo (5.0 nats) is ahead of dpo (5.0 nats) by +0.10"
     )
@@ -107,20 +106,20 @@ def test_models_are_ranked_by_gold_and_the_pairs_decide(write_run: WriteRun) -> 
 
 def test_an_interval_that_includes_0_is_no_victory(write_run: WriteRun) -> None:
     gold = {**GOLD, "dpo": [0.9, 0.6, 0.9, 0.6]}
-    found = comparing.compare([write_run("one", gold, {"ppo": 5.0, "dpo": 9.0})])
-    level, word, sentence = comparing.verdict(found)
+    found = compare.compare([write_run("one", gold, {"ppo": 5.0, "dpo": 9.0})])
+    level, word, sentence = compare.verdict(found)
     assert (level, word) == ("unclear", "No clear best")
     assert "ppo has the highest gold reward" in sentence
     assert (
         "it and dpo at KL 9.0 nats cannot be told apart: the difference is +0.03 (95 % interval" in sentence
     )
     assert "includes 0" in sentence
-    (equal,) = comparing.at_equal_kl(found)
+    (equal,) = compare.at_equal_kl(found)
     assert equal.startswith("No other model's KL interval overlaps that of ppo (5.0 nats)")
 
 
 def test_without_a_samples_file_means_are_taken_as_independent(write_run: WriteRun) -> None:
-    found = comparing.compare([write_run("one", GOLD, KL, samples=False)])
+    found = compare.compare([write_run("one", GOLD, KL, samples=False)])
     apart, own = found.differences["dpo"], by_name(found)
     half = math.hypot(
         own["ppo"].measures["gold"]["mean"] - own["ppo"].measures["gold"]["low"],
@@ -132,12 +131,12 @@ def test_without_a_samples_file_means_are_taken_as_independent(write_run: WriteR
 
 
 def test_by_proxy_where_there_is_no_gold_and_it_is_said(write_run: WriteRun) -> None:
-    found = comparing.compare([write_run("one", GOLD, KL, by="proxy")])
+    found = compare.compare([write_run("one", GOLD, KL, by="proxy")])
     assert found.by == "proxy"
     assert [entry.name for entry in found.entries] == ["ppo", "dpo", "sft"]
     assert found.differences["dpo"].how == "paired over 4 prompts"
     assert any("Ranked by the proxy alone" in note for note in found.notes)
-    assert "by proxy" in comparing.as_text(found)
+    assert "by proxy" in compare.as_text(found)
 
 
 # ---------------------------------------------------------------- several runs
@@ -149,7 +148,7 @@ def test_seeds_are_pooled_with_students_interval(write_run: WriteRun) -> None:
         write_run(f"s{seed}", {m: [x + shift * (m == "ppo") for x in own] for m, own in GOLD.items()}, KL, seed=seed)
         for seed, shift in enumerate(shifts)
     ]  # fmt: skip
-    found = comparing.compare(paths)
+    found = compare.compare(paths)
     ppo = by_name(found)["ppo"]
     means = [sum(GOLD["ppo"]) / 4 + shift for shift in shifts]
     low, high = scipy.stats.t.interval(0.95, 2, sum(means) / 3, scipy.stats.sem(means))
@@ -162,7 +161,7 @@ def test_seeds_are_pooled_with_students_interval(write_run: WriteRun) -> None:
     assert apart.mean == pytest.approx(0.1 + sum(shifts) / 3)
     low, _ = scipy.stats.t.interval(0.95, 2, apart.mean, scipy.stats.sem(shifts))
     assert apart.low == pytest.approx(low)
-    assert "ppo (3 runs)" in comparing.as_text(found)
+    assert "ppo (3 runs)" in compare.as_text(found)
 
 
 def test_one_name_with_other_settings_stands_apart_and_what_is_the_same_is_pooled(
@@ -171,7 +170,7 @@ def test_one_name_with_other_settings_stands_apart_and_what_is_the_same_is_poole
     other = {"ppo": {**STAGES["ppo"], "kl": {"coef": 0.5}}}
     paths = [write_run(f"weak-{seed}", GOLD, KL, seed=seed) for seed in (0, 1)]
     paths += [write_run(f"strong-{seed}", GOLD, KL, seed=seed, stages=other) for seed in (0, 2)]
-    found = comparing.compare(paths)
+    found = compare.compare(paths)
     assert set(by_name(found)) == {"weak-0/ppo", "strong-0/ppo", "dpo", "sft"}
     assert [judged.seed for judged in by_name(found)["sft"].judged] == [0, 1, 2]  # seed 0 once
     (note,) = [note for note in found.notes if note.startswith("sft")]
@@ -183,7 +182,7 @@ def test_one_name_with_other_settings_stands_apart_and_what_is_the_same_is_poole
 
 def test_settings_of_what_a_model_comes_from_tell_it_apart(write_run: WriteRun) -> None:
     other = {"sft": {**STAGES["sft"], "lr": 0.2}}
-    found = comparing.compare([write_run("a", GOLD, KL), write_run("b", GOLD, KL, seed=1, stages=other)])
+    found = compare.compare([write_run("a", GOLD, KL), write_run("b", GOLD, KL, seed=1, stages=other)])
     assert len(found.entries) == 6
     assert any("evaluations differ" in note for note in found.notes)  # their reward models do
 
@@ -198,7 +197,7 @@ def test_two_evaluations_of_one_model_in_one_run(write_run: WriteRun) -> None:
     write_again.mkdir()
     for name in ("stage.json", "result.json", "samples.jsonl"):
         (write_again / name).write_bytes((path / "stages" / "again" / name).read_bytes())
-    names = set(by_name(comparing.compare([path])))
+    names = set(by_name(compare.compare([path])))
     assert names == {f"{stage}:{model}" for stage in ("judge", "again") for model in GOLD}
 
 
@@ -206,10 +205,10 @@ def test_single_runs_are_paired_only_on_the_same_prompts(write_run: WriteRun) ->
     other = {"ppo": {**STAGES["ppo"], "kl": {"coef": 0.5}}}
     better = {**GOLD, "ppo": [x + 0.05 for x in GOLD["ppo"]]}
     one = write_run("a", GOLD, KL)
-    same = comparing.compare([one, write_run("b", better, KL, stages=other)])
+    same = compare.compare([one, write_run("b", better, KL, stages=other)])
     assert same.entries[0].name == "b/ppo"
     assert same.differences["a/ppo"].how == "paired over 4 prompts"
-    different = comparing.compare([one, write_run("c", better, KL, stages=other, prompts="else")])
+    different = compare.compare([one, write_run("c", better, KL, stages=other, prompts="else")])
     assert different.differences["a/ppo"].how == "of independent means"
 
 

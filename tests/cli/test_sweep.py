@@ -1,4 +1,5 @@
-"""`keel sweep`: what is a point, what points share, what comes of a point that fails, and what is said of them."""
+"""`keel sweep`: what is a point, what points share, what comes of a point that fails, and what is said of
+them."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import sweeping
+from keel.cli import sweep
 from keel.config import parse
+from keel.errors import KeelError, UsageError
 from keel.evaluation.measures import across_runs
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 from keel.report import sweeps
 from keel.report.sweeps import Ended
-from keel.types import KeelError, UsageError
 
 
 class Ran:
@@ -51,9 +52,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         log.write_text("")
         return Ran(0)
 
-    monkeypatch.setattr(sweeping, "start", start)
+    monkeypatch.setattr(sweep, "start", start)
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
-    monkeypatch.setattr(sweeping, "POLL", 0)
+    monkeypatch.setattr(sweep, "POLL", 0)
     return names
 
 
@@ -70,7 +71,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )  # fmt: skip
 def test_values_between_commas_are_swept(overrides: Any, fixed: Any, swept: Any) -> None:
-    assert sweeping.grid(overrides) == (fixed, swept)
+    assert sweep.grid(overrides) == (fixed, swept)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +172,9 @@ def test_a_point_that_fails_leaves_the_others_alone(
 def test_no_two_points_make_the_same_stage_at_the_same_time(
     keel: Any, write: Any, sft: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two jobs: the second point of a seed waits for the stage that the first is making, that of another seed does not."""
-    monkeypatch.setattr(sweeping, "POLL", 0)
+    """Two jobs: the second point of a seed waits for the stage that the first is making, that of another seed
+    does not."""
+    monkeypatch.setattr(sweep, "POLL", 0)
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
     events: list[str] = []
 
@@ -199,7 +201,7 @@ def test_no_two_points_make_the_same_stage_at_the_same_time(
         events.append(f"start of {point.name}")
         return Slow(point, log)
 
-    monkeypatch.setattr(sweeping, "start", start)
+    monkeypatch.setattr(sweep, "start", start)
     path = write("tiny.yaml", {"first": sft(), "second": sft(model="first")})
     done = keel("sweep", path, "second.lr=1e-3,2e-3", "--jobs", "2")
     assert done.code == 0, done.err
@@ -221,11 +223,11 @@ def test_a_sweep_runs_its_points_as_processes(keel: Any, write: Any, sft: Any, t
 
 def test_two_sweeps_do_not_work_in_one_directory(write: Any, sft: Any, tmp_path: Path) -> None:
     path = write("tiny.yaml", {"sft": sft()})
-    directory, points = sweeping.points(path, [], [0, 1], tmp_path / "runs", None, str)
+    directory, points = sweep.points(path, [], [0, 1], tmp_path / "runs", None, str)
     directory.mkdir(parents=True)
-    sweep = sweeping.Sweep(path, directory, points, 1, str)
-    with sweeping.locked(directory), pytest.raises(KeelError, match="another process is working in"):
-        sweep.run()
+    one = sweep.Sweep(path, directory, points, 1, str)
+    with sweep.locked(directory), pytest.raises(KeelError, match="another process is working in"):
+        one.run()
 
 
 def test_a_run_is_not_taken_for_a_sweep(write: Any, sft: Any, tmp_path: Path) -> None:
@@ -233,14 +235,12 @@ def test_a_run_is_not_taken_for_a_sweep(write: Any, sft: Any, tmp_path: Path) ->
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.yaml").write_text("name: mine\n")
     with pytest.raises(UsageError, match="is a run, not a sweep"):
-        sweeping.points(path, [], [0, 1], tmp_path / "runs", "mine", str)
+        sweep.points(path, [], [0, 1], tmp_path / "runs", "mine", str)
 
 
 def test_names_of_points_are_names_of_directories() -> None:
-    assert sweeping._name({"ppo.lr": "1e-3"}, 2) == "ppo.lr-1e-3_seed-2"
-    odd = [
-        sweeping._name({"sft.data": value}, 0) for value in ("a/b.jsonl", "a-b.jsonl", "x" * 200, "x" * 201)
-    ]
+    assert sweep._name({"ppo.lr": "1e-3"}, 2) == "ppo.lr-1e-3_seed-2"
+    odd = [sweep._name({"sft.data": value}, 0) for value in ("a/b.jsonl", "a-b.jsonl", "x" * 200, "x" * 201)]
     assert len(set(odd)) == 4
     assert all(
         parse({"name": name, "stages": {"s": {"kind": "sft", "model": "m", "data": "d"}}}) for name in odd
@@ -251,7 +251,8 @@ def test_names_of_points_are_names_of_directories() -> None:
 
 
 def made_up(folder: Path, gold: dict[tuple[Any, int], float], status: str = "done") -> list[Ended]:
-    """Points of a sweep of ppo.kl.coef with one evaluate stage each: (coef, seed) → gold of ppo; that of sft is 0.4."""
+    """Points of a sweep of ppo.kl.coef with one evaluate stage each: (coef, seed) → gold of ppo; that of sft
+    is 0.4."""
     points = []
     for (coef, seed), value in gold.items():
         run = folder / f"{coef}-{seed}"

@@ -1,4 +1,5 @@
-"""Tokens are checked character by character: the tokenizer here has one token per byte unless a test adds merges."""
+"""Tokens are checked character by character: the tokenizer here has one token per byte unless a test adds
+merges."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from keel.data import chat
 from keel.data.stops import stop_texts
-from keel.types import DataError, TextRecord, UsageError
+from keel.errors import DataError, UsageError
+from keel.types import TextRecord
 
 EOS, PAD, BOS = "<eos>", "<pad>", "<bos>"
 CHATML = (

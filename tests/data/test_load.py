@@ -14,7 +14,8 @@ import pytest
 
 from keel import worlds
 from keel.data.load import fingerprint, load, summary
-from keel.types import DataError, DataSource, UsageError
+from keel.errors import DataError, UsageError
+from keel.types import DataSource
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(5)]
 TEXTS = [{"text": f"t{i}"} for i in range(12)]

@@ -5,15 +5,8 @@ import math
 import pytest
 
 from keel.data.records import describe, detect, parse, readable_as
-from keel.types import (
-    DataError,
-    DemonstrationRecord,
-    PreferenceRecord,
-    PromptRecord,
-    TextRecord,
-    UnpairedRecord,
-    Vote,
-)
+from keel.errors import DataError
+from keel.types import DemonstrationRecord, PreferenceRecord, PromptRecord, TextRecord, UnpairedRecord, Vote
 
 USER = {"role": "user", "content": "Hello"}
 GOOD = {"role": "assistant", "content": "Hi!"}

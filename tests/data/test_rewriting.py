@@ -10,7 +10,8 @@ import pytest
 
 from keel.config import DataConfig, parse
 from keel.data.load import fingerprint, load
-from keel.types import DataError, DataSource, UsageError
+from keel.errors import DataError, UsageError
+from keel.types import DataSource
 
 SUMS = [
     {"question": "What is 2 + 3?", "answer": "It is 2+3=<<2+3=5>>5.\n#### 5"},

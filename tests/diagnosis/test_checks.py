@@ -1,4 +1,5 @@
-"""Each check on series made by hand: silent on a healthy run and on single outliers, loud on the illness it is for."""
+"""Each check on series made by hand: silent on a healthy run and on single outliers, loud on the illness it
+is for."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Series = Mapping[str, Callable[[int], float]]
 
 
 def healthy(update: int, noise: random.Random) -> dict[str, float]:
-    """As in real runs: the reward rises, the KL swings to 1.6 times its target of 6, entropy halves, the critic is poor."""
+    """As in real runs: the reward rises, the KL swings to 1.6 times its target of 6, entropy halves, the
+    critic is poor."""
     rise = 1 - math.exp(-update / 15)
     kl = 6 * rise * (1 + 0.6 * math.sin(update / 8)) * noise.uniform(0.8, 1.2)
     row = {

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from keel import diagnosing
-from keel.cli import app
+from keel.cli import diagnose
+from keel.cli.main import app
 from keel.diagnosis import logs
-from keel.types import DataError, UsageError
+from keel.errors import DataError, UsageError
 
 
 def trl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -105,10 +105,10 @@ def run(folder: Path, kl: float, target: float) -> Path:
 def test_a_run_is_judged_by_its_own_target_and_so_is_its_stage(tmp_path):
     folder = run(tmp_path / "r", 20.0, 15.0)
     for path in (folder, folder / "stages" / "ppo"):
-        assert diagnosing.diagnose(path)["ppo"].findings == ()
+        assert diagnose.diagnose(path)["ppo"].findings == ()
     near = run(tmp_path / "n", 20.0, 6.0)
     for path in (near, near / "stages" / "ppo"):
-        assert names(diagnosing.diagnose(path)["ppo"]) == {"kl_too_high": "act"}
+        assert names(diagnose.diagnose(path)["ppo"]) == {"kl_too_high": "act"}
 
 
 def test_what_the_stage_said_itself_is_said_once_and_its_actions_begin_windows_anew(tmp_path):
@@ -148,5 +148,5 @@ def test_exit_codes_and_json(tmp_path):
 def test_a_path_with_nothing_to_read_is_a_usage_error(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UsageError, match="nothing to diagnose"):
-            diagnosing.diagnose(path)
+            diagnose.diagnose(path)
     assert UsageError.exit_code == 2

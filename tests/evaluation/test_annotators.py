@@ -51,7 +51,8 @@ def test_alpha_is_krippendorffs(level: Any, seed: int) -> None:
 
 
 def test_alpha_of_krippendorffs_own_example() -> None:
-    """Krippendorff (2011), "Computing Krippendorff's Alpha-Reliability", example C: nominal 0.743, ordinal 0.815."""
+    """Krippendorff (2011), "Computing Krippendorff's Alpha-Reliability", example C: nominal 0.743, ordinal
+    0.815."""
     a = [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None]
     b = [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3]
     c = [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None]

@@ -1,4 +1,5 @@
-"""Every interval holds what it promises: it covers the truth in 92–98 of 100 draws, and it is what its docstring says."""
+"""Every interval holds what it promises: it covers the truth in 92–98 of 100 draws, and it is what its
+docstring says."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def won(rng: np.random.Generator) -> Measure:
 
 
 def ranked(rng: np.random.Generator) -> Measure:
-    """Accuracy on pairs of which some are undecided and some scored alike: 0.6 + 0.2/2 of those that count."""
+    """Accuracy on pairs of which some are undecided and some scored alike: 0.6 + 0.2/2 of those that
+    count."""
     hits = points(rng, 150, 0.6, 0.2)
     shares = rng.choice([0.0, 0.3, 0.5, 0.8, 1.0], 150).tolist()
     chosen = [(2 * hit - 1) * (1 if p > 0.5 else -1) for hit, p in zip(hits, shares)]

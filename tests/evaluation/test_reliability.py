@@ -1,4 +1,5 @@
-"""Annotators' reliability: against crowd-kit, slow reference implementations, and worlds where the truth is known."""
+"""Annotators' reliability: against crowd-kit, slow reference implementations, and worlds where the truth is
+known."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ PEOPLE = "abcdef"
 
 
 def crowd(seed: int, items: int = 80) -> tuple[list[list[int | None]], np.ndarray[Any, Any]]:
-    """Votes of six people who are right with these probabilities, and the truth; four votes in ten are missing."""
+    """Votes of six people who are right with these probabilities, and the truth; four votes in ten are
+    missing."""
     rng = np.random.default_rng(seed)
     right = np.array([0.95, 0.9, 0.8, 0.7, 0.5, 0.34])
     truth = rng.choice(3, items, p=[0.5, 0.2, 0.3])

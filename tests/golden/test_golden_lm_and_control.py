@@ -35,13 +35,13 @@ def test_cross_entropy_of_nothing_is_0_with_gradient_0() -> None:
 
 
 def test_adaptive_pace_by_hand() -> None:
-    assert control.adaptive_pace(0.5, 0.1 / 0.64, 0.1) == pytest.approx(
+    assert control.kl_adaptive_lr(0.5, 0.1 / 0.64, 0.1) == pytest.approx(
         0.4
     )  # 0.64 of the KL is 0.8 of the step
-    assert control.adaptive_pace(1.0, 0.4, 0.1) == control.adaptive_pace(1.0, 100.0, 0.1) == 0.5  # at most
-    assert control.adaptive_pace(1 / 50, 100.0, 0.1) == 1 / 64
-    assert control.adaptive_pace(0.5, 0.1, 0.1) == pytest.approx(0.55)
-    assert control.adaptive_pace(0.95, 0.0, 0.1) == 1.0
+    assert control.kl_adaptive_lr(1.0, 0.4, 0.1) == control.kl_adaptive_lr(1.0, 100.0, 0.1) == 0.5  # at most
+    assert control.kl_adaptive_lr(1 / 50, 100.0, 0.1) == 1 / 64
+    assert control.kl_adaptive_lr(0.5, 0.1, 0.1) == pytest.approx(0.55)
+    assert control.kl_adaptive_lr(0.95, 0.0, 0.1) == 1.0
 
 
 def test_adaptive_kl_by_hand() -> None:

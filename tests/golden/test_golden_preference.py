@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keel import masked
-from keel.algorithms import preference, reward_model
+from keel.algorithms import masked, preference, reward_model
 
 
 def f64(values: object) -> Tensor:

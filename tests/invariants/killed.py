@@ -1,10 +1,13 @@
 """Run a config in child processes, each killed (SIGKILL) just before one chosen change to the disk.
 
-    python killed.py CONFIG FOLDER every STRIDE    one directory a kill: before change 1, 1 + STRIDE, …; each then run to its end
-    python killed.py CONFIG FOLDER chain KILLS SEED    one directory, killed again and again before some change; then run to its end
+    python killed.py CONFIG FOLDER every STRIDE    one directory a kill: before change 1, 1 + STRIDE, …; each
+    then run to its end
+    python killed.py CONFIG FOLDER chain KILLS SEED    one directory, killed again and again before some
+    change; then run to its end
 
-Python announces every change (audit events), so nothing in keel needs to be patched, and with fork the imports are
-paid for once. FOLDER/undisturbed is a run that nobody disturbed. Prints how many kills there were.
+Python announces every change (audit events), so nothing in keel needs to be patched, and with fork the
+imports are paid for once. FOLDER/undisturbed is a run that nobody disturbed. Prints how many kills there
+were.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def run(config: Any, directory: Path, kill_before: int | None = None) -> bool:
             return False
         sys.exit(f"the run in {directory} failed")
     try:
-        from keel.pipeline import Pipeline
+        from keel.pipeline.pipeline import Pipeline
 
         pipeline, changes = Pipeline(config, directory, lambda line: None), 0
         pipeline._report = lambda: None
@@ -65,7 +68,8 @@ def run(config: Any, directory: Path, kill_before: int | None = None) -> bool:
 
 
 def import_everything() -> None:
-    """What libraries import at first use, so that no child has to. Without a backward pass: autograd does not survive a fork."""
+    """What libraries import at first use, so that no child has to. Without a backward pass: autograd does not
+    survive a fork."""
     import torch
     from transformers import (
         AutoModelForCausalLM,

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keel import masked
-from keel.algorithms import kl, lm, policy, reward_model, value
+from keel.algorithms import kl, lm, masked, policy, reward_model, value
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Batch, Tensor | float | None], tuple[Tensor, dict[str, Tensor]]]

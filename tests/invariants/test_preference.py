@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from keel.accel import batch_layout
 from keel.config import DPOConfig
-from keel.models import prefixes
-from keel.stages import comparisons, preference
-from keel.stages.comparisons import Example, Pair, Response
-from keel.stages.update import micro_batches
+from keel.stages import preference, preference_rows
+from keel.stages.loop_utils import micro_batches
+from keel.stages.preference_rows import Example, Pair, Response
 
 LOSSES = ("sigmoid", "robust", "ipo", "kto", "orpo", "simpo")
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -101,8 +101,9 @@ def gradients(model: Any) -> list[Tensor]:
 def test_split_accumulation_and_padding_leave_the_gradient(
     loss: str, votes: str, size: int | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, with another reference than the policy; forwards of at most 4 rows, so that they are split, too."""
-    monkeypatch.setattr(prefixes, "MANY", 4)
+    """In float64, with another reference than the policy; forwards of at most 4 rows, so that they are split,
+    too."""
+    monkeypatch.setattr(batch_layout, "MANY", 4)
     model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model).double() for _ in range(2))
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -121,8 +122,8 @@ def test_split_accumulation_and_padding_leave_the_gradient(
     config = DPOConfig.model_validate({"kind": "dpo", "model": "m", "data": "d", **settings})
     asked = [r for row in batch for r in responses_of(row)]
     if loss == "kto":
-        asked += comparisons.mismatched(batch, None)
-    known = dict(zip(asked, comparisons.scores(reference, asked, 0, torch.device("cpu"), 5), strict=True))
+        asked += preference_rows.mismatched(batch, None)
+    known = dict(zip(asked, preference_rows.scores(reference, asked, 0, torch.device("cpu"), 5), strict=True))
     wanted = expected(loss, model, reference, batch, votes)
     wanted.backward()
     right = gradients(model)

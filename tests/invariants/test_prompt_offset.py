@@ -1,4 +1,5 @@
-"""A constant added to all rewards of a prompt says nothing (Bradley–Terry learns differences), so it changes no advantage."""
+"""A constant added to all rewards of a prompt says nothing (Bradley–Terry learns differences), so it changes
+no advantage."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def test_rloo(seed: int) -> None:
 
 
 def test_grpo_scaled_by_the_batch_keeps_its_direction_only() -> None:
-    """The paper's scale (2508.08221) is the deviation of all rewards of the batch, to which offsets belong."""
+    """The paper's scale (2508.08221) is the deviation of all rewards of the batch, to which offsets
+    belong."""
     scores, offsets, *_ = drawn(1)
     plain, moved = (group_relative(s, SAMPLES, "batch") for s in (scores, scores + offsets))
     torch.testing.assert_close(moved / moved.norm(), plain / plain.norm(), rtol=0, atol=1e-12)

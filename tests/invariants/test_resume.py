@@ -1,4 +1,5 @@
-"""A run killed at any moment, and started again by the same command, ends with the bytes of one that was not."""
+"""A run killed at any moment, and started again by the same command, ends with the bytes of one that was
+not."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def assert_all_alike(folder: Path, differences: Differences) -> None:
 
 @pytest.fixture
 def short(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
-    """Stages of two steps each that write everything they can. The second step is too large and makes things worse."""
+    """Stages of two steps each that write everything they can. The second step is too large and makes things
+    worse."""
     common = {
         "model": str(tiny_model),
         "save_every": 1,
@@ -94,7 +96,8 @@ def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
 def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
     stride: int, short: Mapping[str, Any], tmp_path: Path, differences: Differences
 ) -> None:
-    """A check fires after each third update: twice a rollback, then a stop, whose checkpoint may be the last thing written."""
+    """A check fires after each third update: twice a rollback, then a stop, whose checkpoint may be the last
+    thing written."""
     ppo = {
         **{k: v for k, v in short["ppo"].items() if k not in ("patience", "eval_data")}, "updates": 10, "save_every": 2, "lr": 0.01,
         "judge": {"kind": "length", "high": 2, "slack": 2},
@@ -159,10 +162,11 @@ def test_a_stage_runs_afresh_when_its_settings_or_its_inputs_change(
 
 
 def keel_run(config: Path, runs: Path, kill_after: float | None = None) -> bool:
-    """Whether `keel run` came to its end; killed `kill_after` seconds after it began to work in its directory."""
+    """Whether `keel run` came to its end; killed `kill_after` seconds after it began to work in its
+    directory."""
     lock = runs / "tiny" / ".lock"
     before = lock.stat().st_mtime_ns if lock.exists() else 0
-    command = [sys.executable, "-m", "keel.cli", "run", str(config), "--runs", str(runs)]
+    command = [sys.executable, "-m", "keel", "run", str(config), "--runs", str(runs)]
     process = subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -178,8 +182,8 @@ def keel_run(config: Path, runs: Path, kill_after: float | None = None) -> bool:
 
 
 def kill_at_random(config: Path, folder: Path, kills: int, seconds: float, differences: Differences) -> None:
-    """Kill `keel run` within `seconds` of work until `kills` have left a run half done, in as many runs as that takes;
-    all end alike."""
+    """Kill `keel run` within `seconds` of work until `kills` have left a run half done, in as many runs as
+    that takes; all end alike."""
     draw, half, number = random.Random(kills), 0, 0
     while half < kills:
         number += 1

@@ -1,6 +1,7 @@
 """Micro-batches, accumulation, padding and packing leave the stages' gradients as they are, in float64.
 
-The expected gradient is worked out here, example by example and without padding, from the model's own forward.
+The expected gradient is worked out here, example by example and without padding, from the model's own
+forward.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTN
 
 from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
-from keel.stages import epochs, experience, language, on_policy, ppo, reward
+from keel.rl import epochs, loop, ppo, rollout
+from keel.stages import language, reward
 from keel.stages.language import Row
-from keel.stages.update import micro_batches
+from keel.stages.loop_utils import micro_batches
 from keel.types import Episodes
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -103,7 +105,8 @@ def test_language_split_accumulation_and_padding(
 def test_language_packing(
     architecture: str, groups: list[list[int]], size: int | None, tiny_model: Path
 ) -> None:
-    """Attention, positions and losses of a packed example are those it has alone, also when all tokens count."""
+    """Attention, positions and losses of a packed example are those it has alone, also when all tokens
+    count."""
     from keel.stages.sft import _pack
 
     for loss_on_all in (False, True):
@@ -191,7 +194,7 @@ def test_reward_of_an_encoder(size: int | None, tiny_bert: Path, tokenizer: Any)
 T_, EPS, VEPS, BETA, ENTROPY, VALUE = 0.8, 0.2, 0.15, 0.3, 0.05, 0.5  # the settings below
 
 
-def in_float64(setup: experience.Setup) -> experience.Setup:
+def in_float64(setup: rollout.Setup) -> rollout.Setup:
     judges = [model.model for one in setup.opened for model in one.models]
     for module in (setup.roles.policy, setup.roles.reference, *judges, *setup.roles.value_modules):
         module.double()
@@ -205,8 +208,9 @@ def ppo_settings(sharing: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def episodes_by_hand(setup: experience.Setup) -> Episodes:
-    """Five responses of lengths 4, 1, 7, 2, 3; old values near enough that clips bind at some tokens and not at all."""
+def episodes_by_hand(setup: rollout.Setup) -> Episodes:
+    """Five responses of lengths 4, 1, 7, 2, 3; old values near enough that clips bind at some tokens and not
+    at all."""
     prompts, lengths = [2, 5, 1, 3, 4], [4, 1, 7, 2, 3]
     g = torch.Generator().manual_seed(8)
     ids = torch.zeros(5, 8 + 7, dtype=torch.long)
@@ -234,7 +238,7 @@ def episodes_by_hand(setup: experience.Setup) -> Episodes:
     )
 
 
-def response(setup: experience.Setup, ids: Tensor, prompt: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def response(setup: rollout.Setup, ids: Tensor, prompt: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(all log-probabilities, those of the tokens) and values of one response, from one unpadded forward."""
     roles = setup.roles
     output = roles.policy(input_ids=ids[None], output_hidden_states=True)
@@ -246,7 +250,7 @@ def response(setup: experience.Setup, ids: Tensor, prompt: int) -> tuple[tuple[T
     return (logp, logp.gather(1, ids[prompt:, None])[:, 0]), values
 
 
-def expected_ppo(setup: experience.Setup, e: Episodes, rows: Sequence[int]) -> list[Tensor]:
+def expected_ppo(setup: rollout.Setup, e: Episodes, rows: Sequence[int]) -> list[Tensor]:
     """Every term of the loss, written out for one response at a time."""
     number = int(e.mask[list(rows)].sum())
     bound = {"policy": 0, "value": 0}
@@ -313,36 +317,36 @@ def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any, in_one: 
 def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
     sharing: str, open_ppo: Any, data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through collect() and learn(): what the optimiser is given at its first step, pretraining mix included."""
+    """Through collect() and learn(): what the optimiser is given at its first step, pretraining mix
+    included."""
     seen: dict[str, list[Tensor]] = {}
     sizes = {"whole": {}, "1": {"micro_batch": 1}, "3": {"micro_batch": 3}, "tokens": {"micro_tokens": 40}}
     for size, settings in sizes.items():
         ptx = {"data": str(data.text), "batch_size": 5}
         tasks, setup = open_ppo(**ppo_settings(sharing, epochs=2, ptx=ptx, **settings))
         in_float64(setup)
-        steering = ppo.Steering(BETA, ppo.RunningScale())
+        steering = ppo.LoopState(BETA, ppo.RunningScale())
         collected, _ = ppo.collect(setup, tasks[:8], steering, 5)
         assert len(set(collected.episodes.mask.sum(dim=1).tolist())) >= 1
 
-        def keep(
-            optimizer: Any, *_: Any, setup: experience.Setup = setup, size: str = size
-        ) -> dict[str, float]:
+        def keep(optimizer: Any, *_: Any, setup: rollout.Setup = setup, size: str = size) -> dict[str, float]:
             if size not in seen:
                 seen[size] = gradients(setup.roles.policy, *setup.roles.value_modules)
             return {"grad_norm": 0.0, "lr": 0.0}
 
         monkeypatch.setattr(epochs.optim, "step", keep)
-        ppo.learn(setup, on_policy.optimizers(setup.config, setup.roles), collected.episodes, 1, BETA)
+        ppo.learn(setup, loop.optimizers(setup.config, setup.roles), collected.episodes, 1, BETA)
     for size in ("1", "3", "tokens"):
         assert_same(seen[size], seen["whole"])
 
 
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])
 def test_the_ratio_of_the_first_update_is_exactly_1(sharing: str, open_ppo: Any) -> None:
-    """Scored in parts of 3, 3 and 2 and trained in parts of 3 and 1, each with its own padding, in float32."""
+    """Scored in parts of 3, 3 and 2 and trained in parts of 3 and 1, each with its own padding, in
+    float32."""
     tasks, setup = open_ppo(sharing=sharing, micro_batch=3, mini_batch=4)
-    collected, _ = ppo.collect(setup, tasks[:8], ppo.Steering(0.05, ppo.RunningScale()), 5)
-    optimizers = on_policy.optimizers(setup.config, setup.roles)
+    collected, _ = ppo.collect(setup, tasks[:8], ppo.LoopState(0.05, ppo.RunningScale()), 5)
+    optimizers = loop.optimizers(setup.config, setup.roles)
     metrics = ppo.learn(setup, optimizers, collected.episodes, 1, 0.05)
     assert metrics["val/ratio_first"] == 1.0
     assert metrics["policy/logp_drift"] < 1e-5  # and the scored log-probabilities were the policy's own

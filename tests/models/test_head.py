@@ -1,4 +1,5 @@
-"""What is made of hidden states, a part at a time, against the logits of the model's own forward; and the memory it takes."""
+"""What is made of hidden states, a part at a time, against the logits of the model's own forward; and the
+memory it takes."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from keel.masked import entropy, token_logp
-from keel.models import forward, precision
-from keel.models.adapters import Adapters, add_adapters
-from keel.models.forward import said, states
+from keel.algorithms.masked import entropy, token_logp
+from keel.models import logprobs, precision
 from keel.models.head import head_of
 from keel.models.load import checkpoint_activations
+from keel.models.logprobs import head_inputs, token_logprobs
+from keel.models.lora import Adapters, add_adapters
 from keel.models.roles import AdaptersOff
 
 SIZES = {
@@ -54,7 +55,9 @@ def plainly(model: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_parts(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return said(states(model, IDS, INDEX), IDS.flatten()[INDEX + 1], T_, entropy=True, hits=True)
+    return token_logprobs(
+        head_inputs(model, IDS, INDEX), IDS.flatten()[INDEX + 1], T_, entropy=True, hits=True
+    )
 
 
 def gradients(model: Any, found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
@@ -67,7 +70,7 @@ def gradients(model: Any, found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
 @pytest.fixture(params=["whole", "parts"])
 def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "parts":
-        monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 3 * 97 * 4)
+        monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 3 * 97 * 4)
     return request.param
 
 
@@ -120,7 +123,7 @@ def test_a_head_that_is_not_understood_is_left_to_the_model(change: Any, budget:
     model = Odd(model_of("llama"), change)
     assert head_of(model) is None
     assert_same(model)
-    found = states(model, IDS, INDEX, hidden=True)
+    found = head_inputs(model, IDS, INDEX, hidden=True)
     expected = model.model.model(input_ids=IDS, use_cache=False).last_hidden_state.flatten(0, 1)[INDEX]
     torch.testing.assert_close(found.hidden, expected, rtol=0, atol=1e-12)
 
@@ -184,7 +187,7 @@ def test_a_model_is_not_kept_by_what_is_known_of_its_head() -> None:
 
 
 def test_a_token_without_probability_adds_nothing() -> None:
-    from keel.masked import token_logp_and_entropy
+    from keel.algorithms.masked import token_logp_and_entropy
 
     x = torch.tensor([[1.0, -torch.inf, 0.5], [0.0, 2.0, 1.0]], dtype=torch.float64)
     ids, found = torch.tensor([0, 1]), []
@@ -202,8 +205,8 @@ MEASURED = """
 import torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from keel.masked import entropy, token_logp
-from keel.models.forward import said, states
+from keel.algorithms.masked import entropy, token_logp
+from keel.models.logprobs import head_inputs, token_logprobs
 
 torch.set_num_threads(1)
 sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
@@ -216,14 +219,14 @@ def naively():
     return token_logp(logits, tokens).sum() + entropy(logits.detach()).sum()
 
 def in_parts():
-    found = said(states(model, ids, index), tokens, entropy=True)
+    found = token_logprobs(head_inputs(model, ids, index), tokens, entropy=True)
     return found.logp.sum() + found.entropy.detach().sum()
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
-states(model, ids[:, :4], torch.arange(2))  # whatever is made once
+head_inputs(model, ids[:, :4], torch.arange(2))  # whatever is made once
 for value in (in_parts, naively):
     model.zero_grad(set_to_none=True)
     before = status("VmRSS")
@@ -253,7 +256,7 @@ def test_in_bfloat16_products_the_parts_are_those_of_the_models_own_logits(
 ) -> None:
     """`dtype: auto`: weights and log-softmax in float32, gradients too."""
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
-    model = precision.opened(model_of("llama").float(), "auto")
+    model = precision.prepare_model(model_of("llama").float(), "auto")
     with precision.computing(model, IDS.device):
         theirs = plainly(model)
     ours = in_parts(model)

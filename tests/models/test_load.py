@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from keel.models.adapters import Adapters, add_adapters, merged
+from keel.errors import UsageError
 from keel.models.load import (
     ModelSource,
     causal_lm,
@@ -22,11 +22,11 @@ from keel.models.load import (
     context_length,
     disable_dropout,
     load_tokenizer,
-    save,
     scorer,
 )
+from keel.models.lora import Adapters, add_adapters, merged
+from keel.models.save import save
 from keel.models.tokenizer import train_tokenizer
-from keel.types import UsageError
 
 LLAMA = {
     "model_type": "llama",
@@ -212,8 +212,8 @@ DROPOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", DROPOUTS)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_trap_15_dropout_is_off_in_every_architecture(kind: str, lora: bool) -> None:
-    """Whether a module drops, a number that its layer keeps, or one that the layer reads from the config. What is
-    saved with the model keeps its rates."""
+    """Whether a module drops, a number that its layer keeps, or one that the layer reads from the config.
+    What is saved with the model keeps its rates."""
     model: Any = causal_lm(ModelSource(init={"model_type": kind, **DROPOUTS[kind]}), 0)
     if lora:
         model = add_adapters(model, Adapters(r=2, dropout=0.5), 0)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from keel.models.adapters import Adapters
-from keel.models.forward import scores_at
+from keel.errors import UsageError
 from keel.models.load import ModelSource
+from keel.models.logprobs import scores_at
+from keel.models.lora import Adapters
 from keel.models.roles import Roles, open_roles
-from keel.types import UsageError
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 INDEX = torch.tensor([1, 2, 7, 8])  # two positions of each row

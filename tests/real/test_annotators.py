@@ -1,4 +1,5 @@
-"""Three people on the same 999 pairs (PandaLM's test set): how they agree, and how much each is to be believed."""
+"""Three people on the same 999 pairs (PandaLM's test set): how they agree, and how much each is to be
+believed."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from keel.config import read
-from keel.pipeline import Pipeline
+from keel.pipeline.pipeline import Pipeline
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BERT = {

@@ -36,7 +36,8 @@ def kl(n: int) -> float:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Any:
-    """A run whose best of n and whose PPO lie on the two laws, around a gold of 0.4 and a proxy of 1 ± 2 of the SFT model."""
+    """A run whose best of n and whose PPO lie on the two laws, around a gold of 0.4 and a proxy of 1 ± 2 of
+    the SFT model."""
 
     def go(name: str = "run", ppo: Any = None, judge: Any = None, bend: float = 0.2) -> Path:
         run = tmp_path / name

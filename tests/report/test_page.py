@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from keel import report
+from keel.errors import DataError, UsageError
 from keel.report import reward_models
 from keel.report.page import key_result, measures
 from keel.report.reading import StageRun, read
 from keel.report.wording import decimals, duration, large, number
-from keel.types import DataError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_run import CONFIG, KINDS, PROMPTS, measure, result, reward_model, write_run

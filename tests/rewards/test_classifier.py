@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.errors import UsageError
 from keel.rewards.classifier import Classifier
-from keel.types import UsageError
 
 TEXTS = ["it is red.", "so it is blue, so it is.", "the cat is pink.", ""]
 NAMES = {0: "bad", 1: "fair", 2: "good"}
@@ -78,7 +78,8 @@ def test_the_probabilities_of_all_labels_add_up_to_one(three_labels: Path) -> No
 def test_labels_that_stand_alone_are_squashed_alone(
     tiny_bert: Path, tmp_path: Path, labels: int, index: int
 ) -> None:
-    """One output, or several of a multi-label model: σ, not softmax (which would say 1 for a single output)."""
+    """One output, or several of a multi-label model: σ, not softmax (which would say 1 for a single
+    output)."""
     kind = {} if labels == 1 else {"problem_type": "multi_label_classification"}
     folder = save(tiny_bert, tmp_path, num_labels=labels, **kind)
     z = [alone(folder, text)[index].item() for text in TEXTS]

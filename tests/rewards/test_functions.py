@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from keel.errors import RewardError, UsageError
 from keel.rewards import functions
-from keel.rewards.functions import RewardError
-from keel.types import UsageError
 
 PROMPTS = ["What is 1 + 1?", "What is 2 + 2?", "Name " + "a very " * 20 + "big city"]
 COMPLETIONS = [" 2", " four", " Rome"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.errors import UsageError
 from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
-from keel.types import UsageError
 
 ROWS = [[5, 6, 7, 1], [9, 1], [40, 41, 42, 43, 44, 45, 1], [8, 8, 8]]
 
@@ -199,7 +199,8 @@ def test_only_tokenizers_with_the_same_ids_and_template_read_each_others_ids(
 
 
 def ensemble_of(count: int, tiny_reward: Path, folder: Path, *, present: int) -> Path:
-    """A folder that says it is an ensemble of `count`, with its first member and the others up to `present` there."""
+    """A folder that says it is an ensemble of `count`, with its first member and the others up to `present`
+    there."""
     shutil.copytree(tiny_reward, folder)
     config = json.loads((folder / "config.json").read_text())
     config["keel_reward"] = {"mean": 0.5, "std": 2.0, "members": count}
@@ -221,7 +222,8 @@ def test_an_ensemble_without_one_of_its_members_is_refused(tiny_reward: Path, tm
 def test_the_members_of_an_ensemble_on_the_hub_are_brought_too(
     cached: str, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline, from the cache as the hub's client lays it out; what is not in it is an error, never one member alone."""
+    """Offline, from the cache as the hub's client lays it out; what is not in it is an error, never one
+    member alone."""
     repository = tmp_path / "hub" / "models--owner--judge"
     if cached != "nothing":
         present = 2 if cached == "everything" else 1

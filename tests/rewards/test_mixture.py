@@ -11,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keel.errors import RewardError, UsageError
 from keel.rewards import rules
-from keel.rewards.functions import RewardError
-from keel.rewards.mixture import Batch, Mixture, Term, from_function, precomputed
-from keel.types import UsageError
+from keel.rewards.mixture import Batch, Mixture, WeightedReward, from_function, precomputed
 
 
 def batch_of(*completions: str, **columns: Sequence[Any]) -> Batch:
@@ -29,9 +28,9 @@ def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
     """Row 0: 2·1 − 0.5·4; row 1: −0.5·3, the other weight is not handed on; row 2: 2·0.25."""
     mixture = Mixture(
         [
-            Term("a", 2.0, precomputed([1.0, None, 0.25])),
-            Term("b", -0.5, precomputed([4.0, 3.0, None])),
-            Term("watched", 0.0, precomputed([9.0, 9.0, 9.0])),
+            WeightedReward("a", 2.0, precomputed([1.0, None, 0.25])),
+            WeightedReward("b", -0.5, precomputed([4.0, 3.0, None])),
+            WeightedReward("watched", 0.0, precomputed([9.0, 9.0, 9.0])),
         ]
     )
     rated = mixture.score(batch_of("x", "y", "z"))
@@ -51,7 +50,10 @@ VALUES = st.one_of(st.none(), st.floats(-100, 100))
 def test_the_total_is_torchs_nansum_as_in_trl(rows: Any, first: float, second: float) -> None:
     columns = [list(column) for column in zip(*rows, strict=True)]
     weights = [first, second, 1.0]
-    terms = [Term(str(i), w, precomputed(c)) for i, (w, c) in enumerate(zip(weights, columns, strict=True))]
+    terms = [
+        WeightedReward(str(i), w, precomputed(c))
+        for i, (w, c) in enumerate(zip(weights, columns, strict=True))
+    ]
     total = Mixture(terms).score(batch_of(*["x"] * len(rows))).total
     table = torch.tensor([[math.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
     torch.testing.assert_close(
@@ -65,10 +67,10 @@ def test_functions_of_trls_signature_and_terms_that_read_ids_stand_side_by_side(
 
     mixture = Mixture(
         [
-            Term("right", 1.0, from_function("right", rules.final_answer())),
-            Term("long", 1.0, from_function("long", rules.length_band(2, 9))),
-            Term("ids", 0.1, by_ids),
-            Term("model", 1.0, precomputed(torch.tensor([0.5, -0.5]))),
+            WeightedReward("right", 1.0, from_function("right", rules.final_answer())),
+            WeightedReward("long", 1.0, from_function("long", rules.length_band(2, 9))),
+            WeightedReward("ids", 0.1, by_ids),
+            WeightedReward("model", 1.0, precomputed(torch.tensor([0.5, -0.5]))),
         ]
     )
     rated = mixture.score(batch_of("#### 2", "#### 2", answer=["2", "3"]))
@@ -77,13 +79,13 @@ def test_functions_of_trls_signature_and_terms_that_read_ids_stand_side_by_side(
 
 
 def test_an_empty_batch_has_no_rewards() -> None:
-    rated = Mixture([Term("a", 1.0, from_function("a", rules.regex("x")))]).score(batch_of())
+    rated = Mixture([WeightedReward("a", 1.0, from_function("a", rules.regex("x")))]).score(batch_of())
     assert rated.total.shape == (0,)
     assert rated.by_name == {"a": []}
 
 
 def test_a_sample_to_which_nothing_applies_is_named() -> None:
-    mixture = Mixture([Term(n, 1.0, precomputed([1.0, None])) for n in ("a", "b")])
+    mixture = Mixture([WeightedReward(n, 1.0, precomputed([1.0, None])) for n in ("a", "b")])
     with pytest.raises(
         RewardError, match="no reward applies to sample 1, prompt 'question 1': each of a, b returned None"
     ):
@@ -99,7 +101,12 @@ def test_a_sample_to_which_nothing_applies_is_named() -> None:
     ],
 )
 def test_a_bad_term_is_named(values: list[float], message: str) -> None:
-    mixture = Mixture([Term("good", 1.0, precomputed([0.0, 0.0])), Term("bad", 1.0, precomputed(values))])
+    mixture = Mixture(
+        [
+            WeightedReward("good", 1.0, precomputed([0.0, 0.0])),
+            WeightedReward("bad", 1.0, precomputed(values)),
+        ]
+    )
     with pytest.raises(RewardError, match=message):
         mixture.score(batch_of("x", "y"))
 
@@ -109,12 +116,12 @@ def test_a_term_that_raises_is_named() -> None:
         raise ZeroDivisionError("by zero")
 
     with pytest.raises(RewardError, match="reward 'bad' raised ZeroDivisionError: by zero"):
-        Mixture([Term("bad", 1.0, fails)]).score(batch_of("x"))
+        Mixture([WeightedReward("bad", 1.0, fails)]).score(batch_of("x"))
     user = from_function("mine", lambda completions: [1 / len(c) for c in completions])
     with pytest.raises(
         RewardError, match=r"reward 'mine' raised ZeroDivisionError: .*\(sample 1, prompt 'question 1'\)"
     ):
-        Mixture([Term("mine", 1.0, user)]).score(batch_of("x", ""))
+        Mixture([WeightedReward("mine", 1.0, user)]).score(batch_of("x", ""))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,7 @@ def test_a_term_that_raises_is_named() -> None:
 )
 def test_terms_without_sense_are_refused(terms: list[tuple[str, float]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Mixture([Term(name, weight, precomputed([])) for name, weight in terms])
+        Mixture([WeightedReward(name, weight, precomputed([])) for name, weight in terms])
 
 
 def test_a_batch_of_uneven_lists_is_refused() -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keel.errors import UsageError
 from keel.rewards import rules
-from keel.types import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +241,8 @@ def test_length_band() -> None:
 
 
 def test_repetition() -> None:
-    """ "a b a b a" has the 3-grams aba, bab, aba: 2 of 3 distinct. The second is TRL's own example, −0.75, in words."""
+    """ "a b a b a" has the 3-grams aba, bab, aba: 2 of 3 distinct. The second is TRL's own example, −0.75, in
+    words."""
     assert rate(rules.repetition(3), "a b a b A") == [pytest.approx(-1 / 3)]
     assert rate(rules.repetition(2), "1 2 3 4", "5 5 5 5 5", "5", "") == [0, -0.75, 0, 0]
     assert rate(rules.repetition(1), "no no no yes") == [-0.5]

@@ -30,7 +30,8 @@ def test_centring_takes_the_mean_of_the_prompts_other_samples_away() -> None:
 
 
 def test_trap_19_rewards_are_clipped_before_the_baseline_is_subtracted() -> None:
-    """The clip bounds 10 and −10 at 5 and −5; leave-one-out then makes ±10 of them, which nothing clips again."""
+    """The clip bounds 10 and −10 at 5 and −5; leave-one-out then makes ±10 of them, which nothing clips
+    again."""
     shaped = terminal_rewards(
         torch.tensor([10.0, -10.0]), torch.ones(2).bool(), clip=5.0, center="prompt", group_size=2
     )

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from keel.errors import UsageError
 from keel.models.load import ModelSource
 from keel.rewards import similarity
 from keel.rewards.similarity import Similarity
-from keel.types import UsageError
 
 TEXTS = ["the cat is red.", "so the pig is blue, so it is.", "owl", "it is it is it is pink."]
 MODULES = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
@@ -147,7 +147,8 @@ def test_a_transformer_in_a_folder_of_its_own(tiny_bert: Path, tmp_path: Path) -
 
 
 def test_an_empty_text_has_an_embedding_too(tiny_model: Path, model: Path) -> None:
-    """Of BERT's two special tokens; a tokenizer that adds none leaves nothing, which is close to nothing: cosine 0."""
+    """Of BERT's two special tokens; a tokenizer that adds none leaves nothing, which is close to nothing:
+    cosine 0."""
     torch.testing.assert_close(embeddings(model, [""])[0], torch.tensor(by_hand(model, "")))
     reward = Similarity(str(tiny_model), "reference")
     texts = ["the cat", "", "the cat"]

@@ -34,16 +34,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from keel.accel import decode_step
+from keel.accel import kv_slots as cache
+from keel.algorithms.masked import token_logp
 from keel.data.stops import stop_texts
-from keel.masked import token_logp
+from keel.errors import UsageError
 from keel.models import precision
-from keel.models.adapters import Adapters, add_adapters
-from keel.models.head import head_of, reading
-from keel.rollout import lean, plain
-from keel.rollout import slots as cache
-from keel.rollout.engine import Work, generate, text_of
+from keel.models.head import capture_head_input, head_of
+from keel.models.lora import Adapters, add_adapters
+from keel.rollout import reference_engine
+from keel.rollout.engine import TokenCount, generate, text_of
 from keel.rollout.sampling import pick
-from keel.types import Completion, Sampling, UsageError
+from keel.types import Completion, Sampling
 
 PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45, 46], [8, 8], [100, 3]]
 EOS, PAD = 1, 0
@@ -140,8 +142,8 @@ def test_greedy_decoding_is_that_of_transformers_for_prompts_of_all_lengths(arch
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_the_engine_samples_what_the_plain_one_samples(architecture: str, slots: int) -> None:
-    """Prompts given once and several times, more of them than slots, responses that end early and late: the columns
-    of the cache run out, and rows move."""
+    """Prompts given once and several times, more of them than slots, responses that end early and late: the
+    columns of the cache run out, and rows move."""
     model = tiny(architecture).eval()
     prompts = [p for i, p in enumerate(prompts_within(60)) for _ in range(1 + 4 * (i % 2))] * 2
     sampling = Sampling(16, temperature=1.5)
@@ -150,7 +152,7 @@ def test_the_engine_samples_what_the_plain_one_samples(architecture: str, slots:
     draws = torch.rand(len(prompts), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = [
-            plain.complete(model, prompt, row, sampling, stop_ids)
+            reference_engine.complete(model, prompt, row, sampling, stop_ids)
             for prompt, row in zip(prompts, draws, strict=True)
         ]
     assert [(c.prompt_ids, c.ids, c.stop_reason) for c in done] == [
@@ -176,24 +178,24 @@ def test_rows_that_look_back_less_far_are_read_by_themselves(
 
 
 def test_the_lean_step_is_taken_by_the_models_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = {name: lean.fits(tiny(name)) for name in ARCHITECTURES}
+    taken = {name: decode_step.fits(tiny(name)) for name in ARCHITECTURES}
     assert [name for name, fits in taken.items() if fits] == ["llama", "llama3", "qwen2", "qwen3"]
     model = tiny("qwen3").eval()
     options: Any = {"stop_ids": [EOS], "pad_id": PAD, "seed": 5}
     lean_done = generate(model, PROMPTS_60, Sampling(16), **options)
-    monkeypatch.setattr(lean, "fits", lambda model: False)
+    monkeypatch.setattr(decode_step, "fits", lambda model: False)
     modules_done = generate(model, PROMPTS_60, Sampling(16), **options)
     assert [c.ids for c in lean_done] == [c.ids for c in modules_done]
     hooked = tiny("llama")
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     monkeypatch.undo()
-    assert not lean.fits(hooked)
+    assert not decode_step.fits(hooked)
 
 
 def test_adapters_stay_in_effect_in_the_lean_step() -> None:
     plain_model = tiny("llama").eval()
     wrapped = add_adapters(tiny("llama"), Adapters(r=4), 0).eval()
-    assert lean.fits(wrapped)
+    assert decode_step.fits(wrapped)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -255,12 +257,12 @@ def test_memory_that_nobody_wrote_reaches_no_row(architecture: str, monkeypatch:
 
 def test_tokens_are_counted_that_somebody_needs_and_that_were_computed() -> None:
     model, never = tiny("llama"), 10**6
-    work = Work()
+    work = TokenCount()
     prompts = [[5, 6, 7], [5, 6, 7], [8]]
     generate(model, prompts, Sampling(4), stop_ids=[never], pad_id=0, seed=0, work=work)
     assert work.useful == 3 + 1 + 3 * 3  # the last token of a response is never read
     assert work.computed == 2 * 3 + 3 * 3  # two prompts, one of them padded; then three steps of three rows
-    alone = Work()
+    alone = TokenCount()
     generate(model, prompts, Sampling(4), stop_ids=[never], pad_id=0, seed=0, batch_size=1, work=alone)
     assert alone.useful == work.useful
     assert alone.computed == 3 + 3 + 1 + 3 * 3  # the second one is read again
@@ -278,7 +280,7 @@ def test_in_bfloat16_the_samplers_log_probabilities_are_close_to_those_of_traini
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
-    model = precision.opened(tiny(architecture).eval(), "auto")
+    model = precision.prepare_model(tiny(architecture).eval(), "auto")
     for c in generate(model, PROMPTS_60, Sampling(16), stop_ids=[EOS], pad_id=PAD, seed=5):
         ids, before = torch.tensor([[*c.prompt_ids, *c.ids]]), len(c.prompt_ids) - 1
         with torch.no_grad(), precision.computing(model, ids.device):
@@ -309,9 +311,9 @@ def test_what_the_head_was_given_is_kept_for_each_token(architecture: str) -> No
         assert token_logp(head(c.hidden), torch.tensor(c.ids), 1.5).tolist() == pytest.approx(
             c.logp, abs=1e-5
         )
-    with torch.no_grad(), reading(head) as seen:
+    with torch.no_grad(), capture_head_input(head) as seen:
         draws = torch.rand(12, dtype=torch.float64)
-        one = plain.complete(model, PROMPTS_60[0], draws, sampling, [EOS], seen)
+        one = reference_engine.complete(model, PROMPTS_60[0], draws, sampling, [EOS], seen)
         whole = model.base_model(input_ids=torch.tensor([[*one.prompt_ids, *one.ids]]), use_cache=False)
     assert one.hidden is not None
     torch.testing.assert_close(one.hidden, whole.last_hidden_state[0, 2:-1], rtol=1e-4, atol=1e-4)
@@ -441,7 +443,8 @@ def test_top_k_and_top_p_cut_the_tail_and_nothing_else() -> None:
 
 
 def test_a_model_in_training_mode_is_sampled_in_evaluation_mode_and_put_back() -> None:
-    """Gradient checkpointing keeps no cache in training mode, so sampling there would see one token at a time."""
+    """Gradient checkpointing keeps no cache in training mode, so sampling there would see one token at a
+    time."""
     model = tiny("gpt2")
     plain = generate(model.eval(), [[5, 6, 7]], Sampling(8), stop_ids=[EOS], pad_id=PAD, seed=3)
     model.gradient_checkpointing_enable()
@@ -511,7 +514,7 @@ def test_a_stop_string_of_several_tokens_ends_a_response(tiny_model: Path, token
     draws = torch.rand(len(prompts), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         plainly = [
-            plain.complete(model, p, row, sampling, [eos], stop_texts=own)
+            reference_engine.complete(model, p, row, sampling, [eos], stop_texts=own)
             for p, row in zip(prompts, draws, strict=True)
         ]
     assert [(c.ids, c.stop_reason, c.stop) for c in plainly] == [(c.ids, c.stop_reason, c.stop) for c in done]

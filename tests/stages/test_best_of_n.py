@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keel.types import DataError, UsageError
+from keel.errors import DataError, UsageError
 
 SHORT = "python:" + str(Path(__file__).parent / "rewards_for_tests.py") + ":short_tokens"
 

@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from keel.algorithms import classification
 from keel.config import ClassifierConfig, parse
+from keel.errors import DataError, UsageError
 from keel.models.load import ModelSource, load_tokenizer, scorer
-from keel.pipeline import Pipeline
-from keel.planning import plan
+from keel.pipeline.pipeline import Pipeline
+from keel.plan.planner import plan
 from keel.rewards.classifier import Classifier, encoded
 from keel.stages import classifier
-from keel.stages.update import micro_batches
-from keel.types import DataError, TextRecord, UsageError
+from keel.stages.loop_utils import micro_batches
+from keel.types import TextRecord
 
 BERT = {
     "model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -148,7 +149,7 @@ def test_every_label_counts_the_same(stage_run: Any, tiny_model: Path, texts: An
     config = ClassifierConfig.model_validate({"kind": "classifier", "model": str(tiny_model), "data": texts})
     tokenizer = load_tokenizer(str(tiny_model))
     held = {"sea": [TextRecord(t) for t in SEA], "home": [TextRecord(t) for t in HOME[:4]]}
-    too_long = classifier.inputs.TooLong(stage_run, "error", 48)
+    too_long = classifier.prepare.TooLong(stage_run, "error", 48)
     rows = classifier._rows(config, stage_run, tokenizer, held, too_long)
     assert [row.label for row in rows] == [0] * 4 + [1] * 12  # in alphabetical order
     assert {row.label: row.weight for row in rows} == {0: 2.0, 1: 2 / 3}

@@ -1,4 +1,5 @@
-"""Comparisons of a policy's own replies: what annotators of a world say, what people say, and who learns from them."""
+"""Comparisons of a policy's own replies: what annotators of a world say, what people say, and who learns from
+them."""
 
 from __future__ import annotations
 
@@ -10,16 +11,17 @@ import pytest
 
 from keel import worlds
 from keel.config import parse
-from keel.pipeline import Pipeline
+from keel.errors import DataError, UsageError, WaitingError
+from keel.pipeline.pipeline import Pipeline
 from keel.stages.collect import Voted, comparisons
-from keel.types import DataError, UsageError, WaitingError
 
 SHORT = {"max_new_tokens": 6}
 
 
 @pytest.fixture
 def stages(roomy_model: Path) -> dict[str, Any]:
-    """A model's comparisons by the annotators of the help desk, and a reward model on them and on older ones."""
+    """A model's comparisons by the annotators of the help desk, and a reward model on them and on older
+    ones."""
     return {
         "collect": {
             "kind": "collect", "model": str(roomy_model), "data": {"source": "world:helpdesk/prompts", "rows": 9}, "pairs": 6,
@@ -75,7 +77,8 @@ def test_two_runs_collect_the_same_bytes(run: Any, stages: Any, differences: Any
 
 
 def test_people_are_waited_for(run: Any, stages: Any, tmp_path: Path) -> None:
-    """The run stops when the replies are there, and goes on when each pair has a vote; the replies stay as they are."""
+    """The run stops when the replies are there, and goes on when each pair has a vote; the replies stay as
+    they are."""
     stages["collect"]["annotators"] = "people"
     folder = tmp_path / "run" / "stages" / "collect"
     with pytest.raises(

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.errors import UsageError
 from keel.rewards import learned
-from keel.types import UsageError
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def judge(run: Any, data: Any, tiny_model: Path, other_model: Path, tiny_reward:
 
 @pytest.fixture
 def with_code(tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tiny language model and reward model as types of their own, which come with the Python that makes them."""
+    """The tiny language model and reward model as types of their own, which come with the Python that makes
+    them."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     code = (
         "import torch\nfrom transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel\n"
@@ -241,7 +242,7 @@ def test_an_ensemble_is_asked_whether_its_members_disagree(
 
 
 def test_columns_of_comparisons_that_are_not_there_are_named(judge: Any, voted: Path, data: Any) -> None:
-    from keel.types import DataError, UsageError
+    from keel.errors import DataError, UsageError
 
     with pytest.raises(UsageError, match="`subset` names a column of `comparisons`, and there are none"):
         judge("none", subset="kind")

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from keel.models import precision, products
+from keel.accel import cpu_linear
+from keel.models import precision
 
 
 @pytest.mark.parametrize("kind", ["sft", "kto", "ppo"])
 def test_weights_cast_once_in_a_step_are_those_of_the_step(
     kind: str, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """A scope that outlived a change of the weights would leave other numbers than casts that are made in every forward."""
+    """A scope that outlived a change of the weights would leave other numbers than casts that are made in
+    every forward."""
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
     common = {"model": str(tiny_model), "lr": 1e-2, "batch_size": 8, "micro_batch": 2}
     stage: dict[str, Any] = {
@@ -30,7 +32,7 @@ def test_weights_cast_once_in_a_step_are_those_of_the_step(
     for once in (True, False):
         if not once:
             monkeypatch.setattr(
-                products._Casts, "_once", lambda self, kind, make, *weights: made.append(kind) or make()
+                cpu_linear._CastCache, "_once", lambda self, kind, make, *weights: made.append(kind) or make()
             )
         pipeline = run({"stages": {"stage": {**common, **stage}}}, tmp_path / str(once))
         folder = pipeline.stage_directory("stage")

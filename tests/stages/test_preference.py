@@ -1,4 +1,5 @@
-"""Preference optimisation learns what its losses say, whatever the micro-batch, against an untouched reference."""
+"""Preference optimisation learns what its losses say, whatever the micro-batch, against an untouched
+reference."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from keel.config import parse
 from keel.data.batches import derive_seed, rows_of_step
-from keel.pipeline import Pipeline
-from keel.stages import comparisons, preference, supervised
-from keel.stages.comparisons import Example, Pair, Response
-from keel.types import DataError, UsageError
+from keel.errors import DataError, UsageError
+from keel.pipeline.pipeline import Pipeline
+from keel.stages import preference, preference_rows, supervised_loop
+from keel.stages.preference_rows import Example, Pair, Response
 
 LOSSES = ("sigmoid", "robust", "ipo", "kto", "orpo", "simpo")
 TURNS = [{"role": "user", "content": "the cat?"}]
@@ -65,9 +66,10 @@ def rows(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def looked_into(monkeypatch: pytest.MonkeyPatch) -> list[tuple[preference.Setup, list[Any], list[Any]]]:
-    """Setup, rows and held-out rows of each stage that is run, as they are when training ends, before adapters merge."""
+    """Setup, rows and held-out rows of each stage that is run, as they are when training ends, before
+    adapters merge."""
     seen: list[tuple[preference.Setup, list[Any], list[Any]]] = []
-    make, fit = preference._objective, supervised.fit
+    make, fit = preference._objective, supervised_loop.fit
 
     def objective(setup: preference.Setup) -> Any:
         seen.append((setup, [], []))
@@ -79,7 +81,7 @@ def looked_into(monkeypatch: pytest.MonkeyPatch) -> list[tuple[preference.Setup,
         fit(run, config, model, own, held, goal)
 
     monkeypatch.setattr(preference, "_objective", objective)
-    monkeypatch.setattr(supervised, "fit", fitted)
+    monkeypatch.setattr(supervised_loop, "fit", fitted)
     return seen
 
 
@@ -193,7 +195,7 @@ def test_with_adapters_the_reference_is_the_base_bit_for_bit(
         asked = list(setup.reference)
 
         def now() -> list[float]:
-            return comparisons.scores(setup.model.eval(), asked, setup.pad_id, setup.device, 6)
+            return preference_rows.scores(setup.model.eval(), asked, setup.pad_id, setup.device, 6)
 
         with setup.model.disable_adapter():
             off.append(now())
@@ -212,7 +214,7 @@ def test_another_model_can_be_the_reference_and_is_freed_before_training(
 ) -> None:
     moved = run({"stages": {"dpo": stage_of(lr=1e-2)}}, tmp_path / "moved").stage_directory("dpo") / "model"
     alive: list[int] = []
-    fit = supervised.fit
+    fit = supervised_loop.fit
 
     def counted(run: Any, config: Any, model: Any, *rest: Any) -> None:
         kinds = [type(x) for x in gc.get_objects() if type(x) is type(model)]
@@ -220,7 +222,7 @@ def test_another_model_can_be_the_reference_and_is_freed_before_training(
         fit(run, config, model, *rest)
 
     before = sum(type(x).__name__ == "LlamaForCausalLM" for x in gc.get_objects())
-    monkeypatch.setattr(supervised, "fit", counted)
+    monkeypatch.setattr(supervised_loop, "fit", counted)
     stage = run({"stages": {"dpo": stage_of(reference=str(moved))}}, tmp_path / "run").stage_directory("dpo")
     assert alive == [before + 1]
     live = AutoModelForCausalLM.from_pretrained(moved)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from keel.config import parse
-from keel.stages import experience
-from keel.types import UsageError
+from keel.errors import UsageError
+from keel.rl import rollout
 
 
 def test_a_reference_in_16_bit_is_the_same_policy_in_half_the_memory(open_ppo):
@@ -15,8 +15,8 @@ def test_a_reference_in_16_bit_is_the_same_policy_in_half_the_memory(open_ppo):
     _, half = open_ppo(old_logp="trainer", reference_dtype="float16")
     assert {p.dtype for p in half.roles.reference.parameters()} == {torch.float16}
     assert {p.dtype for p in half.roles.policy.parameters()} == {torch.float32}
-    done = experience.sample(half, tasks[:8], 1)
-    rough, exact = experience.score_tokens(half, done), experience.score_tokens(whole, done)
+    done = rollout.sample(half, tasks[:8], 1)
+    rough, exact = rollout.score_tokens(half, done), rollout.score_tokens(whole, done)
     assert torch.equal(exact.logp, exact.ref_logp)
     assert torch.equal(rough.logp, exact.logp)
     assert 0 < (rough.ref_logp - exact.ref_logp).abs().max() < 0.01

@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from keel.config import parse
-from keel.models import adapters
+from keel.errors import UsageError
+from keel.models import lora
 from keel.models.load import ModelSource
-from keel.models.shared import open_base
-from keel.pipeline import Pipeline
-from keel.rewards import learned, on_base
-from keel.stages import experience, on_policy, opening
-from keel.stages.update import copy_state
-from keel.types import UsageError
+from keel.models.shared_base import open_base
+from keel.pipeline.pipeline import Pipeline
+from keel.rewards import learned
+from keel.rl import loop, rollout
+from keel.rl import setup as rl_setup
+from keel.stages.loop_utils import copy_state
 
 LORA = {"r": 2, "alpha": 16}
 
@@ -82,7 +83,9 @@ def test_a_shared_base_gives_the_bytes_of_separate_models(
 
 def opened_on(base: Any, path: Path) -> tuple[list[learned.RewardModel], list[str]]:
     said: list[str] = []
-    found = on_base.load_members(str(path), base, dtype="float32", trust_remote_code=False, say=said.append)
+    found = learned.load_members_on_base(
+        str(path), base, dtype="float32", trust_remote_code=False, say=said.append
+    )
     return found, said
 
 
@@ -97,7 +100,8 @@ INPUTS = [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [9, 8, 7]}, {"input_ids": [
 def test_a_reward_adapter_on_the_base_gives_the_scores_of_the_whole_reward_model(
     base: Any, rewarded: Path, tiny_model: Path
 ) -> None:
-    """Those of peft's own loader to the bit, those of the merged model up to rounding; with scale and tokenizer."""
+    """Those of peft's own loader to the bit, those of the merged model up to rounding; with scale and
+    tokenizer."""
     (shared,), said = opened_on(base, rewarded / "reward" / "model")
     alone = learned.load(str(rewarded / "reward" / "model"), device=torch.device("cpu"))
     assert not said
@@ -174,8 +178,8 @@ def test_adapter_files_are_what_peft_reads_and_the_same_for_every_run(
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "base.json",
     }  # fmt: skip
-    assert adapters.belongs_to(folder, ModelSource(str(tiny_model)))
-    assert not adapters.belongs_to(folder, ModelSource(str(rewarded / "reward" / "model")))
+    assert lora.belongs_to(folder, ModelSource(str(tiny_model)))
+    assert not lora.belongs_to(folder, ModelSource(str(rewarded / "reward" / "model")))
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["task_type"] == "SEQ_CLS"
     assert settings["target_modules"] == sorted(settings["target_modules"])
@@ -189,13 +193,13 @@ def test_optimizer_and_checkpoint_hold_adapters_and_heads_and_nothing_of_the_bas
     open_ppo: Any, tiny_model: Path
 ) -> None:
     _, setup = open_ppo(sharing="adapters", lora=LORA)
-    optimizers = on_policy.optimizers(setup.config, setup.roles)
+    optimizers = loop.optimizers(setup.config, setup.roles)
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     models = [setup.roles.policy, setup.roles.critic]
     trained = {id(p): name for m in models for name, p in m.named_parameters() if p.requires_grad}
     assert held == trained.keys()
     assert all("lora_" in name or "score" in name for name in trained.values())
-    state = on_policy._state(setup, optimizers)
+    state = loop._state(setup, optimizers)
     assert {*state["policy"], *state["value0"]} == set(trained.values())
     kept = sum(p.numel() for part in ("policy", "value0") for p in state[part].values())
     assert kept < 0.5 * sum(p.numel() for p in setup.roles.reference.parameters())
@@ -205,7 +209,7 @@ def test_optimizer_and_checkpoint_hold_adapters_and_heads_and_nothing_of_the_bas
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
-    on_policy._load_state(setup, optimizers, {**state, "policy": before})
+    loop._load_state(setup, optimizers, {**state, "policy": before})
     assert all(torch.equal(value, before[name]) for name, value in copy_state(setup.roles.policy).items())
 
 
@@ -218,7 +222,7 @@ def test_everything_of_the_base_stays_as_it_was_in_a_run_and_in_saving_it(
         seen.append(open_base(*args))
         return seen[-1]
 
-    monkeypatch.setattr(opening, "open_base", watched)
+    monkeypatch.setattr(rl_setup, "open_base", watched)
     stages("watched", sharing="adapters")
     start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     (base,) = seen
@@ -244,13 +248,13 @@ def test_frozen_models_rest_between_uses_and_change_nothing(
         assert model.keel_works_on == torch.device("cpu")
         model.keel_works_on = torch.device("cuda:7")
     monkeypatch.setattr(LlamaPreTrainedModel, "to", moved)
-    done = experience.sample(resting, tasks[:4], 1)
+    done = rollout.sample(resting, tasks[:4], 1)
     assert not moves
-    rated, scored = experience.rate(resting, tasks[:4], done), experience.score_tokens(resting, done)
+    rated, scored = rollout.rate(resting, tasks[:4], done), rollout.score_tokens(resting, done)
     score, lm = "LlamaForSequenceClassification", "LlamaForCausalLM"
     assert moves == [(score, "cuda:7"), (score, "cpu"), (lm, "cuda:7"), (lm, "cpu")]
-    assert torch.equal(rated.total, experience.rate(awake, tasks[:4], done).total)
-    assert torch.equal(scored.ref_logp, experience.score_tokens(awake, done).ref_logp)
+    assert torch.equal(rated.total, rollout.rate(awake, tasks[:4], done).total)
+    assert torch.equal(scored.ref_logp, rollout.score_tokens(awake, done).ref_logp)
 
 
 def test_offload_without_effect_is_refused(
@@ -311,9 +315,9 @@ def test_frozen_models_may_be_quantised_by_themselves(bits: str, open_ppo: Any, 
     _, small = open_ppo(
         reference_quantize=bits, reward={"kind": "learned", "model": str(tiny_reward), "quantize": bits}
     )
-    done = experience.sample(whole, tasks[:4], 1)
-    rough, exact = experience.score_tokens(small, done), experience.score_tokens(whole, done)
+    done = rollout.sample(whole, tasks[:4], 1)
+    rough, exact = rollout.score_tokens(small, done), rollout.score_tokens(whole, done)
     assert torch.equal(rough.logp, exact.logp)
     assert 0 < (rough.ref_logp - exact.ref_logp).abs().mean() < 0.5
-    totals = [experience.rate(setup, tasks[:4], done).total for setup in (small, whole)]
+    totals = [rollout.rate(setup, tasks[:4], done).total for setup in (small, whole)]
     assert 0 < (totals[0] - totals[1]).abs().mean() < 0.5

@@ -12,13 +12,14 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from keel.config import RewardConfig, SFTConfig
+from keel.errors import DataError, UsageError
 from keel.models import optim
 from keel.models.load import ModelSource, load_tokenizer
 from keel.rewards import learned
-from keel.stages import inputs, language, sft
+from keel.stages import language, prepare, sft
 from keel.stages import reward as reward_stage
-from keel.stages.update import copy_state
-from keel.types import DataError, DemonstrationRecord, PreferenceRecord, TextRecord, UsageError, Vote
+from keel.stages.loop_utils import copy_state
+from keel.types import DemonstrationRecord, PreferenceRecord, TextRecord, Vote
 
 LORA = {"r": 4, "alpha": 8}
 LLAMA = {
@@ -92,7 +93,7 @@ def test_conversations_are_trained_on_the_answers_alone(data: Any, run_stage: An
 def encoded(record: Any, tiny_model: Path, stage_run: Any, **settings: Any) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(str(tiny_model))
     config = SFTConfig.model_validate({"kind": "sft", "model": "m", "data": "d", **settings})
-    too_long = inputs.TooLong(stage_run, config.too_long, config.max_length)
+    too_long = prepare.TooLong(stage_run, config.too_long, config.max_length)
     return tokenizer, sft._encode(tokenizer, record, config, too_long)
 
 
@@ -161,7 +162,7 @@ def test_votes_are_kept_as_shares_or_collapsed_as_the_config_says(
 ) -> None:
     reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
     config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "labels": labels})
-    too_long = inputs.TooLong(stage_run, "error", 48)
+    too_long = prepare.TooLong(stage_run, "error", 48)
     records = [_record(None), _record(0.75, margin=1.5), _record(0.5), _record(0.25)]
     for rows in reward_stage._labelled(config, stage_run, records, records):  # to train on, and held out
         found = [reward_stage._encode(reward, record, too_long) for record in rows]

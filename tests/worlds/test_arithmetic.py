@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from keel.types import DataError, UsageError
+from keel.errors import DataError, UsageError
 from keel.worlds import load
 from keel.worlds.arithmetic import final_answer
 
@@ -83,7 +83,8 @@ def test_test_problems_occur_nowhere_else(difficulty: int) -> None:
 
 
 def test_text_has_the_bare_sums_of_test_problems_too() -> None:
-    """What is held out is the problem: how to find its sum in it. The sums themselves are a table that can be learned."""
+    """What is held out is the problem: how to find its sum in it. The sums themselves are a table that can be
+    learned."""
 
     def sums(text: str) -> set[str]:
         return set(re.findall(r"\d+ [+-] \d+ = \d+", text))

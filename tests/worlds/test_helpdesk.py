@@ -114,7 +114,8 @@ def test_every_demonstration_is_good() -> None:
 
 @pytest.fixture(scope="module")
 def judged() -> list[tuple[float, int, int, float]]:
-    """For each comparison: gold, words and promises of chosen minus rejected, and the votes' share for chosen."""
+    """For each comparison: gold, words and promises of chosen minus rejected, and the votes' share for
+    chosen."""
     result = []
     for row in helpdesk.rows("comparisons", 3000, 0):
         prompt, chosen, rejected = (row[key][0]["content"] for key in ("prompt", "chosen", "rejected"))

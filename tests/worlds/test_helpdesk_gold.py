@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keel.types import DataError
+from keel.errors import DataError
 from keel.worlds import load
 
 helpdesk = load("helpdesk")

@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from keel.types import UsageError
+from keel.errors import UsageError
 from keel.worlds import load
 from keel.worlds.streams import row_random
 

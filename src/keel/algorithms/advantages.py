@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from keel.masked import at_least_float32, keep
+from keel.algorithms.masked import at_least_float32, keep
 
 
 def gae(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keel.masked import at_least_float32
+from keel.algorithms.masked import at_least_float32
 
 
 def cross_entropy(
@@ -13,10 +13,10 @@ def cross_entropy(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = −(1/B) Σ_i w_i log softmax(z_i)_{y_i}, in nats.
 
-    logits: (B, L), z. labels: (B,), the index y of each row's label. weights: (B,), w: with w = N / (K·n_y), where n_y of N
-    rows have the label y and K labels there are, every label counts the same in the mean over all rows (the "balanced" weights
-    of King & Zeng, 2001). denominator: B of the whole optimiser step, so that the parts of its micro-batches add up; None:
-    the rows of this call.
+    logits: (B, L), z. labels: (B,), the index y of each row's label. weights: (B,), w: with w = N / (K·n_y),
+    where n_y of N rows have the label y and K labels there are, every label counts the same in the mean over
+    all rows (the "balanced" weights of King & Zeng, 2001). denominator: B of the whole optimiser step, so
+    that the parts of its micro-batches add up; None: the rows of this call.
 
     Returns the loss and, detached, `correct`: how many rows have their label's output highest.
     """

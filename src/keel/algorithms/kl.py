@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from keel.masked import keep, log_softmax
+from keel.algorithms.masked import keep, log_softmax
 
 Kind = Literal["k1", "k2", "k3"]
 

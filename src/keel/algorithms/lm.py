@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keel.masked import masked_mean, token_logp
+from keel.algorithms.masked import masked_mean, token_logp
 
 
 def cross_entropy(
@@ -28,7 +28,8 @@ def cross_entropy(
 def likelihood(
     logp: Tensor, hits: Tensor, denominator: Tensor | float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`cross_entropy` of log-probabilities, (N,): logp of the counted labels, and hits, whether each was the likeliest."""
+    """`cross_entropy` of log-probabilities, (N,): logp of the counted labels, and hits, whether each was the
+    likeliest."""
     counted = torch.ones_like(hits)
     loss = -masked_mean(logp, counted, denominator=denominator)
     return loss, {"accuracy": masked_mean(hits, counted, denominator=denominator)}

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from keel.masked import Reduction, keep, masked_mean, reduced
+from keel.algorithms.masked import Reduction, keep, masked_mean, reduced
 
 MAX_LOG_RATIO = 20.0  # e^20 ≈ 5e8; beyond it a float32 product overflows, and 0 · inf makes the gradient NaN
 
@@ -32,11 +32,12 @@ def clipped(
     clip_high > clip_low is DAPO's clip-higher (2503.14476). dual_clip c > 1: for Â < 0 the objective is
     bounded below, max(min(…), c Â) (1912.09729). level "sequence": one ratio for each sequence, the
     exponential of the mean over its counted tokens of log π − log π_old (GSPO, 2507.18071), and the gradient
-    flows through that mean. reduce: see `keel.masked.reduced`; denominator: its `count` over the whole
+    flows through that mean. reduce: see `keel.algorithms.masked.reduced`; denominator: its `count` over the whole
     optimiser step, with which the losses *and metrics* of micro-batches add up to those of the batch.
 
-    logp, old_logp, mask: (B, T). advantages: (B, T), or (B,) for one a sequence. old_logp, advantages and weights
-    are constants. weights: (B, T), see `importance_weights`; they multiply the objective of each token. Departure: log ρ is cut off at ± 20 (and has no gradient beyond) so that nothing overflows.
+    logp, old_logp, mask: (B, T). advantages: (B, T), or (B,) for one a sequence. old_logp, advantages and
+    weights are constants. weights: (B, T), see `importance_weights`; they multiply the objective of each
+    token. Departure: log ρ is cut off at ± 20 (and has no gradient beyond) so that nothing overflows.
 
     Returns the loss and, detached and averaged over tokens (over sequences' own means unless reduce is
     "token"):
@@ -83,13 +84,14 @@ def cispo(
     denominator: Tensor | float | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """CISPO (MiniMax-M1, 2506.13585, eq. 4): the importance weight is clipped, and no token loses its gradient.
+    """CISPO (MiniMax-M1, 2506.13585, eq. 4): the importance weight is clipped, and no token loses its
+    gradient.
 
         ρ = π(a|s) / π_old(a|s)        L = − sg[clip(ρ, 1 − ε_low, 1 + ε_high)] Â log π(a|s)
 
     sg stops the gradient. The paper has no lower bound, which is clip_low 1; it does not say its ε_high.
-    Arguments, returns and metrics as `clipped`, without `dual_clipfrac`; `clipfrac` is the share of positions whose
-    weight is cut. With ρ inside the clip, the gradient is that of `clipped`.
+    Arguments, returns and metrics as `clipped`, without `dual_clipfrac`; `clipfrac` is the share of positions
+    whose weight is cut. With ρ inside the clip, the gradient is that of `clipped`.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand(mask.shape)
@@ -105,11 +107,13 @@ def cispo(
 
 
 def importance_weights(logp: Tensor, sampler_logp: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Truncated importance sampling (Ionides 2008; for RL of language models, Yao et al. 2025, "Your efficient RL
-    framework secretly brings you off-policy training"): min(π_trainer(a|s) / π_sampler(a|s), cap), (B, T).
+    """Truncated importance sampling (Ionides 2008; for RL of language models, Yao et al. 2025, "Your
+    efficient RL framework secretly brings you off-policy training"): min(π_trainer(a|s) / π_sampler(a|s),
+    cap), (B, T).
 
-    For a sampler whose arithmetic differs from the trainer's though the weights are the same. logp: the trainer's, before
-    the first gradient step. Positions that do not count get 1. No gradient. Raises ValueError unless cap > 0.
+    For a sampler whose arithmetic differs from the trainer's though the weights are the same. logp: the
+    trainer's, before the first gradient step. Positions that do not count get 1. No gradient. Raises
+    ValueError unless cap > 0.
     """
     if not cap > 0:
         raise ValueError(f"cap must be above 0, not {cap}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from keel.masked import at_least_float32
+from keel.algorithms.masked import at_least_float32
 
 
 def bradley_terry(

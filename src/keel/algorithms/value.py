@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keel.masked import keep, masked_mean
+from keel.algorithms.masked import keep, masked_mean
 
 
 def clipped(

@@ -7,6 +7,8 @@ An unknown key names its nearest match; a setting that would have no effect is r
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig
+from keel.config.grpo import GRPOConfig
+from keel.config.on_policy import KLConfig, OnPolicy, PtxConfig, ShapingConfig
 from keel.config.parts import (
     DataConfig,
     FilteredSamplingConfig,
@@ -19,7 +21,7 @@ from keel.config.parts import (
     Supervised,
     Training,
 )
-from keel.config.policy import GRPOConfig, KLConfig, OnPolicy, PPOConfig, PtxConfig, ShapingConfig
+from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.reading import parse, read
 from keel.config.run import KINDS, AnyStage, EvaluateConfig, RunConfig

@@ -11,7 +11,8 @@ from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, 
 
 
 class BestOfNConfig(Supervised):
-    """Sample, score, keep the best as demonstrations, and fine-tune on them (rejection sampling, 2112.09332, 2307.09288)."""
+    """Sample, score, keep the best as demonstrations, and fine-tune on them (rejection sampling, 2112.09332,
+    2307.09288)."""
 
     kind: Literal["best_of_n"] = Field(description="Best-of-n sampling, then supervised fine-tuning.")
     reward: list[RewardTerm] = Field(

@@ -12,8 +12,8 @@ Sources = Annotated[list[DataConfig], Field(min_length=1)]
 
 
 def _by_label(value: Any) -> Any:
-    """Sources by label, in alphabetical order: a label's place, which is its index in the saved model, is the same in
-    whatever order they are written."""
+    """Sources by label, in alphabetical order: a label's place, which is its index in the saved model, is the
+    same in whatever order they are written."""
     if not isinstance(value, dict) or "source" in value:
         raise ValueError("give the texts by label: {LABEL: SOURCE, OTHER: SOURCE}")
     return {str(label): as_source(value[label]) for label in sorted(value, key=str)}
@@ -22,7 +22,8 @@ def _by_label(value: Any) -> Any:
 class ClassifierConfig(Supervised):
     """A text classifier, trained on texts that are sorted by label: for use as a reward of genre or style.
 
-    Every label counts the same, however many texts it has: a row's loss is weighted by the inverse of its label's share.
+    Every label counts the same, however many texts it has: a row's loss is weighted by the inverse of its
+    label's share.
     """
 
     kind: Literal["classifier"] = Field(description="A text classifier from labelled texts.")

@@ -14,8 +14,8 @@ _WHO = "Who compares: world:NAME, whose annotators vote at once; or people, for 
 
 
 class CollectConfig(Stage):
-    """Two replies of a model to each prompt, compared by annotators. Other stages name the result in their `data` as
-    `stage:NAME`."""
+    """Two replies of a model to each prompt, compared by annotators. Other stages name the result in their
+    `data` as `stage:NAME`."""
 
     kind: Literal["collect"] = Field(description="Comparisons of a model's own replies.")
     model: str = Field(description="The model that answers: a stage, a path or a hub id.")
@@ -58,8 +58,9 @@ class CollectConfig(Stage):
 
 
 class RoundsConfig(Settings):
-    """Rounds of refreshing a reward model on what the policy has become. Round 1 is the two stages as they are written;
-    round k is written out as three more: collect-k, REWARD-k on all comparisons so far, POLICY-k from the policy before."""
+    """Rounds of refreshing a reward model on what the policy has become. Round 1 is the two stages as they
+    are written; round k is written out as three more: collect-k, REWARD-k on all comparisons so far, POLICY-k
+    from the policy before."""
 
     n: int = Field(ge=1, description="Rounds in all; with 1 nothing is collected.")
     reward: str = Field(description="The reward stage that is trained again in each round.")
@@ -74,9 +75,10 @@ def round_name(stage: str, number: int) -> str:
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's raw mapping with the stages of its `rounds` written out after the policy's, and these policies among the
-    models of every evaluate stage that judges the first. What the config itself says of such a stage wins, so that a
-    resolved config reads as itself. A mapping that does not fit is returned as it is, for the validators to refuse.
+    """A config's raw mapping with the stages of its `rounds` written out after the policy's, and these
+    policies among the models of every evaluate stage that judges the first. What the config itself says of
+    such a stage wins, so that a resolved config reads as itself. A mapping that does not fit is returned as
+    it is, for the validators to refuse.
     """
     rounds, stages = values.get("rounds"), values.get("stages")
     if not (isinstance(rounds, Mapping) and isinstance(stages, Mapping)):

@@ -20,14 +20,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     def changes(self, name: str) -> bool:
-        """Whether a setting is not at its default. One that is written out at its default harms nobody, so that a
-        run's resolved config can be read again."""
+        """Whether a setting is not at its default. One that is written out at its default harms nobody, so
+        that a run's resolved config can be read again."""
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
 
 
 class DataConfig(Settings):
-    """One source of rows. Special tokens that stand in prompts, completions and turns are read as plain characters; in
-    `text` they are special tokens, as the <|endoftext|> between documents is meant to be."""
+    """One source of rows. Special tokens that stand in prompts, completions and turns are read as plain
+    characters; in `text` they are special tokens, as the <|endoftext|> between documents is meant to be."""
 
     source: str = Field(
         description="A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, or stage:NAME for the comparisons of a collect stage."
@@ -139,7 +139,8 @@ class ModelConfig(Settings):
 
 
 class LoraConfig(Settings):
-    """Low-rank adapters (2106.09685), by peft. The saved model has them merged in, and in adapter/ by themselves."""
+    """Low-rank adapters (2106.09685), by peft. The saved model has them merged in, and in adapter/ by
+    themselves."""
 
     r: int = Field(16, ge=1, description="Rank.")
     alpha: int = Field(32, ge=1, description="Scale: updates are multiplied by alpha / r.")
@@ -213,7 +214,8 @@ class Stage(Settings):
     kind: str  # each stage narrows this to its own name
 
     def references(self) -> list[tuple[str, str]]:
-        """(setting, what it names) for each setting that may name another stage, in the order of the config."""
+        """(setting, what it names) for each setting that may name another stage, in the order of the
+        config."""
         return []
 
     def data_stages(self) -> list[tuple[str, str]]:

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from keel.config.parts import Supervised
 from keel.types import RecordType
 
-# Where a loss's paper differs from the defaults below. They are filled in, so that the run's config shows them.
+# Where a loss's paper differs from the defaults below. They are filled in, so that the run's config shows
+# them.
 OF_THE_LOSS: Mapping[str, Mapping[str, float]] = {"simpo": {"beta": 2.0}, "robust": {"label_smoothing": 0.1}}
 REFERENCE_FREE = ("orpo", "simpo")
 ONLY_FOR: Mapping[str, tuple[str, ...]] = {  # settings that the other losses have no use for

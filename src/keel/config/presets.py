@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# What the papers set. `reduce: max_new_tokens` stands for that number; `steps` is the gradient steps that a batch is cut into,
-# where a method is about ratios and these would all be 1 in a single step. Where a paper leaves a setting open, it is left.
+# What the papers set. `reduce: max_new_tokens` stands for that number; `steps` is the gradient steps that a
+# batch is cut into, where a method is about ratios and these would all be 1 in a single step. Where a paper
+# leaves a setting open, it is left.
 AS_IT_COMES = {
     "clip": None,
     "missing_stop_penalty": 0.0,
@@ -17,7 +18,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dr_grpo": {  # 2503.20783: no division by the group's deviation or by a response's own length; no KL
         "baseline": "group", "scale": "none", "reduce": "max_new_tokens", "kl": {"coef": 0.0},
     },
-    "dapo": {  # 2503.14476: clip-higher, token-level loss, dynamic sampling, overlong shaping; no KL; 16 steps a batch
+    # 2503.14476: clip-higher, token-level loss, dynamic sampling, overlong shaping; no KL; 16 steps a batch
+    "dapo": {
         "baseline": "group", "scale": "group", "reduce": "token", "clip_low": 0.2, "clip_high": 0.28, "resample": 10,
         "kl": {"coef": 0.0}, "overlong": True, "steps": 16,
     },
@@ -25,7 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "baseline": "leave_one_out", "scale": "none", "reduce": "max_new_tokens", "epochs": 1,
         "kl": {"coef": 0.05, "estimator": "k1", "where": "reward"},
     },
-    "reinforce++": {  # 2501.03262: no group; the KL in each token's reward; advantages whitened over the whole batch
+    # 2501.03262: no group; the KL in each token's reward; advantages whitened over the whole batch
+    "reinforce++": {
         "baseline": "none", "scale": "batch", "reduce": "token", "samples_per_prompt": 1,
         "kl": {"coef": 0.01, "estimator": "k1", "where": "reward"},
     },
@@ -41,7 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def whole_kl(given: dict[str, Any] | None, form: dict[str, Any]) -> dict[str, Any]:
-    """A KL term of which a part is given: the rest is that of `form`, so that a new coefficient is not another method."""
+    """A KL term of which a part is given: the rest is that of `form`, so that a new coefficient is not
+    another method."""
     if given is None:
         return form
     if given.get("coef") == 0 and given.get("target") is None:

@@ -1,4 +1,5 @@
-"""A config from YAML with dotted overrides; every error names the key, and an unknown key its nearest match."""
+"""A config from YAML with dotted overrides; every error names the key, and an unknown key its nearest
+match."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from keel import types
+from keel import errors
 from keel.config.collect import expanded
 from keel.config.run import KINDS, RunConfig
 
@@ -36,11 +37,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         tree = _unshared(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except FileNotFoundError:
-        raise types.UsageError(f"no config at {path}") from None
+        raise errors.UsageError(f"no config at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise types.UsageError(f"{path} cannot be read as YAML: {error}") from None
+        raise errors.UsageError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise types.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
+        raise errors.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
     for override in overrides:
         _override(tree, override)
     return parse(tree, str(path))
@@ -52,7 +53,7 @@ def parse(tree: Mapping[str, Any], origin: str = "config") -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
-        raise types.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+        raise errors.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
 def _unshared(value: Any) -> Any:
@@ -63,30 +64,32 @@ def _unshared(value: Any) -> Any:
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
-    """Set one `dotted.key=value`; a leading stage name may leave out `stages.`, a number is a place in a list."""
+    """Set one `dotted.key=value`; a leading stage name may leave out `stages.`, a number is a place in a
+    list."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise types.UsageError(f"{override!r} is not an override: write dotted.key=value")
+        raise errors.UsageError(f"{override!r} is not an override: write dotted.key=value")
     parts, stages = key.split("."), expanded(tree).get("stages")
     stages = stages if isinstance(stages, dict) else {}
     if parts[0] in stages:
         parts = ["stages", *parts]
     elif parts[0] not in RunConfig.model_fields:
         known = {*stages, *RunConfig.model_fields}
-        raise types.UsageError(f"{override!r}: no stage or setting {parts[0]!r}{_nearest(parts[0], known)}")
+        raise errors.UsageError(f"{override!r}: no stage or setting {parts[0]!r}{_nearest(parts[0], known)}")
     if len(parts) > 1 and parts[0] == "stages" and parts[1] not in stages:
-        raise types.UsageError(f"{override!r}: no stage {parts[1]!r}{_nearest(parts[1], stages)}")
+        raise errors.UsageError(f"{override!r}: no stage {parts[1]!r}{_nearest(parts[1], stages)}")
     node: Any = tree
     for part in parts[:-1]:
         node = _inside(node, part, override)
     try:
         node[_place(node, parts[-1], override)] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise types.UsageError(f"{override!r}: the value is not YAML: {error}") from None
+        raise errors.UsageError(f"{override!r}: the value is not YAML: {error}") from None
 
 
 def _inside(node: Any, part: str, override: str) -> Any:
-    """The mapping or list at `part` of `node`, made where there is none; short forms are written out first."""
+    """The mapping or list at `part` of `node`, made where there is none; short forms are written out
+    first."""
     place = _place(node, part, override)
     value = node[place] if isinstance(node, list) else node.get(place)
     if isinstance(value, str) and part in ("model", "data", "eval_data", "comparisons"):
@@ -102,7 +105,7 @@ def _place(node: Any, part: str, override: str) -> Any:
     if isinstance(node, dict):
         return part
     if not part.isdigit() or int(part) >= len(node):
-        raise types.UsageError(
+        raise errors.UsageError(
             f"{override!r}: there is a list of {len(node)}; {part!r} must be a place in it, from 0"
         )
     return int(part)

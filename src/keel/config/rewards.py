@@ -1,7 +1,7 @@
 """Rewards in a config: any number of terms, each with a weight and a name under which it is logged.
 
-`reward: NAME` is short for one learned reward model, `reward: python:module.function` for a function of yours; a list
-is a mixture.
+`reward: NAME` is short for one learned reward model, `reward: python:module.function` for a function of
+yours; a list is a mixture.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class KeywordsTerm(Term):
 
 
 class OverlongTerm(Term):
-    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0, falling to −1 over the last `buffer` tokens."""
+    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0, falling to −1 over the last `buffer`
+    tokens."""
 
     kind: Literal["overlong"] = Field(description="DAPO's soft overlong punishment.")
     max_length: int = Field(ge=1, description="Tokens from which on the reward is −1.")
@@ -193,7 +194,8 @@ def as_terms(value: Any) -> Any:
 
 
 def check_labels(terms: list[Any]) -> list[Any]:
-    """ValueError for two terms of one name, whose metrics would be one, and for terms none of which counts."""
+    """ValueError for two terms of one name, whose metrics would be one, and for terms none of which
+    counts."""
     labels = [term.called for term in terms]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:

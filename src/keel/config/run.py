@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig, RoundsConfig, expanded
+from keel.config.grpo import GRPOConfig
 from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_source
-from keel.config.policy import GRPOConfig, PPOConfig
+from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, models_of
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
@@ -218,7 +219,8 @@ def _stage_in(dtype: Any, stage: Any) -> Any:
 def _check_collected(
     name: str, stage: AnyStage, setting: str, source: str, stages: Mapping[str, AnyStage], seen: set[str]
 ) -> None:
-    """ValueError for data from a stage that is not there, comes later, or leaves no comparisons that this one reads."""
+    """ValueError for data from a stage that is not there, comes later, or leaves no comparisons that this one
+    reads."""
     where = f"stage {name!r}: `{setting}` takes stage:{source}"
     if source not in stages or stages[source].kind != "collect":
         raise ValueError(f"{where}, but {source!r} is no stage of kind collect")

@@ -33,7 +33,8 @@ class JudgeConfig(Settings):
 
 
 class ControlConfig(Settings):
-    """What a run does about a finding of severity "act" in its own metrics (docs/diagnosis.md lists the checks)."""
+    """What a run does about a finding of severity "act" in its own metrics (docs/diagnosis.md lists the
+    checks)."""
 
     on_finding: Literal["off", "warn", "adjust", "rollback", "stop"] = Field(
         "warn",

@@ -1,4 +1,5 @@
-"""Rows into batches: seeded order, packing, padding. Order is a function of (seed, step), so resuming needs no cursor."""
+"""Rows into batches: seeded order, packing, padding. Order is a function of (seed, step), so resuming needs
+no cursor."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def rows_of_step(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Row indices of optimiser step `step` (from 0). Passes follow each other without a short batch between."""
+    """Row indices of optimiser step `step` (from 0). Passes follow each other without a short batch
+    between."""
     start = step * batch_size
     return [
         permutation(rows, seed, position // rows)[position % rows]
@@ -60,10 +62,11 @@ def by_length(
     tokens: int | None = None,
     together: Sequence[Hashable] | None = None,
 ) -> list[list[int]]:
-    """Indices in parts of similar length, shortest first: at most `rows` in a part, and at most `tokens` with the padding (a
-    row that is longer has a part of its own). All in one part where neither is given.
+    """Indices in parts of similar length, shortest first: at most `rows` in a part, and at most `tokens` with
+    the padding (a row that is longer has a part of its own). All in one part where neither is given.
 
-    together: rows with the same value, which begin alike, stand side by side, in one part where it holds them all.
+    together: rows with the same value, which begin alike, stand side by side, in one part where it holds them
+    all.
     """
     alike = _alike(lengths, together)
     if rows is None and tokens is None:
@@ -81,7 +84,8 @@ def by_length(
 
 
 def _alike(lengths: Sequence[int], together: Sequence[Hashable] | None) -> list[list[int]]:
-    """Indices by what they have in common, those with the shorter longest row first, each sorted by length."""
+    """Indices by what they have in common, those with the shorter longest row first, each sorted by
+    length."""
     groups: dict[Hashable, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         groups.setdefault(index if together is None else (together[index],), []).append(index)
@@ -94,8 +98,8 @@ def _fits(part: Sequence[int], lengths: Sequence[int], rows: int | None, tokens:
 
 
 def useful_tokens(rows: Sequence[tuple[tuple[int, ...], int]]) -> int:
-    """Tokens of rows, each given by its prompt and its length with it, that nobody can do without: every different prompt's
-    once, and every response's but the last, which nothing follows."""
+    """Tokens of rows, each given by its prompt and its length with it, that nobody can do without: every
+    different prompt's once, and every response's but the last, which nothing follows."""
     responses = sum(length - len(prompt) - 1 for prompt, length in rows)
     return responses + sum(map(len, {prompt for prompt, _ in rows}))
 
@@ -117,7 +121,8 @@ def pack_stream(documents: Sequence[Sequence[int]], length: int) -> list[list[in
 
 
 def pack_examples(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Group examples into rows of at most `capacity` tokens: first-fit, longest first. Returns their indices."""
+    """Group examples into rows of at most `capacity` tokens: first-fit, longest first. Returns their
+    indices."""
     rows: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

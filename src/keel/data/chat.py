@@ -1,12 +1,13 @@
 """Text and conversations into tokens: the only code that knows chat templates, EOS and padding tokens.
 
-Prompt and response are tokenised apart, because that is the boundary a rollout has: the model continues from the
-prompt's last token, and training must see the same tokens as sampling. A response ends in EOS exactly once.
+Prompt and response are tokenised apart, because that is the boundary a rollout has: the model continues from
+the prompt's last token, and training must see the same tokens as sampling. A response ends in EOS exactly
+once.
 
-What people wrote is content: a "<|end|>" in a prompt, a completion or a turn is read as the characters it is made of,
-never as the special token. Only the template and keel itself write special tokens. Two exceptions, by convention:
-plain text for language modelling (documents may have EOS between them), and EOS at the very end of a reply, which
-many data sets bring and which is the response's own.
+What people wrote is content: a "<|end|>" in a prompt, a completion or a turn is read as the characters it is
+made of, never as the special token. Only the template and keel itself write special tokens. Two exceptions,
+by convention: plain text for language modelling (documents may have EOS between them), and EOS at the very
+end of a reply, which many data sets bring and which is the response's own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from weakref import WeakKeyDictionary
 
 import jinja2
 
-from keel.types import Conversation, DataError, Message, Prompt, TextRecord, UsageError
+from keel.errors import DataError, UsageError
+from keel.types import Conversation, Message, Prompt, TextRecord
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -45,8 +47,8 @@ def with_chat_template(tokenizer: Any) -> Any:
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens a rollout starts from: never empty, never with an EOS added after them.
 
-    Plain text begins with BOS where the tokenizer adds it; a conversation is what its template makes of it, with
-    the generation prompt.
+    Plain text begins with BOS where the tokenizer adds it; a conversation is what its template makes of it,
+    with the generation prompt.
     """
     if not isinstance(prompt, str):
         text = _render(tokenizer, _guarded(tokenizer, prompt), generation=True)
@@ -57,9 +59,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def completion_ids(tokenizer: Any, prompt: Prompt, completion: str | Conversation) -> list[int]:
     """The tokens of the response to `prompt`, with EOS as the last one.
 
-    EOS is not repeated if the text or the template brings it already [trl PR 4908], and what a template writes after
-    it (ChatML's newline) is left out, since no rollout would get that far. UsageError if the template
-    renders the prompt differently once the reply is there, so that there is no boundary.
+    EOS is not repeated if the text or the template brings it already [trl PR 4908], and what a template
+    writes after it (ChatML's newline) is left out, since no rollout would get that far. UsageError if the
+    template renders the prompt differently once the reply is there, so that there is no boundary.
     """
     if isinstance(prompt, str) != isinstance(completion, str):
         raise UsageError("prompt and completion must both be text or both be conversations")
@@ -75,9 +77,10 @@ def completion_ids(tokenizer: Any, prompt: Prompt, completion: str | Conversatio
 def text_ids(tokenizer: Any, record: TextRecord) -> tuple[list[int], list[bool]]:
     """Tokens (S,) of a text or a whole conversation, and the mask (S,) of those that count in the loss.
 
-    Plain text counts as a whole, and special tokens written in it are special tokens. In a conversation the assistant's turns count, each with its EOS or end of turn.
-    Both end in EOS exactly once. DataError for a conversation without an assistant turn, UsageError if the
-    template renders earlier turns differently once later ones are there.
+    Plain text counts as a whole, and special tokens written in it are special tokens. In a conversation the
+    assistant's turns count, each with its EOS or end of turn. Both end in EOS exactly once. DataError for a
+    conversation without an assistant turn, UsageError if the template renders earlier turns differently once
+    later ones are there.
     """
     if isinstance(record.text, str):
         ids = _encode_plain(tokenizer, _without_final_eos(tokenizer, record.text))
@@ -160,7 +163,8 @@ def eos_id(tokenizer: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
-    """Ids that end a response: EOS first, then the stop strings that are special tokens; `stops.stop_texts` has the others."""
+    """Ids that end a response: EOS first, then the stop strings that are special tokens; `stops.stop_texts`
+    has the others."""
     special = tokenizer.get_added_vocab()
     return tuple(dict.fromkeys([eos_id(tokenizer), *(special[text] for text in stop if text in special)]))
 
@@ -168,8 +172,8 @@ def stop_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
 def ensure_pad(tokenizer: Any) -> int:
     """The id to pad with. A tokenizer without one gets EOS as its pad token.
 
-    That is harmless here: padding is on the right and every mask comes from lengths, never from comparing ids with
-    the pad token, so a real EOS still counts. `padding_side` is left alone [trl 6663].
+    That is harmless here: padding is on the right and every mask comes from lengths, never from comparing ids
+    with the pad token, so a real EOS still counts. `padding_side` is left alone [trl 6663].
     """
     pad: int | None = tokenizer.pad_token_id
     if pad is None:
@@ -249,7 +253,8 @@ def _encode_content(tokenizer: Any, text: str, special: bool = False) -> list[in
 
 
 def _encode_guarded(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of what a template made of `_guarded` turns: its own special tokens are special, the guarded are not."""
+    """Tokens of what a template made of `_guarded` turns: its own special tokens are special, the guarded are
+    not."""
     ids: list[int] = []
     for index, part in enumerate(re.split(f"{_OPEN}(.+?){_CLOSE}", text, flags=re.DOTALL)):
         if part:
@@ -258,7 +263,8 @@ def _encode_guarded(tokenizer: Any, text: str) -> list[int]:
 
 
 def _guarded(tokenizer: Any, turns: Conversation) -> Conversation:
-    """The turns with every special token in their content between guards, and no EOS at the end of a reply."""
+    """The turns with every special token in their content between guards, and no EOS at the end of a
+    reply."""
     pattern = _specials(tokenizer)
 
     def content(turn: Message) -> str:
@@ -273,7 +279,8 @@ _patterns: WeakKeyDictionary[Any, tuple[int, re.Pattern[str]]] = WeakKeyDictiona
 
 
 def _specials(tokenizer: Any) -> re.Pattern[str]:
-    """What matches each of the tokenizer's special tokens, and the guards. Found once a tokenizer and vocabulary."""
+    """What matches each of the tokenizer's special tokens, and the guards. Found once a tokenizer and
+    vocabulary."""
     known = _patterns.get(tokenizer)
     if known is None or known[0] != len(tokenizer):
         added = tokenizer.added_tokens_decoder.values()

@@ -3,7 +3,8 @@
     .jsonl    an object a line; blank lines are passed over
     .json     an array of objects, or the content of a .jsonl
     .parquet  a row a record
-    .csv      a header, then a record a row; `label`, `margin`, `p_chosen`, `votes` and `messages` are read as values
+    .csv      a header, then a record a row; `label`, `margin`, `p_chosen`, `votes` and `messages` are read as
+    values
     .txt      a record a paragraph: paragraphs are separated by blank lines and become {"text": …}
 
 Each also with .gz after it. A folder stands for the .parquet and .jsonl files directly in it, sorted by name.
@@ -26,7 +27,7 @@ import pyarrow
 import pyarrow.parquet
 
 from keel.data.records import OPTIONAL_COLUMNS, nearest
-from keel.types import DataError, UsageError
+from keel.errors import DataError, UsageError
 
 RawRow = tuple[str, dict[str, Any] | DataError]  # where the row stands ("file.jsonl:12"), and the row
 
@@ -39,8 +40,8 @@ _CSV_VALUES = ("label", "votes", "messages")
 def locate(source: str) -> list[Path] | None:
     """The files that `source` names, or None if it does not look like a path (then it is a hub id).
 
-    Raises UsageError for a path where nothing is (with the nearest name beside it), a folder without data files,
-    a suffix that is not read.
+    Raises UsageError for a path where nothing is (with the nearest name beside it), a folder without data
+    files, a suffix that is not read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -63,7 +64,8 @@ def locate(source: str) -> list[Path] | None:
 
 
 def read(path: Path, name: str, columns: Mapping[str, str] = MappingProxyType({})) -> Iterator[RawRow]:
-    """The rows of one file; `name` is what messages call it, `columns` (keel's name → the file's) types CSV cells.
+    """The rows of one file; `name` is what messages call it, `columns` (keel's name → the file's) types CSV
+    cells.
 
     Raises DataError if the file itself is broken.
     """
@@ -169,7 +171,8 @@ def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Itera
 
 
 def _cell(column: str, text: str) -> Any:
-    """CSV knows only text; columns that cannot be text are read as JSON, and left as they are if they are not."""
+    """CSV knows only text; columns that cannot be text are read as JSON, and left as they are if they are
+    not."""
     if column in OPTIONAL_COLUMNS and not text.strip():
         return None
     try:

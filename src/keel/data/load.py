@@ -14,7 +14,8 @@ from keel import worlds
 from keel.data import files, records
 from keel.data.batches import derive_seed, permutation
 from keel.data.rewriting import Rewriter, with_system
-from keel.types import Conversation, DataError, DataSource, Record, RecordType, TextRecord, UsageError
+from keel.errors import DataError, UsageError
+from keel.types import Conversation, DataSource, Record, RecordType, TextRecord
 
 _WORLD = "world:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -67,9 +68,10 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
     """All records of `sources`, as the first type in `accept` that every source can be read as.
 
     Rows with more than a type needs are narrowed to it (`records.readable_as`); `Dataset.sources` says where.
-    In a mixture with weights no row is repeated: the numbers of rows stand in the ratio of the weights, as many
-    as the scarcest source allows, drawn and interleaved by `seed`. Without weights all rows are taken, source
-    after source. Each record's columns say under "source" which source it came from, in place of a column of that name.
+    In a mixture with weights no row is repeated: the numbers of rows stand in the ratio of the weights, as
+    many as the scarcest source allows, drawn and interleaved by `seed`. Without weights all rows are taken,
+    source after source. Each record's columns say under "source" which source it came from, in place of a
+    column of that name.
 
     Raises UsageError for a source that is not there or settings without effect, DataError for unusable rows.
     """
@@ -123,8 +125,8 @@ def forms(dataset: Dataset) -> frozenset[str]:
 def fingerprint(sources: Sequence[DataSource]) -> str:
     """sha256 of what `sources` hold: the files' bytes, a world's settings, a hub data set's own fingerprint.
 
-    The settings that choose rows (rows, weight, columns, rewrite, …) count; where a file lies does not. A world's code is
-    not part of it.
+    The settings that choose rows (rows, weight, columns, rewrite, …) count; where a file lies does not. A
+    world's code is not part of it.
     """
     digest = hashlib.sha256()
 
@@ -328,7 +330,8 @@ def _parse_all(opened: _Opened, kind: RecordType) -> _Part:
 
 
 def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
-    """The records to take from each part: all, or in the ratio of the weights as many as the scarcest allows."""
+    """The records to take from each part: all, or in the ratio of the weights as many as the scarcest
+    allows."""
     weights = [part.source.weight for part in parts if part.source.weight is not None]
     if not weights:
         return [list(part.records) for part in parts]

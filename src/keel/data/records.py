@@ -1,9 +1,11 @@
-"""A raw row (a mapping) into a validated record: TRL's five types, each standard (text) or conversational (turns).
+"""A raw row (a mapping) into a validated record: TRL's five types, each standard (text) or conversational
+(turns).
 
     text           {"text"} or {"messages"}
     prompt         {"prompt"}
     demonstration  {"prompt", "completion"}
-    preference     {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} with the prompt at the head of both;
+    preference     {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} with the prompt at the head of
+    both;
                    optionally "votes", "p_chosen", "margin"
     unpaired       {"prompt", "completion", "label"}
 
@@ -19,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from keel.errors import DataError
 from keel.types import (
     Conversation,
-    DataError,
     DemonstrationRecord,
     Message,
     PreferenceRecord,
@@ -85,8 +87,8 @@ def readable_as(row: Mapping[str, Any]) -> tuple[RecordType, ...]:
     """Every type the row can be read as, its own first.
 
     A row with more columns than a type needs can be narrowed to it: any row with a prompt to that prompt, a
-    preference to its chosen side as a demonstration. Unpaired rows are never demonstrations, since some of them
-    show what not to do; and a demonstration is never plain text, since that would train on the prompt.
+    preference to its chosen side as a demonstration. Unpaired rows are never demonstrations, since some of
+    them show what not to do; and a demonstration is never plain text, since that would train on the prompt.
     """
     pair = "chosen" in row and "rejected" in row
     answered = "prompt" in row and "completion" in row
@@ -107,9 +109,9 @@ def readable_as(row: Mapping[str, Any]) -> tuple[RecordType, ...]:
 def parse(row: Mapping[str, Any], kind: RecordType, origin: str) -> Record:
     """The row as a record of type `kind`, which may be narrower than the row's own (see `readable_as`).
 
-    Raises DataError `ORIGIN: reason` for a missing column, a wrong type, an empty or whitespace-only text, null,
-    NaN or infinity in a column that is used, roles out of order, equal sides of a pair, votes that do not give
-    `p_chosen`, text that is not valid Unicode.
+    Raises DataError `ORIGIN: reason` for a missing column, a wrong type, an empty or whitespace-only text,
+    null, NaN or infinity in a column that is used, roles out of order, equal sides of a pair, votes that do
+    not give `p_chosen`, text that is not valid Unicode.
     """
     try:
         return _parse(row, kind, origin)
@@ -164,7 +166,8 @@ def _parse(row: Mapping[str, Any], kind: RecordType, origin: str) -> Record:
 
 
 def _with_explicit_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A preference row whose prompt stands at the head of both sides, with the prompt in a column of its own."""
+    """A preference row whose prompt stands at the head of both sides, with the prompt in a column of its
+    own."""
     if "prompt" in row or "chosen" not in row or "rejected" not in row:
         return row
     chosen, rejected = _value(row, "chosen"), _value(row, "rejected")
@@ -184,7 +187,8 @@ def _with_explicit_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
-    """Characters of the implicit prompt: up to HH-RLHF's last shared "Assistant:", else the last shared space."""
+    """Characters of the implicit prompt: up to HH-RLHF's last shared "Assistant:", else the last shared
+    space."""
     length = next((place for place, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
     shared = chosen[:length] if length is not None else min(chosen, rejected, key=len)
     turn = shared.rfind(_HH_TURN)
@@ -324,7 +328,8 @@ def _label(value: Any) -> bool:
 
 
 def _votes(value: Any) -> tuple[Vote, ...]:
-    """Votes from [{"annotator", "choice"}, …], or from counts by choice (their annotators are unknown: "")."""
+    """Votes from [{"annotator", "choice"}, …], or from counts by choice (their annotators are unknown:
+    "")."""
     if isinstance(value, Mapping):
         votes: list[Vote] = []
         for choice, count in value.items():

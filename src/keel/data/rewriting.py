@@ -1,4 +1,5 @@
-"""What a source's settings make of its rows: columns renamed, texts rewritten, a system turn before every prompt."""
+"""What a source's settings make of its rows: columns renamed, texts rewritten, a system turn before every
+prompt."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from typing import Any
 
 from keel.data import records
 from keel.data.files import RawRow
-from keel.types import Conversation, DataError, DataSource, Message, Record, TextRecord
+from keel.errors import DataError
+from keel.types import Conversation, DataSource, Message, Record, TextRecord
 
 
 @dataclass
 class Rewriter:
-    """Applies a source's `columns`, then its `rewrite`, row by row; remembers which columns it has changed."""
+    """Applies a source's `columns`, then its `rewrite`, row by row; remembers which columns it has
+    changed."""
 
     source: DataSource
     changed: set[str] = field(default_factory=set)
@@ -38,7 +41,8 @@ class Rewriter:
         return origin, row
 
     def check(self) -> None:
-        """DataError if a column was not changed in any of the rows read: its patterns are not what was meant."""
+        """DataError if a column was not changed in any of the rows read: its patterns are not what was
+        meant."""
         idle = next((column for column in self.source.rewrite if column not in self.changed), None)
         if idle is not None:
             pattern = next(iter(self.source.rewrite[idle]))
@@ -49,8 +53,8 @@ class Rewriter:
 
 
 def with_system(record: Record, system: str | None) -> Record:
-    """The record with a system turn first. What was plain text becomes a conversation: the prompt is the user's turn, the
-    reply the assistant's.
+    """The record with a system turn first. What was plain text becomes a conversation: the prompt is the
+    user's turn, the reply the assistant's.
 
     DataError for plain text without a prompt, and for a conversation that has a system turn of its own.
     """

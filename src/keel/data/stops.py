@@ -15,15 +15,16 @@ _closing: WeakKeyDictionary[Any, dict[frozenset[str], Tensor]] = WeakKeyDictiona
 
 @dataclass(frozen=True, slots=True)
 class StopTexts:
-    """Strings that end a response as soon as they stand in its text. A token may hold the end of one and more behind it; that stays
-    in the response's ids, and in its text nothing from the string on."""
+    """Strings that end a response as soon as they stand in its text. A token may hold the end of one and more
+    behind it; that stays in the response's ids, and in its text nothing from the string on."""
 
     tokenizer: Any
     texts: tuple[str, ...]
     closing: Tensor  # (V,) True at the tokens in whose text a string may end: after others nobody has to look
 
     def may_end(self, tokens: Tensor) -> Tensor:
-        """(n,) tokens → (n,) bool: `closing`; False for ids that are none of the tokenizer's, which some models have."""
+        """(n,) tokens → (n,) bool: `closing`; False for ids that are none of the tokenizer's, which some
+        models have."""
         closing = self.closing.to(tokens.device)
         return (tokens < len(closing)) & closing[tokens.clamp(max=len(closing) - 1)]
 
@@ -41,7 +42,8 @@ class StopTexts:
 
 
 def stop_texts(tokenizer: Any, stop: Sequence[str]) -> StopTexts | None:
-    """Those of the stop strings that are looked for as text: all but special tokens, which are ids (`chat.stop_ids`)."""
+    """Those of the stop strings that are looked for as text: all but special tokens, which are ids
+    (`chat.stop_ids`)."""
     texts = tuple(text for text in stop if text not in tokenizer.get_added_vocab())
     if not texts:
         return None
@@ -53,7 +55,7 @@ def stop_texts(tokenizer: Any, stop: Sequence[str]) -> StopTexts | None:
 
 
 def _may_close(tokenizer: Any, token: int, ends: frozenset[str]) -> bool:
-    """Whether a stop string may end in a token. One that by itself is part of a character, or nothing, or loses a space before
-    it, may be anything among others."""
+    """Whether a stop string may end in a token. One that by itself is part of a character, or nothing, or
+    loses a space before it, may be anything among others."""
     text = tokenizer.decode([token], skip_special_tokens=False)
     return not text or "\ufffd" in text or " " in ends or any(end in text for end in ends)

@@ -27,8 +27,8 @@ class Action:
 def decide(findings: Sequence[Finding], on_finding: str, taken: int, attempts: int) -> Action | None:
     """The action for the findings of one step; None where nothing but saying so is to be done.
 
-    Only findings of severity "act" lead to one. on_finding: as in `control`. taken: adjustments or rollbacks before
-    this one, of at most `attempts`: after them adjust leaves the run alone, and rollback stops it.
+    Only findings of severity "act" lead to one. on_finding: as in `control`. taken: adjustments or rollbacks
+    before this one, of at most `attempts`: after them adjust leaves the run alone, and rollback stops it.
     """
     urgent = tuple(f.check for f in findings if f.severity == "act")
     if not urgent:
@@ -52,8 +52,8 @@ def raised(coef: float) -> float:
 
 
 def event(step: int, action: Action, coef: float, lr_factor: float, to: int | None) -> dict[str, Any]:
-    """A line of events.jsonl. coef: β from now on; lr_factor: learning rate as a share of the schedule's, from now on;
-    to: the update whose weights are taken, None for those of now."""
+    """A line of events.jsonl. coef: β from now on; lr_factor: learning rate as a share of the schedule's,
+    from now on; to: the update whose weights are taken, None for those of now."""
     return {
         "step": step, "event": action.kind, "checks": list(action.checks), "kl_coef": coef, "lr_factor": lr_factor, "to": to,
     }  # fmt: skip

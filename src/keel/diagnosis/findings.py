@@ -81,7 +81,8 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
 
 @dataclass
 class History:
-    """The metrics of a run up to its last step, column by column. Values that are not finite are kept apart."""
+    """The metrics of a run up to its last step, column by column. Values that are not finite are kept
+    apart."""
 
     conditions: Conditions = field(default_factory=Conditions)
     step: int = 0
@@ -101,7 +102,8 @@ class History:
                 self.peaks[name] = max(value, self.peaks.get(name, value))
 
     def recent(self, name: str, count: int = WINDOW) -> list[float]:
-        """The last `count` values after warm-up and the last action, oldest first; empty where there are fewer."""
+        """The last `count` values after warm-up and the last action, oldest first; empty where there are
+        fewer."""
         after = max(self.since, self.conditions.warmup)
         found = [value for step, value in self.columns.get(name, ())[-count:] if step > after]
         return found if len(found) == count else []

@@ -21,9 +21,9 @@ def not_finite(history: History) -> Alarm | None:
 
 
 def kl_limit(history: History) -> float:
-    """Nats a response above which the policy has left the reference: the classic 10, or 2.5 times the target where that
-    is more. Without a target 10 too, or 0.1 nats a token where responses are so long that this is more: 10 nats are a
-    lot for a sentence and nothing for a page."""
+    """Nats a response above which the policy has left the reference: the classic 10, or 2.5 times the target
+    where that is more. Without a target 10 too, or 0.1 nats a token where responses are so long that this is
+    more: 10 nats are a lot for a sentence and nothing for a page."""
     target = history.conditions.kl_target
     if target is not None:
         return max(KL_FLOOR, 2.5 * target)
@@ -32,11 +32,13 @@ def kl_limit(history: History) -> float:
 
 
 def kl_too_high(history: History) -> Alarm | None:
-    """act: above max(10, 2.5 × target) for a window; or above 4 times that for 3 updates, since a policy that runs away
-    does so within a few; or above 10 times that in one update, which nothing healthy comes near. An adaptive β lets the KL swing to nearly twice its target while it settles, in healthy runs to
-    1.9 times: hence 2.5, and a warning from 2. Without a target nobody said how far is too far: a warning above the
-    limit, act above 2.5 times it. With β = 0 and rewards that cannot be fooled distance is wanted or at least allowed: act
-    at 10 times it only; what a model rewards is worth less with distance whatever β is (2210.10760)."""
+    """act: above max(10, 2.5 × target) for a window; or above 4 times that for 3 updates, since a policy that
+    runs away does so within a few; or above 10 times that in one update, which nothing healthy comes near. An
+    adaptive β lets the KL swing to nearly twice its target while it settles, in healthy runs to 1.9 times:
+    hence 2.5, and a warning from 2. Without a target nobody said how far is too far: a warning above the
+    limit, act above 2.5 times it. With β = 0 and rewards that cannot be fooled distance is wanted or at least
+    allowed: act at 10 times it only; what a model rewards is worth less with distance whatever β is
+    (2210.10760)."""
     name = history.first_of("objective/kl_exact", "objective/kl")
     limit, target = kl_limit(history), history.conditions.kl_target
     free = not history.conditions.constrained and not history.conditions.learned
@@ -57,9 +59,10 @@ def kl_too_high(history: History) -> Alarm | None:
 
 
 def kl_negative(history: History) -> Alarm | None:
-    """The mean over samples of log π − log π_ref estimates a KL, which is never negative; in one batch it may be, so the
-    mean of a window must be 3 standard errors below 0. warn: and below −0.1 nats, so that rounding is none. act: below
-    −1: the samples do not come from the policy that is scored (top-p, a mask, a temperature, other weights)."""
+    """The mean over samples of log π − log π_ref estimates a KL, which is never negative; in one batch it may
+    be, so the mean of a window must be 3 standard errors below 0. warn: and below −0.1 nats, so that rounding
+    is none. act: below −1: the samples do not come from the policy that is scored (top-p, a mask, a
+    temperature, other weights)."""
     window = history.recent("objective/kl")
     if not window:
         return None
@@ -71,9 +74,9 @@ def kl_negative(history: History) -> Alarm | None:
 
 
 def entropy_collapse(history: History) -> Alarm | None:
-    """warn: below a tenth of the run's own start for a window; healthy runs lose half, and where there is one right answer
-    down to a fifth. act: and the reward is no higher than at the start, so that certainty was bought with nothing. A
-    policy that became certain because it is right is left alone."""
+    """warn: below a tenth of the run's own start for a window; healthy runs lose half, and where there is one
+    right answer down to a fifth. act: and the reward is no higher than at the start, so that certainty was
+    bought with nothing. A policy that became certain because it is right is left alone."""
     name = "policy/entropy_avg"
     start = history.start(name)
     if start is None or start <= 0 or not history.sustained(name, 0.1 * start, below=True):
@@ -86,8 +89,9 @@ def entropy_collapse(history: History) -> Alarm | None:
 
 
 def clip_fraction(history: History) -> Alarm | None:
-    """warn: the clip holds back more than 0.3 of the tokens for a window; healthy runs stay under 0.1. act: above 0.5, most of the gradient is thrown away and the rest is one-sided. With one ratio
-    a response (GSPO, 2507.18071) the range is a thousandth and high fractions are reported as healthy: a note only."""
+    """warn: the clip holds back more than 0.3 of the tokens for a window; healthy runs stay under 0.1. act:
+    above 0.5, most of the gradient is thrown away and the rest is one-sided. With one ratio a response (GSPO,
+    2507.18071) the range is a thousandth and high fractions are reported as healthy: a note only."""
     name = "policy/clipfrac_avg"
     limits: Levels = (("act", 0.5), ("warn", 0.3))
     for severity, limit in limits:
@@ -98,17 +102,19 @@ def clip_fraction(history: History) -> Alarm | None:
 
 
 def rate_held_back(history: History) -> Alarm | None:
-    """warn: `desired_kl` leaves less than half of the learning rate for a window; a cut at a first update is made up for by
-    then. What holds it back works, and a lower rate would not need it; a sampler that is far from the trainer shows the same."""
+    """warn: `desired_kl` leaves less than half of the learning rate for a window; a cut at a first update is
+    made up for by then. What holds it back works, and a lower rate would not need it; a sampler that is far
+    from the trainer shows the same."""
     if not history.sustained("policy/pace", 0.5, below=True):
         return None
     return "warn", f"desired_kl leaves {shown(history.now('policy/pace') or 0.0)} of the learning rate"
 
 
 def critic_unexplaining(history: History) -> Alarm | None:
-    """note: explained variance below 0 for a window: the critic is worse than its own mean. A fresh critic begins there
-    and small ones stay there in runs that learn, so 20 updates after warm-up are left out. warn: below −0.5. act: below
-    −3, its error has four times the variance of the returns: it diverges, and the advantages are its noise."""
+    """note: explained variance below 0 for a window: the critic is worse than its own mean. A fresh critic
+    begins there and small ones stay there in runs that learn, so 20 updates after warm-up are left out. warn:
+    below −0.5. act: below −3, its error has four times the variance of the returns: it diverges, and the
+    advantages are its noise."""
     name = "val/explained_variance"
     if history.step <= history.conditions.warmup + SETTLING:
         return None
@@ -123,11 +129,12 @@ def critic_unexplaining(history: History) -> Alarm | None:
 
 
 def sampler_disagrees(history: History) -> Alarm | None:
-    """Sampler and trainer hold the same weights, so their log-probabilities differ by rounding: 1e−6 nats in float32, a
-    few thousandths in bfloat16, 0.01 to 0.05 between two engines. warn: above 0.05 a token for a window. act: above 0.2:
-    ratios are off by a fifth before anything is learned. Where both are keel's in float32 a hundredth is no rounding but another
-    distribution than the one that is trained: warn above 0.001, act above 0.01. With `dtype: auto`, whose products round to bfloat16
-    where that is fast (0.001 to 0.002 on a CPU with AMX): warn above 0.02, act above 0.1."""
+    """Sampler and trainer hold the same weights, so their log-probabilities differ by rounding: 1e−6 nats in
+    float32, a few thousandths in bfloat16, 0.01 to 0.05 between two engines. warn: above 0.05 a token for a
+    window. act: above 0.2: ratios are off by a fifth before anything is learned. Where both are keel's in
+    float32 a hundredth is no rounding but another distribution than the one that is trained: warn above
+    0.001, act above 0.01. With `dtype: auto`, whose products round to bfloat16 where that is fast (0.001 to
+    0.002 on a CPU with AMX): warn above 0.02, act above 0.1."""
     name = "rollout/sampler_drift"
     limits: Levels = (("act", 0.2), ("warn", 0.05))
     if history.conditions.same_numbers:

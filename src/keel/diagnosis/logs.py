@@ -10,7 +10,7 @@ from typing import Any
 
 from keel.diagnosis.findings import Conditions, Finding, conditions
 from keel.diagnosis.watch import CHECKS, replay
-from keel.types import DataError
+from keel.errors import DataError
 
 # TRL's names → keel's, where they are not the same. PPO and RLOO of TRL up to 0.29 log keel's own names.
 _TRL = {
@@ -40,10 +40,12 @@ class Diagnosis:
 
 
 def stage(directory: Path, settings: Mapping[str, Any]) -> Diagnosis:
-    """Of a stage directory; settings: its resolved ones, {} where unknown. DataError for a file that is no JSON lines.
+    """Of a stage directory; settings: its resolved ones, {} where unknown. DataError for a file that is no
+    JSON lines.
 
-    What the stage found while it ran is in events.jsonl. The checks are asked again, so that a run that was watched by
-    nobody (`control.on_finding: off`, or an older keel) is diagnosed as well; what both say is said once.
+    What the stage found while it ran is in events.jsonl. The checks are asked again, so that a run that was
+    watched by nobody (`control.on_finding: off`, or an older keel) is diagnosed as well; what both say is
+    said once.
     """
     rows, events = lines(directory / "metrics.jsonl"), lines(directory / "events.jsonl")
     actions = [row for row in events if row["event"] != "finding"]
@@ -74,7 +76,8 @@ def trainer_state(path: Path) -> Diagnosis:
 
 
 def _from_trl(row: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that checks know. A reward that applies to no sample is NaN in TRL and healthy: others are left out."""
+    """The metrics that checks know. A reward that applies to no sample is NaN in TRL and healthy: others are
+    left out."""
     values = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     found = {name: values[name] for name in _SAME if name in values}
     found |= {_TRL[name]: value for name, value in values.items() if name in _TRL}
@@ -84,7 +87,8 @@ def _from_trl(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line without its end is still being written. Empty where there is none."""
+    """The objects of a JSON-lines file; a last line without its end is still being written. Empty where there
+    is none."""
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []

@@ -13,11 +13,11 @@ SCORES, SPREAD, JUDGE = "objective/scores", "objective/scores_std", "eval/judge"
 
 
 def reward_implausible(history: History) -> Alarm | None:
-    """act: the mean reward is above `control.reward_bound` for 3 updates where the user set one. Else measured on the
-    run's own scale, the largest standard deviation that a batch of it had: a policy at KL d from its reference can
-    raise a normally distributed reward by √(2d) standard deviations at most (the √KL of 2204.05862), 4.5 at 10 nats
-    and 8 at 32. warn: more than 5 for a window, act: more than 8. The largest deviation, since that of a reward of 0 or
-    1 is small at both ends of a perfectly healthy rise."""
+    """act: the mean reward is above `control.reward_bound` for 3 updates where the user set one. Else
+    measured on the run's own scale, the largest standard deviation that a batch of it had: a policy at KL d
+    from its reference can raise a normally distributed reward by √(2d) standard deviations at most (the √KL
+    of 2204.05862), 4.5 at 10 nats and 8 at 32. warn: more than 5 for a window, act: more than 8. The largest
+    deviation, since that of a reward of 0 or 1 is small at both ends of a perfectly healthy rise."""
     bound, last = history.conditions.reward_bound, history.recent(SCORES, SHORT)
     if bound is not None:
         if last and min(last) > bound:
@@ -39,9 +39,10 @@ def reward_implausible(history: History) -> Alarm | None:
 
 
 def reward_falls(history: History) -> Alarm | None:
-    """act: for a window the mean reward is more than a standard deviation of the first batch below that batch's mean, which was drawn before any
-    step: what has been learned is worse than nothing by the measure that it was learned for. The first batch and not the first few, since
-    a policy can be ruined by the first update. Of 16 responses a mean is off by a quarter of a deviation."""
+    """act: for a window the mean reward is more than a standard deviation of the first batch below that
+    batch's mean, which was drawn before any step: what has been learned is worse than nothing by the measure
+    that it was learned for. The first batch and not the first few, since a policy can be ruined by the first
+    update. Of 16 responses a mean is off by a quarter of a deviation."""
     first, spread = (history.columns.get(name, [])[:1] for name in (SCORES, SPREAD))
     if not first or not spread or not history.sustained(SCORES, first[0][1] - spread[0][1], below=True):
         return None
@@ -53,9 +54,9 @@ def reward_falls(history: History) -> Alarm | None:
 
 
 def reward_without_spread(history: History) -> Alarm | None:
-    """The classic limit is 0.1: with less there is little to learn from. warn: under 0.1, or under a tenth of the run's
-    own start, for a window, after it was at least twice as much. note: under 0.1 from the start on, where the
-    reward may simply have a small scale. Never act: a solved task ends here, too."""
+    """The classic limit is 0.1: with less there is little to learn from. warn: under 0.1, or under a tenth of
+    the run's own start, for a window, after it was at least twice as much. note: under 0.1 from the start on,
+    where the reward may simply have a small scale. Never act: a solved task ends here, too."""
     start, now = history.start(SPREAD), history.now(SPREAD)
     if start is None or now is None:
         return None
@@ -66,8 +67,8 @@ def reward_without_spread(history: History) -> Alarm | None:
 
 
 def length_drift(history: History) -> Alarm | None:
-    """note: responses twice or half as long as at the run's start for a window; warn: three times or a third. Never
-    act: reasoning grows healthily, and so does politeness; whether it paid is for a judge to say."""
+    """note: responses twice or half as long as at the run's start for a window; warn: three times or a third.
+    Never act: reasoning grows healthily, and so does politeness; whether it paid is for a judge to say."""
     name = "rollout/response_length"
     start = history.start(name)
     if not start:
@@ -83,19 +84,22 @@ def length_drift(history: History) -> Alarm | None:
 
 
 def truncated_rising(history: History) -> Alarm | None:
-    """warn: 0.2 more of the responses are cut off than at the run's start, for a window: far beyond the noise of
-    a batch of 64 (0.06 at most). act: 0.9 of them where less than half were: the policy has forgotten how to end."""
+    """warn: 0.2 more of the responses are cut off than at the run's start, for a window: far beyond the noise
+    of a batch of 64 (0.06 at most). act: 0.9 of them where less than half were: the policy has forgotten how
+    to end."""
     return _rises(history, "rollout/truncated", 0.5, 0.9, "share of truncated responses")
 
 
 def repetition(history: History) -> Alarm | None:
-    """Share of a response's runs of three tokens that it had before. warn: 0.2 above the run's own start for a window;
-    what people write has under 0.1. act: above 0.5 where it was under half of that: most of a response is an echo."""
+    """Share of a response's runs of three tokens that it had before. warn: 0.2 above the run's own start for
+    a window; what people write has under 0.1. act: above 0.5 where it was under half of that: most of a
+    response is an echo."""
     return _rises(history, "rollout/repetition", 0.25, 0.5, "share of a response that repeats itself")
 
 
 def _rises(history: History, name: str, healthy: float, act: float, words: str) -> Alarm | None:
-    """A share that was low at the start: act above `act` if it began under `healthy`, warn 0.2 above the start."""
+    """A share that was low at the start: act above `act` if it began under `healthy`, warn 0.2 above the
+    start."""
     start = history.start(name)
     if start is None:
         return None
@@ -106,8 +110,8 @@ def _rises(history: History, name: str, healthy: float, act: float, words: str) 
 
 
 def groups_all_equal(history: History) -> Alarm | None:
-    """warn: more than 0.8 of the groups for a window: five times the sampling for one group that teaches. Never
-    act: nothing breaks, and a task that is solved ends here."""
+    """warn: more than 0.8 of the groups for a window: five times the sampling for one group that teaches.
+    Never act: nothing breaks, and a task that is solved ends here."""
     name = "frac_reward_zero_std"
     if not history.sustained(name, 0.8):
         return None
@@ -115,11 +119,12 @@ def groups_all_equal(history: History) -> Alarm | None:
 
 
 def judge_falls(history: History) -> Alarm | None:
-    """The held-out judge is below its best while the reward trained on is above what it was then. Two successive
-    evaluations count as one, that of the start (step 0) by itself, in units of the error of a difference: from the logged standard
-    errors, or, where there are none, from what successive evaluations differ by. The best of many equal evaluations is a lucky
-    one, so 2.5 errors would be found in every third run of pure noise; warn: 3 (one run in ten of 20 evaluations), act: 4 (one in
-    300), and only with logged errors, since a few evaluations tell their own too roughly."""
+    """The held-out judge is below its best while the reward trained on is above what it was then. Two
+    successive evaluations count as one, that of the start (step 0) by itself, in units of the error of a
+    difference: from the logged standard errors, or, where there are none, from what successive evaluations
+    differ by. The best of many equal evaluations is a lucky one, so 2.5 errors would be found in every third
+    run of pure noise; warn: 3 (one run in ten of 20 evaluations), act: 4 (one in 300), and only with logged
+    errors, since a few evaluations tell their own too roughly."""
     judge = history.columns.get(JUDGE, [])
     proxy = dict(history.columns.get("eval/objective/scores") or history.columns.get(SCORES, []))
     last = judge[-2:]
@@ -165,9 +170,9 @@ def _error(
 
 
 def reward_is_length(history: History) -> Alarm | None:
-    """Correlation of reward and length within a batch. warn: beyond ±0.7 for a window (half of the reward's variance is
-    length), grown by 0.2 since the start; note: it was so from the start. Never act: bad answers may be long
-    for good reasons. Silent where the user rewards length."""
+    """Correlation of reward and length within a batch. warn: beyond ±0.7 for a window (half of the reward's
+    variance is length), grown by 0.2 since the start; note: it was so from the start. Never act: bad answers
+    may be long for good reasons. Silent where the user rewards length."""
     name = "rollout/length_correlation"
     start = history.start(name)
     up, down = history.sustained(name, 0.7), history.sustained(name, -0.7, below=True)

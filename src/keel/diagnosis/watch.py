@@ -12,7 +12,8 @@ CHECKS: dict[str, Check] = {check.name: check for check in (*learning.CHECKS, *s
 
 
 class Watch:
-    """Every check on a history that grows. Deterministic: the same metrics and actions give the same findings."""
+    """Every check on a history that grows. Deterministic: the same metrics and actions give the same
+    findings."""
 
     def __init__(self, conditions: Conditions) -> None:
         self.history = History(conditions)
@@ -39,7 +40,8 @@ class Watch:
 def replay(
     rows: Iterable[Mapping[str, Any]], conditions: Conditions, acted: Collection[int] = ()
 ) -> tuple[Watch, list[Finding]]:
-    """A watch that has seen all rows (each with its `step`), and what it found on the way. acted: steps of actions."""
+    """A watch that has seen all rows (each with its `step`), and what it found on the way. acted: steps of
+    actions."""
     watch, found = Watch(conditions), []
     for row in rows:
         step = int(row["step"])

@@ -1,8 +1,9 @@
 """Votes as data: who said what of which pair, and how far people agree beyond chance.
 
-The functions on counts know nothing of pairs. What is special about pairs stands in `of_pairs`: which side is called
-"chosen" usually depends on the votes themselves, so the votes are read from both sides. Otherwise "chosen" would be the
-more frequent choice by construction, which looks like agreement to be expected by chance and like a prior for the truth.
+The functions on counts know nothing of pairs. What is special about pairs stands in `of_pairs`: which side is
+called "chosen" usually depends on the votes themselves, so the votes are read from both sides. Otherwise
+"chosen" would be the more frequent choice by construction, which looks like agreement to be expected by
+chance and like a prior for the truth.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def of_table(table: Sequence[Sequence[int | None]], categories: int, names: Sequ
 
 
 def of_pairs(records: Sequence[PreferenceRecord], *, named: bool = False) -> Votes:
-    """The votes on N pairs, read from both sides: items 0 … N − 1 as the records stand, N … 2N − 1 with their sides
-    exchanged. So nothing that is made of them depends on which side a record calls chosen.
+    """The votes on N pairs, read from both sides: items 0 … N − 1 as the records stand, N … 2N − 1 with their
+    sides exchanged. So nothing that is made of them depends on which side a record calls chosen.
 
     named: only the votes whose annotator is known.
     """
@@ -68,11 +69,12 @@ def of_pairs(records: Sequence[PreferenceRecord], *, named: bool = False) -> Vot
 
 
 def krippendorff_alpha(counts: Array, level: Literal["nominal", "ordinal"] = "nominal") -> float | None:
-    """Krippendorff's α = 1 − D_o / D_e (Content Analysis, 2004, chapter 11): 1 is agreement, 0 what chance would give.
+    """Krippendorff's α = 1 − D_o / D_e (Content Analysis, 2004, chapter 11): 1 is agreement, 0 what chance
+    would give.
 
-    counts: (N, K) votes for each category of each item; items with fewer than two votes are left out. level "ordinal"
-    takes the categories as ordered: those further apart disagree more. None where all votes are of one category, so that
-    chance would agree as well.
+    counts: (N, K) votes for each category of each item; items with fewer than two votes are left out. level
+    "ordinal" takes the categories as ordered: those further apart disagree more. None where all votes are of
+    one category, so that chance would agree as well.
     """
     counts = _voted_twice(counts)
     size = counts.sum(axis=1, keepdims=True)
@@ -95,8 +97,9 @@ def _ordinal(total: Array) -> Array:
 def fleiss_kappa(counts: Array) -> float | None:
     """Fleiss' κ = (P̄ − P̄_e) / (1 − P̄_e) (Psychological Bulletin 76, 1971).
 
-    counts: (N, K). Departure: items may have different numbers of votes, two or more; each weighs the same in P̄ and
-    each vote the same in P̄_e. With equal numbers this is Fleiss' own. None where all votes are of one category.
+    counts: (N, K). Departure: items may have different numbers of votes, two or more; each weighs the same in
+    P̄ and each vote the same in P̄_e. With equal numbers this is Fleiss' own. None where all votes are of one
+    category.
     """
     counts = _voted_twice(counts)
     size = counts.sum(axis=1)
@@ -106,7 +109,8 @@ def fleiss_kappa(counts: Array) -> float | None:
 
 
 def cohen_kappa(one: Sequence[int] | Array, other: Sequence[int] | Array, categories: int) -> float | None:
-    """Cohen's κ = (p_o − p_e) / (1 − p_e) of two annotators on the same items (Educ. Psychol. Meas. 20, 1960).
+    """Cohen's κ = (p_o − p_e) / (1 − p_e) of two annotators on the same items (Educ. Psychol. Meas. 20,
+    1960).
 
     one, other: (n,) categories 0 … K − 1. None where both always say the same one category, or for no items.
     """
@@ -120,8 +124,8 @@ def cohen_kappa(one: Sequence[int] | Array, other: Sequence[int] | Array, catego
 
 
 def pairwise_kappa(votes: Votes) -> dict[tuple[str, str], tuple[float | None, int]]:
-    """Cohen's κ of every two annotators who voted on some item together, and on how many; of an annotator's several
-    votes on one item the first counts."""
+    """Cohen's κ of every two annotators who voted on some item together, and on how many; of an annotator's
+    several votes on one item the first counts."""
     by_item: dict[int, dict[int, int]] = {}
     for item, annotator, choice in zip(votes.item.tolist(), votes.annotator.tolist(), votes.choice.tolist()):
         by_item.setdefault(item, {}).setdefault(annotator, choice)
@@ -140,8 +144,9 @@ def pairwise_kappa(votes: Votes) -> dict[tuple[str, str], tuple[float | None, in
 def agreement(records: Sequence[PreferenceRecord]) -> dict[str, Any] | None:
     """How far the voters on these pairs agree; None where no pair has two votes.
 
-    `pairs` with two votes or more, their `votes`, the share of `unanimous` ones, `alpha` (nominal, ordinal), `fleiss`,
-    and `cohen`: the mean over pairs of annotators, weighted by the pairs that both saw (where annotators are known).
+    `pairs` with two votes or more, their `votes`, the share of `unanimous` ones, `alpha` (nominal, ordinal),
+    `fleiss`, and `cohen`: the mean over pairs of annotators, weighted by the pairs that both saw (where
+    annotators are known).
     """
     several = [record for record in records if len(record.votes) > 1]
     if not several:

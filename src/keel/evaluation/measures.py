@@ -20,10 +20,11 @@ def mean_interval(values: Sequence[float]) -> Measure:
 
 
 def across_runs(means: Sequence[float]) -> Measure:
-    """Mean over runs (seeds) with Student's interval, mean ± t·s/√n with n − 1 degrees of freedom; `n` counts the runs.
+    """Mean over runs (seeds) with Student's interval, mean ± t·s/√n with n − 1 degrees of freedom; `n` counts
+    the runs.
 
-    What varies is the training, not only the prompts; with few runs the interval is wide, as it must be. ValueError for
-    fewer than two runs, which say nothing of how runs vary.
+    What varies is the training, not only the prompts; with few runs the interval is wide, as it must be.
+    ValueError for fewer than two runs, which say nothing of how runs vary.
     """
     n = len(means)
     if n < 2:
@@ -34,8 +35,8 @@ def across_runs(means: Sequence[float]) -> Measure:
 
 
 def t_point(degrees: int) -> float:
-    """The 97.5 % point of Student's t distribution, from its exact distribution function for whole degrees of freedom
-    (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
+    """The 97.5 % point of Student's t distribution, from its exact distribution function for whole degrees of
+    freedom (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
     if degrees < 1:
         raise ValueError(f"{degrees} degrees of freedom")
 
@@ -68,11 +69,13 @@ def wilson(successes: float, n: float) -> Measure:
 
 
 def points_share(points: Sequence[float]) -> Measure:
-    """Mean of wins (1), draws (½) and losses (0), with Wilson's interval for as many trials as they are worth.
+    """Mean of wins (1), draws (½) and losses (0), with Wilson's interval for as many trials as they are
+    worth.
 
-    Draws vary less than wins and losses do, so n trials with draws say as much as n' = n·p(1 − p)/s² without; p and s²
-    are taken with two wins and two losses more (as Agresti & Coull do), so that draws alone are not held for certain.
-    Without draws n' = n: `wilson`. ValueError when there are none, or one lies outside of [0, 1].
+    Draws vary less than wins and losses do, so n trials with draws say as much as n' = n·p(1 − p)/s² without;
+    p and s² are taken with two wins and two losses more (as Agresti & Coull do), so that draws alone are not
+    held for certain. Without draws n' = n: `wilson`. ValueError when there are none, or one lies outside of
+    [0, 1].
     """
     n = len(points)
     if any(not 0 <= point <= 1 for point in points):
@@ -87,7 +90,8 @@ def points_share(points: Sequence[float]) -> Measure:
 
 
 def accuracy(chosen: Sequence[float], rejected: Sequence[float], p_chosen: Sequence[float | None]) -> Measure:
-    """Share of pairs ranked as the votes did, over all pairs; an undecided vote (½) does not count, an equal score counts half.
+    """Share of pairs ranked as the votes did, over all pairs; an undecided vote (½) does not count, an equal
+    score counts half.
 
     ValueError when every pair is undecided.
     """
@@ -100,7 +104,8 @@ def accuracy(chosen: Sequence[float], rejected: Sequence[float], p_chosen: Seque
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """distinct-n (1510.03055): different n-grams of words over all n-grams of all texts; 0 when there are none."""
+    """distinct-n (1510.03055): different n-grams of words over all n-grams of all texts; 0 when there are
+    none."""
     grams = [
         tuple(words[i : i + n])
         for words in (text.split() for text in texts)

@@ -1,7 +1,8 @@
-"""Over-optimisation of a proxy (2210.10760): how gold reward goes with the distance d = √KL from the starting model.
+"""Over-optimisation of a proxy (2210.10760): how gold reward goes with the distance d = √KL from the starting
+model.
 
-Gold reward is taken relative to the starting model's, so every law goes through the origin. Both laws are linear in α and
-β, so their least squares have a closed form.
+Gold reward is taken relative to the starting model's, so every law goes through the origin. Both laws are
+linear in α and β, so their least squares have a closed form.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class Fit:
 
 
 def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> Fit:
-    """Least squares of R(d) = d(α − β·d) (best of n) or d(α − β·log d) (reinforcement learning), 2210.10760, section 3.1.
+    """Least squares of R(d) = d(α − β·d) (best of n) or d(α − β·log d) (reinforcement learning), 2210.10760,
+    section 3.1.
 
-    d: (N,) √KL, ≥ 0. gold: (N,) gold reward minus the starting model's. ValueError for numbers that are not finite, and for
-    fewer than two different positive distances, which leave α and β open.
+    d: (N,) √KL, ≥ 0. gold: (N,) gold reward minus the starting model's. ValueError for numbers that are not
+    finite, and for fewer than two different positive distances, which leave α and β open.
     """
     x, y = np.asarray(d, dtype=np.float64), np.asarray(gold, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
@@ -70,7 +72,8 @@ def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> Fit:
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How a measure went over a run: its highest place and its end, each a mean over a window of evaluations."""
+    """How a measure went over a run: its highest place and its end, each a mean over a window of
+    evaluations."""
 
     at: int  # place of the middle of the window where it is highest; the first of equals
     peak: float
@@ -83,8 +86,9 @@ class Course:
 
 
 def course(values: Sequence[float], window: int = 3) -> Course:
-    """The peak and the end of (N,) values in the order of the run. A single evaluation is noisy, and the highest of many
-    noisy ones is too high; so both are means over `window` neighbours (all, where there are fewer). ValueError for none.
+    """The peak and the end of (N,) values in the order of the run. A single evaluation is noisy, and the
+    highest of many noisy ones is too high; so both are means over `window` neighbours (all, where there are
+    fewer). ValueError for none.
     """
     if not values:
         raise ValueError("no values")
@@ -95,5 +99,6 @@ def course(values: Sequence[float], window: int = 3) -> Course:
 
 
 def spread(measure: Measure) -> float:
-    """The standard deviation of single values behind the 95 % interval of their mean: half the width is 1.96·s/√n."""
+    """The standard deviation of single values behind the 95 % interval of their mean: half the width is
+    1.96·s/√n."""
     return (measure["high"] - measure["low"]) / 2 / Z * math.sqrt(measure["n"])

@@ -25,11 +25,11 @@ class Judged:
 
 
 def measures(own: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[str, Measure]:
-    """All measures of one model that apply. reference: the reference's completions of the same prompts, in order;
-    None for the reference itself.
+    """All measures of one model that apply. reference: the reference's completions of the same prompts, in
+    order; None for the reference itself.
 
-    `gold_lift`, `proxy_lift`: mean of the paired differences. `win_rate`: by gold where there is one, else by proxy;
-    a draw counts half.
+    `gold_lift`, `proxy_lift`: mean of the paired differences. `win_rate`: by gold where there is one, else by
+    proxy; a draw counts half.
     """
     result: dict[str, Measure] = {}
     if (scores := _proxies(own)) is not None:

@@ -1,4 +1,5 @@
-"""Whose votes to believe: annotators' reliability without knowing the truth, and labels of pairs made with it."""
+"""Whose votes to believe: annotators' reliability without knowing the truth, and labels of pairs made with
+it."""
 
 from __future__ import annotations
 
@@ -35,20 +36,23 @@ class DawidSkene:
 
     @property
     def right_side(self) -> Array:
-        """(A,) for votes on pairs read from both sides: P(an annotator names the better side | one is better), a tie
-        counting one half. Unlike `reliability` it does not ask people to agree on what is a tie."""
+        """(A,) for votes on pairs read from both sides: P(an annotator names the better side | one is
+        better), a tie counting one half. Unlike `reliability` it does not ask people to agree on what is a
+        tie."""
         return self.confusion[:, 2, 2] + self.confusion[:, 2, 1] / 2
 
 
 def dawid_skene(
     votes: Votes, *, smoothing: float = 0.0, tolerance: float = 1e-6, most: int = 500
 ) -> DawidSkene:
-    """Annotators' confusion matrices and the items' true categories by EM (Dawid & Skene, Applied Statistics 28, 1979).
+    """Annotators' confusion matrices and the items' true categories by EM (Dawid & Skene, Applied Statistics
+    28, 1979).
 
-        E:  P(z_i = k | votes) ∝ p_k Π_a π_a(l_ia | k)        M:  π_a(l|k) ∝ Σ_i P(z_i = k) [a said l of i] + smoothing
+        E:  P(z_i = k | votes) ∝ p_k Π_a π_a(l_ia | k)        M:  π_a(l|k) ∝ Σ_i P(z_i = k) [a said l of i] +
+        smoothing
 
-    EM starts from the share of the votes and ends after `most` iterations, or when no posterior moves by more than
-    `tolerance`. An item without votes gets the prior, and has no part in it.
+    EM starts from the share of the votes and ends after `most` iterations, or when no posterior moves by more
+    than `tolerance`. An item without votes gets the prior, and has no part in it.
     """
     counts, kinds = votes.counts().astype(np.float64), votes.categories
     voted = counts.sum(axis=1) > 0
@@ -98,15 +102,17 @@ def crowd_bradley_terry(
     annotators: int,
     regularisation: float = 0.5,
 ) -> CrowdBradleyTerry:
-    """Scores and annotators' reliability from comparisons (Crowd-BT: Chen et al., WSDM 2013, sections 3 and 4.1).
+    """Scores and annotators' reliability from comparisons (Crowd-BT: Chen et al., WSDM 2013, sections 3 and
+    4.1).
 
         P(a says i ≻ j) = η_a σ(s_i − s_j) + (1 − η_a) σ(s_j − s_i)
 
-    The penalised likelihood's maximum by L-BFGS. As in the paper every thing wins and loses against a virtual one of
-    score 0, `regularisation` times. Departure: η has a prior Beta(2, 2), so that it stays off 0 and 1.
+    The penalised likelihood's maximum by L-BFGS. As in the paper every thing wins and loses against a virtual
+    one of score 0, `regularisation` times. Departure: η has a prior Beta(2, 2), so that it stays off 0 and 1.
 
-    It is made for things that are compared many times. Where each stands in one pair, the scores follow that pair's few
-    votes, every η comes out near 1, and only their order means something: then trust `dawid_skene`.
+    It is made for things that are compared many times. Where each stands in one pair, the scores follow that
+    pair's few votes, every η comes out near 1, and only their order means something: then trust
+    `dawid_skene`.
 
     winner, loser, annotator: (V,) indices; weight: (V,), 1 when None (a tie is half a vote for each side).
     """
@@ -139,7 +145,8 @@ def crowd_bradley_terry(
 
 def of_annotators(records: Sequence[PreferenceRecord]) -> dict[str, dict[str, float]] | None:
     """Name → `votes`, `dawid_skene` (`right_side`) and, where the average reply stands in two pairs or more,
-    `bradley_terry` (its `reliability`). None where no pair has the votes of two annotators whose names are known."""
+    `bradley_terry` (its `reliability`). None where no pair has the votes of two annotators whose names are
+    known."""
     if not _can_be_compared(records):
         return None
     votes = of_pairs(records, named=True)
@@ -160,9 +167,9 @@ def labels(
 ) -> list[float | None]:
     """P(chosen is better) of each pair as a label; None where nothing is known of it.
 
-    soft: the share of its votes. majority: the side that most prefer, ½ where as many prefer either. reliability: the
-    posterior by Dawid–Skene of all pairs together, a true tie counting one half; pairs without a named vote keep their
-    share. ValueError for reliability where no pair has two annotators' votes.
+    soft: the share of its votes. majority: the side that most prefer, ½ where as many prefer either.
+    reliability: the posterior by Dawid–Skene of all pairs together, a true tie counting one half; pairs
+    without a named vote keep their share. ValueError for reliability where no pair has two annotators' votes.
     """
     shares = [record.p_chosen for record in records]
     if kind == "soft":
@@ -184,8 +191,8 @@ def _can_be_compared(records: Sequence[PreferenceRecord]) -> bool:
 
 
 def _crowd(records: Sequence[PreferenceRecord], names: Sequence[str]) -> CrowdBradleyTerry | None:
-    """Crowd-BT on the votes whose annotators are known; equal replies to one prompt are one thing. None where the average
-    thing stands in fewer than two pairs."""
+    """Crowd-BT on the votes whose annotators are known; equal replies to one prompt are one thing. None where
+    the average thing stands in fewer than two pairs."""
     things: dict[str, int] = {}
 
     def thing(prompt: Any, reply: Any) -> int:

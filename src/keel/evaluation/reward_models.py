@@ -1,7 +1,8 @@
-"""Judging a reward model on comparisons: where it is right, how sure it is, what it is drawn to, what it cannot know.
+"""Judging a reward model on comparisons: where it is right, how sure it is, what it is drawn to, what it
+cannot know.
 
-Nothing here depends on which side of a pair is called chosen, which people's votes decide: what has a sign that could
-as well be the other one is read from both sides.
+Nothing here depends on which side of a pair is called chosen, which people's votes decide: what has a sign
+that could as well be the other one is read from both sides.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def _by_group(compared: Compared, groups: Mapping[str, Sequence[int]]) -> dict[s
 
 
 def margins(compared: Compared) -> dict[str, Sequence[int]]:
-    """Pairs of two votes or more by how clear these are: `unanimous` for one side, or `split` (ties split them too)."""
+    """Pairs of two votes or more by how clear these are: `unanimous` for one side, or `split` (ties split
+    them too)."""
     known = [(i, p) for i, (p, n) in enumerate(zip(compared.p_chosen, compared.votes)) if n > 1]
     return {
         "unanimous": [i for i, p in known if p in (0, 1)],
@@ -106,11 +108,11 @@ def subsets(compared: Compared) -> dict[str, Sequence[int]]:
 def calibration(compared: Compared, bins: int = BINS) -> dict[str, Any]:
     """Whether P(chosen ≻ rejected) = σ(r_chosen − r_rejected) is the share of people who prefer it.
 
-    r: raw scores, of an ensemble the members' mean. Read from the side that the model prefers: `confidence` is its
-    probability, in [½, 1], and `share` that of the votes for this side.
+    r: raw scores, of an ensemble the members' mean. Read from the side that the model prefers: `confidence`
+    is its probability, in [½, 1], and `share` that of the votes for this side.
 
-    `ece`: Σ_b (n_b / n)·|share_b − confidence_b| over the bins (1706.04599, eq. 3; soft labels in place of hits).
-    `brier`: mean (p − share)² with its interval. `bins`: those that have pairs, with their ends.
+    `ece`: Σ_b (n_b / n)·|share_b − confidence_b| over the bins (1706.04599, eq. 3; soft labels in place of
+    hits). `brier`: mean (p − share)² with its interval. `bins`: those that have pairs, with their ends.
     """
     difference = (compared.chosen - compared.rejected).mean(axis=0)
     share = np.where(difference >= 0, compared.labels, 1 - compared.labels)
@@ -132,9 +134,9 @@ def calibration(compared: Compared, bins: int = BINS) -> dict[str, Any]:
 
 
 def with_length(compared: Compared) -> dict[str, Any]:
-    """Correlations with length in characters. `replies`: of all replies' scores with their lengths. `pairs`: of the
-    difference in score with the difference in length, pair by pair. `votes`: the same of people's votes, which is as far
-    as length deserves it."""
+    """Correlations with length in characters. `replies`: of all replies' scores with their lengths. `pairs`:
+    of the difference in score with the difference in length, pair by pair. `votes`: the same of people's
+    votes, which is as far as length deserves it."""
     chosen, rejected = compared.scores
     longer = compared.lengths[0] - compared.lengths[1]
     return {
@@ -145,9 +147,9 @@ def with_length(compared: Compared) -> dict[str, Any]:
 
 
 def with_position(compared: Compared) -> dict[str, Any]:
-    """Whether what stood first is preferred, by the reward model (`reward`) and by people (`votes`): the `first` one's
-    share, ½ without bias, and the correlation of preference with position (1 for first, 0 for second), over both sides
-    of the pairs whose order is known."""
+    """Whether what stood first is preferred, by the reward model (`reward`) and by people (`votes`): the
+    `first` one's share, ½ without bias, and the correlation of preference with position (1 for first, 0 for
+    second), over both sides of the pairs whose order is known."""
     rows = [i for i, first in enumerate(compared.chosen_first) if first is not None]
     chosen, rejected = compared.scores
     result: dict[str, Any] = {}
@@ -190,9 +192,10 @@ def ranks(values: Array) -> Array:
 def disagreement(compared: Compared) -> dict[str, Any]:
     """Whether the members of an ensemble disagree where it is wrong (2310.02743; 2312.09244).
 
-    Of each decided pair: the members' standard deviation of the difference in score, on their own scales. `auroc`: the
-    probability that it is higher for a pair that the ensemble ranks wrong than for one that it ranks right, ½ if it says
-    nothing; None where it is right, or wrong, everywhere. `std_right`, `std_wrong`: its means.
+    Of each decided pair: the members' standard deviation of the difference in score, on their own scales.
+    `auroc`: the probability that it is higher for a pair that the ensemble ranks wrong than for one that it
+    ranks right, ½ if it says nothing; None where it is right, or wrong, everywhere. `std_right`, `std_wrong`:
+    its means.
     """
     chosen, rejected = compared.scaled
     differences = chosen - rejected
@@ -209,7 +212,8 @@ def disagreement(compared: Compared) -> dict[str, Any]:
 
 
 def auroc(signal: Array, positive: Array) -> float | None:
-    """Area under the ROC curve, as P(signal of a positive > that of a negative), equal ones one half (Mann–Whitney)."""
+    """Area under the ROC curve, as P(signal of a positive > that of a negative), equal ones one half
+    (Mann–Whitney)."""
     n = int(positive.sum())
     rest = len(positive) - n
     if n == 0 or rest == 0:
@@ -218,12 +222,12 @@ def auroc(signal: Array, positive: Array) -> float | None:
 
 
 def offset(chosen: Array, rejected: Array, prompts: Sequence[str]) -> dict[str, float | None]:
-    """How much of the scores' variance lies between prompts, where it means nothing: Bradley–Terry learns differences
-    within a prompt alone, so each prompt has an arbitrary offset.
+    """How much of the scores' variance lies between prompts, where it means nothing: Bradley–Terry learns
+    differences within a prompt alone, so each prompt has an arbitrary offset.
 
-    One-way analysis of variance with random effects: `within` is the variance of replies to one prompt, `between` that
-    of the prompts' offsets (not below 0), `share` = between / (between + within); None where scores do not vary, or there
-    is one prompt only.
+    One-way analysis of variance with random effects: `within` is the variance of replies to one prompt,
+    `between` that of the prompts' offsets (not below 0), `share` = between / (between + within); None where
+    scores do not vary, or there is one prompt only.
     """
     _, group = np.unique(np.array(prompts), return_inverse=True)
     group, scores = np.concatenate([group, group]), np.concatenate([chosen, rejected])

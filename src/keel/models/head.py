@@ -1,8 +1,9 @@
 """The head of a causal language model: what it is given, and what becomes of that, a few positions at a time.
 
-The hidden states are taken where the model itself hands them to its head, so that whatever stands before (adapters, a final
-projection) is in them. What an architecture does to the logits afterwards is known for some and tried out on every model:
-one whose logits come out otherwise has no head here, and its own forward is used.
+The hidden states are taken where the model itself hands them to its head, so that whatever stands before
+(adapters, a final projection) is in them. What an architecture does to the logits afterwards is known for
+some and tried out on every model: one whose logits come out otherwise has no head here, and its own forward
+is used.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from keel.accel.modules import evaluating
 from keel.models.precision import computing
 
 FACTORS = ("logit_scale", "lm_head_multiplier")  # names in a config: Cohere's, Falcon-H1's
-# by the linear layer: factor, cap and vocabulary; None: no head. (A Head would keep the layer, and the model with it.)
+# by the linear layer: factor, cap and vocabulary; None: no head. (A Head would keep the layer, and the model
+# with it.)
 _known: WeakKeyDictionary[nn.Module, tuple[float, float | None, int] | None] = WeakKeyDictionary()
 
 
@@ -78,7 +81,7 @@ def _tried(model: Any, linear: Any) -> tuple[float, float | None, int] | None:
         try:
             with _before(linear, other):
                 logits = model(**asked).logits
-            with reading(head, nothing=True) as seen:
+            with capture_head_input(head, skip_logits=True) as seen:
                 model(**asked)
             ours = head(given[-1])
         except (
@@ -96,14 +99,14 @@ def _tried(model: Any, linear: Any) -> tuple[float, float | None, int] | None:
 
 
 @contextmanager
-def reading(head: Head, *, nothing: bool = False) -> Iterator[list[Tensor]]:
-    """Within it, a list of what the head was given, (…, d), call by call. nothing: the head itself is given no position, so
-    that a forward of the model makes no logits."""
+def capture_head_input(head: Head, *, skip_logits: bool = False) -> Iterator[list[Tensor]]:
+    """Within it, a list of what the head was given, (…, d), call by call. skip_logits: the head itself is
+    given no position, so that a forward of the model makes no logits."""
     seen: list[Tensor] = []
 
     def look(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen.append(inputs[0])
-        return (inputs[0][:, :0], *inputs[1:]) if nothing else None
+        return (inputs[0][:, :0], *inputs[1:]) if skip_logits else None
 
     with _before(head.linear, look):
         yield seen
@@ -116,16 +119,3 @@ def _before(module: Any, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """In evaluation mode, and back: no dropout is drawn, and a model with gradient checkpointing keeps a cache."""
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()

@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,13 +28,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from keel.accel.modules import dropout_rates
 from keel.data.batches import derive_seed
-from keel.models import quantised
-from keel.models.precision import opened, weights
-from keel.types import UsageError
+from keel.errors import UsageError
+from keel.models import quantize
+from keel.models.precision import prepare_model, weights
 
 if TYPE_CHECKING:
-    from keel.models.adapters import AdapterFiles
+    pass
 
 COUNT_FROM_PAD = (
     "roberta",
@@ -61,7 +61,7 @@ class ModelSource:
     dtype: str = "float32"  # see keel.models.precision
     trust_remote_code: bool = False
     revision: str | None = None
-    quantize: str | None = None  # "8bit" or "4bit": see keel.models.quantised
+    quantize: str | None = None  # "8bit" or "4bit": see keel.models.quantize
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -73,8 +73,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def _says_all(folder: Path) -> bool:
-    """Whether a folder's tokenizer is of no family, and its file all there is to it. AutoTokenizer would make one of the family that the
-    model belongs to all the same, which splits texts otherwise (Qwen 2 in transformers 5; what a hub id names still goes through it)."""
+    """Whether a folder's tokenizer is of no family, and its file all there is to it. AutoTokenizer would make
+    one of the family that the model belongs to all the same, which splits texts otherwise (Qwen 2 in
+    transformers 5; what a hub id names still goes through it)."""
     place = folder / "tokenizer_config.json"
     if not place.is_file() or not (folder / "tokenizer.json").is_file():
         return False
@@ -104,15 +105,15 @@ def model_config(source: ModelSource) -> Any:
 
 
 def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
-    """A causal language model. A new one (`init`) is seeded and gets its vocabulary and special ids from `vocab`,
-    a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's."""
+    """A causal language model. A new one (`init`) is seeded and gets its vocabulary and special ids from
+    `vocab`, a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's."""
     config = model_config(source)
     dtype = weights(source.dtype)
     if source.init is None:
         with _explained(str(source.path), "model"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantised.options(source.quantize, dtype),
+                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantize.options(source.quantize, dtype),
             )  # fmt: skip
         model, info = loaded
         if info["missing_keys"]:  # transformers would make them up
@@ -120,22 +121,22 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
                 f"model {str(source.path)!r} is no whole causal language model: it has no {min(info['missing_keys'])}"
             )
         if source.quantize is not None:
-            quantised.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
-        return opened(with_whole_embeddings(model), source.dtype)
+            quantize.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
+        return prepare_model(with_whole_embeddings(model), source.dtype)
     if vocab is not None:
         _adopt_vocabulary(config, vocab, source.init)
     with seeded(derive_seed("init", seed)):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return opened(with_whole_embeddings(model), source.dtype)
+    return prepare_model(with_whole_embeddings(model), source.dtype)
 
 
 def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequence[str] | None = None) -> Any:
-    """A sequence-classification model with one output, for use as a reward model or critic; with one output for each of
-    `labels`, in their order, for use as a classifier.
+    """A sequence-classification model with one output, for use as a reward model or critic; with one output
+    for each of `labels`, in their order, for use as a classifier.
 
-    From a language model's checkpoint the backbone is taken and a new score head is seeded (std 1/√(d+1), as in
-    2009.01325); a checkpoint that has such a head keeps it. UsageError for one with other outputs, and for one that
-    lacks other weights than a new head's: transformers would make them up.
+    From a language model's checkpoint the backbone is taken and a new score head is seeded (std 1/√(d+1), as
+    in 2009.01325); a checkpoint that has such a head keeps it. UsageError for one with other outputs, and for
+    one that lacks other weights than a new head's: transformers would make them up.
     """
     config = model_config(source)
     trained = source.init is None and is_classifier(config)
@@ -150,11 +151,11 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
         with _explained(str(source.path), "model"), seeded(derive_seed("init", seed)):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantised.options(source.quantize, dtype),
+                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantize.options(source.quantize, dtype),
             )  # fmt: skip
         if source.quantize is not None:
             again = replace(source, quantize=None)
-            quantised.settled(model).keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
+            quantize.settled(model).keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
         new_head = "score.weight" in info["missing_keys"]
         missing = sorted(
             key for key in info["missing_keys"] if trained or not _in_head(key, model.base_model_prefix)
@@ -165,11 +166,12 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
     head = score_head(model)
     if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
-    return opened(with_whole_embeddings(model), source.dtype)
+    return prepare_model(with_whole_embeddings(model), source.dtype)
 
 
 def scorer_without_weights(source: ModelSource) -> Any:
-    """What `scorer` makes, in shape alone: its config and modules, on the meta device. Errors are those of its outputs."""
+    """What `scorer` makes, in shape alone: its config and modules, on the meta device. Errors are those of
+    its outputs."""
     config = model_config(source)
     _set_outputs(config, None, source.path if source.init is None and is_classifier(config) else None)
     with torch.device("meta"):
@@ -207,8 +209,9 @@ def _in_head(key: str, backbone: str) -> bool:
 
 
 def with_whole_embeddings(model: Any) -> Any:
-    """The model with every row of its embeddings trained. Torch keeps a pad token's row from learning, and the pad
-    token may be EOS [trl PR 5303]; real pads get no gradient in any case, since masks here come from lengths."""
+    """The model with every row of its embeddings trained. Torch keeps a pad token's row from learning, and
+    the pad token may be EOS [trl PR 5303]; real pads get no gradient in any case, since masks here come from
+    lengths."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
@@ -216,7 +219,8 @@ def with_whole_embeddings(model: Any) -> Any:
 
 
 def score_head(model: Any) -> nn.Linear | None:
-    """The head that scores every position of a decoder; None for an encoder (BERT-type), which pools by itself."""
+    """The head that scores every position of a decoder; None for an encoder (BERT-type), which pools by
+    itself."""
     return getattr(model, "score", None)
 
 
@@ -233,8 +237,8 @@ def seed_head(head: nn.Linear, seed: int) -> None:
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass; in train mode only. To be called after `add_adapters`.
 
-    The embeddings' output is made to require a gradient, without which none would reach adapters in checkpointed
-    layers. UsageError for a model that cannot do it.
+    The embeddings' output is made to require a gradient, without which none would reach adapters in
+    checkpointed layers. UsageError for a model that cannot do it.
     """
     # older releases of transformers 5 know the second name only, newer ones warn of it
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -245,38 +249,13 @@ def checkpoint_activations(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def save(
-    model: Any,
-    tokenizer: Any,
-    directory: Path,
-    card: str,
-    members: Sequence[Path] = (),
-    adapter: AdapterFiles | None = None,
-) -> None:
-    """Write what `from_pretrained` reads, plus a model card, the adapter that was merged in, and copies of an ensemble's
-    other members. Replaces `directory` by rename: never half-written."""
-    partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if adapter is not None:
-        adapter.write(partial / "adapter")
-    for number, member in enumerate(members, 2):
-        shutil.copytree(member, partial / "members" / str(number))
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def context_length(config: Any) -> int | None:
     """Longest sequence the model takes, in tokens; None when its config does not say."""
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int):
-            # RoBERTa and its kin number positions from the pad token's id + 1, so that many rows are never used
+            # RoBERTa and its kin number positions from the pad token's id + 1, so that many rows are never
+            # used
             return value - (config.pad_token_id or 0) - 1 if config.model_type in COUNT_FROM_PAD else value
     return None
 
@@ -284,8 +263,8 @@ def context_length(config: Any) -> int | None:
 def disable_dropout(model: nn.Module) -> None:
     """Dropout to 0 everywhere, so that train and eval mode give the same numbers (ratios need that).
 
-    A rate may be a Dropout module, a number that a layer keeps (layer drop and drop path included), or one that a
-    layer reads from the config (Falcon). The config that is saved with the model keeps its rates.
+    A rate may be a Dropout module, a number that a layer keeps (layer drop and drop path included), or one
+    that a layer reads from the config (Falcon). The config that is saved with the model keeps its rates.
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -303,26 +282,6 @@ def disable_dropout(model: nn.Module) -> None:
             for name in dropout_rates(config):
                 setattr(copies[id(config)], name, 0.0)
         module.config = copies[id(config)]
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward in train mode draws anything at random; False after `disable_dropout`."""
-    saved = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
-    for module in model.modules():
-        config = vars(module).get("config")
-        own = module is not saved and isinstance(config, PreTrainedConfig) and dropout_rates(config)
-        if own or dropout_rates(module) or (isinstance(module, _DropoutNd) and module.p > 0):
-            return True
-    return False
-
-
-def dropout_rates(owner: Any) -> list[str]:
-    """Attributes that are the rate of some dropout, and not 0."""
-    return [
-        name
-        for name, value in vars(owner).items()
-        if "drop" in name and isinstance(value, float) and 0 < value <= 1
-    ]
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:

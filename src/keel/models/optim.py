@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from keel.types import NotFiniteError
+from keel.errors import NotFiniteError
 
 
 def adamw(
     groups: Sequence[tuple[Sequence[nn.Module], float]], *, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """One optimiser over (modules, peak learning rate) groups; a parameter shared by two groups is taken once."""
+    """One optimiser over (modules, peak learning rate) groups; a parameter shared by two groups is taken
+    once."""
     parameters: list[dict[str, Any]] = []
     seen: set[int] = set()
     for modules, lr in groups:

@@ -1,5 +1,5 @@
-"""In which precision a model computes. Weights that learn stay in float32; where the hardware is fast in bfloat16, the
-matrix products are taken in it (`dtype: auto`)."""
+"""In which precision a model computes. Weights that learn stay in float32; where the hardware is fast in
+bfloat16, the matrix products are taken in it (`dtype: auto`)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from keel.models import attention
-from keel.models.fused import fuse
-from keel.models.products import casting_once, with_products
+from keel.accel import attention
+from keel.accel.cpu_linear import cast_cache, patch_linears
+from keel.accel.norm_and_rope import patch_norms_and_rope
 
 
 @cache
 def fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, on CPUs with
-    AMX."""
+    """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, on
+    CPUs with AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(_of_cpu().get("amx_bf16"))
@@ -33,32 +33,33 @@ def weights(dtype: str) -> torch.dtype:
     return torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
-def opened(model: Any, dtype: str) -> Any:
+def prepare_model(model: Any, dtype: str) -> Any:
     """The model, `fused`, and marked with whether `computing` chooses its precision."""
     model.keel_auto = dtype == "auto"
     attention.register()
-    return with_products(fuse(model))
+    return patch_linears(patch_norms_and_rope(model))
 
 
 @contextlib.contextmanager
 def computing(model: Any, device: torch.device) -> Iterator[None]:
-    """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype: auto` on
-    hardware that is fast in it. Weights are cast once in a context, so it must end before they change."""
-    if not casts(model, device):
+    """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype:
+    auto` on hardware that is fast in it. Weights are cast once in a context, so it must end before they
+    change."""
+    if not autocast_on(model, device):
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16), casting_once():
+    with torch.autocast(device.type, torch.bfloat16), cast_cache():
         yield
 
 
-def casts(model: Any, device: torch.device) -> bool:
+def autocast_on(model: Any, device: torch.device) -> bool:
     """Whether `computing` takes a model's products in bfloat16."""
     return getattr(model, "keel_auto", False) and fast_in_bfloat16(device) and not _is_double(model)
 
 
 def compute_dtype(model: Any, device: torch.device) -> torch.dtype:
     """What `computing` multiplies matrices in."""
-    if casts(model, device):
+    if autocast_on(model, device):
         return torch.bfloat16
     return next(model.parameters()).dtype
 
@@ -70,8 +71,9 @@ def _is_double(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def keeping_casts(model: Any) -> Iterator[None]:
-    """For many forwards in one `computing` without gradient: torch keeps the cast only of weights that want one."""
+def keep_bf16_copies(model: Any) -> Iterator[None]:
+    """For many forwards in one `computing` without gradient: torch keeps the cast only of weights that want
+    one."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -1,8 +1,9 @@
 """Who is who in PPO, and what they share in memory. Decided here and nowhere else.
 
-`separate` keeps four sets of weights: policy, reference, critic, reward model. `trunk` keeps three: the critic is a
-head on the policy's last hidden states. With LoRA the reference is the policy with its adapters off: one fewer. `adapters`
-keeps one: policy, critic and reward model are adapters on a frozen base, which is the reference.
+`separate` keeps four sets of weights: policy, reference, critic, reward model. `trunk` keeps three: the
+critic is a head on the policy's last hidden states. With LoRA the reference is the policy with its adapters
+off: one fewer. `adapters` keeps one: policy, critic and reward model are adapters on a frozen base, which is
+the reference.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from keel.data.batches import derive_seed
-from keel.models.adapters import Adapters, add_adapters
+from keel.errors import UsageError
 from keel.models.load import (
     ModelSource,
     causal_lm,
@@ -24,8 +25,8 @@ from keel.models.load import (
     scorer,
     seed_head,
 )
-from keel.models.shared import Base, open_base
-from keel.types import UsageError
+from keel.models.lora import Adapters, add_adapters
+from keel.models.shared_base import Base, open_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,11 @@ def open_roles(
     seed: int,
     base: Base | None = None,
 ) -> Roles:
-    """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from. Dropout is off in all of them.
+    """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from.
+    Dropout is off in all of them.
 
-    base: the frozen weights to put adapters on, where they are open already; opened here if needed for `sharing: adapters`.
+    base: the frozen weights to put adapters on, where they are open already; opened here if needed for
+    `sharing: adapters`.
 
     UsageError for a reference with another vocabulary than the policy's: their KL is not defined.
     """
@@ -114,7 +117,8 @@ def open_roles(
         model.to(device).eval()
         if gradient_checkpointing:
             checkpoint_activations(model)
-            model.train()  # recomputation only happens in train mode; with dropout at 0 the numbers are the same
+            # recomputation only happens in train mode; with dropout at 0 the numbers are the same
+            model.train()
     return Roles(policy, frozen, critic, head)
 
 

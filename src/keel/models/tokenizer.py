@@ -11,7 +11,8 @@ EOS, PAD = "<|end|>", "<|pad|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (1909.03341) of at most `vocab_size` tokens; any text can be encoded. PAD and EOS differ."""
+    """Byte-level BPE (1909.03341) of at most `vocab_size` tokens; any text can be encoded. PAD and EOS
+    differ."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(
         individual_digits=True

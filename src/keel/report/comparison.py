@@ -1,4 +1,5 @@
-"""Models of one run or several side by side: the table, and reward against KL. One HTML file that opens offline."""
+"""Models of one run or several side by side: the table, and reward against KL. One HTML file that opens
+offline."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Cell(NamedTuple):
 
 
 def write(path: Path, *, title: str, word: str, verdict: str, **parts: Any) -> None:
-    """Write the page. parts: `level` of the verdict, `models` in their order, `more` sentences after the verdict, `notes`."""
+    """Write the page. parts: `level` of the verdict, `models` in their order, `more` sentences after the
+    verdict, `notes`."""
     page.put(path, render(title=title, word=word, verdict=verdict, **parts))
 
 
@@ -50,7 +52,8 @@ def render(
 
 
 def table(models: Sequence[Model]) -> tuple[list[str], list[list[Cell]]]:
-    """Headings, and a row of cells a model, both without the model's name; columns that no model has are left out."""
+    """Headings, and a row of cells a model, both without the model's name; columns that no model has are left
+    out."""
     shown = [name for name in COLUMNS if any(mean(model.measures, name) is not None for model in models)]
     columns = [(measure(name).label, _column(models, name)) for name in shown]
     if any(model.seconds is not None for model in models):
@@ -80,7 +83,8 @@ def _column(models: Sequence[Model], name: str) -> list[Cell]:
 
 
 def against_kl(models: Sequence[Model]) -> list[Picture]:
-    """Gold and proxy reward against KL, a point a model with its intervals; a picture for each reward that two models have."""
+    """Gold and proxy reward against KL, a point a model with its intervals; a picture for each reward that
+    two models have."""
     order = sorted(range(len(models)), key=lambda i: not models[i].reference)  # the first colour is grey
     by_name = {models[i].name: models[i].measures for i in order}
     ranks = {model.name: str(rank) for rank, model in enumerate(models, 1)}
@@ -107,7 +111,8 @@ def _colour_places(models: Sequence[Model]) -> list[int]:
 
 
 def _place_labels(figure: dict[str, Any]) -> None:
-    """Put each label where it covers the least of other labels, points and the edge, on the narrowest page."""
+    """Put each label where it covers the least of other labels, points and the edge, on the narrowest
+    page."""
     ranges = [figure["layout"][axis]["range"] for axis in ("xaxis", "yaxis")]
 
     def pixels(trace: Mapping[str, Any]) -> tuple[float, float]:

@@ -1,8 +1,9 @@
-"""Gold and proxy against √KL, for best-of-n and reinforcement learning, with the laws fitted to them (2210.10760).
+"""Gold and proxy against √KL, for best-of-n and reinforcement learning, with the laws fitted to them
+(2210.10760).
 
-Points come from what runs hold: of an on-policy stage with a world as its judge every evaluation, of an evaluate stage every
-n of `best_of`. Both rewards are taken relative to the model at distance 0; the proxy is in standard deviations of that
-model's own proxy, so that reward models of different scales share an axis.
+Points come from what runs hold: of an on-policy stage with a world as its judge every evaluation, of an
+evaluate stage every n of `best_of`. Both rewards are taken relative to the model at distance 0; the proxy is
+in standard deviations of that model's own proxy, so that reward models of different scales share an axis.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Line(NamedTuple):
 
     @property
     def cells(self) -> list[str]:
-        """name, α, β, R², KL at the fitted peak, gold at its peak, KL there, gold at the end, fall, proxy's rise after."""
+        """name, α, β, R², KL at the fitted peak, gold at its peak, KL there, gold at the end, fall, proxy's
+        rise after."""
         found, end = self.fit, self.peak - self.end
         shown = [number(found.alpha, 3), number(found.beta, 3), number(found.r2, 2)] if found else ["–"] * 3
         top = "–" if found is None or found.peak is None or found.peak > 100 else number(found.peak**2, 1)
@@ -93,8 +95,8 @@ def _best_of_n(stage: StageRun) -> Path | None:
 
 
 def _trained(stage: StageRun, judged: Sequence[StageRun]) -> Path | None:
-    """The evaluations of an on-policy stage whose judge is a world; the start is as an evaluate stage of that world has it,
-    with the same reward if there is one."""
+    """The evaluations of an on-policy stage whose judge is a world; the start is as an evaluate stage of that
+    world has it, with the same reward if there is one."""
     world = (stage.settings.get("judge") or {}).get("gold")
     model = stage.settings.get("model")
     start = stage.settings.get("reference") or (model.get("path") if isinstance(model, Mapping) else model)
@@ -165,7 +167,8 @@ def _line(label: str, own: Sequence[Path]) -> Line:
 
 
 def _course(path: Path) -> Course:
-    """Neighbouring evaluations of a run are averaged; different n, which are few and all of one model, are not."""
+    """Neighbouring evaluations of a run are averaged; different n, which are few and all of one model, are
+    not."""
     return course(path.gold, 3 if path.law == "rl" else 1)
 
 

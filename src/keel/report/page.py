@@ -157,7 +157,8 @@ def fill(template: str, drawn: list[Picture], **values: Any) -> str:
 
 
 def verdicts(run: Run, diagnoses: Mapping[str, Diagnosis]) -> list[tuple[str, Verdict]]:
-    """The name of each `evaluate` stage with each of its verdicts; at least one. diagnoses: of the stages that have any."""
+    """The name of each `evaluate` stage with each of its verdicts; at least one. diagnoses: of the stages
+    that have any."""
     said = {name: health.said(one) for name, one in diagnoses.items()}
     judged = [stage for stage in run.stages if stage.kind == "evaluate"]
     if not judged:

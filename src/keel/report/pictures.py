@@ -45,7 +45,8 @@ def model_colour(position: int) -> str:
 
 
 def curves(stage: StageRun) -> list[Picture]:
-    """The curves of a stage that has logged something, in reading order; what their lines mean: `curve_keys`."""
+    """The curves of a stage that has logged something, in reading order; what their lines mean:
+    `curve_keys`."""
     known = _known(stage)
     pictures: list[Picture] = []
     for position, curve in enumerate(known):
@@ -59,7 +60,8 @@ def curves(stage: StageRun) -> list[Picture]:
 
 
 def _best_of_n(stage: StageRun) -> Picture | None:
-    """A point a prompt: the reward of the response that was chosen against the mean of all that were sampled."""
+    """A point a prompt: the reward of the response that was chosen against the mean of all that were
+    sampled."""
     found = [(row["mean"], row["reward"]) for row in stage.chosen() if {"mean", "reward"} <= row.keys()]
     found = found[:: -(-len(found) // MOST_POINTS) or 1]
     if not found:

@@ -1,4 +1,5 @@
-"""Which models of which runs are the same one, and what they come to over seeds: the lines of a comparison."""
+"""Which models of which runs are the same one, and what they come to over seeds: the lines of a
+comparison."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keel.errors import UsageError
 from keel.evaluation.measures import Measure, across_runs
 from keel.report.comparison import COLUMNS, Model
 from keel.report.reading import Run, StageRun, read
 from keel.report.wording import bound, mean
-from keel.types import UsageError
 
 NOT_THE_MODELS = (
     "models",
@@ -71,7 +72,8 @@ class Entry:
 
 
 def entries(runs: Sequence[Path]) -> tuple[list[Entry], list[str]]:
-    """Every model of every finished evaluate stage, runs of the same settings pooled; and notes on what was left out.
+    """Every model of every finished evaluate stage, runs of the same settings pooled; and notes on what was
+    left out.
 
     UsageError for what is no run, and for a run without a finished evaluate stage.
     """
@@ -101,8 +103,8 @@ def entries(runs: Sequence[Path]) -> tuple[list[Entry], list[str]]:
 
 
 def _judged(path: Path) -> list[tuple[Judged, str]]:
-    """Every model of every finished evaluate stage, with what it is called: its name, after the stage's where several
-    stages of the run judged it."""
+    """Every model of every finished evaluate stage, with what it is called: its name, after the stage's where
+    several stages of the run judged it."""
     if not (path / "config.yaml").exists():
         raise UsageError(
             f"no run at {path}: there is no config.yaml in it; give the path of a run, such as runs/NAME"
@@ -191,7 +193,8 @@ def _pooled(own: Sequence[Judged]) -> dict[str, Measure]:
 
 
 def scores(judged: Judged, by: str) -> dict[tuple[int, str], float]:
-    """(number of the prompt, prompt) → the reward of the reply; empty where samples were not kept for all prompts."""
+    """(number of the prompt, prompt) → the reward of the reply; empty where samples were not kept for all
+    prompts."""
     found: dict[tuple[int, str], float] = {}
     for row in judged.stage.samples():
         if row.get("model") == judged.model:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from keel.types import DataError, UsageError
+from keel.errors import DataError, UsageError
 
 _REFERENCES = ("model", "models", "reward", "reference")  # settings that may name another stage
 
@@ -137,7 +137,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line without its end is still being written: it is left out."""
+    """The objects of a JSON-lines file. A last line without its end is still being written: it is left
+    out."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:

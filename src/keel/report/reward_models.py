@@ -1,4 +1,5 @@
-"""What `evaluate` found out about the reward model, for reading: a table, a reliability diagram, a line of text."""
+"""What `evaluate` found out about the reward model, for reading: a table, a reliability diagram, a line of
+text."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Line(NamedTuple):
 
 
 def lines(found: Mapping[str, Any]) -> list[Line]:
-    """The table of `reward_model` in an evaluate result, in reading order; what was not measured is left out."""
+    """The table of `reward_model` in an evaluate result, in reading order; what was not measured is left
+    out."""
     part = {name: found.get(name) or {} for name in _INSIDE}
     table: list[Line] = []
 
@@ -81,8 +83,8 @@ def in_short(found: Mapping[str, Any]) -> str:
 
 
 def reliability_diagram(name: str, found: Mapping[str, Any]) -> Picture | None:
-    """Share of the votes against how sure the model is, bin by bin, with intervals; on the dashed line it means what it
-    says. None where it was not measured."""
+    """Share of the votes against how sure the model is, bin by bin, with intervals; on the dashed line it
+    means what it says. None where it was not measured."""
     bins = (found.get("calibration") or {}).get("bins") or []
     if not bins:
         return None

@@ -13,8 +13,9 @@ from keel.report.wording import mean, measure
 
 
 def by_round(run: Run) -> tuple[str, list[tuple[int, Mapping[str, float]]]]:
-    """The reward that rounds are judged by, "gold" or else "proxy", and (round, its measure) for each that is judged; 0 is
-    the reference. The first evaluate stage that knows two rounds decides. ("", []) for a run without rounds or such a stage."""
+    """The reward that rounds are judged by, "gold" or else "proxy", and (round, its measure) for each that is
+    judged; 0 is the reference. The first evaluate stage that knows two rounds decides. ("", []) for a run
+    without rounds or such a stage."""
     rounds = run.config.get("rounds") or {}
     policy, n = rounds.get("policy"), rounds.get("n") or 0
     for stage in run.stages:

@@ -12,7 +12,8 @@ from keel.report.reward_models import in_short
 
 
 def summary(run: Path) -> str:
-    """Verdicts, what was found in training, then a table of models × measures for each finished evaluate stage. Lines of plain text.
+    """Verdicts, what was found in training, then a table of models × measures for each finished evaluate
+    stage. Lines of plain text.
 
     Raises what `keel.report.reading.read` raises.
     """

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keel.checkpoint import write_text
 from keel.evaluation.measures import Measure, across_runs
 from keel.report import comparison, overoptimization, page, pictures
 from keel.report.comparison import Cell
@@ -18,6 +17,7 @@ from keel.report.pictures import Key, Picture
 from keel.report.reading import read
 from keel.report.summary import table
 from keel.report.wording import bound, decimals, mean, measure, number, order, signed
+from keel.rundir.checkpoint import write_text
 
 MOST_MEASURES = 8  # columns, where no evaluate stage says what matters
 ALL = "every setting"  # what a row is called that no swept setting changes
@@ -150,8 +150,8 @@ def _ways(by_setting: Mapping[str, Sequence[Ended]]) -> dict[str, Sequence[overo
 
 
 def verdict(found: Found) -> str:
-    """Which setting did best, by gold where there is one, and whether it can be told apart from the second of the same model;
-    where only seeds are swept, which model."""
+    """Which setting did best, by gold where there is one, and whether it can be told apart from the second of
+    the same model; where only seeds are swept, which model."""
     failed = [point for point in found.points if point.status == "failed"]
     lost = f" {len(failed)} of {len(found.points)} points failed." if failed else ""
     by = next((by for by in ("gold", "proxy") if any(by in row.measures for row in found.rows)), None)
@@ -189,7 +189,8 @@ def _value(found: Measure) -> str:
 
 
 def cells(found: Found) -> tuple[list[str], list[list[Cell]]]:
-    """Headings and rows of the table: setting where one is swept, model, then each measure with its interval."""
+    """Headings and rows of the table: setting where one is swept, model, then each measure with its
+    interval."""
     swept = any(point.settings for point in found.points)
     body: list[list[Cell]] = []
     for row in found.rows:
@@ -285,8 +286,8 @@ def write(found: Found, path: Path) -> None:
 
 
 def against_setting(found: Found, by: str) -> Picture | None:
-    """A measure against the swept setting, a line for each model and combination of the others; what no setting changes is a
-    dashed level. None where nobody measured it, or only seeds were swept."""
+    """A measure against the swept setting, a line for each model and combination of the others; what no
+    setting changes is a dashed level. None where nobody measured it, or only seeds were swept."""
     rows = [row for row in found.rows if by in row.measures]
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     if not keys:
@@ -321,7 +322,8 @@ def against_setting(found: Found, by: str) -> Picture | None:
 
 
 def _axis(values: Sequence[Any]) -> tuple[Callable[[Any], Any], str]:
-    """How a value is placed, and the kind of axis: numbers on a line, or on a logarithmic one where they span a decade."""
+    """How a value is placed, and the kind of axis: numbers on a line, or on a logarithmic one where they span
+    a decade."""
     try:
         found = [float(value) for value in values if not isinstance(value, bool)]
     except (TypeError, ValueError):

@@ -1,4 +1,5 @@
-"""The verdict in words: did the model get better, by which measure, and at what distance from the reference."""
+"""The verdict in words: did the model get better, by which measure, and at what distance from the
+reference."""
 
 from __future__ import annotations
 
@@ -61,12 +62,13 @@ class _Lift:
 def verdict(
     result: Mapping[str, Any], config: Mapping[str, Any], health: Mapping[str, str] | None = None
 ) -> list[Verdict]:
-    """One verdict for each model of an `evaluate` result but the reference, in the result's order. The best of the
-    reference's own samples are judged where there is no other model; else the table below has them.
+    """One verdict for each model of an `evaluate` result but the reference, in the result's order. The best
+    of the reference's own samples are judged where there is no other model; else the table below has them.
 
     Gold reward decides when it was measured, else the proxy. A change counts when the 95 % interval of the
-    difference to the reference excludes 0. `config` is the run's: it holds the KL target of each PPO stage. `health`:
-    what was found while a model trained, in words, "" for nothing; models of which nothing is known are not in it.
+    difference to the reference excludes 0. `config` is the run's: it holds the KL target of each PPO stage.
+    `health`: what was found while a model trained, in words, "" for nothing; models of which nothing is known
+    are not in it.
     """
     models: Mapping[str, Any] = result.get("models") or {}
     if not models:

@@ -40,7 +40,8 @@ def measure(name: str) -> Measure:
 
 
 def order(names: Iterable[str]) -> list[str]:
-    """Measures in reading order: the parts of a measure follow it in the order given, unknown ones come last."""
+    """Measures in reading order: the parts of a measure follow it in the order given, unknown ones come
+    last."""
     known = list(MEASURES)
 
     def place(name: str) -> tuple[int, bool]:

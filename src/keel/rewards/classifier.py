@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
+from keel.algorithms.masked import at_least_float32
 from keel.data import chat
 from keel.data.batches import length_mask, pad
-from keel.masked import at_least_float32
-from keel.models.forward import backbone, head_dtype
+from keel.errors import UsageError
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config, score_head
-from keel.models.precision import computing, opened, weights
-from keel.types import Conversation, Prompt, UsageError
+from keel.models.logprobs import backbone, head_dtype
+from keel.models.precision import computing, prepare_model, weights
+from keel.types import Conversation, Prompt
 
 Output = Literal["probability", "log_probability", "logit", "decision"]
 Reads = Literal["completion", "prompt+completion"]
@@ -29,18 +30,19 @@ Reads = Literal["completion", "prompt+completion"]
 class Classifier:
     """r(x, y) = p, log p or z of one label, by a sequence-classification model with its own tokenizer.
 
-    z are the model's outputs, one a label. p = softmax(z)_label; where labels do not exclude each other (the model has one
-    output, or its config says multi_label_classification) p = σ(z_label). Range: [0, 1] for "probability", (−∞, 0] for
-    "log_probability", any number for "logit"; "decision" is 1 where the label is what the classifier decides on (the likeliest
-    of labels that exclude each other, else p > ½) and 0 elsewhere, so that its mean is a share.
+    z are the model's outputs, one a label. p = softmax(z)_label; where labels do not exclude each other (the
+    model has one output, or its config says multi_label_classification) p = σ(z_label). Range: [0, 1] for
+    "probability", (−∞, 0] for "log_probability", any number for "logit"; "decision" is 1 where the label is
+    what the classifier decides on (the likeliest of labels that exclude each other, else p > ½) and 0
+    elsewhere, so that its mean is a share.
 
-    It reads the completion, or the prompt too ("prompt+completion": text joined as it stands; of a conversation
-    "role: content" lines, the reply's among them). What is longer than the model's context keeps its start: the end of a
-    long completion is not judged.
+    It reads the completion, or the prompt too ("prompt+completion": text joined as it stands; of a
+    conversation "role: content" lines, the reply's among them). What is longer than the model's context keeps
+    its start: the end of a long completion is not judged.
 
-    path: a directory or hub id, safetensors only. label: its name in the config's id2label or its index; may be left out
-    for a model with one output. UsageError if the model is no trained classifier, or has no such label (the message lists
-    those that it has).
+    path: a directory or hub id, safetensors only. label: its name in the config's id2label or its index; may
+    be left out for a model with one output. UsageError if the model is no trained classifier, or has no such
+    label (the message lists those that it has).
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class Classifier:
         return [*self.of_label(self.logits(texts)).tolist()]
 
     def logits(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) outputs z, float32 on the CPU, in the order given; texts of similar length share a forward."""
+        """(B, L) outputs z, float32 on the CPU, in the order given; texts of similar length share a
+        forward."""
         rows = encoded(self.tokenizer, texts, self.max_length)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         z, pad_id = torch.zeros(len(rows), self.model.config.num_labels), chat.ensure_pad(self.tokenizer)
@@ -131,7 +134,8 @@ def forward(model: Any, rows: Sequence[Mapping[str, list[int]]], pad_id: int) ->
 
 
 def label_index(config: Any, label: str | int | None, path: str) -> int:
-    """The index of a label given by name or index. UsageError, with all labels, for one that the model has not."""
+    """The index of a label given by name or index. UsageError, with all labels, for one that the model has
+    not."""
     names = {int(index): str(name) for index, name in config.id2label.items()}
     if label is None and len(names) == 1:
         return 0
@@ -171,7 +175,7 @@ def pretrained(kind: Any, source: ModelSource, config: Any) -> Any:
     missing = [key for key in info["missing_keys"] if not (headless and key.startswith("pooler."))]
     if missing:
         raise UsageError(f"model {source.path!r} is incomplete: it has no {min(missing)}")
-    return opened(model, source.dtype)
+    return prepare_model(model, source.dtype)
 
 
 @contextlib.contextmanager
@@ -193,7 +197,8 @@ def explained(what: str) -> Iterator[None]:
 
 
 def longest_input(config: Any, tokenizer: Any) -> int | None:
-    """Tokens that a model reads at most: its context or its tokenizer's limit, whichever is less; None without either."""
+    """Tokens that a model reads at most: its context or its tokenizer's limit, whichever is less; None
+    without either."""
     limits = [context_length(config), tokenizer.model_max_length]
     known = [
         limit for limit in limits if limit is not None and limit < 10**9
@@ -202,8 +207,8 @@ def longest_input(config: Any, tokenizer: Any) -> int | None:
 
 
 def encoded(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, list[int]]]:
-    """What the model reads for each text, special tokens included; one that is too long keeps its start. No row is
-    empty: a text without any token becomes one pad."""
+    """What the model reads for each text, special tokens included; one that is too long keeps its start. No
+    row is empty: a text without any token becomes one pad."""
     if not texts:
         return []
     side, tokenizer.truncation_side = tokenizer.truncation_side, "right"

@@ -1,8 +1,9 @@
 """A user's own reward function: found by name, called as TRL calls it, its result checked.
 
 The signature is TRL's (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"):
-`f(prompts, completions, completion_ids, **columns) -> list[float | None]`, all by keyword, sync or async. TRL hands over its
-own trainer's objects too (`trainer_state`, `log_extra`, …); keel has none, so a function that insists on one is refused.
+`f(prompts, completions, completion_ids, **columns) -> list[float | None]`, all by keyword, sync or async. TRL
+hands over its own trainer's objects too (`trainer_state`, `log_extra`, …); keel has none, so a function that
+insists on one is refused.
 """
 
 from __future__ import annotations
@@ -23,18 +24,17 @@ from typing import Any
 
 from keel.data.batches import derive_seed
 from keel.data.chat import user_text
-from keel.types import Conversation, KeelError, Prompt, UsageError
-
-
-class RewardError(KeelError):
-    """A reward could not be computed; the message names the reward and, where one is to blame, the sample."""
+from keel.errors import RewardError, UsageError
+from keel.types import Conversation, Prompt
 
 
 def load(name: str, where: str) -> Callable[..., Any]:
-    """The function that `name` stands for: "module.function", "module:function" or "path/to/file.py:function".
+    """The function that `name` stands for: "module.function", "module:function" or
+    "path/to/file.py:function".
 
-    where: the setting that names it, for messages. While it is imported the current directory (and a file's own folder)
-    is on sys.path. UsageError if the module cannot be imported, or has no such name, or that is no function.
+    where: the setting that names it, for messages. While it is imported the current directory (and a file's
+    own folder) is on sys.path. UsageError if the module cannot be imported, or has no such name, or that is
+    no function.
     """
     module_name, separator, attribute = name.rpartition(":")
     if not separator:
@@ -60,7 +60,8 @@ def load(name: str, where: str) -> Callable[..., Any]:
 
 
 def source_print(name: str) -> str:
-    """A hash of the file that `name`'s function is written in ("" where there is none): another text, another reward."""
+    """A hash of the file that `name`'s function is written in ("" where there is none): another text, another
+    reward."""
     module, separator, _ = name.rpartition(":")
     module = module if separator else name.rpartition(".")[0]
     if module.endswith(".py"):
@@ -82,12 +83,13 @@ def call(
 ) -> list[float | None]:
     """The rewards of B samples by a function of TRL's signature; None where it does not apply.
 
-    Text stays text; a conversation becomes a list of messages, and the reply to one a list with one assistant message.
-    Of these, `completion_ids` and the data's columns the function gets what it accepts, as copies; a column that has the
-    name of one of the first three gives way. Coroutines are run to their end.
+    Text stays text; a conversation becomes a list of messages, and the reply to one a list with one assistant
+    message. Of these, `completion_ids` and the data's columns the function gets what it accepts, as copies; a
+    column that has the name of one of the first three gives way. Coroutines are run to their end.
 
-    UsageError if the function insists on an argument that there is not. RewardError, with the reward's name and the
-    sample's index and prompt, for one that raises and for a result that is not B finite numbers or Nones.
+    UsageError if the function insists on an argument that there is not. RewardError, with the reward's name
+    and the sample's index and prompt, for one that raises and for a result that is not B finite numbers or
+    Nones.
     """
     arguments: dict[str, list[Any]] = {
         **{key: list(values) for key, values in columns.items()},

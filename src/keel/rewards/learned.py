@@ -1,8 +1,9 @@
-"""A reward model as a reward: it scores completions, by token ids when it reads the policy's tokenizer, by text when not."""
+"""A reward model as a reward: it scores completions, by token ids when it reads the policy's tokenizer, by
+text when not."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,12 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
+from keel.accel import batch_layout
+from keel.accel.cpu_linear import cast_cache
 from keel.data import chat
 from keel.data.batches import by_length, length_mask, pad
-from keel.models import prefixes, quantised
-from keel.models.forward import head_dtype, scores_at
+from keel.errors import UsageError
+from keel.models import lora
 from keel.models.load import (
     ModelSource,
     context_length,
@@ -24,9 +27,11 @@ from keel.models.load import (
     score_head,
     scorer,
 )
+from keel.models.logprobs import head_dtype, scores_at
 from keel.models.precision import computing
-from keel.models.products import casting_once
-from keel.types import Conversation, Prompt, UsageError
+from keel.models.quantize import rest_in
+from keel.models.shared_base import Base
+from keel.types import Conversation, Prompt
 
 Inputs = dict[
     str, list[int]
@@ -35,7 +40,8 @@ Inputs = dict[
 
 @dataclass(frozen=True, slots=True)
 class RewardModel:
-    """r_φ, its tokenizer, and the scale it was given on SFT samples (a Bradley–Terry score has none of its own)."""
+    """r_φ, its tokenizer, and the scale it was given on SFT samples (a Bradley–Terry score has none of its
+    own)."""
 
     model: Any
     tokenizer: Any
@@ -57,9 +63,9 @@ def load(
     seed: int = 0,
     quantize: str | None = None,
 ) -> RewardModel:
-    """A trained reward model from a directory or hub id. UsageError if it has no trained score head, more than one
-    output, or lacks any of its weights."""
-    dtype = quantised.rest_in(dtype) if quantize else dtype
+    """A trained reward model from a directory or hub id. UsageError if it has no trained score head, more
+    than one output, or lacks any of its weights."""
+    dtype = rest_in(dtype) if quantize else dtype
     source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
     return wrap(
         scorer_of_trained(source, seed).to(device).eval(),
@@ -75,8 +81,9 @@ def load_members(
     trust_remote_code: bool = False,
     quantize: str | None = None,
 ) -> list[RewardModel]:
-    """A reward model, or all members of an ensemble: the model in `path` itself and those in `path`/members/2, 3 …, which
-    are downloaded if `path` is a hub id. UsageError, also offline, if one of them is missing."""
+    """A reward model, or all members of an ensemble: the model in `path` itself and those in
+    `path`/members/2, 3 …, which are downloaded if `path` is a hub id. UsageError, also offline, if one of
+    them is missing."""
     source = ModelSource(path, trust_remote_code=trust_remote_code)
     return [
         load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
@@ -85,8 +92,8 @@ def load_members(
 
 
 def other_members(config: Any, path: str) -> list[str]:
-    """The folders of an ensemble's members 2, 3 …; `config` is the first member's, which says how many there are.
-    UsageError if one is missing."""
+    """The folders of an ensemble's members 2, 3 …; `config` is the first member's, which says how many there
+    are. UsageError if one is missing."""
     count = (getattr(config, "keel_reward", None) or {}).get("members", 1)
     folder = Path(path)
     if not folder.is_dir() and count > 1:
@@ -117,8 +124,8 @@ def combined(
 ) -> Tensor:
     """(M, B) normalised scores of M members → (B,): what the ensemble says (2310.02743).
 
-    mean; the worst case, min; or mean − λ·std with λ = `caution` and the population's standard deviation: a response on
-    which the members disagree is one that a member may be wrong about.
+    mean; the worst case, min; or mean − λ·std with λ = `caution` and the population's standard deviation: a
+    response on which the members disagree is one that a member may be wrong about.
     """
     match combine:
         case "mean":
@@ -130,7 +137,8 @@ def combined(
 
 
 def scorer_of_trained(source: ModelSource, seed: int) -> Any:
-    """A sequence-classification model as it was saved; UsageError for a language model without a trained head."""
+    """A sequence-classification model as it was saved; UsageError for a language model without a trained
+    head."""
     check_config(model_config(source), str(source.path))
     return scorer(source, seed)
 
@@ -147,7 +155,8 @@ def check_config(config: Any, path: str) -> None:
 
 
 def wrap(model: Any, tokenizer: Any) -> RewardModel:
-    """With the scale that keel's reward stage left in the model's config (`keel_reward`); `scaled` says if it did."""
+    """With the scale that keel's reward stage left in the model's config (`keel_reward`); `scaled` says if it
+    did."""
     scale = getattr(model.config, "keel_reward", None)
     if scale is None:
         return RewardModel(model, tokenizer)
@@ -172,8 +181,9 @@ def encode(
 def encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool) -> Inputs:
     """As `encode`, for a sampled response given as text; one that was cut off (`ended` False) gets no EOS.
 
-    Departure from `encode`: training goes on whatever the policy writes, so a response that is too long by itself
-    is no error. What fits from its start is scored, after the prompt's last token; `encode_samples` counts such.
+    Departure from `encode`: training goes on whatever the policy writes, so a response that is too long by
+    itself is no error. What fits from its start is scored, after the prompt's last token; `encode_samples`
+    counts such.
     """
     return _encode_sampled(reward, prompt, text, ended)[0]
 
@@ -225,7 +235,7 @@ def fit(prompt: Sequence[int], response: Sequence[int], limit: int | None) -> li
     return [*prompt[-room:], *response]
 
 
-@casting_once()
+@cast_cache()
 def score(
     reward: RewardModel,
     inputs: Sequence[Inputs],
@@ -233,8 +243,8 @@ def score(
     batch_size: int = 64,
     together: Sequence[Hashable] | None = None,
 ) -> Tensor:
-    """(B,) raw scores, float32 on the CPU, in the order given. Batches are made of similar lengths, and of rows with the same
-    value of `together`, which begin alike."""
+    """(B,) raw scores, float32 on the CPU, in the order given. Batches are made of similar lengths, and of
+    rows with the same value of `together`, which begin alike."""
     scores = torch.zeros(len(inputs))
     for part in by_length([len(item["input_ids"]) for item in inputs], batch_size, together=together):
         alike = None if together is None else [together[i] for i in part]
@@ -246,18 +256,18 @@ def score(
 def forward(
     reward: RewardModel, inputs: Sequence[Inputs], together: Sequence[Hashable] | None = None
 ) -> Tensor:
-    """(B,) raw scores of one batch, with gradient, in the order given; rows of similar length share a forward, those with the
-    same value of `together`, which begin alike, before others."""
+    """(B,) raw scores of one batch, with gradient, in the order given; rows of similar length share a
+    forward, those with the same value of `together`, which begin alike, before others."""
     sizes = [len(item["input_ids"]) for item in inputs]
-    parts = by_length(sizes, prefixes.best_rows_of(reward.model), together=together)
+    parts = by_length(sizes, batch_layout.best_rows_of(reward.model), together=together)
     scores = torch.cat([_forward(reward, [inputs[i] for i in part]) for part in parts])
     order = torch.tensor([i for part in parts for i in part])
     return scores[order.argsort().to(scores.device)]
 
 
 def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
-    """One padded forward. A decoder is read at the last token by its length, not by looking for pads: pad may be
-    EOS, or missing."""
+    """One padded forward. A decoder is read at the last token by its length, not by looking for pads: pad may
+    be EOS, or missing."""
     device = next(reward.model.parameters()).device
     ids, lengths = pad([item["input_ids"] for item in inputs], chat.ensure_pad(reward.tokenizer))
     ids, lengths = ids.to(device), lengths.to(device)
@@ -287,14 +297,14 @@ def same_tokenizer(one: Any, other: Any) -> bool:
 
 
 def reads_ids_of(reward: RewardModel, tokenizer: Any) -> bool:
-    """Whether the reward model can be given the ids of a policy with this tokenizer, with no text between. Compares
-    whole vocabularies: to be asked once, not once a batch."""
+    """Whether the reward model can be given the ids of a policy with this tokenizer, with no text between.
+    Compares whole vocabularies: to be asked once, not once a batch."""
     return not reward.is_encoder and same_tokenizer(reward.tokenizer, tokenizer)
 
 
 def check_room(reward: RewardModel, longest: int, where: str) -> None:
-    """UsageError unless sequences of up to `longest` ids fit the model. Ids are scored as they are, so nothing
-    would shorten them."""
+    """UsageError unless sequences of up to `longest` ids fit the model. Ids are scored as they are, so
+    nothing would shorten them."""
     limit = _context(reward)
     if limit is not None and longest > limit:
         raise UsageError(
@@ -332,6 +342,66 @@ def _context(reward: RewardModel) -> int | None:
 
 
 def save_scale(model: Any, mean: float, std: float, members: int = 1) -> None:
-    """Leave the scale in the model's config, where `wrap` finds it again; and of an ensemble its size, for `other_members`."""
+    """Leave the scale in the model's config, where `wrap` finds it again; and of an ensemble its size, for
+    `other_members`."""
     size = {"members": members} if members > 1 else {}
     model.config.keel_reward = {"mean": mean, "std": std, **size}
+
+
+# ---------------------------------------------------------------- adapters on the policy's base: reward models that take no weights of their own
+
+
+def load_members_on_base(
+    path: str,
+    base: Base,
+    *,
+    dtype: str,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+    quantize: str | None = None,
+) -> list[RewardModel]:
+    """As `load_members`, each member on `base` if its adapter was trained there. `say` is told of one
+    that was not, and takes memory of its own. UsageError if it is an adapter alone, which is nothing without
+    its base, and for a `quantize` without effect."""
+    places, bare = [path], lora.is_bare(path)
+    if not bare:
+        source = ModelSource(path, trust_remote_code=trust_remote_code)
+        places += other_members(model_config(source), path)
+    found: list[RewardModel] = []
+    for place in places:
+        folder = lora.folder_of(place)
+        if folder is not None and lora.belongs_to(folder, base.source):
+            if quantize is not None:
+                raise UsageError(
+                    f"reward model {place!r}: `quantize` has no effect: it is an adapter on the base, which `model.quantize` is for"
+                )
+            found.append(put_on_base(base, place, folder, trust_remote_code=trust_remote_code))
+            continue
+        why = (
+            "all of its weights were trained" if folder is None else "its adapter was trained on another base"
+        )
+        if bare:
+            raise UsageError(f"reward model {place!r} cannot be used: {why}, and there is no whole model")
+        say(f"the reward model {place!r} takes memory of its own: {why}")
+        device = next(base.model.parameters()).device
+        found.append(
+            load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
+        )
+    return found
+
+
+def put_on_base(base: Base, place: str, folder: Path, *, trust_remote_code: bool = False) -> RewardModel:
+    """The reward model at `place` as its adapter, in `folder`, on the base. UsageError for an adapter without
+    a score head."""
+    model = base.scorer(0)
+    bare = lora.is_bare(place)
+    saved = None if bare else model_config(ModelSource(place, trust_remote_code=trust_remote_code))
+    scale = getattr(saved, "keel_reward", None)
+    if scale is not None:
+        model.config.keel_reward = scale
+    if "score" not in (lora.settings_of(folder).modules_to_save or ()):
+        raise UsageError(f"adapter {str(folder)!r} has no score head: it is none of a reward model")
+    own_words = not bare or (Path(place) / "tokenizer_config.json").is_file()
+    words = place if own_words else str(base.source.path)
+    tokenizer = load_tokenizer(words, trust_remote_code=trust_remote_code)
+    return wrap(lora.put_on(model, folder), tokenizer)

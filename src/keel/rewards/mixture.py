@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keel.errors import KeelError, RewardError, UsageError
 from keel.rewards import functions
-from keel.rewards.functions import RewardError
-from keel.types import Conversation, KeelError, Prompt, StopReason, UsageError
+from keel.types import Conversation, Prompt, StopReason
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B sampled responses, as every reward sees them: words for those that read words, ids for those that read ids."""
+    """B sampled responses, as every reward sees them: words for those that read words, ids for those that
+    read ids."""
 
     prompts: Sequence[Prompt]
     completions: Sequence[str | Conversation]
@@ -44,7 +45,7 @@ Rewarder = Callable[[Batch], Sequence[float | None]]  # one value a sample; None
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class WeightedReward:
     """One reward of a mixture. Weight 0: logged, not counted; negative: a penalty."""
 
     name: str
@@ -68,11 +69,11 @@ class Rated:
 class Mixture:
     """R(x, y) = Σ_k w_k · (r_k(x, y) − mean_k) / std_k over the terms k that apply (r_k is not None).
 
-    As in TRL, weights are not renormalised: a term that does not apply adds nothing, and the others keep their weight.
-    UsageError for no terms, a name twice, a weight that is not finite.
+    As in TRL, weights are not renormalised: a term that does not apply adds nothing, and the others keep
+    their weight. UsageError for no terms, a name twice, a weight that is not finite.
     """
 
-    def __init__(self, terms: Sequence[Term]) -> None:
+    def __init__(self, terms: Sequence[WeightedReward]) -> None:
         if not terms:
             raise UsageError("a mixture of rewards needs at least one")
         names = [term.name for term in terms]
@@ -91,8 +92,8 @@ class Mixture:
         return math.fsum(abs(term.weight) for term in self.terms if term.learned)
 
     def score(self, batch: Batch) -> Rated:
-        """The weighted sum and the raw values. RewardError, with the reward and the sample, for a term that fails, a
-        sample to which no term applies, and a sum that is too large for a float32."""
+        """The weighted sum and the raw values. RewardError, with the reward and the sample, for a term that
+        fails, a sample to which no term applies, and a sum that is too large for a float32."""
         by_name = {term.name: _values(term, batch) for term in self.terms}
         total, raw, learned = torch.zeros(3, len(batch.prompts), dtype=torch.float64)
         for term in self.terms:
@@ -131,12 +132,13 @@ def from_function(name: str, function: Callable[..., Any]) -> Rewarder:
 
 
 def precomputed(values: Sequence[float | None] | Tensor) -> Rewarder:
-    """Values that were computed already, such as a reward model's (B,) scores, as a mixture's reward for that batch."""
+    """Values that were computed already, such as a reward model's (B,) scores, as a mixture's reward for that
+    batch."""
     kept = values.tolist() if isinstance(values, Tensor) else list(values)
     return lambda batch: kept
 
 
-def _values(term: Term, batch: Batch) -> list[float | None]:
+def _values(term: WeightedReward, batch: Batch) -> list[float | None]:
     try:
         values = term.function(batch)
     except KeelError:

@@ -1,9 +1,9 @@
 """Rewards that need no model: answers, formats, patterns, lengths, repetition.
 
-Each function here takes settings and returns a reward of TRL's signature,
-`reward(prompts, completions, **columns) -> list[float | None]`, with one value a completion; None: it does not
-apply to that row. A completion is text or a conversation with one assistant turn; lengths in tokens come from
-`completion_ids`, which count the stop token. Settings that make no sense raise UsageError when the reward is built.
+Each function here takes settings and returns a reward of TRL's signature, `reward(prompts, completions,
+**columns) -> list[float | None]`, with one value a completion; None: it does not apply to that row. A
+completion is text or a conversation with one assistant turn; lengths in tokens come from `completion_ids`,
+which count the stop token. Settings that make no sense raise UsageError when the reward is built.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from keel.data.chat import completion_text
-from keel.types import UsageError
+from keel.errors import UsageError
 
 Reward = Callable[..., list[float | None]]
 
@@ -28,10 +28,11 @@ Reward = Callable[..., list[float | None]]
 def final_answer(column: str = "answer", from_: Literal["marker", "last_number"] = "marker") -> Reward:
     """1 if the completion's final answer equals the reference's, 0 if not or if it gives none. Range {0, 1}.
 
-    Source: GSM8K (2110.14168), whose references end in `#### 72`. The reference is what follows its last `####`, or
-    all of it; None for a row without one. The completion's answer is what its last marker holds: the rest of the line
-    after `####`, `\\boxed{}` or <answer></answer>. Without a marker there is none (`from_="marker"`), or it is the last
-    number in the text (`from_="last_number"`). See `same_answer` for what counts as equal.
+    Source: GSM8K (2110.14168), whose references end in `#### 72`. The reference is what follows its last
+    `####`, or all of it; None for a row without one. The completion's answer is what its last marker holds:
+    the rest of the line after `####`, `\\boxed{}` or <answer></answer>. Without a marker there is none
+    (`from_="marker"`), or it is the last number in the text (`from_="last_number"`). See `same_answer` for
+    what counts as equal.
 
     UsageError at the first call if the data have no such column at all.
     """
@@ -49,7 +50,8 @@ def final_answer(column: str = "answer", from_: Literal["marker", "last_number"]
 def column_of(columns: Mapping[str, Any], name: str) -> list[str | None]:
     """A column of references as text, one a row; None where the row has none (missing, or blank).
 
-    UsageError if there is no such column, since a name mistyped would otherwise switch the reward off in silence.
+    UsageError if there is no such column, since a name mistyped would otherwise switch the reward off in
+    silence.
     """
     if name not in columns:
         nearest = difflib.get_close_matches(name, list(columns), n=1)
@@ -69,10 +71,10 @@ def column_of(columns: Mapping[str, Any], name: str) -> list[str | None]:
 def same_answer(reference: str, answer: str) -> bool:
     """Whether two final answers are equal.
 
-    As exact numbers where both are one (signs, thousands' commas, $ € £, trailing zeros, fractions, `\\frac`; a percentage
-    equals both its number and its hundredth), else as text without case and spacing. What differs that way is left to
-    math-verify if it is installed (pip install math-verify), which knows algebra; but not words, whose letters it would
-    multiply, so that it calls "Paris" and "pairs" equal.
+    As exact numbers where both are one (signs, thousands' commas, $ € £, trailing zeros, fractions, `\\frac`;
+    a percentage equals both its number and its hundredth), else as text without case and spacing. What
+    differs that way is left to math-verify if it is installed (pip install math-verify), which knows algebra;
+    but not words, whose letters it would multiply, so that it calls "Paris" and "pairs" equal.
     """
     reference, answer = _plain(reference), _plain(answer)
     if not answer or not reference:
@@ -118,7 +120,8 @@ def _marked(text: str) -> str | None:
 
 
 def _up_to_brace(text: str) -> tuple[str, str]:
-    """The text before the brace that closes one opened just before it, and that brace ("" if there is none)."""
+    """The text before the brace that closes one opened just before it, and that brace ("" if there is
+    none)."""
     depth = 1
     for index, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -139,7 +142,8 @@ def _plain(text: str) -> str:
 
 
 def _numbers(text: str) -> set[Fraction]:
-    """The exact values a plain text may stand for: one for a number, two for a percentage, none for other text."""
+    """The exact values a plain text may stand for: one for a number, two for a percentage, none for other
+    text."""
     if len(text) > LONGEST_NUMBER:
         return set()
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
@@ -175,9 +179,9 @@ def _math_verify(reference: str, answer: str) -> bool:
 def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False) -> Reward:
     """1 if the completion is <think>…</think><answer>…</answer> and nothing else, 0 if not. Range {0, 1}.
 
-    Source: DeepSeek-R1 (2501.12948), format reward. Spaces and newlines may stand around the blocks; a block may be
-    empty; none of the tags may appear a second time. `partial`: the share of the 2·len(tags) opening and closing tags
-    that appear exactly once and in order, whatever text stands around them. Range [0, 1].
+    Source: DeepSeek-R1 (2501.12948), format reward. Spaces and newlines may stand around the blocks; a block
+    may be empty; none of the tags may appear a second time. `partial`: the share of the 2·len(tags) opening
+    and closing tags that appear exactly once and in order, whatever text stands around them. Range [0, 1].
     """
     _some_words("tags", tags)
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
@@ -203,7 +207,8 @@ def _in_order(marks: Sequence[str], text: str) -> int:
 def regex(pattern: str, full: bool = False) -> Reward:
     """1 if the pattern is found in the completion (`full`: is all of it), 0 if not. Range {0, 1}.
 
-    Python's `re` without flags; write them into the pattern: (?s) lets a dot match newlines, (?i) ignores case.
+    Python's `re` without flags; write them into the pattern: (?s) lets a dot match newlines, (?i) ignores
+    case.
     """
     try:
         compiled = re.compile(pattern)
@@ -218,7 +223,8 @@ def keywords(
 ) -> Reward:
     """Whether the completion has the words or phrases, as whole words. Range {0, 1}; [0, 1] for "share".
 
-    "any": 1 if at least one is there. "all": 1 if each is. "share": the share that is. "none": 1 if not one is.
+    "any": 1 if at least one is there. "all": 1 if each is. "share": the share that is. "none": 1 if not one
+    is.
     """
     _some_words("words", words)
     _one_of("mode", mode, ("any", "all", "share", "none"))
@@ -247,7 +253,8 @@ def keywords(
 def length_band(
     low: float, high: float, unit: Literal["tokens", "words", "characters"] = "tokens", slack: float = 0
 ) -> Reward:
-    """1 while low ≤ |y| ≤ high, else max(0, 1 − d/slack) at a distance d from the band; 0 with no slack. Range [0, 1].
+    """1 while low ≤ |y| ≤ high, else max(0, 1 − d/slack) at a distance d from the band; 0 with no slack.
+    Range [0, 1].
 
     |y| counts tokens (the stop token too), words between white space, or characters.
     """
@@ -269,8 +276,8 @@ def length_band(
 def repetition(n: int = 3) -> Reward:
     """Minus the share of n-grams that are repeats: distinct/all − 1. Range (−1, 0]; 0 is best.
 
-    Source: 2502.03373, appendix C.2 (with weight −1); over words without case here, over tokens there. A completion of
-    fewer than n words has no n-gram and gets 0.
+    Source: 2502.03373, appendix C.2 (with weight −1); over words without case here, over tokens there. A
+    completion of fewer than n words has no n-gram and gets 0.
     """
     if n < 1:
         raise UsageError(f"repetition: n {n} must be at least 1")
@@ -286,8 +293,8 @@ def repetition(n: int = 3) -> Reward:
 def overlong(max_length: int, buffer: int) -> Reward:
     """DAPO's soft overlong punishment (2503.14476, eq. 13), |y| in tokens. Range [−1, 0].
 
-    0 for |y| ≤ L_max − L_buffer; (L_max − L_buffer − |y|)/L_buffer up to L_max; −1 beyond it. The paper calls the
-    buffer L_cache.
+    0 for |y| ≤ L_max − L_buffer; (L_max − L_buffer − |y|)/L_buffer up to L_max; −1 beyond it. The paper calls
+    the buffer L_cache.
     """
     if not 0 <= buffer <= max_length or max_length < 1:
         raise UsageError(

@@ -1,6 +1,5 @@
-"""From a score to the rewards of each token. The order matters and is fixed here:
-normalise → clip → missing-stop penalty → leave-one-out within the prompt, if asked → last token; then −β·KL at
-every token."""
+"""From a score to the rewards of each token. The order matters and is fixed here: normalise → clip →
+missing-stop penalty → leave-one-out within the prompt, if asked → last token; then −β·KL at every token."""
 
 from __future__ import annotations
 
@@ -57,7 +56,8 @@ def terminal_rewards(
 
     ended: (B,) True where the response stopped by itself (EOS or a stop string), whatever the stop token is.
     center "prompt": minus the mean of the prompt's other samples, so that a constant added to all scores of a
-    prompt changes nothing. For that the clip then bounds the distance to the prompt's mean, not the score itself.
+    prompt changes nothing. For that the clip then bounds the distance to the prompt's mean, not the score
+    itself.
     """
     rewards = (scores - mean) / std
     if clip is not None:
@@ -73,7 +73,8 @@ def terminal_rewards(
 
 
 def token_rewards(terminal: Tensor, mask: Tensor, kl: Tensor | None, coef: float) -> Tensor:
-    """(B,) → (B, T): the terminal reward at the last response token, −coef·kl at each; 0 where the mask is False."""
+    """(B,) → (B, T): the terminal reward at the last response token, −coef·kl at each; 0 where the mask is
+    False."""
     rewards = torch.zeros(mask.shape, dtype=terminal.dtype, device=terminal.device)
     if kl is not None:
         rewards = torch.where(mask, -coef * kl.to(terminal.dtype), 0.0)

@@ -1,8 +1,9 @@
-"""Closeness in meaning to a reference text, by a sentence-embedding model of the sentence-transformers format.
+"""Closeness in meaning to a reference text, by a sentence-embedding model of the sentence-transformers
+format.
 
-The format is read here with transformers alone: modules.json lists the parts (Transformer, Pooling, Normalize),
-1_Pooling/config.json says how token states become one vector, sentence_bert_config.json how long a text may be
-(Sentence-BERT, 1908.10084). A plain encoder without these files is pooled by the mean.
+The format is read here with transformers alone: modules.json lists the parts (Transformer, Pooling,
+Normalize), 1_Pooling/config.json says how token states become one vector, sentence_bert_config.json how long
+a text may be (Sentence-BERT, 1908.10084). A plain encoder without these files is pooled by the mean.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
 from keel.data import chat
+from keel.errors import UsageError
 from keel.models.load import ModelSource, load_tokenizer, model_config
 from keel.models.precision import computing
 from keel.rewards.classifier import encoded, explained, longest_input, padded, pretrained
 from keel.rewards.rules import column_of
-from keel.types import Conversation, Prompt, UsageError
+from keel.types import Conversation, Prompt
 
 Pooling = Literal["mean", "cls"]
 
@@ -43,9 +45,9 @@ class Embedder:
 class Similarity:
     """r(x, y) = cos(e(y), e(y*)), with e the embedding and y* the text in the column `to`. Range [−1, 1].
 
-    None for a row without a reference. Texts longer than the model reads keep their start.
-    path: a directory or hub id, safetensors only. UsageError for a model of parts other than Transformer, Pooling by
-    mean or first token, and Normalize; and, at the first call, if the data have no column `to`.
+    None for a row without a reference. Texts longer than the model reads keep their start. path: a directory
+    or hub id, safetensors only. UsageError for a model of parts other than Transformer, Pooling by mean or
+    first token, and Normalize; and, at the first call, if the data have no column `to`.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class Similarity:
         return [None if reference is None else next(found) for reference in references]
 
     def cosines(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        """(N,) cos of the two embeddings of each pair. A text that stands in several pairs is embedded once."""
+        """(N,) cos of the two embeddings of each pair. A text that stands in several pairs is embedded
+        once."""
         place = {text: i for i, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
         vectors = embed(self.embedder, list(place), batch_size=self.batch_size)
         left, right = ([place[pair[side]] for pair in pairs] for side in (0, 1))
@@ -129,7 +132,8 @@ def load(source: ModelSource) -> Embedder:
 
 
 def _parts(source: ModelSource) -> tuple[Pooling, str]:
-    """How modules.json says to pool, and the folder of its Transformer with a slash ("" for the model's own)."""
+    """How modules.json says to pool, and the folder of its Transformer with a slash ("" for the model's
+    own)."""
     modules = _json(source, "modules.json")
     if modules is None:
         return "mean", ""
@@ -171,7 +175,8 @@ def _pooling(source: ModelSource, file: str) -> Pooling:
 
 
 def _no_prompt(source: ModelSource) -> None:
-    """A default prompt would stand in front of every text; leaving it out would give other vectors, in silence."""
+    """A default prompt would stand in front of every text; leaving it out would give other vectors, in
+    silence."""
     settings = _json(source, "config_sentence_transformers.json") or {}
     if name := settings.get("default_prompt_name"):
         raise UsageError(

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from keel.accel import decode_graphs, decode_static, decode_step
+from keel.accel.kv_slots import Slots
+from keel.accel.last_layer import last_layer_at
+from keel.accel.modules import evaluating
 from keel.data.stops import StopTexts
-from keel.models.head import evaluating, head_of, reading
-from keel.models.last_layer import looked_at
+from keel.errors import UsageError
+from keel.models.head import capture_head_input, head_of
 from keel.models.load import context_length
-from keel.models.precision import casts, computing, keeping_casts
-from keel.rollout import captured, lean, plain, static
+from keel.models.precision import autocast_on, computing, keep_bf16_copies
+from keel.rollout import reference_engine
 from keel.rollout.sampling import pick
-from keel.rollout.slots import Slots
-from keel.types import Completion, Sampling, StopReason, UsageError
+from keel.types import Completion, Sampling, StopReason
 
 SPARE_COLUMNS = (
     32  # of the cache, beyond the longest sequence: a shift to the left is due after as many steps
@@ -37,7 +40,7 @@ class Engine(Protocol):
 
 
 @dataclass
-class Work:
+class TokenCount:
     """Tokens that a model was given while sampling."""
 
     useful: int = 0  # each different prompt's once, and each response's but the last
@@ -55,15 +58,15 @@ def generate(
     stop_texts: StopTexts | None = None,
     batch_size: int = 64,
     hidden: bool = False,
-    work: Work | None = None,
+    work: TokenCount | None = None,
 ) -> list[Completion]:
-    """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once; a row
-    that has ended leaves at once, and a waiting prompt takes its slot.
+    """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once;
+    a row that has ended leaves at once, and a waiting prompt takes its slot.
 
-    stop_ids: the EOS id first. stop_texts: strings that end a response, too. Each row draws its own random numbers, so what
-    else is in the batch does not change what it is given. hidden: keep what the head was given for each token, so
-    that nobody has to compute it again (not for a model whose head keel does not know). work: counts. UsageError if a prompt and its
-    response cannot fit the context.
+    stop_ids: the EOS id first. stop_texts: strings that end a response, too. Each row draws its own random
+    numbers, so what else is in the batch does not change what it is given. hidden: keep what the head was
+    given for each token, so that nobody has to compute it again (not for a model whose head keel does not
+    know). work: counts. UsageError if a prompt and its response cannot fit the context.
     """
     limit = context_length(model.config)
     longest = max(len(prompt) for prompt in prompts)
@@ -79,18 +82,18 @@ def generate(
     )
     device = next(model.parameters()).device
     head = head_of(model) if hidden else None
-    looking = nullcontext() if head is None else reading(head)
+    looking = nullcontext() if head is None else capture_head_input(head)
     with (
-        evaluating(model), keeping_casts(model), torch.no_grad(), computing(model, device), looking as seen,
-        captured.opened(model, device, reading=seen is not None) as steps,
+        evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device), looking as seen,
+        decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
     ):  # fmt: skip
-        work = work or Work()
+        work = work or TokenCount()
         done = _stream(
             model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, batch_size, seen, steps, work
         )
         if done is None:
             done = [
-                plain.complete(model, prompt, row, sampling, stop_ids, seen, stop_texts)
+                reference_engine.complete(model, prompt, row, sampling, stop_ids, seen, stop_texts)
                 for prompt, row in zip(prompts, draws, strict=True)
             ]
             work.computed = sum(
@@ -117,20 +120,20 @@ def _stream(
     pad_id: int,
     batch_size: int,
     seen: list[Tensor] | None,
-    steps: captured.Captured | None,
-    work: Work,
+    steps: decode_graphs.Captured | None,
+    work: TokenCount,
 ) -> list[Completion] | None:
-    """All prompts through the slots; None if the model keeps no keys and values. seen: where `reading` puts what the head is
-    given. steps: the recorded ones."""
+    """All prompts through the slots; None if the model keeps no keys and values. seen: where
+    `capture_head_input` puts what the head is given. steps: the recorded ones."""
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
     # transformers' own cache makes float32 of the values where the rotated keys are
-    kept = torch.bfloat16 if casts(model, device) else None
+    kept = torch.bfloat16 if autocast_on(model, device) else None
     slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device, kept)
     if steps is not None:
-        forward = captured.Step(model, steps, slots, longest, seen)
+        forward = decode_graphs.Step(model, steps, slots, longest, seen)
     else:
-        forward = lean.Step(model, longest) if lean.fits(model) else None
+        forward = decode_step.Step(model, longest) if decode_step.fits(model) else None
     draws = draws.to(device)
     drawn = _Drawn.open(draws, stop_ids, stop_texts)
     # of similar length, so that little is padded; equal ones side by side, so that they are read once
@@ -154,7 +157,7 @@ def _stream(
         else:
             fresh = ()
             slots.make_room()
-            work.computed += static.rows_of(slots) if steps else len(slots)
+            work.computed += decode_static.rows_of(slots) if steps else len(slots)
             logits, source = forward(newest, slots) if forward else _step(model, newest, slots), None
             slots.step()
         # 3. a token each
@@ -195,7 +198,8 @@ class _Drawn:
         return cls(tokens, logps, torch.tensor(list(stop_ids), device=draws.device), stop_texts)
 
     def ended(self, rows: Tensor, newest: Tensor, made: Tensor, part: slice) -> Tensor:
-        """(n,) by slot: whether the newest token is a stop, or a stop string stands in what the rows of `part` have by now."""
+        """(n,) by slot: whether the newest token is a stop, or a stop string stands in what the rows of
+        `part` have by now."""
         found = torch.isin(newest, self.stop_ids)
         if (stops := self.stop_texts) is None:
             return found
@@ -219,7 +223,8 @@ class _Drawn:
 
 
 def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
-    """(n, d) what the head was given at the last position of each row, or of the rows `source`; the list is emptied."""
+    """(n, d) what the head was given at the last position of each row, or of the rows `source`; the list is
+    emptied."""
     given = seen.pop()
     seen.clear()
     last = given[:, -1] if given.dim() == 3 else given
@@ -229,8 +234,9 @@ def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
 def _read(
     model: Any, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits of their
-    first tokens, None if the model keeps no keys and values; and (n,) which of the distinct prompts each has."""
+    """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits
+    of their first tokens, None if the model keeps no keys and values; and (n,) which of the distinct prompts
+    each has."""
     distinct = list(dict.fromkeys(prompts))
     where = {prompt: i for i, prompt in enumerate(distinct)}
     lengths = [len(prompt) for prompt in distinct]
@@ -242,7 +248,7 @@ def _read(
     )
     cache = DynamicCache()
     last = torch.arange(width - 1, len(distinct) * width, width, device=device)
-    with looked_at(model, last, ids.shape):
+    with last_layer_at(model, last, ids.shape):
         output = model(
             input_ids=ids, attention_mask=own.long(), position_ids=(own.cumsum(1) - 1).clamp(min=0),
             past_key_values=cache, use_cache=True, **_last_only(model),

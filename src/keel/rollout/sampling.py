@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keel.masked import at_least_float32
+from keel.algorithms.masked import at_least_float32
 from keel.types import Sampling
 
 
 def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(B, V) logits and (B,) uniform draws in [0, 1) → (B,) tokens, by the inverse of the cumulative distribution, and
-    (B,) the log of the probability that each had (0 for greedy, which leaves no choice).
+    """(B, V) logits and (B,) uniform draws in [0, 1) → (B,) tokens, by the inverse of the cumulative
+    distribution, and (B,) the log of the probability that each had (0 for greedy, which leaves no choice).
 
     The cumulative sum is taken in float64: float32 would lose the tail of a large vocabulary.
     """
@@ -31,7 +31,8 @@ def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Ten
 
 
 def _cut(logits: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) logits with those of tokens that may not be drawn at −∞: top-k first, then nucleus, then min-p."""
+    """(B, V) logits with those of tokens that may not be drawn at −∞: top-k first, then nucleus, then
+    min-p."""
     if sampling.top_k:
         worst = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < worst, float("-inf"))

@@ -1,7 +1,8 @@
-"""Best-of-n: sample, score, keep the best of each prompt, fine-tune on them. The baseline that every RL run must beat.
+"""Best-of-n: sample, score, keep the best of each prompt, fine-tune on them. The baseline that every RL run
+must beat.
 
-What the sampling alone would cost in KL is known: log n − (n − 1)/n nats at most (2009.01325, 2401.01879). The fine-tuned
-model only imitates it; its own KL is measured by `evaluate`.
+What the sampling alone would cost in KL is known: log n − (n − 1)/n nats at most (2009.01325, 2401.01879).
+The fine-tuned model only imitates it; its own KL is measured by `evaluate`.
 """
 
 from __future__ import annotations
@@ -10,41 +11,42 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from keel.checkpoint import write_text
 from keel.config import BestOfNConfig
 from keel.data import chat
 from keel.data.batches import derive_seed, split_holdout
 from keel.data.stops import stop_texts
+from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
 from keel.models.load import causal_lm
 from keel.rollout.engine import generate, text_of
-from keel.runlog import StageRun
-from keel.stages import inputs, language, rewarding
-from keel.stages.experience import SAMPLES_KEPT
-from keel.stages.update import micro_batches
-from keel.types import Completion, DataError, PromptRecord, Record
+from keel.rundir.checkpoint import write_text
+from keel.rundir.stage_run import StageRun
+from keel.stages import build_rewards, language, prepare
+from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
+from keel.types import Completion, PromptRecord, Record
 
 CHOSEN = "best.jsonl"  # the best response to each prompt, as ids and text
 PROMPTS_AT_ONCE = 32
 
 
 def run(config: BestOfNConfig, run: StageRun) -> dict[str, Any]:
-    """1. prompts  2. n samples of each, scored  3. the best ones  4. the loop of supervised fine-tuning  5. save."""
-    dataset = inputs.read(run, config.data, ("prompt",))
-    source = inputs.source_of(config.model, run)
-    tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
-    limit = inputs.limit_of(config, run, source)
-    room = inputs.room_of(run, limit, config.sampling.max_new_tokens)
+    """1. prompts  2. n samples of each, scored  3. the best ones  4. the loop of supervised fine-tuning  5.
+    save."""
+    dataset = prepare.read(run, config.data, ("prompt",))
+    source = prepare.source_of(config.model, run)
+    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    limit = prepare.limit_of(config, run, source)
+    room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)
-    too_long = inputs.TooLong(run, config.too_long, room)
+    too_long = prepare.TooLong(run, config.too_long, room)
 
     def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
         assert isinstance(record, PromptRecord)
         ids = chat.prompt_ids(tokenizer, record.prompt)
         return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
 
-    tasks = inputs.encode_all(run, dataset.records, task)
+    tasks = prepare.encode_all(run, dataset.records, task)
     too_long.report()
     chosen = run.directory / CHOSEN
     if not chosen.exists():
@@ -60,7 +62,7 @@ def run(config: BestOfNConfig, run: StageRun) -> dict[str, Any]:
     train, held = split_holdout(len(rows), config.holdout, run.seed)
     run.facts |= {"prompts": len(tasks), "samples": len(tasks) * config.samples_per_prompt, "kept": len(kept)}
 
-    model = inputs.to_train(causal_lm(source, language.model_seed(run)), config, run)
+    model = prepare.to_train(causal_lm(source, language.model_seed(run)), config, run)
     result = language.fit(
         run, config, model, chat.ensure_pad(tokenizer), [rows[i] for i in train], [rows[i] for i in held]
     )
@@ -73,7 +75,7 @@ def run(config: BestOfNConfig, run: StageRun) -> dict[str, Any]:
             for row in kept[:SAMPLES_KEPT]
         ]
     )
-    inputs.save_model(
+    prepare.save_model(
         run, model, tokenizer, config, "A language model fine-tuned on the best of its own samples"
     )
     return result | {
@@ -91,14 +93,15 @@ def _sample(
     tokenizer: Any,
     tasks: Sequence[tuple[PromptRecord, list[int]]],
 ) -> list[dict[str, Any]]:
-    """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only where none ended."""
+    """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only
+    where none ended."""
     sampling, n = config.sampling.plain(), config.samples_per_prompt
     model = causal_lm(source, 0).to(run.device).eval().requires_grad_(False)
-    opened = rewarding.open_rewards(
+    opened = build_rewards.open_rewards(
         config.reward, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
     )
     longest = max(len(ids) for _, ids in tasks) + sampling.max_new_tokens
-    rewards = rewarding.mixture(
+    rewards = build_rewards.mixture(
         opened, run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
     found: list[dict[str, Any]] = []
@@ -110,7 +113,9 @@ def _sample(
             pad_id=chat.ensure_pad(tokenizer), seed=derive_seed(run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
         )  # fmt: skip
         columns = [dict(record.columns) for record, _ in repeated]
-        rated = rewards.score(rewarding.batch_of([r.prompt for r, _ in repeated], done, columns, tokenizer))
+        rated = rewards.score(
+            build_rewards.batch_of([r.prompt for r, _ in repeated], done, columns, tokenizer)
+        )
         totals = rated.total.tolist()
         for start in range(0, len(done), n):
             group = range(start, start + n)

@@ -1,7 +1,8 @@
-"""A text classifier from labelled texts: an encoder (BERT, 1810.04805) or a decoder with a head on its last token.
+"""A text classifier from labelled texts: an encoder (BERT, 1810.04805) or a decoder with a head on its last
+token.
 
-What it leaves is read by `rewards.classifier`, and is trained on what is read there: text as the tokenizer encodes it by
-itself, special tokens included.
+What it leaves is read by `rewards.classifier`, and is trained on what is read there: text as the tokenizer
+encodes it by itself, special tokens included.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from keel.algorithms import classification
 from keel.config import ClassifierConfig, DataConfig
 from keel.data import chat, files
 from keel.data.batches import derive_seed, split_holdout
+from keel.errors import DataError, UsageError
 from keel.evaluation.measures import wilson
 from keel.models.load import ModelSource, model_config, score_head, scorer
 from keel.models.tokenizer import EOS, train_tokenizer
 from keel.rewards.classifier import encoded, forward, longest_input
-from keel.runlog import StageRun
-from keel.stages import inputs, supervised
+from keel.rundir.stage_run import StageRun
+from keel.stages import prepare, supervised_loop
+from keel.stages.loop_utils import add_metrics, forward_parts
 from keel.stages.pretrain import DEFAULT_VOCABULARY
-from keel.stages.update import add_metrics, forward_parts
-from keel.types import DataError, TextRecord, UsageError
+from keel.types import TextRecord
 
 CLS = "<|cls|>"
 
@@ -45,26 +47,28 @@ class Row:
 
 
 def run(config: ClassifierConfig, run: StageRun) -> dict[str, Any]:
-    """1. texts by label  2. a tokenizer, trained when none is given  3. rows  4. the loop  5. save, with the labels' names.
+    """1. texts by label  2. a tokenizer, trained when none is given  3. rows  4. the loop  5. save, with the
+    labels' names.
 
-    Texts are held out whole and label by label, before they are cut: no passage of a text trained on is evaluated on. The
-    saved tokenizer's limit is the longest row of training, so that as a reward the classifier reads no more than that.
+    Texts are held out whole and label by label, before they are cut: no passage of a text trained on is
+    evaluated on. The saved tokenizer's limit is the longest row of training, so that as a reward the
+    classifier reads no more than that.
     """
     texts, held = _texts(config, run)
-    source = inputs.source_of(config.model, run)
+    source = prepare.source_of(config.model, run)
     tokenizer, limit = _tokenizer(config, run, source, [text for own in texts.values() for text in own])
-    too_long = inputs.TooLong(run, config.too_long, limit)
+    too_long = prepare.TooLong(run, config.too_long, limit)
     rows, held_rows = (_rows(config, run, tokenizer, part, too_long) for part in (texts, held))
     too_long.report()
     pad_id = chat.ensure_pad(tokenizer)
 
     model = scorer(source, derive_seed(run.seed, "model"), vocab=tokenizer, labels=config.labels)
     model.config.pad_token_id = pad_id
-    model = inputs.to_train(model, config, run, train_head=True)
+    model = prepare.to_train(model, config, run, train_head=True)
     result = _fit(run, config, model, pad_id, rows, held_rows)
     if limit is not None:
         tokenizer.model_max_length = limit
-    inputs.save_model(run, model, tokenizer, config, f"A text classifier ({', '.join(config.labels)})")
+    prepare.save_model(run, model, tokenizer, config, f"A text classifier ({', '.join(config.labels)})")
     return result
 
 
@@ -91,12 +95,13 @@ def _texts(
 
 
 def _read(config: ClassifierConfig, run: StageRun, sources: Sequence[DataConfig]) -> list[TextRecord]:
-    """The texts of one label. With `passages` the paragraphs of a .txt file are one text, which they are in a book."""
+    """The texts of one label. With `passages` the paragraphs of a .txt file are one text, which they are in a
+    book."""
     found: list[TextRecord] = []
     for source in sources:
         records = [
             replace(record, text=chat.prompt_text(None, record.text))
-            for record in inputs.read(run, [source], ("text",)).records
+            for record in prepare.read(run, [source], ("text",)).records
             if isinstance(record, TextRecord)
         ]
         if config.passages and files.suffix_of(Path(source.source)) == ".txt":
@@ -108,14 +113,15 @@ def _read(config: ClassifierConfig, run: StageRun, sources: Sequence[DataConfig]
 def _tokenizer(
     config: ClassifierConfig, run: StageRun, source: ModelSource, texts: Sequence[TextRecord]
 ) -> tuple[Any, int | None]:
-    """The tokenizer, and the longest row in tokens. A new one is trained on the texts trained on, never on those held out.
+    """The tokenizer, and the longest row in tokens. A new one is trained on the texts trained on, never on
+    those held out.
 
-    A new encoder pools what its first token has become, so that its tokenizer puts a token of its own there (CLS), and EOS
-    at the end, as BERT's does.
+    A new encoder pools what its first token has become, so that its tokenizer puts a token of its own there
+    (CLS), and EOS at the end, as BERT's does.
     """
-    limit = inputs.limit_of(config, run, source)
+    limit = prepare.limit_of(config, run, source)
     if config.model.init is None or config.model.tokenizer is not None:
-        tokenizer = inputs.open_tokenizer(config.model, run)
+        tokenizer = prepare.open_tokenizer(config.model, run)
     else:
         with torch.device("meta"):
             shape = AutoModelForSequenceClassification.from_config(model_config(source))
@@ -138,7 +144,7 @@ def _rows(
     run: StageRun,
     tokenizer: Any,
     texts: Mapping[str, Sequence[TextRecord]],
-    too_long: inputs.TooLong,
+    too_long: prepare.TooLong,
 ) -> list[Row]:
     """All labels' rows, weighted so that every label counts the same; DataError for a label without any.
 
@@ -164,7 +170,7 @@ def _rows(
     return [replace(row, weight=len(rows) / (len(counts) * counts[row.label])) for row in rows]
 
 
-def _whole(tokenizer: Any, text: TextRecord, too_long: inputs.TooLong) -> list[dict[str, list[int]]]:
+def _whole(tokenizer: Any, text: TextRecord, too_long: prepare.TooLong) -> list[dict[str, list[int]]]:
     """A text as one row; what is too long is an error, left out, or keeps its start (`too_long`)."""
     (row,) = encoded(tokenizer, [str(text.text)], None)
     if not too_long.fits(text, len(row["input_ids"])):
@@ -175,7 +181,8 @@ def _whole(tokenizer: Any, text: TextRecord, too_long: inputs.TooLong) -> list[d
 def _passages(
     tokenizer: Any, text: TextRecord, limit: int | None, run: StageRun
 ) -> list[dict[str, list[int]]]:
-    """The text cut into the fewest passages of at most `limit` tokens, as equal as can be: no scrap is left at its end."""
+    """The text cut into the fewest passages of at most `limit` tokens, as equal as can be: no scrap is left
+    at its end."""
     if limit is None:
         raise UsageError(
             f"{run.name}: set max_length for `passages`; neither the model nor its tokenizer names a limit"
@@ -215,14 +222,14 @@ def _fit(
         value, measured = loss(model, rows, pad_id, denominator)
         return value, {"accuracy": measured["correct"] / denominator}
 
-    objective: supervised.Objective[Row] = supervised.Objective(
+    objective: supervised_loop.Objective[Row] = supervised_loop.Objective(
         loss=part,
         weight=lambda row: 1,
         size=_size,
         length=_size,
         evaluate=lambda rows: evaluate(model, rows, pad_id, config)[0],
     )
-    supervised.fit(run, config, model, rows, held, objective)
+    supervised_loop.fit(run, config, model, rows, held, objective)
     return evaluate(model, held, pad_id, config)[1] if held else {}
 
 
@@ -245,9 +252,11 @@ def loss(
 def evaluate(
     model: Any, rows: Sequence[Row], pad_id: int, config: ClassifierConfig
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Held-out measures, as metrics and as the stage's result. Accuracy is over all rows, the loss label by label.
+    """Held-out measures, as metrics and as the stage's result. Accuracy is over all rows, the loss label by
+    label.
 
-    Wilson's interval takes rows as independent; passages of one text are less than that, so that it is narrow for them.
+    Wilson's interval takes rows as independent; passages of one text are less than that, so that it is narrow
+    for them.
     """
     model.eval()
     totals: dict[str, float] = {}

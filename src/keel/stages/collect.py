@@ -1,9 +1,10 @@
-"""Comparisons of a policy's own replies, to refresh a reward model on what the policy has become (2203.02155, 2204.05862).
+"""Comparisons of a policy's own replies, to refresh a reward model on what the policy has become (2203.02155,
+2204.05862).
 
 Left out: pairs are drawn from one model at one temperature; none is chosen for what it would teach.
 
-Annotators of a world vote at once. For people the run stops after the replies are written, and goes on when their votes lie
-beside them.
+Annotators of a world vote at once. For people the run stops after the replies are written, and goes on when
+their votes lie beside them.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from keel import worlds
-from keel.checkpoint import write_text
 from keel.config import CollectConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed, permutation
 from keel.data.stops import stop_texts
+from keel.errors import DataError, WaitingError
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.rollout.engine import generate, text_of
-from keel.runlog import StageRun
-from keel.stages import inputs
-from keel.types import Completion, DataError, PromptRecord, Record, WaitingError
+from keel.rundir.checkpoint import write_text
+from keel.rundir.stage_run import StageRun
+from keel.stages import prepare
+from keel.types import Completion, PromptRecord, Record
 
 PAIRS = "pairs.jsonl"  # two replies to each prompt
 VOTES = "votes.jsonl"  # what people say of them
@@ -45,7 +47,7 @@ class Voted:
 
 def run(config: CollectConfig, run: StageRun) -> dict[str, Any]:
     """1. prompts  2. two replies to each  3. votes  4. comparisons."""
-    dataset = inputs.read(run, config.data, ("prompt",))
+    dataset = prepare.read(run, config.data, ("prompt",))
     tasks, tokenizer = _tasks(config, run, dataset.records, dataset.conversational)
     pairs_file, votes_file = run.directory / PAIRS, run.directory / VOTES
     if not pairs_file.exists():
@@ -79,8 +81,8 @@ def votes_print(directory: Path) -> str | None:
 
 
 def comparisons(pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted]) -> list[dict[str, Any]]:
-    """Rows of type preference: what more votes prefer is chosen, the first reply where none does. Pairs that somebody
-    skipped, or nobody voted on, are left out."""
+    """Rows of type preference: what more votes prefer is chosen, the first reply where none does. Pairs that
+    somebody skipped, or nobody voted on, are left out."""
     by_pair: dict[int, list[Voted]] = {}
     for vote in votes:
         by_pair.setdefault(vote.pair, []).append(vote)
@@ -111,21 +113,22 @@ def comparisons(pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted]) -> l
 def _tasks(
     config: CollectConfig, run: StageRun, records: Sequence[Record], conversational: bool
 ) -> tuple[list[tuple[PromptRecord, list[int]]], Any]:
-    """`pairs` prompts with their ids, drawn by the stage's seed, and the tokenizer. DataError where there are too few."""
+    """`pairs` prompts with their ids, drawn by the stage's seed, and the tokenizer. DataError where there are
+    too few."""
     settings = ModelConfig.model_validate(
         {"path": config.model, "trust_remote_code": config.trust_remote_code}
     )
-    tokenizer = inputs.open_tokenizer(settings, run, conversational=conversational)
+    tokenizer = prepare.open_tokenizer(settings, run, conversational=conversational)
     context = context_length(model_config(_source(config, run)))
-    room = inputs.room_of(run, context, config.sampling.max_new_tokens)
-    too_long = inputs.TooLong(run, config.too_long, room)
+    room = prepare.room_of(run, context, config.sampling.max_new_tokens)
+    too_long = prepare.TooLong(run, config.too_long, room)
 
     def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
         assert isinstance(record, PromptRecord)
         ids = chat.prompt_ids(tokenizer, record.prompt)
         return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
 
-    found = inputs.encode_all(run, records, task)
+    found = prepare.encode_all(run, records, task)
     too_long.report()
     if len(found) < config.pairs:
         raise DataError(
@@ -144,7 +147,8 @@ def _source(config: CollectConfig, run: StageRun) -> ModelSource:
 def _pairs(
     config: CollectConfig, run: StageRun, tasks: Sequence[tuple[PromptRecord, list[int]]], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Two replies to each prompt; prompts whose second reply stays the first, or of which one is empty, are left out."""
+    """Two replies to each prompt; prompts whose second reply stays the first, or of which one is empty, are
+    left out."""
     model = causal_lm(_source(config, run), 0).to(run.device).eval().requires_grad_(False)
     disable_dropout(model)
     stop, pad = chat.stop_ids(tokenizer, config.sampling.stop), chat.ensure_pad(tokenizer)
@@ -198,7 +202,8 @@ def _votes_of_world(
 
 
 def _votes_of_people(run: StageRun, pairs: Sequence[Mapping[str, Any]], path: Path) -> list[Voted]:
-    """The votes at `path`, one on each pair at least. WaitingError while some are missing, DataError for a line that is none."""
+    """The votes at `path`, one on each pair at least. WaitingError while some are missing, DataError for a
+    line that is none."""
     known = {pair["pair"] for pair in pairs}
     votes = [
         _vote(line, f"{path}:{number}", known) for number, line in enumerate(_raw(path), 1) if line.strip()

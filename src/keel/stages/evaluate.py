@@ -11,35 +11,37 @@ import numpy as np
 import torch
 
 from keel import worlds
+from keel.accel.cpu_linear import cast_cache
 from keel.config import EvaluateConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.load import Dataset
 from keel.data.stops import stop_texts
+from keel.errors import DataError, UsageError
 from keel.evaluation import reward_models
 from keel.evaluation.policies import Judged, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
-from keel.models.products import casting_once
 from keel.rewards import learned
 from keel.rewards.mixture import Mixture, Rated
 from keel.rollout.engine import generate, text_of
-from keel.rollout.score import score
-from keel.runlog import StageRun
-from keel.stages import inputs, rewarding
-from keel.stages.update import micro_batches
-from keel.types import Completion, DataError, PreferenceRecord, PromptRecord, Record, UsageError
+from keel.rollout.score_responses import score
+from keel.rundir.stage_run import StageRun
+from keel.stages import build_rewards, prepare
+from keel.stages.loop_utils import micro_batches
+from keel.types import Completion, PreferenceRecord, PromptRecord, Record
 
 MOST_SUBSETS = 50  # more kinds than this are not kinds: every row has its own
 
 
 def run(config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
-    """1. prompts  2. the reference's completions  3. each other model's, on the same random draws  4. measures."""
-    dataset = inputs.read(run, config.data, ("prompt",))
+    """1. prompts  2. the reference's completions  3. each other model's, on the same random draws  4.
+    measures."""
+    dataset = prepare.read(run, config.data, ("prompt",))
     records, room = _that_fit(run, config, dataset)
-    comparisons = inputs.read(run, config.comparisons, ("preference",)).records if config.comparisons else ()
+    comparisons = prepare.read(run, config.comparisons, ("preference",)).records if config.comparisons else ()
     reference_name = config.reference or config.models[0]
     reference = _open(run, config, reference_name)
-    opened = rewarding.open_rewards(
+    opened = build_rewards.open_rewards(
         config.reward or [], run, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     bench = Bench(config, run, records, room, reference, opened, dataset.conversational)
@@ -75,7 +77,7 @@ class Bench:
     records: Sequence[PromptRecord]
     room: int | None  # tokens of the longest prompt that every model has room for
     reference: Any
-    opened: Sequence[rewarding.Opened]
+    opened: Sequence[build_rewards.LoadedReward]
     conversational: bool
 
 
@@ -85,16 +87,16 @@ def _that_fit(
     """The prompts that every model has room for, and that room in tokens: all models answer the same ones."""
     contexts = [context_length(model_config(_source(run, config, name))) for name in config.models]
     context = min((c for c in contexts if c is not None), default=None)
-    room = inputs.room_of(run, context, config.sampling.max_new_tokens)
+    room = prepare.room_of(run, context, config.sampling.max_new_tokens)
     tokenizers = [_tokenizer(run, config, name, dataset.conversational) for name in config.models]
-    too_long = inputs.TooLong(run, config.too_long, room)
+    too_long = prepare.TooLong(run, config.too_long, room)
 
     def fitting(record: Record) -> PromptRecord | None:
         assert isinstance(record, PromptRecord)
         length = max(len(chat.prompt_ids(tokenizer, record.prompt)) for tokenizer in tokenizers)
         return record if too_long.fits(record, length) else None
 
-    records = inputs.encode_all(run, dataset.records, fitting)
+    records = prepare.encode_all(run, dataset.records, fitting)
     too_long.report()
     return records, room
 
@@ -105,7 +107,7 @@ def _source(run: StageRun, config: EvaluateConfig, name: str) -> ModelSource:
 
 def _tokenizer(run: StageRun, config: EvaluateConfig, name: str, conversational: bool) -> Any:
     model = ModelConfig.model_validate({"path": name, "trust_remote_code": config.trust_remote_code})
-    return inputs.open_tokenizer(model, run, conversational=conversational)
+    return prepare.open_tokenizer(model, run, conversational=conversational)
 
 
 def _open(run: StageRun, config: EvaluateConfig, name: str) -> Any:
@@ -115,8 +117,8 @@ def _open(run: StageRun, config: EvaluateConfig, name: str) -> Any:
 
 
 def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, list[Judged]]:
-    """n → one model's completions of all prompts, in order: of each prompt the best by the rewards of its first n samples.
-    What is best of 4 samples is chosen among the 2 that were drawn first, and 2 more."""
+    """n → one model's completions of all prompts, in order: of each prompt the best by the rewards of its
+    first n samples. What is best of 4 samples is chosen among the 2 that were drawn first, and 2 more."""
     config, run, records = bench.config, bench.run, bench.records
     tokenizer = _tokenizer(run, config, name, bench.conversational)
     model = _open(run, config, name)
@@ -128,7 +130,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         )
     prompts = [chat.prompt_ids(tokenizer, record.prompt)[-(bench.room or 0) :] for record in records]
     longest = max(map(len, prompts)) + sampling.max_new_tokens
-    rewards = rewarding.mixture(
+    rewards = build_rewards.mixture(
         bench.opened, run, tokenizer, longest, normalize=len(bench.opened) > 1, batch_size=config.batch_size
     ) if bench.opened else None  # fmt: skip
     kept: list[Completion] = []
@@ -186,7 +188,7 @@ def _rated(
     if rewards is None:
         return None
     columns = [dict(record.columns) for record in records]
-    return rewards.score(rewarding.batch_of([r.prompt for r in records], done, columns, tokenizer))
+    return rewards.score(build_rewards.batch_of([r.prompt for r in records], done, columns, tokenizer))
 
 
 def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
@@ -200,7 +202,7 @@ def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
     return Rated(sums[0], sums[1], sums[2], by_name)
 
 
-@casting_once()
+@cast_cache()
 def _kls(bench: Bench, model: Any, done: Sequence[Completion], pad_id: int) -> list[float]:
     """Each response's exact KL from the reference, summed over its tokens, in nats."""
     kls: list[float] = []
@@ -216,7 +218,8 @@ def _kls(bench: Bench, model: Any, done: Sequence[Completion], pad_id: int) -> l
 def _compared(
     run: StageRun, config: EvaluateConfig, members: Sequence[learned.RewardModel], records: Sequence[Any]
 ) -> reward_models.Compared:
-    """The comparisons with the scores of the reward model, or of all members of an ensemble. All pairs that the reward model can read; others are an error, or left out and counted (`too_long`)."""
+    """The comparisons with the scores of the reward model, or of all members of an ensemble. All pairs that
+    the reward model can read; others are an error, or left out and counted (`too_long`)."""
     pairs, sides, left_out = [], [], 0
     for pair in (record for record in records if isinstance(record, PreferenceRecord)):
         try:
@@ -257,7 +260,8 @@ def _compared(
 def _column(
     run: StageRun, setting: str, name: str | None, pairs: Sequence[PreferenceRecord]
 ) -> list[str | None]:
-    """A column of the pairs as text, None where a pair lacks it; empty without a `name`. UsageError if all lack it."""
+    """A column of the pairs as text, None where a pair lacks it; empty without a `name`. UsageError if all
+    lack it."""
     if name is None:
         return []
     values = [None if (value := pair.columns.get(name)) is None else str(value) for pair in pairs]

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keel.accel.cpu_linear import cast_cache
 from keel.algorithms import lm
 from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
 from keel.evaluation.measures import mean_interval
-from keel.models.forward import packed_mask, said, states
-from keel.models.products import casting_once
-from keel.runlog import StageRun
-from keel.stages import supervised
-from keel.stages.update import add_metrics, forward_parts
+from keel.models.logprobs import head_inputs, packed_mask, token_logprobs
+from keel.rundir.stage_run import StageRun
+from keel.stages import supervised_loop
+from keel.stages.loop_utils import add_metrics, forward_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class Row:
 
     @property
     def counted(self) -> int:
-        """Tokens in the loss. A row's first token is never predicted, nor is the first of a packed example."""
+        """Tokens in the loss. A row's first token is never predicted, nor is the first of a packed
+        example."""
         starts = (
             0
             if self.segments is None
@@ -59,7 +60,9 @@ def loss(
     where, before = counts.nonzero(as_tuple=True)
     index = where * ids.shape[1] + before  # of the token before each that counts
     labels = ids.flatten()[index + 1].to(device)
-    found = said(states(model, ids.to(device), index.to(device), inputs=more), labels, hits=True)
+    found = token_logprobs(
+        head_inputs(model, ids.to(device), index.to(device), inputs=more), labels, hits=True
+    )
     return lm.likelihood(found.logp, found.hits, denominator)
 
 
@@ -72,11 +75,11 @@ def fit(
         value, measured = loss(model, rows, pad_id, denominator)
         return value, {"mean_token_accuracy": measured["accuracy"]}
 
-    objective: supervised.Objective[Row] = supervised.Objective(
+    objective: supervised_loop.Objective[Row] = supervised_loop.Objective(
         loss=part, weight=lambda row: row.counted, size=_size, length=_size,
         evaluate=lambda rows: evaluate(model, rows, pad_id, config),
     )  # fmt: skip
-    supervised.fit(run, config, model, rows, held_out, objective)
+    supervised_loop.fit(run, config, model, rows, held_out, objective)
     return summary(model, held_out, pad_id, config)
 
 
@@ -84,7 +87,7 @@ def _size(row: Row) -> int:
     return len(row.ids)
 
 
-@casting_once()
+@cast_cache()
 def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, float]:
     """Loss and accuracy per counted token over all rows (not a mean of batch means)."""
     tokens = sum(row.counted for row in rows)
@@ -97,7 +100,7 @@ def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -
     return totals
 
 
-@casting_once()
+@cast_cache()
 def summary(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, Any]:
     """The held-out loss with an interval over rows, each row weighing by its tokens."""
     if not rows:

@@ -1,7 +1,8 @@
 """Preference optimisation: a policy straight from comparisons, without a reward model (DPO and its kin).
 
-The reference is never trained, so its log-probabilities are taken once, before the first step, and one model is in
-memory while training. With adapters as without, it is what the policy starts from unless another one is named.
+The reference is never trained, so its log-probabilities are taken once, before the first step, and one model
+is in memory while training. With adapters as without, it is what the policy starts from unless another one is
+named.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keel.accel.cpu_linear import cast_cache
 from keel.algorithms import preference
+from keel.algorithms.masked import masked_sum
 from keel.config import DPOConfig
 from keel.data import chat
 from keel.evaluation.measures import Measure, accuracy, mean_interval, wilson
-from keel.masked import masked_sum
 from keel.models.load import causal_lm, disable_dropout
-from keel.models.products import casting_once
-from keel.runlog import StageRun
-from keel.stages import comparisons, inputs, language, supervised
-from keel.stages.comparisons import Example, Pair, Response, lengths, logps, scores
-from keel.stages.update import add_metrics, forward_parts, forward_rows
+from keel.rundir.stage_run import StageRun
+from keel.stages import language, preference_rows, prepare, supervised_loop
+from keel.stages.loop_utils import add_metrics, forward_parts, forward_rows
+from keel.stages.preference_rows import Example, Pair, Response, lengths, logps, scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +56,25 @@ EVALUATED = {  # a metric of the training rows → the same on the held-out ones
 
 def run(config: DPOConfig, run: StageRun) -> dict[str, Any]:
     """1. comparisons  2. tokens  3. the reference's log-probabilities  4. the loop  5. save."""
-    dataset, records, held = inputs.train_and_eval(config, run, config.record_types)
-    source = inputs.source_of(config.model, run)
-    limit = inputs.limit_of(config, run, source)
-    other = comparisons.reference_source(config, run, source, limit)
-    tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    dataset, records, held = prepare.train_and_eval(config, run, config.record_types)
+    source = prepare.source_of(config.model, run)
+    limit = prepare.limit_of(config, run, source)
+    other = preference_rows.reference_source(config, run, source, limit)
+    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
     pad_id = chat.ensure_pad(tokenizer)
-    rows, held_rows = comparisons.encode(config, run, tokenizer, limit, records, held)
+    rows, held_rows = preference_rows.encode(config, run, tokenizer, limit, records, held)
 
     model = causal_lm(source, language.model_seed(run))
     disable_dropout(model)
-    asked = comparisons.to_score(config, run, rows, held_rows, limit)
-    reference = comparisons.reference_logps(config, run, model, other, asked, pad_id)
-    model = inputs.to_train(model, config, run)
+    asked = preference_rows.to_score(config, run, rows, held_rows, limit)
+    reference = preference_rows.reference_logps(config, run, model, other, asked, pad_id)
+    model = prepare.to_train(model, config, run)
     setup = Setup(config, model, pad_id, run.device, reference, limit)
-    supervised.fit(run, config, model, rows, held_rows, _objective(setup))
+    supervised_loop.fit(run, config, model, rows, held_rows, _objective(setup))
     result = _result(setup, held_rows, paired=dataset.kind == "preference") if held_rows else {}
     what = f"A language model tuned on preferences (loss: {config.loss})"
-    inputs.save_model(run, model, tokenizer, config, what)
-    comparisons.forget_reference(run)
+    prepare.save_model(run, model, tokenizer, config, what)
+    preference_rows.forget_reference(run)
     return result
 
 
@@ -127,13 +128,13 @@ def evaluate(setup: Setup, pairs: Sequence[Pair]) -> dict[str, float]:
     return {EVALUATED[name]: math.fsum(values) / len(pairs) for name, values in found.items()}
 
 
-@casting_once()
+@cast_cache()
 def _measured(setup: Setup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
     """Every metric, and `loss`, of every pair."""
     setup.model.eval()
     found: dict[str, list[float]] = {}
     with torch.no_grad():
-        for part in forward_parts(setup.config, [comparisons.size(pair) for pair in pairs]):
+        for part in forward_parts(setup.config, [preference_rows.size(pair) for pair in pairs]):
             value, metrics = losses(setup, [pairs[i] for i in part])
             for name, x in {"loss": value, **metrics}.items():
                 column = found.setdefault(name, [0.0] * len(pairs))
@@ -146,7 +147,8 @@ def _measured(setup: Setup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
 
 
 class UnpairedStep:
-    """The optimiser step at work. KTO's KL is estimated over all of its rows, though a loss is given a part of them."""
+    """The optimiser step at work. KTO's KL is estimated over all of its rows, though a loss is given a part
+    of them."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -161,7 +163,7 @@ class UnpairedStep:
 
 def mismatched_kl(setup: Setup, rows: Sequence[Example]) -> float:
     """z₀ = max(0, mean of log π − log π_ref over mismatched responses), in nats; 0 where there are none."""
-    asked = comparisons.mismatched(rows, setup.limit)
+    asked = preference_rows.mismatched(rows, setup.limit)
     if not asked:
         return 0.0
     found = scores(setup.model, asked, setup.pad_id, setup.device, **forward_rows(setup.config))
@@ -172,7 +174,8 @@ def mismatched_kl(setup: Setup, rows: Sequence[Example]) -> float:
 def unpaired_loss(
     setup: Setup, rows: Sequence[Example], kl: float, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """KTO's loss of these rows as their part of a step of `denominator` rows, and sums for `_unpaired_metrics`."""
+    """KTO's loss of these rows as their part of a step of `denominator` rows, and sums for
+    `_unpaired_metrics`."""
     config, asked = setup.config, [row.response for row in rows]
     logp = logps(setup.model, asked, setup.pad_id, setup.device)
     label = torch.tensor([row.label for row in rows], device=logp.device)
@@ -210,7 +213,7 @@ def evaluate_unpaired(setup: Setup, rows: Sequence[Example]) -> dict[str, float]
     setup.model.eval()
     kl, sums = mismatched_kl(setup, rows), dict[str, float]()
     with torch.no_grad():
-        for part in forward_parts(setup.config, [comparisons.size(row) for row in rows]):
+        for part in forward_parts(setup.config, [preference_rows.size(row) for row in rows]):
             value, measured = unpaired_loss(setup, [rows[i] for i in part], kl, len(rows))
             add_metrics(sums, {"loss": value, **measured})
     return {EVALUATED[name]: value for name, value in _unpaired_metrics(sums).items()}
@@ -219,17 +222,17 @@ def evaluate_unpaired(setup: Setup, rows: Sequence[Example]) -> dict[str, float]
 # ---------------------------------------------------------------- the loop's view, and the result
 
 
-def _objective(setup: Setup) -> supervised.Objective[Any]:
+def _objective(setup: Setup) -> supervised_loop.Objective[Any]:
     if setup.config.loss == "kto":
         step = UnpairedStep(setup)
-        return supervised.Objective(
-            loss=step.loss, weight=lambda row: 1, size=comparisons.size, evaluate=lambda rows: evaluate_unpaired(setup, rows),
+        return supervised_loop.Objective(
+            loss=step.loss, weight=lambda row: 1, size=preference_rows.size, evaluate=lambda rows: evaluate_unpaired(setup, rows),
             named=_unpaired_metrics, begin=step.begin,
         )  # fmt: skip
-    return supervised.Objective(
+    return supervised_loop.Objective(
         loss=lambda part, denominator: loss(setup, part, denominator),
         weight=lambda pair: 1,
-        size=comparisons.size,
+        size=preference_rows.size,
         evaluate=lambda pairs: evaluate(setup, pairs),
     )
 

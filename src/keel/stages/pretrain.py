@@ -7,11 +7,12 @@ from typing import Any
 from keel.config import PretrainConfig
 from keel.data import chat
 from keel.data.batches import pack_stream
+from keel.errors import UsageError
 from keel.models.load import causal_lm, context_length, model_config
 from keel.models.tokenizer import train_tokenizer
-from keel.runlog import StageRun
-from keel.stages import inputs, language
-from keel.types import Record, TextRecord, UsageError
+from keel.rundir.stage_run import StageRun
+from keel.stages import language, prepare
+from keel.types import Record, TextRecord
 
 DEFAULT_VOCABULARY = 4096
 
@@ -19,11 +20,11 @@ DEFAULT_VOCABULARY = 4096
 def run(config: PretrainConfig, run: StageRun) -> dict[str, Any]:
     """1. text  2. a tokenizer, trained when none is given  3. rows of a packed stream  4. the loop  5. save.
 
-    Departure worth knowing: rows are cut from one stream, so a token may attend to the document before its own;
-    an EOS stands between them. That is how GPT-2 and its successors are trained.
+    Departure worth knowing: rows are cut from one stream, so a token may attend to the document before its
+    own; an EOS stands between them. That is how GPT-2 and its successors are trained.
     """
-    dataset, records, held = inputs.train_and_eval(config, run, ("text",))
-    source = inputs.source_of(config.model, run)
+    dataset, records, held = prepare.train_and_eval(config, run, ("text",))
+    source = prepare.source_of(config.model, run)
     if config.model.init is not None and config.model.tokenizer is None:
         # the texts held out are not seen by the tokenizer either
         limit = config.max_length or context_length(model_config(source)) or 512
@@ -33,16 +34,16 @@ def run(config: PretrainConfig, run: StageRun) -> dict[str, Any]:
         if config.model.chat_template:
             tokenizer.chat_template = config.model.chat_template
     else:
-        tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
-    length = inputs.limit_of(config, run, source)
+        tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    length = prepare.limit_of(config, run, source)
     if length is None:
         raise UsageError(f"{run.name}: set max_length; the model's config names no context length")
     pad_id = chat.ensure_pad(tokenizer)
     rows, held_rows = _rows(tokenizer, records, length), _rows(tokenizer, held, length)
 
-    model = inputs.to_train(causal_lm(source, language.model_seed(run), vocab=tokenizer), config, run)
+    model = prepare.to_train(causal_lm(source, language.model_seed(run), vocab=tokenizer), config, run)
     result = language.fit(run, config, model, pad_id, rows, held_rows)
-    inputs.save_model(run, model, tokenizer, config, "A base language model")
+    prepare.save_model(run, model, tokenizer, config, "A base language model")
     return result
 
 

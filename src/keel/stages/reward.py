@@ -11,14 +11,15 @@ from typing import Any, Literal
 import torch
 
 from keel.algorithms import reward_model
+from keel.algorithms.masked import at_least_float32
 from keel.config import RewardConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.stops import stop_texts
+from keel.errors import DataError, UsageError
 from keel.evaluation import reliability
 from keel.evaluation.annotators import agreement
 from keel.evaluation.measures import accuracy, mean_interval
-from keel.masked import at_least_float32
 from keel.models.load import (
     ModelSource,
     causal_lm,
@@ -28,9 +29,9 @@ from keel.models.load import (
 )
 from keel.rewards import learned
 from keel.rollout.engine import generate
-from keel.runlog import StageRun
-from keel.stages import inputs, supervised
-from keel.types import DataError, PreferenceRecord, Record, UsageError
+from keel.rundir.stage_run import StageRun
+from keel.stages import prepare, supervised_loop
+from keel.types import PreferenceRecord, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +58,20 @@ class Prepared:
 def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
     """1. comparisons  2. tokens  3. samples to fix the scale on  4. each member: the loop, its scale, save.
 
-    The samples are drawn before the loop, so that whatever stands in their way is found before any training. One member
-    is in memory at a time; the first is trained last, since the others are saved beside it.
+    The samples are drawn before the loop, so that whatever stands in their way is found before any training.
+    One member is in memory at a time; the first is trained last, since the others are saved beside it.
     """
-    dataset, records, held = inputs.train_and_eval(config, run, ("preference",))
+    dataset, records, held = prepare.train_and_eval(config, run, ("preference",))
     voters = _voters([*records, *held])
     records, held = _labelled(config, run, records, held)
-    source = inputs.source_of(config.model, run)
+    source = prepare.source_of(config.model, run)
     sampled = _samples_a_language_model(config, run, source)
-    tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
-    limit = inputs.limit_of(config, run, source)
+    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    limit = prepare.limit_of(config, run, source)
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
-    too_long = inputs.TooLong(run, config.too_long, limit)
-    pairs: list[Pair] = inputs.encode_all(run, records, lambda record: _encode(reader, record, too_long))
-    held_pairs = inputs.encode_all(run, held, lambda record: _encode(reader, record, too_long))
+    too_long = prepare.TooLong(run, config.too_long, limit)
+    pairs: list[Pair] = prepare.encode_all(run, records, lambda record: _encode(reader, record, too_long))
+    held_pairs = prepare.encode_all(run, held, lambda record: _encode(reader, record, too_long))
     too_long.report()
     samples = _sample(config, run, source, tokenizer, limit, records) if sampled else []
     prepared = Prepared(source, tokenizer, pairs, held_pairs, samples)
@@ -78,7 +79,7 @@ def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
     if config.members == 1:
         reward, result = _train(config, run, prepared)
         what = "A reward model (a sequence classifier with one output)"
-        inputs.save_model(run, reward.model, tokenizer, config, what)
+        prepare.save_model(run, reward.model, tokenizer, config, what)
         return {**result, **voters}
     others = [_run_of_member(run, number) for number in range(2, config.members + 1)]
     done = [
@@ -93,8 +94,8 @@ def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
 
 
 def _voters(records: Sequence[Record]) -> dict[str, Any]:
-    """`annotators`: how far they agree on all pairs, held-out ones included, and each one's reliability; empty where no
-    pair has two votes."""
+    """`annotators`: how far they agree on all pairs, held-out ones included, and each one's reliability;
+    empty where no pair has two votes."""
     pairs = [record for record in records if isinstance(record, PreferenceRecord)]
     found = agreement(pairs)
     return {} if found is None else {"annotators": {**found, "reliability": reliability.of_annotators(pairs)}}
@@ -105,8 +106,8 @@ def _labelled(
 ) -> tuple[list[Record], list[Record]]:
     """Both with the label that `labels` asks for as their `p_chosen`.
 
-    With `reliability` the held-out pairs keep the share of their votes: they have no part in what training learns from,
-    and are judged as with `soft`. DataError if nobody's reliability can be estimated.
+    With `reliability` the held-out pairs keep the share of their votes: they have no part in what training
+    learns from, and are judged as with `soft`. DataError if nobody's reliability can be estimated.
     """
 
     def relabelled(rows: Sequence[Record], kind: Literal["soft", "majority", "reliability"]) -> list[Record]:
@@ -143,11 +144,11 @@ def _scorer(source: ModelSource, run: StageRun, tokenizer: Any) -> Any:
 def _member(
     config: RewardConfig, run: StageRun, prepared: Prepared, what: str, others: Sequence[Path] = ()
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Train one reward model and save it, the first with the `others` beside it: its result and its `_held_scores`. Its
-    weights are freed."""
+    """Train one reward model and save it, the first with the `others` beside it: its result and its
+    `_held_scores`. Its weights are freed."""
     reward, result = _train(config, run, prepared, members=1 + len(others))
     scores = _held_scores(reward, prepared.held, config)
-    inputs.save_model(run, reward.model, prepared.tokenizer, config, what, members=others)
+    prepare.save_model(run, reward.model, prepared.tokenizer, config, what, members=others)
     del reward
     gc.collect()
     return result, scores
@@ -157,7 +158,7 @@ def _train(
     config: RewardConfig, run: StageRun, prepared: Prepared, members: int = 1
 ) -> tuple[learned.RewardModel, dict[str, Any]]:
     """One reward model with its scale, and what its held-out pairs say of it."""
-    model = inputs.to_train(_scorer(prepared.source, run, prepared.tokenizer), config, run, train_head=True)
+    model = prepare.to_train(_scorer(prepared.source, run, prepared.tokenizer), config, run, train_head=True)
     reward = learned.RewardModel(model, prepared.tokenizer)
     result = _fit(run, config, reward, prepared.pairs, prepared.held)
     model.eval()
@@ -199,14 +200,14 @@ def _fit(
     held: Sequence[Pair],
 ) -> dict[str, Any]:
     """Train on the pairs and return the held-out measures; the model ends with the weights to keep."""
-    objective: supervised.Objective[Pair] = supervised.Objective(
+    objective: supervised_loop.Objective[Pair] = supervised_loop.Objective(
         loss=lambda part, denominator: loss(reward, part, config.center, denominator),
         weight=lambda pair: 1,
         size=_size,
         evaluate=lambda pairs: evaluate(reward, pairs, config)[0],
         named=_named,
     )
-    supervised.fit(run, config, reward.model, pairs, held, objective)
+    supervised_loop.fit(run, config, reward.model, pairs, held, objective)
     return evaluate(reward, held, config)[1] if held else {}
 
 
@@ -264,7 +265,7 @@ def evaluate(
     return metrics, result
 
 
-def _encode(reward: learned.RewardModel, record: Record, too_long: inputs.TooLong) -> Pair | None:
+def _encode(reward: learned.RewardModel, record: Record, too_long: prepare.TooLong) -> Pair | None:
     assert isinstance(record, PreferenceRecord)
     whole = [learned.encode(reward, record.prompt, side, 10**9) for side in (record.chosen, record.rejected)]
     longest = max(len(side["input_ids"]) for side in whole)
@@ -291,8 +292,8 @@ def _named(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _samples_a_language_model(config: RewardConfig, run: StageRun, source: ModelSource) -> bool:
-    """Whether the scale is fixed on samples of the model that training starts from: it must be a language model.
-    UsageError for settings of samples that are not drawn."""
+    """Whether the scale is fixed on samples of the model that training starts from: it must be a language
+    model. UsageError for settings of samples that are not drawn."""
     if config.normalize == 1:
         raise UsageError(
             f"{run.name}: normalize 1: one score has no spread; give 2 samples or more, or 0 for the comparisons' completions"
@@ -317,9 +318,10 @@ def _sample(
     limit: int | None,
     records: Sequence[Record],
 ) -> list[learned.Inputs]:
-    """Fresh samples of the model that training starts from, prompts included, whose scores are to fix the scale."""
+    """Fresh samples of the model that training starts from, prompts included, whose scores are to fix the
+    scale."""
     sampling, count = config.sampling.plain(), config.normalize
-    room = inputs.room_of(run, limit, sampling.max_new_tokens)
+    room = prepare.room_of(run, limit, sampling.max_new_tokens)
     stop_ids, pad_id = chat.stop_ids(tokenizer, sampling.stop), chat.ensure_pad(tokenizer)
     asked = [record.prompt for record in records if isinstance(record, PreferenceRecord)]
     prompts = [chat.prompt_ids(tokenizer, prompt)[-(room or 0) :] for prompt in asked[:count]]

@@ -7,23 +7,25 @@ from typing import Any
 from keel.config import SFTConfig
 from keel.data import chat
 from keel.data.batches import pack_examples
+from keel.errors import UsageError
 from keel.models.load import causal_lm, model_config
-from keel.runlog import StageRun
-from keel.stages import inputs, language
-from keel.types import DemonstrationRecord, Record, TextRecord, UsageError
+from keel.rundir.stage_run import StageRun
+from keel.stages import language, prepare
+from keel.types import DemonstrationRecord, Record, TextRecord
 
 
 def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
-    """1. demonstrations  2. tokens, with a mask of those that count  3. rows, packed if asked  4. the loop  5. save."""
-    dataset, records, held = inputs.train_and_eval(config, run, ("demonstration", "text"))
-    source = inputs.source_of(config.model, run)
-    tokenizer = inputs.open_tokenizer(config.model, run, conversational=dataset.conversational)
-    limit = inputs.limit_of(config, run, source)
-    too_long = inputs.TooLong(run, config.too_long, limit)
-    rows: list[language.Row] = inputs.encode_all(
+    """1. demonstrations  2. tokens, with a mask of those that count  3. rows, packed if asked  4. the loop
+    5. save."""
+    dataset, records, held = prepare.train_and_eval(config, run, ("demonstration", "text"))
+    source = prepare.source_of(config.model, run)
+    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    limit = prepare.limit_of(config, run, source)
+    too_long = prepare.TooLong(run, config.too_long, limit)
+    rows: list[language.Row] = prepare.encode_all(
         run, records, lambda record: _encode(tokenizer, record, config, too_long)
     )
-    held_rows = inputs.encode_all(run, held, lambda record: _encode(tokenizer, record, config, too_long))
+    held_rows = prepare.encode_all(run, held, lambda record: _encode(tokenizer, record, config, too_long))
     too_long.report()
     if config.packing:
         if limit is None:
@@ -35,14 +37,14 @@ def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
             _pack([rows[i] for i in group]) for group in pack_examples([len(row.ids) for row in rows], limit)
         ]
 
-    model = inputs.to_train(causal_lm(source, language.model_seed(run), vocab=tokenizer), config, run)
+    model = prepare.to_train(causal_lm(source, language.model_seed(run), vocab=tokenizer), config, run)
     result = language.fit(run, config, model, chat.ensure_pad(tokenizer), rows, held_rows)
-    inputs.save_model(run, model, tokenizer, config, "A supervised fine-tuned language model")
+    prepare.save_model(run, model, tokenizer, config, "A supervised fine-tuned language model")
     return result
 
 
 def _encode(
-    tokenizer: Any, record: Record, config: SFTConfig, too_long: inputs.TooLong
+    tokenizer: Any, record: Record, config: SFTConfig, too_long: prepare.TooLong
 ) -> language.Row | None:
     if isinstance(record, DemonstrationRecord):
         prompt = chat.prompt_ids(tokenizer, record.prompt)

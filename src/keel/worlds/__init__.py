@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from keel.types import UsageError
+from keel.errors import UsageError
 from keel.worlds import arithmetic, helpdesk
 from keel.worlds.streams import unknown
 

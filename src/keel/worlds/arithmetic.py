@@ -14,7 +14,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from keel.types import DataError, UsageError
+from keel.errors import DataError, UsageError
 from keel.worlds import streams
 
 __all__ = ["final_answer", "gold", "name", "rows", "splits"]
@@ -122,9 +122,11 @@ def rows(split: str, rows: int | None, seed: int, **options: Any) -> Iterator[di
 
 
 def gold(prompt: str, completion: str, columns: Mapping[str, Any]) -> dict[str, float]:
-    """correct: the last `#### N` is the answer. format: the completion ends with its only `#### N`. total = correct.
+    """correct: the last `#### N` is the answer. format: the completion ends with its only `#### N`. total =
+    correct.
 
-    `columns["answer"]` is the answer, alone or as a GSM8K solution that ends in `#### N`; DataError without it.
+    `columns["answer"]` is the answer, alone or as a GSM8K solution that ends in `#### N`; DataError without
+    it.
     """
     given = str(columns.get("answer", ""))
     marked = final_answer(given)
@@ -270,7 +272,8 @@ def _comparison_row(rng: random.Random, problem: Problem) -> dict[str, Any]:
 
 
 def _text_row(level: Level, rng: random.Random, problem: Problem) -> dict[str, Any]:
-    """A problem with a solution, in the form of a chat mostly a bad one; or bare sums, of test problems too."""
+    """A problem with a solution, in the form of a chat mostly a bad one; or bare sums, of test problems
+    too."""
     form = rng.random()
     if form < 0.05:
         return {"text": f"User: {problem.question}\nAssistant: {_solution(problem)}"}

@@ -139,7 +139,8 @@ def _clause(rng: random.Random, product: str, fault: str) -> str:
 
 
 def _message(rng: random.Random, product: str, fault: str, reserved: bool = False) -> str:
-    """A customer's message about the fault, which comes last; `reserved` takes the words kept for test prompts."""
+    """A customer's message about the fault, which comes last; `reserved` takes the words kept for test
+    prompts."""
     tone = grammar.TONES[rng.choice(list(grammar.TONES))]
     opening = rng.choice(tone.reserved_openings if reserved else tone.openings)
     request = rng.choice(tone.reserved_requests if reserved else tone.requests)
@@ -218,8 +219,8 @@ def _vote(rng: random.Random, z: float) -> str:
 def votes(
     prompt: str, a: str, b: str, columns: Mapping[str, Any], rng: random.Random
 ) -> list[tuple[str, str]]:
-    """(annotator, "a" | "b" | "tie") of a few annotators, in the order of their numbers, of replies `a` and `b` to the
-    message `prompt`. `columns` as `gold` takes them."""
+    """(annotator, "a" | "b" | "tie") of a few annotators, in the order of their numbers, of replies `a` and
+    `b` to the message `prompt`. `columns` as `gold` takes them."""
     gold_difference = gold(prompt, a, columns)["total"] - gold(prompt, b, columns)["total"]
     more_words, more_promises = len(a.split()) - len(b.split()), _promises(a) - _promises(b)
     annotators = sorted(rng.sample(range(len(RELIABILITIES)), rng.choice(VOTES_PER_PAIR)))
@@ -268,7 +269,8 @@ def _comparison_row(rng: random.Random) -> dict[str, Any]:
 
 
 def _compared(rng: random.Random, product: str, fault: str, message: str) -> dict[str, Any]:
-    """Two replies to a message, the votes on them, how the two were made, and which of them people saw first."""
+    """Two replies to a message, the votes on them, how the two were made, and which of them people saw
+    first."""
     sentences = _reply(rng, product, fault, COMPARED)
     drawn = rng.random()
     form = "free"

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
-from keel.types import DataError
+from keel.errors import DataError
 from keel.worlds import helpdesk_grammar as grammar
 
 ALLOWED_FILLERS = 2  # true but idle sentences a reader puts up with; more than this is padding
@@ -100,7 +100,8 @@ def worth_reading(sentences: Iterable[Words], product: str | None) -> float:
 
 @lru_cache(maxsize=20_000)
 def is_known(words: Words) -> bool:
-    """Whether the grammar could say this: each three neighbouring words stand together in some sentence of it.
+    """Whether the grammar could say this: each three neighbouring words stand together in some sentence of
+    it.
 
     Fluent blends of two paraphrases pass. A sentence longer than the grammar's longest is a loop.
     """

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from keel.types import UsageError
+from keel.errors import UsageError
 
 
 def row_random(world: str, split: str, seed: int, index: int) -> random.Random:

@@ -1,0 +1,328 @@
+"""Linear layers on the CPU: what surrounds their products costs as much as the products, and need not.
+
+**In bfloat16** oneDNN makes a program for every shape that it meets: some milliseconds and most of a MiB
+each. In training every micro-batch has another number of tokens, in sampling every step may have another
+number of rows. Here the rows of a product are filled up with zeros to one of eight sizes between a power of
+two and the next (they are copied anyway, to cast them), and cut off again behind it. Weights are cast once in
+a gradient step; for products without gradient they are laid out as oneDNN wants them, too.
+
+**In both precisions** the gradient of a weight is added where it is kept, instead of being made, added and
+thrown away in every micro-batch, and a gated feed-forward part is one step of autograd that keeps its input
+and its two products and nothing else.
+
+Results and gradients are those of the layers themselves under autocast, or without it, to rounding (tests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
+from torch.nn.modules.dropout import _DropoutNd
+
+LEAST = 8  # rows, and the step between sizes up to 64
+WORTH = 2**15  # weights of a matrix from which a step of autograd of our own pays in float32
+# products with a matrix that is laid out beforehand: torch's own, for compiled models
+PACKS = all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+USUAL = 64  # rows that the layout is chosen for
+
+
+def sized(rows: int) -> int:
+    """The least size that holds so many rows: at most an eighth more of them, or fewer than 8."""
+    step = max(LEAST, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def patch_linears(model: nn.Module) -> nn.Module:
+    """Change the model's linear layers and gated feed-forward parts, where they are what they look like;
+    their own forward still runs wherever there is nothing to gain."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _Linear
+        elif _is_gated(module):
+            module.__class__ = _gated(type(module))
+    return model
+
+
+# ---------------------------------------------------------------- modules
+
+
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = _computed_in(input, self.weight)
+        if dtype is None:
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            casts = _casts.get() or _CastCache()
+            if torch.is_grad_enabled():
+                rows, weight = casts.rows(input, dtype), casts.of(self.weight, dtype)
+                bias = None if self.bias is None else casts.of(self.bias, dtype)
+                given = (input, rows, self.weight, weight, self.bias, bias)
+                return _like(_Product.apply(*given), input)  # pyright: ignore[reportArgumentType]
+            return _like(casts.packed(self)(casts.rows(input, dtype)), input)
+
+
+@cache
+def _gated(kind: type[nn.Module]) -> type[nn.Module]:
+    plain = kind.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        dtypes = {_computed_in(x, layer.weight) if _is_plain(layer) else None for layer in layers}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        if dtype is None or not torch.is_grad_enabled():
+            return plain(self, x)
+        with torch.autocast("cpu", enabled=False):
+            casts, weights = _casts.get() or _CastCache(), [layer.weight for layer in layers]
+            given = (x, casts.rows(x, dtype), *weights, *(casts.of(weight, dtype) for weight in weights))
+            return _like(_Gated.apply(*given), x)  # pyright: ignore[reportArgumentType]
+
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+def _is_gated(module: Any) -> bool:
+    """Whether a module computes down(silu(gate(x)) · up(x)): by its parts, and by what it makes of
+    numbers."""
+    layers: list[Any] = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    if type(module).__module__ == __name__ or not all(_is_plain(layer) for layer in layers):
+        return False
+    drops = any("drop" in name and value for name, value in vars(module).items() if isinstance(value, float))
+    if drops or any(isinstance(child, _DropoutNd) for child in module.modules()):
+        return False
+    if {name for name, _ in module.named_parameters()} != {
+        f"{n}_proj.weight" for n in ("gate", "up", "down")
+    }:
+        return False
+    gate, up, down = (layer.weight for layer in layers)
+    x = torch.linspace(-2, 3, 2 * gate.shape[1], dtype=gate.dtype, device=gate.device).view(2, -1)
+    with torch.no_grad():
+        try:
+            found = module(x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return torch.allclose(
+            found, linear(silu(linear(x, gate)) * linear(x, up), down), rtol=1e-3, atol=1e-5
+        )
+
+
+def _is_plain(layer: Any) -> bool:
+    return (
+        type(layer) in (nn.Linear, _Linear)
+        and layer.bias is None
+        and layer.weight.device.type == "cpu"
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+def packs(layer: Any) -> bool:
+    """Whether a layer's matrix may be laid out for products in bfloat16, by whoever computes in its place."""
+    return (
+        type(layer) in (nn.Linear, _Linear)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and _computed_in(layer.weight, layer.weight) == torch.bfloat16
+    )
+
+
+def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """In which precision a product is taken here; None: as torch does it."""
+    if x.device.type != "cpu" or weight.dtype != torch.float32 or not x.numel():
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return torch.bfloat16 if half and x.dtype in (torch.float32, torch.bfloat16) else None
+    learns = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WORTH
+    return torch.float32 if learns and x.dtype == torch.float32 else None
+
+
+# ---------------------------------------------------------------- steps of autograd
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b. x: (…, k); rows: (M, k) x as it is multiplied; own, own_bias: W (n, k) and b (n,) likewise.
+    Returns (M, n), of which `_like` takes what is x's: no view, so that whoever reads it may change it in
+    place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, weight: Tensor, own: Tensor, bias: Tensor | None, own_bias: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(rows, own)
+        ctx.weight, ctx.dtype, ctx.shape = weight, x.dtype, x.shape
+        return linear(rows, own, own_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, own = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        of_input = of_weight = of_bias = None
+        if ctx.needs_input_grad[2]:
+            of_weight = _added(ctx.weight, gradient, rows)
+        if ctx.needs_input_grad[4]:
+            of_bias = gradient.sum(dim=0, dtype=torch.float32)
+        if ctx.needs_input_grad[0]:
+            of_input = (gradient @ own)[: ctx.shape[:-1].numel()].to(ctx.dtype).view(ctx.shape)
+        return of_input, None, of_weight, None, of_bias, None
+
+
+class _Gated(torch.autograd.Function):
+    """down(silu(gate(x)) · up(x)) (2002.05202). x: (…, d); rows: (M, d) x as it is multiplied; the last
+    three: the weights likewise. Returns (M, d), as `_Product` does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, *own: Tensor
+    ) -> Tensor:
+        a, b = linear(rows, own[0]), linear(rows, own[1])
+        ctx.save_for_backward(rows, a, b, *own)
+        ctx.weights, ctx.dtype, ctx.shape = (gate, up, down), x.dtype, x.shape
+        return linear(silu(a).mul_(b), own[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, a, b, gate, up, down = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        of_weights: list[Tensor | None] = [None, None, None]
+        s = silu(a)
+        if ctx.needs_input_grad[4]:
+            of_weights[2] = _added(ctx.weights[2], gradient, s * b)
+        of_product = gradient @ down
+        of_up = s.mul_(of_product)
+        of_gate = torch.ops.aten.silu_backward(of_product.mul_(b), a)
+        for which, of in ((0, of_gate), (1, of_up)):
+            if ctx.needs_input_grad[2 + which]:
+                of_weights[which] = _added(ctx.weights[which], of, rows)
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            both = (of_gate @ gate).addmm_(of_up, up)
+            of_input = both[: ctx.shape[:-1].numel()].to(ctx.dtype).view(ctx.shape)
+        return of_input, None, *of_weights, None, None, None
+
+
+def _added(weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
+    """Add gᵀ x to a weight's gradient, or return it where somebody waits for it. gradient: (M, n); rows: (M,
+    k)."""
+    if _awaited(weight):
+        return (gradient.t() @ rows).float()
+    if weight.grad is None:
+        weight.grad = (gradient.t() @ rows).float()
+    elif rows.dtype == torch.float32:
+        weight.grad.addmm_(gradient.t(), rows)
+    else:
+        weight.grad.add_(gradient.t() @ rows)
+    return None
+
+
+def _awaited(weight: Tensor) -> bool:
+    """Whether a weight's gradient goes on from it: it was computed itself, or hooks are called when torch
+    adds it, somebody's own or those of processes that average theirs."""
+    hooked = (
+        not weight.is_leaf or weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
+    )
+    return bool(hooked) or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """(M, n) as (…, n), with as many rows as x has."""
+    count = x.shape[:-1].numel()
+    return (rows if len(rows) == count else rows[:count]).view(*x.shape[:-1], -1)
+
+
+def _filled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(…, k) as (M, k) in `dtype`; in bfloat16 M is one of the sizes, with zeros behind the rows of x."""
+    count = x.shape[:-1].numel()
+    flat = x.detach().reshape(count, x.shape[-1])
+    size = sized(count) if dtype == torch.bfloat16 else count
+    if size == count:
+        return flat.to(dtype).contiguous()
+    filled = torch.empty(size, x.shape[-1], dtype=dtype)
+    filled[:count] = flat
+    filled[count:] = 0
+    return filled
+
+
+# ---------------------------------------------------------------- what is cast once
+
+
+class PrepackedWeight:
+    """A linear layer's matrix (n, k) in bfloat16, laid out once as oneDNN wants it; otherwise it would be
+    laid out in every product, which for few rows takes longer than the product. Without gradient."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        weight = layer.weight.detach().to(torch.bfloat16)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL) if PACKS else weight
+        self._bias = None if layer.bias is None else layer.bias.detach().to(torch.bfloat16)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(M, k) → (M, n), both in bfloat16."""
+        if not PACKS:
+            return linear(rows, self._weight, self._bias)
+        return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+
+
+def prepacked(layer: nn.Linear) -> PrepackedWeight:
+    """A layer's matrix laid out: the one that the layer itself multiplies with, within `cast_cache`."""
+    return (_casts.get() or _CastCache()).packed(layer)
+
+
+class _CastCache:
+    """Weights in bfloat16, each cast once, and the last input, which several layers may have in common."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], list[int], Any]] = {}
+        self._last: tuple[Any, int, Tensor] | None = None
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype == weight.dtype:
+            return weight.detach()
+        return self._once("cast", lambda: weight.detach().to(dtype), weight)
+
+    def packed(self, layer: nn.Linear) -> PrepackedWeight:
+        bias = [] if layer.bias is None else [layer.bias]
+        return self._once("packed", lambda: PrepackedWeight(layer), layer.weight, *bias)
+
+    def _once(self, kind: str, make: Callable[[], Any], *weights: Tensor) -> Any:
+        """What was made of these weights, as long as they are what they were."""
+        key, versions = (kind, *map(id, weights)), [weight._version for weight in weights]
+        held = self._made.get(key)  # which keeps the weights, so that no other has their id
+        if held is None or held[1] != versions:
+            held = self._made[key] = weights, versions, make()
+        return held[2]
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._last is not None:
+            known, version, filled = self._last
+            if known() is x and version == x._version and filled.dtype == dtype:
+                return filled
+        filled = _filled(x, dtype)
+        self._last = ref(x), x._version, filled
+        return filled
+
+
+_casts: ContextVar[_CastCache | None] = ContextVar("casts", default=None)
+
+
+@contextlib.contextmanager
+def cast_cache() -> Iterator[None]:
+    """Within it each weight is cast once (again if an operation changed it in place; the fused optimisers do
+    not say that they did, so it must end before their step)."""
+    if _casts.get() is not None:
+        yield
+        return
+    token = _casts.set(_CastCache())
+    try:
+        yield
+    finally:
+        _casts.reset(token)

@@ -1,0 +1,168 @@
+"""One decode step of a Llama-shaped model (Llama, Mistral, Qwen2, Qwen3) in the fewest operations.
+
+With few rows a step of transformers' own modules spends its time between operations, not in them: masks,
+positions and caches are made anew, norms and rotations are many small operations. Here the model's own
+projections are called (so that adapters and quantised layers stay in effect) and all else is a handful of
+fused operations. The result is that of the model's own forward; the engine's tests compare the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.activations import SiLUActivation
+
+from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
+from keel.accel.kv_slots import Slots
+
+SHAPES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not depend on how long a sequence is
+
+
+class Step:
+    """The step for one model, up to `columns` positions. Made anew for each call of the engine, as weights
+    change. On a CPU that computes in bfloat16 its matrices are laid out once."""
+
+    def __init__(self, model: Any, columns: int) -> None:
+        self.model = model.get_base_model() if hasattr(model, "peft_config") else model
+        config, trunk = self.model.config, self.model.model
+        positions = torch.arange(columns, device=trunk.embed_tokens.weight.device)
+        cos, sin = trunk.rotary_emb(trunk.embed_tokens.weight[:1].float(), positions[None])
+        half = sin.shape[-1] // 2
+        self.cos = cos[0]  # (positions, d)
+        self.sin = torch.cat(
+            [-sin[0, :, :half], sin[0, :, half:]], dim=-1
+        )  # signed, for halves that swap places
+        self.half, self.groups = half, config.num_key_value_heads
+        self.heads = config.num_attention_heads
+        self.packed = [_Layer.of(layer) for layer in trunk.layers] if _packs(self.model) else None
+
+    def __call__(self, ids: Tensor, slots: Slots) -> Tensor:
+        """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`."""
+        trunk, positions, mask = self.model.model, slots.positions, slots.mask()
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (n, 1, d)
+        if mask is not None:
+            mask = mask[:, None, None, :]
+        x = trunk.embed_tokens(ids)
+        if self.packed is not None:
+            return self._by_packed(x, slots, cos, sin, mask)
+        for layer, held in zip(trunk.layers, slots.layers, strict=True):
+            x = x + self._attention(
+                layer.self_attn, _norm(layer.input_layernorm, x), held, slots, cos, sin, mask
+            )
+            h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
+            x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))
+        return self.model.lm_head(_norm(trunk.norm, x))
+
+    def _by_packed(self, x: Tensor, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """(n, d) embeddings → (n, V) logits. Rows behind the n fill a size up; nobody reads them."""
+        assert self.packed is not None
+        trunk, n = self.model.model, len(x)
+        size = sized(n)
+        x = _filled(x, size)
+        for layer, own, held in zip(trunk.layers, self.packed, slots.layers, strict=True):
+            h = _norm(layer.input_layernorm, x).bfloat16()
+            q, k, v = own.q(h)[:n], own.k(h)[:n], own.v(h)[:n]
+            attended = self._attended(layer.self_attn, q, k, v, held, slots, cos, sin, mask)
+            x = x + own.out(_filled(attended.bfloat16(), size))
+            h = _norm(layer.post_attention_layernorm, x).bfloat16()
+            x = x + own.down(silu(own.gate(h)).mul_(own.up(h)))
+        return self.model.lm_head(_norm(trunk.norm, x)[:n])
+
+    def _attention(
+        self, own: Any, h: Tensor, held: Any, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        q, k, v = own.q_proj(h), own.k_proj(h), own.v_proj(h)
+        return own.o_proj(self._attended(own, q, k, v, held, slots, cos, sin, mask))
+
+    def _attended(
+        self, own: Any, q: Tensor, k: Tensor, v: Tensor, held: Any, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """(n, …) queries, keys and values of the newest tokens → (n, heads · d)."""
+        n, column = len(q), slots.column
+        if hasattr(own, "q_norm"):
+            q = _norm(own.q_norm, q.view(n, self.heads, -1)).flatten(1)
+            k = _norm(own.k_norm, k.view(n, self.groups, -1)).flatten(1)
+        both = torch.cat([q, k], dim=1).view(n, self.heads + self.groups, -1)
+        both = both * cos + both.roll(self.half, dims=-1) * sin
+        held.k[:n, :, column] = both[:, self.heads :]
+        held.v[:n, :, column] = v.view(n, self.groups, -1)
+        # the heads that share keys and values are as many queries to them
+        q = both[:, : self.heads].reshape(n, self.groups, -1, both.shape[-1]).to(held.k.dtype)
+        found = []
+        for rows, low in slots.blocks():  # older rows look at more columns than younger ones
+            keys, values = (kept[rows, :, low : column + 1] for kept in (held.k, held.v))
+            seen = None if mask is None else mask[rows, ..., low - slots.low :]
+            found.append(
+                scaled_dot_product_attention(q[rows], keys, values, attn_mask=seen, scale=own.scaling)
+            )
+        return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
+
+
+class _Layer(NamedTuple):
+    """A layer's matrices, laid out."""
+
+    q: PrepackedWeight
+    k: PrepackedWeight
+    v: PrepackedWeight
+    out: PrepackedWeight
+    gate: PrepackedWeight
+    up: PrepackedWeight
+    down: PrepackedWeight
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        own, mlp = layer.self_attn, layer.mlp
+        layers = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return cls(*map(prepacked, layers))
+
+
+def _packs(model: Any) -> bool:
+    """Whether a model computes in bfloat16 on the CPU and every layer is one that may be laid out."""
+    return all(
+        isinstance(layer.mlp.act_fn, (SiLUActivation, nn.SiLU))
+        and all(
+            packs(getattr(part, f"{name}_proj"))
+            for part, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down")))
+            for name in names
+        )
+        for layer in model.model.layers
+    )
+
+
+def fits(model: Any) -> bool:
+    """Whether the lean step is this model's: its class, plain rotations, full attention everywhere, and no
+    hook on a module whose forward would be passed by."""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    if type(plain) not in SHAPES:
+        return False
+    config = plain.config
+    sliding = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
+    hooked = any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+        for layer in plain.model.layers
+        for module in (layer, layer.self_attn, layer.mlp)
+    )
+    return not sliding and not hooked and plain.model.rotary_emb.rope_type in ROTATIONS
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """(n, d) with zeros behind it, up to so many rows."""
+    return x if len(x) == rows else pad(x, (0, 0, 0, rows - len(x)))
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    """torch's rms_norm; for float32 on the CPU, where that is six operations, in four."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(
+        length.new_tensor(norm.variance_epsilon), length, length, value=1 / x.shape[-1]
+    ).rsqrt_()
+    return (x * scale).mul_(norm.weight)

@@ -1,0 +1,46 @@
+"""Talking to a model: `keel chat`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keel.data import chat
+from keel.data.batches import derive_seed
+from keel.errors import UsageError
+from keel.models.load import ModelSource, causal_lm, context_length, load_tokenizer
+from keel.rollout.engine import generate
+from keel.types import Message, Sampling
+
+
+class Talk:
+    """A conversation that remembers its turns as long as they fit the context."""
+
+    def __init__(self, model: str, temperature: float, max_new_tokens: int, seed: int) -> None:
+        self.tokenizer: Any = load_tokenizer(model)
+        chat.with_chat_template(self.tokenizer)
+        self.model = causal_lm(ModelSource(model), 0).eval()
+        self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+        self.seed = seed
+        self.turns: list[Message] = []
+        self.count = 0
+
+    def answer(self, text: str) -> str:
+        """The model's reply to one more turn of the user. UsageError if even this turn alone is too long."""
+        self.turns.append({"role": "user", "content": text})
+        self.count += 1
+        limit = context_length(self.model.config)
+        prompt = chat.prompt_ids(self.tokenizer, tuple(self.turns))
+        while limit is not None and len(prompt) + self.sampling.max_new_tokens > limit:
+            if len(self.turns) == 1:
+                raise UsageError(
+                    f"{len(prompt)} tokens and --max-new-tokens {self.sampling.max_new_tokens} exceed the model's context of {limit}"
+                )
+            del self.turns[:2]  # the oldest question and its answer
+            prompt = chat.prompt_ids(self.tokenizer, tuple(self.turns))
+        done = generate(
+            self.model, [prompt], self.sampling, stop_ids=chat.stop_ids(self.tokenizer, ()), pad_id=chat.ensure_pad(self.tokenizer),
+            seed=derive_seed("chat", self.seed, self.count),
+        )[0]  # fmt: skip
+        reply = self.tokenizer.decode(list(done.ids), skip_special_tokens=True).strip()
+        self.turns.append({"role": "assistant", "content": reply})
+        return reply

@@ -1,0 +1,380 @@
+"""The command line: parse, call, print. Results on stdout; logs and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import keel
+from keel.cli.progress import progress, say
+from keel.errors import KeelError, UsageError
+from keel.rundir import run_status
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="The whole RLHF pipeline on one machine.",
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(invoke_without_command=True, help="Complete configs, one per known use.")
+app.add_typer(recipes_app, name="recipes")
+
+ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a recipe's name.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="dotted.key=value, values in YAML: ppo.kl.coef=0.1")
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run directories.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+NEEDED = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "huggingface_hub", "pyarrow", "pydantic",
+    "typer", "rich", "plotly", "jinja2", "markupsafe", "pyyaml", "numpy",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failure, 2 bad usage, config or data, 3 a check did not hold, 130
+    interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # the libraries' download bars; read when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except KeelError as error:
+        say(f"keel: {error}")
+        sys.exit(error.exit_code)
+    except _Interrupted:
+        say("keel: interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer would end without a word."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _Interrupted
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
+    from keel import report
+
+    pipeline = _pipeline(config, overrides, runs, name)
+    with progress() as show:
+        pipeline.progress = show
+        pipeline.run(only=only, fresh=fresh)
+    if as_json:
+        print(json.dumps(run_status.outcome(pipeline), ensure_ascii=False, indent=2))
+    else:
+        print(report.summary(pipeline.directory))
+        print(f"report: {pipeline.directory / 'report.html'}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="A config file, or a recipe's name.")] = None,
+    overrides: OverridesArgument = None,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Instead of CONFIG: a model folder or a common model's hub id."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="With --model: sft, reward, dpo, grpo or ppo (default).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what CONFIG would do: data, tokens, steps, parameters, memory. Trains nothing.
+
+    With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real
+    totals.
+    """
+    from keel.plan import planner, rule_of_thumb, text
+
+    if (config is None) == (model is None):
+        raise UsageError(
+            "give a config or recipe to plan, or --model with the hub id of a model: one of them"
+        )
+    if model is not None:
+        table = rule_of_thumb.as_json if as_json else rule_of_thumb.as_text
+        print(table(model, method or "ppo"))
+        return
+    if method is not None or config is None:
+        raise UsageError("--method has no effect without --model: a config names its methods itself")
+    entries = planner.plan(_pipeline(config, overrides, runs, name))
+    print(planner.as_json(entries) if as_json else text.as_text(entries))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: JsonOption = False
+) -> None:
+    """Write the run's report.html again and print its verdict."""
+    from keel import report as reports
+
+    if not (run / "config.yaml").exists():
+        raise UsageError(f"no run at {run}: there is no config.yaml in it")
+    page = reports.write(run)
+    if as_json:
+        stages = {
+            name: {"status": run_status.status(run, name, facts)}
+            for name, facts in run_status.manifest(run).items()
+        }
+        facts = {"report": str(page), "stages": stages, "results": run_status.results(run)}
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+    else:
+        print(reports.summary(run))
+        print(f"report: {page}")
+
+
+@app.command()
+def diagnose(
+    path: Annotated[Path, typer.Argument(help="A run, one of its stages, or a trainer_state.json of TRL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the metrics of PATH show: findings by stage. Exits with 3 where something is going wrong."""
+    from keel.cli import diagnose as diagnosing
+
+    found = diagnosing.diagnose(path)
+    print(diagnosing.as_json(found) if as_json else diagnosing.as_text(found))
+    if diagnosing.urgent(found):
+        raise typer.Exit(3)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories with a finished evaluate stage.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; default: compare.html beside the first run.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank the models of one run or several by gold reward, else by proxy; runs that differ in their seed are
+    pooled."""
+    from keel.report import compare
+
+    found = compare.compare(runs)
+    page = out or runs[0].resolve().parent / "compare.html"
+    compare.write(found, page)
+    if as_json:
+        print(compare.as_json(found, page))
+    else:
+        print(compare.as_text(found))
+        print(f"\npage: {page}")
+
+
+@app.command()
+def sweep(
+    config: ConfigArgument,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="dotted.key=1,2,3 is swept, values in YAML between commas; one value is an override."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds between commas: 0,1,2; default: the config's.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the sweep; default: the config's, -sweep.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Points that run at the same time.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Run CONFIG over settings and seeds. Points share stages that no setting changes; what is done is
+    skipped."""
+    from keel.cli import sweep
+    from keel.report import sweeps
+
+    place = _place(config)
+    directory, points = sweep.points(place, settings or [], sweep.seeds_of(seeds), runs, name, say)
+    facts = sweep.Sweep(place, directory, points, jobs, say).run()
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+    else:
+        print(sweeps.as_text(facts))
+        print(f"\npage: {facts['report']}")
+    if any(point["status"] == "failed" for point in facts["points"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or runs/NAME/stages/STAGE.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to a model. A line is a turn; an empty line or Ctrl-D ends."""
+    from keel.cli.chat import Talk
+
+    place = Path(model)
+    talk = Talk(
+        str(place / "model") if (place / "model" / "config.json").exists() else model,
+        temperature,
+        max_new_tokens,
+        seed,
+    )
+    if prompt is not None:
+        answer = talk.answer(prompt)
+        print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
+        return
+    while True:
+        try:
+            line = input("you: " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        answer = talk.answer(line)
+        print(
+            json.dumps({"prompt": line, "completion": answer}, ensure_ascii=False) if as_json else answer,
+            flush=True,
+        )
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from keel.config import read
+
+    found = {path.stem: read(path).description for path in sorted(_recipes_folder().glob("*.yaml"))}
+    width = max(map(len, found))
+    print(
+        json.dumps(found, ensure_ascii=False, indent=2)
+        if as_json
+        else "\n".join(f"{n:<{width}}  {d}" for n, d in found.items())
+    )
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe."""
+    print(_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: str, to: Annotated[Path | None, typer.Argument(help="Where to; default: NAME.yaml here.")] = None
+) -> None:
+    """Copy a recipe to edit it."""
+    target = to or Path(f"{name}.yaml")
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    recipe = _recipe(name)
+    if target.exists():
+        raise UsageError(f"{target} is there already; it was not overwritten")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}")
+    shutil.copyfile(recipe, target)
+    print(target)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from keel.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show the environment and whether keel can work in it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    facts: dict[str, Any] = {
+        "keel": keel.__version__,
+        "python": platform.python_version(),
+        **{p: installed(p) for p in NEEDED},
+    }
+    facts |= {
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    facts["hub offline"] = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
+    facts["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
+    missing = [package for package in NEEDED if facts[package] is None]
+    if as_json:
+        print(json.dumps({**facts, "missing": missing}, indent=2))
+    else:
+        print("\n".join(f"{name:<14} {'none' if value is None else value}" for name, value in facts.items()))
+        print(f"missing: {', '.join(missing)}" if missing else "all that keel needs is here")
+    if missing:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------- parts of the commands
+
+
+def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
+    from keel.config import read
+    from keel.pipeline.pipeline import Pipeline
+    from keel.plan import planner
+
+    settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
+    return Pipeline(settings, runs / settings.name, say, fit=planner.micro_batch)
+
+
+def _place(config: Path) -> Path:
+    """The file of a config, or of the recipe with that name."""
+    return config if config.is_file() or config.suffix else _recipe(str(config))
+
+
+def _recipes_folder() -> Path:
+    package = Path(keel.__file__).parent
+    return next(folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.exists())
+
+
+def _recipe(name: str) -> Path:
+    path = _recipes_folder() / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.exists():
+        raise UsageError(
+            f"no config or recipe {name!r}; recipes: {', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
+        )
+    return path
+
+
+if __name__ == "__main__":
+    main()

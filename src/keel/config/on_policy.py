@@ -1,0 +1,225 @@
+"""Settings of the stages that learn from their own samples."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from keel.config.parts import DataConfig, Quantize, SamplingConfig, Settings, as_source
+from keel.config.rewards import LearnedTerm, check_only, models_of
+from keel.config.watching import Watched
+
+
+class KLConfig(Settings):
+    """The constraint that keeps the policy near the reference."""
+
+    coef: float = Field(
+        0.05, ge=0, description="β, the weight of the KL term (the initial one, with a target)."
+    )
+    target: float | None = Field(
+        None,
+        gt=0,
+        description="Adapt β to keep the KL per response (a sum over its tokens, in nats) near this (1909.08593).",
+    )
+    horizon: float = Field(1000, gt=0, description="Episodes over which the adaptive β reacts.")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1",
+        description="Per-token estimator of the KL (joschu.net/blog/kl-approx.html). In the loss prefer k2: the gradient of k3 is that of the forward KL.",
+    )
+    where: Literal["reward", "loss"] = Field(
+        "reward", description="Subtract β·KL from the reward, or add it to the loss. Never both."
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> KLConfig:
+        if self.target is None and self.changes("horizon"):
+            raise ValueError("`kl.horizon` has no effect without `kl.target`")
+        if self.target is not None and self.coef == 0:
+            raise ValueError("`kl.coef` 0 can never adapt to `kl.target`: start from a positive value")
+        if self.where == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "`kl.where: loss` needs estimator k2 or k3: the expected gradient of k1 is 0, so it would constrain nothing"
+            )
+        return self
+
+
+class ShapingConfig(Settings):
+    """From a score to a reward."""
+
+    normalize: Literal["none", "model", "running"] = Field(
+        "model",
+        description="Scale of the scores: as they come; by the reward model's own statistics on SFT samples; or by a running standard deviation.",
+    )
+    center: Literal["none", "prompt"] = Field(
+        "none",
+        description="`prompt`: subtract the mean score of the prompt's other samples, which removes each prompt's arbitrary offset.",
+    )
+    clip: float | None = Field(
+        5.0,
+        gt=0,
+        description="Clip learned rewards, normalised, to ± this times their weight, before the KL penalty; with `normalize: running` the whole sum. Rules are not clipped. With `normalize: none` only if set.",
+    )
+    missing_stop_penalty: float = Field(
+        1.0, ge=0, description="Subtracted from the score of a response that was cut off by max_new_tokens."
+    )
+
+
+class PtxConfig(Settings):
+    """Pretraining mix (PPO-ptx, 2203.02155): language modelling on these rows in every update."""
+
+    data: list[DataConfig] = Field(min_length=1, description="Rows of text.")
+    coef: float = Field(1.0, gt=0, description="Weight of the language-modelling loss.")
+    batch_size: int = Field(16, ge=1, description="Rows in each gradient step.")
+    _data = field_validator("data", mode="before")(as_source)
+
+
+class OnPolicy(Watched):
+    """What the stages have in common that learn from their own samples."""
+
+    reference: str | None = Field(
+        None, description="The reference policy; null: the model training starts from."
+    )
+    sharing: Literal["separate", "adapters"] = Field(
+        "separate",
+        description="adapters: one frozen base; policy and reward models (those that a reward stage trained with `lora` on the same `model`) are adapters on it, and the reference is the base itself. `lora` is on then.",
+    )
+    reference_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="Precision of the frozen reference, as in `model.dtype`; null: the model's."
+    )
+    reference_quantize: Quantize = Field(
+        None,
+        description="Hold a frozen reference with weights of its own in 8 or 4 bit, as in `model.quantize`.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep the reference and the reward models on the CPU between uses: less GPU memory, more time. For those with weights of their own.",
+    )
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy (AdamW).")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "linear", description="Decay of the learning rate after warm-up."
+    )
+    batch_size: int = Field(64, ge=1, description="Episodes sampled for one update.")
+    mini_batch: int | None = Field(
+        None, ge=1, description="Episodes in one gradient step; null: all of the batch."
+    )
+    samples_per_prompt: int = Field(1, ge=1, description="Responses sampled for each prompt.")
+    epochs: int = Field(4, ge=1, description="Passes over each batch of episodes.")
+    updates: int = Field(100, ge=1, description="Batches of episodes to sample and learn from.")
+    sampling: SamplingConfig = Field(
+        default_factory=lambda: SamplingConfig.model_validate({}),
+        description="How responses are drawn. No top-p or top-k: cutting the distribution biases the ratio.",
+    )
+    kl: KLConfig = Field(
+        default_factory=lambda: KLConfig.model_validate({}), description="The KL constraint."
+    )
+    shaping: ShapingConfig = Field(
+        default_factory=lambda: ShapingConfig.model_validate({}), description="From a score to a reward."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="c: lower bound of the objective for negative advantages (1912.09729)."
+    )
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="Truncated importance sampling: weigh each token by min(π_trainer/π_sampler, this), for a sampler whose numbers differ from the trainer's.",
+    )
+    old_logp: Literal["sampler", "trainer"] = Field(
+        "sampler",
+        description="Where log π_old comes from: the very logits each token was drawn from, with no further forward of the policy; or a forward of the trainer's own, for a sampler whose numbers differ, and with `importance_cap`, which compares them.",
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    desired_kl: float | None = Field(
+        0.1,
+        gt=0,
+        description="How far an update should go from its own start at most, in nats a token. Where a mini-batch measures more (mean of ½ (log ρ)²), the policy's learning rate is cut to what would have stayed within, to a half at most, for the rest of the update and those that follow; it recovers by a tenth with every update that stays within, up to `lr`. The gradient steps of the first update, of which nothing is known yet, take rising rates up to it. null: none of this.",
+    )
+    max_approx_kl: float | None = Field(
+        None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."
+    )
+    ptx: PtxConfig | None = Field(None, description="Pretraining mix.")
+    save_every: int = Field(10, ge=1, description="Updates between checkpoints; the last one is kept.")
+
+    @property
+    def one_step(self) -> bool:
+        """Whether an update takes a single gradient step, so that every ratio is 1."""
+        return self.epochs == 1 and self.mini_batch in (None, self.batch_size)
+
+    @property
+    def trusts_sampler(self) -> bool:
+        """Whether log π_old is the sampler's."""
+        return self.old_logp == "sampler" and self.importance_cap is None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters(cls, values: Any) -> Any:
+        """Adapters with their defaults where `sharing` asks for some and none are described."""
+        if isinstance(values, dict) and values.get("sharing") == "adapters":
+            return {"lora": {}, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _sound_on_policy(self) -> OnPolicy:
+        if self.sharing == "adapters" and self.lora is None:
+            raise ValueError(
+                "`sharing: adapters` trains adapters, but `lora` is null: leave it out, or share otherwise"
+            )
+        name = self.kind.upper()
+        if self.sampling.temperature == 0:
+            raise ValueError(f"`sampling.temperature` 0 (greedy) leaves {name} nothing to explore")
+        if self.lora is not None and self.lora.dropout > 0:
+            raise ValueError(
+                f"`lora.dropout` must be 0 in {name}: with dropout the ratio of the first update is not 1"
+            )
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"`batch_size` {self.batch_size} is not a multiple of `samples_per_prompt` {self.samples_per_prompt}"
+            )
+        if self.mini_batch is not None and self.batch_size % self.mini_batch:
+            raise ValueError(
+                f"`batch_size` {self.batch_size} is not a multiple of `mini_batch` {self.mini_batch}"
+            )
+        if self.shaping.center == "prompt" and self.samples_per_prompt < 2:
+            raise ValueError(
+                "`shaping.center: prompt` needs `samples_per_prompt` of 2 or more: a lone sample has no peers"
+            )
+        if self.max_steps is not None:
+            raise ValueError(f"{name} counts `updates`; `max_steps` would have no effect")
+        if self.model.init is not None:
+            raise ValueError(
+                f"{name} starts from a trained model: give `model` as a stage, a path or a hub id"
+            )
+        own_reference = self.lora is None or self.reference is not None
+        idle = [key for key in ("reference_dtype", "reference_quantize") if self.changes(key)]
+        if idle and not own_reference:
+            raise ValueError(
+                f"`{idle[0]}` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
+            )
+        learned = [term for term in self.reward if isinstance(term, LearnedTerm)]
+        if self.reference_quantize is not None and self.reference_dtype in ("auto", "float32"):
+            raise ValueError(
+                f"`reference_quantize` needs a `reference_dtype` of 16 bit for what is not quantised, not {self.reference_dtype}"
+            )
+        if self.offload and not (own_reference or learned):
+            raise ValueError(
+                "`offload` has no effect: there is no reward model, and the reference is the policy with its adapters off"
+            )
+        if self.offload and (self.reference_quantize or any(term.quantize for term in learned)):
+            raise ValueError("`offload` is for models in full precision: leave it out, or `quantize`")
+        if self.importance_cap is not None and self.changes("old_logp") and self.old_logp == "sampler":
+            raise ValueError(
+                "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
+            )
+        check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
+        limits = ("max_approx_kl", "desired_kl", "dual_clip")
+        idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
+        if idle and self.one_step:
+            raise ValueError(
+                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"
+            )
+        return self
+
+    def references(self) -> list[tuple[str, str]]:
+        reference = [("reference", self.reference)] if self.reference else []
+        judges = models_of(self.judge.reward or []) if self.judge else []
+        return [*super().references(), *models_of(self.reward), *reference, *judges]

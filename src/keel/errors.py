@@ -1,0 +1,41 @@
+"""Everything keel raises for its user.
+
+KeelError             1   one clear message; the command ends with `exit_code`
+├─ UsageError         2   the command, the config or a model is not what it must be; nothing was trained
+│  └─ DataError       2   a row or a file of data is unusable; names file, line and reason
+├─ RewardError        1   a reward function failed; names it
+├─ NotFiniteError     1   a loss, a gradient or a metric is NaN or infinite
+└─ WaitingError       3   the stage has done its part and waits for people
+"""
+
+from __future__ import annotations
+
+
+class KeelError(Exception):
+    """Anything keel reports to its user as one clear message. `exit_code` is the command's exit code."""
+
+    exit_code = 1
+
+
+class UsageError(KeelError):
+    """The command, the config or a model was not what it must be. Nothing was trained or overwritten."""
+
+    exit_code = 2
+
+
+class WaitingError(KeelError):
+    """A stage has done its part and waits for people; the message says for what. Nothing failed."""
+
+    exit_code = 3
+
+
+class NotFiniteError(KeelError):
+    """A loss, a gradient or a metric is NaN or infinite: the step that made it is worth nothing."""
+
+
+class DataError(UsageError):
+    """A row or a file of data is unusable; the message names the file, the line and the reason."""
+
+
+class RewardError(KeelError):
+    """A reward could not be computed; the message names the reward and, where one is to blame, the sample."""

@@ -1,0 +1,124 @@
+"""What the machine can do, and what a run got out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from keel.models.load import size_of
+
+SIDE, TRIES = (
+    {"cuda": 8192},
+    5,
+)  # of the matrices that are multiplied to find out how fast that goes; elsewhere 1024
+
+
+@cache
+def fastest(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a product of large matrices reaches here with the threads of the moment, the best of a few:
+    what a model's utilisation is a share of. Takes some hundredths of a second."""
+    side = SIDE.get(device.type, 1024)
+    a, b = torch.ones(2, side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(TRIES):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forward_flops(model: nn.Module) -> float:
+    """FLOPs of a token's forward by the weights that it is multiplied with: 2 for each (2001.08361). An
+    embedding is only looked up, unless the head is the same matrix; what attention adds with the length of
+    the text is left out."""
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    idle = looked_up - multiplied
+    return 2.0 * sum(size_of(p) for p in model.parameters() if p.dim() > 1 and id(p) not in idle)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Let glibc keep what tensors on the CPU leave behind instead of giving it back to the system and asking
+    for it again at every step, page by page. For the rest of the process; False where there is no glibc.
+    `forget_peak` gives it back."""
+    mallopt = getattr(_libc(), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def _libc() -> ctypes.CDLL | None:
+    with contextlib.suppress(OSError, TypeError):  # there is no such thing on other systems
+        return ctypes.CDLL(None)
+    return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses: on the card, or in this machine's memory as Linux reckons it (elsewhere half of
+    what there is)."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return min(free, _left_to_container())
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_to_container() -> int:
+    """Bytes that a control group (Docker, Kubernetes, Slurm) still grants; without a limit more than any
+    machine has."""
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            return int((group / limit).read_text()) - int((group / used).read_text())
+    return 2**63
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory_mib` begin anew at what is in use now, where the system can do that: on cuda, and on
+    Linux. What is kept of freed memory goes back to the system."""
+    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
+        trim(0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that was in use since `forget_peak`, in MiB: on cuda what torch allocated; elsewhere
+    the resident memory of this process, libraries and data included, on Linux (elsewhere since the process
+    began)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(
+        peak / (2**20 if sys.platform == "darwin" else 2**10), 1
+    )  # bytes there, KiB on other systems

@@ -1,0 +1,168 @@
+"""Forward passes at the positions a loss needs. Sequences are right-padded, so causal attention needs no
+mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from keel.accel import batch_layout
+from keel.accel.last_layer import last_layer_at
+from keel.algorithms.masked import at_least_float32, token_logp_and_entropy
+from keel.models.head import Head, capture_head_input, head_of
+from keel.models.precision import computing
+
+LOGITS_AT_ONCE = 2**26  # bytes of float32 logits that are made at a time
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInputs:
+    """What a language model makes of N positions, short of its logits."""
+
+    model: Any
+    head: Head | None
+    values: Tensor  # (N, d) what its head is given; (N, V) its logits where keel does not know its head
+    hidden: Tensor | None  # (N, d) the last hidden states; None where nobody asked
+
+    @property
+    def rows_at_once(self) -> int:
+        vocab = self.values.shape[-1] if self.head is None else self.head.vocab
+        return max(1, LOGITS_AT_ONCE // (4 * vocab))
+
+    def logits(self, values: Tensor) -> Tensor:
+        """(n, V) of some of `values`."""
+        if self.head is None:
+            return values
+        with computing(self.model, values.device):
+            return self.head(values)
+
+
+class TokenLogprobs(NamedTuple):
+    """What a model says of tokens."""
+
+    logp: Tensor  # (N,) log π(token)
+    entropy: Tensor  # (N,) of its distribution, in nats; 0 where not asked for
+    hits: Tensor  # (N,) bool: whether the token was the likeliest; False where not asked for
+
+
+def head_inputs(
+    model: Any,
+    ids: Tensor,
+    index: Tensor,
+    *,
+    hidden: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> HeadInputs:
+    """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
+
+    hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward;
+    without any, rows that begin alike are read as one.
+    """
+    head = head_of(model)
+    with computing(model, ids.device):
+        if head is not None:
+
+            def given_to_head(**more: Tensor) -> Tensor:
+                with capture_head_input(head, skip_logits=True) as seen:
+                    model(use_cache=False, **more)
+                return seen[-1]
+
+            if inputs:
+                batch_layout.count(model, ids.numel())
+                with last_layer_at(model, index, ids.shape):
+                    values = given_to_head(input_ids=ids, **inputs).flatten(0, 1).index_select(0, index)
+            else:
+                values = batch_layout.read(head.linear, model, given_to_head, ids, index)
+            return HeadInputs(model, head, values, values)
+        batch_layout.count(model, ids.numel())
+        output = model(input_ids=ids, use_cache=False, output_hidden_states=hidden, **inputs or {})
+    last = output.hidden_states[-1].flatten(0, 1).index_select(0, index) if hidden else None
+    return HeadInputs(model, None, output.logits.flatten(0, 1).index_select(0, index), last)
+
+
+def joined(parts: Sequence[HeadInputs]) -> HeadInputs:
+    """The states of several forwards of one model, one after the other."""
+    first = parts[0]
+    values = torch.cat([part.values for part in parts])
+    if first.head is not None:
+        return HeadInputs(first.model, first.head, values, values)
+    hidden = [part.hidden for part in parts if part.hidden is not None]
+    return HeadInputs(first.model, None, values, torch.cat(hidden) if hidden else None)
+
+
+def token_logprobs(
+    inputs: HeadInputs, tokens: Tensor, temperature: float = 1.0, *, entropy: bool = False, hits: bool = False
+) -> TokenLogprobs:
+    """What the model says of (N,) tokens, `LOGITS_AT_ONCE` at a time. Where that takes several times, the
+    logits are made again in the backward pass, so that never more than a part of them is there."""
+
+    def of(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = inputs.logits(values)
+        logp, h = token_logp_and_entropy(logits, tokens, temperature, with_entropy=entropy)
+        best = (
+            logits.detach().argmax(dim=-1) == tokens if hits else torch.zeros_like(tokens, dtype=torch.bool)
+        )
+        return logp, h, best
+
+    rows = inputs.rows_at_once
+    if len(tokens) <= rows:
+        return TokenLogprobs(*of(inputs.values, tokens))
+    parts = zip(inputs.values.split(rows), tokens.split(rows), strict=True)
+    if torch.is_grad_enabled():
+        found = [checkpoint(of, *part, use_reentrant=False) for part in parts]
+    else:
+        found = [of(*part) for part in parts]
+    return TokenLogprobs(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def response_index(mask: Tensor, prompt_lengths: Tensor, reach: int) -> Tensor:
+    """(N,) indices into the flattened (B, reach) ids: of the positions that predict the tokens of a (B, T)
+    mask, row by row."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    return rows * reach + prompt_lengths[rows] - 1 + columns
+
+
+def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values → (B, T): where the mask is True, row by row, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def scores_at(scorer: Any, ids: Tensor, index: Tensor) -> Tensor:
+    """(N,) what the score head of a decoder makes of the states at N positions of (B, S) ids; rows that begin
+    alike are read as one. index: (N,) into the flattened ids."""
+    trunk = backbone(scorer)
+
+    def last_states(**inputs: Tensor) -> Tensor:
+        return trunk(use_cache=False, **inputs).last_hidden_state
+
+    with computing(scorer, ids.device):
+        hidden = batch_layout.read(trunk, scorer, last_states, ids, index)
+    return at_least_float32(scorer.score(hidden.to(head_dtype(scorer.score))).squeeze(-1))
+
+
+def head_dtype(head: Any) -> torch.dtype:
+    return next(head.parameters()).dtype
+
+
+def backbone(model: Any) -> Any:
+    """The transformer without its head; LoRA adapters, which sit inside it, stay in effect."""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    return plain.base_model
+
+
+def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask (B, 1, S, S) for packed rows: causal, and only within one's own segment.
+
+    segments: (B, S), the number of the example each position belongs to. Additive, since some architectures
+    add the mask to their scores whatever its type.
+    """
+    same = segments[:, :, None] == segments[:, None, :]
+    allowed = same & torch.ones(same.shape[1:], dtype=torch.bool, device=segments.device).tril()
+    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
+        ~allowed, torch.finfo(dtype).min
+    )[:, None]

@@ -1,0 +1,248 @@
+"""Low-rank adapters: put on a model, merged into it, and as files beside the merged model that go on a base
+again."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from keel.data.batches import derive_seed
+from keel.errors import UsageError
+from keel.models.load import ModelSource, seeded
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+SETTINGS, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """LoRA settings (2106.09685)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = field(default="all-linear")
+
+
+def add_adapters(model: Any, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
+    """Wrap with LoRA adapters; only they (and a classifier's head, if asked) are trained, in float32 at
+    least."""
+    import peft
+
+    targets = (
+        adapters.target_modules if isinstance(adapters.target_modules, str) else list(adapters.target_modules)
+    )
+    settings = peft.LoraConfig(
+        r=adapters.r, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, target_modules=targets,
+        modules_to_save=head_modules(model) if train_head else None,
+    )  # fmt: skip
+    with seeded(derive_seed("adapters", seed)):
+        return with_adapters(model, settings)
+
+
+def with_adapters(model: Any, settings: Any) -> Any:
+    """A model wrapped by peft; what is trained is in float32 at least. UsageError for settings that do not
+    fit it."""
+    import peft
+
+    try:
+        wrapped = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UsageError(f"lora: {error}") from None
+    for module in wrapped.modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in HALF_PRECISION]
+        for parameter in own:  # a step of AdamW is below what half precision resolves
+            parameter.data = parameter.data.float()
+        if own:
+            module.register_forward_pre_hook(_in_own_precision)
+    return wrapped
+
+
+def head_modules(model: Any) -> list[str]:
+    """Names of a classifier's modules that a language model does not have: those outside of its backbone, and
+    the backbone's pooler."""
+    prefix = model.base_model_prefix
+    heads = {name: child for name, child in model.named_children() if name != prefix}
+    heads[f"{prefix}.pooler"] = getattr(getattr(model, prefix, None), "pooler", None)
+    return [
+        name
+        for name, module in heads.items()
+        if module is not None and any(True for _ in module.parameters())
+    ]
+
+
+def _in_own_precision(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A float32 module on a backbone of lower precision: what it is given is cast first."""
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def merged(model: Any) -> Any:
+    """The plain model with adapters folded in. Weights that are shared or quantised stay as they are: those
+    that adapters are folded into are opened once more, on the CPU and in full precision."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    afresh = getattr(model, "keel_afresh", None)
+    if afresh is None:
+        return model.merge_and_unload()
+    return _merged_into(model, afresh())
+
+
+def _merged_into(model: Any, plain: Any) -> Any:
+    """The adapter of `model` merged into `plain`, the same base with weights of its own in full precision.
+    `model`, whose base is shared or quantised, stays as it is."""
+    from peft import set_peft_model_state_dict
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain.config = config
+    wrapped = with_adapters(plain, copy.deepcopy(model.active_peft_config))
+    set_peft_model_state_dict(wrapped, _tensors(model))
+    return wrapped.merge_and_unload()
+
+
+# ---------------------------------------------------------------- as files
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What peft's `from_pretrained` reads (the trained head is among the tensors), and which weights it
+    belongs on."""
+
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    base: str  # `identity` of the weights under it
+
+    def write(self, folder: Path) -> None:
+        """Write the three files; the same adapter gives the same bytes."""
+        folder.mkdir(parents=True)
+        settings = json.dumps(self.settings, indent=2, sort_keys=True, default=sorted)  # peft keeps sets
+        (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+        (folder / BASE).write_text(json.dumps({"identity": self.base}) + "\n", encoding="utf-8")
+        save_file(dict(self.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def files_of(model: Any, source: ModelSource, name: str) -> AdapterFiles | None:
+    """The adapter of a model, before it is merged; None where the model has none or starts from nothing.
+
+    name: how the base is called in the adapter's settings (peft's `base_model_name_or_path`).
+    """
+    if not hasattr(model, "peft_config") or source.path is None:
+        return None
+    scores = "SequenceClassification" in type(model.get_base_model()).__name__
+    settings = model.active_peft_config.to_dict() | {
+        "base_model_name_or_path": name, "inference_mode": True, "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
+    }  # fmt: skip
+    return AdapterFiles(settings, _tensors(model), identity(source))
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+
+def put_on(model: Any, folder: Path) -> Any:
+    """A model with the frozen adapter of a folder on it, in evaluation mode. UsageError for one that does not
+    fit."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    settings = settings_of(folder)
+    settings.inference_mode = False  # so that it is in float32, as it was when it was trained
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        wrapped = with_adapters(model, settings)
+        lacks = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys() ^ tensors.keys()
+        if lacks:
+            raise UsageError(f"adapter {str(folder)!r} does not fit its base: {min(lacks)}")
+        set_peft_model_state_dict(wrapped, tensors)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UsageError(f"adapter {str(folder)!r} cannot be loaded: {error}") from None
+    return wrapped.requires_grad_(False).eval()
+
+
+def settings_of(folder: Path) -> Any:
+    """The settings of an adapter, peft's LoraConfig. UsageError for one that is no LoRA."""
+    import peft
+
+    try:
+        found = peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"adapter {str(folder)!r} cannot be loaded: {error}") from None
+    if not isinstance(found, peft.LoraConfig):
+        raise UsageError(f"adapter {str(folder)!r} is of type {found.peft_type}; keel reads LoRA")
+    return found
+
+
+def folder_of(place: str) -> Path | None:
+    """Where the adapter of a saved model lies: in its folder `adapter`, or in the folder itself where there
+    is nothing but an adapter; of a hub id, which is downloaded (offline: what the cache has). None for a
+    model without one."""
+    root = Path(place)
+    if not root.exists():
+        try:
+            wanted = [f"adapter/{name}" for name in (SETTINGS, WEIGHTS, BASE)] + [SETTINGS, WEIGHTS]
+            root = Path(huggingface_hub.snapshot_download(place, allow_patterns=wanted))
+        except (OSError, ValueError):
+            return None
+    return next((at for at in (root / "adapter", root) if (at / SETTINGS).is_file()), None)
+
+
+def is_bare(place: str) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (Path(place) / SETTINGS).is_file() and not (Path(place) / "config.json").is_file()
+
+
+def belongs_to(folder: Path, source: ModelSource) -> bool:
+    """Whether an adapter was trained on these weights: by what keel noted of them, else by the name that peft
+    noted."""
+    note = folder / BASE
+    if note.is_file():
+        return json.loads(note.read_text(encoding="utf-8")).get("identity") == identity(source)
+    name = settings_of(folder).base_model_name_or_path
+    if not name or source.path is None:
+        return False
+    return name == source.path or (Path(name).is_dir() and identity(ModelSource(name)) == identity(source))
+
+
+def identity(source: ModelSource) -> str:
+    """What tells the weights of a checkpoint from others, wherever it lies and in whatever precision it is
+    opened: a hash of its safetensors files; for one that cannot be found on this machine its name."""
+    assert source.path is not None
+    folder = Path(source.path)
+    if not folder.is_dir():
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    source.path, revision=source.revision, local_files_only=True, allow_patterns=["*.safetensors"]
+                )
+            )  # fmt: skip
+        except (OSError, ValueError):
+            return f"{source.path}@{source.revision or 'main'}"
+    files = sorted(folder.glob("*.safetensors"))
+    return _hash(tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache
+def _hash(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of the content of files; their sizes and times are there so that changed ones are read again."""
+    total = hashlib.sha256()
+    for path, *_ in files:
+        with Path(path).open("rb") as handle:
+            while part := handle.read(1 << 24):
+                total.update(part)
+    return f"sha256:{total.hexdigest()}"

@@ -1,0 +1,36 @@
+"""What a stage leaves: a folder that `from_pretrained` reads, never half-written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from keel.models.lora import AdapterFiles
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    card: str,
+    members: Sequence[Path] = (),
+    adapter: AdapterFiles | None = None,
+) -> None:
+    """Write what `from_pretrained` reads, plus a model card, the adapter that was merged in, and copies of an
+    ensemble's other members. Replaces `directory` by rename: never half-written."""
+    partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if adapter is not None:
+        adapter.write(partial / "adapter")
+    for number, member in enumerate(members, 2):
+        shutil.copytree(member, partial / "members" / str(number))
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

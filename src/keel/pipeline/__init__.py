@@ -1,0 +1,1 @@
+"""The stage graph: joined by artifacts, cached by content, resumable anywhere."""

@@ -1,0 +1,347 @@
+"""The stage graph: joined by artifacts, cached by content, resumable anywhere.
+
+A stage is done when its `stage.json` is there and carries the fingerprint of what it would be run with now:
+its settings, its inputs' fingerprints, its data's content, the seed, the device, the code; and when its model
+is still there. Everything else is run, or gone on with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import hashlib
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import keel
+from keel import report
+from keel.config import AnyStage, CollectConfig, RunConfig, Training
+from keel.data import load
+from keel.data.batches import derive_seed
+from keel.errors import KeelError, UsageError
+from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
+from keel.pipeline.fingerprint import (
+    code_print,
+    deterministic,
+    device_of,
+    folder_print,
+    hardware,
+    versions,
+)
+from keel.pipeline.preflight import Sources, data_of, from_outside, functions_of
+from keel.report import rerun_reason
+from keel.rewards import functions
+from keel.rl import grpo, ppo
+from keel.rundir.checkpoint import discard, write_json, write_text
+from keel.rundir.stage_run import Progress, StageRun
+from keel.stages import best_of_n, classifier, collect, evaluate, preference, pretrain, reward, sft
+
+MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
+
+
+@dataclass
+class Pipeline:
+    """A config bound to a run directory."""
+
+    config: RunConfig
+    directory: Path
+    say: Callable[[str], None] = print
+    progress: Progress = lambda stage, step, steps, metrics: None
+    fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
+    sources: Sources = field(init=False)  # where models lie and what data hold
+    _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sources = Sources(self.config, self.directory)
+
+    def stage_directory(self, name: str) -> Path:
+        return self.sources.stage_directory(name)
+
+    # ------------------------------------------------------------ what a stage is made of
+
+    def parts(self, name: str) -> dict[str, Any]:
+        """What this stage would be run with, part by part, as JSON has it."""
+        if name not in self._parts:
+            stage = self.config.stages[name]
+            tokenizer = stage.model.tokenizer if isinstance(stage, Training) else None
+            outside = {tokenizer: _model_print(tokenizer)} if tokenizer else {}
+            parts = {
+                "name": name,  # the stage's own seed is derived from it
+                "settings": stage.model_dump(mode="json"),
+                "seed": self.config.seed,
+                "threads": self.config.threads,
+                "device": device_of(self.config).type,
+                "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
+                "data": [load.fingerprint(from_outside(sources)) for sources, _ in data_of(stage)],
+                "rewards": {name: functions.source_print(name) for name in functions_of(stage)},
+                "code": code_print(),
+                "versions": versions(),
+            }
+            self._parts[name] = json.loads(json.dumps(parts))
+        return self._parts[name]
+
+    def fingerprint(self, name: str) -> str:
+        """What this stage would be run with, as a hash."""
+        return hashlib.sha256(json.dumps(self.parts(name), sort_keys=True).encode()).hexdigest()
+
+    def input_print(self, name: str) -> str:
+        """A model's identity: its stage's fingerprint, its files' content, or its hub id. Of comparisons by
+        people their votes are part of it."""
+        if name in self.config.stages:
+            votes = self._votes(name)
+            return self.fingerprint(name) + (f"+{votes}" if votes else "")
+        return _model_print(self.sources.resolve(name))
+
+    def is_done(self, name: str) -> bool:
+        """Whether the stage was run to its end with what it would be run with now, and what it made is still
+        there."""
+        return self._is_current(name) and self._is_whole(name)
+
+    def _is_current(self, name: str) -> bool:
+        return _object(self.stage_directory(name) / "stage.json").get("fingerprint") == self.fingerprint(name)
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether its model is there, or its comparisons, made of the votes that are there now."""
+        directory = self.stage_directory(name)
+        if isinstance(self.config.stages[name], CollectConfig):
+            counted = _object(directory / "stage.json").get("facts", {}).get("votes_print")
+            return (directory / collect.COMPARISONS).exists() and counted == self._votes(name)
+        folder = directory / "model"
+        whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+        return whole or not isinstance(self.config.stages[name], Training)
+
+    def _votes(self, name: str) -> str | None:
+        """What people's votes on a stage's pairs hold; None for a stage that asks no people."""
+        stage = self.config.stages[name]
+        asks = isinstance(stage, CollectConfig) and stage.world is None
+        return collect.votes_print(self.stage_directory(name)) if asks else None
+
+    def _why_again(self, name: str) -> str | None:
+        """Why a stage that was run before, or begun, cannot stay as it is; None for a new one and one to go
+        on with."""
+        directory = self.stage_directory(name)
+        if self._is_current(name) and not self._is_whole(name):
+            collects = isinstance(self.config.stages[name], CollectConfig)
+            return "its votes or comparisons changed" if collects else "its model is no longer there"
+        mark = directory / "fingerprint"
+        if not mark.exists() or mark.read_text(encoding="utf-8") == self.fingerprint(name):
+            return None
+        before = _object(directory / "fingerprint.json")
+        return rerun_reason.reason(before, self.parts(name)) if before else "settings, inputs or code changed"
+
+    # ------------------------------------------------------------ running
+
+    def run(self, *, only: str | None = None, fresh: bool = False) -> None:
+        """Run what is not done. UsageError before anything is touched if a setting, a model or a row is
+        unusable."""
+        stages = self.config.stages
+        if only is not None and only not in stages:
+            raise UsageError(f"no stage {only!r}; the config has {', '.join(stages)}")
+        names = [only] if only else list(stages)
+        for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
+            if not self.is_done(source):
+                raise UsageError(
+                    f"--only {only}: its input {source!r} is not done with these settings; run the whole config first"
+                )
+        for name, line in self.sources.check(names, hub=True).items():
+            self.say(f"{name}: {line}")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locked(self.directory), deterministic(self.config):
+            if fresh:
+                for name in names:
+                    discard(self.stage_directory(name))
+            write_text(
+                self.directory / "config.yaml",
+                yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True),
+            )
+            states: dict[str, str] = {}
+            self._write_manifest(states)
+            for name in names:
+                states[name] = "done before" if self.is_done(name) else "running"
+                if states[name] == "running":
+                    self._run_stage(name)
+                    states[name] = "done"
+                else:
+                    self._clear_up(name)  # a kill right after the mark of being done leaves this undone
+                    self.say(f"{name}: done before, unchanged")
+                self._write_manifest(states)
+                self._report()
+
+    def _run_stage(self, name: str) -> None:
+        """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
+        stage, directory, fingerprint = (
+            self.config.stages[name],
+            self.stage_directory(name),
+            self.fingerprint(name),
+        )
+        if why := self._why_again(name):
+            self.say(f"{name}: run again, since {why}")
+        started = directory / "fingerprint"
+        if not started.exists() or started.read_text(encoding="utf-8") != fingerprint:
+            discard(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "fingerprint.json", self.parts(name))  # what the fingerprint is made of
+        write_text(started, fingerprint)
+        (directory / "stage.json").unlink(missing_ok=True)
+        keep_freed_memory()
+        forget_peak(device_of(self.config))
+        start = time.perf_counter()
+        run, result = self._dispatched(name)
+        run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
+        run.result(result)
+        seconds = round(time.perf_counter() - start, 2)
+        done = {
+            "kind": stage.kind,
+            "fingerprint": fingerprint,
+            "seconds": seconds,
+            "rows": run.facts.get("rows"),
+        }
+        write_json(
+            directory / "stage.json",
+            {
+                **done,
+                "parameters": run.facts.get("parameters"),
+                "data": self.sources.summary(name),
+                "facts": run.facts,
+            },
+        )
+        self._clear_up(name)
+        gc.collect()
+        self.say(f"{name}: done in {seconds:.1f} s")
+
+    def _dispatched(self, name: str) -> tuple[StageRun, dict[str, Any]]:
+        """Run a stage. With `micro_batch: auto`, one that runs out of memory goes on from its last checkpoint
+        with half of it."""
+        directory, asked = self.stage_directory(name), self.config.stages[name]
+        while True:
+            run = StageRun(
+                name, directory, derive_seed(self.config.seed, name), device_of(self.config), self.sources.resolve,
+                self.sources.load_data, self.say, self.progress,
+            )  # fmt: skip
+            if not isinstance(asked, Training) or asked.micro_batch != "auto":
+                return run, _dispatch(asked, run)
+            rows = self._micro_batch(name, asked)
+            run.facts["micro_batch"] = rows
+            try:
+                return run, _dispatch(asked.model_copy(update={"micro_batch": rows}), run)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                write_json(directory / MICRO_BATCH, {"micro_batch": math.ceil(rows / 2)})
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.say(f"{name}: {rows} examples at a time do not fit; half as many from here")
+
+    def _micro_batch(self, name: str, stage: Training) -> int:
+        """What `micro_batch: auto` comes to: what the stage began with, so that it goes on alike after a
+        kill, else what fits."""
+        place = self.stage_directory(name) / MICRO_BATCH
+        known = _object(place).get("micro_batch")
+        if known is not None:
+            return known
+        fitting = self.fit(self, name) if self.fit else None
+        rows = fitting or stage.whole_batch
+        write_json(place, {"micro_batch": rows})
+        why = "" if fitting else ", since nobody can reckon what fits"
+        self.say(f"{name}: {rows} examples at a time{why}")
+        return rows
+
+    def _report(self) -> None:
+        """A page that cannot be drawn must not cost a trained model."""
+        try:
+            report.write(self.directory)
+        except Exception as error:
+            self.say(
+                f"the report could not be written ({type(error).__name__}: {error}); `keel report` shows why"
+            )
+
+    def _clear_up(self, name: str) -> None:
+        """A stage that is done needs no checkpoints, and an ensemble's members lie in its model's folder."""
+        directory = self.stage_directory(name)
+        for left in ("checkpoints", *(f"members/*/{part}" for part in ("checkpoints", "model"))):
+            for path in directory.glob(left):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _write_manifest(self, states: Mapping[str, str]) -> None:
+        path = self.directory / "manifest.json"
+        before = _object(path)
+        stages: dict[str, Any] = {}
+        for name, stage in self.config.stages.items():
+            facts, current = _object(self.stage_directory(name) / "stage.json"), self.is_done(name)
+            stages[name] = {
+                "kind": stage.kind, "fingerprint": self.fingerprint(name), "inputs": {s: self.input_print(s) for s in stage.inputs()},
+                "seconds": facts.get("seconds") if current else None, "status": states.get(name, "done" if current else "not run"),
+            }  # fmt: skip
+        manifest = {
+            "name": self.config.name, "seed": self.config.seed, "created": before.get("created", _now()), "updated": _now(),
+            "versions": {"keel": keel.__version__, "python": platform.python_version(), **versions()},
+            "hardware": hardware(self.config), "code": code_print(), "stages": stages,
+        }  # fmt: skip
+        write_json(path, manifest)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One process a directory; the lock ends with the process, however that ends. KeelError where another has
+    it."""
+    with (directory / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise KeelError(f"another process is working in {directory}") from None
+        yield
+
+
+def _dispatch(stage: AnyStage, run: StageRun) -> dict[str, Any]:
+    match stage.kind:
+        case "pretrain":
+            return pretrain.run(stage, run)
+        case "sft":
+            return sft.run(stage, run)
+        case "reward":
+            return reward.run(stage, run)
+        case "classifier":
+            return classifier.run(stage, run)
+        case "ppo":
+            return ppo.run(stage, run)
+        case "dpo":
+            return preference.run(stage, run)
+        case "grpo":
+            return grpo.run(stage, run)
+        case "best_of_n":
+            return best_of_n.run(stage, run)
+        case "collect":
+            return collect.run(stage, run)
+        case "evaluate":
+            return evaluate.run(stage, run)
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The config with every default written out."""
+    return config.model_dump(mode="json")
+
+
+def _model_print(place: str) -> str:
+    """A hash of a folder's content, or a hub id as it is."""
+    path = Path(place).expanduser()
+    return folder_print(path) if path.exists() else place
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

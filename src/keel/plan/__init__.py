@@ -1,0 +1,1 @@
+"""What a run would take: rows, tokens, steps, memory, without training."""

@@ -1,0 +1,421 @@
+"""A stage's memory before it is run: which models it holds, what each of its phases does with them, where its
+peak is.
+
+What the stages do is written here a second time, as arithmetic; `benchmarks/memory.py` measures how far the
+two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from keel.config import (
+    AnyStage,
+    BestOfNConfig,
+    ClassifierConfig,
+    CollectConfig,
+    DPOConfig,
+    EvaluateConfig,
+    GRPOConfig,
+    OnPolicy,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    Supervised,
+    Training,
+)
+from keel.config.preference import REFERENCE_FREE
+from keel.models.quantize import KINDS
+from keel.pipeline.preflight import lora_of
+from keel.plan import activation_memory, model_memory, predicted_layout
+from keel.plan.model_memory import Forward, Lora, Model
+from keel.plan.model_shapes import Head, Shape
+from keel.plan.peaks import Pass, Phase, fullest, resident, training, with_parts
+from keel.stages.best_of_n import PROMPTS_AT_ONCE
+
+SAMPLED_AT_ONCE = 64  # rows of a batch of rollout.engine.generate
+CLASSIFIED_AT_ONCE = 64  # rows of a forward of a reward that is a classifier or measures similarity
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of the longest row: its prompt (0 where there is none) and what is learned from, or is
+    sampled."""
+
+    prompt: int
+    answer: int
+    other: int | None = None  # of a pair the shorter side; None: as long as the longer one
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.answer
+
+    def within(self, limit: int | None) -> Lengths:
+        """Cut to `limit` tokens as the stages cut: the prompt gives way."""
+        if limit is None or self.total <= limit:
+            return self
+        answer = min(self.answer, limit)
+        return Lengths(limit - answer, answer, None if self.other is None else min(self.other, limit))
+
+    @staticmethod
+    def of_all(rows: Sequence[Lengths]) -> Lengths:
+        """A row as long as the longest, of which as much is answer as of any, so that no row takes more."""
+        answer, total = (max(getattr(row, name) for row in rows) for name in ("answer", "total"))
+        return Lengths(
+            total - answer, answer, max((row.other for row in rows if row.other is not None), default=None)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model that a config names."""
+
+    shape: Shape
+    counted: int | None = None  # parameters, where they were counted on the model itself
+    members: int = 1  # of an ensemble
+    judges: bool = False  # a classifier or a sentence embedder, in float32 and with batches of its own
+    adapter: Lora | None = None  # as which a reward model was trained on the stage's own base
+    quantize: str | None = None  # a reward model of its own: 8bit, 4bit
+
+
+@dataclass(frozen=True, slots=True)
+class StageModels:
+    """Who is who in a stage. `rewards`: of its learned rewards and classifiers, by the name of the term."""
+
+    model: ModelRef
+    reference: ModelRef | None = None
+    rewards: Mapping[str, ModelRef] = field(default_factory=dict)
+
+
+def phases(stage: AnyStage, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """The phases of a stage with the most that each holds."""
+    match stage:
+        case PretrainConfig() | SFTConfig():
+            return [_language(stage, cast, lengths, device)]
+        case RewardConfig() | ClassifierConfig():
+            return _scoring_model(stage, cast, lengths, device)
+        case DPOConfig():
+            return _pairs(stage, cast, lengths, device)
+        case BestOfNConfig():
+            return _best_of_n(stage, cast, lengths, device)
+        case PPOConfig() | GRPOConfig():
+            return _on_policy(stage, cast, lengths, device)
+        case CollectConfig():
+            return _collect(stage, cast, lengths, device)
+        case EvaluateConfig():
+            return _evaluate(stage, cast, lengths, device)
+
+
+def _held_in(dtype: str, quantize: str | None) -> str:
+    """How weights lie in memory, in the words of `memory.WEIGHT`."""
+    return dtype if quantize is None else KINDS[quantize]
+
+
+def _trained(stage: Training, found: ModelRef, device: Device, *, dropout: bool = False) -> Model:
+    lora, dtype = lora_of(stage), _held_in(stage.model.dtype, stage.model.quantize)
+    return Model(
+        found.shape, dtype, trained=True, lora=lora, checkpointing=stage.gradient_checkpointing, dropout=dropout,
+        device=device, counted=found.counted,
+    )  # fmt: skip
+
+
+def _frozen(found: ModelRef, dtype: str, device: Device, head: Head = "lm") -> Model:
+    return Model(found.shape, dtype, head=head, device=device, counted=found.counted)
+
+
+def _rows(stage: Training, whole: int, length: int) -> int:
+    """Rows of one forward and backward, if all take `length` tokens."""
+    if stage.micro_tokens is not None:
+        return min(max(1, stage.micro_tokens // max(1, length)), whole)
+    return min(stage.rows_at_once or whole, whole)
+
+
+def _with_best(phase: Phase, models: Mapping[str, Model], role: str, patience: int | None) -> Phase:
+    """With the copy of the best weights that early stopping keeps."""
+    if patience is None:
+        return phase
+    return Phase(phase.name, with_parts(phase.parts, role, copy=model_memory.weights(models[role])))
+
+
+# ---------------------------------------------------------------- stages with fixed rows
+
+
+def _language(stage: Supervised, cast: StageModels, lengths: Lengths, device: Device) -> Phase:
+    """Language modelling with the model's own dropout."""
+    model = _trained(stage, cast.model, device, dropout=True)
+    rows = _rows(stage, stage.batch_size, lengths.total)
+    if isinstance(stage, PretrainConfig) or (isinstance(stage, SFTConfig) and stage.loss_on == "all"):
+        lengths = Lengths(0, lengths.total)
+    read = predicted_layout.forward(
+        model, [predicted_layout.answer(i, lengths.prompt, lengths.answer) for i in range(rows)]
+    )
+    logits = model_memory.loss_logits(model, rows * lengths.answer)
+    if isinstance(stage, SFTConfig) and stage.packing:
+        read = Forward(rows, lengths.total, masked=True)
+        logits += read.tokens * lengths.total * model.bytes  # what the mask is made from
+    models = {"model": model}
+    phase = training(models, [Pass("model", [read], logits)], accumulates=rows < stage.batch_size)
+    return _with_best(phase, models, "model", stage.patience)
+
+
+def _sides(
+    row: Callable[[int, int, int], predicted_layout.Row], pairs: int, lengths: Lengths
+) -> list[predicted_layout.Row]:
+    """Both sides of so many pairs."""
+    sides = (lengths.answer, lengths.answer if lengths.other is None else lengths.other)
+    return [row(pair, lengths.prompt, side) for pair in range(pairs) for side in sides]
+
+
+def _read(model: Model, rows: Sequence[predicted_layout.Row]) -> list[Forward]:
+    """The forwards in which a reward model and the losses of pairs read rows."""
+    return [
+        predicted_layout.forward(model, part)
+        for part in predicted_layout.parts(rows, predicted_layout.best_rows(model))
+    ]
+
+
+def _working(model: Model, reads: Sequence[Forward]) -> float:
+    """What the largest of forwards without gradient, one after the other, holds at most."""
+    return max(activation_memory.working(model, read) for read in reads)
+
+
+def _scoring_model(
+    stage: RewardConfig | ClassifierConfig, cast: StageModels, lengths: Lengths, device: Device
+) -> list[Phase]:
+    """A head on the last token; a reward model reads both sides of a pair."""
+    labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
+    model = replace(_trained(stage, cast.model, device, dropout=True), head="score", labels=labels)
+    models, found = {"model": model}, []
+    rows = _rows(stage, stage.batch_size, lengths.total * (2 if isinstance(stage, RewardConfig) else 1))
+    reads = [Forward(rows, lengths.total)]
+    if isinstance(stage, RewardConfig):
+        reads = _read(model, _sides(predicted_layout.scored, rows, lengths))
+    phase = training(models, [Pass("model", reads)], accumulates=rows < stage.batch_size)
+    if isinstance(stage, RewardConfig) and stage.normalize and not model.shape.is_encoder:
+        prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
+        dtype = _held_in(stage.model.dtype, stage.model.quantize)
+        sampler = {"sampler": _frozen(cast.model, dtype, device)}
+        found.append(_rollout(sampler, "sampler", SAMPLED_AT_ONCE, prompt, name="samples"))
+    return [*found, _with_best(phase, models, "model", stage.patience)]
+
+
+def _pairs(stage: DPOConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """The reference's log-probabilities first, then both sides of a pair in one step, a few rows a
+    forward."""
+    policy, found = _trained(stage, cast.model, device), []
+    models = {"policy": policy}
+    if stage.loss not in REFERENCE_FREE:
+        found.append(_reference(stage, cast, lengths, device))
+    sides = 1 if stage.loss == "kto" else 2
+    count = _rows(stage, stage.batch_size, sides * lengths.total)
+    rows = _responses(stage, count, lengths)
+    tokens = sum(row.asked for row in rows)
+    # `joined` copies them
+    logits = model_memory.loss_logits(policy, tokens) + model_memory.kept_states(policy, tokens)
+    phase = training(
+        models, [Pass("policy", _read(policy, rows), logits)], accumulates=count < stage.batch_size
+    )
+    return [*found, _with_best(phase, models, "policy", stage.patience)]
+
+
+def _responses(stage: DPOConfig, count: int, lengths: Lengths) -> list[predicted_layout.Row]:
+    """Those of so many pairs; with KTO, where examples meet by chance, of so many prompts."""
+    if stage.loss == "kto":
+        return [predicted_layout.answer(i, lengths.prompt, lengths.answer) for i in range(count)]
+    return _sides(predicted_layout.answer, count, lengths)
+
+
+def _reference(stage: DPOConfig, cast: StageModels, lengths: Lengths, device: Device) -> Phase:
+    """The log-probabilities of all responses, in parts of as many rows as the micro-batch has examples."""
+    held = {"policy": replace(_trained(stage, cast.model, device), trained=False, lora=None)}
+    if cast.reference:
+        held["reference"] = _frozen(cast.reference, stage.model.dtype, device)
+    role = "reference" if cast.reference else "policy"
+    model = replace(held[role], trained=False)
+    rows = _rows(stage, stage.batch_size, lengths.total)
+    part = max(predicted_layout.parts(_responses(stage, rows, lengths), rows), key=len)
+    tokens = sum(row.asked for row in part)
+    logits = model_memory.loss_logits(model, tokens) + model_memory.kept_states(model, tokens)
+    inside = _working(model, _read(model, part))
+    parts = with_parts(
+        resident(held), role, logits=logits, activations=inside, casts=model_memory.casts(model)
+    )
+    return Phase("reference", parts)
+
+
+def _best_of_n(stage: BestOfNConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    dtype = _held_in(stage.model.dtype, stage.model.quantize)
+    sampler = {"sampler": _frozen(cast.model, dtype, device)}
+    held = sampler | _rewards(cast, stage.model.dtype, device)
+    rows = PROMPTS_AT_ONCE * stage.samples_per_prompt
+    found = [_rollout(held, "sampler", rows, lengths, name="samples")]
+    found += _judging(held, stage.batch_size, lengths, stage.samples_per_prompt)
+    return [*found, _language(stage, cast, lengths, device)]
+
+
+# ---------------------------------------------------------------- stages that sample
+
+
+def _collect(stage: CollectConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    held = {"sampler": _frozen(cast.model, stage.dtype, device)}
+    return [_rollout(held, "sampler", stage.batch_size, lengths)]
+
+
+def _on_policy(stage: OnPolicy, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """Every update: rollout, the rewards' scores, everybody's log-probabilities and values, gradient
+    steps."""
+    models = roles(stage, cast, device)
+    policy, whole = models["policy"], stage.batch_size
+    kept = whole * lengths.answer * policy.shape.hidden * policy.bytes if stage.trusts_sampler else 0
+    sampled = _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
+    judged = _judging(models, _rows(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
+    found = [
+        Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
+    ]
+    part = _fullest_part(stage, policy, whole, lengths)
+    inside = kept + activation_memory.working(policy, predicted_layout.forward(policy, part))
+    logits = model_memory.score_logits(policy, sum(row.asked for row in part))
+    parts = with_parts(resident(models), "policy", activations=inside, logits=logits)
+    for role in ("reference", "critic") if stage.trusts_sampler else ("policy", "reference", "critic"):
+        if role in models:
+            parts = with_parts(parts, role, casts=model_memory.casts(models[role]))
+    found.append(Phase("forward", parts))
+    found.append(_steps(stage, models, lengths))
+    if stage.ptx:  # after the policy's gradient is there
+        rows = _rows(stage, stage.ptx.batch_size, lengths.total)
+        read = predicted_layout.forward(
+            policy, [predicted_layout.answer(i, 0, lengths.total) for i in range(rows)]
+        )
+        logits = model_memory.loss_logits(policy, read.tokens)
+        found.append(training(models, [Pass("policy", [read], logits)], accumulates=True, name="ptx"))
+    if stage.offload:
+        found = [_without_resting(phase, models) for phase in found]
+    return [_with_best(phase, models, "policy", stage.patience) for phase in found]
+
+
+def _steps(stage: OnPolicy, models: Mapping[str, Model], lengths: Lengths) -> Phase:
+    """The gradient steps of critic and policy, which read the same rows."""
+    policy, mini = models["policy"], stage.mini_batch or stage.batch_size
+    part = _fullest_part(stage, policy, mini, lengths)
+    tokens, learns = sum(row.asked for row in part), stage.entropy_coef > 0
+    logits = model_memory.loss_logits(policy, tokens, entropy=True, entropy_learns=learns)
+    passes = [Pass("policy", [predicted_layout.forward(policy, part)], logits)]
+    if "critic" in models:
+        passes = [Pass("critic", [predicted_layout.forward(models["critic"], part)]), *passes]
+    return training(models, passes, accumulates=len(part) < mini)
+
+
+def _fullest_part(stage: OnPolicy, model: Model, count: int, lengths: Lengths) -> list[predicted_layout.Row]:
+    """Of the parts in which so many episodes of an update go through a forward. They are of as many prompts
+    as can be: a mini-batch is drawn at random."""
+    prompts = stage.batch_size // stage.samples_per_prompt
+    rows = [predicted_layout.answer(i % prompts, lengths.prompt, lengths.answer) for i in range(count)]
+    at_once = None if stage.micro_tokens else min(stage.rows_at_once or count, count)
+    found = predicted_layout.parts(rows, at_once, stage.micro_tokens)
+    return max(
+        found, key=lambda part: activation_memory.working(model, predicted_layout.forward(model, part))
+    )
+
+
+def _without_resting(phase: Phase, models: Mapping[str, Model]) -> Phase:
+    """A phase without the frozen models that lie on the CPU meanwhile: the reference works in one phase, and
+    of the reward models one at a time in another, where it is the one with activations."""
+
+    def here(role: str, kinds: Mapping[str, float]) -> bool:
+        if role == "reference":
+            return phase.name == "forward"
+        resting = role.startswith("reward") and models[role].base and models[role].head == "score"
+        return not resting or "activations" in kinds
+
+    return Phase(phase.name, {role: kinds for role, kinds in phase.parts.items() if here(role, kinds)})
+
+
+def roles(stage: OnPolicy, cast: StageModels, device: Device) -> dict[str, Model]:
+    """The models that an on-policy stage holds, as models/roles.py shares them."""
+    policy = _trained(stage, cast.model, device)
+    models = {"policy": policy}
+    shared = (
+        stage.sharing == "adapters"
+    )  # one frozen base; what differs between the roles is adapters and heads
+    if stage.lora is None or stage.reference is not None:
+        found = cast.reference or cast.model
+        dtype = _held_in(stage.reference_dtype or stage.model.dtype, stage.reference_quantize)
+        models["reference"] = _frozen(found, dtype, device)
+    if isinstance(stage, PPOConfig) and stage.sharing != "trunk":
+        models["critic"] = replace(policy, head="score", base=not shared, counted=None)
+    return models | _rewards(cast, stage.model.dtype, device, policy if shared else None)
+
+
+def _rewards(cast: StageModels, dtype: str, device: Device, base: Model | None = None) -> dict[str, Model]:
+    """Reward models and classifiers, each member of an ensemble a role of its own. base: what those that were
+    trained as adapters on it are put on."""
+    models: dict[str, Model] = {}
+    for name, found in cast.rewards.items():
+        on_base = base is not None and found.adapter is not None
+        held_in = base.dtype if base is not None and on_base else _held_in(dtype, found.quantize)
+        for member in range(1, found.members + 1):
+            role = ("reward" if name == "reward" else f"reward {name}") + (
+                f" {member}" if found.members > 1 else ""
+            )
+            model = _frozen(
+                found, "float32" if found.judges else held_in, device, "none" if found.judges else "score"
+            )
+            models[role] = replace(model, lora=found.adapter, base=False) if on_base else model
+    return models
+
+
+def _rollout(
+    models: dict[str, Model], role: str, rows: int, lengths: Lengths, *, name: str = "rollout"
+) -> Phase:
+    """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache,
+    of which one layer is there twice while it grows."""
+    model, base = models[role], with_parts(resident(models), role, casts=model_memory.casts(models[role]))
+    one_layer = 1 + 1 / model.shape.layers
+    prefill = with_parts(
+        base, role, kv_cache=model_memory.kv_cache(model, rows, lengths.prompt),
+        activations=activation_memory.working(model, Forward(rows, lengths.prompt)), logits=model_memory.sampling_logits(model, rows, lengths.prompt),
+    )  # fmt: skip
+    end = with_parts(
+        base, role, kv_cache=model_memory.kv_cache(model, rows, lengths.total) * one_layer,
+        activations=activation_memory.working(model, Forward(rows, lengths.total), new=1), logits=model_memory.sampling_logits(model, rows, 1),
+    )  # fmt: skip
+    return fullest(name, [prefill, end])
+
+
+def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int = 1) -> list[Phase]:
+    """The rewards' forwards, one after the other. samples: rows of one prompt."""
+    found: list[Phase] = []
+    for role, model in models.items():
+        if role.startswith("reward"):
+            own = lengths.within(model.shape.context)
+            reads = [Forward(CLASSIFIED_AT_ONCE, own.total)]
+            if model.head != "none":
+                few = range(min(rows, predicted_layout.best_rows(model)))
+                reads = _read(
+                    model, [predicted_layout.scored(i // samples, own.prompt, own.answer) for i in few]
+                )
+            inside = _working(model, reads)
+            parts = with_parts(resident(models), role, activations=inside, casts=model_memory.casts(model))
+            found.append(Phase("score", parts))
+    return [max(found, key=lambda phase: phase.total)] if found else []
+
+
+def _evaluate(stage: EvaluateConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """The reference, and one model after the other: its samples, the rewards' scores, the exact KL."""
+    models = {"model": _frozen(cast.model, stage.dtype, device)}
+    if len(stage.models) > 1:
+        models["reference"] = _frozen(cast.reference or cast.model, stage.dtype, device)
+    models |= _rewards(cast, stage.dtype, device)
+    rows = stage.batch_size
+    found = [_rollout(models, "model", rows, lengths), *_judging(models, rows, lengths)]
+    model = models["model"]
+    inside = activation_memory.working(model, Forward(rows, lengths.total))
+    logits = model_memory.score_logits(model, rows * lengths.answer)
+    parts = with_parts(
+        resident(models), "model", activations=inside, logits=logits, casts=model_memory.casts(model)
+    )
+    return [*found, Phase("forward", parts)]

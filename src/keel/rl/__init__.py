@@ -1,0 +1,1 @@
+"""The stages that learn from their own samples: PPO and GRPO."""

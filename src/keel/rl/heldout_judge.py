@@ -1,0 +1,93 @@
+"""The held-out judge of a stage: a reward that nothing is trained on, asked now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from keel import worlds
+from keel.config import OnPolicy
+from keel.data import chat
+from keel.models.shared_base import Base
+from keel.rewards.mixture import Mixture
+from keel.rollout.engine import text_of
+from keel.rundir.stage_run import StageRun
+from keel.stages import build_rewards
+from keel.types import Completion, Prompt
+
+JUDGED = 64  # training prompts that are judged where the config holds none out
+
+
+class Asked(Protocol):
+    """A prompt with the other columns of its row."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """One of the two."""
+
+    gold: worlds.World | None
+    rewards: Mixture | None
+
+
+def open_judge(
+    config: OnPolicy, run: StageRun, tokenizer: Any, longest: int, base: Base | None = None
+) -> Judge | None:
+    """What `judge` names, on `base` where it can be; None without. longest: tokens of a prompt and its
+    response at most."""
+    settings = config.judge
+    if settings is None:
+        return None
+    if settings.gold is not None:
+        return Judge(worlds.load(world_of(settings.gold)), None)
+    terms = settings.reward or []
+    opened = build_rewards.open_rewards(
+        terms, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, base=base
+    )
+    rewards = build_rewards.mixture(
+        opened,
+        run,
+        tokenizer,
+        longest,
+        normalize=len(terms) > 1,
+        batch_size=config.rows_at_once or config.batch_size,
+    )
+    return Judge(None, rewards)
+
+
+def world_of(gold: str) -> str:
+    """The world's name in `world:NAME`."""
+    return gold.removeprefix("world:").partition("/")[0]
+
+
+def scores(
+    judge: Judge | None, tasks: Sequence[Asked], completions: Sequence[Completion], tokenizer: Any
+) -> Tensor:
+    """(B,) what the judge says of each response: a world's total gold reward, or the weighted sum of the
+    rewards."""
+    if judge is None:
+        return torch.zeros(len(tasks))
+    if judge.rewards is not None:
+        columns = [dict(task.columns) for task in tasks]
+        batch = build_rewards.batch_of([task.prompt for task in tasks], completions, columns, tokenizer)
+        return judge.rewards.score(batch).total
+    assert judge.gold is not None
+    found = [
+        judge.gold.gold(chat.user_text(task.prompt), text_of(tokenizer, completion), task.columns)["total"]
+        for task, completion in zip(tasks, completions, strict=True)
+    ]
+    return torch.tensor(found)
+
+
+def error(judged: Tensor) -> float:
+    """Standard error of the mean of (N,) values; 0 for a single one."""
+    return (judged.double().std() / len(judged) ** 0.5).item() if len(judged) > 1 else 0.0

@@ -1,0 +1,234 @@
+"""What watches over a loop: its metrics go through the checks, and what `control` says is carried out.
+
+Decisions are `keel.diagnosis.control`'s; here weights are kept, put back and learning rates cut. What a watch
+knows is in metrics.jsonl and events.jsonl, which a resumed run reads again; what was kept is in the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from keel.diagnosis import logs
+from keel.diagnosis.control import LR_FACTOR, Action, decide, event, raised
+from keel.diagnosis.findings import WINDOW, Finding, conditions
+from keel.diagnosis.watch import CHECKS, Watch, replay
+from keel.errors import KeelError
+from keel.rewards.shaping import RunningScale
+from keel.rl.rollout import LoopState, Setup
+from keel.stages.loop_utils import put_back, state_of
+
+
+@dataclass
+class Monitor:
+    """The watch over one stage. `kept` holds whole states: "healthy" (of which a window of updates without a
+    finding has passed), "fresh" (the next to become so) and "best" (the highest held-out judge, else
+    evaluated reward)."""
+
+    setup: Setup
+    optimizers: Sequence[torch.optim.Optimizer]
+    watch: Watch
+    peaks: list[list[float]]  # learning rates as the config has them
+    kept: dict[str, dict[str, Any]]
+    taken: int = 0  # adjustments and rollbacks so far
+    lr_factor: float = 1.0
+    best: float | None = None
+    stopped: bool = False
+
+    @classmethod
+    def open(cls, setup: Setup, optimizers: Sequence[torch.optim.Optimizer]) -> Monitor:
+        """A guard of a stage before its first update."""
+        peaks = [[group["peak_lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        watch = Watch(conditions(setup.config.model_dump(mode="json")))
+        guard = cls(setup, optimizers, watch, peaks, {})
+        if setup.config.control.goes_back:
+            guard.kept["healthy"] = guard._snapshot(0, RunningScale())
+        return guard
+
+    # ------------------------------------------------------------ for a checkpoint
+
+    def values(self) -> dict[str, Any]:
+        return {"taken": self.taken, "lr_factor": self.lr_factor, "best": self.best, "stopped": self.stopped}
+
+    def restored(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+        """As it was when a checkpoint with `values` and `kept` was written."""
+        self.taken, self.lr_factor = values["taken"], values["lr_factor"]
+        self.best, self.stopped, self.kept = values["best"], values["stopped"], dict(kept)
+        if self.off:
+            return
+        folder = self.setup.run.directory
+        events = logs.lines(folder / "events.jsonl")
+        acted = {row["step"] for row in events if row["event"] != "finding"}
+        self.watch, _ = replay(logs.lines(folder / "metrics.jsonl"), self.watch.history.conditions, acted)
+        if acted:  # also where the last action was at a step without metrics
+            self.watch.history.since = max(acted)
+
+    # ------------------------------------------------------------ what the loop asks
+
+    @property
+    def off(self) -> bool:
+        return self.setup.config.control.on_finding == "off"
+
+    def begin(self, metrics: Mapping[str, float]) -> None:
+        """The evaluation of what the stage starts from, which is the first to go back to."""
+        if not self.off:
+            found = self.watch.see(0, metrics)
+            assert not found, found  # no check speaks before there was an update
+        value = _worth(metrics)
+        if self.setup.config.control.goes_back and value is not None:
+            self.best, self.kept["best"] = value, self.kept["healthy"]  # which is the same state
+
+    def see(self, update: int, metrics: Mapping[str, float], steering: LoopState) -> LoopState:
+        """The metrics of an update that went well → the steering to go on with."""
+        if self.off:
+            return steering
+        findings = self.watch.see(update, metrics)
+        after = self._react(update, findings, steering)
+        if after is steering and self.setup.config.control.goes_back and not _urgent(findings):
+            self._keep(update, metrics, steering.scale)
+        return after
+
+    def failed(self, update: int, error: KeelError, steering: LoopState) -> LoopState:
+        """An update whose numbers are none → the steering to go on with; the error where control does not go
+        back."""
+        if self.off:
+            raise error
+        finding = CHECKS["not_finite"].found(update, "act", str(error).partition(";")[0])
+        if not self.setup.config.control.goes_back:
+            self.setup.run.events([finding.row()])
+            raise error
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return self._react(update, [finding], steering)
+
+    def finish(self, last: int) -> None:
+        """Put the best weights back: those that the judge liked best, where control may go back at all;
+        without a judge only where the stage was stopped, by evaluated reward, else the last healthy. last:
+        the update that the stage ended with."""
+        if self.chooses:
+            state = self.kept.get("best", self.kept["healthy"])
+            self._put_weights_back(state)
+            self._record_kept(state["update"], last)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `finish` puts weights back."""
+        return self.stopped or (self.setup.judge is not None and "best" in self.kept)
+
+    # ------------------------------------------------------------ how
+
+    def _record_kept(self, to: int, last: int) -> None:
+        """An event, unless the stage was stopped, which says so itself, or ends as it is."""
+        run = self.setup.run
+        said = any(row["event"] == "keep" for row in logs.lines(run.directory / "events.jsonl"))
+        if self.stopped or said or to == last:
+            return
+        row = {"event": "keep", "checks": [], "kl_coef": None, "lr_factor": self.lr_factor, "to": to}
+        run.events([{"step": last, **row}])
+        run.say(f"{run.name}: the weights of update {to} are kept, which the judge liked best")
+
+    def _react(self, update: int, findings: Sequence[Finding], steering: LoopState) -> LoopState:
+        run, control = self.setup.run, self.setup.config.control
+        rows: list[dict[str, Any]] = [finding.row() for finding in findings]
+        for finding in findings:
+            if finding.severity != "note":
+                run.say(f"{run.name}: update {update}: {finding.check}: {finding.evidence}; {finding.remedy}")
+        action = decide(findings, control.on_finding, self.taken, control.attempts)
+        if action is not None:
+            steering, to = self._carry_out(action, steering)
+            rows.append(event(update, action, steering.coef, self.lr_factor, to))
+            self.watch.acted(update)
+            run.say(
+                f"{run.name}: update {update}: {action.kind}" + ("" if to is None else f" to update {to}")
+            )
+        run.events(rows)
+        return steering
+
+    def _carry_out(self, action: Action, steering: LoopState) -> tuple[LoopState, int | None]:
+        """The steering from now on, and the update whose weights are taken."""
+        if action.kind == "stop":
+            self.stopped = True
+            return steering, self.kept.get("best", self.kept["healthy"])["update"]
+        self.taken += 1
+        to = None
+        if action.kind == "rollback":
+            state = self.kept[self._refuge]
+            self._put_back(state)
+            self.kept.pop("fresh", None)  # it may have been ill already
+            steering, to = replace(steering, scale=RunningScale(**state["scale"])), state["update"]
+        if action.cut_lr:
+            self.lr_factor *= LR_FACTOR
+        self._set_learning_rates()
+        return replace(steering, coef=raised(steering.coef)) if action.raise_kl else steering, to
+
+    @property
+    def _refuge(self) -> str:
+        """With a judge the state that it liked best; else the last that was followed by a window without a
+        finding."""
+        return "best" if self.setup.judge is not None and "best" in self.kept else "healthy"
+
+    def _keep(self, update: int, metrics: Mapping[str, float], scale: RunningScale) -> None:
+        fresh = self.kept.get("fresh")
+        if fresh is None or update - fresh["update"] >= WINDOW:
+            if fresh is not None:
+                self.kept["healthy"] = fresh
+            self.kept["fresh"] = self._snapshot(update, scale)
+        self._prefer(update, metrics, scale)
+
+    def _prefer(self, update: int, metrics: Mapping[str, float], scale: RunningScale) -> None:
+        value = _worth(metrics)
+        if value is not None and (self.best is None or value > self.best):
+            self.best, self.kept["best"] = value, self._snapshot(update, scale)
+
+    def _values(self) -> list[tuple[torch.nn.Module, str]]:
+        return [(module, f"value{i}") for i, module in enumerate(self.setup.roles.value_modules)]
+
+    def _snapshot(self, update: int, scale: RunningScale) -> dict[str, Any]:
+        """Everything that training changes, copied to the CPU."""
+        modules = {"policy": self.setup.roles.policy, **{name: module for module, name in self._values()}}
+        return {
+            "update": update,
+            "modules": {name: _copied(state_of(module)) for name, module in modules.items()},
+            "optimizers": [_copied(optimizer.state_dict()) for optimizer in self.optimizers],
+            "scale": {"count": scale.count, "mean": scale.mean, "spread": scale.spread},
+        }
+
+    def _put_weights_back(self, state: Mapping[str, Any]) -> None:
+        put_back(self.setup.roles.policy, state["modules"]["policy"])
+        for module, name in self._values():
+            put_back(module, state["modules"][name])
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        self._put_weights_back(state)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(
+                _copied(saved)
+            )  # which takes tensors as they are, and would change what is kept
+
+    def _set_learning_rates(self) -> None:
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak_lr"] = peak * self.lr_factor
+
+
+def _worth(metrics: Mapping[str, float]) -> float | None:
+    """By what the best state is chosen: the judge, else the evaluated reward; None where nothing was
+    evaluated."""
+    return metrics.get("eval/judge", metrics.get("eval/objective/rlhf_reward"))
+
+
+def _urgent(findings: Sequence[Finding]) -> bool:
+    return any(finding.severity == "act" for finding in findings)
+
+
+def _copied(value: Any) -> Any:
+    """Tensors cloned to the CPU, whatever they lie in."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,161 @@
+"""What a stage that learns from its own samples starts from: prompts, models, rewards. Data and tokens come
+first, so that a bad row is found before any weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from keel.config import OnPolicy
+from keel.data import chat
+from keel.data.batches import derive_seed
+from keel.errors import UsageError
+from keel.models.device_info import fastest, forward_flops
+from keel.models.load import ModelSource, count_parameters
+from keel.models.offload import offload
+from keel.models.precision import compute_dtype
+from keel.models.quantize import rest_in
+from keel.models.roles import Roles, open_roles
+from keel.models.shared_base import open_base
+from keel.rl import heldout_judge
+from keel.rl.rollout import PromptExample, Setup
+from keel.rundir.stage_run import StageRun
+from keel.stages import build_rewards, language, prepare
+from keel.types import PromptRecord, Record, TextRecord
+
+
+def read_tasks(
+    config: OnPolicy, run: StageRun, source: ModelSource
+) -> tuple[list[PromptExample], list[PromptExample], tuple[language.Row, ...], Any]:
+    """Prompts to learn on, held-out prompts, rows of the pretraining mix, and the tokenizer; no weights are
+    read."""
+    dataset = prepare.read(run, config.data, ("prompt",))
+    held_out = prepare.read(run, config.eval_data, ("prompt",)) if config.eval_data else None
+    mix = prepare.read(run, config.ptx.data, ("text",)) if config.ptx else None
+    conversational = any(rows.conversational for rows in (dataset, held_out, mix) if rows)
+    tokenizer = prepare.open_tokenizer(config.model, run, conversational=conversational)
+    limit = prepare.limit_of(config, run, source)
+    room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
+    chat.stop_ids(tokenizer, config.sampling.stop)
+    too_long = prepare.TooLong(run, config.too_long, room)
+
+    def task(record: Record) -> PromptExample | None:
+        assert isinstance(record, PromptRecord)
+        ids = chat.prompt_ids(tokenizer, record.prompt)
+        if not too_long.fits(record, len(ids)):
+            return None
+        kept = tuple(ids[-too_long.limit :] if too_long.limit else ids)
+        return PromptExample(record.prompt, kept, record.columns)
+
+    tasks: list[PromptExample] = prepare.encode_all(run, dataset.records, task)
+    held: list[PromptExample] = prepare.encode_all(run, held_out.records, task) if held_out else []
+    ptx: list[language.Row] = []
+    if mix:
+        text_limit = prepare.TooLong(run, config.too_long, limit)
+
+        def row(record: Record) -> language.Row | None:
+            assert isinstance(record, TextRecord)
+            ids, counts = chat.text_ids(tokenizer, record)
+            if not text_limit.fits(record, len(ids)):
+                return None
+            cut = language.Row(ids[:limit], counts[:limit])
+            return cut if cut.counted else None
+
+        ptx = prepare.encode_all(run, mix.records, row)
+        too_long.cut, too_long.left_out = (
+            too_long.cut + text_limit.cut,
+            too_long.left_out + text_limit.left_out,
+        )
+    too_long.report()
+    return tasks, held, tuple(ptx), tokenizer
+
+
+def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> ModelSource | None:
+    """The reference policy; None for what the policy starts from, in the policy's own precision."""
+    dtype, quantize = config.reference_dtype or config.model.dtype, config.reference_quantize
+    if quantize is not None:
+        dtype = rest_in(dtype)
+    if config.reference is not None:
+        path, remote = run.resolve(config.reference), config.model.trust_remote_code
+        return ModelSource(path, None, dtype, remote, quantize=quantize)
+    if config.reference_dtype is None and quantize is None:
+        return None
+    return replace(source, dtype=dtype, quantize=quantize)
+
+
+def _offload(run: StageRun, roles: Roles, opened: Sequence[build_rewards.LoadedReward]) -> None:
+    """Send frozen models with weights of their own to the CPU. UsageError where there are none."""
+    found = [reward.model for one in opened for reward in one.models]
+    if isinstance(roles.reference, torch.nn.Module):
+        found.append(roles.reference)
+    shared = {id(p) for p in roles.policy.parameters()}
+    own = [model for model in found if not any(id(p) in shared for p in model.parameters())]
+    if not own:
+        raise UsageError(
+            f"{run.name}: `offload` has no effect: reference and reward models are on the policy's own weights, or there are none"
+        )
+    for model in own:
+        offload(model, run.device)
+
+
+def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
+    """FLOPs of a token in each phase, and what the machine can do, for the shares in times.jsonl."""
+    own = forward_flops(roles.policy)
+    critic = sum(forward_flops(module) for module in roles.value_modules)
+    passes = 2 if config.lora else 3  # a backward is two forwards, or one where no weight has a gradient
+    policy_again = 0.0 if config.trusts_sampler else own
+    run.flops = {"rollout": own, "forward": own + critic + policy_again, "train": passes * (own + critic)}
+    run.fastest = fastest(run.device, compute_dtype(roles.policy, run.device))
+
+
+def open_stage(
+    config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
+) -> tuple[list[PromptExample], list[PromptExample], Setup]:
+    """Prompts, held-out prompts, and the models; sharing "none": without a critic. Data and tokens come
+    first, so that a bad row is found before any weights are read."""
+    source = prepare.source_of(config.model, run)
+    tasks, held, ptx, tokenizer = read_tasks(config, run, source)
+    reference = _reference_of(config, run, source)
+    seed = derive_seed(run.seed, "model")
+    base = open_base(source, seed, run.device) if config.sharing == "adapters" else None
+    opened = build_rewards.open_rewards(
+        config.reward,
+        run,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        base=base,
+    )
+    longest = max(len(task.ids) for task in [*tasks, *held]) + config.sampling.max_new_tokens
+    rewards = build_rewards.mixture(
+        opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
+        batch_size=config.rows_at_once or config.batch_size,
+    )  # fmt: skip
+    roles = open_roles(
+        source, reference, sharing=sharing, adapters=prepare.adapters_of(config.lora) if config.lora else None,
+        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
+    )  # fmt: skip
+    if config.offload:
+        _offload(run, roles, opened)
+    _rate(run, config, roles)
+    run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
+    run.facts["trained_parameters"] = sum(
+        count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules)
+    )
+    return (
+        tasks,
+        held,
+        Setup(
+            config,
+            roles,
+            rewards,
+            opened,
+            build_rewards.read_text(opened, tokenizer),
+            tokenizer,
+            run,
+            ptx,
+            heldout_judge.open_judge(config, run, tokenizer, longest, base),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""The run directory: the contract between a run and whoever reads it."""

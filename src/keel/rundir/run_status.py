@@ -1,0 +1,43 @@
+"""What a run has come to, by its directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def manifest(run: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each stage."""
+    path = run / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+
+
+def status(run: Path, name: str, facts: Mapping[str, Any]) -> str:
+    """The manifest's status of a stage: "done", "done before", "not run"; "out of date" where what lies there
+    was made with other settings, inputs or code than the manifest asks for."""
+    mark = run / "stages" / name / "fingerprint"
+    stale = mark.exists() and mark.read_text(encoding="utf-8") != facts.get("fingerprint")
+    return "out of date" if stale else facts["status"]
+
+
+def results(run: Path) -> dict[str, Any]:
+    """The results of the stages that are done with what the manifest asks for; never those of other
+    settings."""
+    paths = {
+        name: run / "stages" / name / "result.json"
+        for name, facts in manifest(run).items()
+        if status(run, name, facts) in ("done", "done before")
+    }
+    return {
+        name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()
+    }
+
+
+def outcome(pipeline: Any) -> dict[str, Any]:
+    found = results(pipeline.directory)
+    return {
+        "run": str(pipeline.directory), "report": str(pipeline.directory / "report.html"),
+        "stages": {name: {**facts, "result": found.get(name)} for name, facts in manifest(pipeline.directory).items()},
+    }  # fmt: skip

@@ -1,0 +1,132 @@
+"""The run directory: what a stage is given to work with, and what it leaves behind.
+
+`metrics.jsonl` and `samples.jsonl` hold nothing that depends on the clock, so that two runs of one config can
+be compared byte by byte; seconds go to `times.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keel.errors import NotFiniteError
+from keel.rundir.checkpoint import Checkpoint, latest, save, write_json
+from keel.types import DataSource, RecordType
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
+Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
+
+
+@dataclass
+class StageRun:
+    """One stage at work: its directory, its seed, and where its inputs are."""
+
+    name: str
+    directory: Path
+    seed: int
+    device: torch.device
+    resolve: Callable[[str], str]  # another stage's name, a path or a hub id → what from_pretrained takes
+    load_data: Callable[
+        [Sequence[DataSource], Sequence[RecordType]], Any
+    ]  # → data.load.Dataset, read once a run
+    say: Callable[[str], None] = lambda line: None
+    progress: Progress = lambda stage, step, steps, metrics: None
+    facts: dict[str, Any] = field(default_factory=dict)  # rows, parameters …, for stage.json
+    flops: dict[str, float] = field(default_factory=dict)  # of a useful token, by phase
+    fastest: float | None = None  # FLOP/s that the machine reaches, where it has been measured
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _tokens: dict[str, tuple[int, int]] = field(default_factory=dict)  # by phase: useful, computed
+
+    def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+        """NotFiniteError at the first number that is not finite."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NotFiniteError(
+                    f"{self.name}: {name} is {value} at step {step}; nothing of this step was kept (last checkpoint: {self.directory / 'checkpoints'})"
+                )
+
+    def log(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        """Append one line of metrics. NotFiniteError at the first number that is not finite."""
+        self.check_finite(step, metrics)
+        self._append(
+            "metrics.jsonl", [{"step": step, **{name: float(value) for name, value in metrics.items()}}]
+        )
+        if self._seconds:
+            spent = {**self._seconds, **self._rates()}
+            self._append(
+                "times.jsonl", [{"step": step, **{name: round(value, 4) for name, value in spent.items()}}]
+            )
+            self._seconds.clear()
+            self._tokens.clear()
+        self.progress(self.name, step, steps, metrics)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append sample rows."""
+        self._append("samples.jsonl", rows)
+
+    def events(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append findings and what was done about them; no file is made for none."""
+        if rows:
+            self._append("events.jsonl", rows)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the seconds of a phase (rollout, score, train …) of the current step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def count(self, phase: str, useful: int, computed: int) -> None:
+        """Count tokens of a phase: those that somebody needs, and those that the model computed, padding
+        included."""
+        before = self._tokens.get(phase, (0, 0))
+        self._tokens[phase] = (before[0] + useful, before[1] + computed)
+
+    def _rates(self) -> dict[str, float]:
+        """Of each phase whose tokens were counted: tokens a second, the useful share, and the share of the
+        machine's speed that went into the model's own arithmetic on useful tokens (MFU, 2204.02311)."""
+        rates: dict[str, float] = {}
+        for phase, (useful, computed) in self._tokens.items():
+            if phase not in self._seconds:
+                continue
+            speed = useful / self._seconds[phase]
+            rates |= {f"{phase}/tokens_per_second": speed, f"{phase}/useful": useful / computed}
+            if self.fastest is not None and phase in self.flops:
+                rates[f"{phase}/mfu"] = speed * self.flops[phase] / self.fastest
+        return rates
+
+    def restore(self) -> Checkpoint | None:
+        """The checkpoint to go on from, with the logs cut back to where they were then; None for a fresh
+        start."""
+        checkpoint = latest(self.directory / "checkpoints")
+        for log in LOGS:
+            path, length = self.directory / log, checkpoint.logs.get(log, 0) if checkpoint else 0
+            if path.exists():
+                with path.open("r+b") as handle:
+                    handle.truncate(length)
+        if checkpoint:
+            self.say(f"{self.name}: going on after step {checkpoint.step}")
+        return checkpoint
+
+    def save(self, step: int, tensors: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> None:
+        """Checkpoint after `step` steps."""
+        logs = {log: path.stat().st_size for log in LOGS if (path := self.directory / log).exists()}
+        save(self.directory / "checkpoints", Checkpoint(step, tensors, values or {}, logs))
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """Write the stage's final measures."""
+        write_json(self.directory / "result.json", value)
+
+    def _append(self, log: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with (self.directory / log).open("a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

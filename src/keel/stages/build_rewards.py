@@ -1,0 +1,250 @@
+"""The rewards of a config, opened: what `reward:` names, ready to score samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, SimilarityTerm
+from keel.errors import UsageError
+from keel.models.offload import on_device
+from keel.models.shared_base import Base
+from keel.rewards import functions, learned, rules
+from keel.rewards.classifier import Classifier
+from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
+from keel.rewards.similarity import Similarity
+from keel.rollout.engine import text_of
+from keel.rundir.stage_run import StageRun
+from keel.types import Completion, Conversation, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedReward:
+    """A term of the config with what it needs in memory: reward models, or a function of TRL's signature."""
+
+    term: Any  # of keel.config.rewards
+    models: tuple[learned.RewardModel, ...] = ()
+    function: Callable[..., Any] | None = None
+
+
+def open_rewards(
+    terms: Sequence[Any],
+    run: StageRun,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    base: Base | None = None,
+) -> list[LoadedReward]:
+    """Load the models and functions that the terms name; reward models that were trained as adapters on
+    `base` as such. UsageError for one that cannot be used."""
+    opened: list[LoadedReward] = []
+    where = f"{run.name}: reward"
+    for term in terms:
+        match term:
+            case LearnedTerm():
+                place = run.resolve(term.model)
+                if base is None:
+                    models = learned.load_members(
+                        place,
+                        device=run.device,
+                        dtype=dtype,
+                        trust_remote_code=trust_remote_code,
+                        quantize=term.quantize,
+                    )
+                else:
+                    models = learned.load_members_on_base(
+                        place, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
+                        say=lambda line: run.say(f"{run.name}: {line}"),
+                    )  # fmt: skip
+                if term.combine is not None and len(models) == 1:
+                    raise UsageError(
+                        f"{where}: `combine` has no effect: {term.model!r} is a single reward model"
+                    )
+                opened.append(LoadedReward(term, tuple(models)))
+            case FunctionTerm():
+                opened.append(LoadedReward(term, function=functions.load(term.function, where)))
+            case SimilarityTerm():
+                found = Similarity(
+                    run.resolve(term.model), term.to, device=run.device, trust_remote_code=trust_remote_code
+                )
+                opened.append(LoadedReward(term, function=found))
+            case ClassifierTerm():
+                judge = Classifier(
+                    run.resolve(term.model),
+                    term.label,
+                    output=term.output,
+                    reads=term.reads,
+                    device=run.device,
+                    trust_remote_code=trust_remote_code,
+                )
+                opened.append(LoadedReward(term, function=judge))
+            case _:
+                opened.append(LoadedReward(term, function=_rule(term)))
+    return opened
+
+
+def check(terms: Sequence[Any], where: str) -> None:
+    """UsageError for rules that cannot be made and functions that are not there; no model is loaded."""
+    for term in terms:
+        if isinstance(term, FunctionTerm):
+            functions.load(term.function, f"{where}: reward")
+        elif not isinstance(term, LearnedTerm | SimilarityTerm | ClassifierTerm):
+            try:
+                _rule(term)
+            except UsageError as error:
+                raise UsageError(f"{where}: reward {term.called!r}: {error}") from None
+
+
+def _rule(term: Any) -> Callable[..., Any]:
+    match term.kind:
+        case "answer":
+            return rules.final_answer(term.column, term.where)
+        case "format":
+            return rules.format_tags(term.tags, term.partial)
+        case "regex":
+            return rules.regex(term.pattern, term.full)
+        case "length":
+            return rules.length_band(term.low, term.high, term.unit, term.slack)
+        case "repetition":
+            return rules.repetition(term.n)
+        case "keywords":
+            return rules.keywords(term.words, term.mode, term.ignore_case)
+        case "overlong":
+            return rules.overlong(term.max_length, term.buffer)
+    raise AssertionError(term.kind)
+
+
+def mixture(
+    opened: Sequence[LoadedReward],
+    run: StageRun,
+    tokenizer: Any,
+    longest: int,
+    *,
+    normalize: bool,
+    batch_size: int,
+) -> Mixture:
+    """The terms as one reward of samples of a model with this tokenizer.
+
+    longest: tokens that a prompt and its response take at most. normalize: each learned model's scores on the
+    scale that its training gave them; an ensemble's members always are. UsageError for a reward model without
+    a scale where one is needed, or with too short a context.
+    """
+    terms: list[WeightedReward] = []
+    for one in opened:
+        term = one.term
+        if not one.models:
+            assert one.function is not None
+            rewarder = _only(term, from_function(term.called, one.function))
+            terms.append(WeightedReward(term.called, term.weight, rewarder))
+            continue
+        if normalize or len(one.models) > 1:
+            for model in one.models:
+                _check_scale(run, term, model)
+        for model in one.models:
+            if learned.reads_ids_of(model, tokenizer):
+                learned.check_room(model, longest, run.name)
+        rewarder = _only(term, _ensemble(run, one, tokenizer, batch_size))
+        alone = one.models[0] if len(one.models) == 1 and normalize else None
+        terms.append(
+            WeightedReward(term.called, term.weight, rewarder, alone.mean, alone.std, learned=True)
+            if alone
+            else WeightedReward(term.called, term.weight, rewarder, learned=True)
+        )
+    return Mixture(terms)
+
+
+def _only(term: Any, rewarder: Rewarder) -> Rewarder:
+    """The reward where it is meant for every row; else None for rows of other sources."""
+    if term.only is None:
+        return rewarder
+
+    def chosen(batch: Batch) -> list[float | None]:
+        sources = batch.columns["source"]  # every row that is read has one
+        rows = [i for i, source in enumerate(sources) if source == term.only]
+        values: list[float | None] = [None] * len(sources)
+        if rows:
+            for row, value in zip(rows, rewarder(batch.rows(rows)), strict=True):
+                values[row] = value
+        return values
+
+    return chosen
+
+
+def read_text(opened: Sequence[LoadedReward], tokenizer: Any) -> bool:
+    """Whether any of the rewards reads words, not ids. Compares vocabularies: to be asked once, not once a
+    batch."""
+    return any(
+        not one.models or not all(learned.reads_ids_of(model, tokenizer) for model in one.models)
+        for one in opened
+    )
+
+
+def _check_scale(run: StageRun, term: LearnedTerm, model: learned.RewardModel) -> None:
+    if not model.scaled:
+        raise UsageError(
+            f"{run.name}: the reward model {term.model!r} says nothing of the scale of its scores, so nothing can be normalised by it; train it with a reward stage, or set `shaping.normalize` to running or none"
+        )
+
+
+def _ensemble(run: StageRun, one: LoadedReward, tokenizer: Any, batch_size: int) -> Rewarder:
+    """Raw scores of a single reward model; of several, what `combine` makes of their normalised scores."""
+    reads_ids = [learned.reads_ids_of(model, tokenizer) for model in one.models]
+
+    def scores(model: learned.RewardModel, ids: bool, batch: Batch) -> Tensor:
+        rows, cut = _rows(model, ids, batch)
+        if cut and not run.facts.get("responses_cut_for_reward"):
+            run.say(f"{run.name}: responses longer than the reward model reads are scored by their start")
+        if cut:
+            run.facts["responses_cut_for_reward"] = run.facts.get("responses_cut_for_reward", 0) + cut
+        with on_device(model.model):
+            prompts = [tuple(ids) for ids in batch.prompt_ids]
+            return learned.score(model, rows, batch_size=batch_size, together=prompts)
+
+    def rewarder(batch: Batch) -> list[float]:
+        found = [scores(model, ids, batch) for model, ids in zip(one.models, reads_ids, strict=True)]
+        if len(found) == 1:
+            return found[0].tolist()
+        members = torch.stack([(s - m.mean) / m.std for s, m in zip(found, one.models, strict=True)])
+        caution = 1.0 if one.term.caution is None else one.term.caution
+        return learned.combined(members, one.term.combine or "mean", caution).tolist()
+
+    return rewarder
+
+
+def _rows(model: learned.RewardModel, ids: bool, batch: Batch) -> tuple[list[learned.Inputs], int]:
+    if ids:
+        pairs = zip(batch.prompt_ids, batch.completion_ids, strict=True)
+        return [{"input_ids": [*prompt, *response]} for prompt, response in pairs], 0
+    texts = [y if isinstance(y, str) else y[0]["content"] for y in batch.completions]
+    ended = [reason != "length" for reason in batch.stop_reasons]
+    return learned.encode_samples(model, batch.prompts, texts, ended)
+
+
+def batch_of(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    columns: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    as_text: bool = True,
+) -> Batch:
+    """Samples as rewards see them; a column that some rows lack is None there. as_text False: no reward reads
+    words, so nothing is decoded."""
+    texts = [text_of(tokenizer, c) if as_text else "" for c in completions]
+    names = dict.fromkeys(name for row in columns for name in row)
+    return Batch(
+        prompts,
+        [_reply(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+        [c.ids for c in completions],
+        [c.stop_reason for c in completions],
+        [c.prompt_ids for c in completions],
+        {name: [row.get(name) for row in columns] for name in names},
+    )
+
+
+def _reply(prompt: Prompt, text: str) -> str | Conversation:
+    return text if isinstance(prompt, str) else ({"role": "assistant", "content": text.strip()},)

@@ -1,0 +1,112 @@
+"""The loop over fixed rows that pretraining, supervised fine-tuning and the reward model share; each brings
+its rows and an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from keel.accel.cpu_linear import cast_cache
+from keel.config import Supervised
+from keel.data.batches import rows_of_step
+from keel.models import optim
+from keel.models.load import count_parameters
+from keel.rundir.stage_run import StageRun
+from keel.stages.loop_utils import (
+    EarlyStop,
+    add_metrics,
+    copy_state,
+    due,
+    lr_scale,
+    optimizer_for,
+    parts_of,
+    put_back,
+    seed_step,
+    state_of,
+    total_steps,
+)
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Objective(Generic[Row]):
+    """What a stage learns from its rows."""
+
+    # rows, and the denominator of the whole step → their part of its loss, and metrics that add up over the
+    # parts
+    loss: Callable[[Sequence[Row], float], tuple[Tensor, dict[str, Tensor]]]
+    weight: Callable[[Row], int]  # what a row adds to the denominator: its counted tokens, or 1
+    size: Callable[[Row], int]  # tokens of its forward, by which rows are put together
+    evaluate: Callable[
+        [Sequence[Row]], dict[str, float]
+    ]  # held-out metrics; early stopping watches `eval_loss`
+    length: Callable[[Row], int] | None = None  # a row's tokens, for `num_tokens`; None: they are not counted
+    named: Callable[[dict[str, float]], dict[str, float]] = dict  # a step's sums under the names of the log
+    begin: Callable[[Sequence[Row]], None] | None = None  # is given a step's rows before the loss of any part
+
+
+def fit(
+    run: StageRun,
+    config: Supervised,
+    model: Any,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    objective: Objective[Row],
+) -> None:
+    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep."""
+    steps, optimizer = total_steps(config, len(rows)), optimizer_for(config, ([model], config.lr))
+    stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
+    run.facts |= {"rows": len(rows), "held_out_rows": len(held_out), "parameters": count_parameters(model)}
+    run.facts |= {"steps": steps, "trained_parameters": count_parameters(model, trainable=True)}
+    if checkpoint := run.restore():
+        put_back(model, checkpoint.tensors["model"])
+        optimizer.load_state_dict(checkpoint.tensors["optimizer"])
+        stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
+        first, seen = checkpoint.step, checkpoint.values["seen"]
+
+    for step in range(first + 1, steps + 1):
+        if stopping.stop:
+            break
+        # 1. the rows of this step, and what counts in them
+        chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, run.seed)]
+        denominator = sum(objective.weight(row) for row in chosen)
+        # 2. the gradient, micro-batch by micro-batch
+        model.train()
+        seed_step(run.seed, step)
+        sums: dict[str, float] = {}
+        with run.timed("train"):
+            if objective.begin is not None:
+                objective.begin(chosen)
+            with cast_cache():
+                for part in parts_of(config, chosen, objective.size):
+                    value, measured = objective.loss(part, denominator)
+                    value.backward()
+                    add_metrics(sums, {"loss": value.detach(), **measured})
+            # 3. the optimiser's step
+            scale, where = lr_scale(config, step - 1, steps), f"{run.name}, step {step}"
+            stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
+        metrics = objective.named(sums)
+        metrics |= {"grad_norm": stepped["grad_norm"], "learning_rate": stepped["lr"]}
+        metrics["epoch"] = step * config.batch_size / len(rows)
+        if objective.length is not None:
+            seen += sum(objective.length(row) for row in chosen)
+            metrics["num_tokens"] = seen
+        # 4. held-out rows, and whether to go on
+        if held_out and due(step, steps, config.eval_every):
+            with run.timed("evaluate"):
+                metrics |= objective.evaluate(held_out)
+            stopping = stopping.see(-metrics["eval_loss"])
+            if config.patience is not None and stopping.waited == 0:
+                best = copy_state(model)
+        # 5. what happened, and where to go on from
+        run.log(step, steps, metrics)
+        if due(step, steps, config.save_every) or stopping.stop:
+            tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
+            run.save(step, tensors, {"stopping": stopping.values(), "seen": seen})
+
+    if best is not None:
+        put_back(model, best)

@@ -1,0 +1,57 @@
+"""What is counted as a model's arithmetic, and what the machine is compared with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keel.models.device_info import fastest, forget_peak, forward_flops, peak_memory_mib
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_is_multiplied_with_every_weight_but_an_embedding_that_is_only_looked_up(tied: bool) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, tie_word_embeddings=tied, **sizes))
+    layer = 4 * 8 * 8 + 3 * 8 * 12
+    assert forward_flops(model) == 2 * (2 * layer + 20 * 8)
+
+
+def test_the_machine_multiplies_as_fast_as_machines_do():
+    assert 1e8 < fastest(torch.device("cpu"), torch.float32) < 1e15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot forget its peak")
+def test_a_peak_that_was_forgotten_does_not_count() -> None:
+    cpu, before = torch.device("cpu"), peak_memory_mib(torch.device("cpu"))
+    taken = torch.ones(int(before * 2**20 / 4) + 2**26)  # more than there ever was
+    assert peak_memory_mib(cpu) > before + 200
+    del taken
+    forget_peak(cpu)
+    assert peak_memory_mib(cpu) < before + 200
+
+
+FAULTS = """
+import resource, torch
+from keel.models.device_info import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        x = torch.ones(2**24)  # 64 MiB
+        del x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+before, kept = faults(), keep_freed_memory()
+faults()
+print(before, int(kept), faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a matter of glibc")
+def test_freed_memory_is_taken_again_without_asking_the_system_for_it() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, kept, after = map(int, done.stdout.split())
+    assert not kept or after < before / 100

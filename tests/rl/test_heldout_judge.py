@@ -1,0 +1,92 @@
+"""A judge that nothing is trained on: what it is asked, when, and what the config refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keel.config import parse
+from keel.diagnosis.logs import lines
+from keel.errors import DataError, UsageError
+
+
+def stage(data: Any, tiny_model: Path, tiny_reward: Path, **settings: Any) -> dict[str, Any]:
+    ppo = {
+        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 4, "updates": 4,
+        "epochs": 1, "sampling": {"max_new_tokens": 4},
+    }  # fmt: skip
+    return {"stages": {"ppo": ppo | settings}}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_judge_is_asked_at_every_evaluation_and_trains_nothing(
+    held_out, data, tiny_model, tiny_reward, run, tmp_path
+):
+    judge = {"kind": "length", "high": 2, "slack": 4}
+    held = {"eval_data": {"source": str(data.prompts), "rows": 4}} if held_out else {}
+    run(stage(data, tiny_model, tiny_reward, judge=judge, eval_every=2, **held), tmp_path / "judged")
+    run(stage(data, tiny_model, tiny_reward), tmp_path / "alone")
+    judged = lines(tmp_path / "judged" / "stages" / "ppo" / "metrics.jsonl")
+    alone = lines(tmp_path / "alone" / "stages" / "ppo" / "metrics.jsonl")
+    assert [row["step"] for row in judged if "eval/judge" in row] == [0, 2, 4]
+    assert all(
+        0 <= row["eval/judge"] <= 1 and row["eval/judge_error"] >= 0 for row in judged if "eval/judge" in row
+    )
+    assert [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in judged[1:]] == alone
+
+
+def test_a_worlds_gold_reward_judges_and_must_know_the_prompts(data, tiny_model, tiny_reward, run, tmp_path):
+    known = {"source": "world:arithmetic/prompts", "rows": 4}
+    config = stage(
+        data, tiny_model, tiny_reward, judge="world:arithmetic", eval_every=4, eval_data=known, max_length=48
+    )
+    config["stages"]["ppo"] |= {"too_long": "truncate", "data": known}
+    run(config, tmp_path / "known")
+    assert "eval/judge" in lines(tmp_path / "known" / "stages" / "ppo" / "metrics.jsonl")[-1]
+    with pytest.raises(DataError, match="cannot judge"):
+        run(
+            stage(data, tiny_model, tiny_reward, judge={"gold": "world:arithmetic"}, eval_every=2),
+            tmp_path / "unknown",
+        )
+
+
+BASE = {"kind": "ppo", "model": "gpt2", "reward": "rm", "data": "p.jsonl"}
+
+
+def ppo(**settings: Any) -> Any:
+    return parse({"name": "x", "stages": {"ppo": {**BASE, **settings}}}).stages["ppo"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"judge": "other"}, "`judge` has no effect without `eval_every`"),
+        ({"judge": "rm", "eval_every": 1}, "is what is trained on"),
+        (
+            {"judge": {"gold": "world:helpdesk", "reward": "other"}, "eval_every": 1},
+            "either `gold` or `reward`",
+        ),
+        ({"judge": {}, "eval_every": 1}, "either `gold` or `reward`"),
+        ({"eval_every": 1}, "give both or neither"),
+        ({"judge": "other", "eval_every": 1, "patience": 2}, "`patience` has no effect"),
+        ({"control": {"attempts": 2}}, "`control.attempts` has no effect"),
+        ({"control": {"on_finding": "off", "reward_bound": 1.0}}, "`control.reward_bound` has no effect"),
+        ({"control": "panic"}, "on_finding"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, words):
+    with pytest.raises(UsageError, match=words):
+        ppo(**settings)
+
+
+def test_short_forms():
+    assert ppo(control=False).control.on_finding == "off"  # YAML's reading of a plain `off`
+    assert ppo(control={"on_finding": False}).control.on_finding == "off"
+    assert ppo(control="rollback").control.on_finding == "rollback"
+    assert ppo().control.on_finding == "warn"
+    assert ppo(judge="world:helpdesk", eval_every=1).judge.gold == "world:helpdesk"
+    assert ppo(judge="other", eval_every=1).judge.reward[0].model == "other"
+    assert ppo(judge=["other", {"kind": "length", "high": 9}], eval_every=1).judge.reward[1].kind == "length"
+    assert ("reward", "other") in ppo(judge="other", eval_every=1).references()
