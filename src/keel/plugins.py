@@ -1,0 +1,70 @@
+"""What other packages add to keel, by entry points: found by name, loaded when first asked for.
+
+A package that declares `[project.entry-points."keel.rewards"] brief = "their_package:brief"` makes `brief` a name that a
+config may use. Importing keel loads none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from keel.errors import UsageError
+
+Group = Literal["keel.stages", "keel.rewards", "keel.policy_losses", "keel.advantages", "keel.engines"]
+GROUPS: dict[Group, str] = {
+    "keel.stages": "a kind of stage",
+    "keel.rewards": "a reward",
+    "keel.policy_losses": "a policy loss",
+    "keel.advantages": "an advantage estimator",
+    "keel.engines": "a rollout engine",
+}
+
+
+def names(group: Group) -> tuple[str, ...]:
+    """The names that installed packages add to a group, sorted."""
+    return tuple(sorted({point.name for point in entry_points(group=group)}))
+
+
+def load(group: Group, name: str) -> Any:
+    """What stands behind a name. UsageError for a name that nobody adds, one that two packages add, and one whose package
+    cannot be imported."""
+    point = _point(group, name)
+    try:
+        return point.load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{GROUPS[group]} {name!r} of {_owner(point)} cannot be loaded: {reason}") from error
+
+
+def fingerprint(group: Group, name: str) -> str:
+    """A hash of what stands behind a name: its distribution, version and the file that defines it."""
+    found, point = load(group, name), _point(group, name)
+    digest = hashlib.sha256(f"{_owner(point)}\0{point.value}\0".encode())
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(found))
+    except TypeError:  # an object that is neither function, class nor module
+        source = inspect.getsourcefile(type(found))
+    if source is not None and Path(source).is_file():
+        digest.update(Path(source).read_bytes())
+    return digest.hexdigest()
+
+
+def _point(group: Group, name: str) -> EntryPoint:
+    points = [point for point in entry_points(group=group) if point.name == name]
+    if not points:
+        near = get_close_matches(name, names(group), 1, 0.6)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"no installed package adds {GROUPS[group]} {name!r}{hint}")
+    if len({point.value for point in points}) > 1:
+        owners = ", ".join(sorted(map(_owner, points)))
+        raise UsageError(f"{GROUPS[group]} {name!r} is added by several packages: {owners}; keep one of them")
+    return points[0]
+
+
+def _owner(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
