@@ -127,7 +127,7 @@ def test_without_a_samples_file_means_are_taken_as_independent(write_run: WriteR
     )
     assert apart.low == pytest.approx(apart.mean - half)
     assert apart.how == "of independent means"
-    assert not apart.told_apart
+    assert not apart.distinguishable
 
 
 def test_by_proxy_where_there_is_no_gold_and_it_is_said(write_run: WriteRun) -> None:
@@ -248,7 +248,7 @@ def test_json_holds_the_numbers(keel: Any, write_run: WriteRun) -> None:
         1000.0,
     )
     assert best["measures"]["gold"] == pytest.approx(mean_interval(GOLD["ppo"]))
-    assert facts["best_ahead_of"]["dpo"]["told_apart"] is True
+    assert facts["best_ahead_of"]["dpo"]["distinguishable"] is True
     assert [model["reference"] for model in facts["models"]] == [False, False, True]
 
 

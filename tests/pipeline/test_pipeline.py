@@ -61,9 +61,9 @@ Go = Callable[..., list[str]]
 def go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Go:
     """Run a config in the same directory; returns the names of the stages that were worked on."""
     worked: list[str] = []
-    dispatch = pipelines._dispatch
+    dispatch = pipelines.run_stage
     monkeypatch.setattr(
-        pipelines, "_dispatch", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
+        pipelines, "run_stage", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
     )
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
 
@@ -210,10 +210,9 @@ def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
     assert again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}}) == [
         "judge: run again, since 'ppo' changed, which it starts from"
     ]
-    monkeypatch.setattr(pipelines, "code_print", lambda: "other code")
-    assert again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0] == (
-        "base: run again, since the code of keel changed"
-    )
+    monkeypatch.setattr(pipelines, "code_prints", lambda kind: {"rl/loop.py": "other code"})
+    first = again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0]
+    assert first.startswith("base: run again, since keel's code changed (accel/attention.py, ")
 
 
 def test_the_mark_of_being_done_is_written_last(go, chain, tmp_path):
@@ -402,7 +401,7 @@ def _auto(chain: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 def _tries(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Stages that run out of memory with more than `most` examples at a time; the numbers that are tried."""
-    tried, dispatch = list[int](), pipelines._dispatch
+    tried, dispatch = list[int](), pipelines.run_stage
 
     def go(stage: Any, run: Any) -> Any:
         tried.append(stage.micro_batch)
@@ -410,7 +409,7 @@ def _tries(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError("no room")
         return dispatch(stage, run)
 
-    monkeypatch.setattr(pipelines, "_dispatch", go)
+    monkeypatch.setattr(pipelines, "run_stage", go)
     return tried
 
 

@@ -62,7 +62,7 @@ def test_other_findings_are_named_or_counted(tmp_path):
     high = {**FALL, "check": "kl_too_high", "step": 30}
     one = health.diagnoses(read(ill(tmp_path / "a", high, stop)))["ppo"]
     assert health.said(one) == "kl too high from step 30: stopped"
-    assert "the weights of step 20 were kept" in health.deed(stop)
+    assert "the weights of step 20 were kept" in health.action_sentence(stop)
     mild = [
         {**FALL, "check": c, "severity": s}
         for c, s in (("repetition", "warn"), ("length_drift", "note"), ("clip_fraction", "warn"))

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from keel.config import CollectConfig, read
+from keel.config import read
 from keel.errors import UsageError
 from keel.pipeline.pipeline import Pipeline, locked
 from keel.report import sweeps
@@ -132,7 +132,7 @@ def points(
         changes = [*fixed, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), f"seed={seed}"]
         own = read(config, [*changes, f"name={json.dumps(point)}"])
         for stage, facts in own.stages.items():
-            if isinstance(facts, CollectConfig) and facts.world is None:
+            if facts.asks_people:
                 raise UsageError(
                     f"stage {stage!r} waits for people's votes, which no point of a sweep can wait for: run it alone, or name a world's annotators"
                 )
@@ -155,7 +155,7 @@ def _name(settings: Mapping[str, Any], seed: int) -> str:
 def take(point: Point, others: Sequence[Point]) -> list[str]:
     """Take every stage that is missing and that another point has done with the same fingerprint. Returns
     their names."""
-    taken: list[str] = []
+    reused: list[str] = []
     for name in point.missing():
         own = point.pipeline.fingerprint(name)
         for other in others:
@@ -167,9 +167,9 @@ def take(point: Point, others: Sequence[Point]) -> list[str]:
                 continue
             if other.pipeline.is_done(name):
                 _copy(other.pipeline.stage_directory(name), point.pipeline.stage_directory(name))
-                taken.append(name)
+                reused.append(name)
                 break
-    return taken
+    return reused
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -238,9 +238,9 @@ class Sweep:
             waiting.remove(point)
             point.directory.mkdir(parents=True, exist_ok=True)
             with locked(point.directory):
-                taken = take(point, self.points)
+                reused = take(point, self.points)
             place = f"{list(self.points).index(point) + 1}/{len(self.points)} {point.name}"
-            shared = f", with {', '.join(taken)} of another point" if taken else ""
+            shared = f", with {', '.join(reused)} of another point" if reused else ""
             self.say(f"{place}: running{shared} (log: {self._log(point)})")
             running[point.name] = (point, start(point, self.config, self._log(point)))
 

@@ -75,9 +75,9 @@ HEAD = (
 
 def paths(run: Run) -> list[Path]:
     """All ways of one run that have a start whose gold reward is known."""
-    judged = [stage for stage in run.stages if stage.kind == "evaluate" and stage.result.get("models")]
+    judged = run.with_models
     best = [found for stage in judged if (found := _best_of_n(stage)) is not None]
-    trained = [stage for stage in run.stages if stage.kind in ("ppo", "grpo")]
+    trained = [stage for stage in run.stages if stage.shown_as.on_policy]
     return best + [found for stage in trained if (found := _trained(stage, judged)) is not None]
 
 

@@ -110,8 +110,7 @@ def _judged(path: Path) -> list[tuple[Judged, str]]:
             f"no run at {path}: there is no config.yaml in it; give the path of a run, such as runs/NAME"
         )
     run = read(path)
-    stages = [stage for stage in run.stages if stage.kind == "evaluate"]
-    done = [stage for stage in stages if stage.result.get("models")]
+    stages, done = run.judged, run.with_models
     if not done:
         what = (
             f"its evaluate stage {stages[0].name!r} has no current result: run it"

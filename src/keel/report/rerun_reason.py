@@ -27,11 +27,26 @@ def reason(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         found.append(f"{', '.join(map(repr, names))} changed, which it starts from")
     if "data" in changed:
         found.append("its data changed")
+    if "rewards" in changed:
+        found.append("the code of its reward functions changed")
+    if "plugins" in changed:
+        names = [name for name, *_ in _differences(before.get("plugins") or {}, now.get("plugins") or {})]
+        found.append(f"what other packages add to it changed ({', '.join(names)})")
     if "code" in changed:
-        found.append("the code of keel changed")
+        found.append(f"keel's code changed{_files(before.get('code'), now.get('code'))}")
     if "versions" in changed:
         found.append(f"versions changed ({_listed(before.get('versions'), now.get('versions'))})")
     return " and ".join(found) or "what it is made of changed"
+
+
+def _files(before: Any, now: Any) -> str:
+    """ " (rl/loop.py, rl/ppo.py and 2 more)": the files that differ; "" for a run by a keel that kept one hash of
+    all its code."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return ""
+    files = sorted(file for file in {**before, **now} if before.get(file) != now.get(file))
+    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    return f" ({', '.join(files[:SHOWN])}{more})"
 
 
 def _listed(before: Any, now: Any) -> str:

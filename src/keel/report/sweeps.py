@@ -86,7 +86,7 @@ def gather(name: str, points: Sequence[Ended]) -> Found:
 def _measured(path: Path) -> dict[str, dict[str, Any]]:
     """Subject → its measures: the models of the evaluate stages; of a run without any, its stages."""
     run = read(path)
-    judged = [stage for stage in run.stages if stage.kind == "evaluate" and stage.result.get("models")]
+    judged = run.with_models
     names = [model for stage in judged for model in stage.result["models"]]
     found = {
         model if names.count(model) == 1 else f"{stage.name}:{model}": dict(measures)
