@@ -1,7 +1,8 @@
 """What of keel's own code the results of each kind of stage depend on, and what they do not.
 
-`modules.txt` beside this file says it for every module. A new import that makes a kind depend on more shows there. Write
-it again with `python tests/pipeline/test_fingerprint.py` and read the difference before you commit it.
+`modules.txt` beside this file says it for every module. A new import that makes a kind depend on more shows
+there. Write it again with `python tests/pipeline/test_fingerprint.py` and read the difference before you
+commit it.
 """
 
 from __future__ import annotations

@@ -135,9 +135,19 @@ def test_changed_weights_of_a_model_from_outside_rerun_what_starts_from_it(go, d
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     config = {
-        "name": "tiny", "threads": 1, "device": "cpu",
-        "stages": {"sft": {"kind": "sft", "model": str(model), "data": str(data.demonstrations), "max_steps": 1, "batch_size": 2}},
-    }  # fmt: skip
+        "name": "tiny",
+        "threads": 1,
+        "device": "cpu",
+        "stages": {
+            "sft": {
+                "kind": "sft",
+                "model": str(model),
+                "data": str(data.demonstrations),
+                "max_steps": 1,
+                "batch_size": 2,
+            }
+        },
+    }
     assert go(config) == ["sft"]
     assert go(config) == []
     other = causal_lm(ModelSource(str(model)), 0)
@@ -263,8 +273,12 @@ def test_a_stage_at_work_does_not_show_its_old_model(go, chain, tmp_path):
     assert not (tmp_path / "run" / "stages" / "reward" / "model").exists()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {name: facts["status"] for name, facts in manifest["stages"].items()} == {
-        "base": "done before", "sft": "done before", "reward": "not run", "ppo": "not run", "judge": "not run",
-    }  # fmt: skip
+        "base": "done before",
+        "sft": "done before",
+        "reward": "not run",
+        "ppo": "not run",
+        "judge": "not run",
+    }
     assert manifest["stages"]["ppo"]["seconds"] is None
 
 

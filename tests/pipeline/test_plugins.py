@@ -1,4 +1,4 @@
-"""What other packages add to keel, and what docs/extending.md says of it: its examples are installed and run here."""
+"""What other packages add to keel; the examples of docs/extending.md are installed and run here."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def package(
     group: str, name: str, target: str, *, dist: str = "theirs", version: str = "1.0"
 ) -> dict[str, str]:
     """The pyproject.toml of a package with one entry point."""
-    text = f'[project]\nname = "{dist}"\nversion = "{version}"\n[project.entry-points."{group}"]\n{name} = "{target}"\n'
-    return {"pyproject.toml": text}
+    project = f'[project]\nname = "{dist}"\nversion = "{version}"\n'
+    return {"pyproject.toml": project + f'[project.entry-points."{group}"]\n{name} = "{target}"\n'}
 
 
 def _soup(tiny_model: Path) -> dict[str, Any]:
@@ -227,9 +227,13 @@ def test_keel_run_finds_an_installed_kind(tiny_model, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(_soup(tiny_model)))
     paths = os.pathsep.join([str(tmp_path / "site"), str(Path(main.__file__).parents[2])])
     done = subprocess.run(
-        [sys.executable, "-m", "keel", "run", "run.yaml", "--json"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "keel", "run", "run.yaml", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stages"]["mixed"]["result"] == {"distance": 0.0}
 
@@ -263,16 +267,21 @@ def test_settings_of_an_added_kind_are_checked_like_keels_own(install, tiny_mode
 OWN = 'from keel.pipeline.stage_kinds import OWN_KINDS\nSTAGE = OWN_KINDS["sft"]\n'
 
 
+def _adds(name: str, code: str) -> dict[str, str]:
+    """A package that adds a kind of stage by this module."""
+    return {**package("keel.stages", name, "theirs:STAGE"), "theirs.py": code}
+
+
 @pytest.mark.parametrize(
     ("kind", "files", "said"),
     [
         ("sope", {}, "unknown kind 'sope'; did you mean 'soup'?"),
-        ("theirs", {**package("keel.stages", "theirs", "theirs:STAGE"), **BROKEN}, "cannot be loaded: ModuleNotFoundError"),
-        ("theirs", {**package("keel.stages", "theirs", "theirs:STAGE"), "theirs.py": "STAGE = 3"}, "has no `config` that derives"),
-        ("soup", {**package("keel.stages", "sft", "theirs:STAGE"), "theirs.py": OWN}, "a kind of stage 'sft', which is keel's own"),
-        ("soup", {**package("keel.stages", "soup", "theirs:STAGE"), "theirs.py": OWN}, "is added by several packages"),
+        ("theirs", _adds("theirs", BROKEN["theirs.py"]), "cannot be loaded: ModuleNotFoundError"),
+        ("theirs", _adds("theirs", "STAGE = 3"), "has no `config` that derives"),
+        ("soup", _adds("sft", OWN), "a kind of stage 'sft', which is keel's own"),
+        ("soup", _adds("soup", OWN), "is added by several packages"),
     ],
-)  # fmt: skip
+)
 def test_a_kind_that_cannot_be_used_is_refused(install, tiny_model, kind, files, said):
     install(example("A kind of stage"))
     if files:
@@ -327,7 +336,8 @@ def test_what_an_entry_names_is_there(kind):
 
 
 def test_a_report_loads_neither_torch_nor_the_stages():
-    code = "import sys, keel.report; print([m for m in ('torch', 'transformers', 'keel.stages.sft', 'keel.rl.ppo') if m in sys.modules])"
+    heavy = ("torch", "transformers", "keel.stages.sft", "keel.rl.ppo")
+    code = f"import sys, keel.report; print([m for m in {heavy} if m in sys.modules])"
     paths = str(Path(main.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code],

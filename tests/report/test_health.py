@@ -14,9 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_run import write_run
 
 FALL = {
-    "step": 40, "event": "finding", "check": "judge_falls", "severity": "act", "evidence": "the judge fell from 0.7 at step 30 to 0.5",
-    "cause": "the reward model is over-optimised", "remedy": "lower kl.target",
-}  # fmt: skip
+    "step": 40,
+    "event": "finding",
+    "check": "judge_falls",
+    "severity": "act",
+    "evidence": "the judge fell from 0.7 at step 30 to 0.5",
+    "cause": "the reward model is over-optimised",
+    "remedy": "lower kl.target",
+}
 BACK = {"event": "rollback", "checks": ["judge_falls"], "kl_coef": 0.075, "lr_factor": 0.5, "to": 30}
 
 

@@ -9,10 +9,20 @@ import pytest
 from keel.report.rerun_reason import reason
 
 BEFORE: dict[str, Any] = {
-    "settings": {"lr": 1e-5, "kl": {"coef": 0.05, "target": None}, "data": [{"source": "a.jsonl", "rows": 9}], "lora": None},
-    "seed": 0, "threads": 1, "device": "cpu", "inputs": {"sft": "1", "reward": "2"}, "data": ["3"], "code": "4",
+    "settings": {
+        "lr": 1e-5,
+        "kl": {"coef": 0.05, "target": None},
+        "data": [{"source": "a.jsonl", "rows": 9}],
+        "lora": None,
+    },
+    "seed": 0,
+    "threads": 1,
+    "device": "cpu",
+    "inputs": {"sft": "1", "reward": "2"},
+    "data": ["3"],
+    "code": "4",
     "versions": {"torch": "2.12", "peft": "0.18"},
-}  # fmt: skip
+}
 
 
 def _changed(**parts: Any) -> str:

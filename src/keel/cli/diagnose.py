@@ -35,7 +35,8 @@ def diagnose(path: Path) -> dict[str, Diagnosis]:
     if (path / "trainer_state.json").exists():
         return {path.resolve().name: logs.trainer_state(path / "trainer_state.json")}
     raise UsageError(
-        f"nothing to diagnose at {path}: give a run (it has config.yaml), a stage of one (metrics.jsonl), or TRL's trainer_state.json"
+        f"nothing to diagnose at {path}: give a run (it has config.yaml), a stage of one (metrics.jsonl), "
+        "or TRL's trainer_state.json"
     )
 
 

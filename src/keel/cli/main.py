@@ -37,9 +37,24 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run dire
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 NEEDED = (
-    "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "huggingface_hub", "pyarrow", "pydantic",
-    "typer", "rich", "plotly", "jinja2", "markupsafe", "pyyaml", "numpy",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "pyarrow",
+    "pydantic",
+    "typer",
+    "rich",
+    "plotly",
+    "jinja2",
+    "markupsafe",
+    "pyyaml",
+    "numpy",
+)
 
 
 def main() -> None:
@@ -377,7 +392,8 @@ def _recipe(name: str) -> Path:
     path = _recipes_folder() / f"{name.removesuffix('.yaml')}.yaml"
     if not path.exists():
         raise UsageError(
-            f"no config or recipe {name!r}; recipes: {', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
+            f"no config or recipe {name!r}; recipes: "
+            f"{', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
         )
     return path
 

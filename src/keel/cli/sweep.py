@@ -81,7 +81,8 @@ def grid(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
             )
         if key in ("seed", "name"):
             raise UsageError(
-                f"{override!r}: {'seeds are given by --seeds 0,1,2' if key == 'seed' else 'the name is given by --name'}"
+                f"{override!r}: "
+                f"{'seeds are given by --seeds 0,1,2' if key == 'seed' else 'the name is given by --name'}"
             )
         try:
             values = yaml.safe_load(f"[{text}]")
@@ -111,8 +112,13 @@ def seeds_of(text: str | None) -> list[int]:
 
 
 def points(
-    config: Path, overrides: Sequence[str], seeds: Sequence[int], runs: Path, name: str | None, say: Callable[[str], None]
-) -> tuple[Path, list[Point]]:  # fmt: skip
+    config: Path,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    runs: Path,
+    name: str | None,
+    say: Callable[[str], None],
+) -> tuple[Path, list[Point]]:
     """The directory of the sweep and its points, seed by seed. UsageError for settings that any of them
     cannot have."""
     fixed, swept = grid(overrides)
@@ -120,7 +126,8 @@ def points(
     given = list(seeds) or [base.seed]
     if not swept and len(given) < 2:
         raise UsageError(
-            "nothing to sweep: give a setting several values, such as ppo.kl.coef=0.01,0.1, or several --seeds"
+            "nothing to sweep: give a setting several values, such as ppo.kl.coef=0.01,0.1, or several "
+            "--seeds"
         )
     directory = runs / (name or f"{base.name}-sweep")
     if (directory / "config.yaml").exists():
@@ -134,7 +141,8 @@ def points(
         for stage, facts in own.stages.items():
             if facts.asks_people:
                 raise UsageError(
-                    f"stage {stage!r} waits for people's votes, which no point of a sweep can wait for: run it alone, or name a world's annotators"
+                    f"stage {stage!r} waits for people's votes, which no point of a sweep can wait for: run "
+                    "it alone, or name a world's annotators"
                 )
         found.append(
             Point(point, settings, seed, tuple(changes), Pipeline(own, directory / "points" / point, say))
@@ -291,8 +299,16 @@ def start(point: Point, config: Path, log: Path) -> Process:
     """A run of the point in a process of its own, whose words go to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "keel", "run", str(config), *point.overrides, "--runs", str(point.directory.parent),
-        "--name", point.name,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "keel",
+        "run",
+        str(config),
+        *point.overrides,
+        "--runs",
+        str(point.directory.parent),
+        "--name",
+        point.name,
+    ]
     with log.open("w", encoding="utf-8") as words:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words)

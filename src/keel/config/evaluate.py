@@ -29,11 +29,13 @@ class EvaluateConfig(Stage):
     )
     reward: list[RewardTerm] | None = Field(
         None,
-        description="A reward stage, or a list of weighted terms: measures `proxy`, each term by its name, and, with `comparisons`, the accuracy of the reward model.",
+        description="A reward stage, or a list of weighted terms: measures `proxy`, each term by its name, "
+        "and, with `comparisons`, the accuracy of the reward model.",
     )
     best_of: list[int] = Field(
         [],
-        description="For each n here, also the best by `reward` of n samples of the reference: what any training must beat.",
+        description="For each n here, also the best by `reward` of n samples of the reference: what any "
+        "training must beat.",
     )
     gold: str | None = Field(
         None, description="A world (world:NAME) whose gold reward judges the completions."
@@ -48,7 +50,8 @@ class EvaluateConfig(Stage):
     )
     position: str | None = Field(
         None,
-        description="A column of `comparisons` that says which side stood first when people voted, chosen or rejected: measures what position does to votes and reward.",
+        description="A column of `comparisons` that says which side stood first when people voted, chosen "
+        "or rejected: measures what position does to votes and reward.",
     )
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),
@@ -56,7 +59,8 @@ class EvaluateConfig(Stage):
     )
     too_long: Literal["error", "skip", "truncate"] = Field(
         "error",
-        description="What to do with a prompt that leaves no room for max_new_tokens in a model's context. Truncation cuts its start; both are counted.",
+        description="What to do with a prompt that leaves no room for max_new_tokens in a model's context. "
+        "Truncation cuts its start; both are counted.",
     )
     batch_size: int = Field(64, ge=1, description="Sequences in one forward. Changes memory, not results.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -65,7 +69,8 @@ class EvaluateConfig(Stage):
 
     trust_remote_code: bool = Field(
         False,
-        description="Run Python that comes with the models and the rewards' models. Off unless you trust its authors.",
+        description="Run Python that comes with the models and the rewards' models. Off unless you trust "
+        "its authors.",
     )
 
     _reward = field_validator("reward", mode="before")(

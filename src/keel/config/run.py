@@ -96,7 +96,8 @@ class RunConfig(Settings):
     device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None,
-        description="Precision of every model, as in `model.dtype`, where a stage does not say another; null: "
+        description="Precision of every model, as in `model.dtype`, where a stage does not say another; "
+        "null: "
         "what stages say themselves (auto).",
     )
     rounds: RoundsConfig | None = Field(
@@ -140,7 +141,8 @@ class RunConfig(Settings):
                 raise ValueError(f"`rounds.{setting}` {name!r} is no stage of kind {_kinds(fits)}")
         if self.rounds.reward not in self.stages[self.rounds.policy].inputs():
             raise ValueError(
-                f"`rounds` has no effect: {self.rounds.policy!r} is not trained on the reward {self.rounds.reward!r}"
+                f"`rounds` has no effect: {self.rounds.policy!r} is not trained on the reward "
+                f"{self.rounds.reward!r}"
             )
         return self
 
@@ -197,7 +199,7 @@ def _stage_in(dtype: Any, stage: Any) -> Any:
 
 
 def _has_precision(kind: Any) -> bool:
-    """Whether stages of a kind have a `dtype` of their own: those that train no model, whose setting it is."""
+    """Whether stages of a kind have a `dtype` of their own: those that train no model with that setting."""
     known = isinstance(kind, str) and (kind in KINDS or kind in plugins.names("keel.stages"))
     return known and "dtype" in config_of_kind(kind).model_fields
 
@@ -211,7 +213,8 @@ def _check_fits(name: str, stage: Stage, setting: str, source: str, maker: Stage
     if maker.leaves not in wanted:
         known = _kinds(lambda config: config.leaves in wanted) or "none (a path or a hub id)"
         raise ValueError(
-            f"stage {name!r}: `{setting}` needs a stage of kind {known}, but {source!r} is of kind {maker.kind}"
+            f"stage {name!r}: `{setting}` needs a stage of kind {known}, but {source!r} is of kind "
+            f"{maker.kind}"
         )
 
 

@@ -1,10 +1,11 @@
 """Which modules of keel a piece of code uses, and a print of each: what its results depend on of keel's code.
 
-The graph is read from the source, without importing it: module → the modules that its import statements name, those
-inside functions included. A package's `__init__` that only passes names on is looked through: who imports `PPOConfig`
-from `keel.config` uses `keel.config.ppo`, not all configs.
+The graph is read from the source, without importing it: module → the modules that its import statements
+name, those inside functions included. A package's `__init__` that only passes names on is looked through: who
+imports `PPOConfig` from `keel.config` uses `keel.config.ppo`, not all configs.
 
-Left out: modules that are imported by a name computed at run time. keel has none; plug-ins have prints of their own.
+Left out: modules that are imported by a name computed at run time. keel has none; plug-ins have prints of
+their own.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class CodeGraph:
         return [module for module in found if module is not None]
 
     def _defining(self, module: str, name: str | None) -> str | None:
-        """The module that has what an import names; None for code of others, and for the package as a whole."""
+        """The module that has what an import names; None for others' code and for the package's root."""
         if name is not None and f"{module}.{name}" in self._modules:
             return f"{module}.{name}"
         if module not in self._modules or module == self._root.name:

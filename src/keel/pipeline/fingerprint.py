@@ -1,7 +1,8 @@
-"""What a stage's results depend on besides its config: code, versions, plug-ins, the files of models from outside.
+"""What a stage's results depend on besides its config: code, versions, plug-ins, models from outside.
 
-Of keel's own code a stage's fingerprint holds the modules that its kind uses, each with a hash of what it does: an
-edit in `rl/` leaves pretraining done, one in `report/` leaves everything done, and a comment changes nothing.
+Of keel's own code a stage's fingerprint holds the modules that its kind uses, each with a hash of what it
+does: an edit in `rl/` leaves pretraining done, one in `report/` leaves everything done, and a comment changes
+nothing.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def code_print(kinds: Iterable[str]) -> str:
 
 
 def plugin_prints(stage: Stage) -> dict[str, str]:
-    """ "group name" → hash, for each object of another package that a stage uses: its kind, its rewards, and what
-    its config's `plugins()` names."""
+    """ "group name" → hash, for each object of another package that a stage uses: its kind, its rewards, and
+    what its config's `plugins()` names."""
     used: list[tuple[plugins.Group, str]] = []
     if stage.kind not in OWN_KINDS:
         used.append(("keel.stages", stage.kind))

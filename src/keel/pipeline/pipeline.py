@@ -147,7 +147,8 @@ class Pipeline:
         for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
             if not self.is_done(source):
                 raise UsageError(
-                    f"--only {only}: its input {source!r} is not done with these settings; run the whole config first"
+                    f"--only {only}: its input {source!r} is not done with these settings; run the whole "
+                    "config first"
                 )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
@@ -221,9 +222,15 @@ class Pipeline:
         directory, asked = self.stage_directory(name), self.config.stages[name]
         while True:
             run = StageRun(
-                name, directory, derive_seed(self.config.seed, name), device_of(self.config), self.sources.resolve,
-                self.sources.load_data, self.say, self.progress,
-            )  # fmt: skip
+                name,
+                directory,
+                derive_seed(self.config.seed, name),
+                device_of(self.config),
+                self.sources.resolve,
+                self.sources.load_data,
+                self.say,
+                self.progress,
+            )
             if getattr(asked, "micro_batch", None) != "auto":
                 return run, run_stage(asked, run)
             rows = self._micro_batch(name, asked)
@@ -276,14 +283,22 @@ class Pipeline:
         for name, stage in self.config.stages.items():
             facts, current = _object(self.stage_directory(name) / "stage.json"), self.is_done(name)
             stages[name] = {
-                "kind": stage.kind, "fingerprint": self.fingerprint(name), "inputs": {s: self.input_print(s) for s in stage.inputs()},
-                "seconds": facts.get("seconds") if current else None, "status": states.get(name, "done" if current else "not run"),
-            }  # fmt: skip
+                "kind": stage.kind,
+                "fingerprint": self.fingerprint(name),
+                "inputs": {s: self.input_print(s) for s in stage.inputs()},
+                "seconds": facts.get("seconds") if current else None,
+                "status": states.get(name, "done" if current else "not run"),
+            }
         manifest = {
-            "name": self.config.name, "seed": self.config.seed, "created": before.get("created", _now()), "updated": _now(),
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "created": before.get("created", _now()),
+            "updated": _now(),
             "versions": {"keel": keel.__version__, "python": platform.python_version(), **versions()},
-            "hardware": hardware(self.config), "code": code_print(stage.kind for stage in self.config.stages.values()), "stages": stages,
-        }  # fmt: skip
+            "hardware": hardware(self.config),
+            "code": code_print(stage.kind for stage in self.config.stages.values()),
+            "stages": stages,
+        }
         write_json(path, manifest)
 
 

@@ -232,7 +232,8 @@ class Sources:
             raise DataError(f"{name}: eval_data must be rows of the same type as data: {error}") from None
         if not load.forms(evaluated) <= load.forms(dataset):
             raise DataError(
-                f"{name}: eval_data is {load.described(evaluated)}, but data is {load.described(dataset)}: the "
+                f"{name}: eval_data is {load.described(evaluated)}, but data is {load.described(dataset)}: "
+                "the "
                 "model would be evaluated on a form that it is not trained on; give both as text, or both as "
                 "conversations"
             )
@@ -295,7 +296,8 @@ def _check_family(stage: Stage, config: Any, place: str) -> None:
         raise UsageError(f"{place!r} {lack}: its type is {config.model_type}")
     if not scores and _reads_both_ways(config):
         raise UsageError(
-            f"{place!r} is no language model that can write: it is an encoder (its type is {config.model_type}, "
+            f"{place!r} is no language model that can write: it is an encoder (its type is "
+            f"{config.model_type}, "
             "without `is_decoder`), which sees the tokens that it would have to predict"
         )
 
@@ -313,7 +315,8 @@ def _check_adapter(stage: Stage, name: str, place: str) -> None:
     """UsageError for a reward model that is an adapter and no model, where there is no base for it."""
     if getattr(stage, "sharing", None) != "adapters":
         raise UsageError(
-            f"{name}: {place!r} holds an adapter and no model: it is used with `sharing: adapters`, by a stage "
+            f"{name}: {place!r} holds an adapter and no model: it is used with `sharing: adapters`, by a "
+            "stage "
             "whose `model` is its base"
         )
     lora.settings_of(Path(place))

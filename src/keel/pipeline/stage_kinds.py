@@ -1,11 +1,12 @@
 """The kinds of stages: one entry for each, with all that the other parts of keel ask of a kind.
 
-A new kind is one entry here and one file with its run function (and its config class, in `keel.config` or beside
-it). Another package adds one by an entry point of the group `keel.stages`: see docs/extending.md.
+A new kind is one entry here and one file with its run function (and its config class, in `keel.config` or
+beside it). Another package adds one by an entry point of the group `keel.stages`: see docs/extending.md.
 
-What a kind's *settings* say (its data, its rewards, what it leaves for other stages) its config class answers; see
-`keel.config.parts.Stage`. What is written here is the rest. Run functions and memory models stand as
-"module:function" and are imported when they are first used: the report reads this table and must not load torch.
+What a kind's *settings* say (its data, its rewards, what it leaves for other stages) its config class
+answers; see `keel.config.parts.Stage`. What is written here is the rest. Run functions and memory models
+stand as "module:function" and are imported when they are first used: the report reads this table and must not
+load torch.
 """
 
 from __future__ import annotations
@@ -119,26 +120,42 @@ _REFERENCE_IN_16_BIT = ("last", {"reference_dtype": "bfloat16"})
 
 _OWN_KINDS = (
     StageKind(
-        "pretrain", PretrainConfig, run="keel.stages.pretrain:run",
-        memory="keel.plan.stage_memory:language", curves=_LANGUAGE, key_numbers=_HELD_OUT_LOSS,
+        "pretrain",
+        PretrainConfig,
+        run="keel.stages.pretrain:run",
+        memory="keel.plan.stage_memory:language",
+        curves=_LANGUAGE,
+        key_numbers=_HELD_OUT_LOSS,
     ),
     StageKind(
-        "sft", SFTConfig, run="keel.stages.sft:run",
-        memory="keel.plan.stage_memory:language", curves=_LANGUAGE, key_numbers=_HELD_OUT_LOSS,
+        "sft",
+        SFTConfig,
+        run="keel.stages.sft:run",
+        memory="keel.plan.stage_memory:language",
+        curves=_LANGUAGE,
+        key_numbers=_HELD_OUT_LOSS,
     ),
     StageKind(
-        "reward", RewardConfig, run="keel.stages.reward:run",
-        memory="keel.plan.stage_memory:reward_model", key_numbers=_ACCURACY,
+        "reward",
+        RewardConfig,
+        run="keel.stages.reward:run",
+        memory="keel.plan.stage_memory:reward_model",
+        key_numbers=_ACCURACY,
         curves=(
             Curve("Loss", "nats per pair", "loss", "eval_loss", level=0.6931, level_label="guessing"),
-            Curve("Accuracy", "share of pairs", "accuracy", "eval_accuracy", level=0.5, level_label="guessing"),
+            Curve(
+                "Accuracy", "share of pairs", "accuracy", "eval_accuracy", level=0.5, level_label="guessing"
+            ),
             Curve("Margin", "reward units", "margin", "eval_margin"),
             _GRADIENT,
         ),
     ),
     StageKind(
-        "classifier", ClassifierConfig, run="keel.stages.classifier:run",
-        memory="keel.plan.stage_memory:classifier", key_numbers=_ACCURACY,
+        "classifier",
+        ClassifierConfig,
+        run="keel.stages.classifier:run",
+        memory="keel.plan.stage_memory:classifier",
+        key_numbers=_ACCURACY,
         curves=(
             Curve("Loss", "nats per row", "loss", "eval_loss"),
             Curve("Accuracy", "share of rows", "accuracy", "eval_accuracy"),
@@ -146,27 +163,41 @@ _OWN_KINDS = (
         ),
     ),
     StageKind(
-        "ppo", PPOConfig, run="keel.rl.ppo:run", memory="keel.plan.stage_memory:on_policy", x_word="update",
+        "ppo",
+        PPOConfig,
+        run="keel.rl.ppo:run",
+        memory="keel.plan.stage_memory:on_policy",
+        x_word="update",
         savings=(("first", {"sharing": "trunk"}), _REFERENCE_IN_16_BIT, ("last", {"sharing": "adapters"})),
         key_numbers=_SCORE_AND_KL,
         curves=(*_SAMPLED, Curve("Explained variance", "of returns", "val/explained_variance"), _GRADIENT),
     ),
     StageKind(
-        "grpo", GRPOConfig, run="keel.rl.grpo:run", memory="keel.plan.stage_memory:on_policy", x_word="update",
-        savings=(_REFERENCE_IN_16_BIT,), key_numbers=_SCORE_AND_KL,
+        "grpo",
+        GRPOConfig,
+        run="keel.rl.grpo:run",
+        memory="keel.plan.stage_memory:on_policy",
+        x_word="update",
+        savings=(_REFERENCE_IN_16_BIT,),
+        key_numbers=_SCORE_AND_KL,
         curves=(
             *_SAMPLED,
             Curve("Groups of equal rewards", "share, which teaches nothing", "frac_reward_zero_std"),
             Curve("Groups replaced", "by new prompts", "rollout/groups_replaced", setting="resample"),
             Curve(
-                "Score as first sampled", "before any group was replaced", "objective/scores_sampled",
+                "Score as first sampled",
+                "before any group was replaced",
+                "objective/scores_sampled",
                 setting="resample",
             ),
             _GRADIENT,
         ),
     ),
     StageKind(
-        "dpo", DPOConfig, run="keel.stages.preference:run", memory="keel.plan.stage_memory:preferences",
+        "dpo",
+        DPOConfig,
+        run="keel.stages.preference:run",
+        memory="keel.plan.stage_memory:preferences",
         examples="keel.stages.preference_rows:count",
         key_numbers=(
             KeyNumber("held-out accuracy", "accuracy", interval=True),
@@ -175,14 +206,21 @@ _OWN_KINDS = (
         curves=(
             Curve("Margin", "implicit reward", "rewards/margins", "eval_rewards/margins", wide=True),
             Curve(
-                "Accuracy", "by implicit reward", "rewards/accuracies", "eval_rewards/accuracies", wide=True,
-                level=0.5, level_label="guessing",
+                "Accuracy",
+                "by implicit reward",
+                "rewards/accuracies",
+                "eval_rewards/accuracies",
+                wide=True,
+                level=0.5,
+                level_label="guessing",
             ),
             Curve("Loss", "per pair or row", "loss", "eval_loss"),
             Curve("Reward of the chosen", "implicit", "rewards/chosen", "eval_rewards/chosen"),
             Curve("Reward of the rejected", "implicit", "rewards/rejected", "eval_rewards/rejected"),
             Curve("Log-probability of the chosen", "nats per reply", "logps/chosen", "eval_logps/chosen"),
-            Curve("Log-probability of the rejected", "nats per reply", "logps/rejected", "eval_logps/rejected"),
+            Curve(
+                "Log-probability of the rejected", "nats per reply", "logps/rejected", "eval_logps/rejected"
+            ),
             Curve("KL from the reference", "KTO's z₀, nats per reply", "kl", "eval_kl"),
             Curve("Loss of the chosen", "ORPO's first term, nats per token", "nll_loss", "eval_nll_loss"),
             Curve("Log odds", "of ORPO, nats", "log_odds_ratio", "eval_log_odds_ratio"),
@@ -190,18 +228,30 @@ _OWN_KINDS = (
         ),
     ),
     StageKind(
-        "best_of_n", BestOfNConfig, run="keel.stages.best_of_n:run", memory="keel.plan.stage_memory:best_of_n",
-        curves=_LANGUAGE, key_numbers=(KeyNumber("reward", "reward_best", before="reward_mean"),),
+        "best_of_n",
+        BestOfNConfig,
+        run="keel.stages.best_of_n:run",
+        memory="keel.plan.stage_memory:best_of_n",
+        curves=_LANGUAGE,
+        key_numbers=(KeyNumber("reward", "reward_best", before="reward_mean"),),
     ),
     StageKind(
-        "collect", CollectConfig, run="keel.stages.collect:run", memory="keel.plan.stage_memory:collect",
-        key_numbers=(KeyNumber("", "comparisons", places=0, unit="comparisons"),), has_steps=False,
+        "collect",
+        CollectConfig,
+        run="keel.stages.collect:run",
+        memory="keel.plan.stage_memory:collect",
+        key_numbers=(KeyNumber("", "comparisons", places=0, unit="comparisons"),),
+        has_steps=False,
     ),
     StageKind(
-        "evaluate", EvaluateConfig, run="keel.stages.evaluate:run", memory="keel.plan.stage_memory:evaluate",
-        has_steps=False, compares=True,
+        "evaluate",
+        EvaluateConfig,
+        run="keel.stages.evaluate:run",
+        memory="keel.plan.stage_memory:evaluate",
+        has_steps=False,
+        compares=True,
     ),
-)  # fmt: skip
+)
 OWN_KINDS: Mapping[str, StageKind] = {kind.name: kind for kind in _OWN_KINDS}
 UNKNOWN = StageKind("unknown", Stage, run="")  # how a run is shown whose kind nobody here knows
 

@@ -54,11 +54,17 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     tokenizer = _tokenizer(pipeline, name)
     tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or None
     entry: dict[str, Any] = {
-        "stage": name, "kind": stage.kind, "inputs": stage.inputs(), "data": pipeline.sources.summary(name, ahead=True), "rows": rows,
+        "stage": name,
+        "kind": stage.kind,
+        "inputs": stage.inputs(),
+        "data": pipeline.sources.summary(name, ahead=True),
+        "rows": rows,
         "type": _type(stage, datasets),
-        "tokens": tokens, "tokens_measured": tokenizer is not None and rows <= SAMPLE,
-        "parameters": _parameters(pipeline, name, tokenizer), "done": pipeline.is_done(name),
-    }  # fmt: skip
+        "tokens": tokens,
+        "tokens_measured": tokenizer is not None and rows <= SAMPLE,
+        "parameters": _parameters(pipeline, name, tokenizer),
+        "done": pipeline.is_done(name),
+    }
     entry |= stage.planned_steps(_examples(pipeline, name, datasets, rows, tokens))
     if getattr(stage, "micro_batch", None) == "auto" and datasets:
         entry["micro_batch"] = micro_batch(pipeline, name)

@@ -111,9 +111,15 @@ def _held_in(dtype: str, quantize: str | None) -> str:
 def _trained(stage: Training, found: ModelRef, device: Device, *, dropout: bool = False) -> Model:
     lora, dtype = lora_of(stage), _held_in(stage.model.dtype, stage.model.quantize)
     return Model(
-        found.shape, dtype, trained=True, lora=lora, checkpointing=stage.gradient_checkpointing, dropout=dropout,
-        device=device, counted=found.counted,
-    )  # fmt: skip
+        found.shape,
+        dtype,
+        trained=True,
+        lora=lora,
+        checkpointing=stage.gradient_checkpointing,
+        dropout=dropout,
+        device=device,
+        counted=found.counted,
+    )
 
 
 def _frozen(found: ModelRef, dtype: str, device: Device, head: Head = "lm") -> Model:
@@ -378,13 +384,19 @@ def _rollout(
     model, base = models[role], with_parts(resident(models), role, casts=model_memory.casts(models[role]))
     one_layer = 1 + 1 / model.shape.layers
     prefill = with_parts(
-        base, role, kv_cache=model_memory.kv_cache(model, rows, lengths.prompt),
-        activations=activation_memory.working(model, Forward(rows, lengths.prompt)), logits=model_memory.sampling_logits(model, rows, lengths.prompt),
-    )  # fmt: skip
+        base,
+        role,
+        kv_cache=model_memory.kv_cache(model, rows, lengths.prompt),
+        activations=activation_memory.working(model, Forward(rows, lengths.prompt)),
+        logits=model_memory.sampling_logits(model, rows, lengths.prompt),
+    )
     end = with_parts(
-        base, role, kv_cache=model_memory.kv_cache(model, rows, lengths.total) * one_layer,
-        activations=activation_memory.working(model, Forward(rows, lengths.total), new=1), logits=model_memory.sampling_logits(model, rows, 1),
-    )  # fmt: skip
+        base,
+        role,
+        kv_cache=model_memory.kv_cache(model, rows, lengths.total) * one_layer,
+        activations=activation_memory.working(model, Forward(rows, lengths.total), new=1),
+        logits=model_memory.sampling_logits(model, rows, 1),
+    )
     return fullest(name, [prefill, end])
 
 

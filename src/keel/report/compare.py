@@ -102,11 +102,13 @@ def _warnings(by: str | None, entries: Sequence[Entry]) -> list[str]:
     ways = {json.dumps(pooling.evaluation(entry.judged[0]), sort_keys=True) for entry in entries}
     if len(ways) > 1:
         notes.append(
-            "The evaluations differ in their settings, reference or reward model: numbers of different evaluations are not on one scale."
+            "The evaluations differ in their settings, reference or reward model: numbers of different "
+            "evaluations are not on one scale."
         )
     if by == "proxy":
         notes.append(
-            "Ranked by the proxy alone: no gold reward was measured. The proxy is what was optimised, so a higher one does not show that replies are better."
+            "Ranked by the proxy alone: no gold reward was measured. The proxy is what was optimised, so a "
+            "higher one does not show that replies are better."
         )
     lacking = [entry.name for entry in entries if by and mean(entry.measures, by) is None]
     if lacking:
@@ -178,7 +180,8 @@ def at_equal_kl(found: Comparison) -> list[str]:
             )
         elif [first.name] == best and len(found.entries) > 2:
             sentences.append(
-                f"No other model's KL interval overlaps that of {first.name} ({_nats(first)}): at equal KL it has no rival here."
+                f"No other model's KL interval overlaps that of {first.name} ({_nats(first)}): at equal KL "
+                "it has no rival here."
             )
     return sentences
 
@@ -228,9 +231,15 @@ def as_json(found: Comparison, page: Path) -> str:
         for name, d in found.differences.items()
     }
     facts = {
-        "ranked_by": found.by, "verdict": f"{word}: {sentence}", "level": level, "at_equal_kl": at_equal_kl(found),
-        "notes": list(found.notes), "models": models, "best_ahead_of": ahead, "page": str(page),
-    }  # fmt: skip
+        "ranked_by": found.by,
+        "verdict": f"{word}: {sentence}",
+        "level": level,
+        "at_equal_kl": at_equal_kl(found),
+        "notes": list(found.notes),
+        "models": models,
+        "best_ahead_of": ahead,
+        "page": str(page),
+    }
     return json.dumps(facts, ensure_ascii=False, indent=2)
 
 
@@ -267,7 +276,8 @@ def _shown(apart: Difference) -> str:
     nearest = min(abs(apart.low), abs(apart.high))
     while apart.distinguishable and places < 5 and round(nearest, places) == 0:
         places += 1
-    return f"{signed(apart.mean, places)} (95 % interval {number(apart.low, places)} to {number(apart.high, places)}, {apart.how})"
+    interval = f"{number(apart.low, places)} to {number(apart.high, places)}"
+    return f"{signed(apart.mean, places)} (95 % interval {interval}, {apart.how})"
 
 
 def _nats(entry: Entry) -> str:

@@ -97,7 +97,8 @@ def entries(runs: Sequence[Path]) -> tuple[list[Entry], list[str]]:
         for (label, _), own in groups.items()
     ]
     return found, [
-        f"{label} has the same settings and seed in {', '.join(dict.fromkeys(paths))}: it is counted once for a seed."
+        f"{label} has the same settings and seed in {', '.join(dict.fromkeys(paths))}: it is counted once "
+        "for a seed."
         for label, paths in twice.items()
     ]
 

@@ -40,8 +40,8 @@ def reason(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _files(before: Any, now: Any) -> str:
-    """ " (rl/loop.py, rl/ppo.py and 2 more)": the files that differ; "" for a run by a keel that kept one hash of
-    all its code."""
+    """ " (rl/loop.py, rl/ppo.py and 2 more)": the files that differ. "" for a run by an older keel, which
+    kept one hash of all its code."""
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return ""
     files = sorted(file for file in {**before, **now} if before.get(file) != now.get(file))

@@ -38,6 +38,9 @@ def results(run: Path) -> dict[str, Any]:
 def outcome(pipeline: Any) -> dict[str, Any]:
     found = results(pipeline.directory)
     return {
-        "run": str(pipeline.directory), "report": str(pipeline.directory / "report.html"),
-        "stages": {name: {**facts, "result": found.get(name)} for name, facts in manifest(pipeline.directory).items()},
-    }  # fmt: skip
+        "run": str(pipeline.directory),
+        "report": str(pipeline.directory / "report.html"),
+        "stages": {
+            name: {**facts, "result": found.get(name)} for name, facts in manifest(pipeline.directory).items()
+        },
+    }
