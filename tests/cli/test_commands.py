@@ -105,12 +105,12 @@ def test_report_of_nothing(keel):
 
 
 def test_report_of_a_run_that_was_cut_off(keel, write, chain, monkeypatch):
-    from keel.pipeline import pipeline
+    from keel.rl import ppo
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(pipeline.ppo, "run", fail)
+    monkeypatch.setattr(ppo, "run", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         keel("run", write("tiny.yaml", chain))
     cut = keel("report", "runs/tiny", "--json")

@@ -11,7 +11,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 
 from keel import worlds
 from keel.config import ModelConfig, RunConfig, Stage
@@ -285,7 +290,7 @@ def functions_of(stage: Stage) -> list[str]:
     return [term.function for term in stage.reward_terms() if term.kind == "python"]
 
 
-def _check_family(stage: Stage, config: Any, place: str) -> None:
+def _check_family(stage: Stage, config: PreTrainedConfig, place: str) -> None:
     """UsageError for a model that transformers cannot give the head it needs. One with code of its own is not
     judged."""
     scores = stage.leaves in ("reward model", "classifier")
@@ -302,7 +307,7 @@ def _check_family(stage: Stage, config: Any, place: str) -> None:
         )
 
 
-def _reads_both_ways(config: Any) -> bool:
+def _reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether a model of this config attends to later tokens too, as BERT does. transformers gives such a
     type a language model's head all the same, and masks what comes later only with `is_decoder` (XLM:
     `causal`)."""

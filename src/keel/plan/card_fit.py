@@ -155,5 +155,5 @@ def as_text(found: Sequence[Fit]) -> str:
     return "; ".join(parts)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else "{}" if value == {} else str(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from keel.config import Stage
 from keel.data import chat
@@ -28,7 +28,7 @@ from keel.plan import card_fit, model_shapes, stage_memory
 from keel.plan.model_memory import Lora
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 from keel.stages.pretrain import DEFAULT_VOCABULARY
-from keel.types import DemonstrationRecord, PreferenceRecord, Record, TextRecord, UnpairedRecord
+from keel.types import DemonstrationRecord, PreferenceRecord, Prompt, Record, TextRecord, UnpairedRecord
 
 CHARACTERS_A_TOKEN = 4  # a rule of thumb, used where no tokenizer exists yet
 SAMPLE = 200  # rows whose tokens are counted
@@ -135,7 +135,7 @@ def _examples(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int,
     return trained
 
 
-def _tokens(tokenizer: Any | None, dataset: Dataset) -> int | None:
+def _tokens(tokenizer: PreTrainedTokenizerBase | None, dataset: Dataset) -> int | None:
     """Tokens of the data: counted on rows spread evenly over it, and extrapolated to all of them."""
     records = dataset.records[:: max(1, math.ceil(len(dataset.records) / SAMPLE))]
     if not records:
@@ -144,7 +144,7 @@ def _tokens(tokenizer: Any | None, dataset: Dataset) -> int | None:
     return round(sum(counts) / len(counts) * len(dataset.records))
 
 
-def _length(tokenizer: Any | None, record: Record) -> float:
+def _length(tokenizer: PreTrainedTokenizerBase | None, record: Record) -> float:
     sides = ("text", "prompt", "completion", "chosen", "rejected")
     parts = [getattr(record, side) for side in sides if hasattr(record, side)]
     text = "".join(part if isinstance(part, str) else chat.prompt_text(None, part) for part in parts)
@@ -175,7 +175,7 @@ def _folder(pipeline: Pipeline, name: str) -> Path | None:
     return folder if folder and (folder / "config.json").exists() else None
 
 
-def _tokenizer(pipeline: Pipeline, name: str) -> Any | None:
+def _tokenizer(pipeline: Pipeline, name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the stage's own chain; None where there is none yet, or none on this machine."""
     root = _root(pipeline, name)
     stage = pipeline.config.stages.get(root)
@@ -192,7 +192,7 @@ def _tokenizer(pipeline: Pipeline, name: str) -> Any | None:
         return None
 
 
-def _config(pipeline: Pipeline, name: str, tokenizer: Any | None) -> Any | None:
+def _config(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> Any | None:
     """The transformers configuration of the model a stage works on; None when it is not on this machine."""
     root = pipeline.config.stages.get(_root(pipeline, name))
     start, folder = root and root.starts_from, _folder(pipeline, name)
@@ -207,7 +207,7 @@ def _config(pipeline: Pipeline, name: str, tokenizer: Any | None) -> Any | None:
     return config
 
 
-def _parameters(pipeline: Pipeline, name: str, tokenizer: Any | None) -> int | None:
+def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Parameters of the model a stage works on; None when neither its config is on this machine nor its shape
     known."""
     stage, root = pipeline.config.stages[name], pipeline.config.stages.get(_root(pipeline, name))
@@ -354,7 +354,9 @@ def _origin(pipeline: Pipeline, name: str) -> str:
     return (stage and stage.starts_from and stage.starts_from.path) or root
 
 
-def _longest(pipeline: Pipeline, name: str, tokenizer: Any | None, datasets: list[Dataset]) -> Lengths:
+def _longest(
+    pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None, datasets: list[Dataset]
+) -> Lengths:
     """Tokens of the longest rows that a stage will see: of the rows longest in characters, as the stage
     writes them."""
     stage = pipeline.config.stages[name]
@@ -377,7 +379,7 @@ def _context(pipeline: Pipeline, name: str) -> int | None:
     return shape.context if shape else context
 
 
-def _lengths(tokenizer: Any | None, record: Record) -> Lengths:
+def _lengths(tokenizer: PreTrainedTokenizerBase | None, record: Record) -> Lengths:
     """Of one record."""
     if isinstance(record, TextRecord):
         return Lengths(0, math.ceil(_length(tokenizer, record)))
@@ -390,7 +392,7 @@ def _lengths(tokenizer: Any | None, record: Record) -> Lengths:
     return Lengths(prompt, 0)
 
 
-def _count(tokenizer: Any | None, part: Any) -> int:
+def _count(tokenizer: PreTrainedTokenizerBase | None, part: Prompt) -> int:
     """Tokens of a text, or of turns as keel's template writes them where the tokenizer brings none."""
     text = part if isinstance(part, str) else chat.prompt_text(None, part)
     if tokenizer is None:

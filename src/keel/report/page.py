@@ -182,7 +182,7 @@ def key_result(stage: StageRun) -> str:
         KeyNumber(name.replace("_", " "), name)
         for name in [name for name in result if mean(result, name) is not None][:FEW]
     )
-    late = stage.late if not result else {}
+    late = stage.late
     return ", ".join(text for one in numbers if (text := _key_number(one, result, late)))
 
 

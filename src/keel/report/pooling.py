@@ -155,7 +155,7 @@ def _chain(run: Run, names: Sequence[str]) -> dict[str, Any]:
 def _strings(settings: Mapping[str, Any]) -> list[str]:
     """All strings in a stage's settings but its kind: whichever is another stage's name refers to it."""
 
-    def walk(value: Any) -> Iterator[str]:
+    def walk(value: object) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping | list):
