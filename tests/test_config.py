@@ -315,7 +315,9 @@ def test_a_label_is_one_of_the_classifiers_own(label, reason):
     if reason is None:
         assert parse(_config(**stages))
     else:
-        assert f"stage 'e': reward 't'{' ' if label is None else ': '}{reason}" in _refusal(_config(**stages))
+        assert f"stage 'e': reward 't'{': it ' if label is None else ': '}{reason}" in _refusal(
+            _config(**stages)
+        )
 
 
 def _best(**settings: Any) -> dict[str, Any]:

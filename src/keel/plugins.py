@@ -7,7 +7,7 @@ config may use. Importing keel loads none of them.
 from __future__ import annotations
 
 import hashlib
-import inspect
+import sys
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -42,15 +42,17 @@ def load(group: Group, name: str) -> Any:
 
 
 def fingerprint(group: Group, name: str) -> str:
-    """A hash of what stands behind a name: its distribution, version and the file that defines it."""
-    found, point = load(group, name), _point(group, name)
+    """A hash of what stands behind a name: its distribution, its version, and the source of its whole package.
+
+    UsageError as `load` raises it.
+    """
+    load(group, name)
+    point = _point(group, name)
     digest = hashlib.sha256(f"{_owner(point)}\0{point.value}\0".encode())
-    try:
-        source = inspect.getsourcefile(inspect.unwrap(found))
-    except TypeError:  # an object that is neither function, class nor module
-        source = inspect.getsourcefile(type(found))
-    if source is not None and Path(source).is_file():
-        digest.update(Path(source).read_bytes())
+    top = Path(sys.modules[point.module.partition(".")[0]].__file__ or "")
+    for path in sorted(top.parent.rglob("*.py")) if top.name == "__init__.py" else [top]:
+        if path.is_file():
+            digest.update(f"{path.relative_to(top.parent)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from torch import Tensor
+if TYPE_CHECKING:  # a config and a report need no torch
+    from torch import Tensor
 
 
 class Message(TypedDict):

@@ -82,8 +82,13 @@ def sft(tiny_model: Path, data: Any) -> Callable[..., dict[str, Any]]:
 
     def go(**settings: Any) -> dict[str, Any]:
         return {
-            "kind": "sft", "model": str(tiny_model), "data": str(data.demonstrations), "max_steps": 2, "batch_size": 2, **settings,
-        }  # fmt: skip
+            "kind": "sft",
+            "model": str(tiny_model),
+            "data": str(data.demonstrations),
+            "max_steps": 2,
+            "batch_size": 2,
+            **settings,
+        }
 
     return go
 
@@ -95,15 +100,30 @@ def chain(sft: Callable[..., dict[str, Any]], data: Any) -> dict[str, Any]:
     return {
         "sft": sft(),
         "reward": {
-            "kind": "reward", "model": "sft", "data": str(data.pairs), "max_steps": 2, "batch_size": 2, "normalize": 4,
-            "sampling": short, "lr": 1e-3,
+            "kind": "reward",
+            "model": "sft",
+            "data": str(data.pairs),
+            "max_steps": 2,
+            "batch_size": 2,
+            "normalize": 4,
+            "sampling": short,
+            "lr": 1e-3,
         },
         "ppo": {
-            "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "updates": 2, "batch_size": 2, "epochs": 1,
+            "kind": "ppo",
+            "model": "sft",
+            "reward": "reward",
+            "data": str(data.prompts),
+            "updates": 2,
+            "batch_size": 2,
+            "epochs": 1,
             "sampling": short,
         },
         "judge": {
-            "kind": "evaluate", "models": ["sft", "ppo"], "reward": "reward", "data": {"source": str(data.prompts), "rows": 3},
+            "kind": "evaluate",
+            "models": ["sft", "ppo"],
+            "reward": "reward",
+            "data": {"source": str(data.prompts), "rows": 3},
             "sampling": short,
         },
-    }  # fmt: skip
+    }

@@ -105,12 +105,12 @@ def test_report_of_nothing(keel):
 
 
 def test_report_of_a_run_that_was_cut_off(keel, write, chain, monkeypatch):
-    from keel.pipeline import pipeline
+    from keel.rl import ppo
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(pipeline.ppo, "run", fail)
+    monkeypatch.setattr(ppo, "run", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         keel("run", write("tiny.yaml", chain))
     cut = keel("report", "runs/tiny", "--json")
@@ -145,13 +145,24 @@ def test_plan_as_text(keel, write, chain):
 def test_plan_counts_the_steps_that_run_takes(keel, write, chain):
     stages = {
         "base": {
-            "kind": "pretrain", "data": {"source": "world:helpdesk/text", "rows": 60}, "batch_size": 8,
-            "model": {"vocab_size": 300, "init": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
-            "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}},
+            "kind": "pretrain",
+            "data": {"source": "world:helpdesk/text", "rows": 60},
+            "batch_size": 8,
+            "model": {
+                "vocab_size": 300,
+                "init": {
+                    "model_type": "llama",
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "max_position_embeddings": 32,
+                },
+            },
         },
         "sft": {**chain["sft"], "max_steps": None, "epochs": 1.5, "batch_size": 7},
         "reward": {**chain["reward"], "max_steps": None, "epochs": 0.5, "batch_size": 5},
-    }  # fmt: skip
+    }
     path = write("tiny.yaml", stages)
     first = {stage["stage"]: stage for stage in keel("plan", path, "--json").json["stages"]}
     assert keel("run", path).code == 0
@@ -295,7 +306,8 @@ def test_wrong_use_is_2_and_help_is_0(keel):
 
 
 def test_a_command_starts_without_loading_what_it_does_not_need():
-    code = "import sys, keel.cli.main; print([m for m in ('transformers', 'datasets', 'plotly', 'pandas', 'peft') if m in sys.modules])"
+    heavy = ("transformers", "datasets", "plotly", "pandas", "peft")
+    code = f"import sys, keel.cli.main; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

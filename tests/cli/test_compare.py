@@ -32,9 +32,17 @@ def write_run(tmp_path: Path) -> WriteRun:
     """A run directory with one evaluate stage that judged the models of `gold` (or only by proxy)."""
 
     def go(
-        name: str, gold: Scores, kl: dict[str, float] | None = None, *, seed: int = 0, by: str = "gold", stages: Any = None,
-        judge: str = "judge", samples: bool = True, prompts: str = "prompt",
-    ) -> Path:  # fmt: skip
+        name: str,
+        gold: Scores,
+        kl: dict[str, float] | None = None,
+        *,
+        seed: int = 0,
+        by: str = "gold",
+        stages: Any = None,
+        judge: str = "judge",
+        samples: bool = True,
+        prompts: str = "prompt",
+    ) -> Path:
         path = tmp_path / "runs" / name
         settings = {**STAGES, **(stages or {})}
         settings[judge] = {"kind": "evaluate", "models": list(gold), "reward": "reward", "data": ["p.jsonl"]}
@@ -95,9 +103,10 @@ def test_models_are_ranked_by_gold_and_the_pairs_decide(write_run: WriteRun) -> 
     level, word, sentence = compare.verdict(found)
     assert (level, word) == ("better", "Best")
     assert sentence == (
-        "ppo is best, with gold reward 0.78 (95 % interval 0.65 to 0.90) at KL 5.0 nats, ahead of dpo at KL 5.0 nats by +0.10 "
+        "ppo is best, with gold reward 0.78 (95 % interval 0.65 to 0.90) at KL 5.0 nats, ahead of dpo at KL "
+        "5.0 nats by +0.10 "
         "(95 % interval 0.02 to 0.18, paired over 4 prompts)."
-    )  # fmt: skip
+    )
     (equal,) = compare.at_equal_kl(found)
     assert equal.startswith(
         "At equal KL (intervals overlap) ppo (5.0 nats) is ahead of dpo (5.0 nats) by +0.10"
@@ -127,7 +136,7 @@ def test_without_a_samples_file_means_are_taken_as_independent(write_run: WriteR
     )
     assert apart.low == pytest.approx(apart.mean - half)
     assert apart.how == "of independent means"
-    assert not apart.told_apart
+    assert not apart.distinguishable
 
 
 def test_by_proxy_where_there_is_no_gold_and_it_is_said(write_run: WriteRun) -> None:
@@ -145,9 +154,11 @@ def test_by_proxy_where_there_is_no_gold_and_it_is_said(write_run: WriteRun) -> 
 def test_seeds_are_pooled_with_students_interval(write_run: WriteRun) -> None:
     shifts = (0.0, 0.02, 0.1)
     paths = [
-        write_run(f"s{seed}", {m: [x + shift * (m == "ppo") for x in own] for m, own in GOLD.items()}, KL, seed=seed)
+        write_run(
+            f"s{seed}", {m: [x + shift * (m == "ppo") for x in own] for m, own in GOLD.items()}, KL, seed=seed
+        )
         for seed, shift in enumerate(shifts)
-    ]  # fmt: skip
+    ]
     found = compare.compare(paths)
     ppo = by_name(found)["ppo"]
     means = [sum(GOLD["ppo"]) / 4 + shift for shift in shifts]
@@ -248,7 +259,7 @@ def test_json_holds_the_numbers(keel: Any, write_run: WriteRun) -> None:
         1000.0,
     )
     assert best["measures"]["gold"] == pytest.approx(mean_interval(GOLD["ppo"]))
-    assert facts["best_ahead_of"]["dpo"]["told_apart"] is True
+    assert facts["best_ahead_of"]["dpo"]["distinguishable"] is True
     assert [model["reference"] for model in facts["models"]] == [False, False, True]
 
 
@@ -309,15 +320,28 @@ def test_one_run_has_no_spread() -> None:
 def many(names: Sequence[str], spread: float) -> list[Model]:
     return [
         Model(
-            name, 1, index == 0,
+            name,
+            1,
+            index == 0,
             {
-                "gold": {"mean": 0.5 + spread * index, "low": 0.45 + spread * index, "high": 0.55 + spread * index, "n": 9},
-                "kl": {"mean": 5 + spread * index, "low": 4.5 + spread * index, "high": 5.5 + spread * index, "n": 9},
+                "gold": {
+                    "mean": 0.5 + spread * index,
+                    "low": 0.45 + spread * index,
+                    "high": 0.55 + spread * index,
+                    "n": 9,
+                },
+                "kl": {
+                    "mean": 5 + spread * index,
+                    "low": 4.5 + spread * index,
+                    "high": 5.5 + spread * index,
+                    "n": 9,
+                },
             },
-            None, None,
+            None,
+            None,
         )
         for index, name in enumerate(names)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.02, 0.5])

@@ -66,10 +66,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (["sft.betas=[0.9, 0.95]"], ["sft.betas=[0.9, 0.95]"], {}),
         (["sft.betas=[0.9, 0.95],[0.8, 0.9]"], [], {"sft.betas": [[0.9, 0.95], [0.8, 0.9]]}),
         (["sft.data={source: a.jsonl, rows: 3}"], ["sft.data={source: a.jsonl, rows: 3}"], {}),
-        (["sft.data={source: a.jsonl, rows: 3},b.jsonl"], [], {"sft.data": [{"source": "a.jsonl", "rows": 3}, "b.jsonl"]}),
+        (
+            ["sft.data={source: a.jsonl, rows: 3},b.jsonl"],
+            [],
+            {"sft.data": [{"source": "a.jsonl", "rows": 3}, "b.jsonl"]},
+        ),
         (["sft.max_steps=null,3"], [], {"sft.max_steps": [None, 3]}),
     ],
-)  # fmt: skip
+)
 def test_values_between_commas_are_swept(overrides: Any, fixed: Any, swept: Any) -> None:
     assert sweep.grid(overrides) == (fixed, swept)
 
@@ -127,8 +131,9 @@ def test_points_share_what_no_setting_changes(keel: Any, write: Any, chain: Any,
     rows = {(row["settings"].get("ppo.kl.coef"), row["subject"]): row for row in done.json["rows"]}
     assert rows.keys() == {(None, "sft"), (0.01, "ppo"), (0.1, "ppo")}
     results = [
-        json.loads((folder / f"ppo.kl.coef-0.1_seed-{seed}" / "stages" / "judge" / "result.json").read_text()) for seed in (0, 1)
-    ]  # fmt: skip
+        json.loads((folder / f"ppo.kl.coef-0.1_seed-{seed}" / "stages" / "judge" / "result.json").read_text())
+        for seed in (0, 1)
+    ]
     proxies = [result["models"]["ppo"]["proxy"]["mean"] for result in results]
     assert rows[0.1, "ppo"]["measures"]["proxy"] == across_runs(proxies)
     assert json.loads(Path("runs/tiny-sweep/sweep.json").read_text()) == done.json
@@ -263,7 +268,10 @@ def made_up(folder: Path, gold: dict[tuple[Any, int], float], status: str = "don
             "stages": {"judge": {"kind": "evaluate", "models": ["sft", "ppo"]}},
         }
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        models = {"sft": {"gold": {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 9}}, "ppo": {"gold": {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": 9}}}  # fmt: skip
+        models = {
+            "sft": {"gold": {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 9}},
+            "ppo": {"gold": {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": 9}},
+        }
         result = {"reference": "sft", "models": models}
         (run / "stages" / "judge" / "result.json").write_text(json.dumps(result))
         points.append(Ended(run.name, run, {"ppo.kl.coef": coef}, seed, status, ""))
@@ -277,8 +285,8 @@ def test_the_best_setting_is_told_apart_by_seeds_in_pairs(tmp_path: Path) -> Non
     assert text.startswith("ppo with ppo.kl.coef=0.1 has the highest gold reward, 0.60 (0.35 to 0.85)")
     ahead = across_runs([0.09, 0.10, 0.09])
     assert (
-        f"+0.093 ({ahead['low']:.3f} to {ahead['high']:.3f}, paired over 3 seeds) ahead of ppo with ppo.kl.coef=0.01"
-        in text
+        f"+0.093 ({ahead['low']:.3f} to {ahead['high']:.3f}, paired over 3 seeds) ahead of ppo with "
+        "ppo.kl.coef=0.01" in text
     )
     levels = [row for row in found.rows if row.settings == sweeps.ALL]
     assert [row.subject for row in levels] == ["sft"]

@@ -61,9 +61,9 @@ Go = Callable[..., list[str]]
 def go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Go:
     """Run a config in the same directory; returns the names of the stages that were worked on."""
     worked: list[str] = []
-    dispatch = pipelines._dispatch
+    dispatch = pipelines.run_stage
     monkeypatch.setattr(
-        pipelines, "_dispatch", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
+        pipelines, "run_stage", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
     )
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
 
@@ -135,9 +135,19 @@ def test_changed_weights_of_a_model_from_outside_rerun_what_starts_from_it(go, d
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     config = {
-        "name": "tiny", "threads": 1, "device": "cpu",
-        "stages": {"sft": {"kind": "sft", "model": str(model), "data": str(data.demonstrations), "max_steps": 1, "batch_size": 2}},
-    }  # fmt: skip
+        "name": "tiny",
+        "threads": 1,
+        "device": "cpu",
+        "stages": {
+            "sft": {
+                "kind": "sft",
+                "model": str(model),
+                "data": str(data.demonstrations),
+                "max_steps": 1,
+                "batch_size": 2,
+            }
+        },
+    }
     assert go(config) == ["sft"]
     assert go(config) == []
     other = causal_lm(ModelSource(str(model)), 0)
@@ -210,10 +220,9 @@ def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
     assert again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}}) == [
         "judge: run again, since 'ppo' changed, which it starts from"
     ]
-    monkeypatch.setattr(pipelines, "code_print", lambda: "other code")
-    assert again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0] == (
-        "base: run again, since the code of keel changed"
-    )
+    monkeypatch.setattr(pipelines, "code_prints", lambda kind: {"rl/loop.py": "other code"})
+    first = again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0]
+    assert first.startswith("base: run again, since keel's code changed (accel/attention.py, ")
 
 
 def test_the_mark_of_being_done_is_written_last(go, chain, tmp_path):
@@ -264,8 +273,12 @@ def test_a_stage_at_work_does_not_show_its_old_model(go, chain, tmp_path):
     assert not (tmp_path / "run" / "stages" / "reward" / "model").exists()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {name: facts["status"] for name, facts in manifest["stages"].items()} == {
-        "base": "done before", "sft": "done before", "reward": "not run", "ppo": "not run", "judge": "not run",
-    }  # fmt: skip
+        "base": "done before",
+        "sft": "done before",
+        "reward": "not run",
+        "ppo": "not run",
+        "judge": "not run",
+    }
     assert manifest["stages"]["ppo"]["seconds"] is None
 
 
@@ -402,7 +415,7 @@ def _auto(chain: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 def _tries(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Stages that run out of memory with more than `most` examples at a time; the numbers that are tried."""
-    tried, dispatch = list[int](), pipelines._dispatch
+    tried, dispatch = list[int](), pipelines.run_stage
 
     def go(stage: Any, run: Any) -> Any:
         tried.append(stage.micro_batch)
@@ -410,7 +423,7 @@ def _tries(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError("no room")
         return dispatch(stage, run)
 
-    monkeypatch.setattr(pipelines, "_dispatch", go)
+    monkeypatch.setattr(pipelines, "run_stage", go)
     return tried
 
 

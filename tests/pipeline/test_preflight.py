@@ -127,8 +127,12 @@ def test_an_ensemble_that_is_not_whole_is_found_before_anything_is_trained(
     scale = {"mean": 0.0, "std": 1.0, "members": 2}
     path.write_text(json.dumps({**json.loads(path.read_text()), "keel_reward": scale}))
     stage = {
-        "kind": "ppo", "model": str(tiny_model), "reward": str(tmp_path / "reward"), "data": str(data.prompts), "sampling": {"max_new_tokens": 4},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": str(tmp_path / "reward"),
+        "data": str(data.prompts),
+        "sampling": {"max_new_tokens": 4},
+    }
     with pytest.raises(UsageError, match=r"an ensemble of 2 reward models, but member 2 is not there"):
         _check({"ppo": stage}, tmp_path)
 
@@ -146,9 +150,13 @@ def test_a_model_that_can_have_no_score_head_is_no_reward_model_to_be(data, tmp_
 
 def _new(tokenizer: str, data: Any) -> dict[str, Any]:
     init = {
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
         "max_position_embeddings": 32,
-    }  # fmt: skip
+    }
     return {"kind": "pretrain", "data": str(data.text), "model": {"init": init, "tokenizer": tokenizer}}
 
 
@@ -188,14 +196,26 @@ def test_eval_data_of_another_type_are_refused(sft, rows, other, tmp_path):
 @pytest.mark.parametrize(
     ("train", "held", "reason"),
     [
-        ([STANDARD], [CONVERSATION], "eval_data is prompt-completion, conversational, but data is prompt-completion, standard"),
-        ([CONVERSATION], [STANDARD], "eval_data is prompt-completion, standard, but data is prompt-completion, conversational"),
-        ([CONVERSATION], [CONVERSATION, STANDARD], "eval_data is prompt-completion, standard and conversational"),
+        (
+            [STANDARD],
+            [CONVERSATION],
+            "eval_data is prompt-completion, conversational, but data is prompt-completion, standard",
+        ),
+        (
+            [CONVERSATION],
+            [STANDARD],
+            "eval_data is prompt-completion, standard, but data is prompt-completion, conversational",
+        ),
+        (
+            [CONVERSATION],
+            [CONVERSATION, STANDARD],
+            "eval_data is prompt-completion, standard and conversational",
+        ),
         ([CONVERSATION], [CONVERSATION], None),
         ([STANDARD, CONVERSATION], [STANDARD], None),
         ([STANDARD, CONVERSATION], [CONVERSATION], None),
     ],
-)  # fmt: skip
+)
 def test_eval_data_have_the_form_of_data(sft, rows, train, held, reason, tmp_path):
     files = {"data": rows("train.jsonl", *train), "eval_data": rows("held.jsonl", *held)}
     if reason is None:
@@ -207,9 +227,14 @@ def test_eval_data_have_the_form_of_data(sft, rows, train, held, reason, tmp_pat
 
 def test_held_out_prompts_of_ppo_have_the_form_of_its_prompts(rows, tiny_model, tiny_reward, tmp_path):
     stage = {
-        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": rows("train.jsonl", {"prompt": "a?"}),
-        "eval_data": rows("held.jsonl", {"prompt": TURNS}), "eval_every": 1, "sampling": {"max_new_tokens": 4},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": str(tiny_reward),
+        "data": rows("train.jsonl", {"prompt": "a?"}),
+        "eval_data": rows("held.jsonl", {"prompt": TURNS}),
+        "eval_every": 1,
+        "sampling": {"max_new_tokens": 4},
+    }
     with pytest.raises(DataError, match="ppo: eval_data is prompt-only, conversational, but data"):
         _check({"ppo": stage}, tmp_path)
 

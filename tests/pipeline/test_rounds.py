@@ -23,23 +23,39 @@ def config(roomy_model: Path) -> dict[str, Any]:
     few = {"batch_size": 2}
     short = {"max_new_tokens": 6}
     return {
-        "name": "tiny", "threads": 1, "device": "cpu",
+        "name": "tiny",
+        "threads": 1,
+        "device": "cpu",
         "rounds": {"n": 3, "reward": "reward", "policy": "ppo", "annotators": "world:helpdesk", "pairs": 4},
         "stages": {
             "reward": {
-                "kind": "reward", "model": str(roomy_model), "data": of("comparisons", 6), "max_steps": 1, "normalize": 4,
-                "sampling": short, **few,
+                "kind": "reward",
+                "model": str(roomy_model),
+                "data": of("comparisons", 6),
+                "max_steps": 1,
+                "normalize": 4,
+                "sampling": short,
+                **few,
             },
             "ppo": {
-                "kind": "ppo", "model": str(roomy_model), "reward": [{"kind": "learned", "model": "reward"}], "data": of("prompts", 8), "updates": 1,
-                "epochs": 1, "sampling": short, **few,
+                "kind": "ppo",
+                "model": str(roomy_model),
+                "reward": [{"kind": "learned", "model": "reward"}],
+                "data": of("prompts", 8),
+                "updates": 1,
+                "epochs": 1,
+                "sampling": short,
+                **few,
             },
             "judge": {
-                "kind": "evaluate", "models": [str(roomy_model), "ppo"], "gold": "world:helpdesk", "data": of("test_prompts", 3),
+                "kind": "evaluate",
+                "models": [str(roomy_model), "ppo"],
+                "gold": "world:helpdesk",
+                "data": of("test_prompts", 3),
                 "sampling": short,
             },
         },
-    }  # fmt: skip
+    }
 
 
 def test_rounds_are_written_out_as_stages(config: Any, roomy_model: Path) -> None:

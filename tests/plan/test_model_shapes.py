@@ -110,8 +110,14 @@ def test_options_of_a_family_are_counted(config_of, kind, more):
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets"), [("llama", "all-linear"), ("llama", ["q_proj", "v_proj"]), ("phi3", "all-linear"), ("gpt_neox", "all-linear")]
-)  # fmt: skip
+    ("kind", "targets"),
+    [
+        ("llama", "all-linear"),
+        ("llama", ["q_proj", "v_proj"]),
+        ("phi3", "all-linear"),
+        ("gpt_neox", "all-linear"),
+    ],
+)
 def test_adapters_are_as_many_as_peft_adds(config_of, kind, targets):
     config = config_of(kind)
     model = add_adapters(AutoModelForCausalLM.from_config(config), Adapters(r=5, target_modules=targets), 0)

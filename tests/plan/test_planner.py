@@ -18,9 +18,14 @@ from keel.plan import planner, text
 from keel.plan.stage_memory import Lengths
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "max_position_embeddings": 32, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+}
 
 Plan = Callable[..., dict[str, dict[str, Any]]]
 
@@ -152,23 +157,33 @@ def test_steps_leave_out_the_rows_that_are_held_out(plan, tiny_model, tmp_path, 
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("pairs", {"loss": "kto"}), ("pairs", {"loss": "kto", "holdout": 0}), ("pairs", {}), ("pairs", {"votes": "soft"}),
+        ("pairs", {"loss": "kto"}),
+        ("pairs", {"loss": "kto", "holdout": 0}),
+        ("pairs", {}),
+        ("pairs", {"votes": "soft"}),
         ("labels", {"loss": "kto"}),
     ],
-)  # fmt: skip
+)
 def test_steps_of_preferences_are_those_of_the_loop(plan, run, tiny_model, tmp_path, kind, settings):
     """KTO learns from both sides of a pair; a pair that votes leave undecided is learned from with soft votes
     only."""
     path = tmp_path / "rows.jsonl"
     rows: list[dict[str, Any]] = [
-        {"prompt": f"the cat {i}?", "chosen": " red", "rejected": " so", "p_chosen": (1.0, 0.5, 0.8)[i % 3]} for i in range(11)
-    ]  # fmt: skip
+        {"prompt": f"the cat {i}?", "chosen": " red", "rejected": " so", "p_chosen": (1.0, 0.5, 0.8)[i % 3]}
+        for i in range(11)
+    ]
     if kind == "labels":
         rows = [{"prompt": f"the cat {i}?", "completion": " red", "label": i % 2 == 0} for i in range(11)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage = {
-        "kind": "dpo", "model": str(tiny_model), "data": str(path), "batch_size": 2, "epochs": 1.5, "holdout": 0.3, **settings,
-    }  # fmt: skip
+        "kind": "dpo",
+        "model": str(tiny_model),
+        "data": str(path),
+        "batch_size": 2,
+        "epochs": 1.5,
+        "holdout": 0.3,
+        **settings,
+    }
     planned = plan(dpo=stage)["dpo"]["steps"]
     done = run({"stages": {"dpo": stage}}, tmp_path / "run")
     assert planned == json.loads((done.stage_directory("dpo") / "stage.json").read_text())["facts"]["steps"]
@@ -181,9 +196,14 @@ def test_memory_is_planned_by_role_and_phase(plan, data, tiny_model):
     sft = {"kind": "sft", "model": str(tiny_model), "data": str(data.demonstrations), "batch_size": 4}
     reward = {"kind": "reward", "model": "sft", "data": str(data.pairs), "batch_size": 2, "normalize": 0}
     ppo = {
-        "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "batch_size": 4, "updates": 1,
+        "kind": "ppo",
+        "model": "sft",
+        "reward": "reward",
+        "data": str(data.prompts),
+        "batch_size": 4,
+        "updates": 1,
         "sampling": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
     planned = plan(sft=sft, reward=reward, ppo=ppo, shared={**ppo, "sharing": "trunk"})
     memory = planned["ppo"]["memory"]
     assert set(memory["phases"]) == {"rollout", "score", "forward", "train"}
@@ -207,12 +227,25 @@ def test_one_base_is_planned_as_what_is_held(plan, run, data, tiny_model, tmp_pa
         "max_steps": 1,
     }
     reward = {
-        "kind": "reward", "model": "sft", "data": str(data.pairs), "batch_size": 2, "normalize": 0, "lora": lora, "max_steps": 1,
-    }  # fmt: skip
+        "kind": "reward",
+        "model": "sft",
+        "data": str(data.pairs),
+        "batch_size": 2,
+        "normalize": 0,
+        "lora": lora,
+        "max_steps": 1,
+    }
     ppo = {
-        "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "batch_size": 4, "updates": 1, "lora": lora,
-        "sampling": {"max_new_tokens": 4}, "sharing": "adapters",
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": "sft",
+        "reward": "reward",
+        "data": str(data.prompts),
+        "batch_size": 4,
+        "updates": 1,
+        "lora": lora,
+        "sampling": {"max_new_tokens": 4},
+        "sharing": "adapters",
+    }
     grpo = {**ppo, "kind": "grpo", "samples_per_prompt": 2}
     chain = {"sft": sft, "reward": reward, "whole": {**reward, "lora": None}}
     planned = plan(
@@ -245,13 +278,23 @@ def test_one_base_is_planned_as_what_is_held(plan, run, data, tiny_model, tmp_pa
 
 def test_what_rests_on_the_cpu_is_counted_where_it_works(plan, data, tiny_model, tiny_reward):
     ppo = {
-        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 4, "updates": 1,
-        "sampling": {"max_new_tokens": 4}, "sharing": "trunk", "offload": True,
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": str(tiny_reward),
+        "data": str(data.prompts),
+        "batch_size": 4,
+        "updates": 1,
+        "sampling": {"max_new_tokens": 4},
+        "sharing": "trunk",
+        "offload": True,
+    }
     phases = plan(ppo=ppo)["ppo"]["memory"]["phases"]
     assert {name: set(roles) for name, roles in phases.items()} == {
-        "rollout": {"policy"}, "score": {"policy", "reward"}, "forward": {"policy", "reference"}, "train": {"policy"},
-    }  # fmt: skip
+        "rollout": {"policy"},
+        "score": {"policy", "reward"},
+        "forward": {"policy", "reference"},
+        "train": {"policy"},
+    }
 
 
 def _activations(entry: dict[str, Any], role: str) -> int:
@@ -286,9 +329,13 @@ def test_samples_of_a_prompt_are_planned_to_share_it_as_far_as_they_share_a_mini
     plan, data, tiny_model
 ):
     ppo = {
-        "kind": "ppo", "model": str(tiny_model), "reward": {"kind": "length", "low": 1, "high": 9}, "data": str(data.prompts),
-        "batch_size": 16, "sampling": {"max_new_tokens": 3},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": {"kind": "length", "low": 1, "high": 9},
+        "data": str(data.prompts),
+        "batch_size": 16,
+        "sampling": {"max_new_tokens": 3},
+    }
     group = {**ppo, "samples_per_prompt": 4}
     planned = plan(one=ppo, four=group, mini={**group, "mini_batch": 4}, few={**ppo, "mini_batch": 4})
     one, four, mini, few = (_activations(planned[name], "policy") for name in ("one", "four", "mini", "few"))

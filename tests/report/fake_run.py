@@ -59,7 +59,8 @@ PROMPTS = (
     "My washer is full of white chalk, and I have guests tonight.",
 )
 BEFORE = (
-    "Sorry about that. Please turn it off and on again. We will send you a new one tomorrow for free, I promise.",
+    "Sorry about that. Please turn it off and on again. We will send you a new one tomorrow for free, I "
+    "promise.",
     "Your printer is your own fault. Please read the manual before you write to us.",
     "Please clean the charging port with a dry brush.",
     "Thank you for writing. It is a known thing. It is a known thing. It is a known",
@@ -74,7 +75,8 @@ AFTER = (
     "I am sorry about the noise. Please oil the rollers and check that no paper is stuck behind them.",
     "Happy to help! Please clean the charging port with a dry brush, then try another cable.",
     "Those spots are chalk. Please rinse the iron with vinegar, and let it steam for five minutes.",
-    "That must be tiring. Please move the router away from the wall, and choose another channel in its settings.",
+    "That must be tiring. Please move the router away from the wall, and choose another channel in its "
+    "settings.",
     "Please clean the freezer with warm soda water and leave the door open for an hour.",
     "Please hold the power key for thirty seconds, then start the laptop with its charger plugged in.",
     "Please fill the washer with vinegar and run it empty at sixty degrees. It takes about an hour.",
@@ -94,12 +96,20 @@ def result() -> dict[str, Any]:
         "truncated": measure(0.031, 0.022),
     }  # fmt: skip
     ppo = {
-        "proxy": measure(1.83, 0.09), "gold": measure(0.784, 0.024), "gold/helpful": measure(0.771, 0.041),
-        "gold/harmless": measure(0.972, 0.016), "gold/honest": measure(0.918, 0.03), "gold_lift": measure(0.322, 0.038),
-        "proxy_lift": measure(1.87, 0.13), "kl": measure(5.21, 0.32), "length": measure(34.9, 1.1),
-        "distinct_1": measure(0.071, 0.0), "distinct_2": measure(0.208, 0.0), "win_rate": measure(0.842, 0.044),
+        "proxy": measure(1.83, 0.09),
+        "gold": measure(0.784, 0.024),
+        "gold/helpful": measure(0.771, 0.041),
+        "gold/harmless": measure(0.972, 0.016),
+        "gold/honest": measure(0.918, 0.03),
+        "gold_lift": measure(0.322, 0.038),
+        "proxy_lift": measure(1.87, 0.13),
+        "kl": measure(5.21, 0.32),
+        "length": measure(34.9, 1.1),
+        "distinct_1": measure(0.071, 0.0),
+        "distinct_2": measure(0.208, 0.0),
+        "win_rate": measure(0.842, 0.044),
         "truncated": measure(0.004, 0.004),
-    }  # fmt: skip
+    }
     return {
         "reference": "sft",
         "models": {"sft": sft, "ppo": ppo},
@@ -110,20 +120,33 @@ def result() -> dict[str, Any]:
 def reward_model() -> dict[str, Any]:
     """A reward model that is surer than it should be and likes length more than people do."""
     bins = [
-        {"low": low, "high": low + 0.05, "confidence": low + 0.024, "share": measure(0.5 + 0.7 * (low - 0.5), 0.06, 90 - 80 * (low - 0.5))}
+        {
+            "low": low,
+            "high": low + 0.05,
+            "confidence": low + 0.024,
+            "share": measure(0.5 + 0.7 * (low - 0.5), 0.06, 90 - 80 * (low - 0.5)),
+        }
         for low in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-    ]  # fmt: skip
+    ]
     like = {"pearson": 0.3, "spearman": 0.31}
     return {
         "accuracy": measure(0.731, 0.039, 500),
         "by_margin": {"unanimous": measure(0.842, 0.05, 210), "split": measure(0.638, 0.06, 290)},
         "by_subset": {"contrast": measure(0.69, 0.06, 200), "near duplicate": measure(0.52, 0.14, 50)},
         "calibration": {"ece": 0.083, "brier": measure(0.187, 0.012, 500), "bins": bins},
-        "length": {"replies": like, "pairs": {"pearson": 0.4, "spearman": 0.42}, "votes": {"pearson": 0.2, "spearman": 0.21}},
+        "length": {
+            "replies": like,
+            "pairs": {"pearson": 0.4, "spearman": 0.42},
+            "votes": {"pearson": 0.2, "spearman": 0.21},
+        },
         "position": {side: {"first": measure(0.51, 0.04, 500), **like} for side in ("reward", "votes")},
-        "disagreement": {"auroc": 0.66, "std_right": measure(0.3, 0.03, 365), "std_wrong": measure(0.4, 0.04, 135)},
+        "disagreement": {
+            "auroc": 0.66,
+            "std_right": measure(0.3, 0.03, 365),
+            "std_wrong": measure(0.4, 0.04, 135),
+        },
         "offset": {"within": 0.4, "between": 0.9, "share": 0.692},
-    }  # fmt: skip
+    }
 
 
 def write_run(run: Path, done: Collection[str] = tuple(KINDS), unfinished: Collection[str] = ()) -> Path:
@@ -208,34 +231,53 @@ def _ppo_metrics(random_: random.Random, steps: int) -> list[dict[str, float]]:
     rows = []
     for step in range(1, steps + 1):
         rise = 1 - math.exp(-step / 20)
-        rows.append({
-            "step": step, "episode": 64 * step, "lr": 3e-4 * (1 - step / 70),
-            "objective/kl": 5.6 * rise + 0.25 * random_.gauss(0, 1) * rise,
-            "objective/kl_coef": 0.05 + 0.03 * rise, "objective/scores": -0.1 + 2.1 * rise + 0.14 * random_.gauss(0, 1),
-            "objective/entropy": 31 - 9 * rise, "policy/approxkl_avg": 0.006 + 0.004 * random_.random(),
-            "policy/clipfrac_avg": 0.06 + 0.04 * random_.random(), "policy/entropy_avg": 1.1 - 0.35 * rise,
-            "loss/value_avg": 0.4 * math.exp(-step / 9) + 0.05, "val/explained_variance": 0.72 * rise - 0.05 + 0.04 * random_.gauss(0, 1),
-            "val/ratio": 1.0, "rollout/response_length": 27 + 8 * rise + random_.gauss(0, 0.8),
-            "rollout/truncated": max(0.0, 0.03 - 0.03 * rise + 0.01 * random_.random()), "grad_norm": 0.9 + 0.2 * random_.random(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "step": step,
+                "episode": 64 * step,
+                "lr": 3e-4 * (1 - step / 70),
+                "objective/kl": 5.6 * rise + 0.25 * random_.gauss(0, 1) * rise,
+                "objective/kl_coef": 0.05 + 0.03 * rise,
+                "objective/scores": -0.1 + 2.1 * rise + 0.14 * random_.gauss(0, 1),
+                "objective/entropy": 31 - 9 * rise,
+                "policy/approxkl_avg": 0.006 + 0.004 * random_.random(),
+                "policy/clipfrac_avg": 0.06 + 0.04 * random_.random(),
+                "policy/entropy_avg": 1.1 - 0.35 * rise,
+                "loss/value_avg": 0.4 * math.exp(-step / 9) + 0.05,
+                "val/explained_variance": 0.72 * rise - 0.05 + 0.04 * random_.gauss(0, 1),
+                "val/ratio": 1.0,
+                "rollout/response_length": 27 + 8 * rise + random_.gauss(0, 0.8),
+                "rollout/truncated": max(0.0, 0.03 - 0.03 * rise + 0.01 * random_.random()),
+                "grad_norm": 0.9 + 0.2 * random_.random(),
+            }
+        )
     return rows
 
 
 def _ppo_samples(last: int) -> list[dict[str, Any]]:
     return [
         {
-            "step": step, "prompt": PROMPTS[i], "completion": (BEFORE if step == 1 else AFTER)[i],
-            "rewards": {"reward": -0.2 if step == 1 else 1.7}, "kl": 0.0 if step == 1 else 5.1, "length": 31, "stop_reason": "eos",
+            "step": step,
+            "prompt": PROMPTS[i],
+            "completion": (BEFORE if step == 1 else AFTER)[i],
+            "rewards": {"reward": -0.2 if step == 1 else 1.7},
+            "kl": 0.0 if step == 1 else 5.1,
+            "length": 31,
+            "stop_reason": "eos",
         }
-        for step in (1, 10, last) for i in range(4)
-    ]  # fmt: skip
+        for step in (1, 10, last)
+        for i in range(4)
+    ]
 
 
 def _judge_samples(random_: random.Random) -> list[dict[str, Any]]:
     rows = []
     for model, replies in (("sft", BEFORE), ("ppo", AFTER)):
         for index, (prompt, completion) in enumerate(zip(PROMPTS, replies, strict=True)):
-            parts = {name: random_.choice((0.0, 0.5, 1.0) if model == "sft" else (0.5, 1.0)) for name in ("helpful", "harmless", "honest")}  # fmt: skip
+            parts = {
+                name: random_.choice((0.0, 0.5, 1.0) if model == "sft" else (0.5, 1.0))
+                for name in ("helpful", "harmless", "honest")
+            }
             gold = {
                 **parts,
                 "total": round(0.6 * parts["helpful"] + 0.2 * parts["harmless"] + 0.2 * parts["honest"], 3),
@@ -246,7 +288,16 @@ def _judge_samples(random_: random.Random) -> list[dict[str, Any]]:
                 "kl": abs(random_.gauss(5, 1.5)) if model == "ppo" else 0.0,
                 "length": 5 + len(completion) // 4,
             }
-            rows.append({"model": model, "index": index, "prompt": prompt, "completion": completion, **measured, "stop_reason": stop})  # fmt: skip
+            rows.append(
+                {
+                    "model": model,
+                    "index": index,
+                    "prompt": prompt,
+                    "completion": completion,
+                    **measured,
+                    "stop_reason": stop,
+                }
+            )
     return rows
 
 

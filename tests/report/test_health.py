@@ -14,9 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_run import write_run
 
 FALL = {
-    "step": 40, "event": "finding", "check": "judge_falls", "severity": "act", "evidence": "the judge fell from 0.7 at step 30 to 0.5",
-    "cause": "the reward model is over-optimised", "remedy": "lower kl.target",
-}  # fmt: skip
+    "step": 40,
+    "event": "finding",
+    "check": "judge_falls",
+    "severity": "act",
+    "evidence": "the judge fell from 0.7 at step 30 to 0.5",
+    "cause": "the reward model is over-optimised",
+    "remedy": "lower kl.target",
+}
 BACK = {"event": "rollback", "checks": ["judge_falls"], "kl_coef": 0.075, "lr_factor": 0.5, "to": 30}
 
 
@@ -62,7 +67,7 @@ def test_other_findings_are_named_or_counted(tmp_path):
     high = {**FALL, "check": "kl_too_high", "step": 30}
     one = health.diagnoses(read(ill(tmp_path / "a", high, stop)))["ppo"]
     assert health.said(one) == "kl too high from step 30: stopped"
-    assert "the weights of step 20 were kept" in health.deed(stop)
+    assert "the weights of step 20 were kept" in health.action_sentence(stop)
     mild = [
         {**FALL, "check": c, "severity": s}
         for c, s in (("repetition", "warn"), ("length_drift", "note"), ("clip_fraction", "warn"))

@@ -21,9 +21,12 @@ PPO = {
     "judge": {"gold": "world:helpdesk"},
 }
 JUDGE = {
-    "kind": "evaluate", "models": ["sft"], "reward": [{"kind": "learned", "model": "reward"}], "gold": "world:helpdesk",
+    "kind": "evaluate",
+    "models": ["sft"],
+    "reward": [{"kind": "learned", "model": "reward"}],
+    "gold": "world:helpdesk",
     "best_of": [2, 4, 8],
-}  # fmt: skip
+}
 
 
 def interval(mean: float, half: float = 0.0, n: int = 100) -> dict[str, float]:
@@ -48,7 +51,11 @@ def made(tmp_path: Path) -> Any:
         models = {"sft": {"gold": interval(0.4, 0.1), "proxy": interval(1.0, 1.959963984540054 * 2 / 10)}}
         for n in (2, 4, 8):
             d = math.sqrt(kl(n))
-            models[f"sft best of {n}"] = {"kl": interval(kl(n)), "gold_lift": interval(d * (0.5 - 0.1 * d)), "proxy_lift": interval(3.0 * d)}  # fmt: skip
+            models[f"sft best of {n}"] = {
+                "kl": interval(kl(n)),
+                "gold_lift": interval(d * (0.5 - 0.1 * d)),
+                "proxy_lift": interval(3.0 * d),
+            }
         (run / "stages" / "judge" / "result.json").write_text(
             json.dumps({"reference": "sft", "models": models})
         )
@@ -57,7 +64,11 @@ def made(tmp_path: Path) -> Any:
             row: dict[str, float] = {"step": step, "objective/kl": step}
             if step % 2 == 0:
                 d = math.sqrt(step)
-                row |= {"eval/judge": 0.4 + d * (0.3 - bend * math.log(d)), "eval/objective/kl": step, "eval/objective/scores": 1 + step}  # fmt: skip
+                row |= {
+                    "eval/judge": 0.4 + d * (0.3 - bend * math.log(d)),
+                    "eval/objective/kl": step,
+                    "eval/objective/scores": 1 + step,
+                }
             rows.append(row)
         (run / "stages" / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return run

@@ -74,7 +74,10 @@ def page(tmp_path_factory) -> tuple[str, Page]:
 def test_the_verdict_comes_first_and_large(page):
     _, seen = page
     assert next(tag for tag, _ in seen.tags if tag in ("h1", "h2")) == "h1"
-    words = "Better: gold reward rose from 0.46 to 0.78 (+0.32, 95 % interval 0.28 to 0.36) at KL 5.2 nats (target 6.0), no finding in training."
+    words = (
+        "Better: gold reward rose from 0.46 to 0.78 (+0.32, 95 % interval 0.28 to 0.36) at KL 5.2 nats "
+        "(target 6.0), no finding in training."
+    )
     assert words in seen.text
     assert seen.text.index("Better:") < seen.text.index("Pipeline")
 
@@ -120,8 +123,12 @@ def test_the_sections_tell_the_run(page):
         assert words in seen.text
     inputs = {a["data-stage"]: json.loads(a["data-inputs"] or "") for _, a in seen.tags if "data-stage" in a}
     assert inputs == {
-        "base": [], "sft": ["base"], "reward": ["sft"], "ppo": ["sft", "reward"], "judge": ["sft", "ppo", "reward"]
-    }  # fmt: skip
+        "base": [],
+        "sft": ["base"],
+        "reward": ["sft"],
+        "ppo": ["sft", "reward"],
+        "judge": ["sft", "ppo", "reward"],
+    }
     assert "kind: evaluate" in seen.text  # settings
     assert "2.13.0+cpu" in seen.text  # environment
 
@@ -327,8 +334,16 @@ def test_text_of_models_cannot_become_markup(tmp_path):
     }
     (run / "stages/judge/samples.jsonl").write_text(json.dumps(row) + "\n")
     (run / "stages/judge/result.json").write_text(
-        json.dumps({"reference": "sft", "models": {"sft": result()["models"]["sft"], evil: {**result()["models"]["ppo"], evil: measure(0.5, 0.1)}}})
-    )  # fmt: skip
+        json.dumps(
+            {
+                "reference": "sft",
+                "models": {
+                    "sft": result()["models"]["sft"],
+                    evil: {**result()["models"]["ppo"], evil: measure(0.5, 0.1)},
+                },
+            }
+        )
+    )
     (run / "stages/base/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, evil: 1.0}) + "\n")
     seen = Page(report.write(run).read_text(encoding="utf-8"))
     assert len(seen.scripts) == 3
@@ -347,7 +362,8 @@ def test_numbers_that_are_not_finite_are_said(tmp_path):
 def test_lines_of_the_same_step_are_one_step(tmp_path):
     run = write_run(tmp_path / "run", done=("base",))
     (run / "stages/base/metrics.jsonl").write_text(
-        '{"step": 2, "loss": 1.0}\n{"step": 1, "loss": 9.0}\n{"step": 2, "eval_loss": 3.0}\n{"step": 1, "loss": 2.0}\n'
+        '{"step": 2, "loss": 1.0}\n{"step": 1, "loss": 9.0}\n'
+        '{"step": 2, "eval_loss": 3.0}\n{"step": 1, "loss": 2.0}\n'
     )
     assert read(run).stages[0].metrics == {"loss": [(1, 2.0), (2, 1.0)], "eval_loss": [(2, 3.0)]}
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from keel.config import KINDS
+from keel.pipeline.stage_kinds import OWN_KINDS
 from keel.report import pictures
-from keel.report.curves import CURVES
 from keel.report.reading import StageRun
 
 
@@ -92,9 +91,10 @@ def test_each_kind_of_stage_shows_what_matters_of_it(kind, metrics, settings, ti
 
 def test_every_metric_that_is_drawn_is_one_that_is_logged():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    drawn = {name for known in CURVES.values() for c in known for name in (c.metric, c.held_out) if name}
+    curves = [curve for kind in OWN_KINDS.values() for curve in kind.curves]
+    drawn = {name for curve in curves for name in (curve.metric, curve.held_out) if name}
     assert [name for name in sorted(drawn) if f"| `{name}` |" not in page] == []
-    assert set(CURVES) == set(KINDS) - {"collect", "evaluate"}
+    assert all(bool(kind.curves) == kind.has_steps for kind in OWN_KINDS.values())
 
 
 def test_the_chosen_responses_are_drawn_against_the_mean_of_all(tmp_path):

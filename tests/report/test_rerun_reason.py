@@ -9,10 +9,20 @@ import pytest
 from keel.report.rerun_reason import reason
 
 BEFORE: dict[str, Any] = {
-    "settings": {"lr": 1e-5, "kl": {"coef": 0.05, "target": None}, "data": [{"source": "a.jsonl", "rows": 9}], "lora": None},
-    "seed": 0, "threads": 1, "device": "cpu", "inputs": {"sft": "1", "reward": "2"}, "data": ["3"], "code": "4",
+    "settings": {
+        "lr": 1e-5,
+        "kl": {"coef": 0.05, "target": None},
+        "data": [{"source": "a.jsonl", "rows": 9}],
+        "lora": None,
+    },
+    "seed": 0,
+    "threads": 1,
+    "device": "cpu",
+    "inputs": {"sft": "1", "reward": "2"},
+    "data": ["3"],
+    "code": "4",
     "versions": {"torch": "2.12", "peft": "0.18"},
-}  # fmt: skip
+}
 
 
 def _changed(**parts: Any) -> str:
@@ -39,9 +49,15 @@ def _settings(**settings: Any) -> dict[str, Any]:
         ({"device": "cuda"}, "device changed (cpu → cuda)"),
         ({"inputs": {"sft": "1", "reward": "9"}}, "'reward' changed, which it starts from"),
         ({"data": ["9"]}, "its data changed"),
-        ({"code": "9"}, "the code of keel changed"),
+        ({"code": "9"}, "keel's code changed"),  # a keel that kept one hash of all its code
+        ({"code": {"rl/ppo.py": "9"}}, "keel's code changed"),
+        ({"rewards": {"f": "9"}}, "the code of its reward functions changed"),
+        (
+            {"plugins": {"keel.rewards brief": "9"}},
+            "what other packages add to it changed (keel.rewards brief)",
+        ),
         ({"versions": {"torch": "2.13", "peft": "0.18"}}, "versions changed (torch 2.12 → 2.13)"),
-        ({"code": "9", "data": ["9"]}, "its data changed and the code of keel changed"),
+        ({"code": "9", "data": ["9"]}, "its data changed and keel's code changed"),
     ],
 )
 def test_what_changed_is_named(parts, said):
@@ -53,4 +69,14 @@ def test_many_settings_are_counted_and_long_ones_cut():
     assert (
         _changed(**settings)
         == f"settings changed (a nothing → 1, b nothing → 2, c nothing → {'x' * 39}… and 2 more)"
+    )
+
+
+def test_the_files_of_keel_that_changed_are_named():
+    before = {**BEFORE, "code": {"rl/loop.py": "1", "rl/ppo.py": "2", "types.py": "3"}}
+    after = {**BEFORE, "code": {"rl/loop.py": "9", "rl/ppo.py": "2", "rl/new.py": "4"}}
+    assert reason(before, after) == "keel's code changed (rl/loop.py, rl/new.py, types.py)"
+    many = {**BEFORE, "code": {f"rl/{name}.py": "1" for name in "abcde"}}
+    assert (
+        reason(many, {**BEFORE, "code": {}}) == "keel's code changed (rl/a.py, rl/b.py, rl/c.py and 2 more)"
     )

@@ -29,7 +29,8 @@ def test_better_names_reward_interval_kl_and_target():
     one = only(verdict(result(gold=m(0.78, 0.75, 0.81), gold_lift=m(0.32, 0.28, 0.36)), CONFIG))
     assert one.level == "better"
     assert one.text == (
-        "Better: gold reward rose from 0.46 to 0.78 (+0.32, 95 % interval 0.28 to 0.36) at KL 5.2 nats (target 6.0)."
+        "Better: gold reward rose from 0.46 to 0.78 (+0.32, 95 % interval 0.28 to 0.36) at KL 5.2 nats "
+        "(target 6.0)."
     )
     assert (one.model, one.reference, one.by, one.prompts, one.notes) == ("ppo", "sft", "gold", 200, ())
 

@@ -33,14 +33,19 @@ class Talk:
         while limit is not None and len(prompt) + self.sampling.max_new_tokens > limit:
             if len(self.turns) == 1:
                 raise UsageError(
-                    f"{len(prompt)} tokens and --max-new-tokens {self.sampling.max_new_tokens} exceed the model's context of {limit}"
+                    f"{len(prompt)} tokens and --max-new-tokens {self.sampling.max_new_tokens} exceed the "
+                    f"model's context of {limit}"
                 )
             del self.turns[:2]  # the oldest question and its answer
             prompt = chat.prompt_ids(self.tokenizer, tuple(self.turns))
         done = generate(
-            self.model, [prompt], self.sampling, stop_ids=chat.stop_ids(self.tokenizer, ()), pad_id=chat.ensure_pad(self.tokenizer),
+            self.model,
+            [prompt],
+            self.sampling,
+            stop_ids=chat.stop_ids(self.tokenizer, ()),
+            pad_id=chat.ensure_pad(self.tokenizer),
             seed=derive_seed("chat", self.seed, self.count),
-        )[0]  # fmt: skip
+        )[0]
         reply = self.tokenizer.decode(list(done.ids), skip_special_tokens=True).strip()
         self.turns.append({"role": "assistant", "content": reply})
         return reply

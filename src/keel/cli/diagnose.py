@@ -14,7 +14,7 @@ from keel.diagnosis import logs
 from keel.diagnosis.logs import Diagnosis
 from keel.errors import DataError, UsageError
 from keel.report import reading
-from keel.report.health import ON_POLICY, deed, said
+from keel.report.health import action_sentence, said
 
 
 def diagnose(path: Path) -> dict[str, Diagnosis]:
@@ -23,7 +23,7 @@ def diagnose(path: Path) -> dict[str, Diagnosis]:
     if path.is_file():
         return {path.name: logs.trainer_state(path)}
     if (path / "config.yaml").exists():
-        stages = [stage for stage in reading.read(path).stages if stage.kind in ON_POLICY]
+        stages = [stage for stage in reading.read(path).stages if stage.shown_as.on_policy]
         return {
             stage.name: logs.stage(stage.directory, stage.settings)
             for stage in stages
@@ -35,7 +35,8 @@ def diagnose(path: Path) -> dict[str, Diagnosis]:
     if (path / "trainer_state.json").exists():
         return {path.resolve().name: logs.trainer_state(path / "trainer_state.json")}
     raise UsageError(
-        f"nothing to diagnose at {path}: give a run (it has config.yaml), a stage of one (metrics.jsonl), or TRL's trainer_state.json"
+        f"nothing to diagnose at {path}: give a run (it has config.yaml), a stage of one (metrics.jsonl), "
+        "or TRL's trainer_state.json"
     )
 
 
@@ -80,5 +81,5 @@ def as_text(found: Mapping[str, Diagnosis]) -> str:
                 f"        likely: {finding.cause}",
                 f"        remedy: {finding.remedy}",
             ]
-        lines += [f"  done  {sentence}" for sentence in map(deed, one.actions)]
+        lines += [f"  done  {sentence}" for sentence in map(action_sentence, one.actions)]
     return "\n".join(lines)

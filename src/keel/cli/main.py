@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import keel
+from keel import plugins
 from keel.cli.progress import progress, say
 from keel.errors import KeelError, UsageError
 from keel.rundir import run_status
@@ -36,9 +37,24 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run dire
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 NEEDED = (
-    "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "huggingface_hub", "pyarrow", "pydantic",
-    "typer", "rich", "plotly", "jinja2", "markupsafe", "pyyaml", "numpy",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "pyarrow",
+    "pydantic",
+    "typer",
+    "rich",
+    "plotly",
+    "jinja2",
+    "markupsafe",
+    "pyyaml",
+    "numpy",
+)
 
 
 def main() -> None:
@@ -336,10 +352,15 @@ def doctor(as_json: JsonOption = False) -> None:
     facts["hub offline"] = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
     facts["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
     missing = [package for package in NEEDED if facts[package] is None]
+    facts |= {group: list(plugins.names(group)) for group in plugins.GROUPS}  # what other packages add
     if as_json:
         print(json.dumps({**facts, "missing": missing}, indent=2))
     else:
-        print("\n".join(f"{name:<14} {'none' if value is None else value}" for name, value in facts.items()))
+        shown = {
+            name: ", ".join(value) or None if isinstance(value, list) else value
+            for name, value in facts.items()
+        }
+        print("\n".join(f"{name:<20} {'none' if value is None else value}" for name, value in shown.items()))
         print(f"missing: {', '.join(missing)}" if missing else "all that keel needs is here")
     if missing:
         raise typer.Exit(1)
@@ -371,7 +392,8 @@ def _recipe(name: str) -> Path:
     path = _recipes_folder() / f"{name.removesuffix('.yaml')}.yaml"
     if not path.exists():
         raise UsageError(
-            f"no config or recipe {name!r}; recipes: {', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
+            f"no config or recipe {name!r}; recipes: "
+            f"{', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
         )
     return path
 

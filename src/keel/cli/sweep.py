@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from keel.config import CollectConfig, read
+from keel.config import read
 from keel.errors import UsageError
 from keel.pipeline.pipeline import Pipeline, locked
 from keel.report import sweeps
@@ -81,7 +81,8 @@ def grid(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
             )
         if key in ("seed", "name"):
             raise UsageError(
-                f"{override!r}: {'seeds are given by --seeds 0,1,2' if key == 'seed' else 'the name is given by --name'}"
+                f"{override!r}: "
+                f"{'seeds are given by --seeds 0,1,2' if key == 'seed' else 'the name is given by --name'}"
             )
         try:
             values = yaml.safe_load(f"[{text}]")
@@ -111,8 +112,13 @@ def seeds_of(text: str | None) -> list[int]:
 
 
 def points(
-    config: Path, overrides: Sequence[str], seeds: Sequence[int], runs: Path, name: str | None, say: Callable[[str], None]
-) -> tuple[Path, list[Point]]:  # fmt: skip
+    config: Path,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    runs: Path,
+    name: str | None,
+    say: Callable[[str], None],
+) -> tuple[Path, list[Point]]:
     """The directory of the sweep and its points, seed by seed. UsageError for settings that any of them
     cannot have."""
     fixed, swept = grid(overrides)
@@ -120,7 +126,8 @@ def points(
     given = list(seeds) or [base.seed]
     if not swept and len(given) < 2:
         raise UsageError(
-            "nothing to sweep: give a setting several values, such as ppo.kl.coef=0.01,0.1, or several --seeds"
+            "nothing to sweep: give a setting several values, such as ppo.kl.coef=0.01,0.1, or several "
+            "--seeds"
         )
     directory = runs / (name or f"{base.name}-sweep")
     if (directory / "config.yaml").exists():
@@ -132,9 +139,10 @@ def points(
         changes = [*fixed, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), f"seed={seed}"]
         own = read(config, [*changes, f"name={json.dumps(point)}"])
         for stage, facts in own.stages.items():
-            if isinstance(facts, CollectConfig) and facts.world is None:
+            if facts.asks_people:
                 raise UsageError(
-                    f"stage {stage!r} waits for people's votes, which no point of a sweep can wait for: run it alone, or name a world's annotators"
+                    f"stage {stage!r} waits for people's votes, which no point of a sweep can wait for: run "
+                    "it alone, or name a world's annotators"
                 )
         found.append(
             Point(point, settings, seed, tuple(changes), Pipeline(own, directory / "points" / point, say))
@@ -155,7 +163,7 @@ def _name(settings: Mapping[str, Any], seed: int) -> str:
 def take(point: Point, others: Sequence[Point]) -> list[str]:
     """Take every stage that is missing and that another point has done with the same fingerprint. Returns
     their names."""
-    taken: list[str] = []
+    reused: list[str] = []
     for name in point.missing():
         own = point.pipeline.fingerprint(name)
         for other in others:
@@ -167,9 +175,9 @@ def take(point: Point, others: Sequence[Point]) -> list[str]:
                 continue
             if other.pipeline.is_done(name):
                 _copy(other.pipeline.stage_directory(name), point.pipeline.stage_directory(name))
-                taken.append(name)
+                reused.append(name)
                 break
-    return taken
+    return reused
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -238,9 +246,9 @@ class Sweep:
             waiting.remove(point)
             point.directory.mkdir(parents=True, exist_ok=True)
             with locked(point.directory):
-                taken = take(point, self.points)
+                reused = take(point, self.points)
             place = f"{list(self.points).index(point) + 1}/{len(self.points)} {point.name}"
-            shared = f", with {', '.join(taken)} of another point" if taken else ""
+            shared = f", with {', '.join(reused)} of another point" if reused else ""
             self.say(f"{place}: running{shared} (log: {self._log(point)})")
             running[point.name] = (point, start(point, self.config, self._log(point)))
 
@@ -291,8 +299,16 @@ def start(point: Point, config: Path, log: Path) -> Process:
     """A run of the point in a process of its own, whose words go to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "keel", "run", str(config), *point.overrides, "--runs", str(point.directory.parent),
-        "--name", point.name,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "keel",
+        "run",
+        str(config),
+        *point.overrides,
+        "--runs",
+        str(point.directory.parent),
+        "--name",
+        point.name,
+    ]
     with log.open("w", encoding="utf-8") as words:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words)

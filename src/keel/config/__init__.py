@@ -7,6 +7,7 @@ An unknown key names its nearest match; a setting that would have no effect is r
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig
+from keel.config.evaluate import EvaluateConfig
 from keel.config.grpo import GRPOConfig
 from keel.config.on_policy import KLConfig, OnPolicy, PtxConfig, ShapingConfig
 from keel.config.parts import (
@@ -24,7 +25,7 @@ from keel.config.parts import (
 from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.reading import parse, read
-from keel.config.run import KINDS, AnyStage, EvaluateConfig, RunConfig
+from keel.config.run import KINDS, AnyStage, RunConfig
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 
 __all__ = [

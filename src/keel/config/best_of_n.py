@@ -6,13 +6,15 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import FilteredSamplingConfig, Supervised
+from keel.config.parts import FilteredSamplingConfig, SamplingConfig, Supervised
 from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, models_of
 
 
 class BestOfNConfig(Supervised):
     """Sample, score, keep the best as demonstrations, and fine-tune on them (rejection sampling, 2112.09332,
     2307.09288)."""
+
+    record_types = ("prompt",)
 
     kind: Literal["best_of_n"] = Field(description="Best-of-n sampling, then supervised fine-tuning.")
     reward: list[RewardTerm] = Field(
@@ -46,6 +48,10 @@ class BestOfNConfig(Supervised):
                 "`eval_data` has no effect here: `holdout` keeps some of the best responses out of training"
             )
         return self
+
+    @property
+    def replies(self) -> SamplingConfig | None:
+        return self.sampling
 
     def references(self) -> list[tuple[str, str]]:
         return [*super().references(), *models_of(self.reward)]

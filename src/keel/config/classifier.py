@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, Supervised, as_source
+from keel.config.parts import DataConfig, DataSetting, Supervised, as_source
 
 Sources = Annotated[list[DataConfig], Field(min_length=1)]
 
@@ -25,6 +25,9 @@ class ClassifierConfig(Supervised):
     Every label counts the same, however many texts it has: a row's loss is weighted by the inverse of its
     label's share.
     """
+
+    leaves = "classifier"
+    record_types = ("text",)
 
     kind: Literal["classifier"] = Field(description="A text classifier from labelled texts.")
     data: dict[str, Sources] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -77,3 +80,34 @@ class ClassifierConfig(Supervised):
     def labels(self) -> list[str]:
         """In the order of the model's outputs."""
         return list(self.data)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.data)
+
+    @property
+    def cuts_texts(self) -> bool:
+        return self.passages
+
+    def main_data(self) -> list[DataSetting]:
+        """One entry for each source of each label."""
+        return self._by_source(self.data)
+
+    def held_out_data(self) -> DataSetting | None:
+        """None: rows of both settings are texts, so that there is nothing to compare."""
+        return None
+
+    def other_data(self) -> list[DataSetting]:
+        return self._by_source(self.eval_data or {})
+
+    def _by_source(self, labelled: dict[str, Any]) -> list[DataSetting]:
+        return [([source.plain()], self.record_types) for sources in labelled.values() for source in sources]
+
+    def check_reward(self, term: Any) -> None:
+        if term.kind != "classifier":
+            return
+        known = ", ".join(f"{label!r} ({index})" for index, label in enumerate(self.labels))
+        if term.label is None:
+            raise ValueError(f"it needs a `label`; those of {term.model!r} are {known}")
+        if term.label not in self.labels and term.label not in range(len(self.labels)):
+            raise ValueError(f"{term.model!r} has no `label` {term.label!r}; its labels are {known}")

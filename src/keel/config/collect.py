@@ -7,7 +7,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_list, as_source
+from keel.config.parts import (
+    DataConfig,
+    DataSetting,
+    FilteredSamplingConfig,
+    SamplingConfig,
+    Settings,
+    Stage,
+    as_list,
+    as_source,
+)
 
 ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
 _WHO = "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and waits."
@@ -16,6 +25,9 @@ _WHO = "Who compares: world:NAME, whose annotators vote at once; or people, for 
 class CollectConfig(Stage):
     """Two replies of a model to each prompt, compared by annotators. Other stages name the result in their
     `data` as `stage:NAME`."""
+
+    leaves = "comparisons"
+    record_types = ("prompt",)
 
     kind: Literal["collect"] = Field(description="Comparisons of a model's own replies.")
     model: str = Field(description="The model that answers: a stage, a path or a hub id.")
@@ -55,6 +67,17 @@ class CollectConfig(Stage):
     def world(self) -> str | None:
         """The world whose annotators vote; None for people."""
         return None if self.annotators == "people" else self.annotators.removeprefix("world:")
+
+    @property
+    def replies(self) -> SamplingConfig | None:
+        return self.sampling
+
+    @property
+    def asks_people(self) -> bool:
+        return self.world is None
+
+    def gold_judges(self) -> list[tuple[str, DataSetting]]:
+        return [] if self.asks_people else [(self.annotators, self.main_data()[0])]
 
 
 class RoundsConfig(Settings):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, Quantize, SamplingConfig, Settings, as_source
+from keel.config.parts import DataConfig, DataSetting, Quantize, SamplingConfig, Settings, as_source
 from keel.config.rewards import LearnedTerm, check_only, models_of
 from keel.config.watching import Watched
 
@@ -76,6 +76,9 @@ class PtxConfig(Settings):
 
 class OnPolicy(Watched):
     """What the stages have in common that learn from their own samples."""
+
+    on_policy = True
+    record_types = ("prompt",)
 
     reference: str | None = Field(
         None, description="The reference policy; null: the model training starts from."
@@ -223,3 +226,28 @@ class OnPolicy(Watched):
         reference = [("reference", self.reference)] if self.reference else []
         judges = models_of(self.judge.reward or []) if self.judge else []
         return [*super().references(), *models_of(self.reward), *reference, *judges]
+
+    @property
+    def replies(self) -> SamplingConfig | None:
+        return self.sampling
+
+    def held_out_data(self) -> DataSetting | None:
+        return self._plain("eval_data", self.record_types) if self.eval_data else None
+
+    def other_data(self) -> list[DataSetting]:
+        return [([source.plain() for source in self.ptx.data], ("text",))] if self.ptx else []
+
+    def reward_terms(self) -> list[Any]:
+        return [*self.reward, *((self.judge and self.judge.reward) or [])]
+
+    def gold_judges(self) -> list[tuple[str, DataSetting]]:
+        gold = self.judge and self.judge.gold
+        return [(gold, self.held_out_data() or self.main_data()[0])] if gold else []
+
+    def planned_steps(self, examples: int) -> dict[str, int]:
+        steps = self.batch_size // (self.mini_batch or self.batch_size)
+        return {
+            "steps": self.updates,
+            "episodes": self.updates * self.batch_size,
+            "gradient_steps": self.updates * self.epochs * steps,
+        }

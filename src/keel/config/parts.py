@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -12,6 +13,8 @@ from keel import types
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Quantize = Literal["8bit", "4bit"] | None
 FROM_STAGE = "stage:"  # what begins a source that another stage makes
+Leaves = Literal["language model", "reward model", "classifier", "comparisons", "nothing"]
+DataSetting = tuple[list[types.DataSource], tuple[types.RecordType, ...]]  # sources, record types they may be
 
 
 class Settings(BaseModel):
@@ -209,9 +212,87 @@ def as_model(value: Any) -> Any:
 
 
 class Stage(Settings):
-    """What every stage has."""
+    """What every stage has, and what the pipeline asks of any stage whatever its kind."""
+
+    leaves: ClassVar[Leaves] = "nothing"  # what other stages can take from it
+    on_policy: ClassVar[bool] = False  # it learns from its own samples, update by update
+    critic: ClassVar[bool] = False  # it trains a value model beside the policy
+    record_types: ClassVar[tuple[types.RecordType, ...]] = ()  # that its `data` may be, preferred first
 
     kind: str  # each stage narrows this to its own name
+
+    @property
+    def starts_from(self) -> ModelConfig | None:
+        """The model whose weights it trains; None for a stage that trains nothing."""
+        return None
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether Python that comes with its models may be run."""
+        return bool(getattr(self, "trust_remote_code", False))
+
+    @property
+    def replies(self) -> SamplingConfig | None:
+        """How it samples replies to the prompts of its `data`; None where it does not."""
+        return None
+
+    @property
+    def asks_people(self) -> bool:
+        """Whether the run stops here and waits for people's votes."""
+        return False
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the model's score head, where it has one."""
+        return 1
+
+    @property
+    def cuts_texts(self) -> bool:
+        """Whether texts become rows of `max_length`, so that steps follow from tokens and not from rows."""
+        return False
+
+    @property
+    def fills_rows(self) -> bool:
+        """Whether every row that it trains on is `max_length` long."""
+        return self.cuts_texts
+
+    def main_data(self) -> list[DataSetting]:
+        """What it learns from or works on."""
+        return [self._plain("data", self.record_types)] if getattr(self, "data", None) else []
+
+    def held_out_data(self) -> DataSetting | None:
+        """Rows that it evaluates on, where a setting gives them. They must be like those of `data`."""
+        return None
+
+    def other_data(self) -> list[DataSetting]:
+        """Every data setting besides the main and the held-out ones."""
+        return []
+
+    def all_data(self) -> list[DataSetting]:
+        """Every data setting, the main ones first."""
+        held_out = self.held_out_data()
+        return [*self.main_data(), *([held_out] if held_out else []), *self.other_data()]
+
+    def _plain(self, setting: str, record_types: tuple[types.RecordType, ...]) -> DataSetting:
+        return [source.plain() for source in getattr(self, setting)], record_types
+
+    def reward_terms(self) -> list[Any]:
+        """The terms of its rewards, a judge's included."""
+        return list(getattr(self, "reward", None) or [])
+
+    def gold_judges(self) -> list[tuple[str, DataSetting]]:
+        """(world:NAME, prompts) for each world that will judge replies to these prompts."""
+        return []
+
+    def planned_steps(self, examples: int) -> dict[str, int]:
+        """For a plan: `steps`, and what else counts its work, with so many examples to train on."""
+        return {}
+
+    def check_start(self, start: Stage) -> None:
+        """ValueError where training cannot go on from the model that the stage `start` leaves."""
+
+    def check_reward(self, term: Any) -> None:
+        """ValueError for a reward term, settings of which do not fit the model that this stage leaves."""
 
     def references(self) -> list[tuple[str, str]]:
         """(setting, what it names) for each setting that may name another stage, in the order of the
@@ -234,6 +315,8 @@ class Stage(Settings):
 
 class Training(Stage):
     """What every stage that takes gradient steps has."""
+
+    leaves = "language model"
 
     model: ModelConfig = Field(
         description="The model to start from: a stage, a path, a hub id, or {init: {...}}."
@@ -302,6 +385,14 @@ class Training(Stage):
         return self
 
     @property
+    def starts_from(self) -> ModelConfig | None:
+        return self.model
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return self.model.trust_remote_code
+
+    @property
     def whole_batch(self) -> int:
         """Examples of a gradient step."""
         return getattr(self, "mini_batch", None) or self.batch_size
@@ -368,3 +459,10 @@ class Supervised(Training):
         if self.patience is not None and (self.eval_every is None or not held_out):
             raise ValueError("`patience` has no effect without `eval_every` and held-out rows")
         return self
+
+    def held_out_data(self) -> DataSetting | None:
+        return self._plain("eval_data", self.record_types) if self.eval_data else None
+
+    def planned_steps(self, examples: int) -> dict[str, int]:
+        steps = math.ceil(self.epochs * examples / self.batch_size)
+        return {"steps": min(steps, self.max_steps) if self.max_steps else steps}

@@ -12,6 +12,8 @@ from keel.config.on_policy import OnPolicy
 class PPOConfig(OnPolicy):
     """Proximal policy optimisation (1707.06347) against a reward under a KL constraint."""
 
+    critic = True
+
     kind: Literal["ppo"] = Field(description="Proximal policy optimisation.")
     value_lr: float | None = Field(
         None, gt=0, description="Learning rate of the value head (and the critic); null: `lr`."

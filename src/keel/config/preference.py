@@ -98,7 +98,7 @@ class DPOConfig(Supervised):
         return self
 
     @property
-    def record_types(self) -> tuple[RecordType, ...]:
+    def record_types(self) -> tuple[RecordType, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """What the loss can learn from, preferred first."""
         return ("preference", "unpaired") if self.loss == "kto" else ("preference",)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from keel import errors
 from keel.config.collect import expanded
-from keel.config.run import KINDS, RunConfig
+from keel.config.run import KINDS, RunConfig, config_of_kind, plugin_kinds
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,7 +52,7 @@ def parse(tree: Mapping[str, Any], origin: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item, tree) for item in error.errors()]
         raise errors.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
@@ -116,30 +116,42 @@ def _nearest(word: str, known: Sequence[str] | Mapping[str, Any] | set[str]) -> 
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, tree: Mapping[str, Any]) -> str:
+    """One error of pydantic in a line: where in the config, and what is wrong there."""
     place = [str(part) for part in item["loc"]]
-    if len(place) > 2 and place[0] == "stages" and place[2] in KINDS:
-        del place[2]  # pydantic inserts the union's tag
+    if len(place) > 2 and place[0] == "stages":
+        place = [part for part in place if not part.startswith("function-wrap")]
+        if len(place) > 2 and place[2] in KINDS:
+            del place[2]  # pydantic inserts the union's tag
     dotted, message = ".".join(place), item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key{_nearest(place[-1], _known_keys(item['loc']))}"
+        return f"{dotted}: unknown key{_nearest(place[-1], _known_keys(item['loc'], tree))}"
     if item["type"] == "union_tag_invalid":
         return f"{dotted}: unknown kind {item['ctx']['tag']!r}{_nearest(item['ctx']['tag'], KINDS)}"
     if item["type"] == "union_tag_not_found":
-        return f"{dotted}: `kind` is missing; known: {', '.join(KINDS)}"
+        return f"{dotted}: `kind` is missing; known: {', '.join([*KINDS, *plugin_kinds()])}"
     return f"{dotted}: {message}" if dotted else message
 
 
-def _known_keys(location: Sequence[Any]) -> set[str]:
-    """Names of the settings that the group at `location` knows."""
+def _known_keys(location: Sequence[Any], tree: Mapping[str, Any]) -> set[str]:
+    """Names of the settings that the group at `location` of a config's `tree` knows."""
     group: type[BaseModel] = RunConfig
-    for part in location[:-1]:
+    for depth, part in enumerate(location[:-1]):
         if part in KINDS:
             group = KINDS[part]
+        elif depth == 1 and location[0] == "stages" and (kind := _added_kind(tree, part)):
+            group = config_of_kind(kind)
         elif isinstance(part, str) and part in group.model_fields:
             inner = _group_of(group.model_fields[part].annotation)
             group = inner or group
     return set(group.model_fields)
+
+
+def _added_kind(tree: Mapping[str, Any], stage: Any) -> str | None:
+    """The kind of a stage, where another package adds it."""
+    settings = (tree.get("stages") or {}).get(stage)
+    kind = settings.get("kind") if isinstance(settings, Mapping) else None
+    return kind if kind in plugin_kinds() else None
 
 
 def _group_of(annotation: Any) -> type[BaseModel] | None:

@@ -164,6 +164,17 @@ class FunctionTerm(Term):
         return self.name or self.function.replace(":", ".").rpartition(".")[2]
 
 
+class PluginTerm(Term):
+    """A reward that another package adds, in the signature of `python`. `plugin:NAME` is short for it."""
+
+    kind: Literal["plugin"] = Field(description="A reward of an installed package.")
+    function: str = Field(description="Its name in the entry points of the group keel.rewards.")
+
+    @property
+    def called(self) -> str:
+        return self.name or self.function
+
+
 RewardTerm = Annotated[
     LearnedTerm
     | AnswerTerm
@@ -175,7 +186,8 @@ RewardTerm = Annotated[
     | OverlongTerm
     | SimilarityTerm
     | ClassifierTerm
-    | FunctionTerm,
+    | FunctionTerm
+    | PluginTerm,
     Field(discriminator="kind"),
 ]
 
@@ -188,6 +200,8 @@ def as_terms(value: Any) -> Any:
             return item
         if item.startswith("python:"):
             return {"kind": "python", "function": item.removeprefix("python:")}
+        if item.startswith("plugin:"):
+            return {"kind": "plugin", "function": item.removeprefix("plugin:")}
         return {"kind": "learned", "model": item}
 
     return [term(item) for item in value] if isinstance(value, list) else [term(value)]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from keel.config.parts import FilteredSamplingConfig, Supervised, with_tokenizer
+from keel.config.parts import FilteredSamplingConfig, Stage, Supervised, with_tokenizer
 
 
 class PretrainConfig(Supervised):
     """Language modelling on packed text."""
+
+    record_types = ("text",)
 
     kind: Literal["pretrain"] = Field(description="Language modelling on packed text.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate (AdamW).")
@@ -24,9 +26,15 @@ class PretrainConfig(Supervised):
             )
         return self
 
+    @property
+    def cuts_texts(self) -> bool:
+        return True
+
 
 class SFTConfig(Supervised):
     """Supervised fine-tuning on demonstrations or conversations."""
+
+    record_types = ("demonstration", "text")
 
     kind: Literal["sft"] = Field(description="Supervised fine-tuning.")
     lr: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
@@ -42,9 +50,16 @@ class SFTConfig(Supervised):
     def _has_a_tokenizer(self) -> SFTConfig:
         return with_tokenizer(self)
 
+    @property
+    def fills_rows(self) -> bool:
+        return self.packing
+
 
 class RewardConfig(Supervised):
     """A reward model from human comparisons (Bradley–Terry)."""
+
+    leaves = "reward model"
+    record_types = ("preference",)
 
     kind: Literal["reward"] = Field(description="A reward model from comparisons.")
     lr: float = Field(1e-5, gt=0, description="Peak learning rate (AdamW).")
@@ -80,3 +95,16 @@ class RewardConfig(Supervised):
         if self.normalize == 0 and self.changes("sampling"):
             raise ValueError("`sampling` has no effect with `normalize` 0: nothing is sampled")
         return with_tokenizer(self)
+
+    def check_start(self, start: Stage) -> None:
+        if isinstance(start, RewardConfig) and start.members > 1:
+            raise ValueError(
+                f"`model` is an ensemble of {start.members}, of which training would go on from the first "
+                "member only; start from a language model, or from a reward stage with `members` 1"
+            )
+
+    def check_reward(self, term: Any) -> None:
+        if term.kind == "learned" and term.combine and self.members == 1:
+            raise ValueError(
+                f"`combine` has no effect: {term.model!r} trains a single reward model (`members` 1)"
+            )

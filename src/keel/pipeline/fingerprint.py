@@ -1,72 +1,68 @@
-"""What a run depends on besides its config: the device, the machine, the code, the files of models from
-outside."""
+"""What a stage's results depend on besides its config: code, versions, plug-ins, models from outside.
+
+Of keel's own code a stage's fingerprint holds the modules that its kind uses, each with a hash of what it
+does: an edit in `rl/` leaves pretraining done, one in `report/` leaves everything done, and a comment changes
+nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import platform
-from collections.abc import Iterator
-from functools import lru_cache
+import inspect
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import torch
-
-import keel
-from keel.config import RunConfig
-from keel.errors import UsageError
+from keel import plugins
+from keel.config import Stage
+from keel.pipeline import code_graph
+from keel.pipeline.stage_kinds import OWN_KINDS, StageKind, Target, kind_of, resolve
 
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
-WITHOUT_EFFECT = ("cli", "plan", "report")  # code that no result depends on
+# What the pipeline itself does for every stage: it reads its rows, and chooses kernels and threads.
+FOR_ALL = ("keel.data.load", "keel.pipeline.device")
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
-    found = {package: version(package) for package in VERSIONS}
+    numbers = {package: version(package) for package in VERSIONS}
     with contextlib.suppress(PackageNotFoundError):
-        found["bitsandbytes"] = version("bitsandbytes")
-    return found
+        numbers["bitsandbytes"] = version("bitsandbytes")
+    return numbers
 
 
-def device_of(config: RunConfig) -> torch.device:
-    """The device the config means. UsageError if it is not there."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"  # sampling needs float64, which mps lacks
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+def modules_of(kind: StageKind) -> set[str]:
+    """The modules of keel that the results of a kind depend on."""
+    graph = code_graph.of_keel()
+    module, source = _home(kind.run)
+    if module in graph.modules():
+        return graph.used_by([module, *FOR_ALL])
+    return graph.used_by(FOR_ALL) | (graph.used_by_file(source) if source else set())
 
 
-def hardware(config: RunConfig) -> dict[str, Any]:
-    """The machine, for the manifest."""
-    device = device_of(config)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    return {
-        "device": str(device), "name": name, "cores": os.cpu_count(), "threads": config.threads or torch.get_num_threads(),
-        "memory_gib": round(memory / 2**30, 1), "system": platform.platform(),
-    }  # fmt: skip
+def code_prints(kind: str) -> dict[str, str]:
+    """File of keel → hash of its code, for each that the results of a kind depend on."""
+    return code_graph.of_keel().prints(modules_of(kind_of(kind)))
 
 
-@lru_cache(maxsize=1)
-def code_print() -> str:
-    """A hash of the code that results depend on: all of keel but the report and the other commands."""
-    root, digest = Path(keel.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        place = path.relative_to(root)
-        if place.parts[0] not in WITHOUT_EFFECT and place.as_posix() not in WITHOUT_EFFECT:
-            digest.update(f"{place}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+def code_print(kinds: Iterable[str]) -> str:
+    """One hash of all code that these kinds depend on, for the manifest."""
+    prints = {file: text for kind in kinds for file, text in code_prints(kind).items()}
+    return hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
+
+
+def plugin_prints(stage: Stage) -> dict[str, str]:
+    """ "group name" → hash, for each object of another package that a stage uses: its kind, its rewards, and
+    what its config's `plugins()` names."""
+    used: list[tuple[plugins.Group, str]] = []
+    if stage.kind not in OWN_KINDS:
+        used.append(("keel.stages", stage.kind))
+    for term in stage.reward_terms():
+        if term.kind == "plugin":
+            used.append(("keel.rewards", term.function))
+    used += getattr(stage, "plugins", list)()
+    return {f"{group} {name}": plugins.fingerprint(group, name) for group, name in dict.fromkeys(used)}
 
 
 def folder_print(folder: Path) -> str:
@@ -79,18 +75,19 @@ def folder_print(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def deterministic(config: RunConfig) -> Iterator[None]:
-    """Deterministic kernels and a fixed number of threads, as long as the run lasts."""
-    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(config.threads or threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (  # pyright: ignore[reportAttributeAccessIssue]
-        False  # costs time, and nothing here reads memory it has not written
-    )
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
+def model_print(place: str) -> str:
+    """A hash of a folder's content, or a hub id as it is."""
+    path = Path(place).expanduser()
+    return folder_print(path) if path.exists() else place
+
+
+def _home(target: Target) -> tuple[str, Path | None]:
+    """The module that a run function stands in, and its file where it is no module of keel."""
+    if isinstance(target, str):
+        module = target.partition(":")[0]
+        if module.partition(".")[0] == "keel":
+            return module, None
+        target = resolve(target)
+    module = inspect.unwrap(target).__module__
+    source = inspect.getsourcefile(inspect.unwrap(target))
+    return module, Path(source) if source else None

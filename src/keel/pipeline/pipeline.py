@@ -27,26 +27,20 @@ import yaml
 
 import keel
 from keel import report
-from keel.config import AnyStage, CollectConfig, RunConfig, Training
+from keel.config import RunConfig, Stage, Training
 from keel.data import load
 from keel.data.batches import derive_seed
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
-from keel.pipeline.fingerprint import (
-    code_print,
-    deterministic,
-    device_of,
-    folder_print,
-    hardware,
-    versions,
-)
-from keel.pipeline.preflight import Sources, data_of, from_outside, functions_of
+from keel.pipeline.device import deterministic, device_of, hardware
+from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
+from keel.pipeline.preflight import Sources, from_outside, functions_of
+from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
 from keel.rewards import functions
-from keel.rl import grpo, ppo
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
-from keel.stages import best_of_n, classifier, collect, evaluate, preference, pretrain, reward, sft
+from keel.stages import collect
 
 MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
 
@@ -75,8 +69,8 @@ class Pipeline:
         """What this stage would be run with, part by part, as JSON has it."""
         if name not in self._parts:
             stage = self.config.stages[name]
-            tokenizer = stage.model.tokenizer if isinstance(stage, Training) else None
-            outside = {tokenizer: _model_print(tokenizer)} if tokenizer else {}
+            tokenizer = stage.starts_from and stage.starts_from.tokenizer
+            outside = {tokenizer: model_print(tokenizer)} if tokenizer else {}
             parts = {
                 "name": name,  # the stage's own seed is derived from it
                 "settings": stage.model_dump(mode="json"),
@@ -84,9 +78,10 @@ class Pipeline:
                 "threads": self.config.threads,
                 "device": device_of(self.config).type,
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
-                "data": [load.fingerprint(from_outside(sources)) for sources, _ in data_of(stage)],
-                "rewards": {name: functions.source_print(name) for name in functions_of(stage)},
-                "code": code_print(),
+                "data": [load.fingerprint(from_outside(sources)) for sources, _ in stage.all_data()],
+                "rewards": {function: functions.source_print(function) for function in functions_of(stage)},
+                "plugins": plugin_prints(stage),
+                "code": code_prints(stage.kind),
                 "versions": versions(),
             }
             self._parts[name] = json.loads(json.dumps(parts))
@@ -102,7 +97,7 @@ class Pipeline:
         if name in self.config.stages:
             votes = self._votes(name)
             return self.fingerprint(name) + (f"+{votes}" if votes else "")
-        return _model_print(self.sources.resolve(name))
+        return model_print(self.sources.resolve(name))
 
     def is_done(self, name: str) -> bool:
         """Whether the stage was run to its end with what it would be run with now, and what it made is still
@@ -114,18 +109,17 @@ class Pipeline:
 
     def _is_whole(self, name: str) -> bool:
         """Whether its model is there, or its comparisons, made of the votes that are there now."""
-        directory = self.stage_directory(name)
-        if isinstance(self.config.stages[name], CollectConfig):
+        directory, leaves = self.stage_directory(name), self.config.stages[name].leaves
+        if leaves == "comparisons":
             counted = _object(directory / "stage.json").get("facts", {}).get("votes_print")
             return (directory / collect.COMPARISONS).exists() and counted == self._votes(name)
         folder = directory / "model"
         whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
-        return whole or not isinstance(self.config.stages[name], Training)
+        return whole or leaves == "nothing"
 
     def _votes(self, name: str) -> str | None:
         """What people's votes on a stage's pairs hold; None for a stage that asks no people."""
-        stage = self.config.stages[name]
-        asks = isinstance(stage, CollectConfig) and stage.world is None
+        asks = self.config.stages[name].asks_people
         return collect.votes_print(self.stage_directory(name)) if asks else None
 
     def _why_again(self, name: str) -> str | None:
@@ -133,7 +127,7 @@ class Pipeline:
         on with."""
         directory = self.stage_directory(name)
         if self._is_current(name) and not self._is_whole(name):
-            collects = isinstance(self.config.stages[name], CollectConfig)
+            collects = self.config.stages[name].leaves == "comparisons"
             return "its votes or comparisons changed" if collects else "its model is no longer there"
         mark = directory / "fingerprint"
         if not mark.exists() or mark.read_text(encoding="utf-8") == self.fingerprint(name):
@@ -153,7 +147,8 @@ class Pipeline:
         for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
             if not self.is_done(source):
                 raise UsageError(
-                    f"--only {only}: its input {source!r} is not done with these settings; run the whole config first"
+                    f"--only {only}: its input {source!r} is not done with these settings; run the whole "
+                    "config first"
                 )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
@@ -198,7 +193,7 @@ class Pipeline:
         keep_freed_memory()
         forget_peak(device_of(self.config))
         start = time.perf_counter()
-        run, result = self._dispatched(name)
+        run, result = self._worked(name)
         run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
         run.result(result)
         seconds = round(time.perf_counter() - start, 2)
@@ -221,21 +216,27 @@ class Pipeline:
         gc.collect()
         self.say(f"{name}: done in {seconds:.1f} s")
 
-    def _dispatched(self, name: str) -> tuple[StageRun, dict[str, Any]]:
+    def _worked(self, name: str) -> tuple[StageRun, dict[str, Any]]:
         """Run a stage. With `micro_batch: auto`, one that runs out of memory goes on from its last checkpoint
         with half of it."""
         directory, asked = self.stage_directory(name), self.config.stages[name]
         while True:
             run = StageRun(
-                name, directory, derive_seed(self.config.seed, name), device_of(self.config), self.sources.resolve,
-                self.sources.load_data, self.say, self.progress,
-            )  # fmt: skip
-            if not isinstance(asked, Training) or asked.micro_batch != "auto":
-                return run, _dispatch(asked, run)
+                name,
+                directory,
+                derive_seed(self.config.seed, name),
+                device_of(self.config),
+                self.sources.resolve,
+                self.sources.load_data,
+                self.say,
+                self.progress,
+            )
+            if getattr(asked, "micro_batch", None) != "auto":
+                return run, run_stage(asked, run)
             rows = self._micro_batch(name, asked)
             run.facts["micro_batch"] = rows
             try:
-                return run, _dispatch(asked.model_copy(update={"micro_batch": rows}), run)
+                return run, run_stage(asked.model_copy(update={"micro_batch": rows}), run)
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
@@ -244,16 +245,17 @@ class Pipeline:
             torch.cuda.empty_cache()
             self.say(f"{name}: {rows} examples at a time do not fit; half as many from here")
 
-    def _micro_batch(self, name: str, stage: Training) -> int:
+    def _micro_batch(self, name: str, stage: Stage) -> int:
         """What `micro_batch: auto` comes to: what the stage began with, so that it goes on alike after a
         kill, else what fits."""
-        place = self.stage_directory(name) / MICRO_BATCH
-        known = _object(place).get("micro_batch")
+        path = self.stage_directory(name) / MICRO_BATCH
+        known = _object(path).get("micro_batch")
         if known is not None:
             return known
         fitting = self.fit(self, name) if self.fit else None
+        assert isinstance(stage, Training)  # which alone has the setting
         rows = fitting or stage.whole_batch
-        write_json(place, {"micro_batch": rows})
+        write_json(path, {"micro_batch": rows})
         why = "" if fitting else ", since nobody can reckon what fits"
         self.say(f"{name}: {rows} examples at a time{why}")
         return rows
@@ -281,14 +283,22 @@ class Pipeline:
         for name, stage in self.config.stages.items():
             facts, current = _object(self.stage_directory(name) / "stage.json"), self.is_done(name)
             stages[name] = {
-                "kind": stage.kind, "fingerprint": self.fingerprint(name), "inputs": {s: self.input_print(s) for s in stage.inputs()},
-                "seconds": facts.get("seconds") if current else None, "status": states.get(name, "done" if current else "not run"),
-            }  # fmt: skip
+                "kind": stage.kind,
+                "fingerprint": self.fingerprint(name),
+                "inputs": {s: self.input_print(s) for s in stage.inputs()},
+                "seconds": facts.get("seconds") if current else None,
+                "status": states.get(name, "done" if current else "not run"),
+            }
         manifest = {
-            "name": self.config.name, "seed": self.config.seed, "created": before.get("created", _now()), "updated": _now(),
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "created": before.get("created", _now()),
+            "updated": _now(),
             "versions": {"keel": keel.__version__, "python": platform.python_version(), **versions()},
-            "hardware": hardware(self.config), "code": code_print(), "stages": stages,
-        }  # fmt: skip
+            "hardware": hardware(self.config),
+            "code": code_print(stage.kind for stage in self.config.stages.values()),
+            "stages": stages,
+        }
         write_json(path, manifest)
 
 
@@ -304,39 +314,14 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _dispatch(stage: AnyStage, run: StageRun) -> dict[str, Any]:
-    match stage.kind:
-        case "pretrain":
-            return pretrain.run(stage, run)
-        case "sft":
-            return sft.run(stage, run)
-        case "reward":
-            return reward.run(stage, run)
-        case "classifier":
-            return classifier.run(stage, run)
-        case "ppo":
-            return ppo.run(stage, run)
-        case "dpo":
-            return preference.run(stage, run)
-        case "grpo":
-            return grpo.run(stage, run)
-        case "best_of_n":
-            return best_of_n.run(stage, run)
-        case "collect":
-            return collect.run(stage, run)
-        case "evaluate":
-            return evaluate.run(stage, run)
+def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
+    """Run a stage of any kind; what it returns becomes its result.json."""
+    return resolve(kind_of(stage.kind).run)(stage, run)
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The config with every default written out."""
     return config.model_dump(mode="json")
-
-
-def _model_print(place: str) -> str:
-    """A hash of a folder's content, or a hub id as it is."""
-    path = Path(place).expanduser()
-    return folder_print(path) if path.exists() else place
 
 
 def _object(path: Path) -> dict[str, Any]:

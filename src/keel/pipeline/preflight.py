@@ -11,39 +11,26 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 
 from keel import worlds
-from keel.config import (
-    AnyStage,
-    BestOfNConfig,
-    ClassifierConfig,
-    CollectConfig,
-    DPOConfig,
-    EvaluateConfig,
-    OnPolicy,
-    RewardConfig,
-    RunConfig,
-    Stage,
-    Supervised,
-    Training,
-)
+from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
 from keel.data import chat, load
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
-from keel.pipeline.fingerprint import device_of
-from keel.plan.model_memory import Lora
+from keel.pipeline.device import device_of
 from keel.rewards import learned
 from keel.rl import heldout_judge
 from keel.stages import build_rewards
 from keel.stages.collect import COMPARISONS
 from keel.types import DataSource, PromptRecord, RecordType
-
-ACCEPTS: Mapping[str, tuple[RecordType, ...]] = {
-    "pretrain": ("text",), "sft": ("demonstration", "text"), "reward": ("preference",), "classifier": ("text",), "ppo": ("prompt",), "grpo": ("prompt",), "best_of_n": ("prompt",), "collect": ("prompt",), "evaluate": ("prompt",),
-}  # fmt: skip
 
 
 @dataclass
@@ -107,81 +94,87 @@ class Sources:
         lines: dict[str, str] = {}
         for name in names:
             stage = self.config.stages[name]
-            for sources, accept in data_of(stage):
+            for sources, accept in stage.all_data():
                 if there := from_outside(sources):
                     self.load_data(there, accept)
             lines[name] = self.summary(name, ahead=True)
             self._check_rewards(name)
-            if getattr(stage, "eval_data", None) and not isinstance(stage, ClassifierConfig):
-                self._check_eval_data(name)
-            if isinstance(stage, EvaluateConfig) and stage.gold:
-                self._check_gold(stage.gold, data_of(stage)[0])
-            if isinstance(stage, CollectConfig) and stage.world:
-                worlds.annotators(stage.world)
-                self._check_gold(stage.annotators, data_of(stage)[0])
-            if isinstance(stage, OnPolicy) and stage.judge and stage.judge.gold:
-                self._check_gold(stage.judge.gold, data_of(stage)[1 if stage.eval_data else 0])
+            self._check_held_out(name)
+            for gold, data in stage.gold_judges():
+                if stage.leaves == "comparisons":
+                    worlds.annotators(heldout_judge.world_of(gold))
+                self._check_gold(gold, data)
         return lines
 
     def summary(self, name: str, *, ahead: bool = False) -> str:
-        """What a stage works on, in a line; a classifier's data label by label. ahead: without reading what
-        other stages have yet to make."""
+        """What a stage works on, in a line; data by label label by label. ahead: without reading what other
+        stages have yet to make."""
         stage = self.config.stages[name]
-        if not isinstance(stage, ClassifierConfig):
-            sources, accept = main_data_of(stage)[0]
-            there = from_outside(sources) if ahead else sources
-            made = [f"what {one} collects" for _, one in stage.data_stages()] if ahead else []
-            return " + ".join([*([load.summary(self.load_data(there, accept))] if there else []), *made])
-        lines: list[str] = []
-        for label in stage.labels:
-            found = [self.load_data([s.plain()], ACCEPTS["classifier"]) for s in stage.data[label]]
-            rows = sum(len(dataset.records) for dataset in found)
-            several = f"{rows:,} rows · {len(found)} sources"
-            lines.append(f"{label}: {load.summary(found[0]) if len(found) == 1 else several}")
-        return "; ".join(lines)
+        labelled = getattr(stage, "data", None)
+        if isinstance(labelled, Mapping):
+            return "; ".join(f"{label}: {self._labelled(stage, label)}" for label in labelled)
+        if not stage.main_data():
+            return "no data"
+        sources, accept = stage.main_data()[0]
+        there = from_outside(sources) if ahead else sources
+        made = [f"what {one} collects" for _, one in stage.data_stages()] if ahead else []
+        return " + ".join([*([load.summary(self.load_data(there, accept))] if there else []), *made])
+
+    def _labelled(self, stage: Stage, label: str) -> str:
+        """The texts of one label."""
+        sources = stage.data[label]  # pyright: ignore[reportAttributeAccessIssue]
+        datasets = [self.load_data([source.plain()], stage.record_types) for source in sources]
+        rows = sum(len(dataset.records) for dataset in datasets)
+        return load.summary(datasets[0]) if len(datasets) == 1 else f"{rows:,} rows · {len(datasets)} sources"
 
     def _check_models(self, name: str, hub: bool) -> None:
         """Every model that no stage makes is there and of the right sort, and sequences fit the one that is
         used."""
         stage = self.config.stages[name]
         for setting, source in stage.references():
-            place = self.resolve(source)
-            if setting == "reward" and lora.is_bare(place):
-                _check_adapter(stage, name, place)
-                continue
-            if source not in self.config.stages and (hub or Path(place).exists()):
-                found = self._config_of(stage, setting, source)
-                if setting == "reward":
-                    learned.check_config(found, place)
-                    if Path(place).exists():
-                        learned.other_members(found, place)
-                elif setting not in ("classifier", "similarity"):  # these write nothing
-                    _check_family(stage, found, place)
-        if isinstance(stage, Training) and stage.model.init:
+            self._check_reference(name, setting, source, hub)
+        if stage.starts_from is not None and stage.starts_from.init:
             _check_family(stage, model_config(self.source(stage, "model", None)), "model.init")
         self._check_tokenizer(name, hub)
         if hub:  # only a run needs them: a plan is also for another machine
             self._check_machine(name)
-        context = self.context(name, hub)
+        self._check_lengths(name, hub)
+
+    def _check_reference(self, name: str, setting: str, source: str, hub: bool) -> None:
+        """One model that a setting names."""
+        stage, place = self.config.stages[name], self.resolve(source)
+        if setting == "reward" and lora.is_bare(place):
+            _check_adapter(stage, name, place)
+        elif source not in self.config.stages and (hub or Path(place).exists()):
+            config = self._config_of(stage, setting, source)
+            if setting == "reward":
+                learned.check_config(config, place)
+                if Path(place).exists():
+                    learned.other_members(config, place)
+            elif setting not in ("classifier", "similarity"):  # these write nothing
+                _check_family(stage, config, place)
+
+    def _check_lengths(self, name: str, hub: bool) -> None:
+        """What the stage reads and writes fits the model's context."""
+        stage, context = self.config.stages[name], self.context(name, hub)
         longest = getattr(stage, "max_length", None)
         if longest is not None and context is not None and longest > context:
             raise UsageError(f"{name}: max_length {longest} exceeds the model's context of {context}")
         room = longest or context
-        if room is not None and isinstance(stage, OnPolicy | BestOfNConfig | CollectConfig | EvaluateConfig):
-            wanted = stage.sampling.max_new_tokens
-            if wanted >= room:
-                raise UsageError(
-                    f"{name}: sampling.max_new_tokens {wanted} leaves no room for a prompt within {room} tokens"
-                )
+        if room is not None and stage.replies is not None and stage.replies.max_new_tokens >= room:
+            raise UsageError(
+                f"{name}: sampling.max_new_tokens {stage.replies.max_new_tokens} leaves no room for a prompt "
+                f"within {room} tokens"
+            )
 
     def _check_rewards(self, name: str) -> None:
         """Rules and functions can be made, and the columns that they compare with are there."""
         stage = self.config.stages[name]
-        terms = _rewards_of(stage)
+        terms = stage.reward_terms()
         if not terms:
             return
         build_rewards.check(terms, name)
-        records = self.load_data(*data_of(stage)[0]).records
+        records = self.load_data(*stage.main_data()[0]).records if stage.main_data() else []
         for term in terms:
             column = {"answer": "column", "similarity": "to"}.get(term.kind)
             wanted = getattr(term, column) if column else None
@@ -190,7 +183,7 @@ class Sources:
                     f"{name}: reward {term.called!r}: the data have no column {wanted!r} (`{column}`)"
                 )
 
-    def _config_of(self, stage: AnyStage, setting: str, source: str) -> Any:
+    def _config_of(self, stage: Stage, setting: str, source: str) -> Any:
         """The config of a model from outside. A UsageError names the stage that was perhaps meant."""
         try:
             return model_config(self.source(stage, setting, self.resolve(source)))
@@ -201,25 +194,24 @@ class Sources:
     def _check_tokenizer(self, name: str, hub: bool) -> None:
         """A new model's `tokenizer`, which is a folder or a hub id, can be loaded."""
         stage = self.config.stages[name]
-        place = stage.model.tokenizer if isinstance(stage, Training) else None
-        if place is None or not isinstance(stage, Training):
+        model = stage.starts_from
+        place = model and model.tokenizer
+        if model is None or place is None:
             return
         if place in self.config.stages and not Path(place).exists():
             folder = self.stage_directory(place) / "model"
             raise UsageError(f"{name}: model.tokenizer takes a folder or hub id, not a stage; write {folder}")
         if hub or Path(place).exists() or place.startswith((".", "/", "~")):
             try:
-                load_tokenizer(
-                    place, trust_remote_code=stage.model.trust_remote_code, revision=stage.model.revision
-                )
+                load_tokenizer(place, trust_remote_code=model.trust_remote_code, revision=model.revision)
             except Exception as error:  # the tokenizers library raises bare ones for a broken file
                 raise UsageError(f"{name}: model.tokenizer: {error}") from None
 
     def _check_machine(self, name: str) -> None:
         """What the stage's settings need of this machine is here."""
         stage = self.config.stages[name]
-        asked = [getattr(term, "quantize", None) for term in _rewards_of(stage)]
-        asked.append(stage.model.quantize if isinstance(stage, Training) else None)
+        asked = [getattr(term, "quantize", None) for term in stage.reward_terms()]
+        asked.append(stage.starts_from and stage.starts_from.quantize)
         asked.append(getattr(stage, "reference_quantize", None))
         try:
             if any(asked):
@@ -231,26 +223,33 @@ class Sources:
                 f"{name}: `offload` has no effect on a CPU, where all models lie anyway; leave it out"
             )
 
-    def _check_eval_data(self, name: str) -> None:
+    def _check_held_out(self, name: str) -> None:
         """The rows evaluated on are like the rows trained on: of one type, and conversations only if those
         are."""
-        (sources, accept), (eval_sources, _), *_ = data_of(self.config.stages[name])
-        dataset = self.load_data(sources, accept)
+        stage = self.config.stages[name]
+        held_out = stage.held_out_data()
+        if held_out is None:
+            return
+        dataset = self.load_data(*stage.main_data()[0])
         try:
-            held = self.load_data(eval_sources, (dataset.kind,))
+            evaluated = self.load_data(held_out[0], (dataset.kind,))
         except DataError as error:
             raise DataError(f"{name}: eval_data must be rows of the same type as data: {error}") from None
-        if not load.forms(held) <= load.forms(dataset):
+        if not load.forms(evaluated) <= load.forms(dataset):
             raise DataError(
-                f"{name}: eval_data is {load.described(held)}, but data is {load.described(dataset)}: the model would be "
-                "evaluated on a form that it is not trained on; give both as text, or both as conversations"
+                f"{name}: eval_data is {load.described(evaluated)}, but data is {load.described(dataset)}: "
+                "the "
+                "model would be evaluated on a form that it is not trained on; give both as text, or both as "
+                "conversations"
             )
 
     def context(self, name: str, hub: bool = False) -> int | None:
         """The context of the model that stage `name` works on, found at the root of its chain; None where
         unknown."""
         stage = self.config.stages[name]
-        model = stage.model if isinstance(stage, Training) else None
+        model = stage.starts_from
+        if model is None and not stage.inputs():
+            return None  # a kind by another package that reads no model
         path = model.path if model else stage.inputs()[0]
         if path in self.config.stages:
             return self.context(path, hub)
@@ -258,33 +257,17 @@ class Sources:
             return None
         return context_length(model_config(self.source(stage, "model", path and self.resolve(path))))
 
-    def source(self, stage: AnyStage, setting: str, place: str | None) -> ModelSource:
+    def source(self, stage: Stage, setting: str, place: str | None) -> ModelSource:
         """The model that a stage's `setting` names, which lies at `place`; a new one for `model: {init:
         …}`."""
-        model = stage.model if isinstance(stage, Training) else None
+        model: ModelConfig | None = stage.starts_from
         init = model.init.model_dump() if model and model.init and setting == "model" else None
         revision = model.revision if model and setting == "model" else None
-        return ModelSource(place, init, trust_remote_code=trusts(stage), revision=revision)
+        return ModelSource(place, init, trust_remote_code=stage.trusts_remote_code, revision=revision)
 
     def is_bare(self, name: str) -> bool:
         """Whether a model that no stage makes is an adapter without a model."""
         return name not in self.config.stages and lora.is_bare(self.resolve(name))
-
-    def adapter(self, stage: AnyStage, name: str) -> Lora | None:
-        """As which adapter a reward model was trained, or will be, on the model that `stage` starts from;
-        None for one with weights of its own."""
-        if not isinstance(stage, OnPolicy) or stage.model.path is None:
-            return None
-        made = self.config.stages.get(name)
-        if isinstance(made, RewardConfig):
-            return lora_of(made) if made.model.path == stage.model.path else None
-        place, base = (Path(self.resolve(path)) for path in (name, stage.model.path))
-        folder = lora.folder_of(str(place)) if place.exists() else None
-        if folder is None or not base.exists() or not lora.belongs_to(folder, ModelSource(str(base))):
-            return None
-        settings = lora.settings_of(folder)
-        targets = settings.target_modules
-        return Lora(settings.r, targets if isinstance(targets, str) else tuple(targets))
 
     def _check_gold(self, gold: str, data: tuple[list[DataSource], tuple[RecordType, ...]]) -> None:
         """The world can judge replies to these prompts. DataError at the first that it cannot."""
@@ -297,81 +280,34 @@ class Sources:
                     raise DataError(f"{record.origin}: {gold} cannot judge replies to it: {error}") from None
 
 
-def lora_of(stage: Training) -> Lora | None:
-    """The adapters that a stage trains."""
-    if stage.lora is None:
-        return None
-    targets = stage.lora.target_modules
-    return Lora(stage.lora.r, targets if isinstance(targets, str) else tuple(targets), stage.lora.dropout > 0)
-
-
-def main_data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
-    """What a stage learns from or works on, as `data_of` has it: one entry, for a classifier one for each
-    source."""
-    if isinstance(stage, ClassifierConfig):
-        sources = [source for label in stage.labels for source in stage.data[label]]
-        return [([source.plain()], ACCEPTS[stage.kind]) for source in sources]
-    return data_of(stage)[:1]
-
-
 def from_outside(sources: Sequence[DataSource]) -> list[DataSource]:
     """The sources that no stage of the run makes: what can be read before anything has run."""
     return [source for source in sources if not source.source.startswith(FROM_STAGE)]
 
 
-def trusts(stage: AnyStage | None) -> bool:
-    """Whether Python that comes with a stage's models may be run."""
-    owner = stage.model if isinstance(stage, Training) else stage
-    return bool(owner and owner.trust_remote_code)
-
-
-def _rewards_of(stage: Stage) -> list[Any]:
-    """The terms of a stage's rewards, its judge's included."""
-    judge = stage.judge if isinstance(stage, OnPolicy) else None
-    return [*(getattr(stage, "reward", None) or []), *((judge and judge.reward) or [])]
-
-
 def functions_of(stage: Stage) -> list[str]:
     """The Python functions that a stage's rewards name."""
-    terms = _rewards_of(stage)
-    return [term.function for term in terms if term.kind == "python"]
+    return [term.function for term in stage.reward_terms() if term.kind == "python"]
 
 
-def data_of(stage: Stage) -> list[tuple[list[DataSource], tuple[RecordType, ...]]]:
-    """Every data setting of a stage, with the record types it can use; the main ones first."""
-    assert isinstance(stage, Training | EvaluateConfig | CollectConfig)
-    if isinstance(stage, ClassifierConfig):
-        held = [source for sources in (stage.eval_data or {}).values() for source in sources]
-        return [*main_data_of(stage), *(([source.plain()], ACCEPTS[stage.kind]) for source in held)]
-    accept = stage.record_types if isinstance(stage, DPOConfig) else ACCEPTS[stage.kind]
-    found = [(stage.data, accept)]
-    if isinstance(stage, Supervised) and stage.eval_data:
-        found.append((stage.eval_data, accept))
-    if isinstance(stage, OnPolicy) and stage.eval_data:
-        found.append((stage.eval_data, ("prompt",)))
-    if isinstance(stage, OnPolicy) and stage.ptx:
-        found.append((stage.ptx.data, ("text",)))
-    if isinstance(stage, EvaluateConfig) and stage.comparisons:
-        found.append((stage.comparisons, ("preference",)))
-    return [([source.plain() for source in sources], accept) for sources, accept in found]
-
-
-def _check_family(stage: AnyStage, config: Any, place: str) -> None:
+def _check_family(stage: Stage, config: PreTrainedConfig, place: str) -> None:
     """UsageError for a model that transformers cannot give the head it needs. One with code of its own is not
     judged."""
-    scores = stage.kind in ("reward", "classifier")
+    scores = stage.leaves in ("reward model", "classifier")
     family: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    remote = trusts(stage) and hasattr(config, "auto_map")
+    remote = stage.trusts_remote_code and hasattr(config, "auto_map")
     if type(config) not in family._model_mapping and not remote:
         lack = "can have no score head" if scores else "is no language model that can write"
         raise UsageError(f"{place!r} {lack}: its type is {config.model_type}")
     if not scores and _reads_both_ways(config):
         raise UsageError(
-            f"{place!r} is no language model that can write: it is an encoder (its type is {config.model_type}, without `is_decoder`), which sees the tokens that it would have to predict"
+            f"{place!r} is no language model that can write: it is an encoder (its type is "
+            f"{config.model_type}, "
+            "without `is_decoder`), which sees the tokens that it would have to predict"
         )
 
 
-def _reads_both_ways(config: Any) -> bool:
+def _reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether a model of this config attends to later tokens too, as BERT does. transformers gives such a
     type a language model's head all the same, and masks what comes later only with `is_decoder` (XLM:
     `causal`)."""
@@ -380,11 +316,13 @@ def _reads_both_ways(config: Any) -> bool:
     return type(config) in encoder._model_mapping and not any(getattr(config, name, False) for name in masks)
 
 
-def _check_adapter(stage: AnyStage, name: str, place: str) -> None:
+def _check_adapter(stage: Stage, name: str, place: str) -> None:
     """UsageError for a reward model that is an adapter and no model, where there is no base for it."""
     if getattr(stage, "sharing", None) != "adapters":
         raise UsageError(
-            f"{name}: {place!r} holds an adapter and no model: it is used with `sharing: adapters`, by a stage whose `model` is its base"
+            f"{name}: {place!r} holds an adapter and no model: it is used with `sharing: adapters`, by a "
+            "stage "
+            "whose `model` is its base"
         )
     lora.settings_of(Path(place))
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from keel.config import AnyStage, CollectConfig, EvaluateConfig, OnPolicy, PPOConfig, Training
+from keel.config import Stage, Training
+from keel.pipeline import stage_kinds
 
 # Sold as so many GB, which a card has in GiB. What is between the two, 7 %, is left to the CUDA context, to
 # the workspaces of its libraries and to the gaps of the allocator.
@@ -17,7 +18,7 @@ CARDS = (8, 12, 16, 24, 40, 48, 80, 141)
 GB = 10**9
 SHORTEST = 128  # tokens; no `max_length` below is proposed
 
-Peak = Callable[[AnyStage], float]  # the predicted peak of a stage with these settings, in bytes
+Peak = Callable[[Stage], float]  # the predicted peak of a stage with these settings, in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Fit:
     settings: Mapping[str, Any] | None = None
 
 
-def fits(stage: AnyStage, peak: Peak, longest: int) -> list[Fit]:
+def fits(stage: Stage, peak: Peak, longest: int) -> list[Fit]:
     """One entry a card. longest: tokens of the longest sequence, which `max_length` would shorten."""
     needed = peak(stage)
     return [
@@ -39,45 +40,54 @@ def fits(stage: AnyStage, peak: Peak, longest: int) -> list[Fit]:
     ]
 
 
-def _settings(stage: AnyStage, peak: Peak, longest: int, room: float) -> dict[str, Any] | None:
+def _settings(stage: Stage, peak: Peak, longest: int, room: float) -> dict[str, Any] | None:
     """Settings are tried in the order of what they cost the user, each on top of those before it that helped;
     then those that the later ones make unnecessary are taken back."""
-    taken: dict[str, Any] = {}
+    adopted: dict[str, Any] = {}
     best = peak(stage)
     for change in _changes(stage, longest):
-        changed = _with(stage, taken | change)
+        changed = _with(stage, adopted | change)
         if changed is None or (now := peak(changed)) >= best:
             continue
-        taken, best = taken | change, now
+        adopted, best = adopted | change, now
         if best <= room:
-            return _without_idle(stage, peak, taken, room)
+            return _without_idle(stage, peak, adopted, room)
     return None
 
 
-def _changes(stage: AnyStage, longest: int) -> Sequence[dict[str, Any]]:
-    if isinstance(stage, EvaluateConfig | CollectConfig):
-        return [*_halves("batch_size", stage.batch_size), {"dtype": "bfloat16"}]
-    assert isinstance(stage, Training)
-    whole = min(stage.rows_at_once or stage.whole_batch, stage.whole_batch)
-    tokens = stage.micro_tokens
+def _changes(stage: Stage, longest: int) -> Sequence[dict[str, Any]]:
+    """Settings that save memory, the cheapest to the user first."""
+    if stage.starts_from is None:
+        rows = getattr(stage, "batch_size", 1)
+        return [*_halves("batch_size", rows), {"dtype": "bfloat16"}]
+    training = _training(stage)
+    whole = min(training.rows_at_once or training.whole_batch, training.whole_batch)
+    tokens = training.micro_tokens
     fewer = _halves("micro_batch", whole) if tokens is None else _halves("micro_tokens", tokens)
-    found: list[dict[str, Any]] = [*fewer, {"gradient_checkpointing": True}]
-    if isinstance(stage, PPOConfig):
-        found.append({"sharing": "trunk"})
-    if stage.lora is None:
-        found += [{"lora": {}}, {"lora": {}, "model.dtype": "bfloat16"}]
-    else:
-        found.append({"model.dtype": "bfloat16"})
-    if isinstance(stage, OnPolicy):
-        found.append({"reference_dtype": "bfloat16"})
-    if isinstance(stage, PPOConfig):
-        found.append({"sharing": "adapters"} | ({} if stage.lora else {"lora": {}}))
-    if stage.model.init is None:
-        needed = {} if stage.lora else {"lora": {}}
-        needed |= {"model.dtype": "bfloat16"} if stage.model.dtype in ("auto", "float32") else {}
-        found.append({**needed, "model.quantize": "4bit"})
+    changes: list[dict[str, Any]] = [*fewer, {"gradient_checkpointing": True}, *_own(stage, "first")]
+    lora = {} if training.lora else {"lora": {}}
+    changes += (
+        [{"lora": {}}, {"lora": {}, "model.dtype": "bfloat16"}] if lora else [{"model.dtype": "bfloat16"}]
+    )
+    changes += [{**change, **lora} if "sharing" in change else change for change in _own(stage, "last")]
+    if training.model.init is None:
+        coarser = {"model.dtype": "bfloat16"} if training.model.dtype in ("auto", "float32") else {}
+        changes.append({**lora, **coarser, "model.quantize": "4bit"})
     shorter = (change for change in _halves("max_length", longest) if change["max_length"] >= SHORTEST)
-    return [*found, *({**change, "too_long": "truncate"} for change in shorter)]
+    return [*changes, *({**change, "too_long": "truncate"} for change in shorter)]
+
+
+def _own(stage: Stage, when: str) -> list[dict[str, Any]]:
+    """What saves memory in this kind of stage alone, to be tried before all adapters ("first") or after."""
+    return [dict(change) for place, change in stage_kinds.kind_of(stage.kind).savings if place == when]
+
+
+def _training(stage: Stage) -> Training:
+    """A stage that trains a model, as the type that says so."""
+    assert isinstance(stage, Training), (
+        f"a stage of kind {stage.kind!r} with `starts_from` must derive from Training"
+    )
+    return stage
 
 
 def _halves(name: str, value: int) -> list[dict[str, Any]]:
@@ -88,21 +98,21 @@ def _halves(name: str, value: int) -> list[dict[str, Any]]:
     return found
 
 
-def _with(stage: AnyStage, settings: Mapping[str, Any]) -> AnyStage | None:
+def _with(stage: Stage, settings: Mapping[str, Any]) -> Stage | None:
     """The stage with other settings; None where the config refuses them."""
     tree = stage.model_dump()
     for name, value in settings.items():
-        place, *path = tree, *name.split(".")
+        group, *path = tree, *name.split(".")
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
+            group = group[key]
+        group[path[-1]] = value
     try:
         return type(stage).model_validate(tree)
     except ValidationError:
         return None
 
 
-def _without_idle(stage: AnyStage, peak: Peak, settings: dict[str, Any], room: float) -> dict[str, Any]:
+def _without_idle(stage: Stage, peak: Peak, settings: dict[str, Any], room: float) -> dict[str, Any]:
     """The settings without those that are not needed, the most expensive ones last, and the micro-batch as
     large as fits."""
 
@@ -120,11 +130,10 @@ def _without_idle(stage: AnyStage, peak: Peak, settings: dict[str, Any], room: f
     return settings
 
 
-def micro_batch(stage: AnyStage, peak: Peak, room: float) -> int:
+def micro_batch(stage: Stage, peak: Peak, room: float) -> int:
     """The largest number of examples in one forward and backward, of whole, half, quarter …, with which a
     stage takes no more than `room` bytes; 1 if none does."""
-    assert isinstance(stage, Training)
-    rows = stage.whole_batch
+    rows = _training(stage).whole_batch
     while rows > 1 and peak(stage.model_copy(update={"micro_batch": rows})) > room:
         rows = math.ceil(rows / 2)
     return rows
@@ -146,5 +155,5 @@ def as_text(found: Sequence[Fit]) -> str:
     return "; ".join(parts)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else "{}" if value == {} else str(value)

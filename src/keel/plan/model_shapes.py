@@ -210,19 +210,58 @@ def _rate(config: Any, *names: str) -> bool:
 
 def _gpt2(hidden: int, layers: int, heads: int) -> Shape:
     return Shape(
-        "gpt2", hidden, 4 * hidden, layers, heads, heads, hidden // heads, 50257, 1024, True, 1024, 0, True, True, True, True, True, True,
+        "gpt2",
+        hidden,
+        4 * hidden,
+        layers,
+        heads,
+        heads,
+        hidden // heads,
+        50257,
+        1024,
+        True,
+        1024,
+        0,
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
         draws=True,
-    )  # fmt: skip
+    )
 
 
 def _llama(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, *, kind: str = "llama",
-    tied: bool = False, head_dim: int = 0, qkv_bias: bool = False, window: int | None = None,
-) -> Shape:  # fmt: skip
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    context: int,
+    *,
+    kind: str = "llama",
+    tied: bool = False,
+    head_dim: int = 0,
+    qkv_bias: bool = False,
+    window: int | None = None,
+) -> Shape:
     width = head_dim or hidden // heads
     return Shape(
-        kind, hidden, intermediate, layers, heads, kv_heads, width, vocab, context, tied, qkv_bias=qkv_bias, window=window
-    )  # fmt: skip
+        kind,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv_heads,
+        width,
+        vocab,
+        context,
+        tied,
+        qkv_bias=qkv_bias,
+        window=window,
+    )
 
 
 def _qwen2(
@@ -241,16 +280,37 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, *, tied: boo
 
 def _gemma2(hidden: int, intermediate: int, layers: int, heads: int, kv: int) -> Shape:
     return _llama(
-        hidden, intermediate, layers, heads, kv, 256000, 8192, kind="gemma2", tied=True, head_dim=256, window=4096
-    )  # fmt: skip
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv,
+        256000,
+        8192,
+        kind="gemma2",
+        tied=True,
+        head_dim=256,
+        window=4096,
+    )
 
 
 def _pythia(hidden: int, layers: int, heads: int, vocab: int = 50304) -> Shape:
     width = hidden // heads
     return Shape(
-        "gpt_neox", hidden, 4 * hidden, layers, heads, heads, width, vocab, 2048, qkv_bias=True, out_bias=True, mlp_bias=True,
+        "gpt_neox",
+        hidden,
+        4 * hidden,
+        layers,
+        heads,
+        heads,
+        width,
+        vocab,
+        2048,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
         draws=True,
-    )  # fmt: skip
+    )
 
 
 def _encoder(kind: str, layers: int, vocab: int, positions: int, types: int) -> Shape:

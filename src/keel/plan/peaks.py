@@ -103,6 +103,9 @@ def _backward(held: Parts, model: Model, p: Pass, accumulates: bool) -> list[Par
         with_parts(held, p.role, activations=kept + last, gradients=head + mlp),
         with_parts(held, p.role, activations=kept - of_block + inside, gradients=head + block + mlp),
         with_parts(
-            held, p.role, activations=of_others + first + inside, gradients=apart * model_memory.gradients(model) + embedding
+            held,
+            p.role,
+            activations=of_others + first + inside,
+            gradients=apart * model_memory.gradients(model) + embedding,
         ),
-    ]  # fmt: skip
+    ]

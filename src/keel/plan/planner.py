@@ -10,35 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from keel.config import (
-    AnyStage,
-    BestOfNConfig,
-    ClassifierConfig,
-    CollectConfig,
-    DPOConfig,
-    EvaluateConfig,
-    OnPolicy,
-    PretrainConfig,
-    SFTConfig,
-    Supervised,
-    Training,
-)
+from keel.config import Stage
 from keel.data import chat
 from keel.data.batches import derive_seed, holdout_count, split_holdout
 from keel.data.load import Dataset
 from keel.errors import UsageError
+from keel.models import lora
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
-from keel.pipeline.fingerprint import device_of
+from keel.pipeline import stage_kinds
+from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
-from keel.pipeline.preflight import from_outside, main_data_of, trusts
+from keel.pipeline.preflight import from_outside
 from keel.plan import card_fit, model_shapes, stage_memory
+from keel.plan.model_memory import Lora
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
-from keel.stages import preference_rows
 from keel.stages.pretrain import DEFAULT_VOCABULARY
-from keel.types import DemonstrationRecord, PreferenceRecord, Record, TextRecord, UnpairedRecord
+from keel.types import DemonstrationRecord, PreferenceRecord, Prompt, Record, TextRecord, UnpairedRecord
 
 CHARACTERS_A_TOKEN = 4  # a rule of thumb, used where no tokenizer exists yet
 SAMPLE = 200  # rows whose tokens are counted
@@ -64,28 +54,19 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     tokenizer = _tokenizer(pipeline, name)
     tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or None
     entry: dict[str, Any] = {
-        "stage": name, "kind": stage.kind, "inputs": stage.inputs(), "data": pipeline.sources.summary(name, ahead=True), "rows": rows,
-        "type": datasets[0].kind if datasets else main_data_of(stage)[0][1][0],
-        "tokens": tokens, "tokens_measured": tokenizer is not None and rows <= SAMPLE,
-        "parameters": _parameters(pipeline, name, tokenizer), "done": pipeline.is_done(name),
-    }  # fmt: skip
-    if isinstance(stage, Supervised):
-        kept = rows if stage.eval_data else rows - holdout_count(rows, stage.holdout)
-        if isinstance(stage, DPOConfig) and not stage.data_stages():
-            kept = _examples(pipeline, name, stage, datasets[0])
-        if stage.kind == "pretrain" or (isinstance(stage, ClassifierConfig) and stage.passages):
-            length = stage.max_length or pipeline.sources.context(name) or 512
-            kept = math.ceil((tokens or 0) * kept / max(rows, 1) / (length - 1)) or kept
-        steps = math.ceil(stage.epochs * kept / stage.batch_size)
-        entry["steps"] = min(steps, stage.max_steps) if stage.max_steps else steps
-    elif isinstance(stage, OnPolicy):
-        mini = stage.batch_size // (stage.mini_batch or stage.batch_size)
-        entry |= {
-            "steps": stage.updates,
-            "episodes": stage.updates * stage.batch_size,
-            "gradient_steps": stage.updates * stage.epochs * mini,
-        }
-    if isinstance(stage, Training) and stage.micro_batch == "auto" and datasets:
+        "stage": name,
+        "kind": stage.kind,
+        "inputs": stage.inputs(),
+        "data": pipeline.sources.summary(name, ahead=True),
+        "rows": rows,
+        "type": _type(stage, datasets),
+        "tokens": tokens,
+        "tokens_measured": tokenizer is not None and rows <= SAMPLE,
+        "parameters": _parameters(pipeline, name, tokenizer),
+        "done": pipeline.is_done(name),
+    }
+    entry |= stage.planned_steps(_examples(pipeline, name, datasets, rows, tokens))
+    if getattr(stage, "micro_batch", None) == "auto" and datasets:
         entry["micro_batch"] = micro_batch(pipeline, name)
     entry["memory"] = (
         _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets), entry.get("micro_batch"))
@@ -98,19 +79,23 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
 def micro_batch(pipeline: Pipeline, name: str) -> int | None:
     """What `micro_batch: auto` comes to on this machine as it is now: what is free on the device, less what
     its allocator and the libraries take. None where the shape of a model is unknown."""
-    stage, cast = pipeline.config.stages[name], _cast(pipeline, name)
-    datasets = _datasets(pipeline, name) or [pipeline.sources.load_data(*d) for d in main_data_of(stage)]
-    if cast is None:
+    stage, refs = pipeline.config.stages[name], _models(pipeline, name)
+    datasets = _datasets(pipeline, name) or [pipeline.sources.load_data(*d) for d in stage.main_data()]
+    if refs is None or stage_kinds.kind_of(stage.kind).memory is None:
         return None
-    assert isinstance(stage, Training)
     lengths = _longest(pipeline, name, _tokenizer(pipeline, name), datasets)
     device = device_of(pipeline.config)
     kind = _kind(device)
 
-    def peak(stage: AnyStage) -> float:
-        return max(phase.total for phase in stage_memory.phases(stage, cast, lengths, kind))
+    def peak(stage: Stage) -> float:
+        return _peak(stage, refs, lengths, kind)
 
     return card_fit.micro_batch(stage, peak, USABLE * free_memory(device))
+
+
+def _peak(stage: Stage, refs: StageModels, lengths: Lengths, device: stage_memory.Device) -> float:
+    """Bytes at the peak of a stage whose kind has a memory model."""
+    return max(phase.total for phase in stage_memory.phases(stage, refs, lengths, device) or ())
 
 
 def _kind(device: torch.device) -> stage_memory.Device:
@@ -119,28 +104,38 @@ def _kind(device: torch.device) -> stage_memory.Device:
 
 def _datasets(pipeline: Pipeline, name: str) -> list[Dataset]:
     """What a stage learns from, as far as it is no other stage's."""
-    there = [
-        (from_outside(sources), accept) for sources, accept in main_data_of(pipeline.config.stages[name])
-    ]
+    there = [(from_outside(sources), accept) for sources, accept in pipeline.config.stages[name].main_data()]
     return [pipeline.sources.load_data(sources, accept) for sources, accept in there if sources]
 
 
-def _collected(pipeline: Pipeline, stage: AnyStage) -> int:
+def _type(stage: Stage, datasets: list[Dataset]) -> str:
+    """The type of the rows that a stage works on; "none" for one that reads no data."""
+    return datasets[0].kind if datasets else next(iter(stage.record_types), "none")
+
+
+def _collected(pipeline: Pipeline, stage: Stage) -> int:
     """Rows that a stage gets from others, at most."""
     makers = [pipeline.config.stages[name] for _, name in stage.data_stages()]
-    return sum(maker.pairs for maker in makers if isinstance(maker, CollectConfig))
+    return sum(getattr(maker, "pairs", 0) for maker in makers)
 
 
-def _examples(pipeline: Pipeline, name: str, stage: DPOConfig, dataset: Dataset) -> int:
-    """What a stage of preferences learns from: pairs or examples, without those held out and undecided
-    ones."""
-    records = dataset.records
-    share = 0.0 if stage.eval_data else stage.holdout
-    kept, _ = split_holdout(len(records), share, derive_seed(pipeline.config.seed, name))
-    return preference_rows.count(stage, [records[i] for i in kept])
+def _examples(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int, tokens: int | None) -> int:
+    """What a stage trains on: rows, pairs or examples, without those held out."""
+    stage = pipeline.config.stages[name]
+    share = 0.0 if getattr(stage, "eval_data", None) else getattr(stage, "holdout", 0.0)
+    count = stage_kinds.kind_of(stage.kind).examples
+    if count is not None and datasets and not stage.data_stages():
+        records = datasets[0].records
+        trained, _ = split_holdout(len(records), share, derive_seed(pipeline.config.seed, name))
+        return stage_kinds.resolve(count)(stage, [records[i] for i in trained])
+    trained = rows - holdout_count(rows, share)
+    if stage.cuts_texts:
+        length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
+        return math.ceil((tokens or 0) * trained / max(rows, 1) / (length - 1)) or trained
+    return trained
 
 
-def _tokens(tokenizer: Any | None, dataset: Dataset) -> int | None:
+def _tokens(tokenizer: PreTrainedTokenizerBase | None, dataset: Dataset) -> int | None:
     """Tokens of the data: counted on rows spread evenly over it, and extrapolated to all of them."""
     records = dataset.records[:: max(1, math.ceil(len(dataset.records) / SAMPLE))]
     if not records:
@@ -149,7 +144,7 @@ def _tokens(tokenizer: Any | None, dataset: Dataset) -> int | None:
     return round(sum(counts) / len(counts) * len(dataset.records))
 
 
-def _length(tokenizer: Any | None, record: Record) -> float:
+def _length(tokenizer: PreTrainedTokenizerBase | None, record: Record) -> float:
     sides = ("text", "prompt", "completion", "chosen", "rejected")
     parts = [getattr(record, side) for side in sides if hasattr(record, side)]
     text = "".join(part if isinstance(part, str) else chat.prompt_text(None, part) for part in parts)
@@ -164,69 +159,74 @@ def _root(pipeline: Pipeline, name: str) -> str:
     stage = pipeline.config.stages.get(name)
     if stage is None:
         return name
-    if not isinstance(stage, Training):
-        return _root(pipeline, stage.inputs()[0])
-    return _root(pipeline, stage.model.path) if stage.model.path in pipeline.config.stages else name
+    start = stage.starts_from
+    if start is None:
+        return _root(pipeline, stage.inputs()[0]) if stage.inputs() else name
+    return _root(pipeline, start.path) if start.path in pipeline.config.stages else name
 
 
-def _place(pipeline: Pipeline, name: str) -> Path | None:
+def _folder(pipeline: Pipeline, name: str) -> Path | None:
     """The folder of the model that `name` starts from at the root of its chain; None where it is not on this
     machine."""
-    root = pipeline.config.stages.get(_root(pipeline, name))
-    path = _root(pipeline, name) if root is None else root.model.path if isinstance(root, Training) else None
-    place = Path(pipeline.sources.resolve(path)) if path else None
-    return place if place and (place / "config.json").exists() else None
+    root = _root(pipeline, name)
+    stage = pipeline.config.stages.get(root)
+    path = root if stage is None else stage.starts_from.path if stage.starts_from else None
+    folder = Path(pipeline.sources.resolve(path)) if path else None
+    return folder if folder and (folder / "config.json").exists() else None
 
 
-def _tokenizer(pipeline: Pipeline, name: str) -> Any | None:
+def _tokenizer(pipeline: Pipeline, name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the stage's own chain; None where there is none yet, or none on this machine."""
     root = _root(pipeline, name)
     stage = pipeline.config.stages.get(root)
-    place = _place(pipeline, name)
-    if place is None and isinstance(stage, Training) and stage.model.init:
-        if stage.model.tokenizer:
-            place = Path(stage.model.tokenizer)
+    start, folder = stage and stage.starts_from, _folder(pipeline, name)
+    if folder is None and start and start.init:
+        if start.tokenizer:
+            folder = Path(start.tokenizer)
         elif pipeline.is_done(root):  # it has trained one
-            place = pipeline.stage_directory(root) / "model"
+            folder = pipeline.stage_directory(root) / "model"
     try:
-        remote = trusts(stage or pipeline.config.stages[name])
-        return load_tokenizer(str(place), trust_remote_code=remote) if place and place.exists() else None
+        remote = (stage or pipeline.config.stages[name]).trusts_remote_code
+        return load_tokenizer(str(folder), trust_remote_code=remote) if folder and folder.exists() else None
     except UsageError:
         return None
 
 
-def _config(pipeline: Pipeline, name: str, tokenizer: Any | None) -> Any | None:
+def _config(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> Any | None:
     """The transformers configuration of the model a stage works on; None when it is not on this machine."""
     root = pipeline.config.stages.get(_root(pipeline, name))
-    new = root.model if isinstance(root, Training) and root.model.init else None
-    place = _place(pipeline, name)
-    if new is None and place is None:
+    start, folder = root and root.starts_from, _folder(pipeline, name)
+    new = start if start and start.init else None
+    if new is None and folder is None:
         return None
-    remote = trusts(root or pipeline.config.stages[name])
+    remote = (root or pipeline.config.stages[name]).trusts_remote_code
     init = new.init.model_dump() if new and new.init else None
-    config = model_config(ModelSource(str(place), init, trust_remote_code=remote))
+    config = model_config(ModelSource(str(folder), init, trust_remote_code=remote))
     if new and init is not None and "vocab_size" not in init:
         config.vocab_size = len(tokenizer) if tokenizer else new.vocab_size or DEFAULT_VOCABULARY
     return config
 
 
-def _parameters(pipeline: Pipeline, name: str, tokenizer: Any | None) -> int | None:
+def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Parameters of the model a stage works on; None when neither its config is on this machine nor its shape
     known."""
     stage, root = pipeline.config.stages[name], pipeline.config.stages.get(_root(pipeline, name))
-    scores = stage.kind in ("reward", "classifier")
-    labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
+    head = _head(stage)
     config = _config(pipeline, name, tokenizer)
     if config is None:
         shape = model_shapes.known(_origin(pipeline, name))
-        return shape and shape.parameters("score" if scores else "lm", labels)
-    remote = isinstance(root, Training) and root.model.trust_remote_code
+        return shape and shape.parameters(head, stage.outputs)
+    remote = root is not None and root.starts_from is not None and root.trusts_remote_code
     family: Any = AutoModelForCausalLM
-    if scores:
+    if head == "score":
         family = AutoModelForSequenceClassification
-        config.num_labels = labels
+        config.num_labels = stage.outputs
     with torch.device("meta"):
         return count_parameters(family.from_config(config, trust_remote_code=remote))
+
+
+def _head(stage: Stage) -> model_shapes.Head:
+    return "score" if stage.leaves in ("reward model", "classifier") else "lm"
 
 
 # ---------------------------------------------------------------- memory
@@ -240,28 +240,28 @@ def _memory(
     size in GB → whether the stage fits, and settings that would make it fit; `estimated`: a model is of a
     type that keel does not know block by block."""
     stage = pipeline.config.stages[name]
-    cast = _cast(pipeline, name)
-    if cast is None:
+    refs = _models(pipeline, name)
+    if refs is None or stage_kinds.kind_of(stage.kind).memory is None:
         return None
     if micro_batch is not None:  # what `auto` comes to
         stage = stage.model_copy(update={"micro_batch": micro_batch})
     device = _kind(device_of(pipeline.config))
-    phases = stage_memory.phases(stage, cast, lengths, device)
+    phases = stage_memory.phases(stage, refs, lengths, device) or []
     fullest = max(phases, key=lambda phase: phase.total)
 
-    def peak(stage: AnyStage) -> float:
+    def peak(stage: Stage) -> float:
         limit = getattr(stage, "max_length", None)
-        return max(phase.total for phase in stage_memory.phases(stage, cast, lengths.within(limit), "cuda"))
+        return _peak(stage, refs, lengths.within(limit), "cuda")
 
-    found = card_fit.fits(stage, peak, lengths.total)
-    models = [cast.model, *([cast.reference] if cast.reference else []), *cast.rewards.values()]
+    cards = card_fit.fits(stage, peak, lengths.total)
+    models = [refs.model, *([refs.reference] if refs.reference else []), *refs.rewards.values()]
     return {
         "device": device,
         "longest": {"prompt": lengths.prompt, "answer": lengths.answer},
         "phases": {phase.name: _whole(phase.parts) for phase in phases},
         "peak": round(fullest.total),
         "peak_phase": fullest.name,
-        "cards": {str(fit.gb): {"fits": fit.fits, "with": fit.settings} for fit in found},
+        "cards": {str(fit.gb): {"fits": fit.fits, "with": fit.settings} for fit in cards},
         "estimated": not all(model.shape.known for model in models),
     }
 
@@ -272,40 +272,64 @@ def _whole(parts: dict[str, dict[str, float]]) -> dict[str, dict[str, int]]:
     }
 
 
-def _cast(pipeline: Pipeline, name: str) -> StageModels | None:
+def _models(pipeline: Pipeline, name: str) -> StageModels | None:
     """The shapes of a stage's models; None where one is unknown."""
+    stage = pipeline.config.stages[name]
+    rewards = _reward_models(pipeline, name)
+    if rewards is None:
+        return None
+    reference = getattr(stage, "reference", None)
+    if stage.starts_from is not None:
+        model = _shape(pipeline, name, _head(stage))
+        frozen = _shape(pipeline, reference, "lm") if reference else None
+        return (
+            None if model is None or (reference and frozen is None) else StageModels(model, frozen, rewards)
+        )
+    named = [source for setting, source in stage.references() if setting in ("model", "models")]
+    shapes = [shape for source in named if (shape := _shape(pipeline, source, "lm")) is not None]
+    if not named or len(shapes) < len(named):
+        return None
+    largest = max(shapes, key=lambda ref: ref.shape.parameters())
+    return StageModels(largest, shapes[named.index(reference or named[0])], rewards)
+
+
+def _reward_models(pipeline: Pipeline, name: str) -> dict[str, ModelRef] | None:
+    """The shapes of what a stage is rewarded by, by the name of the term; None where one is unknown."""
     stage = pipeline.config.stages[name]
     rewards: dict[str, ModelRef] = {}
     for term in getattr(stage, "reward", None) or []:
         if term.kind in ("learned", "classifier", "similarity"):
             # an adapter alone has the shape of its base
             on = name if pipeline.sources.is_bare(term.model) else term.model
-            found = _found(pipeline, on, "score", judges=term.kind != "learned")
-            if found is None:
+            ref = _shape(pipeline, on, "score", judges=term.kind != "learned")
+            if ref is None:
                 return None
             if term.kind == "learned":
-                found = replace(
-                    found, adapter=pipeline.sources.adapter(stage, term.model), quantize=term.quantize
-                )
-            rewards[term.called] = found
-    if isinstance(stage, EvaluateConfig):
-        models = [_found(pipeline, model, "lm") for model in stage.models]
-        if any(model is None for model in models):
-            return None
-        whole = sorted((m for m in models if m), key=lambda m: m.shape.parameters())
-        reference = models[stage.models.index(stage.reference or stage.models[0])]
-        return StageModels(whole[-1], reference, rewards)
-    if isinstance(stage, CollectConfig):
-        model = _found(pipeline, stage.model, "lm")
-        return model and StageModels(model)
-    assert isinstance(stage, Training)
-    model = _found(pipeline, name, "score" if stage.kind in ("reward", "classifier") else "lm")
-    named = getattr(stage, "reference", None)
-    reference = _found(pipeline, named, "lm") if named else None
-    return None if model is None or (named and reference is None) else StageModels(model, reference, rewards)
+                ref = replace(ref, adapter=_adapter(pipeline, stage, term.model), quantize=term.quantize)
+            rewards[term.called] = ref
+    return rewards
 
 
-def _found(
+def _adapter(pipeline: Pipeline, stage: Stage, name: str) -> Lora | None:
+    """As which adapter a reward model was trained, or will be, on the model that `stage` starts from;
+    None for one with weights of its own."""
+    base = stage.starts_from and stage.starts_from.path
+    if not stage.on_policy or base is None:
+        return None
+    maker = pipeline.config.stages.get(name)
+    if maker is not None:
+        same_base = maker.starts_from is not None and maker.starts_from.path == base
+        return stage_memory.lora_of(maker) if same_base and maker.leaves == "reward model" else None
+    place, base_place = Path(pipeline.sources.resolve(name)), Path(pipeline.sources.resolve(base))
+    folder = lora.folder_of(str(place)) if place.exists() else None
+    if folder is None or not base_place.exists() or not lora.belongs_to(folder, ModelSource(str(base_place))):
+        return None
+    settings = lora.settings_of(folder)
+    targets = settings.target_modules
+    return Lora(settings.r, targets if isinstance(targets, str) else tuple(targets))
+
+
+def _shape(
     pipeline: Pipeline, name: str, head: model_shapes.Head, *, judges: bool = False
 ) -> ModelRef | None:
     """What a stage's name, a path or a hub id stands for; None where its shape is unknown."""
@@ -327,26 +351,23 @@ def _origin(pipeline: Pipeline, name: str) -> str:
     """The path or hub id that the model of `name` comes from, at the root of its chain."""
     root = _root(pipeline, name)
     stage = pipeline.config.stages.get(root)
-    return (stage.model.path or root) if isinstance(stage, Training) else root
+    return (stage and stage.starts_from and stage.starts_from.path) or root
 
 
-def _longest(pipeline: Pipeline, name: str, tokenizer: Any | None, datasets: list[Dataset]) -> Lengths:
+def _longest(
+    pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None, datasets: list[Dataset]
+) -> Lengths:
     """Tokens of the longest rows that a stage will see: of the rows longest in characters, as the stage
     writes them."""
     stage = pipeline.config.stages[name]
     limit = getattr(stage, "max_length", None) or _context(pipeline, name)
-    packed = isinstance(stage, SFTConfig) and stage.packing
-    if (
-        isinstance(stage, PretrainConfig)
-        or packed
-        or (isinstance(stage, ClassifierConfig) and stage.passages)
-    ):
+    if stage.fills_rows:
         return Lengths(0, limit or 512)
     records = [record for dataset in datasets for record in dataset.records]
     candidates = sorted(records, key=lambda record: _length(None, record))[-CANDIDATES:]
     rows = [_lengths(tokenizer, record) for record in candidates]
-    if isinstance(stage, OnPolicy | BestOfNConfig | CollectConfig | EvaluateConfig):
-        new = stage.sampling.max_new_tokens
+    if stage.replies is not None:
+        new = stage.replies.max_new_tokens
         prompt = max(row.total for row in rows)
         return Lengths(min(prompt, max(1, limit - new)) if limit else prompt, new)
     return Lengths.of_all(rows).within(limit)
@@ -358,7 +379,7 @@ def _context(pipeline: Pipeline, name: str) -> int | None:
     return shape.context if shape else context
 
 
-def _lengths(tokenizer: Any | None, record: Record) -> Lengths:
+def _lengths(tokenizer: PreTrainedTokenizerBase | None, record: Record) -> Lengths:
     """Of one record."""
     if isinstance(record, TextRecord):
         return Lengths(0, math.ceil(_length(tokenizer, record)))
@@ -371,7 +392,7 @@ def _lengths(tokenizer: Any | None, record: Record) -> Lengths:
     return Lengths(prompt, 0)
 
 
-def _count(tokenizer: Any | None, part: Any) -> int:
+def _count(tokenizer: PreTrainedTokenizerBase | None, part: Prompt) -> int:
     """Tokens of a text, or of turns as keel's template writes them where the tokenizer brings none."""
     text = part if isinstance(part, str) else chat.prompt_text(None, part)
     if tokenizer is None:

@@ -70,15 +70,29 @@ def columns(name: str, method: str) -> list[Column]:
         separate["reference"] = 2 * exact
 
     found = [
-        Column("textbook", f"{_billions(round_)} parameters in 16 bit: weights, and gradients of what learns", each(4, 2, round_)),
-        Column("AdamW", "16-bit weights and gradients, float32 master weights and two moments (1910.02054)", each(16, 2, exact)),
-        Column("keel, all weights", "float32 weights, gradients and moments; the reference in 16 bit (reference_dtype: bfloat16)", separate),
-    ]  # fmt: skip
+        Column(
+            "textbook",
+            f"{_billions(round_)} parameters in 16 bit: weights, and gradients of what learns",
+            each(4, 2, round_),
+        ),
+        Column(
+            "AdamW",
+            "16-bit weights and gradients, float32 master weights and two moments (1910.02054)",
+            each(16, 2, exact),
+        ),
+        Column(
+            "keel, all weights",
+            "float32 weights, gradients and moments; the reference in 16 bit (reference_dtype: bfloat16)",
+            separate,
+        ),
+    ]
     for dtype, how in (("bfloat16", "16-bit"), ("int4", "4-bit")):
         found.append(
             Column(
                 f"adapters, {how} base",
-                f"one frozen {how} base, LoRA of rank 16 and a head for each role ({'model.quantize: 4bit' if dtype == 'int4' else 'model.dtype: bfloat16'}, sharing: adapters)",
+                f"one frozen {how} base, LoRA of rank 16 and a head for each role "
+                f"({'model.quantize: 4bit' if dtype == 'int4' else 'model.dtype: bfloat16'}, sharing: "
+                "adapters)",
                 _shared(shape, uses, dtype),
             )
         )
@@ -106,7 +120,8 @@ def _shape(name: str) -> Shape:
     found = found or model_shapes.known(name)
     if found is None:
         raise UsageError(
-            f"the shape of {name!r} is unknown: give a folder with its config.json, or one of {', '.join(model_shapes.KNOWN)}"
+            f"the shape of {name!r} is unknown: give a folder with its config.json, or one of "
+            f"{', '.join(model_shapes.KNOWN)}"
         )
     return found
 
@@ -122,10 +137,13 @@ def as_text(name: str, method: str) -> str:
     found = columns(name, method)
     roles = list(dict.fromkeys(role for column in found for role in column.roles))
     rows: list[tuple[str, Callable[[Column], str]]] = [
-        *((role, lambda column, role=role: _gb(column.roles[role]) if role in column.roles else "–") for role in roles),
+        *(
+            (role, lambda column, role=role: _gb(column.roles[role]) if role in column.roles else "–")
+            for role in roles
+        ),
         ("together", lambda column: _gb(column.total)),
         (f"cards of {CARD} GB", lambda column: f"{column.cards}"),
-    ]  # fmt: skip
+    ]
     first = max(len(label) for label, _ in rows)
     lines = [f"{name}: {_billions(_shape(name).parameters())} parameters, {method}; GB", ""]
     lines.append(" " * first + "".join(f"  {column.name:>22}" for column in found))

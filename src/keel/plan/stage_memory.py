@@ -12,24 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from keel.config import (
-    AnyStage,
     BestOfNConfig,
     ClassifierConfig,
     CollectConfig,
     DPOConfig,
     EvaluateConfig,
-    GRPOConfig,
+    LoraConfig,
     OnPolicy,
-    PPOConfig,
-    PretrainConfig,
     RewardConfig,
-    SFTConfig,
+    Stage,
     Supervised,
     Training,
 )
 from keel.config.preference import REFERENCE_FREE
 from keel.models.quantize import KINDS
-from keel.pipeline.preflight import lora_of
+from keel.pipeline import stage_kinds
 from keel.plan import activation_memory, model_memory, predicted_layout
 from keel.plan.model_memory import Forward, Lora, Model
 from keel.plan.model_shapes import Head, Shape
@@ -91,23 +88,19 @@ class StageModels:
     rewards: Mapping[str, ModelRef] = field(default_factory=dict)
 
 
-def phases(stage: AnyStage, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
-    """The phases of a stage with the most that each holds."""
-    match stage:
-        case PretrainConfig() | SFTConfig():
-            return [_language(stage, cast, lengths, device)]
-        case RewardConfig() | ClassifierConfig():
-            return _scoring_model(stage, cast, lengths, device)
-        case DPOConfig():
-            return _pairs(stage, cast, lengths, device)
-        case BestOfNConfig():
-            return _best_of_n(stage, cast, lengths, device)
-        case PPOConfig() | GRPOConfig():
-            return _on_policy(stage, cast, lengths, device)
-        case CollectConfig():
-            return _collect(stage, cast, lengths, device)
-        case EvaluateConfig():
-            return _evaluate(stage, cast, lengths, device)
+def phases(stage: Stage, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase] | None:
+    """The phases of a stage with the most that each holds; None for a kind without a memory model."""
+    memory = stage_kinds.kind_of(stage.kind).memory
+    return stage_kinds.resolve(memory)(stage, refs, lengths, device) if memory else None
+
+
+def lora_of(stage: Stage) -> Lora | None:
+    """The adapters that a stage trains."""
+    lora: LoraConfig | None = getattr(stage, "lora", None)
+    if lora is None:
+        return None
+    targets = lora.target_modules
+    return Lora(lora.r, targets if isinstance(targets, str) else tuple(targets), lora.dropout > 0)
 
 
 def _held_in(dtype: str, quantize: str | None) -> str:
@@ -118,9 +111,15 @@ def _held_in(dtype: str, quantize: str | None) -> str:
 def _trained(stage: Training, found: ModelRef, device: Device, *, dropout: bool = False) -> Model:
     lora, dtype = lora_of(stage), _held_in(stage.model.dtype, stage.model.quantize)
     return Model(
-        found.shape, dtype, trained=True, lora=lora, checkpointing=stage.gradient_checkpointing, dropout=dropout,
-        device=device, counted=found.counted,
-    )  # fmt: skip
+        found.shape,
+        dtype,
+        trained=True,
+        lora=lora,
+        checkpointing=stage.gradient_checkpointing,
+        dropout=dropout,
+        device=device,
+        counted=found.counted,
+    )
 
 
 def _frozen(found: ModelRef, dtype: str, device: Device, head: Head = "lm") -> Model:
@@ -144,22 +143,22 @@ def _with_best(phase: Phase, models: Mapping[str, Model], role: str, patience: i
 # ---------------------------------------------------------------- stages with fixed rows
 
 
-def _language(stage: Supervised, cast: StageModels, lengths: Lengths, device: Device) -> Phase:
+def language(stage: Supervised, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     """Language modelling with the model's own dropout."""
-    model = _trained(stage, cast.model, device, dropout=True)
+    model = _trained(stage, refs.model, device, dropout=True)
     rows = _rows(stage, stage.batch_size, lengths.total)
-    if isinstance(stage, PretrainConfig) or (isinstance(stage, SFTConfig) and stage.loss_on == "all"):
+    if getattr(stage, "loss_on", None) == "all" or stage.cuts_texts:
         lengths = Lengths(0, lengths.total)
     read = predicted_layout.forward(
         model, [predicted_layout.answer(i, lengths.prompt, lengths.answer) for i in range(rows)]
     )
     logits = model_memory.loss_logits(model, rows * lengths.answer)
-    if isinstance(stage, SFTConfig) and stage.packing:
+    if stage.fills_rows and not stage.cuts_texts:  # examples side by side, each of which sees itself alone
         read = Forward(rows, lengths.total, masked=True)
         logits += read.tokens * lengths.total * model.bytes  # what the mask is made from
     models = {"model": model}
     phase = training(models, [Pass("model", [read], logits)], accumulates=rows < stage.batch_size)
-    return _with_best(phase, models, "model", stage.patience)
+    return [_with_best(phase, models, "model", stage.patience)]
 
 
 def _sides(
@@ -183,33 +182,42 @@ def _working(model: Model, reads: Sequence[Forward]) -> float:
     return max(activation_memory.working(model, read) for read in reads)
 
 
-def _scoring_model(
-    stage: RewardConfig | ClassifierConfig, cast: StageModels, lengths: Lengths, device: Device
-) -> list[Phase]:
-    """A head on the last token; a reward model reads both sides of a pair."""
-    labels = len(stage.data) if isinstance(stage, ClassifierConfig) else 1
-    model = replace(_trained(stage, cast.model, device, dropout=True), head="score", labels=labels)
-    models, found = {"model": model}, []
-    rows = _rows(stage, stage.batch_size, lengths.total * (2 if isinstance(stage, RewardConfig) else 1))
-    reads = [Forward(rows, lengths.total)]
-    if isinstance(stage, RewardConfig):
-        reads = _read(model, _sides(predicted_layout.scored, rows, lengths))
+def reward_model(stage: RewardConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """A head on the last token, which reads both sides of a pair; before, samples to scale the scores by."""
+    model = replace(_trained(stage, refs.model, device, dropout=True), head="score")
+    rows = _rows(stage, stage.batch_size, lengths.total * 2)
+    reads = _read(model, _sides(predicted_layout.scored, rows, lengths))
+    steps = _scored_steps(stage, model, reads, rows)
+    if not stage.normalize or model.shape.is_encoder:
+        return [steps]
+    prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
+    dtype = _held_in(stage.model.dtype, stage.model.quantize)
+    sampler = {"sampler": _frozen(refs.model, dtype, device)}
+    return [_rollout(sampler, "sampler", SAMPLED_AT_ONCE, prompt, name="samples"), steps]
+
+
+def classifier(stage: ClassifierConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """A head with an output for each label."""
+    trained = _trained(stage, refs.model, device, dropout=True)
+    model = replace(trained, head="score", labels=stage.outputs)
+    rows = _rows(stage, stage.batch_size, lengths.total)
+    return [_scored_steps(stage, model, [Forward(rows, lengths.total)], rows)]
+
+
+def _scored_steps(stage: Supervised, model: Model, reads: list[Forward], rows: int) -> Phase:
+    """The gradient steps of a model with a score head."""
+    models = {"model": model}
     phase = training(models, [Pass("model", reads)], accumulates=rows < stage.batch_size)
-    if isinstance(stage, RewardConfig) and stage.normalize and not model.shape.is_encoder:
-        prompt = Lengths(lengths.prompt, stage.sampling.max_new_tokens)
-        dtype = _held_in(stage.model.dtype, stage.model.quantize)
-        sampler = {"sampler": _frozen(cast.model, dtype, device)}
-        found.append(_rollout(sampler, "sampler", SAMPLED_AT_ONCE, prompt, name="samples"))
-    return [*found, _with_best(phase, models, "model", stage.patience)]
+    return _with_best(phase, models, "model", stage.patience)
 
 
-def _pairs(stage: DPOConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+def preferences(stage: DPOConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     """The reference's log-probabilities first, then both sides of a pair in one step, a few rows a
     forward."""
-    policy, found = _trained(stage, cast.model, device), []
+    policy, found = _trained(stage, refs.model, device), []
     models = {"policy": policy}
     if stage.loss not in REFERENCE_FREE:
-        found.append(_reference(stage, cast, lengths, device))
+        found.append(_reference(stage, refs, lengths, device))
     sides = 1 if stage.loss == "kto" else 2
     count = _rows(stage, stage.batch_size, sides * lengths.total)
     rows = _responses(stage, count, lengths)
@@ -229,12 +237,12 @@ def _responses(stage: DPOConfig, count: int, lengths: Lengths) -> list[predicted
     return _sides(predicted_layout.answer, count, lengths)
 
 
-def _reference(stage: DPOConfig, cast: StageModels, lengths: Lengths, device: Device) -> Phase:
+def _reference(stage: DPOConfig, refs: StageModels, lengths: Lengths, device: Device) -> Phase:
     """The log-probabilities of all responses, in parts of as many rows as the micro-batch has examples."""
-    held = {"policy": replace(_trained(stage, cast.model, device), trained=False, lora=None)}
-    if cast.reference:
-        held["reference"] = _frozen(cast.reference, stage.model.dtype, device)
-    role = "reference" if cast.reference else "policy"
+    held = {"policy": replace(_trained(stage, refs.model, device), trained=False, lora=None)}
+    if refs.reference:
+        held["reference"] = _frozen(refs.reference, stage.model.dtype, device)
+    role = "reference" if refs.reference else "policy"
     model = replace(held[role], trained=False)
     rows = _rows(stage, stage.batch_size, lengths.total)
     part = max(predicted_layout.parts(_responses(stage, rows, lengths), rows), key=len)
@@ -247,28 +255,28 @@ def _reference(stage: DPOConfig, cast: StageModels, lengths: Lengths, device: De
     return Phase("reference", parts)
 
 
-def _best_of_n(stage: BestOfNConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+def best_of_n(stage: BestOfNConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     dtype = _held_in(stage.model.dtype, stage.model.quantize)
-    sampler = {"sampler": _frozen(cast.model, dtype, device)}
-    held = sampler | _rewards(cast, stage.model.dtype, device)
+    sampler = {"sampler": _frozen(refs.model, dtype, device)}
+    held = sampler | _rewards(refs, stage.model.dtype, device)
     rows = PROMPTS_AT_ONCE * stage.samples_per_prompt
     found = [_rollout(held, "sampler", rows, lengths, name="samples")]
     found += _judging(held, stage.batch_size, lengths, stage.samples_per_prompt)
-    return [*found, _language(stage, cast, lengths, device)]
+    return [*found, *language(stage, refs, lengths, device)]
 
 
 # ---------------------------------------------------------------- stages that sample
 
 
-def _collect(stage: CollectConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
-    held = {"sampler": _frozen(cast.model, stage.dtype, device)}
+def collect(stage: CollectConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    held = {"sampler": _frozen(refs.model, stage.dtype, device)}
     return [_rollout(held, "sampler", stage.batch_size, lengths)]
 
 
-def _on_policy(stage: OnPolicy, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     """Every update: rollout, the rewards' scores, everybody's log-probabilities and values, gradient
     steps."""
-    models = roles(stage, cast, device)
+    models = roles(stage, refs, device)
     policy, whole = models["policy"], stage.batch_size
     kept = whole * lengths.answer * policy.shape.hidden * policy.bytes if stage.trusts_sampler else 0
     sampled = _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
@@ -334,27 +342,27 @@ def _without_resting(phase: Phase, models: Mapping[str, Model]) -> Phase:
     return Phase(phase.name, {role: kinds for role, kinds in phase.parts.items() if here(role, kinds)})
 
 
-def roles(stage: OnPolicy, cast: StageModels, device: Device) -> dict[str, Model]:
+def roles(stage: OnPolicy, refs: StageModels, device: Device) -> dict[str, Model]:
     """The models that an on-policy stage holds, as models/roles.py shares them."""
-    policy = _trained(stage, cast.model, device)
+    policy = _trained(stage, refs.model, device)
     models = {"policy": policy}
     shared = (
         stage.sharing == "adapters"
     )  # one frozen base; what differs between the roles is adapters and heads
     if stage.lora is None or stage.reference is not None:
-        found = cast.reference or cast.model
+        found = refs.reference or refs.model
         dtype = _held_in(stage.reference_dtype or stage.model.dtype, stage.reference_quantize)
         models["reference"] = _frozen(found, dtype, device)
-    if isinstance(stage, PPOConfig) and stage.sharing != "trunk":
+    if stage.critic and getattr(stage, "sharing", None) != "trunk":
         models["critic"] = replace(policy, head="score", base=not shared, counted=None)
-    return models | _rewards(cast, stage.model.dtype, device, policy if shared else None)
+    return models | _rewards(refs, stage.model.dtype, device, policy if shared else None)
 
 
-def _rewards(cast: StageModels, dtype: str, device: Device, base: Model | None = None) -> dict[str, Model]:
+def _rewards(refs: StageModels, dtype: str, device: Device, base: Model | None = None) -> dict[str, Model]:
     """Reward models and classifiers, each member of an ensemble a role of its own. base: what those that were
     trained as adapters on it are put on."""
     models: dict[str, Model] = {}
-    for name, found in cast.rewards.items():
+    for name, found in refs.rewards.items():
         on_base = base is not None and found.adapter is not None
         held_in = base.dtype if base is not None and on_base else _held_in(dtype, found.quantize)
         for member in range(1, found.members + 1):
@@ -376,13 +384,19 @@ def _rollout(
     model, base = models[role], with_parts(resident(models), role, casts=model_memory.casts(models[role]))
     one_layer = 1 + 1 / model.shape.layers
     prefill = with_parts(
-        base, role, kv_cache=model_memory.kv_cache(model, rows, lengths.prompt),
-        activations=activation_memory.working(model, Forward(rows, lengths.prompt)), logits=model_memory.sampling_logits(model, rows, lengths.prompt),
-    )  # fmt: skip
+        base,
+        role,
+        kv_cache=model_memory.kv_cache(model, rows, lengths.prompt),
+        activations=activation_memory.working(model, Forward(rows, lengths.prompt)),
+        logits=model_memory.sampling_logits(model, rows, lengths.prompt),
+    )
     end = with_parts(
-        base, role, kv_cache=model_memory.kv_cache(model, rows, lengths.total) * one_layer,
-        activations=activation_memory.working(model, Forward(rows, lengths.total), new=1), logits=model_memory.sampling_logits(model, rows, 1),
-    )  # fmt: skip
+        base,
+        role,
+        kv_cache=model_memory.kv_cache(model, rows, lengths.total) * one_layer,
+        activations=activation_memory.working(model, Forward(rows, lengths.total), new=1),
+        logits=model_memory.sampling_logits(model, rows, 1),
+    )
     return fullest(name, [prefill, end])
 
 
@@ -404,12 +418,12 @@ def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int
     return [max(found, key=lambda phase: phase.total)] if found else []
 
 
-def _evaluate(stage: EvaluateConfig, cast: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+def evaluate(stage: EvaluateConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     """The reference, and one model after the other: its samples, the rewards' scores, the exact KL."""
-    models = {"model": _frozen(cast.model, stage.dtype, device)}
+    models = {"model": _frozen(refs.model, stage.dtype, device)}
     if len(stage.models) > 1:
-        models["reference"] = _frozen(cast.reference or cast.model, stage.dtype, device)
-    models |= _rewards(cast, stage.dtype, device)
+        models["reference"] = _frozen(refs.reference or refs.model, stage.dtype, device)
+    models |= _rewards(refs, stage.dtype, device)
     rows = stage.batch_size
     found = [_rollout(models, "model", rows, lengths), *_judging(models, rows, lengths)]
     model = models["model"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keel.pipeline import stage_kinds
 from keel.plan import card_fit
 
 
@@ -38,10 +39,17 @@ def as_text(entries: list[dict[str, Any]]) -> str:
             *(
                 _memory_lines(entry["memory"])
                 if entry["memory"]
-                else ["    memory unknown until the shapes of its models are"]
+                else [f"    {_without_memory(entry['kind'])}"]
             ),
         ]
     return "\n".join(lines)
+
+
+def _without_memory(kind: str) -> str:
+    """Why nothing is said of a stage's memory."""
+    if stage_kinds.kind_of(kind).memory is None:
+        return f"memory unknown: the package that adds {kind!r} has no memory model of it"
+    return "memory unknown until the shapes of its models are"
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:

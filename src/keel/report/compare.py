@@ -36,7 +36,7 @@ class Difference:
     how: str  # "paired over 5 seeds", "paired over 256 prompts", "of independent means"
 
     @property
-    def told_apart(self) -> bool:
+    def distinguishable(self) -> bool:
         return self.low > 0 or self.high < 0
 
 
@@ -102,11 +102,13 @@ def _warnings(by: str | None, entries: Sequence[Entry]) -> list[str]:
     ways = {json.dumps(pooling.evaluation(entry.judged[0]), sort_keys=True) for entry in entries}
     if len(ways) > 1:
         notes.append(
-            "The evaluations differ in their settings, reference or reward model: numbers of different evaluations are not on one scale."
+            "The evaluations differ in their settings, reference or reward model: numbers of different "
+            "evaluations are not on one scale."
         )
     if by == "proxy":
         notes.append(
-            "Ranked by the proxy alone: no gold reward was measured. The proxy is what was optimised, so a higher one does not show that replies are better."
+            "Ranked by the proxy alone: no gold reward was measured. The proxy is what was optimised, so a "
+            "higher one does not show that replies are better."
         )
     lacking = [entry.name for entry in entries if by and mean(entry.measures, by) is None]
     if lacking:
@@ -126,10 +128,10 @@ def verdict(found: Comparison) -> tuple[str, str, str]:
     value = f"{found.by} reward {_value(best, str(found.by))}{_at(best)}"
     if len(rated) == 1:
         return "unjudged", "One model", f"{best.name} has {value}; there is no other to compare it with."
-    ties = [entry.name for entry in rated[1:] if not found.differences[entry.name].told_apart]
+    ties = [entry.name for entry in rated[1:] if not found.differences[entry.name].distinguishable]
     second = rated[1]
     apart = found.differences[second.name]
-    if apart.told_apart:
+    if apart.distinguishable:
         nor = f"; it cannot be told apart from {_listed(ties)}" if ties else ""
         sentence = (
             f"{best.name} is best, with {value}, ahead of {second.name}{_at(second)} by {_shown(apart)}{nor}."
@@ -168,7 +170,7 @@ def at_equal_kl(found: Comparison) -> list[str]:
             told = [
                 f"{peer.name} ({_nats(peer)}) by {_shown(difference(first, peer, str(by)))}" for peer in peers
             ]
-            apart = [difference(first, peer, str(by)).told_apart for peer in peers]
+            apart = [difference(first, peer, str(by)).distinguishable for peer in peers]
             clear = [text for text, yes in zip(told, apart) if yes]
             unclear = [peer.name for peer, yes in zip(peers, apart) if not yes]
             says = [f"is ahead of {_listed(clear)}"] if clear else []
@@ -178,7 +180,8 @@ def at_equal_kl(found: Comparison) -> list[str]:
             )
         elif [first.name] == best and len(found.entries) > 2:
             sentences.append(
-                f"No other model's KL interval overlaps that of {first.name} ({_nats(first)}): at equal KL it has no rival here."
+                f"No other model's KL interval overlaps that of {first.name} ({_nats(first)}): at equal KL "
+                "it has no rival here."
             )
     return sentences
 
@@ -218,13 +221,25 @@ def as_json(found: Comparison, page: Path) -> str:
         for entry in found.entries
     ]  # fmt: skip
     ahead = {
-        name: {"mean": d.mean, "low": d.low, "high": d.high, "how": d.how, "told_apart": d.told_apart}
+        name: {
+            "mean": d.mean,
+            "low": d.low,
+            "high": d.high,
+            "how": d.how,
+            "distinguishable": d.distinguishable,
+        }
         for name, d in found.differences.items()
     }
     facts = {
-        "ranked_by": found.by, "verdict": f"{word}: {sentence}", "level": level, "at_equal_kl": at_equal_kl(found),
-        "notes": list(found.notes), "models": models, "best_ahead_of": ahead, "page": str(page),
-    }  # fmt: skip
+        "ranked_by": found.by,
+        "verdict": f"{word}: {sentence}",
+        "level": level,
+        "at_equal_kl": at_equal_kl(found),
+        "notes": list(found.notes),
+        "models": models,
+        "best_ahead_of": ahead,
+        "page": str(page),
+    }
     return json.dumps(facts, ensure_ascii=False, indent=2)
 
 
@@ -259,9 +274,10 @@ def _shown(apart: Difference) -> str:
     """Decimals enough that an interval which excludes 0 is not rounded to it."""
     places = max(2, decimals([apart.mean, apart.low, apart.high]))
     nearest = min(abs(apart.low), abs(apart.high))
-    while apart.told_apart and places < 5 and round(nearest, places) == 0:
+    while apart.distinguishable and places < 5 and round(nearest, places) == 0:
         places += 1
-    return f"{signed(apart.mean, places)} (95 % interval {number(apart.low, places)} to {number(apart.high, places)}, {apart.how})"
+    interval = f"{number(apart.low, places)} to {number(apart.high, places)}"
+    return f"{signed(apart.mean, places)} (95 % interval {interval}, {apart.how})"
 
 
 def _nats(entry: Entry) -> str:

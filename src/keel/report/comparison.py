@@ -40,15 +40,34 @@ def write(path: Path, *, title: str, word: str, verdict: str, **parts: Any) -> N
 
 
 def render(
-    *, title: str, level: str, word: str, verdict: str, models: Sequence[Model], more: Sequence[str], notes: Sequence[str],
-) -> str:  # fmt: skip
+    *,
+    title: str,
+    level: str,
+    word: str,
+    verdict: str,
+    models: Sequence[Model],
+    more: Sequence[str],
+    notes: Sequence[str],
+) -> str:
     """The whole page."""
     drawn = against_kl(models)
     head, rows = table(models)
     return page.fill(
-        "compare.html", drawn, title=title, level=level, word=word, verdict=verdict, more=more, notes=notes, head=head, rows=rows,
-        models=models, places=_colour_places(models), pictures=drawn, pooled=any(model.runs > 1 for model in models),
-    )  # fmt: skip
+        "compare.html",
+        drawn,
+        title=title,
+        level=level,
+        word=word,
+        verdict=verdict,
+        more=more,
+        notes=notes,
+        head=head,
+        rows=rows,
+        models=models,
+        places=_colour_places(models),
+        pictures=drawn,
+        pooled=any(model.runs > 1 for model in models),
+    )
 
 
 def table(models: Sequence[Model]) -> tuple[list[str], list[list[Cell]]]:

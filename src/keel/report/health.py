@@ -10,7 +10,6 @@ from keel.diagnosis.findings import SEVERITIES
 from keel.diagnosis.logs import Diagnosis
 from keel.report.reading import Run
 
-ON_POLICY = ("ppo", "grpo")
 _TIMES = {1: "once", 2: "twice", 3: "three times"}
 _DONE = {"rollback": "rolled back", "adjust": "adjusted", "stop": "stopped"}
 _KEPT = "kept the best"
@@ -32,7 +31,7 @@ def diagnoses(run: Run) -> dict[str, Diagnosis]:
     return {
         stage.name: logs.stage(stage.directory, stage.settings)
         for stage in run.stages
-        if stage.kind in ON_POLICY and (stage.metrics or (stage.directory / "events.jsonl").exists())
+        if stage.shown_as.on_policy and (stage.metrics or (stage.directory / "events.jsonl").exists())
     }
 
 
@@ -73,12 +72,13 @@ def lines(diagnosis: Diagnosis) -> list[Line]:
         for f in diagnosis.findings
     ]
     rows += [
-        Line(int(a["step"]), "done", _DONE.get(a["event"], _KEPT), deed(a), "", "") for a in diagnosis.actions
+        Line(int(a["step"]), "done", _DONE.get(a["event"], _KEPT), action_sentence(a), "", "")
+        for a in diagnosis.actions
     ]
     return sorted(rows, key=lambda row: (row.step, row.level == "done"))
 
 
-def deed(action: Mapping[str, Any]) -> str:
+def action_sentence(action: Mapping[str, Any]) -> str:
     """An action as a sentence."""
     if action["event"] == "keep":
         return f"the weights of step {action['to']} were kept, which the judge liked best"

@@ -61,13 +61,31 @@ class Line(NamedTuple):
             fall += f" ({number(self.fall['low'], 2)} to {number(self.fall['high'], 2)})"
         proxy = "–" if self.proxy_rise is None else signed(self.proxy_rise, 2)
         return [
-            self.name, self.law, *shown, top, signed(self.peak, 2), number(self.peak_kl, 1), signed(self.end, 2), fall, proxy,
-        ]  # fmt: skip
+            self.name,
+            self.law,
+            *shown,
+            top,
+            signed(self.peak, 2),
+            number(self.peak_kl, 1),
+            signed(self.end, 2),
+            fall,
+            proxy,
+        ]
 
 
 HEAD = (
-    "way", "law fitted", "α", "β", "R²", "KL at the law's peak", "gold at its peak", "KL there", "gold at the end", "fall", "proxy, peak to end",
-)  # fmt: skip
+    "way",
+    "law fitted",
+    "α",
+    "β",
+    "R²",
+    "KL at the law's peak",
+    "gold at its peak",
+    "KL there",
+    "gold at the end",
+    "fall",
+    "proxy, peak to end",
+)
 
 
 # ---------------------------------------------------------------- what runs hold
@@ -75,9 +93,9 @@ HEAD = (
 
 def paths(run: Run) -> list[Path]:
     """All ways of one run that have a start whose gold reward is known."""
-    judged = [stage for stage in run.stages if stage.kind == "evaluate" and stage.result.get("models")]
+    judged = run.with_models
     best = [found for stage in judged if (found := _best_of_n(stage)) is not None]
-    trained = [stage for stage in run.stages if stage.kind in ("ppo", "grpo")]
+    trained = [stage for stage in run.stages if stage.shown_as.on_policy]
     return best + [found for stage in trained if (found := _trained(stage, judged)) is not None]
 
 
@@ -100,14 +118,21 @@ def _trained(stage: StageRun, judged: Sequence[StageRun]) -> Path | None:
     world = (stage.settings.get("judge") or {}).get("gold")
     model = stage.settings.get("model")
     start = stage.settings.get("reference") or (model.get("path") if isinstance(model, Mapping) else model)
-    knows = [s for s in judged if s.settings.get("gold") == world and mean(s.result["models"].get(start) or {}, "gold") is not None]  # fmt: skip
+    knows = [
+        s
+        for s in judged
+        if s.settings.get("gold") == world and mean(s.result["models"].get(start) or {}, "gold") is not None
+    ]
     if world is None or not knows:
         return None
     alike = [s for s in knows if s.settings.get("reward") == stage.settings.get("reward")]
     before = (alike or knows)[0].result["models"][start]
     gold, proxy = mean(before, "gold"), mean(before, "proxy") if alike else None
     assert gold is not None
-    known = {name: dict(stage.metrics.get(f"eval/{name}", ())) for name in ("judge", "objective/kl", "objective/scores")}  # fmt: skip
+    known = {
+        name: dict(stage.metrics.get(f"eval/{name}", ()))
+        for name in ("judge", "objective/kl", "objective/scores")
+    }
     points: list[tuple[int, float, float, float | None]] = []
     for step, value in sorted(known["judge"].items()):
         kl, score = known["objective/kl"].get(step), known["objective/scores"].get(step)
@@ -138,9 +163,11 @@ def _names_of(terms: Any) -> list[str]:
     """Names of rewards as a resolved config has them."""
     listed = terms if isinstance(terms, list) else [terms]
     return [
-        str(term.get("name") or term.get("model") or term.get("kind")) if isinstance(term, Mapping) else str(term)
+        str(term.get("name") or term.get("model") or term.get("kind"))
+        if isinstance(term, Mapping)
+        else str(term)
         for term in listed
-    ]  # fmt: skip
+    ]
 
 
 # ---------------------------------------------------------------- over seeds
@@ -160,10 +187,15 @@ def _line(label: str, own: Sequence[Path]) -> Line:
         return math.fsum(values) / len(values)
 
     return Line(
-        label, WORDS[own[0].law], fitted(own), over([found.peak for found in courses]),
-        over([path.d[found.at] ** 2 for path, found in zip(own, courses)]), over([found.end for found in courses]),
-        across_runs(falls) if len(falls) > 1 else None, over(rises) if len(rises) == len(own) else None,
-    )  # fmt: skip
+        label,
+        WORDS[own[0].law],
+        fitted(own),
+        over([found.peak for found in courses]),
+        over([path.d[found.at] ** 2 for path, found in zip(own, courses)]),
+        over([found.end for found in courses]),
+        across_runs(falls) if len(falls) > 1 else None,
+        over(rises) if len(rises) == len(own) else None,
+    )
 
 
 def _course(path: Path) -> Course:
@@ -199,8 +231,14 @@ def drawn(groups: Mapping[str, Sequence[Path]]) -> list[Picture]:
     found = [_picture("overoptimization-gold", "Gold reward against √KL", "change", groups, "gold")]
     if any(path.proxy for own in groups.values() for path in own):
         found.append(
-            _picture("overoptimization-proxy", "Proxy reward against √KL", "change, in standard deviations", groups, "proxy")
-        )  # fmt: skip
+            _picture(
+                "overoptimization-proxy",
+                "Proxy reward against √KL",
+                "change, in standard deviations",
+                groups,
+                "proxy",
+            )
+        )
     return found
 
 
@@ -223,9 +261,19 @@ def _picture(name: str, title: str, unit: str, groups: Mapping[str, Sequence[Pat
         if law is not None:
             along = [max(x) * i / DRAWN for i in range(DRAWN + 1)]
             traces.append(
-                {"type": "scatter", "mode": "lines", "x": along, "y": [law.at(d) for d in along], "hoverinfo": "skip",
-                 "line": {"color": colour, "width": 2, "dash": "dot" if law.law == "best_of_n" else "solid"}}
-            )  # fmt: skip
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "x": along,
+                    "y": [law.at(d) for d in along],
+                    "hoverinfo": "skip",
+                    "line": {
+                        "color": colour,
+                        "width": 2,
+                        "dash": "dot" if law.law == "best_of_n" else "solid",
+                    },
+                }
+            )
     layout = pictures._layout(x_title="√KL from the starting model, √nats", height=330)
     pictures._pad(layout, all_x, all_y)
     return Picture(name, title, unit, tuple(keys), {"data": traces, "layout": layout})
@@ -237,9 +285,14 @@ def _dots(label: str, law: Law, x: list[float], y: list[float], at: list[int], c
     if law == "best_of_n":
         marker["symbol"] = "diamond"
     return {
-        "type": "scatter", "mode": "markers", "x": x, "y": y, "marker": marker, "text": [f"{where} {one}" for one in at],
+        "type": "scatter",
+        "mode": "markers",
+        "x": x,
+        "y": y,
+        "marker": marker,
+        "text": [f"{where} {one}" for one in at],
         "hovertemplate": f"{pictures.plain(label)}, %{{text}}<br>√KL %{{x:.2f}}<br>%{{y:.3f}}<extra></extra>",
-    }  # fmt: skip
+    }
 
 
 def facts(groups: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
@@ -249,11 +302,17 @@ def facts(groups: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
         law = line.fit
         found.append(
             {
-                "way": label, "law": own[0].law, "runs": len(own),
-                "fit": law and {"alpha": law.alpha, "beta": law.beta, "r2": law.r2, "points": law.n, "peak_d": law.peak},
-                "peak": line.peak, "peak_kl": line.peak_kl, "end": line.end, "fall": line.fall or {"mean": line.peak - line.end},
+                "way": label,
+                "law": own[0].law,
+                "runs": len(own),
+                "fit": law
+                and {"alpha": law.alpha, "beta": law.beta, "r2": law.r2, "points": law.n, "peak_d": law.peak},
+                "peak": line.peak,
+                "peak_kl": line.peak_kl,
+                "end": line.end,
+                "fall": line.fall or {"mean": line.peak - line.end},
                 "proxy_peak_to_end": line.proxy_rise,
                 "points": [{"at": p.at, "d": p.d, "gold": p.gold, "proxy": p.proxy} for p in own],
             }
-        )  # fmt: skip
+        )
     return found

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from keel.diagnosis.logs import Diagnosis
+from keel.pipeline.stage_kinds import KeyNumber
 from keel.report import health, overoptimization, pictures, replies, reward_models, rounds, wording
 from keel.report.pictures import Picture
 from keel.report.reading import Run, StageRun, read
@@ -24,7 +25,7 @@ from keel.report.verdict import Verdict, kl_target, unjudged, verdict
 from keel.report.wording import bound, decimals, duration, large, mean, number
 
 _HERE = Path(__file__).parent
-WITHOUT_STEPS = ("collect", "evaluate")  # kinds of stages that train nothing
+FEW = 2  # measures that stand for a stage of a kind that names none
 
 
 class Cell(NamedTuple):
@@ -84,11 +85,11 @@ def _is_alive(process: int) -> bool:
 
 def render(run: Run) -> str:
     """The whole page."""
-    judged = [stage for stage in run.stages if stage.kind == "evaluate"]
-    curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.kind not in WITHOUT_STEPS}
+    judged = run.judged
+    curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.shown_as.has_steps}
     diagnoses = health.diagnoses(run)
     path = pictures.trajectories(
-        [stage for stage in run.stages if stage.kind in ("ppo", "grpo")], _colours(judged)
+        [stage for stage in run.stages if stage.shown_as.on_policy], _colours(judged)
     )
     paths = [path] if path else []
     if (refreshed := rounds.picture(run)) is not None:
@@ -105,7 +106,7 @@ def render(run: Run) -> str:
         "page.html",
         drawn,
         run=run,
-        trained=[stage for stage in run.stages if stage.kind not in WITHOUT_STEPS],
+        trained=[stage for stage in run.stages if stage.shown_as.has_steps],
         verdicts=verdicts(run, diagnoses),
         findings={name: health.lines(one) for name, one in diagnoses.items()},
         facts={(s.name, v.model): _facts(s, v, run) for s in judged for v in verdict(s.result, run.config)},
@@ -124,7 +125,7 @@ def render(run: Run) -> str:
         paths=paths,
         ways=(overoptimization.HEAD, [line.cells for line in overoptimization.lines(ways)]),
         replies={stage.name: replies.side_by_side(stage) for stage in judged},
-        during={stage.name: replies.during(stage) for stage in run.stages if stage.kind in ("ppo", "grpo")},
+        during={stage.name: replies.during(stage) for stage in run.stages if stage.shown_as.on_policy},
     )
 
 
@@ -160,7 +161,7 @@ def verdicts(run: Run, diagnoses: Mapping[str, Diagnosis]) -> list[tuple[str, Ve
     """The name of each `evaluate` stage with each of its verdicts; at least one. diagnoses: of the stages
     that have any."""
     said = {name: health.said(one) for name, one in diagnoses.items()}
-    judged = [stage for stage in run.stages if stage.kind == "evaluate"]
+    judged = run.judged
     if not judged:
         return [("", unjudged("run an evaluate stage"))]
     found: list[tuple[str, Verdict]] = []
@@ -174,35 +175,37 @@ def verdicts(run: Run, diagnoses: Mapping[str, Diagnosis]) -> list[tuple[str, Ve
 
 def key_result(stage: StageRun) -> str:
     """What came out of a stage, in a few words; "" when nothing has."""
-    result = stage.result
-    if stage.kind in ("pretrain", "sft") and mean(result, "eval_loss") is not None:
-        return f"held-out loss {number(mean(result, 'eval_loss'), 2)}"
-    if stage.kind in ("reward", "classifier") and mean(result, "accuracy") is not None:
-        return f"accuracy {_with_interval(result, 'accuracy')}"
-    if stage.kind == "dpo":
-        parts = [
-            f"{name} {_with_interval(result, name)}" for name in ("accuracy", "margin") if name in result
-        ]
-        return "held-out " + ", ".join(parts) if parts else ""
-    if stage.kind == "best_of_n" and mean(result, "reward_best") is not None:
-        return f"reward {number(mean(result, 'reward_mean'), 2)} → {number(mean(result, 'reward_best'), 2)}"
-    if stage.kind == "collect" and "comparisons" in result:
-        return f"{number(int(result['comparisons']))} comparisons"
-    if stage.kind in ("ppo", "grpo"):
-        scores = mean(result, "scores") if "scores" in result else _late(stage, "objective/scores")
-        kl = mean(result, "kl") if "kl" in result else _late(stage, "objective/kl")
-        parts = [f"score {number(scores, 2)}"] if scores is not None else []
-        return ", ".join(parts + ([f"KL {number(kl, 1)} nats"] if kl is not None else []))
-    if stage.kind == "evaluate":
-        models = result.get("models") or {}
-        by = next(
-            (by for by in ("gold", "proxy") if any(mean(m, by) is not None for m in models.values())), ""
-        )
-        means = [(name, mean(m, by)) for name, m in models.items()]
-        if len(means) == 2:
-            return f"{by} " + " → ".join(number(value, 2) for _, value in means)
-        return f"{by}: " + ", ".join(f"{name} {number(value, 2)}" for name, value in means) if by else ""
-    return ""
+    result, kind = stage.result, stage.shown_as
+    if kind.compares:
+        return _models_in_short(result.get("models") or {})
+    numbers = kind.key_numbers or tuple(
+        KeyNumber(name.replace("_", " "), name)
+        for name in [name for name in result if mean(result, name) is not None][:FEW]
+    )
+    late = stage.late
+    return ", ".join(text for one in numbers if (text := _key_number(one, result, late)))
+
+
+def _key_number(one: KeyNumber, result: Mapping[str, Any], late: Mapping[str, float]) -> str:
+    """ "held-out loss 1.84", "reward 0.31 → 0.52", "12 comparisons"; "" where it was not measured."""
+    value = mean(result, one.measure) if one.measure in result else late.get(one.late)
+    if value is None:
+        return ""
+    shown = number(int(value)) if one.places == 0 else number(value, one.places)
+    if one.before:
+        shown = f"{number(mean(result, one.before), one.places)} → {shown}"
+    if one.interval:
+        shown = _with_interval(result, one.measure)
+    return " ".join(part for part in (one.label, shown, one.unit) if part)
+
+
+def _models_in_short(models: Mapping[str, Any]) -> str:
+    """The gold reward of each model, else its proxy: "gold 0.41 → 0.58"."""
+    by = next((by for by in ("gold", "proxy") if any(mean(m, by) is not None for m in models.values())), "")
+    means = [(name, mean(m, by)) for name, m in models.items()]
+    if len(means) == 2:
+        return f"{by} " + " → ".join(number(value, 2) for _, value in means)
+    return f"{by}: " + ", ".join(f"{name} {number(value, 2)}" for name, value in means) if by else ""
 
 
 def measures(result: Mapping[str, Any]) -> list[Row]:
@@ -285,12 +288,6 @@ def _columns(stages: tuple[StageRun, ...]) -> list[tuple[StageRun, int, int]]:
         filled[column[stage.name]] = filled.get(column[stage.name], 0) + 1
         placed.append((stage, column[stage.name], filled[column[stage.name]] - 1))
     return placed
-
-
-def _late(stage: StageRun, name: str, count: int = 5) -> float | None:
-    """Mean of a metric over its last `count` steps."""
-    values = [value for _, value in stage.metrics.get(name, ())[-count:] if value is not None]
-    return sum(values) / len(values) if values else None
 
 
 def _last(stage: StageRun) -> list[tuple[str, int, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from keel.report.curves import CURVES, Curve
+from keel.pipeline.stage_kinds import Curve
 from keel.report.reading import StageRun
 from keel.report.verdict import kl_target
 from keel.report.wording import bound, mean, measure, number
@@ -55,13 +55,13 @@ def curves(stage: StageRun) -> list[Picture]:
             curve = curve._replace(level_label="target")
         if any(value is not None for _, value in stage.metrics.get(curve.metric, ())):
             pictures.append(_curve(f"{stage.name}-{position}", curve, stage))
-    best = _best_of_n(stage) if stage.kind == "best_of_n" else None
+    best = _chosen(stage)
     return [best, *pictures] if best else pictures
 
 
-def _best_of_n(stage: StageRun) -> Picture | None:
+def _chosen(stage: StageRun) -> Picture | None:
     """A point a prompt: the reward of the response that was chosen against the mean of all that were
-    sampled."""
+    sampled. None for a stage that chose none."""
     found = [(row["mean"], row["reward"]) for row in stage.chosen() if {"mean", "reward"} <= row.keys()]
     found = found[:: -(-len(found) // MOST_POINTS) or 1]
     if not found:
@@ -102,14 +102,14 @@ def curve_keys(stage: StageRun) -> tuple[Key, ...]:
 
 
 def _known(stage: StageRun) -> tuple[Curve, ...]:
-    known = CURVES.get(stage.kind, ())
+    known = stage.shown_as.curves
     if known:
         return tuple(curve for curve in known if not curve.setting or stage.settings.get(curve.setting))
     return tuple(Curve(name, "", name) for name in list(stage.metrics)[:12])
 
 
 def _unit(stage: StageRun) -> str:
-    return "update" if stage.kind in ("ppo", "grpo") else "step"
+    return stage.shown_as.x_word
 
 
 def _window(points: Points) -> int:
@@ -161,7 +161,7 @@ def judgement(name: str, result: Mapping[str, Any], config: Mapping[str, Any]) -
 
 
 def trajectories(stages: Sequence[StageRun], colours: Mapping[str, str]) -> Picture | None:
-    """Score against KL over each PPO stage (2210.10760): what each nat of distance bought."""
+    """Score against KL over each on-policy stage (2210.10760): what each nat of distance bought."""
     traces, keys, all_x, all_y = [], [], [], []
     for position, stage in enumerate(stages):
         kl = dict(stage.metrics.get("objective/kl", ()))

@@ -97,7 +97,8 @@ def entries(runs: Sequence[Path]) -> tuple[list[Entry], list[str]]:
         for (label, _), own in groups.items()
     ]
     return found, [
-        f"{label} has the same settings and seed in {', '.join(dict.fromkeys(paths))}: it is counted once for a seed."
+        f"{label} has the same settings and seed in {', '.join(dict.fromkeys(paths))}: it is counted once "
+        "for a seed."
         for label, paths in twice.items()
     ]
 
@@ -110,8 +111,7 @@ def _judged(path: Path) -> list[tuple[Judged, str]]:
             f"no run at {path}: there is no config.yaml in it; give the path of a run, such as runs/NAME"
         )
     run = read(path)
-    stages = [stage for stage in run.stages if stage.kind == "evaluate"]
-    done = [stage for stage in stages if stage.result.get("models")]
+    stages, done = run.judged, run.with_models
     if not done:
         what = (
             f"its evaluate stage {stages[0].name!r} has no current result: run it"
@@ -155,7 +155,7 @@ def _chain(run: Run, names: Sequence[str]) -> dict[str, Any]:
 def _strings(settings: Mapping[str, Any]) -> list[str]:
     """All strings in a stage's settings but its kind: whichever is another stage's name refers to it."""
 
-    def walk(value: Any) -> Iterator[str]:
+    def walk(value: object) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping | list):

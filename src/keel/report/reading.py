@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from keel.errors import DataError, UsageError
+from keel.pipeline.stage_kinds import StageKind, shown_as
 
 _REFERENCES = ("model", "models", "reward", "reference")  # settings that may name another stage
 
@@ -29,6 +30,20 @@ class StageRun:
     result: dict[str, Any]  # result.json
     metrics: dict[str, list[tuple[int, float | None]]]  # name → (step, value), by step; None: not finite
 
+    @property
+    def shown_as(self) -> StageKind:
+        """How stages of its kind are shown; as an unknown kind where the package that adds it is not here."""
+        return shown_as(self.kind)
+
+    @property
+    def late(self) -> dict[str, float]:
+        """Metric → mean over its last five steps, for a stage that has no result yet."""
+        return {
+            name: sum(values) / len(values)
+            for name, points in self.metrics.items()
+            if (values := [value for _, value in points[-5:] if value is not None])
+        }
+
     def samples(self) -> Iterator[dict[str, Any]]:
         return _rows(self.directory / "samples.jsonl")
 
@@ -46,6 +61,16 @@ class Run:
     config_text: str
     manifest: dict[str, Any]
     stages: tuple[StageRun, ...]  # in the order of the config
+
+    @property
+    def judged(self) -> list[StageRun]:
+        """The stages that compare models, finished or not."""
+        return [stage for stage in self.stages if stage.shown_as.compares]
+
+    @property
+    def with_models(self) -> list[StageRun]:
+        """The stages that have compared models."""
+        return [stage for stage in self.judged if stage.result.get("models")]
 
 
 def read(run: Path) -> Run:

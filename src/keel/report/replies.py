@@ -92,7 +92,7 @@ def _part(name: str, value: Any) -> tuple[str, str, float | None]:
     return name, number(float(value), 2), share
 
 
-def _turns(prompt: Any) -> list[tuple[str, str]]:
+def _turns(prompt: object) -> list[tuple[str, str]]:
     """Turns of a prompt: those of a conversation, or of a plain text that marks them in Anthropic's way."""
     if isinstance(prompt, list):
         return [(str(turn.get("role", "")), str(turn.get("content", ""))) for turn in prompt]
@@ -104,11 +104,11 @@ def _turns(prompt: Any) -> list[tuple[str, str]]:
     return [(role, content) for role, content in turns if content] or [("", text)]
 
 
-def _text(completion: Any) -> str:
+def _text(completion: object) -> str:
     if isinstance(completion, list):
         return "\n\n".join(str(turn.get("content", "")) for turn in completion).strip()
     return str(completion).strip()
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

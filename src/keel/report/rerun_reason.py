@@ -27,21 +27,36 @@ def reason(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         found.append(f"{', '.join(map(repr, names))} changed, which it starts from")
     if "data" in changed:
         found.append("its data changed")
+    if "rewards" in changed:
+        found.append("the code of its reward functions changed")
+    if "plugins" in changed:
+        names = [name for name, *_ in _differences(before.get("plugins") or {}, now.get("plugins") or {})]
+        found.append(f"what other packages add to it changed ({', '.join(names)})")
     if "code" in changed:
-        found.append("the code of keel changed")
+        found.append(f"keel's code changed{_files(before.get('code'), now.get('code'))}")
     if "versions" in changed:
         found.append(f"versions changed ({_listed(before.get('versions'), now.get('versions'))})")
     return " and ".join(found) or "what it is made of changed"
 
 
-def _listed(before: Any, now: Any) -> str:
+def _files(before: object, now: object) -> str:
+    """ " (rl/loop.py, rl/ppo.py and 2 more)": the files that differ. "" for a run by an older keel, which
+    kept one hash of all its code."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return ""
+    files = sorted(file for file in {**before, **now} if before.get(file) != now.get(file))
+    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    return f" ({', '.join(files[:SHOWN])}{more})"
+
+
+def _listed(before: object, now: object) -> str:
     """ "kl.coef 0.05 → 0.1, lr 1e-05 → 2e-05 and 2 more"."""
     found = list(_differences(before, now))
     lines = [f"{place} {_shown(old)} → {_shown(new)}" for place, old, new in found[:SHOWN]]
     return ", ".join(lines) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
-def _differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(before: object, now: object, place: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted place, old, new) of each leaf that differs; a list counts as a mapping from positions."""
     if isinstance(before, list) and isinstance(now, list):
         before, now = dict(enumerate(before)), dict(enumerate(now))
@@ -53,6 +68,6 @@ def _differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, 
         yield place, before, now
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -119,8 +119,12 @@ def reliability_diagram(name: str, found: Mapping[str, Any]) -> Picture | None:
     ]
     keys = (Key("votes for the side it prefers", "--train", "dot"), Key("calibrated", "--ink", "dash"))
     return Picture(
-        f"{name}-reliability", "Reliability of the reward model", "share of votes", keys, {"data": [points], "layout": layout}
-    )  # fmt: skip
+        f"{name}-reliability",
+        "Reliability of the reward model",
+        "share of votes",
+        keys,
+        {"data": [points], "layout": layout},
+    )
 
 
 def _measured(part: Mapping[str, Any], name: str) -> str:

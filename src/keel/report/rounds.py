@@ -44,12 +44,24 @@ def picture(run: Run) -> Picture | None:
     above = [value.get("high", value["mean"]) - value["mean"] for _, value in known]
     below = [value["mean"] - value.get("low", value["mean"]) for _, value in known]
     bars = {
-        "type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": "--train", "thickness": 1.5, "width": 0,
-    }  # fmt: skip
+        "type": "data",
+        "symmetric": False,
+        "array": above,
+        "arrayminus": below,
+        "color": "--train",
+        "thickness": 1.5,
+        "width": 0,
+    }
     trace = {
-        "type": "scatter", "mode": "lines+markers", "x": x, "y": y, "error_y": bars, "line": {"color": "--train", "width": 2},
-        "marker": {"color": "--train", "size": 8}, "hovertemplate": "round %{x}: %{y:.3f}<extra></extra>",
-    }  # fmt: skip
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": x,
+        "y": y,
+        "error_y": bars,
+        "line": {"color": "--train", "width": 2},
+        "marker": {"color": "--train", "size": 8},
+        "hovertemplate": "round %{x}: %{y:.3f}<extra></extra>",
+    }
     layout = pictures._layout(x_title="round of refreshing; 0 is the reference", height=290)
     pictures._pad(layout, x, [*(a + b for a, b in zip(y, above)), *(a - b for a, b in zip(y, below))])
     layout["xaxis"]["dtick"] = 1

@@ -31,16 +31,15 @@ def summary(run: Path) -> str:
                 lines.append(
                     f"{name}: {line.level}, {line.name} from step {line.step}: {line.evidence}; {line.remedy}"
                 )
-    for stage in found.stages:
-        if stage.kind == "evaluate" and stage.result.get("models"):
-            head = [stage.name, *stage.result["models"]]
-            rows = [
-                [("  " if row.part else "") + row.label, *(_cell(c.value, c.interval) for c in row.cells)]
-                for row in measures(stage.result)
-            ]
-            lines += ["", *table([head, *rows])]
-            if said := in_short(stage.result.get("reward_model") or {}):
-                lines += ["", f"reward model on comparisons: {said}"]
+    for stage in found.with_models:
+        head = [stage.name, *stage.result["models"]]
+        rows = [
+            [("  " if row.part else "") + row.label, *(_cell(c.value, c.interval) for c in row.cells)]
+            for row in measures(stage.result)
+        ]
+        lines += ["", *table([head, *rows])]
+        if said := in_short(stage.result.get("reward_model") or {}):
+            lines += ["", f"reward model on comparisons: {said}"]
     return "\n".join(lines)
 
 

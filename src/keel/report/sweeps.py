@@ -86,7 +86,7 @@ def gather(name: str, points: Sequence[Ended]) -> Found:
 def _measured(path: Path) -> dict[str, dict[str, Any]]:
     """Subject → its measures: the models of the evaluate stages; of a run without any, its stages."""
     run = read(path)
-    judged = [stage for stage in run.stages if stage.kind == "evaluate" and stage.result.get("models")]
+    judged = run.with_models
     names = [model for stage in judged for model in stage.result["models"]]
     found = {
         model if names.count(model) == 1 else f"{stage.name}:{model}": dict(measures)
@@ -103,8 +103,10 @@ def _measured(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rows(
-    subject: str, by_setting: Mapping[str, Sequence[Ended]], measured: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> list[Row]:  # fmt: skip
+    subject: str,
+    by_setting: Mapping[str, Sequence[Ended]],
+    measured: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> list[Row]:
     """A row for each setting; a single one for what no swept setting changes."""
     found: list[Row] = []
     for label, points in by_setting.items():
@@ -158,7 +160,8 @@ def verdict(found: Found) -> str:
     changed = [row for row in found.rows if row.settings != ALL and by in row.measures]
     rated = sorted(changed, key=lambda row: row.measures[str(by)]["mean"], reverse=True)
     if by is None or not rated:
-        return f"{len(found.points) - len(failed)} of {len(found.points)} points are done; no reward was measured.{lost}"
+        done = f"{len(found.points) - len(failed)} of {len(found.points)} points are done"
+        return f"{done}; no reward was measured.{lost}"
     best = rated[0]
     text = f"{_named(best)} has the highest {by} reward, {_value(best.measures[by])}"
     second = next((row for row in rated[1:] if row.subject == best.subject or not best.settings), None)
@@ -168,10 +171,14 @@ def verdict(found: Found) -> str:
     apart = [best.by_seed[seed][by] - second.by_seed[seed][by] for seed in seeds]
     if len(apart) < 2:
         ahead = best.measures[by]["mean"] - second.measures[by]["mean"]
-        return f"{text}, {signed(ahead, 3)} ahead of {_named(second)}; a single seed says nothing of how runs vary.{lost}"
+        lead = f"{text}, {signed(ahead, 3)} ahead of {_named(second)}"
+        return f"{lead}; a single seed says nothing of how runs vary.{lost}"
     ahead = across_runs(apart)
     clear = "" if ahead["low"] > 0 else ", which includes 0: they cannot be told apart"
-    return f"{text}, {signed(ahead['mean'], 3)} ({number(ahead['low'], 3)} to {number(ahead['high'], 3)}, paired over {len(apart)} seeds{clear}) ahead of {_named(second)}.{lost}"
+    interval = (
+        f"{number(ahead['low'], 3)} to {number(ahead['high'], 3)}, paired over {len(apart)} seeds{clear}"
+    )
+    return f"{text}, {signed(ahead['mean'], 3)} ({interval}) ahead of {_named(second)}.{lost}"
 
 
 def _named(row: Row) -> str:
@@ -229,21 +236,39 @@ def facts(found: Found, directory: Path) -> dict[str, Any]:
     """What `sweep.json` holds."""
     head, body = cells(found)
     return {
-        "name": found.name, "verdict": verdict(found), "report": str(directory / "report.html"),
+        "name": found.name,
+        "verdict": verdict(found),
+        "report": str(directory / "report.html"),
         "points": [
-            {"name": p.name, "run": str(p.run), "settings": dict(p.settings), "seed": p.seed, "status": p.status, "error": p.error or None}
+            {
+                "name": p.name,
+                "run": str(p.run),
+                "settings": dict(p.settings),
+                "seed": p.seed,
+                "status": p.status,
+                "error": p.error or None,
+            }
             for p in found.points
         ],
         "rows": [
-            {"settings": dict(row.values), "subject": row.subject, "seeds": list(row.by_seed), "measures": dict(row.measures)}
+            {
+                "settings": dict(row.values),
+                "subject": row.subject,
+                "seeds": list(row.by_seed),
+                "measures": dict(row.measures),
+            }
             for row in found.rows
         ],
-        "table": {"head": head, "rows": [[f"{c.value} ({c.interval})" if c.interval else c.value for c in line] for line in body]},
+        "table": {
+            "head": head,
+            "rows": [[f"{c.value} ({c.interval})" if c.interval else c.value for c in line] for line in body],
+        },
         "overoptimization": {
-            "head": list(overoptimization.HEAD), "rows": [line.cells for line in overoptimization.lines(found.ways)],
+            "head": list(overoptimization.HEAD),
+            "rows": [line.cells for line in overoptimization.lines(found.ways)],
             "ways": overoptimization.facts(found.ways),
         },
-    }  # fmt: skip
+    }
 
 
 def write_csv(found: Found, path: Path) -> None:
@@ -275,11 +300,20 @@ def write(found: Found, path: Path) -> None:
     page.put(
         path,
         page.fill(
-            "sweep.html", drawn, name=found.name, verdict=verdict(found), head=head, rows=body, points=found.points, seeds=sorted(seeds),
-            shown=shown, ways=(overoptimization.HEAD, [line.cells for line in overoptimization.lines(found.ways)]), pictures=drawn,
+            "sweep.html",
+            drawn,
+            name=found.name,
+            verdict=verdict(found),
+            head=head,
+            rows=body,
+            points=found.points,
+            seeds=sorted(seeds),
+            shown=shown,
+            ways=(overoptimization.HEAD, [line.cells for line in overoptimization.lines(found.ways)]),
+            pictures=drawn,
             done=sum(point.status == "done" for point in found.points),
         ),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- pictures

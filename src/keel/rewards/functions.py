@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from keel import plugins
 from keel.data.batches import derive_seed
 from keel.data.chat import user_text
 from keel.errors import RewardError, UsageError
@@ -57,6 +58,21 @@ def load(name: str, where: str) -> Callable[..., Any]:
     if not callable(found) or isinstance(found, type):
         raise UsageError(f"{where}: {name} is a {_kind(found)}, not a function")
     return found
+
+
+def of_package(name: str, where: str) -> Callable[..., Any]:
+    """The function that an installed package adds as a reward of this name, by an entry point of `keel.rewards`.
+
+    where: the setting that names it, for messages. UsageError for a name that nobody adds or several packages add, a
+    package that cannot be imported, and for what is no function.
+    """
+    try:
+        added = plugins.load("keel.rewards", name)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    if not callable(added) or isinstance(added, type):
+        raise UsageError(f"{where}: {name!r} of another package is a {_kind(added)}, not a function")
+    return added
 
 
 def source_print(name: str) -> str:

@@ -86,7 +86,7 @@ def _free(path: Path) -> Path:
     return next(place for place in itertools.chain([path], numbered) if not place.exists())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON by atomic rename, flushed to the disk first."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 def manifest(run: Path) -> dict[str, dict[str, Any]]:
@@ -35,9 +35,19 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def outcome(pipeline: Any) -> dict[str, Any]:
+class InDirectory(Protocol):
+    """What works in a run directory, as a pipeline does."""
+
+    directory: Path
+
+
+def outcome(pipeline: InDirectory) -> dict[str, Any]:
+    """The run for `--json`: its directory, its report, and of each stage what the manifest and its result say."""
     found = results(pipeline.directory)
     return {
-        "run": str(pipeline.directory), "report": str(pipeline.directory / "report.html"),
-        "stages": {name: {**facts, "result": found.get(name)} for name, facts in manifest(pipeline.directory).items()},
-    }  # fmt: skip
+        "run": str(pipeline.directory),
+        "report": str(pipeline.directory / "report.html"),
+        "stages": {
+            name: {**facts, "result": found.get(name)} for name, facts in manifest(pipeline.directory).items()
+        },
+    }

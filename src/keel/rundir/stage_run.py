@@ -50,7 +50,8 @@ class StageRun:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise NotFiniteError(
-                    f"{self.name}: {name} is {value} at step {step}; nothing of this step was kept (last checkpoint: {self.directory / 'checkpoints'})"
+                    f"{self.name}: {name} is {value} at step {step}; nothing of this step was kept (last "
+                    f"checkpoint: {self.directory / 'checkpoints'})"
                 )
 
     def log(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, SimilarityTerm
+from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, PluginTerm, SimilarityTerm
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
@@ -67,6 +67,8 @@ def open_rewards(
                 opened.append(LoadedReward(term, tuple(models)))
             case FunctionTerm():
                 opened.append(LoadedReward(term, function=functions.load(term.function, where)))
+            case PluginTerm():
+                opened.append(LoadedReward(term, function=functions.of_package(term.function, where)))
             case SimilarityTerm():
                 found = Similarity(
                     run.resolve(term.model), term.to, device=run.device, trust_remote_code=trust_remote_code
@@ -92,6 +94,8 @@ def check(terms: Sequence[Any], where: str) -> None:
     for term in terms:
         if isinstance(term, FunctionTerm):
             functions.load(term.function, f"{where}: reward")
+        elif isinstance(term, PluginTerm):
+            functions.of_package(term.function, f"{where}: reward")
         elif not isinstance(term, LearnedTerm | SimilarityTerm | ClassifierTerm):
             try:
                 _rule(term)

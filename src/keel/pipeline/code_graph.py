@@ -1,0 +1,179 @@
+"""Which modules of keel a piece of code uses, and a print of each: what its results depend on of keel's code.
+
+The graph is read from the source, without importing it: module → the modules that its import statements
+name, those inside functions included. A package's `__init__` that only passes names on is looked through: who
+imports `PPOConfig` from `keel.config` uses `keel.config.ppo`, not all configs.
+
+Left out: modules that are imported by a name computed at run time. keel has none; plug-ins have prints of
+their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import keel
+
+Name = tuple[str, str | None]  # a module, and what is taken from it; None: the module itself
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file."""
+
+    path: Path
+    package: str  # that its relative imports start from
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def code(self) -> str:
+        """A hash of what the file does: comments, docstrings and layout do not count."""
+        parts: list[str] = []
+        _write(self.tree, parts)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def imports(self) -> tuple[Name, ...]:
+        """What its import statements name. Those for the type checker alone do not count."""
+        return tuple(_imports(self.tree, self.package))
+
+    @cached_property
+    def passed_on(self) -> dict[str, Name]:
+        """Name → where it comes from, for names that the file's own top level imports."""
+        names: dict[str, Name] = {}
+        for statement in self.tree.body:
+            if isinstance(statement, ast.ImportFrom):
+                source = _absolute(statement, self.package)
+                names |= {alias.asname or alias.name: (source, alias.name) for alias in statement.names}
+        return names
+
+
+class CodeGraph:
+    """The modules of the package in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._modules: dict[str, Module] = {}
+        for path in sorted(root.rglob("*.py")):
+            parts = (root.name, *path.relative_to(root).with_suffix("").parts)
+            is_package = parts[-1] == "__init__"
+            name = ".".join(parts[:-1] if is_package else parts)
+            package = name if is_package else name.rpartition(".")[0]
+            self._modules[name] = Module(path, package)
+
+    def modules(self) -> list[str]:
+        """The names of all modules, sorted."""
+        return sorted(self._modules)
+
+    def file_of(self, module: str) -> str:
+        """Where a module stands: keel.rl.loop → rl/loop.py."""
+        return self._modules[module].path.relative_to(self._root).as_posix()
+
+    def used_by(self, roots: Collection[str]) -> set[str]:
+        """The modules called `roots` and all that they import, directly or not."""
+        used: set[str] = set()
+        waiting = [module for module in roots if module in self._modules]
+        while waiting:
+            module = waiting.pop()
+            if module not in used:
+                used.add(module)
+                waiting += self._named(self._modules[module].imports)
+        return used
+
+    def used_by_file(self, path: Path) -> set[str]:
+        """The modules that a file outside the package imports, directly or not."""
+        return self.used_by(self._named(Module(path, "").imports))
+
+    def prints(self, modules: Collection[str]) -> dict[str, str]:
+        """File → hash of its code, for each of the modules."""
+        return {self.file_of(module): self._modules[module].code for module in sorted(modules)}
+
+    def _named(self, imports: Collection[Name]) -> list[str]:
+        found = [self._defining(*name) for name in imports]
+        return [module for module in found if module is not None]
+
+    def _defining(self, module: str, name: str | None) -> str | None:
+        """The module that has what an import names; None for others' code and for the package's root."""
+        if name is not None and f"{module}.{name}" in self._modules:
+            return f"{module}.{name}"
+        if module not in self._modules or module == self._root.name:
+            return None  # the root holds the version and the front door, which nothing below it calls
+        own = self._modules[module]
+        if name is not None and own.path.name == "__init__.py" and name in own.passed_on:
+            return self._defining(*own.passed_on[name])
+        return module
+
+
+@lru_cache(maxsize=1)
+def of_keel() -> CodeGraph:
+    """The graph of this installation, read once a process."""
+    return CodeGraph(Path(keel.__file__).parent)
+
+
+def _absolute(statement: ast.ImportFrom, package: str) -> str:
+    """The module that a `from … import` names, its dots written out."""
+    if not statement.level:
+        return statement.module or ""
+    parts = package.split(".")
+    base = parts[: len(parts) - statement.level + 1]
+    return ".".join([*base, *([statement.module] if statement.module else [])])
+
+
+def _imports(node: ast.AST, package: str) -> Iterator[Name]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.name, None
+    elif isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+            yield _absolute(node, package), alias.name
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and _is_type_checking(child.test)):
+            yield from _imports(child, package)
+        else:
+            for other in child.orelse:
+                yield from _imports(other, package)
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return getattr(test, "id", getattr(test, "attr", None)) == "TYPE_CHECKING"
+
+
+def _write(node: object, parts: list[str]) -> None:
+    """A syntax tree as words, the same in every version of Python: fields that are empty are left out."""
+    if isinstance(node, ast.AST):
+        parts.append(type(node).__name__)
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if field == "body" and _has_docstring(node):
+                value = value[1:]  # pyright: ignore[reportOptionalSubscript]
+            if value is not None and value != [] and field not in ("ctx", "kind", "type_comment"):
+                parts.append(field)
+                _write(value, parts)
+    elif isinstance(node, list):
+        parts.append(f"[{len(node)}")
+        for item in node:
+            _write(item, parts)
+    else:
+        parts.append(repr(node))
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    if (
+        not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        or not node.body
+    ):
+        return False
+    first = node.body[0]
+    return (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    )
