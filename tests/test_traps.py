@@ -676,7 +676,7 @@ def test_trap_every_setting_is_read_by_something(
             caller = sys._getframe(1).f_code
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
-                or caller.co_name in ("inputs", "references", "called", "trusts_sampler", "world")
+                or caller.co_name in ("inputs", "references", "log_name", "trusts_sampler", "world")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -692,7 +692,7 @@ def test_trap_every_setting_is_read_by_something(
     }  # fmt: skip
     own = str(Path(__file__).parent / "stages" / "rewards_for_tests.py") + ":red"
     terms = [
-        {"kind": "answer", "only": None}, {"kind": "format"}, {"kind": "regex", "pattern": "r"}, {"kind": "length", "high": 3}, {"kind": "repetition"},
+        {"kind": "answer", "source_filter": None}, {"kind": "format"}, {"kind": "regex", "pattern": "r"}, {"kind": "length", "high": 3}, {"kind": "repetition"},
         {"kind": "keywords", "words": ["red"]}, {"kind": "overlong", "max_length": 6, "buffer": 2},
         {"kind": "similarity", "model": str(tiny_bert), "to": "answer"}, {"kind": "classifier", "model": "genre", "label": "a"},
         {"kind": "python", "function": own}, {"kind": "learned", "model": "reward", "combine": "mean"},

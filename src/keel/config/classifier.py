@@ -32,17 +32,27 @@ class ClassifierConfig(Supervised):
     )
     eval_data: dict[str, Sources] | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         None,
-        description="Label → texts to evaluate on (whole books that are not in `data`, say), instead of a held-out share.",
+        description=(
+            "Label → texts to evaluate on (whole books that are not in `data`, say), instead of a held-out "
+            "share."
+        ),
     )
     passages: bool = Field(
         False,
-        description="Cut every text into passages of nearly equal length, at most `max_length` tokens. The paragraphs of a .txt file are one text; of other files and worlds each row is. Without it, each row is one example.",
+        description=(
+            "Cut every text into passages of nearly equal length, at most `max_length` tokens. The "
+            "paragraphs of a .txt file are one text; of other files and worlds each row is. Without it, each "
+            "row is one example."
+        ),
     )
     holdout: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="Share of each label's texts kept from training to evaluate on, at least one (whole texts, before they are cut into passages).",
+        description=(
+            "Share of each label's texts kept from training to evaluate on, at least one (whole texts, "
+            "before they are cut into passages)."
+        ),
     )
     lr: float = Field(5e-5, gt=0, description="Peak learning rate (AdamW).")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay, on matrices only.")

@@ -10,7 +10,10 @@ from pydantic import Field, field_validator, model_validator
 from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_list, as_source
 
 ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
-_WHO = "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and waits."
+_WHO = (
+    "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and "
+    "waits."
+)
 
 
 class CollectConfig(Stage):
@@ -30,7 +33,10 @@ class CollectConfig(Stage):
     )
     too_long: Literal["error", "skip", "truncate"] = Field(
         "error",
-        description="What to do with a prompt that leaves no room for max_new_tokens. Truncation cuts its start; both are counted.",
+        description=(
+            "What to do with a prompt that leaves no room for max_new_tokens. Truncation cuts its start; "
+            "both are counted."
+        ),
     )
     batch_size: int = Field(64, ge=2, description="Replies sampled at once.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -14,7 +14,7 @@ from keel.config.grpo import GRPOConfig
 from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_source
 from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
-from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, models_of
+from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 
 
@@ -71,7 +71,7 @@ class EvaluateConfig(Stage):
         lambda value: None if value is None else as_terms(value)
     )
     _labels = field_validator("reward", mode="after")(
-        lambda terms: None if terms is None else check_labels(terms)
+        lambda terms: None if terms is None else check_log_names(terms)
     )
     _data = field_validator("data", mode="before")(as_source)
     _comparisons = field_validator("comparisons", mode="before")(
@@ -80,7 +80,7 @@ class EvaluateConfig(Stage):
 
     @model_validator(mode="after")
     def _sound(self) -> EvaluateConfig:
-        check_only(self.reward or [], self.data, "`data`")
+        check_source_filters(self.reward or [], self.data, "`data`")
         learned = [term for term in self.reward or [] if term.kind == "learned"]
         if self.comparisons is not None and len(learned) != 1:
             raise ValueError("`comparisons` has no effect without one reward model in `reward`")
@@ -233,7 +233,7 @@ def _check_collected(
 def _check_made_here(name: str, term: Any, stages: Mapping[str, AnyStage]) -> None:
     """ValueError for a reward whose settings do not fit the stage that its model comes from."""
     made = stages.get(getattr(term, "model", ""))
-    where = f"stage {name!r}: reward {term.called!r}"
+    where = f"stage {name!r}: reward {term.log_name!r}"
     if term.kind == "learned" and isinstance(made, RewardConfig) and term.combine and made.members == 1:
         raise ValueError(
             f"{where}: `combine` has no effect: {term.model!r} trains a single reward model (`members` 1)"

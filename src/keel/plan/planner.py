@@ -287,7 +287,7 @@ def _cast(pipeline: Pipeline, name: str) -> StageModels | None:
                 found = replace(
                     found, adapter=pipeline.sources.adapter(stage, term.model), quantize=term.quantize
                 )
-            rewards[term.called] = found
+            rewards[term.log_name] = found
     if isinstance(stage, EvaluateConfig):
         models = [_found(pipeline, model, "lm") for model in stage.models]
         if any(model is None for model in models):

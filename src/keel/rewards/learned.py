@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import huggingface_hub
 import torch
@@ -33,6 +33,9 @@ from keel.models.quantize import rest_in
 from keel.models.shared_base import Base
 from keel.types import Conversation, Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 Inputs = dict[
     str, list[int]
 ]  # what a model reads for one text: input_ids, and token_type_ids for some encoders
@@ -43,8 +46,8 @@ class RewardModel:
     """r_φ, its tokenizer, and the scale it was given on SFT samples (a Bradley–Terry score has none of its
     own)."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     mean: float = 0.0  # of the scores of SFT samples
     std: float = 1.0
     scaled: bool = False  # whether it was given a scale; without one, mean 0 and std 1 say nothing
@@ -91,7 +94,7 @@ def load_members(
     ]
 
 
-def other_members(config: Any, path: str) -> list[str]:
+def other_members(config: PreTrainedConfig, path: str) -> list[str]:
     """The folders of an ensemble's members 2, 3 …; `config` is the first member's, which says how many there
     are. UsageError if one is missing."""
     count = (getattr(config, "keel_reward", None) or {}).get("members", 1)
@@ -103,7 +106,8 @@ def other_members(config: Any, path: str) -> list[str]:
     missing = next((number for number in range(2, count + 1) if number not in numbers), None)
     if missing is not None:
         raise UsageError(
-            f"{path!r} is an ensemble of {count} reward models, but member {missing} is not there (members/{missing}); bring the whole folder"
+            f"{path!r} is an ensemble of {count} reward models, but member {missing} is not there "
+            f"(members/{missing}); bring the whole folder"
         )
     return [str(folder / "members" / str(number)) for number in numbers]
 
@@ -115,16 +119,17 @@ def _downloaded(path: str, count: int) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{path!r} is an ensemble of {count} reward models, but its members cannot be downloaded: {reason}"
+            f"{path!r} is an ensemble of {count} reward models, but its members cannot be downloaded: "
+            f"{reason}"
         ) from error
 
 
 def combined(
-    scores: Tensor, combine: Literal["mean", "min", "mean_minus_std"], caution: float = 1.0
+    scores: Tensor, combine: Literal["mean", "min", "mean_minus_std"], std_penalty: float = 1.0
 ) -> Tensor:
     """(M, B) normalised scores of M members → (B,): what the ensemble says (2310.02743).
 
-    mean; the worst case, min; or mean − λ·std with λ = `caution` and the population's standard deviation: a
+    mean; the worst case, min; or mean − λ·std with λ = `std_penalty` and the population's standard deviation: a
     response on which the members disagree is one that a member may be wrong about.
     """
     match combine:
@@ -133,7 +138,7 @@ def combined(
         case "min":
             return scores.amin(dim=0)
         case "mean_minus_std":
-            return scores.mean(dim=0) - caution * scores.std(dim=0, correction=0)
+            return scores.mean(dim=0) - std_penalty * scores.std(dim=0, correction=0)
 
 
 def scorer_of_trained(source: ModelSource, seed: int) -> Any:
@@ -143,18 +148,19 @@ def scorer_of_trained(source: ModelSource, seed: int) -> Any:
     return scorer(source, seed)
 
 
-def check_config(config: Any, path: str) -> None:
+def check_config(config: PreTrainedConfig, path: str) -> None:
     """UsageError unless this is the config of a sequence classifier with one output."""
     if not is_classifier(config):
         kinds = getattr(config, "architectures", None) or []
         raise UsageError(
-            f"{path!r} is no reward model (its architecture is {', '.join(kinds) or 'unknown'}): train one with a reward stage"
+            f"{path!r} is no reward model (its architecture is {', '.join(kinds) or 'unknown'}): train one "
+            "with a reward stage"
         )
     if config.num_labels != 1:
         raise UsageError(f"{path!r} has {config.num_labels} outputs; a reward model has 1")
 
 
-def wrap(model: Any, tokenizer: Any) -> RewardModel:
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
     """With the scale that keel's reward stage left in the model's config (`keel_reward`); `scaled` says if it
     did."""
     scale = getattr(model.config, "keel_reward", None)
@@ -288,7 +294,7 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
     return scores_at(reward.model, ids, last)
 
 
-def same_tokenizer(one: Any, other: Any) -> bool:
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether ids of one can be read by the other: same vocabulary, same special ids, same chat template."""
     keys = ("eos_token_id", "bos_token_id", "chat_template")
     return one is other or (
@@ -296,7 +302,7 @@ def same_tokenizer(one: Any, other: Any) -> bool:
     )
 
 
-def reads_ids_of(reward: RewardModel, tokenizer: Any) -> bool:
+def reads_ids_of(reward: RewardModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the reward model can be given the ids of a policy with this tokenizer, with no text between.
     Compares whole vocabularies: to be asked once, not once a batch."""
     return not reward.is_encoder and same_tokenizer(reward.tokenizer, tokenizer)
@@ -308,7 +314,8 @@ def check_room(reward: RewardModel, longest: int, where: str) -> None:
     limit = _context(reward)
     if limit is not None and longest > limit:
         raise UsageError(
-            f"{where}: a prompt and its response take up to {longest} tokens, but the reward model reads {limit}; lower max_length or sampling.max_new_tokens"
+            f"{where}: a prompt and its response take up to {longest} tokens, but the reward model reads "
+            f"{limit}; lower max_length or sampling.max_new_tokens"
         )
 
 
@@ -321,7 +328,8 @@ def _encode_pair(reward: RewardModel, prompt: str, completion: str, limit: int |
         ]
         if not kept:
             raise UsageError(
-                f"a response of {len(encoded['input_ids'])} tokens with its prompt does not fit a reward model that reads {limit}"
+                f"a response of {len(encoded['input_ids'])} tokens with its prompt does not fit a reward "
+                f"model that reads {limit}"
             )
         encoded = reward.tokenizer(
             reward.tokenizer.decode(kept),
@@ -341,7 +349,7 @@ def _context(reward: RewardModel) -> int | None:
     return context_length(reward.model.config)
 
 
-def save_scale(model: Any, mean: float, std: float, members: int = 1) -> None:
+def save_scale(model: PreTrainedModel, mean: float, std: float, members: int = 1) -> None:
     """Leave the scale in the model's config, where `wrap` finds it again; and of an ensemble its size, for
     `other_members`."""
     size = {"members": members} if members > 1 else {}
@@ -373,7 +381,8 @@ def load_members_on_base(
         if folder is not None and lora.belongs_to(folder, base.source):
             if quantize is not None:
                 raise UsageError(
-                    f"reward model {place!r}: `quantize` has no effect: it is an adapter on the base, which `model.quantize` is for"
+                    f"reward model {place!r}: `quantize` has no effect: it is an adapter on the base, which "
+                    "`model.quantize` is for"
                 )
             found.append(put_on_base(base, place, folder, trust_remote_code=trust_remote_code))
             continue

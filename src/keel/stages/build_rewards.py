@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from keel.rewards.similarity import Similarity
 from keel.rollout.engine import text_of
 from keel.rundir.stage_run import StageRun
 from keel.types import Completion, Conversation, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def check(terms: Sequence[Any], where: str) -> None:
             try:
                 _rule(term)
             except UsageError as error:
-                raise UsageError(f"{where}: reward {term.called!r}: {error}") from None
+                raise UsageError(f"{where}: reward {term.log_name!r}: {error}") from None
 
 
 def _rule(term: Any) -> Callable[..., Any]:
@@ -121,7 +124,7 @@ def _rule(term: Any) -> Callable[..., Any]:
 def mixture(
     opened: Sequence[LoadedReward],
     run: StageRun,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     longest: int,
     *,
     normalize: bool,
@@ -138,8 +141,8 @@ def mixture(
         term = one.term
         if not one.models:
             assert one.function is not None
-            rewarder = _only(term, from_function(term.called, one.function))
-            terms.append(WeightedReward(term.called, term.weight, rewarder))
+            rewarder = _for_its_source(term, from_function(term.log_name, one.function))
+            terms.append(WeightedReward(term.log_name, term.weight, rewarder))
             continue
         if normalize or len(one.models) > 1:
             for model in one.models:
@@ -147,24 +150,24 @@ def mixture(
         for model in one.models:
             if learned.reads_ids_of(model, tokenizer):
                 learned.check_room(model, longest, run.name)
-        rewarder = _only(term, _ensemble(run, one, tokenizer, batch_size))
+        rewarder = _for_its_source(term, _ensemble(run, one, tokenizer, batch_size))
         alone = one.models[0] if len(one.models) == 1 and normalize else None
         terms.append(
-            WeightedReward(term.called, term.weight, rewarder, alone.mean, alone.std, learned=True)
+            WeightedReward(term.log_name, term.weight, rewarder, alone.mean, alone.std, learned=True)
             if alone
-            else WeightedReward(term.called, term.weight, rewarder, learned=True)
+            else WeightedReward(term.log_name, term.weight, rewarder, learned=True)
         )
     return Mixture(terms)
 
 
-def _only(term: Any, rewarder: Rewarder) -> Rewarder:
+def _for_its_source(term: Any, rewarder: Rewarder) -> Rewarder:
     """The reward where it is meant for every row; else None for rows of other sources."""
-    if term.only is None:
+    if term.source_filter is None:
         return rewarder
 
     def chosen(batch: Batch) -> list[float | None]:
         sources = batch.columns["source"]  # every row that is read has one
-        rows = [i for i, source in enumerate(sources) if source == term.only]
+        rows = [i for i, source in enumerate(sources) if source == term.source_filter]
         values: list[float | None] = [None] * len(sources)
         if rows:
             for row, value in zip(rows, rewarder(batch.rows(rows)), strict=True):
@@ -174,7 +177,7 @@ def _only(term: Any, rewarder: Rewarder) -> Rewarder:
     return chosen
 
 
-def read_text(opened: Sequence[LoadedReward], tokenizer: Any) -> bool:
+def read_text(opened: Sequence[LoadedReward], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether any of the rewards reads words, not ids. Compares vocabularies: to be asked once, not once a
     batch."""
     return any(
@@ -186,11 +189,15 @@ def read_text(opened: Sequence[LoadedReward], tokenizer: Any) -> bool:
 def _check_scale(run: StageRun, term: LearnedTerm, model: learned.RewardModel) -> None:
     if not model.scaled:
         raise UsageError(
-            f"{run.name}: the reward model {term.model!r} says nothing of the scale of its scores, so nothing can be normalised by it; train it with a reward stage, or set `shaping.normalize` to running or none"
+            f"{run.name}: the reward model {term.model!r} says nothing of the scale of its scores, so "
+            "nothing can be normalised by it; train it with a reward stage, or set `shaping.normalize` to "
+            "running or none"
         )
 
 
-def _ensemble(run: StageRun, one: LoadedReward, tokenizer: Any, batch_size: int) -> Rewarder:
+def _ensemble(
+    run: StageRun, one: LoadedReward, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Rewarder:
     """Raw scores of a single reward model; of several, what `combine` makes of their normalised scores."""
     reads_ids = [learned.reads_ids_of(model, tokenizer) for model in one.models]
 
@@ -209,8 +216,8 @@ def _ensemble(run: StageRun, one: LoadedReward, tokenizer: Any, batch_size: int)
         if len(found) == 1:
             return found[0].tolist()
         members = torch.stack([(s - m.mean) / m.std for s, m in zip(found, one.models, strict=True)])
-        caution = 1.0 if one.term.caution is None else one.term.caution
-        return learned.combined(members, one.term.combine or "mean", caution).tolist()
+        penalty = 1.0 if one.term.std_penalty is None else one.term.std_penalty
+        return learned.combined(members, one.term.combine or "mean", penalty).tolist()
 
     return rewarder
 
@@ -228,7 +235,7 @@ def batch_of(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     columns: Sequence[dict[str, Any]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     as_text: bool = True,
 ) -> Batch:
