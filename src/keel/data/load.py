@@ -236,7 +236,8 @@ def _hub(source: DataSource) -> Iterable[Any]:
     except Exception as error:  # whatever goes wrong in there, the user's question is "where is my data?"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{source.source}: there is no such file or folder, and the hub data set (split {source.split!r}) "
+            f"{source.source}: there is no such file or folder, and the hub data set (split "
+            f"{source.split!r}) "
             f"could not be loaded: {reason}. Without a network, only data sets in the local cache can be used"
         ) from None
 
@@ -341,8 +342,10 @@ def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
         count = int(weight * scale + 1e-9)  # the scarcest source is used up in spite of rounding
         if count == 0:
             raise DataError(
-                f"{part.source.source}: its `weight` {weight:g} leaves it no row beside the others, the scarcest of "
-                f"which has {min(len(part.records) for part in parts):,}; raise it, or add rows to the scarcest"
+                f"{part.source.source}: its `weight` {weight:g} leaves it no row beside the others, the "
+                "scarcest of "
+                f"which has {min(len(part.records) for part in parts):,}; raise it, or add rows to the "
+                "scarcest"
             )
         order = permutation(len(part.records), derive_seed("mixture", seed, index), 0)
         drawn.append([part.records[place] for place in order[:count]])

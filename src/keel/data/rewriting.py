@@ -69,7 +69,8 @@ def with_system(record: Record, system: str | None) -> Record:
         turns = (Message(role="user", content=turns),)
     if turns[0]["role"] == "system":
         raise DataError(
-            f"{record.origin}: `system` is set, but the row has a system turn of its own; leave one of them out"
+            f"{record.origin}: `system` is set, but the row has a system turn of its own; leave one of them "
+            "out"
         )
     turns = (Message(role="system", content=system), *turns)
     if isinstance(record, TextRecord):

@@ -107,7 +107,8 @@ class Mixture:
         for index in range(len(batch.prompts)):
             if all(values[index] is None for values in by_name.values()):
                 raise RewardError(
-                    f"no reward applies to {functions.sample(batch.prompts, index)}: each of {', '.join(by_name)} "
+                    f"no reward applies to {functions.sample(batch.prompts, index)}: each of "
+                    f"{', '.join(by_name)} "
                     "returned None"
                 )
         rewards = total.float()

@@ -298,7 +298,8 @@ def overlong(max_length: int, buffer: int) -> Reward:
     """
     if not 0 <= buffer <= max_length or max_length < 1:
         raise UsageError(
-            f"overlong: buffer {buffer} and max_length {max_length} must be 0 ≤ buffer ≤ max_length, max_length ≥ 1"
+            f"overlong: buffer {buffer} and max_length {max_length} must be 0 ≤ buffer ≤ max_length, "
+            "max_length ≥ 1"
         )
     soft = max_length - buffer
 

@@ -88,7 +88,7 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
 
 def _offload(run: StageRun, roles: Roles, opened: Sequence[build_rewards.LoadedReward]) -> None:
     """Send frozen models with weights of their own to the CPU. UsageError where there are none."""
-    found = [reward.model for one in opened for reward in one.models]
+    found: list[torch.nn.Module] = [reward.model for one in opened for reward in one.models]
     if isinstance(roles.reference, torch.nn.Module):
         found.append(roles.reference)
     shared = {id(p) for p in roles.policy.parameters()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel.config import BestOfNConfig
 from keel.data import chat
@@ -25,6 +25,9 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, prepare
 from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
 from keel.types import Completion, PromptRecord, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHOSEN = "best.jsonl"  # the best response to each prompt, as ids and text
 PROMPTS_AT_ONCE = 32
@@ -90,7 +93,7 @@ def _sample(
     config: BestOfNConfig,
     run: StageRun,
     source: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[tuple[PromptRecord, list[int]]],
 ) -> list[dict[str, Any]]:
     """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only
@@ -128,7 +131,9 @@ def _sample(
     return found
 
 
-def _chosen(record: PromptRecord, completion: Completion, tokenizer: Any) -> dict[str, Any]:
+def _chosen(
+    record: PromptRecord, completion: Completion, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     return {
         "prompt": chat.user_text(record.prompt), "completion": text_of(tokenizer, completion).strip(),
         "prompt_ids": completion.prompt_ids, "ids": completion.ids, "length": len(completion.ids),

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -33,6 +33,9 @@ from keel.stages import prepare, supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts
 from keel.stages.pretrain import DEFAULT_VOCABULARY
 from keel.types import TextRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CLS = "<|cls|>"
 
@@ -87,7 +90,8 @@ def _texts(
         if len(own) < 2 and config.holdout > 0:
             joined = " (the paragraphs of a .txt file are one text)" if config.passages else ""
             raise UsageError(
-                f"{run.name}: label {label!r} has one text{joined}, of which none can be held out; give more, `eval_data`, or `holdout: 0`"
+                f"{run.name}: label {label!r} has one text{joined}, of which none can be held out; give "
+                "more, `eval_data`, or `holdout: 0`"
             )
         train, out = split_holdout(len(own), config.holdout, derive_seed(run.seed, label))
         kept[label], held[label] = [own[i] for i in train], [own[i] for i in out]
@@ -142,7 +146,7 @@ def _tokenizer(
 def _rows(
     config: ClassifierConfig,
     run: StageRun,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, Sequence[TextRecord]],
     too_long: prepare.TooLong,
 ) -> list[Row]:
@@ -170,7 +174,9 @@ def _rows(
     return [replace(row, weight=len(rows) / (len(counts) * counts[row.label])) for row in rows]
 
 
-def _whole(tokenizer: Any, text: TextRecord, too_long: prepare.TooLong) -> list[dict[str, list[int]]]:
+def _whole(
+    tokenizer: PreTrainedTokenizerBase, text: TextRecord, too_long: prepare.TooLong
+) -> list[dict[str, list[int]]]:
     """A text as one row; what is too long is an error, left out, or keeps its start (`too_long`)."""
     (row,) = encoded(tokenizer, [str(text.text)], None)
     if not too_long.fits(text, len(row["input_ids"])):
@@ -179,7 +185,7 @@ def _whole(tokenizer: Any, text: TextRecord, too_long: prepare.TooLong) -> list[
 
 
 def _passages(
-    tokenizer: Any, text: TextRecord, limit: int | None, run: StageRun
+    tokenizer: PreTrainedTokenizerBase, text: TextRecord, limit: int | None, run: StageRun
 ) -> list[dict[str, list[int]]]:
     """The text cut into the fewest passages of at most `limit` tokens, as equal as can be: no scrap is left
     at its end."""
@@ -211,7 +217,7 @@ def _passages(
 def _fit(
     run: StageRun,
     config: ClassifierConfig,
-    model: Any,
+    model: PreTrainedModel,
     pad_id: int,
     rows: Sequence[Row],
     held: Sequence[Row],
@@ -238,7 +244,7 @@ def _size(row: Row) -> int:
 
 
 def loss(
-    model: Any, rows: Sequence[Row], pad_id: int, denominator: float
+    model: PreTrainedModel, rows: Sequence[Row], pad_id: int, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted cross-entropy of these rows as their part of a step of `denominator` rows; how many are
     `correct`, and the `labels` (B,) taken."""
@@ -250,7 +256,7 @@ def loss(
 
 
 def evaluate(
-    model: Any, rows: Sequence[Row], pad_id: int, config: ClassifierConfig
+    model: PreTrainedModel, rows: Sequence[Row], pad_id: int, config: ClassifierConfig
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Held-out measures, as metrics and as the stage's result. Accuracy is over all rows, the loss label by
     label.

@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel import worlds
 from keel.config import CollectConfig, ModelConfig
@@ -28,6 +28,9 @@ from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare
 from keel.types import Completion, PromptRecord, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAIRS = "pairs.jsonl"  # two replies to each prompt
 VOTES = "votes.jsonl"  # what people say of them
@@ -66,7 +69,8 @@ def run(config: CollectConfig, run: StageRun) -> dict[str, Any]:
     write_text(run.directory / COMPARISONS, _lines(rows))
     run.facts |= {"rows": len(rows)}
     run.say(
-        f"{run.name}: {len(rows)} comparisons, {len(tasks) - len(pairs)} prompts without two different replies"
+        f"{run.name}: {len(rows)} comparisons, {len(tasks) - len(pairs)} prompts without two different "
+        "replies"
     )
     return {
         "comparisons": len(rows), "same": len(tasks) - len(pairs), "skipped": len(pairs) - len(rows),
@@ -132,7 +136,8 @@ def _tasks(
     too_long.report()
     if len(found) < config.pairs:
         raise DataError(
-            f"{run.name}: `pairs` is {config.pairs}, but there are {len(found)} prompts: give more, or fewer pairs"
+            f"{run.name}: `pairs` is {config.pairs}, but there are {len(found)} prompts: give more, or fewer "
+            "pairs"
         )
     order = permutation(len(found), derive_seed(run.seed, "prompts"), 0)
     return [found[place] for place in order[: config.pairs]], tokenizer
@@ -145,7 +150,10 @@ def _source(config: CollectConfig, run: StageRun) -> ModelSource:
 
 
 def _pairs(
-    config: CollectConfig, run: StageRun, tasks: Sequence[tuple[PromptRecord, list[int]]], tokenizer: Any
+    config: CollectConfig,
+    run: StageRun,
+    tasks: Sequence[tuple[PromptRecord, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """Two replies to each prompt; prompts whose second reply stays the first, or of which one is empty, are
     left out."""
@@ -178,7 +186,7 @@ def _pairs(
     return rows
 
 
-def _alike(tokenizer: Any, one: Completion, other: Completion) -> bool:
+def _alike(tokenizer: PreTrainedTokenizerBase, one: Completion, other: Completion) -> bool:
     return text_of(tokenizer, one).strip() == text_of(tokenizer, other).strip()
 
 
@@ -211,7 +219,8 @@ def _votes_of_people(run: StageRun, pairs: Sequence[Mapping[str, Any]], path: Pa
     missing = len(known - {vote.pair for vote in votes})
     if missing:
         raise WaitingError(
-            f"{run.name}: {missing} of {len(known)} pairs wait for people, in {path.with_name(PAIRS)}. Write a line "
+            f"{run.name}: {missing} of {len(known)} pairs wait for people, in {path.with_name(PAIRS)}. Write "
+            "a line "
             f'{{"pair": 0, "annotator": "NAME", "choice": "a"}} for each (choice: {", ".join(CHOICES)}; several annotators a pair '
             f"are welcome) into {path}; the same command then goes on"
         )

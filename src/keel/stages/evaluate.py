@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, prepare
 from keel.stages.loop_utils import micro_batches
 from keel.types import Completion, PreferenceRecord, PromptRecord, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_SUBSETS = 50  # more kinds than this are not kinds: every row has its own
 
@@ -76,7 +79,7 @@ class Bench:
     run: StageRun
     records: Sequence[PromptRecord]
     room: int | None  # tokens of the longest prompt that every model has room for
-    reference: Any
+    reference: PreTrainedModel
     opened: Sequence[build_rewards.LoadedReward]
     conversational: bool
 
@@ -126,7 +129,8 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     vocabularies = model.config.vocab_size, bench.reference.config.vocab_size
     if vocabularies[0] != vocabularies[1]:
         raise UsageError(
-            f"{run.name}: {name!r} has a vocabulary of {vocabularies[0]}, the reference {vocabularies[1]}; their KL is not defined"
+            f"{run.name}: {name!r} has a vocabulary of {vocabularies[0]}, the reference {vocabularies[1]}; "
+            "their KL is not defined"
         )
     prompts = [chat.prompt_ids(tokenizer, record.prompt)[-(bench.room or 0) :] for record in records]
     longest = max(map(len, prompts)) + sampling.max_new_tokens
@@ -156,7 +160,11 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
 
 
 def _all_judged(
-    bench: Bench, tokenizer: Any, kept: Sequence[Completion], rated: Rated | None, kls: Sequence[float]
+    bench: Bench,
+    tokenizer: PreTrainedTokenizerBase,
+    kept: Sequence[Completion],
+    rated: Rated | None,
+    kls: Sequence[float],
 ) -> list[Judged]:
     """Everything that is said of one completion of each prompt, gold included."""
     config, records = bench.config, bench.records
@@ -183,7 +191,10 @@ def _all_judged(
 
 
 def _rated(
-    rewards: Mixture | None, records: Sequence[PromptRecord], done: Sequence[Completion], tokenizer: Any
+    rewards: Mixture | None,
+    records: Sequence[PromptRecord],
+    done: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Rated | None:
     if rewards is None:
         return None
@@ -203,7 +214,7 @@ def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
 
 
 @cast_cache()
-def _kls(bench: Bench, model: Any, done: Sequence[Completion], pad_id: int) -> list[float]:
+def _kls(bench: Bench, model: PreTrainedModel, done: Sequence[Completion], pad_id: int) -> list[float]:
     """Each response's exact KL from the reference, summed over its tokens, in nats."""
     kls: list[float] = []
     for part in micro_batches(done, bench.config.batch_size):
@@ -268,11 +279,13 @@ def _column(
     if not any(value is not None for value in values):
         known = sorted({column for pair in pairs for column in pair.columns})
         raise UsageError(
-            f"{run.name}: {setting}: no comparison has a column {name!r}; they have {', '.join(known) or 'none besides the pair'}"
+            f"{run.name}: {setting}: no comparison has a column {name!r}; they have "
+            f"{', '.join(known) or 'none besides the pair'}"
         )
     if setting == "subset" and len(set(values)) > MOST_SUBSETS:
         raise UsageError(
-            f"{run.name}: subset: {name!r} has {len(set(values))} values in {len(pairs)} comparisons; name a column of at most {MOST_SUBSETS} kinds"
+            f"{run.name}: subset: {name!r} has {len(set(values))} values in {len(pairs)} comparisons; name a "
+            f"column of at most {MOST_SUBSETS} kinds"
         )
     return values
 
@@ -282,6 +295,7 @@ def _is_first(
 ) -> bool | None:
     if value not in (None, "chosen", "rejected"):
         raise DataError(
-            f"{pair.origin}: {config.position!r} is {value!r}; stage {run.name!r} takes it for `position`, chosen or rejected"
+            f"{pair.origin}: {config.position!r} is {value!r}; stage {run.name!r} takes it for `position`, "
+            "chosen or rejected"
         )
     return None if value is None else value == "chosen"

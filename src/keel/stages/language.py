@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from keel.models.logprobs import head_inputs, packed_mask, token_logprobs
 from keel.rundir.stage_run import StageRun
 from keel.stages import supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Row:
 
 
 def loss(
-    model: Any, rows: Sequence[Row], pad_id: int, denominator: float
+    model: PreTrainedModel, rows: Sequence[Row], pad_id: int, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step)."""
     device = next(model.parameters()).device
@@ -67,7 +70,12 @@ def loss(
 
 
 def fit(
-    run: StageRun, config: Supervised, model: Any, pad_id: int, rows: Sequence[Row], held_out: Sequence[Row]
+    run: StageRun,
+    config: Supervised,
+    model: PreTrainedModel,
+    pad_id: int,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
 ) -> dict[str, Any]:
     """Train on the rows and return the stage's result; the model ends with the weights to keep."""
 
@@ -88,7 +96,9 @@ def _size(row: Row) -> int:
 
 
 @cast_cache()
-def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, float]:
+def evaluate(
+    model: PreTrainedModel, rows: Sequence[Row], pad_id: int, config: Supervised
+) -> dict[str, float]:
     """Loss and accuracy per counted token over all rows (not a mean of batch means)."""
     tokens = sum(row.counted for row in rows)
     totals: dict[str, float] = {}
@@ -101,7 +111,7 @@ def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -
 
 
 @cast_cache()
-def summary(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, Any]:
+def summary(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, Any]:
     """The held-out loss with an interval over rows, each row weighing by its tokens."""
     if not rows:
         return {}

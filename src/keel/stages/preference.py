@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,16 @@ from keel.stages import language, preference_rows, prepare, supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts, forward_rows
 from keel.stages.preference_rows import Example, Pair, Response, lengths, logps, scores
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What the losses need besides their rows."""
 
     config: DPOConfig
-    model: Any
+    model: PreTrainedModel
     pad_id: int
     device: torch.device
     reference: Mapping[Response, float]  # log π_ref of all that will be asked for; empty without one

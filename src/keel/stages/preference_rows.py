@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import language, prepare
 from keel.stages.loop_utils import forward_rows, total_steps
 from keel.types import PreferenceRecord, Record, UnpairedRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE_FILE = "reference.json"  # log-probabilities, in a stage's directory while it is at work
 
@@ -68,7 +71,11 @@ class Example:
 
 
 def encode(
-    config: DPOConfig, run: StageRun, tokenizer: Any, limit: int | None, *parts: Sequence[Record]
+    config: DPOConfig,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    *parts: Sequence[Record],
 ) -> list[list[Any]]:
     """The records to train on, and other parts, as pairs or for KTO as examples; counts the cut and the left
     out."""
@@ -78,7 +85,8 @@ def encode(
         decided = [record for record in records if config.votes == "soft" or not _undecided(record)]
         if not decided and not found:  # held-out rows may all be undecided: then nothing is held out
             raise DataError(
-                f"stage {run.name!r}: the votes of all {len(records)} pairs are undecided; give other pairs, or set votes: soft (for loss: sigmoid)"
+                f"stage {run.name!r}: the votes of all {len(records)} pairs are undecided; give other pairs, "
+                "or set votes: soft (for loss: sigmoid)"
             )
         undecided += len(records) - len(decided)
         rows = prepare.encode_all(run, decided, lambda record: _encode(config, tokenizer, record, too_long))
@@ -102,7 +110,7 @@ def count(config: DPOConfig, records: Sequence[Record]) -> int:
 
 
 def _encode(
-    config: DPOConfig, tokenizer: Any, record: Record, too_long: prepare.TooLong
+    config: DPOConfig, tokenizer: PreTrainedTokenizerBase, record: Record, too_long: prepare.TooLong
 ) -> Pair | Example | None:
     """The record as tokens; None if it is left out. Both sides keep the same prompt when it has to be cut."""
     assert isinstance(record, PreferenceRecord | UnpairedRecord)
@@ -175,7 +183,8 @@ def reference_source(
     ours, theirs = (c.get_text_config().vocab_size for c in (policy, found))
     if ours != theirs:
         raise UsageError(
-            f"{run.name}: the policy {source.path!r} has a vocabulary of {ours}, the reference {path!r} of {theirs}; they cannot be compared token by token"
+            f"{run.name}: the policy {source.path!r} has a vocabulary of {ours}, the reference {path!r} of "
+            f"{theirs}; they cannot be compared token by token"
         )
     room = context_length(found)
     if room is not None and (limit is None or limit > room):
@@ -207,7 +216,7 @@ def _once(responses: Sequence[Response]) -> list[Response]:
 def reference_logps(
     config: DPOConfig,
     run: StageRun,
-    policy: Any,
+    policy: PreTrainedModel,
     other: ModelSource | None,
     asked: Sequence[Response],
     pad_id: int,
@@ -224,13 +233,14 @@ def reference_logps(
         return dict(zip(asked, json.loads(path.read_text(encoding="utf-8")), strict=True))
     run.say(f"{run.name}: the reference reads {len(asked):,} responses")
     model = policy if other is None else causal_lm(other, language.model_seed(run))
-    model.to(run.device).eval()
+    cast("torch.nn.Module", model).to(run.device).eval()
     found = scores(model, asked, pad_id, run.device, **forward_rows(config))
     del model  # `policy` lives on; another one ends here
     gc.collect()
     if not all(map(math.isfinite, found)):
         raise KeelError(
-            f"{run.name}: the reference's log-probability of a response is not finite; look at its weights and at model.dtype"
+            f"{run.name}: the reference's log-probability of a response is not finite; look at its weights "
+            "and at model.dtype"
         )
     write_json(path, found)
     return dict(zip(asked, found, strict=True))
@@ -245,7 +255,7 @@ def forget_reference(run: StageRun) -> None:
 
 
 def scores(
-    model: Any,
+    model: PreTrainedModel,
     responses: Sequence[Response],
     pad_id: int,
     device: torch.device,
@@ -274,7 +284,7 @@ def size(row: Response | Pair | Example) -> int:
     return len(row.prompt) + len(row.ids)
 
 
-def logps(model: Any, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:
+def logps(model: PreTrainedModel, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:
     """(B,) log π(y|x), a sum over the response's tokens, with gradient; rows of similar length share a
     forward, those of one prompt before others, and all share the head."""
     prompts = [response.prompt for response in responses]
@@ -289,7 +299,7 @@ def logps(model: Any, responses: Sequence[Response], pad_id: int, device: torch.
 
 
 def _states(
-    model: Any, responses: Sequence[Response], pad_id: int, device: torch.device
+    model: PreTrainedModel, responses: Sequence[Response], pad_id: int, device: torch.device
 ) -> tuple[HeadInputs, Tensor]:
     """The model's states before each token of the responses, and those tokens."""
     ids = pad([[*response.prompt, *response.ids] for response in responses], pad_id)[0].to(device)

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 import keel
 from keel.config import DataConfig, LoraConfig, ModelConfig, Supervised, Training
@@ -19,6 +21,9 @@ from keel.models.lora import Adapters, add_adapters, files_of, merged
 from keel.models.save import save
 from keel.rundir.stage_run import StageRun
 from keel.types import Record, RecordType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def source_of(config: ModelConfig, run: StageRun) -> ModelSource:
@@ -50,7 +55,7 @@ def adapters_of(config: LoraConfig) -> Adapters:
     return Adapters(config.r, config.alpha, config.dropout, targets)
 
 
-def to_train(model: Any, config: Training, run: StageRun, *, train_head: bool = False) -> Any:
+def to_train(model: nn.Module, config: Training, run: StageRun, *, train_head: bool = False) -> Any:
     """The model on its device, with adapters and checkpointed activations where the config asks for them."""
     model.to(run.device)
     if config.lora:
@@ -94,7 +99,8 @@ def room_of(run: StageRun, limit: int | None, max_new_tokens: int) -> int | None
     room = None if limit is None else limit - max_new_tokens
     if room is not None and room < 1:
         raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {max_new_tokens} leaves no room for a prompt within {limit} tokens"
+            f"{run.name}: sampling.max_new_tokens {max_new_tokens} leaves no room for a prompt within "
+            f"{limit} tokens"
         )
     return room
 
@@ -121,7 +127,8 @@ class TooLong:
                 else "set too_long: truncate or skip, or make room (max_length, max_new_tokens)"
             )
             raise DataError(
-                f"{record.origin}: {length} tokens, more than the {self.limit} of stage {self.run.name!r}; {hint}"
+                f"{record.origin}: {length} tokens, more than the {self.limit} of stage {self.run.name!r}; "
+                f"{hint}"
             )
         self.cut += self.policy == "truncate"
         self.left_out += self.policy == "skip"
@@ -130,7 +137,8 @@ class TooLong:
     def report(self) -> None:
         if self.cut or self.left_out:
             self.run.say(
-                f"{self.run.name}: longer than {self.limit} tokens: {self.cut} rows cut, {self.left_out} left out"
+                f"{self.run.name}: longer than {self.limit} tokens: {self.cut} rows cut, {self.left_out} "
+                "left out"
             )
         self.run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
 
@@ -144,7 +152,12 @@ def encode_all(run: StageRun, records: Sequence[Record], encode: Callable[[Recor
 
 
 def save_model(
-    run: StageRun, model: Any, tokenizer: Any, config: Training, what: str, members: Sequence[Path] = ()
+    run: StageRun,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Training,
+    what: str,
+    members: Sequence[Path] = (),
 ) -> None:
     """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with
     it, as members/2, 3 …"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel.config import PretrainConfig
 from keel.data import chat
@@ -13,6 +13,9 @@ from keel.models.tokenizer import train_tokenizer
 from keel.rundir.stage_run import StageRun
 from keel.stages import language, prepare
 from keel.types import Record, TextRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_VOCABULARY = 4096
 
@@ -47,7 +50,7 @@ def run(config: PretrainConfig, run: StageRun) -> dict[str, Any]:
     return result
 
 
-def _rows(tokenizer: Any, records: list[Record], length: int) -> list[language.Row]:
+def _rows(tokenizer: PreTrainedTokenizerBase, records: list[Record], length: int) -> list[language.Row]:
     documents = [chat.text_ids(tokenizer, record)[0] for record in records if isinstance(record, TextRecord)]
     return (
         [language.Row(ids, [True] * len(ids)) for ids in pack_stream(documents, length)] if documents else []

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,6 +33,9 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import prepare, supervised_loop
 from keel.types import PreferenceRecord, Record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -49,7 +52,7 @@ class Prepared:
     """What all members of an ensemble share."""
 
     source: ModelSource
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     pairs: Sequence[Pair]
     held: Sequence[Pair]
     samples: Sequence[learned.Inputs]  # to fix the scale on
@@ -118,7 +121,8 @@ def _labelled(
         chosen = relabelled(records, config.labels)
     except ValueError as error:
         raise DataError(
-            f"stage {run.name!r}: labels: reliability cannot be estimated: {error}; give votes as a list of {{annotator, choice}}, several a pair, or set labels: soft"
+            f"stage {run.name!r}: labels: reliability cannot be estimated: {error}; give votes as a list of "
+            f"{{annotator, choice}}, several a pair, or set labels: soft"
         ) from None
     return chosen, relabelled(held, "soft" if config.labels == "reliability" else config.labels)
 
@@ -135,7 +139,7 @@ def _run_of_member(run: StageRun, number: int) -> StageRun:
     )
 
 
-def _scorer(source: ModelSource, run: StageRun, tokenizer: Any) -> Any:
+def _scorer(source: ModelSource, run: StageRun, tokenizer: PreTrainedTokenizerBase) -> Any:
     model = scorer(source, derive_seed(run.seed, "model"), vocab=tokenizer)
     model.config.pad_token_id = chat.ensure_pad(tokenizer)
     return model
@@ -167,7 +171,8 @@ def _train(
     mean, std = float(scores.mean()), float(scores.std())
     if not std > 0:
         raise UsageError(
-            f"{run.name}: the reward model gives every sample the same score ({mean:.3g}); it has learned nothing to optimise"
+            f"{run.name}: the reward model gives every sample the same score ({mean:.3g}); it has learned "
+            "nothing to optimise"
         )
     learned.save_scale(model, mean, std, members)
     return replace(reward, mean=mean, std=std, scaled=True), {
@@ -296,7 +301,8 @@ def _samples_a_language_model(config: RewardConfig, run: StageRun, source: Model
     model. UsageError for settings of samples that are not drawn."""
     if config.normalize == 1:
         raise UsageError(
-            f"{run.name}: normalize 1: one score has no spread; give 2 samples or more, or 0 for the comparisons' completions"
+            f"{run.name}: normalize 1: one score has no spread; give 2 samples or more, or 0 for the "
+            "comparisons' completions"
         )
     kinds = [] if source.init is not None else getattr(model_config(source), "architectures", None) or []
     if any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
@@ -305,7 +311,8 @@ def _samples_a_language_model(config: RewardConfig, run: StageRun, source: Model
     if idle:
         what = "a new model" if source.init is not None else f"{source.path!r} ({', '.join(kinds)})"
         raise UsageError(
-            f"{run.name}: `{idle[0]}` has no effect: {what} is no language model to draw samples from, so the scale is fixed on the comparisons' completions; leave it out, or set normalize: 0"
+            f"{run.name}: `{idle[0]}` has no effect: {what} is no language model to draw samples from, so "
+            "the scale is fixed on the comparisons' completions; leave it out, or set normalize: 0"
         )
     return False
 
@@ -314,7 +321,7 @@ def _sample(
     config: RewardConfig,
     run: StageRun,
     source: ModelSource,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
     records: Sequence[Record],
 ) -> list[learned.Inputs]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel.config import SFTConfig
 from keel.data import chat
@@ -12,6 +12,9 @@ from keel.models.load import causal_lm, model_config
 from keel.rundir.stage_run import StageRun
 from keel.stages import language, prepare
 from keel.types import DemonstrationRecord, Record, TextRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
 
 
 def _encode(
-    tokenizer: Any, record: Record, config: SFTConfig, too_long: prepare.TooLong
+    tokenizer: PreTrainedTokenizerBase, record: Record, config: SFTConfig, too_long: prepare.TooLong
 ) -> language.Row | None:
     if isinstance(record, DemonstrationRecord):
         prompt = chat.prompt_ids(tokenizer, record.prompt)
@@ -79,11 +82,12 @@ def _pack(examples: list[language.Row]) -> language.Row:
     )
 
 
-def _refuse_windows(run: StageRun, config: Any, length: int) -> None:
+def _refuse_windows(run: StageRun, config: PreTrainedConfig, length: int) -> None:
     """A packed row brings its own attention mask, which would take the place of a model's sliding window."""
     for name in ("sliding_window", "window_size", "attention_window"):
         window = getattr(config, name, None)
         if isinstance(window, int) and window < length:
             raise UsageError(
-                f"{run.name}: packing rows of {length} tokens would undo the model's attention window of {window}; set packing: false or max_length: {window}"
+                f"{run.name}: packing rows of {length} tokens would undo the model's attention window of "
+                f"{window}; set packing: false or max_length: {window}"
             )

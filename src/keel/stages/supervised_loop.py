@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,9 @@ from keel.stages.loop_utils import (
     state_of,
     total_steps,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Row = TypeVar("Row")
 
@@ -52,7 +55,7 @@ class Objective(Generic[Row]):
 def fit(
     run: StageRun,
     config: Supervised,
-    model: Any,
+    model: PreTrainedModel,
     rows: Sequence[Row],
     held_out: Sequence[Row],
     objective: Objective[Row],
