@@ -48,4 +48,5 @@ class BestOfNConfig(Supervised):
         return self
 
     def references(self) -> list[tuple[str, str]]:
+        """As of `Stage`: the model to train, and the rewards' models."""
         return [*super().references(), *models_of(self.reward)]

@@ -11,9 +11,9 @@ from keel.config.parts import DataConfig, Supervised, as_source
 Sources = Annotated[list[DataConfig], Field(min_length=1)]
 
 
-def _by_label(value: Any) -> Any:
-    """Sources by label, in alphabetical order: a label's place, which is its index in the saved model, is the
-    same in whatever order they are written."""
+def _by_label(value: object) -> dict[str, list[Any]]:
+    """Sources by label, in alphabetical order. A label's index in the saved model is its position in this
+    order, so that it does not depend on the order in which the config lists them."""
     if not isinstance(value, dict) or "source" in value:
         raise ValueError("give the texts by label: {LABEL: SOURCE, OTHER: SOURCE}")
     return {str(label): as_source(value[label]) for label in sorted(value, key=str)}

@@ -92,8 +92,11 @@ def other_names(group: object, key: object) -> set[str]:
 
 
 class DataConfig(Settings):
-    """One source of rows. Special tokens that stand in prompts, completions and turns are read as plain
-    characters; in `text` they are special tokens, as the <|endoftext|> between documents is meant to be."""
+    """One source of rows.
+
+    A special token such as <|endoftext|> that is written in a prompt, a completion or a turn is read as plain
+    characters. In `text` it is the special token: there it separates documents.
+    """
 
     source: str = Field(
         description=(
@@ -438,6 +441,7 @@ class Training(Stage):
         return self
 
     def references(self) -> list[tuple[str, str]]:
+        """As of `Stage`: the model to start from, unless it is a new one."""
         return [("model", self.model.path)] if self.model.path else []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -79,17 +79,17 @@ class DPOConfig(Supervised):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_loss(cls, values: Any) -> Any:
+    def _defaults_of_the_loss(cls, values: object) -> object:
         """What is not given, or null, is filled in with the number of the loss's paper."""
         if not isinstance(values, dict):
             return values
-        own = OF_THE_LOSS.get(str(values.get("loss")), {})
+        of_paper = OF_THE_LOSS.get(str(values.get("loss")), {})
         given = {
             key: value
             for key, value in values.items()
             if value is not None or key not in ("beta", "label_smoothing")
         }
-        return {**own, **given}
+        return {**of_paper, **given}
 
     @model_validator(mode="after")
     def _sound(self) -> DPOConfig:
@@ -118,5 +118,6 @@ class DPOConfig(Supervised):
         return ("preference", "unpaired") if self.loss == "kto" else ("preference",)
 
     def references(self) -> list[tuple[str, str]]:
+        """As of `Stage`: the model to train, and the reference where one is named."""
         reference = [("reference", self.reference)] if self.reference else []
         return [*super().references(), *reference]

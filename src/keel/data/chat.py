@@ -33,10 +33,8 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-_OPEN, _CLOSE = (
-    "\ufdd0",
-    "\ufdd1",
-)  # stand around special tokens in content; Unicode keeps these two for internal use
+# Guards: they stand around special tokens in content. Unicode reserves these two for internal use.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -230,8 +228,7 @@ def _reply_text(tokenizer: PreTrainedTokenizerBase, before: str, after: str, rep
 def _not_nested() -> UsageError:
     return UsageError(
         "the chat template renders earlier turns differently once later ones are there, so prompt and reply "
-        "cannot be "
-        "told apart; give a plainer one as `chat_template`"
+        "cannot be told apart; give a plainer one as `chat_template`"
     )
 
 
@@ -285,7 +282,7 @@ def _guarded(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> Convers
     def content(turn: Message) -> str:
         text = turn["content"]
         text = _without_final_eos(tokenizer, text) if turn["role"] == "assistant" else text
-        return pattern.sub(lambda found: f"{_OPEN}{found[0]}{_CLOSE}", text)
+        return pattern.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", text)
 
     return tuple(Message(role=turn["role"], content=content(turn)) for turn in turns)
 

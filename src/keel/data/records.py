@@ -4,8 +4,7 @@
     text           {"text"} or {"messages"}
     prompt         {"prompt"}
     demonstration  {"prompt", "completion"}
-    preference     {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} with the prompt at the head of
-    both;
+    preference     {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} that both begin with the prompt;
                    optionally "votes", "p_chosen", "margin"
     unpaired       {"prompt", "completion", "label"}
 
@@ -36,9 +35,8 @@ from keel.types import (
     Vote,
 )
 
-COLUMNS: dict[
-    RecordType, tuple[tuple[str, ...], ...]
-] = {  # what a type needs: one of these groups of columns
+# What a type needs: one of these groups of columns.
+COLUMNS: dict[RecordType, tuple[tuple[str, ...], ...]] = {
     "text": (("text",), ("messages",)),
     "prompt": (("prompt",),),
     "demonstration": (("prompt", "completion"),),
@@ -189,7 +187,7 @@ def _with_explicit_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _shared_text(chosen: str, rejected: str) -> int:
     """Characters of the implicit prompt: up to HH-RLHF's last shared "Assistant:", else the last shared
     space."""
-    length = next((place for place, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
+    length = next((index for index, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
     shared = chosen[:length] if length is not None else min(chosen, rejected, key=len)
     turn = shared.rfind(_HH_TURN)
     if turn >= 0:

@@ -20,12 +20,16 @@ _closing: WeakKeyDictionary[Any, dict[frozenset[str], Tensor]] = WeakKeyDictiona
 
 @dataclass(frozen=True, slots=True)
 class StopTexts:
-    """Strings that end a response as soon as they stand in its text. A token may hold the end of one and more
-    behind it; that stays in the response's ids, and in its text nothing from the string on."""
+    """Strings that end a response as soon as they stand in its text.
+
+    A token may hold the end of a stop string and more text behind it. Such a token stays in the response's
+    ids; its text is cut where the stop string begins.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     texts: tuple[str, ...]
-    closing: Tensor  # (V,) True at the tokens in whose text a string may end: after others nobody has to look
+    # (V,) True at the tokens in whose text a stop string may end. Only after these must a text be searched.
+    closing: Tensor
 
     def may_end(self, tokens: Tensor) -> Tensor:
         """(n,) tokens → (n,) bool: `closing`; False for ids that are none of the tokenizer's, which some
@@ -43,6 +47,7 @@ class StopTexts:
         )
 
     def any_in(self, text: str) -> bool:
+        """Whether a stop string stands in the text."""
         return any(stop in text for stop in self.texts)
 
 
@@ -61,7 +66,10 @@ def stop_texts(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> StopT
 
 
 def _may_close(tokenizer: PreTrainedTokenizerBase, token: int, ends: frozenset[str]) -> bool:
-    """Whether a stop string may end in a token. One that by itself is part of a character, or nothing, or
-    loses a space before it, may be anything among others."""
+    """Whether a stop string may end in this token.
+
+    The text of a token can depend on its neighbours: where it is part of a character, empty by itself, or
+    loses a leading space. Then the answer is yes, to be safe.
+    """
     text = tokenizer.decode([token], skip_special_tokens=False)
     return not text or "\ufffd" in text or " " in ends or any(end in text for end in ends)

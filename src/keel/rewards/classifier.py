@@ -145,21 +145,21 @@ def label_index(config: PreTrainedConfig, label: str | int | None, path: str) ->
         return 0
     if isinstance(label, int) and not isinstance(label, bool) and label in names:
         return label
-    found = [index for index, name in names.items() if name == label]
-    if len(found) != 1:
+    matches = [index for index, name in names.items() if name == label]
+    if len(matches) != 1:
         known = ", ".join(f"{name!r} ({index})" for index, name in sorted(names.items()))
         wrong = (
             "needs a label"
             if label is None
             else f"has no label {label!r}"
-            if not found
+            if not matches
             else f"has {label!r} twice"
         )
         raise UsageError(f"classifier {path!r} {wrong}; its labels are {known}")
-    return found[0]
+    return matches[0]
 
 
-# ---------------------------------------------------------------- models that read text, here and in `similarity`
+# ---------------------------------------------------------------- models that read text (for `similarity` too)
 
 
 def pretrained(kind: Any, source: ModelSource, config: PreTrainedConfig) -> Any:
@@ -167,10 +167,8 @@ def pretrained(kind: Any, source: ModelSource, config: PreTrainedConfig) -> Any:
 
     UsageError if it cannot be loaded or lacks weights, which transformers would make up.
     """
-    with (
-        explained(f"model {source.path!r}"),
-        torch.random.fork_rng(),
-    ):  # a pooler made up must not move the caller's seed
+    # fork_rng: transformers initialises a missing pooler at random, which must not move the caller's seed
+    with explained(f"model {source.path!r}"), torch.random.fork_rng():
         model, info = kind.from_pretrained(
             str(source.path), config=config, dtype=weights(source.dtype), use_safetensors=True,
             output_loading_info=True, trust_remote_code=source.trust_remote_code, revision=source.revision,
@@ -204,9 +202,8 @@ def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     """Tokens that a model reads at most: its context or its tokenizer's limit, whichever is less; None
     without either."""
     limits = [context_length(config), tokenizer.model_max_length]
-    known = [
-        limit for limit in limits if limit is not None and limit < 10**9
-    ]  # a tokenizer without limit says 10³⁰
+    # a tokenizer without a limit says 10³⁰
+    known = [limit for limit in limits if limit is not None and limit < 10**9]
     return min(known) if known else None
 
 

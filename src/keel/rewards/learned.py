@@ -36,15 +36,17 @@ from keel.types import Conversation, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Inputs = dict[
-    str, list[int]
-]  # what a model reads for one text: input_ids, and token_type_ids for some encoders
+# What a model reads for one text: input_ids, and token_type_ids for some encoders.
+Inputs = dict[str, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModel:
-    """r_φ, its tokenizer, and the scale it was given on SFT samples (a Bradley–Terry score has none of its
-    own)."""
+    """r_φ, its tokenizer and its scale.
+
+    The Bradley–Terry loss fixes differences of scores only, so the scale is set afterwards, by the scores of
+    samples of the SFT model.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +56,7 @@ class RewardModel:
 
     @property
     def is_encoder(self) -> bool:
+        """Whether the model reads prompt and completion as a pair of texts (BERT-type), not as one sequence."""
         return score_head(self.model) is None
 
 
@@ -89,8 +92,8 @@ def load_members(
     them is missing."""
     source = ModelSource(path, trust_remote_code=trust_remote_code)
     return [
-        load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
-        for place in (path, *other_members(model_config(source), path))
+        load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
+        for folder in (path, *other_members(model_config(source), path))
     ]
 
 
@@ -101,8 +104,10 @@ def other_members(config: PreTrainedConfig, path: str) -> list[str]:
     folder = Path(path)
     if not folder.is_dir() and count > 1:
         folder = _downloaded(path, count)
-    found = [place for place in (folder / "members").glob("*") if (place / "config.json").is_file()]
-    numbers = sorted(int(place.name) for place in found if place.name.isdigit())
+    member_folders = [
+        member for member in (folder / "members").glob("*") if (member / "config.json").is_file()
+    ]
+    numbers = sorted(int(member.name) for member in member_folders if member.name.isdigit())
     missing = next((number for number in range(2, count + 1) if number not in numbers), None)
     if missing is not None:
         raise UsageError(
@@ -356,7 +361,7 @@ def save_scale(model: PreTrainedModel, mean: float, std: float, members: int = 1
     model.config.keel_reward = {"mean": mean, "std": std, **size}
 
 
-# ---------------------------------------------------------------- adapters on the policy's base: reward models that take no weights of their own
+# ---------------------------------------------------------------- reward models as adapters on the policy's base
 
 
 def load_members_on_base(
@@ -371,46 +376,54 @@ def load_members_on_base(
     """As `load_members`, each member on `base` if its adapter was trained there. `say` is told of one
     that was not, and takes memory of its own. UsageError if it is an adapter alone, which is nothing without
     its base, and for a `quantize` without effect."""
-    places, bare = [path], lora.is_bare(path)
+    paths, bare = [path], lora.is_bare(path)
     if not bare:
         source = ModelSource(path, trust_remote_code=trust_remote_code)
-        places += other_members(model_config(source), path)
-    found: list[RewardModel] = []
-    for place in places:
-        folder = lora.folder_of(place)
+        paths += other_members(model_config(source), path)
+    models: list[RewardModel] = []
+    for path_of_member in paths:
+        folder = lora.folder_of(path_of_member)
         if folder is not None and lora.belongs_to(folder, base.source):
             if quantize is not None:
                 raise UsageError(
-                    f"reward model {place!r}: `quantize` has no effect: it is an adapter on the base, which "
+                    f"reward model {path_of_member!r}: `quantize` has no effect: it is an adapter on the base, which "
                     "`model.quantize` is for"
                 )
-            found.append(put_on_base(base, place, folder, trust_remote_code=trust_remote_code))
+            models.append(put_on_base(base, path_of_member, folder, trust_remote_code=trust_remote_code))
             continue
         why = (
             "all of its weights were trained" if folder is None else "its adapter was trained on another base"
         )
         if bare:
-            raise UsageError(f"reward model {place!r} cannot be used: {why}, and there is no whole model")
-        say(f"the reward model {place!r} takes memory of its own: {why}")
+            raise UsageError(
+                f"reward model {path_of_member!r} cannot be used: {why}, and there is no whole model"
+            )
+        say(f"the reward model {path_of_member!r} takes memory of its own: {why}")
         device = next(base.model.parameters()).device
-        found.append(
-            load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
+        models.append(
+            load(
+                path_of_member,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                quantize=quantize,
+            )
         )
-    return found
+    return models
 
 
-def put_on_base(base: Base, place: str, folder: Path, *, trust_remote_code: bool = False) -> RewardModel:
+def put_on_base(base: Base, path: str, folder: Path, *, trust_remote_code: bool = False) -> RewardModel:
     """The reward model at `place` as its adapter, in `folder`, on the base. UsageError for an adapter without
     a score head."""
     model = base.scorer(0)
-    bare = lora.is_bare(place)
-    saved = None if bare else model_config(ModelSource(place, trust_remote_code=trust_remote_code))
+    bare = lora.is_bare(path)
+    saved = None if bare else model_config(ModelSource(path, trust_remote_code=trust_remote_code))
     scale = getattr(saved, "keel_reward", None)
     if scale is not None:
         model.config.keel_reward = scale
     if "score" not in (lora.settings_of(folder).modules_to_save or ()):
         raise UsageError(f"adapter {str(folder)!r} has no score head: it is none of a reward model")
-    own_words = not bare or (Path(place) / "tokenizer_config.json").is_file()
-    words = place if own_words else str(base.source.path)
-    tokenizer = load_tokenizer(words, trust_remote_code=trust_remote_code)
+    has_tokenizer = not bare or (Path(path) / "tokenizer_config.json").is_file()
+    tokenizer_path = path if has_tokenizer else str(base.source.path)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
     return wrap(lora.put_on(model, folder), tokenizer)

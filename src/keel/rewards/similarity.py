@@ -81,15 +81,15 @@ class Similarity:
             for completion, reference in zip(completions, references, strict=True)
             if reference is not None
         ]
-        found = iter(self.cosines(pairs).tolist())
-        return [None if reference is None else next(found) for reference in references]
+        cosines = iter(self.cosines(pairs).tolist())
+        return [None if reference is None else next(cosines) for reference in references]
 
     def cosines(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
         """(N,) cos of the two embeddings of each pair. A text that stands in several pairs is embedded
         once."""
-        place = {text: i for i, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
-        vectors = embed(self.embedder, list(place), batch_size=self.batch_size)
-        left, right = ([place[pair[side]] for pair in pairs] for side in (0, 1))
+        row_of = {text: i for i, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+        vectors = embed(self.embedder, list(row_of), batch_size=self.batch_size)
+        left, right = ([row_of[pair[side]] for pair in pairs] for side in (0, 1))
         return (vectors[left] * vectors[right]).sum(dim=1).clamp(-1, 1)
 
 
@@ -155,8 +155,7 @@ def _parts(source: ModelSource) -> tuple[Pooling, str]:
         elif kind not in ("Transformer", "Normalize"):
             raise UsageError(
                 f"{source.path!r} has a {kind} module; a similarity reward reads models of Transformer, "
-                "Pooling and "
-                "Normalize"
+                "Pooling and Normalize"
             )
     return pooling, folder
 
@@ -192,7 +191,7 @@ def _no_prompt(source: ModelSource) -> None:
 def _json(source: ModelSource, file: str) -> Any:
     """A file of the model's folder or hub repository; None if there is none."""
     with explained(f"{source.path}/{file}"):
-        found = cached_file(
+        cached = cached_file(
             str(source.path), file, revision=source.revision, _raise_exceptions_for_missing_entries=False
         )
-        return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+        return None if cached is None else json.loads(Path(cached).read_text(encoding="utf-8"))

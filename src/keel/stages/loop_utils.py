@@ -122,8 +122,8 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
 def put_back(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a module the state that `state_of` took of it."""
-    found = module.load_state_dict(state, strict=not hasattr(module, "peft_config"))
-    assert not found.unexpected_keys, found.unexpected_keys
+    mismatch = module.load_state_dict(state, strict=not hasattr(module, "peft_config"))
+    assert not mismatch.unexpected_keys, mismatch.unexpected_keys
 
 
 def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
