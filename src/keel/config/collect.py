@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_list, as_source
+from keel.config.parts import DataConfig, FilteredSamplingConfig, Stage, as_list, as_source
+from keel.config.settings import Settings
 
 ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
 _WHO = (
@@ -151,7 +152,7 @@ def _round(
     }  # fmt: skip
 
 
-def _renamed(terms: Any, old: str, new: str) -> Any:
+def _renamed(terms: object, old: str, new: str) -> Any:
     """Reward terms, short or written out, with another model in the place of `old`."""
     if isinstance(terms, list):
         return [_renamed(term, old, new) for term in terms]

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, Quantize, SamplingConfig, Settings, as_source
+from keel.config.parts import DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_source_filters, models_of
+from keel.config.settings import Settings
 from keel.config.watching import Watched
 
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from keel import errors
 from keel.config.collect import expanded
-from keel.config.parts import other_names
 from keel.config.run import KINDS, RunConfig
+from keel.config.settings import other_names
 
 
 class _Loader(yaml.SafeLoader):

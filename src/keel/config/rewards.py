@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.config.parts import DataConfig, Quantize, Settings, as_list
+from keel.config.parts import DataConfig, Quantize, as_list
+from keel.config.settings import Settings
 
 
 class RewardSettings(Settings):
@@ -233,8 +234,8 @@ def check_source_filters(
     )
     if lost is not None:
         raise ValueError(
-            f"reward {lost.log_name!r}: `source_filter` names {lost.source_filter!r}, which is no source of {setting}; there are "
-            f"{', '.join(sources)}"
+            f"reward {lost.log_name!r}: `source_filter` names {lost.source_filter!r}, which is no source of "
+            f"{setting}; there are {', '.join(sources)}"
         )
     bare = next(
         (s for s in sources if terms and not any(term.source_filter in (None, s) for term in terms)), None

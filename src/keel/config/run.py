@@ -11,10 +11,11 @@ from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig, RoundsConfig, expanded
 from keel.config.grpo import GRPOConfig
-from keel.config.parts import DataConfig, FilteredSamplingConfig, Settings, Stage, as_source
+from keel.config.parts import DataConfig, FilteredSamplingConfig, Stage, as_source
 from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
+from keel.config.settings import Settings
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 
 

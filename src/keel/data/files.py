@@ -229,7 +229,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _object(value: Any, origin: str) -> dict[str, Any]:
+def _object(value: object, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row must be an object {{column: value}}, this one is: {_kind(value)}")
     for column, inner in value.items():
@@ -240,12 +240,12 @@ def _object(value: Any, origin: str) -> dict[str, Any]:
     return value
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "number")
 
 
-def _not_finite(value: Any) -> float | None:
+def _not_finite(value: object) -> float | None:
     """The first NaN or infinity in a JSON value (Python's reader lets both through)."""
     if isinstance(value, float):
         return None if math.isfinite(value) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from keel.evaluation.annotators import CHOICES, Array, Votes, of_pairs
 from keel.types import PreferenceRecord
 
 _TINY = 1e-10  # probabilities are not lower than this, so that no vote is impossible
-# Votes added to each cell of a confusion matrix when labels are made: an annotator with few votes counts little.
+# Votes added to each cell of a confusion matrix when labels are made: who has few votes counts little.
 _SMOOTHING = 1.0
 
 
@@ -196,7 +196,7 @@ def _crowd(records: Sequence[PreferenceRecord], names: Sequence[str]) -> CrowdBr
     the average thing stands in fewer than two pairs."""
     things: dict[str, int] = {}
 
-    def thing(prompt: Any, reply: Any) -> int:
+    def thing(prompt: object, reply: object) -> int:
         return things.setdefault(json.dumps([prompt, reply]), len(things))
 
     index_of = {name: a for a, name in enumerate(names)}

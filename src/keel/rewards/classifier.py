@@ -159,7 +159,7 @@ def label_index(config: PreTrainedConfig, label: str | int | None, path: str) ->
     return matches[0]
 
 
-# ---------------------------------------------------------------- models that read text (for `similarity` too)
+# ---------------------------------------------------------------- models that read text (`similarity` too)
 
 
 def pretrained(kind: Any, source: ModelSource, config: PreTrainedConfig) -> Any:

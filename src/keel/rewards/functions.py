@@ -225,7 +225,7 @@ def _on_path(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return (
         "class"
         if isinstance(value, type)

@@ -1,5 +1,5 @@
-"""A reward model as a reward: it scores completions, by token ids when it reads the policy's tokenizer, by
-text when not."""
+"""A reward model as a reward: it scores completions, by token ids if it has the policy's tokenizer, else by
+text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RewardModel:
 
     @property
     def is_encoder(self) -> bool:
-        """Whether the model reads prompt and completion as a pair of texts (BERT-type), not as one sequence."""
+        """Whether it reads prompt and completion as a pair of texts (BERT-type), not as one sequence."""
         return score_head(self.model) is None
 
 
@@ -134,8 +134,8 @@ def combined(
 ) -> Tensor:
     """(M, B) normalised scores of M members → (B,): what the ensemble says (2310.02743).
 
-    mean; the worst case, min; or mean − λ·std with λ = `std_penalty` and the population's standard deviation: a
-    response on which the members disagree is one that a member may be wrong about.
+    mean; the worst case, min; or mean − λ·std with λ = `std_penalty` and the population's standard
+    deviation: where the members disagree, some of them are wrong.
     """
     match combine:
         case "mean":
@@ -218,10 +218,8 @@ def _encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool)
         try:
             return _encode_pair(reward, asked, answer, limit), False
         except UsageError:
-            last = reward.tokenizer(asked, add_special_tokens=False, split_special_tokens=True)["input_ids"][
-                -1:
-            ]
-            asked = reward.tokenizer.decode(last)
+            ids = reward.tokenizer(asked, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            asked = reward.tokenizer.decode(ids[-1:])
             encoded = reward.tokenizer(
                 asked, answer, truncation="only_second", max_length=limit, split_special_tokens=True
             )
@@ -283,18 +281,12 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
     ids, lengths = pad([item["input_ids"] for item in inputs], chat.ensure_pad(reward.tokenizer))
     ids, lengths = ids.to(device), lengths.to(device)
     if reward.is_encoder:
-        extra = {
-            key: pad([item[key] for item in inputs], 0)[0].to(device)
-            for key in inputs[0]
-            if key != "input_ids"
-        }
+        keys = [key for key in inputs[0] if key != "input_ids"]
+        extra = {key: pad([item[key] for item in inputs], 0)[0].to(device) for key in keys}
         mask = length_mask(lengths, ids.shape[1]).long()
         with computing(reward.model, device):
-            return (
-                reward.model(input_ids=ids, attention_mask=mask, **extra)
-                .logits.squeeze(-1)
-                .to(head_dtype(reward.model))
-            )
+            logits = reward.model(input_ids=ids, attention_mask=mask, **extra).logits
+            return logits.squeeze(-1).to(head_dtype(reward.model))
     last = torch.arange(len(inputs), device=device) * ids.shape[1] + lengths - 1
     return scores_at(reward.model, ids, last)
 
@@ -328,20 +320,16 @@ def _encode_pair(reward: RewardModel, prompt: str, completion: str, limit: int |
     encoded = reward.tokenizer(prompt, completion, split_special_tokens=True)
     excess = len(encoded["input_ids"]) - (limit or len(encoded["input_ids"]))
     if excess > 0:
-        kept = reward.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"][
-            excess:
-        ]
+        ids = reward.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        kept = ids[excess:]
         if not kept:
             raise UsageError(
                 f"a response of {len(encoded['input_ids'])} tokens with its prompt does not fit a reward "
                 f"model that reads {limit}"
             )
+        shorter = reward.tokenizer.decode(kept)
         encoded = reward.tokenizer(
-            reward.tokenizer.decode(kept),
-            completion,
-            truncation="only_first",
-            max_length=limit,
-            split_special_tokens=True,
+            shorter, completion, truncation="only_first", max_length=limit, split_special_tokens=True
         )
     return _read(encoded)
 
@@ -361,7 +349,7 @@ def save_scale(model: PreTrainedModel, mean: float, std: float, members: int = 1
     model.config.keel_reward = {"mean": mean, "std": std, **size}
 
 
-# ---------------------------------------------------------------- reward models as adapters on the policy's base
+# ------------------------------------------------------- reward models as adapters on the policy's base
 
 
 def load_members_on_base(
@@ -373,48 +361,41 @@ def load_members_on_base(
     say: Callable[[str], None],
     quantize: str | None = None,
 ) -> list[RewardModel]:
-    """As `load_members`, each member on `base` if its adapter was trained there. `say` is told of one
-    that was not, and takes memory of its own. UsageError if it is an adapter alone, which is nothing without
-    its base, and for a `quantize` without effect."""
+    """As `load_members`, with each member as an adapter on `base` where its adapter was trained there.
+
+    A member that was not is loaded by itself; `say` is told, since it takes memory of its own. UsageError if
+    such a member is an adapter without a model, and for a `quantize` without effect.
+    """
     paths, bare = [path], lora.is_bare(path)
     if not bare:
         source = ModelSource(path, trust_remote_code=trust_remote_code)
         paths += other_members(model_config(source), path)
     models: list[RewardModel] = []
-    for path_of_member in paths:
-        folder = lora.folder_of(path_of_member)
+    for member in paths:
+        folder = lora.folder_of(member)
         if folder is not None and lora.belongs_to(folder, base.source):
             if quantize is not None:
                 raise UsageError(
-                    f"reward model {path_of_member!r}: `quantize` has no effect: it is an adapter on the base, which "
-                    "`model.quantize` is for"
+                    f"reward model {member!r}: `quantize` has no effect: it is an adapter on the base, "
+                    "which `model.quantize` is for"
                 )
-            models.append(put_on_base(base, path_of_member, folder, trust_remote_code=trust_remote_code))
+            models.append(put_on_base(base, member, folder, trust_remote_code=trust_remote_code))
             continue
-        why = (
-            "all of its weights were trained" if folder is None else "its adapter was trained on another base"
-        )
+        adapter = "its adapter was trained on another base"
+        why = "all of its weights were trained" if folder is None else adapter
         if bare:
-            raise UsageError(
-                f"reward model {path_of_member!r} cannot be used: {why}, and there is no whole model"
-            )
-        say(f"the reward model {path_of_member!r} takes memory of its own: {why}")
+            raise UsageError(f"reward model {member!r} cannot be used: {why}, and there is no whole model")
+        say(f"the reward model {member!r} takes memory of its own: {why}")
         device = next(base.model.parameters()).device
         models.append(
-            load(
-                path_of_member,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                quantize=quantize,
-            )
+            load(member, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
         )
     return models
 
 
 def put_on_base(base: Base, path: str, folder: Path, *, trust_remote_code: bool = False) -> RewardModel:
-    """The reward model at `place` as its adapter, in `folder`, on the base. UsageError for an adapter without
-    a score head."""
+    """The reward model at `path` as its adapter, which lies in `folder`, on the base. UsageError for an
+    adapter without a score head."""
     model = base.scorer(0)
     bare = lora.is_bare(path)
     saved = None if bare else model_config(ModelSource(path, trust_remote_code=trust_remote_code))

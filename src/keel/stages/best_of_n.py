@@ -18,7 +18,7 @@ from keel.data.stops import stop_texts
 from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
-from keel.models.load import causal_lm
+from keel.models.load import ModelSource, causal_lm
 from keel.rollout.engine import generate, text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHOSEN = "best.jsonl"  # the best response to each prompt, as ids and text
+SAMPLE_KEYS = ("prompt", "completion", "rewards", "reward", "mean", "length", "stop_reason")
 PROMPTS_AT_ONCE = 32
 
 
 def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
-    """1. prompts  2. n samples of each, scored  3. the best ones  4. the loop of supervised fine-tuning  5.
-    save."""
+    """1. prompts  2. n scored samples of each  3. the best ones  4. supervised fine-tuning  5. save."""
     dataset = prepare.read(stage_run, config.data, ("prompt",))
     source = prepare.source_of(config.model, stage_run)
     tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
@@ -64,30 +64,13 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
         )
     rows = [_row(row) for row in kept]
     train, held_out = split_holdout(len(rows), config.holdout, stage_run.seed)
-    stage_run.facts |= {
-        "prompts": len(tasks),
-        "samples": len(tasks) * config.samples_per_prompt,
-        "kept": len(kept),
-    }
+    sampled = len(tasks) * config.samples_per_prompt
+    stage_run.facts |= {"prompts": len(tasks), "samples": sampled, "kept": len(kept)}
 
     model = prepare.to_train(causal_lm(source, language.model_seed(stage_run)), config, stage_run)
-    result = language.fit(
-        stage_run,
-        config,
-        model,
-        chat.ensure_pad(tokenizer),
-        [rows[i] for i in train],
-        [rows[i] for i in held_out],
-    )
-    stage_run.samples(
-        [
-            {
-                key: row[key]
-                for key in ("prompt", "completion", "rewards", "reward", "mean", "length", "stop_reason")
-            }
-            for row in kept[:SAMPLES_KEPT]
-        ]
-    )
+    trained, evaluated = [rows[i] for i in train], [rows[i] for i in held_out]
+    result = language.fit(stage_run, config, model, chat.ensure_pad(tokenizer), trained, evaluated)
+    stage_run.samples([{key: row[key] for key in SAMPLE_KEYS} for row in kept[:SAMPLES_KEPT]])
     prepare.save_model(
         stage_run, model, tokenizer, config, "A language model fine-tuned on the best of its own samples"
     )
@@ -102,7 +85,7 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
 def _sample(
     config: BestOfNConfig,
     stage_run: StageRun,
-    source: Any,
+    source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[tuple[PromptRecord, list[int]]],
 ) -> list[dict[str, Any]]:
@@ -122,8 +105,8 @@ def _sample(
         repeated = [task for task in part for _ in range(n)]
         done = generate(
             model, [ids for _, ids in repeated], sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop),
-            stop_texts=stop_texts(tokenizer, sampling.stop),
-            pad_id=chat.ensure_pad(tokenizer), seed=derive_seed(stage_run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
+            stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=chat.ensure_pad(tokenizer),
+            seed=derive_seed(stage_run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
         )  # fmt: skip
         columns = [dict(record.columns) for record, _ in repeated]
         rated = rewards.score(

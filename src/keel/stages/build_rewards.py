@@ -1,4 +1,4 @@
-"""The rewards of a config, loaded: what `reward:` names, ready to score samples."""
+"""The rewards that `reward:` of a config names: load their models and functions, make one reward of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, SimilarityTerm
+from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, RewardTerm, SimilarityTerm
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
@@ -35,7 +35,7 @@ class LoadedReward:
 
 
 def load_rewards(
-    terms: Sequence[Any],
+    terms: Sequence[RewardTerm],
     stage_run: StageRun,
     *,
     dtype: str = "float32",
@@ -93,7 +93,7 @@ def load_rewards(
     return loaded
 
 
-def check(terms: Sequence[Any], where: str) -> None:
+def check(terms: Sequence[RewardTerm], where: str) -> None:
     """UsageError for rules that cannot be made and functions that are not there; no model is loaded."""
     for term in terms:
         if isinstance(term, FunctionTerm):
@@ -105,7 +105,7 @@ def check(terms: Sequence[Any], where: str) -> None:
                 raise UsageError(f"{where}: reward {term.log_name!r}: {error}") from None
 
 
-def _rule(term: Any) -> Callable[..., Any]:
+def _rule(term: RewardTerm) -> Callable[..., Any]:
     match term.kind:
         case "answer":
             return rules.final_answer(term.column, term.where)
@@ -163,7 +163,7 @@ def mixture(
     return Mixture(terms)
 
 
-def _for_its_source(term: Any, rewarder: Rewarder) -> Rewarder:
+def _for_its_source(term: RewardTerm, rewarder: Rewarder) -> Rewarder:
     """The reward where it is meant for every row; else None for rows of other sources."""
     if term.source_filter is None:
         return rewarder

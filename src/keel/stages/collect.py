@@ -76,7 +76,8 @@ def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
     )
     return {
         "comparisons": len(rows), "same": len(tasks) - len(pairs), "skipped": len(pairs) - len(rows),
-        "votes": sum(len(row["votes"]) for row in rows), "truncated": sum(pair["cut"] for pair in pairs) / (2 * len(pairs)),
+        "votes": sum(len(row["votes"]) for row in rows),
+        "truncated": sum(pair["cut"] for pair in pairs) / (2 * len(pairs)),
     }  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def _alike(tokenizer: PreTrainedTokenizerBase, one: Completion, other: Completio
     return text_of(tokenizer, one).strip() == text_of(tokenizer, other).strip()
 
 
-def _reply(prompt: Any, text: str) -> Any:
+def _reply(prompt: object, text: str) -> str | list[dict[str, str]]:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
@@ -224,9 +225,9 @@ def _votes_of_people(stage_run: StageRun, pairs: Sequence[Mapping[str, Any]], pa
     if missing:
         raise WaitingError(
             f"{stage_run.name}: {missing} of {len(known)} pairs wait for people, in {path.with_name(PAIRS)}. "
-            "Write a line "
-            f'{{"pair": 0, "annotator": "NAME", "choice": "a"}} for each (choice: {", ".join(CHOICES)}; several annotators a pair '
-            f"are welcome) into {path}; the same command then goes on"
+            'Write a line {"pair": 0, "annotator": "NAME", "choice": "a"} for each (choice: '
+            f"{', '.join(CHOICES)}; several annotators a pair are welcome) into {path}; the same command "
+            "then goes on"
         )
     return votes
 

@@ -126,8 +126,9 @@ def _open(stage_run: StageRun, config: EvaluateConfig, name: str) -> Any:
 
 
 def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, list[JudgedCompletion]]:
-    """n → one model's completions of all prompts, in order: of each prompt the best by the rewards of its
-    first n samples. What is best of 4 samples is chosen among the 2 that were drawn first, and 2 more."""
+    """n → one model's completions of all prompts, in order: for each prompt the best of its first n samples
+    by the rewards. The samples are shared: the best of 4 is chosen among those that the best of 2 had, and 2
+    more."""
     config, stage_run, records = bench.config, bench.stage_run, bench.records
     tokenizer = _tokenizer(stage_run, config, name, bench.conversational)
     model = _open(stage_run, config, name)
@@ -140,16 +141,20 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         )
     prompts = [chat.prompt_ids(tokenizer, record.prompt)[-(bench.room or 0) :] for record in records]
     longest = max(map(len, prompts)) + sampling.max_new_tokens
-    rewards = build_rewards.mixture(
-        bench.loaded, stage_run, tokenizer, longest, normalize=len(bench.loaded) > 1, batch_size=config.batch_size
-    ) if bench.loaded else None  # fmt: skip
+    rewards = None
+    if bench.loaded:
+        several = len(bench.loaded) > 1
+        rewards = build_rewards.mixture(
+            bench.loaded, stage_run, tokenizer, longest, normalize=several, batch_size=config.batch_size
+        )
     best: list[Completion] = []
     rated: Rated | None = None
     judged: dict[int, list[JudgedCompletion]] = {}
     for round_ in range(max(best_of)):
         seed = derive_seed(stage_run.seed, "evaluate", *([round_] if round_ else []))
         done = generate(
-            model, prompts, sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop), stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id, seed=seed,
+            model, prompts, sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop),
+            stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id, seed=seed,
             batch_size=config.batch_size,
         )  # fmt: skip
         new = _rated(rewards, records, done, tokenizer)
@@ -172,7 +177,7 @@ def _all_judged(
     rated: Rated | None,
     kls: Sequence[float],
 ) -> list[JudgedCompletion]:
-    """Everything that is said of one completion of each prompt, gold included."""
+    """All measures of one completion of each prompt, the gold reward included."""
     config, records = bench.config, bench.records
     gold = worlds.load(config.gold.removeprefix("world:").partition("/")[0]) if config.gold else None
     judged: list[JudgedCompletion] = []

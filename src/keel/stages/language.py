@@ -60,8 +60,8 @@ def loss(
         positions = torch.tensor([_positions(row, ids.shape[1]) for row in rows])
         mask = packed_mask(segments.to(device), next(model.parameters()).dtype)
         more = {"attention_mask": mask, "position_ids": positions.to(device)}
-    where, position = counts.nonzero(as_tuple=True)
-    index = where * ids.shape[1] + position  # of the token before each that counts
+    row_index, column = counts.nonzero(as_tuple=True)
+    index = row_index * ids.shape[1] + column  # of the token before each that counts
     labels = ids.flatten()[index + 1].to(device)
     predicted = token_logprobs(
         head_inputs(model, ids.to(device), index.to(device), inputs=more), labels, hits=True
@@ -140,4 +140,5 @@ def _positions(row: LanguageRow, width: int) -> list[int]:
 
 
 def model_seed(stage_run: StageRun) -> int:
+    """The seed of what a stage's model is initialised with: new weights, or adapters."""
     return derive_seed(stage_run.seed, "model")

@@ -1,8 +1,8 @@
 """Preference optimisation: a policy straight from comparisons, without a reward model (DPO and its kin).
 
-The reference is never trained, so its log-probabilities are taken once, before the first step, and one model
-is in memory while training. With adapters as without, it is what the policy starts from unless another one is
-named.
+The reference is never trained. So its log-probabilities are computed once, before the first step; while
+training, only the policy is in memory. The reference is the model that the policy starts from, with adapters
+as without, unless the config names another one.
 """
 
 from __future__ import annotations
@@ -152,17 +152,22 @@ def _measured(setup: PreferenceSetup, pairs: Sequence[Pair]) -> dict[str, list[f
 
 
 class UnpairedStep:
-    """The optimiser step at work. KTO's KL is estimated over all of its rows, though a loss is given a part
-    of them."""
+    """The optimiser step that is being taken.
+
+    KTO's loss needs an estimate of the KL over all rows of the step, but each call of the loss gets one
+    micro-batch only. So `begin` makes the estimate, and `loss` reads it.
+    """
 
     def __init__(self, setup: PreferenceSetup) -> None:
         self.setup = setup
-        self.kl = 0.0  # of the weights before this step
+        self.kl = 0.0  # nats, by the weights before this step
 
     def begin(self, rows: Sequence[Example]) -> None:
+        """Estimate the KL over all rows of the step."""
         self.kl = mismatched_kl(self.setup, rows)
 
     def loss(self, part: Sequence[Example], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """`unpaired_loss` of a micro-batch, with the step's KL."""
         return unpaired_loss(self.setup, part, self.kl, denominator)
 
 
@@ -231,9 +236,13 @@ def _objective(setup: PreferenceSetup) -> supervised_loop.Objective[Any]:
     if setup.config.loss == "kto":
         step = UnpairedStep(setup)
         return supervised_loop.Objective(
-            loss=step.loss, weight=lambda row: 1, size=preference_rows.size, evaluate=lambda rows: evaluate_unpaired(setup, rows),
-            named=_unpaired_metrics, begin=step.begin,
-        )  # fmt: skip
+            loss=step.loss,
+            weight=lambda row: 1,
+            size=preference_rows.size,
+            evaluate=lambda rows: evaluate_unpaired(setup, rows),
+            named=_unpaired_metrics,
+            begin=step.begin,
+        )
     return supervised_loop.Objective(
         loss=lambda part, denominator: loss(setup, part, denominator),
         weight=lambda pair: 1,

@@ -1,5 +1,4 @@
-"""Comparisons as preference optimisation reads them: tokens, log-probabilities, and what the reference says
-of them."""
+"""Comparisons as preference optimisation reads them: tokens, and log-probabilities under both models."""
 
 from __future__ import annotations
 
@@ -314,4 +313,5 @@ def _states(
 
 
 def lengths(responses: Sequence[Response], device: torch.device) -> Tensor:
+    """(B,) tokens of each response."""
     return torch.tensor([len(response.ids) for response in responses], device=device)

@@ -1,5 +1,4 @@
-"""What a stage starts from and leaves behind: tokenizer, model, tokenised rows, the saved model with its
-card."""
+"""What a stage starts from (model, tokenizer, tokenised rows) and what it leaves (a model with a card)."""
 
 from __future__ import annotations
 
@@ -49,6 +48,7 @@ def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: 
 
 
 def adapters_of(config: LoraConfig) -> Adapters:
+    """The config's adapters as `models.lora` takes them."""
     targets = (
         config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
     )
@@ -111,7 +111,7 @@ def room_of(stage_run: StageRun, limit: int | None, max_new_tokens: int) -> int 
 
 @dataclass
 class TooLong:
-    """Applies `too_long`, and counts."""
+    """What `too_long` does with rows, and how many it did it to."""
 
     stage_run: StageRun
     policy: str
@@ -139,6 +139,7 @@ class TooLong:
         return self.policy == "truncate"
 
     def report(self) -> None:
+        """Say how many rows were cut and left out, and record both in the stage's facts."""
         if self.cut or self.left_out:
             self.stage_run.say(
                 f"{self.stage_run.name}: longer than {self.limit} tokens: {self.cut} rows cut, "

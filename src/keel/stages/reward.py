@@ -61,8 +61,8 @@ class Prepared:
 def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. comparisons  2. tokens  3. samples to fix the scale on  4. each member: the loop, its scale, save.
 
-    The samples are drawn before the loop, so that whatever stands in their way is found before any training.
-    One member is in memory at a time; the first is trained last, since the others are saved beside it.
+    The samples are drawn before the loop, so that an error in drawing them comes before any training. One
+    member is in memory at a time. The first is trained last, since the others are saved inside its folder.
     """
     dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("preference",))
     voters = _voters([*records, *held_out])
@@ -91,9 +91,8 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
         _member(config, member_run, prepared, f"Member {number} of a reward ensemble")
         for number, member_run in enumerate(others, 2)
     ]
-    first = _member(
-        config, stage_run, prepared, "The first member of a reward ensemble", [member_run.directory / "model" for member_run in others]
-    )  # fmt: skip
+    folders = [member_run.directory / "model" for member_run in others]
+    first = _member(config, stage_run, prepared, "The first member of a reward ensemble", folders)
     results, scores = zip(first, *done)
     return {**_of_ensemble(scores, held_out_pairs), "members": list(results), **voters}
 
@@ -343,6 +342,7 @@ def _sample(
     sampler = causal_lm(source, 0).to(stage_run.device).eval()
     completions = generate(
         sampler, [prompts[i % len(prompts)] for i in range(count)], sampling,
-        stop_ids=stop_ids, stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id, seed=derive_seed(stage_run.seed, "normalize"),
+        stop_ids=stop_ids, stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id,
+        seed=derive_seed(stage_run.seed, "normalize"),
     )  # fmt: skip
     return [{"input_ids": [*c.prompt_ids, *c.ids]} for c in completions]

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
-    """1. demonstrations  2. tokens, with a mask of those that count  3. rows, packed if asked  4. the loop
-    5. save."""
+    """1. demonstrations  2. tokens and which ones count  3. rows, packed if asked  4. the loop  5. save."""
     dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("demonstration", "text"))
     source = prepare.source_of(config.model, stage_run)
     tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)

@@ -39,21 +39,21 @@ RowT = TypeVar("RowT")
 class Objective(Generic[RowT]):
     """What a stage learns from its rows."""
 
-    # rows, and the denominator of the whole step → their part of its loss, and metrics that add up over the
-    # parts
+    # rows of a micro-batch and the denominator of the whole step → their part of the step's loss, and metrics
+    # that add up over the micro-batches
     loss: Callable[[Sequence[RowT], float], tuple[Tensor, dict[str, Tensor]]]
-    weight: Callable[[RowT], int]  # what a row adds to the denominator: its counted tokens, or 1
-    size: Callable[[RowT], int]  # tokens of its forward, by which rows are put together
-    evaluate: Callable[
-        [Sequence[RowT]], dict[str, float]
-    ]  # held-out metrics; early stopping watches `eval_loss`
-    length: Callable[[RowT], int] | None = (
-        None  # a row's tokens, for `num_tokens`; None: they are not counted
-    )
-    named: Callable[[dict[str, float]], dict[str, float]] = dict  # a step's sums under the names of the log
-    begin: Callable[[Sequence[RowT]], None] | None = (
-        None  # is given a step's rows before the loss of any part
-    )
+    # what a row adds to the denominator: its counted tokens, or 1
+    weight: Callable[[RowT], int]
+    # tokens of a row's forward; micro-batches are made of rows of similar size
+    size: Callable[[RowT], int]
+    # held-out metrics; early stopping watches `eval_loss`
+    evaluate: Callable[[Sequence[RowT]], dict[str, float]]
+    # a row's tokens, for `num_tokens`; None: they are not counted
+    length: Callable[[RowT], int] | None = None
+    # a step's summed metrics → the metrics as they are logged
+    named: Callable[[dict[str, float]], dict[str, float]] = dict
+    # gets all rows of a step, before the first micro-batch
+    begin: Callable[[Sequence[RowT]], None] | None = None
 
 
 def fit(
@@ -64,7 +64,11 @@ def fit(
     held_out: Sequence[RowT],
     objective: Objective[RowT],
 ) -> None:
-    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep."""
+    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep.
+
+    The gradient of a step is summed over micro-batches, each divided by the denominator of the whole step, so
+    that the split does not change it.
+    """
     steps, optimizer = total_steps(config, len(rows)), optimizer_for(config, ([model], config.lr))
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
     stage_run.facts |= {
