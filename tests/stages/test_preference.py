@@ -65,7 +65,9 @@ def rows(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def looked_into(monkeypatch: pytest.MonkeyPatch) -> list[tuple[preference.PreferenceSetup, list[Any], list[Any]]]:
+def looked_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[tuple[preference.PreferenceSetup, list[Any], list[Any]]]:
     """Setup, rows and held-out rows of each stage that is run, as they are when training ends, before
     adapters merge."""
     seen: list[tuple[preference.PreferenceSetup, list[Any], list[Any]]] = []
