@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from keel.config import RunConfig, SFTConfig, parse, read
-from keel.errors import UsageError
+from keel.errors import DeprecationNote, UsageError
 
 NEW = {"init": {"model_type": "llama"}}
 
@@ -329,18 +330,22 @@ def test_a_reward_is_for_a_source_that_there_is(stage):
     def length(**settings: Any) -> dict[str, Any]:
         return {"kind": "length", "high": 3, **settings}
 
-    assert parse(_config(s=stage(reward=[length(only="d.jsonl")])))
+    assert parse(_config(s=stage(reward=[length(source_filter="d.jsonl")])))
     assert parse(
-        _config(s=stage(reward=[length(only="e.jsonl"), length(name="b")], data=["d.jsonl", "e.jsonl"]))
+        _config(
+            s=stage(reward=[length(source_filter="e.jsonl"), length(name="b")], data=["d.jsonl", "e.jsonl"])
+        )
     )
-    message = _refusal(_config(s=stage(reward=[length(only="x.jsonl")])))
-    assert "reward 'length': `only` names 'x.jsonl', which is no source of `data`" in message
-    message = _refusal(_config(s=stage(reward=[length(only="d.jsonl")], data=["d.jsonl", "e.jsonl"])))
+    message = _refusal(_config(s=stage(reward=[length(source_filter="x.jsonl")])))
+    assert "reward 'length': `source_filter` names 'x.jsonl', which is no source of `data`" in message
+    message = _refusal(
+        _config(s=stage(reward=[length(source_filter="d.jsonl")], data=["d.jsonl", "e.jsonl"]))
+    )
     assert "no reward is for the rows of 'e.jsonl'" in message
 
 
 def test_held_out_prompts_have_a_reward_too():
-    reward = [{"kind": "length", "high": 3, "only": "d.jsonl"}]
+    reward = [{"kind": "length", "high": 3, "source_filter": "d.jsonl"}]
     held = {"eval_data": "e.jsonl", "eval_every": 1}
     assert "no reward is for the rows of 'e.jsonl'" in _refusal(_config(s=_ppo(reward=reward, **held)))
     assert parse(_config(s=_ppo(reward=reward, **{**held, "eval_data": "d.jsonl"})))
@@ -351,6 +356,83 @@ def test_rewards_that_all_weigh_nothing_are_refused(stage):
     logged = {"kind": "length", "high": 3, "weight": 0}
     assert "every reward has `weight` 0" in _refusal(_config(s=stage(reward=[logged])))
     assert parse(_config(s=stage(reward=[logged, "r"])))
+
+
+# ---------------------------------------------------------------- renamed keys
+
+
+def _former(former: bool) -> dict[str, Any]:
+    """A config with each renamed key, under its former name or today's."""
+    source, penalty, labels = (
+        ("only", "caution", "votes") if former else ("source_filter", "std_penalty", "labels")
+    )
+    term = {"kind": "learned", "model": "m", "combine": "mean_minus_std", penalty: 2.0, source: "d.jsonl"}
+    return _config(r=_reward(**{labels: "majority"}), p=_ppo(reward=[term]))
+
+
+def test_a_former_key_still_works_and_names_the_new_one(tmp_path):
+    with pytest.warns(DeprecationNote) as notes:
+        old = parse(_former(True))
+    said = {str(note.message) for note in notes}
+    assert said == {
+        "`only` (kind: learned) is now called `source_filter`; write that",
+        "`caution` (kind: learned) is now called `std_penalty`; write that",
+        "`votes` (kind: reward) is now called `labels`; write that",
+    }
+    assert old == parse(_former(False))
+    with pytest.warns(DeprecationNote):
+        assert read(_written(tmp_path, _former(True))) == old
+
+
+def test_the_new_keys_and_a_resolved_config_bring_no_note(tmp_path):
+    with pytest.warns(DeprecationNote):
+        resolved = parse(_former(True)).model_dump(mode="json")
+    assert {"source_filter", "std_penalty"} <= resolved["stages"]["p"]["reward"][0].keys()
+    assert not {"only", "caution"} & resolved["stages"]["p"]["reward"][0].keys()
+    assert "votes" not in resolved["stages"]["r"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(_written(tmp_path, resolved)) == parse(_former(False))
+
+
+@pytest.mark.parametrize(("former", "key"), [("only", "source_filter"), ("caution", "std_penalty")])
+def test_a_former_key_beside_the_new_one_is_refused(former, key):
+    term = _former(False)["stages"]["p"]["reward"][0]
+    message = _refusal(_config(p=_ppo(reward=[{**term, former: term[key]}])))
+    assert f"`{former}` is the former name of `{key}`" in message
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+@pytest.mark.parametrize("override", ["p.reward.0.caution=3.0", "p.reward.0.std_penalty=3.0"])
+def test_an_override_replaces_a_renamed_key_whichever_name_the_file_uses(tmp_path, in_file, override):
+    path = _written(tmp_path, _former(in_file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationNote)
+        term = read(path, [override]).stages["p"].reward[0]  # pyright: ignore
+    assert term.std_penalty == 3.0
+
+
+def test_a_key_that_is_renamed_in_one_kind_only_stays_what_it_is_in_another(tmp_path):
+    """`votes` was the reward stage's `labels`; a dpo stage has `votes`, and no `labels`."""
+    path = _written(tmp_path, _config(s={"kind": "dpo", "model": "m", "data": "d.jsonl"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(path, ["s.votes=soft"]).stages["s"].votes == "soft"  # pyright: ignore
+    message = _refusal(_config(s={"kind": "dpo", "model": "m", "data": "d.jsonl", "labels": "soft"}))
+    assert "unknown key" in message
+
+
+def test_the_schema_shows_the_new_key_and_marks_the_former_one():
+    groups = RunConfig.model_json_schema()["$defs"]
+    for group, former, key in (
+        ("LearnedTerm", "caution", "std_penalty"), ("LengthTerm", "only", "source_filter"),
+        ("RewardConfig", "votes", "labels"),
+    ):  # fmt: skip
+        properties = groups[group]["properties"]
+        assert properties[former]["deprecated"] is True
+        assert properties[former]["description"] == f"Former name of `{key}`."
+        assert "deprecated" not in properties[key]
+    assert "only" not in RunConfig.model_json_schema()["$defs"]["DPOConfig"]["properties"]
 
 
 # ---------------------------------------------------------------- presets

@@ -170,8 +170,8 @@ def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
 
 def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     changes: dict[str, Any] = {"model": str(stand_ins.encoder)} if term.kind == "similarity" else {}
-    if term.only is not None:
-        changes["only"] = stand_ins.file(term.only)
+    if term.source_filter is not None:
+        changes["source_filter"] = stand_ins.file(term.source_filter)
     return {**term.model_dump(exclude_none=True), **changes}
 
 

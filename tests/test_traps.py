@@ -34,7 +34,7 @@ from keel.rewards import learned
 from keel.rewards.mixture import Rated
 from keel.rl import loop, ppo, rollout
 from keel.stages import language, reward
-from keel.stages.language import Row
+from keel.stages.language import LanguageRow
 from keel.types import Completion
 
 START = ppo.LoopState(0.0, ppo.RunningScale())
@@ -148,9 +148,9 @@ def test_trap_03_the_loss_is_per_token_of_the_whole_step(
     their tokens."""
     model = causal_lm(ModelSource(str(tiny_model)), 0).double().eval()
     rows = [
-        Row([5, 6, 7, 8, 9, 10, 11, 12], [True] * 8),
-        Row([40, 41], [True] * 2),
-        Row([3, 4, 5, 6], [False, False, False, True]),
+        LanguageRow([5, 6, 7, 8, 9, 10, 11, 12], [True] * 8),
+        LanguageRow([40, 41], [True] * 2),
+        LanguageRow([3, 4, 5, 6], [False, False, False, True]),
     ]
     losses = []
     for row in rows:
@@ -577,7 +577,7 @@ def test_trap_25_accuracy_is_counted_over_all_pairs(tiny_reward: Path) -> None:
     scores = learned.score(scorer, sides).tolist()
     better = [scores[2 * i] > scores[2 * i + 1] for i in range(5)]
     labels = [1.0, 1.0, 0.5, 0.8, 0.0]
-    pairs = [reward.Pair(sides[2 * i], sides[2 * i + 1], labels[i], 0.0) for i in range(5)]
+    pairs = [reward.RewardPair(sides[2 * i], sides[2 * i + 1], labels[i], 0.0) for i in range(5)]
     right = [better[0], better[1], better[3], not better[4]]
     config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "batch_size": 2})
     _, result = reward.evaluate(scorer, pairs, config)
@@ -676,7 +676,7 @@ def test_trap_every_setting_is_read_by_something(
             caller = sys._getframe(1).f_code
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
-                or caller.co_name in ("inputs", "references", "called", "trusts_sampler", "world")
+                or caller.co_name in ("inputs", "references", "log_name", "trusts_sampler", "world")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -692,7 +692,7 @@ def test_trap_every_setting_is_read_by_something(
     }  # fmt: skip
     own = str(Path(__file__).parent / "stages" / "rewards_for_tests.py") + ":red"
     terms = [
-        {"kind": "answer", "only": None}, {"kind": "format"}, {"kind": "regex", "pattern": "r"}, {"kind": "length", "high": 3}, {"kind": "repetition"},
+        {"kind": "answer", "source_filter": None}, {"kind": "format"}, {"kind": "regex", "pattern": "r"}, {"kind": "length", "high": 3}, {"kind": "repetition"},
         {"kind": "keywords", "words": ["red"]}, {"kind": "overlong", "max_length": 6, "buffer": 2},
         {"kind": "similarity", "model": str(tiny_bert), "to": "answer"}, {"kind": "classifier", "model": "genre", "label": "a"},
         {"kind": "python", "function": own}, {"kind": "learned", "model": "reward", "combine": "mean"},

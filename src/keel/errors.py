@@ -6,6 +6,8 @@ KeelError             1   one clear message; the command ends with `exit_code`
 ├─ RewardError        1   a reward function failed; names it
 ├─ NotFiniteError     1   a loss, a gradient or a metric is NaN or infinite
 └─ WaitingError       3   the stage has done its part and waits for people
+
+DeprecationNote is a warning, no error: something works for this version and has a new name.
 """
 
 from __future__ import annotations
@@ -39,3 +41,7 @@ class DataError(UsageError):
 
 class RewardError(KeelError):
     """A reward could not be computed; the message names the reward and, where one is to blame, the sample."""
+
+
+class DeprecationNote(FutureWarning):
+    """A name that still works in this version and goes away in the next; the message says the new one."""

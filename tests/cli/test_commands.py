@@ -275,6 +275,17 @@ def test_schema_describes_every_setting(keel):
     assert schema["$defs"]["PPOConfig"]["properties"]["clip"]["description"].startswith("ε")
 
 
+def test_a_renamed_key_is_noted_once_on_stderr(keel, write):
+    term = {"kind": "length", "high": 3, "only": "x.jsonl"}
+    path = write(
+        "old.yaml", {"s": {"kind": "evaluate", "models": ["m"], "reward": [term], "data": "y.jsonl"}}
+    )
+    done = keel("plan", str(path))
+    assert done.err.count("`only` (kind: length) is now called `source_filter`") == 1
+    assert done.err.startswith("keel: note: ")
+    assert ".py:" not in done.err  # no place in the code
+
+
 def test_doctor(keel):
     facts = keel("doctor", "--json")
     assert facts.code == 0

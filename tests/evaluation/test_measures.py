@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binomtest
 
 from keel.evaluation.measures import Measure, accuracy, across_runs, mean_interval, points_share, wilson
-from keel.evaluation.policies import Judged, measures
+from keel.evaluation.policies import JudgedCompletion, measures
 
 Draw = Callable[[np.random.Generator], Measure]
 DRAWS = 1000
@@ -31,8 +31,10 @@ def lift(rng: np.random.Generator) -> Measure:
     """A paired difference whose two sides share their prompt, as `measures` makes it: the truth is 0.3."""
     prompts = rng.normal(0, 3, 60)
 
-    def judged(rewards: Any) -> list[Judged]:
-        return [Judged("q", "a", 0.0, 1, "eos", gold={"total": float(reward)}) for reward in rewards]
+    def judged(rewards: Any) -> list[JudgedCompletion]:
+        return [
+            JudgedCompletion("q", "a", 0.0, 1, "eos", gold={"total": float(reward)}) for reward in rewards
+        ]
 
     before, after = prompts + rng.normal(0, 1, 60), prompts + 0.3 + rng.normal(0, 1, 60)
     return measures(judged(after), judged(before))["gold_lift"]
@@ -41,8 +43,10 @@ def lift(rng: np.random.Generator) -> Measure:
 def won(rng: np.random.Generator) -> Measure:
     """A win rate with many draws, as `measures` makes it: the truth is 0.4 + 0.4/2."""
     steps = points(rng, 80, 0.4, 0.4)
-    before = [Judged("q", "a", 0.0, 1, "eos", proxy=0.5) for _ in steps]
-    return measures([Judged("q", "a", 0.0, 1, "eos", proxy=step) for step in steps], before)["win_rate"]
+    before = [JudgedCompletion("q", "a", 0.0, 1, "eos", proxy=0.5) for _ in steps]
+    return measures([JudgedCompletion("q", "a", 0.0, 1, "eos", proxy=step) for step in steps], before)[
+        "win_rate"
+    ]
 
 
 def ranked(rng: np.random.Generator) -> Measure:

@@ -129,7 +129,9 @@ def test_split_accumulation_and_padding_leave_the_gradient(
     right = gradients(model)
     assert max(float(x.abs().max()) for x in right) > 1e-3
 
-    objective = preference._objective(preference.Setup(config, model, 0, torch.device("cpu"), known, None))
+    objective = preference._objective(
+        preference.PreferenceSetup(config, model, 0, torch.device("cpu"), known, None)
+    )
     denominator, total = sum(objective.weight(row) for row in batch), 0.0
     if objective.begin is not None:
         objective.begin(batch)

@@ -21,7 +21,7 @@ from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
 from keel.rl import epochs, loop, ppo, rollout
 from keel.stages import language, reward
-from keel.stages.language import Row
+from keel.stages.language import LanguageRow
 from keel.stages.loop_utils import micro_batches
 from keel.types import Episodes
 
@@ -68,15 +68,15 @@ def causal(architecture: str, tiny_model: Path) -> Any:
     return model.double().train()
 
 
-def examples() -> list[Row]:
+def examples() -> list[LanguageRow]:
     """Prompts that do not count and answers that do, of very different lengths."""
     lengths = [(3, 4), (1, 9), (5, 1), (2, 2), (1, 1)]
     g = torch.Generator().manual_seed(4)
     ids = [torch.randint(2, 290, (p + r,), generator=g).tolist() for p, r in lengths]
-    return [Row(x, [False] * p + [True] * r) for x, (p, r) in zip(ids, lengths, strict=True)]
+    return [LanguageRow(x, [False] * p + [True] * r) for x, (p, r) in zip(ids, lengths, strict=True)]
 
 
-def expected_language(model: Any, rows: Sequence[Row]) -> list[Tensor]:
+def expected_language(model: Any, rows: Sequence[LanguageRow]) -> list[Tensor]:
     """∇ of −Σ log π(token | before) over counted tokens / their number, one example at a time."""
     number = sum(sum(row.counts[1:]) for row in rows)
     for row in rows:
@@ -110,7 +110,7 @@ def test_language_packing(
     from keel.stages.sft import _pack
 
     for loss_on_all in (False, True):
-        rows = [Row(row.ids, [True] * len(row.ids)) if loss_on_all else row for row in examples()]
+        rows = [LanguageRow(row.ids, [True] * len(row.ids)) if loss_on_all else row for row in examples()]
         model = causal(architecture, tiny_model)
         expected = expected_language(model, rows)
         packed = [_pack([rows[i] for i in group]) for group in groups]
@@ -125,7 +125,7 @@ def test_a_packed_row_needs_its_segments(tiny_model: Path) -> None:
     """The test above can fail: the same tokens in one row without segments give another gradient."""
     model, rows = causal("llama", tiny_model), examples()
     expected = expected_language(model, rows)
-    joined = Row([t for row in rows for t in row.ids], [c for row in rows for c in row.counts])
+    joined = LanguageRow([t for row in rows for t in row.ids], [c for row in rows for c in row.counts])
     language.loss(model, [joined], 0, sum(row.counted for row in rows))[0].backward()
     with pytest.raises(AssertionError):
         assert_same(gradients(model), expected)
@@ -134,16 +134,16 @@ def test_a_packed_row_needs_its_segments(tiny_model: Path) -> None:
 # ---------------------------------------------------------------- reward
 
 
-def pairs_of(rows: Sequence[Sequence[int]], **extra: Any) -> list[reward.Pair]:
+def pairs_of(rows: Sequence[Sequence[int]], **extra: Any) -> list[reward.RewardPair]:
     sides: list[learned.Inputs] = [
         {"input_ids": list(row), **{k: v(row) for k, v in extra.items()}} for row in rows
     ]
     labels = [(1.0, 0.0), (0.7, 0.3), (0.5, 0.0), (0.0, 1.2)]
-    return [reward.Pair(sides[2 * i], sides[2 * i + 1], *labels[i]) for i in range(4)]
+    return [reward.RewardPair(sides[2 * i], sides[2 * i + 1], *labels[i]) for i in range(4)]
 
 
 def expected_reward(
-    score: Callable[[learned.Inputs], Tensor], model: Any, pairs: Sequence[reward.Pair]
+    score: Callable[[learned.Inputs], Tensor], model: Any, pairs: Sequence[reward.RewardPair]
 ) -> list[Tensor]:
     for pair in pairs:
         chosen, rejected = score(pair.chosen), score(pair.rejected)

@@ -86,8 +86,8 @@ def test_each_task_of_a_mixture_has_rewards_of_its_own(run_stage: Any, data: Any
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"prompt": f"so {n}?"}) + "\n" for n in range(12)))
     reward = [
-        {"kind": "length", "high": 3, "name": "animals", "only": str(data.prompts)},
-        {"kind": "regex", "pattern": "e", "name": "numbers", "only": str(other)},
+        {"kind": "length", "high": 3, "name": "animals", "source_filter": str(data.prompts)},
+        {"kind": "regex", "pattern": "e", "name": "numbers", "source_filter": str(other)},
     ]
     stage, rows = run_stage("grpo", reward, data=[str(data.prompts), str(other)], updates=4)
     assert all(row["rewards/animals/applies"] + row["rewards/numbers/applies"] == 1 for row in rows)
@@ -106,14 +106,14 @@ def test_a_reward_for_the_only_source_is_for_all_of_its_rows(
     """A single data set is a source like those of a mixture, and so is a single set of held-out prompts."""
     held = tmp_path / "held.jsonl"
     held.write_text('{"prompt": "the cat?"}\n')
-    reward: list[dict[str, Any]] = [{"kind": "length", "high": 3, "only": str(data.prompts)}]
+    reward: list[dict[str, Any]] = [{"kind": "length", "high": 3, "source_filter": str(data.prompts)}]
     settings: dict[str, Any] = {"kind": kind, "data": str(data.prompts), "sampling": {"max_new_tokens": 4}}
     if kind == "evaluate":
         settings |= {"models": [str(tiny_model)]}
     else:
         settings |= {"model": str(tiny_model), "batch_size": 4}
     if kind == "ppo":
-        reward.append({"kind": "regex", "pattern": "e", "only": str(held)})
+        reward.append({"kind": "regex", "pattern": "e", "source_filter": str(held)})
         settings |= {"updates": 1, "eval_data": str(held), "eval_every": 1}
     if kind == "best_of_n":
         settings |= {"samples_per_prompt": 2, "max_steps": 1}
@@ -242,7 +242,7 @@ def test_an_ensemble_rewards_what_its_members_agree_on(
         "combine": combine,
     }
     if combine == "mean_minus_std":
-        term["caution"] = 2.0
+        term["std_penalty"] = 2.0
     stage, _ = run_stage("ppo", [term])
     members = learned.load_members(str(ensemble / "model"), device=CPU)
     row = samples(stage)[0]

@@ -165,7 +165,9 @@ def test_micro_batches_leave_the_gradient_as_it_is(
     model = scorer(ModelSource(path), 3, labels=["a", "b", "c"]).double().eval()
     tokenizer = load_tokenizer(path)
     some = ["the cat is red.", "so", "the owl is pink, so pink it is.", "it is.", "the fox is blue."]
-    rows = [classifier.Row(row, i % 3, 0.5 + i) for i, row in enumerate(encoded(tokenizer, some, None))]
+    rows = [
+        classifier.ClassifierRow(row, i % 3, 0.5 + i) for i, row in enumerate(encoded(tokenizer, some, None))
+    ]
 
     def gradients() -> list[torch.Tensor]:
         found = [p.grad.clone() for p in model.parameters() if p.grad is not None]

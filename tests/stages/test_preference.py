@@ -65,13 +65,15 @@ def rows(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def looked_into(monkeypatch: pytest.MonkeyPatch) -> list[tuple[preference.Setup, list[Any], list[Any]]]:
+def looked_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[tuple[preference.PreferenceSetup, list[Any], list[Any]]]:
     """Setup, rows and held-out rows of each stage that is run, as they are when training ends, before
     adapters merge."""
-    seen: list[tuple[preference.Setup, list[Any], list[Any]]] = []
+    seen: list[tuple[preference.PreferenceSetup, list[Any], list[Any]]] = []
     make, fit = preference._objective, supervised_loop.fit
 
-    def objective(setup: preference.Setup) -> Any:
+    def objective(setup: preference.PreferenceSetup) -> Any:
         seen.append((setup, [], []))
         return make(setup)
 
@@ -191,7 +193,7 @@ def test_with_adapters_the_reference_is_the_base_bit_for_bit(
     """Those taken before training, and the trained model with its adapters off; with them on it has moved."""
     off: list[list[float]] = []
 
-    def summary(setup: preference.Setup, *_: Any, **__: Any) -> dict[str, Any]:
+    def summary(setup: preference.PreferenceSetup, *_: Any, **__: Any) -> dict[str, Any]:
         asked = list(setup.reference)
 
         def now() -> list[float]:

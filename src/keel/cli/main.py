@@ -10,14 +10,14 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 import keel
 from keel import plugins
 from keel.cli.progress import progress, say
-from keel.errors import KeelError, UsageError
+from keel.errors import DeprecationNote, KeelError, UsageError
 from keel.rundir import run_status
 
 app = typer.Typer(
@@ -65,6 +65,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    warnings.showwarning = _show_warning
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -78,6 +79,24 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+_show_with_place = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A note on a renamed setting as one plain line: its place in keel's code means nothing to a user."""
+    if issubclass(category, DeprecationNote):
+        say(f"keel: note: {message}")
+    else:
+        _show_with_place(message, category, filename, lineno, file, line)
 
 
 class _Interrupted(BaseException):

@@ -17,7 +17,6 @@ from keel.config.parts import (
     LoraConfig,
     ModelConfig,
     SamplingConfig,
-    Settings,
     Stage,
     Supervised,
     Training,
@@ -26,6 +25,7 @@ from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.reading import parse, read
 from keel.config.run import KINDS, AnyStage, RunConfig
+from keel.config.settings import Settings
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config.parts import FilteredSamplingConfig, SamplingConfig, Supervised
-from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, models_of
+from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
 
 
 class BestOfNConfig(Supervised):
@@ -32,7 +32,7 @@ class BestOfNConfig(Supervised):
     lr: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
 
     _reward = field_validator("reward", mode="before")(as_terms)
-    _labels = field_validator("reward", mode="after")(check_labels)
+    _labels = field_validator("reward", mode="after")(check_log_names)
 
     @model_validator(mode="after")
     def _sound(self) -> BestOfNConfig:
@@ -42,7 +42,7 @@ class BestOfNConfig(Supervised):
             raise ValueError(
                 "best_of_n starts from a trained model: give `model` as a stage, a path or a hub id"
             )
-        check_only(self.reward, self.data, "`data`")
+        check_source_filters(self.reward, self.data, "`data`")
         if self.eval_data is not None:
             raise ValueError(
                 "`eval_data` has no effect here: `holdout` keeps some of the best responses out of training"
@@ -54,4 +54,5 @@ class BestOfNConfig(Supervised):
         return self.sampling
 
     def references(self) -> list[tuple[str, str]]:
+        """As of `Stage`: the model to train, and the rewards' models."""
         return [*super().references(), *models_of(self.reward)]

@@ -11,9 +11,9 @@ from keel.config.parts import DataConfig, DataSetting, Supervised, as_source
 Sources = Annotated[list[DataConfig], Field(min_length=1)]
 
 
-def _by_label(value: Any) -> Any:
-    """Sources by label, in alphabetical order: a label's place, which is its index in the saved model, is the
-    same in whatever order they are written."""
+def _by_label(value: object) -> dict[str, list[Any]]:
+    """Sources by label, in alphabetical order. A label's index in the saved model is its position in this
+    order, so that it does not depend on the order in which the config lists them."""
     if not isinstance(value, dict) or "source" in value:
         raise ValueError("give the texts by label: {LABEL: SOURCE, OTHER: SOURCE}")
     return {str(label): as_source(value[label]) for label in sorted(value, key=str)}
@@ -35,17 +35,27 @@ class ClassifierConfig(Supervised):
     )
     eval_data: dict[str, Sources] | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         None,
-        description="Label → texts to evaluate on (whole books that are not in `data`, say), instead of a held-out share.",
+        description=(
+            "Label → texts to evaluate on (whole books that are not in `data`, say), instead of a held-out "
+            "share."
+        ),
     )
     passages: bool = Field(
         False,
-        description="Cut every text into passages of nearly equal length, at most `max_length` tokens. The paragraphs of a .txt file are one text; of other files and worlds each row is. Without it, each row is one example.",
+        description=(
+            "Cut every text into passages of nearly equal length, at most `max_length` tokens. The "
+            "paragraphs of a .txt file are one text; of other files and worlds each row is. Without it, each "
+            "row is one example."
+        ),
     )
     holdout: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="Share of each label's texts kept from training to evaluate on, at least one (whole texts, before they are cut into passages).",
+        description=(
+            "Share of each label's texts kept from training to evaluate on, at least one (whole texts, "
+            "before they are cut into passages)."
+        ),
     )
     lr: float = Field(5e-5, gt=0, description="Peak learning rate (AdamW).")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay, on matrices only.")

@@ -12,14 +12,17 @@ from keel.config.parts import (
     DataSetting,
     FilteredSamplingConfig,
     SamplingConfig,
-    Settings,
     Stage,
     as_list,
     as_source,
 )
+from keel.config.settings import Settings
 
 ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
-_WHO = "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and waits."
+_WHO = (
+    "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and "
+    "waits."
+)
 
 
 class CollectConfig(Stage):
@@ -42,7 +45,10 @@ class CollectConfig(Stage):
     )
     too_long: Literal["error", "skip", "truncate"] = Field(
         "error",
-        description="What to do with a prompt that leaves no room for max_new_tokens. Truncation cuts its start; both are counted.",
+        description=(
+            "What to do with a prompt that leaves no room for max_new_tokens. Truncation cuts its start; "
+            "both are counted."
+        ),
     )
     batch_size: int = Field(64, ge=2, description="Replies sampled at once.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -61,6 +67,7 @@ class CollectConfig(Stage):
         return self
 
     def references(self) -> list[tuple[str, str]]:
+        """As of `Stage`: the model that answers."""
         return [("model", self.model)]
 
     @property
@@ -93,15 +100,16 @@ class RoundsConfig(Settings):
 
 
 def round_name(stage: str, number: int) -> str:
-    """What the stage of round `number` is called."""
+    """The name of a stage in round `number`: its own in round 1, STAGE-2 in round 2, and so on."""
     return stage if number == 1 else f"{stage}-{number}"
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's raw mapping with the stages of its `rounds` written out after the policy's, and these
-    policies among the models of every evaluate stage that judges the first. What the config itself says of
-    such a stage wins, so that a resolved config reads as itself. A mapping that does not fit is returned as
-    it is, for the validators to refuse.
+    """A config's raw mapping with the stages of its `rounds` written out, right after the policy's stage.
+
+    An evaluate stage that judges the first policy gets the policies of all rounds among its `models`. Where
+    the config itself has settings for a stage of a round, these win: a resolved config, which has all of
+    them, is read back unchanged. A mapping of the wrong form is returned as it is; the validators refuse it.
     """
     rounds, stages = values.get("rounds"), values.get("stages")
     if not (isinstance(rounds, Mapping) and isinstance(stages, Mapping)):
@@ -137,16 +145,23 @@ def _merged(made: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _round(
-    number: int, reward: str, rewarded: Mapping[str, Any], policy: str, first: Mapping[str, Any], rounds: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    number: int,
+    reward: str,
+    rewarded: Mapping[str, Any],
+    policy: str,
+    first: Mapping[str, Any],
+    rounds: Mapping[str, Any],
+) -> dict[str, Any]:
     """The three stages of round `number`, from the stages of the first."""
     before, model = round_name(policy, number - 1), first.get("model")
     fresh = [{"source": f"stage:collect-{k}"} for k in range(2, number + 1)]
     collect = {
         "kind": "collect", "model": before, "data": first.get("data"), "pairs": rounds.get("pairs"),
-        "annotators": rounds.get("annotators"), **{key: first[key] for key in ("sampling", "too_long") if key in first},
-        **({key: model[key] for key in ("dtype", "trust_remote_code") if key in model} if isinstance(model, Mapping) else {}),
+        "annotators": rounds.get("annotators"),
+        **{key: first[key] for key in ("sampling", "too_long") if key in first},
     }  # fmt: skip
+    if isinstance(model, Mapping):
+        collect |= {key: model[key] for key in ("dtype", "trust_remote_code") if key in model}
     path = model.get("path") if isinstance(model, Mapping) else model
     start = {**model, "path": before, "revision": None} if isinstance(model, Mapping) else before
     return {
@@ -159,7 +174,7 @@ def _round(
     }  # fmt: skip
 
 
-def _renamed(terms: Any, old: str, new: str) -> Any:
+def _renamed(terms: object, old: str, new: str) -> Any:
     """Reward terms, short or written out, with another model in the place of `old`."""
     if isinstance(terms, list):
         return [_renamed(term, old, new) for term in terms]
@@ -173,5 +188,5 @@ def _judging(stage: Any, policy: str, names: list[str]) -> Any:
     models = stage.get("models") if isinstance(stage, Mapping) and stage.get("kind") == "evaluate" else None
     if not isinstance(models, list) or policy not in models:
         return stage
-    place = models.index(policy) + 1
-    return {**stage, "models": [*models[:place], *(n for n in names if n not in models), *models[place:]]}
+    after = models.index(policy) + 1
+    return {**stage, "models": [*models[:after], *(n for n in names if n not in models), *models[after:]]}

@@ -14,7 +14,7 @@ from keel.config.parts import (
     Stage,
     as_source,
 )
-from keel.config.rewards import RewardTerm, as_terms, check_labels, check_only, models_of
+from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
 
 
 class EvaluateConfig(Stage):
@@ -77,7 +77,7 @@ class EvaluateConfig(Stage):
         lambda value: None if value is None else as_terms(value)
     )
     _labels = field_validator("reward", mode="after")(
-        lambda terms: None if terms is None else check_labels(terms)
+        lambda terms: None if terms is None else check_log_names(terms)
     )
     _data = field_validator("data", mode="before")(as_source)
     _comparisons = field_validator("comparisons", mode="before")(
@@ -86,7 +86,7 @@ class EvaluateConfig(Stage):
 
     @model_validator(mode="after")
     def _sound(self) -> EvaluateConfig:
-        check_only(self.reward or [], self.data, "`data`")
+        check_source_filters(self.reward or [], self.data, "`data`")
         learned = [term for term in self.reward or [] if term.kind == "learned"]
         if self.comparisons is not None and len(learned) != 1:
             raise ValueError("`comparisons` has no effect without one reward model in `reward`")

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, DataSetting, Quantize, SamplingConfig, Settings, as_source
-from keel.config.rewards import LearnedTerm, check_only, models_of
+from keel.config.parts import DataConfig, DataSetting, Quantize, SamplingConfig, as_source
+from keel.config.rewards import LearnedTerm, check_source_filters, models_of
+from keel.config.settings import Settings
 from keel.config.watching import Watched
 
 
@@ -213,7 +214,7 @@ class OnPolicy(Watched):
             raise ValueError(
                 "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
             )
-        check_only(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
+        check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
         limits = ("max_approx_kl", "desired_kl", "dual_clip")
         idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
         if idle and self.one_step:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keel import types
+from keel.config.settings import Settings
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Quantize = Literal["8bit", "4bit"] | None
@@ -17,23 +18,18 @@ Leaves = Literal["language model", "reward model", "classifier", "comparisons", 
 DataSetting = tuple[list[types.DataSource], tuple[types.RecordType, ...]]  # sources, record types they may be
 
 
-class Settings(BaseModel):
-    """A group of settings: immutable, and no key it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    def changes(self, name: str) -> bool:
-        """Whether a setting is not at its default. One that is written out at its default harms nobody, so
-        that a run's resolved config can be read again."""
-        return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
-
-
 class DataConfig(Settings):
-    """One source of rows. Special tokens that stand in prompts, completions and turns are read as plain
-    characters; in `text` they are special tokens, as the <|endoftext|> between documents is meant to be."""
+    """One source of rows.
+
+    A special token such as <|endoftext|> that is written in a prompt, a completion or a turn is read as plain
+    characters. In `text` it is the special token: there it separates documents.
+    """
 
     source: str = Field(
-        description="A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, or stage:NAME for the comparisons of a collect stage."
+        description=(
+            "A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, or "
+            "stage:NAME for the comparisons of a collect stage."
+        )
     )
     rows: int | None = Field(None, ge=1, description="At most this many rows; for a world, how many to make.")
     weight: float | None = Field(None, gt=0, description="Share of this source in a mixture.")
@@ -41,12 +37,18 @@ class DataConfig(Settings):
     columns: dict[str, str] = Field({}, description="Rename columns: keel's name → the file's.")
     rewrite: dict[str, dict[str, str]] = Field(
         {},
-        description="Column (after renaming) → regular expression → its replacement, in Python's syntax, one after the other: {prompt: {'\\A': 'Question: '}} writes something before every prompt.",
+        description=(
+            "Column (after renaming) → regular expression → its replacement, in Python's syntax, one after "
+            "the other: {prompt: {'\\A': 'Question: '}} writes something before every prompt."
+        ),
     )
     system: str | None = Field(
         None,
         min_length=1,
-        description="A system message before every prompt or conversation; prompts and replies of plain text become conversations by it.",
+        description=(
+            "A system message before every prompt or conversation; prompts and replies of plain text become "
+            "conversations by it."
+        ),
     )
     on_bad: Literal["error", "skip"] = Field(
         "error", description="A bad row is an error, or is skipped and counted."
@@ -74,6 +76,7 @@ class DataConfig(Settings):
         return self.source.removeprefix(FROM_STAGE) if self.source.startswith(FROM_STAGE) else None
 
     def plain(self) -> types.DataSource:
+        """The same values as the data loader takes them."""
         return types.DataSource(**self.model_dump())
 
 
@@ -100,11 +103,18 @@ class ModelConfig(Settings):
     chat_template: str | None = Field(None, description="Jinja chat template; replaces the tokenizer's own.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Precision. auto: weights in float32, matrix products in bfloat16 where the hardware is fast in it (CUDA from Ampere on, CPUs with AMX). Else that of the weights in memory, and of all that is computed.",
+        description=(
+            "Precision. auto: weights in float32, matrix products in bfloat16 where the hardware is fast in "
+            "it (CUDA from Ampere on, CPUs with AMX). Else that of the weights in memory, and of all that is "
+            "computed."
+        ),
     )
     quantize: Quantize = Field(
         None,
-        description="Keep the frozen weights under adapters in 8 bit (LLM.int8) or 4 bit (NF4), by bitsandbytes; all else stays in `dtype`, which is then bfloat16 unless given. Needs `lora`.",
+        description=(
+            "Keep the frozen weights under adapters in 8 bit (LLM.int8) or 4 bit (NF4), by bitsandbytes; all "
+            "else stays in `dtype`, which is then bfloat16 unless given. Needs `lora`."
+        ),
     )
     trust_remote_code: bool = Field(
         False, description="Run Python that comes with the model. Off unless you trust its author."
@@ -113,7 +123,7 @@ class ModelConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _in_16_bit(cls, values: Any) -> Any:
+    def _in_16_bit(cls, values: object) -> object:
         if isinstance(values, dict) and values.get("quantize") is not None:
             return {"dtype": "bfloat16", **values}
         return values
@@ -162,10 +172,15 @@ class SamplingConfig(Settings):
     temperature: float = Field(1.0, ge=0, description="Softmax temperature; 0 is greedy.")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
-        description="Strings that end a response besides EOS, as soon as they stand in its text; they are no part of the text that rewards and readers see (a reward model with the policy's tokenizer reads the ids, and with them the string).",
+        description=(
+            "Strings that end a response besides EOS, as soon as they stand in its text; they are no part of "
+            "the text that rewards and readers see (a reward model with the policy's tokenizer reads the "
+            "ids, and with them the string)."
+        ),
     )
 
     def plain(self) -> types.Sampling:
+        """The same values as the generation engine takes them."""
         values = self.model_dump()
         return types.Sampling(**{**values, "stop": tuple(values["stop"])})
 
@@ -192,22 +207,28 @@ class FilteredSamplingConfig(SamplingConfig):
         return self
 
 
-def with_tokenizer(stage: Any) -> Any:
-    """The stage; ValueError if its new model has no tokenizer (only a pretrain stage trains one)."""
+StageT = TypeVar("StageT", bound="Training")
+
+
+def with_tokenizer(stage: StageT) -> StageT:
+    """The stage itself. ValueError if its new model has no tokenizer: only a pretrain stage trains one."""
     if stage.model.init is not None and stage.model.tokenizer is None:
         raise ValueError("a new model needs `model.tokenizer` here: only a pretrain stage trains one")
     return stage
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: Any) -> list[Any]:
+    """The value if it is a list, else a list of it alone."""
     return value if isinstance(value, list) else [value]
 
 
-def as_source(value: Any) -> Any:
+def as_source(value: object) -> list[Any]:
+    """Sources with short forms written out: a string is `{source: …}`, one source a list of one."""
     return [{"source": item} if isinstance(item, str) else item for item in as_list(value)]
 
 
-def as_model(value: Any) -> Any:
+def as_model(value: object) -> object:
+    """A model with its short form written out: a string is `{path: …}`."""
     return {"path": value} if isinstance(value, str) else value
 
 
@@ -301,15 +322,18 @@ class Stage(Settings):
 
     def data_stages(self) -> list[tuple[str, str]]:
         """(setting, stage) for each source of data that another stage makes."""
-        found: list[tuple[str, str]] = []
+        uses: list[tuple[str, str]] = []
         for setting in ("data", "eval_data", "comparisons"):
             given = getattr(self, setting, None) or []
-            listed = [one for own in given.values() for one in own] if isinstance(given, dict) else given
-            found += [(setting, source.stage) for source in listed if source.stage is not None]
-        return found
+            if isinstance(given, dict):  # a classifier's: label → sources
+                sources = [source for of_label in given.values() for source in of_label]
+            else:
+                sources = given
+            uses += [(setting, source.stage) for source in sources if source.stage is not None]
+        return uses
 
     def inputs(self) -> list[str]:
-        """What `references` and `data_stages` name."""
+        """All that this stage reads: the names that `references` and `data_stages` give."""
         return [source for _, source in [*self.references(), *self.data_stages()]]
 
 
@@ -346,12 +370,18 @@ class Training(Stage):
     )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        description="Examples in one forward and backward; null: all; auto: as many as fit, by what `keel plan` reckons. Changes memory, not results.",
+        description=(
+            "Examples in one forward and backward; null: all; auto: as many as fit, by what `keel plan` "
+            "reckons. Changes memory, not results."
+        ),
     )
     micro_tokens: int | None = Field(
         None,
         ge=8,
-        description="Tokens in one forward and backward, padding included, instead of a number of examples: short ones share it, longer ones have it to themselves. Changes memory, not results.",
+        description=(
+            "Tokens in one forward and backward, padding included, instead of a number of examples: short "
+            "ones share it, longer ones have it to themselves. Changes memory, not results."
+        ),
     )
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many optimiser steps. Not for PPO, which counts `updates`."
@@ -361,12 +391,17 @@ class Training(Stage):
     )
     too_long: Literal["error", "skip", "truncate"] = Field(
         "error",
-        description="What to do with a row longer than max_length. Truncation cuts the prompt's start or the text's end, and is counted.",
+        description=(
+            "What to do with a row longer than max_length. Truncation cuts the prompt's start or the text's "
+            "end, and is counted."
+        ),
     )
     save_every: int = Field(
         50,
         ge=1,
-        description="Optimiser steps between checkpoints (updates, for PPO), of which only the newest is kept.",
+        description=(
+            "Optimiser steps between checkpoints (updates, for PPO), of which only the newest is kept."
+        ),
     )
 
     _model = field_validator("model", mode="before")(as_model)
@@ -376,11 +411,14 @@ class Training(Stage):
     def _trainable(self) -> Training:
         if self.model.quantize is not None and self.lora is None:
             raise ValueError(
-                f"weights in {self.model.quantize} cannot be trained themselves: set `lora: {{}}` to train adapters on them, or leave `model.quantize` out"
+                f"weights in {self.model.quantize} cannot be trained themselves: set `lora: {{}}` to train "
+                "adapters on them, or leave `model.quantize` out"
             )
         if self.model.dtype not in ("auto", "float32") and self.lora is None:
             raise ValueError(
-                f"weights in {self.model.dtype} are too coarse to be trained themselves (a step of AdamW is mostly smaller than the gap between two such numbers): set `model.dtype: float32`, or `lora: {{}}`"
+                f"weights in {self.model.dtype} are too coarse to be trained themselves (a step of AdamW is "
+                "mostly smaller than the gap between two such numbers): set `model.dtype: float32`, or "
+                f"`lora: {{}}`"
             )
         return self
 
@@ -394,7 +432,7 @@ class Training(Stage):
 
     @property
     def whole_batch(self) -> int:
-        """Examples of a gradient step."""
+        """Examples of one optimiser step: `mini_batch` where a stage has it, else `batch_size`."""
         return getattr(self, "mini_batch", None) or self.batch_size
 
     @property
@@ -418,6 +456,7 @@ class Training(Stage):
         return self
 
     def references(self) -> list[tuple[str, str]]:
+        """As of `Stage`: the model to start from, unless it is a new one."""
         return [("model", self.model.path)] if self.model.path else []
 
 
@@ -442,7 +481,9 @@ class Supervised(Training):
     patience: int | None = Field(
         None,
         ge=1,
-        description="Stop when this many evaluations in a row bring no improvement, and keep the best weights.",
+        description=(
+            "Stop when this many evaluations in a row bring no improvement, and keep the best weights."
+        ),
     )
 
     _eval_data = field_validator("eval_data", mode="before")(

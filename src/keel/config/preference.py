@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -31,22 +31,33 @@ class DPOConfig(Supervised):
     lr: float = Field(
         1e-6,
         gt=0,
-        description="Peak learning rate (AdamW), as in TRL; adapters and small models want ten times as much or more.",
+        description=(
+            "Peak learning rate (AdamW), as in TRL; adapters and small models want ten times as much or more."
+        ),
     )
     loss: Literal["sigmoid", "ipo", "orpo", "kto", "simpo", "robust"] = Field(
         "sigmoid",
-        description="sigmoid: DPO, or cDPO with `label_smoothing`; robust: for labels flipped at random (2403.00409); ipo (2310.12036); kto (2402.01306), which also reads completions with a label; orpo (2403.07691) and simpo (2405.14734), without a reference.",
+        description=(
+            "sigmoid: DPO, or cDPO with `label_smoothing`; robust: for labels flipped at random "
+            "(2403.00409); ipo (2310.12036); kto (2402.01306), which also reads completions with a label; "
+            "orpo (2403.07691) and simpo (2405.14734), without a reference."
+        ),
     )
     beta: float = Field(
         0.1,
         gt=0,
-        description="β: how strongly the policy is held to the reference; λ for orpo. 2.0 for simpo unless given.",
+        description=(
+            "β: how strongly the policy is held to the reference; λ for orpo. 2.0 for simpo unless given."
+        ),
     )
     label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="ε: share of labels believed to be the wrong way round, for sigmoid and robust. 0.1 for robust unless given.",
+        description=(
+            "ε: share of labels believed to be the wrong way round, for sigmoid and robust. 0.1 for robust "
+            "unless given."
+        ),
     )
     gamma: float = Field(1.0, ge=0, description="γ: target margin in units of reward, for simpo.")
     desirable_weight: float = Field(
@@ -57,7 +68,10 @@ class DPOConfig(Supervised):
     )
     votes: Literal["hard", "soft"] = Field(
         "hard",
-        description="Labels from several votes: the majority's side, undecided pairs left out; or, for sigmoid, their share.",
+        description=(
+            "Labels from several votes: the majority's side, undecided pairs left out; or, for sigmoid, "
+            "their share."
+        ),
     )
     reference: str | None = Field(
         None, description="The reference policy: a stage, a path or a hub id; null: the model it starts from."
@@ -65,17 +79,17 @@ class DPOConfig(Supervised):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_loss(cls, values: Any) -> Any:
+    def _defaults_of_the_loss(cls, values: object) -> object:
         """What is not given, or null, is filled in with the number of the loss's paper."""
         if not isinstance(values, dict):
             return values
-        own = OF_THE_LOSS.get(str(values.get("loss")), {})
+        of_paper = OF_THE_LOSS.get(str(values.get("loss")), {})
         given = {
             key: value
             for key, value in values.items()
             if value is not None or key not in ("beta", "label_smoothing")
         }
-        return {**own, **given}
+        return {**of_paper, **given}
 
     @model_validator(mode="after")
     def _sound(self) -> DPOConfig:
@@ -93,7 +107,8 @@ class DPOConfig(Supervised):
             raise ValueError("dpo starts from a trained model: give `model` as a stage, a path or a hub id")
         if self.loss == "kto" and self.batch_size < 2:
             raise ValueError(
-                "`loss: kto` needs `batch_size` of 2 or more: its KL estimate pairs each prompt with another row's completion"
+                "`loss: kto` needs `batch_size` of 2 or more: its KL estimate pairs each prompt with another "
+                "row's completion"
             )
         return self
 
@@ -103,5 +118,6 @@ class DPOConfig(Supervised):
         return ("preference", "unpaired") if self.loss == "kto" else ("preference",)
 
     def references(self) -> list[tuple[str, str]]:
+        """As of `Stage`: the model to train, and the reference where one is named."""
         reference = [("reference", self.reference)] if self.reference else []
         return [*super().references(), *reference]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from keel import errors
 from keel.config.collect import expanded
 from keel.config.run import KINDS, RunConfig, config_of_kind, plugin_kinds
+from keel.config.settings import other_names
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,8 +82,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for part in parts[:-1]:
         node = _inside(node, part, override)
+    last = _place(node, parts[-1], override)
+    for name in other_names(node, last):
+        node.pop(name, None)  # an override takes the place of the setting, whichever name the file uses
     try:
-        node[_place(node, parts[-1], override)] = yaml.load(value, _Loader)
+        node[last] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise errors.UsageError(f"{override!r}: the value is not YAML: {error}") from None
 

@@ -6,75 +6,91 @@ yours; a list is a mixture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.config.parts import DataConfig, Quantize, Settings
+from keel.config.parts import DataConfig, Quantize, as_list
+from keel.config.settings import Settings
 
 
-class Term(Settings):
-    """What every reward has."""
+class RewardSettings(Settings):
+    """What every reward has: a name, a weight, and the rows that it is for."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"only": "source_filter"}
 
     name: str | None = Field(
         None, description="Name in metrics and samples; null: from the kind or the model."
     )
     weight: float = Field(1.0, allow_inf_nan=False, description="Factor in the sum; 0: only logged.")
-
-    only: str | None = Field(
+    source_filter: str | None = Field(
         None,
-        description="Applies to rows of this `source` of the data only, so that in a mixture each task has rewards of its own.",
+        description=(
+            "Applies to rows of this `source` of the data only, so that in a mixture each task has rewards "
+            "of its own."
+        ),
     )
 
     @property
-    def called(self) -> str:
-        """The name under which it is logged."""
+    def log_name(self) -> str:
+        """The name under which it is logged: `name`, else its kind."""
         return self.name or self.kind  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class LearnedTerm(Term):
+class LearnedTerm(RewardSettings):
     """A reward model, or an ensemble of them."""
+
+    renamed: ClassVar[Mapping[str, str]] = {**RewardSettings.renamed, "caution": "std_penalty"}
 
     kind: Literal["learned"] = Field(description="A reward model.")
     model: str = Field(description="A reward stage, a path or a hub id.")
     combine: Literal["mean", "min", "mean_minus_std"] | None = Field(
         None,
-        description="What an ensemble says, each member on its own scale: their mean, the worst case, or mean − caution·std (2310.02743); null: mean.",
+        description=(
+            "What an ensemble says, each member on its own scale: their mean, the worst case, or mean − "
+            "std_penalty·std (2310.02743); null: mean."
+        ),
     )
-    caution: float | None = Field(
+    std_penalty: float | None = Field(
         None, ge=0, description="λ of `mean_minus_std`: how much disagreement costs; null: 1."
     )
 
     quantize: Quantize = Field(
         None,
-        description="Hold it in 8 or 4 bit, as in `model.quantize`. Not for one that is an adapter on a shared base.",
+        description=(
+            "Hold it in 8 or 4 bit, as in `model.quantize`. Not for one that is an adapter on a shared base."
+        ),
     )
 
     @property
-    def called(self) -> str:
+    def log_name(self) -> str:
+        """The name under which it is logged: `name`, else the last part of the model's path."""
         *folders, last = self.model.rstrip("/").split("/")
         return self.name or (folders[-1] if last == "model" and folders else last)  # …/stages/NAME/model
 
     @model_validator(mode="after")
     def _sound(self) -> LearnedTerm:
-        if self.caution is not None and self.combine != "mean_minus_std":
-            raise ValueError("`caution` has no effect without `combine: mean_minus_std`")
+        if self.std_penalty is not None and self.combine != "mean_minus_std":
+            raise ValueError("`std_penalty` has no effect without `combine: mean_minus_std`")
         return self
 
 
-class AnswerTerm(Term):
+class AnswerTerm(RewardSettings):
     """1 for the right final answer, else 0 (GSM8K's form)."""
 
     kind: Literal["answer"] = Field(description="The final answer, compared exactly.")
     column: str = Field("answer", description="Column of the data that holds the reference answer.")
     where: Literal["marker", "last_number"] = Field(
         "marker",
-        description="The answer stands after the last ####, in \\boxed{} or <answer>; or is the last number of the text.",
+        description=(
+            "The answer stands after the last ####, in \\boxed{} or <answer>; or is the last number of the "
+            "text."
+        ),
     )
 
 
-class FormatTerm(Term):
+class FormatTerm(RewardSettings):
     """1 for a response made of the given tags in order, else 0."""
 
     kind: Literal["format"] = Field(description="Tags in order: <think>…</think><answer>…</answer>.")
@@ -82,7 +98,7 @@ class FormatTerm(Term):
     partial: bool = Field(False, description="Give the share of marks that are in place.")
 
 
-class RegexTerm(Term):
+class RegexTerm(RewardSettings):
     """1 where a regular expression is found, else 0."""
 
     kind: Literal["regex"] = Field(description="A regular expression.")
@@ -90,7 +106,7 @@ class RegexTerm(Term):
     full: bool = Field(False, description="The whole response must match.")
 
 
-class LengthTerm(Term):
+class LengthTerm(RewardSettings):
     """1 within a band of lengths, falling to 0 over `slack`."""
 
     kind: Literal["length"] = Field(description="A band of lengths.")
@@ -100,14 +116,14 @@ class LengthTerm(Term):
     slack: int = Field(0, ge=0, description="Outside the band the reward falls to 0 over this distance.")
 
 
-class RepetitionTerm(Term):
+class RepetitionTerm(RewardSettings):
     """Minus the share of repeated n-grams of words: 0 is best, −1 worst."""
 
     kind: Literal["repetition"] = Field(description="Minus the share of repeated n-grams of words.")
     n: int = Field(3, ge=1, description="Words of an n-gram.")
 
 
-class KeywordsTerm(Term):
+class KeywordsTerm(RewardSettings):
     """Words that should, or should not, be there."""
 
     kind: Literal["keywords"] = Field(description="Words that should be there, or not.")
@@ -118,7 +134,7 @@ class KeywordsTerm(Term):
     ignore_case: bool = Field(True, description="Upper and lower case are the same.")
 
 
-class OverlongTerm(Term):
+class OverlongTerm(RewardSettings):
     """DAPO's soft overlong punishment (2503.14476, eq. 13): 0, falling to −1 over the last `buffer`
     tokens."""
 
@@ -127,7 +143,7 @@ class OverlongTerm(Term):
     buffer: int = Field(ge=1, description="Tokens before that over which it falls.")
 
 
-class SimilarityTerm(Term):
+class SimilarityTerm(RewardSettings):
     """Cosine similarity of sentence embeddings of the response and a reference text."""
 
     kind: Literal["similarity"] = Field(description="Similarity to a reference text.")
@@ -138,7 +154,7 @@ class SimilarityTerm(Term):
     to: str = Field("answer", description="Column of the data that holds the reference text.")
 
 
-class ClassifierTerm(Term):
+class ClassifierTerm(RewardSettings):
     """What a text classifier says: genre, style, sentiment."""
 
     kind: Literal["classifier"] = Field(description="A text classifier of transformers.")
@@ -148,23 +164,26 @@ class ClassifierTerm(Term):
     )
     output: Literal["probability", "log_probability", "logit", "decision"] = Field(
         "probability",
-        description="What of the label is the reward; `decision`: 1 where the classifier decides on it, else 0.",
+        description=(
+            "What of the label is the reward; `decision`: 1 where the classifier decides on it, else 0."
+        ),
     )
     reads: Literal["completion", "prompt+completion"] = Field("completion", description="What it judges.")
 
 
-class FunctionTerm(Term):
+class FunctionTerm(RewardSettings):
     """A function of yours, in TRL's signature: f(prompts, completions, **columns) → list[float | None]."""
 
     kind: Literal["python"] = Field(description="A Python function of yours.")
     function: str = Field(description="module.function, or path/to/file.py:function.")
 
     @property
-    def called(self) -> str:
+    def log_name(self) -> str:
+        """The name under which it is logged: `name`, else the function's."""
         return self.name or self.function.replace(":", ".").rpartition(".")[2]
 
 
-class PluginTerm(Term):
+class PluginTerm(RewardSettings):
     """A reward that another package adds, in the signature of `python`. `plugin:NAME` is short for it."""
 
     kind: Literal["plugin"] = Field(description="A reward of an installed package.")
@@ -192,10 +211,10 @@ RewardTerm = Annotated[
 ]
 
 
-def as_terms(value: Any) -> Any:
+def as_terms(value: object) -> list[object]:
     """Short forms written out: a name is a learned model, `python:…` a function, one term a list of one."""
 
-    def term(item: Any) -> Any:
+    def written_out(item: object) -> object:
         if not isinstance(item, str):
             return item
         if item.startswith("python:"):
@@ -204,14 +223,14 @@ def as_terms(value: Any) -> Any:
             return {"kind": "plugin", "function": item.removeprefix("plugin:")}
         return {"kind": "learned", "model": item}
 
-    return [term(item) for item in value] if isinstance(value, list) else [term(value)]
+    return [written_out(item) for item in as_list(value)]
 
 
-def check_labels(terms: list[Any]) -> list[Any]:
-    """ValueError for two terms of one name, whose metrics would be one, and for terms none of which
-    counts."""
-    labels = [term.called for term in terms]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
+def check_log_names(terms: list[RewardTerm]) -> list[RewardTerm]:
+    """The terms. ValueError if two have one name, since their metrics would be one, or if every weight is
+    0."""
+    names = [term.log_name for term in terms]
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"two rewards are called {twice!r}; give each a `name`")
     if terms and all(term.weight == 0 for term in terms):
@@ -219,20 +238,30 @@ def check_labels(terms: list[Any]) -> list[Any]:
     return terms
 
 
-def check_only(terms: Sequence[Any], data: Sequence[DataConfig], setting: str = "data") -> None:
-    """ValueError for an `only` that names none of the sources, and for a source that no term is for."""
+def check_source_filters(
+    terms: Sequence[RewardTerm], data: Sequence[DataConfig], setting: str = "data"
+) -> None:
+    """ValueError for a `source_filter` that names none of the sources, and for a source without a reward."""
     sources = [source.source for source in data]
-    lost = next((term for term in terms if term.only is not None and term.only not in sources), None)
+    lost = next(
+        (term for term in terms if term.source_filter is not None and term.source_filter not in sources), None
+    )
     if lost is not None:
         raise ValueError(
-            f"reward {lost.called!r}: `only` names {lost.only!r}, which is no source of {setting}; there are {', '.join(sources)}"
+            f"reward {lost.log_name!r}: `source_filter` names {lost.source_filter!r}, which is no source of "
+            f"{setting}; there are {', '.join(sources)}"
         )
-    bare = next((s for s in sources if terms and not any(term.only in (None, s) for term in terms)), None)
+    bare = next(
+        (s for s in sources if terms and not any(term.source_filter in (None, s) for term in terms)), None
+    )
     if bare is not None:
-        raise ValueError(f"no reward is for the rows of {bare!r}: every one names another source in `only`")
+        raise ValueError(
+            f"no reward is for the rows of {bare!r}: every one names another source in `source_filter`"
+        )
 
 
-def models_of(terms: list[Any]) -> list[tuple[str, str]]:
+def models_of(terms: Sequence[RewardTerm]) -> list[tuple[str, str]]:
     """(setting, model) of the terms that read a model, as `Stage.references` has them."""
     settings = {"learned": "reward", "classifier": "classifier", "similarity": "similarity"}
-    return [(settings[term.kind], term.model) for term in terms if term.kind in settings]
+    reading = [t for t in terms if isinstance(t, LearnedTerm | ClassifierTerm | SimilarityTerm)]
+    return [(settings[term.kind], term.model) for term in reading]

@@ -15,9 +15,10 @@ from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig, RoundsConfig, expanded
 from keel.config.evaluate import EvaluateConfig
 from keel.config.grpo import GRPOConfig
-from keel.config.parts import Settings, Stage
+from keel.config.parts import Stage
 from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
+from keel.config.settings import Settings
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 from keel.errors import UsageError
 
@@ -246,4 +247,4 @@ def _check_made_here(name: str, stage: Stage, stages: Mapping[str, Stage]) -> No
             if maker:
                 maker.check_reward(term)
         except ValueError as error:
-            raise ValueError(f"stage {name!r}: reward {term.called!r}: {error}") from None
+            raise ValueError(f"stage {name!r}: reward {term.log_name!r}: {error}") from None

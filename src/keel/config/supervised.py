@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from keel.config.parts import FilteredSamplingConfig, Stage, Supervised, with_tokenizer
 
@@ -60,18 +61,25 @@ class RewardConfig(Supervised):
 
     leaves = "reward model"
     record_types = ("preference",)
+    renamed: ClassVar[Mapping[str, str]] = {"votes": "labels"}
 
     kind: Literal["reward"] = Field(description="A reward model from comparisons.")
     lr: float = Field(1e-5, gt=0, description="Peak learning rate (AdamW).")
     members: int = Field(
         1,
         ge=1,
-        description="Reward models to train, each from a seed and in a data order of its own; more than one is an ensemble.",
+        description=(
+            "Reward models to train, each from a seed and in a data order of its own; more than one is an "
+            "ensemble."
+        ),
     )
     labels: Literal["soft", "majority", "reliability"] = Field(
         "soft",
-        validation_alias=AliasChoices("labels", "votes"),  # its former name
-        description="Labels from several votes: their share, the majority's side, or what is probable once the annotators' reliability has been estimated from all training pairs (Dawid–Skene); votes must name their annotators for that.",
+        description=(
+            "Labels from several votes: their share, the majority's side, or what is probable once the "
+            "annotators' reliability has been estimated from all training pairs (Dawid–Skene); votes must "
+            "name their annotators for that."
+        ),
     )
     center: float = Field(
         0.0,
@@ -81,7 +89,10 @@ class RewardConfig(Supervised):
     normalize: int = Field(
         256,
         ge=0,
-        description="Fix the scale on this many fresh samples of the starting model, at least 2; 0: on the chosen and rejected completions.",
+        description=(
+            "Fix the scale on this many fresh samples of the starting model, at least 2; 0: on the chosen "
+            "and rejected completions."
+        ),
     )
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),

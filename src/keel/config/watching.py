@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, Settings, Training, as_source
-from keel.config.rewards import LearnedTerm, RewardTerm, as_terms, check_labels
+from keel.config.parts import DataConfig, Training, as_source
+from keel.config.rewards import LearnedTerm, RewardTerm, as_terms, check_log_names
+from keel.config.settings import Settings
 
 
 class JudgeConfig(Settings):
@@ -23,7 +24,7 @@ class JudgeConfig(Settings):
     _reward = field_validator("reward", mode="before")(
         lambda value: None if value is None else as_terms(value)
     )
-    _labels = field_validator("reward", mode="after")(lambda terms: terms and check_labels(terms))
+    _labels = field_validator("reward", mode="after")(lambda terms: terms and check_log_names(terms))
 
     @model_validator(mode="after")
     def _one_judge(self) -> JudgeConfig:
@@ -38,17 +39,28 @@ class ControlConfig(Settings):
 
     on_finding: Literal["off", "warn", "adjust", "rollback", "stop"] = Field(
         "warn",
-        description="off: look at nothing; warn: say and record it; adjust: also β × 1.5 and learning rate × 0.5, as the finding asks; rollback: go back to the last healthy weights and go on with both changes; stop: end the stage with the best weights. With rollback or stop and a `judge`, the stage ends with the weights that it liked best.",
+        description=(
+            "off: look at nothing; warn: say and record it; adjust: also β × 1.5 and learning rate × 0.5, as "
+            "the finding asks; rollback: go back to the last healthy weights and go on with both changes; "
+            "stop: end the stage with the best weights. With rollback or stop and a `judge`, the stage ends "
+            "with the weights that it liked best."
+        ),
     )
     attempts: int = Field(
         3,
         ge=1,
-        description="Adjustments, or rollbacks, that a stage may take: after them adjust only warns, and rollback stops.",
+        description=(
+            "Adjustments, or rollbacks, that a stage may take: after them adjust only warns, and rollback "
+            "stops."
+        ),
     )
     reward_bound: float | None = Field(
         None,
         allow_inf_nan=False,
-        description="Mean raw reward above which nobody would believe it; null: 8 standard deviations above the start.",
+        description=(
+            "Mean raw reward above which nobody would believe it; null: 8 standard deviations above the "
+            "start."
+        ),
     )
 
     @model_validator(mode="after")
@@ -57,28 +69,30 @@ class ControlConfig(Settings):
             raise ValueError("`control.reward_bound` has no effect with `control.on_finding: off`")
         if self.on_finding not in ("adjust", "rollback") and self.changes("attempts"):
             raise ValueError(
-                f"`control.attempts` has no effect with `control.on_finding: {self.on_finding}`: it counts adjustments or rollbacks"
+                f"`control.attempts` has no effect with `control.on_finding: {self.on_finding}`: it counts "
+                "adjustments or rollbacks"
             )
         return self
 
     @property
     def goes_back(self) -> bool:
-        """Whether earlier weights may be wanted again."""
+        """Whether a finding may call for earlier weights, so that snapshots of them are needed."""
         return self.on_finding in ("rollback", "stop")
 
     @field_validator("on_finding", mode="before")
     @classmethod
-    def _off(cls, value: Any) -> Any:
+    def _off(cls, value: object) -> object:
         return "off" if value is False else value  # what YAML makes of a plain `off`
 
 
-def as_control(value: Any) -> Any:
-    """One word is short for `on_finding`."""
+def as_control(value: object) -> object:
+    """Control with its short form written out: one word is `{on_finding: …}`."""
     return {"on_finding": value} if isinstance(value, str | bool) else value
 
 
-def as_judge(value: Any) -> Any:
-    """`world:NAME` is short for gold, anything else that is no mapping of `gold` or `reward` for a reward."""
+def as_judge(value: object) -> object:
+    """A judge with short forms written out: `world:NAME` is `{gold: …}`; a name, a list or one term is
+    `{reward: …}`."""
     if isinstance(value, str) and value.startswith("world:"):
         return {"gold": value}
     plain = isinstance(value, str | list) or (isinstance(value, dict) and "kind" in value)
@@ -96,20 +110,28 @@ class Watched(Training):
     eval_data: list[DataConfig] | None = Field(None, description="Held-out prompts for `eval_every`.")
     judge: JudgeConfig | None = Field(
         None,
-        description="A reward that nothing is trained on, asked at every `eval_every`: {gold: world:NAME}, or a reward as in `reward`. On `eval_data`, else on the first 64 training prompts.",
+        description=(
+            "A reward that nothing is trained on, asked at every `eval_every`: {gold: world:NAME}, or a "
+            "reward as in `reward`. On `eval_data`, else on the first 64 training prompts."
+        ),
     )
     control: ControlConfig = Field(
         default_factory=lambda: ControlConfig.model_validate({}),
-        description="What the run does about what it finds in its own metrics; one word is short for `on_finding`.",
+        description=(
+            "What the run does about what it finds in its own metrics; one word is short for `on_finding`."
+        ),
     )
     patience: int | None = Field(
         None,
         ge=1,
-        description="Stop when this many evaluations in a row bring no better reward minus β·KL, and keep the best weights.",
+        description=(
+            "Stop when this many evaluations in a row bring no better reward minus β·KL, and keep the best "
+            "weights."
+        ),
     )
 
     _reward = field_validator("reward", mode="before")(as_terms)
-    _labels = field_validator("reward", mode="after")(check_labels)
+    _labels = field_validator("reward", mode="after")(check_log_names)
     _eval_data = field_validator("eval_data", mode="before")(
         lambda value: None if value is None else as_source(value)
     )

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import jinja2
 
 from keel.errors import DataError, UsageError
 from keel.types import Conversation, Message, Prompt, TextRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -30,13 +33,11 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-_OPEN, _CLOSE = (
-    "\ufdd0",
-    "\ufdd1",
-)  # stand around special tokens in content; Unicode keeps these two for internal use
+# Guards: they stand around special tokens in content. Unicode reserves these two for internal use.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
-def with_chat_template(tokenizer: Any) -> Any:
+def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The same tokenizer, given DEFAULT_CHAT_TEMPLATE if it has no template of its own."""
     if not tokenizer.chat_template:
         eos_id(tokenizer)
@@ -44,7 +45,7 @@ def with_chat_template(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The tokens a rollout starts from: never empty, never with an EOS added after them.
 
     Plain text begins with BOS where the tokenizer adds it; a conversation is what its template makes of it,
@@ -56,7 +57,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return _encode_plain(tokenizer, prompt, content=True) or [_first_id(tokenizer)]
 
 
-def completion_ids(tokenizer: Any, prompt: Prompt, completion: str | Conversation) -> list[int]:
+def completion_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str | Conversation
+) -> list[int]:
     """The tokens of the response to `prompt`, with EOS as the last one.
 
     EOS is not repeated if the text or the template brings it already [trl PR 4908], and what a template
@@ -74,7 +77,7 @@ def completion_ids(tokenizer: Any, prompt: Prompt, completion: str | Conversatio
     return [*_encode_guarded(tokenizer, _without_final_eos(tokenizer, text)), eos_id(tokenizer)]
 
 
-def text_ids(tokenizer: Any, record: TextRecord) -> tuple[list[int], list[bool]]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, record: TextRecord) -> tuple[list[int], list[bool]]:
     """Tokens (S,) of a text or a whole conversation, and the mask (S,) of those that count in the loss.
 
     Plain text counts as a whole, and special tokens written in it are special tokens. In a conversation the
@@ -125,7 +128,7 @@ def text_ids(tokenizer: Any, record: TextRecord) -> tuple[list[int], list[bool]]
 # ---------------------------------------------------------------- text for people and for foreign tokenizers
 
 
-def prompt_text(tokenizer: Any | None, prompt: Prompt) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> str:
     """The prompt as text: for tokenizers of other models, reward functions and samples.
 
     A conversation is rendered by the tokenizer's template, generation prompt included; without a tokenizer it
@@ -153,29 +156,35 @@ def user_text(prompt: Prompt) -> str:
 # ---------------------------------------------------------------- special tokens
 
 
-def eos_id(tokenizer: Any) -> int:
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of EOS. UsageError if the tokenizer has none: no response could ever end."""
-    if tokenizer.eos_token_id is None:
+    eos = cast("int | None", tokenizer.eos_token_id)
+    if eos is None:
         raise UsageError(
             "the tokenizer has no EOS token, so responses could not end; set `eos_token` in its files"
         )
-    return tokenizer.eos_token_id
+    return eos
 
 
-def stop_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
+def added_vocab(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Token → id for the tokens that were added to the vocabulary, special ones among them."""
+    return cast("Any", tokenizer).get_added_vocab()  # every tokenizer has it, though not its base class
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> tuple[int, ...]:
     """Ids that end a response: EOS first, then the stop strings that are special tokens; `stops.stop_texts`
     has the others."""
-    special = tokenizer.get_added_vocab()
+    special = added_vocab(tokenizer)
     return tuple(dict.fromkeys([eos_id(tokenizer), *(special[text] for text in stop if text in special)]))
 
 
-def ensure_pad(tokenizer: Any) -> int:
+def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with. A tokenizer without one gets EOS as its pad token.
 
     That is harmless here: padding is on the right and every mask comes from lengths, never from comparing ids
     with the pad token, so a real EOS still counts. `padding_side` is left alone [trl 6663].
     """
-    pad: int | None = tokenizer.pad_token_id
+    pad = cast("int | None", tokenizer.pad_token_id)
     if pad is None:
         pad = eos_id(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
@@ -185,25 +194,28 @@ def ensure_pad(tokenizer: Any) -> int:
 # ---------------------------------------------------------------- inside
 
 
-def _render(tokenizer: Any, turns: Conversation, generation: bool = False) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Conversation, generation: bool = False) -> str:
     if not tokenizer.chat_template:
         raise UsageError(
             "the data are conversations, but the tokenizer has no chat template: set `chat_template`"
         )
     try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generation)
+        text = tokenizer.apply_chat_template(
+            cast("list[dict[str, str]]", list(turns)), tokenize=False, add_generation_prompt=generation
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise UsageError(f"the chat template refuses the roles {roles}: {error}") from None
     text = _string(text)
     if any(turn["role"] == "system" and turn["content"].strip() not in text for turn in turns):
         raise UsageError(
-            "the chat template leaves out the system message (of the data, or set as `system`); give another `chat_template`, or do without the message"
+            "the chat template leaves out the system message (of the data, or set as `system`); give another "
+            "`chat_template`, or do without the message"
         )
     return text
 
 
-def _reply_text(tokenizer: Any, before: str, after: str, reply: Conversation) -> str:
+def _reply_text(tokenizer: PreTrainedTokenizerBase, before: str, after: str, reply: Conversation) -> str:
     """What a template adds for a reply: `after` without `before`, up to the EOS it writes (not included)."""
     if not after.startswith(before):
         raise _not_nested()
@@ -215,12 +227,12 @@ def _reply_text(tokenizer: Any, before: str, after: str, reply: Conversation) ->
 
 def _not_nested() -> UsageError:
     return UsageError(
-        "the chat template renders earlier turns differently once later ones are there, so prompt and reply cannot be "
-        "told apart; give a plainer one as `chat_template`"
+        "the chat template renders earlier turns differently once later ones are there, so prompt and reply "
+        "cannot be told apart; give a plainer one as `chat_template`"
     )
 
 
-def _without_final_eos(tokenizer: Any, text: str) -> str:
+def _without_final_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text without EOS strings at its end (data sets often bring one), so that EOS can be added once."""
     eos = _string(tokenizer.eos_token)
     while eos and text.rstrip().endswith(eos):
@@ -228,12 +240,12 @@ def _without_final_eos(tokenizer: Any, text: str) -> str:
     return text
 
 
-def _encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
     # verbose: too long a sequence is the caller's to count and report, with the row's name
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _encode_plain(tokenizer: Any, text: str, content: bool = False) -> list[int]:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, content: bool = False) -> list[int]:
     """Tokens with what the tokenizer adds in front (BOS), without what it adds behind (EOS)."""
     encode = _encode_content if content else _encode
     ids = encode(tokenizer, text, special=True)
@@ -243,7 +255,7 @@ def _encode_plain(tokenizer: Any, text: str, content: bool = False) -> list[int]
     return ids
 
 
-def _encode_content(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+def _encode_content(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
     """As `_encode`, with the special tokens in `text` read as the characters they are made of."""
     if _specials(tokenizer).search(text) is None:
         return _encode(tokenizer, text, special)
@@ -252,7 +264,7 @@ def _encode_content(tokenizer: Any, text: str, special: bool = False) -> list[in
     )
 
 
-def _encode_guarded(tokenizer: Any, text: str) -> list[int]:
+def _encode_guarded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of what a template made of `_guarded` turns: its own special tokens are special, the guarded are
     not."""
     ids: list[int] = []
@@ -262,7 +274,7 @@ def _encode_guarded(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _guarded(tokenizer: Any, turns: Conversation) -> Conversation:
+def _guarded(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> Conversation:
     """The turns with every special token in their content between guards, and no EOS at the end of a
     reply."""
     pattern = _specials(tokenizer)
@@ -270,7 +282,7 @@ def _guarded(tokenizer: Any, turns: Conversation) -> Conversation:
     def content(turn: Message) -> str:
         text = turn["content"]
         text = _without_final_eos(tokenizer, text) if turn["role"] == "assistant" else text
-        return pattern.sub(lambda found: f"{_OPEN}{found[0]}{_CLOSE}", text)
+        return pattern.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", text)
 
     return tuple(Message(role=turn["role"], content=content(turn)) for turn in turns)
 
@@ -278,7 +290,7 @@ def _guarded(tokenizer: Any, turns: Conversation) -> Conversation:
 _patterns: WeakKeyDictionary[Any, tuple[int, re.Pattern[str]]] = WeakKeyDictionary()
 
 
-def _specials(tokenizer: Any) -> re.Pattern[str]:
+def _specials(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """What matches each of the tokenizer's special tokens, and the guards. Found once a tokenizer and
     vocabulary."""
     known = _patterns.get(tokenizer)
@@ -291,9 +303,10 @@ def _specials(tokenizer: Any) -> re.Pattern[str]:
     return known[1]
 
 
-def _first_id(tokenizer: Any) -> int:
-    return eos_id(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+def _first_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    bos = cast("int | None", tokenizer.bos_token_id)
+    return eos_id(tokenizer) if bos is None else bos
 
 
-def _string(value: Any) -> str:
+def _string(value: object) -> str:
     return value if isinstance(value, str) else ""

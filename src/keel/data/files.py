@@ -3,8 +3,8 @@
     .jsonl    an object a line; blank lines are passed over
     .json     an array of objects, or the content of a .jsonl
     .parquet  a row a record
-    .csv      a header, then a record a row; `label`, `margin`, `p_chosen`, `votes` and `messages` are read as
-    values
+    .csv      a header, then a record a row; `label`, `margin`, `p_chosen`, `votes` and `messages` are read
+              as values
     .txt      a record a paragraph: paragraphs are separated by blank lines and become {"text": …}
 
 Each also with .gz after it. A folder stands for the .parquet and .jsonl files directly in it, sorted by name.
@@ -207,8 +207,8 @@ def _decoded(line: bytes, origin: str, first: bool) -> str:
     try:
         return line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        place = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
-        raise DataError(f"{origin}: not UTF-8 ({place}); save the file as UTF-8") from None
+        position = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
+        raise DataError(f"{origin}: not UTF-8 ({position}); save the file as UTF-8") from None
 
 
 def _loads(text: str, origin: str) -> Any:
@@ -229,25 +229,25 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _object(value: Any, origin: str) -> dict[str, Any]:
+def _object(value: object, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row must be an object {{column: value}}, this one is: {_kind(value)}")
     for column, inner in value.items():
-        found = _not_finite(inner)
-        if found is not None:
-            shown = "NaN" if math.isnan(found) else "infinite"
+        not_finite = _not_finite(inner)
+        if not_finite is not None:
+            shown = "NaN" if math.isnan(not_finite) else "infinite"
             raise DataError(f'{origin}: "{column}" is {shown}; JSON has no such number, leave the column out')
     return value
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "number")
 
 
-def _not_finite(value: Any) -> float | None:
+def _not_finite(value: object) -> float | None:
     """The first NaN or infinity in a JSON value (Python's reader lets both through)."""
     if isinstance(value, float):
         return None if math.isfinite(value) else value
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((found for found in map(_not_finite, inner) if found is not None), None)
+    return next((value_found for value_found in map(_not_finite, inner) if value_found is not None), None)

@@ -54,7 +54,7 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class _StartedSource:
     """A source read as far as its first usable row."""
 
     source: DataSource
@@ -80,9 +80,9 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
     if not accept:
         raise ValueError("accept names no record type")
     _check_settings(sources)
-    opened = [_open(source, accept, seed) for source in sources]
-    kind = _common_kind(opened, accept)
-    parts = [_parse_all(one, kind) for one in opened]
+    started = [_start(source, accept, seed) for source in sources]
+    kind = _common_kind(started, accept)
+    parts = [_parse_all(one, kind) for one in started]
     drawn = _mix(parts, seed)
     everything = [
         _with_source(record, {"source": part.source.source})
@@ -236,15 +236,16 @@ def _hub(source: DataSource) -> Iterable[Any]:
     except Exception as error:  # whatever goes wrong in there, the user's question is "where is my data?"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{source.source}: there is no such file or folder, and the hub data set (split {source.split!r}) "
-            f"could not be loaded: {reason}. Without a network, only data sets in the local cache can be used"
+            f"{source.source}: there is no such file or folder, and the hub data set (split "
+            f"{source.split!r}) could not be loaded: {reason}. Without a network, only data sets in the "
+            "local cache can be used"
         ) from None
 
 
 # ---------------------------------------------------------------- records
 
 
-def _open(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Opened:
+def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
     rewriter = Rewriter(source)
     rows = (rewriter(origin, row) for origin, row in _rows(source, seed))
@@ -256,7 +257,7 @@ def _open(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Opene
             kinds: tuple[RecordType, ...] = tuple(kind for kind in accept if kind in possible)
             if kinds:
                 rest = itertools.chain(passed, [(origin, row)], rows)
-                return _Opened(source, possible[0], kinds, rest, rewriter)
+                return _StartedSource(source, possible[0], kinds, rest, rewriter)
             row = _unusable(origin, row, accept)
         if source.on_bad == "error":
             raise row
@@ -269,8 +270,8 @@ def _open(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Opene
 
 def _unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) -> DataError:
     """What was found, what is wanted, what is missing and how to rename."""
-    found = records.readable_as(row)
-    form = f"{_type(found[0])} row" if found else "row of no known type"
+    readable = records.readable_as(row)
+    form = f"{_type(readable[0])} row" if readable else "row of no known type"
     wanted = " or ".join(
         f"{_type(kind)} ({' or '.join(', '.join(group) for group in records.COLUMNS[kind])})"
         for kind in accept
@@ -299,20 +300,20 @@ def _guess(name: str, row: Mapping[str, Any]) -> str | None:
     return alias or (lowered[close] if close else None)
 
 
-def _common_kind(opened: Sequence[_Opened], accept: Sequence[RecordType]) -> RecordType:
+def _common_kind(started: Sequence[_StartedSource], accept: Sequence[RecordType]) -> RecordType:
     for kind in accept:
-        if all(kind in one.kinds for one in opened):
+        if all(kind in one.kinds for one in started):
             return kind
-    found = "; ".join(f"{one.source.source} is {' or '.join(one.kinds)}" for one in opened)
-    raise DataError(f"the sources of a mixture must have one record type in common: {found}")
+    kinds_of_sources = "; ".join(f"{one.source.source} is {' or '.join(one.kinds)}" for one in started)
+    raise DataError(f"the sources of a mixture must have one record type in common: {kinds_of_sources}")
 
 
-def _parse_all(opened: _Opened, kind: RecordType) -> _Part:
+def _parse_all(started: _StartedSource, kind: RecordType) -> _Part:
     """The source's first `rows` good records."""
-    source = opened.source
+    source = started.source
     good: list[Record] = []
     reasons: list[str] = []
-    for origin, row in opened.rows:
+    for origin, row in started.rows:
         if source.rows is not None and len(good) >= source.rows:
             break
         try:
@@ -325,8 +326,8 @@ def _parse_all(opened: _Opened, kind: RecordType) -> _Part:
             reasons.append(str(error))
     if not good:
         raise DataError(f"{source.source}: all {len(reasons):,} rows are bad; the first: {reasons[0]}")
-    opened.rewriter.check()
-    return _Part(source, opened.natural, tuple(good), tuple(reasons))
+    started.rewriter.check()
+    return _Part(source, started.natural, tuple(good), tuple(reasons))
 
 
 def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
@@ -341,11 +342,12 @@ def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
         count = int(weight * scale + 1e-9)  # the scarcest source is used up in spite of rounding
         if count == 0:
             raise DataError(
-                f"{part.source.source}: its `weight` {weight:g} leaves it no row beside the others, the scarcest of "
-                f"which has {min(len(part.records) for part in parts):,}; raise it, or add rows to the scarcest"
+                f"{part.source.source}: its `weight` {weight:g} leaves it no row beside the others, the "
+                f"scarcest of which has {min(len(part.records) for part in parts):,}; raise it, or add rows "
+                "to the scarcest"
             )
         order = permutation(len(part.records), derive_seed("mixture", seed, index), 0)
-        drawn.append([part.records[place] for place in order[:count]])
+        drawn.append([part.records[row] for row in order[:count]])
     return drawn
 
 

@@ -4,9 +4,8 @@
     text           {"text"} or {"messages"}
     prompt         {"prompt"}
     demonstration  {"prompt", "completion"}
-    preference     {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} with the prompt at the head of
-    both;
-                   optionally "votes", "p_chosen", "margin"
+    preference     {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}, which both begin with the
+                   prompt; optionally "votes", "p_chosen", "margin"
     unpaired       {"prompt", "completion", "label"}
 
 Whatever else a row has is kept in the record's `columns`, which reward functions receive.
@@ -36,9 +35,8 @@ from keel.types import (
     Vote,
 )
 
-COLUMNS: dict[
-    RecordType, tuple[tuple[str, ...], ...]
-] = {  # what a type needs: one of these groups of columns
+# What a type needs: one of these groups of columns.
+COLUMNS: dict[RecordType, tuple[tuple[str, ...], ...]] = {
     "text": (("text",), ("messages",)),
     "prompt": (("prompt",),),
     "demonstration": (("prompt", "completion"),),
@@ -189,7 +187,7 @@ def _with_explicit_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _shared_text(chosen: str, rejected: str) -> int:
     """Characters of the implicit prompt: up to HH-RLHF's last shared "Assistant:", else the last shared
     space."""
-    length = next((place for place, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
+    length = next((index for index, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
     shared = chosen[:length] if length is not None else min(chosen, rejected, key=len)
     turn = shared.rfind(_HH_TURN)
     if turn >= 0:
@@ -256,7 +254,7 @@ def _value(row: Mapping[str, Any], name: str) -> str | Conversation:
     return _turns(name, value) if _is_list(value) else _text(f'"{name}"', value)
 
 
-def _text(where: str, value: Any) -> str:
+def _text(where: str, value: object) -> str:
     if not isinstance(value, str):
         raise _Invalid(f"{where} is {_shown(value)}, not text")
     if not value.strip():
@@ -315,13 +313,13 @@ def _check_order(name: str, turns: Sequence[Message]) -> None:
             raise _Invalid(f'"{name}" turn {index + 1}: the assistant speaks before any user')
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise _Invalid(f'"{name}" is {_shown(value)}, not a finite number')
     return float(value)
 
 
-def _label(value: Any) -> bool:
+def _label(value: object) -> bool:
     if isinstance(value, (bool, Real)) and value in (0, 1):
         return bool(value)
     raise _Invalid(f'"label" is {_shown(value)}, not true or false (or 1 or 0)')
@@ -381,11 +379,11 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
     return next(iter(difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)), None)
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value as a message shows it, in JSON's words."""
     if value is None:
         return "null"

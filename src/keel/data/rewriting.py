@@ -1,5 +1,4 @@
-"""What a source's settings make of its rows: columns renamed, texts rewritten, a system turn before every
-prompt."""
+"""What the settings of a source do to its rows: rename columns, rewrite texts, put a system turn first."""
 
 from __future__ import annotations
 
@@ -28,9 +27,10 @@ class Rewriter:
             return origin, row
         for column, patterns in self.source.rewrite.items():
             if not isinstance(row.get(column), str):
-                held = "is not text" if column in row else "is not there"
+                problem = "is not text" if column in row else "is not there"
                 return origin, DataError(
-                    f'{origin}: `rewrite` changes "{column}", which {held}; the row has {", ".join(map(str, row))}'
+                    f'{origin}: `rewrite` changes "{column}", which {problem}; '
+                    f"the row has {', '.join(map(str, row))}"
                 )
             text = row[column]
             for pattern, replacement in patterns.items():
@@ -47,8 +47,8 @@ class Rewriter:
         if idle is not None:
             pattern = next(iter(self.source.rewrite[idle]))
             raise DataError(
-                f'{self.source.source}: `rewrite` changes "{idle}" in no row; the pattern is {pattern!r} (Python\'s '
-                "regular expressions). Correct it, or leave it out"
+                f'{self.source.source}: `rewrite` changes "{idle}" in no row; the pattern is {pattern!r} '
+                "(Python's regular expressions). Correct it, or leave it out"
             )
 
 
@@ -69,7 +69,8 @@ def with_system(record: Record, system: str | None) -> Record:
         turns = (Message(role="user", content=turns),)
     if turns[0]["role"] == "system":
         raise DataError(
-            f"{record.origin}: `system` is set, but the row has a system turn of its own; leave one of them out"
+            f"{record.origin}: `system` is set, but the row has a system turn of its own; leave one of them "
+            "out"
         )
     turns = (Message(role="system", content=system), *turns)
     if isinstance(record, TextRecord):

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from keel.data import chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _closing: WeakKeyDictionary[Any, dict[frozenset[str], Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class StopTexts:
-    """Strings that end a response as soon as they stand in its text. A token may hold the end of one and more
-    behind it; that stays in the response's ids, and in its text nothing from the string on."""
+    """Strings that end a response as soon as they stand in its text.
 
-    tokenizer: Any
+    A token may hold the end of a stop string and more text behind it. Such a token stays in the response's
+    ids; its text is cut where the stop string begins.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
     texts: tuple[str, ...]
-    closing: Tensor  # (V,) True at the tokens in whose text a string may end: after others nobody has to look
+    # (V,) True at the tokens in whose text a stop string may end. Only after these must a text be searched.
+    closing: Tensor
 
     def may_end(self, tokens: Tensor) -> Tensor:
         """(n,) tokens → (n,) bool: `closing`; False for ids that are none of the tokenizer's, which some
@@ -30,7 +39,7 @@ class StopTexts:
 
     def within(self, ids: Sequence[int]) -> str:
         """The first stop string in the text of a response; "" where there is none."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return (
             min((text.find(stop), stop) for stop in self.texts if stop in text)[1]
             if self.any_in(text)
@@ -38,13 +47,15 @@ class StopTexts:
         )
 
     def any_in(self, text: str) -> bool:
+        """Whether a stop string stands in the text."""
         return any(stop in text for stop in self.texts)
 
 
-def stop_texts(tokenizer: Any, stop: Sequence[str]) -> StopTexts | None:
+def stop_texts(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> StopTexts | None:
     """Those of the stop strings that are looked for as text: all but special tokens, which are ids
     (`chat.stop_ids`)."""
-    texts = tuple(text for text in stop if text not in tokenizer.get_added_vocab())
+    added = chat.added_vocab(tokenizer)
+    texts = tuple(text for text in stop if text not in added)
     if not texts:
         return None
     known = _closing.setdefault(tokenizer, {})
@@ -54,8 +65,11 @@ def stop_texts(tokenizer: Any, stop: Sequence[str]) -> StopTexts | None:
     return StopTexts(tokenizer, texts, known[ends])
 
 
-def _may_close(tokenizer: Any, token: int, ends: frozenset[str]) -> bool:
-    """Whether a stop string may end in a token. One that by itself is part of a character, or nothing, or
-    loses a space before it, may be anything among others."""
+def _may_close(tokenizer: PreTrainedTokenizerBase, token: int, ends: frozenset[str]) -> bool:
+    """Whether a stop string may end in this token.
+
+    The text of a token can depend on its neighbours: where it is part of a character, empty by itself, or
+    loses a leading space. Then the answer is yes, to be safe.
+    """
     text = tokenizer.decode([token], skip_special_tokens=False)
     return not text or "\ufffd" in text or " " in ends or any(end in text for end in ends)

@@ -1,4 +1,4 @@
-"""Findings → what to do. Pure: the loop only carries it out."""
+"""Findings → what to do about them. These functions only decide; the RL loop carries the action out."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from keel.diagnosis.watch import CHECKS
 
 KL_FACTOR, LR_FACTOR = 1.5, 0.5
 
-Deed = Literal["adjust", "rollback", "stop"]
+ActionKind = Literal["adjust", "rollback", "stop"]
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What is done about findings."""
+    """What is done about the findings of one step."""
 
-    kind: Deed
-    checks: tuple[str, ...]  # why
-    raise_kl: bool = False
-    cut_lr: bool = False
+    kind: ActionKind
+    checks: tuple[str, ...]  # the checks that led to it
+    raise_kl: bool = False  # β × KL_FACTOR
+    cut_lr: bool = False  # learning rate × LR_FACTOR
 
 
-def decide(findings: Sequence[Finding], on_finding: str, taken: int, attempts: int) -> Action | None:
+def decide(findings: Sequence[Finding], on_finding: str, actions_taken: int, attempts: int) -> Action | None:
     """The action for the findings of one step; None where nothing but saying so is to be done.
 
-    Only findings of severity "act" lead to one. on_finding: as in `control`. taken: adjustments or rollbacks
-    before this one, of at most `attempts`: after them adjust leaves the run alone, and rollback stops it.
+    Only findings of severity "act" lead to one. on_finding: as in `control`. actions_taken: how many
+    adjustments or rollbacks there were before. After `attempts` of them adjust does nothing more, and
+    rollback stops the stage.
     """
     urgent = tuple(f.check for f in findings if f.severity == "act")
     if not urgent:
@@ -37,17 +38,19 @@ def decide(findings: Sequence[Finding], on_finding: str, taken: int, attempts: i
         case "stop":
             return Action("stop", urgent)
         case "rollback":
-            return Action("rollback", urgent, True, True) if taken < attempts else Action("stop", urgent)
+            return (
+                Action("rollback", urgent, True, True) if actions_taken < attempts else Action("stop", urgent)
+            )
         case "adjust":
             changes: set[Change] = {change for name in urgent for change in CHECKS[name].changes}
-            if not changes or taken >= attempts:
+            if not changes or actions_taken >= attempts:
                 return None
             return Action("adjust", urgent, "raise_kl" in changes, "cut_lr" in changes)
     return None
 
 
 def raised(coef: float) -> float:
-    """β after a raise. With a target the controller goes on from there: the target itself stays."""
+    """β after a raise. With a KL target the adaptive controller goes on from the new β; the target stays."""
     return coef * KL_FACTOR
 
 
@@ -55,5 +58,6 @@ def event(step: int, action: Action, coef: float, lr_factor: float, to: int | No
     """A line of events.jsonl. coef: β from now on; lr_factor: learning rate as a share of the schedule's,
     from now on; to: the update whose weights are taken, None for those of now."""
     return {
-        "step": step, "event": action.kind, "checks": list(action.checks), "kl_coef": coef, "lr_factor": lr_factor, "to": to,
+        "step": step, "event": action.kind, "checks": list(action.checks), "kl_coef": coef,
+        "lr_factor": lr_factor, "to": to,
     }  # fmt: skip

@@ -14,11 +14,8 @@ SHORT = 3  # updates in a row that suffice where nothing healthy comes near
 START = 5  # first updates of a run, whose median is its own measure
 
 Severity = Literal["note", "warn", "act"]
-SEVERITIES: tuple[Severity, ...] = (
-    "note",
-    "warn",
-    "act",
-)  # note: worth knowing; warn: look at it; act: it is going wrong
+# note: worth knowing; warn: look at it; act: it is going wrong
+SEVERITIES: tuple[Severity, ...] = ("note", "warn", "act")
 Change = Literal["raise_kl", "cut_lr"]
 Levels = Sequence[tuple[Severity, float]]  # limits, the worst first
 Alarm = tuple[Severity, str]  # how bad, and the evidence in words
@@ -105,8 +102,8 @@ class History:
         """The last `count` values after warm-up and the last action, oldest first; empty where there are
         fewer."""
         after = max(self.since, self.conditions.warmup)
-        found = [value for step, value in self.columns.get(name, ())[-count:] if step > after]
-        return found if len(found) == count else []
+        values = [value for step, value in self.columns.get(name, ())[-count:] if step > after]
+        return values if len(values) == count else []
 
     def start(self, name: str) -> float | None:
         """Median of the run's first values; None where there are too few."""
@@ -140,10 +137,12 @@ class Check:
     changes: frozenset[Change] = frozenset()  # what `control` may do about it
 
     def finding(self, history: History) -> Finding | None:
+        """What the check finds at the history's last step; None where all is well."""
         alarm = self.look(history)
         return self.found(history.step, *alarm) if alarm else None
 
     def found(self, step: int, severity: Severity, evidence: str) -> Finding:
+        """A finding of this check, with its cause and remedy."""
         return Finding(self.name, severity, step, evidence, self.cause, self.remedy)
 
 

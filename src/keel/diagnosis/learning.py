@@ -69,7 +69,10 @@ def kl_negative(history: History) -> Alarm | None:
     mean, error = fmean(window), stdev(window) / WINDOW**0.5
     if mean > -0.1 or mean > -3 * error:
         return None
-    said = f"sampled KL {shown(mean)} ± {shown(error)} nats over the last {WINDOW} updates; a KL is never negative"
+    said = (
+        f"sampled KL {shown(mean)} ± {shown(error)} nats over the last {WINDOW} updates; a KL is never "
+        "negative"
+    )
     return ("act" if mean < -1 else "warn"), said
 
 
@@ -96,7 +99,10 @@ def clip_fraction(history: History) -> Alarm | None:
     limits: Levels = (("act", 0.5), ("warn", 0.3))
     for severity, limit in limits:
         if history.sustained(name, limit):
-            said = f"the clip held back {shown(history.now(name) or 0.0)} of the tokens over the last {WINDOW} updates"
+            said = (
+                f"the clip held back {shown(history.now(name) or 0.0)} of the tokens over the last {WINDOW} "
+                "updates"
+            )
             return ("note" if history.conditions.sequence_ratios else severity), said
     return None
 
@@ -172,7 +178,8 @@ CHECKS = (
         "entropy_collapse",
         entropy_collapse,
         "the policy repeats what once earned a reward and explores nothing else",
-        "raise the temperature, kl.coef or entropy_coef, lower the learning rate, or draw more samples per prompt",
+        "raise the temperature, kl.coef or entropy_coef, lower the learning rate, or draw more samples per "
+        "prompt",
         frozenset({"raise_kl", "cut_lr"}),
     ),
     Check(
@@ -185,8 +192,10 @@ CHECKS = (
     Check(
         "rate_held_back",
         rate_held_back,
-        "the learning rate is higher than what the policy can follow, or the sampler is not the policy that is trained",
-        "lower the learning rate by this factor, or take fewer epochs; where rollout/sampler_drift is as large, one precision for both",
+        "the learning rate is higher than what the policy can follow, or the sampler is not the policy that "
+        "is trained",
+        "lower the learning rate by this factor, or take fewer epochs; where rollout/sampler_drift is as "
+        "large, one precision for both",
     ),
     Check(
         "critic_unexplaining",

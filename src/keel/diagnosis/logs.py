@@ -25,8 +25,8 @@ _TRL = {
     "eval_reward": "eval/objective/scores",
 }
 _SAME = (
-    "objective/kl", "objective/scores", "policy/clipfrac_avg", "policy/entropy_avg", "frac_reward_zero_std", "loss", "grad_norm",
-    "loss/policy_avg", "loss/value_avg", "val/ratio",
+    "objective/kl", "objective/scores", "policy/clipfrac_avg", "policy/entropy_avg", "frac_reward_zero_std",
+    "loss", "grad_norm", "loss/policy_avg", "loss/value_avg", "val/ratio",
 )  # fmt: skip
 
 
@@ -40,27 +40,29 @@ class Diagnosis:
 
 
 def stage(directory: Path, settings: Mapping[str, Any]) -> Diagnosis:
-    """Of a stage directory; settings: its resolved ones, {} where unknown. DataError for a file that is no
-    JSON lines.
+    """The diagnosis of a stage directory. settings: the stage's resolved ones, {} where unknown.
 
-    What the stage found while it ran is in events.jsonl. The checks are asked again, so that a run that was
-    watched by nobody (`control.on_finding: off`, or an older keel) is diagnosed as well; what both say is
-    said once.
+    What the stage found while it ran is in events.jsonl. The checks are run again on metrics.jsonl, so that a
+    run without checks (`control.on_finding: off`, or an older keel) is diagnosed as well. A finding of both
+    is listed once. DataError for a file that is not JSON lines.
     """
     rows, events = lines(directory / "metrics.jsonl"), lines(directory / "events.jsonl")
     actions = [row for row in events if row["event"] != "finding"]
     _, again = replay(rows, conditions(settings), {int(row["step"]) for row in actions})
     names = [f.name for f in fields(Finding)]
-    said = [Finding(**{name: row[name] for name in names}) for row in events if row["event"] == "finding"]
-    known = {(f.check, f.severity, f.step) for f in said}
-    found = sorted(
-        [*said, *(f for f in again if (f.check, f.severity, f.step) not in known)], key=lambda f: f.step
+    logged = [Finding(**{name: row[name] for name in names}) for row in events if row["event"] == "finding"]
+    known = {(f.check, f.severity, f.step) for f in logged}
+    findings = sorted(
+        [*logged, *(f for f in again if (f.check, f.severity, f.step) not in known)], key=lambda f: f.step
     )
-    return Diagnosis(tuple(found), tuple(actions), max([0, *(int(row["step"]) for row in [*rows, *events])]))
+    return Diagnosis(
+        tuple(findings), tuple(actions), max([0, *(int(row["step"]) for row in [*rows, *events])])
+    )
 
 
 def trainer_state(path: Path) -> Diagnosis:
-    """Of a run of TRL (or any trainer of transformers). DataError for a file that is none."""
+    """The diagnosis of a run of TRL, or of any trainer of transformers, from its trainer_state.json.
+    DataError for any other file."""
     try:
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
         rows = [(int(row["step"]), row) for row in history]
@@ -71,19 +73,19 @@ def trainer_state(path: Path) -> Diagnosis:
     by_step: dict[int, dict[str, float]] = {}
     for step, row in rows:
         by_step.setdefault(step, {"step": step}).update(_from_trl(row))
-    _, found = replay((by_step[step] for step in sorted(by_step)), Conditions())
-    return Diagnosis(tuple(found), (), max(by_step, default=0))
+    _, findings = replay((by_step[step] for step in sorted(by_step)), Conditions())
+    return Diagnosis(tuple(findings), (), max(by_step, default=0))
 
 
 def _from_trl(row: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that checks know. A reward that applies to no sample is NaN in TRL and healthy: others are
     left out."""
     values = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    found = {name: values[name] for name in _SAME if name in values}
-    found |= {_TRL[name]: value for name, value in values.items() if name in _TRL}
+    metrics = {name: values[name] for name in _SAME if name in values}
+    metrics |= {_TRL[name]: value for name, value in values.items() if name in _TRL}
     if "kl" in values and "completions/mean_length" in values:  # TRL's GRPO: nats a token
-        found["objective/kl"] = values["kl"] * values["completions/mean_length"]
-    return found
+        metrics["objective/kl"] = values["kl"] * values["completions/mean_length"]
+    return metrics
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -105,7 +107,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def worst(findings: tuple[Finding, ...]) -> list[Finding]:
     """One finding a check: the first of its worst severity, by step."""
     order = ("act", "warn", "note")
-    found = [
+    worst_of_checks = [
         min(
             (f for f in findings if f.check == name),
             key=lambda f: (order.index(f.severity), f.step),
@@ -113,4 +115,4 @@ def worst(findings: tuple[Finding, ...]) -> list[Finding]:
         )
         for name in CHECKS
     ]
-    return sorted((f for f in found if f), key=lambda f: (order.index(f.severity), f.step))
+    return sorted((f for f in worst_of_checks if f), key=lambda f: (order.index(f.severity), f.step))

@@ -33,7 +33,10 @@ def reward_implausible(history: History) -> Alarm | None:
     for severity, times in limits:
         if history.sustained(SCORES, start + times * spread):
             now = history.now(SCORES) or 0.0
-            said = f"mean reward from {shown(start)} to {shown(now)}, {shown((now - start) / spread)} standard deviations of a batch"
+            said = (
+                f"mean reward from {shown(start)} to {shown(now)}, {shown((now - start) / spread)} standard "
+                "deviations of a batch"
+            )
             return severity, said
     return None
 
@@ -49,7 +52,8 @@ def reward_falls(history: History) -> Alarm | None:
     now = history.now(SCORES) or 0.0
     return (
         "act",
-        f"mean reward from {shown(first[0][1])} to {shown(now)}, by more than a standard deviation of a batch ({shown(spread[0][1])})",
+        f"mean reward from {shown(first[0][1])} to {shown(now)}, by more than a standard deviation of a "
+        f"batch ({shown(spread[0][1])})",
     )
 
 
@@ -60,7 +64,10 @@ def reward_without_spread(history: History) -> Alarm | None:
     start, now = history.start(SPREAD), history.now(SPREAD)
     if start is None or now is None:
         return None
-    said = f"standard deviation of the rewards {shown(now)} over the last {WINDOW} updates, at the start {shown(start)}"
+    said = (
+        f"standard deviation of the rewards {shown(now)} over the last {WINDOW} updates, at the start "
+        f"{shown(start)}"
+    )
     if history.sustained(SPREAD, max(0.1 * start, min(0.1, 0.5 * start)), below=True):
         return "warn", said
     return ("note", said) if history.sustained(SPREAD, 0.1, below=True) else None
@@ -236,7 +243,8 @@ CHECKS = (
         "judge_falls",
         judge_falls,
         "the reward model is over-optimised (2210.10760)",
-        "keep the weights from before the fall; raise kl.coef, lower kl.target, use an ensemble of reward models",
+        "keep the weights from before the fall; raise kl.coef, lower kl.target, use an ensemble of reward "
+        "models",
         frozenset({"raise_kl", "cut_lr"}),
     ),
     Check(

@@ -22,8 +22,8 @@ class Watch:
     def see(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
         """The findings that are new at this step: a check that was silent, or that has become worse."""
         self.history.add(step, metrics)
-        found = (check.finding(self.history) for check in CHECKS.values())
-        return [finding for finding in found if finding and self._is_news(finding)]
+        findings = (check.finding(self.history) for check in CHECKS.values())
+        return [finding for finding in findings if finding and self._is_news(finding)]
 
     def acted(self, step: int) -> None:
         """Something was done: windows begin anew, and what lasts is found again."""
@@ -42,10 +42,10 @@ def replay(
 ) -> tuple[Watch, list[Finding]]:
     """A watch that has seen all rows (each with its `step`), and what it found on the way. acted: steps of
     actions."""
-    watch, found = Watch(conditions), []
+    watch, findings = Watch(conditions), []
     for row in rows:
         step = int(row["step"])
-        found += watch.see(step, row)
+        findings += watch.see(step, row)
         if step in acted:
             watch.acted(step)
-    return watch, found
+    return watch, findings

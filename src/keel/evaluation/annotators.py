@@ -41,8 +41,8 @@ class Votes:
 
 def of_table(table: Sequence[Sequence[int | None]], categories: int, names: Sequence[str]) -> Votes:
     """Votes from a table with a row an item and a column an annotator; None where one did not vote."""
-    found = [(i, a, c) for i, row in enumerate(table) for a, c in enumerate(row) if c is not None]
-    item, annotator, choice = np.array(found, dtype=np.int64).reshape(-1, 3).T
+    votes = [(i, a, c) for i, row in enumerate(table) for a, c in enumerate(row) if c is not None]
+    item, annotator, choice = np.array(votes, dtype=np.int64).reshape(-1, 3).T
     return Votes(item, annotator, choice, len(table), categories, tuple(names))
 
 
@@ -54,9 +54,9 @@ def of_pairs(records: Sequence[PreferenceRecord], *, named: bool = False) -> Vot
     """
     votes = [(i, v) for i, r in enumerate(records) for v in r.votes if v.annotator or not named]
     names = tuple(dict.fromkeys(sorted(v.annotator for _, v in votes)))
-    place = {name: a for a, name in enumerate(names)}
+    index_of = {name: a for a, name in enumerate(names)}
     item = np.array([i for i, _ in votes], dtype=np.int64)
-    annotator = np.array([place[v.annotator] for _, v in votes], dtype=np.int64)
+    annotator = np.array([index_of[v.annotator] for _, v in votes], dtype=np.int64)
     choice = np.array([CHOICES.index(v.choice) for _, v in votes], dtype=np.int64)
     return Votes(
         np.concatenate([item, item + len(records)]),

@@ -21,7 +21,7 @@ WORDS: dict[Law, str] = {"best_of_n": "d·(α − β·d)", "rl": "d·(α − β�
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class LawFit:
     """One of the two laws with its coefficients."""
 
     law: Law
@@ -47,7 +47,7 @@ class Fit:
         return math.exp(exponent) if exponent < 700 else None
 
 
-def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> Fit:
+def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> LawFit:
     """Least squares of R(d) = d(α − β·d) (best of n) or d(α − β·log d) (reinforcement learning), 2210.10760,
     section 3.1.
 
@@ -67,7 +67,7 @@ def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> Fit:
     alpha, beta = np.linalg.solve(np.array([[aa, ab], [ab, bb]]), np.array([a @ y, b @ y]))
     spread = float(np.square(y - y.mean()).sum())
     missed = float(np.square(y - alpha * a - beta * b).sum())
-    return Fit(law, float(alpha), float(beta), 1 - missed / spread if spread > 0 else None, len(x))
+    return LawFit(law, float(alpha), float(beta), 1 - missed / spread if spread > 0 else None, len(x))
 
 
 @dataclass(frozen=True, slots=True)

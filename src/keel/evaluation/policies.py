@@ -11,7 +11,7 @@ from keel.evaluation.measures import Measure, distinct, mean_interval, points_sh
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedCompletion:
     """One completion and everything said about it."""
 
     prompt: str
@@ -24,7 +24,9 @@ class Judged:
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # each reward by its name
 
 
-def measures(own: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[str, Measure]:
+def measures(
+    judged: Sequence[JudgedCompletion], reference: Sequence[JudgedCompletion] | None
+) -> dict[str, Measure]:
     """All measures of one model that apply. reference: the reference's completions of the same prompts, in
     order; None for the reference itself.
 
@@ -32,29 +34,29 @@ def measures(own: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[
     proxy; a draw counts half.
     """
     result: dict[str, Measure] = {}
-    if (scores := _proxies(own)) is not None:
+    if (scores := _proxies(judged)) is not None:
         result["proxy"] = mean_interval(scores)
-    if (golds := _golds(own)) is not None:
+    if (golds := _golds(judged)) is not None:
         result["gold"] = mean_interval([gold["total"] for gold in golds])
         result |= {
             f"gold/{part}": mean_interval([gold[part] for gold in golds])
             for part in golds[0]
             if part != "total"
         }
-    names = list(own[0].rewards)
+    names = list(judged[0].rewards)
     for name in names if len(names) > 1 else ():
-        values = [v for j in own if (v := j.rewards[name]) is not None]
+        values = [v for j in judged if (v := j.rewards[name]) is not None]
         if values:
             result[f"reward/{name}"] = mean_interval(values)
-    result["kl"] = mean_interval([j.kl for j in own])
-    result["length"] = mean_interval([float(j.length) for j in own])
-    result["truncated"] = wilson(sum(j.stop_reason == "length" for j in own), len(own))
-    texts = [j.completion for j in own]
+    result["kl"] = mean_interval([j.kl for j in judged])
+    result["length"] = mean_interval([float(j.length) for j in judged])
+    result["truncated"] = wilson(sum(j.stop_reason == "length" for j in judged), len(judged))
+    texts = [j.completion for j in judged]
     for n in (1, 2):
         share = distinct(texts, n)
         result[f"distinct_{n}"] = {"mean": share, "low": share, "high": share, "n": len(texts)}
     if reference is not None:
-        result |= _against(own, reference)
+        result |= _against(judged, reference)
     return result
 
 
@@ -66,12 +68,12 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def _against(own: Sequence[Judged], reference: Sequence[Judged]) -> dict[str, Measure]:
+def _against(judged: Sequence[JudgedCompletion], reference: Sequence[JudgedCompletion]) -> dict[str, Measure]:
     result: dict[str, Measure] = {}
     judges: list[tuple[str, list[float], list[float]]] = []
-    if (mine := _golds(own)) is not None and (theirs := _golds(reference)) is not None:
+    if (mine := _golds(judged)) is not None and (theirs := _golds(reference)) is not None:
         judges.append(("gold", [g["total"] for g in mine], [g["total"] for g in theirs]))
-    if (proxies := _proxies(own)) is not None and (others := _proxies(reference)) is not None:
+    if (proxies := _proxies(judged)) is not None and (others := _proxies(reference)) is not None:
         judges.append(("proxy", proxies, others))
     for name, a, b in judges:
         result[f"{name}_lift"] = mean_interval([x - y for x, y in zip(a, b, strict=True)])
@@ -83,17 +85,17 @@ def _against(own: Sequence[Judged], reference: Sequence[Judged]) -> dict[str, Me
     return result
 
 
-def _proxies(judged: Sequence[Judged]) -> list[float] | None:
+def _proxies(judged: Sequence[JudgedCompletion]) -> list[float] | None:
     scores = [j.proxy for j in judged if j.proxy is not None]
     return scores if len(scores) == len(judged) else None
 
 
-def _golds(judged: Sequence[Judged]) -> list[Mapping[str, float]] | None:
+def _golds(judged: Sequence[JudgedCompletion]) -> list[Mapping[str, float]] | None:
     golds = [j.gold for j in judged if j.gold is not None]
     return golds if len(golds) == len(judged) else None
 
 
-def sample_row(model: str, index: int, judged: Judged) -> dict[str, Any]:
+def sample_row(model: str, index: int, judged: JudgedCompletion) -> dict[str, Any]:
     """A completion as a line of samples.jsonl; the same index is the same prompt for every model."""
     row: dict[str, Any] = {
         "model": model,

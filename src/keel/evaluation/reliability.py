@@ -1,12 +1,11 @@
-"""Whose votes to believe: annotators' reliability without knowing the truth, and labels of pairs made with
-it."""
+"""How reliable each annotator is, estimated without known answers, and labels of pairs made with that."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +15,8 @@ from keel.evaluation.annotators import CHOICES, Array, Votes, of_pairs
 from keel.types import PreferenceRecord
 
 _TINY = 1e-10  # probabilities are not lower than this, so that no vote is impossible
-_SMOOTHING = (
-    1.0  # votes added to each cell of a confusion matrix for labels: who has voted little is believed little
-)
+# Votes added to each cell of a confusion matrix when labels are made: who has few votes counts little.
+_SMOOTHING = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +119,15 @@ def crowd_bradley_terry(
     )
     share = torch.as_tensor(np.ones(len(first)) if weight is None else weight, dtype=torch.float64)
     scores = torch.zeros(items, dtype=torch.float64, requires_grad=True)
-    logit = torch.full(
-        (annotators,), 2.0, dtype=torch.float64, requires_grad=True
-    )  # people mean well: η = 0.88
+    # the search starts at η = σ(2) = 0.88: most annotators mostly follow the scores
+    logit = torch.full((annotators,), 2.0, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [scores, logit], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-    )  # fmt: skip
+        [scores, logit],
+        max_iter=500,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
 
     def penalised() -> torch.Tensor:
         optimiser.zero_grad()
@@ -150,16 +151,16 @@ def of_annotators(records: Sequence[PreferenceRecord]) -> dict[str, dict[str, fl
     if not _can_be_compared(records):
         return None
     votes = of_pairs(records, named=True)
-    said = np.bincount(votes.annotator, minlength=len(votes.names)) // 2  # each was read from both sides
-    right = dawid_skene(votes, smoothing=_SMOOTHING).right_side
-    found = {
+    votes_of = np.bincount(votes.annotator, minlength=len(votes.names)) // 2  # each was read from both sides
+    right_side = dawid_skene(votes, smoothing=_SMOOTHING).right_side
+    by_name = {
         name: {"votes": int(n), "dawid_skene": float(share)}
-        for name, n, share in zip(votes.names, said, right, strict=True)
+        for name, n, share in zip(votes.names, votes_of, right_side, strict=True)
     }
     if (crowd := _crowd(records, votes.names)) is not None:
         for name, share in zip(votes.names, crowd.reliability, strict=True):
-            found[name]["bradley_terry"] = float(share)
-    return found
+            by_name[name]["bradley_terry"] = float(share)
+    return by_name
 
 
 def labels(
@@ -178,10 +179,10 @@ def labels(
         return [p if p is None or p == 0.5 else float(p > 0.5) for p in shares]
     if not _can_be_compared(records):
         raise ValueError("no pair has the votes of two annotators who are named")
-    found = dawid_skene(of_pairs(records, named=True), smoothing=_SMOOTHING).posterior
+    posterior = dawid_skene(of_pairs(records, named=True), smoothing=_SMOOTHING).posterior
     weights = np.linspace(0.0, 1.0, len(CHOICES))  # rejected, tie, chosen
     return [
-        float(found[i] @ weights) if any(vote.annotator for vote in record.votes) else record.p_chosen
+        float(posterior[i] @ weights) if any(vote.annotator for vote in record.votes) else record.p_chosen
         for i, record in enumerate(records)
     ]
 
@@ -195,10 +196,10 @@ def _crowd(records: Sequence[PreferenceRecord], names: Sequence[str]) -> CrowdBr
     the average thing stands in fewer than two pairs."""
     things: dict[str, int] = {}
 
-    def thing(prompt: Any, reply: Any) -> int:
+    def thing(prompt: object, reply: object) -> int:
         return things.setdefault(json.dumps([prompt, reply]), len(things))
 
-    place = {name: a for a, name in enumerate(names)}
+    index_of = {name: a for a, name in enumerate(names)}
     rows: list[tuple[int, int, int, float]] = []
     pairs = 0
     for record in records:
@@ -210,9 +211,9 @@ def _crowd(records: Sequence[PreferenceRecord], names: Sequence[str]) -> CrowdBr
         for vote in named:
             share = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}[vote.choice]
             if share > 0:
-                rows.append((chosen, rejected, place[vote.annotator], share))
+                rows.append((chosen, rejected, index_of[vote.annotator], share))
             if share < 1:
-                rows.append((rejected, chosen, place[vote.annotator], 1 - share))
+                rows.append((rejected, chosen, index_of[vote.annotator], 1 - share))
     if len(things) > pairs:
         return None
     winner, loser, who, weight = (np.array(column) for column in zip(*rows))

@@ -55,18 +55,18 @@ class Compared:
 
 def judge(compared: Compared) -> dict[str, Any]:
     """Everything below that applies; `accuracy` first, absent when every pair is undecided."""
-    found: dict[str, Any] = _by_group(compared, {"accuracy": range(len(compared.votes))})
+    measures: dict[str, Any] = _by_group(compared, {"accuracy": range(len(compared.votes))})
     for name, groups in (("by_margin", margins(compared)), ("by_subset", subsets(compared))):
         if parts := _by_group(compared, groups):
-            found[name] = parts
-    found["calibration"] = calibration(compared)
-    found["length"] = with_length(compared)
+            measures[name] = parts
+    measures["calibration"] = calibration(compared)
+    measures["length"] = with_length(compared)
     if any(first is not None for first in compared.chosen_first):
-        found["position"] = with_position(compared)
+        measures["position"] = with_position(compared)
     if len(compared.chosen) > 1:
-        found["disagreement"] = disagreement(compared)
-    found["offset"] = offset(*compared.scores, compared.prompts)
-    return found
+        measures["disagreement"] = disagreement(compared)
+    measures["offset"] = offset(*compared.scores, compared.prompts)
+    return measures
 
 
 # ---------------------------------------------------------------- where it is right
@@ -75,12 +75,12 @@ def judge(compared: Compared) -> dict[str, Any]:
 def _by_group(compared: Compared, groups: Mapping[str, Sequence[int]]) -> dict[str, Measure]:
     """Accuracy of each group of pairs that has one whose votes are decided."""
     chosen, rejected = (side.tolist() for side in compared.scores)
-    found: dict[str, Measure] = {}
+    accuracies: dict[str, Measure] = {}
     for name, rows in groups.items():
         shares = [compared.p_chosen[i] for i in rows]
         if any(p != 0.5 for p in shares):
-            found[name] = accuracy([chosen[i] for i in rows], [rejected[i] for i in rows], shares)
-    return found
+            accuracies[name] = accuracy([chosen[i] for i in rows], [rejected[i] for i in rows], shares)
+    return accuracies
 
 
 def margins(compared: Compared) -> dict[str, Sequence[int]]:
@@ -95,11 +95,11 @@ def margins(compared: Compared) -> dict[str, Sequence[int]]:
 
 def subsets(compared: Compared) -> dict[str, Sequence[int]]:
     """Pairs by their kind, in the order of its name."""
-    found: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     for i, kind in enumerate(compared.subsets):
         if kind is not None:
-            found.setdefault(kind, []).append(i)
-    return dict(sorted(found.items()))
+            rows_of.setdefault(kind, []).append(i)
+    return dict(sorted(rows_of.items()))
 
 
 # ---------------------------------------------------------------- how sure it is
@@ -117,17 +117,17 @@ def calibration(compared: Compared, bins: int = BINS) -> dict[str, Any]:
     difference = (compared.chosen - compared.rejected).mean(axis=0)
     share = np.where(difference >= 0, compared.labels, 1 - compared.labels)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
-    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    found, error = [], 0.0
+    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    filled_bins, error = [], 0.0
     for b in range(bins):
-        rows = place == b
+        rows = bin_of == b
         n = int(rows.sum())
         if n:
             sure, agreed = float(confidence[rows].mean()), points_share(share[rows].tolist())
             error += n / len(share) * abs(agreed["mean"] - sure)
             ends = {"low": 0.5 + b / (2 * bins), "high": 0.5 + (b + 1) / (2 * bins)}
-            found.append({**ends, "confidence": sure, "share": agreed})
-    return {"ece": error, "brier": mean_interval(np.square(confidence - share).tolist()), "bins": found}
+            filled_bins.append({**ends, "confidence": sure, "share": agreed})
+    return {"ece": error, "brier": mean_interval(np.square(confidence - share).tolist()), "bins": filled_bins}
 
 
 # ---------------------------------------------------------------- what it is drawn to
@@ -182,8 +182,8 @@ def pearson(x: Array, y: Array) -> float | None:
 def ranks(values: Array) -> Array:
     """Ranks from 1; equal values share the mean of theirs, and so do those that only rounding tells apart."""
     rounded = np.round(values / max(float(np.abs(values).max()), 1e-300), 12)
-    _, place, counts = np.unique(rounded, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    _, rank_index, counts = np.unique(rounded, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[rank_index]
 
 
 # ---------------------------------------------------------------- what it cannot know

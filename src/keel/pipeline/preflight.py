@@ -180,7 +180,7 @@ class Sources:
             wanted = getattr(term, column) if column else None
             if wanted is not None and not any(wanted in record.columns for record in records):
                 raise DataError(
-                    f"{name}: reward {term.called!r}: the data have no column {wanted!r} (`{column}`)"
+                    f"{name}: reward {term.log_name!r}: the data have no column {wanted!r} (`{column}`)"
                 )
 
     def _config_of(self, stage: Stage, setting: str, source: str) -> Any:

@@ -306,7 +306,7 @@ def _reward_models(pipeline: Pipeline, name: str) -> dict[str, ModelRef] | None:
                 return None
             if term.kind == "learned":
                 ref = replace(ref, adapter=_adapter(pipeline, stage, term.model), quantize=term.quantize)
-            rewards[term.called] = ref
+            rewards[term.log_name] = ref
     return rewards
 
 

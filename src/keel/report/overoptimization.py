@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from keel.evaluation.measures import Measure, across_runs
-from keel.evaluation.overoptimization import WORDS, Course, Fit, Law, course, fit, spread
+from keel.evaluation.overoptimization import WORDS, Course, Law, LawFit, course, fit, spread
 from keel.report import pictures
 from keel.report.pictures import Key, Picture
 from keel.report.reading import Run, StageRun
@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
     name: str
     law: str
-    fit: Fit | None
+    fit: LawFit | None
     peak: float  # mean over runs of the highest gold (a mean of three neighbours)
     peak_kl: float  # where it was
     end: float
@@ -204,7 +204,7 @@ def _course(path: Path) -> Course:
     return course(path.gold, 3 if path.law == "rl" else 1)
 
 
-def fitted(own: Sequence[Path]) -> Fit | None:
+def fitted(own: Sequence[Path]) -> LawFit | None:
     """The law of a way, fitted to the points of all its runs at once; None where they leave it open."""
     try:
         return fit(own[0].law, [d for path in own for d in path.d], [g for path in own for g in path.gold])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import transformers
@@ -22,6 +22,9 @@ from keel.models.load import ModelSource, context_length, load_tokenizer, model_
 from keel.models.logprobs import backbone, head_dtype
 from keel.models.precision import computing, prepare_model, weights
 from keel.types import Conversation, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Output = Literal["probability", "log_probability", "logit", "decision"]
 Reads = Literal["completion", "prompt+completion"]
@@ -118,55 +121,54 @@ class Classifier:
         return chat.prompt_text(None, (*prompt, {"role": "assistant", "content": reply}))
 
 
-def forward(model: Any, rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> Tensor:
+def forward(model: PreTrainedModel, rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> Tensor:
     """(B, L) outputs z of one padded batch, with gradient. rows: of `encoded`.
 
     A decoder is read at the last token by its length, as a reward model is: pad may be EOS, or missing.
     """
     inputs, lengths = padded(rows, pad_id, next(model.parameters()).device)
-    if score_head(model) is None:
+    head = score_head(model)
+    if head is None:
         with computing(model, inputs["input_ids"].device):
             return at_least_float32(model(**inputs).logits)
     with computing(model, inputs["input_ids"].device):
         hidden = backbone(model)(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(rows)), lengths - 1]
-    return model.score(last.to(head_dtype(model.score)))
+    return head(last.to(head_dtype(head)))
 
 
-def label_index(config: Any, label: str | int | None, path: str) -> int:
+def label_index(config: PreTrainedConfig, label: str | int | None, path: str) -> int:
     """The index of a label given by name or index. UsageError, with all labels, for one that the model has
     not."""
-    names = {int(index): str(name) for index, name in config.id2label.items()}
+    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
     if label is None and len(names) == 1:
         return 0
     if isinstance(label, int) and not isinstance(label, bool) and label in names:
         return label
-    found = [index for index, name in names.items() if name == label]
-    if len(found) != 1:
+    matches = [index for index, name in names.items() if name == label]
+    if len(matches) != 1:
         known = ", ".join(f"{name!r} ({index})" for index, name in sorted(names.items()))
         wrong = (
             "needs a label"
             if label is None
             else f"has no label {label!r}"
-            if not found
+            if not matches
             else f"has {label!r} twice"
         )
         raise UsageError(f"classifier {path!r} {wrong}; its labels are {known}")
-    return found[0]
+    return matches[0]
 
 
-# ---------------------------------------------------------------- models that read text, here and in `similarity`
+# ---------------------------------------------------------------- models that read text (`similarity` too)
 
 
-def pretrained(kind: Any, source: ModelSource, config: Any) -> Any:
+def pretrained(kind: Any, source: ModelSource, config: PreTrainedConfig) -> Any:
     """A model of an auto class, from safetensors, with every weight from its files (a pooler's aside).
 
     UsageError if it cannot be loaded or lacks weights, which transformers would make up.
     """
-    with (
-        explained(f"model {source.path!r}"),
-        torch.random.fork_rng(),
-    ):  # a pooler made up must not move the caller's seed
+    # fork_rng: transformers initialises a missing pooler at random, which must not move the caller's seed
+    with explained(f"model {source.path!r}"), torch.random.fork_rng():
         model, info = kind.from_pretrained(
             str(source.path), config=config, dtype=weights(source.dtype), use_safetensors=True,
             output_loading_info=True, trust_remote_code=source.trust_remote_code, revision=source.revision,
@@ -196,17 +198,18 @@ def explained(what: str) -> Iterator[None]:
         transformers.utils.logging.set_verbosity(level)
 
 
-def longest_input(config: Any, tokenizer: Any) -> int | None:
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens that a model reads at most: its context or its tokenizer's limit, whichever is less; None
     without either."""
     limits = [context_length(config), tokenizer.model_max_length]
-    known = [
-        limit for limit in limits if limit is not None and limit < 10**9
-    ]  # a tokenizer without limit says 10³⁰
+    # a tokenizer without a limit says 10³⁰
+    known = [limit for limit in limits if limit is not None and limit < 10**9]
     return min(known) if known else None
 
 
-def encoded(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[dict[str, list[int]]]:
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None
+) -> list[dict[str, list[int]]]:
     """What the model reads for each text, special tokens included; one that is too long keeps its start. No
     row is empty: a text without any token becomes one pad."""
     if not texts:

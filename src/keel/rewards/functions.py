@@ -48,16 +48,16 @@ def load(name: str, where: str) -> Callable[..., Any]:
         raise UsageError(
             f"{where}: {module_name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    found = getattr(module, attribute, None)
-    if found is None:
+    function = getattr(module, attribute, None)
+    if function is None:
         nearest = difflib.get_close_matches(
             attribute, [n for n in vars(module) if not n.startswith("_")], n=1
         )
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise UsageError(f"{where}: {module_name} has no function {attribute!r}{hint}")
-    if not callable(found) or isinstance(found, type):
-        raise UsageError(f"{where}: {name} is a {_kind(found)}, not a function")
-    return found
+    if not callable(function) or isinstance(function, type):
+        raise UsageError(f"{where}: {name} is a {_kind(function)}, not a function")
+    return function
 
 
 def of_package(name: str, where: str) -> Callable[..., Any]:
@@ -84,8 +84,8 @@ def source_print(name: str) -> str:
         path = Path(module)
     else:
         with _on_path(Path.cwd()):
-            found = importlib.util.find_spec(module)
-        path = Path(found.origin) if found and found.origin else None
+            spec = importlib.util.find_spec(module)
+        path = Path(spec.origin) if spec and spec.origin else None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
 
 
@@ -120,8 +120,8 @@ def call(
         raise UsageError(f"reward {name!r}: {error}") from error
     except Exception as error:
         at = _first_that_raises(function, accepted, len(prompts))
-        place = f"on {len(prompts)} samples" if at is None else sample(prompts, at)
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({place})") from error
+        where = f"on {len(prompts)} samples" if at is None else sample(prompts, at)
+        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({where})") from error
     return checked(values, name, prompts)
 
 
@@ -241,7 +241,7 @@ def _on_path(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return (
         "class"
         if isinstance(value, type)

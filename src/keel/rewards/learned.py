@@ -1,12 +1,12 @@
-"""A reward model as a reward: it scores completions, by token ids when it reads the policy's tokenizer, by
-text when not."""
+"""A reward model as a reward: it scores completions, by token ids if it has the policy's tokenizer, else by
+text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import huggingface_hub
 import torch
@@ -33,24 +33,30 @@ from keel.models.quantize import rest_in
 from keel.models.shared_base import Base
 from keel.types import Conversation, Prompt
 
-Inputs = dict[
-    str, list[int]
-]  # what a model reads for one text: input_ids, and token_type_ids for some encoders
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What a model reads for one text: input_ids, and token_type_ids for some encoders.
+Inputs = dict[str, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModel:
-    """r_φ, its tokenizer, and the scale it was given on SFT samples (a Bradley–Terry score has none of its
-    own)."""
+    """r_φ, its tokenizer and its scale.
 
-    model: Any
-    tokenizer: Any
+    The Bradley–Terry loss fixes differences of scores only, so the scale is set afterwards, by the scores of
+    samples of the SFT model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     mean: float = 0.0  # of the scores of SFT samples
     std: float = 1.0
     scaled: bool = False  # whether it was given a scale; without one, mean 0 and std 1 say nothing
 
     @property
     def is_encoder(self) -> bool:
+        """Whether it reads prompt and completion as a pair of texts (BERT-type), not as one sequence."""
         return score_head(self.model) is None
 
 
@@ -86,24 +92,27 @@ def load_members(
     them is missing."""
     source = ModelSource(path, trust_remote_code=trust_remote_code)
     return [
-        load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
-        for place in (path, *other_members(model_config(source), path))
+        load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
+        for folder in (path, *other_members(model_config(source), path))
     ]
 
 
-def other_members(config: Any, path: str) -> list[str]:
+def other_members(config: PreTrainedConfig, path: str) -> list[str]:
     """The folders of an ensemble's members 2, 3 …; `config` is the first member's, which says how many there
     are. UsageError if one is missing."""
     count = (getattr(config, "keel_reward", None) or {}).get("members", 1)
     folder = Path(path)
     if not folder.is_dir() and count > 1:
         folder = _downloaded(path, count)
-    found = [place for place in (folder / "members").glob("*") if (place / "config.json").is_file()]
-    numbers = sorted(int(place.name) for place in found if place.name.isdigit())
+    member_folders = [
+        member for member in (folder / "members").glob("*") if (member / "config.json").is_file()
+    ]
+    numbers = sorted(int(member.name) for member in member_folders if member.name.isdigit())
     missing = next((number for number in range(2, count + 1) if number not in numbers), None)
     if missing is not None:
         raise UsageError(
-            f"{path!r} is an ensemble of {count} reward models, but member {missing} is not there (members/{missing}); bring the whole folder"
+            f"{path!r} is an ensemble of {count} reward models, but member {missing} is not there "
+            f"(members/{missing}); bring the whole folder"
         )
     return [str(folder / "members" / str(number)) for number in numbers]
 
@@ -115,17 +124,18 @@ def _downloaded(path: str, count: int) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{path!r} is an ensemble of {count} reward models, but its members cannot be downloaded: {reason}"
+            f"{path!r} is an ensemble of {count} reward models, but its members cannot be downloaded: "
+            f"{reason}"
         ) from error
 
 
 def combined(
-    scores: Tensor, combine: Literal["mean", "min", "mean_minus_std"], caution: float = 1.0
+    scores: Tensor, combine: Literal["mean", "min", "mean_minus_std"], std_penalty: float = 1.0
 ) -> Tensor:
     """(M, B) normalised scores of M members → (B,): what the ensemble says (2310.02743).
 
-    mean; the worst case, min; or mean − λ·std with λ = `caution` and the population's standard deviation: a
-    response on which the members disagree is one that a member may be wrong about.
+    mean; the worst case, min; or mean − λ·std with λ = `std_penalty` and the population's standard
+    deviation: where the members disagree, some of them are wrong.
     """
     match combine:
         case "mean":
@@ -133,7 +143,7 @@ def combined(
         case "min":
             return scores.amin(dim=0)
         case "mean_minus_std":
-            return scores.mean(dim=0) - caution * scores.std(dim=0, correction=0)
+            return scores.mean(dim=0) - std_penalty * scores.std(dim=0, correction=0)
 
 
 def scorer_of_trained(source: ModelSource, seed: int) -> Any:
@@ -143,18 +153,19 @@ def scorer_of_trained(source: ModelSource, seed: int) -> Any:
     return scorer(source, seed)
 
 
-def check_config(config: Any, path: str) -> None:
+def check_config(config: PreTrainedConfig, path: str) -> None:
     """UsageError unless this is the config of a sequence classifier with one output."""
     if not is_classifier(config):
         kinds = getattr(config, "architectures", None) or []
         raise UsageError(
-            f"{path!r} is no reward model (its architecture is {', '.join(kinds) or 'unknown'}): train one with a reward stage"
+            f"{path!r} is no reward model (its architecture is {', '.join(kinds) or 'unknown'}): train one "
+            "with a reward stage"
         )
     if config.num_labels != 1:
         raise UsageError(f"{path!r} has {config.num_labels} outputs; a reward model has 1")
 
 
-def wrap(model: Any, tokenizer: Any) -> RewardModel:
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
     """With the scale that keel's reward stage left in the model's config (`keel_reward`); `scaled` says if it
     did."""
     scale = getattr(model.config, "keel_reward", None)
@@ -207,10 +218,8 @@ def _encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool)
         try:
             return _encode_pair(reward, asked, answer, limit), False
         except UsageError:
-            last = reward.tokenizer(asked, add_special_tokens=False, split_special_tokens=True)["input_ids"][
-                -1:
-            ]
-            asked = reward.tokenizer.decode(last)
+            ids = reward.tokenizer(asked, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            asked = reward.tokenizer.decode(ids[-1:])
             encoded = reward.tokenizer(
                 asked, answer, truncation="only_second", max_length=limit, split_special_tokens=True
             )
@@ -272,23 +281,17 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
     ids, lengths = pad([item["input_ids"] for item in inputs], chat.ensure_pad(reward.tokenizer))
     ids, lengths = ids.to(device), lengths.to(device)
     if reward.is_encoder:
-        extra = {
-            key: pad([item[key] for item in inputs], 0)[0].to(device)
-            for key in inputs[0]
-            if key != "input_ids"
-        }
+        keys = [key for key in inputs[0] if key != "input_ids"]
+        extra = {key: pad([item[key] for item in inputs], 0)[0].to(device) for key in keys}
         mask = length_mask(lengths, ids.shape[1]).long()
         with computing(reward.model, device):
-            return (
-                reward.model(input_ids=ids, attention_mask=mask, **extra)
-                .logits.squeeze(-1)
-                .to(head_dtype(reward.model))
-            )
+            logits = reward.model(input_ids=ids, attention_mask=mask, **extra).logits
+            return logits.squeeze(-1).to(head_dtype(reward.model))
     last = torch.arange(len(inputs), device=device) * ids.shape[1] + lengths - 1
     return scores_at(reward.model, ids, last)
 
 
-def same_tokenizer(one: Any, other: Any) -> bool:
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether ids of one can be read by the other: same vocabulary, same special ids, same chat template."""
     keys = ("eos_token_id", "bos_token_id", "chat_template")
     return one is other or (
@@ -296,7 +299,7 @@ def same_tokenizer(one: Any, other: Any) -> bool:
     )
 
 
-def reads_ids_of(reward: RewardModel, tokenizer: Any) -> bool:
+def reads_ids_of(reward: RewardModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the reward model can be given the ids of a policy with this tokenizer, with no text between.
     Compares whole vocabularies: to be asked once, not once a batch."""
     return not reward.is_encoder and same_tokenizer(reward.tokenizer, tokenizer)
@@ -308,7 +311,8 @@ def check_room(reward: RewardModel, longest: int, where: str) -> None:
     limit = _context(reward)
     if limit is not None and longest > limit:
         raise UsageError(
-            f"{where}: a prompt and its response take up to {longest} tokens, but the reward model reads {limit}; lower max_length or sampling.max_new_tokens"
+            f"{where}: a prompt and its response take up to {longest} tokens, but the reward model reads "
+            f"{limit}; lower max_length or sampling.max_new_tokens"
         )
 
 
@@ -316,19 +320,16 @@ def _encode_pair(reward: RewardModel, prompt: str, completion: str, limit: int |
     encoded = reward.tokenizer(prompt, completion, split_special_tokens=True)
     excess = len(encoded["input_ids"]) - (limit or len(encoded["input_ids"]))
     if excess > 0:
-        kept = reward.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"][
-            excess:
-        ]
+        ids = reward.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        kept = ids[excess:]
         if not kept:
             raise UsageError(
-                f"a response of {len(encoded['input_ids'])} tokens with its prompt does not fit a reward model that reads {limit}"
+                f"a response of {len(encoded['input_ids'])} tokens with its prompt does not fit a reward "
+                f"model that reads {limit}"
             )
+        shorter = reward.tokenizer.decode(kept)
         encoded = reward.tokenizer(
-            reward.tokenizer.decode(kept),
-            completion,
-            truncation="only_first",
-            max_length=limit,
-            split_special_tokens=True,
+            shorter, completion, truncation="only_first", max_length=limit, split_special_tokens=True
         )
     return _read(encoded)
 
@@ -341,14 +342,14 @@ def _context(reward: RewardModel) -> int | None:
     return context_length(reward.model.config)
 
 
-def save_scale(model: Any, mean: float, std: float, members: int = 1) -> None:
+def save_scale(model: PreTrainedModel, mean: float, std: float, members: int = 1) -> None:
     """Leave the scale in the model's config, where `wrap` finds it again; and of an ensemble its size, for
     `other_members`."""
     size = {"members": members} if members > 1 else {}
     model.config.keel_reward = {"mean": mean, "std": std, **size}
 
 
-# ---------------------------------------------------------------- adapters on the policy's base: reward models that take no weights of their own
+# ------------------------------------------------------- reward models as adapters on the policy's base
 
 
 def load_members_on_base(
@@ -360,48 +361,50 @@ def load_members_on_base(
     say: Callable[[str], None],
     quantize: str | None = None,
 ) -> list[RewardModel]:
-    """As `load_members`, each member on `base` if its adapter was trained there. `say` is told of one
-    that was not, and takes memory of its own. UsageError if it is an adapter alone, which is nothing without
-    its base, and for a `quantize` without effect."""
-    places, bare = [path], lora.is_bare(path)
+    """As `load_members`, with each member as an adapter on `base` where its adapter was trained there.
+
+    A member that was not is loaded by itself; `say` is told, since it takes memory of its own. UsageError if
+    such a member is an adapter without a model, and for a `quantize` without effect.
+    """
+    paths, bare = [path], lora.is_bare(path)
     if not bare:
         source = ModelSource(path, trust_remote_code=trust_remote_code)
-        places += other_members(model_config(source), path)
-    found: list[RewardModel] = []
-    for place in places:
-        folder = lora.folder_of(place)
+        paths += other_members(model_config(source), path)
+    models: list[RewardModel] = []
+    for member in paths:
+        folder = lora.folder_of(member)
         if folder is not None and lora.belongs_to(folder, base.source):
             if quantize is not None:
                 raise UsageError(
-                    f"reward model {place!r}: `quantize` has no effect: it is an adapter on the base, which `model.quantize` is for"
+                    f"reward model {member!r}: `quantize` has no effect: it is an adapter on the base, "
+                    "which `model.quantize` is for"
                 )
-            found.append(put_on_base(base, place, folder, trust_remote_code=trust_remote_code))
+            models.append(put_on_base(base, member, folder, trust_remote_code=trust_remote_code))
             continue
-        why = (
-            "all of its weights were trained" if folder is None else "its adapter was trained on another base"
-        )
+        adapter = "its adapter was trained on another base"
+        why = "all of its weights were trained" if folder is None else adapter
         if bare:
-            raise UsageError(f"reward model {place!r} cannot be used: {why}, and there is no whole model")
-        say(f"the reward model {place!r} takes memory of its own: {why}")
+            raise UsageError(f"reward model {member!r} cannot be used: {why}, and there is no whole model")
+        say(f"the reward model {member!r} takes memory of its own: {why}")
         device = next(base.model.parameters()).device
-        found.append(
-            load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
+        models.append(
+            load(member, device=device, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
         )
-    return found
+    return models
 
 
-def put_on_base(base: Base, place: str, folder: Path, *, trust_remote_code: bool = False) -> RewardModel:
-    """The reward model at `place` as its adapter, in `folder`, on the base. UsageError for an adapter without
-    a score head."""
+def put_on_base(base: Base, path: str, folder: Path, *, trust_remote_code: bool = False) -> RewardModel:
+    """The reward model at `path` as its adapter, which lies in `folder`, on the base. UsageError for an
+    adapter without a score head."""
     model = base.scorer(0)
-    bare = lora.is_bare(place)
-    saved = None if bare else model_config(ModelSource(place, trust_remote_code=trust_remote_code))
+    bare = lora.is_bare(path)
+    saved = None if bare else model_config(ModelSource(path, trust_remote_code=trust_remote_code))
     scale = getattr(saved, "keel_reward", None)
     if scale is not None:
         model.config.keel_reward = scale
     if "score" not in (lora.settings_of(folder).modules_to_save or ()):
         raise UsageError(f"adapter {str(folder)!r} has no score head: it is none of a reward model")
-    own_words = not bare or (Path(place) / "tokenizer_config.json").is_file()
-    words = place if own_words else str(base.source.path)
-    tokenizer = load_tokenizer(words, trust_remote_code=trust_remote_code)
+    has_tokenizer = not bare or (Path(path) / "tokenizer_config.json").is_file()
+    tokenizer_path = path if has_tokenizer else str(base.source.path)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
     return wrap(lora.put_on(model, folder), tokenizer)

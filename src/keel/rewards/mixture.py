@@ -35,9 +35,11 @@ class Batch:
 
     def rows(self, kept: Sequence[int]) -> Batch:
         """These rows alone, in this order."""
-        own = {f.name: [getattr(self, f.name)[i] for i in kept] for f in fields(self) if f.name != "columns"}
+        lists = {
+            f.name: [getattr(self, f.name)[i] for i in kept] for f in fields(self) if f.name != "columns"
+        }
         return Batch(
-            **own, columns={name: [values[i] for i in kept] for name, values in self.columns.items()}
+            **lists, columns={name: [values[i] for i in kept] for name, values in self.columns.items()}
         )
 
 
@@ -107,8 +109,8 @@ class Mixture:
         for index in range(len(batch.prompts)):
             if all(values[index] is None for values in by_name.values()):
                 raise RewardError(
-                    f"no reward applies to {functions.sample(batch.prompts, index)}: each of {', '.join(by_name)} "
-                    "returned None"
+                    f"no reward applies to {functions.sample(batch.prompts, index)}: each of "
+                    f"{', '.join(by_name)} returned None"
                 )
         rewards = total.float()
         if not rewards.isfinite().all():

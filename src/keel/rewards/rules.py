@@ -103,7 +103,7 @@ def _is_right(reference: str, completion: str, from_: str) -> float:
     gold = reference.rpartition("####")[2]
     answer = _marked(completion)
     if answer is None and from_ == "last_number":
-        answer = next((found[0] for found in reversed(list(LAST_NUMBER.finditer(completion)))), None)
+        answer = next((match[0] for match in reversed(list(LAST_NUMBER.finditer(completion)))), None)
     return float(answer is not None and same_answer(gold, answer))
 
 
@@ -113,9 +113,9 @@ def _marked(text: str) -> str | None:
         rest = text[marker.end() :]
         if marker[0] == "####":
             return rest.lstrip(" \t").partition("\n")[0].partition("</answer>")[0]
-        held = rest.partition("</answer>") if marker[0] == "<answer>" else _up_to_brace(rest)
-        if held[1]:  # one that is never closed holds nothing
-            return held[0]
+        content = rest.partition("</answer>") if marker[0] == "<answer>" else _up_to_brace(rest)
+        if content[1]:  # one that is never closed holds nothing
+            return content[0]
     return None
 
 
@@ -167,10 +167,10 @@ def _math_verify(reference: str, answer: str) -> bool:
         return False
     # its time limits are alarms, which only the main thread may set
     limit: Any = 5 if threading.current_thread() is threading.main_thread() else None
-    gold, found = (
+    gold, parsed = (
         parse(f"${text.replace('%', chr(92) + '%')}$", parsing_timeout=limit) for text in (reference, answer)
     )
-    return bool(gold and found and verify(gold, found, timeout_seconds=limit))
+    return bool(gold and parsed and verify(gold, parsed, timeout_seconds=limit))
 
 
 # ---------------------------------------------------------------- formats and patterns
@@ -198,9 +198,9 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
 def _in_order(marks: Sequence[str], text: str) -> int:
     """How many of the marks appear once and can be read in order: the longest rising run of their places."""
     ends: list[int] = []  # ends[k]: the least place at which a rising run of k + 1 marks can end
-    for place in (text.index(mark) for mark in marks if text.count(mark) == 1):
-        at = bisect_left(ends, place)
-        ends[at : at + 1] = [place]
+    for position in (text.index(mark) for mark in marks if text.count(mark) == 1):
+        at = bisect_left(ends, position)
+        ends[at : at + 1] = [position]
     return len(ends)
 
 
@@ -235,12 +235,12 @@ def keywords(
     ]
 
     def score(text: str) -> float:
-        found = sum(pattern.search(text) is not None for pattern in patterns)
+        count = sum(pattern.search(text) is not None for pattern in patterns)
         results = {
-            "any": float(found > 0),
-            "all": float(found == len(patterns)),
-            "share": found / len(patterns),
-            "none": float(found == 0),
+            "any": float(count > 0),
+            "all": float(count == len(patterns)),
+            "share": count / len(patterns),
+            "none": float(count == 0),
         }
         return results[mode]
 
@@ -298,7 +298,8 @@ def overlong(max_length: int, buffer: int) -> Reward:
     """
     if not 0 <= buffer <= max_length or max_length < 1:
         raise UsageError(
-            f"overlong: buffer {buffer} and max_length {max_length} must be 0 ≤ buffer ≤ max_length, max_length ≥ 1"
+            f"overlong: buffer {buffer} and max_length {max_length} must be 0 ≤ buffer ≤ max_length, "
+            "max_length ≥ 1"
         )
     soft = max_length - buffer
 

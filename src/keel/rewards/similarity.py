@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from keel.rewards.classifier import encoded, explained, longest_input, padded, p
 from keel.rewards.rules import column_of
 from keel.types import Conversation, Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Pooling = Literal["mean", "cls"]
 
 
@@ -35,8 +38,8 @@ Pooling = Literal["mean", "cls"]
 class Embedder:
     """A model that turns a text into one vector."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     pooling: Pooling  # "mean": of the states of all tokens; "cls": the state of the first
     max_length: int | None  # tokens; a longer text keeps its start
     lower_case: bool = False  # whether texts are put into lower case first
@@ -65,8 +68,8 @@ class Similarity:
             raise UsageError(f"batch_size {batch_size} must be at least 1")
         self.to, self.batch_size = to, batch_size
         source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-        embedder = load(source)
-        self.embedder = replace(embedder, model=embedder.model.to(device))
+        self.embedder = load(source)
+        cast("torch.nn.Module", self.embedder.model).to(device)  # in place
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str | Conversation], **columns: Any
@@ -78,15 +81,15 @@ class Similarity:
             for completion, reference in zip(completions, references, strict=True)
             if reference is not None
         ]
-        found = iter(self.cosines(pairs).tolist())
-        return [None if reference is None else next(found) for reference in references]
+        cosines = iter(self.cosines(pairs).tolist())
+        return [None if reference is None else next(cosines) for reference in references]
 
     def cosines(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
         """(N,) cos of the two embeddings of each pair. A text that stands in several pairs is embedded
         once."""
-        place = {text: i for i, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
-        vectors = embed(self.embedder, list(place), batch_size=self.batch_size)
-        left, right = ([place[pair[side]] for pair in pairs] for side in (0, 1))
+        row_of = {text: i for i, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+        vectors = embed(self.embedder, list(row_of), batch_size=self.batch_size)
+        left, right = ([row_of[pair[side]] for pair in pairs] for side in (0, 1))
         return (vectors[left] * vectors[right]).sum(dim=1).clamp(-1, 1)
 
 
@@ -151,8 +154,8 @@ def _parts(source: ModelSource) -> tuple[Pooling, str]:
             pooling = _pooling(source, f"{path}/config.json")
         elif kind not in ("Transformer", "Normalize"):
             raise UsageError(
-                f"{source.path!r} has a {kind} module; a similarity reward reads models of Transformer, Pooling and "
-                "Normalize"
+                f"{source.path!r} has a {kind} module; a similarity reward reads models of Transformer, "
+                "Pooling and Normalize"
             )
     return pooling, folder
 
@@ -169,7 +172,8 @@ def _pooling(source: ModelSource, file: str) -> Pooling:
         modes += [mode] if isinstance(mode, str) else mode
     if len(modes) != 1 or modes[0] not in known:
         raise UsageError(
-            f"{source.path!r} pools by {' and '.join(modes) or 'nothing'}; a similarity reward knows mean and cls"
+            f"{source.path!r} pools by {' and '.join(modes) or 'nothing'}; a similarity reward knows mean "
+            "and cls"
         )
     return "mean" if known[modes[0]] == "mean" else "cls"
 
@@ -187,7 +191,7 @@ def _no_prompt(source: ModelSource) -> None:
 def _json(source: ModelSource, file: str) -> Any:
     """A file of the model's folder or hub repository; None if there is none."""
     with explained(f"{source.path}/{file}"):
-        found = cached_file(
+        cached = cached_file(
             str(source.path), file, revision=source.revision, _raise_exceptions_for_missing_entries=False
         )
-        return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+        return None if cached is None else json.loads(Path(cached).read_text(encoding="utf-8"))

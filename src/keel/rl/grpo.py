@@ -210,7 +210,7 @@ def _compared(config: GRPOConfig, done: Experience) -> Tensor:
     rewards = done.rewards
     for term in config.reward:
         if term.kind == "overlong":
-            values = torch.tensor([value or 0.0 for value in done.rated.by_name[term.called]])
+            values = torch.tensor([value or 0.0 for value in done.rated.by_name[term.log_name]])
             rewards = rewards - term.weight * values
     return rewards
 

@@ -50,7 +50,7 @@ def open_judge(
     if settings.gold is not None:
         return Judge(worlds.load(world_of(settings.gold)), None)
     terms = settings.reward or []
-    opened = build_rewards.open_rewards(
+    opened = build_rewards.load_rewards(
         terms, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, base=base
     )
     rewards = build_rewards.mixture(

@@ -55,7 +55,7 @@ class Setup:
     as_text: bool  # whether any of them reads words
     tokenizer: Any
     run: StageRun
-    ptx: tuple[language.Row, ...]
+    ptx: tuple[language.LanguageRow, ...]
     judge: heldout_judge.Judge | None = None  # held out: nothing is trained on it
 
     @property

@@ -29,7 +29,7 @@ from keel.types import PromptRecord, Record, TextRecord
 
 def read_tasks(
     config: OnPolicy, run: StageRun, source: ModelSource
-) -> tuple[list[PromptExample], list[PromptExample], tuple[language.Row, ...], Any]:
+) -> tuple[list[PromptExample], list[PromptExample], tuple[language.LanguageRow, ...], Any]:
     """Prompts to learn on, held-out prompts, rows of the pretraining mix, and the tokenizer; no weights are
     read."""
     dataset = prepare.read(run, config.data, ("prompt",))
@@ -52,16 +52,16 @@ def read_tasks(
 
     tasks: list[PromptExample] = prepare.encode_all(run, dataset.records, task)
     held: list[PromptExample] = prepare.encode_all(run, held_out.records, task) if held_out else []
-    ptx: list[language.Row] = []
+    ptx: list[language.LanguageRow] = []
     if mix:
         text_limit = prepare.TooLong(run, config.too_long, limit)
 
-        def row(record: Record) -> language.Row | None:
+        def row(record: Record) -> language.LanguageRow | None:
             assert isinstance(record, TextRecord)
             ids, counts = chat.text_ids(tokenizer, record)
             if not text_limit.fits(record, len(ids)):
                 return None
-            cut = language.Row(ids[:limit], counts[:limit])
+            cut = language.LanguageRow(ids[:limit], counts[:limit])
             return cut if cut.counted else None
 
         ptx = prepare.encode_all(run, mix.records, row)
@@ -88,7 +88,7 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
 
 def _offload(run: StageRun, roles: Roles, opened: Sequence[build_rewards.LoadedReward]) -> None:
     """Send frozen models with weights of their own to the CPU. UsageError where there are none."""
-    found = [reward.model for one in opened for reward in one.models]
+    found: list[torch.nn.Module] = [reward.model for one in opened for reward in one.models]
     if isinstance(roles.reference, torch.nn.Module):
         found.append(roles.reference)
     shared = {id(p) for p in roles.policy.parameters()}
@@ -121,7 +121,7 @@ def open_stage(
     reference = _reference_of(config, run, source)
     seed = derive_seed(run.seed, "model")
     base = open_base(source, seed, run.device) if config.sharing == "adapters" else None
-    opened = build_rewards.open_rewards(
+    opened = build_rewards.load_rewards(
         config.reward,
         run,
         dtype=config.model.dtype,

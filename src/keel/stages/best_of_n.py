@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel.config import BestOfNConfig
 from keel.data import chat
@@ -18,7 +18,7 @@ from keel.data.stops import stop_texts
 from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
-from keel.models.load import causal_lm
+from keel.models.load import ModelSource, causal_lm
 from keel.rollout.engine import generate, text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
@@ -26,57 +26,53 @@ from keel.stages import build_rewards, language, prepare
 from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
 from keel.types import Completion, PromptRecord, Record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CHOSEN = "best.jsonl"  # the best response to each prompt, as ids and text
+SAMPLE_KEYS = ("prompt", "completion", "rewards", "reward", "mean", "length", "stop_reason")
 PROMPTS_AT_ONCE = 32
 
 
-def run(config: BestOfNConfig, run: StageRun) -> dict[str, Any]:
-    """1. prompts  2. n samples of each, scored  3. the best ones  4. the loop of supervised fine-tuning  5.
-    save."""
-    dataset = prepare.read(run, config.data, ("prompt",))
-    source = prepare.source_of(config.model, run)
-    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
-    limit = prepare.limit_of(config, run, source)
-    room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
+def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
+    """1. prompts  2. n scored samples of each  3. the best ones  4. supervised fine-tuning  5. save."""
+    dataset = prepare.read(stage_run, config.data, ("prompt",))
+    source = prepare.source_of(config.model, stage_run)
+    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    limit = prepare.limit_of(config, stage_run, source)
+    room = prepare.room_of(stage_run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)
-    too_long = prepare.TooLong(run, config.too_long, room)
+    too_long = prepare.TooLong(stage_run, config.too_long, room)
 
     def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
         assert isinstance(record, PromptRecord)
         ids = chat.prompt_ids(tokenizer, record.prompt)
         return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
 
-    tasks = prepare.encode_all(run, dataset.records, task)
+    tasks = prepare.encode_all(stage_run, dataset.records, task)
     too_long.report()
-    chosen = run.directory / CHOSEN
+    chosen = stage_run.directory / CHOSEN
     if not chosen.exists():
-        found = _sample(config, run, source, tokenizer, tasks)
-        write_text(chosen, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        best_rows = _sample(config, stage_run, source, tokenizer, tasks)
+        write_text(chosen, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best_rows))
     best = [json.loads(line) for line in chosen.read_text(encoding="utf-8").split("\n") if line]
     kept = [row for row in best if config.min_reward is None or row["reward"] >= config.min_reward]
     if not kept:
         raise DataError(
-            f"{run.name}: no response reaches min_reward {config.min_reward}; nothing is left to learn from"
+            f"{stage_run.name}: no response reaches min_reward {config.min_reward}; nothing is left to learn "
+            "from"
         )
     rows = [_row(row) for row in kept]
-    train, held = split_holdout(len(rows), config.holdout, run.seed)
-    run.facts |= {"prompts": len(tasks), "samples": len(tasks) * config.samples_per_prompt, "kept": len(kept)}
+    train, held_out = split_holdout(len(rows), config.holdout, stage_run.seed)
+    sampled = len(tasks) * config.samples_per_prompt
+    stage_run.facts |= {"prompts": len(tasks), "samples": sampled, "kept": len(kept)}
 
-    model = prepare.to_train(causal_lm(source, language.model_seed(run)), config, run)
-    result = language.fit(
-        run, config, model, chat.ensure_pad(tokenizer), [rows[i] for i in train], [rows[i] for i in held]
-    )
-    run.samples(
-        [
-            {
-                key: row[key]
-                for key in ("prompt", "completion", "rewards", "reward", "mean", "length", "stop_reason")
-            }
-            for row in kept[:SAMPLES_KEPT]
-        ]
-    )
+    model = prepare.to_train(causal_lm(source, language.model_seed(stage_run)), config, stage_run)
+    trained, evaluated = [rows[i] for i in train], [rows[i] for i in held_out]
+    result = language.fit(stage_run, config, model, chat.ensure_pad(tokenizer), trained, evaluated)
+    stage_run.samples([{key: row[key] for key in SAMPLE_KEYS} for row in kept[:SAMPLES_KEPT]])
     prepare.save_model(
-        run, model, tokenizer, config, "A language model fine-tuned on the best of its own samples"
+        stage_run, model, tokenizer, config, "A language model fine-tuned on the best of its own samples"
     )
     return result | {
         "reward_best": mean_interval([row["reward"] for row in best]),
@@ -88,29 +84,29 @@ def run(config: BestOfNConfig, run: StageRun) -> dict[str, Any]:
 
 def _sample(
     config: BestOfNConfig,
-    run: StageRun,
-    source: Any,
-    tokenizer: Any,
+    stage_run: StageRun,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[tuple[PromptRecord, list[int]]],
 ) -> list[dict[str, Any]]:
     """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only
     where none ended."""
     sampling, n = config.sampling.plain(), config.samples_per_prompt
-    model = causal_lm(source, 0).to(run.device).eval().requires_grad_(False)
-    opened = build_rewards.open_rewards(
-        config.reward, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
+    model = causal_lm(source, 0).to(stage_run.device).eval().requires_grad_(False)
+    loaded = build_rewards.load_rewards(
+        config.reward, stage_run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
     )
     longest = max(len(ids) for _, ids in tasks) + sampling.max_new_tokens
     rewards = build_rewards.mixture(
-        opened, run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
+        loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
-    found: list[dict[str, Any]] = []
+    best_rows: list[dict[str, Any]] = []
     for number, part in enumerate(micro_batches(tasks, PROMPTS_AT_ONCE)):
         repeated = [task for task in part for _ in range(n)]
         done = generate(
             model, [ids for _, ids in repeated], sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop),
-            stop_texts=stop_texts(tokenizer, sampling.stop),
-            pad_id=chat.ensure_pad(tokenizer), seed=derive_seed(run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
+            stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=chat.ensure_pad(tokenizer),
+            seed=derive_seed(stage_run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
         )  # fmt: skip
         columns = [dict(record.columns) for record, _ in repeated]
         rated = rewards.score(
@@ -119,16 +115,18 @@ def _sample(
         totals = rated.total.tolist()
         for start in range(0, len(done), n):
             group = range(start, start + n)
-            at = max(group, key=lambda i: (done[i].ended, totals[i], -i))
-            found.append(_chosen(repeated[at][0], done[at], tokenizer) | {
-                "reward": totals[at], "mean": sum(totals[i] for i in group) / n,
-                "rewards": {name: values[at] for name, values in rated.by_name.items()},
+            best = max(group, key=lambda i: (done[i].ended, totals[i], -i))
+            best_rows.append(_chosen(repeated[best][0], done[best], tokenizer) | {
+                "reward": totals[best], "mean": sum(totals[i] for i in group) / n,
+                "rewards": {name: values[best] for name, values in rated.by_name.items()},
             })  # fmt: skip
-        run.say(f"{run.name}: {len(found)} of {len(tasks)} prompts answered {n} times")
-    return found
+        stage_run.say(f"{stage_run.name}: {len(best_rows)} of {len(tasks)} prompts answered {n} times")
+    return best_rows
 
 
-def _chosen(record: PromptRecord, completion: Completion, tokenizer: Any) -> dict[str, Any]:
+def _chosen(
+    record: PromptRecord, completion: Completion, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     return {
         "prompt": chat.user_text(record.prompt), "completion": text_of(tokenizer, completion).strip(),
         "prompt_ids": completion.prompt_ids, "ids": completion.ids, "length": len(completion.ids),
@@ -136,7 +134,7 @@ def _chosen(record: PromptRecord, completion: Completion, tokenizer: Any) -> dic
     }  # fmt: skip
 
 
-def _row(best: dict[str, Any]) -> language.Row:
+def _row(best: dict[str, Any]) -> language.LanguageRow:
     """The ids as they were sampled; the response counts, its stop token included."""
     prompt, response = best["prompt_ids"], best["ids"]
-    return language.Row([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+    return language.LanguageRow([*prompt, *response], [False] * len(prompt) + [True] * len(response))

@@ -1,15 +1,22 @@
-"""The rewards of a config, opened: what `reward:` names, ready to score samples."""
+"""The rewards that `reward:` of a config names: load their models and functions, make one reward of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from keel.config.rewards import ClassifierTerm, FunctionTerm, LearnedTerm, PluginTerm, SimilarityTerm
+from keel.config.rewards import (
+    ClassifierTerm,
+    FunctionTerm,
+    LearnedTerm,
+    PluginTerm,
+    RewardTerm,
+    SimilarityTerm,
+)
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
@@ -21,6 +28,9 @@ from keel.rollout.engine import text_of
 from keel.rundir.stage_run import StageRun
 from keel.types import Completion, Conversation, Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedReward:
@@ -31,9 +41,9 @@ class LoadedReward:
     function: Callable[..., Any] | None = None
 
 
-def open_rewards(
-    terms: Sequence[Any],
-    run: StageRun,
+def load_rewards(
+    terms: Sequence[RewardTerm],
+    stage_run: StageRun,
     *,
     dtype: str = "float32",
     trust_remote_code: bool = False,
@@ -41,55 +51,58 @@ def open_rewards(
 ) -> list[LoadedReward]:
     """Load the models and functions that the terms name; reward models that were trained as adapters on
     `base` as such. UsageError for one that cannot be used."""
-    opened: list[LoadedReward] = []
-    where = f"{run.name}: reward"
+    loaded: list[LoadedReward] = []
+    where = f"{stage_run.name}: reward"
     for term in terms:
         match term:
             case LearnedTerm():
-                place = run.resolve(term.model)
+                path = stage_run.resolve(term.model)
                 if base is None:
                     models = learned.load_members(
-                        place,
-                        device=run.device,
+                        path,
+                        device=stage_run.device,
                         dtype=dtype,
                         trust_remote_code=trust_remote_code,
                         quantize=term.quantize,
                     )
                 else:
                     models = learned.load_members_on_base(
-                        place, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
-                        say=lambda line: run.say(f"{run.name}: {line}"),
+                        path, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
+                        say=lambda line: stage_run.say(f"{stage_run.name}: {line}"),
                     )  # fmt: skip
                 if term.combine is not None and len(models) == 1:
                     raise UsageError(
                         f"{where}: `combine` has no effect: {term.model!r} is a single reward model"
                     )
-                opened.append(LoadedReward(term, tuple(models)))
+                loaded.append(LoadedReward(term, tuple(models)))
             case FunctionTerm():
-                opened.append(LoadedReward(term, function=functions.load(term.function, where)))
+                loaded.append(LoadedReward(term, function=functions.load(term.function, where)))
             case PluginTerm():
-                opened.append(LoadedReward(term, function=functions.of_package(term.function, where)))
+                loaded.append(LoadedReward(term, function=functions.of_package(term.function, where)))
             case SimilarityTerm():
-                found = Similarity(
-                    run.resolve(term.model), term.to, device=run.device, trust_remote_code=trust_remote_code
+                similarity = Similarity(
+                    stage_run.resolve(term.model),
+                    term.to,
+                    device=stage_run.device,
+                    trust_remote_code=trust_remote_code,
                 )
-                opened.append(LoadedReward(term, function=found))
+                loaded.append(LoadedReward(term, function=similarity))
             case ClassifierTerm():
                 judge = Classifier(
-                    run.resolve(term.model),
+                    stage_run.resolve(term.model),
                     term.label,
                     output=term.output,
                     reads=term.reads,
-                    device=run.device,
+                    device=stage_run.device,
                     trust_remote_code=trust_remote_code,
                 )
-                opened.append(LoadedReward(term, function=judge))
+                loaded.append(LoadedReward(term, function=judge))
             case _:
-                opened.append(LoadedReward(term, function=_rule(term)))
-    return opened
+                loaded.append(LoadedReward(term, function=_rule(term)))
+    return loaded
 
 
-def check(terms: Sequence[Any], where: str) -> None:
+def check(terms: Sequence[RewardTerm], where: str) -> None:
     """UsageError for rules that cannot be made and functions that are not there; no model is loaded."""
     for term in terms:
         if isinstance(term, FunctionTerm):
@@ -100,10 +113,10 @@ def check(terms: Sequence[Any], where: str) -> None:
             try:
                 _rule(term)
             except UsageError as error:
-                raise UsageError(f"{where}: reward {term.called!r}: {error}") from None
+                raise UsageError(f"{where}: reward {term.log_name!r}: {error}") from None
 
 
-def _rule(term: Any) -> Callable[..., Any]:
+def _rule(term: RewardTerm) -> Callable[..., Any]:
     match term.kind:
         case "answer":
             return rules.final_answer(term.column, term.where)
@@ -123,9 +136,9 @@ def _rule(term: Any) -> Callable[..., Any]:
 
 
 def mixture(
-    opened: Sequence[LoadedReward],
-    run: StageRun,
-    tokenizer: Any,
+    loaded: Sequence[LoadedReward],
+    stage_run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
     longest: int,
     *,
     normalize: bool,
@@ -138,37 +151,37 @@ def mixture(
     a scale where one is needed, or with too short a context.
     """
     terms: list[WeightedReward] = []
-    for one in opened:
+    for one in loaded:
         term = one.term
         if not one.models:
             assert one.function is not None
-            rewarder = _only(term, from_function(term.called, one.function))
-            terms.append(WeightedReward(term.called, term.weight, rewarder))
+            rewarder = _for_its_source(term, from_function(term.log_name, one.function))
+            terms.append(WeightedReward(term.log_name, term.weight, rewarder))
             continue
         if normalize or len(one.models) > 1:
             for model in one.models:
-                _check_scale(run, term, model)
+                _check_scale(stage_run, term, model)
         for model in one.models:
             if learned.reads_ids_of(model, tokenizer):
-                learned.check_room(model, longest, run.name)
-        rewarder = _only(term, _ensemble(run, one, tokenizer, batch_size))
+                learned.check_room(model, longest, stage_run.name)
+        rewarder = _for_its_source(term, _ensemble(stage_run, one, tokenizer, batch_size))
         alone = one.models[0] if len(one.models) == 1 and normalize else None
         terms.append(
-            WeightedReward(term.called, term.weight, rewarder, alone.mean, alone.std, learned=True)
+            WeightedReward(term.log_name, term.weight, rewarder, alone.mean, alone.std, learned=True)
             if alone
-            else WeightedReward(term.called, term.weight, rewarder, learned=True)
+            else WeightedReward(term.log_name, term.weight, rewarder, learned=True)
         )
     return Mixture(terms)
 
 
-def _only(term: Any, rewarder: Rewarder) -> Rewarder:
+def _for_its_source(term: RewardTerm, rewarder: Rewarder) -> Rewarder:
     """The reward where it is meant for every row; else None for rows of other sources."""
-    if term.only is None:
+    if term.source_filter is None:
         return rewarder
 
     def chosen(batch: Batch) -> list[float | None]:
         sources = batch.columns["source"]  # every row that is read has one
-        rows = [i for i, source in enumerate(sources) if source == term.only]
+        rows = [i for i, source in enumerate(sources) if source == term.source_filter]
         values: list[float | None] = [None] * len(sources)
         if rows:
             for row, value in zip(rows, rewarder(batch.rows(rows)), strict=True):
@@ -178,43 +191,51 @@ def _only(term: Any, rewarder: Rewarder) -> Rewarder:
     return chosen
 
 
-def read_text(opened: Sequence[LoadedReward], tokenizer: Any) -> bool:
+def read_text(loaded: Sequence[LoadedReward], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether any of the rewards reads words, not ids. Compares vocabularies: to be asked once, not once a
     batch."""
     return any(
         not one.models or not all(learned.reads_ids_of(model, tokenizer) for model in one.models)
-        for one in opened
+        for one in loaded
     )
 
 
-def _check_scale(run: StageRun, term: LearnedTerm, model: learned.RewardModel) -> None:
+def _check_scale(stage_run: StageRun, term: LearnedTerm, model: learned.RewardModel) -> None:
     if not model.scaled:
         raise UsageError(
-            f"{run.name}: the reward model {term.model!r} says nothing of the scale of its scores, so nothing can be normalised by it; train it with a reward stage, or set `shaping.normalize` to running or none"
+            f"{stage_run.name}: the reward model {term.model!r} says nothing of the scale of its scores, so "
+            "nothing can be normalised by it; train it with a reward stage, or set `shaping.normalize` to "
+            "running or none"
         )
 
 
-def _ensemble(run: StageRun, one: LoadedReward, tokenizer: Any, batch_size: int) -> Rewarder:
+def _ensemble(
+    stage_run: StageRun, one: LoadedReward, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Rewarder:
     """Raw scores of a single reward model; of several, what `combine` makes of their normalised scores."""
     reads_ids = [learned.reads_ids_of(model, tokenizer) for model in one.models]
 
     def scores(model: learned.RewardModel, ids: bool, batch: Batch) -> Tensor:
         rows, cut = _rows(model, ids, batch)
-        if cut and not run.facts.get("responses_cut_for_reward"):
-            run.say(f"{run.name}: responses longer than the reward model reads are scored by their start")
+        if cut and not stage_run.facts.get("responses_cut_for_reward"):
+            stage_run.say(
+                f"{stage_run.name}: responses longer than the reward model reads are scored by their start"
+            )
         if cut:
-            run.facts["responses_cut_for_reward"] = run.facts.get("responses_cut_for_reward", 0) + cut
+            stage_run.facts["responses_cut_for_reward"] = (
+                stage_run.facts.get("responses_cut_for_reward", 0) + cut
+            )
         with on_device(model.model):
             prompts = [tuple(ids) for ids in batch.prompt_ids]
             return learned.score(model, rows, batch_size=batch_size, together=prompts)
 
     def rewarder(batch: Batch) -> list[float]:
-        found = [scores(model, ids, batch) for model, ids in zip(one.models, reads_ids, strict=True)]
-        if len(found) == 1:
-            return found[0].tolist()
-        members = torch.stack([(s - m.mean) / m.std for s, m in zip(found, one.models, strict=True)])
-        caution = 1.0 if one.term.caution is None else one.term.caution
-        return learned.combined(members, one.term.combine or "mean", caution).tolist()
+        by_model = [scores(model, ids, batch) for model, ids in zip(one.models, reads_ids, strict=True)]
+        if len(by_model) == 1:
+            return by_model[0].tolist()
+        members = torch.stack([(s - m.mean) / m.std for s, m in zip(by_model, one.models, strict=True)])
+        penalty = 1.0 if one.term.std_penalty is None else one.term.std_penalty
+        return learned.combined(members, one.term.combine or "mean", penalty).tolist()
 
     return rewarder
 
@@ -232,7 +253,7 @@ def batch_of(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     columns: Sequence[dict[str, Any]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     as_text: bool = True,
 ) -> Batch:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -34,11 +34,14 @@ from keel.stages.loop_utils import add_metrics, forward_parts
 from keel.stages.pretrain import DEFAULT_VOCABULARY
 from keel.types import TextRecord
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 CLS = "<|cls|>"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ClassifierRow:
     """One example: a short text, or a passage of a long one."""
 
     inputs: Mapping[str, list[int]]  # input_ids and, where the tokenizer makes them, token_type_ids
@@ -46,7 +49,7 @@ class Row:
     weight: float = 1.0  # w of `algorithms.classification.cross_entropy`
 
 
-def run(config: ClassifierConfig, run: StageRun) -> dict[str, Any]:
+def run(config: ClassifierConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. texts by label  2. a tokenizer, trained when none is given  3. rows  4. the loop  5. save, with the
     labels' names.
 
@@ -54,21 +57,23 @@ def run(config: ClassifierConfig, run: StageRun) -> dict[str, Any]:
     evaluated on. The saved tokenizer's limit is the longest row of training, so that as a reward the
     classifier reads no more than that.
     """
-    texts, held = _texts(config, run)
-    source = prepare.source_of(config.model, run)
-    tokenizer, limit = _tokenizer(config, run, source, [text for own in texts.values() for text in own])
-    too_long = prepare.TooLong(run, config.too_long, limit)
-    rows, held_rows = (_rows(config, run, tokenizer, part, too_long) for part in (texts, held))
+    texts, held_out = _texts(config, stage_run)
+    source = prepare.source_of(config.model, stage_run)
+    tokenizer, limit = _tokenizer(
+        config, stage_run, source, [text for texts_of_label in texts.values() for text in texts_of_label]
+    )
+    too_long = prepare.TooLong(stage_run, config.too_long, limit)
+    rows, held_out_rows = (_rows(config, stage_run, tokenizer, part, too_long) for part in (texts, held_out))
     too_long.report()
     pad_id = chat.ensure_pad(tokenizer)
 
-    model = scorer(source, derive_seed(run.seed, "model"), vocab=tokenizer, labels=config.labels)
+    model = scorer(source, derive_seed(stage_run.seed, "model"), vocab=tokenizer, labels=config.labels)
     model.config.pad_token_id = pad_id
-    model = prepare.to_train(model, config, run, train_head=True)
-    result = _fit(run, config, model, pad_id, rows, held_rows)
+    model = prepare.to_train(model, config, stage_run, train_head=True)
+    result = _fit(stage_run, config, model, pad_id, rows, held_out_rows)
     if limit is not None:
         tokenizer.model_max_length = limit
-    prepare.save_model(run, model, tokenizer, config, f"A text classifier ({', '.join(config.labels)})")
+    prepare.save_model(stage_run, model, tokenizer, config, f"A text classifier ({', '.join(config.labels)})")
     return result
 
 
@@ -76,42 +81,48 @@ def run(config: ClassifierConfig, run: StageRun) -> dict[str, Any]:
 
 
 def _texts(
-    config: ClassifierConfig, run: StageRun
+    config: ClassifierConfig, stage_run: StageRun
 ) -> tuple[dict[str, list[TextRecord]], dict[str, list[TextRecord]]]:
     """label → texts to train on, and to evaluate on. UsageError if a label has too few to hold one out."""
-    texts = {label: _read(config, run, config.data[label]) for label in config.labels}
+    texts = {label: _read(config, stage_run, config.data[label]) for label in config.labels}
     if config.eval_data is not None:
-        return texts, {label: _read(config, run, config.eval_data[label]) for label in config.labels}
-    kept, held = {}, {}
-    for label, own in texts.items():
-        if len(own) < 2 and config.holdout > 0:
+        return texts, {label: _read(config, stage_run, config.eval_data[label]) for label in config.labels}
+    trained, held_out = {}, {}
+    for label, texts_of_label in texts.items():
+        if len(texts_of_label) < 2 and config.holdout > 0:
             joined = " (the paragraphs of a .txt file are one text)" if config.passages else ""
             raise UsageError(
-                f"{run.name}: label {label!r} has one text{joined}, of which none can be held out; give more, `eval_data`, or `holdout: 0`"
+                f"{stage_run.name}: label {label!r} has one text{joined}, of which none can be held "
+                "out; give more, `eval_data`, or `holdout: 0`"
             )
-        train, out = split_holdout(len(own), config.holdout, derive_seed(run.seed, label))
-        kept[label], held[label] = [own[i] for i in train], [own[i] for i in out]
-    return kept, held
+        train, held_indices = split_holdout(
+            len(texts_of_label), config.holdout, derive_seed(stage_run.seed, label)
+        )
+        trained[label], held_out[label] = (
+            [texts_of_label[i] for i in train],
+            [texts_of_label[i] for i in held_indices],
+        )
+    return trained, held_out
 
 
-def _read(config: ClassifierConfig, run: StageRun, sources: Sequence[DataConfig]) -> list[TextRecord]:
+def _read(config: ClassifierConfig, stage_run: StageRun, sources: Sequence[DataConfig]) -> list[TextRecord]:
     """The texts of one label. With `passages` the paragraphs of a .txt file are one text, which they are in a
     book."""
-    found: list[TextRecord] = []
+    texts: list[TextRecord] = []
     for source in sources:
         records = [
             replace(record, text=chat.prompt_text(None, record.text))
-            for record in prepare.read(run, [source], ("text",)).records
+            for record in prepare.read(stage_run, [source], ("text",)).records
             if isinstance(record, TextRecord)
         ]
         if config.passages and files.suffix_of(Path(source.source)) == ".txt":
             records = [TextRecord("\n\n".join(str(record.text) for record in records), origin=source.source)]
-        found += records
-    return found
+        texts += records
+    return texts
 
 
 def _tokenizer(
-    config: ClassifierConfig, run: StageRun, source: ModelSource, texts: Sequence[TextRecord]
+    config: ClassifierConfig, stage_run: StageRun, source: ModelSource, texts: Sequence[TextRecord]
 ) -> tuple[Any, int | None]:
     """The tokenizer, and the longest row in tokens. A new one is trained on the texts trained on, never on
     those held out.
@@ -119,9 +130,9 @@ def _tokenizer(
     A new encoder pools what its first token has become, so that its tokenizer puts a token of its own there
     (CLS), and EOS at the end, as BERT's does.
     """
-    limit = prepare.limit_of(config, run, source)
+    limit = prepare.limit_of(config, stage_run, source)
     if config.model.init is None or config.model.tokenizer is not None:
-        tokenizer = prepare.open_tokenizer(config.model, run)
+        tokenizer = prepare.open_tokenizer(config.model, stage_run)
     else:
         with torch.device("meta"):
             shape = AutoModelForSequenceClassification.from_config(model_config(source))
@@ -141,36 +152,40 @@ def _tokenizer(
 
 def _rows(
     config: ClassifierConfig,
-    run: StageRun,
-    tokenizer: Any,
+    stage_run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, Sequence[TextRecord]],
     too_long: prepare.TooLong,
-) -> list[Row]:
+) -> list[ClassifierRow]:
     """All labels' rows, weighted so that every label counts the same; DataError for a label without any.
 
     Texts of one label stand together: the loop draws them in an order of its own.
     """
     if not any(texts.values()):
         return []
-    rows: list[Row] = []
+    rows: list[ClassifierRow] = []
     for index, label in enumerate(config.labels):
-        own = [
-            Row(row, index)
+        rows_of_label = [
+            ClassifierRow(row, index)
             for text in texts[label]
             for row in (
-                _passages(tokenizer, text, too_long.limit, run)
+                _passages(tokenizer, text, too_long.limit, stage_run)
                 if config.passages
                 else _whole(tokenizer, text, too_long)
             )
         ]
-        if not own:
-            raise DataError(f"{run.name}: label {label!r} has no usable text left of {len(texts[label])}")
-        rows += own
+        if not rows_of_label:
+            raise DataError(
+                f"{stage_run.name}: label {label!r} has no usable text left of {len(texts[label])}"
+            )
+        rows += rows_of_label
     counts = Counter(row.label for row in rows)
     return [replace(row, weight=len(rows) / (len(counts) * counts[row.label])) for row in rows]
 
 
-def _whole(tokenizer: Any, text: TextRecord, too_long: prepare.TooLong) -> list[dict[str, list[int]]]:
+def _whole(
+    tokenizer: PreTrainedTokenizerBase, text: TextRecord, too_long: prepare.TooLong
+) -> list[dict[str, list[int]]]:
     """A text as one row; what is too long is an error, left out, or keeps its start (`too_long`)."""
     (row,) = encoded(tokenizer, [str(text.text)], None)
     if not too_long.fits(text, len(row["input_ids"])):
@@ -179,13 +194,14 @@ def _whole(tokenizer: Any, text: TextRecord, too_long: prepare.TooLong) -> list[
 
 
 def _passages(
-    tokenizer: Any, text: TextRecord, limit: int | None, run: StageRun
+    tokenizer: PreTrainedTokenizerBase, text: TextRecord, limit: int | None, stage_run: StageRun
 ) -> list[dict[str, list[int]]]:
     """The text cut into the fewest passages of at most `limit` tokens, as equal as can be: no scrap is left
     at its end."""
     if limit is None:
         raise UsageError(
-            f"{run.name}: set max_length for `passages`; neither the model nor its tokenizer names a limit"
+            f"{stage_run.name}: set max_length for `passages`; neither the model nor its tokenizer names a "
+            "limit"
         )
     special = tokenizer.num_special_tokens_to_add()
     if limit <= special or not tokenizer.is_fast:
@@ -194,7 +210,7 @@ def _passages(
             if limit > special
             else f"max_length {limit} leaves no room for text"
         )
-        raise UsageError(f"{run.name}: `passages` cannot be cut: {why}")
+        raise UsageError(f"{stage_run.name}: `passages` cannot be cut: {why}")
     whole = tokenizer(str(text.text), add_special_tokens=False, verbose=False)["input_ids"]
     count = max(1, math.ceil(len(whole) / (limit - special)))
     size = math.ceil(len(whole) / count) + special
@@ -209,36 +225,36 @@ def _passages(
 
 
 def _fit(
-    run: StageRun,
+    stage_run: StageRun,
     config: ClassifierConfig,
-    model: Any,
+    model: PreTrainedModel,
     pad_id: int,
-    rows: Sequence[Row],
-    held: Sequence[Row],
+    rows: Sequence[ClassifierRow],
+    held_out: Sequence[ClassifierRow],
 ) -> dict[str, Any]:
     """Train on the rows and return the held-out measures; the model ends with the weights to keep."""
 
-    def part(rows: Sequence[Row], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def part(rows: Sequence[ClassifierRow], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         value, measured = loss(model, rows, pad_id, denominator)
         return value, {"accuracy": measured["correct"] / denominator}
 
-    objective: supervised_loop.Objective[Row] = supervised_loop.Objective(
+    objective: supervised_loop.Objective[ClassifierRow] = supervised_loop.Objective(
         loss=part,
         weight=lambda row: 1,
         size=_size,
         length=_size,
         evaluate=lambda rows: evaluate(model, rows, pad_id, config)[0],
     )
-    supervised_loop.fit(run, config, model, rows, held, objective)
-    return evaluate(model, held, pad_id, config)[1] if held else {}
+    supervised_loop.fit(stage_run, config, model, rows, held_out, objective)
+    return evaluate(model, held_out, pad_id, config)[1] if held_out else {}
 
 
-def _size(row: Row) -> int:
+def _size(row: ClassifierRow) -> int:
     return len(row.inputs["input_ids"])
 
 
 def loss(
-    model: Any, rows: Sequence[Row], pad_id: int, denominator: float
+    model: PreTrainedModel, rows: Sequence[ClassifierRow], pad_id: int, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted cross-entropy of these rows as their part of a step of `denominator` rows; how many are
     `correct`, and the `labels` (B,) taken."""
@@ -250,7 +266,7 @@ def loss(
 
 
 def evaluate(
-    model: Any, rows: Sequence[Row], pad_id: int, config: ClassifierConfig
+    model: PreTrainedModel, rows: Sequence[ClassifierRow], pad_id: int, config: ClassifierConfig
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Held-out measures, as metrics and as the stage's result. Accuracy is over all rows, the loss label by
     label.

@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel import worlds
 from keel.config import CollectConfig, ModelConfig
@@ -28,6 +28,9 @@ from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare
 from keel.types import Completion, PromptRecord, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAIRS = "pairs.jsonl"  # two replies to each prompt
 VOTES = "votes.jsonl"  # what people say of them
@@ -45,32 +48,36 @@ class Voted:
     choice: str  # of CHOICES
 
 
-def run(config: CollectConfig, run: StageRun) -> dict[str, Any]:
+def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. prompts  2. two replies to each  3. votes  4. comparisons."""
-    dataset = prepare.read(run, config.data, ("prompt",))
-    tasks, tokenizer = _tasks(config, run, dataset.records, dataset.conversational)
-    pairs_file, votes_file = run.directory / PAIRS, run.directory / VOTES
+    dataset = prepare.read(stage_run, config.data, ("prompt",))
+    tasks, tokenizer = _tasks(config, stage_run, dataset.records, dataset.conversational)
+    pairs_file, votes_file = stage_run.directory / PAIRS, stage_run.directory / VOTES
     if not pairs_file.exists():
-        write_text(pairs_file, _lines(_pairs(config, run, tasks, tokenizer)))
+        write_text(pairs_file, _lines(_pairs(config, stage_run, tasks, tokenizer)))
     pairs = _read(pairs_file)
     if not pairs:
-        raise DataError(f"{run.name}: the model gave no two different replies to any of {len(tasks)} prompts")
+        raise DataError(
+            f"{stage_run.name}: the model gave no two different replies to any of {len(tasks)} prompts"
+        )
     if config.world is None:
-        votes = _votes_of_people(run, pairs, votes_file)
-        run.facts["votes_print"] = votes_print(run.directory)
+        votes = _votes_of_people(stage_run, pairs, votes_file)
+        stage_run.facts["votes_print"] = votes_print(stage_run.directory)
     else:
-        votes = _votes_of_world(config.world, run, pairs, [record for record, _ in tasks])
+        votes = _votes_of_world(config.world, stage_run, pairs, [record for record, _ in tasks])
     rows = comparisons(pairs, votes)
     if not rows:
-        raise DataError(f"{run.name}: every pair was skipped: no comparison is left")
-    write_text(run.directory / COMPARISONS, _lines(rows))
-    run.facts |= {"rows": len(rows)}
-    run.say(
-        f"{run.name}: {len(rows)} comparisons, {len(tasks) - len(pairs)} prompts without two different replies"
+        raise DataError(f"{stage_run.name}: every pair was skipped: no comparison is left")
+    write_text(stage_run.directory / COMPARISONS, _lines(rows))
+    stage_run.facts |= {"rows": len(rows)}
+    stage_run.say(
+        f"{stage_run.name}: {len(rows)} comparisons, {len(tasks) - len(pairs)} prompts without two different "
+        "replies"
     )
     return {
         "comparisons": len(rows), "same": len(tasks) - len(pairs), "skipped": len(pairs) - len(rows),
-        "votes": sum(len(row["votes"]) for row in rows), "truncated": sum(pair["cut"] for pair in pairs) / (2 * len(pairs)),
+        "votes": sum(len(row["votes"]) for row in rows),
+        "truncated": sum(pair["cut"] for pair in pairs) / (2 * len(pairs)),
     }  # fmt: skip
 
 
@@ -88,20 +95,22 @@ def comparisons(pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted]) -> l
         by_pair.setdefault(vote.pair, []).append(vote)
     rows: list[dict[str, Any]] = []
     for pair in pairs:
-        own = by_pair.get(pair["pair"], [])
-        choices = [vote.choice for vote in own]
-        if not own or "skip" in choices:
+        votes_on_pair = by_pair.get(pair["pair"], [])
+        choices = [vote.choice for vote in votes_on_pair]
+        if not votes_on_pair or "skip" in choices:
             continue
         a_wins = choices.count("a") >= choices.count("b")
         names = {"a": "chosen", "b": "rejected"} if a_wins else {"a": "rejected", "b": "chosen"}
         sides = {names[side]: _reply(pair["prompt"], pair[side]) for side in ("a", "b")}
-        said = [{"annotator": vote.annotator, "choice": names.get(vote.choice, "tie")} for vote in own]
+        named_votes = [
+            {"annotator": vote.annotator, "choice": names.get(vote.choice, "tie")} for vote in votes_on_pair
+        ]
         rows.append(
             {
                 "prompt": pair["prompt"],
                 "chosen": sides["chosen"],
                 "rejected": sides["rejected"],
-                "votes": said,
+                "votes": named_votes,
             }
         )
     return rows
@@ -111,59 +120,63 @@ def comparisons(pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted]) -> l
 
 
 def _tasks(
-    config: CollectConfig, run: StageRun, records: Sequence[Record], conversational: bool
+    config: CollectConfig, stage_run: StageRun, records: Sequence[Record], conversational: bool
 ) -> tuple[list[tuple[PromptRecord, list[int]]], Any]:
     """`pairs` prompts with their ids, drawn by the stage's seed, and the tokenizer. DataError where there are
     too few."""
     settings = ModelConfig.model_validate(
         {"path": config.model, "trust_remote_code": config.trust_remote_code}
     )
-    tokenizer = prepare.open_tokenizer(settings, run, conversational=conversational)
-    context = context_length(model_config(_source(config, run)))
-    room = prepare.room_of(run, context, config.sampling.max_new_tokens)
-    too_long = prepare.TooLong(run, config.too_long, room)
+    tokenizer = prepare.open_tokenizer(settings, stage_run, conversational=conversational)
+    context = context_length(model_config(_source(config, stage_run)))
+    room = prepare.room_of(stage_run, context, config.sampling.max_new_tokens)
+    too_long = prepare.TooLong(stage_run, config.too_long, room)
 
     def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
         assert isinstance(record, PromptRecord)
         ids = chat.prompt_ids(tokenizer, record.prompt)
         return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
 
-    found = prepare.encode_all(run, records, task)
+    fitting = prepare.encode_all(stage_run, records, task)
     too_long.report()
-    if len(found) < config.pairs:
+    if len(fitting) < config.pairs:
         raise DataError(
-            f"{run.name}: `pairs` is {config.pairs}, but there are {len(found)} prompts: give more, or fewer pairs"
+            f"{stage_run.name}: `pairs` is {config.pairs}, but there are {len(fitting)} prompts: give more, "
+            "or fewer pairs"
         )
-    order = permutation(len(found), derive_seed(run.seed, "prompts"), 0)
-    return [found[place] for place in order[: config.pairs]], tokenizer
+    order = permutation(len(fitting), derive_seed(stage_run.seed, "prompts"), 0)
+    return [fitting[index] for index in order[: config.pairs]], tokenizer
 
 
-def _source(config: CollectConfig, run: StageRun) -> ModelSource:
+def _source(config: CollectConfig, stage_run: StageRun) -> ModelSource:
     return ModelSource(
-        run.resolve(config.model), dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        stage_run.resolve(config.model), dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
 
 
 def _pairs(
-    config: CollectConfig, run: StageRun, tasks: Sequence[tuple[PromptRecord, list[int]]], tokenizer: Any
+    config: CollectConfig,
+    stage_run: StageRun,
+    tasks: Sequence[tuple[PromptRecord, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """Two replies to each prompt; prompts whose second reply stays the first, or of which one is empty, are
     left out."""
-    model = causal_lm(_source(config, run), 0).to(run.device).eval().requires_grad_(False)
+    model = causal_lm(_source(config, stage_run), 0).to(stage_run.device).eval().requires_grad_(False)
     disable_dropout(model)
     stop, pad = chat.stop_ids(tokenizer, config.sampling.stop), chat.ensure_pad(tokenizer)
 
-    def sample(places: Sequence[int], *what: object) -> list[Completion]:
+    def sample(indices: Sequence[int], *what: object) -> list[Completion]:
         return generate(
-            model, [tasks[i][1] for i in places], config.sampling.plain(), stop_ids=stop, pad_id=pad,
+            model, [tasks[i][1] for i in indices], config.sampling.plain(), stop_ids=stop, pad_id=pad,
             stop_texts=stop_texts(tokenizer, config.sampling.stop),
-            seed=derive_seed(run.seed, *what), batch_size=config.batch_size,
+            seed=derive_seed(stage_run.seed, *what), batch_size=config.batch_size,
         )  # fmt: skip
 
     everything = range(len(tasks))
     first = sample(everything, "a")
     second = sample(everything, "b", 0)
-    run.say(f"{run.name}: {len(tasks)} prompts answered twice")
+    stage_run.say(f"{stage_run.name}: {len(tasks)} prompts answered twice")
     for turn in range(1, TRIES):
         same = [i for i in everything if _alike(tokenizer, first[i], second[i])]
         again = sample(same, "b", turn) if same else []
@@ -178,11 +191,11 @@ def _pairs(
     return rows
 
 
-def _alike(tokenizer: Any, one: Completion, other: Completion) -> bool:
+def _alike(tokenizer: PreTrainedTokenizerBase, one: Completion, other: Completion) -> bool:
     return text_of(tokenizer, one).strip() == text_of(tokenizer, other).strip()
 
 
-def _reply(prompt: Any, text: str) -> Any:
+def _reply(prompt: object, text: str) -> str | list[dict[str, str]]:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
@@ -190,18 +203,18 @@ def _reply(prompt: Any, text: str) -> Any:
 
 
 def _votes_of_world(
-    name: str, run: StageRun, pairs: Sequence[Mapping[str, Any]], records: Sequence[PromptRecord]
+    name: str, stage_run: StageRun, pairs: Sequence[Mapping[str, Any]], records: Sequence[PromptRecord]
 ) -> list[Voted]:
     world = worlds.annotators(name)
-    found: list[Voted] = []
+    voted: list[Voted] = []
     for pair in pairs:
-        record, rng = records[pair["pair"]], random.Random(derive_seed(run.seed, "votes", pair["pair"]))
+        record, rng = records[pair["pair"]], random.Random(derive_seed(stage_run.seed, "votes", pair["pair"]))
         votes = world.votes(chat.user_text(record.prompt), pair["a"], pair["b"], record.columns, rng)
-        found += [Voted(pair["pair"], who, choice) for who, choice in votes]
-    return found
+        voted += [Voted(pair["pair"], who, choice) for who, choice in votes]
+    return voted
 
 
-def _votes_of_people(run: StageRun, pairs: Sequence[Mapping[str, Any]], path: Path) -> list[Voted]:
+def _votes_of_people(stage_run: StageRun, pairs: Sequence[Mapping[str, Any]], path: Path) -> list[Voted]:
     """The votes at `path`, one on each pair at least. WaitingError while some are missing, DataError for a
     line that is none."""
     known = {pair["pair"] for pair in pairs}
@@ -211,9 +224,10 @@ def _votes_of_people(run: StageRun, pairs: Sequence[Mapping[str, Any]], path: Pa
     missing = len(known - {vote.pair for vote in votes})
     if missing:
         raise WaitingError(
-            f"{run.name}: {missing} of {len(known)} pairs wait for people, in {path.with_name(PAIRS)}. Write a line "
-            f'{{"pair": 0, "annotator": "NAME", "choice": "a"}} for each (choice: {", ".join(CHOICES)}; several annotators a pair '
-            f"are welcome) into {path}; the same command then goes on"
+            f"{stage_run.name}: {missing} of {len(known)} pairs wait for people, in {path.with_name(PAIRS)}. "
+            'Write a line {"pair": 0, "annotator": "NAME", "choice": "a"} for each (choice: '
+            f"{', '.join(CHOICES)}; several annotators a pair are welcome) into {path}; the same command "
+            "then goes on"
         )
     return votes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,12 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LanguageRow:
     """One row of a batch: a stretch of text, an example, or several packed examples."""
 
     ids: Sequence[int]
@@ -44,7 +47,7 @@ class Row:
 
 
 def loss(
-    model: Any, rows: Sequence[Row], pad_id: int, denominator: float
+    model: PreTrainedModel, rows: Sequence[LanguageRow], pad_id: int, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step)."""
     device = next(model.parameters()).device
@@ -57,38 +60,45 @@ def loss(
         positions = torch.tensor([_positions(row, ids.shape[1]) for row in rows])
         mask = packed_mask(segments.to(device), next(model.parameters()).dtype)
         more = {"attention_mask": mask, "position_ids": positions.to(device)}
-    where, before = counts.nonzero(as_tuple=True)
-    index = where * ids.shape[1] + before  # of the token before each that counts
+    row_index, column = counts.nonzero(as_tuple=True)
+    index = row_index * ids.shape[1] + column  # of the token before each that counts
     labels = ids.flatten()[index + 1].to(device)
-    found = token_logprobs(
+    predicted = token_logprobs(
         head_inputs(model, ids.to(device), index.to(device), inputs=more), labels, hits=True
     )
-    return lm.likelihood(found.logp, found.hits, denominator)
+    return lm.likelihood(predicted.logp, predicted.hits, denominator)
 
 
 def fit(
-    run: StageRun, config: Supervised, model: Any, pad_id: int, rows: Sequence[Row], held_out: Sequence[Row]
+    stage_run: StageRun,
+    config: Supervised,
+    model: PreTrainedModel,
+    pad_id: int,
+    rows: Sequence[LanguageRow],
+    held_out: Sequence[LanguageRow],
 ) -> dict[str, Any]:
     """Train on the rows and return the stage's result; the model ends with the weights to keep."""
 
-    def part(rows: Sequence[Row], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def part(rows: Sequence[LanguageRow], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         value, measured = loss(model, rows, pad_id, denominator)
         return value, {"mean_token_accuracy": measured["accuracy"]}
 
-    objective: supervised_loop.Objective[Row] = supervised_loop.Objective(
+    objective: supervised_loop.Objective[LanguageRow] = supervised_loop.Objective(
         loss=part, weight=lambda row: row.counted, size=_size, length=_size,
         evaluate=lambda rows: evaluate(model, rows, pad_id, config),
     )  # fmt: skip
-    supervised_loop.fit(run, config, model, rows, held_out, objective)
+    supervised_loop.fit(stage_run, config, model, rows, held_out, objective)
     return summary(model, held_out, pad_id, config)
 
 
-def _size(row: Row) -> int:
+def _size(row: LanguageRow) -> int:
     return len(row.ids)
 
 
 @cast_cache()
-def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, float]:
+def evaluate(
+    model: PreTrainedModel, rows: Sequence[LanguageRow], pad_id: int, config: Supervised
+) -> dict[str, float]:
     """Loss and accuracy per counted token over all rows (not a mean of batch means)."""
     tokens = sum(row.counted for row in rows)
     totals: dict[str, float] = {}
@@ -101,7 +111,9 @@ def evaluate(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -
 
 
 @cast_cache()
-def summary(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) -> dict[str, Any]:
+def summary(
+    model: PreTrainedModel, rows: Sequence[LanguageRow], pad_id: int, config: Supervised
+) -> dict[str, Any]:
     """The held-out loss with an interval over rows, each row weighing by its tokens."""
     if not rows:
         return {}
@@ -119,7 +131,7 @@ def summary(model: Any, rows: Sequence[Row], pad_id: int, config: Supervised) ->
     }
 
 
-def _positions(row: Row, width: int) -> list[int]:
+def _positions(row: LanguageRow, width: int) -> list[int]:
     """Position of each token within its own example; 0 at padding."""
     positions, segments = [], row.segments or ()
     for i, segment in enumerate(segments):
@@ -127,5 +139,6 @@ def _positions(row: Row, width: int) -> list[int]:
     return positions + [0] * (width - len(positions))
 
 
-def model_seed(run: StageRun) -> int:
-    return derive_seed(run.seed, "model")
+def model_seed(stage_run: StageRun) -> int:
+    """The seed of what a stage's model is initialised with: new weights, or adapters."""
+    return derive_seed(stage_run.seed, "model")

@@ -32,6 +32,7 @@ def lr_scale(config: Training, step: int, steps: int) -> float:
 
 
 def optimizer_for(config: Training, *groups: tuple[Sequence[nn.Module], float]) -> torch.optim.AdamW:
+    """AdamW over groups of modules, each with its own peak learning rate, with the config's settings."""
     return optim.adamw(groups, betas=config.betas, weight_decay=config.weight_decay)
 
 
@@ -91,6 +92,7 @@ class EarlyStop:
     waited: int = 0
 
     def see(self, value: float) -> EarlyStop:
+        """The state after one more evaluation."""
         return (
             replace(self, best=value, waited=0)
             if value > self.best
@@ -99,6 +101,7 @@ class EarlyStop:
 
     @property
     def stop(self) -> bool:
+        """Whether `patience` evaluations in a row were no better than the best."""
         return self.patience is not None and self.waited >= self.patience
 
     def values(self) -> dict[str, float | int | None]:
@@ -106,6 +109,7 @@ class EarlyStop:
         return {"best": None if math.isinf(self.best) else self.best, "waited": self.waited}
 
     def restored(self, values: Mapping[str, Any]) -> EarlyStop:
+        """The state that `values` of a checkpoint describe."""
         return replace(
             self, best=-math.inf if values["best"] is None else values["best"], waited=values["waited"]
         )
@@ -122,8 +126,8 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
 def put_back(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a module the state that `state_of` took of it."""
-    found = module.load_state_dict(state, strict=not hasattr(module, "peft_config"))
-    assert not found.unexpected_keys, found.unexpected_keys
+    mismatch = module.load_state_dict(state, strict=not hasattr(module, "peft_config"))
+    assert not mismatch.unexpected_keys, mismatch.unexpected_keys
 
 
 def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Preference optimisation: a policy straight from comparisons, without a reward model (DPO and its kin).
 
-The reference is never trained, so its log-probabilities are taken once, before the first step, and one model
-is in memory while training. With adapters as without, it is what the policy starts from unless another one is
-named.
+The reference is never trained. So its log-probabilities are computed once, before the first step; while
+training, only the policy is in memory. The reference is the model that the policy starts from, with adapters
+as without, unless the config names another one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,16 @@ from keel.stages import language, preference_rows, prepare, supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts, forward_rows
 from keel.stages.preference_rows import Example, Pair, Response, lengths, logps, scores
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class PreferenceSetup:
     """What the losses need besides their rows."""
 
     config: DPOConfig
-    model: Any
+    model: PreTrainedModel
     pad_id: int
     device: torch.device
     reference: Mapping[Response, float]  # log π_ref of all that will be asked for; empty without one
@@ -54,40 +57,40 @@ EVALUATED = {  # a metric of the training rows → the same on the held-out ones
 }
 
 
-def run(config: DPOConfig, run: StageRun) -> dict[str, Any]:
+def run(config: DPOConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. comparisons  2. tokens  3. the reference's log-probabilities  4. the loop  5. save."""
-    dataset, records, held = prepare.train_and_eval(config, run, config.record_types)
-    source = prepare.source_of(config.model, run)
-    limit = prepare.limit_of(config, run, source)
-    other = preference_rows.reference_source(config, run, source, limit)
-    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
+    dataset, records, held_out = prepare.train_and_eval(config, stage_run, config.record_types)
+    source = prepare.source_of(config.model, stage_run)
+    limit = prepare.limit_of(config, stage_run, source)
+    other = preference_rows.reference_source(config, stage_run, source, limit)
+    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
     pad_id = chat.ensure_pad(tokenizer)
-    rows, held_rows = preference_rows.encode(config, run, tokenizer, limit, records, held)
+    rows, held_out_rows = preference_rows.encode(config, stage_run, tokenizer, limit, records, held_out)
 
-    model = causal_lm(source, language.model_seed(run))
+    model = causal_lm(source, language.model_seed(stage_run))
     disable_dropout(model)
-    asked = preference_rows.to_score(config, run, rows, held_rows, limit)
-    reference = preference_rows.reference_logps(config, run, model, other, asked, pad_id)
-    model = prepare.to_train(model, config, run)
-    setup = Setup(config, model, pad_id, run.device, reference, limit)
-    supervised_loop.fit(run, config, model, rows, held_rows, _objective(setup))
-    result = _result(setup, held_rows, paired=dataset.kind == "preference") if held_rows else {}
+    asked = preference_rows.to_score(config, stage_run, rows, held_out_rows, limit)
+    reference = preference_rows.reference_logps(config, stage_run, model, other, asked, pad_id)
+    model = prepare.to_train(model, config, stage_run)
+    setup = PreferenceSetup(config, model, pad_id, stage_run.device, reference, limit)
+    supervised_loop.fit(stage_run, config, model, rows, held_out_rows, _objective(setup))
+    result = _result(setup, held_out_rows, paired=dataset.kind == "preference") if held_out_rows else {}
     what = f"A language model tuned on preferences (loss: {config.loss})"
-    prepare.save_model(run, model, tokenizer, config, what)
-    preference_rows.forget_reference(run)
+    prepare.save_model(stage_run, model, tokenizer, config, what)
+    preference_rows.forget_reference(stage_run)
     return result
 
 
 # ---------------------------------------------------------------- losses of pairs
 
 
-def _references(setup: Setup, responses: Sequence[Response], like: Tensor) -> Tensor:
+def _references(setup: PreferenceSetup, responses: Sequence[Response], like: Tensor) -> Tensor:
     """(B,) log π_ref of the responses."""
-    found = [setup.reference[response] for response in responses]
-    return torch.tensor(found, dtype=like.dtype, device=like.device)
+    logps_of = [setup.reference[response] for response in responses]
+    return torch.tensor(logps_of, dtype=like.dtype, device=like.device)
 
 
-def losses(setup: Setup, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+def losses(setup: PreferenceSetup, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) losses and metrics, pair by pair; both sides are read together."""
     config, better, worse = setup.config, [p.chosen for p in pairs], [p.rejected for p in pairs]
     chosen, rejected = logps(setup.model, [*better, *worse], setup.pad_id, setup.device).chunk(2)
@@ -116,63 +119,70 @@ def losses(setup: Setup, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tenso
     return value, seen | metrics
 
 
-def loss(setup: Setup, pairs: Sequence[Pair], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(
+    setup: PreferenceSetup, pairs: Sequence[Pair], denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of these pairs as their part of a step of `denominator` pairs, and metrics likewise."""
     value, metrics = losses(setup, pairs)
     return value.sum() / denominator, {name: x.sum() / denominator for name, x in metrics.items()}
 
 
-def evaluate(setup: Setup, pairs: Sequence[Pair]) -> dict[str, float]:
+def evaluate(setup: PreferenceSetup, pairs: Sequence[Pair]) -> dict[str, float]:
     """Held-out metrics: means over all pairs."""
-    found = _measured(setup, pairs)
-    return {EVALUATED[name]: math.fsum(values) / len(pairs) for name, values in found.items()}
+    by_metric = _measured(setup, pairs)
+    return {EVALUATED[name]: math.fsum(values) / len(pairs) for name, values in by_metric.items()}
 
 
 @cast_cache()
-def _measured(setup: Setup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
+def _measured(setup: PreferenceSetup, pairs: Sequence[Pair]) -> dict[str, list[float]]:
     """Every metric, and `loss`, of every pair."""
     setup.model.eval()
-    found: dict[str, list[float]] = {}
+    by_metric: dict[str, list[float]] = {}
     with torch.no_grad():
         for part in forward_parts(setup.config, [preference_rows.size(pair) for pair in pairs]):
             value, metrics = losses(setup, [pairs[i] for i in part])
             for name, x in {"loss": value, **metrics}.items():
-                column = found.setdefault(name, [0.0] * len(pairs))
+                column = by_metric.setdefault(name, [0.0] * len(pairs))
                 for i, measured in zip(part, x.tolist(), strict=True):
                     column[i] = measured
-    return found
+    return by_metric
 
 
 # ---------------------------------------------------------------- KTO
 
 
 class UnpairedStep:
-    """The optimiser step at work. KTO's KL is estimated over all of its rows, though a loss is given a part
-    of them."""
+    """The optimiser step that is being taken.
 
-    def __init__(self, setup: Setup) -> None:
+    KTO's loss needs an estimate of the KL over all rows of the step, but each call of the loss gets one
+    micro-batch only. So `begin` makes the estimate, and `loss` reads it.
+    """
+
+    def __init__(self, setup: PreferenceSetup) -> None:
         self.setup = setup
-        self.kl = 0.0  # of the weights before this step
+        self.kl = 0.0  # nats, by the weights before this step
 
     def begin(self, rows: Sequence[Example]) -> None:
+        """Estimate the KL over all rows of the step."""
         self.kl = mismatched_kl(self.setup, rows)
 
     def loss(self, part: Sequence[Example], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """`unpaired_loss` of a micro-batch, with the step's KL."""
         return unpaired_loss(self.setup, part, self.kl, denominator)
 
 
-def mismatched_kl(setup: Setup, rows: Sequence[Example]) -> float:
+def mismatched_kl(setup: PreferenceSetup, rows: Sequence[Example]) -> float:
     """z₀ = max(0, mean of log π − log π_ref over mismatched responses), in nats; 0 where there are none."""
     asked = preference_rows.mismatched(rows, setup.limit)
     if not asked:
         return 0.0
-    found = scores(setup.model, asked, setup.pad_id, setup.device, **forward_rows(setup.config))
-    gaps = [logp - setup.reference[response] for logp, response in zip(found, asked)]
+    policy_logps = scores(setup.model, asked, setup.pad_id, setup.device, **forward_rows(setup.config))
+    gaps = [logp - setup.reference[response] for logp, response in zip(policy_logps, asked)]
     return max(0.0, math.fsum(gaps) / len(gaps))
 
 
 def unpaired_loss(
-    setup: Setup, rows: Sequence[Example], kl: float, denominator: float
+    setup: PreferenceSetup, rows: Sequence[Example], kl: float, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """KTO's loss of these rows as their part of a step of `denominator` rows, and sums for
     `_unpaired_metrics`."""
@@ -181,14 +191,14 @@ def unpaired_loss(
     label = torch.tensor([row.label for row in rows], device=logp.device)
     weights = (config.beta, config.desirable_weight, config.undesirable_weight)
     value, metrics = preference.kto(logp, _references(setup, asked, logp), label, kl, *weights)
-    rewards, found = metrics["rewards"], logp.detach()
+    rewards, detached = metrics["rewards"], logp.detach()
     side = torch.sign(rewards - config.beta * kl)
     right = (torch.where(label, side, -side) + 1) / 2
     return value.sum() / denominator, {
         "rewards/chosen": masked_sum(rewards, label),
         "rewards/rejected": masked_sum(rewards, ~label),
-        "logps/chosen": masked_sum(found, label),
-        "logps/rejected": masked_sum(found, ~label),
+        "logps/chosen": masked_sum(detached, label),
+        "logps/rejected": masked_sum(detached, ~label),
         "rewards/accuracies": right.sum() / denominator,
         "kl": torch.tensor(kl * len(rows) / denominator, dtype=torch.float64),
         "up": label.sum(),
@@ -198,17 +208,17 @@ def unpaired_loss(
 
 def _unpaired_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Means over the rows with a thumb up (chosen) and down (rejected); what has no rows is left out."""
-    found = {name: sums[name] for name in ("loss", "rewards/accuracies", "kl")}
+    means = {name: sums[name] for name in ("loss", "rewards/accuracies", "kl")}
     for label, names in (
         ("up", ("rewards/chosen", "logps/chosen")), ("down", ("rewards/rejected", "logps/rejected")),
     ):  # fmt: skip
-        found |= {name: sums[name] / sums[label] for name in names if sums[label]}
+        means |= {name: sums[name] / sums[label] for name in names if sums[label]}
     if sums["up"] and sums["down"]:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
 
 
-def evaluate_unpaired(setup: Setup, rows: Sequence[Example]) -> dict[str, float]:
+def evaluate_unpaired(setup: PreferenceSetup, rows: Sequence[Example]) -> dict[str, float]:
     """Held-out metrics, with the KL of all held-out rows."""
     setup.model.eval()
     kl, sums = mismatched_kl(setup, rows), dict[str, float]()
@@ -222,13 +232,17 @@ def evaluate_unpaired(setup: Setup, rows: Sequence[Example]) -> dict[str, float]
 # ---------------------------------------------------------------- the loop's view, and the result
 
 
-def _objective(setup: Setup) -> supervised_loop.Objective[Any]:
+def _objective(setup: PreferenceSetup) -> supervised_loop.Objective[Any]:
     if setup.config.loss == "kto":
         step = UnpairedStep(setup)
         return supervised_loop.Objective(
-            loss=step.loss, weight=lambda row: 1, size=preference_rows.size, evaluate=lambda rows: evaluate_unpaired(setup, rows),
-            named=_unpaired_metrics, begin=step.begin,
-        )  # fmt: skip
+            loss=step.loss,
+            weight=lambda row: 1,
+            size=preference_rows.size,
+            evaluate=lambda rows: evaluate_unpaired(setup, rows),
+            named=_unpaired_metrics,
+            begin=step.begin,
+        )
     return supervised_loop.Objective(
         loss=lambda part, denominator: loss(setup, part, denominator),
         weight=lambda pair: 1,
@@ -237,7 +251,7 @@ def _objective(setup: Setup) -> supervised_loop.Objective[Any]:
     )
 
 
-def _result(setup: Setup, rows: Sequence[Any], paired: bool) -> dict[str, Any]:
+def _result(setup: PreferenceSetup, rows: Sequence[Any], paired: bool) -> dict[str, Any]:
     """The stage's final measures, on the held-out rows; for KTO too on pairs where the data are pairs."""
     if setup.config.loss != "kto":
         found = _measured(setup, rows)

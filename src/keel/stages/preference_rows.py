@@ -1,5 +1,4 @@
-"""Comparisons as preference optimisation reads them: tokens, log-probabilities, and what the reference says
-of them."""
+"""Comparisons as preference optimisation reads them: tokens, and log-probabilities under both models."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +34,9 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import language, prepare
 from keel.stages.loop_utils import forward_rows, total_steps
 from keel.types import PreferenceRecord, Record, UnpairedRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE_FILE = "reference.json"  # log-probabilities, in a stage's directory while it is at work
 
@@ -68,26 +70,33 @@ class Example:
 
 
 def encode(
-    config: DPOConfig, run: StageRun, tokenizer: Any, limit: int | None, *parts: Sequence[Record]
+    config: DPOConfig,
+    stage_run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    *parts: Sequence[Record],
 ) -> list[list[Any]]:
     """The records to train on, and other parts, as pairs or for KTO as examples; counts the cut and the left
     out."""
-    too_long, undecided = prepare.TooLong(run, config.too_long, limit), 0
-    found: list[list[Any]] = []
+    too_long, undecided = prepare.TooLong(stage_run, config.too_long, limit), 0
+    parts_encoded: list[list[Any]] = []
     for records in parts:
         decided = [record for record in records if config.votes == "soft" or not _undecided(record)]
-        if not decided and not found:  # held-out rows may all be undecided: then nothing is held out
+        if not decided and not parts_encoded:  # held-out rows may all be undecided: then nothing is held out
             raise DataError(
-                f"stage {run.name!r}: the votes of all {len(records)} pairs are undecided; give other pairs, or set votes: soft (for loss: sigmoid)"
+                f"stage {stage_run.name!r}: the votes of all {len(records)} pairs are undecided; give other "
+                "pairs, or set votes: soft (for loss: sigmoid)"
             )
         undecided += len(records) - len(decided)
-        rows = prepare.encode_all(run, decided, lambda record: _encode(config, tokenizer, record, too_long))
-        found.append(examples(rows) if config.loss == "kto" else rows)
+        rows = prepare.encode_all(
+            stage_run, decided, lambda record: _encode(config, tokenizer, record, too_long)
+        )
+        parts_encoded.append(examples(rows) if config.loss == "kto" else rows)
     too_long.report()
     if undecided:
-        run.say(f"{run.name}: {undecided} pairs left out, since their votes are undecided")
-    run.facts["undecided_pairs"] = undecided
-    return found
+        stage_run.say(f"{stage_run.name}: {undecided} pairs left out, since their votes are undecided")
+    stage_run.facts["undecided_pairs"] = undecided
+    return parts_encoded
 
 
 def _undecided(record: Record) -> bool:
@@ -102,7 +111,7 @@ def count(config: DPOConfig, records: Sequence[Record]) -> int:
 
 
 def _encode(
-    config: DPOConfig, tokenizer: Any, record: Record, too_long: prepare.TooLong
+    config: DPOConfig, tokenizer: PreTrainedTokenizerBase, record: Record, too_long: prepare.TooLong
 ) -> Pair | Example | None:
     """The record as tokens; None if it is left out. Both sides keep the same prompt when it has to be cut."""
     assert isinstance(record, PreferenceRecord | UnpairedRecord)
@@ -146,21 +155,21 @@ def mismatched(rows: Sequence[Example], limit: int | None) -> list[Response]:
     row must never be paired with itself [trl 1911], nor with an equal one. A row without such another is left
     out.
     """
-    found: list[Response] = []
+    responses: list[Response] = []
     for i, row in enumerate(rows):
-        own = row.response
+        response = row.response
         following = (rows[(i + k) % len(rows)].response for k in range(1, len(rows)))
-        other = next((r for r in following if r.prompt != own.prompt and r.ids != own.ids), None)
+        other = next((r for r in following if r.prompt != response.prompt and r.ids != response.ids), None)
         if other is not None:
-            found.append(Response(_cut(own.prompt, len(other.ids), limit), other.ids))
-    return found
+            responses.append(Response(_cut(response.prompt, len(other.ids), limit), other.ids))
+    return responses
 
 
 # ---------------------------------------------------------------- the reference
 
 
 def reference_source(
-    config: DPOConfig, run: StageRun, source: ModelSource, limit: int | None
+    config: DPOConfig, stage_run: StageRun, source: ModelSource, limit: int | None
 ) -> ModelSource | None:
     """The reference that the config names; None for the model that training starts from, and for losses
     without one.
@@ -169,34 +178,37 @@ def reference_source(
     """
     if config.reference is None:
         return None
-    path = run.resolve(config.reference)
+    path = stage_run.resolve(config.reference)
     reference = ModelSource(path, None, config.model.dtype, config.model.trust_remote_code)
-    policy, found = model_config(source), model_config(reference)
-    ours, theirs = (c.get_text_config().vocab_size for c in (policy, found))
+    policy_config, reference_config = model_config(source), model_config(reference)
+    ours, theirs = (c.get_text_config().vocab_size for c in (policy_config, reference_config))
     if ours != theirs:
         raise UsageError(
-            f"{run.name}: the policy {source.path!r} has a vocabulary of {ours}, the reference {path!r} of {theirs}; they cannot be compared token by token"
+            f"{stage_run.name}: the policy {source.path!r} has a vocabulary of {ours}, the reference "
+            f"{path!r} of {theirs}; they cannot be compared token by token"
         )
-    room = context_length(found)
+    room = context_length(reference_config)
     if room is not None and (limit is None or limit > room):
-        raise UsageError(f"{run.name}: the reference {path!r} reads {room} tokens; set max_length: {room}")
+        raise UsageError(
+            f"{stage_run.name}: the reference {path!r} reads {room} tokens; set max_length: {room}"
+        )
     return reference
 
 
 def to_score(
-    config: DPOConfig, run: StageRun, rows: Sequence[Any], held: Sequence[Any], limit: int | None
+    config: DPOConfig, stage_run: StageRun, rows: Sequence[Any], held_out: Sequence[Any], limit: int | None
 ) -> list[Response]:
     """Every response whose reference log-probability training will ask for: the order of all steps is
     known."""
     if config.loss in REFERENCE_FREE:
         return []
     if config.loss != "kto":
-        return _once([side for pair in (*rows, *held) for side in (pair.chosen, pair.rejected)])
-    found = [row.response for row in (*rows, *held)]
+        return _once([side for pair in (*rows, *held_out) for side in (pair.chosen, pair.rejected)])
+    responses = [row.response for row in (*rows, *held_out)]
     for step in range(total_steps(config, len(rows))):
-        batch = rows_of_step(len(rows), config.batch_size, step, run.seed)
-        found += mismatched([rows[i] for i in batch], limit)
-    return _once(found + mismatched(held, limit))
+        batch = rows_of_step(len(rows), config.batch_size, step, stage_run.seed)
+        responses += mismatched([rows[i] for i in batch], limit)
+    return _once(responses + mismatched(held_out, limit))
 
 
 def _once(responses: Sequence[Response]) -> list[Response]:
@@ -206,8 +218,8 @@ def _once(responses: Sequence[Response]) -> list[Response]:
 @cast_cache()
 def reference_logps(
     config: DPOConfig,
-    run: StageRun,
-    policy: Any,
+    stage_run: StageRun,
+    policy: PreTrainedModel,
     other: ModelSource | None,
     asked: Sequence[Response],
     pad_id: int,
@@ -217,35 +229,36 @@ def reference_logps(
 
     A run that was cut off finds them in its directory, which belongs to these very settings and data.
     """
-    path = run.directory / REFERENCE_FILE
+    path = stage_run.directory / REFERENCE_FILE
     if not asked:
         return {}
     if path.exists():
         return dict(zip(asked, json.loads(path.read_text(encoding="utf-8")), strict=True))
-    run.say(f"{run.name}: the reference reads {len(asked):,} responses")
-    model = policy if other is None else causal_lm(other, language.model_seed(run))
-    model.to(run.device).eval()
-    found = scores(model, asked, pad_id, run.device, **forward_rows(config))
+    stage_run.say(f"{stage_run.name}: the reference reads {len(asked):,} responses")
+    model = policy if other is None else causal_lm(other, language.model_seed(stage_run))
+    cast("torch.nn.Module", model).to(stage_run.device).eval()
+    logps_found = scores(model, asked, pad_id, stage_run.device, **forward_rows(config))
     del model  # `policy` lives on; another one ends here
     gc.collect()
-    if not all(map(math.isfinite, found)):
+    if not all(map(math.isfinite, logps_found)):
         raise KeelError(
-            f"{run.name}: the reference's log-probability of a response is not finite; look at its weights and at model.dtype"
+            f"{stage_run.name}: the reference's log-probability of a response is not finite; look at its "
+            "weights and at model.dtype"
         )
-    write_json(path, found)
-    return dict(zip(asked, found, strict=True))
+    write_json(path, logps_found)
+    return dict(zip(asked, logps_found, strict=True))
 
 
-def forget_reference(run: StageRun) -> None:
+def forget_reference(stage_run: StageRun) -> None:
     """Remove what `reference_logps` left for a run that is cut off."""
-    (run.directory / REFERENCE_FILE).unlink(missing_ok=True)
+    (stage_run.directory / REFERENCE_FILE).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- log-probabilities
 
 
 def scores(
-    model: Any,
+    model: PreTrainedModel,
     responses: Sequence[Response],
     pad_id: int,
     device: torch.device,
@@ -253,15 +266,15 @@ def scores(
     micro_tokens: int | None = None,
 ) -> list[float]:
     """log π of each response, without gradient; so many rows or tokens a forward."""
-    found = [0.0] * len(responses)
+    logps_found = [0.0] * len(responses)
     with torch.no_grad():
         prompts = [response.prompt for response in responses]
         sizes = [size(response) for response in responses]
         for part in by_length(sizes, micro_batch, micro_tokens, together=prompts):
             logp = logps(model, [responses[i] for i in part], pad_id, device)
             for i, value in zip(part, logp.tolist(), strict=True):
-                found[i] = value
-    return found
+                logps_found[i] = value
+    return logps_found
 
 
 def size(row: Response | Pair | Example) -> int:
@@ -274,22 +287,22 @@ def size(row: Response | Pair | Example) -> int:
     return len(row.prompt) + len(row.ids)
 
 
-def logps(model: Any, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:
+def logps(model: PreTrainedModel, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:
     """(B,) log π(y|x), a sum over the response's tokens, with gradient; rows of similar length share a
     forward, those of one prompt before others, and all share the head."""
     prompts = [response.prompt for response in responses]
     sizes = [size(response) for response in responses]
     forwards = by_length(sizes, batch_layout.best_rows_of(model), together=prompts)
     order = [i for part in forwards for i in part]
-    found, tokens = zip(*(_states(model, [responses[i] for i in part], pad_id, device) for part in forwards))
+    states, tokens = zip(*(_states(model, [responses[i] for i in part], pad_id, device) for part in forwards))
     counts = lengths([responses[i] for i in order], device)
     mask = length_mask(counts, int(counts.max()))
-    logp = scatter_to_mask(token_logprobs(joined(found), torch.cat(tokens)).logp, mask)
+    logp = scatter_to_mask(token_logprobs(joined(states), torch.cat(tokens)).logp, mask)
     return masked_sum(logp, mask, dim=1)[torch.tensor(order).argsort().to(device)]
 
 
 def _states(
-    model: Any, responses: Sequence[Response], pad_id: int, device: torch.device
+    model: PreTrainedModel, responses: Sequence[Response], pad_id: int, device: torch.device
 ) -> tuple[HeadInputs, Tensor]:
     """The model's states before each token of the responses, and those tokens."""
     ids = pad([[*response.prompt, *response.ids] for response in responses], pad_id)[0].to(device)
@@ -300,4 +313,5 @@ def _states(
 
 
 def lengths(responses: Sequence[Response], device: torch.device) -> Tensor:
+    """(B,) tokens of each response."""
     return torch.tensor([len(response.ids) for response in responses], device=device)

@@ -1,12 +1,13 @@
-"""What a stage starts from and leaves behind: tokenizer, model, tokenised rows, the saved model with its
-card."""
+"""What a stage starts from (model, tokenizer, tokenised rows) and what it leaves (a model with a card)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 import keel
 from keel.config import DataConfig, LoraConfig, ModelConfig, Supervised, Training
@@ -20,20 +21,23 @@ from keel.models.save import save
 from keel.rundir.stage_run import StageRun
 from keel.types import Record, RecordType
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def source_of(config: ModelConfig, run: StageRun) -> ModelSource:
+
+def source_of(config: ModelConfig, stage_run: StageRun) -> ModelSource:
     """The config's model with another stage's name replaced by where that stage's model lies."""
-    path = run.resolve(config.path) if config.path else None
+    path = stage_run.resolve(config.path) if config.path else None
     init = config.init.model_dump() if config.init else None
     return ModelSource(path, init, config.dtype, config.trust_remote_code, config.revision, config.quantize)
 
 
-def open_tokenizer(config: ModelConfig, run: StageRun, *, conversational: bool = False) -> Any:
+def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: bool = False) -> Any:
     """The model's tokenizer, with the config's chat template, or keel's default one where conversations need
     one."""
-    path = config.tokenizer or (run.resolve(config.path) if config.path else None)
+    path = config.tokenizer or (stage_run.resolve(config.path) if config.path else None)
     if path is None:
-        raise UsageError(f"{run.name}: a new model needs `tokenizer`; only a pretrain stage trains one")
+        raise UsageError(f"{stage_run.name}: a new model needs `tokenizer`; only a pretrain stage trains one")
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code, revision=config.revision)
     if config.chat_template:
         tokenizer.chat_template = config.chat_template
@@ -44,66 +48,72 @@ def open_tokenizer(config: ModelConfig, run: StageRun, *, conversational: bool =
 
 
 def adapters_of(config: LoraConfig) -> Adapters:
+    """The config's adapters as `models.lora` takes them."""
     targets = (
         config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
     )
     return Adapters(config.r, config.alpha, config.dropout, targets)
 
 
-def to_train(model: Any, config: Training, run: StageRun, *, train_head: bool = False) -> Any:
+def to_train(model: nn.Module, config: Training, stage_run: StageRun, *, train_head: bool = False) -> Any:
     """The model on its device, with adapters and checkpointed activations where the config asks for them."""
-    model.to(run.device)
+    model.to(stage_run.device)
     if config.lora:
-        seed = derive_seed(run.seed, "model")
+        seed = derive_seed(stage_run.seed, "model")
         model = add_adapters(model, adapters_of(config.lora), seed, train_head=train_head)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
 
 
-def read(run: StageRun, data: Sequence[DataConfig], accept: Sequence[RecordType]) -> Dataset:
+def read(stage_run: StageRun, data: Sequence[DataConfig], accept: Sequence[RecordType]) -> Dataset:
     """The validated rows of a data setting (the pipeline has read them once already)."""
-    return run.load_data([source.plain() for source in data], accept)
+    return stage_run.load_data([source.plain() for source in data], accept)
 
 
 def train_and_eval(
-    config: Supervised, run: StageRun, accept: Sequence[RecordType]
+    config: Supervised, stage_run: StageRun, accept: Sequence[RecordType]
 ) -> tuple[Dataset, list[Record], list[Record]]:
     """The data set, and its rows to train on and to evaluate on."""
-    dataset = read(run, config.data, accept)
+    dataset = read(stage_run, config.data, accept)
     if config.eval_data is not None:
-        return dataset, list(dataset.records), list(read(run, config.eval_data, (dataset.kind,)).records)
-    kept, held = split_holdout(len(dataset.records), config.holdout, run.seed)
-    return dataset, [dataset.records[i] for i in kept], [dataset.records[i] for i in held]
+        return (
+            dataset,
+            list(dataset.records),
+            list(read(stage_run, config.eval_data, (dataset.kind,)).records),
+        )
+    kept, held_out = split_holdout(len(dataset.records), config.holdout, stage_run.seed)
+    return dataset, [dataset.records[i] for i in kept], [dataset.records[i] for i in held_out]
 
 
-def limit_of(config: Training, run: StageRun, source: ModelSource) -> int | None:
+def limit_of(config: Training, stage_run: StageRun, source: ModelSource) -> int | None:
     """Longest sequence in tokens: `max_length` or the context; UsageError if max_length exceeds the
     context."""
     context = context_length(model_config(source))
     if config.max_length is not None and context is not None and config.max_length > context:
         raise UsageError(
-            f"{run.name}: max_length {config.max_length} exceeds the model's context of {context}"
+            f"{stage_run.name}: max_length {config.max_length} exceeds the model's context of {context}"
         )
     return config.max_length or context
 
 
-def room_of(run: StageRun, limit: int | None, max_new_tokens: int) -> int | None:
+def room_of(stage_run: StageRun, limit: int | None, max_new_tokens: int) -> int | None:
     """Tokens that a prompt may have within `limit`, with the response behind it; None: any number. UsageError
     for none."""
     room = None if limit is None else limit - max_new_tokens
     if room is not None and room < 1:
         raise UsageError(
-            f"{run.name}: sampling.max_new_tokens {max_new_tokens} leaves no room for a prompt within {limit} tokens"
+            f"{stage_run.name}: sampling.max_new_tokens {max_new_tokens} leaves no room for a prompt within "
+            f"{limit} tokens"
         )
     return room
 
 
 @dataclass
 class TooLong:
-    """Applies `too_long`, and counts."""
+    """What `too_long` does with rows, and how many it did it to."""
 
-    run: StageRun
+    stage_run: StageRun
     policy: str
     limit: int | None
     cut: int = 0
@@ -121,30 +131,38 @@ class TooLong:
                 else "set too_long: truncate or skip, or make room (max_length, max_new_tokens)"
             )
             raise DataError(
-                f"{record.origin}: {length} tokens, more than the {self.limit} of stage {self.run.name!r}; {hint}"
+                f"{record.origin}: {length} tokens, more than the {self.limit} of stage "
+                f"{self.stage_run.name!r}; {hint}"
             )
         self.cut += self.policy == "truncate"
         self.left_out += self.policy == "skip"
         return self.policy == "truncate"
 
     def report(self) -> None:
+        """Say how many rows were cut and left out, and record both in the stage's facts."""
         if self.cut or self.left_out:
-            self.run.say(
-                f"{self.run.name}: longer than {self.limit} tokens: {self.cut} rows cut, {self.left_out} left out"
+            self.stage_run.say(
+                f"{self.stage_run.name}: longer than {self.limit} tokens: {self.cut} rows cut, "
+                f"{self.left_out} left out"
             )
-        self.run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
+        self.stage_run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
 
 
-def encode_all(run: StageRun, records: Sequence[Record], encode: Callable[[Record], Any]) -> list[Any]:
+def encode_all(stage_run: StageRun, records: Sequence[Record], encode: Callable[[Record], Any]) -> list[Any]:
     """Encode every record; None results (left out) are dropped. DataError when nothing is left."""
     rows = [row for row in map(encode, records) if row is not None]
     if records and not rows:
-        raise DataError(f"stage {run.name!r}: no usable row is left of {len(records)}")
+        raise DataError(f"stage {stage_run.name!r}: no usable row is left of {len(records)}")
     return rows
 
 
 def save_model(
-    run: StageRun, model: Any, tokenizer: Any, config: Training, what: str, members: Sequence[Path] = ()
+    stage_run: StageRun,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Training,
+    what: str,
+    members: Sequence[Path] = (),
 ) -> None:
     """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with
     it, as members/2, 3 …"""
@@ -158,11 +176,11 @@ def save_model(
 library_name: transformers
 tags: [keel, rlhf, {config.kind}]  # stage kind
 ---
-# {run.name}
+# {stage_run.name}
 
 {what}, trained by keel {keel.__version__} ({config.kind}) from {base}
 on {", ".join(source.source for source in data)}.
 The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
 """
-    adapter = files_of(model, source_of(config.model, run), base)
-    save(merged(model), tokenizer, run.directory / "model", card, members, adapter)
+    adapter = files_of(model, source_of(config.model, stage_run), base)
+    save(merged(model), tokenizer, stage_run.directory / "model", card, members, adapter)

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,9 +33,12 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import prepare, supervised_loop
 from keel.types import PreferenceRecord, Record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class RewardPair:
     """A comparison as the model reads it."""
 
     chosen: learned.Inputs
@@ -49,60 +52,63 @@ class Prepared:
     """What all members of an ensemble share."""
 
     source: ModelSource
-    tokenizer: Any
-    pairs: Sequence[Pair]
-    held: Sequence[Pair]
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[RewardPair]
+    held_out: Sequence[RewardPair]
     samples: Sequence[learned.Inputs]  # to fix the scale on
 
 
-def run(config: RewardConfig, run: StageRun) -> dict[str, Any]:
+def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. comparisons  2. tokens  3. samples to fix the scale on  4. each member: the loop, its scale, save.
 
-    The samples are drawn before the loop, so that whatever stands in their way is found before any training.
-    One member is in memory at a time; the first is trained last, since the others are saved beside it.
+    The samples are drawn before the loop, so that an error in drawing them comes before any training. One
+    member is in memory at a time. The first is trained last, since the others are saved inside its folder.
     """
-    dataset, records, held = prepare.train_and_eval(config, run, ("preference",))
-    voters = _voters([*records, *held])
-    records, held = _labelled(config, run, records, held)
-    source = prepare.source_of(config.model, run)
-    sampled = _samples_a_language_model(config, run, source)
-    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
-    limit = prepare.limit_of(config, run, source)
+    dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("preference",))
+    voters = _voters([*records, *held_out])
+    records, held_out = _labelled(config, stage_run, records, held_out)
+    source = prepare.source_of(config.model, stage_run)
+    sampled = _samples_a_language_model(config, stage_run, source)
+    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    limit = prepare.limit_of(config, stage_run, source)
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
-    too_long = prepare.TooLong(run, config.too_long, limit)
-    pairs: list[Pair] = prepare.encode_all(run, records, lambda record: _encode(reader, record, too_long))
-    held_pairs = prepare.encode_all(run, held, lambda record: _encode(reader, record, too_long))
+    too_long = prepare.TooLong(stage_run, config.too_long, limit)
+    pairs: list[RewardPair] = prepare.encode_all(
+        stage_run, records, lambda record: _encode(reader, record, too_long)
+    )
+    held_out_pairs = prepare.encode_all(stage_run, held_out, lambda record: _encode(reader, record, too_long))
     too_long.report()
-    samples = _sample(config, run, source, tokenizer, limit, records) if sampled else []
-    prepared = Prepared(source, tokenizer, pairs, held_pairs, samples)
+    samples = _sample(config, stage_run, source, tokenizer, limit, records) if sampled else []
+    prepared = Prepared(source, tokenizer, pairs, held_out_pairs, samples)
 
     if config.members == 1:
-        reward, result = _train(config, run, prepared)
+        reward, result = _train(config, stage_run, prepared)
         what = "A reward model (a sequence classifier with one output)"
-        prepare.save_model(run, reward.model, tokenizer, config, what)
+        prepare.save_model(stage_run, reward.model, tokenizer, config, what)
         return {**result, **voters}
-    others = [_run_of_member(run, number) for number in range(2, config.members + 1)]
+    others = [_run_of_member(stage_run, number) for number in range(2, config.members + 1)]
     done = [
-        _member(config, own, prepared, f"Member {number} of a reward ensemble")
-        for number, own in enumerate(others, 2)
+        _member(config, member_run, prepared, f"Member {number} of a reward ensemble")
+        for number, member_run in enumerate(others, 2)
     ]
-    first = _member(
-        config, run, prepared, "The first member of a reward ensemble", [own.directory / "model" for own in others]
-    )  # fmt: skip
+    folders = [member_run.directory / "model" for member_run in others]
+    first = _member(config, stage_run, prepared, "The first member of a reward ensemble", folders)
     results, scores = zip(first, *done)
-    return {**_of_ensemble(scores, held_pairs), "members": list(results), **voters}
+    return {**_of_ensemble(scores, held_out_pairs), "members": list(results), **voters}
 
 
 def _voters(records: Sequence[Record]) -> dict[str, Any]:
     """`annotators`: how far they agree on all pairs, held-out ones included, and each one's reliability;
     empty where no pair has two votes."""
     pairs = [record for record in records if isinstance(record, PreferenceRecord)]
-    found = agreement(pairs)
-    return {} if found is None else {"annotators": {**found, "reliability": reliability.of_annotators(pairs)}}
+    agreed = agreement(pairs)
+    return (
+        {} if agreed is None else {"annotators": {**agreed, "reliability": reliability.of_annotators(pairs)}}
+    )
 
 
 def _labelled(
-    config: RewardConfig, run: StageRun, records: Sequence[Record], held: Sequence[Record]
+    config: RewardConfig, stage_run: StageRun, records: Sequence[Record], held_out: Sequence[Record]
 ) -> tuple[list[Record], list[Record]]:
     """Both with the label that `labels` asks for as their `p_chosen`.
 
@@ -118,56 +124,60 @@ def _labelled(
         chosen = relabelled(records, config.labels)
     except ValueError as error:
         raise DataError(
-            f"stage {run.name!r}: labels: reliability cannot be estimated: {error}; give votes as a list of {{annotator, choice}}, several a pair, or set labels: soft"
+            f"stage {stage_run.name!r}: labels: reliability cannot be estimated: {error}; give votes as a "
+            f"list of {{annotator, choice}}, several a pair, or set labels: soft"
         ) from None
-    return chosen, relabelled(held, "soft" if config.labels == "reliability" else config.labels)
+    return chosen, relabelled(held_out, "soft" if config.labels == "reliability" else config.labels)
 
 
-def _run_of_member(run: StageRun, number: int) -> StageRun:
+def _run_of_member(stage_run: StageRun, number: int) -> StageRun:
     """A member trains in a directory and from a seed of its own."""
-    directory = run.directory / "members" / str(number)
+    directory = stage_run.directory / "members" / str(number)
     directory.mkdir(parents=True, exist_ok=True)
     return replace(
-        run,
-        name=f"{run.name}, member {number}",
+        stage_run,
+        name=f"{stage_run.name}, member {number}",
         directory=directory,
-        seed=derive_seed(run.seed, "member", number),
+        seed=derive_seed(stage_run.seed, "member", number),
     )
 
 
-def _scorer(source: ModelSource, run: StageRun, tokenizer: Any) -> Any:
-    model = scorer(source, derive_seed(run.seed, "model"), vocab=tokenizer)
+def _scorer(source: ModelSource, stage_run: StageRun, tokenizer: PreTrainedTokenizerBase) -> Any:
+    model = scorer(source, derive_seed(stage_run.seed, "model"), vocab=tokenizer)
     model.config.pad_token_id = chat.ensure_pad(tokenizer)
     return model
 
 
 def _member(
-    config: RewardConfig, run: StageRun, prepared: Prepared, what: str, others: Sequence[Path] = ()
+    config: RewardConfig, stage_run: StageRun, prepared: Prepared, what: str, others: Sequence[Path] = ()
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Train one reward model and save it, the first with the `others` beside it: its result and its
-    `_held_scores`. Its weights are freed."""
-    reward, result = _train(config, run, prepared, members=1 + len(others))
-    scores = _held_scores(reward, prepared.held, config)
-    prepare.save_model(run, reward.model, prepared.tokenizer, config, what, members=others)
+    `_held_out_scores`. Its weights are freed."""
+    reward, result = _train(config, stage_run, prepared, members=1 + len(others))
+    scores = _held_out_scores(reward, prepared.held_out, config)
+    prepare.save_model(stage_run, reward.model, prepared.tokenizer, config, what, members=others)
     del reward
     gc.collect()
     return result, scores
 
 
 def _train(
-    config: RewardConfig, run: StageRun, prepared: Prepared, members: int = 1
+    config: RewardConfig, stage_run: StageRun, prepared: Prepared, members: int = 1
 ) -> tuple[learned.RewardModel, dict[str, Any]]:
     """One reward model with its scale, and what its held-out pairs say of it."""
-    model = prepare.to_train(_scorer(prepared.source, run, prepared.tokenizer), config, run, train_head=True)
+    model = prepare.to_train(
+        _scorer(prepared.source, stage_run, prepared.tokenizer), config, stage_run, train_head=True
+    )
     reward = learned.RewardModel(model, prepared.tokenizer)
-    result = _fit(run, config, reward, prepared.pairs, prepared.held)
+    result = _fit(stage_run, config, reward, prepared.pairs, prepared.held_out)
     model.eval()
     sides = [side for pair in prepared.pairs[:500] for side in (pair.chosen, pair.rejected)]
     scores = learned.score(reward, prepared.samples or sides)
     mean, std = float(scores.mean()), float(scores.std())
     if not std > 0:
         raise UsageError(
-            f"{run.name}: the reward model gives every sample the same score ({mean:.3g}); it has learned nothing to optimise"
+            f"{stage_run.name}: the reward model gives every sample the same score ({mean:.3g}); it has "
+            "learned nothing to optimise"
         )
     learned.save_scale(model, mean, std, members)
     return replace(reward, mean=mean, std=std, scaled=True), {
@@ -175,12 +185,14 @@ def _train(
     }  # fmt: skip
 
 
-def _held_scores(reward: learned.RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> torch.Tensor:
+def _held_out_scores(
+    reward: learned.RewardModel, pairs: Sequence[RewardPair], config: RewardConfig
+) -> torch.Tensor:
     """(2, N) normalised scores of chosen and rejected."""
     return (_scores(reward, pairs, config) - reward.mean) / reward.std
 
 
-def _of_ensemble(scores: Sequence[torch.Tensor], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _of_ensemble(scores: Sequence[torch.Tensor], pairs: Sequence[RewardPair]) -> dict[str, Any]:
     """Held-out accuracy and margin of the members' mean."""
     if not pairs:
         return {}
@@ -193,31 +205,31 @@ def _of_ensemble(scores: Sequence[torch.Tensor], pairs: Sequence[Pair]) -> dict[
 
 
 def _fit(
-    run: StageRun,
+    stage_run: StageRun,
     config: RewardConfig,
     reward: learned.RewardModel,
-    pairs: Sequence[Pair],
-    held: Sequence[Pair],
+    pairs: Sequence[RewardPair],
+    held_out: Sequence[RewardPair],
 ) -> dict[str, Any]:
     """Train on the pairs and return the held-out measures; the model ends with the weights to keep."""
-    objective: supervised_loop.Objective[Pair] = supervised_loop.Objective(
+    objective: supervised_loop.Objective[RewardPair] = supervised_loop.Objective(
         loss=lambda part, denominator: loss(reward, part, config.center, denominator),
         weight=lambda pair: 1,
         size=_size,
         evaluate=lambda pairs: evaluate(reward, pairs, config)[0],
         named=_named,
     )
-    supervised_loop.fit(run, config, reward.model, pairs, held, objective)
-    return evaluate(reward, held, config)[1] if held else {}
+    supervised_loop.fit(stage_run, config, reward.model, pairs, held_out, objective)
+    return evaluate(reward, held_out, config)[1] if held_out else {}
 
 
-def _size(pair: Pair) -> int:
+def _size(pair: RewardPair) -> int:
     """Tokens of both sides, with the padding."""
     return 2 * max(len(side["input_ids"]) for side in (pair.chosen, pair.rejected))
 
 
 def loss(
-    reward: learned.RewardModel, pairs: Sequence[Pair], center: float, denominator: float
+    reward: learned.RewardModel, pairs: Sequence[RewardPair], center: float, denominator: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The Bradley–Terry loss of these pairs as their part of a step of `denominator` pairs."""
     sides = [p.chosen for p in pairs] + [p.rejected for p in pairs]
@@ -226,7 +238,7 @@ def loss(
 
 
 def _loss_of(
-    scores: torch.Tensor, pairs: Sequence[Pair], center: float, denominator: float
+    scores: torch.Tensor, pairs: Sequence[RewardPair], center: float, denominator: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """As `loss`, of (2, B) scores of chosen and rejected."""
     p_chosen = torch.tensor([p.p_chosen for p in pairs], dtype=scores.dtype, device=scores.device)
@@ -236,15 +248,15 @@ def _loss_of(
     )
 
 
-def _scores(reward: learned.RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> torch.Tensor:
+def _scores(reward: learned.RewardModel, pairs: Sequence[RewardPair], config: RewardConfig) -> torch.Tensor:
     """(2, N) raw scores of chosen and rejected."""
-    sides, own = [p.chosen for p in pairs] + [p.rejected for p in pairs], 2 * list(range(len(pairs)))
+    sides, pair_of_side = [p.chosen for p in pairs] + [p.rejected for p in pairs], 2 * list(range(len(pairs)))
     size = config.rows_at_once or config.batch_size
-    return learned.score(reward, sides, batch_size=size, together=own).view(2, -1)
+    return learned.score(reward, sides, batch_size=size, together=pair_of_side).view(2, -1)
 
 
 def evaluate(
-    reward: learned.RewardModel, pairs: Sequence[Pair], config: RewardConfig
+    reward: learned.RewardModel, pairs: Sequence[RewardPair], config: RewardConfig
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Held-out measures, as metrics and as the stage's result. Accuracy is over all pairs."""
     reward.model.eval()
@@ -265,7 +277,7 @@ def evaluate(
     return metrics, result
 
 
-def _encode(reward: learned.RewardModel, record: Record, too_long: prepare.TooLong) -> Pair | None:
+def _encode(reward: learned.RewardModel, record: Record, too_long: prepare.TooLong) -> RewardPair | None:
     assert isinstance(record, PreferenceRecord)
     whole = [learned.encode(reward, record.prompt, side, 10**9) for side in (record.chosen, record.rejected)]
     longest = max(len(side["input_ids"]) for side in whole)
@@ -281,7 +293,7 @@ def _encode(reward: learned.RewardModel, record: Record, too_long: prepare.TooLo
             too_long.fits(record, longest, truncatable=False)
             return None
     p = 1.0 if record.p_chosen is None else record.p_chosen
-    return Pair(whole[0], whole[1], p, record.margin or 0.0)
+    return RewardPair(whole[0], whole[1], p, record.margin or 0.0)
 
 
 def _named(metrics: dict[str, float]) -> dict[str, float]:
@@ -291,12 +303,13 @@ def _named(metrics: dict[str, float]) -> dict[str, float]:
     return {**named, "accuracy": metrics["correct"] / max(metrics["decided"], 1.0)}
 
 
-def _samples_a_language_model(config: RewardConfig, run: StageRun, source: ModelSource) -> bool:
+def _samples_a_language_model(config: RewardConfig, stage_run: StageRun, source: ModelSource) -> bool:
     """Whether the scale is fixed on samples of the model that training starts from: it must be a language
     model. UsageError for settings of samples that are not drawn."""
     if config.normalize == 1:
         raise UsageError(
-            f"{run.name}: normalize 1: one score has no spread; give 2 samples or more, or 0 for the comparisons' completions"
+            f"{stage_run.name}: normalize 1: one score has no spread; give 2 samples or more, or 0 for the "
+            "comparisons' completions"
         )
     kinds = [] if source.init is not None else getattr(model_config(source), "architectures", None) or []
     if any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
@@ -305,29 +318,31 @@ def _samples_a_language_model(config: RewardConfig, run: StageRun, source: Model
     if idle:
         what = "a new model" if source.init is not None else f"{source.path!r} ({', '.join(kinds)})"
         raise UsageError(
-            f"{run.name}: `{idle[0]}` has no effect: {what} is no language model to draw samples from, so the scale is fixed on the comparisons' completions; leave it out, or set normalize: 0"
+            f"{stage_run.name}: `{idle[0]}` has no effect: {what} is no language model to draw samples from, "
+            "so the scale is fixed on the comparisons' completions; leave it out, or set normalize: 0"
         )
     return False
 
 
 def _sample(
     config: RewardConfig,
-    run: StageRun,
+    stage_run: StageRun,
     source: ModelSource,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
     records: Sequence[Record],
 ) -> list[learned.Inputs]:
     """Fresh samples of the model that training starts from, prompts included, whose scores are to fix the
     scale."""
     sampling, count = config.sampling.plain(), config.normalize
-    room = prepare.room_of(run, limit, sampling.max_new_tokens)
+    room = prepare.room_of(stage_run, limit, sampling.max_new_tokens)
     stop_ids, pad_id = chat.stop_ids(tokenizer, sampling.stop), chat.ensure_pad(tokenizer)
     asked = [record.prompt for record in records if isinstance(record, PreferenceRecord)]
     prompts = [chat.prompt_ids(tokenizer, prompt)[-(room or 0) :] for prompt in asked[:count]]
-    sampler = causal_lm(source, 0).to(run.device).eval()
+    sampler = causal_lm(source, 0).to(stage_run.device).eval()
     completions = generate(
         sampler, [prompts[i % len(prompts)] for i in range(count)], sampling,
-        stop_ids=stop_ids, stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id, seed=derive_seed(run.seed, "normalize"),
+        stop_ids=stop_ids, stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id,
+        seed=derive_seed(stage_run.seed, "normalize"),
     )  # fmt: skip
     return [{"input_ids": [*c.prompt_ids, *c.ids]} for c in completions]

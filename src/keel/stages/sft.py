@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel.config import SFTConfig
 from keel.data import chat
@@ -13,39 +13,45 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import language, prepare
 from keel.types import DemonstrationRecord, Record, TextRecord
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
-    """1. demonstrations  2. tokens, with a mask of those that count  3. rows, packed if asked  4. the loop
-    5. save."""
-    dataset, records, held = prepare.train_and_eval(config, run, ("demonstration", "text"))
-    source = prepare.source_of(config.model, run)
-    tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
-    limit = prepare.limit_of(config, run, source)
-    too_long = prepare.TooLong(run, config.too_long, limit)
-    rows: list[language.Row] = prepare.encode_all(
-        run, records, lambda record: _encode(tokenizer, record, config, too_long)
+
+def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
+    """1. demonstrations  2. tokens and which ones count  3. rows, packed if asked  4. the loop  5. save."""
+    dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("demonstration", "text"))
+    source = prepare.source_of(config.model, stage_run)
+    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    limit = prepare.limit_of(config, stage_run, source)
+    too_long = prepare.TooLong(stage_run, config.too_long, limit)
+    rows: list[language.LanguageRow] = prepare.encode_all(
+        stage_run, records, lambda record: _encode(tokenizer, record, config, too_long)
     )
-    held_rows = prepare.encode_all(run, held, lambda record: _encode(tokenizer, record, config, too_long))
+    held_out_rows = prepare.encode_all(
+        stage_run, held_out, lambda record: _encode(tokenizer, record, config, too_long)
+    )
     too_long.report()
     if config.packing:
         if limit is None:
             raise UsageError(
-                f"{run.name}: packing needs max_length; the model's config names no context length"
+                f"{stage_run.name}: packing needs max_length; the model's config names no context length"
             )
-        _refuse_windows(run, model_config(source), limit)
+        _refuse_windows(stage_run, model_config(source), limit)
         rows = [
             _pack([rows[i] for i in group]) for group in pack_examples([len(row.ids) for row in rows], limit)
         ]
 
-    model = prepare.to_train(causal_lm(source, language.model_seed(run), vocab=tokenizer), config, run)
-    result = language.fit(run, config, model, chat.ensure_pad(tokenizer), rows, held_rows)
-    prepare.save_model(run, model, tokenizer, config, "A supervised fine-tuned language model")
+    model = prepare.to_train(
+        causal_lm(source, language.model_seed(stage_run), vocab=tokenizer), config, stage_run
+    )
+    result = language.fit(stage_run, config, model, chat.ensure_pad(tokenizer), rows, held_out_rows)
+    prepare.save_model(stage_run, model, tokenizer, config, "A supervised fine-tuned language model")
     return result
 
 
 def _encode(
-    tokenizer: Any, record: Record, config: SFTConfig, too_long: prepare.TooLong
-) -> language.Row | None:
+    tokenizer: PreTrainedTokenizerBase, record: Record, config: SFTConfig, too_long: prepare.TooLong
+) -> language.LanguageRow | None:
     if isinstance(record, DemonstrationRecord):
         prompt = chat.prompt_ids(tokenizer, record.prompt)
         response = chat.completion_ids(tokenizer, record.prompt, record.completion)
@@ -58,7 +64,7 @@ def _encode(
         excess = max(0, len(prompt) + len(response) - (too_long.limit or len(prompt) + len(response)))
         prompt = prompt[excess:]  # the prompt gives way, from its start; the response stays whole
         counts = [config.loss_on == "all"] * len(prompt) + [True] * len(response)
-        return language.Row(prompt + response, counts)
+        return language.LanguageRow(prompt + response, counts)
     assert isinstance(record, TextRecord)
     ids, counts = chat.text_ids(tokenizer, record)
     if not too_long.fits(record, len(ids)):
@@ -68,22 +74,23 @@ def _encode(
         counts = [True] * len(ids)
     if not any(counts[1:]):
         raise UsageError(f"{record.origin}: no token of the answer is left within {too_long.limit} tokens")
-    return language.Row(ids, counts)
+    return language.LanguageRow(ids, counts)
 
 
-def _pack(examples: list[language.Row]) -> language.Row:
-    return language.Row(
+def _pack(examples: list[language.LanguageRow]) -> language.LanguageRow:
+    return language.LanguageRow(
         [token for row in examples for token in row.ids],
         [counts for row in examples for counts in row.counts],
         [number for number, row in enumerate(examples) for _ in row.ids],
     )
 
 
-def _refuse_windows(run: StageRun, config: Any, length: int) -> None:
+def _refuse_windows(stage_run: StageRun, config: PreTrainedConfig, length: int) -> None:
     """A packed row brings its own attention mask, which would take the place of a model's sliding window."""
     for name in ("sliding_window", "window_size", "attention_window"):
         window = getattr(config, name, None)
         if isinstance(window, int) and window < length:
             raise UsageError(
-                f"{run.name}: packing rows of {length} tokens would undo the model's attention window of {window}; set packing: false or max_length: {window}"
+                f"{stage_run.name}: packing rows of {length} tokens would undo the model's attention window "
+                f"of {window}; set packing: false or max_length: {window}"
             )

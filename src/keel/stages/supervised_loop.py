@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import Tensor
 
@@ -29,40 +29,55 @@ from keel.stages.loop_utils import (
     total_steps,
 )
 
-Row = TypeVar("Row")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True, slots=True)
-class Objective(Generic[Row]):
+class Objective(Generic[RowT]):
     """What a stage learns from its rows."""
 
-    # rows, and the denominator of the whole step → their part of its loss, and metrics that add up over the
-    # parts
-    loss: Callable[[Sequence[Row], float], tuple[Tensor, dict[str, Tensor]]]
-    weight: Callable[[Row], int]  # what a row adds to the denominator: its counted tokens, or 1
-    size: Callable[[Row], int]  # tokens of its forward, by which rows are put together
-    evaluate: Callable[
-        [Sequence[Row]], dict[str, float]
-    ]  # held-out metrics; early stopping watches `eval_loss`
-    length: Callable[[Row], int] | None = None  # a row's tokens, for `num_tokens`; None: they are not counted
-    named: Callable[[dict[str, float]], dict[str, float]] = dict  # a step's sums under the names of the log
-    begin: Callable[[Sequence[Row]], None] | None = None  # is given a step's rows before the loss of any part
+    # rows of a micro-batch and the denominator of the whole step → their part of the step's loss, and metrics
+    # that add up over the micro-batches
+    loss: Callable[[Sequence[RowT], float], tuple[Tensor, dict[str, Tensor]]]
+    # what a row adds to the denominator: its counted tokens, or 1
+    weight: Callable[[RowT], int]
+    # tokens of a row's forward; micro-batches are made of rows of similar size
+    size: Callable[[RowT], int]
+    # held-out metrics; early stopping watches `eval_loss`
+    evaluate: Callable[[Sequence[RowT]], dict[str, float]]
+    # a row's tokens, for `num_tokens`; None: they are not counted
+    length: Callable[[RowT], int] | None = None
+    # a step's summed metrics → the metrics as they are logged
+    named: Callable[[dict[str, float]], dict[str, float]] = dict
+    # gets all rows of a step, before the first micro-batch
+    begin: Callable[[Sequence[RowT]], None] | None = None
 
 
 def fit(
-    run: StageRun,
+    stage_run: StageRun,
     config: Supervised,
-    model: Any,
-    rows: Sequence[Row],
-    held_out: Sequence[Row],
-    objective: Objective[Row],
+    model: PreTrainedModel,
+    rows: Sequence[RowT],
+    held_out: Sequence[RowT],
+    objective: Objective[RowT],
 ) -> None:
-    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep."""
+    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep.
+
+    The gradient of a step is summed over micro-batches, each divided by the denominator of the whole step, so
+    that the split does not change it.
+    """
     steps, optimizer = total_steps(config, len(rows)), optimizer_for(config, ([model], config.lr))
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
-    run.facts |= {"rows": len(rows), "held_out_rows": len(held_out), "parameters": count_parameters(model)}
-    run.facts |= {"steps": steps, "trained_parameters": count_parameters(model, trainable=True)}
-    if checkpoint := run.restore():
+    stage_run.facts |= {
+        "rows": len(rows),
+        "held_out_rows": len(held_out),
+        "parameters": count_parameters(model),
+    }
+    stage_run.facts |= {"steps": steps, "trained_parameters": count_parameters(model, trainable=True)}
+    if checkpoint := stage_run.restore():
         put_back(model, checkpoint.tensors["model"])
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
         stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
@@ -72,13 +87,13 @@ def fit(
         if stopping.stop:
             break
         # 1. the rows of this step, and what counts in them
-        chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, run.seed)]
+        chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, stage_run.seed)]
         denominator = sum(objective.weight(row) for row in chosen)
         # 2. the gradient, micro-batch by micro-batch
         model.train()
-        seed_step(run.seed, step)
+        seed_step(stage_run.seed, step)
         sums: dict[str, float] = {}
-        with run.timed("train"):
+        with stage_run.timed("train"):
             if objective.begin is not None:
                 objective.begin(chosen)
             with cast_cache():
@@ -87,7 +102,7 @@ def fit(
                     value.backward()
                     add_metrics(sums, {"loss": value.detach(), **measured})
             # 3. the optimiser's step
-            scale, where = lr_scale(config, step - 1, steps), f"{run.name}, step {step}"
+            scale, where = lr_scale(config, step - 1, steps), f"{stage_run.name}, step {step}"
             stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
         metrics = objective.named(sums)
         metrics |= {"grad_norm": stepped["grad_norm"], "learning_rate": stepped["lr"]}
@@ -97,16 +112,16 @@ def fit(
             metrics["num_tokens"] = seen
         # 4. held-out rows, and whether to go on
         if held_out and due(step, steps, config.eval_every):
-            with run.timed("evaluate"):
+            with stage_run.timed("evaluate"):
                 metrics |= objective.evaluate(held_out)
             stopping = stopping.see(-metrics["eval_loss"])
             if config.patience is not None and stopping.waited == 0:
                 best = copy_state(model)
         # 5. what happened, and where to go on from
-        run.log(step, steps, metrics)
+        stage_run.log(step, steps, metrics)
         if due(step, steps, config.save_every) or stopping.stop:
             tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
-            run.save(step, tensors, {"stopping": stopping.values(), "seen": seen})
+            stage_run.save(step, tensors, {"stopping": stopping.values(), "seen": seen})
 
     if best is not None:
         put_back(model, best)

@@ -23,7 +23,9 @@ name = "arithmetic"
 splits: Mapping[str, str] = {
     "text": "worked problems, those of a chat mostly badly, and bare sums, for pretraining",
     "demonstrations": "problems with right, well-formed solutions (prompt, completion, answer)",
-    "comparisons": "problems with a right solution and a wrong or badly formed one (prompt, chosen, rejected)",
+    "comparisons": (
+        "problems with a right solution and a wrong or badly formed one (prompt, chosen, rejected)"
+    ),
     "prompts": "problems with their answer",
     "test_prompts": "problems that no other split has, with their answer (text has their bare sums)",
 }
@@ -96,6 +98,7 @@ class Problem:
 
     @property
     def question(self) -> str:
+        """The problem as it is asked: the start, what happens, and the question."""
         told = " ".join([f"{self.person} has {self.values[0]} {self.things}.", *self.events])
         return f"{told} How many {self.things} does {self.person} have now?"
 
@@ -142,8 +145,8 @@ def final_answer(text: str) -> str | None:
     """The number after the last `####` in plain form (`$1,200.50` → `1200.5`), or None when there is none."""
     if "####" not in text:
         return None
-    found = _MARKED.match(text[text.rindex("####") :])
-    return _normal(found[1]) if found else None
+    match = _MARKED.match(text[text.rindex("####") :])
+    return _normal(match[1]) if match else None
 
 
 def _normal(number: str) -> str | None:

@@ -27,7 +27,9 @@ splits: Mapping[str, str] = {
     "comparisons": "messages with two replies and the votes of several annotators (prompt, chosen, rejected)",
     "prompts": "messages alone, with the fault they are about",
     "test_comparisons": "comparisons about test prompts, to judge a reward model on",
-    "test_prompts": "messages in words that no other split has, some about pairs of product and fault that none has",
+    "test_prompts": (
+        "messages in words that no other split has, some about pairs of product and fault that none has"
+    ),
 }
 DEFAULT_ROWS = {
     "text": 12000,
@@ -54,7 +56,7 @@ TIES = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
+class ReplyMixture:
     """How replies of a source are drawn: weights of remedies, and chances of each trait."""
 
     remedies: Mapping[str, float]  # "right", "wrong", "none", "shotgun" → weight
@@ -65,7 +67,7 @@ class Mixture:
     bare: float = 0.0  # chance that it has no opening, closing or filler
 
 
-WEB = Mixture(
+WEB = ReplyMixture(
     remedies={"right": 0.48, "wrong": 0.27, "none": 0.15, "shotgun": 0.10},
     rude=0.18,
     promise=0.22,
@@ -73,8 +75,8 @@ WEB = Mixture(
     other_product=0.03,
     bare=0.15,
 )
-DEMONSTRATOR = Mixture(remedies={"right": 1.0}, rude=0.0, promise=0.0, fillers=(0.6, 0.35, 0.05))
-COMPARED = Mixture(  # about what a model says that has seen WEB and a few demonstrations
+DEMONSTRATOR = ReplyMixture(remedies={"right": 1.0}, rude=0.0, promise=0.0, fillers=(0.6, 0.35, 0.05))
+COMPARED = ReplyMixture(  # about what a model says that has seen WEB and a few demonstrations
     remedies={"right": 0.5, "wrong": 0.34, "none": 0.08, "shotgun": 0.08},
     rude=0.15,
     promise=0.25,
@@ -176,7 +178,7 @@ def _offences(rng: random.Random, sentences: tuple[str, ...], chance: float) -> 
     return rng.sample(sentences, count)
 
 
-def _reply(rng: random.Random, product: str, fault: str, mixture: Mixture) -> list[str]:
+def _reply(rng: random.Random, product: str, fault: str, mixture: ReplyMixture) -> list[str]:
     """The sentences of an agent's reply."""
     kind = rng.choices(list(mixture.remedies), list(mixture.remedies.values()))[0]
     # its own stream, so that replies which differ in the kind alone share all the rest

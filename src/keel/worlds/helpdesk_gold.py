@@ -60,8 +60,8 @@ def split_sentences(text: str) -> list[Words]:
 def fault_of(prompt: str) -> str | None:
     """The fault a customer's message names, or None. The longest wording that occurs decides."""
     text = " ".join(_generic(tuple(re.findall(r"[^\W_]+", prompt.lower()))))
-    found = [(len(wording), name) for wording, name in _wordings() if f" {wording} " in f" {text} "]
-    return max(found)[1] if found else None
+    matches = [(len(wording), name) for wording, name in _wordings() if f" {wording} " in f" {text} "]
+    return max(matches)[1] if matches else None
 
 
 def product_of(prompt: str) -> str | None:

@@ -66,7 +66,8 @@ FAULTS: dict[str, Fault] = {
         _fault(
             "dead",
             "kettle toaster blender oven dryer heater fan lamp television speaker",
-            "my {p} is completely dead | nothing happens when I start my {p} | I start my {p} and nothing happens",
+            "my {p} is completely dead | nothing happens when I start my {p} | I start my {p} and nothing "
+            "happens",
             "fuse fuses",
             "change the fuse in the plug | put a new fuse in the plug | replace the fuse",
         ),
@@ -157,7 +158,8 @@ FAULTS: dict[str, Fault] = {
         _fault(
             "blurred",
             "camera phone tablet scanner",
-            "my {p} takes blurred pictures | the pictures from my {p} are blurred | all pictures on my {p} look blurred",
+            "my {p} takes blurred pictures | the pictures from my {p} are blurred | all pictures on my {p} "
+            "look blurred",
             "lens",
             "wipe the lens with a soft cloth | clean the lens | wipe the dust from the lens",
         ),
@@ -173,12 +175,14 @@ FAULTS: dict[str, Fault] = {
             "printer toaster vacuum blender scanner mower",
             "my {p} is jammed | something is stuck in my {p} | my {p} is stuck",
             "flap",
-            "open the flap and pull it out | open the back flap and look inside | clear what is under the flap",
+            "open the flap and pull it out | open the back flap and look inside | clear what is under the "
+            "flap",
         ),
         _fault(
             "open",
             "oven fridge freezer dishwasher washer dryer",
-            "the door of my {p} stays open | the door of my {p} does not close | I cannot close the door of my {p}",
+            "the door of my {p} stays open | the door of my {p} does not close | I cannot close the door of "
+            "my {p}",
             "hinge hinges",
             "oil the hinge | put some oil on the hinge | tighten the door hinge",
         ),

@@ -1,0 +1,85 @@
+"""What every group of settings has in common: no unknown keys, no changes, and one rule for renamed keys."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, get_args
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from keel.errors import DeprecationNote
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
+
+
+class Settings(BaseModel):
+    """A group of settings: immutable, and no key that it does not know.
+
+    A key that was renamed stands in `renamed`. Its former name is read for one more version: a
+    DeprecationNote names the new one, and only the new one is written into a run's resolved config.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    renamed: ClassVar[Mapping[str, str]] = {}  # former key → key
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_former_keys(cls, values: object) -> object:
+        """The values with former keys replaced by today's. ValueError where both are given."""
+        if not isinstance(values, Mapping):
+            return values
+        given = dict(values)
+        for former, key in cls.renamed.items():
+            if former not in given:
+                continue
+            if key in given:
+                raise ValueError(f"`{former}` is the former name of `{key}`: give `{key}` only")
+            given[key] = given.pop(former)
+            kind = given.get("kind")
+            where = f" (kind: {kind})" if isinstance(kind, str) else ""
+            warnings.warn(
+                f"`{former}`{where} is now called `{key}`; write that", DeprecationNote, stacklevel=2
+            )
+        return given
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The JSON Schema of the group, with its former keys as deprecated copies of today's."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for former, key in cls.renamed.items():
+            note = {"deprecated": True, "description": f"Former name of `{key}`."}
+            properties[former] = {**properties[key], **note}
+        return schema
+
+    def changes(self, name: str) -> bool:
+        """Whether a setting differs from its default. A value that is written out and equals the default is
+        no change: a run's resolved config, which writes every value, can be read again."""
+        return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+
+
+def other_names(group: object, key: object) -> set[str]:
+    """The names of the same setting beside `key`, in a group as it is written (a mapping with a `kind`): the
+    former name of a renamed key, or today's name of a former one."""
+    if not isinstance(group, Mapping):
+        return set()
+    names: set[str] = set()
+    waiting = [Settings]
+    while waiting:
+        settings = waiting.pop()
+        waiting += settings.__subclasses__()
+        kind = settings.model_fields.get("kind")
+        if kind is not None and group.get("kind") in get_args(kind.annotation):
+            names |= {
+                other
+                for pair in settings.renamed.items()
+                for name, other in (pair, pair[::-1])
+                if name == key
+            }
+    return names
