@@ -36,6 +36,7 @@ from keel.rewards.shaping import RunningScale
 from keel.rl import loop, rollout
 from keel.rl.ppo import PPO
 from keel.rl.rollout import LoopState
+from keel.rl.setup import make_optimizers
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.stages import language, reward
 from keel.stages.language import Row
@@ -335,7 +336,7 @@ def test_trap_11_the_ratio_is_1_even_where_other_kernels_scored(
     noise = 1e-3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     e = dataclasses.replace(collected.episodes, logp=collected.episodes.logp + noise)
     assert sum(float(torch.tensor(n / 17)) for n in lengths) != 1.0
-    metrics = loop.learn(PPO(setup), loop.optimizers(setup.config, setup.roles), e, 1, START).metrics
+    metrics = loop.learn(PPO(setup), make_optimizers(setup.config, setup.roles), e, 1, START).metrics
     assert metrics["val/ratio_first"] == 1.0
     assert metrics["policy/logp_mismatch"] == pytest.approx(noise[e.mask].abs().max().item(), rel=0.02)
 
@@ -676,7 +677,10 @@ def test_trap_every_setting_is_read_by_something(
 
     def watch(group: Any, name: str) -> Any:
         if not name.startswith("_") and name in type(group).model_fields:
-            caller = sys._getframe(1).f_code
+            frame = sys._getframe(1)
+            if frame.f_code.co_name in ("loss_settings", "advantage_settings", "reduction"):
+                frame = frame.f_back or frame  # which the config asks as well, to check them
+            caller = frame.f_code
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
                 or caller.co_name in ("inputs", "references", "called", "trusts_sampler", "world")
@@ -702,7 +706,9 @@ def test_trap_every_setting_is_read_by_something(
     ]  # fmt: skip
     alone = {"eval_data": None, "eval_every": None, "patience": None, "judge": None}
     stages["grpo"] = {**stages["grpo"], "judge": {"reward": [{"kind": "length", "high": 3}]}}
-    stages["all-rewards"] = {**stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl")}
+    stages["all-rewards"] = {
+        **stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl"), "advantage": "group_relative",
+    }  # fmt: skip
     stages["reward"]["members"] = 2
     prompts = {"source": "world:helpdesk/prompts", "rows": 4}
     stages["collected"] = {

@@ -23,6 +23,7 @@ from keel.rewards.shaping import RunningScale
 from keel.rl import loop, rollout
 from keel.rl.ppo import PPO
 from keel.rl.rollout import LoopState
+from keel.rl.setup import make_optimizers
 from keel.stages import language, reward
 from keel.stages.language import Row
 from keel.stages.loop_utils import micro_batches
@@ -336,7 +337,7 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
         monkeypatch.setattr(loop.optim, "step", keep)
         loop.learn(
             PPO(setup),
-            loop.optimizers(setup.config, setup.roles),
+            make_optimizers(setup.config, setup.roles),
             collected.episodes,
             1,
             LoopState(BETA, RunningScale()),
@@ -351,7 +352,7 @@ def test_the_ratio_of_the_first_update_is_exactly_1(sharing: str, open_ppo: Any)
     float32."""
     tasks, setup = open_ppo(sharing=sharing, micro_batch=3, mini_batch=4)
     collected = loop.collect(PPO(setup), tasks[:8], LoopState(0.05, RunningScale()), 5)
-    optimizers = loop.optimizers(setup.config, setup.roles)
+    optimizers = make_optimizers(setup.config, setup.roles)
     metrics = loop.learn(
         PPO(setup), optimizers, collected.episodes, 1, LoopState(0.05, RunningScale())
     ).metrics

@@ -20,7 +20,7 @@ from keel.rewards.shaping import RunningScale
 from keel.rl import loop, rollout
 from keel.rl.grpo import GRPO
 from keel.rl.rollout import LoopState
-from keel.rl.setup import open_stage
+from keel.rl.setup import make_optimizers, open_stage
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.types import Completion
 
@@ -129,7 +129,7 @@ def test_the_micro_batch_does_not_change_the_gradient(
             return {"grad_norm": 0.0, "lr": 0.0}
 
         monkeypatch.setattr(loop.optim, "step", keep)
-        optimizers = loop.optimizers(setup.config, setup.roles)
+        optimizers = make_optimizers(setup.config, setup.roles)
         before = len(found)
         loop.learn(GRPO(setup, tasks), optimizers, collected.episodes, 1, LoopState(0.3, RunningScale()))
         del found[before + 1 :]

@@ -19,6 +19,7 @@ from keel.errors import KeelError, NotFiniteError
 from keel.models import optim
 from keel.rl import loop, rollout
 from keel.rl.ppo import PPO
+from keel.rl.setup import make_optimizers
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_what_a_stage_found_while_it_ran_is_what_its_metrics_show_afterwards(sta
 def spoiled(open_ppo: Any, monkeypatch: pytest.MonkeyPatch, control: str, how: str) -> tuple[Any, Any]:
     """A loop whose third update is not finite; its setup, and what it returned or raised."""
     prompts, setup = open_ppo(updates=5, control=control, epochs=1, lr=1e-2, save_every=1, old_logp="trainer")
-    optimizers, learn = loop.optimizers(setup.config, setup.roles), loop.learn
+    optimizers, learn = make_optimizers(setup.config, setup.roles), loop.learn
 
     def learn_badly(algorithm: Any, optimizers: Any, episodes: Any, update: int, state: Any) -> Any:
         if update == 3 and how == "gradient":

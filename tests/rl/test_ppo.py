@@ -20,6 +20,7 @@ from keel.rewards.shaping import RunningScale
 from keel.rl import loop, rollout
 from keel.rl.ppo import PPO
 from keel.rl.rollout import LoopState
+from keel.rl.setup import make_optimizers
 from keel.stages.loop_utils import copy_state
 
 
@@ -105,7 +106,7 @@ def test_half_precision_runs_with_a_first_ratio_of_exactly_1(run_ppo: Any, tiny_
 def test_the_policy_stays_as_it_was_while_the_critic_warms_up(open_ppo: Any) -> None:
     for sharing in ("separate", "trunk"):
         tasks, setup = open_ppo(sharing=sharing, critic_warmup=1, lr=1e-2)
-        optimizers = loop.optimizers(setup.config, setup.roles)
+        optimizers = make_optimizers(setup.config, setup.roles)
         before, values = copy_state(setup.roles.policy), copy_state(setup.roles.value_modules[0])
         collected = loop.collect(PPO(setup), tasks[:8], LoopState(0.05, RunningScale()), 1)
         loop.learn(PPO(setup), optimizers, collected.episodes, 1, LoopState(0.05, RunningScale()))

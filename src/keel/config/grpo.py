@@ -116,6 +116,10 @@ class GRPOConfig(OnPolicy):
 
     @model_validator(mode="after")
     def _sound(self) -> GRPOConfig:
+        if self.advantage is not None:
+            idle = [key for key in ("baseline", "scale") if self.changes(key)]
+            if idle:
+                raise ValueError(f"`{idle[0]}` has no effect with `advantage: {self.advantage}`")
         if self.advantage is None and self.baseline != "none" and self.samples_per_prompt < 2:
             raise ValueError(
                 f"`baseline: {self.baseline}` needs `samples_per_prompt` of 2 or more: a lone sample has no peers"
@@ -133,10 +137,6 @@ class GRPOConfig(OnPolicy):
         if isinstance(self.reduce, float) and not 0 < self.reduce < math.inf:
             raise ValueError(f"`reduce` {self.reduce} must be a positive, finite length")
         self._of_one_length()
-        if self.advantage is not None:
-            idle = [key for key in ("baseline", "scale") if self.changes(key)]
-            if idle:
-                raise ValueError(f"`{idle[0]}` has no effect with `advantage: {self.advantage}`")
         loss = methods.policy_loss(self.policy_loss, self.loss_settings(), self.policy_loss_args)
         names = {name: name for name in ("clip_low", "clip_high", "dual_clip", "level")}
         self._refuse_idle(names, f"policy_loss: {self.policy_loss}", set(loss.keywords))

@@ -1,5 +1,5 @@
-"""What PPO and GRPO are to the loop: a way to collect, advantages, and a loss. And the policy's part of that loss,
-which they share."""
+"""What PPO and GRPO are to the loop: a way to collect, advantages, and a loss. And the policy's part of that
+loss, which they share."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Some rows of a mini-batch on the device, cut to their longest response. S: of these rows; N: the counted
-    positions of the mask."""
+    """Some rows of a mini-batch on the device, cut to their longest response. S: of these rows; N: the
+    counted positions of the mask."""
 
     ids: Tensor  # (B, S) prompt + response, right-padded
     mask: Tensor  # (B, T) True at response tokens that count
@@ -124,8 +124,8 @@ class CriticLoss:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """What an algorithm makes of a micro-batch. Every tensor has shape () and is a share of the mini-batch's, so
-    that those of its micro-batches add up. All but `loss` are detached."""
+    """What an algorithm makes of a micro-batch. Every tensor has shape () and is a share of the mini-batch's,
+    so that those of its micro-batches add up. All but `loss` are detached."""
 
     loss: Tensor  # what the backward begins at
     policy_loss: Tensor  # before entropy bonus and KL
@@ -289,7 +289,8 @@ def estimated(
     for label, column in (("advantages", returned.advantages), ("returns", returned.returns)):
         if tuple(column.shape) != tuple(mask.shape):
             raise UsageError(
-                f"{what}: `{label}` must have the shape {tuple(mask.shape)} of the mask, not {tuple(column.shape)}"
+                f"{what}: `{label}` must have the shape {tuple(mask.shape)} of the mask,"
+                f" not {tuple(column.shape)}"
             )
         column = torch.where(mask, column.detach(), 0.0)
         if not bool(column.isfinite().all()):

@@ -39,7 +39,7 @@ from keel.rl.algorithm import (
     policy_output,
 )
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
-from keel.rl.setup import open_stage
+from keel.rl.setup import make_optimizers, open_stage
 from keel.rollout.score_responses import Scored
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare
@@ -49,7 +49,7 @@ from keel.types import Episodes
 def run(config: GRPOConfig, stage: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy."""
     prompts, held_out, setup = open_stage(config, stage, sharing="none")
-    optimizers = loop.optimizers(config, setup.roles)
+    optimizers = make_optimizers(config, setup.roles)
     result = loop.OnPolicyLoop(GRPO(setup, prompts), prompts, held_out, optimizers).train()
     prepare.save_model(
         stage, setup.roles.policy, setup.tokenizer, config, "A policy trained without a critic"
@@ -113,7 +113,7 @@ class GRPO:
         return None
 
     def loss(self, batch: MicroBatch) -> LossOutput:
-        """L_policy − c_H H, + β KL where the config puts it into the loss."""
+        """L_policy − c_H H, + β KL where the config has it in the loss."""
         return policy_output(self.config, self.surrogate, batch, policy_forward(self.setup, batch))
 
     def _advantages(self, experience: Experience, kl_coef: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""One update, from top to bottom: rollout, score, advantages, epochs (loss, backward, step), KL, monitor, log.
+"""One update, from top to bottom: rollout, score, advantages, epochs (loss, backward, step), KL, monitor,
+log.
 
 PPO and GRPO differ in how they collect, in their advantages and in their loss; an `Algorithm` is these three.
 All else is here.
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
@@ -22,23 +22,21 @@ from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
 from keel.errors import NotFiniteError
 from keel.models import optim
-from keel.models.roles import Roles
 from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
 from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
 from keel.rl.measures import Means, StepMeasures
 from keel.rl.monitor import Monitor
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
+from keel.rl.setup import restore_training, training_state
 from keel.stages import language
 from keel.stages.loop_utils import (
     EarlyStop,
     copy_state,
     due,
     lr_scale,
-    optimizer_for,
     parts_of,
     put_back,
-    state_of,
 )
 from keel.types import Episodes
 
@@ -124,7 +122,7 @@ class OnPolicyLoop:
     def _begin(self) -> int:
         """From the checkpoint, if there is one; the last update that was done."""
         if checkpoint := self.run.restore():
-            _load_state(self.setup, self.optimizers, checkpoint.tensors)
+            restore_training(self.setup, self.optimizers, checkpoint.tensors)
             values, self.best = checkpoint.values, checkpoint.tensors["best"]
             self.state = LoopState.restored(values)
             self.stopping = self.stopping.restored(values["stopping"])
@@ -142,15 +140,17 @@ class OnPolicyLoop:
         if self.best is not None and not self.monitor.chooses:
             put_back(self.setup.roles.policy, self.best)
         return rollout.final_measures(self.setup, self.held_out or self.prompts) | {
-            "kl_coef": self.state.kl_coef, "kl_target": self.config.kl.target, "episodes": self.state.episodes,
-        }  # fmt: skip
+            "kl_coef": self.state.kl_coef,
+            "kl_target": self.config.kl.target,
+            "episodes": self.state.episodes,
+        }
 
     def _evaluate(self) -> dict[str, float]:
         with self.run.timed("evaluate"):
             return rollout.evaluate(self.setup, self.judged)
 
     def _save(self, update: int) -> None:
-        tensors = _state(self.setup, self.optimizers)
+        tensors = training_state(self.setup, self.optimizers)
         tensors |= {"best": self.best, "snapshots": self.monitor.snapshots}
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values()}
         self.run.save(update, tensors, {**self.state.values(), **values})
@@ -199,8 +199,8 @@ def learn(
 ) -> Learned:
     """Epochs of mini-batches over one batch of episodes; the policy's optimiser is the first.
 
-    A step's rate is `state.lr_factor` of the scheduled one, less where this update has already gone further than
-    `desired_kl`. A critic's optimiser keeps the scheduled rate. The first update in which the policy learns
+    A step's rate is `state.lr_factor` of the scheduled one, less where this update has already gone further
+    than `desired_kl`. A critic's optimiser keeps the scheduled rate. The first update in which the policy learns
     takes rising rates: Adam's first steps are as long as the rate allows, whatever the gradient, and nothing
     is known yet of how far they lead. Raises NotFiniteError for a loss or a gradient that is not finite.
     """
@@ -297,7 +297,7 @@ def backward(
 
 
 def _lr_factor(lr_factor: float, largest_kl: float, desired_kl: float | None) -> float:
-    """The share of the scheduled rate for the next step of an update that has gone `largest_kl` from its start."""
+    """The share of the scheduled rate for the next step, where the update has gone `largest_kl` so far."""
     limit = math.inf if desired_kl is None else desired_kl
     return kl_adaptive_lr(lr_factor, largest_kl, limit) if largest_kl > limit else lr_factor
 
@@ -325,38 +325,3 @@ def _ptx_gradient(setup: Setup[Any], update: int, step: int) -> float:
         (ptx.coef * value).backward()
         total += float(value.detach())
     return total
-
-
-# ---------------------------------------------------------------- optimisers and checkpoints
-
-
-def optimizers(config: OnPolicy, roles: Roles, value_lr: float | None = None) -> list[torch.optim.Optimizer]:
-    """One for the policy (and its value head); one more for a separate critic, whose gradient is clipped by
-    itself."""
-    groups: list[tuple[Sequence[nn.Module], float]] = [([roles.policy], config.lr)]
-    if roles.value_head is not None:
-        groups.append(([roles.value_head], value_lr or config.lr))
-    made: list[torch.optim.Optimizer] = [optimizer_for(config, *groups)]
-    if roles.critic is not None:
-        made.append(optimizer_for(config, ([roles.critic], value_lr or config.lr)))
-    return made
-
-
-def _state(setup: Setup[Any], optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Everything that training changes, for a checkpoint."""
-    modules = {
-        "policy": setup.roles.policy,
-        **{f"value{i}": m for i, m in enumerate(setup.roles.value_modules)},
-    }
-    return {name: state_of(m) for name, m in modules.items()} | {
-        f"optimizer{i}": o.state_dict() for i, o in enumerate(optimizers)
-    }
-
-
-def _load_state(setup: Setup[Any], optimizers: Sequence[torch.optim.Optimizer], tensors: Any) -> None:
-    """Put a checkpoint's `state` back."""
-    put_back(setup.roles.policy, tensors["policy"])
-    for i, module in enumerate(setup.roles.value_modules):
-        put_back(module, tensors[f"value{i}"])
-    for i, optimizer in enumerate(optimizers):
-        optimizer.load_state_dict(tensors[f"optimizer{i}"])

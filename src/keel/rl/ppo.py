@@ -38,7 +38,7 @@ from keel.rl.algorithm import (
     policy_output,
 )
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
-from keel.rl.setup import open_stage
+from keel.rl.setup import make_optimizers, open_stage
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare
 from keel.types import Episodes
@@ -48,7 +48,7 @@ def run(config: PPOConfig, stage: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy and what valued
     it."""
     prompts, held_out, setup = open_stage(config, stage, sharing=config.sharing)
-    optimizers = loop.optimizers(config, setup.roles, config.value_lr)
+    optimizers = make_optimizers(config, setup.roles, config.value_lr)
     result = loop.OnPolicyLoop(PPO(setup), prompts, held_out, optimizers).train()
     _save(setup)
     return result
@@ -78,8 +78,8 @@ class PPO:
         if config.whiten_advantages:
             advantages = whiten(advantages, scored.mask)
         episodes = Episodes(
-            scored.ids, scored.prompt_lengths, scored.mask, scored.logp, scored.ref_logp, scored.values, rewards,
-            advantages, returns, rollout.importance(self.setup, experience), experience.logp_from_sampler,
+            scored.ids, scored.prompt_lengths, scored.mask, scored.logp, scored.ref_logp, scored.values,
+            rewards, advantages, returns, rollout.importance(self.setup, experience), experience.logp_from_sampler,
         )  # fmt: skip
         total = returns[scored.mask].var(correction=0).item()
         unexplained = (returns - scored.values)[scored.mask].var(correction=0).item()
@@ -92,7 +92,7 @@ class PPO:
         return self._value_loss(batch, scores_at(self.setup.roles.critic, batch.ids, batch.index))
 
     def loss(self, batch: MicroBatch) -> LossOutput:
-        """L_policy − c_H H, + β KL where the config puts it into the loss, + c_V L_V of a head on the trunk."""
+        """L_policy − c_H H, + β KL where the config has it in the loss, + c_V L_V of a head on the trunk."""
         now = policy_forward(self.setup, batch)
         output = policy_output(self.config, self.surrogate, batch, now)
         loss, critic = output.loss, None

@@ -114,8 +114,8 @@ def seed_of(setup: Setup[OnPolicy], update: int, *more: object) -> int:
 def sample(
     setup: Setup[OnPolicy], prompts: Sequence[PromptExample], seed: int, count: TokenCount | None = None
 ) -> list[Completion]:
-    """One response a prompt, with what `score_tokens` will need of the sampler's own forwards. count: counts its
-    tokens. UsageError where the engine returns something else."""
+    """One response a prompt, with what `score_tokens` will need of the sampler's own forwards. count: counts
+    its tokens. UsageError where the engine returns something else."""
     config = setup.config
     request = GenerationRequest.of(
         setup.tokenizer, [prompt.ids for prompt in prompts], config.sampling.plain(), seed,
@@ -125,7 +125,8 @@ def sample(
     check_completions(config.engine, request, completions)
     if config.importance_cap is not None and not all(c.logp for c in completions):
         raise UsageError(
-            f"`importance_cap` needs the log-probabilities of the sampler, which engine {config.engine!r} does not give"
+            "`importance_cap` needs the log-probabilities of the sampler,"
+            f" which engine {config.engine!r} does not give"
         )
     return completions
 
@@ -135,8 +136,8 @@ def score_tokens(setup: Setup[OnPolicy], completions: Sequence[Completion]) -> S
     config, roles = setup.config, setup.roles
     with on_device(roles.reference):
         return score(
-            completions, roles.policy, roles.reference, temperature=config.sampling.temperature, pad_id=setup.pad_id,
-            device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
+            completions, roles.policy, roles.reference, temperature=config.sampling.temperature,
+            pad_id=setup.pad_id, device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
         )  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def measured(experience: Experience, kl_coef: float) -> dict[str, float]:
         "rollout/episodes": float(len(completions)),
         "rollout/response_length": scored.mask.sum(dim=1).float().mean().item(),
         "rollout/truncated": sum(not c.ended for c in completions) / len(completions),
-        "rollout/sampler_drift": _sampler_mismatch(experience),
+        **_sampler_mismatch(experience),
         **_shape(experience),
     } | _by_name(experience.rated)
 
@@ -255,11 +256,14 @@ def importance(setup: Setup[OnPolicy], experience: Experience) -> Tensor | None:
     return policy.importance_weights(experience.scored.logp, sampled, mask, cap)
 
 
-def _sampler_mismatch(experience: Experience) -> float:
-    """Mean |scored log π − log π of the sampler| per token."""
+def _sampler_mismatch(experience: Experience) -> dict[str, float]:
+    """Mean |scored log π − log π of the sampler| per token; nothing where an engine does not give the
+    latter."""
+    if not all(c.logp for c in experience.completions):
+        return {}
     mask = experience.scored.mask
     gap = (experience.scored.logp - sampled_logp(experience.completions, mask)).abs()
-    return masked_mean(gap, mask).item()
+    return {"rollout/sampler_drift": masked_mean(gap, mask).item()}
 
 
 def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> list[dict[str, Any]]:

@@ -3,11 +3,12 @@ first, so that a bad row is found before any weights are read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keel.config import OnPolicy, methods
@@ -26,6 +27,7 @@ from keel.rl.rollout import PromptExample, Setup
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, prepare
+from keel.stages.loop_utils import optimizer_for, put_back, state_of
 from keel.types import PromptRecord, Record, TextRecord
 
 C = TypeVar("C", bound=OnPolicy)
@@ -112,8 +114,8 @@ def _offload(run: StageRun, roles: Roles, opened: Sequence[build_rewards.LoadedR
     apart = [model for model in frozen if not any(id(p) in shared for p in model.parameters())]
     if not apart:
         raise UsageError(
-            f"{run.name}: `offload` has no effect: reference and reward models are on the policy's own weights,"
-            " or there are none"
+            f"{run.name}: `offload` has no effect: reference and reward models are on the policy's"
+            " own weights, or there are none"
         )
     for model in apart:
         offload(model, run.device)
@@ -153,8 +155,8 @@ def open_stage(
         batch_size=config.rows_at_once or config.batch_size,
     )  # fmt: skip
     roles = open_roles(
-        source, reference, sharing=sharing, adapters=prepare.adapters_of(config.lora) if config.lora else None,
-        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
+        source, reference, sharing=sharing,
+        adapters=prepare.adapters_of(config.lora) if config.lora else None, gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
     )  # fmt: skip
     if config.offload:
         _offload(run, roles, opened)
@@ -179,3 +181,39 @@ def open_stage(
             heldout_judge.open_judge(config, run, tokenizer, longest, base),
         ),
     )
+
+
+def make_optimizers(
+    config: OnPolicy, roles: Roles, value_lr: float | None = None
+) -> list[torch.optim.Optimizer]:
+    """One for the policy (and its value head); one more for a separate critic, whose gradient is clipped by
+    itself."""
+    groups: list[tuple[Sequence[nn.Module], float]] = [([roles.policy], config.lr)]
+    if roles.value_head is not None:
+        groups.append(([roles.value_head], value_lr or config.lr))
+    made: list[torch.optim.Optimizer] = [optimizer_for(config, *groups)]
+    if roles.critic is not None:
+        made.append(optimizer_for(config, ([roles.critic], value_lr or config.lr)))
+    return made
+
+
+def training_state(setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Everything that training changes, for a checkpoint."""
+    modules = {
+        "policy": setup.roles.policy,
+        **{f"value{i}": m for i, m in enumerate(setup.roles.value_modules)},
+    }
+    return {name: state_of(m) for name, m in modules.items()} | {
+        f"optimizer{i}": o.state_dict() for i, o in enumerate(optimizers)
+    }
+
+
+def restore_training(
+    setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Any]
+) -> None:
+    """Put a checkpoint's `training_state` back."""
+    put_back(setup.roles.policy, tensors["policy"])
+    for i, module in enumerate(setup.roles.value_modules):
+        put_back(module, tensors[f"value{i}"])
+    for i, optimizer in enumerate(optimizers):
+        optimizer.load_state_dict(tensors[f"optimizer{i}"])

@@ -49,7 +49,7 @@ class KeelEngine:
 
 
 def generate(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -100,7 +100,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 
 
 def _stream(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     draws: Tensor,
     sampling: Sampling,
@@ -221,7 +221,7 @@ def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
 
 
 def _read(
-    model: Any, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
 ) -> tuple[Tensor | None, Tensor]:
     """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits
     of their first tokens, None if the model keeps no keys and values; and (n,) which of the distinct prompts
@@ -247,7 +247,7 @@ def _read(
     return output.logits[:, -1][index] if slots.admit(cache, lengths, source) else None, index
 
 
-def _step(model: Any, newest: Tensor, slots: Slots) -> Tensor:
+def _step(model: PreTrainedModel, newest: Tensor, slots: Slots) -> Tensor:
     """(n,) newest tokens → (n, V) logits, by the model's own forward."""
     mask = slots.mask()
     return model(

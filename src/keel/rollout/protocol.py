@@ -87,7 +87,8 @@ def check_completions(name: str, request: GenerationRequest, completions: Sequen
         length = len(completion.ids)
         if not 0 < length <= request.sampling.max_new_tokens:
             raise UsageError(
-                f"{where}: a response of {length} tokens; there must be 1 to {request.sampling.max_new_tokens}"
+                f"{where}: a response of {length} tokens;"
+                f" there must be 1 to {request.sampling.max_new_tokens}"
             )
         if completion.logp and len(completion.logp) != length:
             raise UsageError(f"{where}: {len(completion.logp)} log-probabilities for {length} tokens")

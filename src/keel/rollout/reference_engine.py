@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,8 @@ class ReferenceEngine:
         head = head_of(model) if request.keep_head_inputs else None
         looking = nullcontext() if head is None else capture_head_input(head)
         with (
-            evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device), looking as seen,
+            evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device),
+            looking as seen,
         ):  # fmt: skip
             completions = [
                 complete(model, prompt, row, sampling, request.stop_ids, seen, request.stop_texts)
@@ -56,7 +56,7 @@ def tokens_read(completion: Completion) -> int:
 
 
 def complete(
-    model: Any,
+    model: PreTrainedModel,
     prompt: Sequence[int],
     draws: Tensor,
     sampling: Sampling,
