@@ -28,7 +28,7 @@ from keel.config import parse, read
 from keel.diagnosis import logs
 from keel.errors import KeelError
 from keel.pipeline.pipeline import Pipeline, resolved
-from keel.rl import rollout
+from keel.rollout import GenerationRequest, KeelEngine
 from keel.worlds import helpdesk
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "helpdesk.yaml"
@@ -195,12 +195,13 @@ def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str,
 @contextlib.contextmanager
 def sampled_at(temperature: float | None) -> Iterator[None]:
     """A sampler at another temperature than the trainer's; None: as it is."""
-    generate = rollout.generate
+    generate = KeelEngine.generate
 
-    def other(model: Any, prompts: Any, sampling: Any, **more: Any) -> Any:
-        return generate(model, prompts, replace(sampling, temperature=temperature), **more)
+    def other(engine: KeelEngine, request: GenerationRequest, count: Any = None) -> Any:
+        sampling = replace(request.sampling, temperature=temperature)
+        return generate(engine, replace(request, sampling=sampling), count)
 
-    with mock.patch.object(rollout, "generate", generate if temperature is None else other):
+    with mock.patch.object(KeelEngine, "generate", generate if temperature is None else other):
         yield
 
 

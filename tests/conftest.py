@@ -32,9 +32,12 @@ from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
 from keel.pipeline.pipeline import Pipeline
 from keel.rewards import learned
-from keel.rl import epochs, rollout
+from keel.rl import rollout
+from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
+from keel.rl.measures import StepMeasures
 from keel.rl.setup import open_stage
 from keel.rundir.stage_run import StageRun
+from keel.types import Episodes
 
 torch.set_num_threads(1)
 
@@ -79,20 +82,42 @@ def read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_layout, "WORTH", 0.0)
 
 
+@dataclass(frozen=True)
+class WholeLoss:
+    """The critic's and the policy's loss of some rows as one, and what was measured."""
+
+    loss: torch.Tensor
+    metrics: dict[str, float]
+    mismatch: LogprobMismatch
+
+
 @pytest.fixture
-def in_one() -> Callable[[Iterable[epochs.LossTerm]], epochs.LossTerm]:
-    """The terms of a loss as one: their sum, all metrics, the drift."""
+def loss_of() -> Callable[..., WholeLoss]:
+    """The loss of some rows of a mini-batch, as the loop has it but with one graph for all of its parts."""
 
-    def sum_of(terms: Iterable[epochs.LossTerm]) -> epochs.LossTerm:
-        found = [*terms]
-        metrics = {name: value for _, measured, _ in found for name, value in measured.items()}
-        assert len(metrics) == sum(len(measured) for _, measured, _ in found)
-        drift = epochs.LogprobMismatch()
-        for *_, more in found:
-            drift = drift.and_of(more)
-        return torch.stack([term for term, *_ in found]).sum(), metrics, drift
+    def whole(
+        algorithm: Algorithm,
+        episodes: Episodes,
+        rows: Iterable[int],
+        denominator: float,
+        kl_coef: float,
+        *,
+        on_policy: bool = False,
+        policy_learns: bool = True,
+    ) -> WholeLoss:
+        batch = MicroBatch.of(
+            episodes, list(rows), torch.device("cpu"), denominator=denominator, kl_coef=kl_coef, on_policy=on_policy,
+            policy_learns=policy_learns,
+        )  # fmt: skip
+        measures, losses = StepMeasures(), list[torch.Tensor]()
+        if (critic := algorithm.critic_loss(batch)) is not None:
+            measures.add_critic(critic)
+            losses.append(critic.loss)
+        output = algorithm.loss(batch)
+        measures.add(output)
+        return WholeLoss(torch.stack([*losses, output.loss]).sum(), measures.metrics(), measures.mismatch)
 
-    return sum_of
+    return whole
 
 
 @pytest.fixture(scope="session")

@@ -32,12 +32,17 @@ from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm
 from keel.rewards import learned
 from keel.rewards.mixture import Rated
-from keel.rl import loop, ppo, rollout
+from keel.rewards.shaping import RunningScale
+from keel.rl import loop, rollout
+from keel.rl.ppo import PPO
+from keel.rl.rollout import LoopState
+from keel.rl.setup import make_optimizers
+from keel.rollout import GenerationRequest, KeelEngine
 from keel.stages import language, reward
 from keel.stages.language import LanguageRow
 from keel.types import Completion
 
-START = ppo.LoopState(0.0, ppo.RunningScale())
+START = LoopState(0.0, RunningScale())
 QUIET = {"kl": {"coef": 0.0}, "shaping": {"normalize": "none", "clip": None, "missing_stop_penalty": 0.0}}
 
 
@@ -76,10 +81,11 @@ def metrics_of(pipeline: Any, stage: str = "ppo") -> list[dict[str, float]]:
 def with_completions(monkeypatch: pytest.MonkeyPatch, endings: Sequence[tuple[tuple[int, ...], Any]]) -> None:
     """Let the engine return these responses, in order, whatever the model."""
 
-    def generate(model: Any, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Completion]:
-        return [Completion(tuple(p), ids, reason) for p, (ids, reason) in zip(prompts, endings, strict=True)]
+    def generate(_: Any, request: GenerationRequest, count: Any = None) -> list[Completion]:
+        asked = zip(request.prompts, endings, strict=True)
+        return [Completion(tuple(p), ids, reason) for p, (ids, reason) in asked]
 
-    monkeypatch.setattr(rollout, "generate", generate)
+    monkeypatch.setattr(KeelEngine, "generate", generate)
 
 
 def with_scores(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
@@ -220,7 +226,7 @@ def test_trap_07_the_score_is_paid_at_the_last_response_token(
         monkeypatch, [((7, 8, 9, 1), "eos"), ((7, 1), "eos"), ((1,), "eos"), ((7, 8, 9, 10, 11), "length")]
     )
     with_scores(monkeypatch, [3.0, 4.0, 5.0, 6.0])
-    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
+    collected = loop.collect(PPO(setup), tasks[:4], START, 0)
     assert collected.episodes.rewards.tolist() == [
         [0, 0, 0, 3, 0],
         [0, 4, 0, 0, 0],
@@ -238,7 +244,7 @@ def test_trap_08_the_penalty_for_a_missing_stop_knows_the_configured_stop(
     sampling = {"max_new_tokens": 12, "temperature": 1.5, "stop": stop}
     shaping = {"normalize": "none", "clip": None, "missing_stop_penalty": 2.5}
     tasks, setup = open_ppo(batch_size=12, sampling=sampling, shaping=shaping, kl={"coef": 0.0})
-    collected, _ = ppo.collect(setup, tasks, START, 3)
+    collected = loop.collect(PPO(setup), tasks, START, 3)
     reasons = {c.stop_reason for c in collected.experience.completions}
     assert {"stop", "length"} <= reasons
 
@@ -272,7 +278,7 @@ def test_trap_09_the_real_eos_counts_where_pad_is_eos(
     for path in (tiny_model, tmp_path / "model"):
         tasks, setup = open_ppo(batch_size=3, model=str(path), **QUIET)
         with_completions(monkeypatch, [((7, 8, 1), "eos"), ((1,), "eos"), ((7, 8, 9, 10), "length")])
-        collected, _ = ppo.collect(setup, tasks[:3], START, 0)
+        collected = loop.collect(PPO(setup), tasks[:3], START, 0)
         assert collected.episodes.mask.tolist() == [
             [True, True, True, False],
             [True, False, False, False],
@@ -314,33 +320,33 @@ def test_trap_11_the_ratio_of_the_first_update_is_exactly_1(
     }
     rows = metrics_of(run(ppo_stage(data, tiny_model, tiny_reward, **settings), tmp_path))
     assert [row["val/ratio_first"] for row in rows] == [1.0] * 4
-    assert max(row["policy/logp_drift"] for row in rows) < 2e-5
+    assert max(row["policy/logp_mismatch"] for row in rows) < 2e-5
     assert all(row["val/ratio"] != 1.0 for row in rows)
 
 
 def test_trap_11_the_ratio_is_1_even_where_other_kernels_scored(
     open_ppo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another batch shape had rounded otherwise: the drift is reported, and does not get into the
+    """As if another batch shape had rounded otherwise: the mismatch is reported, and does not get into the
     ratio."""
     tasks, setup = open_ppo(batch_size=5, micro_batch=1, epochs=2, clip=1e-3)
     lengths = (4, 1, 7, 2, 3)  # shares of 17 tokens, whose sum is only rounded to 1
     with_completions(monkeypatch, [((*range(7, 6 + n), 1), "eos") for n in lengths])
-    collected, _ = ppo.collect(setup, tasks[:5], START, 0)
+    collected = loop.collect(PPO(setup), tasks[:5], START, 0)
     noise = 1e-3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     e = dataclasses.replace(collected.episodes, logp=collected.episodes.logp + noise)
     assert sum(float(torch.tensor(n / 17)) for n in lengths) != 1.0
-    metrics = ppo.learn(setup, loop.optimizers(setup.config, setup.roles), e, 1, 0.0)
+    metrics = loop.learn(PPO(setup), make_optimizers(setup.config, setup.roles), e, 1, START).metrics
     assert metrics["val/ratio_first"] == 1.0
-    assert metrics["policy/logp_drift"] == pytest.approx(noise[e.mask].abs().max().item(), rel=0.02)
+    assert metrics["policy/logp_mismatch"] == pytest.approx(noise[e.mask].abs().max().item(), rel=0.02)
 
 
 def test_trap_12_log_probabilities_and_entropy_are_those_of_the_scaled_logits(
-    open_ppo: Any, in_one: Any
+    open_ppo: Any, loss_of: Any
 ) -> None:
     """[trl PR 3029; OpenRLHF PR 857, PR 1319; prime-rl PR 697] While scoring and again while learning."""
     tasks, setup = open_ppo(batch_size=4, sampling={"max_new_tokens": 6, "temperature": 0.5})
-    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
+    collected = loop.collect(PPO(setup), tasks[:4], START, 0)
     e, entropies = collected.episodes, []
     for i, c in enumerate(collected.experience.completions):
         p, n = len(c.prompt_ids), len(c.ids)
@@ -352,9 +358,9 @@ def test_trap_12_log_probabilities_and_entropy_are_those_of_the_scaled_logits(
         )
         entropies += (-(logp.exp() * logp).sum(-1)).tolist()
     tokens = int(e.mask.sum())
-    _, metrics, drift = in_one(ppo.losses(setup, e, [0, 1, 2, 3], tokens, 0.0, fresh=True, learning=True))
-    assert drift.largest < 1e-5
-    assert metrics["policy/entropy_avg"].item() == pytest.approx(sum(entropies) / tokens, rel=1e-4)
+    loss = loss_of(PPO(setup), e, range(4), tokens, 0.0, on_policy=True)
+    assert loss.mismatch.largest < 1e-5
+    assert loss.metrics["policy/entropy_avg"] == pytest.approx(sum(entropies) / tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize("key", ["top_p", "top_k"])
@@ -390,7 +396,7 @@ def test_trap_14_rollouts_are_never_decoded_and_tokenised_again(
 
     monkeypatch.setattr(type(setup.tokenizer), "decode", refuse)
     monkeypatch.setattr(type(setup.tokenizer), "__call__", refuse)
-    collected, _ = ppo.collect(setup, tasks[:2], START, 0)
+    collected = loop.collect(PPO(setup), tasks[:2], START, 0)
     wanted = [[*tasks[0].ids, *letters, 1], [*tasks[1].ids, 0, 1]]
     assert sorted(read) == sorted(wanted)
     assert [
@@ -400,7 +406,7 @@ def test_trap_14_rollouts_are_never_decoded_and_tokenised_again(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trap_15_no_dropout_while_ratios_are_taken(
-    checkpointing: bool, open_ppo: Any, tmp_path: Path, tokenizer: Any, in_one: Any
+    checkpointing: bool, open_ppo: Any, tmp_path: Path, tokenizer: Any, loss_of: Any
 ) -> None:
     """The update's log-probabilities are the scored ones in a model with dropout 0.5 everywhere."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -412,11 +418,9 @@ def test_trap_15_no_dropout_while_ratios_are_taken(
     ).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     tasks, setup = open_ppo(batch_size=4, model=str(tmp_path / "m"), gradient_checkpointing=checkpointing)
-    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
-    *_, drift = in_one(
-        ppo.losses(setup, collected.episodes, [0, 1, 2, 3], 20, 0.0, fresh=True, learning=True)
-    )
-    assert drift.largest < 1e-5
+    collected = loop.collect(PPO(setup), tasks[:4], START, 0)
+    loss = loss_of(PPO(setup), collected.episodes, range(4), 20, 0.0, on_policy=True)
+    assert loss.mismatch.largest < 1e-5
 
 
 def test_trap_15_greedy_decoding_is_refused_in_ppo(data: Any, tiny_model: Path, tiny_reward: Path) -> None:
@@ -443,23 +447,23 @@ def test_trap_16_a_larger_coefficient_keeps_the_policy_nearer(
     assert 0 < kls[2.0] < 0.5 * kls[0.0]
 
 
-def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(open_ppo: Any, in_one: Any) -> None:
+def test_trap_16_the_kl_is_in_the_reward_or_in_the_loss_and_never_in_both(
+    open_ppo: Any, loss_of: Any
+) -> None:
     """[NeMo PR 2530]"""
     for where, estimator in (("reward", "k1"), ("loss", "k2")):
         kl = {"coef": 0.7, "where": where, "estimator": estimator}
         tasks, setup = open_ppo(batch_size=4, **{**QUIET, "kl": kl})
         with torch.no_grad():
             setup.roles.policy.lm_head.weight.mul_(1.3)
-        collected, _ = ppo.collect(setup, tasks[:4], ppo.LoopState(0.7, ppo.RunningScale()), 0)
+        collected = loop.collect(PPO(setup), tasks[:4], LoopState(0.7, RunningScale()), 0)
         e = collected.episodes
         per_token = e.rewards.clone()
         per_token[torch.arange(4), e.mask.sum(dim=1) - 1] -= collected.experience.rated.raw
         wanted = -0.7 * (e.logp - e.ref_logp) if where == "reward" else torch.zeros_like(per_token)
         torch.testing.assert_close(per_token, torch.where(e.mask, wanted, 0.0), rtol=0, atol=1e-5)
         with_kl, without = (
-            in_one(ppo.losses(setup, e, [0, 1, 2, 3], int(e.mask.sum()), coef, fresh=True, learning=True))[
-                0
-            ].item()
+            loss_of(PPO(setup), e, range(4), int(e.mask.sum()), coef, on_policy=True).loss.item()
             for coef in (0.7, 0.0)
         )
         penalty = 0.7 * 0.5 * ((e.logp - e.ref_logp)[e.mask] ** 2).mean().item()
@@ -497,7 +501,7 @@ def test_trap_18_the_kl_of_a_batch_is_a_sum_over_each_responses_tokens(open_ppo:
     tasks, setup = open_ppo(batch_size=4)
     with torch.no_grad():
         setup.roles.policy.lm_head.weight.mul_(1.3)
-    collected, _ = ppo.collect(setup, tasks[:4], START, 0)
+    collected = loop.collect(PPO(setup), tasks[:4], START, 0)
     sums = []
     for c in collected.experience.completions:
         with torch.no_grad():
@@ -517,7 +521,7 @@ def test_trap_20_a_group_shares_its_prompt(open_ppo: Any, monkeypatch: pytest.Mo
         batch_size=6, samples_per_prompt=3, **{**QUIET, "shaping": {**QUIET["shaping"], "center": "prompt"}}
     )
     with_scores(monkeypatch, [1.0, 2.0, 6.0, 104.0, 104.0, 107.0])
-    collected, _ = ppo.collect(setup, tasks[:2], START, 0)
+    collected = loop.collect(PPO(setup), tasks[:2], START, 0)
     assert [c.prompt_ids for c in collected.experience.completions] == [tasks[0].ids] * 3 + [tasks[1].ids] * 3
     assert len({c.ids for c in collected.experience.completions[:3]}) > 1
     assert collected.episodes.rewards.sum(dim=1).tolist() == [
@@ -616,7 +620,7 @@ def test_trap_negative_kl_the_controller_steers_by_one_that_cannot_be(open_ppo: 
     tasks, setup = open_ppo(batch_size=12)
     with torch.no_grad():
         setup.roles.policy.lm_head.weight.mul_(1.1)
-    collected, _ = ppo.collect(setup, tasks, START, 0)
+    collected = loop.collect(PPO(setup), tasks, START, 0)
     assert (collected.experience.scored.exact_kl[collected.experience.scored.mask] > -1e-6).all()
     assert ((collected.experience.scored.logp - collected.experience.scored.ref_logp).sum(dim=1) < 0).any()
 
@@ -673,7 +677,10 @@ def test_trap_every_setting_is_read_by_something(
 
     def watch(group: Any, name: str) -> Any:
         if not name.startswith("_") and name in type(group).model_fields:
-            caller = sys._getframe(1).f_code
+            frame = sys._getframe(1)
+            if frame.f_code.co_name in ("loss_settings", "advantage_settings", "reduction"):
+                frame = frame.f_back or frame  # which the config asks as well, to check them
+            caller = frame.f_code
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
                 or caller.co_name in ("inputs", "references", "log_name", "trusts_sampler", "world")
@@ -699,7 +706,9 @@ def test_trap_every_setting_is_read_by_something(
     ]  # fmt: skip
     alone = {"eval_data": None, "eval_every": None, "patience": None, "judge": None}
     stages["grpo"] = {**stages["grpo"], "judge": {"reward": [{"kind": "length", "high": 3}]}}
-    stages["all-rewards"] = {**stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl")}
+    stages["all-rewards"] = {
+        **stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl"), "advantage": "group_relative",
+    }  # fmt: skip
     stages["reward"]["members"] = 2
     prompts = {"source": "world:helpdesk/prompts", "rows": 4}
     stages["collected"] = {

@@ -155,3 +155,4 @@ class Episodes:
     advantages: Tensor  # (B, T) Â_t
     returns: Tensor  # (B, T) R_t; zeros without a critic
     weights: Tensor | None = None  # (B, T) truncated importance weights min(π_trainer/π_sampler, cap)
+    logp_from_sampler: bool = False  # whether `logp` are the numbers that the tokens were drawn with

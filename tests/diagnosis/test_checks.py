@@ -83,7 +83,7 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("clip_fraction", "warn", {"policy/clipfrac_avg": after(30, 0.1, 0.35)}, Conditions()),
     ("clip_fraction", "act", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions()),
     ("clip_fraction", "note", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions(sequence_ratios=True)),
-    ("rate_held_back", "warn", {"policy/pace": after(30, 1, 0.2)}, Conditions()),
+    ("rate_held_back", "warn", {"policy/lr_factor": after(30, 1, 0.2)}, Conditions()),
     ("critic_unexplaining", "note", {"val/explained_variance": after(30, 0.3, -0.2)}, Conditions()),
     ("critic_unexplaining", "warn", {"val/explained_variance": after(30, 0.3, -0.7)}, Conditions()),
     ("critic_unexplaining", "act", {"val/explained_variance": after(30, 0.3, -5)}, Conditions()),

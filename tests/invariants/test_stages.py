@@ -19,7 +19,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTN
 
 from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
-from keel.rl import epochs, loop, ppo, rollout
+from keel.rewards.shaping import RunningScale
+from keel.rl import loop, rollout
+from keel.rl.ppo import PPO
+from keel.rl.rollout import LoopState
+from keel.rl.setup import make_optimizers
 from keel.stages import language, reward
 from keel.stages.language import LanguageRow
 from keel.stages.loop_utils import micro_batches
@@ -277,24 +281,23 @@ def expected_ppo(setup: rollout.Setup, e: Episodes, rows: Sequence[int]) -> list
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])
 @pytest.mark.parametrize("size", [None, 1, 2, 3])
 def test_ppo_split_accumulation_and_padding(
-    sharing: str, size: int | None, open_ppo: Any, in_one: Any
+    sharing: str, size: int | None, open_ppo: Any, loss_of: Any
 ) -> None:
     setup = in_float64(open_ppo(**ppo_settings(sharing))[1])
     e, rows = episodes_by_hand(setup), [3, 0, 2, 1, 4]
     expected = expected_ppo(setup, e, rows)
     tokens, totals = int(e.mask[rows].sum()), dict[str, float]()
     for part in micro_batches(rows, size):
-        loss, metrics, _ = in_one(ppo.losses(setup, e, list(part), tokens, BETA, fresh=False, learning=True))
-        loss.backward()
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+        loss = loss_of(PPO(setup), e, part, tokens, BETA)
+        loss.loss.backward()
+        for name, value in loss.metrics.items():
+            totals[name] = totals.get(name, 0.0) + value
     assert_same(gradients(setup.roles.policy, *setup.roles.value_modules), expected)
-    metrics = in_one(ppo.losses(setup, e, rows, tokens, BETA, fresh=False, learning=True))[1]
-    assert totals == pytest.approx({name: float(value) for name, value in metrics.items()}, rel=1e-6)
+    assert totals == pytest.approx(loss_of(PPO(setup), e, rows, tokens, BETA).metrics, rel=1e-6)
 
 
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])
-def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any, in_one: Any) -> None:
+def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any, loss_of: Any) -> None:
     """More columns of padding on every tensor, filled with what must never count."""
     setup = in_float64(open_ppo(**ppo_settings(sharing))[1])
     e, rows = episodes_by_hand(setup), [0, 1, 2, 3, 4]
@@ -302,13 +305,11 @@ def test_ppo_wider_padding_changes_nothing(sharing: str, open_ppo: Any, in_one: 
     wide = {}
     for field in dataclasses.fields(e):
         value = getattr(e, field.name)
-        if value is not None and value.dim() == 2:
+        if isinstance(value, Tensor) and value.dim() == 2:
             filler = {torch.bool: False, torch.long: 7}.get(value.dtype, math.nan)
             value = torch.cat([value, torch.full((5, 3), filler, dtype=value.dtype)], dim=1)
         wide[field.name] = value
-    in_one(ppo.losses(setup, Episodes(**wide), rows, int(e.mask.sum()), BETA, fresh=False, learning=True))[
-        0
-    ].backward()
+    loss_of(PPO(setup), Episodes(**wide), rows, int(e.mask.sum()), BETA).loss.backward()
     assert_same(gradients(setup.roles.policy, *setup.roles.value_modules), expected)
 
 
@@ -325,8 +326,7 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
         ptx = {"data": str(data.text), "batch_size": 5}
         tasks, setup = open_ppo(**ppo_settings(sharing, epochs=2, ptx=ptx, **settings))
         in_float64(setup)
-        steering = ppo.LoopState(BETA, ppo.RunningScale())
-        collected, _ = ppo.collect(setup, tasks[:8], steering, 5)
+        collected = loop.collect(PPO(setup), tasks[:8], LoopState(BETA, RunningScale()), 5)
         assert len(set(collected.episodes.mask.sum(dim=1).tolist())) >= 1
 
         def keep(optimizer: Any, *_: Any, setup: rollout.Setup = setup, size: str = size) -> dict[str, float]:
@@ -334,8 +334,14 @@ def test_ppo_learns_from_the_same_gradient_whatever_the_micro_batch(
                 seen[size] = gradients(setup.roles.policy, *setup.roles.value_modules)
             return {"grad_norm": 0.0, "lr": 0.0}
 
-        monkeypatch.setattr(epochs.optim, "step", keep)
-        ppo.learn(setup, loop.optimizers(setup.config, setup.roles), collected.episodes, 1, BETA)
+        monkeypatch.setattr(loop.optim, "step", keep)
+        loop.learn(
+            PPO(setup),
+            make_optimizers(setup.config, setup.roles),
+            collected.episodes,
+            1,
+            LoopState(BETA, RunningScale()),
+        )
     for size in ("1", "3", "tokens"):
         assert_same(seen[size], seen["whole"])
 
@@ -345,9 +351,11 @@ def test_the_ratio_of_the_first_update_is_exactly_1(sharing: str, open_ppo: Any)
     """Scored in parts of 3, 3 and 2 and trained in parts of 3 and 1, each with its own padding, in
     float32."""
     tasks, setup = open_ppo(sharing=sharing, micro_batch=3, mini_batch=4)
-    collected, _ = ppo.collect(setup, tasks[:8], ppo.LoopState(0.05, ppo.RunningScale()), 5)
-    optimizers = loop.optimizers(setup.config, setup.roles)
-    metrics = ppo.learn(setup, optimizers, collected.episodes, 1, 0.05)
+    collected = loop.collect(PPO(setup), tasks[:8], LoopState(0.05, RunningScale()), 5)
+    optimizers = make_optimizers(setup.config, setup.roles)
+    metrics = loop.learn(
+        PPO(setup), optimizers, collected.episodes, 1, LoopState(0.05, RunningScale())
+    ).metrics
     assert metrics["val/ratio_first"] == 1.0
-    assert metrics["policy/logp_drift"] < 1e-5  # and the scored log-probabilities were the policy's own
+    assert metrics["policy/logp_mismatch"] < 1e-5  # and the scored log-probabilities were the policy's own
     assert metrics["val/ratio"] != 1.0

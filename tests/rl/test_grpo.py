@@ -17,11 +17,14 @@ from keel.config.presets import PRESETS
 from keel.errors import UsageError
 from keel.rewards.mixture import Rated
 from keel.rewards.shaping import RunningScale
-from keel.rl import epochs, grpo, loop, rollout
-from keel.rl.setup import open_stage
+from keel.rl import loop, rollout
+from keel.rl.grpo import GRPO
+from keel.rl.rollout import LoopState
+from keel.rl.setup import make_optimizers, open_stage
+from keel.rollout import GenerationRequest, KeelEngine
 from keel.types import Completion
 
-START = rollout.LoopState(0.0, RunningScale())
+START = LoopState(0.0, RunningScale())
 RED = {"kind": "keywords", "words": ["red"]}
 
 
@@ -57,18 +60,18 @@ def with_samples(monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], scores: 
     """Let the engine return these responses and the rewards be these numbers, whatever model and rewards."""
     endings = iter(ids), iter(scores)
 
-    def generate(model: Any, prompts: Any, *_: Any, **__: Any) -> list[Completion]:
-        drawn = [tuple(next(endings[0])) for _ in prompts]
+    def generate(_: Any, request: GenerationRequest, count: Any = None) -> list[Completion]:
+        drawn = [tuple(next(endings[0])) for _ in request.prompts]
         return [
             Completion(tuple(p), y, "eos" if y[-1] == 1 else "length", (-1.0,) * len(y))
-            for p, y in zip(prompts, drawn, strict=True)
+            for p, y in zip(request.prompts, drawn, strict=True)
         ]
 
     def rate(setup: Any, tasks: Any, completions: Any) -> Rated:
         values = [next(endings[1]) for _ in completions]
         return Rated(torch.tensor(values), torch.tensor(values), torch.zeros(len(values)), {"red": values})
 
-    monkeypatch.setattr(rollout, "generate", generate)
+    monkeypatch.setattr(KeelEngine, "generate", generate)
     monkeypatch.setattr(rollout, "rate", rate)
 
 
@@ -101,22 +104,22 @@ def test_two_runs_are_the_same_bytes(run_grpo: Any, differences: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("reduce", ["token", "sequence", 5.0])
-@pytest.mark.parametrize("objective", ["clipped", "cispo"])
+@pytest.mark.parametrize("policy_loss", ["clipped", "cispo"])
 @pytest.mark.usefixtures("read_apart")
 def test_the_micro_batch_does_not_change_the_gradient(
-    reduce: Any, objective: str, open_grpo: Any, monkeypatch: pytest.MonkeyPatch
+    reduce: Any, policy_loss: str, open_grpo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[list[torch.Tensor]] = []
     for size in ({}, {"micro_batch": 1}, {"micro_batch": 3}, {"micro_tokens": 24}):
         tasks, setup = open_grpo(
-            reduce=reduce, objective=objective, epochs=2, entropy_coef=0.1, importance_cap=2.0,
+            reduce=reduce, policy_loss=policy_loss, epochs=2, entropy_coef=0.1, importance_cap=2.0,
             kl={"coef": 0.3, "estimator": "k2", "where": "loss"}, **size,
         )  # fmt: skip
         for model in (setup.roles.policy, setup.roles.reference):
             model.double()
         ids = [[7, 8, 1], [9, 1], [5, 6, 7, 8, 9], [5, 1], [6, 1], [7, 7, 7, 1], [8, 1], [9, 9, 1]]
         with_samples(monkeypatch, ids, [1.0, 0.0, 0.5, 0.0, 0.0, 1.0, 1.0, 0.0])
-        collected, _ = grpo.collect(setup, tasks, tasks[:2], START, 1)
+        collected = loop.collect(GRPO(setup, tasks), tasks[:2], START, 1)
 
         def keep(optimizer: Any, *_: Any) -> dict[str, float]:
             grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
@@ -125,10 +128,10 @@ def test_the_micro_batch_does_not_change_the_gradient(
             optimizer.zero_grad()
             return {"grad_norm": 0.0, "lr": 0.0}
 
-        monkeypatch.setattr(epochs.optim, "step", keep)
-        optimizers = loop.optimizers(setup.config, setup.roles)
+        monkeypatch.setattr(loop.optim, "step", keep)
+        optimizers = make_optimizers(setup.config, setup.roles)
         before = len(found)
-        grpo.learn(setup, optimizers, collected.episodes, 1, 0.3)
+        loop.learn(GRPO(setup, tasks), optimizers, collected.episodes, 1, LoopState(0.3, RunningScale()))
         del found[before + 1 :]
     assert len(found) == 4
     for other in found[1:]:
@@ -198,7 +201,7 @@ def test_rules_are_not_clipped(open_grpo: Any, monkeypatch: pytest.MonkeyPatch) 
     tasks, setup = open_grpo()
     scores = [-80.0, -3.0, -40.0, -6.0, 7.0, 9.0, 26.0, 12.0]
     with_samples(monkeypatch, [[k, 1] for k in range(5, 13)], scores)
-    collected, _ = grpo.collect(setup, tasks, tasks[:2], START, 1)
+    collected = loop.collect(GRPO(setup, tasks), tasks[:2], START, 1)
     assert collected.experience.rewards.tolist() == scores
 
 
@@ -219,7 +222,7 @@ def test_settings_of_the_wrong_type_are_a_clear_error(wrong: Any, settings: Any)
         ({"baseline": "leave_one_out"}, "`scale` has no effect with `baseline: leave_one_out`"),
         ({"baseline": "none", "scale": "batch", "resample": 1}, "`resample` has no effect"),
         ({"shaping": {"center": "prompt"}}, "`shaping.center` has no place here"),
-        ({"objective": "cispo", "level": "sequence", "epochs": 2}, "a weight a token"),
+        ({"policy_loss": "cispo", "level": "sequence", "epochs": 2}, "which takes no `level`"),
         ({"reduce": -1.0}, "positive, finite length"),
         ({"kl": {"coef": 0.0, "where": "loss", "estimator": "k2"}}, "no effect with `kl.coef` 0"),
         ({"epochs": 1, "dual_clip": 3.0}, "`dual_clip` has no effect with one gradient step"),
@@ -239,7 +242,7 @@ def test_equal_groups_are_counted_and_sampled_again(open_grpo: Any, monkeypatch:
     ids = [[k, 1] for k in range(5, 9)] + [[9, 9, 1]] * 4 + [[5, 1]] * 4 + [[k, 7, 7, 1] for k in range(5, 9)]
     scores = [1.0, 0.0, 0.0, 0.0] + [1.0] * 4 + [0.0] * 4 + [0.0, 1.0, 2.0, 3.0]
     with_samples(monkeypatch, ids, scores)
-    collected, scale = grpo.collect(setup, tasks, tasks[:2], START, 1)
+    collected = loop.collect(GRPO(setup, tasks), tasks[:2], START, 1)
     assert [list(c.ids) for c in collected.experience.completions] == ids[:4] + ids[12:]
     assert collected.experience.rated.raw.tolist() == scores[:4] + scores[12:]
     assert collected.experience.rated.by_name["red"] == scores[:4] + scores[12:]
@@ -250,7 +253,7 @@ def test_equal_groups_are_counted_and_sampled_again(open_grpo: Any, monkeypatch:
         2,
         2,
     )
-    assert scale.count == 16  # the running scale has seen what was thrown away
+    assert collected.reward_scaler.count == 16  # the running scale has seen what was thrown away
     e = collected.episodes
     for row, c in enumerate(collected.experience.completions):  # prompts, tokens and masks moved together
         p = len(c.prompt_ids)
@@ -260,16 +263,16 @@ def test_equal_groups_are_counted_and_sampled_again(open_grpo: Any, monkeypatch:
 
 
 def test_trap_22_a_group_of_equal_rewards_has_no_gradient_and_says_so(
-    open_grpo: Any, monkeypatch: pytest.MonkeyPatch
+    open_grpo: Any, monkeypatch: pytest.MonkeyPatch, loss_of: Any
 ) -> None:
     """[trl 2703, 3452]"""
     tasks, setup = open_grpo(kl={"coef": 0.0})
     with_samples(monkeypatch, [[k, 1] for k in range(5, 13)], [1.0, 0.0, 0.0, 1.0] + [0.7] * 4)
-    collected, _ = grpo.collect(setup, tasks, tasks[:2], START, 1)
+    collected = loop.collect(GRPO(setup, tasks), tasks[:2], START, 1)
     assert collected.metrics["frac_reward_zero_std"] == 0.5
     assert collected.episodes.advantages[4:].tolist() == [[0.0, 0.0]] * 4
-    _, metrics, _ = grpo.loss(setup, collected.episodes, [4, 5, 6, 7], 4, 0.0, fresh=True)
-    assert metrics["loss/policy_avg"].item() == 0.0
+    loss = loss_of(GRPO(setup, tasks), collected.episodes, [4, 5, 6, 7], 4, 0.0, on_policy=True)
+    assert loss.metrics["loss/policy_avg"] == 0.0
 
 
 def test_the_kl_in_the_reward_is_part_of_what_the_group_compares(
@@ -280,7 +283,7 @@ def test_the_kl_in_the_reward_is_part_of_what_the_group_compares(
         setup.roles.policy.lm_head.weight.mul_(1.3)
     scores = [1.0, 0.0, 0.0, 1.0, 0.3, 0.2, 0.1, 0.0]
     with_samples(monkeypatch, [[k, 9, 1] for k in range(5, 13)], scores)
-    collected, _ = grpo.collect(setup, tasks, tasks[:2], dataclasses.replace(START, coef=0.5), 1)
+    collected = loop.collect(GRPO(setup, tasks), tasks[:2], dataclasses.replace(START, kl_coef=0.5), 1)
     s = collected.experience.scored
     kl = masked_sum(s.logp - s.ref_logp, s.mask, dim=1)
     assert kl.abs().max() > 0.1
@@ -295,7 +298,7 @@ def test_reinforce_plus_plus_pays_the_kl_token_by_token_and_whitens_over_the_bat
     with torch.no_grad():
         setup.roles.policy.lm_head.weight.mul_(1.3)
     with_samples(monkeypatch, [[5, 9, 1], [6, 1], [7, 8, 9, 1], [8, 1]], [1.0, 0.0, 0.5, 2.0])
-    collected, _ = grpo.collect(setup, tasks, tasks[:4], dataclasses.replace(START, coef=0.5), 1)
+    collected = loop.collect(GRPO(setup, tasks), tasks[:4], dataclasses.replace(START, kl_coef=0.5), 1)
     s, mask = collected.experience.scored, collected.experience.scored.mask
     k1 = torch.where(mask, s.logp - s.ref_logp, 0.0)
     to_go = k1.flip(1).cumsum(1).flip(1)  # Σ over this token and those after it
@@ -305,7 +308,7 @@ def test_reinforce_plus_plus_pays_the_kl_token_by_token_and_whitens_over_the_bat
 
 
 def test_truncated_responses_can_be_left_out_of_the_loss(
-    open_grpo: Any, monkeypatch: pytest.MonkeyPatch
+    open_grpo: Any, monkeypatch: pytest.MonkeyPatch, loss_of: Any
 ) -> None:
     ids = [
         [5, 1],
@@ -320,22 +323,22 @@ def test_truncated_responses_can_be_left_out_of_the_loss(
     for masked in (False, True):
         tasks, setup = open_grpo(mask_truncated=masked)
         with_samples(monkeypatch, ids, [1.0, 0.0, 0.2, 0.4, 0.0, 1.0, 2.0, 3.0])
-        collected, _ = grpo.collect(setup, tasks, tasks[:2], START, 1)
+        collected = loop.collect(GRPO(setup, tasks), tasks[:2], START, 1)
         assert collected.metrics["rollout/truncated"] == 5 / 8
         counted = collected.episodes.mask.sum(dim=1).tolist()
         assert counted == ([2, 0, 2, 2, 0, 0, 0, 0] if masked else [2, 5, 2, 2, 5, 5, 5, 5])
-    value, _, _ = grpo.loss(setup, collected.episodes, [4, 5], 0, 0.04, fresh=True)
-    value.backward()  # nothing counts: no gradient, and no NaN
+    loss_of(GRPO(setup, tasks), collected.episodes, [4, 5], 0, 0.04, on_policy=True).loss.backward()
+    # nothing counts: no gradient, and no NaN
     assert all(p.grad is None or not p.grad.any() for p in setup.roles.policy.parameters())
 
 
 def test_a_sampler_that_disagrees_is_seen_and_weighed(
-    open_grpo: Any, monkeypatch: pytest.MonkeyPatch
+    open_grpo: Any, monkeypatch: pytest.MonkeyPatch, loss_of: Any
 ) -> None:
     """The samples above claim log-probabilities of −1, which they did not have."""
     tasks, setup = open_grpo(importance_cap=0.5)
     with_samples(monkeypatch, [[k, 1] for k in range(5, 13)], [1.0, 0.0] * 4)
-    collected, _ = grpo.collect(setup, tasks, tasks[:2], START, 1)
+    collected = loop.collect(GRPO(setup, tasks), tasks[:2], START, 1)
     s, weights = collected.experience.scored, collected.episodes.weights
     assert weights is not None
     torch.testing.assert_close(weights[s.mask], (s.logp + 1.0).exp().clamp(max=0.5)[s.mask])
@@ -344,7 +347,9 @@ def test_a_sampler_that_disagrees_is_seen_and_weighed(
     )
     rows = list(range(8))
     plain = dataclasses.replace(collected.episodes, weights=None)
-    one, other = (grpo.loss(setup, e, rows, 8, 0.0, fresh=True)[0] for e in (collected.episodes, plain))
+    one, other = (
+        loss_of(GRPO(setup, tasks), e, rows, 8, 0.0, on_policy=True).loss for e in (collected.episodes, plain)
+    )
     assert one.item() != other.item()
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from keel.config import PPOConfig
 from keel.diagnosis.findings import conditions
 from keel.diagnosis.logs import lines
 from keel.diagnosis.watch import replay
 from keel.errors import KeelError, NotFiniteError
 from keel.models import optim
-from keel.rl import loop, ppo, rollout
+from keel.rl import loop, rollout
+from keel.rl.ppo import PPO
+from keel.rl.setup import make_optimizers
 
 
 @pytest.fixture
@@ -157,14 +158,12 @@ def test_what_a_stage_found_while_it_ran_is_what_its_metrics_show_afterwards(sta
 # ---------------------------------------------------------------- numbers that are none
 
 
-def spoiled(open_ppo: Any, control: str, how: str) -> tuple[Any, Any]:
+def spoiled(open_ppo: Any, monkeypatch: pytest.MonkeyPatch, control: str, how: str) -> tuple[Any, Any]:
     """A loop whose third update is not finite; its setup, and what it returned or raised."""
-    tasks, setup = open_ppo(updates=5, control=control, epochs=1, lr=1e-2, save_every=1, old_logp="trainer")
-    assert isinstance(setup.config, PPOConfig)
-    optimizers = loop.optimizers(setup.config, setup.roles)
+    prompts, setup = open_ppo(updates=5, control=control, epochs=1, lr=1e-2, save_every=1, old_logp="trainer")
+    optimizers, learn = make_optimizers(setup.config, setup.roles), loop.learn
 
-    def step(batch: Any, steering: Any, update: int) -> Any:
-        collected, scale = ppo.collect(setup, batch, steering, loop.rollout_seed(setup, update))
+    def learn_badly(algorithm: Any, optimizers: Any, episodes: Any, update: int, state: Any) -> Any:
         if update == 3 and how == "gradient":
             next(setup.roles.policy.parameters()).grad = torch.full_like(
                 next(setup.roles.policy.parameters()), math.nan
@@ -172,20 +171,21 @@ def spoiled(open_ppo: Any, control: str, how: str) -> tuple[Any, Any]:
             raise NotFiniteError(
                 "stage, update 3: the gradient is not finite (norm nan); lower the learning rate"
             )
-        learned = ppo.learn(setup, optimizers, collected.episodes, update, steering.coef)
+        learned = learn(algorithm, optimizers, episodes, update, state)
         if update == 3:
-            learned["loss/policy_avg"] = math.nan
-        return collected.experience, scale, collected.metrics | learned
+            learned.metrics["loss/policy_avg"] = math.nan
+        return learned
 
+    monkeypatch.setattr(loop, "learn", learn_badly)
     try:
-        return setup, loop.loop(setup, tasks, [], optimizers, step)
+        return setup, loop.OnPolicyLoop(PPO(setup), prompts, [], optimizers).train()
     except KeelError as error:
         return setup, error
 
 
 @pytest.mark.parametrize("how", ["gradient", "metric"])
-def test_an_update_that_is_not_finite_is_rolled_back(how, open_ppo):
-    setup, result = spoiled(open_ppo, "rollback", how)
+def test_an_update_that_is_not_finite_is_rolled_back(how, open_ppo, monkeypatch):
+    setup, result = spoiled(open_ppo, monkeypatch, "rollback", how)
     assert "kl_coef" in result
     assert result["kl_coef"] == pytest.approx(0.075)
     rows = lines(setup.run.directory / "metrics.jsonl")
@@ -199,8 +199,8 @@ def test_an_update_that_is_not_finite_is_rolled_back(how, open_ppo):
 
 
 @pytest.mark.parametrize("control", ["off", "warn", "adjust"])
-def test_without_a_way_back_it_is_an_error_as_ever(control, open_ppo):
-    setup, error = spoiled(open_ppo, control, "metric")
+def test_without_a_way_back_it_is_an_error_as_ever(control, open_ppo, monkeypatch):
+    setup, error = spoiled(open_ppo, monkeypatch, control, "metric")
     assert isinstance(error, NotFiniteError)
     assert "loss/policy_avg is nan at step 3" in str(error)
     said = [e["check"] for e in lines(setup.run.directory / "events.jsonl")]

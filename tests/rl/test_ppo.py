@@ -16,7 +16,11 @@ from keel.errors import DataError, UsageError
 from keel.models import optim
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
-from keel.rl import loop, ppo, rollout
+from keel.rewards.shaping import RunningScale
+from keel.rl import loop, rollout
+from keel.rl.ppo import PPO
+from keel.rl.rollout import LoopState
+from keel.rl.setup import make_optimizers
 from keel.stages.loop_utils import copy_state
 
 
@@ -75,7 +79,7 @@ def test_other_architectures_run_with_a_first_ratio_of_exactly_1(
     tokenizer.save_pretrained(tmp_path / kind)
     _, rows = run_ppo(model=str(tmp_path / kind), sharing=sharing, micro_batch=3)
     assert [row["val/ratio_first"] for row in rows] == [1.0, 1.0]
-    assert max(row["policy/logp_drift"] for row in rows) < 1e-5
+    assert max(row["policy/logp_mismatch"] for row in rows) < 1e-5
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
@@ -102,15 +106,15 @@ def test_half_precision_runs_with_a_first_ratio_of_exactly_1(run_ppo: Any, tiny_
 def test_the_policy_stays_as_it_was_while_the_critic_warms_up(open_ppo: Any) -> None:
     for sharing in ("separate", "trunk"):
         tasks, setup = open_ppo(sharing=sharing, critic_warmup=1, lr=1e-2)
-        optimizers = loop.optimizers(setup.config, setup.roles)
+        optimizers = make_optimizers(setup.config, setup.roles)
         before, values = copy_state(setup.roles.policy), copy_state(setup.roles.value_modules[0])
-        collected, _ = ppo.collect(setup, tasks[:8], ppo.LoopState(0.05, ppo.RunningScale()), 1)
-        ppo.learn(setup, optimizers, collected.episodes, 1, 0.05)
+        collected = loop.collect(PPO(setup), tasks[:8], LoopState(0.05, RunningScale()), 1)
+        loop.learn(PPO(setup), optimizers, collected.episodes, 1, LoopState(0.05, RunningScale()))
         assert all(torch.equal(before[k], v) for k, v in setup.roles.policy.state_dict().items())
         assert any(
             not torch.equal(values[k], v) for k, v in setup.roles.value_modules[0].state_dict().items()
         )
-        ppo.learn(setup, optimizers, collected.episodes, 2, 0.05)
+        loop.learn(PPO(setup), optimizers, collected.episodes, 2, LoopState(0.05, RunningScale()))
         assert any(not torch.equal(before[k], v) for k, v in setup.roles.policy.state_dict().items())
 
 
@@ -145,7 +149,7 @@ def test_experience_takes_no_forward_of_the_policy_besides_sampling(sharing: str
         handle.remove()
         asked.append(len(calls))
         found[len(found)] = scored
-        collected, _ = ppo.collect(setup, tasks[:8], ppo.LoopState(0.05, ppo.RunningScale()), 1)
+        collected = loop.collect(PPO(setup), tasks[:8], LoopState(0.05, RunningScale()), 1)
         assert all(c.hidden is None for c in collected.experience.completions)  # not kept any longer
     assert asked == [0, 1, 1]
     for name in ("logp", "ref_logp", "exact_kl", "values"):
@@ -187,11 +191,11 @@ def test_a_policy_that_went_too_far_goes_on_more_slowly(
         "updates": 3,
     }
     _, free = run_ppo("free", **how, desired_kl=None)
-    assert {row["policy/pace"] for row in free} == set(rates) == {1.0}
+    assert {row["policy/lr_factor"] for row in free} == set(rates) == {1.0}
     assert min(row["policy/approxkl_max"] for row in free) > 1e-3
     rates.clear()
     _, held = run_ppo("held", **how, desired_kl=1e-6)
-    assert [row["policy/pace"] for row in held] == pytest.approx([1, 1 / 2, 1 / 4])
+    assert [row["policy/lr_factor"] for row in held] == pytest.approx([1, 1 / 2, 1 / 4])
     # the first step of an update shows nothing yet; what it did is known at the second
     # and the first update's rates rise
     policy = [1 / 4, 1 / 4, 3 / 8, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8]
@@ -249,13 +253,13 @@ def test_a_reward_models_scale_is_used_or_not_as_the_config_says(open_ppo: Any) 
         tasks, setup = open_ppo(
             shaping={"normalize": normalize, "clip": None, "missing_stop_penalty": 0.0}, kl={"coef": 0.0}
         )
-        collected, scale = ppo.collect(setup, tasks[:8], ppo.LoopState(0.0, ppo.RunningScale()), 1)
+        collected = loop.collect(PPO(setup), tasks[:8], LoopState(0.0, RunningScale()), 1)
         rewards[normalize] = collected.episodes.rewards.sum(dim=1), collected.experience.rated.raw
     scores = rewards["none"][1]
     torch.testing.assert_close(rewards["none"][0], scores)
     torch.testing.assert_close(rewards["model"][0], (scores - 0.5) / 2)
     torch.testing.assert_close(rewards["running"][0], (scores - scores.mean()) / scores.std())
-    assert scale.count == 8
+    assert collected.reward_scaler.count == 8
 
 
 def samples(stage: Path) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from keel.models.load import ModelSource
 from keel.models.shared_base import open_base
 from keel.pipeline.pipeline import Pipeline
 from keel.rewards import learned
-from keel.rl import loop, rollout
+from keel.rl import rollout
 from keel.rl import setup as rl_setup
+from keel.rl.setup import make_optimizers, restore_training, training_state
 from keel.stages.loop_utils import copy_state
 
 LORA = {"r": 2, "alpha": 16}
@@ -193,13 +194,13 @@ def test_optimizer_and_checkpoint_hold_adapters_and_heads_and_nothing_of_the_bas
     open_ppo: Any, tiny_model: Path
 ) -> None:
     _, setup = open_ppo(sharing="adapters", lora=LORA)
-    optimizers = loop.optimizers(setup.config, setup.roles)
+    optimizers = make_optimizers(setup.config, setup.roles)
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     models = [setup.roles.policy, setup.roles.critic]
     trained = {id(p): name for m in models for name, p in m.named_parameters() if p.requires_grad}
     assert held == trained.keys()
     assert all("lora_" in name or "score" in name for name in trained.values())
-    state = loop._state(setup, optimizers)
+    state = training_state(setup, optimizers)
     assert {*state["policy"], *state["value0"]} == set(trained.values())
     kept = sum(p.numel() for part in ("policy", "value0") for p in state[part].values())
     assert kept < 0.5 * sum(p.numel() for p in setup.roles.reference.parameters())
@@ -209,7 +210,7 @@ def test_optimizer_and_checkpoint_hold_adapters_and_heads_and_nothing_of_the_bas
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
-    loop._load_state(setup, optimizers, {**state, "policy": before})
+    restore_training(setup, optimizers, {**state, "policy": before})
     assert all(torch.equal(value, before[name]) for name, value in copy_state(setup.roles.policy).items())
 
 

@@ -1,13 +1,36 @@
-"""From rewards to advantages. Everything here is a constant to the losses: no gradient flows through it."""
+"""From rewards to advantages. Everything here is a constant to the losses: no gradient flows through it.
+
+`ESTIMATORS` are what a config's `advantage` may name. To add one, write a function as `Estimator` says and put
+it there; or leave it in a package of your own (docs/extending_rl.md).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keel.algorithms.masked import at_least_float32, keep
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """What an estimator returns."""
+
+    advantages: Tensor  # (B, T) Â_t, 0 where the mask is False
+    returns: Tensor  # (B, T) R_t, what a critic learns to predict; 0 where the mask is False
+
+
+Estimator = Callable[..., Advantages]
+"""`f(rewards, mask, *, values=None, group_size=1, gamma, lam, **settings) -> Advantages`.
+
+rewards: (B, T) of each token, the KL penalty included where it is part of the reward. mask: (B, T).
+values: (B, T) V(s_t), None without a critic. group_size: G; rows i·G … i·G + G − 1 are samples of one prompt.
+gamma, lam: γ and λ. An estimator takes those keywords that it needs, and may take settings of its own.
+"""
 
 
 def gae(
@@ -92,3 +115,44 @@ def _centred(groups: Tensor) -> Tensor:
     """r − mean of its group; exactly 0 in a group of equals, where rounding the mean would leave noise."""
     equal = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
     return torch.where(equal, 0.0, groups - groups.mean(dim=1, keepdim=True))
+
+
+def by_gae(
+    rewards: Tensor, mask: Tensor, *, values: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
+) -> Advantages:
+    """`gae` as an `Estimator`. values None: V = 0, and with λ = 1 the advantages are the returns to go."""
+    advantages, returns = gae(
+        rewards, torch.zeros_like(rewards) if values is None else values, mask, gamma, lam
+    )
+    return Advantages(advantages, returns)
+
+
+def by_group_mean(
+    rewards: Tensor, mask: Tensor, *, group_size: int, scale: Literal["group", "batch", "none"] = "group"
+) -> Advantages:
+    """`group_relative` as an `Estimator`, of each response's summed reward; the same at all its tokens.
+
+    Returns are the rewards to go. Raises ValueError as `group_relative` does.
+    """
+    return _of_responses(rewards, mask, group_relative(keep(rewards, mask).sum(dim=1), group_size, scale))
+
+
+def by_leave_one_out(rewards: Tensor, mask: Tensor, *, group_size: int) -> Advantages:
+    """`leave_one_out` as an `Estimator`, of each response's summed reward; the same at all its tokens.
+
+    Returns are the rewards to go. Raises ValueError as `leave_one_out` does.
+    """
+    return _of_responses(rewards, mask, leave_one_out(keep(rewards, mask).sum(dim=1), group_size))
+
+
+def _of_responses(rewards: Tensor, mask: Tensor, advantages: Tensor) -> Advantages:
+    """(B,) advantages at every token; rewards, mask: (B, T)."""
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)
+    return Advantages(torch.where(mask, advantages[:, None], 0.0), to_go)
+
+
+ESTIMATORS: Mapping[str, Estimator] = {
+    "gae": by_gae,
+    "group_relative": by_group_mean,
+    "leave_one_out": by_leave_one_out,
+}

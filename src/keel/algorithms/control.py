@@ -24,20 +24,20 @@ def adaptive_kl(coef: float, kl: float, target: float, episodes: int, horizon: f
     return coef * (1 + error * min(episodes / horizon, 1.0))
 
 
-SLOWEST, FASTER = 0.5, 1.1  # factors on the pace from one update to the next
-FLOOR = 1 / 64  # below which a pace is not cut: what the measure then shows is no step's doing
+SLOWEST, FASTER = 0.5, 1.1  # factors on the share from one update to the next
+FLOOR = 1 / 64  # below which the share is not cut: what the measure then shows is no step's doing
 
 
-def kl_adaptive_lr(pace: float, kl: float, limit: float) -> float:
+def kl_adaptive_lr(lr_factor: float, kl: float, limit: float) -> float:
     """The next share, in (0, 1], of the learning rate, after an update that measured `kl` from its own start.
 
     kl and limit are in nats a token. To second order the KL of a step grows with the square of its length
-    (1502.05477), so that √(limit / kl) of the pace would have stayed within the limit; a cut is to a half at
-    most and never below 1/64, and within the limit the pace recovers by a tenth, to 1 at most.
+    (1502.05477), so that √(limit / kl) of the share would have stayed within the limit; a cut is to a half at
+    most and never below 1/64, and within the limit the share recovers by a tenth, to 1 at most.
     """
     if kl > limit:
-        return max(FLOOR, pace * max(SLOWEST, math.sqrt(limit / kl)))
-    return min(1.0, pace * FASTER)
+        return max(FLOOR, lr_factor * max(SLOWEST, math.sqrt(limit / kl)))
+    return min(1.0, lr_factor * FASTER)
 
 
 def schedule(

@@ -1,7 +1,12 @@
-"""The clipped policy loss of PPO, and its kin: dual clip, asymmetric clip, GSPO, and every normalisation."""
+"""The clipped policy loss of PPO, and its kin: dual clip, asymmetric clip, GSPO, and every normalisation.
+
+`LOSSES` are what a config's `policy_loss` may name. To add one, write a function as `PolicyLoss` says and put
+it there; or leave it in a package of your own (docs/extending_rl.md).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -10,6 +15,18 @@ from torch import Tensor
 from keel.algorithms.masked import Reduction, keep, masked_mean, reduced
 
 MAX_LOG_RATIO = 20.0  # e^20 ≈ 5e8; beyond it a float32 product overflows, and 0 · inf makes the gradient NaN
+
+PolicyLoss = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
+"""`f(logp, old_logp, advantages, mask, *, denominator, ref_logp=None, weights=None, **settings)`
+`-> (loss, metrics)`.
+
+logp, old_logp, advantages, mask, ref_logp: (B, T) of a micro-batch. Only logp has a gradient. weights: (B, T),
+see `importance_weights`; None without `importance_cap`. denominator: the `keel.algorithms.masked.count` of the
+whole optimiser step, by which the loss and the metrics of micro-batches add up. settings: keywords of the
+function's own; those that a stage has settings for (clip_low, clip_high, dual_clip, level, reduce) come from
+there. Returns a loss of shape () to minimise, and metrics of shape (), detached. A function takes those
+keywords that it needs; `denominator` is not left out.
+"""
 
 
 def clipped(
@@ -121,6 +138,19 @@ def importance_weights(logp: Tensor, sampler_logp: Tensor, mask: Tensor, cap: fl
     return torch.where(mask, log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap), 1.0)
 
 
+def divergence(
+    logp: Tensor, old_logp: Tensor, mask: Tensor, reduce: Reduction, denominator: Tensor | float | None
+) -> dict[str, Tensor]:
+    """How far π is from π_old: `approxkl`, `approxkl_k3`, `ratio` and `ratio_var` as `clipped` has them.
+
+    logp, old_logp, mask: (B, T). reduce, denominator: as in `clipped`. No gradient. Each value has shape ().
+    For losses that do not measure it themselves.
+    """
+    log_ratio = keep(logp.detach(), mask) - keep(old_logp.detach(), mask)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return _metrics(log_ratio, ratio, {}, mask, reduce, denominator)
+
+
 def _metrics(
     log_ratio: Tensor,
     ratio: Tensor,
@@ -130,13 +160,16 @@ def _metrics(
     denominator: Tensor | float | None,
 ) -> dict[str, Tensor]:
     with torch.no_grad():
-        drift = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         per_token = {
             **flags,
             "approxkl": 0.5 * log_ratio.square(),
-            "approxkl_k3": torch.expm1(drift) - drift,
+            "approxkl_k3": torch.expm1(bounded) - bounded,
             "ratio": ratio,
             "ratio_var": (ratio - 1).square(),
         }
         own: Reduction = "token" if reduce == "token" else "sequence"
         return {name: reduced(x, mask, own, denominator) for name, x in per_token.items()}
+
+
+LOSSES: Mapping[str, PolicyLoss] = {"clipped": clipped, "cispo": cispo}

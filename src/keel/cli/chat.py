@@ -8,7 +8,7 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, load_tokenizer
-from keel.rollout.engine import generate
+from keel.rollout import GenerationRequest, KeelEngine
 from keel.types import Message, Sampling
 
 
@@ -38,14 +38,9 @@ class Talk:
                 )
             del self.turns[:2]  # the oldest question and its answer
             prompt = chat.prompt_ids(self.tokenizer, tuple(self.turns))
-        done = generate(
-            self.model,
-            [prompt],
-            self.sampling,
-            stop_ids=chat.stop_ids(self.tokenizer, ()),
-            pad_id=chat.ensure_pad(self.tokenizer),
-            seed=derive_seed("chat", self.seed, self.count),
-        )[0]
-        reply = self.tokenizer.decode(list(done.ids), skip_special_tokens=True).strip()
+        seed = derive_seed("chat", self.seed, self.count)
+        request = GenerationRequest.of(self.tokenizer, [prompt], self.sampling, seed)
+        completion = KeelEngine(self.model).generate(request)[0]
+        reply = self.tokenizer.decode(list(completion.ids), skip_special_tokens=True).strip()
         self.turns.append({"role": "assistant", "content": reply})
         return reply

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from keel.algorithms.masked import Reduction
+from keel.config import methods
 from keel.config.on_policy import KLConfig, OnPolicy
 from keel.config.presets import AS_IT_COMES, PRESETS, whole_kl
 from keel.config.rewards import as_terms
@@ -29,9 +32,6 @@ class GRPOConfig(OnPolicy):
     )
     scale: Literal["group", "batch", "none"] = Field(
         "group", description="Divide by the standard deviation of the group, of the batch, or by nothing."
-    )
-    objective: Literal["clipped", "cispo"] = Field(
-        "clipped", description="PPO's clipped surrogate, or a clipped weight on log π (CISPO)."
     )
     clip_low: float = Field(0.2, gt=0, le=1, description="The ratio counts from 1 − this.")
     clip_high: float = Field(0.2, gt=0, description="The ratio counts up to 1 + this.")
@@ -56,6 +56,19 @@ class GRPOConfig(OnPolicy):
         description="The KL constraint.",
     )
 
+    @property
+    def reduction(self) -> Reduction:
+        return self.reduce
+
+    def loss_settings(self) -> dict[str, Any]:
+        return {
+            "clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.dual_clip, "level": self.level,
+            "reduce": self.reduce,
+        }  # fmt: skip
+
+    def advantage_settings(self) -> dict[str, Any]:
+        return {"group_size": self.samples_per_prompt, "gamma": 1.0, "lam": 1.0}
+
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, values: Any) -> Any:
@@ -71,6 +84,8 @@ class GRPOConfig(OnPolicy):
             not isinstance(values.get(key, {}), dict) for key in ("kl", "sampling", "shaping")
         ):
             return values  # of the wrong type, which is said in its place
+        if values.get("advantage") is not None:  # which takes their place
+            preset = {key: value for key, value in preset.items() if key not in ("baseline", "scale")}
         form = preset.pop("kl", {"coef": 0.04, "estimator": "k3", "where": "loss"})
         values["kl"] = whole_kl(values.get("kl"), form)
         if preset:
@@ -88,9 +103,24 @@ class GRPOConfig(OnPolicy):
             values.setdefault(key, float(longest) if value == "max_new_tokens" else value)
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        """`objective`, as `policy_loss` was called up to version 0.1. (What is defined last is called first.)"""
+        if not isinstance(values, dict) or "objective" not in values:
+            return values
+        if "policy_loss" in values:
+            raise ValueError("`objective` is the old name of `policy_loss`: give one of them")
+        warnings.warn("`objective` is now called `policy_loss`; change it in your config", FutureWarning, 2)
+        return {"policy_loss" if key == "objective" else key: value for key, value in values.items()}
+
     @model_validator(mode="after")
     def _sound(self) -> GRPOConfig:
-        if self.baseline != "none" and self.samples_per_prompt < 2:
+        if self.advantage is not None:
+            idle = [key for key in ("baseline", "scale") if self.changes(key)]
+            if idle:
+                raise ValueError(f"`{idle[0]}` has no effect with `advantage: {self.advantage}`")
+        if self.advantage is None and self.baseline != "none" and self.samples_per_prompt < 2:
             raise ValueError(
                 f"`baseline: {self.baseline}` needs `samples_per_prompt` of 2 or more: a lone sample has no peers"
             )
@@ -107,14 +137,13 @@ class GRPOConfig(OnPolicy):
         if isinstance(self.reduce, float) and not 0 < self.reduce < math.inf:
             raise ValueError(f"`reduce` {self.reduce} must be a positive, finite length")
         self._of_one_length()
-        idle = [key for key in ("clip_low", "clip_high", "level", "objective") if self.changes(key)]
+        loss = methods.policy_loss(self.policy_loss, self.loss_settings(), self.policy_loss_args)
+        names = {name: name for name in ("clip_low", "clip_high", "dual_clip", "level")}
+        self._refuse_idle(names, f"policy_loss: {self.policy_loss}", set(loss.keywords))
+        idle = [key for key in ("clip_low", "clip_high", "level") if self.changes(key)]
         if idle and self.one_step:
             raise ValueError(
                 f"`{idle[0]}` has no effect with one gradient step an update, whose ratios are all 1: give `mini_batch` or `epochs`"
-            )
-        if self.objective == "cispo" and (self.level == "sequence" or self.dual_clip is not None):
-            raise ValueError(
-                "`objective: cispo` has a weight a token and no dual clip: leave `level` and `dual_clip`"
             )
         if (
             self.kl.coef == 0

@@ -6,10 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from keel.algorithms.masked import Reduction
+from keel.config import methods
 from keel.config.parts import DataConfig, DataSetting, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_source_filters, models_of
 from keel.config.settings import Settings
 from keel.config.watching import Watched
+from keel.errors import UsageError
+from keel.plugins import Group
 
 
 class KLConfig(Settings):
@@ -120,6 +124,30 @@ class OnPolicy(Watched):
     shaping: ShapingConfig = Field(
         default_factory=lambda: ShapingConfig.model_validate({}), description="From a score to a reward."
     )
+    policy_loss: str = Field(
+        "clipped",
+        min_length=1,
+        description="clipped: PPO's clipped surrogate; cispo: a clipped weight on log π (2506.13585); or the name of a policy loss that an installed package adds.",
+    )
+    policy_loss_args: dict[str, Any] = Field(
+        {}, description="Further arguments of the policy loss, by name, for one of another package."
+    )
+    advantage: str | None = Field(
+        None,
+        min_length=1,
+        description="gae, group_relative, leave_one_out, or the name of an advantage estimator that an installed package adds; null: the algorithm's own.",
+    )
+    advantage_args: dict[str, Any] = Field(
+        {}, description="Further arguments of the advantage estimator, by name; needs `advantage`."
+    )
+    engine: str = Field(
+        "keel",
+        min_length=1,
+        description="What samples responses. keel: its own engine; reference: one forward over the whole text for each token, slow and plain, to compare with; or the name of a rollout engine that an installed package adds.",
+    )
+    engine_args: dict[str, Any] = Field(
+        {}, description="Arguments of an engine of another package, by name, besides the model."
+    )
     dual_clip: float | None = Field(
         None, gt=1, description="c: lower bound of the objective for negative advantages (1912.09729)."
     )
@@ -148,6 +176,26 @@ class OnPolicy(Watched):
     def one_step(self) -> bool:
         """Whether an update takes a single gradient step, so that every ratio is 1."""
         return self.epochs == 1 and self.mini_batch in (None, self.batch_size)
+
+    @property
+    def reduction(self) -> Reduction:
+        """How the loss of an optimiser step is normalised; see `keel.algorithms.masked.reduced`."""
+        return "token"
+
+    def loss_settings(self) -> dict[str, Any]:
+        """The stage's settings that a policy loss may take, by the names of its arguments."""
+        raise NotImplementedError
+
+    def advantage_settings(self) -> dict[str, Any]:
+        """The stage's settings that an advantage estimator may take, by the names of its arguments."""
+        raise NotImplementedError
+
+    def plugins(self) -> list[tuple[Group, str]]:
+        """The group and name of everything of other packages that the stage uses."""
+        named: list[tuple[Group, str | None]] = [
+            ("keel.policy_losses", self.policy_loss), ("keel.advantages", self.advantage), ("keel.engines", self.engine),
+        ]  # fmt: skip
+        return [(group, name) for group, name in named if name and methods.is_plugin(group, name)]
 
     @property
     def trusts_sampler(self) -> bool:
@@ -215,6 +263,7 @@ class OnPolicy(Watched):
                 "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
             )
         check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
+        self._check_methods()
         limits = ("max_approx_kl", "desired_kl", "dual_clip")
         idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
         if idle and self.one_step:
@@ -222,6 +271,36 @@ class OnPolicy(Watched):
                 f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"
             )
         return self
+
+    def _check_methods(self) -> None:
+        """ValueError where the policy loss, the advantage estimator or the engine cannot be what is named."""
+        try:
+            loss = methods.policy_loss(self.policy_loss, self.loss_settings(), self.policy_loss_args)
+            if self.advantage is not None:
+                methods.estimator(self.advantage, self.advantage_settings(), self.advantage_args)
+            methods.engine(self.engine, self.engine_args)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        if self.advantage is None and self.advantage_args:
+            raise ValueError("`advantage_args` has no effect without `advantage`")
+        if self.importance_cap is not None and not methods.takes(loss.func, "weights"):
+            raise ValueError(
+                f"`importance_cap` has no effect with `policy_loss: {self.policy_loss}`, which takes no `weights`"
+            )
+        groups = ("group_relative", "leave_one_out")
+        if self.advantage in groups and self.samples_per_prompt < 2:
+            raise ValueError(f"`advantage: {self.advantage}` needs `samples_per_prompt` of 2 or more")
+        if self.policy_loss == "cispo" and self.one_step:
+            raise ValueError(
+                "`policy_loss` has no effect with one gradient step an update, whose ratios are all 1: give `mini_batch` or `epochs`"
+            )
+
+    def _refuse_idle(self, settings: dict[str, str], method: str, taken: set[str]) -> None:
+        """ValueError for a setting that was changed and whose argument the method does not take; settings:
+        setting → argument; taken: the arguments that it takes."""
+        for key, argument in settings.items():
+            if argument not in taken and self.changes(key):
+                raise ValueError(f"`{key}` has no effect with `{method}`, which takes no `{argument}`")
 
     def references(self) -> list[tuple[str, str]]:
         reference = [("reference", self.reference)] if self.reference else []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from keel.config import methods
 from keel.config.on_policy import OnPolicy
 
 
@@ -32,12 +33,26 @@ class PPOConfig(OnPolicy):
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
     critic_warmup: int = Field(0, ge=0, description="Updates at the start that train the critic only.")
 
+    def loss_settings(self) -> dict[str, Any]:
+        return {"clip_low": self.clip, "clip_high": self.clip, "dual_clip": self.dual_clip, "reduce": "token"}
+
+    def advantage_settings(self) -> dict[str, Any]:
+        return {"group_size": self.samples_per_prompt, "gamma": self.gamma, "lam": self.lam}
+
     @model_validator(mode="after")
     def _sound(self) -> PPOConfig:
         idle = [name for name in ("clip", "value_clip") if self.changes(name)]
         if idle and self.one_step:
             raise ValueError(
                 f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1, its values are the old ones"
+            )
+        loss = methods.policy_loss(self.policy_loss, self.loss_settings(), self.policy_loss_args)
+        clips = {"clip": "clip_high", "dual_clip": "dual_clip"}
+        self._refuse_idle(clips, f"policy_loss: {self.policy_loss}", set(loss.keywords))
+        if self.advantage is not None:
+            estimator = methods.estimator(self.advantage, self.advantage_settings(), self.advantage_args)
+            self._refuse_idle(
+                {"gamma": "gamma", "lam": "lam"}, f"advantage: {self.advantage}", set(estimator.keywords)
             )
         if self.critic_warmup and self.value_coef == 0:
             raise ValueError("`critic_warmup` has no effect with `value_coef` 0: the critic learns nothing")

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl": {"coef": 0.0}, "steps": 4,
     },
     "cispo": {  # 2506.13585: the weight is clipped, never the gradient; no lower bound; 16 steps a batch
-        "baseline": "group", "scale": "group", "objective": "cispo", "reduce": "token", "clip_low": 1.0, "clip_high": 4.0,
+        "baseline": "group", "scale": "group", "policy_loss": "cispo", "reduce": "token", "clip_low": 1.0, "clip_high": 4.0,
         "kl": {"coef": 0.0}, "steps": 16,
     },
 }  # fmt: skip

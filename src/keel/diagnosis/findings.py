@@ -63,14 +63,15 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
     kinds = (
         [term.get("kind") for term in terms if isinstance(term, Mapping)] if isinstance(terms, list) else []
     )
+    of_keel = settings.get("engine", "keel") in ("keel", "reference")  # another's numbers are its own
     return Conditions(
         kl_target=kl.get("target"),
         constrained=kl.get("coef", 1.0) > 0,
         learned="learned" in kinds or "classifier" in kinds,
         warmup=settings.get("critic_warmup") or 0,
         reward_bound=control.get("reward_bound"),
-        same_numbers=model.get("dtype") == "float32" and model.get("quantize") is None,
-        near_numbers=model.get("dtype") == "auto" and model.get("quantize") is None,
+        same_numbers=model.get("dtype") == "float32" and model.get("quantize") is None and of_keel,
+        near_numbers=model.get("dtype") == "auto" and model.get("quantize") is None and of_keel,
         length_rewarded="length" in kinds or "overlong" in kinds,
         sequence_ratios=settings.get("level") == "sequence",
     )

@@ -111,9 +111,9 @@ def rate_held_back(history: History) -> Alarm | None:
     """warn: `desired_kl` leaves less than half of the learning rate for a window; a cut at a first update is
     made up for by then. What holds it back works, and a lower rate would not need it; a sampler that is far
     from the trainer shows the same."""
-    if not history.sustained("policy/pace", 0.5, below=True):
+    if not history.sustained("policy/lr_factor", 0.5, below=True):
         return None
-    return "warn", f"desired_kl leaves {shown(history.now('policy/pace') or 0.0)} of the learning rate"
+    return "warn", f"desired_kl leaves {shown(history.now('policy/lr_factor') or 0.0)} of the learning rate"
 
 
 def critic_unexplaining(history: History) -> Alarm | None:

@@ -29,6 +29,9 @@ _SAME = (
     "loss", "grad_norm", "loss/policy_avg", "loss/value_avg", "val/ratio",
 )  # fmt: skip
 
+# names in logs of version 0.1 → today's
+_RENAMED = {"policy/pace": "policy/lr_factor", "policy/logp_drift": "policy/logp_mismatch"}
+
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
@@ -89,14 +92,15 @@ def _from_trl(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line without its end is still being written. Empty where there
-    is none."""
+    """The objects of a JSON-lines file, metrics by today's names; a last line without its end is still being
+    written. Empty where there is none."""
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         try:
-            rows.append(json.loads(line))
+            row: dict[str, Any] = json.loads(line)
+            rows.append({_RENAMED.get(name, name): value for name, value in row.items()})
         except ValueError as error:
             if not line.endswith("\n"):
                 break

@@ -1,249 +1,185 @@
-"""Critic-free policy optimisation: GRPO (2402.03300) and its kin, one loop for all, told apart by settings.
+"""Critic-free policy optimisation: GRPO (2402.03300) and its kin, told apart by settings. The loop is
+`keel.rl.loop`; here are their advantages and their loss.
 
 `docs/papers.md` says which settings make which paper's method; `preset` sets them. What is done differently,
 knowingly:
 - the first gradient step takes π's own log-probabilities as π_old's, as PPO does here, so its ratio is
-exactly 1;
+  exactly 1;
 - with `kl.where: reward` the KL is part of a response's reward where rewards are compared within a group;
-without a
-  baseline (REINFORCE++) it is paid token by token, and advantages are returns to go;
+  without a baseline (REINFORCE++) it is paid token by token, and advantages are returns to go;
 - replacing a group whose rewards are all equal (DAPO's dynamic sampling) samples as many new prompts as are
-missing, for
-  at most `resample` rounds, so that an update always ends; what is left unequal is learned from.
+  missing, for at most `resample` rounds, so that an update always ends; what is left unequal is learned from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keel.algorithms import advantages as advantage
-from keel.algorithms import kl, policy
-from keel.algorithms.masked import count, masked_sum, reduced, whiten
+from keel.algorithms import kl
+from keel.algorithms.masked import masked_sum, whiten
 from keel.config import GRPOConfig
 from keel.data.batches import derive_seed, rows_of_step
-from keel.models.logprobs import head_inputs, response_index, scatter_to_mask, token_logprobs
 from keel.rewards.mixture import Rated
-from keel.rewards.shaping import RunningScale, token_rewards
-from keel.rl import epochs, loop, rollout
-from keel.rl.epochs import LogprobMismatch, LossTerm
+from keel.rewards.shaping import token_rewards
+from keel.rl import loop, rollout
+from keel.rl.algorithm import (
+    Collected,
+    CriticLoss,
+    LossOutput,
+    MicroBatch,
+    Surrogate,
+    estimated,
+    policy_forward,
+    policy_output,
+)
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
-from keel.rl.setup import open_stage
+from keel.rl.setup import make_optimizers, open_stage
 from keel.rollout.score_responses import Scored
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare
 from keel.types import Episodes
 
 
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """A batch of experience with its advantages, and what there is to say about it."""
-
-    experience: Experience
-    episodes: Episodes
-    metrics: dict[str, float]
-
-
-def settings_of(setup: Setup) -> GRPOConfig:
-    assert isinstance(setup.config, GRPOConfig)
-    return setup.config
-
-
-def run(config: GRPOConfig, run: StageRun) -> dict[str, Any]:
+def run(config: GRPOConfig, stage: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy."""
-    tasks, held, setup = open_stage(config, run, sharing="none")
-    optimizers = loop.optimizers(config, setup.roles)
-
-    def step(
-        batch: list[PromptExample], steering: LoopState, update: int
-    ) -> tuple[Experience, RunningScale, dict[str, float]]:
-        collected, scale = collect(setup, tasks, batch, steering, update)
-        with run.timed("train"):
-            learned_metrics = learn(
-                setup, optimizers, collected.episodes, update, steering.coef, steering.pace
-            )
-        return collected.experience, scale, collected.metrics | learned_metrics
-
-    result = loop.loop(setup, tasks, held, optimizers, step)
-    prepare.save_model(run, setup.roles.policy, setup.tokenizer, config, "A policy trained without a critic")
+    prompts, held_out, setup = open_stage(config, stage, sharing="none")
+    optimizers = make_optimizers(config, setup.roles)
+    result = loop.OnPolicyLoop(GRPO(setup, prompts), prompts, held_out, optimizers).train()
+    prepare.save_model(
+        stage, setup.roles.policy, setup.tokenizer, config, "A policy trained without a critic"
+    )
     return result
 
 
-def collect(
-    setup: Setup,
-    tasks: Sequence[PromptExample],
-    batch: Sequence[PromptExample],
-    steering: LoopState,
-    update: int,
-) -> tuple[Collected, RunningScale]:
-    """One batch of experience with advantages; groups of equal rewards are replaced first, where the config
-    says so."""
-    config = settings_of(setup)
-    done, scale = rollout.collect(setup, batch, steering.scale, loop.rollout_seed(setup, update))
-    rounds, replaced, sampled = 0, 0, done.rated.raw.mean().item()
-    for round_ in range(1, config.resample + 1):
-        groups = _equal(_compared(config, done), config.samples_per_prompt).nonzero().flatten().tolist()
-        if not groups:
-            break
-        seed = derive_seed(setup.run.seed, "resample", round_)
-        prompts = [tasks[i] for i in rows_of_step(len(tasks), len(batch), update - 1, seed)][: len(groups)]
-        fresh, scale = rollout.collect(setup, prompts, scale, loop.rollout_seed(setup, update, round_))
-        done = _replaced(done, fresh, groups, config.samples_per_prompt)
-        rounds, replaced = round_, replaced + len(groups)
-    metrics = rollout.measured(done, steering.coef)
-    equal = _equal(done.rewards, config.samples_per_prompt)
-    metrics["frac_reward_zero_std"] = equal.float().mean().item() if config.samples_per_prompt > 1 else 0.0
-    metrics["rollout/resample_rounds"], metrics["rollout/groups_replaced"] = float(rounds), float(replaced)
-    metrics["objective/scores_sampled"] = sampled  # before any group was replaced
-    metrics["rollout/episodes"] += float(replaced * config.samples_per_prompt)
-    return Collected(done, _episodes(setup, done, steering.coef), metrics), scale
+class GRPO:
+    """An `Algorithm`: advantages by comparing the samples of one prompt, and a surrogate without a critic."""
 
+    warmup = 0
 
-def _episodes(setup: Setup, done: Experience, coef: float) -> Episodes:
-    """Advantages: (B, T), the same at every token of a response unless the KL is paid token by token."""
-    config, scored = settings_of(setup), done.scored
-    rewards = done.rewards
-    paid = coef * kl.estimate(scored.logp, scored.ref_logp, config.kl.estimator, scored.mask)
-    in_reward = config.kl.where == "reward" and coef > 0
-    if config.baseline == "none":
-        per_token = token_rewards(rewards, scored.mask, paid if in_reward else None, 1.0)
-        estimated, _ = advantage.gae(per_token, torch.zeros_like(per_token), scored.mask, gamma=1.0, lam=1.0)
-        if config.scale == "batch":
-            estimated = whiten(estimated, scored.mask)
-    else:
+    def __init__(self, setup: Setup[GRPOConfig], prompts: Sequence[PromptExample]) -> None:
+        """prompts: all of the stage's, from which groups of equal rewards are replaced."""
+        self.setup, self.config, self.prompts = setup, setup.config, prompts
+        self.surrogate = Surrogate(self.config, setup.run.name)
+
+    def collect(self, prompts: Sequence[PromptExample], state: LoopState, update: int) -> Collected:
+        """Groups of responses; those of equal rewards are replaced first, where the config says so."""
+        setup, size = self.setup, self.config.samples_per_prompt
+        seed = rollout.seed_of(setup, update)
+        experience, reward_scaler = rollout.collect(setup, prompts, state.reward_scaler, seed)
+        rounds, replaced, first_score = 0, 0, experience.rated.raw.mean().item()
+        for round_ in range(1, self.config.resample + 1):
+            groups = _all_equal(_compared(self.config, experience), size).nonzero().flatten().tolist()
+            if not groups:
+                break
+            seed = derive_seed(setup.run.seed, "resample", round_)
+            rows = rows_of_step(len(self.prompts), len(prompts), update - 1, seed)[: len(groups)]
+            fresh, reward_scaler = rollout.collect(
+                setup, [self.prompts[i] for i in rows], reward_scaler, rollout.seed_of(setup, update, round_)
+            )
+            experience = _with_groups(experience, fresh, groups, size)
+            rounds, replaced = round_, replaced + len(groups)
+        equal = _all_equal(experience.rewards, size).float().mean().item()
+        metrics = {
+            "frac_reward_zero_std": equal if size > 1 else 0.0,
+            "rollout/resample_rounds": float(rounds),
+            "rollout/groups_replaced": float(replaced),
+            "objective/scores_sampled": first_score,  # before any group was replaced
+        }
+        return Collected(experience, reward_scaler, len(experience.completions) + replaced * size, metrics)
+
+    def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:
+        """(B, T) advantages, the same at every token of a response unless the KL is paid token by token."""
+        config, scored = self.config, experience.scored
+        rewards, advantages = self._advantages(experience, kl_coef)
+        mask = scored.mask
+        if config.mask_truncated:
+            mask = mask & torch.tensor([c.ended for c in experience.completions])[:, None]
+        zeros = torch.zeros_like(scored.logp)  # there is no critic
+        episodes = Episodes(
+            scored.ids, scored.prompt_lengths, mask, scored.logp, scored.ref_logp, zeros,
+            token_rewards(rewards, scored.mask, None, 0.0), advantages, zeros,
+            rollout.importance(self.setup, experience), experience.logp_from_sampler,
+        )  # fmt: skip
+        return episodes, {}
+
+    def critic_loss(self, batch: MicroBatch) -> CriticLoss | None:
+        """None: there is no critic."""
+        return None
+
+    def loss(self, batch: MicroBatch) -> LossOutput:
+        """L_policy − c_H H, + β KL where the config has it in the loss."""
+        return policy_output(self.config, self.surrogate, batch, policy_forward(self.setup, batch))
+
+    def _advantages(self, experience: Experience, kl_coef: float) -> tuple[Tensor, Tensor]:
+        """(B,) rewards of responses and (B, T) advantages: by the estimator that the config names, else by
+        returns to go without a `baseline`, else by comparison with the group."""
+        config, scored, rewards = self.config, experience.scored, experience.rewards
+        penalty = kl_coef * kl.estimate(scored.logp, scored.ref_logp, config.kl.estimator, scored.mask)
+        in_reward = config.kl.where == "reward" and kl_coef > 0
+        per_token = token_rewards(rewards, scored.mask, penalty if in_reward else None, 1.0)
+        if config.advantage is not None:
+            made = estimated(self.setup, config.advantage, per_token, None, scored.mask)
+            return rewards, made.advantages
+        if config.baseline == "none":
+            to_go, _ = advantage.gae(per_token, torch.zeros_like(per_token), scored.mask, gamma=1.0, lam=1.0)
+            return rewards, whiten(to_go, scored.mask) if config.scale == "batch" else to_go
         if in_reward:
-            rewards = rewards - masked_sum(paid, scored.mask, dim=1)
-        of_response = (
-            advantage.leave_one_out(rewards, config.samples_per_prompt)
-            if config.baseline == "leave_one_out"
-            else advantage.group_relative(rewards, config.samples_per_prompt, config.scale)
-        )
-        estimated = torch.where(scored.mask, of_response[:, None], 0.0)
-    mask = scored.mask
-    if config.mask_truncated:
-        ended = torch.tensor([c.ended for c in done.completions])
-        mask = mask & ended[:, None]
-    nothing = torch.zeros_like(scored.logp)
-    return Episodes(
-        scored.ids, scored.prompt_lengths, mask, scored.logp, scored.ref_logp, nothing,
-        token_rewards(rewards, scored.mask, None, 0.0), estimated, nothing, rollout.importance(setup, done),
-    )  # fmt: skip
+            rewards = rewards - masked_sum(penalty, scored.mask, dim=1)
+        size = config.samples_per_prompt
+        if config.baseline == "leave_one_out":
+            of_response = advantage.leave_one_out(rewards, size)
+        else:
+            of_response = advantage.group_relative(rewards, size, config.scale)
+        return rewards, torch.where(scored.mask, of_response[:, None], 0.0)
 
 
-def learn(
-    setup: Setup,
-    optimizers: Sequence[torch.optim.Optimizer],
-    episodes: Episodes,
-    update: int,
-    coef: float,
-    pace: float = 1.0,
-) -> dict[str, float]:
-    """Epochs of mini-batches over one batch of experience. Returns means over the gradient steps taken."""
-    reduce = settings_of(setup).reduce
-
-    def of_part(rows: list[int], mini_batch: list[int], fresh: bool) -> list[LossTerm]:
-        denominator = int(count(episodes.mask[mini_batch], reduce))
-        return [loss(setup, episodes, rows, denominator, coef, fresh=fresh)]
-
-    return epochs.learn(setup, optimizers, episodes, update, of_part, pace=pace, first=update == 1)
-
-
-def loss(
-    setup: Setup, episodes: Episodes, rows: list[int], denominator: float, coef: float, *, fresh: bool
-) -> LossTerm:
-    """The part that `rows` have in the loss of a mini-batch whose `masked.count` is `denominator`.
-
-    fresh: the weights are those that sampled, so π_old is π itself. Returns the loss, metrics that add up
-    over the parts, and for a fresh part how far log π is from the scored log π_old.
-    """
-    config, device = settings_of(setup), setup.run.device
-    mask = episodes.mask[rows].to(device)
-    width = max(1, int(mask.sum(dim=1).max()))
-    mask = mask[:, :width]
-    ids, starts = episodes.ids[rows].to(device), episodes.prompt_lengths[rows].to(device)
-    ids = ids[:, : int((starts + mask.sum(dim=1)).max()) + int(not mask.any())]
-    old_logp, advantages, ref_logp = (
-        part[rows, :width].to(device) for part in (episodes.logp, episodes.advantages, episodes.ref_logp)
-    )
-    weights = None if episodes.weights is None else episodes.weights[rows, :width].to(device)
-    index = response_index(mask, starts, ids.shape[1])
-    found = head_inputs(setup.roles.policy, ids, index)
-    tokens = ids.flatten()[index + 1]
-    logp, entropies, _ = token_logprobs(found, tokens, config.sampling.temperature, entropy=True)
-    logp = scatter_to_mask(logp, mask)
-    entropies = scatter_to_mask(entropies if config.entropy_coef > 0 else entropies.detach(), mask)
-    drift = LogprobMismatch.between(logp, old_logp, mask) if fresh else LogprobMismatch()
-    old_logp = logp.detach() if fresh else old_logp
-    if config.objective == "cispo":
-        policy_loss, measured = policy.cispo(
-            logp, old_logp, advantages, mask, config.clip_low, config.clip_high, config.reduce, denominator, weights
-        )  # fmt: skip
-    else:
-        policy_loss, measured = policy.clipped(
-            logp, old_logp, advantages, mask, config.clip_low, config.clip_high, config.dual_clip, config.level,
-            config.reduce, denominator, weights,
-        )  # fmt: skip
-    total = policy_loss - config.entropy_coef * reduced(entropies, mask, config.reduce, denominator)
-    if config.kl.where == "loss" and coef > 0:
-        estimate = kl.estimate(logp, ref_logp, config.kl.estimator, mask)
-        total = total + coef * reduced(estimate, mask, config.reduce, denominator)
-    own = "token" if config.reduce == "token" else "sequence"
-    metrics = {
-        "policy/approxkl_avg": measured["approxkl"],
-        "policy/approxkl_k3": measured["approxkl_k3"],
-        "policy/clipfrac_avg": measured["clipfrac"],
-        "policy/entropy_avg": reduced(entropies.detach(), mask, own, denominator),
-        "loss/policy_avg": policy_loss.detach(),
-        "val/ratio": measured["ratio"],
-        "val/ratio_var": measured["ratio_var"],
-    }
-    return total, metrics, drift
-
-
-def _compared(config: GRPOConfig, done: Experience) -> Tensor:
+def _compared(config: GRPOConfig, experience: Experience) -> Tensor:
     """(B,) rewards by which groups count as equal: without DAPO's punishment of length, which says nothing of
     being right."""
-    rewards = done.rewards
+    rewards = experience.rewards
     for term in config.reward:
         if term.kind == "overlong":
-            values = torch.tensor([value or 0.0 for value in done.rated.by_name[term.log_name]])
+            values = torch.tensor([value or 0.0 for value in experience.rated.by_name[term.log_name]])
             rewards = rewards - term.weight * values
     return rewards
 
 
-def _equal(rewards: Tensor, group_size: int) -> Tensor:
+def _all_equal(rewards: Tensor, group_size: int) -> Tensor:
     """(B,) → (B / G,): True where all rewards of a group are the same, so that it teaches nothing."""
     groups = rewards.view(-1, group_size)
     return groups.amax(dim=1) == groups.amin(dim=1)
 
 
-def _replaced(done: Experience, fresh: Experience, groups: Sequence[int], size: int) -> Experience:
-    """`done` with its groups number `groups` replaced by those of `fresh`, in order."""
+def _with_groups(experience: Experience, fresh: Experience, groups: Sequence[int], size: int) -> Experience:
+    """`experience` with its groups number `groups` replaced by those of `fresh`, in order."""
     rows = [group * size + member for group in groups for member in range(size)]
-    source = list(range(len(done.completions)))
+    source = list(range(len(experience.completions)))
     for position, row in enumerate(rows):
-        source[row] = len(done.completions) + position
+        source[row] = len(experience.completions) + position
     index = torch.tensor(source)
-    completions = [*done.completions, *fresh.completions]
+    completions = [*experience.completions, *fresh.completions]
     by_name = {
         name: [[*values, *fresh.rated.by_name[name]][i] for i in source]
-        for name, values in done.rated.by_name.items()
+        for name, values in experience.rated.by_name.items()
     }
     sums = [
-        torch.cat([getattr(done.rated, part), getattr(fresh.rated, part)])[index]
+        torch.cat([getattr(experience.rated, part), getattr(fresh.rated, part)])[index]
         for part in ("total", "raw", "learned")
     ]
     rated = Rated(sums[0], sums[1], sums[2], by_name)
     return replace(
-        done,
+        experience,
         completions=tuple(completions[i] for i in source),
-        scored=_joined(done.scored, fresh.scored, index),
+        scored=_joined(experience.scored, fresh.scored, index),
         rated=rated,
-        rewards=torch.cat([done.rewards, fresh.rewards])[index],
+        rewards=torch.cat([experience.rewards, fresh.rewards])[index],
+        logp_from_sampler=experience.logp_from_sampler and fresh.logp_from_sampler,
     )
 
 

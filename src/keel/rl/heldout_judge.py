@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from keel import worlds
 from keel.config import OnPolicy
@@ -40,7 +41,11 @@ class Judge:
 
 
 def open_judge(
-    config: OnPolicy, run: StageRun, tokenizer: Any, longest: int, base: Base | None = None
+    config: OnPolicy,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    base: Base | None = None,
 ) -> Judge | None:
     """What `judge` names, on `base` where it can be; None without. longest: tokens of a prompt and its
     response at most."""
@@ -70,7 +75,10 @@ def world_of(gold: str) -> str:
 
 
 def scores(
-    judge: Judge | None, tasks: Sequence[Asked], completions: Sequence[Completion], tokenizer: Any
+    judge: Judge | None,
+    tasks: Sequence[Asked],
+    completions: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Tensor:
     """(B,) what the judge says of each response: a world's total gold reward, or the weighted sum of the
     rewards."""

@@ -1,49 +1,44 @@
-"""The loop of the stages that learn from their own samples; they differ in advantages and in the loss."""
+"""One update, from top to bottom: rollout, score, advantages, epochs (loss, backward, step), KL, monitor,
+log.
+
+PPO and GRPO differ in how they collect, in their advantages and in their loss; an `Algorithm` is these three.
+All else is here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from keel.accel import batch_layout
+from keel.accel.cpu_linear import cast_cache
 from keel.algorithms.control import adaptive_kl, kl_adaptive_lr
+from keel.algorithms.masked import count
 from keel.config import OnPolicy
-from keel.data.batches import derive_seed, rows_of_step
+from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
 from keel.errors import NotFiniteError
-from keel.models.roles import Roles
+from keel.models import optim
 from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
+from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
+from keel.rl.measures import Means, StepMeasures
 from keel.rl.monitor import Monitor
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
-from keel.stages.loop_utils import EarlyStop, copy_state, due, optimizer_for, put_back, state_of
-
-# prompts of an update, steering, number of the update → what was sampled, the scale that has seen it, metrics
-Step = Callable[[list[PromptExample], LoopState, int], tuple[Experience, RunningScale, dict[str, float]]]
-
-
-def loop(
-    setup: Setup,
-    tasks: Sequence[PromptExample],
-    held: Sequence[PromptExample],
-    optimizers: Sequence[torch.optim.Optimizer],
-    step: Step,
-    *,
-    warmup: int = 0,
-) -> dict[str, Any]:
-    """Updates until there are enough, or a reason to stop. Where there is a judge, or weights may be put
-    back, what the stage starts from is evaluated as update 0.
-
-    warmup: updates at the start during which the policy stands still, so that its KL says nothing about β.
-    Returns the stage's result; the policy ends with the weights to keep.
-    """
-    course = OnPolicyLoop(setup, tasks, held, optimizers, step, warmup)
-    last = course.begin()
-    while last < setup.config.updates and not course.over:
-        last += 1
-        course.update(last)
-    return course.end(last)
+from keel.rl.setup import restore_training, training_state
+from keel.stages import language
+from keel.stages.loop_utils import (
+    EarlyStop,
+    copy_state,
+    due,
+    lr_scale,
+    parts_of,
+    put_back,
+)
+from keel.types import Episodes
 
 
 class OnPolicyLoop:
@@ -51,132 +46,282 @@ class OnPolicyLoop:
 
     def __init__(
         self,
-        setup: Setup,
-        tasks: Sequence[PromptExample],
-        held: Sequence[PromptExample],
+        algorithm: Algorithm,
+        prompts: Sequence[PromptExample],
+        held_out: Sequence[PromptExample],
         optimizers: Sequence[torch.optim.Optimizer],
-        step: Step,
-        warmup: int,
     ):
-        self.setup, self.config, self.run = setup, setup.config, setup.run
-        self.tasks, self.held, self.optimizers, self.step, self.warmup = tasks, held, optimizers, step, warmup
-        self.asked = held or (tasks[: heldout_judge.JUDGED] if setup.judge else [])
-        self.steering = LoopState(self.config.kl.coef, RunningScale())
+        self.algorithm, self.setup = algorithm, algorithm.setup
+        self.config, self.run = self.setup.config, self.setup.run
+        self.prompts, self.held_out, self.optimizers = prompts, held_out, optimizers
+        self.judged = held_out or (prompts[: heldout_judge.JUDGED] if self.setup.judge else [])
+        self.state = LoopState(self.config.kl.coef, RunningScale())
         self.stopping = EarlyStop(self.config.patience)
-        self.guard = Monitor.open(setup, optimizers)
+        self.monitor = Monitor.open(self.setup, optimizers)
         self.best: dict[str, Any] | None = None  # the policy at its best evaluation, for `patience`
 
-    @property
-    def over(self) -> bool:
-        return self.stopping.stop or self.guard.stopped
+    def train(self) -> dict[str, Any]:
+        """Updates until there are enough, or a reason to stop. Where there is a judge, or weights may be put
+        back, what the stage starts from is evaluated as update 0.
 
-    def begin(self) -> int:
-        """From the checkpoint, if there is one; the last update that was done."""
-        if checkpoint := self.run.restore():
-            _load_state(self.setup, self.optimizers, checkpoint.tensors)
-            values, self.best = checkpoint.values, checkpoint.tensors["best"]
-            self.steering = LoopState.restored(values)
-            self.stopping = self.stopping.restored(values["stopping"])
-            self.guard.restored(values["guard"], checkpoint.tensors["kept"])
-            return checkpoint.step
-        if self.asked and (self.setup.judge or self.config.control.goes_back):
-            before = self._evaluate()
-            self.run.log(0, self.config.updates, before)
-            self.guard.begin(before)
-        return 0
+        Returns the stage's result; the policy ends with the weights to keep.
+        """
+        last = self._begin()
+        while last < self.config.updates and not self._over:
+            last += 1
+            self.update(last)
+        return self._end(last)
 
     def update(self, update: int) -> None:
-        """1. prompts  2. sample, score, learn  3. steer β  4. evaluate  5. log, diagnose, checkpoint"""
-        config, run = self.config, self.run
-        # 1. the prompts of this update
-        prompts = rows_of_step(
-            len(self.tasks), config.batch_size // config.samples_per_prompt, update - 1, run.seed
-        )
-        # 2. experience, and epochs of mini-batches over it
+        """One update; what is not finite ends it, and nothing of it counts."""
+        config, run, state = self.config, self.run, self.state
         try:
-            done, scale, metrics = self.step([self.tasks[i] for i in prompts], self.steering, update)
+            # 1. rollout: a response to each prompt, scored by every model   2. advantages
+            batch = collect(self.algorithm, self._prompts_of(update), state, update)
+            # 3. epochs of mini-batches: loss, backward, step
+            with run.timed("train"):
+                learned = learn(self.algorithm, self.optimizers, batch.episodes, update, state)
+            metrics = batch.metrics | learned.metrics
             run.check_finite(update, metrics)
-        except NotFiniteError as error:  # nothing of this update counts
-            self.steering = self.guard.failed(update, error, self.steering)
-            run.log(update, config.updates, {"episode": self.steering.episodes})
+        except NotFiniteError as error:
+            self.state = self.monitor.failed(update, error, state)
+            run.log(update, config.updates, {"episode": state.episodes})
             return
-        # 3. β follows the KL of this batch, the pace that of the update
-        coef = self.steering.coef
-        if config.kl.target is not None and update > self.warmup:
-            coef = adaptive_kl(coef, done.kl, config.kl.target, config.batch_size, config.kl.horizon)
-        pace = self.steering.pace
+        # 4. β follows the KL of these samples, the learning rate that of this update
+        kl_coef, lr_factor = state.kl_coef, state.lr_factor
+        if config.kl.target is not None and update > self.algorithm.warmup:
+            kl_coef = adaptive_kl(
+                kl_coef, batch.experience.kl, config.kl.target, config.batch_size, config.kl.horizon
+            )
         if config.desired_kl is not None:
-            pace = kl_adaptive_lr(pace, metrics["policy/approxkl_max"], config.desired_kl)
-        episodes = self.steering.episodes + round(metrics["rollout/episodes"])
-        steering = LoopState(coef, scale, episodes, pace)
-        metrics["episode"] = steering.episodes
-        # 4. held-out prompts
-        if self.asked and due(update, config.updates, config.eval_every):
+            lr_factor = kl_adaptive_lr(lr_factor, learned.largest_kl, config.desired_kl)
+        state = LoopState(kl_coef, batch.reward_scaler, state.episodes + batch.sampled, lr_factor)
+        metrics["episode"] = state.episodes
+        # 5. held-out prompts
+        if self.judged and due(update, config.updates, config.eval_every):
             metrics |= self._evaluate()
             self.stopping = self.stopping.see(metrics["eval/objective/rlhf_reward"])
             if config.patience is not None and self.stopping.waited == 0:
                 self.best = copy_state(self.setup.roles.policy)
-        # 5. what happened, and where to go on from
+        # 6. what happened, and where to go on from
         if update == 1 or due(update, config.updates, max(1, config.updates // 10)):
-            run.samples(rollout.sample_rows(self.setup, update, done))
+            run.samples(rollout.sample_rows(self.setup, update, batch.experience))
         run.log(update, config.updates, metrics)
-        self.steering = self.guard.see(update, metrics, steering)
-        if due(update, config.updates, config.save_every) or self.over:
+        self.state = self.monitor.see(update, metrics, state)
+        if due(update, config.updates, config.save_every) or self._over:
             self._save(update)
 
-    def end(self, last: int) -> dict[str, Any]:
+    @property
+    def _over(self) -> bool:
+        return self.stopping.stop or self.monitor.stopped
+
+    def _prompts_of(self, update: int) -> list[PromptExample]:
+        prompts = self.config.batch_size // self.config.samples_per_prompt
+        return [self.prompts[i] for i in rows_of_step(len(self.prompts), prompts, update - 1, self.run.seed)]
+
+    def _begin(self) -> int:
+        """From the checkpoint, if there is one; the last update that was done."""
+        if checkpoint := self.run.restore():
+            restore_training(self.setup, self.optimizers, checkpoint.tensors)
+            values, self.best = checkpoint.values, checkpoint.tensors["best"]
+            self.state = LoopState.restored(values)
+            self.stopping = self.stopping.restored(values["stopping"])
+            self.monitor.restored(values["monitor"], checkpoint.tensors["snapshots"])
+            return checkpoint.step
+        if self.judged and (self.setup.judge or self.config.control.goes_back):
+            before = self._evaluate()
+            self.run.log(0, self.config.updates, before)
+            self.monitor.begin(before)
+        return 0
+
+    def _end(self, last: int) -> dict[str, Any]:
         """The result, measured on the weights to keep. last: the last update."""
-        self.guard.finish(last)
-        if self.best is not None and not self.guard.chooses:
+        self.monitor.finish(last)
+        if self.best is not None and not self.monitor.chooses:
             put_back(self.setup.roles.policy, self.best)
-        return rollout.final_measures(self.setup, self.held or self.tasks) | {
-            "kl_coef": self.steering.coef, "kl_target": self.config.kl.target, "episodes": self.steering.episodes,
-        }  # fmt: skip
+        return rollout.final_measures(self.setup, self.held_out or self.prompts) | {
+            "kl_coef": self.state.kl_coef,
+            "kl_target": self.config.kl.target,
+            "episodes": self.state.episodes,
+        }
 
     def _evaluate(self) -> dict[str, float]:
         with self.run.timed("evaluate"):
-            return rollout.evaluate(self.setup, self.asked)
+            return rollout.evaluate(self.setup, self.judged)
 
     def _save(self, update: int) -> None:
-        tensors = _state(self.setup, self.optimizers) | {"best": self.best, "kept": self.guard.kept}
-        values = {
-            **self.steering.values(), "stopping": self.stopping.values(), "guard": self.guard.values(),
-        }  # fmt: skip
-        self.run.save(update, tensors, values)
+        tensors = training_state(self.setup, self.optimizers)
+        tensors |= {"best": self.best, "snapshots": self.monitor.snapshots}
+        values = {"stopping": self.stopping.values(), "monitor": self.monitor.values()}
+        self.run.save(update, tensors, {**self.state.values(), **values})
 
 
-def rollout_seed(setup: Setup, update: int, *more: object) -> int:
-    """The seed of an update's samples."""
-    return derive_seed(setup.run.seed, "rollout", update, *more)
+# ---------------------------------------------------------------- 1, 2: rollout, score, advantages
 
 
-def optimizers(config: OnPolicy, roles: Roles, value_lr: float | None = None) -> list[torch.optim.Optimizer]:
-    """One for the policy (and its value head); one more for a separate critic, whose gradient is clipped by
-    itself."""
-    groups: list[tuple[Sequence[nn.Module], float]] = [([roles.policy], config.lr)]
-    if roles.value_head is not None:
-        groups.append(([roles.value_head], value_lr or config.lr))
-    found: list[torch.optim.Optimizer] = [optimizer_for(config, *groups)]
-    if roles.critic is not None:
-        found.append(optimizer_for(config, ([roles.critic], value_lr or config.lr)))
-    return found
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What an update learns from."""
+
+    experience: Experience
+    episodes: Episodes
+    reward_scaler: RunningScale  # which has seen the rewards
+    sampled: int  # responses that were sampled for it
+    metrics: dict[str, float]
 
 
-def _state(setup: Setup, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Everything that training changes, for a checkpoint."""
-    modules = {
-        "policy": setup.roles.policy,
-        **{f"value{i}": m for i, m in enumerate(setup.roles.value_modules)},
-    }
-    return {name: state_of(m) for name, m in modules.items()} | {
-        f"optimizer{i}": o.state_dict() for i, o in enumerate(optimizers)
-    }
+def collect(algorithm: Algorithm, prompts: Sequence[PromptExample], state: LoopState, update: int) -> Batch:
+    """Responses to the prompts of an update, scored, with their advantages."""
+    collected = algorithm.collect(prompts, state, update)
+    episodes, of_advantages = algorithm.advantages(collected.experience, state.kl_coef)
+    metrics = rollout.measured(collected.experience, state.kl_coef)
+    metrics |= {**collected.metrics, "rollout/episodes": float(collected.episodes), **of_advantages}
+    return Batch(collected.experience, episodes, collected.reward_scaler, collected.episodes, metrics)
 
 
-def _load_state(setup: Setup, optimizers: Sequence[torch.optim.Optimizer], tensors: Any) -> None:
-    """Put a checkpoint's `state` back."""
-    put_back(setup.roles.policy, tensors["policy"])
-    for i, module in enumerate(setup.roles.value_modules):
-        put_back(module, tensors[f"value{i}"])
-    for i, optimizer in enumerate(optimizers):
-        optimizer.load_state_dict(tensors[f"optimizer{i}"])
+# ---------------------------------------------------------------- 3: epochs of mini-batches
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What the gradient steps of an update did."""
+
+    metrics: dict[str, float]  # means over the steps
+    largest_kl: float  # the largest `approx_kl` of a mini-batch, in nats a token
+
+
+def learn(
+    algorithm: Algorithm,
+    optimizers: Sequence[torch.optim.Optimizer],
+    episodes: Episodes,
+    update: int,
+    state: LoopState,
+) -> Learned:
+    """Epochs of mini-batches over one batch of episodes; the policy's optimiser is the first.
+
+    A step's rate is `state.lr_factor` of the scheduled one, less where this update has already gone further
+    than `desired_kl`. A critic's optimiser keeps the scheduled rate. The first update in which the policy learns
+    takes rising rates: Adam's first steps are as long as the rate allows, whatever the gradient, and nothing
+    is known yet of how far they lead. Raises NotFiniteError for a loss or a gradient that is not finite.
+    """
+    setup, config, run = algorithm.setup, algorithm.setup.config, algorithm.setup.run
+    policy_learns = update > algorithm.warmup
+    rising = update == algorithm.warmup + 1 and config.desired_kl is not None
+    scheduled = lr_scale(config, update - 1, config.updates)
+    sizes = Sizes.of(episodes)
+    steps = list(_mini_batches(config, run.seed, len(episodes.ids), update))
+    means, epochs, first_ratio, largest_kl, mismatch = Means(), 0, 1.0, 0.0, LogprobMismatch()
+    for step, (epoch, rows) in enumerate(steps):
+        # loss and backward, micro-batch by micro-batch
+        measured = backward(
+            algorithm, episodes, rows, state.kl_coef, sizes, first=step == 0, policy_learns=policy_learns
+        )
+        mismatch += measured.mismatch
+        metrics = measured.metrics()
+        if policy_learns:
+            largest_kl = max(largest_kl, measured.approx_kl)
+        if step == 0 and measured.ratio_var > 0:  # else it is 1, and only its sum over parts is rounded
+            first_ratio = measured.ratio
+        if setup.ptx and policy_learns:
+            metrics["loss/ptx"] = _ptx_gradient(setup, update, step)
+        # step
+        factor = _lr_factor(state.lr_factor, largest_kl, config.desired_kl)
+        if rising:
+            factor *= min(1.0, (step + 1) / len(steps))
+        where = f"{run.name}, update {update}"
+        of_policy, *_ = [
+            optim.step(optimizer, rate * scheduled, config.max_grad_norm, where)
+            for optimizer, rate in zip(optimizers, (factor, 1.0))
+        ]
+        means.add(metrics | {"grad_norm": of_policy["grad_norm"], "lr": of_policy["lr"]})
+        epochs = epoch + 1
+        if (
+            config.max_approx_kl is not None
+            and policy_learns
+            and measured.approx_kl_k3 > config.max_approx_kl
+        ):
+            break
+    whole = {
+        "policy/epochs": epochs, "policy/logp_mismatch": mismatch.largest, "val/ratio_first": first_ratio,
+        "policy/approxkl_max": largest_kl, "policy/lr_factor": state.lr_factor,
+    }  # fmt: skip
+    if episodes.logp_from_sampler:  # the first step is the trainer's first look at them
+        whole["rollout/sampler_drift"] = mismatch.mean
+    return Learned(means.means() | whole, largest_kl)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What decides which rows share a micro-batch."""
+
+    prompts: list[tuple[int, ...]]  # of each row
+    tokens: list[int]  # of each row's prompt and counted response
+
+    @staticmethod
+    def of(episodes: Episodes) -> Sizes:
+        rows = zip(episodes.ids.tolist(), episodes.prompt_lengths.tolist(), strict=True)
+        tokens = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
+        return Sizes([tuple(ids[:length]) for ids, length in rows], tokens)
+
+
+def backward(
+    algorithm: Algorithm,
+    episodes: Episodes,
+    rows: Sequence[int],
+    kl_coef: float,
+    sizes: Sizes,
+    *,
+    first: bool,
+    policy_learns: bool,
+) -> StepMeasures:
+    """The gradients of a mini-batch, added up over its micro-batches. first: no step was taken yet."""
+    setup, total = algorithm.setup, StepMeasures()
+    denominator = float(count(episodes.mask[list(rows)], setup.config.reduction))
+    # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
+    with batch_layout.counting() as read, cast_cache():
+        for part in parts_of(setup.config, sorted(rows), sizes.tokens.__getitem__, sizes.prompts.__getitem__):
+            batch = MicroBatch.of(
+                episodes, part, setup.run.device, denominator=denominator, kl_coef=kl_coef, on_policy=first,
+                policy_learns=policy_learns,
+            )  # fmt: skip
+            # a critic of its own first: what it keeps for its backward is gone before the policy's is there
+            if (critic := algorithm.critic_loss(batch)) is not None:
+                critic.loss.backward()
+                total.add_critic(critic)
+            output = algorithm.loss(batch)
+            if output.loss.requires_grad:
+                output.loss.backward()
+            total.add(output)
+    setup.run.count("train", useful_tokens([(sizes.prompts[i], sizes.tokens[i]) for i in rows]), read())
+    return total
+
+
+def _lr_factor(lr_factor: float, largest_kl: float, desired_kl: float | None) -> float:
+    """The share of the scheduled rate for the next step, where the update has gone `largest_kl` so far."""
+    limit = math.inf if desired_kl is None else desired_kl
+    return kl_adaptive_lr(lr_factor, largest_kl, limit) if largest_kl > limit else lr_factor
+
+
+def _mini_batches(config: OnPolicy, seed: int, rows: int, update: int) -> Iterator[tuple[int, list[int]]]:
+    """(epoch, rows) in the order of an update, one a gradient step."""
+    size = config.mini_batch or rows
+    for epoch in range(config.epochs):
+        order = permutation(rows, derive_seed(seed, "mini-batches", update), epoch)
+        for start in range(0, rows, size):
+            yield epoch, list(order[start : start + size])
+
+
+@cast_cache()
+def _ptx_gradient(setup: Setup[Any], update: int, step: int) -> float:
+    """Add the gradient of coef × language-modelling loss on a few rows (PPO-ptx, 2203.02155); returns the
+    loss."""
+    ptx = setup.config.ptx
+    assert ptx is not None
+    seed = derive_seed(setup.run.seed, "ptx", update)
+    rows = [setup.ptx[i] for i in rows_of_step(len(setup.ptx), ptx.batch_size, step, seed)]
+    tokens, total = sum(row.counted for row in rows), 0.0
+    for part in parts_of(setup.config, rows, lambda row: len(row.ids)):
+        value, _ = language.loss(setup.roles.policy, part, setup.pad_id, tokens)
+        (ptx.coef * value).backward()
+        total += float(value.detach())
+    return total

@@ -8,7 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,39 +25,44 @@ from keel.stages.loop_utils import put_back, state_of
 
 @dataclass
 class Monitor:
-    """The watch over one stage. `kept` holds whole states: "healthy" (of which a window of updates without a
-    finding has passed), "fresh" (the next to become so) and "best" (the highest held-out judge, else
+    """The watch over one stage. `snapshots` holds whole states: "healthy" (of which a window of updates
+    without a finding has passed), "fresh" (the next to become so) and "best" (the highest held-out judge, else
     evaluated reward)."""
 
-    setup: Setup
+    setup: Setup[Any]
     optimizers: Sequence[torch.optim.Optimizer]
     watch: Watch
     peaks: list[list[float]]  # learning rates as the config has them
-    kept: dict[str, dict[str, Any]]
-    taken: int = 0  # adjustments and rollbacks so far
+    snapshots: dict[str, dict[str, Any]]
+    actions_taken: int = 0  # adjustments and rollbacks so far
     lr_factor: float = 1.0
     best: float | None = None
     stopped: bool = False
 
     @classmethod
-    def open(cls, setup: Setup, optimizers: Sequence[torch.optim.Optimizer]) -> Monitor:
-        """A guard of a stage before its first update."""
+    def open(cls, setup: Setup[Any], optimizers: Sequence[torch.optim.Optimizer]) -> Monitor:
+        """The monitor of a stage before its first update."""
         peaks = [[group["peak_lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         watch = Watch(conditions(setup.config.model_dump(mode="json")))
-        guard = cls(setup, optimizers, watch, peaks, {})
+        monitor = cls(setup, optimizers, watch, peaks, {})
         if setup.config.control.goes_back:
-            guard.kept["healthy"] = guard._snapshot(0, RunningScale())
-        return guard
+            monitor.snapshots["healthy"] = monitor._snapshot(0, RunningScale())
+        return monitor
 
     # ------------------------------------------------------------ for a checkpoint
 
     def values(self) -> dict[str, Any]:
-        return {"taken": self.taken, "lr_factor": self.lr_factor, "best": self.best, "stopped": self.stopped}
+        return {
+            "actions_taken": self.actions_taken,
+            "lr_factor": self.lr_factor,
+            "best": self.best,
+            "stopped": self.stopped,
+        }
 
-    def restored(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-        """As it was when a checkpoint with `values` and `kept` was written."""
-        self.taken, self.lr_factor = values["taken"], values["lr_factor"]
-        self.best, self.stopped, self.kept = values["best"], values["stopped"], dict(kept)
+    def restored(self, values: Mapping[str, Any], snapshots: Mapping[str, Any]) -> None:
+        """As it was when a checkpoint with `values` and `snapshots` was written."""
+        self.actions_taken, self.lr_factor = values["actions_taken"], values["lr_factor"]
+        self.best, self.stopped, self.snapshots = values["best"], values["stopped"], dict(snapshots)
         if self.off:
             return
         folder = self.setup.run.directory
@@ -80,20 +85,20 @@ class Monitor:
             assert not found, found  # no check speaks before there was an update
         value = _worth(metrics)
         if self.setup.config.control.goes_back and value is not None:
-            self.best, self.kept["best"] = value, self.kept["healthy"]  # which is the same state
+            self.best, self.snapshots["best"] = value, self.snapshots["healthy"]  # which is the same state
 
-    def see(self, update: int, metrics: Mapping[str, float], steering: LoopState) -> LoopState:
-        """The metrics of an update that went well → the steering to go on with."""
+    def see(self, update: int, metrics: Mapping[str, float], state: LoopState) -> LoopState:
+        """The metrics of an update that went well → the state to go on with."""
         if self.off:
-            return steering
+            return state
         findings = self.watch.see(update, metrics)
-        after = self._react(update, findings, steering)
-        if after is steering and self.setup.config.control.goes_back and not _urgent(findings):
-            self._keep(update, metrics, steering.scale)
+        after = self._react(update, findings, state)
+        if after is state and self.setup.config.control.goes_back and not _urgent(findings):
+            self._remember(update, metrics, state.reward_scaler)
         return after
 
-    def failed(self, update: int, error: KeelError, steering: LoopState) -> LoopState:
-        """An update whose numbers are none → the steering to go on with; the error where control does not go
+    def failed(self, update: int, error: KeelError, state: LoopState) -> LoopState:
+        """An update whose numbers are none → the state to go on with; the error where control does not go
         back."""
         if self.off:
             raise error
@@ -103,21 +108,21 @@ class Monitor:
             raise error
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return self._react(update, [finding], steering)
+        return self._react(update, [finding], state)
 
     def finish(self, last: int) -> None:
         """Put the best weights back: those that the judge liked best, where control may go back at all;
         without a judge only where the stage was stopped, by evaluated reward, else the last healthy. last:
         the update that the stage ended with."""
         if self.chooses:
-            state = self.kept.get("best", self.kept["healthy"])
-            self._put_weights_back(state)
-            self._record_kept(state["update"], last)
+            snapshot = self.snapshots.get("best", self.snapshots["healthy"])
+            self._put_weights_back(snapshot)
+            self._record_kept(snapshot["update"], last)
 
     @property
     def chooses(self) -> bool:
         """Whether `finish` puts weights back."""
-        return self.stopped or (self.setup.judge is not None and "best" in self.kept)
+        return self.stopped or (self.setup.judge is not None and "best" in self.snapshots)
 
     # ------------------------------------------------------------ how
 
@@ -131,80 +136,81 @@ class Monitor:
         run.events([{"step": last, **row}])
         run.say(f"{run.name}: the weights of update {to} are kept, which the judge liked best")
 
-    def _react(self, update: int, findings: Sequence[Finding], steering: LoopState) -> LoopState:
+    def _react(self, update: int, findings: Sequence[Finding], state: LoopState) -> LoopState:
         run, control = self.setup.run, self.setup.config.control
         rows: list[dict[str, Any]] = [finding.row() for finding in findings]
         for finding in findings:
             if finding.severity != "note":
                 run.say(f"{run.name}: update {update}: {finding.check}: {finding.evidence}; {finding.remedy}")
-        action = decide(findings, control.on_finding, self.taken, control.attempts)
+        action = decide(findings, control.on_finding, self.actions_taken, control.attempts)
         if action is not None:
-            steering, to = self._carry_out(action, steering)
-            rows.append(event(update, action, steering.coef, self.lr_factor, to))
+            state, to = self._carry_out(action, state)
+            rows.append(event(update, action, state.kl_coef, self.lr_factor, to))
             self.watch.acted(update)
             run.say(
                 f"{run.name}: update {update}: {action.kind}" + ("" if to is None else f" to update {to}")
             )
         run.events(rows)
-        return steering
+        return state
 
-    def _carry_out(self, action: Action, steering: LoopState) -> tuple[LoopState, int | None]:
-        """The steering from now on, and the update whose weights are taken."""
+    def _carry_out(self, action: Action, state: LoopState) -> tuple[LoopState, int | None]:
+        """The state from now on, and the update whose weights are taken."""
         if action.kind == "stop":
             self.stopped = True
-            return steering, self.kept.get("best", self.kept["healthy"])["update"]
-        self.taken += 1
+            return state, self.snapshots.get("best", self.snapshots["healthy"])["update"]
+        self.actions_taken += 1
         to = None
         if action.kind == "rollback":
-            state = self.kept[self._refuge]
-            self._put_back(state)
-            self.kept.pop("fresh", None)  # it may have been ill already
-            steering, to = replace(steering, scale=RunningScale(**state["scale"])), state["update"]
+            snapshot = self.snapshots[self._refuge]
+            self._put_back(snapshot)
+            self.snapshots.pop("fresh", None)  # it may have been ill already
+            state = replace(state, reward_scaler=RunningScale(**snapshot["reward_scaler"]))
+            to = snapshot["update"]
         if action.cut_lr:
             self.lr_factor *= LR_FACTOR
         self._set_learning_rates()
-        return replace(steering, coef=raised(steering.coef)) if action.raise_kl else steering, to
+        return replace(state, kl_coef=raised(state.kl_coef)) if action.raise_kl else state, to
 
     @property
     def _refuge(self) -> str:
         """With a judge the state that it liked best; else the last that was followed by a window without a
         finding."""
-        return "best" if self.setup.judge is not None and "best" in self.kept else "healthy"
+        return "best" if self.setup.judge is not None and "best" in self.snapshots else "healthy"
 
-    def _keep(self, update: int, metrics: Mapping[str, float], scale: RunningScale) -> None:
-        fresh = self.kept.get("fresh")
+    def _remember(self, update: int, metrics: Mapping[str, float], reward_scaler: RunningScale) -> None:
+        fresh = self.snapshots.get("fresh")
         if fresh is None or update - fresh["update"] >= WINDOW:
             if fresh is not None:
-                self.kept["healthy"] = fresh
-            self.kept["fresh"] = self._snapshot(update, scale)
-        self._prefer(update, metrics, scale)
+                self.snapshots["healthy"] = fresh
+            self.snapshots["fresh"] = self._snapshot(update, reward_scaler)
+        self._prefer(update, metrics, reward_scaler)
 
-    def _prefer(self, update: int, metrics: Mapping[str, float], scale: RunningScale) -> None:
+    def _prefer(self, update: int, metrics: Mapping[str, float], reward_scaler: RunningScale) -> None:
         value = _worth(metrics)
         if value is not None and (self.best is None or value > self.best):
-            self.best, self.kept["best"] = value, self._snapshot(update, scale)
+            self.best, self.snapshots["best"] = value, self._snapshot(update, reward_scaler)
 
     def _values(self) -> list[tuple[torch.nn.Module, str]]:
         return [(module, f"value{i}") for i, module in enumerate(self.setup.roles.value_modules)]
 
-    def _snapshot(self, update: int, scale: RunningScale) -> dict[str, Any]:
+    def _snapshot(self, update: int, reward_scaler: RunningScale) -> dict[str, Any]:
         """Everything that training changes, copied to the CPU."""
         modules = {"policy": self.setup.roles.policy, **{name: module for module, name in self._values()}}
         return {
             "update": update,
             "modules": {name: _copied(state_of(module)) for name, module in modules.items()},
             "optimizers": [_copied(optimizer.state_dict()) for optimizer in self.optimizers],
-            "scale": {"count": scale.count, "mean": scale.mean, "spread": scale.spread},
+            "reward_scaler": asdict(reward_scaler),
         }
 
-    def _put_weights_back(self, state: Mapping[str, Any]) -> None:
-        put_back(self.setup.roles.policy, state["modules"]["policy"])
+    def _put_weights_back(self, snapshot: Mapping[str, Any]) -> None:
+        put_back(self.setup.roles.policy, snapshot["modules"]["policy"])
         for module, name in self._values():
-            put_back(module, state["modules"][name])
+            put_back(module, snapshot["modules"][name])
 
-    def _put_back(self, state: Mapping[str, Any]) -> None:
-        self._put_weights_back(state)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+    def _put_back(self, snapshot: Mapping[str, Any]) -> None:
+        self._put_weights_back(snapshot)
+        for optimizer, saved in zip(self.optimizers, snapshot["optimizers"], strict=True):
             optimizer.load_state_dict(
                 _copied(saved)
             )  # which takes tensors as they are, and would change what is kept

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
@@ -20,14 +21,16 @@ from keel.algorithms.masked import masked_mean
 from keel.config import OnPolicy
 from keel.data import chat
 from keel.data.batches import derive_seed, useful_tokens
-from keel.data.stops import stop_texts
+from keel.errors import UsageError
 from keel.evaluation.measures import Measure, mean_interval
+from keel.models.head import head_of
 from keel.models.offload import on_device
 from keel.models.roles import Roles
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rl import heldout_judge
-from keel.rollout.engine import TokenCount, generate, text_of
+from keel.rollout.engine import text_of
+from keel.rollout.protocol import Engine, GenerationRequest, TokenCount, check_completions
 from keel.rollout.score_responses import Scored, sampled_logp, score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language
@@ -44,16 +47,20 @@ class PromptExample:
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
 
 
+C = TypeVar("C", bound=OnPolicy, covariant=True)
+
+
 @dataclass(frozen=True, slots=True)
-class Setup:
+class Setup(Generic[C]):
     """Everything an update needs that does not change: models, prompts, settings."""
 
-    config: OnPolicy
+    config: C
     roles: Roles
+    engine: Engine  # samples from the policy
     rewards: Mixture
     opened: Sequence[build_rewards.LoadedReward]  # what the rewards hold in memory
     as_text: bool  # whether any of them reads words
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     run: StageRun
     ptx: tuple[language.LanguageRow, ...]
     judge: heldout_judge.Judge | None = None  # held out: nothing is trained on it
@@ -67,18 +74,20 @@ class Setup:
 class LoopState:
     """What changes between updates besides the weights."""
 
-    coef: float  # β
-    scale: RunningScale
-    episodes: int = 0
-    pace: float = 1.0  # share of the scheduled learning rate
+    kl_coef: float  # β
+    reward_scaler: RunningScale
+    episodes: int = 0  # sampled so far
+    lr_factor: float = 1.0  # share of the scheduled learning rate that `desired_kl` leaves
 
     def values(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"coef": self.coef, "scale": asdict(self.scale), "episodes": self.episodes, "pace": self.pace}
+        return asdict(self)
 
     @staticmethod
     def restored(values: Mapping[str, Any]) -> LoopState:
-        return LoopState(values["coef"], RunningScale(**values["scale"]), values["episodes"], values["pace"])
+        """From what `values` gave."""
+        scaler = RunningScale(**values["reward_scaler"])
+        return LoopState(values["kl_coef"], scaler, values["episodes"], values["lr_factor"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,7 @@ class Experience:
     scored: Scored
     rated: Rated  # what each reward says, and their weighted sum
     rewards: Tensor  # (B,) shaped rewards of whole responses, before any KL
+    logp_from_sampler: bool = False  # whether `scored.logp` are the numbers that the tokens were drawn with
 
     @property
     def kl(self) -> float:
@@ -96,67 +106,87 @@ class Experience:
         return self.scored.exact_kl.sum(dim=1).mean().item()
 
 
+def seed_of(setup: Setup[OnPolicy], update: int, *more: object) -> int:
+    """The seed of an update's samples."""
+    return derive_seed(setup.run.seed, "rollout", update, *more)
+
+
 def sample(
-    setup: Setup, tasks: Sequence[PromptExample], seed: int, work: TokenCount | None = None
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], seed: int, count: TokenCount | None = None
 ) -> list[Completion]:
-    """One response a task, with what `score_tokens` will need of the sampler's own forwards. work: counts its
-    tokens."""
-    sampling = setup.config.sampling.plain()
-    return generate(
-        setup.roles.policy, [task.ids for task in tasks], sampling, stop_ids=chat.stop_ids(setup.tokenizer, sampling.stop),
-        stop_texts=stop_texts(setup.tokenizer, sampling.stop),
-        pad_id=setup.pad_id, seed=seed, hidden=setup.config.trusts_sampler, work=work,
+    """One response a prompt, with what `score_tokens` will need of the sampler's own forwards. count: counts
+    its tokens. UsageError where the engine returns something else."""
+    config = setup.config
+    request = GenerationRequest.of(
+        setup.tokenizer, [prompt.ids for prompt in prompts], config.sampling.plain(), seed,
+        keep_head_inputs=config.trusts_sampler,
     )  # fmt: skip
+    completions = setup.engine.generate(request, count)
+    check_completions(config.engine, request, completions)
+    if config.importance_cap is not None and not all(c.logp for c in completions):
+        raise UsageError(
+            "`importance_cap` needs the log-probabilities of the sampler,"
+            f" which engine {config.engine!r} does not give"
+        )
+    return completions
 
 
-def score_tokens(setup: Setup, completions: Sequence[Completion]) -> Scored:
+def score_tokens(setup: Setup[OnPolicy], completions: Sequence[Completion]) -> Scored:
     """What policy, reference and critic say of each token."""
     config, roles = setup.config, setup.roles
     with on_device(roles.reference):
         return score(
-            completions, roles.policy, roles.reference, temperature=config.sampling.temperature, pad_id=setup.pad_id,
-            device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
+            completions, roles.policy, roles.reference, temperature=config.sampling.temperature,
+            pad_id=setup.pad_id, device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
         )  # fmt: skip
 
 
-def rate(setup: Setup, tasks: Sequence[PromptExample], completions: Sequence[Completion]) -> Rated:
+def rate(
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], completions: Sequence[Completion]
+) -> Rated:
     """What the rewards say of each response."""
-    columns = [dict(task.columns) for task in tasks]
+    columns = [dict(prompt.columns) for prompt in prompts]
     batch = build_rewards.batch_of(
-        [task.prompt for task in tasks], completions, columns, setup.tokenizer, as_text=setup.as_text
+        [prompt.prompt for prompt in prompts], completions, columns, setup.tokenizer, as_text=setup.as_text
     )
     return setup.rewards.score(batch)
 
 
 def collect(
-    setup: Setup, batch: Sequence[PromptExample], scale: RunningScale, seed: int
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], reward_scaler: RunningScale, seed: int
 ) -> tuple[Experience, RunningScale]:
-    """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scale has seen their
-    rewards."""
+    """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scaler that is returned
+    has seen their rewards."""
     config, run = setup.config, setup.run
-    tasks = [task for task in batch for _ in range(config.samples_per_prompt)]
-    work = TokenCount()
+    repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    count = TokenCount()
     with run.timed("rollout"):
-        completions = sample(setup, tasks, seed, work)
-    run.count("rollout", work.useful, work.computed)
+        completions = sample(setup, repeated, seed, count)
+    if count.computed:  # an engine need not count
+        run.count("rollout", count.useful, count.computed)
     with run.timed("forward"), batch_layout.counting() as read, cast_cache():
         scored = score_tokens(setup, completions)
+    from_sampler = head_of(setup.roles.policy) is not None and all(c.hidden is not None for c in completions)
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
     with run.timed("score"), cast_cache():
-        rated = rate(setup, tasks, done)
+        rated = rate(setup, repeated, done)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     run.count("forward", useful_tokens(sizes), read())
-    scale = scale.update(rated.total)
-    return Experience(done, scored, rated, shaped(setup, rated, done, scale)), scale
+    reward_scaler = reward_scaler.update(rated.total)
+    rewards = shaped(setup, rated, done, reward_scaler)
+    return Experience(done, scored, rated, rewards, from_sampler), reward_scaler
 
 
-def shaped(setup: Setup, rated: Rated, completions: Sequence[Completion], scale: RunningScale) -> Tensor:
+def shaped(
+    setup: Setup[OnPolicy], rated: Rated, completions: Sequence[Completion], reward_scaler: RunningScale
+) -> Tensor:
     """(B,) rewards of whole responses: normalised, clipped, penalised, centred, as the config says."""
     shaping = setup.config.shaping
     ended = torch.tensor([c.ended for c in completions])
     if shaping.normalize == "running":
-        scores, rest, mean, std, clip = rated.total, None, scale.mean, scale.std, shaping.clip
+        scores, rest, clip = rated.total, None, shaping.clip
+        mean, std = reward_scaler.mean, reward_scaler.std
     else:  # the clip is for learned rewards, in units of their scale, and not for what means what it says
         scores, rest, mean, std = rated.learned, rated.total - rated.learned, 0.0, 1.0
         bounded = shaping.normalize == "model" or shaping.changes("clip")
@@ -167,15 +197,15 @@ def shaped(setup: Setup, rated: Rated, completions: Sequence[Completion], scale:
     )  # fmt: skip
 
 
-def measured(experience: Experience, coef: float) -> dict[str, float]:
+def measured(experience: Experience, kl_coef: float) -> dict[str, float]:
     """The metrics of a batch that say what was sampled and what it earned."""
     scored, completions, scores = experience.scored, experience.completions, experience.rated.raw
     sampled_kl = (scored.logp - scored.ref_logp).sum(dim=1)
-    non_score = -coef * sampled_kl
+    non_score = -kl_coef * sampled_kl
     return {
         "objective/kl": sampled_kl.mean().item(),
         "objective/kl_exact": experience.kl,
-        "objective/kl_coef": coef,
+        "objective/kl_coef": kl_coef,
         "objective/entropy": (-scored.logp).sum(dim=1).mean().item(),
         "objective/non_score_reward": non_score.mean().item(),
         "objective/rlhf_reward": (experience.rewards + non_score).mean().item(),
@@ -185,7 +215,7 @@ def measured(experience: Experience, coef: float) -> dict[str, float]:
         "rollout/episodes": float(len(completions)),
         "rollout/response_length": scored.mask.sum(dim=1).float().mean().item(),
         "rollout/truncated": sum(not c.ended for c in completions) / len(completions),
-        "rollout/sampler_drift": _sampler_drift(experience),
+        **_sampler_mismatch(experience),
         **_shape(experience),
     } | _by_name(experience.rated)
 
@@ -217,7 +247,7 @@ def _shape(experience: Experience) -> dict[str, float]:
     }
 
 
-def importance(setup: Setup, experience: Experience) -> Tensor | None:
+def importance(setup: Setup[OnPolicy], experience: Experience) -> Tensor | None:
     """(B, T) truncated importance weights of trainer against sampler, where the config asks for them."""
     cap, mask = setup.config.importance_cap, experience.scored.mask
     if cap is None:
@@ -226,14 +256,17 @@ def importance(setup: Setup, experience: Experience) -> Tensor | None:
     return policy.importance_weights(experience.scored.logp, sampled, mask, cap)
 
 
-def _sampler_drift(experience: Experience) -> float:
-    """Mean |scored log π − log π of the sampler| per token."""
+def _sampler_mismatch(experience: Experience) -> dict[str, float]:
+    """Mean |scored log π − log π of the sampler| per token; nothing where an engine does not give the
+    latter."""
+    if not all(c.logp for c in experience.completions):
+        return {}
     mask = experience.scored.mask
     gap = (experience.scored.logp - sampled_logp(experience.completions, mask)).abs()
-    return masked_mean(gap, mask).item()
+    return {"rollout/sampler_drift": masked_mean(gap, mask).item()}
 
 
-def sample_rows(setup: Setup, update: int, experience: Experience) -> list[dict[str, Any]]:
+def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> list[dict[str, Any]]:
     """The first few responses of a batch, as lines of samples.jsonl."""
     scored = experience.scored
     kls = (scored.logp - scored.ref_logp).sum(dim=1).tolist()
@@ -251,34 +284,34 @@ def sample_rows(setup: Setup, update: int, experience: Experience) -> list[dict[
     ]
 
 
-def evaluate(setup: Setup, tasks: Sequence[PromptExample]) -> dict[str, float]:
+def evaluate(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, float]:
     """Raw score and exact KL on held-out prompts, and what early stopping looks at: the normalised score
     minus the config's β times the KL (not the β of the moment, which would change what is compared)."""
-    held = _held_out(setup, tasks)
-    reward = held["normalised"] - setup.config.kl.coef * held["kl"]
-    judged = held["judge"]
-    said = {"eval/judge": judged.mean().item(), "eval/judge_error": heldout_judge.error(judged)}
-    return (said if setup.judge else {}) | {
-        "eval/objective/scores": held["scores"].mean().item(),
-        "eval/objective/kl": held["kl"].mean().item(),
+    columns = _held_out(setup, prompts)
+    reward = columns["normalised"] - setup.config.kl.coef * columns["kl"]
+    judged = columns["judge"]
+    of_judge = {"eval/judge": judged.mean().item(), "eval/judge_error": heldout_judge.error(judged)}
+    return (of_judge if setup.judge else {}) | {
+        "eval/objective/scores": columns["scores"].mean().item(),
+        "eval/objective/kl": columns["kl"].mean().item(),
         "eval/objective/rlhf_reward": reward.mean().item(),
     }
 
 
-def final_measures(setup: Setup, tasks: Sequence[PromptExample]) -> dict[str, Measure]:
+def final_measures(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, Measure]:
     """Measures of the finished policy on held-out prompts, or on the first of its own where none are held
     out."""
-    held = _held_out(setup, tasks[: 4 * setup.config.batch_size])
+    columns = _held_out(setup, prompts[: 4 * setup.config.batch_size])
     names = ("scores", "kl", "length", *(["judge"] if setup.judge else []))
-    return {name: mean_interval(held[name].tolist()) for name in names}
+    return {name: mean_interval(columns[name].tolist()) for name in names}
 
 
 @cast_cache()
-def _held_out(setup: Setup, tasks: Sequence[PromptExample]) -> dict[str, Tensor]:
+def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, Tensor]:
     """(N,) raw and normalised scores, exact KLs, lengths and the judge's scores (0 without one); the same
     random draws at every call."""
     columns: dict[str, list[Tensor]] = {"scores": [], "normalised": [], "kl": [], "length": [], "judge": []}
-    for number, part in enumerate(micro_batches(tasks, setup.config.batch_size)):
+    for number, part in enumerate(micro_batches(prompts, setup.config.batch_size)):
         completions = sample(setup, part, derive_seed(setup.run.seed, "held-out", number))
         scored = score_tokens(setup, completions)
         completions = [replace(c, hidden=None) for c in completions]

@@ -3,13 +3,15 @@ first, so that a bad row is found before any weights are read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keel.config import OnPolicy
+from keel.config import OnPolicy, methods
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
@@ -22,14 +24,20 @@ from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import open_base
 from keel.rl import heldout_judge
 from keel.rl.rollout import PromptExample, Setup
+from keel.rollout import Engine, KeelEngine, ReferenceEngine
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, prepare
+from keel.stages.loop_utils import optimizer_for, put_back, state_of
 from keel.types import PromptRecord, Record, TextRecord
 
+C = TypeVar("C", bound=OnPolicy)
 
-def read_tasks(
+
+def read_prompts(
     config: OnPolicy, run: StageRun, source: ModelSource
-) -> tuple[list[PromptExample], list[PromptExample], tuple[language.LanguageRow, ...], Any]:
+) -> tuple[
+    list[PromptExample], list[PromptExample], tuple[language.LanguageRow, ...], PreTrainedTokenizerBase
+]:
     """Prompts to learn on, held-out prompts, rows of the pretraining mix, and the tokenizer; no weights are
     read."""
     dataset = prepare.read(run, config.data, ("prompt",))
@@ -86,38 +94,53 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
     return replace(source, dtype=dtype, quantize=quantize)
 
 
+def open_engine(config: OnPolicy, policy: PreTrainedModel) -> Engine:
+    """What samples from the policy. UsageError where the config names no engine, or something else."""
+    opener = methods.engine(config.engine, config.engine_args)
+    if opener is None:
+        return KeelEngine(policy) if config.engine == "keel" else ReferenceEngine(policy)
+    engine = opener(policy)
+    if not isinstance(engine, Engine):
+        raise UsageError(
+            f"rollout engine {config.engine!r} opens as {type(engine).__name__}, which has no `generate`"
+        )
+    return engine
+
+
 def _offload(run: StageRun, roles: Roles, opened: Sequence[build_rewards.LoadedReward]) -> None:
     """Send frozen models with weights of their own to the CPU. UsageError where there are none."""
-    found: list[torch.nn.Module] = [reward.model for one in opened for reward in one.models]
+    frozen: list[torch.nn.Module] = [reward.model for one in opened for reward in one.models]
     if isinstance(roles.reference, torch.nn.Module):
-        found.append(roles.reference)
+        frozen.append(roles.reference)
     shared = {id(p) for p in roles.policy.parameters()}
-    own = [model for model in found if not any(id(p) in shared for p in model.parameters())]
-    if not own:
+    apart = [model for model in frozen if not any(id(p) in shared for p in model.parameters())]
+    if not apart:
         raise UsageError(
-            f"{run.name}: `offload` has no effect: reference and reward models are on the policy's own weights, or there are none"
+            f"{run.name}: `offload` has no effect: reference and reward models are on the policy's"
+            " own weights, or there are none"
         )
-    for model in own:
+    for model in apart:
         offload(model, run.device)
 
 
 def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
     """FLOPs of a token in each phase, and what the machine can do, for the shares in times.jsonl."""
-    own = forward_flops(roles.policy)
+    policy = forward_flops(roles.policy)
     critic = sum(forward_flops(module) for module in roles.value_modules)
     passes = 2 if config.lora else 3  # a backward is two forwards, or one where no weight has a gradient
-    policy_again = 0.0 if config.trusts_sampler else own
-    run.flops = {"rollout": own, "forward": own + critic + policy_again, "train": passes * (own + critic)}
+    as_sampled = config.trusts_sampler and not methods.is_plugin("keel.engines", config.engine)
+    scoring = policy + critic + (0.0 if as_sampled else policy)
+    run.flops = {"rollout": policy, "forward": scoring, "train": passes * (policy + critic)}
     run.fastest = fastest(run.device, compute_dtype(roles.policy, run.device))
 
 
 def open_stage(
-    config: OnPolicy, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
-) -> tuple[list[PromptExample], list[PromptExample], Setup]:
+    config: C, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
+) -> tuple[list[PromptExample], list[PromptExample], Setup[C]]:
     """Prompts, held-out prompts, and the models; sharing "none": without a critic. Data and tokens come
     first, so that a bad row is found before any weights are read."""
     source = prepare.source_of(config.model, run)
-    tasks, held, ptx, tokenizer = read_tasks(config, run, source)
+    tasks, held, ptx, tokenizer = read_prompts(config, run, source)
     reference = _reference_of(config, run, source)
     seed = derive_seed(run.seed, "model")
     base = open_base(source, seed, run.device) if config.sharing == "adapters" else None
@@ -134,8 +157,8 @@ def open_stage(
         batch_size=config.rows_at_once or config.batch_size,
     )  # fmt: skip
     roles = open_roles(
-        source, reference, sharing=sharing, adapters=prepare.adapters_of(config.lora) if config.lora else None,
-        gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
+        source, reference, sharing=sharing,
+        adapters=prepare.adapters_of(config.lora) if config.lora else None, gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
     )  # fmt: skip
     if config.offload:
         _offload(run, roles, opened)
@@ -150,6 +173,7 @@ def open_stage(
         Setup(
             config,
             roles,
+            open_engine(config, roles.policy),
             rewards,
             opened,
             build_rewards.read_text(opened, tokenizer),
@@ -159,3 +183,39 @@ def open_stage(
             heldout_judge.open_judge(config, run, tokenizer, longest, base),
         ),
     )
+
+
+def make_optimizers(
+    config: OnPolicy, roles: Roles, value_lr: float | None = None
+) -> list[torch.optim.Optimizer]:
+    """One for the policy (and its value head); one more for a separate critic, whose gradient is clipped by
+    itself."""
+    groups: list[tuple[Sequence[nn.Module], float]] = [([roles.policy], config.lr)]
+    if roles.value_head is not None:
+        groups.append(([roles.value_head], value_lr or config.lr))
+    made: list[torch.optim.Optimizer] = [optimizer_for(config, *groups)]
+    if roles.critic is not None:
+        made.append(optimizer_for(config, ([roles.critic], value_lr or config.lr)))
+    return made
+
+
+def training_state(setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Everything that training changes, for a checkpoint."""
+    modules = {
+        "policy": setup.roles.policy,
+        **{f"value{i}": m for i, m in enumerate(setup.roles.value_modules)},
+    }
+    return {name: state_of(m) for name, m in modules.items()} | {
+        f"optimizer{i}": o.state_dict() for i, o in enumerate(optimizers)
+    }
+
+
+def restore_training(
+    setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Any]
+) -> None:
+    """Put a checkpoint's `training_state` back."""
+    put_back(setup.roles.policy, tensors["policy"])
+    for i, module in enumerate(setup.roles.value_modules):
+        put_back(module, tensors[f"value{i}"])
+    for i, optimizer in enumerate(optimizers):
+        optimizer.load_state_dict(tensors[f"optimizer{i}"])

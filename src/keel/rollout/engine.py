@@ -1,29 +1,27 @@
-"""Sampling. One protocol, so that another engine can take this one's place; token ids in, token ids out."""
+"""keel's own engine: rows stream through the slots of one key–value cache. Token ids in, token ids out."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from keel.accel import decode_graphs, decode_static, decode_step
 from keel.accel.kv_slots import Slots
 from keel.accel.last_layer import last_layer_at
 from keel.accel.modules import evaluating
 from keel.data.stops import StopTexts
-from keel.errors import UsageError
 from keel.models.head import capture_head_input, head_of
-from keel.models.load import context_length
 from keel.models.precision import autocast_on, computing, keep_bf16_copies
 from keel.rollout import reference_engine
-from keel.rollout.sampling import pick
+from keel.rollout.protocol import GenerationRequest, TokenCount
+from keel.rollout.sampling import check_context, pick, uniform_draws
 from keel.types import Completion, Sampling, StopReason
 
 SPARE_COLUMNS = (
@@ -31,24 +29,27 @@ SPARE_COLUMNS = (
 )
 
 
-class Engine(Protocol):
-    """Anything that continues prompts."""
+class KeelEngine:
+    """An `Engine`: samples from a causal language model of transformers, in place and on its device.
 
-    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """One completion a prompt, in order. The same arguments give the same tokens."""
-        ...
+    model: its weights are read at each call, and are left as they are. batch_size: rows that are sampled at
+    the same time.
+    """
 
+    def __init__(self, model: PreTrainedModel, batch_size: int = 64) -> None:
+        self.model, self.batch_size = model, batch_size
 
-@dataclass
-class TokenCount:
-    """Tokens that a model was given while sampling."""
-
-    useful: int = 0  # each different prompt's once, and each response's but the last
-    computed: int = 0  # with padding, and what was read again
+    def generate(self, request: GenerationRequest, count: TokenCount | None = None) -> list[Completion]:
+        """One completion a prompt, in order; see `generate`."""
+        return generate(
+            self.model, request.prompts, request.sampling, stop_ids=request.stop_ids, pad_id=request.pad_id,
+            seed=request.seed, stop_texts=request.stop_texts, batch_size=self.batch_size,
+            hidden=request.keep_head_inputs, work=count,
+        )  # fmt: skip
 
 
 def generate(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -68,18 +69,8 @@ def generate(
     given for each token, so that nobody has to compute it again (not for a model whose head keel does not
     know). work: counts. UsageError if a prompt and its response cannot fit the context.
     """
-    limit = context_length(model.config)
-    longest = max(len(prompt) for prompt in prompts)
-    if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise UsageError(
-            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's context of {limit}"
-        )
-    draws = torch.rand(
-        len(prompts),
-        sampling.max_new_tokens,
-        dtype=torch.float64,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    check_context(model, prompts, sampling)
+    draws = uniform_draws(len(prompts), sampling, seed)
     device = next(model.parameters()).device
     head = head_of(model) if hidden else None
     looking = nullcontext() if head is None else capture_head_input(head)
@@ -96,22 +87,20 @@ def generate(
                 reference_engine.complete(model, prompt, row, sampling, stop_ids, seen, stop_texts)
                 for prompt, row in zip(prompts, draws, strict=True)
             ]
-            work.computed = sum(
-                len(c.prompt_ids) * len(c.ids) + math.comb(len(c.ids), 2) for c in done
-            )  # everything again for each token
+            work.computed += sum(map(reference_engine.tokens_read, done))
     work.useful += sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(len(c.ids) - 1 for c in done)
     return done
 
 
-def text_of(tokenizer: Any, completion: Completion) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
     """The response as a reader sees it: without the token or the string that ended it."""
     ids = completion.ids[:-1] if completion.ended and not completion.stop else completion.ids
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
     return text[: text.find(completion.stop)] if completion.stop else text
 
 
 def _stream(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     draws: Tensor,
     sampling: Sampling,
@@ -232,7 +221,7 @@ def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
 
 
 def _read(
-    model: Any, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
 ) -> tuple[Tensor | None, Tensor]:
     """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits
     of their first tokens, None if the model keeps no keys and values; and (n,) which of the distinct prompts
@@ -258,7 +247,7 @@ def _read(
     return output.logits[:, -1][index] if slots.admit(cache, lengths, source) else None, index
 
 
-def _step(model: Any, newest: Tensor, slots: Slots) -> Tensor:
+def _step(model: PreTrainedModel, newest: Tensor, slots: Slots) -> Tensor:
     """(n,) newest tokens → (n, V) logits, by the model's own forward."""
     mask = slots.mask()
     return model(

@@ -1,21 +1,62 @@
 """The plain engine: every token is read off a forward over the whole sequence. Slow, and right for any model;
-the fast engine is tested against it, and it serves models that keep no keys and values."""
+keel's own engine is tested against it, and it serves models that keep no keys and values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from keel.accel.modules import evaluating
 from keel.data.stops import StopTexts
-from keel.rollout.sampling import pick
+from keel.models.head import capture_head_input, head_of
+from keel.models.precision import computing, keep_bf16_copies
+from keel.rollout.protocol import GenerationRequest, TokenCount
+from keel.rollout.sampling import check_context, pick, uniform_draws
 from keel.types import Completion, Sampling, StopReason
 
 
+class ReferenceEngine:
+    """An `Engine`: one prompt after the other, one forward over all of its tokens for each new token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def generate(self, request: GenerationRequest, count: TokenCount | None = None) -> list[Completion]:
+        """One completion a prompt, in order. The tokens are those of `KeelEngine`, up to rounding."""
+        model, sampling = self.model, request.sampling
+        check_context(model, request.prompts, sampling)
+        draws = uniform_draws(len(request.prompts), sampling, request.seed)
+        device = next(model.parameters()).device
+        head = head_of(model) if request.keep_head_inputs else None
+        looking = nullcontext() if head is None else capture_head_input(head)
+        with (
+            evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device),
+            looking as seen,
+        ):  # fmt: skip
+            completions = [
+                complete(model, prompt, row, sampling, request.stop_ids, seen, request.stop_texts)
+                for prompt, row in zip(request.prompts, draws, strict=True)
+            ]
+        if count is not None:
+            prompts = {tuple(prompt) for prompt in request.prompts}
+            count.useful += sum(map(len, prompts)) + sum(len(c.ids) - 1 for c in completions)
+            count.computed += sum(map(tokens_read, completions))
+        return completions
+
+
+def tokens_read(completion: Completion) -> int:
+    """Tokens that the model was given for a completion: everything again for each new one."""
+    new = len(completion.ids)
+    return len(completion.prompt_ids) * new + math.comb(new, 2)
+
+
 def complete(
-    model: Any,
+    model: PreTrainedModel,
     prompt: Sequence[int],
     draws: Tensor,
     sampling: Sampling,
@@ -24,7 +65,7 @@ def complete(
     stop_texts: StopTexts | None = None,
 ) -> Completion:
     """One prompt's completion. draws: (max_new_tokens,) uniform numbers. To be called without gradient. seen:
-    where `models.head.reading` puts what the head is given, which is then kept."""
+    where `models.head.capture_head_input` puts what the head is given, which is then kept."""
     ids, logps, hidden = list(prompt), list[float](), list[Tensor]()
     device = next(model.parameters()).device
     reason: StopReason = "length"

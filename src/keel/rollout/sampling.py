@@ -1,12 +1,33 @@
-"""One token from logits, and the probability it was drawn with."""
+"""One token from logits, and the probability it was drawn with; what engines check before they draw."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from keel.algorithms.masked import at_least_float32
+from keel.errors import UsageError
+from keel.models.load import context_length
 from keel.types import Sampling
+
+
+def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """UsageError where the longest of (N,) prompts and its response cannot fit the model's context."""
+    limit, longest = context_length(model.config), max(len(prompt) for prompt in prompts)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise UsageError(
+            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens}"
+            f" exceed the model's context of {limit}"
+        )
+
+
+def uniform_draws(rows: int, sampling: Sampling, seed: int) -> Tensor:
+    """(rows, max_new_tokens) numbers in [0, 1), float64: a row's own, whatever else is sampled with it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, sampling.max_new_tokens, dtype=torch.float64, generator=generator)
 
 
 def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad as pad_right
+from transformers import PreTrainedModel
 
 from keel.algorithms import kl
 from keel.algorithms.masked import at_least_float32, log_softmax
@@ -33,15 +34,15 @@ class Scored:
 
 def score(
     completions: Sequence[Completion],
-    policy: Any,
-    reference: Any,
+    policy: PreTrainedModel,
+    reference: Any,  # or what is called like a model: `models.roles.AdaptersOff`
     *,
     temperature: float,
     pad_id: int,
     device: torch.device,
     micro_batch: int | None = None,
     micro_tokens: int | None = None,
-    critic: Any = None,
+    critic: PreTrainedModel | None = None,
     value_head: nn.Module | None = None,
 ) -> Scored:
     """One forward of each model over each response, in parts of `micro_batch` rows or `micro_tokens` tokens;
@@ -108,7 +109,9 @@ def sampled_logp(completions: Sequence[Completion], mask: Tensor) -> Tensor:
     return torch.where(mask, found, 0.0)
 
 
-def _as_sampled(completions: Sequence[Completion], policy: Any, device: torch.device) -> HeadInputs:
+def _as_sampled(
+    completions: Sequence[Completion], policy: PreTrainedModel, device: torch.device
+) -> HeadInputs:
     """The states that the completions were drawn from, row by row."""
     hidden = torch.cat([c.hidden for c in completions if c.hidden is not None]).to(device)
     return HeadInputs(policy, head_of(policy), hidden, hidden)

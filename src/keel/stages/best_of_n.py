@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from keel.config import BestOfNConfig
 from keel.data import chat
 from keel.data.batches import derive_seed, split_holdout
-from keel.data.stops import stop_texts
 from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
 from keel.models.load import ModelSource, causal_lm
-from keel.rollout.engine import generate, text_of
+from keel.rollout import GenerationRequest, KeelEngine
+from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, prepare
@@ -100,14 +100,12 @@ def _sample(
     rewards = build_rewards.mixture(
         loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
+    engine = KeelEngine(model, batch_size=PROMPTS_AT_ONCE * n)
     best_rows: list[dict[str, Any]] = []
     for number, part in enumerate(micro_batches(tasks, PROMPTS_AT_ONCE)):
         repeated = [task for task in part for _ in range(n)]
-        done = generate(
-            model, [ids for _, ids in repeated], sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop),
-            stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=chat.ensure_pad(tokenizer),
-            seed=derive_seed(stage_run.seed, "samples", number), batch_size=PROMPTS_AT_ONCE * n,
-        )  # fmt: skip
+        seed = derive_seed(stage_run.seed, "samples", number)
+        done = engine.generate(GenerationRequest.of(tokenizer, [ids for _, ids in repeated], sampling, seed))
         columns = [dict(record.columns) for record, _ in repeated]
         rated = rewards.score(
             build_rewards.batch_of([r.prompt for r, _ in repeated], done, columns, tokenizer)

@@ -20,10 +20,10 @@ from keel import worlds
 from keel.config import CollectConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed, permutation
-from keel.data.stops import stop_texts
 from keel.errors import DataError, WaitingError
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
-from keel.rollout.engine import generate, text_of
+from keel.rollout import GenerationRequest, KeelEngine
+from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare
@@ -164,14 +164,11 @@ def _pairs(
     left out."""
     model = causal_lm(_source(config, stage_run), 0).to(stage_run.device).eval().requires_grad_(False)
     disable_dropout(model)
-    stop, pad = chat.stop_ids(tokenizer, config.sampling.stop), chat.ensure_pad(tokenizer)
+    engine = KeelEngine(model, config.batch_size)
 
     def sample(indices: Sequence[int], *what: object) -> list[Completion]:
-        return generate(
-            model, [tasks[i][1] for i in indices], config.sampling.plain(), stop_ids=stop, pad_id=pad,
-            stop_texts=stop_texts(tokenizer, config.sampling.stop),
-            seed=derive_seed(stage_run.seed, *what), batch_size=config.batch_size,
-        )  # fmt: skip
+        prompts, seed = [tasks[i][1] for i in indices], derive_seed(stage_run.seed, *what)
+        return engine.generate(GenerationRequest.of(tokenizer, prompts, config.sampling.plain(), seed))
 
     everything = range(len(tasks))
     first = sample(everything, "a")

@@ -16,14 +16,14 @@ from keel.config import EvaluateConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.load import Dataset
-from keel.data.stops import stop_texts
 from keel.errors import DataError, UsageError
 from keel.evaluation import reward_models
 from keel.evaluation.policies import JudgedCompletion, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.rewards import learned
 from keel.rewards.mixture import Mixture, Rated
-from keel.rollout.engine import generate, text_of
+from keel.rollout import GenerationRequest, KeelEngine
+from keel.rollout.engine import text_of
 from keel.rollout.score_responses import score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, prepare
@@ -147,16 +147,13 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         rewards = build_rewards.mixture(
             bench.loaded, stage_run, tokenizer, longest, normalize=several, batch_size=config.batch_size
         )
+    engine = KeelEngine(model, config.batch_size)
     best: list[Completion] = []
     rated: Rated | None = None
     judged: dict[int, list[JudgedCompletion]] = {}
     for round_ in range(max(best_of)):
         seed = derive_seed(stage_run.seed, "evaluate", *([round_] if round_ else []))
-        done = generate(
-            model, prompts, sampling, stop_ids=chat.stop_ids(tokenizer, sampling.stop),
-            stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id, seed=seed,
-            batch_size=config.batch_size,
-        )  # fmt: skip
+        done = engine.generate(GenerationRequest.of(tokenizer, prompts, sampling, seed))
         new = _rated(rewards, records, done, tokenizer)
         if rated is None or new is None:
             best, rated = done, new

@@ -15,7 +15,6 @@ from keel.algorithms.masked import at_least_float32
 from keel.config import RewardConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
-from keel.data.stops import stop_texts
 from keel.errors import DataError, UsageError
 from keel.evaluation import reliability
 from keel.evaluation.annotators import agreement
@@ -28,7 +27,7 @@ from keel.models.load import (
     scorer_without_weights,
 )
 from keel.rewards import learned
-from keel.rollout.engine import generate
+from keel.rollout import GenerationRequest, KeelEngine
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare, supervised_loop
 from keel.types import PreferenceRecord, Record
@@ -336,13 +335,12 @@ def _sample(
     scale."""
     sampling, count = config.sampling.plain(), config.normalize
     room = prepare.room_of(stage_run, limit, sampling.max_new_tokens)
-    stop_ids, pad_id = chat.stop_ids(tokenizer, sampling.stop), chat.ensure_pad(tokenizer)
     asked = [record.prompt for record in records if isinstance(record, PreferenceRecord)]
     prompts = [chat.prompt_ids(tokenizer, prompt)[-(room or 0) :] for prompt in asked[:count]]
     sampler = causal_lm(source, 0).to(stage_run.device).eval()
-    completions = generate(
-        sampler, [prompts[i % len(prompts)] for i in range(count)], sampling,
-        stop_ids=stop_ids, stop_texts=stop_texts(tokenizer, sampling.stop), pad_id=pad_id,
-        seed=derive_seed(stage_run.seed, "normalize"),
-    )  # fmt: skip
+    repeated, seed = (
+        [prompts[i % len(prompts)] for i in range(count)],
+        derive_seed(stage_run.seed, "normalize"),
+    )
+    completions = KeelEngine(sampler).generate(GenerationRequest.of(tokenizer, repeated, sampling, seed))
     return [{"input_ids": [*c.prompt_ids, *c.ids]} for c in completions]

@@ -1,0 +1,94 @@
+"""What a stage asks of an engine, and what an engine is. Token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from transformers import PreTrainedTokenizerBase
+
+from keel.data import chat
+from keel.data.stops import StopTexts, stop_texts
+from keel.errors import UsageError
+from keel.types import Completion, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """Prompts to continue, and how. The same request gives the same tokens."""
+
+    prompts: Sequence[Sequence[int]]  # token ids; equal prompts are sampled apart
+    sampling: Sampling
+    stop_ids: Sequence[int]  # tokens that end a response and are part of it; the EOS id first
+    pad_id: int
+    seed: int
+    stop_texts: StopTexts | None = None  # strings that end a response, however a tokenizer cuts them
+    keep_head_inputs: bool = False  # keep what the head was given, so that nobody has to compute it again
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seed: int,
+        *,
+        keep_head_inputs: bool = False,
+    ) -> GenerationRequest:
+        """With the stop ids, the stop strings and the pad id that a tokenizer and `sampling.stop` say."""
+        return cls(
+            prompts,
+            sampling,
+            chat.stop_ids(tokenizer, sampling.stop),
+            chat.ensure_pad(tokenizer),
+            seed,
+            stop_texts(tokenizer, sampling.stop),
+            keep_head_inputs,
+        )
+
+
+@dataclass
+class TokenCount:
+    """Tokens that a model was given while sampling. Counts add up over calls."""
+
+    useful: int = 0  # each different prompt's once, and each response's but the last
+    computed: int = 0  # with padding, and what was read again
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Anything that continues prompts with a model that it was opened with.
+
+    An engine reads the model's weights as they are at each call: a stage changes them between calls.
+    """
+
+    def generate(self, request: GenerationRequest, count: TokenCount | None = None) -> list[Completion]:
+        """One completion a prompt, in order.
+
+        `Completion.logp` holds the log-probability that each token was drawn with, or is empty where the
+        engine does not know. `Completion.hidden` may hold what the head was given, if the request wants it;
+        without it the trainer computes log π_old itself. count: what the engine knows of its work is added.
+        UsageError where a prompt and its response do not fit the model's context.
+        """
+        ...
+
+
+def check_completions(name: str, request: GenerationRequest, completions: Sequence[Completion]) -> None:
+    """UsageError where an engine called `name` did not return what was asked of it."""
+    if len(completions) != len(request.prompts):
+        raise UsageError(
+            f"engine {name!r} returned {len(completions)} completions for {len(request.prompts)} prompts"
+        )
+    for number, (prompt, completion) in enumerate(zip(request.prompts, completions, strict=True)):
+        where = f"engine {name!r}, prompt {number}"
+        if tuple(prompt) != tuple(completion.prompt_ids):
+            raise UsageError(f"{where}: the completion is one of another prompt; keep their order")
+        length = len(completion.ids)
+        if not 0 < length <= request.sampling.max_new_tokens:
+            raise UsageError(
+                f"{where}: a response of {length} tokens;"
+                f" there must be 1 to {request.sampling.max_new_tokens}"
+            )
+        if completion.logp and len(completion.logp) != length:
+            raise UsageError(f"{where}: {len(completion.logp)} log-probabilities for {length} tokens")
