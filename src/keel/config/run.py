@@ -7,7 +7,6 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError
 
 from keel import plugins
 from keel.config.best_of_n import BestOfNConfig
@@ -73,7 +72,7 @@ def _of_any_kind(value: Any, of_own_kind: Callable[[Any], Stage]) -> Stage:
             return of_own_kind(value)
         return config_of_kind(kind).model_validate(value)
     except UsageError as error:  # pydantic adds where in the config it is
-        raise PydanticCustomError("kind_of_stage", "{reason}", {"reason": str(error)}) from None
+        raise ValueError(str(error)) from None
 
 
 if TYPE_CHECKING:
