@@ -20,7 +20,7 @@ from keel.config import RunConfig
 from keel.errors import UsageError
 
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
-WITHOUT_EFFECT = ("cli", "plan", "report")  # code that no result depends on
+WITHOUT_EFFECT = ("api", "cli", "plan", "report")  # code that no result depends on
 
 
 def versions() -> dict[str, str]:
