@@ -31,15 +31,15 @@ def load_data(
 ) -> Dataset:
     """The records of a source, as a stage would read them.
 
-    source: a path (.jsonl, .json, .parquet, .csv, .txt, also .gz), a hub id, or world:NAME/SPLIT. kind: "text",
-    "prompt", "demonstration", "preference" or "unpaired"; None: what the columns make up. rows: at most so many.
-    split: of a hub data set. columns: keel's name of a column → the source's. system: a system message before every
-    prompt. on_bad: "skip" leaves unusable rows out and counts them. seed: of a world. options: a world's own
-    settings, or `name` and `revision` of a hub data set.
+    source: a path (.jsonl, .json, .parquet, .csv, .txt, also .gz), a hub id, or world:NAME/SPLIT. kind:
+    "text", "prompt", "demonstration", "preference" or "unpaired"; None: what the columns make up. rows: at
+    most so many. split: of a hub data set. columns: keel's name of a column → the source's. system: a system
+    message before every prompt. on_bad: "skip" leaves unusable rows out and counts them. seed: of a world.
+    options: a world's own settings, or `name` and `revision` of a hub data set.
 
-    `.records` of the result are frozen records, `.kind` is their type, `.skipped` counts what was left out. Raises
-    UsageError for a source that is not there, DataError with file, line and reason for an unusable row.
-    """
+    `.records` of the result are frozen records, `.kind` is their type, `.skipped` counts what was left out.
+    Raises UsageError for a source that is not there, DataError with file, line and reason for an unusable
+    row. """
     from keel.data.load import load
 
     if kind is not None and kind not in get_args(RecordType):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def data_frame(
     rows: Iterable[Mapping[str, Any]], index: str | Sequence[str] = (), columns: Sequence[str] | None = None
 ) -> DataFrame:
-    """Rows as a data frame. index: the columns that name a row. columns: those to show, in order; None: all that any
-    row has, in the order of their first appearance. KeelError where pandas is missing."""
+    """Rows as a data frame. index: the columns that name a row. columns: those to show, in order; None: all
+    that any row has, in the order of their first appearance. KeelError where pandas is missing."""
     try:
         import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
     except ModuleNotFoundError as error:

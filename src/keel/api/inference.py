@@ -37,8 +37,8 @@ class RewardModel:
         trust_remote_code: bool = False,
     ) -> None:
         """path: a folder with a model, a stage of a run (runs/NAME/stages/STAGE), or a hub id; any sequence
-        classifier with one output will do. device: None is CUDA where there is one. dtype: "auto" keeps weights in
-        float32 and computes in bfloat16 on hardware that is fast in it.
+        classifier with one output will do. device: None is CUDA where there is one. dtype: "auto" keeps
+        weights in float32 and computes in bfloat16 on hardware that is fast in it.
 
         UsageError for a language model, a classifier with several labels, and a model that lacks weights.
         """
@@ -48,8 +48,8 @@ class RewardModel:
         if is_classifier(config) and config.num_labels > 1:
             labels = ", ".join(str(label) for label in config.id2label.values())
             raise UsageError(
-                f"{self.path!r} is a classifier of {config.num_labels} labels ({labels}), not a reward model, which has one "
-                "output; in a config it serves as a reward of kind `classifier` with a `label`"
+                f"{self.path!r} is a classifier of {config.num_labels} labels ({labels}), not a reward model, "
+                "which has one output; in a config it serves as a reward of kind `classifier` with a `label`"
             )
         self._members = learned.load_members(
             self.path, device=self.device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -75,13 +75,13 @@ class RewardModel:
     ) -> list[float]:
         """(B,) prompts and completions → (B,) scores, as a run logs them under `rewards/NAME`.
 
-        A single model gives its raw score, which has no unit: only differences on one prompt mean something. An
-        ensemble gives what `combine` makes of its members' scores, each on the scale of its SFT samples: their mean,
-        the worst case, or mean − std_penalty·std (2310.02743).
+        A single model gives its raw score, which has no unit: only differences on one prompt mean something.
+        An ensemble gives what `combine` makes of its members' scores, each on the scale of its SFT samples:
+        their mean, the worst case, or mean − std_penalty·std (2310.02743).
 
-        A prompt is text or messages; a completion is text, or messages where the prompt is. Each counts as a whole
-        response, its end of sequence included. Sequences longer than the model's context lose the start of their
-        prompt. UsageError for lists of different lengths, and for a completion too long by itself.
+        A prompt is text or messages; a completion is text, or messages where the prompt is. Each counts as a
+        whole response, its end of sequence included. Sequences longer than the model's context lose the start
+        of their prompt. UsageError for lists of different lengths, and for a completion too long by itself.
         """
         if self.members == 1 and (combine != "mean" or std_penalty != 1.0):
             raise UsageError("`combine` and `std_penalty` have no effect: this is a single reward model")
@@ -93,8 +93,8 @@ class RewardModel:
     def member_scores(
         self, prompts: Sequence[Text], completions: Sequence[Text], *, batch_size: int = 64
     ) -> list[list[float]]:
-        """M lists of (B,) scores, one a member; arguments as in `score`. The members of an ensemble are each on the
-        scale of their SFT samples, so where they differ they disagree."""
+        """M lists of (B,) scores, one a member; arguments as in `score`. The members of an ensemble are each
+        on the scale of their SFT samples, so where they differ they disagree."""
         return [_floats(scores) for scores in self._scores(prompts, completions, batch_size)]
 
     def _scores(self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int) -> torch.Tensor:
@@ -177,14 +177,14 @@ def generate(
 ) -> list[str] | list[list[str]]:
     """A completion of each prompt; with `n`, a list of n for each.
 
-    model: a folder, a stage of a run, a hub id, or a loaded model of transformers with its `tokenizer` (faster, where
-    it is asked often; neither is changed). A prompt is text, or messages, which go through the chat template.
-    temperature 0 is greedy. stop: strings that end a completion, besides EOS; they are left out of its text. The
-    same arguments give the same texts, and a prompt's do not depend on the others' texts. device, dtype and
-    trust_remote_code are for a model that is loaded here; see `RewardModel`.
+    model: a folder, a stage of a run, a hub id, or a loaded model of transformers with its `tokenizer`
+    (faster, where it is asked often; neither is changed). A prompt is text, or messages, which go through the
+    chat template. temperature 0 is greedy. stop: strings that end a completion, besides EOS; they are left
+    out of its text. The same arguments give the same texts, and a prompt's do not depend on the others'
+    texts. device, dtype and trust_remote_code are for a model that is loaded here; see `RewardModel`.
 
-    UsageError for settings out of range or without effect, and for a prompt that leaves no room in the context.
-    """
+    UsageError for settings out of range or without effect, and for a prompt that leaves no room in the
+    context. """
     _check_list(prompts, "prompts")
     copies = 1 if n is None else n
     if copies < 1:

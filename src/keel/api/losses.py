@@ -10,9 +10,8 @@
     lm            cross-entropy of language modelling
     masked        masked sums and means, log-probabilities of tokens
 
-Each docstring has the equation and its source. They know tensors and masks and nothing else of keel: no config,
-no model, no device. A mask is True where a position counts.
-"""
+Each docstring has the equation and its source. They know tensors and masks and nothing else of keel: no
+config, no model, no device. A mask is True where a position counts. """
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # pyright: strict
-"""Progress of a run as plain text: one line that is drawn again on a terminal and in a notebook, else a line at
-every tenth of a stage. It needs no library."""
+"""Progress of a run as plain text: one line that is drawn again on a terminal and in a notebook, else a line
+at every tenth of a stage. It needs no library."""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ class Run:
         return data_frame((by_step[step] for step in sorted(by_step)), "step")
 
     def samples(self, stage: str) -> DataFrame:
-        """The samples that a stage wrote: one row each, with `prompt`, `completion`, `rewards/NAME` and so on.
+        """The samples that a stage wrote: one row each, with `prompt`, `completion`, `rewards/NAME` and so
+        on.
 
         UsageError for a stage that is not there or has written none.
         """
@@ -93,12 +94,12 @@ class Run:
         return data_frame(rows)
 
     def result(self, stage: str) -> DataFrame:
-        """A stage's final measures: columns `mean`, `low`, `high` (a 95 % interval) and `n`; NaN for what a plain
-        number does not have.
+        """A stage's final measures: columns `mean`, `low`, `high` (a 95 % interval) and `n`; NaN for what a
+        plain number does not have.
 
-        The index is the measure; of an evaluate stage it is (model, measure), so that `.loc["ppo"]` is one model.
-        Measures inside of others are joined by "/". UsageError for a stage that is not there or not done.
-        """
+        The index is the measure; of an evaluate stage it is (model, measure), so that `.loc["ppo"]` is one
+        model. Measures inside of others are joined by "/". UsageError for a stage that is not there or not
+        done. """
         own = self._stage(stage)
         if not own.result:
             raise UsageError(f"stage {stage!r} has no result: it is {own.status}")
@@ -111,8 +112,8 @@ class Run:
         return data_frame(_measures(own.result), "measure", INTERVAL)
 
     def model_path(self, stage: str) -> Path:
-        """The folder of the model that a stage left: what from_pretrained, `keel.generate`, `keel.RewardModel` and a
-        config's `model` take. UsageError where it has none, or is not done."""
+        """The folder of the model that a stage left: what from_pretrained, `keel.generate`,
+        `keel.RewardModel` and a config's `model` take. UsageError where it has none, or is not done."""
         own = self.stages[self._stage(stage).name]
         folder = own.directory / "model"
         if own.status not in ("done", "cached") or not (folder / "config.json").exists():
@@ -150,12 +151,11 @@ def load_run(path: str | PathLike[str]) -> Run:
 
 
 def diagnose(path: str | PathLike[str] | Run) -> dict[str, Diagnosis]:
-    """Stage → what its logs show: `findings` (check, severity, evidence, cause, remedy), `actions` that the loop
-    took, and `steps`.
+    """Stage → what its logs show: `findings` (check, severity, evidence, cause, remedy), `actions` that the
+    loop took, and `steps`.
 
-    path: a run, one of its stages, or a trainer_state.json of TRL. UsageError for a path that is none of these,
-    DataError for a file that cannot be read.
-    """
+    path: a run, one of its stages, or a trainer_state.json of TRL. UsageError for a path that is none of
+    these, DataError for a file that cannot be read. """
     from keel.cli import diagnose as diagnosing
 
     return diagnosing.diagnose(path.path if isinstance(path, Run) else Path(path))
@@ -171,8 +171,8 @@ class Comparison:
     ranking: ranking.Comparison
 
     def table(self) -> DataFrame:
-        """Index (model, measure), best model first; columns `mean`, `low`, `high`, `n`: over prompts for a single
-        run, over seeds for runs that differ in nothing else."""
+        """Index (model, measure), best model first; columns `mean`, `low`, `high`, `n`: over prompts for a
+        single run, over seeds for runs that differ in nothing else."""
         rows = [
             {"model": entry.name, **row}
             for entry in self.ranking.entries
@@ -181,8 +181,8 @@ class Comparison:
         return data_frame(rows, ("model", "measure"), INTERVAL)
 
     def differences(self) -> DataFrame:
-        """How far the best model is ahead of each other one: `mean`, `low`, `high`, `how` it was reckoned, and
-        `told_apart`, whether the interval leaves 0 out."""
+        """How far the best model is ahead of each other one: `mean`, `low`, `high`, `how` it was reckoned,
+        and `told_apart`, whether the interval leaves 0 out."""
         rows = [
             {
                 "model": name,
@@ -210,8 +210,8 @@ class Comparison:
 
 
 def compare(*runs: str | PathLike[str] | Run) -> Comparison:
-    """Rank the models of runs by gold reward, else by proxy. Runs that differ only in their seed are pooled, and
-    their intervals are those over seeds.
+    """Rank the models of runs by gold reward, else by proxy. Runs that differ only in their seed are pooled,
+    and their intervals are those over seeds.
 
     UsageError for no run, for what is no run, and for a run without a finished evaluate stage.
     """

@@ -37,18 +37,18 @@ def run(
 ) -> Run:
     """Run every stage of a config; skip what is done and unchanged, go on with what was cut off.
 
-    config: the path of a YAML file, the name of a recipe ("helpdesk"), a mapping that holds a whole config, or a
-    mapping from stage names to their settings. overrides: "dotted.key=value" as on the command line. runs: the
-    folder of run directories. name: of the run and its directory; default: the config's, "run" for bare stages.
-    only: run this stage alone; its inputs must be done. fresh: forget what was done before.
+    config: the path of a YAML file, the name of a recipe ("helpdesk"), a mapping that holds a whole config,
+    or a mapping from stage names to their settings. overrides: "dotted.key=value" as on the command line.
+    runs: the folder of run directories. name: of the run and its directory; default: the config's, "run" for
+    bare stages. only: run this stage alone; its inputs must be done. fresh: forget what was done before.
 
-    progress: True writes progress to standard error, or into a notebook's cell; False is silent; a function is
-    called after each step with (stage, step, steps, metrics), and what keel has to say is still written.
+    progress: True writes progress to standard error, or into a notebook's cell; False is silent; a function
+    is called after each step with (stage, step, steps, metrics), and what keel has to say is still written.
 
-    Returns the run, finished. Raises UsageError (DataError for a row) before anything is trained if the config, a
-    model or the data are unusable; RewardError, NotFiniteError, WaitingError as their names say. A
-    KeyboardInterrupt, or anything else that ends it early, loses at most the steps since the last checkpoint: the
-    same call goes on from there. No signal handler is installed and no event loop is needed or disturbed.
+    Returns the run, finished. Raises UsageError (DataError for a row) before anything is trained if the
+    config, a model or the data are unusable; RewardError, NotFiniteError, WaitingError as their names say. A
+    KeyboardInterrupt, or anything else that ends it early, loses at most the steps since the last checkpoint:
+    the same call goes on from there. No signal handler is installed and no event loop is needed or disturbed.
     """
     with _pipeline(config, overrides, runs, name, progress) as pipeline:
         pipeline.run(only=only, fresh=fresh)
@@ -83,8 +83,8 @@ class Plan:
 def plan_run(
     config: Config, *overrides: str, runs: str | PathLike[str] = "runs", name: str | None = None
 ) -> Plan:
-    """What `run` with these arguments would do: data found, tokens, steps, parameters, memory. Trains nothing and
-    writes nothing. Raises UsageError and DataError as `run` does."""
+    """What `run` with these arguments would do: data found, tokens, steps, parameters, memory. Trains nothing
+    and writes nothing. Raises UsageError and DataError as `run` does."""
     with _pipeline(config, overrides, runs, name, False) as pipeline:
         from keel.plan import planner
 
@@ -111,8 +111,8 @@ def _pipeline(
         if error.name != "fcntl":
             raise
         raise UsageError(
-            "training needs file locks that this system lacks (fcntl): use Linux, macOS or WSL; reading runs, scoring, "
-            "sampling and the losses work here"
+            "training needs file locks that this system lacks (fcntl): use Linux, macOS or WSL; reading runs, "
+            "scoring, sampling and the losses work here"
         ) from error
     text = TextProgress()
     pipeline = Pipeline(

@@ -21,7 +21,8 @@ def names() -> list[str]:
 
 
 def path_of(name: str) -> Path:
-    """The file of the recipe `name`, with or without `.yaml`. UsageError names the nearest and all known ones."""
+    """The file of the recipe `name`, with or without `.yaml`. UsageError names the nearest and all known
+    ones."""
     path = folder() / f"{name.removesuffix('.yaml')}.yaml"
     if path.exists():
         return path
@@ -31,5 +32,6 @@ def path_of(name: str) -> Path:
 
 
 def config_path(place: Path) -> Path:
-    """The file of a config: `place` itself, or the recipe of that name where it is neither a file nor a file's name."""
+    """The file of a config: `place` itself, or the recipe of that name where it is neither a file nor a
+    file's name."""
     return place if place.is_file() or place.suffix else path_of(str(place))
