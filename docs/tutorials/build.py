@@ -1,11 +1,11 @@
 """Tutorials: scripts with `# %%` cells into pages and notebooks, both with what the code printed and drew.
 
-    python docs/tutorials/build.py [NAME …]      writes NAME.md, NAME-1.svg … and NAME.ipynb beside the scripts
+    python docs/tutorials/build.py [NAME …]      writes NAME.md, NAME-1.svg … and NAME.ipynb beside the
+    scripts
 
-A script is the one source: it runs as it is, opens as a notebook in most editors, and is what the tests execute. A
-cell that begins `# %% [markdown]` is text, written as comments. As in a notebook, the value of a cell's last line is
-shown. Each script runs in a folder of its own, which is thrown away.
-"""
+A script is the one source: it runs as it is, opens as a notebook in most editors, and is what the tests
+execute. A cell that begins `# %% [markdown]` is text, written as comments. As in a notebook, the value of a
+cell's last line is shown. Each script runs in a folder of its own, which is thrown away."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ def notebook(done: Sequence[tuple[Cell, list[Output]]]) -> str:
                     "output_type": "display_data",
                     "metadata": {},
                     "data": {
-                        "image/svg+xml" if one.kind == "svg" else "text/plain": one.content.splitlines(keepends=True)
+                        "image/svg+xml" if one.kind == "svg" else "text/plain": one.content.splitlines(
+                            keepends=True
+                        )
                     },
                 }
                 for one in outputs

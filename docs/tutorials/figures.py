@@ -1,4 +1,5 @@
-"""Two kinds of figure as plain SVG, so that the tutorials need no plotting library: curves, and means with intervals.
+"""Two kinds of figure as plain SVG, so that the tutorials need no plotting library: curves, and means with
+intervals.
 
 A figure shows itself in a notebook; `build.py` writes it beside the page.
 """
@@ -32,12 +33,16 @@ def curves(
     drawn = {name: [(float(a), float(b)) for a, b in points if b == b] for name, points in lines.items()}
     xs, ys = ([point[i] for points in drawn.values() for point in points] for i in (0, 1))
     across, up = _Scale(xs, LEFT, WIDTH - RIGHT), _Scale(ys, HEIGHT - BOTTOM, TOP)
-    parts = [*_axes(across, up, x, y)]
+    parts, right = (
+        _axes(across, up, x, y),
+        WIDTH - RIGHT,
+    )  # the names stand in the title's line, from the right
     for number, (name, points) in enumerate(drawn.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(_text(WIDTH - RIGHT - 4, TOP + 14 + 16 * number, name, colour, "end"))
+        parts.append(_text(right, 20, name, colour, "end"))
+        right -= 7 * len(name) + 14
     return _figure(title, parts, HEIGHT)
 
 
@@ -47,8 +52,8 @@ def intervals(title: str, measures: Mapping[str, Sequence[float]], x: str = "") 
     left = LEFT + 7 * max(map(len, measures))
     across = _Scale([value for row in measures.values() for value in row], left, WIDTH - RIGHT)
     parts = [
-        f'<line x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{TOP}" y2="{height - BOTTOM}" stroke="#e5e5e5"/>'
-        + _text(across(tick), height - BOTTOM + 16, f"{tick:g}", "#525252", "middle")
+        f'<line x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{TOP}" y2="{height - BOTTOM}" '
+        'stroke="#e5e5e5"/>' + _text(across(tick), height - BOTTOM + 16, f"{tick:g}", "#525252", "middle")
         for tick in across.ticks()
     ]
     for number, (name, (mean, low, high)) in enumerate(measures.items()):
@@ -101,8 +106,8 @@ def _text(x: float, y: float, text: str, colour: str, anchor: str) -> str:
 
 def _figure(title: str, parts: Sequence[str], height: int) -> Figure:
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        f'role="img" font-family="sans-serif" font-size="12"><title>{escape(title)}</title>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" role="img" font-family="sans-serif" font-size="12"><title>{escape(title)}</title>'
         f'<rect width="100%" height="100%" fill="#ffffff"/>'
     )
     heading = f'<text x="{LEFT}" y="20" font-weight="bold" fill="#171717">{escape(title)}</text>'

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # RLHF from text to policy in ten minutes
 #
-# The whole pipeline on a small world: pretraining, supervised fine-tuning, a reward model from comparisons, PPO under
-# a KL constraint, and a judge. Each part has its equation, the code that computes it, the stage that uses it, a plot,
-# and what to look at.
+# The whole pipeline on a small world: pretraining, supervised fine-tuning, a reward model from comparisons,
+# PPO under a KL constraint, and a judge. Each part has its equation, the code that computes it, the stage
+# that uses it, a plot, and what to look at.
 #
-# **The settings here are tiny**, so that all of it runs in about a minute on one core. They show the mechanics. They
-# do not show quality: for that, `keel run helpdesk` trains the same stages on the same world long enough to learn
-# it.
+# **The settings here are tiny**, so that all of it runs in a minute or two on one core. They show the
+# mechanics. They do not show quality: for that, `keel run helpdesk` trains the same stages on the same
+# world long enough to learn it.
 
 # %%
 import torch
@@ -65,6 +65,10 @@ stages = {
         "micro_batch": 16,
         "epochs": 2,
         "lr": 5e-4,
+        "lam": 1.0,
+        "value_lr": 1e-3,
+        "value_coef": 0.01,
+        "shaping": {"center": "prompt", "missing_stop_penalty": 2.0},
         "kl": {"coef": 0.05},
         "sampling": {"max_new_tokens": 64},
     },
@@ -91,8 +95,8 @@ def train(stage: str) -> keel.Run:
 #
 # $$L = -\frac{1}{|M|} \sum_{t \in M} \log \pi(x_t \mid x_{<t})$$
 #
-# The loss is a function of logits, labels and a mask, and nothing else. With probability ½ on the right token it is
-# log 2 ≈ 0.693 nats. The last position does not count, so its label may be anything.
+# The loss is a function of logits, labels and a mask, and nothing else. With probability ½ on the right
+# token it is log 2 ≈ 0.693 nats. The last position does not count, so its label may be anything.
 
 # %%
 logits = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [9.0, -9.0]]])  # (B, T, V)
@@ -107,14 +111,15 @@ log = run.metrics("base")
 curves("Pretraining", {"loss": log["loss"].items()}, y="loss in nats")
 
 # %% [markdown]
-# **What to look at.** A loss that starts near log V (here log 512 ≈ 6.2: all tokens alike) and falls steeply, then
-# slowly. A loss that stays at its start means a learning rate far too low or data that do not reach the model; one
-# that jumps means a rate too high.
+# **What to look at.** A loss that starts near log V (here log 512 ≈ 6.2: all tokens alike) and falls
+# steeply, then slowly. A loss that stays at its start means a learning rate far too low or data that do not
+# reach the model; one that jumps means a rate too high.
 
 # %% [markdown]
 # ## 2. Supervised fine-tuning
 #
-# The same loss on demonstrations, with the mask on the *reply*: the model should learn to answer, not to ask.
+# The same loss on demonstrations, with the mask on the *reply*: the model should learn to answer, not to
+# ask.
 
 # %%
 prompt = keel.load_data("world:helpdesk/prompts", rows=1).records[0].prompt
@@ -125,14 +130,14 @@ for stage in ("base", "sft"):
     print(f"{stage:>6}:", reply.strip())
 
 # %% [markdown]
-# **What to look at.** Read samples; the loss says little here. Replies should have the form of the demonstrations and
-# end by themselves.
+# **What to look at.** Read samples; the loss says little here. Replies should have the form of the
+# demonstrations and end by themselves.
 
 # %% [markdown]
 # ## 3. A reward model from comparisons
 #
-# People see two replies to one prompt and say which is better. Bradley–Terry (2203.02155, eq. 1) reads the chance of
-# that from a difference of scores:
+# People see two replies to one prompt and say which is better. Bradley–Terry (2203.02155, eq. 1) reads the
+# chance of that from a difference of scores:
 #
 # $$L = -\log \sigma(r_\phi(x, y_w) - r_\phi(x, y_l))$$
 #
@@ -147,7 +152,9 @@ print(f"loss {loss:.4f}, shifted by 100 {shifted:.4f}, ranked as the votes say {
 # %%
 run = train("reward")
 log = run.metrics("reward")
-curves("Reward model", {"accuracy, mean of 10 steps": log["accuracy"].rolling(10).mean().items()}, y="accuracy")
+curves(
+    "Reward model", {"accuracy, mean of 10 steps": log["accuracy"].rolling(10).mean().items()}, y="accuracy"
+)
 
 # %%
 print(run.result("reward").loc[["accuracy", "margin"]].round(3).to_string())
@@ -157,18 +164,20 @@ for name, reply in (("chosen", pair.chosen), ("rejected", pair.rejected)):
     print(f"{name:>9} {model.score([pair.prompt], [reply])[0]:+.2f}  {reply[-1]['content']}")
 
 # %% [markdown]
-# **What to look at.** `accuracy` on held-out pairs, with its interval: ½ is a coin. People agree with each other on
-# some 60–80 % of such pairs, so 100 % is not to be had. A policy can be no better than what it is told by this model.
+# **What to look at.** `accuracy` on held-out pairs, with its interval: ½ is a coin. 1 is not to be had,
+# since people disagree: of the labellers of InstructGPT two agreed in 73 % of the cases (2203.02155,
+# section 3.4). A policy can be no better than what it is told by this model.
 
 # %% [markdown]
 # ## 4. PPO under a KL constraint
 #
-# The policy writes a reply, the reward model scores it, and every token pays for moving away from the reference:
+# The policy writes a reply, the reward model scores it, and every token pays for moving away from the
+# reference:
 #
 # $$r_t = -\beta\,(\log \pi(a_t \mid s_t) - \log \pi_{ref}(a_t \mid s_t)) + [t = T]\; r_\phi(x, y)$$
 #
-# Without the KL term the policy would find whatever the reward model is wrong about. First the estimate of the KL from
-# sampled tokens, then the rewards of one reply of three tokens that was scored 1.0:
+# Without the KL term the policy would find whatever the reward model is wrong about. First the estimate of
+# the KL from sampled tokens, then the rewards of one reply of three tokens that was scored 1.0:
 
 # %%
 logp = torch.tensor([[-1.0, -0.5, -2.0]])  # log π(a_t | s_t)
@@ -186,7 +195,8 @@ print("rewards    ", [round(value, 3) for value in rewards[0].tolist()])
 #
 # $$\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t) \qquad \hat A_t = \delta_t + \gamma\lambda\,\hat A_{t+1}$$
 #
-# and the clipped loss (1707.06347, eq. 7) raises the probability of what was better, as long as the ratio stays near 1:
+# and the clipped loss (1707.06347, eq. 7) raises the probability of what was better, as long as the ratio
+# stays near 1:
 #
 # $$\rho_t = \frac{\pi(a_t \mid s_t)}{\pi_{old}(a_t \mid s_t)} \qquad
 # L = -\min(\rho_t \hat A_t,\; \mathrm{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon)\,\hat A_t)$$
@@ -209,9 +219,9 @@ curves("PPO: the score", {"score": log["objective/scores"].items()}, x="update",
 curves("PPO: the distance", {"KL": log["objective/kl"].items()}, x="update", y="KL in nats a reply")
 
 # %% [markdown]
-# **What to look at.** Score and KL together. A score that rises at a KL of a few nats is learning; a score that rises
-# with the KL without end is on the way to reward hacking. At the first step the ratio is exactly 1. `run.diagnose()`
-# looks at the logs for you:
+# **What to look at.** Score and KL together. A score that rises at a KL of a few nats is learning; a score
+# that rises with the KL without end is on the way to reward hacking. At the first step the ratio is exactly
+# 1. `run.diagnose()` looks at the logs for you:
 
 # %%
 for stage, found in run.diagnose().items():
@@ -222,8 +232,8 @@ for stage, found in run.diagnose().items():
 # %% [markdown]
 # ## 5. The judge
 #
-# The reward model was what PPO optimised, so its score cannot say whether replies are better. This world has a *gold*
-# reward that no stage trains on; with people, it is their votes on new pairs.
+# The reward model was what PPO optimised, so its score cannot say whether replies are better. This world
+# has a *gold* reward that no stage trains on; with people, it is their votes on new pairs.
 
 # %%
 run = train("judge")
@@ -235,13 +245,16 @@ intervals("Gold reward, 95 % intervals", gold, "gold reward")
 print(keel.compare(run).verdict)
 
 # %% [markdown]
-# **What to look at.** Whether the intervals leave room for "no difference". With settings this small they often do,
-# and then nothing was shown. [Is the improvement real?](is_the_improvement_real.md) goes on from here.
+# **What to look at.** Whether the intervals leave room for "no difference". With settings this small they
+# often do, and then nothing was shown. [Is the improvement real?](is_the_improvement_real.md) goes on from
+# here.
 #
-# The other way from comparisons to a policy takes one stage and no reward model. DPO (2305.18290, eq. 7) is the
-# Bradley–Terry loss on the policy's own log-probabilities:
+# The other way from comparisons to a policy takes one stage and no reward model. DPO (2305.18290, eq. 7) is
+# the Bradley–Terry loss on the policy's own log-probabilities:
 
 # %%
-sums = [torch.tensor([value]) for value in (-12.0, -15.0, -13.0, -14.0)]  # log π(y_w), log π(y_l), log π_ref of both
+sums = [
+    torch.tensor([value]) for value in (-12.0, -15.0, -13.0, -14.0)
+]  # log π(y_w), log π(y_l), log π_ref of both
 losses, metrics = keel.losses.preference.dpo(*sums, beta=0.1)
 print(f"DPO loss {losses[0]:.4f}, implicit rewards' margin {metrics['rewards/margins'][0]:.2f}")

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Your own data and reward
 #
-# Rows of yours in JSON lines, a reward of yours in Python, GRPO with it, and the samples read. The task is a toy that
-# a tiny model learns in seconds: take an order in a few words, politely.
+# Rows of yours in JSON lines, a reward of yours in Python, GRPO with it, and the samples read. The task is
+# a toy that a tiny model learns in seconds: take an order in a few words, politely.
 
 # %%
 import json
@@ -16,9 +16,9 @@ import keel
 # %% [markdown]
 # ## 1. Rows
 #
-# A row's columns say what it is: `text` is for language modelling, `prompt` with `completion` a demonstration,
-# `prompt` alone a prompt, `prompt` with `chosen` and `rejected` a comparison. Other columns are kept and handed to
-# rewards; here `drink`.
+# A row's columns say what it is: `text` is for language modelling, `prompt` with `completion` a
+# demonstration, `prompt` alone a prompt, `prompt` with `chosen` and `rejected` a comparison. Other columns
+# are kept and handed to rewards; here `drink`.
 
 # %%
 NAMES = ("Ann", "Bob", "Cid", "Dora", "Eve", "Finn", "Gus", "Hal")
@@ -46,8 +46,8 @@ write("prompts.jsonl", prompts)
 print(json.dumps(demonstrations[0]))
 
 # %% [markdown]
-# `keel.load_data` reads rows as a stage would. A bad row is named by file and line, with the reason, before any model
-# is loaded:
+# `keel.load_data` reads rows as a stage would. A bad row is named by file and line, with the reason, before
+# any model is loaded:
 
 # %%
 write("broken.jsonl", [demonstrations[0], {"prompt": "Bob wants tea:", "completion": ""}])
@@ -61,10 +61,11 @@ data = keel.load_data("prompts.jsonl")
 print(len(data.records), data.kind, data.records[0])
 
 # %% [markdown]
-# So is a setting. A key that is not known names its nearest match, and a setting that would do nothing is refused:
+# So is a setting. A key that is not known names its nearest match, and a setting that would do nothing is
+# refused:
 
 # %%
-for settings in ({"lerning_rate": 1e-3}, {"eval_every": 2, "eval_data": None, "patience": 0}):
+for settings in ({"epoch": 3}, {"schedule": "constant", "lr_floor": 0.1}):
     try:
         keel.plan_run({"sft": {"kind": "sft", "model": "gpt2", "data": "demonstrations.jsonl", **settings}})
     except keel.UsageError as error:
@@ -73,12 +74,12 @@ for settings in ({"lerning_rate": 1e-3}, {"eval_every": 2, "eval_data": None, "p
 # %% [markdown]
 # ## 2. A reward
 #
-# A function with TRL's signature: lists of prompts and completions and the data's columns by name, a list of numbers
-# back, None where it does not apply. It stands in a file, so that the run can say which reward it was trained on, and
-# a change of the file runs again what depends on it.
+# A function with TRL's signature: lists of prompts and completions and the data's columns by name, a list
+# of numbers back, None where it does not apply. It stands in a file, so that the run can say which reward
+# it was trained on, and a change of the file runs again what depends on it.
 
 # %%
-Path("orders.py").write_text('''"""Rewards for taking orders."""
+REWARDS = '''"""Rewards for taking orders."""
 
 
 def polite(prompts, completions, drink, **columns):
@@ -87,32 +88,33 @@ def polite(prompts, completions, drink, **columns):
         0.0 if ordered not in completion else 1.0 if completion.endswith("please.") else 0.5
         for completion, ordered in zip(completions, drink)
     ]
-''')
+'''
+_ = Path("orders.py").write_text(REWARDS, encoding="utf-8")
 
 # %% [markdown]
 # Try it before it trains anything. What it gets wrong now, the policy will find later.
 
 # %%
-import orders as rewards  # noqa: E402
+import orders as rewards
 
 tries = [" tea for Bob, please.", " tea for Bob now!", " milk for Bob, please.", "tea tea tea please."]
 scores = rewards.polite(["Bob wants tea:"] * 4, tries, drink=["tea"] * 4)
 print(pd.DataFrame({"completion": tries, "reward": scores}).to_string(index=False))
 
 # %% [markdown]
-# The last line earns a full point, too. This reward can be hacked; the demonstrations and a KL penalty keep the
-# policy near replies that people would write. [Is the improvement real?](is_the_improvement_real.md) lets one go wrong on
-# purpose.
+# The last line earns a full point, too. This reward can be hacked; the demonstrations and a KL penalty keep
+# the policy near replies that people would write. [Is the improvement real?](is_the_improvement_real.md)
+# lets one go wrong on purpose.
 #
 # ## 3. GRPO
 #
-# No critic: each prompt is answered several times, and a reply's advantage is how much better it was than its group
-# (2402.03300):
+# No critic: each prompt is answered several times, and a reply's advantage is how much better it was than
+# its group (2402.03300):
 #
 # $$\hat A_i = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r) + 10^{-4}}$$
 
 # %%
-import torch  # noqa: E402
+import torch
 
 group = torch.tensor([1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.5, 0.5])  # two groups of four
 print([round(value, 2) for value in keel.losses.advantages.group_relative(group, 4).tolist()])
@@ -140,7 +142,14 @@ stages = {
         "lr": 5e-3,
         "epochs": 4,
     },
-    "sft": {"kind": "sft", "model": "base", "data": "demonstrations.jsonl", "batch_size": 16, "lr": 1e-3, "epochs": 4},
+    "sft": {
+        "kind": "sft",
+        "model": "base",
+        "data": "demonstrations.jsonl",
+        "batch_size": 16,
+        "lr": 1e-3,
+        "epochs": 4,
+    },
     "grpo": {
         "kind": "grpo",
         "model": "sft",
@@ -178,9 +187,13 @@ print(pd.concat([first.head(4), last.head(4)])[shown].to_string(index=False))
 # The trained policy is a model like any other, for `transformers` as for keel:
 
 # %%
-print(keel.generate(run.model_path("grpo"), ["Eve wants juice:", "Zoe wants tea:"], max_new_tokens=24, temperature=0))
+print(
+    keel.generate(
+        run.model_path("grpo"), ["Eve wants juice:", "Bob wants milk:"], max_new_tokens=24, temperature=0
+    )
+)
 
 # %% [markdown]
-# Calling `keel.run` again with the same stages does nothing, since all is done. After a change in `orders.py` the
-# policy would be trained again, and pretraining and SFT would stay as they are. For your own model, put its path or
-# hub id where `base` stands and leave the first stage out.
+# Calling `keel.run` again with the same stages does nothing, since all is done. After a change in
+# `orders.py` the policy would be trained again, and pretraining and SFT would stay as they are. For your
+# own model, put its path or hub id where `base` stands and leave the first stage out.

@@ -26,7 +26,9 @@ def test_scores_are_those_that_the_run_logged(finished: keel.Run) -> None:
     logged = finished.samples("ppo")
     logged = logged[logged["stop_reason"] == "eos"]
     # the run scores the ids that were sampled; a text is read alike only where its tokens are the usual ones
-    again = [len(chat.completion_ids(tokenizer, *both)) for both in zip(logged["prompt"], logged["completion"])]
+    again = [
+        len(chat.completion_ids(tokenizer, *both)) for both in zip(logged["prompt"], logged["completion"])
+    ]
     logged = logged[logged["length"] == again]
     assert len(logged) > 1, "some whole responses to compare"
     model = keel.RewardModel(finished.model_path("reward"))

@@ -11,7 +11,7 @@
     masked        masked sums and means, log-probabilities of tokens
 
 Each docstring has the equation and its source. They know tensors and masks and nothing else of keel: no
-config, no model, no device. A mask is True where a position counts. """
+config, no model, no device. A mask is True where a position counts."""
 
 from __future__ import annotations
 

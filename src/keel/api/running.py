@@ -111,8 +111,8 @@ def _pipeline(
         if error.name != "fcntl":
             raise
         raise UsageError(
-            "training needs file locks that this system lacks (fcntl): use Linux, macOS or WSL; reading runs, "
-            "scoring, sampling and the losses work here"
+            "training needs file locks that this system lacks (fcntl): use Linux, macOS or WSL; reading "
+            "runs, scoring, sampling and the losses work here"
         ) from error
     text = TextProgress()
     pipeline = Pipeline(
