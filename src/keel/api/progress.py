@@ -14,7 +14,11 @@ SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_loss", "e
 
 
 def shown(metrics: Mapping[str, float]) -> str:
-    """The few metrics that fit behind a bar: "loss 0.612  accuracy 0.7"."""
+    """The few metrics that fit behind a bar.
+
+    >>> shown({"loss": 0.6125, "objective/kl": 2.0, "grad_norm": 0.1})
+    'loss 0.613  kl 2'
+    """
     return "  ".join(
         f"{name.removeprefix('objective/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics
     )
