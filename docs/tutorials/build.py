@@ -5,7 +5,8 @@
 
 A script is the one source: it runs as it is, opens as a notebook in most editors, and is what the tests
 execute. A cell that begins `# %% [markdown]` is text, written as comments. As in a notebook, the value of a
-cell's last line is shown. Each script runs in a folder of its own, which is thrown away."""
+cell's last line is shown. Each script runs in a folder of its own, which is thrown away.
+"""
 
 from __future__ import annotations
 

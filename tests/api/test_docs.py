@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -27,3 +29,14 @@ def test_the_examples_run(
 def test_every_public_name_is_on_the_page() -> None:
     for name in keel.__all__:
         assert name.startswith("__") or re.search(rf"\b{name}\b", PAGE), name
+
+
+def test_the_examples_of_the_docstrings_run() -> None:
+    folder = Path(keel.__file__).parent / "api"
+    done = [
+        doctest.testmod(importlib.import_module(f"keel.api.{path.stem}"))
+        for path in folder.glob("*.py")
+        if path.stem != "__init__"
+    ]
+    assert sum(found.attempted for found in done) >= 6
+    assert sum(found.failed for found in done) == 0

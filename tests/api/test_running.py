@@ -6,8 +6,10 @@ import asyncio
 import io
 import json
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +151,15 @@ def test_a_line_is_drawn_again_on_a_terminal() -> None:
     progress.say("ppo: a note")
     progress("ppo", 2, 2, {"loss": 0.25})
     assert stream.getvalue() == "\rppo 1/2  loss 0.5  kl 1.25\nppo: a note\n\rppo 2/2  loss 0.25\n"
+
+
+def test_a_notebook_gets_it_in_its_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    TextProgress()("ppo", 1, 2, {})
+    assert capsys.readouterr() == ("\rppo 1/2", "")
 
 
 def test_a_plan_says_what_would_be_done_and_writes_nothing(stages: dict[str, Any], runs: Path) -> None:

@@ -2,4 +2,5 @@
 `keel` itself.
 
 Like the command line, these modules hold no logic of training: they parse, call, and hand back values.
-Nothing of keel but the command line imports them, and no result of a run depends on them."""
+Nothing of keel but the command line imports them, and no result of a run depends on them.
+"""

@@ -39,7 +39,12 @@ def load_data(
 
     `.records` of the result are frozen records, `.kind` is their type, `.skipped` counts what was left out.
     Raises UsageError for a source that is not there, DataError with file, line and reason for an unusable
-    row."""
+    row.
+
+    >>> pairs = load_data("world:helpdesk/comparisons", rows=2)
+    >>> pairs.kind, len(pairs.records), pairs.skipped
+    ('preference', 2, 0)
+    """
     from keel.data.load import load
 
     if kind is not None and kind not in get_args(RecordType):

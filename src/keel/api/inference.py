@@ -49,7 +49,7 @@ class RewardModel:
             labels = ", ".join(str(label) for label in config.id2label.values())
             raise UsageError(
                 f"{self.path!r} is a classifier of {config.num_labels} labels ({labels}), not a reward "
-                "model, which has one output; in a config it serves as a reward of kind `classifier` with a `label`"
+                "model, which has one output; in a config it is a reward of kind `classifier` with a `label`"
             )
         self._members = learned.load_members(
             self.path, device=self.device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -184,7 +184,8 @@ def generate(
     texts. device, dtype and trust_remote_code are for a model that is loaded here; see `RewardModel`.
 
     UsageError for settings out of range or without effect, and for a prompt that leaves no room in the
-    context."""
+    context.
+    """
     _check_list(prompts, "prompts")
     copies = 1 if n is None else n
     if copies < 1:

@@ -11,7 +11,13 @@
     masked        masked sums and means, log-probabilities of tokens
 
 Each docstring has the equation and its source. They know tensors and masks and nothing else of keel: no
-config, no model, no device. A mask is True where a position counts."""
+config, no model, no device. A mask is True where a position counts.
+
+    >>> import torch
+    >>> loss, metrics = reward_model.bradley_terry(torch.tensor([1.0]), torch.tensor([1.0]))
+    >>> round(loss.item(), 4), metrics["accuracy"].item()  # equal scores: log 2, and half a point
+    (0.6931, 0.5)
+"""
 
 from __future__ import annotations
 

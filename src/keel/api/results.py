@@ -99,7 +99,8 @@ class Run:
 
         The index is the measure; of an evaluate stage it is (model, measure), so that `.loc["ppo"]` is one
         model. Measures inside of others are joined by "/". UsageError for a stage that is not there or not
-        done."""
+        done.
+        """
         own = self._stage(stage)
         if not own.result:
             raise UsageError(f"stage {stage!r} has no result: it is {own.status}")
@@ -155,7 +156,8 @@ def diagnose(path: str | PathLike[str] | Run) -> dict[str, Diagnosis]:
     loop took, and `steps`.
 
     path: a run, one of its stages, or a trainer_state.json of TRL. UsageError for a path that is none of
-    these, DataError for a file that cannot be read."""
+    these, DataError for a file that cannot be read.
+    """
     from keel.cli import diagnose as diagnosing
 
     return diagnosing.diagnose(path.path if isinstance(path, Run) else Path(path))
