@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 PEERS  ?= .venv-peers
 
-.PHONY: demo install test test-slow test-real check bench bench-gpu format clean
+.PHONY: demo install tutorials test test-slow test-real check bench bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run the whole pipeline on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -57,6 +57,9 @@ bench: $(VENV)/.installed $(PEERS)/.installed  ## against peers, in pairs in one
 
 bench-gpu: $(VENV)/.installed $(PEERS)/.installed  ## correctness, sampling, memory and peers on one CUDA device
 	$(BIN)/python benchmarks/gpu.py --peer $(PEERS)/bin/python --ppo-peer $(PEERS)/trl112
+
+tutorials: $(VENV)/.installed      ## execute the tutorials; write their pages, figures and notebooks
+	$(BIN)/python docs/tutorials/build.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -399,22 +399,21 @@ def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str |
 
 def _place(config: Path) -> Path:
     """The file of a config, or of the recipe with that name."""
-    return config if config.is_file() or config.suffix else _recipe(str(config))
+    from keel.config import recipes
+
+    return recipes.config_path(config)
 
 
 def _recipes_folder() -> Path:
-    package = Path(keel.__file__).parent
-    return next(folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.exists())
+    from keel.config import recipes
+
+    return recipes.folder()
 
 
 def _recipe(name: str) -> Path:
-    path = _recipes_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if not path.exists():
-        raise UsageError(
-            f"no config or recipe {name!r}; recipes: "
-            f"{', '.join(sorted(p.stem for p in _recipes_folder().glob('*.yaml')))}"
-        )
-    return path
+    from keel.config import recipes
+
+    return recipes.path_of(name)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_loss", "eval_accuracy")
+from keel.api.progress import shown
 
 
 def say(line: str) -> None:
@@ -52,9 +52,3 @@ def progress() -> Iterator[Any]:
             bars.update(tasks[stage], completed=step, shown=shown(metrics))
 
         yield draw
-
-
-def shown(metrics: Mapping[str, float]) -> str:
-    return "  ".join(
-        f"{name.removeprefix('objective/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics
-    )

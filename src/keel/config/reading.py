@@ -43,15 +43,16 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise errors.UsageError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise errors.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
+    return parse(tree, str(path), overrides)
+
+
+def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated config of an already read mapping, which is left as it is; errors as in `read`."""
+    changed: dict[str, Any] = _unshared(dict(tree))
     for override in overrides:
-        _override(tree, override)
-    return parse(tree, str(path))
-
-
-def parse(tree: Mapping[str, Any], origin: str = "config") -> RunConfig:
-    """The validated config of an already read mapping."""
+        _override(changed, override)
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(changed)
     except ValidationError as error:
         lines = [_explain(item, tree) for item in error.errors()]
         raise errors.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
