@@ -1,3 +1,3 @@
 """keel: the whole RLHF pipeline on one machine."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
