@@ -4,8 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 PEERS  ?= .venv-peers
+LATEST ?= .venv-latest
 
-.PHONY: demo install test test-slow test-real check bench bench-gpu format clean
+.PHONY: demo install test test-slow test-real check check-latest docs build bench bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run the whole pipeline on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -34,12 +35,26 @@ test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
 test-real: $(VENV)/.installed-dev  ## on real models and data, where KEEL_REAL_DATA names a folder that has them
 	$(BIN)/python -m pytest -m real
 
-check: $(VENV)/.installed-dev      ## format, lint, types, import contract, then the tests
+check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(MAKE) docs
 	$(MAKE) test
+
+# What is computed in a model's place must go on agreeing with releases to come: no constraints here, on purpose.
+check-latest:                      ## the tests of accel/ on the newest torch and transformers that pip offers
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[test]'
+	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft) '
+	$(LATEST)/bin/python -m pytest tests/accel
+
+docs: $(VENV)/.installed-dev       ## the docs site in build/site, from the Markdown of the repository; no warning passes
+	$(BIN)/python docs/site/build_site.py
+
+build: $(VENV)/.installed-dev      ## wheel and sdist in dist/
+	$(BIN)/python -m hatchling build
 
 # Peers live in an environment of their own: TRL 1.16, and beside it 1.12, the last release that has PPO.
 $(PEERS)/.installed: constraints.txt
@@ -63,4 +78,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(LATEST) runs build dist .pytest_cache .ruff_cache
