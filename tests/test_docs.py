@@ -205,7 +205,7 @@ def test_every_setting_has_a_description():
 # ---------------------------------------------------------------- the pages
 
 
-PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _commands(page: Path) -> list[list[str]]:
