@@ -256,3 +256,13 @@ def test_links_between_the_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_list_begins_after_an_empty_line(page):
+    """The repository's browser reads `text\\n- item` as a list, the site's Markdown does not."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for block in re.split(r"\n\s*\n", text):
+        lines = block.strip("\n").splitlines()
+        items = [number for number, line in enumerate(lines) if re.match(r"([-*]|\d+\.) ", line)]
+        assert not items or lines[0].startswith("#") or items[0] == 0, f"{page.name}: {lines[items[0]]}"

@@ -218,7 +218,8 @@ def stage(target: Path, root: Path = ROOT) -> dict[str, str]:
         file.write_text(text, encoding="utf-8")
     for path in (root / "docs").rglob("*"):
         if path.suffix in PICTURES:
-            shutil.copyfile(path, target / path.relative_to(root))
+            (picture := target / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, picture)
     return texts
 
 
