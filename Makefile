@@ -6,9 +6,9 @@ WORKERS ?= 2
 PEERS  ?= .venv-peers
 LATEST ?= .venv-latest
 
-.PHONY: demo install test test-slow test-real check check-latest docs build bench bench-gpu format clean
+.PHONY: demo install test test-slow test-real check check-latest docs tutorials build bench bench-gpu format clean
 
-demo: $(VENV)/.installed           ## install, run the whole pipeline on the embedded world, say where the report is
+demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
 
 install: $(VENV)/.installed        ## keel in a virtual environment of its own
@@ -32,7 +32,7 @@ test: $(VENV)/.installed-dev       ## what every change must pass; under 10 minu
 test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
 	$(BIN)/python -m pytest -m slow
 
-test-real: $(VENV)/.installed-dev  ## on real models and data, where KEEL_REAL_DATA names a folder that has them
+test-real: $(VENV)/.installed-dev  ## on real models and data, in the folder KEEL_REAL_DATA
 	$(BIN)/python -m pytest -m real
 
 check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
@@ -43,15 +43,19 @@ check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs
 	$(MAKE) docs
 	$(MAKE) test
 
-# What is computed in a model's place must go on agreeing with releases to come: no constraints here, on purpose.
+# What is computed in a model's place must agree with releases to come, too: no constraints here, on purpose.
 check-latest:                      ## the tests of accel/ on the newest torch and transformers that pip offers
 	$(PYTHON) -m venv $(LATEST)
-	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[test]'
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  --upgrade-strategy eager -e '.[test]'
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft) '
 	$(LATEST)/bin/python -m pytest tests/accel
 
-docs: $(VENV)/.installed-dev       ## the docs site in build/site, from the Markdown of the repository; no warning passes
+docs: $(VENV)/.installed-dev       ## the docs site in build/site; no warning passes
 	$(BIN)/python docs/site/build_site.py
+
+tutorials: $(VENV)/.installed-dev  ## run the tutorials and write their pages
+	$(BIN)/python docs/tutorials/build.py
 
 build: $(VENV)/.installed-dev      ## wheel and sdist in dist/
 	$(BIN)/python -m hatchling build

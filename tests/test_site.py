@@ -131,6 +131,18 @@ def test_equations_of_a_docstring_become_blocks():
     )
 
 
+def test_the_search_needs_no_network(site, tmp_path):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "api").mkdir()
+    script = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
+    for page in ("index.html", "api/one.html"):
+        (tmp_path / page).write_text(script)
+    site.local_search(tmp_path)
+    assert (tmp_path / "index.html").read_text() == '<script src="assets/iframe-worker.js"></script>'
+    assert (tmp_path / "api/one.html").read_text() == '<script src="../assets/iframe-worker.js"></script>'
+    assert "IFrameWorker" in (tmp_path / "assets" / "iframe-worker.js").read_text()
+
+
 def test_nothing_of_the_site_comes_from_elsewhere():
     import yaml
 

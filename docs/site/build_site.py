@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -223,18 +224,27 @@ def stage(target: Path, root: Path = ROOT) -> dict[str, str]:
     return texts
 
 
-def main() -> int:
-    """Stage, build, and put the search's shim where a browser without a network finds it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "site", help="where the site goes")
-    out = parser.parse_args().out.resolve()
-    source = out.with_name(out.name + "-source")
-    try:
-        texts = stage(source / "pages")
-    except SiteError as error:
-        print(error, file=sys.stderr)
-        return 1
-    here = Path(__file__).parent
+def local_search(site: Path) -> None:
+    """Point every page at a copy of the script that lets the search run from a file, in place of a CDN's.
+
+    SiteError for a page that takes a script, a style or a picture from elsewhere.
+    """
+    shutil.copyfile(Path(__file__).parent / "iframe-worker.js", site / "assets" / "iframe-worker.js")
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        up = "../" * len(page.relative_to(site).parents[1:])
+        local = text.replace("https://unpkg.com/iframe-worker/shim", f"{up}assets/iframe-worker.js")
+        if re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', local):
+            raise SiteError(f"{page.relative_to(site)} takes something from elsewhere")
+        page.write_text(local, encoding="utf-8")
+
+
+def build(out: Path) -> None:
+    """Stage the pages beside `out`, build the site there, move it to `out`. SiteError for what is wrong."""
+    if importlib.util.find_spec("zensical") is None:
+        raise SiteError("the site needs Zensical: Python 3.11 or newer, and pip install -e '.[docs]'")
+    source, here = out.with_name(out.name + "-source"), Path(__file__).parent
+    texts = stage(source / "pages")
     settings = yaml.safe_load((here / "mkdocs.yml").read_text(encoding="utf-8"))
     python = settings["plugins"][-1]["mkdocstrings"]["handlers"]["python"]
     python["paths"] = [str(ROOT / "src")]
@@ -243,24 +253,24 @@ def main() -> int:
     config = source / "mkdocs.yml"
     config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
-    done = subprocess.run(command, cwd=source)
-    if done.returncode:
-        return done.returncode
+    if subprocess.run(command, cwd=source).returncode:
+        raise SiteError("Zensical found something wrong; see above")
     local_search(source / "site")
     shutil.rmtree(out, ignore_errors=True)
     (source / "site").rename(out)
     print(f"{len(texts)} pages: {out / 'index.html'}")
+
+
+def main() -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(description="Builds the docs site.")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "site", help="where the site goes")
+    try:
+        build(parser.parse_args().out.resolve())
+    except SiteError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
-
-
-def local_search(site: Path) -> None:
-    """Point every page at a copy of the script that lets the search run from a file, in place of a CDN's."""
-    shutil.copyfile(Path(__file__).parent / "iframe-worker.js", site / "assets" / "iframe-worker.js")
-    for page in site.rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        up = "../" * len(page.relative_to(site).parents[1:])
-        local = text.replace("https://unpkg.com/iframe-worker/shim", f"{up}assets/iframe-worker.js")
-        page.write_text(local, encoding="utf-8")
 
 
 if __name__ == "__main__":
