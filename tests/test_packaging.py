@@ -1,4 +1,5 @@
-"""What is released works: wheel and sdist are built, the wheel is installed, and keel runs from it elsewhere."""
+"""What is released works: wheel and sdist are built, the wheel is installed, and keel runs from it
+elsewhere."""
 
 from __future__ import annotations
 
