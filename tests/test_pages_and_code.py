@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "keel"
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PATH = re.compile(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|toml|yaml))`")
-OF_USERS = {"mine.py", "FILE.py"}  # files of the reader's own, in examples
+OF_USERS = {"mine.py", "FILE.py", "config.yaml"}  # files of the reader's own and of a run
 GONE = {"stages/ppo.py", "config/policy.py"}  # files of the version before, which the notes compare with
 
 
