@@ -44,6 +44,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "source/index.md",
     ),
 }
+FIRST_IN_FOLDER = ("rlhf_in_ten_minutes", "your_own_data_and_reward")  # the other pages follow by name
 
 
 class SiteError(Exception):
@@ -167,7 +168,7 @@ def navigation(texts: dict[str, str]) -> list[dict[str, Any]]:
     menu: dict[str, list[Any]] = {section: [] for section in NAVIGATION}
     for section, names in NAVIGATION.items():
         for name in names:
-            inside = sorted(page for page in left if page.startswith(f"{name}/"))
+            inside = sorted((page for page in left if page.startswith(f"{name}/")), key=_reading_order)
             if name in left:
                 menu[section].append({left.pop(name): name})
             elif name == "api":
@@ -177,6 +178,13 @@ def navigation(texts: dict[str, str]) -> list[dict[str, Any]]:
                 menu[section].append({folder: [{left.pop(page): page} for page in inside]})
     menu["Guides"] += [{name: page} for page, name in left.items()]
     return [{section: entries} for section, entries in menu.items() if entries]
+
+
+def _reading_order(page: str) -> tuple[int, str]:
+    """Sorts the pages of a folder: FIRST_IN_FOLDER in its order, the others by name."""
+    stem = Path(page).stem
+    known = stem in FIRST_IN_FOLDER
+    return (FIRST_IN_FOLDER.index(stem) if known else len(FIRST_IN_FOLDER), page)
 
 
 def _api_menu(titles: dict[str, str]) -> list[Any]:
