@@ -4,10 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 PEERS  ?= .venv-peers
+LATEST ?= .venv-latest
 
-.PHONY: demo install tutorials test test-slow test-real check bench bench-gpu format clean
+.PHONY: demo install test test-slow test-real check check-latest docs tutorials build bench bench-gpu format clean
 
-demo: $(VENV)/.installed           ## install, run the whole pipeline on the embedded world, say where the report is
+demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
 
 install: $(VENV)/.installed        ## keel in a virtual environment of its own
@@ -31,15 +32,33 @@ test: $(VENV)/.installed-dev       ## what every change must pass; under 10 minu
 test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
 	$(BIN)/python -m pytest -m slow
 
-test-real: $(VENV)/.installed-dev  ## on real models and data, where KEEL_REAL_DATA names a folder that has them
+test-real: $(VENV)/.installed-dev  ## on real models and data, in the folder KEEL_REAL_DATA
 	$(BIN)/python -m pytest -m real
 
-check: $(VENV)/.installed-dev      ## format, lint, types, import contract, then the tests
+check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(MAKE) docs
 	$(MAKE) test
+
+# What is computed in a model's place must agree with releases to come, too: no constraints here, on purpose.
+check-latest:                      ## the tests of accel/ on the newest torch and transformers that pip offers
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  --upgrade-strategy eager -e '.[test]'
+	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft) '
+	$(LATEST)/bin/python -m pytest tests/accel
+
+docs: $(VENV)/.installed-dev       ## the docs site in build/site; no warning passes
+	$(BIN)/python docs/site/build_site.py
+
+tutorials: $(VENV)/.installed-dev  ## run the tutorials and write their pages
+	$(BIN)/python docs/tutorials/build.py
+
+build: $(VENV)/.installed-dev      ## wheel and sdist in dist/
+	$(BIN)/python -m hatchling build
 
 # Peers live in an environment of their own: TRL 1.16, and beside it 1.12, the last release that has PPO.
 $(PEERS)/.installed: constraints.txt
@@ -58,12 +77,9 @@ bench: $(VENV)/.installed $(PEERS)/.installed  ## against peers, in pairs in one
 bench-gpu: $(VENV)/.installed $(PEERS)/.installed  ## correctness, sampling, memory and peers on one CUDA device
 	$(BIN)/python benchmarks/gpu.py --peer $(PEERS)/bin/python --ppo-peer $(PEERS)/trl112
 
-tutorials: $(VENV)/.installed      ## execute the tutorials; write their pages, figures and notebooks
-	$(BIN)/python docs/tutorials/build.py
-
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(LATEST) runs build dist .pytest_cache .ruff_cache

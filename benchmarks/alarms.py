@@ -76,10 +76,28 @@ def cases(limit: bool = False) -> list[Case]:
         ("lr-x30", 4, {"lr": 30 * lr}, None),
         ("no-kl", 4, {"lr": 2 * lr, "kl": free}, None),
         ("biased", 3, {"reward": "biased", "lr": 2 * lr, "kl": free}, None),
-        ("broken-stop", 3, {"reward": [learned, long], "shaping": {"center": "prompt", "missing_stop_penalty": 0.0}, "kl": free}, None),
+        (
+            "broken-stop",
+            3,
+            {
+                "reward": [learned, long],
+                "shaping": {"center": "prompt", "missing_stop_penalty": 0.0},
+                "kl": free,
+            },
+            None,
+        ),
         ("temperature", 3, {}, OTHER_TEMPERATURE),
-        ("reward-x100", 3, {"reward": [{**learned, "weight": 100.0}], "shaping": {"normalize": "none"}, "whiten_advantages": False}, None),
-    ]  # fmt: skip
+        (
+            "reward-x100",
+            3,
+            {
+                "reward": [{**learned, "weight": 100.0}],
+                "shaping": {"normalize": "none"},
+                "whiten_advantages": False,
+            },
+            None,
+        ),
+    ]
     return healthy + [
         Case(f"{name}-{seed}", True, seed, changes if limit else {**changes, "desired_kl": None}, temperature)
         for name, count, changes, temperature in sick
@@ -117,7 +135,8 @@ def main() -> None:
         alarm = f"{outcome.alarm[0]} {outcome.alarm[1]}" if outcome.alarm else "–"
         end = "error" if outcome.end is None else f"{outcome.end:.3f}"
         print(
-            f"{case.name:<20} {alarm:<28} {outcome.peak:>9} {outcome.start:>6.3f} {outcome.best:>6.3f} {end:>6}",
+            f"{case.name:<20} {alarm:<28} {outcome.peak:>9} {outcome.start:>6.3f} {outcome.best:>6.3f}"
+            f" {end:>6}",
             flush=True,
         )
     print("\n".join(summary(found)))
@@ -178,9 +197,16 @@ def tree_of(case: Case, settings: argparse.Namespace, shared: Path) -> dict[str,
     whole = read(RECIPE, settings.set)
     recipe = resolved(whole)["stages"]["ppo"]
     stage = recipe | {
-        "model": str(shared / "sft" / "model"), "updates": settings.updates, "batch_size": 64, "mini_batch": 16,
-        "samples_per_prompt": 4, "eval_every": 3, "eval_data": PROMPTS, "judge": "world:helpdesk", "control": settings.control,
-    }  # fmt: skip
+        "model": str(shared / "sft" / "model"),
+        "updates": settings.updates,
+        "batch_size": 64,
+        "mini_batch": 16,
+        "samples_per_prompt": 4,
+        "eval_every": 3,
+        "eval_data": PROMPTS,
+        "judge": "world:helpdesk",
+        "control": settings.control,
+    }
     changes = dict(case.changes)
     shaping = changes.pop("shaping", {})
     stage |= {
@@ -230,8 +256,11 @@ def summary(found: list[Outcome]) -> list[str]:
     return [
         "",
         f"false alarms: {sum(o.alarm is not None for o in healthy)} of {len(healthy)} healthy runs",
-        f"found: {len(seen)} of {len(sick)} sick runs; {early} at the gold peak or before, {len(seen) - early} after, {len(sick) - len(seen)} never; updates from the peak to the alarm: {', '.join(map(str, delays))}",
-        f"gold at the end within {NEAR} of the best evaluation: {len(kept)} of {len(sick)}; below the SFT model's: {len(below)} ({', '.join(o.case.name for o in below) or 'none'})",
+        f"found: {len(seen)} of {len(sick)} sick runs; {early} at the gold peak or before,"
+        f" {len(seen) - early} after, {len(sick) - len(seen)} never; updates from the peak to the alarm:"
+        f" {', '.join(map(str, delays))}",
+        f"gold at the end within {NEAR} of the best evaluation: {len(kept)} of {len(sick)};"
+        f" below the SFT model's: {len(below)} ({', '.join(o.case.name for o in below) or 'none'})",
     ]
 
 

@@ -56,10 +56,10 @@ def main() -> None:
 
 
 def of_world(split: str, rows: int, seed: int) -> list[PreferenceRecord]:
-    found = [
+    records = [
         parse(row, "preference", f"{split}:{i}") for i, row in enumerate(helpdesk.rows(split, rows, seed))
     ]
-    return [record for record in found if isinstance(record, PreferenceRecord)]
+    return [record for record in records if isinstance(record, PreferenceRecord)]
 
 
 def gold_difference(record: PreferenceRecord) -> float:
@@ -73,26 +73,28 @@ def gold_difference(record: PreferenceRecord) -> float:
 def people(pairs: Sequence[PreferenceRecord]) -> None:
     """Print how they agree, and each one's reliability: as drawn, as it turned out, as estimated without the
     truth."""
-    agreed, found = agreement(pairs), of_annotators(pairs)
-    if agreed is None or found is None:
+    agreed, reliability = agreement(pairs), of_annotators(pairs)
+    if agreed is None or reliability is None:
         raise SystemExit("too few rows: no pair has two votes")
     alpha = agreed["alpha"]
     print(
-        f"{agreed['votes']} votes on {agreed['pairs']} pairs: alpha {alpha['nominal']:.3f} nominal, {alpha['ordinal']:.3f} ordinal,"
+        f"{agreed['votes']} votes on {agreed['pairs']} pairs:"
+        f" alpha {alpha['nominal']:.3f} nominal, {alpha['ordinal']:.3f} ordinal,"
     )
     print(
-        f"Fleiss {agreed['fleiss']:.3f}, mean Cohen {agreed['cohen']:.3f}, unanimous {agreed['unanimous']['mean']:.3f}\n"
+        f"Fleiss {agreed['fleiss']:.3f}, mean Cohen {agreed['cohen']:.3f},"
+        f" unanimous {agreed['unanimous']['mean']:.3f}\n"
     )
-    points: dict[str, list[float]] = {name: [] for name in found}
+    points: dict[str, list[float]] = {name: [] for name in reliability}
     for record in pairs:
         if difference := gold_difference(record):
             better = "chosen" if difference > 0 else "rejected"
             for vote in record.votes:
                 points[vote.annotator].append(0.5 if vote.choice == "tie" else float(vote.choice == better))
-    names = sorted(found, key=lambda name: int(name[1:]))
+    names = sorted(reliability, key=lambda name: int(name[1:]))
     drawn = [helpdesk.RELIABILITIES[int(name[1:]) - 1] for name in names]
     true = [float(np.mean(points[name])) for name in names]
-    estimated = [found[name]["dawid_skene"] for name in names]
+    estimated = [reliability[name]["dawid_skene"] for name in names]
     print(f"{'annotator':<10} {'drawn':>6} {'names the better':>17} {'estimated':>10}")
     for name, *row in zip(names, drawn, true, estimated):
         print(f"{name:<10} {row[0]:>6.2f} {row[1]:>17.3f} {row[2]:>10.3f}")

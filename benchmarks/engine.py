@@ -34,10 +34,17 @@ def model(mean_length: int | None) -> Any:
     torch.manual_seed(0)
     made = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
-            max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=EOS,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     if mean_length is None:
         made.generation_config.eos_token_id = None
         return made
@@ -59,8 +66,13 @@ def of_transformers(policy: Any, prompts: Sequence[Sequence[int]], new: int = NE
         ids = torch.tensor(prompts[start : start + BATCH], device=policy.device)
         with torch.no_grad():
             done = policy.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=0,
+            )
         useful += int((done[:, PROMPT:] != 0).sum())
     return useful
 
@@ -79,7 +91,7 @@ def compare(name: str, sides: dict[str, Callable[[], int]], repeats: int) -> dic
             tokens = sample()
             if number:
                 speeds[side].append(tokens / (time.perf_counter() - start))
-    medians = {side: statistics.median(found) for side, found in speeds.items()}
+    medians = {side: statistics.median(values) for side, values in speeds.items()}
     base = next(iter(medians.values()))
     print(
         f"{name:28}" + "  ".join(f"{s} {v:7,.0f} ({v / base:.2f}×)" for s, v in medians.items()), flush=True

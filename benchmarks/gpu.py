@@ -62,7 +62,7 @@ STEADY = (
 
 
 def _never(device: torch.device) -> None:
-    """In the place of `captured.recorder`."""
+    """In the place of `decode_graphs.recorder`."""
 
 
 UNRECORDED = mock.patch.object(decode_graphs, "recorder", _never)
@@ -73,25 +73,28 @@ UNRECORDED = mock.patch.object(decode_graphs, "recorder", _never)
 
 def correctness(device: torch.device) -> bool:
     """A line a check; whether all hold."""
-    held = [_check("PPO update, CPU and here", _update_differs(device), 1e-3)]
+    checks = [_check("PPO update, CPU and here", _update_differs(device), 1e-3)]
     for family in FAMILIES:
         model = _sharp(family).to(device)
-        held.append(_check(f"{family}: greedy responses that differ", _greedy_differs(model), 0))
+        checks.append(_check(f"{family}: greedy responses that differ", _greedy_differs(model), 0))
         for dtype in ("float32", "auto"):
             done, graphs = _sampled(prepare_model(model, dtype)), len(decode_graphs._kept[model].replays)
             with UNRECORDED:
                 plain = _sampled(model)
             differs, usual = (max(_forward_differs(model, c) for c in sampled) for sampled in (done, plain))
             limit = 1e-3 if dtype == "float32" else 2 * usual  # bfloat16 rounds as the model has it
-            held.append(_check(f"{family}, {dtype}: from a forward ({graphs} graphs)", differs, limit))
+            checks.append(_check(f"{family}, {dtype}: from a forward ({graphs} graphs)", differs, limit))
             alike = sum(a.ids == b.ids for a, b in zip(done, plain)) / len(done)
             print(f"{'':<48}{alike:>10.0%} of responses as without graphs", flush=True)
-    return all(held)
+    return all(checks)
 
 
-def _check(name: str, found: float, limit: float) -> bool:
-    print(f"{name:<48}{found:>10.2g}   {'holds' if found <= limit else f'IS ABOVE {limit:g}'}", flush=True)
-    return found <= limit
+def _check(name: str, difference: float, limit: float) -> bool:
+    print(
+        f"{name:<48}{difference:>10.2g}   {'holds' if difference <= limit else f'IS ABOVE {limit:g}'}",
+        flush=True,
+    )
+    return difference <= limit
 
 
 def _sharp(family: str) -> Any:
@@ -143,18 +146,18 @@ def _forward_differs(model: Any, done: Completion) -> float:
 
 def _update_differs(device: torch.device) -> float:
     """The largest difference of two PPO updates' losses, relative where they are above 1."""
-    found: list[list[dict[str, float]]] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    runs: list[list[dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         peers.prepare(folder, "tiny")
         for kind in ("cpu", device.type):
             config = {**peers.keel_config("ppo", folder, "cpu"), "device": kind}
             config["stages"]["stage"]["updates"] = 2
-            run = folder / f"run-{len(found)}"
+            run = folder / f"run-{len(runs)}"
             Pipeline(parse(config), run, say=lambda line: None).run()
             lines = (run / "stages" / "stage" / "metrics.jsonl").read_text().splitlines()
-            found.append([json.loads(line) for line in lines])
-    pairs = [(a[name], b[name]) for a, b in zip(*found) for name in STEADY]
+            runs.append([json.loads(line) for line in lines])
+    pairs = [(a[name], b[name]) for a, b in zip(*runs) for name in STEADY]
     return max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs)
 
 
@@ -179,10 +182,10 @@ def speed(device: torch.device, size: str, new: int, repeats: int) -> None:
             "keel, launched": UNRECORDED(ours),
             "keel, recorded": ours,
         }
-        found = engine.compare(name, sides, repeats)
+        speeds = engine.compare(name, sides, repeats)
         if stop == engine.NEVER:
             bound = _bound(policy, count, new, bandwidth)
-            shares = ", ".join(f"{side} {speed / bound:.2f}" for side, speed in found.items())
+            shares = ", ".join(f"{side} {speed / bound:.2f}" for side, speed in speeds.items())
             print(f"{'':28}of {bound:,.0f} that reading weights and cache allows: {shares}", flush=True)
 
 
@@ -203,10 +206,10 @@ def _qwen2(size: str, mean: int | None) -> Any:
 def _copied(device: torch.device, size: int) -> float:
     """Bytes a second that a large copy on the device reads and writes; the best of ten."""
     given = torch.ones(size, dtype=torch.uint8, device=device)
-    place, best = torch.empty_like(given), float("inf")
+    target, best = torch.empty_like(given), float("inf")
     for _ in range(10):
         start = peers.now(device.type)
-        place.copy_(given)
+        target.copy_(given)
         best = min(best, peers.now(device.type) - start)
     return 2 * size / best
 
@@ -228,15 +231,15 @@ def _bound(policy: Any, rows: int, new: int, bandwidth: float) -> float:
 def memory(device: torch.device, size: str, threads: int) -> None:
     """Predicted against measured, each stage in a process of its own."""
     print(f"{'':<10}{'plan, MiB':>10}{'measured':>10}{'ratio':>8}")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         peers.prepare(folder, size)
         for kind in ("sft", "ppo", "dpo"):
             config = parse(peers.keel_config(kind, folder, device.type))
             (entry,) = planner.plan(Pipeline(config, folder / "runs" / kind))
             predicted = entry["memory"]["peak"] / 2**20
-            found = peers.measured(sys.executable, kind, "keel", folder, threads, None, device.type)["memory"]
-            print(f"{kind:<10}{predicted:>10,.0f}{found:>10,.0f}{predicted / found:>8.2f}", flush=True)
+            peak = peers.measured(sys.executable, kind, "keel", folder, threads, None, device.type)["memory"]
+            print(f"{kind:<10}{predicted:>10,.0f}{peak:>10,.0f}{predicted / peak:>8.2f}", flush=True)
 
 
 # ---------------------------------------------------------------- all of it

@@ -31,15 +31,25 @@ from torch.utils._pytree import tree_flatten
 
 MIB = 2**20
 ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 VOCABULARY = 8192  # of the models; their tokenizer has fewer tokens
 GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "n_positions": 512}  # 30 M parameters
 LLAMA = {
-    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 LARGER = {**LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10}
 ROWS: dict[str, dict[str, int]] = {  # stage → tokens of each part of its rows
     "sft": {"prompt": 100, "completion": 300},
@@ -67,8 +77,12 @@ def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
             return {**common, **few, "model": model, "batch_size": 6, "loss_on": "all"}
         case "ppo":  # four models, the critic one of its own
             return {
-                **common, **sampled, "sharing": "separate", "mini_batch": 4, "sampling": {"max_new_tokens": 32},
-            }  # fmt: skip
+                **common,
+                **sampled,
+                "sharing": "separate",
+                "mini_batch": 4,
+                "sampling": {"max_new_tokens": 32},
+            }
         case "dpo":  # frozen weights, adapters, both sides of a pair, gradients in two parts
             return {**common, **few, "model": larger, "lora": {"r": 8}, "batch_size": 8, "micro_batch": 4}
         case "grpo":  # four samples a prompt
@@ -90,11 +104,11 @@ def prepare(folder: Path, names: tuple[str, ...]) -> None:
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
 
-    def build(place: str, sizes: dict[str, Any], family: Any, **more: Any) -> None:
+    def build(subfolder: str, sizes: dict[str, Any], family: Any, **more: Any) -> None:
         values = {**sizes, **special, **more, "bos_token_id": None, "vocab_size": VOCABULARY}
         model = family.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-        model.save_pretrained(folder / place)
-        tokenizer.save_pretrained(folder / place)
+        model.save_pretrained(folder / subfolder)
+        tokenizer.save_pretrained(folder / subfolder)
 
     if {"ppo", "grpo", "reward"} & {*names}:
         build("policy", LLAMA, AutoModelForCausalLM)
@@ -262,29 +276,33 @@ def main() -> None:
         measure(settings.measure, settings.folder, settings.dtype, settings.tensors)
         return
     names = tuple(settings.names) or tuple(ROWS)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         prepare(folder, names)
         print(
-            f"{'stage':<6} {'predicted':>10} {'measured':>10} {'ratio':>6}   MiB, by phase: predicted / measured"
+            f"{'stage':<6} {'predicted':>10} {'measured':>10} {'ratio':>6}"
+            "   MiB, by phase: predicted / measured"
         )
         for name in names:
             plan = predicted(name, folder, settings.dtype)
-            found = measured(name, folder, settings.dtype, tensors=settings.tensors)
+            measurement = measured(name, folder, settings.dtype, tensors=settings.tensors)
             sums = {
                 p: sum(sum(kinds.values()) for kinds in roles.values()) for p, roles in plan["phases"].items()
             }
             sums = {"train": sums.pop("train"), **sums}
             asked = {
                 phase: [f"{sums[phase] / MIB:.0f}" if phase in sums else "–"]
-                for phase in {**sums, **found["phases"]}
+                for phase in {**sums, **measurement["phases"]}
             }
             for phase, column in asked.items():
-                column.append(f"{found['phases'][phase] / MIB:.0f}" if phase in found["phases"] else "–")
+                column.append(
+                    f"{measurement['phases'][phase] / MIB:.0f}" if phase in measurement["phases"] else "–"
+                )
             shown = ", ".join(f"{phase} {' / '.join(column)}" for phase, column in asked.items())
-            ratio = plan["peak"] / found["peak"]
+            ratio = plan["peak"] / measurement["peak"]
             print(
-                f"{name:<6} {plan['peak'] / MIB:>10.0f} {found['peak'] / MIB:>10.0f} {ratio:>6.3f}   {shown}",
+                f"{name:<6} {plan['peak'] / MIB:>10.0f} {measurement['peak'] / MIB:>10.0f} {ratio:>6.3f}"
+                f"   {shown}",
                 flush=True,
             )
 

@@ -32,32 +32,44 @@ def main() -> None:
     write_halves(json.loads(Path(source).read_text(encoding="utf-8")), folder)
     changes = dict(setting.split("=", 1) for setting in settings)
     right: dict[str, list[float]] = {group: [0.0, 0.0] for group in GROUPS}
-    for own, other in (("a", "b"), ("b", "a")):
-        tree = {"name": own, "stages": stages(folder, model, own, other, changes)}
-        Pipeline(parse(tree), folder / own, print).run()
-        result = json.loads((folder / own / "stages" / "judge" / "result.json").read_text())["reward_model"]
+    for fold, other in (("a", "b"), ("b", "a")):
+        tree = {"name": fold, "stages": stages(folder, model, fold, other, changes)}
+        Pipeline(parse(tree), folder / fold, print).run()
+        result = json.loads((folder / fold / "stages" / "judge" / "result.json").read_text())["reward_model"]
         for group in GROUPS:
-            found = result["accuracy"] if group == GROUPS[0] else result["by_margin"].get(group)
-            if found:
-                right[group][0] += found["mean"] * found["n"]
-                right[group][1] += found["n"]
+            accuracy = result["accuracy"] if group == GROUPS[0] else result["by_margin"].get(group)
+            if accuracy:
+                right[group][0] += accuracy["mean"] * accuracy["n"]
+                right[group][1] += accuracy["n"]
     for group, (hits, n) in right.items():
         share = wilson(hits, n)
         print(f"{group:<10} {share['mean']:.3f} ({share['low']:.3f} to {share['high']:.3f}) of {n:.0f}")
 
 
-def stages(folder: Path, model: str, own: str, other: str, changes: dict[str, Any]) -> dict[str, Any]:
-    held = {"source": str(folder / f"{other}.jsonl")}
+def stages(folder: Path, model: str, fold: str, other: str, changes: dict[str, Any]) -> dict[str, Any]:
+    held_out = {"source": str(folder / f"{other}.jsonl")}
     return {
         "reward": {
-            "kind": "reward", "model": model, "data": str(folder / f"{own}.jsonl"), "too_long": "skip", "lr": 1e-4, "batch_size": 16,
-            "epochs": 2, "sampling": {"max_new_tokens": 16}, **{key: yaml.safe_load(value) for key, value in changes.items()},
+            "kind": "reward",
+            "model": model,
+            "data": str(folder / f"{fold}.jsonl"),
+            "too_long": "skip",
+            "lr": 1e-4,
+            "batch_size": 16,
+            "epochs": 2,
+            "sampling": {"max_new_tokens": 16},
+            **{key: yaml.safe_load(value) for key, value in changes.items()},
         },
         "judge": {
-            "kind": "evaluate", "models": [model], "reward": "reward", "data": {**held, "rows": 8}, "comparisons": held,
-            "too_long": "truncate", "sampling": {"max_new_tokens": 1},
+            "kind": "evaluate",
+            "models": [model],
+            "reward": "reward",
+            "data": {**held_out, "rows": 8},
+            "comparisons": held_out,
+            "too_long": "truncate",
+            "sampling": {"max_new_tokens": 1},
         },
-    }  # fmt: skip
+    }
 
 
 def write_halves(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -74,9 +86,13 @@ def write_halves(rows: list[dict[str, Any]], folder: Path) -> None:
         chosen, rejected = (1, 2) if said.count(1) >= said.count(2) else (2, 1)
         choice = {0: "tie", chosen: "chosen", rejected: "rejected"}
         pair = {
-            "prompt": prompt + "\n", "chosen": row[f"response{chosen}"], "rejected": row[f"response{rejected}"],
-            "votes": [{"annotator": who, "choice": choice[vote]} for who, vote in zip(PEOPLE, said, strict=True)],
-        }  # fmt: skip
+            "prompt": prompt + "\n",
+            "chosen": row[f"response{chosen}"],
+            "rejected": row[f"response{rejected}"],
+            "votes": [
+                {"annotator": who, "choice": choice[vote]} for who, vote in zip(PEOPLE, said, strict=True)
+            ],
+        }
         halves[half].append(json.dumps(pair))
     for name, lines in halves.items():
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -40,20 +40,38 @@ MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 SIZES: dict[str, dict[str, Any]] = {
     "small": {  # 7.3 M parameters
-        "model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
+        "model_type": "llama",
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
         "num_attention_heads": 4,
     },
     # 0.5 B parameters, as Qwen2.5-0.5B has them. Not of Qwen2's class: beside one, `AutoTokenizer` makes
     # Qwen2's tokenizer of any
     "half": {
-        "model_type": "llama", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+        "model_type": "llama",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
     },
     "tiny": {  # to see that everything runs
-        "model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
     },
-}  # fmt: skip
+}
 LR = 1e-5
 
 
@@ -75,8 +93,13 @@ def prepare(folder: Path, size: str = "small") -> None:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )  # fmt: skip
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
     for name, seed, ends in (
         ("plain", 0, False),
         ("ending", 0, True),
@@ -164,16 +187,26 @@ def keel_stage(kind: str, folder: Path, device: str) -> dict[str, Any]:
     if kind == "dpo":
         return {"kind": "dpo", "model": model("plain"), "data": rows, "max_length": 128, **fixed}
     shared = {
-        "model": model("ending"), "data": {"source": rows, "columns": {"prompt": "prompt"}}, "lr": LR, "batch_size": BATCH,
-        "micro_batch": MICRO, "updates": STEPS[kind], "sampling": {"max_new_tokens": RESPONSE}, "save_every": 1000,
-    }  # fmt: skip
+        "model": model("ending"),
+        "data": {"source": rows, "columns": {"prompt": "prompt"}},
+        "lr": LR,
+        "batch_size": BATCH,
+        "micro_batch": MICRO,
+        "updates": STEPS[kind],
+        "sampling": {"max_new_tokens": RESPONSE},
+        "save_every": 1000,
+    }
     if kind == "grpo":
         reward = {"kind": "python", "function": f"{__file__}:varied"}
         return {"kind": "grpo", "reward": reward, "samples_per_prompt": 8, "kl": {"coef": 0.04}, **shared}
     return {
-        "kind": "ppo", "reward": str(folder / "scorer"), "sharing": "trunk" if auto else "separate", "epochs": 4,
-        "kl": {"coef": 0.05}, **shared,
-    }  # fmt: skip
+        "kind": "ppo",
+        "reward": str(folder / "scorer"),
+        "sharing": "trunk" if auto else "separate",
+        "epochs": 4,
+        "kl": {"coef": 0.05},
+        **shared,
+    }
 
 
 def of_keel(kind: str, folder: Path, device: str) -> None:
@@ -190,10 +223,10 @@ def of_keel(kind: str, folder: Path, device: str) -> None:
     def say(line: str) -> None:
         marks.extend([time.perf_counter()] if "the reference reads" in line else [])
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         progress = lambda *step: ends.append(now(device))  # noqa: E731
         config = parse(keel_config(kind, folder, device))
-        Pipeline(config, Path(place), say=say, progress=progress).run()
+        Pipeline(config, Path(temporary), say=say, progress=progress).run()
     reading = sum(ends[0] - mark for mark in marks)
     report(ends, before, device, reading * BATCH / ROWS)
 
@@ -216,10 +249,19 @@ def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
     tokenizer, steps = AutoTokenizer.from_pretrained(folder / "plain"), STEPS[kind]
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     common: dict[str, Any] = {
-        "output_dir": str(folder / "out"), "learning_rate": LR, "report_to": "none", "use_cpu": device == "cpu", "bf16": device != "cpu",
-        "fp16": False, "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6, "disable_tqdm": True, "seed": 0,
+        "output_dir": str(folder / "out"),
+        "learning_rate": LR,
+        "report_to": "none",
+        "use_cpu": device == "cpu",
+        "bf16": device != "cpu",
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 10**6,
+        "disable_tqdm": True,
+        "seed": 0,
         "dataloader_pin_memory": False,
-    }  # fmt: skip
+    }
     parts = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": BATCH // at_once}
     fixed = {**common, **parts, "max_steps": steps}
 
@@ -240,15 +282,28 @@ def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
         prompts = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows]
         data = datasets.Dataset.from_list(prompts)
         settings: Any = PPOConfig(
-            num_mini_batches=1, num_ppo_epochs=4, **parts,
-            total_episodes=BATCH * steps, response_length=RESPONSE, stop_token="eos", missing_eos_penalty=1.0, temperature=1.0,
-            kl_coef=0.05, local_rollout_forward_batch_size=BATCH, num_sample_generations=0, **common,
-        )  # fmt: skip
+            num_mini_batches=1,
+            num_ppo_epochs=4,
+            **parts,
+            total_episodes=BATCH * steps,
+            response_length=RESPONSE,
+            stop_token="eos",
+            missing_eos_penalty=1.0,
+            temperature=1.0,
+            kl_coef=0.05,
+            local_rollout_forward_batch_size=BATCH,
+            num_sample_generations=0,
+            **common,
+        )
         make = PPOTrainer
         more |= {
-            "ref_model": lm("ending"), "reward_model": scorer("scorer"), "value_model": scorer("critic"), "train_dataset": data,
-            "eval_dataset": data.select(range(8)), "model": lm("ending"),
-        }  # fmt: skip
+            "ref_model": lm("ending"),
+            "reward_model": scorer("scorer"),
+            "value_model": scorer("critic"),
+            "train_dataset": data,
+            "eval_dataset": data.select(range(8)),
+            "model": lm("ending"),
+        }
     else:
         import trl  # pyright: ignore[reportMissingImports]
 
@@ -264,7 +319,11 @@ def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
         else:
             make = trl.GRPOTrainer
             settings = trl.GRPOConfig(num_generations=8, max_completion_length=RESPONSE, beta=0.04, **fixed)
-            more |= {"model": str(folder / "ending"), "reward_funcs": [varied], "train_dataset": table(prompt="prompt")}  # fmt: skip
+            more |= {
+                "model": str(folder / "ending"),
+                "reward_funcs": [varied],
+                "train_dataset": table(prompt="prompt"),
+            }
     make(args=settings, callbacks=[_clock(ends, device)], **more).train()
     report(ends, before, device)
 
@@ -324,9 +383,20 @@ def measured(
         "TOKENIZERS_PARALLELISM": "false", **({"PYTHONPATH": path} if path else {}),
     }  # fmt: skip
     command = [
-        python, __file__, kind, "--side", side, "--folder", str(folder), "--threads", str(threads), "--device", device,
-        "--peer-rows", str(peer_rows),
-    ]  # fmt: skip
+        python,
+        __file__,
+        kind,
+        "--side",
+        side,
+        "--folder",
+        str(folder),
+        "--threads",
+        str(threads),
+        "--device",
+        device,
+        "--peer-rows",
+        str(peer_rows),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{side} {kind} failed:\n{done.stderr[-3000:]}")
@@ -336,11 +406,11 @@ def measured(
 def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
     """A line a kind: both sides, in turn, and their ratios."""
     print(f"{'':<10}{'TRL, s':>9}{'keel, s':>9}{'ratio':>8}   {'TRL, MiB':>9}{'keel, MiB':>10}{'ratio':>8}")
-    with tempfile.TemporaryDirectory() as place:
-        prepare(Path(place), settings.size)
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(Path(temporary), settings.size)
         for kind in kinds:
             path = settings.ppo_peer if kind.startswith("ppo") else None
-            shared = Path(place), settings.threads
+            shared = Path(temporary), settings.threads
             pairs = [
                 (
                     measured(settings.peer, kind, "trl", *shared, path, settings.device, settings.peer_rows),

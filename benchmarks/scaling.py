@@ -30,10 +30,20 @@ UPDATES = 3  # of which the first is the warm-up
 def seconds(folder: Path, *, batch: int, length: int, samples: int) -> float:
     """Of one update, the mean of those after the first."""
     stage: dict[str, Any] = {
-        "kind": "ppo", "model": str(folder / "plain"), "reward": str(folder / "scorer"), "sharing": "trunk", "lr": 1e-6,
-        "data": {"source": str(folder / "rows.jsonl"), "columns": {"prompt": "prompt"}}, "updates": UPDATES, "epochs": 2,
-        "batch_size": batch, "micro_batch": 16, "samples_per_prompt": samples, "sampling": {"max_new_tokens": length}, "save_every": 1000,
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(folder / "plain"),
+        "reward": str(folder / "scorer"),
+        "sharing": "trunk",
+        "lr": 1e-6,
+        "data": {"source": str(folder / "rows.jsonl"), "columns": {"prompt": "prompt"}},
+        "updates": UPDATES,
+        "epochs": 2,
+        "batch_size": batch,
+        "micro_batch": 16,
+        "samples_per_prompt": samples,
+        "sampling": {"max_new_tokens": length},
+        "save_every": 1000,
+    }
     ends: list[float] = []
     config = {
         "name": "scaling",
@@ -41,10 +51,13 @@ def seconds(folder: Path, *, batch: int, length: int, samples: int) -> float:
         "device": "cpu",
         "stages": {"ppo": stage},
     }
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         Pipeline(
-            parse(config), Path(place), say=lambda line: None, progress=lambda *step: ends.append(time.perf_counter())
-        ).run()  # fmt: skip
+            parse(config),
+            Path(temporary),
+            say=lambda line: None,
+            progress=lambda *step: ends.append(time.perf_counter()),
+        ).run()
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
@@ -65,16 +78,17 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="write the curves to this SVG file")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
-    found: dict[str, dict[int, list[float]]] = {what: {1: [], 2: [], 4: []} for what in BASE}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    measurements: dict[str, dict[int, list[float]]] = {what: {1: [], 2: [], 4: []} for what in BASE}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         peers.prepare(folder)
         for _ in range(settings.repeats):
-            for what, factors in found.items():
+            for what, factors in measurements.items():
                 for factor, times in factors.items():
                     times.append(seconds(folder, **sizes(what, factor)))
     medians = {
-        what: {f: statistics.median(times) for f, times in factors.items()} for what, factors in found.items()
+        what: {f: statistics.median(times) for f, times in factors.items()}
+        for what, factors in measurements.items()
     }
     print(f"{'doubled':<9}{'× 1, s':>8}{'× 2, s':>8}{'× 4, s':>8}   ratios")
     for what, at in medians.items():
@@ -89,34 +103,37 @@ def picture(medians: dict[str, dict[int, float]]) -> str:
     width, height, left, top, colours = 520, 300, 48, 16, ("#2563eb", "#d97706", "#059669")
     highest = max(4.2, max(at[4] / at[1] for at in medians.values()) * 1.05)
 
-    def place(size: float, cost: float) -> str:
+    def point(size: float, cost: float) -> str:
         x = left + (size - 1) / 3.2 * (width - left - 150)
         y = height - 40 - (cost - 0) / highest * (height - 40 - top)
         return f"{x:.1f},{y:.1f}"
 
     style = 'font-family="sans-serif" font-size="12" fill="#555"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="Cost against size">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
+        ' aria-label="Cost against size">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<polyline points="{place(1, 1)} {place(4, 4)}" fill="none" stroke="#999" stroke-dasharray="4 4"/>',
+        f'<polyline points="{point(1, 1)} {point(4, 4)}" fill="none" stroke="#999" stroke-dasharray="4 4"/>',
     ]
     for size in (1, 2, 4):
-        x, y = place(size, 0).split(",")
+        x, y = point(size, 0).split(",")
         parts.append(f'<text x="{x}" y="{float(y) + 18:.1f}" text-anchor="middle" {style}>× {size}</text>')
-        x, y = place(1, size).split(",")
+        x, y = point(1, size).split(",")
         parts.append(
             f'<text x="{left - 10}" y="{float(y) + 4:.1f}" text-anchor="end" {style}>× {size}</text>'
         )
     parts.append(f'<text x="{left}" y="{height - 6}" {style}>size; up: seconds of an update</text>')
     for row, (what, at) in enumerate(medians.items()):
-        points = " ".join(place(size, cost / at[1]) for size, cost in at.items())
+        points = " ".join(point(size, cost / at[1]) for size, cost in at.items())
         colour, y = colours[row], top + 20 + 20 * row
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [
             f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{colour}"/>'
             for p in points.split()
         ]
-        parts.append(f'<text x="{width - 140}" y="{y}" {style}><tspan fill="{colour}">●</tspan> {what}</text>')  # fmt: skip
+        parts.append(
+            f'<text x="{width - 140}" y="{y}" {style}><tspan fill="{colour}">●</tspan> {what}</text>'
+        )
     parts.append(
         f'<text x="{width - 140}" y="{top + 80}" {style}>╌ exactly linear</text></svg>\n',
     )

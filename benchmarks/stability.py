@@ -56,14 +56,14 @@ def main() -> None:
     summary("keel", [judge(point, settings.stage, point["target"]) for point in points])
     if settings.peer:
         with ThreadPoolExecutor(settings.jobs) as pool:
-            found = list(pool.map(lambda point: peer(point, settings), points))
-        summary("TRL 1.12", found)
+            outcomes = list(pool.map(lambda point: peer(point, settings), points))
+        summary("TRL 1.12", outcomes)
 
 
-def summary(side: str, found: list[tuple[str, str, str, str]]) -> None:
+def summary(side: str, outcomes: list[tuple[str, str, str, str]]) -> None:
     counts = {"sound": 0, "failed": 0, "diverged": 0, "below SFT": 0}
     print(side)
-    for name, verdict, kl, gold in found:
+    for name, verdict, kl, gold in outcomes:
         counts[verdict] += 1
         print(f"{name:<28} {verdict:<10} KL {kl:>8} gold {gold}")
     print(", ".join(f"{name}: {count}" for name, count in counts.items()), flush=True)
@@ -79,9 +79,23 @@ def sweep(settings: argparse.Namespace) -> list[dict[str, Any]]:
     stage: Any = read(Path(settings.config), settings.overrides).stages[settings.stage]
     rates = ",".join(f"{factor * stage.lr:g}" for factor in FACTORS)
     command = [
-        sys.executable, "-m", "keel", "sweep", settings.config, *settings.overrides, f"{settings.stage}.lr={rates}",
-        "--seeds", settings.seeds, "--jobs", str(settings.jobs), "--runs", str(settings.runs), "--name", "stability", "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "keel",
+        "sweep",
+        settings.config,
+        *settings.overrides,
+        f"{settings.stage}.lr={rates}",
+        "--seeds",
+        settings.seeds,
+        "--jobs",
+        str(settings.jobs),
+        "--runs",
+        str(settings.runs),
+        "--name",
+        "stability",
+        "--json",
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1):
         sys.exit(done.returncode)
@@ -93,9 +107,9 @@ def judge(point: dict[str, Any], stage: str, target: float | None) -> tuple[str,
     if point["status"] != "done":
         return point["name"], "failed", "–", str(point["error"])
     results = [json.loads(path.read_text()) for path in Path(str(point["run"])).glob("stages/*/result.json")]
-    result = next(found for found in results if stage in found.get("models", {}))
-    own, before = result["models"][stage], result["models"][result["reference"]]
-    kl, gold, sft = own["kl"]["mean"], own["gold"]["mean"], before["gold"]["mean"]
+    result = next(result for result in results if stage in result.get("models", {}))
+    trained, before = result["models"][stage], result["models"][result["reference"]]
+    kl, gold, sft = trained["kl"]["mean"], trained["gold"]["mean"], before["gold"]["mean"]
     far = target is not None and kl > DIVERGED * target
     verdict = "diverged" if far else "below SFT" if gold < sft else "sound"
     return point["name"], verdict, f"{kl:.1f}", f"{sft:.3f} → {gold:.3f}"
@@ -138,18 +152,27 @@ def train(point: dict[str, Any], settings: argparse.Namespace, folder: Path) -> 
     records: Any = Pipeline(config, run).sources.load_data(from_outside(sources), kinds).records
     prompts = [chat.prompt_ids(tokenizer, record.prompt) for record in records]
     job = {
-        "model": str(model.resolve()), "reward": str(reward.resolve()), "out": str((folder / "policy").resolve()), "prompts": prompts,
-        "lr": stage.lr, "seed": config.seed, "batch": stage.batch_size, "mini_batches": stage.batch_size // (stage.mini_batch or stage.batch_size),
-        "epochs": stage.epochs, "updates": stage.updates, "kl_coef": stage.kl.coef, "new": stage.sampling.max_new_tokens,
+        "model": str(model.resolve()),
+        "reward": str(reward.resolve()),
+        "out": str((folder / "policy").resolve()),
+        "prompts": prompts,
+        "lr": stage.lr,
+        "seed": config.seed,
+        "batch": stage.batch_size,
+        "mini_batches": stage.batch_size // (stage.mini_batch or stage.batch_size),
+        "epochs": stage.epochs,
+        "updates": stage.updates,
+        "kl_coef": stage.kl.coef,
+        "new": stage.sampling.max_new_tokens,
         "threads": config.threads,
-    }  # fmt: skip
-    place = folder / "job.json"
-    place.write_text(json.dumps(job))
+    }
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job))
     environment = {
         **os.environ, "PYTHONPATH": settings.ppo_peer, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-    command = [settings.peer, __file__, "--side", str(place)]
+    command = [settings.peer, __file__, "--side", str(job_file)]
     subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
 
 
@@ -164,18 +187,21 @@ def evaluate(point: dict[str, Any], settings: argparse.Namespace, folder: Path) 
     places = {name: str((run / "stages" / name / "model").resolve()) for name in stages}
     links = folder / "models"
     links.mkdir(exist_ok=True)
-    for name, place in (("sft", places[stages[settings.stage]["model"]["path"]]), ("trl", str((folder / "policy").resolve()))):  # fmt: skip
+    for name, target in (
+        ("sft", places[stages[settings.stage]["model"]["path"]]),
+        ("trl", str((folder / "policy").resolve())),
+    ):
         (links / name).unlink(missing_ok=True)
-        (links / name).symlink_to(place)
-    own = {
+        (links / name).symlink_to(target)
+    judge = {
         "kind": "evaluate", "models": [str(links / "sft"), str(links / "trl")],
         **{key: stage[key] for key in ("gold", "data", "sampling")},
     }  # fmt: skip
-    tree = {"name": "judged", "threads": 1, "stages": {"judge": own}}
+    tree = {"name": "judged", "threads": 1, "stages": {"judge": judge}}
     with JUDGING:  # a pipeline sets threads and determinism of the whole process
         Pipeline(parse(tree), folder / "judged", lambda line: None).run()
-    place = folder / "judged" / "stages" / "judge" / "result.json"
-    result = json.loads(place.read_text())
+    result_file = folder / "judged" / "stages" / "judge" / "result.json"
+    result = json.loads(result_file.read_text())
     named = {Path(name).name: value for name, value in result["models"].items()}
     shown = folder / "stages" / "judge"
     shown.mkdir(parents=True, exist_ok=True)
@@ -194,13 +220,31 @@ def of_trl(job: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     data = datasets.Dataset.from_list([{"input_ids": ids} for ids in job["prompts"]])
     arguments: Any = PPOConfig(
-        output_dir=job["out"] + "-log", learning_rate=job["lr"], seed=job["seed"], per_device_train_batch_size=job["batch"],
-        gradient_accumulation_steps=1, num_mini_batches=job["mini_batches"], num_ppo_epochs=job["epochs"],
-        total_episodes=job["batch"] * job["updates"], response_length=job["new"], stop_token="eos", missing_eos_penalty=1.0,
-        temperature=1.0, kl_coef=job["kl_coef"], local_rollout_forward_batch_size=64, num_sample_generations=0, report_to="none",
-        use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        output_dir=job["out"] + "-log",
+        learning_rate=job["lr"],
+        seed=job["seed"],
+        per_device_train_batch_size=job["batch"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=job["mini_batches"],
+        num_ppo_epochs=job["epochs"],
+        total_episodes=job["batch"] * job["updates"],
+        response_length=job["new"],
+        stop_token="eos",
+        missing_eos_penalty=1.0,
+        temperature=1.0,
+        kl_coef=job["kl_coef"],
+        local_rollout_forward_batch_size=64,
+        num_sample_generations=0,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
         dataloader_pin_memory=False,
-    )  # fmt: skip
+    )
 
     def lm() -> Any:
         return AutoModelForCausalLM.from_pretrained(job["model"])
@@ -209,9 +253,15 @@ def of_trl(job: dict[str, Any]) -> None:
         return AutoModelForSequenceClassification.from_pretrained(job["reward"], num_labels=1)
 
     trainer = PPOTrainer(
-        args=arguments, processing_class=tokenizer, model=lm(), ref_model=lm(), reward_model=scorer(), value_model=scorer(),
-        train_dataset=data, eval_dataset=data.select(range(8)),
-    )  # fmt: skip
+        args=arguments,
+        processing_class=tokenizer,
+        model=lm(),
+        ref_model=lm(),
+        reward_model=scorer(),
+        value_model=scorer(),
+        train_dataset=data,
+        eval_dataset=data.select(range(8)),
+    )
     trainer.train()
     policy = trainer.accelerator.unwrap_model(trainer.model).policy
     policy.save_pretrained(job["out"])

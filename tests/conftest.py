@@ -177,10 +177,17 @@ def roomy_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pat
     folder = tmp_path_factory.mktemp("roomy") / "model"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=1024,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -209,55 +216,147 @@ def whole(data: Data) -> dict[str, Any]:
     """Every stage, every way to share models, a few steps each."""
     common = {"batch_size": 4, "micro_batch": 3, "save_every": 2}
     ppo = {
-        "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "updates": 4, "epochs": 2, "mini_batch": 2,
-        "lr": 1e-3, "sampling": {"max_new_tokens": 6}, "kl": {"coef": 0.1, "target": 0.5, "horizon": 40}, **common,
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": "sft",
+        "reward": "reward",
+        "data": str(data.prompts),
+        "updates": 4,
+        "epochs": 2,
+        "mini_batch": 2,
+        "lr": 1e-3,
+        "sampling": {"max_new_tokens": 6},
+        "kl": {"coef": 0.1, "target": 0.5, "horizon": 40},
+        **common,
+    }
     held = {"eval_data": {"source": str(data.prompts), "rows": 4}, "eval_every": 2}
     stages = {
         "base": {
-            "kind": "pretrain", "data": str(data.text), "model": {"vocab_size": 300, "init": {"model_type": "llama", **LLAMA}},
-            "max_length": 16, "max_steps": 6, "eval_every": 2, "patience": 2, **common,
+            "kind": "pretrain",
+            "data": str(data.text),
+            "model": {"vocab_size": 300, "init": {"model_type": "llama", **LLAMA}},
+            "max_length": 16,
+            "max_steps": 6,
+            "eval_every": 2,
+            "patience": 2,
+            **common,
         },
-        "sft": {"kind": "sft", "model": "base", "data": str(data.demonstrations), "lr": 1e-3, "max_steps": 5, **common},
+        "sft": {
+            "kind": "sft",
+            "model": "base",
+            "data": str(data.demonstrations),
+            "lr": 1e-3,
+            "max_steps": 5,
+            **common,
+        },
         "reward": {
-            "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 5, "normalize": 8, "eval_every": 2,
-            "sampling": {"max_new_tokens": 6}, **common,
+            "kind": "reward",
+            "model": "sft",
+            "data": str(data.pairs),
+            "lr": 1e-3,
+            "max_steps": 5,
+            "normalize": 8,
+            "eval_every": 2,
+            "sampling": {"max_new_tokens": 6},
+            **common,
         },
         "rewards": {
-            "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 3, "members": 2, "normalize": 0, **common,
+            "kind": "reward",
+            "model": "sft",
+            "data": str(data.pairs),
+            "lr": 1e-3,
+            "max_steps": 3,
+            "members": 2,
+            "normalize": 0,
+            **common,
         },
         "reward-lora": {
-            "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 1e-2, "max_steps": 3, "normalize": 0, "lora": {"r": 2}, **common,
+            "kind": "reward",
+            "model": "sft",
+            "data": str(data.pairs),
+            "lr": 1e-2,
+            "max_steps": 3,
+            "normalize": 0,
+            "lora": {"r": 2},
+            **common,
         },
         "dpo-lora": {
-            "kind": "dpo", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 3, "lora": {"r": 2}, **common,
+            "kind": "dpo",
+            "model": "sft",
+            "data": str(data.pairs),
+            "lr": 1e-3,
+            "max_steps": 3,
+            "lora": {"r": 2},
+            **common,
         },
         "dpo": {
-            "kind": "dpo", "model": "sft", "data": str(data.pairs), "lr": 1e-3, "max_steps": 5, "eval_every": 2, "patience": 2, **common,
+            "kind": "dpo",
+            "model": "sft",
+            "data": str(data.pairs),
+            "lr": 1e-3,
+            "max_steps": 5,
+            "eval_every": 2,
+            "patience": 2,
+            **common,
         },
         "kto": {
-            "kind": "dpo", "model": "sft", "reference": "base", "data": str(data.pairs), "loss": "kto", "lr": 1e-3, "max_steps": 4, **common,
+            "kind": "dpo",
+            "model": "sft",
+            "reference": "base",
+            "data": str(data.pairs),
+            "loss": "kto",
+            "lr": 1e-3,
+            "max_steps": 4,
+            **common,
         },
         "ppo": {**ppo, **held, "patience": 3, "shaping": {"normalize": "running"}},
         "ppo-trunk": {
-            **ppo, "sharing": "trunk", "critic_warmup": 1, "samples_per_prompt": 2, "shaping": {"center": "prompt"},
+            **ppo,
+            "sharing": "trunk",
+            "critic_warmup": 1,
+            "samples_per_prompt": 2,
+            "shaping": {"center": "prompt"},
             "ptx": {"data": str(data.text), "batch_size": 2},
         },
         "ppo-adapters": {**ppo, "sharing": "adapters", "reward": "reward-lora", "lora": {"r": 2}},
         "grpo": {
-            "kind": "grpo", "model": "sft", "reward": ["reward", {"kind": "length", "high": 4, "slack": 4}], "data": str(data.prompts),
-            "updates": 4, "epochs": 2, "mini_batch": 2, "samples_per_prompt": 2, "resample": 1, "lr": 1e-3, "importance_cap": 2.0,
-            "sampling": {"max_new_tokens": 6}, "kl": {"coef": 0.1, "target": 0.5, "horizon": 40}, **held, "patience": 3, **common,
+            "kind": "grpo",
+            "model": "sft",
+            "reward": ["reward", {"kind": "length", "high": 4, "slack": 4}],
+            "data": str(data.prompts),
+            "updates": 4,
+            "epochs": 2,
+            "mini_batch": 2,
+            "samples_per_prompt": 2,
+            "resample": 1,
+            "lr": 1e-3,
+            "importance_cap": 2.0,
+            "sampling": {"max_new_tokens": 6},
+            "kl": {"coef": 0.1, "target": 0.5, "horizon": 40},
+            **held,
+            "patience": 3,
+            **common,
         },
         "best": {
-            "kind": "best_of_n", "model": "sft", "reward": "reward", "data": str(data.prompts), "samples_per_prompt": 3, "lr": 1e-3,
-            "max_steps": 4, "sampling": {"max_new_tokens": 6}, **common,
+            "kind": "best_of_n",
+            "model": "sft",
+            "reward": "reward",
+            "data": str(data.prompts),
+            "samples_per_prompt": 3,
+            "lr": 1e-3,
+            "max_steps": 4,
+            "sampling": {"max_new_tokens": 6},
+            **common,
         },
         "judge": {
-            "kind": "evaluate", "models": ["sft", "ppo", "ppo-trunk", "grpo"], "reward": "reward", "data": str(data.prompts),
-            "comparisons": str(data.pairs), "sampling": {"max_new_tokens": 6}, "batch_size": 8,
+            "kind": "evaluate",
+            "models": ["sft", "ppo", "ppo-trunk", "grpo"],
+            "reward": "reward",
+            "data": str(data.prompts),
+            "comparisons": str(data.pairs),
+            "sampling": {"max_new_tokens": 6},
+            "batch_size": 8,
         },
-    }  # fmt: skip
+    }
     return {"stages": stages}
 
 
@@ -295,9 +394,14 @@ def open_ppo(tiny_model: Path, tiny_reward: Path, data: Data, stage_run: StageRu
 
     def go(**settings: Any) -> tuple[list[rollout.PromptExample], rollout.Setup]:
         defaults = {
-            "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 8,
-            "updates": 3, "sampling": {"max_new_tokens": 8},
-        }  # fmt: skip
+            "kind": "ppo",
+            "model": str(tiny_model),
+            "reward": str(tiny_reward),
+            "data": str(data.prompts),
+            "batch_size": 8,
+            "updates": 3,
+            "sampling": {"max_new_tokens": 8},
+        }
         config = PPOConfig.model_validate(defaults | settings)
         tasks, _, setup = open_stage(config, stage_run, sharing=config.sharing)
         return tasks, setup
@@ -327,9 +431,14 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=48, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.2,
+    )
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -355,12 +464,24 @@ def differences() -> Callable[[Path, Path], list[str]]:
 
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
     "max_position_embeddings": 48,
-}  # fmt: skip
+}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 48, "bos_token_id": 0, "eos_token_id": 0},
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": 101,
+        "n_positions": 48,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "gpt_neox": SIZES,
     "llama": GROUPED,
     "mistral": GROUPED,
@@ -370,8 +491,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {**GROUPED, "pad_token_id": 0, "eos_token_id": 0},
     "bert": SIZES,
     "roberta": SIZES,
-    "distilbert": {"dim": 64, "hidden_dim": 160, "n_layers": 3, "n_heads": 4, "vocab_size": 101, "max_position_embeddings": 48},
-}  # fmt: skip
+    "distilbert": {
+        "dim": 64,
+        "hidden_dim": 160,
+        "n_layers": 3,
+        "n_heads": 4,
+        "vocab_size": 101,
+        "max_position_embeddings": 48,
+    },
+}
 
 
 @pytest.fixture(scope="session")

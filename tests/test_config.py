@@ -216,9 +216,10 @@ def test_setting_that_cannot_work_is_refused(stage, reason):
 
 def test_adapters_and_16_bit_that_follow_from_other_settings_stand_in_the_resolved_config():
     stages = {
-        "p": _ppo(sharing="adapters"), "g": _ppo(kind="grpo", samples_per_prompt=2, sharing="adapters", lora={"r": 4}),
+        "p": _ppo(sharing="adapters"),
+        "g": _ppo(kind="grpo", samples_per_prompt=2, sharing="adapters", lora={"r": 4}),
         "s": _sft(model={"path": "m", "quantize": "8bit"}, lora={}),
-    }  # fmt: skip
+    }
     config = parse(_config(**stages))
     resolved = config.model_dump(mode="json")
     tree = resolved["stages"]
@@ -551,7 +552,8 @@ def test_override_changes_one_place_even_when_yaml_shares_it(tmp_path):
 
 
 def test_a_key_written_twice_is_refused_not_dropped(tmp_path):
-    text = "name: tiny\nstages:\n  s: {kind: sft, model: m, data: a.jsonl}\n  s: {kind: sft, model: m, data: b.jsonl}\n"
+    stage = "  s: {kind: sft, model: m, data: DATA}\n"
+    text = "name: tiny\nstages:\n" + stage.replace("DATA", "a.jsonl") + stage.replace("DATA", "b.jsonl")
     with pytest.raises(UsageError, match=r"the key 's' appears twice"):
         read(_written(tmp_path, text))
 
@@ -590,11 +592,20 @@ def test_config_cannot_be_changed_after_validation():
 
 def test_the_runs_dtype_is_that_of_every_stage_that_does_not_say_another():
     stages = {
-        "base": {"kind": "pretrain", "model": {"init": {"model_type": "llama"}, "dtype": "auto"}, "data": "a.txt"},
+        "base": {
+            "kind": "pretrain",
+            "model": {"init": {"model_type": "llama"}, "dtype": "auto"},
+            "data": "a.txt",
+        },
         "sft": {"kind": "sft", "model": "base", "data": "b.jsonl"},
-        "small": {"kind": "sft", "model": {"path": "base", "quantize": "4bit"}, "lora": {}, "data": "b.jsonl"},
+        "small": {
+            "kind": "sft",
+            "model": {"path": "base", "quantize": "4bit"},
+            "lora": {},
+            "data": "b.jsonl",
+        },
         "judge": {"kind": "evaluate", "models": ["sft"], "gold": "world:helpdesk", "data": "c.jsonl"},
-    }  # fmt: skip
+    }
     found = parse({"name": "run", "dtype": "float32", "stages": stages}).stages
     assert [found[name].model.dtype for name in ("base", "sft", "small")] == ["auto", "float32", "bfloat16"]  # pyright: ignore
     assert found["judge"].dtype == "float32"  # pyright: ignore

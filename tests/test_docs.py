@@ -70,40 +70,104 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     few: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "eval_every": 1}
     short = {"max_new_tokens": 6}
     stages = {
-        "base": {"kind": "pretrain", "data": rows("text", 60), "model": {"init": {"model_type": "llama", **llama}}, **few},
+        "base": {
+            "kind": "pretrain",
+            "data": rows("text", 60),
+            "model": {"init": {"model_type": "llama", **llama}},
+            **few,
+        },
         "sft": {"kind": "sft", "model": "base", "data": rows("demonstrations"), **few},
-        "reward": {"kind": "reward", "model": "sft", "data": rows("comparisons", 30), "normalize": 4, "sampling": short, **few},
-        "rewards": {"kind": "reward", "model": "sft", "data": rows("comparisons", 30), "normalize": 0, "members": 2, **few},
+        "reward": {
+            "kind": "reward",
+            "model": "sft",
+            "data": rows("comparisons", 30),
+            "normalize": 4,
+            "sampling": short,
+            **few,
+        },
+        "rewards": {
+            "kind": "reward",
+            "model": "sft",
+            "data": rows("comparisons", 30),
+            "normalize": 0,
+            "members": 2,
+            **few,
+        },
         "genre": {
-            "kind": "classifier", "model": "sft", "data": {"asked": rows("text"), "told": rows("text", 8)}, "passages": True, **few,
+            "kind": "classifier",
+            "model": "sft",
+            "data": {"asked": rows("text"), "told": rows("text", 8)},
+            "passages": True,
+            **few,
         },
         **{
-            loss: {"kind": "dpo", "model": "sft", "data": rows("comparisons", 30), "loss": loss, **few} for loss in ("sigmoid", "kto", "orpo")
+            loss: {"kind": "dpo", "model": "sft", "data": rows("comparisons", 30), "loss": loss, **few}
+            for loss in ("sigmoid", "kto", "orpo")
         },
         "ppo": {
-            "kind": "ppo", "model": "sft", "reward": "reward", "data": rows("prompts"), "batch_size": 4, "updates": 3, "epochs": 2,
-            "sampling": short, "kl": {"target": 1.0}, "judge": "world:helpdesk", "control": {"on_finding": "adjust", "reward_bound": -1e6}, "ptx": {"data": rows("text"), "batch_size": 2}, "eval_every": 1,
+            "kind": "ppo",
+            "model": "sft",
+            "reward": "reward",
+            "data": rows("prompts"),
+            "batch_size": 4,
+            "updates": 3,
+            "epochs": 2,
+            "sampling": short,
+            "kl": {"target": 1.0},
+            "judge": "world:helpdesk",
+            "control": {"on_finding": "adjust", "reward_bound": -1e6},
+            "ptx": {"data": rows("text"), "batch_size": 2},
+            "eval_every": 1,
             "eval_data": rows("prompts", 4),
         },
         "grpo": {
-            "kind": "grpo", "model": "sft", "reward": ["reward", {"kind": "length", "high": 9}], "data": rows("prompts"),
-            "batch_size": 4, "samples_per_prompt": 2, "updates": 2, "sampling": short, "resample": 1,
+            "kind": "grpo",
+            "model": "sft",
+            "reward": ["reward", {"kind": "length", "high": 9}],
+            "data": rows("prompts"),
+            "batch_size": 4,
+            "samples_per_prompt": 2,
+            "updates": 2,
+            "sampling": short,
+            "resample": 1,
         },
         "best": {
-            "kind": "best_of_n", "model": "sft", "reward": ["reward", {"kind": "length", "high": 9}], "data": rows("prompts"),
-            "samples_per_prompt": 2, "sampling": short, "holdout": 0.2, **few,
+            "kind": "best_of_n",
+            "model": "sft",
+            "reward": ["reward", {"kind": "length", "high": 9}],
+            "data": rows("prompts"),
+            "samples_per_prompt": 2,
+            "sampling": short,
+            "holdout": 0.2,
+            **few,
         },
         "collect": {
-            "kind": "collect", "model": "sft", "data": rows("prompts", 4), "pairs": 3, "annotators": "world:helpdesk", "sampling": short,
+            "kind": "collect",
+            "model": "sft",
+            "data": rows("prompts", 4),
+            "pairs": 3,
+            "annotators": "world:helpdesk",
+            "sampling": short,
         },
         "judge": {
-            "kind": "evaluate", "models": ["sft", "ppo"], "reward": ["reward", {"kind": "length", "high": 9}], "gold": "world:helpdesk", "data": rows("test_prompts", 4),
-            "comparisons": rows("comparisons", 5), "subset": "form", "position": "first", "sampling": short,
+            "kind": "evaluate",
+            "models": ["sft", "ppo"],
+            "reward": ["reward", {"kind": "length", "high": 9}],
+            "gold": "world:helpdesk",
+            "data": rows("test_prompts", 4),
+            "comparisons": rows("comparisons", 5),
+            "subset": "form",
+            "position": "first",
+            "sampling": short,
         },
         "cut": {  # a reward model that reads fewer tokens than such replies have in its own
-            "kind": "evaluate", "models": ["sft"], "reward": str(tiny_reward), "data": rows("test_prompts", 2), "sampling": {"max_new_tokens": 40},
+            "kind": "evaluate",
+            "models": ["sft"],
+            "reward": str(tiny_reward),
+            "data": rows("test_prompts", 2),
+            "sampling": {"max_new_tokens": 40},
         },
-    }  # fmt: skip
+    }
     pipeline = Pipeline(
         parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": stages}),
         tmp_path_factory.mktemp("docs") / "run",
@@ -205,7 +269,7 @@ def test_every_setting_has_a_description():
 # ---------------------------------------------------------------- the pages
 
 
-PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _commands(page: Path) -> list[list[str]]:
@@ -256,3 +320,13 @@ def test_links_between_the_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_list_begins_after_an_empty_line(page):
+    """The repository's browser reads `text\\n- item` as a list, the site's Markdown does not."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for block in re.split(r"\n\s*\n", text):
+        lines = block.strip("\n").splitlines()
+        items = [number for number, line in enumerate(lines) if re.match(r"([-*]|\d+\.) ", line)]
+        assert not items or lines[0].startswith("#") or items[0] == 0, f"{page.name}: {lines[items[0]]}"

@@ -44,10 +44,16 @@ def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("recipes") / "model"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -97,7 +103,11 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, model: Path, tiny_bert: 
         for a in animals
         for c in colours
     ]
-    posts = [{"prompt": f"POST: the {a} is {c}.\n\nTL;DR:", "completion": f" {a}: {c}."} for a in animals for c in colours]  # fmt: skip
+    posts = [
+        {"prompt": f"POST: the {a} is {c}.\n\nTL;DR:", "completion": f" {a}: {c}."}
+        for a in animals
+        for c in colours
+    ]
     book = folder / "book.txt"
     paragraphs = [
         f"so the {a} is {c}, and the {a} is not so {c} as it was." for a in animals for c in colours

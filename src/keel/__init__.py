@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from keel.errors import UsageError as UsageError
     from keel.errors import WaitingError as WaitingError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Comparison",

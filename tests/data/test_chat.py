@@ -15,7 +15,8 @@ from keel.types import TextRecord
 
 EOS, PAD, BOS = "<eos>", "<pad>", "<bos>"
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NO_EOS = (
@@ -173,7 +174,8 @@ def test_template_that_rewrites_the_prompt_is_a_usage_error():
 
 def test_template_that_drops_earlier_replies_is_a_usage_error():
     forgetful = (
-        "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}{{ '|' + m['content'] }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
+        "{{ '|' + m['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '|' }}{% endif %}"
     )
     tokenizer = make_tokenizer(template=forgetful)
@@ -355,7 +357,8 @@ def test_stop_ids_start_with_eos_and_do_not_repeat():
 @pytest.mark.parametrize(
     ("stop", "text", "found"),
     [
-        (["ab"], "xaby", "ab"), (["ab"], "a b", ""), (["#a", "b#"], "xb#ab", "b#"), ([" b"], "a b", " b"), (["a "], "a b", "a "),
+        (["ab"], "xaby", "ab"), (["ab"], "a b", ""), (["#a", "b#"], "xb#ab", "b#"),
+        ([" b"], "a b", " b"), (["a "], "a b", "a "),
         (["é"], "café", "é"), (["日本"], "x日本y", "日本"),
     ],
 )  # fmt: skip
@@ -414,7 +417,10 @@ def test_trap_29_padding_side_is_left_as_it_was(side):
 @pytest.mark.parametrize("where", ["prompt", "completion", "text"])
 def test_a_template_that_leaves_out_the_system_message_is_refused(where):
     """Silently, the model would be trained and sampled without it. Spaces around it may go."""
-    system, user, reply = ({"role": r, "content": c} for r, c in (("system", " Be brief.\n"), ("user", "a?"), ("assistant", "b.")))  # fmt: skip
+    system, user, reply = (
+        {"role": r, "content": c}
+        for r, c in (("system", " Be brief.\n"), ("user", "a?"), ("assistant", "b."))
+    )
 
     def encode() -> object:
         if where == "text":

@@ -71,11 +71,20 @@ def test_a_system_turn_is_put_before_conversations(path):
 @pytest.mark.parametrize(
     ("row", "kind", "settings", "reason"),
     [
-        ({"prompt": "p"}, "prompt", {"rewrite": {"promt": {"a": "b"}}}, r'rows.jsonl:1: .*"promt", which is not there; the row has prompt'),
+        (
+            {"prompt": "p"}, "prompt", {"rewrite": {"promt": {"a": "b"}}},
+            r'rows.jsonl:1: .*"promt", which is not there; the row has prompt',
+        ),
         ({"prompt": "p", "n": 3}, "prompt", {"rewrite": {"n": {"a": "b"}}}, '"n", which is not text'),
-        ({"prompt": "p"}, "prompt", {"rewrite": {"prompt": {"z": "b"}}}, "changes \"prompt\" in no row; the pattern is 'z'"),
+        (
+            {"prompt": "p"}, "prompt", {"rewrite": {"prompt": {"z": "b"}}},
+            "changes \"prompt\" in no row; the pattern is 'z'",
+        ),
         ({"text": "t"}, "text", {"system": "s"}, "rows.jsonl:1: `system` has no effect on plain text"),
-        ({"prompt": [SYSTEM, {"role": "user", "content": "u"}]}, "prompt", {"system": "s"}, "has a system turn of its own"),
+        (
+            {"prompt": [SYSTEM, {"role": "user", "content": "u"}]}, "prompt", {"system": "s"},
+            "has a system turn of its own",
+        ),
         ({"prompt": "p"}, "prompt", {"rewrite": {"prompt": {"p": " "}}}, '"prompt" is only whitespace'),
     ],
 )  # fmt: skip

@@ -24,13 +24,20 @@ def healthy(update: int, noise: random.Random) -> dict[str, float]:
     rise = 1 - math.exp(-update / 15)
     kl = 6 * rise * (1 + 0.6 * math.sin(update / 8)) * noise.uniform(0.8, 1.2)
     row = {
-        "objective/kl": kl + noise.gauss(0, 0.4), "objective/kl_exact": kl, "objective/scores": -0.3 + 1.4 * rise + noise.gauss(0, 0.15),
-        "objective/scores_std": 1.05 - 0.2 * rise + noise.gauss(0, 0.12), "policy/entropy_avg": 0.46 - 0.25 * rise + noise.gauss(0, 0.01),
-        "policy/clipfrac_avg": 0.05 * (1 - rise) + noise.uniform(0, 0.02), "val/explained_variance": -0.5 * (1 - rise) - 0.05 + noise.gauss(0, 0.1),
-        "rollout/response_length": 31 + 7 * rise + noise.gauss(0, 1.5), "rollout/truncated": max(0.0, noise.gauss(0.01, 0.015)),
-        "rollout/repetition": 0.06 + noise.gauss(0, 0.01), "rollout/length_correlation": 0.3 + noise.gauss(0, 0.15),
-        "rollout/sampler_drift": 2e-7, "frac_reward_zero_std": min(1.0, max(0.0, 0.5 + 0.2 * rise + noise.gauss(0, 0.1))),
-    }  # fmt: skip
+        "objective/kl": kl + noise.gauss(0, 0.4),
+        "objective/kl_exact": kl,
+        "objective/scores": -0.3 + 1.4 * rise + noise.gauss(0, 0.15),
+        "objective/scores_std": 1.05 - 0.2 * rise + noise.gauss(0, 0.12),
+        "policy/entropy_avg": 0.46 - 0.25 * rise + noise.gauss(0, 0.01),
+        "policy/clipfrac_avg": 0.05 * (1 - rise) + noise.uniform(0, 0.02),
+        "val/explained_variance": -0.5 * (1 - rise) - 0.05 + noise.gauss(0, 0.1),
+        "rollout/response_length": 31 + 7 * rise + noise.gauss(0, 1.5),
+        "rollout/truncated": max(0.0, noise.gauss(0.01, 0.015)),
+        "rollout/repetition": 0.06 + noise.gauss(0, 0.01),
+        "rollout/length_correlation": 0.3 + noise.gauss(0, 0.15),
+        "rollout/sampler_drift": 2e-7,
+        "frac_reward_zero_std": min(1.0, max(0.0, 0.5 + 0.2 * rise + noise.gauss(0, 0.1))),
+    }
     if update % 5 == 0:
         row |= {"eval/judge": 0.46 + 0.2 * rise + noise.gauss(0, 0.03), "eval/judge_error": 0.03}
         row["eval/objective/scores"] = row["objective/scores"]
@@ -75,11 +82,21 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 12)}, Conditions()),
     ("kl_too_high", "act", {"objective/kl_exact": after(30, 4, 30)}, Conditions()),
     ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 30)}, Conditions(constrained=False)),
-    ("kl_too_high", "act", {"objective/kl_exact": after(30, 4, 30)}, Conditions(constrained=False, learned=True)),
+    (
+        "kl_too_high",
+        "act",
+        {"objective/kl_exact": after(30, 4, 30)},
+        Conditions(constrained=False, learned=True),
+    ),
     ("kl_negative", "warn", {"objective/kl": lambda u: -0.5 + 0.2 * (-1) ** u}, Conditions()),
     ("kl_negative", "act", {"objective/kl": lambda u: -3 + (-1) ** u}, Conditions()),
     ("entropy_collapse", "warn", {"policy/entropy_avg": after(30, 0.5, 0.02)}, Conditions()),
-    ("entropy_collapse", "act", {"policy/entropy_avg": after(30, 0.5, 0.02), "objective/scores": after(30, 0.5, 0.3)}, Conditions()),
+    (
+        "entropy_collapse",
+        "act",
+        {"policy/entropy_avg": after(30, 0.5, 0.02), "objective/scores": after(30, 0.5, 0.3)},
+        Conditions(),
+    ),
     ("clip_fraction", "warn", {"policy/clipfrac_avg": after(30, 0.1, 0.35)}, Conditions()),
     ("clip_fraction", "act", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions()),
     ("clip_fraction", "note", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions(sequence_ratios=True)),
@@ -93,11 +110,31 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 2e-3}, Conditions(same_numbers=True)),
     ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.11}, Conditions(near_numbers=True)),
     ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 0.03}, Conditions(near_numbers=True)),
-    ("reward_implausible", "warn", {"objective/scores": after(30, 0, 6), "objective/scores_std": lambda u: 1}, Conditions()),
-    ("reward_implausible", "act", {"objective/scores": after(30, 0, 9), "objective/scores_std": lambda u: 1}, Conditions()),
+    (
+        "reward_implausible",
+        "warn",
+        {"objective/scores": after(30, 0, 6), "objective/scores_std": lambda u: 1},
+        Conditions(),
+    ),
+    (
+        "reward_implausible",
+        "act",
+        {"objective/scores": after(30, 0, 9), "objective/scores_std": lambda u: 1},
+        Conditions(),
+    ),
     ("reward_implausible", "act", {"objective/scores": after(30, 0, 0.6)}, Conditions(reward_bound=0.5)),
-    ("reward_falls", "act", {"objective/scores": after(30, 0.5, -0.8), "objective/scores_std": lambda u: 1}, Conditions()),
-    ("reward_falls", "act", {"objective/scores": after(2, 0.1, -2), "objective/scores_std": after(2, 1, 0.1)}, Conditions()),
+    (
+        "reward_falls",
+        "act",
+        {"objective/scores": after(30, 0.5, -0.8), "objective/scores_std": lambda u: 1},
+        Conditions(),
+    ),
+    (
+        "reward_falls",
+        "act",
+        {"objective/scores": after(2, 0.1, -2), "objective/scores_std": after(2, 1, 0.1)},
+        Conditions(),
+    ),
     ("reward_without_spread", "warn", {"objective/scores_std": after(30, 1, 0.05)}, Conditions()),
     ("reward_without_spread", "warn", {"objective/scores_std": after(30, 50, 3)}, Conditions()),
     ("reward_without_spread", "note", {"objective/scores_std": lambda u: 0.05}, Conditions()),
@@ -112,7 +149,7 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, 0.85)}, Conditions()),
     ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, -0.85)}, Conditions()),
     ("reward_is_length", "note", {"rollout/length_correlation": lambda u: 0.85}, Conditions()),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("check", "severity", "series", "settings"), ILL)
@@ -212,9 +249,10 @@ def judged(
     judge: Callable[[int], float], proxy: Callable[[int], float], error: float | None = 0.02
 ) -> str | None:
     rows = [
-        {"step": u, "eval/judge": judge(u), "eval/objective/scores": proxy(u)} | ({} if error is None else {"eval/judge_error": error})
+        {"step": u, "eval/judge": judge(u), "eval/objective/scores": proxy(u)}
+        | ({} if error is None else {"eval/judge_error": error})
         for u in range(0, 101, 5)
-    ]  # fmt: skip
+    ]
     return worst(replay(rows, Conditions())[1], "judge_falls")
 
 
@@ -266,12 +304,22 @@ def test_noise_alone_seldom_makes_a_falling_judge():
 
 def test_conditions_come_from_a_stages_settings():
     settings: dict[str, Any] = {
-        "kl": {"coef": 0.1, "target": 4.0}, "critic_warmup": 3, "level": "sequence", "control": {"reward_bound": 2.0}, "model": {"dtype": "float32"},
+        "kl": {"coef": 0.1, "target": 4.0},
+        "critic_warmup": 3,
+        "level": "sequence",
+        "control": {"reward_bound": 2.0},
+        "model": {"dtype": "float32"},
         "reward": [{"kind": "learned"}, {"kind": "overlong"}],
-    }  # fmt: skip
+    }
     assert conditions(settings) == Conditions(
-        kl_target=4.0, learned=True, warmup=3, reward_bound=2.0, length_rewarded=True, sequence_ratios=True, same_numbers=True
-    )  # fmt: skip
+        kl_target=4.0,
+        learned=True,
+        warmup=3,
+        reward_bound=2.0,
+        length_rewarded=True,
+        sequence_ratios=True,
+        same_numbers=True,
+    )
     assert conditions({"model": {"dtype": "auto"}}) == Conditions(near_numbers=True)
     assert conditions({"kl": {"coef": 0.0, "target": None}}) == Conditions(constrained=False)
     assert conditions({}) == Conditions()

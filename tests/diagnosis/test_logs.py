@@ -26,10 +26,19 @@ def names(found: logs.Diagnosis) -> dict[str, str]:
 
 
 GRPO = {
-    "loss": 0.01, "grad_norm": 0.3, "reward": 0.4, "reward_std": 0.4, "kl": 0.01, "completions/mean_length": 100.0,
-    "completions/clipped_ratio": 0.02, "entropy": 0.5, "clip_ratio/region_mean": 0.02, "frac_reward_zero_std": 0.2,
-    "sampling/sampling_logp_difference/mean": 0.01, "rewards/format/mean": float("nan"),
-}  # fmt: skip
+    "loss": 0.01,
+    "grad_norm": 0.3,
+    "reward": 0.4,
+    "reward_std": 0.4,
+    "kl": 0.01,
+    "completions/mean_length": 100.0,
+    "completions/clipped_ratio": 0.02,
+    "entropy": 0.5,
+    "clip_ratio/region_mean": 0.02,
+    "frac_reward_zero_std": 0.2,
+    "sampling/sampling_logp_difference/mean": 0.01,
+    "rewards/format/mean": float("nan"),
+}
 
 
 def grpo(ill: dict[str, float], steps: int = 40) -> list[dict[str, Any]]:

@@ -101,7 +101,9 @@ def test_nothing_but_one_category_is_no_agreement_and_no_crash() -> None:
 
 
 def test_the_first_of_several_votes_of_one_annotator_counts() -> None:
-    votes = annotators.Votes(np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 0, 1]), np.array([0, 1, 0, 1, 1]), 2, 2, ("a", "b"))  # fmt: skip
+    votes = annotators.Votes(
+        np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 0, 1]), np.array([0, 1, 0, 1, 1]), 2, 2, ("a", "b")
+    )
     assert pairwise_kappa(votes) == {("a", "b"): (1.0, 2)}
 
 
@@ -115,9 +117,11 @@ def test_which_side_is_called_chosen_changes_no_statistic() -> None:
     ]
     other = {"chosen": "rejected", "rejected": "chosen", "tie": "tie"}
     by_votes = [
-        r if r.p_chosen is None or r.p_chosen >= 0.5 else pair(*((v.annotator, other[v.choice]) for v in r.votes))
+        r
+        if r.p_chosen is None or r.p_chosen >= 0.5
+        else pair(*((v.annotator, other[v.choice]) for v in r.votes))
         for r in plain
-    ]  # fmt: skip
+    ]
     found, other_way = agreement(plain), agreement(by_votes)
     assert found is not None
     assert other_way is not None

@@ -87,8 +87,10 @@ def test_every_interval_function_is_among_them() -> None:
     from keel.evaluation import measures as module
 
     made = {
-        name for name, f in vars(module).items() if getattr(f, "__annotations__", {}).get("return") == "Measure"
-    }  # fmt: skip
+        name
+        for name, f in vars(module).items()
+        if getattr(f, "__annotations__", {}).get("return") == "Measure"
+    }
     assert made == {"mean_interval", "across_runs", "wilson", "points_share", "accuracy"}
 
 

@@ -198,10 +198,18 @@ def test_labels_by_reliability_are_nearer_to_the_truth(pairs: list[PreferenceRec
 def test_labels_do_not_depend_on_which_side_is_called_chosen(pairs: list[PreferenceRecord]) -> None:
     other: dict[str, Any] = {"chosen": "rejected", "rejected": "chosen", "tie": "tie"}
     turned = [
-        PreferenceRecord(r.prompt, r.rejected, r.chosen, 1 - (r.p_chosen or 0), None, tuple(Vote(v.annotator, other[v.choice]) for v in r.votes))
-        if i % 3 else r
+        PreferenceRecord(
+            r.prompt,
+            r.rejected,
+            r.chosen,
+            1 - (r.p_chosen or 0),
+            None,
+            tuple(Vote(v.annotator, other[v.choice]) for v in r.votes),
+        )
+        if i % 3
+        else r
         for i, r in enumerate(pairs)
-    ]  # fmt: skip
+    ]
     for i, (one, two) in enumerate(zip(labels(pairs, "reliability"), labels(turned, "reliability"))):
         assert one == pytest.approx(1 - (two or 0) if i % 3 else two, abs=1e-5)
     ours, theirs = of_annotators(pairs), of_annotators(turned)
@@ -224,7 +232,9 @@ def test_pairs_without_named_votes_keep_their_share() -> None:
     known = [record(0.5, ("a", "chosen"), ("b", "rejected"))] + [
         record(1.0, ("a", "chosen"), ("c", "chosen"))
     ] * 9
-    found = labels([*known, record(0.3), record(None), record(0.5, ("", "chosen"), ("", "rejected"))], "reliability")  # fmt: skip
+    found = labels(
+        [*known, record(0.3), record(None), record(0.5, ("", "chosen"), ("", "rejected"))], "reliability"
+    )
     assert found[-3:] == [0.3, None, 0.5]
     assert found[0] is not None
     assert found[0] > 0.6  # a agrees with c elsewhere, b with nobody

@@ -29,9 +29,13 @@ def compared(chosen: Any, rejected: Any, p: Any = None, **more: Any) -> Compared
     sides = [np.atleast_2d(np.array(side, dtype=np.float64)) for side in (chosen, rejected)]
     members, n = sides[0].shape
     given: dict[str, Any] = {
-        "means": np.zeros(members), "stds": np.ones(members), "p_chosen": [None] * n if p is None else list(p),
-        "votes": [3] * n, "prompts": [str(i) for i in range(n)], "lengths": np.array([np.arange(n), np.arange(n)[::-1]]),
-    }  # fmt: skip
+        "means": np.zeros(members),
+        "stds": np.ones(members),
+        "p_chosen": [None] * n if p is None else list(p),
+        "votes": [3] * n,
+        "prompts": [str(i) for i in range(n)],
+        "lengths": np.array([np.arange(n), np.arange(n)[::-1]]),
+    }
     return Compared(sides[0], sides[1], **{**given, **more})
 
 
@@ -47,7 +51,9 @@ def turned(one: Compared, rows: Any) -> Compared:
     swap = set(rows)
     shares = [1 - (1.0 if p is None else p) if i in swap else p for i, p in enumerate(one.p_chosen)]
     first = [None if f is None else not f if i in swap else f for i, f in enumerate(one.chosen_first)]
-    return Compared(chosen, rejected, one.means, one.stds, shares, one.votes, one.prompts, lengths, one.subsets, first)  # fmt: skip
+    return Compared(
+        chosen, rejected, one.means, one.stds, shares, one.votes, one.prompts, lengths, one.subsets, first
+    )
 
 
 def drawn(seed: int = 0, n: int = 300, members: int = 3) -> Compared:
@@ -57,10 +63,16 @@ def drawn(seed: int = 0, n: int = 300, members: int = 3) -> Compared:
     p = rng.binomial(votes, 1 / (1 + np.exp(truth[1] - truth[0]))) / votes
     scores = truth[:, None] + rng.normal(0, 0.7, (2, members, n))
     return compared(
-        *scores, p, votes=votes.tolist(), means=rng.normal(0, 1, members), stds=1 + rng.random(members),
-        prompts=[str(i // 2) for i in range(n)], lengths=50 + 10 * truth + rng.normal(0, 5, (2, n)),
-        subsets=[("easy", "hard", None)[i % 3] for i in range(n)], chosen_first=[(True, False, None)[i % 3] for i in range(n)],
-    )  # fmt: skip
+        *scores,
+        p,
+        votes=votes.tolist(),
+        means=rng.normal(0, 1, members),
+        stds=1 + rng.random(members),
+        prompts=[str(i // 2) for i in range(n)],
+        lengths=50 + 10 * truth + rng.normal(0, 5, (2, n)),
+        subsets=[("easy", "hard", None)[i % 3] for i in range(n)],
+        chosen_first=[(True, False, None)[i % 3] for i in range(n)],
+    )
 
 
 def test_accuracy_by_margin_and_by_subset() -> None:
@@ -152,7 +164,9 @@ def test_correlation_with_length_tells_bias_from_desert() -> None:
 
 
 def test_preference_for_what_stood_first() -> None:
-    one = compared([1, 1, -1, 1, 1], [0] * 5, [1.0, 0.75, 0.0, 1.0, 1.0], chosen_first=[True, True, False, False, None])  # fmt: skip
+    one = compared(
+        [1, 1, -1, 1, 1], [0] * 5, [1.0, 0.75, 0.0, 1.0, 1.0], chosen_first=[True, True, False, False, None]
+    )
     found = with_position(one)
     assert (found["reward"]["first"]["mean"], found["reward"]["first"]["n"]) == (0.75, 4)  # 1, 1, 1, 0
     assert found["votes"]["first"]["mean"] == pytest.approx((1 + 0.75 + 1 + 0) / 4)
@@ -210,9 +224,17 @@ def test_a_constant_for_each_prompt_moves_the_offset_and_nothing_within_pairs() 
     one = drawn()
     constant = 5 * np.random.default_rng(5).normal(0, 1, 150)[np.array([int(p) for p in one.prompts])]
     moved = Compared(
-        one.chosen + constant, one.rejected + constant, one.means, one.stds, one.p_chosen, one.votes, one.prompts,
-        one.lengths, one.subsets, one.chosen_first,
-    )  # fmt: skip
+        one.chosen + constant,
+        one.rejected + constant,
+        one.means,
+        one.stds,
+        one.p_chosen,
+        one.votes,
+        one.prompts,
+        one.lengths,
+        one.subsets,
+        one.chosen_first,
+    )
     before, after = judge(one), judge(moved)
     assert after["offset"]["share"] > 0.5 > before["offset"]["share"]
     assert after["offset"]["within"] == pytest.approx(before["offset"]["within"], rel=1e-6)

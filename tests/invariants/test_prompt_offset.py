@@ -31,8 +31,15 @@ def ppo(scores: Tensor, rest: tuple[Tensor, ...], center: Any, clip: float | Non
     """PPO's advantages, from raw scores on."""
     ended, mask, kl, values = rest
     terminal = terminal_rewards(
-        scores, ended, mean=0.7, std=1.9, clip=clip, missing_stop_penalty=1.0, center=center, group_size=SAMPLES
-    )  # fmt: skip
+        scores,
+        ended,
+        mean=0.7,
+        std=1.9,
+        clip=clip,
+        missing_stop_penalty=1.0,
+        center=center,
+        group_size=SAMPLES,
+    )
     return gae(token_rewards(terminal, mask, kl, 0.1), values, mask)[0]
 
 

@@ -59,10 +59,17 @@ def short(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
         "patience": 2,
     }
     ppo = {
-        "kind": "ppo", "reward": str(tiny_reward), "data": {"source": str(data.prompts), "rows": 4}, "updates": 2, "epochs": 1,
-        "sampling": {"max_new_tokens": 3}, "kl": {"coef": 1.0, "target": 0.5, "horizon": 10}, "shaping": {"normalize": "running"},
-        "eval_data": {"source": str(data.prompts), "rows": 2}, **common,
-    }  # fmt: skip
+        "kind": "ppo",
+        "reward": str(tiny_reward),
+        "data": {"source": str(data.prompts), "rows": 4},
+        "updates": 2,
+        "epochs": 1,
+        "sampling": {"max_new_tokens": 3},
+        "kl": {"coef": 1.0, "target": 0.5, "horizon": 10},
+        "shaping": {"normalize": "running"},
+        "eval_data": {"source": str(data.prompts), "rows": 2},
+        **common,
+    }
     sft = {"kind": "sft", "data": {"source": str(data.demonstrations), "rows": 8}, "max_steps": 2, **common}
     return {
         "sft": sft,
@@ -99,9 +106,12 @@ def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
     """A check fires after each third update: twice a rollback, then a stop, whose checkpoint may be the last
     thing written."""
     ppo = {
-        **{k: v for k, v in short["ppo"].items() if k not in ("patience", "eval_data")}, "updates": 10, "save_every": 2, "lr": 0.01,
+        **{k: v for k, v in short["ppo"].items() if k not in ("patience", "eval_data")},
+        "updates": 10,
+        "save_every": 2,
+        "lr": 0.01,
         "judge": {"kind": "length", "high": 2, "slack": 2},
-    }  # fmt: skip
+    }
     control = {"on_finding": "rollback", "attempts": 2, "reward_bound": -1e6}
     stages = {
         "rolled": {**ppo, "control": control},

@@ -207,9 +207,15 @@ def in_float64(setup: rollout.Setup) -> rollout.Setup:
 
 def ppo_settings(sharing: str, **more: Any) -> dict[str, Any]:
     return {
-        "sharing": sharing, "clip": EPS, "value_clip": VEPS, "value_coef": VALUE, "entropy_coef": ENTROPY,
-        "kl": {"coef": BETA, "where": "loss", "estimator": "k2"}, "sampling": {"max_new_tokens": 8, "temperature": T_}, **more,
-    }  # fmt: skip
+        "sharing": sharing,
+        "clip": EPS,
+        "value_clip": VEPS,
+        "value_coef": VALUE,
+        "entropy_coef": ENTROPY,
+        "kl": {"coef": BETA, "where": "loss", "estimator": "k2"},
+        "sampling": {"max_new_tokens": 8, "temperature": T_},
+        **more,
+    }
 
 
 def episodes_by_hand(setup: rollout.Setup) -> Episodes:
@@ -234,9 +240,13 @@ def episodes_by_hand(setup: rollout.Setup) -> Episodes:
         for c in (logp, values)
     ]
     fields = {
-        "logp": columns[0] + noise(0.2), "ref_logp": columns[0] + noise(0.5), "values": columns[1] + noise(0.2),
-        "rewards": noise(1.0), "advantages": noise(1.0), "returns": columns[1] + noise(1.0),
-    }  # fmt: skip
+        "logp": columns[0] + noise(0.2),
+        "ref_logp": columns[0] + noise(0.5),
+        "values": columns[1] + noise(0.2),
+        "rewards": noise(1.0),
+        "advantages": noise(1.0),
+        "returns": columns[1] + noise(1.0),
+    }
     return Episodes(
         ids, torch.tensor(prompts), mask, **{k: torch.where(mask, v, 0.0) for k, v in fields.items()}
     )

@@ -49,9 +49,11 @@ def pairs(rows: list[dict[str, Any]]) -> list[PreferenceRecord]:
         chosen, rejected = (1, 2) if said.count(1) >= said.count(2) else (2, 1)
         choice = {0: "tie", chosen: "chosen", rejected: "rejected"}
         pair = {
-            "prompt": f"{row['instruction']}\n{row['input']}", "chosen": row[f"response{chosen}"], "rejected": row[f"response{rejected}"],
+            "prompt": f"{row['instruction']}\n{row['input']}",
+            "chosen": row[f"response{chosen}"],
+            "rejected": row[f"response{rejected}"],
             "votes": [{"annotator": who, "choice": choice[vote]} for who, vote in zip(PEOPLE, said)],
-        }  # fmt: skip
+        }
         record = parse(pair, "preference", f"pandalm:{i}")
         assert isinstance(record, PreferenceRecord)
         found.append(record)
@@ -74,7 +76,9 @@ def test_agreement_is_that_of_the_libraries(votes: annotators.Votes) -> None:
 
 def test_reliability_is_that_of_crowd_kit(votes: annotators.Votes) -> None:
     found = reliability.dawid_skene(votes, tolerance=0.0, most=25)
-    table = pandas.DataFrame({"task": votes.item, "worker": [PEOPLE[a] for a in votes.annotator], "label": votes.choice})  # fmt: skip
+    table = pandas.DataFrame(
+        {"task": votes.item, "worker": [PEOPLE[a] for a in votes.annotator], "label": votes.choice}
+    )
     other = DawidSkene(n_iter=25, tol=-np.inf).fit(table)
     np.testing.assert_allclose(found.posterior, other.probas_.sort_index()[[0, 1, 2]].to_numpy(), atol=1e-6)
     print({who: round(float(r), 3) for who, r in zip(PEOPLE, found.reliability)})
@@ -84,9 +88,16 @@ def test_reliability_is_that_of_crowd_kit(votes: annotators.Votes) -> None:
 def test_a_made_up_annotator_who_guesses_is_found_out(pairs: list[PreferenceRecord]) -> None:
     rng, choices = np.random.default_rng(0), ("chosen", "rejected", "tie")
     with_guesses = [
-        PreferenceRecord(r.prompt, r.chosen, r.rejected, r.p_chosen, None, (*r.votes, Vote("guess", choices[rng.integers(3)])))
+        PreferenceRecord(
+            r.prompt,
+            r.chosen,
+            r.rejected,
+            r.p_chosen,
+            None,
+            (*r.votes, Vote("guess", choices[rng.integers(3)])),
+        )
         for r in pairs
-    ]  # fmt: skip
+    ]
     found = reliability.of_annotators(with_guesses)
     assert found is not None
     print(annotators.agreement(pairs), found)

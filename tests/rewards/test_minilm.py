@@ -51,9 +51,15 @@ def test_it_is_the_reward_of_a_ppo_update(minilm, tiny_model, run, tmp_path):
     lines = [{"prompt": f"the {animal}?", "answer": f"The {animal} is red."} for animal in animals]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ppo = {
-        "kind": "ppo", "model": str(tiny_model), "reward": [{"kind": "similarity", "model": str(minilm)}], "data": str(rows),
-        "batch_size": 8, "updates": 1, "lr": 1e-3, "sampling": {"max_new_tokens": 8},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": [{"kind": "similarity", "model": str(minilm)}],
+        "data": str(rows),
+        "batch_size": 8,
+        "updates": 1,
+        "lr": 1e-3,
+        "sampling": {"max_new_tokens": 8},
+    }
     run({"stages": {"ppo": ppo}}, tmp_path / "run")
     stage = tmp_path / "run" / "stages" / "ppo"
     (metrics,) = map(json.loads, (stage / "metrics.jsonl").read_text().splitlines())

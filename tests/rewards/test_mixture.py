@@ -19,9 +19,13 @@ from keel.rewards.mixture import Batch, Mixture, WeightedReward, from_function, 
 def batch_of(*completions: str, **columns: Sequence[Any]) -> Batch:
     size = len(completions)
     return Batch(
-        [f"question {i}" for i in range(size)], completions, [[7] * (i + 1) for i in range(size)], ["eos"] * size,
-        [[3]] * size, columns,
-    )  # fmt: skip
+        [f"question {i}" for i in range(size)],
+        completions,
+        [[7] * (i + 1) for i in range(size)],
+        ["eos"] * size,
+        [[3]] * size,
+        columns,
+    )
 
 
 def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
@@ -63,7 +67,10 @@ def test_the_total_is_torchs_nansum_as_in_trl(rows: Any, first: float, second: f
 
 def test_functions_of_trls_signature_and_terms_that_read_ids_stand_side_by_side() -> None:
     def by_ids(batch: Batch) -> list[float | None]:
-        return [float(len(p) + len(c) + (r == "eos")) for p, c, r in zip(batch.prompt_ids, batch.completion_ids, batch.stop_reasons, strict=True)]  # fmt: skip
+        return [
+            float(len(p) + len(c) + (r == "eos"))
+            for p, c, r in zip(batch.prompt_ids, batch.completion_ids, batch.stop_reasons, strict=True)
+        ]
 
     mixture = Mixture(
         [

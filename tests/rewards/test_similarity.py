@@ -24,7 +24,10 @@ def describe(
     folder: Path, modules: list[tuple[str, str]], pooling: dict[str, Any] | None = None, **settings: Any
 ) -> None:
     """The files that sentence-transformers writes beside a model."""
-    rows = [{"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{k}"} for i, (p, k) in enumerate(modules)]  # fmt: skip
+    rows = [
+        {"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{k}"}
+        for i, (p, k) in enumerate(modules)
+    ]
     (folder / "modules.json").write_text(json.dumps(rows))
     if pooling is not None:
         (folder / "1_Pooling").mkdir(exist_ok=True)
@@ -71,7 +74,11 @@ def embeddings(folder: Path, texts: list[str], **settings: Any) -> torch.Tensor:
 )
 def test_embeddings_are_pooled_as_the_folder_says(model: Path, mode: str, batch_size: int) -> None:
     pooling = "cls" if mode.startswith("cls") else "mean"
-    old = {"pooling_mode_cls_token": mode == "cls", "pooling_mode_mean_tokens": mode == "mean", "pooling_mode_max_tokens": False}  # fmt: skip
+    old = {
+        "pooling_mode_cls_token": mode == "cls",
+        "pooling_mode_mean_tokens": mode == "mean",
+        "pooling_mode_max_tokens": False,
+    }
     if mode != "plain":
         describe(model, MODULES, {"pooling_mode": pooling} if "newer" in mode else old)
     expected = torch.tensor([by_hand(model, text, pooling) for text in TEXTS])

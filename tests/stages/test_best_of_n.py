@@ -18,9 +18,18 @@ SHORT = "python:" + str(Path(__file__).parent / "rewards_for_tests.py") + ":shor
 def run_best(run: Any, data: Any, tiny_model: Path, tmp_path: Path) -> Any:
     def go(name: str = "run", **more: Any) -> Path:
         settings = {
-            "kind": "best_of_n", "model": str(tiny_model), "reward": SHORT, "data": str(data.prompts), "lr": 3e-3, "batch_size": 4,
-            "samples_per_prompt": 6, "sampling": {"max_new_tokens": 5}, "epochs": 20, "holdout": 0.2, **more,
-        }  # fmt: skip
+            "kind": "best_of_n",
+            "model": str(tiny_model),
+            "reward": SHORT,
+            "data": str(data.prompts),
+            "lr": 3e-3,
+            "batch_size": 4,
+            "samples_per_prompt": 6,
+            "sampling": {"max_new_tokens": 5},
+            "epochs": 20,
+            "holdout": 0.2,
+            **more,
+        }
         run({"stages": {"best": settings}}, tmp_path / name)
         return tmp_path / name / "stages" / "best"
 
@@ -41,9 +50,13 @@ def test_the_best_of_n_are_chosen_and_learned(run_best: Any, run: Any, data: Any
         assert row["reward"] == pytest.approx(sum(token < 150 for token in row["ids"]) / len(row["ids"]))
         assert row["reward"] >= row["mean"]
     judge = {
-        "kind": "evaluate", "models": [str(tiny_model), str(stage / "model")], "reward": SHORT, "data": str(data.prompts),
-        "sampling": {"max_new_tokens": 5}, "best_of": [6],
-    }  # fmt: skip
+        "kind": "evaluate",
+        "models": [str(tiny_model), str(stage / "model")],
+        "reward": SHORT,
+        "data": str(data.prompts),
+        "sampling": {"max_new_tokens": 5},
+        "best_of": [6],
+    }
     run({"stages": {"judge": judge}}, stage / "judged")
     models = json.loads((stage / "judged" / "stages" / "judge" / "result.json").read_text())["models"]
     before, after, best = (measures["proxy"]["mean"] for measures in models.values())

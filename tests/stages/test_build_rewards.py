@@ -27,9 +27,17 @@ def run_stage(run: Any, data: Any, tiny_model: Path, tmp_path: Path) -> Any:
 
     def go(kind: str, reward: Any, name: str = "run", **more: Any) -> tuple[Path, list[dict[str, float]]]:
         settings = {
-            "kind": kind, "model": str(tiny_model), "reward": reward, "data": str(data.prompts), "lr": 1e-3, "batch_size": 8,
-            "samples_per_prompt": 2, "updates": 2, "sampling": {"max_new_tokens": 5}, **more,
-        }  # fmt: skip
+            "kind": kind,
+            "model": str(tiny_model),
+            "reward": reward,
+            "data": str(data.prompts),
+            "lr": 1e-3,
+            "batch_size": 8,
+            "samples_per_prompt": 2,
+            "updates": 2,
+            "sampling": {"max_new_tokens": 5},
+            **more,
+        }
         run({"stages": {"s": settings}}, tmp_path / name)
         stage = tmp_path / name / "stages" / "s"
         return stage, [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
@@ -179,9 +187,16 @@ def ensemble(run: Any, data: Any, tiny_model: Path, tmp_path_factory: pytest.Tem
     """Three members trained for a few steps."""
     folder = tmp_path_factory.mktemp("ensemble")
     settings = {
-        "kind": "reward", "model": str(tiny_model), "data": str(data.pairs), "lr": 1e-3, "batch_size": 4, "max_steps": 4,
-        "members": 3, "normalize": 8, "sampling": {"max_new_tokens": 5},
-    }  # fmt: skip
+        "kind": "reward",
+        "model": str(tiny_model),
+        "data": str(data.pairs),
+        "lr": 1e-3,
+        "batch_size": 4,
+        "max_steps": 4,
+        "members": 3,
+        "normalize": 8,
+        "sampling": {"max_new_tokens": 5},
+    }
     run({"stages": {"reward": settings}}, folder)
     return folder / "stages" / "reward"
 
@@ -224,9 +239,16 @@ def test_one_member_is_in_memory_at_a_time(
     monkeypatch.setattr(learned, "encode", without_weights)
     for lora in (None, {"r": 2}):
         settings = {
-            "kind": "reward", "model": str(tiny_model), "data": str(data.pairs), "batch_size": 4, "max_steps": 1, "members": 3,
-            "normalize": 4, "sampling": {"max_new_tokens": 3}, "lora": lora,
-        }  # fmt: skip
+            "kind": "reward",
+            "model": str(tiny_model),
+            "data": str(data.pairs),
+            "batch_size": 4,
+            "max_steps": 1,
+            "members": 3,
+            "normalize": 4,
+            "sampling": {"max_new_tokens": 3},
+            "lora": lora,
+        }
         run({"stages": {"reward": settings}}, tmp_path / str(bool(lora)))
     assert alive == [0] * 6
 
@@ -275,9 +297,14 @@ def test_an_ensemble_is_judged_by_its_mean(
     ensemble: Path, run: Any, data: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     judge = {
-        "kind": "evaluate", "models": [str(tiny_model)], "reward": str(ensemble / "model"), "data": str(data.prompts),
-        "comparisons": str(data.pairs), "sampling": {"max_new_tokens": 5}, "best_of": [4],
-    }  # fmt: skip
+        "kind": "evaluate",
+        "models": [str(tiny_model)],
+        "reward": str(ensemble / "model"),
+        "data": str(data.prompts),
+        "comparisons": str(data.pairs),
+        "sampling": {"max_new_tokens": 5},
+        "best_of": [4],
+    }
     run({"stages": {"judge": judge}}, tmp_path)
     result = json.loads((tmp_path / "stages" / "judge" / "result.json").read_text())
     assert 0 <= result["reward_model"]["accuracy"]["mean"] <= 1
@@ -323,9 +350,15 @@ def test_another_text_of_a_function_is_another_reward(
 ) -> None:
     own = tmp_path / "own.py"
     settings = {
-        "kind": "grpo", "model": str(tiny_model), "reward": f"python:{own}:f", "data": str(data.prompts), "batch_size": 4,
-        "samples_per_prompt": 2, "updates": 1, "sampling": {"max_new_tokens": 4},
-    }  # fmt: skip
+        "kind": "grpo",
+        "model": str(tiny_model),
+        "reward": f"python:{own}:f",
+        "data": str(data.prompts),
+        "batch_size": 4,
+        "samples_per_prompt": 2,
+        "updates": 1,
+        "sampling": {"max_new_tokens": 4},
+    }
     found = []
     for value in ("1.0", "2.0", "2.0"):
         own.write_text(f"def f(prompts, completions, **kwargs):\n    return [{value}] * len(prompts)\n")

@@ -24,13 +24,22 @@ from keel.stages.loop_utils import micro_batches
 from keel.types import TextRecord
 
 BERT = {
-    "model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "max_position_embeddings": 32, "initializer_range": 0.2,
-}  # fmt: skip
-LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
     "max_position_embeddings": 32,
-}  # fmt: skip
+    "initializer_range": 0.2,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
 SEA = [
     f"the {a} ship and the {b} sea." for a in ("red", "old", "big", "low") for b in ("cold", "deep", "far")
 ]
@@ -72,9 +81,15 @@ def train(run: Any, tmp_path: Path) -> Any:
 
     def go(data: Any, name: str = "run", **settings: Any) -> Path:
         defaults = {
-            "kind": "classifier", "model": {"init": BERT, "vocab_size": 300}, "data": data, "lr": 1e-2, "batch_size": 4,
-            "max_steps": 30, "epochs": 100, "holdout": 0.2,
-        }  # fmt: skip
+            "kind": "classifier",
+            "model": {"init": BERT, "vocab_size": 300},
+            "data": data,
+            "lr": 1e-2,
+            "batch_size": 4,
+            "max_steps": 30,
+            "epochs": 100,
+            "holdout": 0.2,
+        }
         run({"stages": {"genre": defaults | settings}}, tmp_path / name)
         return tmp_path / name / "stages" / "genre"
 
@@ -292,9 +307,13 @@ def test_a_reward_model_cannot_become_a_classifier(train: Any, texts: Any, tiny_
 
 def test_the_plan_knows_all_labels(books: Any, tmp_path: Path) -> None:
     stage = {
-        "kind": "classifier", "model": {"init": BERT, "vocab_size": 300}, "data": books(2), "passages": True, "max_length": 16,
+        "kind": "classifier",
+        "model": {"init": BERT, "vocab_size": 300},
+        "data": books(2),
+        "passages": True,
+        "max_length": 16,
         "batch_size": 4,
-    }  # fmt: skip
+    }
     config = parse({"name": "x", "device": "cpu", "stages": {"genre": stage}})
     (entry,) = plan(Pipeline(config, tmp_path / "run", str))
     assert entry["rows"] == 48  # paragraphs

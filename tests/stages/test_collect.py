@@ -24,14 +24,23 @@ def stages(roomy_model: Path) -> dict[str, Any]:
     ones."""
     return {
         "collect": {
-            "kind": "collect", "model": str(roomy_model), "data": {"source": "world:helpdesk/prompts", "rows": 9}, "pairs": 6,
-            "annotators": "world:helpdesk", "sampling": {"max_new_tokens": 8},
+            "kind": "collect",
+            "model": str(roomy_model),
+            "data": {"source": "world:helpdesk/prompts", "rows": 9},
+            "pairs": 6,
+            "annotators": "world:helpdesk",
+            "sampling": {"max_new_tokens": 8},
         },
         "reward": {
-            "kind": "reward", "model": str(roomy_model), "normalize": 0, "max_steps": 2, "batch_size": 2,
-            "data": [{"source": "world:helpdesk/comparisons", "rows": 4}, "stage:collect"], "holdout": 0,
+            "kind": "reward",
+            "model": str(roomy_model),
+            "normalize": 0,
+            "max_steps": 2,
+            "batch_size": 2,
+            "data": [{"source": "world:helpdesk/comparisons", "rows": 4}, "stage:collect"],
+            "holdout": 0,
         },
-    }  # fmt: skip
+    }
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -42,7 +51,11 @@ def test_annotators_vote_on_two_replies_to_each_prompt(run: Any, stages: Any, tm
     del stages["reward"]
     run({"stages": stages}, tmp_path / "run")
     folder = tmp_path / "run" / "stages" / "collect"
-    pairs, found, result = rows(folder / "pairs.jsonl"), rows(folder / "comparisons.jsonl"), json.loads((folder / "result.json").read_text())  # fmt: skip
+    pairs, found, result = (
+        rows(folder / "pairs.jsonl"),
+        rows(folder / "comparisons.jsonl"),
+        json.loads((folder / "result.json").read_text()),
+    )
     assert len({json.dumps(pair["prompt"]) for pair in pairs}) == len(pairs) == len(found) <= 6
     assert result["comparisons"] + result["same"] == 6
     for pair, row in zip(pairs, found, strict=True):
@@ -141,7 +154,10 @@ def test_the_majority_is_chosen_and_ties_go_to_the_first() -> None:
     ("change", "error", "reason"),
     [
         ({"pairs": 10}, DataError, "`pairs` is 10, but there are 9 prompts"),
-        ({"annotators": "world:arithmetic"}, UsageError, "has no annotators; these have some: world:helpdesk"),
+        (
+            {"annotators": "world:arithmetic"}, UsageError,
+            "has no annotators; these have some: world:helpdesk",
+        ),
         ({"annotators": "kim"}, UsageError, "annotators"),
         ({"sampling": {"temperature": 0}}, UsageError, "draws the same reply twice"),
     ],

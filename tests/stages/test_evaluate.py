@@ -31,9 +31,12 @@ def other_model(tiny_model: Path, tmp_path: Path) -> Path:
 def judge(run: Any, data: Any, tiny_model: Path, other_model: Path, tiny_reward: Path, tmp_path: Path) -> Any:
     def go(name: str, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         defaults = {
-            "kind": "evaluate", "models": [str(tiny_model), str(other_model)], "reward": str(tiny_reward), "data": str(data.prompts),
+            "kind": "evaluate",
+            "models": [str(tiny_model), str(other_model)],
+            "reward": str(tiny_reward),
+            "data": str(data.prompts),
             "sampling": {"max_new_tokens": 6},
-        }  # fmt: skip
+        }
         run({"stages": {"judge": defaults | settings}}, tmp_path / name)
         stage = tmp_path / name / "stages" / "judge"
         samples = [json.loads(line) for line in (stage / "samples.jsonl").read_text().splitlines()]
@@ -48,11 +51,13 @@ def with_code(tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: 
     them."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     code = (
-        "import torch\nfrom transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel\n"
+        "import torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'keel-own'\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
         "class OwnForSequenceClassification(LlamaPreTrainedModel):\n    config_class = OwnConfig\n"
-        "    def __init__(self, config):\n        super().__init__(config)\n        self.model = LlamaModel(config)\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n"
+        "        self.model = LlamaModel(config)\n"
         "        self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)\n        self.post_init()\n"
     )
     found = []

@@ -29,9 +29,18 @@ def result(stage: Path) -> dict[str, Any]:
 def learned_twice(run: Any, data: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """pretrain → sft → reward → ppo (both sharings), long enough to learn, in two directories."""
     ppo = {
-        "kind": "ppo", "model": "sft", "reward": "reward", "data": str(data.prompts), "lr": 2e-3, "batch_size": 48, "mini_batch": 24,
-        "epochs": 2, "updates": 32, "sampling": {"max_new_tokens": 6}, "kl": {"coef": 0.05},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": "sft",
+        "reward": "reward",
+        "data": str(data.prompts),
+        "lr": 2e-3,
+        "batch_size": 48,
+        "mini_batch": 24,
+        "epochs": 2,
+        "updates": 32,
+        "sampling": {"max_new_tokens": 6},
+        "kl": {"coef": 0.05},
+    }
     init = {
         "model_type": "llama",
         "hidden_size": 32,
@@ -41,23 +50,47 @@ def learned_twice(run: Any, data: Any, tmp_path_factory: pytest.TempPathFactory)
     }
     stages = {
         "base": {
-            "kind": "pretrain", "data": str(data.text), "lr": 1e-2, "batch_size": 8, "max_length": 24, "epochs": 30, "holdout": 0.1,
+            "kind": "pretrain",
+            "data": str(data.text),
+            "lr": 1e-2,
+            "batch_size": 8,
+            "max_length": 24,
+            "epochs": 30,
+            "holdout": 0.1,
             "model": {"vocab_size": 300, "init": {**init, "max_position_embeddings": 48}},
         },
         "sft": {
-            "kind": "sft", "model": "base", "data": str(data.demonstrations), "lr": 5e-3, "batch_size": 12, "epochs": 12, "packing": True,
+            "kind": "sft",
+            "model": "base",
+            "data": str(data.demonstrations),
+            "lr": 5e-3,
+            "batch_size": 12,
+            "epochs": 12,
+            "packing": True,
         },
         "reward": {
-            "kind": "reward", "model": "sft", "data": str(data.pairs), "lr": 3e-3, "batch_size": 12, "epochs": 4, "normalize": 24,
-            "sampling": {"max_new_tokens": 6}, "holdout": 0.2,
+            "kind": "reward",
+            "model": "sft",
+            "data": str(data.pairs),
+            "lr": 3e-3,
+            "batch_size": 12,
+            "epochs": 4,
+            "normalize": 24,
+            "sampling": {"max_new_tokens": 6},
+            "holdout": 0.2,
         },
         "ppo": ppo,
         "ppo-trunk": {**ppo, "sharing": "trunk"},
         "judge": {
-            "kind": "evaluate", "models": ["base", "sft", "ppo", "ppo-trunk"], "reference": "sft", "reward": "reward",
-            "data": str(data.prompts), "comparisons": str(data.pairs), "sampling": {"max_new_tokens": 6},
+            "kind": "evaluate",
+            "models": ["base", "sft", "ppo", "ppo-trunk"],
+            "reference": "sft",
+            "reward": "reward",
+            "data": str(data.prompts),
+            "comparisons": str(data.pairs),
+            "sampling": {"max_new_tokens": 6},
         },
-    }  # fmt: skip
+    }
     folders = tmp_path_factory.mktemp("once"), tmp_path_factory.mktemp("again")
     for folder in folders:
         run({"stages": stages}, folder)

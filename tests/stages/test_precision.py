@@ -14,20 +14,37 @@ from keel.models import precision
 
 @pytest.mark.parametrize("kind", ["sft", "kto", "ppo"])
 def test_weights_cast_once_in_a_step_are_those_of_the_step(
-    kind: str, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    kind: str,
+    run: Any,
+    data: Any,
+    tiny_model: Path,
+    tiny_reward: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A scope that outlived a change of the weights would leave other numbers than casts that are made in
     every forward."""
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
     common = {"model": str(tiny_model), "lr": 1e-2, "batch_size": 8, "micro_batch": 2}
     stage: dict[str, Any] = {
-        "sft": {"kind": "sft", "data": str(data.demonstrations), "max_steps": 4, "eval_every": 2, "holdout": 0.2},
+        "sft": {
+            "kind": "sft",
+            "data": str(data.demonstrations),
+            "max_steps": 4,
+            "eval_every": 2,
+            "holdout": 0.2,
+        },
         "kto": {"kind": "dpo", "loss": "kto", "data": str(data.pairs), "max_steps": 4, "holdout": 0},
         "ppo": {
-            "kind": "ppo", "data": str(data.prompts), "reward": str(tiny_reward), "updates": 3, "epochs": 2, "mini_batch": 4,
+            "kind": "ppo",
+            "data": str(data.prompts),
+            "reward": str(tiny_reward),
+            "updates": 3,
+            "epochs": 2,
+            "mini_batch": 4,
             "sampling": {"max_new_tokens": 5},
         },
-    }[kind]  # fmt: skip
+    }[kind]
     logs, made = [], list[str]()
     for once in (True, False):
         if not once:

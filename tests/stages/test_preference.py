@@ -38,8 +38,14 @@ def result_of(stage: Path) -> dict[str, Any]:
 def stage_of(data: Any, tiny_model: Path) -> Callable[..., dict[str, Any]]:
     def go(**settings: Any) -> dict[str, Any]:
         defaults = {
-            "kind": "dpo", "model": str(tiny_model), "data": str(data.pairs), "lr": 3e-3, "batch_size": 6, "epochs": 10, "max_steps": 3,
-        }  # fmt: skip
+            "kind": "dpo",
+            "model": str(tiny_model),
+            "data": str(data.pairs),
+            "lr": 3e-3,
+            "batch_size": 6,
+            "epochs": 10,
+            "max_steps": 3,
+        }
         return {**defaults, **settings}
 
     return go
@@ -155,8 +161,11 @@ def test_a_policy_goes_on_from_another_and_is_judged(
     run: Any, stage_of: Any, data: Any, tmp_path: Path
 ) -> None:
     judge = {
-        "kind": "evaluate", "models": ["first", "second"], "data": {"source": str(data.prompts), "rows": 4}, "sampling": {"max_new_tokens": 4},
-    }  # fmt: skip
+        "kind": "evaluate",
+        "models": ["first", "second"],
+        "data": {"source": str(data.prompts), "rows": 4},
+        "sampling": {"max_new_tokens": 4},
+    }
     second = stage_of(model="first", reference="first", loss="ipo")
     pipeline = run({"stages": {"first": stage_of(), "second": second, "judge": judge}}, tmp_path)
     assert result_of(pipeline.stage_directory("judge"))["models"]["second"]["kl"]["mean"] > 0
@@ -245,8 +254,13 @@ def test_a_run_that_was_cut_off_ends_the_same_and_reads_its_reference_again_from
     loss: str, stage_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = parse(
-        {"name": "x", "threads": 1, "device": "cpu", "stages": {"dpo": stage_of(loss=loss, max_steps=4, save_every=1)}}
-    )  # fmt: skip
+        {
+            "name": "x",
+            "threads": 1,
+            "device": "cpu",
+            "stages": {"dpo": stage_of(loss=loss, max_steps=4, save_every=1)},
+        }
+    )
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
     said: list[str] = []
 

@@ -35,9 +35,15 @@ def rewarded(run: Any, data: Any, tiny_model: Path, tmp_path_factory: pytest.Tem
     """A directory with a reward stage of one member and one of two, trained as adapters."""
     folder = tmp_path_factory.mktemp("rewarded")
     stage = {
-        "kind": "reward", "model": str(tiny_model), "data": str(data.pairs), "lora": LORA, "lr": 3e-2, "batch_size": 8,
-        "max_steps": 4, "normalize": 0,
-    }  # fmt: skip
+        "kind": "reward",
+        "model": str(tiny_model),
+        "data": str(data.pairs),
+        "lora": LORA,
+        "lr": 3e-2,
+        "batch_size": 8,
+        "max_steps": 4,
+        "normalize": 0,
+    }
     run({"stages": {"reward": stage, "rewards": {**stage, "members": 2}}}, folder)
     return folder / "stages"
 
@@ -48,9 +54,19 @@ def stages(run: Any, data: Any, tiny_model: Path, rewarded: Path, tmp_path: Path
 
     def go(name: str, **settings: Any) -> tuple[Path, list[str]]:
         stage = {
-            "kind": "ppo", "model": str(tiny_model), "reward": str(rewarded / "reward" / "model"), "data": str(data.prompts), "lora": LORA,
-            "lr": 1e-2, "batch_size": 8, "updates": 3, "epochs": 2, "mini_batch": 4, "micro_batch": 3, "sampling": {"max_new_tokens": 5},
-        }  # fmt: skip
+            "kind": "ppo",
+            "model": str(tiny_model),
+            "reward": str(rewarded / "reward" / "model"),
+            "data": str(data.prompts),
+            "lora": LORA,
+            "lr": 1e-2,
+            "batch_size": 8,
+            "updates": 3,
+            "epochs": 2,
+            "mini_batch": 4,
+            "micro_batch": 3,
+            "sampling": {"max_new_tokens": 5},
+        }
         said: list[str] = []
         config = {"name": "tiny", "threads": 1, "device": "cpu", "stages": {"one": stage | settings}}
         pipeline = Pipeline(parse(config), tmp_path / name, said.append)

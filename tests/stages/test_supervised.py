@@ -23,8 +23,12 @@ from keel.types import DemonstrationRecord, PreferenceRecord, TextRecord, Vote
 
 LORA = {"r": 4, "alpha": 8}
 LLAMA = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 48,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+}
 
 
 @pytest.fixture
@@ -137,9 +141,15 @@ def test_packing_that_would_undo_an_attention_window_is_refused(
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=16, max_position_embeddings=48,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=16,
+        max_position_embeddings=48,
+    )
     MistralForCausalLM(config).save_pretrained(tmp_path / "window")
     tokenizer.save_pretrained(tmp_path / "window")
     with pytest.raises(UsageError, match="attention window of 16"):
@@ -173,7 +183,9 @@ def test_votes_are_kept_as_shares_or_collapsed_as_the_config_says(
 
 
 def test_labels_by_reliability_are_for_training_and_held_out_pairs_keep_their_votes(stage_run: Any) -> None:
-    config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "labels": "reliability"})  # fmt: skip
+    config = RewardConfig.model_validate(
+        {"kind": "reward", "model": "m", "data": "d", "labels": "reliability"}
+    )
     agreed = [_record(1.0, ("a", "chosen"), ("b", "chosen"))] * 20
     alone = _record(0.5, ("a", "chosen"), ("c", "rejected"))
     kept, held = reward_stage._labelled(config, stage_run, [*agreed, alone], [alone])

@@ -41,7 +41,8 @@ def test_rows_are_what_a_jsonl_file_holds(world: str, split: str) -> None:
 def test_rows_are_the_same_in_another_process_with_another_hash_seed() -> None:
     code = (
         "import json; from keel.worlds import load\n"
-        "print(json.dumps([list(load(w).rows(s, 8, 5)) for w in ('helpdesk', 'arithmetic') for s in load(w).splits]))"
+        "print(json.dumps([list(load(w).rows(s, 8, 5))"
+        " for w in ('helpdesk', 'arithmetic') for s in load(w).splits]))"
     )
     outputs = {
         subprocess.run(

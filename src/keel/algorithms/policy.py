@@ -1,7 +1,7 @@
 """The clipped policy loss of PPO, and its kin: dual clip, asymmetric clip, GSPO, and every normalisation.
 
 `LOSSES` are what a config's `policy_loss` may name. To add one, write a function as `PolicyLoss` says and put
-it there; or leave it in a package of your own (docs/extending_rl.md).
+it there; or leave it in a package of your own (docs/extending.md).
 """
 
 from __future__ import annotations
