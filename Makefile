@@ -4,8 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 PEERS  ?= .venv-peers
+LATEST ?= .venv-latest
 
-.PHONY: demo install test test-slow test-real check bench bench-gpu format clean
+.PHONY: demo install test test-slow test-real check check-latest bench bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run the whole pipeline on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -33,6 +34,16 @@ test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
 
 test-real: $(VENV)/.installed-dev  ## on real models and data, where KEEL_REAL_DATA names a folder that has them
 	$(BIN)/python -m pytest -m real
+
+# The fast paths against the newest transformers; torch stays pinned unless TORCH names another, since an open range
+# would pull gigabytes of CUDA packages.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+check-latest:                      ## accel's tests on the newest transformers that pip offers
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -U transformers $(TORCH)
+	$(LATEST)/bin/python -m pytest tests/accel
 
 check: $(VENV)/.installed-dev      ## format, lint, types, import contract, then the tests
 	$(BIN)/ruff format --check .
@@ -63,4 +74,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(LATEST) runs build dist .pytest_cache .ruff_cache

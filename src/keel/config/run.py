@@ -127,8 +127,15 @@ ON_POLICY = ("ppo", "grpo")
 LANGUAGE_MODELS = ("pretrain", "sft", "ppo", "grpo", "dpo", "best_of_n")
 
 
+def _as_switch(value: object) -> object:
+    """YAML reads a bare on or off as a boolean."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class RunConfig(Settings):
     """A whole run."""
+
+    _accel = field_validator("accel", mode="before")(_as_switch)
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."
@@ -142,6 +149,10 @@ class RunConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None,
         description="Precision of every model, as in `model.dtype`, where a stage does not say another; null: what stages say themselves (auto).",
+    )
+    accel: Literal["on", "off"] = Field(
+        "on",
+        description="off: transformers' own code throughout, none of keel's faster paths. Slower; results agree to rounding.",
     )
     rounds: RoundsConfig | None = Field(
         None,

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 import keel
-from keel import report
+from keel import accel, report
 from keel.config import AnyStage, CollectConfig, RunConfig, Training
 from keel.data import load
 from keel.data.batches import derive_seed
@@ -83,6 +83,7 @@ class Pipeline:
                 "seed": self.config.seed,
                 "threads": self.config.threads,
                 "device": device_of(self.config).type,
+                "accel": _accel_state(self.config),
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
                 "data": [load.fingerprint(from_outside(sources)) for sources, _ in data_of(stage)],
                 "rewards": {name: functions.source_print(name) for name in functions_of(stage)},
@@ -158,7 +159,7 @@ class Pipeline:
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with locked(self.directory), deterministic(self.config):
+        with locked(self.directory), deterministic(self.config), switched(self.config):
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
@@ -290,6 +291,20 @@ class Pipeline:
             "hardware": hardware(self.config), "code": code_print(), "stages": stages,
         }  # fmt: skip
         write_json(path, manifest)
+
+
+def switched(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """`accel: off` for as long as it lasts; otherwise as the environment says."""
+    return accel.disabled() if config.accel == "off" else contextlib.nullcontext()
+
+
+def _accel_state(config: RunConfig) -> str:
+    """Which of keel's faster paths a run uses: it changes rounding. UsageError for a `KEEL_ACCEL` that says nothing."""
+    try:
+        with switched(config):
+            return accel.state()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def learn(
             for part in parts_of(config, sorted(chosen), lengths.__getitem__, prompts.__getitem__):
                 for term, part_metrics, part_drift in losses(part, chosen, taken.count == 0):
                     if term.requires_grad:
-                        term.backward()
+                        optim.backward(term)
                     add_metrics(measured, part_metrics)
                     drift = drift.and_of(part_drift)
         run.count("train", useful_tokens([(prompts[i], lengths[i]) for i in chosen]), read())
@@ -166,6 +166,6 @@ def _ptx_gradient(setup: Setup, update: int, step: int) -> float:
     tokens, total = sum(row.counted for row in rows), 0.0
     for part in parts_of(setup.config, rows, lambda row: len(row.ids)):
         value, _ = language.loss(setup.roles.policy, part, setup.pad_id, tokens)
-        (ptx.coef * value).backward()
+        optim.backward(ptx.coef * value)
         total += float(value.detach())
     return total
