@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-
-from keel.accel import patches
 
 
 @pytest.fixture(autouse=True)
-def _accel_on() -> Iterator[None]:
-    with patches.all_enabled():
-        yield
+def _fast_paths_on(accel_on: None) -> None:
+    pass

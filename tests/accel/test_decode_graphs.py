@@ -116,10 +116,12 @@ def assert_same(ours: list[Completion], theirs: list[Completion]) -> None:
 
 
 def assert_as_exact(recorded: list[Completion], lean: list[Completion], model: Any) -> None:
-    """The same tokens, and log-probabilities that are as near to those of a forward in float64 as the lean step's.
+    """The same tokens, and log-probabilities that are as near to those of a forward in float64 as the lean
+    step's.
 
-    For models whose weights are so large that rounding in float32 shows: on one processor, with weights × 1.3 or strong
-    adapters, either step is off by 1.1e-5 to 1.3e-5, which is more than `assert_same` allows between the two.
+    For models whose weights are so large that rounding in float32 shows: on one processor, with weights × 1.3
+    or strong adapters, either step is off by 1.1e-5 to 1.3e-5, which is more than `assert_same` allows
+    between the two.
     """
     assert [c.ids for c in recorded] == [c.ids for c in lean]
     exact, errors = copy.deepcopy(model).double(), list[float]()

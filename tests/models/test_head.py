@@ -22,6 +22,7 @@ from keel.models.logprobs import head_inputs, token_logprobs
 from keel.models.lora import Adapters, add_adapters
 from keel.models.roles import AdaptersOff
 
+pytestmark = pytest.mark.usefixtures("accel_on")  # what is tested is among the fast paths
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 97, "max_position_embeddings": 32, "initializer_range": 0.3,

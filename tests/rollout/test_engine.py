@@ -47,6 +47,7 @@ from keel.rollout.engine import TokenCount, generate, text_of
 from keel.rollout.sampling import pick
 from keel.types import Completion, Sampling
 
+pytestmark = pytest.mark.usefixtures("accel_on")  # what is tested is among the fast paths
 PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45, 46], [8, 8], [100, 3]]
 EOS, PAD = 1, 0
 SMALL = {"vocab_size": 60, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.3}

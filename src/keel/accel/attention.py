@@ -6,8 +6,8 @@ A model is given one row of tokens and a mask that stands for the rows. The kern
 values out by it, calls the kernel that transformers has under "sdpa", and takes from the result what is no
 padding. Whether a model hands that mask on as it is, is tried out on it once (`batch_layout`).
 
-The kernel has a name of its own, `keel_sdpa`, for which transformers makes the masks of sdpa. Only the configs of
-prepared models carry the name; transformers does not write it into a saved config.
+The kernel has a name of its own, `keel_sdpa`, for which transformers makes the masks of sdpa. Only the
+configs of prepared models carry the name; transformers does not write it into a saved config.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def attend(
     return rows.taken(kernel(module, query, key, value, rows.mask, **more)[0]), None
 
 
-# under a name of its own it changes nothing for models that do not ask for it; at import, so that a pickled model,
-# which asks for it, finds it
+# under a name of its own it changes nothing for models that do not ask for it; at import, so that a pickled
+# model, which asks for it, finds it
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -164,8 +164,8 @@ def _transformers_of(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def _takes_any_name(model: PreTrainedModel) -> bool:
-    """Whether the model looks its kernel up by name, and does nothing else by that name; a config with configs in
-    it (of images and text) is left alone."""
+    """Whether the model looks its kernel up by name, and does nothing else by that name; a config with
+    configs in it (of images and text) is left alone."""
     try:
         source = inspect.getsource(sys.modules[type(model).__module__])
     except (OSError, TypeError, KeyError):

@@ -349,8 +349,8 @@ def _mask(
 
 
 def _ways_of(key: nn.Module, model: Any, forward: Forward) -> ReadStrategy:
-    """In which ways the model's states are the same as for sequences read apart: tried once, and once more when the
-    model begins to train."""
+    """In which ways the model's states are the same as for sequences read apart: tried once, and once more
+    when the model begins to train."""
     config = model.config.get_text_config()
     kernel, kind = getattr(model.config, "_attn_implementation", None), config.model_type
     trains = torch.is_grad_enabled() and any(p.requires_grad for p in _module_of(model).parameters())
@@ -376,8 +376,8 @@ def _ways_of(key: nn.Module, model: Any, forward: Forward) -> ReadStrategy:
 def _differs(
     key: nn.Module, model: Any, forward: Forward, layout: BatchLayout, *, trains: bool
 ) -> str | None:
-    """Three sequences read by a layout and by the model's own forward: the states, and their gradients where it
-    trains."""
+    """Three sequences read by a layout and by the model's own forward: the states, and their gradients where
+    it trains."""
     device, vocab = next(key.parameters()).device, model.config.get_text_config().vocab_size
     sequences = [
         [i % vocab for i in row] for row in ([1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [1, 2, 3, 5, 4, 6])

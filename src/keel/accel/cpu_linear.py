@@ -7,13 +7,14 @@ two and the next (they are copied anyway, to cast them), and cut off again behin
 a gradient step; for products without gradient they are laid out as oneDNN wants them, too.
 
 **In both precisions** a gated feed-forward part is one step of autograd that keeps its input and its two
-products and nothing else. Within `grads_in_place`, which only keel's own training loops enter, the gradient of a
-weight is added where it is kept, instead of being made, added and thrown away in every micro-batch. Everywhere
-else gradients go back through autograd, so that `torch.autograd.grad`, `backward(inputs=...)` and hooks see them.
+products and nothing else. Within `grads_in_place`, which only keel's own training loops enter, the gradient
+of a weight is added where it is kept, instead of being made, added and thrown away in every micro-batch.
+Everywhere else gradients go back through autograd, so that `torch.autograd.grad`, `backward(inputs=...)` and
+hooks see them.
 
-Results and gradients are those of the layers themselves under autocast, or without it, to rounding (tests). What
-is not here: gradients of gradients, of which torch says that it has none; `torch.func`'s transforms go through the
-layers' own forward.
+Results and gradients are those of the layers themselves under autocast, or without it, to rounding (tests).
+What is not here: gradients of gradients, of which torch says that it has none; `torch.func`'s transforms go
+through the layers' own forward.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def _looks_gated(module: Any) -> bool:
 
 
 def _gated_differs(module: Any, *, gradients: bool = False) -> str | None:
-    """A feed-forward part's own forward against one step of autograd: on two rows, and with their gradients."""
+    """A feed-forward part's own forward against one step of autograd: on two rows, and with their
+    gradients."""
     kind = plain_class(module)
     gate, up, down = (layer.weight for layer in (module.gate_proj, module.up_proj, module.down_proj))
     x = torch.linspace(-2, 3, 2 * gate.shape[1], dtype=gate.dtype).view(2, -1)
@@ -149,7 +151,8 @@ def _gated_differs(module: Any, *, gradients: bool = False) -> str | None:
 
 @cache
 def _product_differs() -> str | None:
-    """torch's own product against those here, in the precisions that there are. Of torch, not of a model: once."""
+    """torch's own product against those here, in the precisions that there are. Of torch, not of a model:
+    once."""
     x = torch.linspace(-2, 3, 3 * 16).view(3, 16)
     layer = nn.Linear(16, 8, device="meta").to_empty(device="cpu")  # draws nothing at random
     with torch.no_grad():
@@ -271,8 +274,8 @@ class _Gated(torch.autograd.Function):
 
 
 def _added(weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
-    """gᵀ x, the gradient of a weight, for autograd to pass on; within `grads_in_place` it is added to the weight's
-    own, and None returned. gradient: (M, n); rows: (M, k)."""
+    """gᵀ x, the gradient of a weight, for autograd to pass on; within `grads_in_place` it is added to the
+    weight's own, and None returned. gradient: (M, n); rows: (M, k)."""
     if not _in_place.get() or _awaited(weight):
         return (gradient.t() @ rows).float()
     if weight.grad is None:
@@ -289,9 +292,9 @@ _in_place: ContextVar[bool] = ContextVar("in_place", default=False)
 
 @contextlib.contextmanager
 def grads_in_place() -> Iterator[None]:
-    """Within it a backward may add gradients of weights where they are kept, without going through autograd: to be
-    entered around `loss.backward()` alone, by whoever wants the gradients of all weights and nothing else. What
-    `torch.autograd.grad` or `backward(inputs=...)` would return is not there within it."""
+    """Within it a backward may add gradients of weights where they are kept, without going through autograd:
+    to be entered around `loss.backward()` alone, by whoever wants the gradients of all weights and nothing
+    else. What `torch.autograd.grad` or `backward(inputs=...)` would return is not there within it."""
     token = _in_place.set(True)
     try:
         yield
@@ -369,8 +372,8 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class _CastCache:
-    """Weights in bfloat16, each cast once between two steps of an optimiser, and the last input, which several
-    layers may have in common."""
+    """Weights in bfloat16, each cast once between two steps of an optimiser, and the last input, which
+    several layers may have in common."""
 
     def __init__(self) -> None:
         self._steps = _optimiser_steps
@@ -412,8 +415,8 @@ _casts: ContextVar[_CastCache | None] = ContextVar("casts", default=None)
 
 @contextlib.contextmanager
 def cast_cache() -> Iterator[None]:
-    """Within it each weight is cast once, and again after an operation changed it in place or an optimiser took a
-    step. Holds the casts until it ends: to be entered around many forwards with the same weights."""
+    """Within it each weight is cast once, and again after an operation changed it in place or an optimiser
+    took a step. Holds the casts until it ends: to be entered around many forwards with the same weights."""
     if _casts.get() is not None:
         yield
         return

@@ -3,8 +3,8 @@
 With few rows a step of transformers' own modules spends its time between operations, not in them: masks,
 positions and caches are made anew, norms and rotations are many small operations. Here the model's own
 projections are called (so that adapters and quantised layers stay in effect) and all else is a handful of
-fused operations. The result is that of the model's own forward: before the first use with a model a few steps are
-compared with it (`decode_trial`).
+fused operations. The result is that of the model's own forward: before the first use with a model a few steps
+are compared with it (`decode_trial`).
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def _packs(model: Any) -> bool:
 
 
 def fits(model: Any) -> bool:
-    """Whether the step is this model's: switched on, of the right shape, and tried against the model's own forward."""
+    """Whether the step is this model's: switched on, of the right shape, and tried against the model's own
+    forward."""
     if not enabled("decode_step") or not enabled("kv_slots") or not has_shape(model):
         return False
     plain = plain_of(model)
@@ -149,8 +150,8 @@ def fits(model: Any) -> bool:
 
 
 def has_shape(model: Any) -> bool:
-    """Whether a model is one that the step is written for: its class, plain rotations, full attention everywhere, and
-    no hook on a module whose forward would be passed by."""
+    """Whether a model is one that the step is written for: its class, plain rotations, full attention
+    everywhere, and no hook on a module whose forward would be passed by."""
     plain = plain_of(model)
     if type(plain) not in SHAPES:
         return False
@@ -167,8 +168,9 @@ def has_shape(model: Any) -> bool:
 
 
 def keeps_slots(model: Any) -> bool:
-    """Whether prompts are sampled through `Slots`: switched on, and the model's own forward computes with them as its
-    cache what it computes without one. Models with a decode step of their own are tried with that."""
+    """Whether prompts are sampled through `Slots`: switched on, and the model's own forward computes with
+    them as its cache what it computes without one. Models with a decode step of their own are tried with
+    that."""
     if not enabled("kv_slots"):
         return False
     if fits(model):

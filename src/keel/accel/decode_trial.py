@@ -1,5 +1,5 @@
-"""The self-test of whatever takes a decode step: a few steps of three rows of several lengths, one of which leaves,
-against the model's own forward over the whole sequences, without a cache."""
+"""The self-test of whatever takes a decode step: a few steps of three rows of several lengths, one of which
+leaves, against the model's own forward over the whole sequences, without a cache."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STEPS, COLUMNS = 3, 16
 
 
 def decoded_otherwise(model: nn.Module, make_step: Callable[[Slots, int], Step]) -> str | None:
-    """What differs between steps and the model's own forward; None if nothing does. make_step: called with empty slots
-    and the number of columns, before prompts are read into them."""
+    """What differs between steps and the model's own forward; None if nothing does. make_step: called with
+    empty slots and the number of columns, before prompts are read into them."""
     device = next(model.parameters()).device
     prompts = [row[:-STEPS] for row in SEQUENCES]
     with undisturbed(model), torch.no_grad():

@@ -118,8 +118,8 @@ def _trunk_of(model: Any) -> Any:
 
 
 def _is_right(model: Any, layer: Any) -> bool:
-    """Whether `_narrow` computes what the layer's own forward computes: tried once for each precision, device, kernel,
-    and with and without adapters."""
+    """Whether `_narrow` computes what the layer's own forward computes: tried once for each precision,
+    device, kernel, and with and without adapters."""
     weight, kernel = (
         getattr(layer.input_layernorm, "weight", None),
         layer.self_attn.config._attn_implementation,
@@ -131,8 +131,8 @@ def _is_right(model: Any, layer: Any) -> bool:
 
 
 def _differs(trunk: Any, layer: Any) -> str | None:
-    """The layer's own forward on 3 rows of 6 positions against `_narrow`: states and gradients without a mask, under
-    one, with rows that stand in one row, and with a cache."""
+    """The layer's own forward on 3 rows of 6 positions against `_narrow`: states and gradients without a
+    mask, under one, with rows that stand in one row, and with a cache."""
     weight = layer.input_layernorm.weight
     count, length, width = 3, 6, weight.shape[0]
     x = torch.linspace(-40, 50, count * length * width, device=weight.device).sin().to(weight.dtype)

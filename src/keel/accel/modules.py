@@ -1,4 +1,5 @@
-"""What a module is: whether it draws at random, how to try it without a trace, and how to give it another forward."""
+"""What a module is: whether it draws at random, how to try it without a trace, and how to give it another
+forward."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# hooks that do nothing but compute, so that whoever computes in a module's place or tries it must have them: keel's
-# own on adapters of another precision, and transformers'
+# hooks that do nothing but compute, so that whoever computes in a module's place or tries it must have them:
+# keel's own on adapters of another precision, and transformers'
 COMPUTING_HOOKS = ("_in_own_precision", "make_inputs_require_grads")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TWIN_AT_MOST = 2**16  # numbers of a parameter whose gradient a trial compares
@@ -64,8 +65,9 @@ def plain_of(model: Any) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """For trials: within it the model is in evaluation mode, without hooks but those that compute, and draws from a
-    random state of its own. Afterwards every module's mode, hooks and the random state are what they were."""
+    """For trials: within it the model is in evaluation mode, without hooks but those that compute, and draws
+    from a random state of its own. Afterwards every module's mode, hooks and the random state are what they
+    were."""
     modes = [(module, module.training) for module in model.modules()]
     hooks = [
         (held, list(held.items()))
@@ -94,9 +96,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def twin_parameters(module: nn.Module, at_most: int = TWIN_AT_MOST) -> Iterator[list[Tensor]]:
-    """Within it the module's small parameters are others with the same numbers, which want a gradient: a trial
-    differentiates by them without a trace in `.grad` or in hooks. The list of them, each once. at_most: numbers of a
-    parameter."""
+    """Within it the module's small parameters are others with the same numbers, which want a gradient: a
+    trial differentiates by them without a trace in `.grad` or in hooks. The list of them, each once. at_most:
+    numbers of a parameter."""
     twins: dict[int, nn.Parameter] = {}
     places: list[tuple[nn.Module, str, nn.Parameter]] = []
     for part in module.modules():
@@ -127,10 +129,11 @@ def pulled(value: Tensor, at: list[Tensor]) -> list[Tensor]:
 class Patched:
     """Mixed in front of a module's class: `forward` is keel's, and the class behind it is the module's own.
 
-    A module is patched by its `__class__`, not by an attribute `forward` of its own: an attribute would hold the
-    module in a cycle, and would go on to compute with the first module in shallow copies (DataParallel makes them).
-    The class is made at run time and has no name to be found by, so a pickle holds the module's own class: what is
-    read back is a plain module, which is tried and patched at its first use. Deep copies stay patched.
+    A module is patched by its `__class__`, not by an attribute `forward` of its own: an attribute would hold
+    the module in a cycle, and would go on to compute with the first module in shallow copies (DataParallel
+    makes them). The class is made at run time and has no name to be found by, so a pickle holds the module's
+    own class: what is read back is a plain module, which is tried and patched at its first use. Deep copies
+    stay patched.
     """
 
     keel_plain: ClassVar[type[nn.Module]]  # the class as transformers or torch has it
@@ -148,8 +151,8 @@ class Patched:
 
 
 def _as_plain(plain: type[nn.Module]) -> nn.Module:
-    """An empty module, for pickle to fill. It stands in this package so that reading a pickle imports it, and with it
-    the attention kernel that the model's config names."""
+    """An empty module, for pickle to fill. It stands in this package so that reading a pickle imports it, and
+    with it the attention kernel that the model's config names."""
     return plain.__new__(plain)
 
 

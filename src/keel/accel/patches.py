@@ -1,9 +1,9 @@
 """The table of everything that computes in a model's place, the switch that turns it off, and its self-tests.
 
-A path of this folder replaces code of transformers by code that is meant to compute the same numbers faster. A new
-release of transformers may change what "the same" is. So a path is tried against the model's own forward at its first
-use with a model, by values and by gradients; where the two differ it is off for that model, which one warning says, and
-the model's own code runs.
+A path of this folder replaces code of transformers by code that is meant to compute the same numbers faster.
+A new release of transformers may change what "the same" is. So a path is tried against the model's own
+forward at its first use with a model, by values and by gradients; where the two differ it is off for that
+model, which one warning says, and the model's own code runs.
 
 All of it, or single paths, can be switched off:
 
@@ -48,7 +48,7 @@ PATCHES: Mapping[str, Patch] = {
         Patch(
             "attention",
             "keel.accel.attention",
-            "the kernel `sdpa`, by `keel_sdpa` on prepared models: takes rows without padding, and float32 under autocast on a CPU",
+            "the kernel `sdpa`, by `keel_sdpa` on prepared models: takes rows without padding",
             "at preparation: the last hidden states of padded rows under either name",
             "transformers' sdpa takes packed rows without padding on every device",
         ),
@@ -57,7 +57,7 @@ PATCHES: Mapping[str, Patch] = {
             "keel.accel.cpu_linear",
             "forward of nn.Linear and of gated feed-forward parts, on the CPU",
             "at preparation: values and gradients of each kind of part",
-            "torch adds the gradient of a weight where it is kept, and oneDNN makes no program for every shape",
+            "torch adds a weight's gradient where it is kept, and oneDNN makes no program for every shape",
         ),
         Patch(
             "norm_and_rope",
@@ -76,7 +76,7 @@ PATCHES: Mapping[str, Patch] = {
         Patch(
             "last_layer",
             "keel.accel.last_layer",
-            "forward of the last decoder layer of Llama, Mistral, Qwen2, Qwen3, by the same at some positions",
+            "the last decoder layer of Llama, Mistral, Qwen2, Qwen3, by the same at some positions",
             "at first use: the layer's states and gradients, with and without masks, rows, and a cache",
             "transformers takes the positions that are wanted",
         ),
@@ -90,7 +90,7 @@ PATCHES: Mapping[str, Patch] = {
         Patch(
             "kv_slots",
             "keel.accel.kv_slots",
-            "transformers' cache, by slots that rows come to and leave; off: every token is read off a whole forward",
+            "transformers' cache, by slots that rows come to and leave; off: a whole forward for each token",
             "at first use: logits of decode steps with rows of several lengths",
             "transformers' continuous batching runs on the CPU, with one's own sampling",
         ),
@@ -124,8 +124,8 @@ _off: ContextVar[frozenset[str] | None] = ContextVar(
 
 
 def parse_switch(text: str) -> frozenset[str]:
-    """The paths that a value of `KEEL_ACCEL` switches off. "", "1", "on": none; "0", "off": all; otherwise names, each
-    with "-" before it, separated by commas. ValueError for anything else."""
+    """The paths that a value of `KEEL_ACCEL` switches off. "", "1", "on": none; "0", "off": all; otherwise
+    names, each with "-" before it, separated by commas. ValueError for anything else."""
     value = text.strip().lower()
     if value in ("", "1", "on", "true", "yes"):
         return frozenset()
@@ -167,7 +167,8 @@ def enabled(name: str) -> bool:
 
 @contextmanager
 def disabled(*names: str) -> Iterator[None]:
-    """Within it these paths are off, in this thread; all of them without a name. ValueError for a name that is none."""
+    """Within it these paths are off, in this thread; all of them without a name. ValueError for a name that
+    is none."""
     token = _off.set(switched_off() | (_checked(names) if names else frozenset(PATCHES)))
     try:
         yield
@@ -207,9 +208,10 @@ def trusted(
 ) -> bool:
     """Whether a path is on, and computes what the model's own forward computes.
 
-    key: the module that the verdict is kept with. trial: run at the first use; returns what differs, or None. Its
-    errors count as a difference, but running out of memory, which says nothing of the model, does not. depends_on: a
-    second trial is run where this is another. say: warn of a refusal; off for models that the path does not claim.
+    key: the module that the verdict is kept with. trial: run at the first use; returns what differs, or None.
+    Its errors count as a difference, but running out of memory, which says nothing of the model, does not.
+    depends_on: a second trial is run where this is another. say: warn of a refusal; off for models that the
+    path does not claim.
     """
     if not enabled(name):
         return False
@@ -259,9 +261,10 @@ def forget_verdicts(model: nn.Module) -> None:
 def difference(what: str, ours: Tensor, theirs: Tensor, *, rough: float | None = None) -> str | None:
     """How two (…, channels) tensors differ beyond rounding; None if they do not.
 
-    No number may be off by more than a share of the largest; nine in ten channels by no more than that share of
-    their own, since one channel that is large everywhere says nothing of the others. In half precision, where a
-    rounding is 1/256 and a few layers make percents of it, the shares are so large that only coarse errors are found.
+    No number may be off by more than a share of the largest; nine in ten channels by no more than that share
+    of their own, since one channel that is large everywhere says nothing of the others. In half precision,
+    where a rounding is 1/256 and a few layers make percents of it, the shares are so large that only coarse
+    errors are found.
     """
     if ours.shape != theirs.shape:
         return f"{what}: shape {tuple(ours.shape)} where the model has {tuple(theirs.shape)}"
@@ -284,8 +287,8 @@ def _shares(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 
 def gradients_differ(what: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str | None:
-    """As `difference`, of gradients at several tensors. What is tiny beside the largest of them all is rounding: the
-    gradient of a bias of keys is zero but for that."""
+    """As `difference`, of gradients at several tensors. What is tiny beside the largest of them all is
+    rounding: the gradient of a bias of keys is zero but for that."""
     largest = max((float(x.detach().abs().max()) for x in theirs if x.numel()), default=0.0)
     for a, b in zip(ours, theirs, strict=True):
         half = b.dtype in (torch.float16, torch.bfloat16)

@@ -1,4 +1,5 @@
-"""Preparing a model for speed, and undoing it. A model is loaded as transformers makes it; what changes it is here."""
+"""Preparing a model for speed, and undoing it. A model is loaded as transformers makes it; what changes it is
+here."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ _prepared: WeakSet[nn.Module] = WeakSet()
 
 
 def prepare(model: M) -> M:
-    """Give a model the attention kernel, linear layers, norms and rotations of this package, each where it computes
-    what the model's own does; the same model. What is prepared already, or switched off, stays as it is.
+    """Give a model the attention kernel, linear layers, norms and rotations of this package, each where it
+    computes what the model's own does; the same model. What is prepared already, or switched off, stays as it
+    is.
 
     A prepared model can be copied, pickled and differentiated like any other. `restore` undoes it.
     """
@@ -38,8 +40,8 @@ def prepare(model: M) -> M:
 
 
 def restore(model: M) -> M:
-    """Give a model back its own classes, kernel and forwards, as transformers made them; the same model. It may be
-    prepared again, and is tried anew then."""
+    """Give a model back its own classes, kernel and forwards, as transformers made them; the same model. It
+    may be prepared again, and is tried anew then."""
     restore_classes(model)
     restore_attention(model)
     forget_verdicts(model)

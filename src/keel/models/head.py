@@ -41,8 +41,8 @@ class Head:
 
 
 def head_of(model: Any) -> Head | None:
-    """The head of a language model, tried out once; None if its logits are not what `Head` says, or the path `head` of
-    `keel.accel` is off.
+    """The head of a language model, tried out once; None if its logits are not what `Head` says, or the path
+    `head` of `keel.accel` is off.
 
     `model` may be something else that is called like a model and has `get_output_embeddings` and `config`.
     """

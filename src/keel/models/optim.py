@@ -33,8 +33,8 @@ def adamw(
 
 
 def backward(loss: Tensor) -> None:
-    """Add the gradients of a scalar loss to those of all weights, as a training loop wants them: what is made of linear
-    layers on the CPU is added where it is kept (`keel.accel.cpu_linear.grads_in_place`)."""
+    """Add the gradients of a scalar loss to those of all weights, as a training loop wants them: what is made
+    of linear layers on the CPU is added where it is kept (`keel.accel.cpu_linear.grads_in_place`)."""
     with grads_in_place():
         loss.backward()
 

@@ -49,8 +49,8 @@ def prepare_model(model: M, dtype: str) -> M:
 @contextlib.contextmanager
 def computing(model: Any, device: torch.device) -> Iterator[None]:
     """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype:
-    auto` on hardware that is fast in it, where weights are cast once in a context. A model that comes here for the
-    first time is prepared for speed (`keel.accel.prepare`)."""
+    auto` on hardware that is fast in it, where weights are cast once in a context. A model that comes here
+    for the first time is prepared for speed (`keel.accel.prepare`)."""
     if isinstance(model, nn.Module):
         accel.prepare(model)
     if not autocast_on(model, device):

@@ -20,7 +20,8 @@ def save(
     adapter: AdapterFiles | None = None,
 ) -> None:
     """Write what `from_pretrained` reads, plus a model card, the adapter that was merged in, and copies of an
-    ensemble's other members. The model is left as transformers made it. Replaces `directory` by rename: never half-written."""
+    ensemble's other members. The model is left as transformers made it. Replaces `directory` by rename: never
+    half-written."""
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
