@@ -44,10 +44,13 @@ check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs
 	$(MAKE) test
 
 # What is computed in a model's place must agree with releases to come, too: no constraints here, on purpose.
+# Torch is the newest too; where an open range would pull gigabytes of CUDA packages, TORCH names one: TORCH=torch==2.13.0
+TORCH ?= torch
 check-latest:                      ## the tests of accel/ on the newest torch and transformers that pip offers
 	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(TORCH)
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-	  --upgrade-strategy eager -e '.[test]'
+	  --upgrade-strategy eager -e '.[test]' $(TORCH)
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft) '
 	$(LATEST)/bin/python -m pytest tests/accel
 

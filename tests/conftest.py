@@ -23,7 +23,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from keel.accel import batch_layout
+from keel.accel import batch_layout, patches
 from keel.config import PPOConfig, parse
 from keel.data import chat
 from keel.data.load import load
@@ -72,6 +72,13 @@ def _in_float32() -> Iterator[None]:
     bfloat16 ask for it."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it patched
         patch.setattr(precision, "fast_in_bfloat16", lambda device: False)
+        yield
+
+
+@pytest.fixture
+def accel_on() -> Iterator[None]:
+    """For tests of the fast paths themselves: on, also where `KEEL_ACCEL=0` switches them off for the other tests."""
+    with patches.all_enabled():
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.accel import attention, batch_layout
+from keel.accel import AccelWarning, attention, batch_layout, refusals
 from keel.accel.attention import Rows
 from keel.accel.batch_layout import Group, arranged, counting, grouped, worth_it
 from keel.data.batches import by_length, pad
@@ -197,11 +197,12 @@ def test_a_reading_that_is_wrong_is_found_out(
     right = model_of("gpt_neox", {}).to(dtype)
     right.load_state_dict(model.state_dict())
     monkeypatch.setattr(attention, "rows_of", lambda mask: None)  # every token sees every token
-    logprobs.head_inputs(model, ids, index)
-    assert not batch_layout._tried[logprobs.head_of(model).linear].unpadded
+    with pytest.warns(AccelWarning, match="batch_layout is off for Linear"):
+        logprobs.head_inputs(model, ids, index)
+    assert "batch_layout" in refusals(model)
     monkeypatch.undo()
     logprobs.head_inputs(right, ids, index)
-    assert batch_layout._tried[logprobs.head_of(right).linear].unpadded
+    assert not refusals(right)
 
 
 @pytest.mark.parametrize("kind", APART)

@@ -4,6 +4,7 @@ was in between."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -114,6 +115,29 @@ def assert_same(ours: list[Completion], theirs: list[Completion]) -> None:
         assert a.logp == pytest.approx(b.logp, abs=1e-5)
 
 
+def assert_as_exact(recorded: list[Completion], lean: list[Completion], model: Any) -> None:
+    """The same tokens, and log-probabilities that are as near to those of a forward in float64 as the lean
+    step's.
+
+    For models whose weights are so large that rounding in float32 shows: on one processor, with weights × 1.3
+    or strong adapters, either step is off by 1.1e-5 to 1.3e-5, which is more than `assert_same` allows
+    between the two.
+    """
+    assert [c.ids for c in recorded] == [c.ids for c in lean]
+    exact, errors = copy.deepcopy(model).double(), list[float]()
+    for done in (recorded, lean):
+        gaps = []
+        for c in done:
+            ids, before = torch.tensor([[*c.prompt_ids, *c.ids]]), len(c.prompt_ids) - 1
+            with torch.no_grad():
+                logits = exact(input_ids=ids).logits[:, before:-1]
+            expected = token_logp(logits, ids[:, before + 1 :], 1.5)[0]
+            gaps.append(float((torch.tensor(c.logp, dtype=torch.float64) - expected).abs().max()))
+        errors.append(max(gaps))
+    assert errors[0] <= 2 * errors[1] + 1e-6
+    assert errors[1] < 5e-5  # rounding, and no more
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("slots", "temperature"), [(1, 1.5), (5, 0), (5, 1.5), (64, 1.5)])
 def test_recorded_steps_sample_what_the_lean_step_samples(
@@ -205,7 +229,7 @@ def test_recorded_steps_are_used_again_and_see_what_training_did_to_the_weights(
     after = sampled(model)
     assert len(recorder.shapes) == len(set(recorder.shapes))  # none of them twice
     recorder.off()
-    assert_same(after, sampled(model))
+    assert_as_exact(after, sampled(model), model)
     assert [c.ids for c in after] != [c.ids for c in before]
 
 
@@ -329,7 +353,7 @@ def test_adapters_are_in_a_recorded_step_and_it_is_recorded_anew_without_them(re
     with model.disable_adapter():
         bare = sampled(model)
     recorder.off()
-    assert_same(adapted, sampled(model))
+    assert_as_exact(adapted, sampled(model), model)
     assert_same(bare, sampled(tiny()))
     assert [c.ids for c in adapted] != [c.ids for c in bare]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from keel.accel import norm_and_rope
+from keel.accel.modules import is_patched
 from keel.accel.norm_and_rope import patch_norms_and_rope
 
 SIZES = {
@@ -52,7 +53,7 @@ def pulled(model: Any, **how: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def changed(model: Any) -> list[str]:
-    return [type(m).__name__ for m in model.modules() if type(m).__module__ == norm_and_rope.__name__]
+    return [type(m).__name__ for m in model.modules() if is_patched(m, "norm_and_rope")]
 
 
 @pytest.mark.parametrize("kind", CHANGED)

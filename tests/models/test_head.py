@@ -22,6 +22,7 @@ from keel.models.logprobs import head_inputs, token_logprobs
 from keel.models.lora import Adapters, add_adapters
 from keel.models.roles import AdaptersOff
 
+pytestmark = pytest.mark.usefixtures("accel_on")  # what is tested is among the fast paths
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 97, "max_position_embeddings": 32, "initializer_range": 0.3,
@@ -240,6 +241,7 @@ for value in (in_parts, naively):
 def test_at_a_vocabulary_of_128_000_the_peak_is_a_quarter_of_the_naive_computation_at_most() -> None:
     """Forward and backward of 512 log-probabilities, gradients of the weights included."""
     exact = {
+        "KEEL_ACCEL": "1",
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "1048576",
         "MALLOC_TRIM_THRESHOLD_": "1048576",

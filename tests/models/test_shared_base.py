@@ -203,6 +203,7 @@ def test_a_model_without_a_score_head_for_its_family_is_refused(tiny_model: Path
         Base(base.model, ModelSource(str(tmp_path))).scorer(0)
 
 
+@pytest.mark.usefixtures("accel_on")
 def test_the_engine_takes_its_lean_step_with_the_policys_adapter_in_effect(tiny_model: Path) -> None:
     base, roles = opened(tiny_model)
     disturb(roles.policy)

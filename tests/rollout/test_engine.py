@@ -47,6 +47,7 @@ from keel.rollout.engine import TokenCount, generate, text_of
 from keel.rollout.sampling import pick
 from keel.types import Completion, Sampling
 
+pytestmark = pytest.mark.usefixtures("accel_on")  # what is tested is among the fast paths
 PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45, 46], [8, 8], [100, 3]]
 EOS, PAD = 1, 0
 SMALL = {"vocab_size": 60, "bos_token_id": EOS, "eos_token_id": EOS, "initializer_range": 0.3}
@@ -211,6 +212,7 @@ def test_adapters_stay_in_effect_in_the_lean_step() -> None:
 
 def test_a_prompt_that_is_given_several_times_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = tiny("gpt2").eval(), []
+    generate(model, [[5]], Sampling(1), stop_ids=[1000], pad_id=PAD, seed=0)  # which tries its paths
     forward = model.forward
 
     def counted(**inputs: Any) -> Any:

@@ -102,6 +102,7 @@ def test_a_head_on_the_trunk_reads_the_last_hidden_state_before_each_token(
         torch.testing.assert_close(scored.values[i, :n], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.usefixtures("accel_on")
 @pytest.mark.parametrize("value_head", [False, True])
 def test_with_the_samplers_hidden_states_the_policy_is_not_asked_again(
     models: tuple[Any, Any, Any], value_head: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,22 +2,34 @@
 computes token by token, and rows side by side, padded, for attention alone (padding-free batches; 2412.13663
 has the unpadding of encoders).
 
-A model is given one row of tokens and a mask that stands for the rows. torch's attention, as transformers
-calls it, lays queries, keys and values out by it and takes from the result what is no padding. Whether a
-model hands that mask on as it is, is tried out on it once (`prefixes`).
+A model is given one row of tokens and a mask that stands for the rows. The kernel here lays queries, keys and
+values out by it, calls the kernel that transformers has under "sdpa", and takes from the result what is no
+padding. Whether a model hands that mask on as it is, is tried out on it once (`batch_layout`).
+
+The kernel has a name of its own, `keel_sdpa`, for which transformers makes the masks of sdpa. Only the
+configs of prepared models carry the name; transformers does not write it into a saved config.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from keel.accel.modules import undisturbed
+from keel.accel.patches import difference, disabled, enabled, trusted
+
+NAME, PLAIN = "keel_sdpa", "sdpa"
+KERNELS = (NAME, PLAIN)  # those that are torch's
 _ROWS = "keel_rows"  # the name under which a mask carries what it stands for
 
 
@@ -88,27 +100,91 @@ def rows_of(mask: Tensor | None) -> Rows | None:
     return getattr(mask, _ROWS, None)
 
 
-def register() -> None:
-    """Have transformers' modules attend by what is here, where they attend by torch's kernels."""
-    AttentionInterface.register("sdpa", attend)
-
-
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention by torch's kernels, (B, H, S, D) → (B, S, H, D), on whatever rows the mask
+    """Transformers' attention by torch's kernels, (B, H, S, D) → (B, S, H, D), on whatever rows the mask
     stands for.
 
     On a CPU in bfloat16 torch's backward is six times slower than in float32, so that float32 is used there
     where several positions ask at once (as they do in training).
     """
+    kernel = ALL_ATTENTION_FUNCTIONS[PLAIN]
+    rows = rows_of(attention_mask)
+    if rows is None and not enabled("attention"):
+        return kernel(module, query, key, value, attention_mask, **more)
     if query.device.type == "cpu" and query.shape[2] > 1 and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             query, key, value = (x.float() for x in (query, key, value))
             return attend(module, query, key, value, attention_mask, **more)
-    rows = rows_of(attention_mask)
     if rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    laid = [rows.laid_out(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
-    query, key, value = laid
-    return rows.taken(sdpa_attention_forward(module, query, key, value, rows.mask, **more)[0]), None
+        return kernel(module, query, key, value, attention_mask, **more)
+    query, key, value = (rows.laid_out(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+    return rows.taken(kernel(module, query, key, value, rows.mask, **more)[0]), None
+
+
+# under a name of its own it changes nothing for models that do not ask for it; at import, so that a pickled
+# model, which asks for it, finds it
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# ---------------------------------------------------------------- which models use it
+
+
+def patch_attention(model: nn.Module) -> None:
+    """Let a model whose kernel is sdpa use the one here, if its hidden states stay what they are."""
+    configs = [config for config in _configs(model) if config._attn_implementation == PLAIN]
+    if not configs or not all(map(_takes_any_name, _transformers_of(model))):
+        return
+    _rename(configs, NAME)
+    trunk = next(_transformers_of(model)).base_model
+    if not trusted("attention", model, lambda: _differs(trunk, configs), say=False):
+        _rename(configs, PLAIN)
+
+
+def restore_attention(model: nn.Module) -> None:
+    """The opposite of `patch_attention`."""
+    _rename([config for config in _configs(model) if config._attn_implementation == NAME], PLAIN)
+
+
+def _rename(configs: list[PreTrainedConfig], name: str) -> None:
+    for config in configs:
+        config._attn_implementation = name
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs that a model's modules read, each once."""
+    held = (vars(module).get("config") for module in model.modules())
+    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
+
+
+def _transformers_of(model: nn.Module) -> Iterator[PreTrainedModel]:
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _takes_any_name(model: PreTrainedModel) -> bool:
+    """Whether the model looks its kernel up by name, and does nothing else by that name; a config with
+    configs in it (of images and text) is left alone."""
+    try:
+        source = inspect.getsource(sys.modules[type(model).__module__])
+    except (OSError, TypeError, KeyError):
+        return False
+    alone = model.config.get_text_config() is model.config
+    return alone and "ALL_ATTENTION_FUNCTIONS" in source and '"sdpa"' not in source
+
+
+def _differs(trunk: nn.Module, configs: list[PreTrainedConfig]) -> str | None:
+    """Two rows, one of them padded on the right, with transformers' kernel and with the one here."""
+    device = next(trunk.parameters()).device
+    ids = torch.tensor([[1, 2, 3, 4, 5], [3, 1, 2, 0, 0]], device=device)
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device)
+    states = []
+    with undisturbed(trunk), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for name in (NAME, PLAIN):
+            _rename(configs, name)
+            with disabled():
+                found: Any = trunk(input_ids=ids, attention_mask=real)
+            states.append(found[0][real.bool()])
+    _rename(configs, NAME)
+    return difference("states of padded rows", *states)

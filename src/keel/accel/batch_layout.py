@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from keel.accel import attention
 from keel.accel.attention import Rows
 from keel.accel.last_layer import DEARER, MASK_AT_MOST, last_layer_at, weight_of
-from keel.accel.modules import evaluating, has_dropout
+from keel.accel.modules import has_dropout, pulled, twin_parameters, undisturbed
+from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
 
 WORTH = 0.95  # of the cost of reading apart
 MANY, FEW = 32, 8  # sequences of similar length in a forward, without padding and with it
@@ -44,7 +44,6 @@ KINDS = (
 # those that may be read without padding, if a trial agrees (tests): of what others make of a row longer than
 # any sequence it says nothing
 UNPADDED = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt"})
-_tried: WeakKeyDictionary[nn.Module, ReadStrategy] = WeakKeyDictionary()
 
 Forward = Callable[..., Tensor]  # input_ids (R, W) and more inputs → (R, W, d)
 
@@ -83,7 +82,11 @@ def best_rows(kind: str, window: int | None, *, kernels: bool = True, draws: boo
 def best_rows_of(model: Any) -> int:
     """`best_rows` of a model at work."""
     config = model.config.get_text_config()
-    kernels = config._attn_implementation == "sdpa" and not _turns_by_length(config)
+    kernels = (
+        config._attn_implementation in attention.KERNELS
+        and enabled("batch_layout")
+        and not _turns_by_length(config)
+    )
     return best_rows(config.model_type, window_of(config), kernels=kernels, draws=_draws(model))
 
 
@@ -165,7 +168,7 @@ def _laid_out(
 ) -> LaidOutBatch | None:
     """The layout, where another than the rows themselves is worth it and the model can."""
     config = model.config.get_text_config()
-    if len(ids) < 2 or not len(index) or _draws(model):
+    if len(ids) < 2 or not len(index) or not enabled("batch_layout") or _draws(model):
         return None  # what is drawn at random, each sequence draws for itself
     reach = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     reach.scatter_reduce_(0, index // ids.shape[1], index % ids.shape[1] + 1, "amax")
@@ -346,49 +349,60 @@ def _mask(
 
 
 def _ways_of(key: nn.Module, model: Any, forward: Forward) -> ReadStrategy:
-    """In which ways the model's states are the same as for sequences read apart: tried out once."""
-    if key not in _tried:
-        attention.register()
-        kernel, kind = (
-            getattr(model.config, "_attn_implementation", None), model.config.get_text_config().model_type,
-        )  # fmt: skip
-        pair, whole = Group([0, 1], 3, 9), Group([0, 1, 2], 3, 12)
-        alone = [Group([0], 5, 5), Group([1], 7, 7), Group([2], 6, 6)]
-        one, two, three = (
-            BatchLayout([whole], False),
-            BatchLayout([pair, alone[2]], True),
-            BatchLayout(alone, True),
-        )
-        same = lambda *ways: all(_same(key, model, forward, way) for way in ways)  # noqa: E731
-        _tried[key] = ReadStrategy(
-            together=kernel in ("sdpa", "eager") and same(one),
-            unpadded=kernel == "sdpa" and kind in UNPADDED and same(two, three),
-        )
-    return _tried[key]
+    """In which ways the model's states are the same as for sequences read apart: tried once, and once more
+    when the model begins to train."""
+    config = model.config.get_text_config()
+    kernel, kind = getattr(model.config, "_attn_implementation", None), config.model_type
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in _module_of(model).parameters())
+    depends_on = _dtype(key), next(key.parameters()).device, kernel, trains
+    pair, whole = Group([0, 1], 3, 9), Group([0, 1, 2], 3, 12)
+    alone = [Group([0], 5, 5), Group([1], 7, 7), Group([2], 6, 6)]
+
+    def right(what: str, *layouts: BatchLayout) -> bool:
+        def trial() -> str | None:
+            gaps = (_differs(key, model, forward, layout, trains=trains) for layout in layouts)
+            return next(filter(None, gaps), None)
+
+        return trusted("batch_layout", key, trial, depends_on=(what, *depends_on), say=kind in KINDS)
+
+    return ReadStrategy(
+        together=kernel in (*attention.KERNELS, "eager") and right("together", BatchLayout([whole], False)),
+        unpadded=kernel == attention.NAME
+        and kind in UNPADDED
+        and right("unpadded", BatchLayout([pair, alone[2]], True), BatchLayout(alone, True)),
+    )
 
 
-def _same(key: nn.Module, model: Any, forward: Forward, way: BatchLayout) -> bool:
+def _differs(
+    key: nn.Module, model: Any, forward: Forward, layout: BatchLayout, *, trains: bool
+) -> str | None:
+    """Three sequences read by a layout and by the model's own forward: the states, and their gradients where
+    it trains."""
     device, vocab = next(key.parameters()).device, model.config.get_text_config().vocab_size
     sequences = [
         [i % vocab for i in row] for row in ([1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [1, 2, 3, 5, 4, 6])
     ]
     ids = torch.tensor([row + [0] * (7 - len(row)) for row in sequences], device=device)
-    index = torch.tensor(
-        [row * 7 + i for row, own in enumerate(sequences) for i in range(len(own))], device=device
-    )
-    laid = _layout(sequences, way, ids, index, _dtype(key))
-    with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            apart = forward(input_ids=ids).flatten(0, 1)[index]
-            found = forward(input_ids=laid.ids, **laid.inputs).flatten(0, 1)[laid.index]
-        except torch.OutOfMemoryError:
-            raise  # which says nothing about the model
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError):
-            return False
-    rough = 3e-2 if apart.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    gap, size = (found.float() - apart.float()).abs().amax(0), apart.float().abs().amax(0)
-    # a channel that is large everywhere says nothing of the others
-    return bool((gap <= rough * size.max()).all()) and float((gap <= rough * size).float().mean()) >= 0.9
+    positions = [row * 7 + i for row, sequence in enumerate(sequences) for i in range(len(sequence))]
+    index = torch.tensor(positions, device=device)
+    laid = _layout(sequences, layout, ids, index, _dtype(key))
+    module = _module_of(model)
+    with (
+        undisturbed(module), torch.inference_mode(False), torch.set_grad_enabled(trains),
+        torch.autocast(device.type, enabled=False), twin_parameters(module) as twins,
+    ):  # fmt: skip
+        with disabled():
+            theirs = forward(input_ids=ids).flatten(0, 1)[index]
+        ours = forward(input_ids=laid.ids, **laid.inputs).flatten(0, 1)[laid.index]
+        why = difference("states", ours, theirs)
+        if why is not None or not trains or not theirs.requires_grad:
+            return why
+        return gradients_differ("gradients", pulled(ours, twins), pulled(theirs, twins))
+
+
+def _module_of(model: Any) -> nn.Module:
+    """What has the weights: of the policy without its adapters, the policy."""
+    return model if isinstance(model, nn.Module) else model.get_base_model()
 
 
 def _dtype(key: nn.Module) -> torch.dtype:

@@ -6,11 +6,15 @@ number of rows. Here the rows of a product are filled up with zeros to one of ei
 two and the next (they are copied anyway, to cast them), and cut off again behind it. Weights are cast once in
 a gradient step; for products without gradient they are laid out as oneDNN wants them, too.
 
-**In both precisions** the gradient of a weight is added where it is kept, instead of being made, added and
-thrown away in every micro-batch, and a gated feed-forward part is one step of autograd that keeps its input
-and its two products and nothing else.
+**In both precisions** a gated feed-forward part is one step of autograd that keeps its input and its two
+products and nothing else. Within `grads_in_place`, which only keel's own training loops enter, the gradient
+of a weight is added where it is kept, instead of being made, added and thrown away in every micro-batch.
+Everywhere else gradients go back through autograd, so that `torch.autograd.grad`, `backward(inputs=...)` and
+hooks see them.
 
 Results and gradients are those of the layers themselves under autocast, or without it, to rounding (tests).
+What is not here: gradients of gradients, of which torch says that it has none; `torch.func`'s transforms go
+through the layers' own forward.
 """
 
 from __future__ import annotations
@@ -27,8 +31,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from keel.accel.modules import Patched, is_patched, patched_class, plain_class, pulled, twin_parameters
+from keel.accel.patches import difference, disabled, enabled, gradients_differ, refuse, tried
 
 LEAST = 8  # rows, and the step between sizes up to 64
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # classes that are known to be gated so
 WORTH = 2**15  # weights of a matrix from which a step of autograd of our own pays in float32
 # products with a matrix that is laid out beforehand: torch's own, for compiled models
 PACKS = all(
@@ -46,79 +55,130 @@ def sized(rows: int) -> int:
 
 def patch_linears(model: nn.Module) -> nn.Module:
     """Change the model's linear layers and gated feed-forward parts, where they are what they look like;
-    their own forward still runs wherever there is nothing to gain."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _Linear
-        elif _is_gated(module):
-            module.__class__ = _gated(type(module))
+    their own forward still runs wherever there is nothing to gain. Those of LoRA stay as they are."""
+    why = _product_differs()
+    if why is not None:
+        refuse("cpu_linear", type(model).__name__, why)
+        return model
+    verdicts: dict[type[nn.Module], str | None] = {}  # of gated parts, by class
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and ".lora_" not in name:
+            module.__class__ = _Linear  # pyright: ignore[reportAttributeAccessIssue]  # see `Patched`
+        elif _looks_gated(module):
+            kind = type(module)
+            if kind not in verdicts:
+                verdicts[kind] = tried(lambda part=module: _gated_differs(part, gradients=True))
+                if verdicts[kind] is not None and kind.__name__ in GATED:
+                    refuse("cpu_linear", kind.__name__, str(verdicts[kind]))
+            if verdicts[kind] is None and tried(lambda part=module: _gated_differs(part)) is None:
+                module.__class__ = _gated(kind)  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
 # ---------------------------------------------------------------- modules
 
 
-class _Linear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        dtype = _computed_in(input, self.weight)
-        if dtype is None:
-            return super().forward(input)
-        with torch.autocast("cpu", enabled=False):
-            casts = _casts.get() or _CastCache()
-            if torch.is_grad_enabled():
-                rows, weight = casts.rows(input, dtype), casts.of(self.weight, dtype)
-                bias = None if self.bias is None else casts.of(self.bias, dtype)
-                given = (input, rows, self.weight, weight, self.bias, bias)
-                return _like(_Product.apply(*given), input)  # pyright: ignore[reportArgumentType]
-            return _like(casts.packed(self)(casts.rows(input, dtype)), input)
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    dtype = _computed_in(input, self.weight)
+    if dtype is None:
+        return nn.Linear.forward(self, input)
+    with torch.autocast("cpu", enabled=False):
+        casts = _casts.get() or _CastCache()
+        if torch.is_grad_enabled():
+            rows, weight = casts.rows(input, dtype), casts.of(self.weight, dtype)
+            bias = None if self.bias is None else casts.of(self.bias, dtype)
+            given = (input, rows, self.weight, weight, self.bias, bias)
+            return _like(_Product.apply(*given), input)  # pyright: ignore[reportArgumentType]
+        return _like(casts.packed(self)(casts.rows(input, dtype)), input)
+
+
+_Linear = patched_class(nn.Linear, "cpu_linear", _linear_forward)
 
 
 @cache
 def _gated(kind: type[nn.Module]) -> type[nn.Module]:
-    plain = kind.forward
-
     def forward(self: Any, x: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         dtypes = {_computed_in(x, layer.weight) if _is_plain(layer) else None for layer in layers}
         dtype = dtypes.pop() if len(dtypes) == 1 else None
         if dtype is None or not torch.is_grad_enabled():
-            return plain(self, x)
+            return kind.forward(self, x)  # pyright: ignore[reportReturnType]
         with torch.autocast("cpu", enabled=False):
             casts, weights = _casts.get() or _CastCache(), [layer.weight for layer in layers]
             given = (x, casts.rows(x, dtype), *weights, *(casts.of(weight, dtype) for weight in weights))
             return _like(_Gated.apply(*given), x)  # pyright: ignore[reportArgumentType]
 
-    return type(kind.__name__, (kind,), {"forward": forward})
+    return patched_class(kind, "cpu_linear", forward)
 
 
-def _is_gated(module: Any) -> bool:
-    """Whether a module computes down(silu(gate(x)) · up(x)): by its parts, and by what it makes of
-    numbers."""
+def _looks_gated(module: Any) -> bool:
+    """Whether a module has the parts of down(silu(gate(x)) · up(x)), and nothing else that computes."""
     layers: list[Any] = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
-    if type(module).__module__ == __name__ or not all(_is_plain(layer) for layer in layers):
+    if isinstance(module, Patched) or not all(_is_plain(layer) for layer in layers):
         return False
     drops = any("drop" in name and value for name, value in vars(module).items() if isinstance(value, float))
     if drops or any(isinstance(child, _DropoutNd) for child in module.modules()):
         return False
-    if {name for name, _ in module.named_parameters()} != {
-        f"{n}_proj.weight" for n in ("gate", "up", "down")
-    }:
-        return False
-    gate, up, down = (layer.weight for layer in layers)
-    x = torch.linspace(-2, 3, 2 * gate.shape[1], dtype=gate.dtype, device=gate.device).view(2, -1)
+    names = {f"{name}_proj.weight" for name in ("gate", "up", "down")}
+    return {name for name, _ in module.named_parameters()} == names
+
+
+# ---------------------------------------------------------------- self-tests
+
+
+def _gated_differs(module: Any, *, gradients: bool = False) -> str | None:
+    """A feed-forward part's own forward against one step of autograd: on two rows, and with their
+    gradients."""
+    kind = plain_class(module)
+    gate, up, down = (layer.weight for layer in (module.gate_proj, module.up_proj, module.down_proj))
+    x = torch.linspace(-2, 3, 2 * gate.shape[1], dtype=gate.dtype).view(2, -1)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), disabled():
+        theirs: Any = kind.forward(module, x)
+        ours = linear(silu(linear(x, gate)) * linear(x, up), down)
+    why = difference("values of the gated part", ours, theirs, rough=1e-3)
+    if why is not None or not gradients or gate.dtype != torch.float32:
+        return why
+    x.requires_grad_()
+    with (
+        torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), disabled(),
+        twin_parameters(module, 2**22) as twins,
+    ):  # fmt: skip
+        weights = [layer.weight for layer in (module.gate_proj, module.up_proj, module.down_proj)]
+        step: Any = _Gated.apply(x, x.detach(), *weights, *(weight.detach() for weight in weights))  # pyright: ignore
+        theirs, at = kind.forward(module, x), [x, *twins]
+        return gradients_differ("gradients of the gated part", pulled(step, at), pulled(theirs, at))
+
+
+@cache
+def _product_differs() -> str | None:
+    """torch's own product against those here, in the precisions that there are. Of torch, not of a model:
+    once."""
+    x = torch.linspace(-2, 3, 3 * 16).view(3, 16)
+    layer = nn.Linear(16, 8, device="meta").to_empty(device="cpu")  # draws nothing at random
     with torch.no_grad():
-        try:
-            found = module(x)
-        except (RuntimeError, TypeError, ValueError):
-            return False
-        return torch.allclose(
-            found, linear(silu(linear(x, gate)) * linear(x, up), down), rtol=1e-3, atol=1e-5
-        )
+        layer.weight.copy_(torch.linspace(-1, 2, 8 * 16).view(8, 16).sin())
+        layer.bias.copy_(torch.linspace(0, 1, 8))
+
+    def trial() -> str | None:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            given = x.clone().requires_grad_()
+            at = [given, layer.weight, layer.bias]
+            ours: Any = _Product.apply(
+                given, given.detach(), layer.weight, layer.weight.detach(), layer.bias, layer.bias.detach()
+            )  # pyright: ignore
+            theirs = linear(given, layer.weight, layer.bias)
+            pairs = [(ours, theirs), *zip(pulled(ours, at), pulled(theirs, at), strict=True)]
+            packed = PrepackedWeight(layer)(x.bfloat16()).float()
+            half = linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()
+        why = difference("products in bfloat16", packed, half, rough=3e-2)
+        return next((w for a, b in pairs if (w := difference("products or their gradients", a, b))), why)
+
+    return tried(trial)
 
 
 def _is_plain(layer: Any) -> bool:
     return (
-        type(layer) in (nn.Linear, _Linear)
+        (type(layer) is nn.Linear or is_patched(layer, "cpu_linear"))
         and layer.bias is None
         and layer.weight.device.type == "cpu"
         and not (layer._forward_hooks or layer._forward_pre_hooks)
@@ -128,7 +188,7 @@ def _is_plain(layer: Any) -> bool:
 def packs(layer: Any) -> bool:
     """Whether a layer's matrix may be laid out for products in bfloat16, by whoever computes in its place."""
     return (
-        type(layer) in (nn.Linear, _Linear)
+        (type(layer) is nn.Linear or is_patched(layer, "cpu_linear"))
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and _computed_in(layer.weight, layer.weight) == torch.bfloat16
     )
@@ -137,6 +197,8 @@ def packs(layer: Any) -> bool:
 def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """In which precision a product is taken here; None: as torch does it."""
     if x.device.type != "cpu" or weight.dtype != torch.float32 or not x.numel():
+        return None
+    if not enabled("cpu_linear") or transformed():
         return None
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -212,9 +274,9 @@ class _Gated(torch.autograd.Function):
 
 
 def _added(weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
-    """Add gᵀ x to a weight's gradient, or return it where somebody waits for it. gradient: (M, n); rows: (M,
-    k)."""
-    if _awaited(weight):
+    """gᵀ x, the gradient of a weight, for autograd to pass on; within `grads_in_place` it is added to the
+    weight's own, and None returned. gradient: (M, n); rows: (M, k)."""
+    if not _in_place.get() or _awaited(weight):
         return (gradient.t() @ rows).float()
     if weight.grad is None:
         weight.grad = (gradient.t() @ rows).float()
@@ -223,6 +285,26 @@ def _added(weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
     else:
         weight.grad.add_(gradient.t() @ rows)
     return None
+
+
+_in_place: ContextVar[bool] = ContextVar("in_place", default=False)
+
+
+@contextlib.contextmanager
+def grads_in_place() -> Iterator[None]:
+    """Within it a backward may add gradients of weights where they are kept, without going through autograd:
+    to be entered around `loss.backward()` alone, by whoever wants the gradients of all weights and nothing
+    else. What `torch.autograd.grad` or `backward(inputs=...)` would return is not there within it."""
+    token = _in_place.set(True)
+    try:
+        yield
+    finally:
+        _in_place.reset(token)
+
+
+def transformed() -> bool:
+    """Whether `torch.func` is at work, which takes no autograd function of this kind."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _awaited(weight: Tensor) -> bool:
@@ -277,10 +359,24 @@ def prepacked(layer: nn.Linear) -> PrepackedWeight:
     return (_casts.get() or _CastCache()).packed(layer)
 
 
+_optimiser_steps = 0  # of all optimisers of the process
+
+
+def _count_step(*_: object) -> None:
+    global _optimiser_steps
+    _optimiser_steps += 1
+
+
+# fused optimisers change weights without changing their versions; the hook counts, and changes nothing
+register_optimizer_step_post_hook(_count_step)
+
+
 class _CastCache:
-    """Weights in bfloat16, each cast once, and the last input, which several layers may have in common."""
+    """Weights in bfloat16, each cast once between two steps of an optimiser, and the last input, which
+    several layers may have in common."""
 
     def __init__(self) -> None:
+        self._steps = _optimiser_steps
         self._made: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], list[int], Any]] = {}
         self._last: tuple[Any, int, Tensor] | None = None
 
@@ -295,6 +391,9 @@ class _CastCache:
 
     def _once(self, kind: str, make: Callable[[], Any], *weights: Tensor) -> Any:
         """What was made of these weights, as long as they are what they were."""
+        if self._steps != _optimiser_steps:
+            self._made.clear()
+            self._steps = _optimiser_steps
         key, versions = (kind, *map(id, weights)), [weight._version for weight in weights]
         held = self._made.get(key)  # which keeps the weights, so that no other has their id
         if held is None or held[1] != versions:
@@ -316,8 +415,8 @@ _casts: ContextVar[_CastCache | None] = ContextVar("casts", default=None)
 
 @contextlib.contextmanager
 def cast_cache() -> Iterator[None]:
-    """Within it each weight is cast once (again if an operation changed it in place; the fused optimisers do
-    not say that they did, so it must end before their step)."""
+    """Within it each weight is cast once, and again after an operation changed it in place or an optimiser
+    took a step. Holds the casts until it ends: to be entered around many forwards with the same weights."""
     if _casts.get() is not None:
         yield
         return

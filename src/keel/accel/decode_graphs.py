@@ -28,14 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from keel.accel import decode_step
-from keel.accel.decode_static import COLUMNS, Bf16Copies, Static, plain_of, rows_of, width_of
+from keel.accel.decode_static import COLUMNS, Bf16Copies, Static, rows_of, width_of
+from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
+from keel.accel.modules import COMPUTING_HOOKS, plain_of
+from keel.accel.patches import enabled, trusted
 
 WARM_UPS = 2  # before a step is recorded: what libraries make at first use must not be recorded
 MOST = 32  # recorded steps of one model; each takes some MiB of the card
 PART = 16  # no more than one part in so many of the card's memory is held between calls
-# hooks that do nothing but compute, which is recorded with all else: of `models.adapters` and of transformers
-COMPUTING_HOOKS = ("_in_own_precision", "make_inputs_require_grads")
 ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # peft's names
 
 Replay = Callable[[], None]
@@ -167,7 +168,7 @@ def recorded_steps(model: Any, device: torch.device, *, reading: bool = False) -
     """The recorded steps of a model, whose linear layers have weights for them within it; None where no step
     is recorded. reading: a hook on the head reads what it is given. To be called where the model computes, in
     its precision."""
-    record = recorder(device)
+    record = recorder(device) if enabled("decode_graphs") else None
     if record is None or not fits(model, reading=reading) or model in _refused:
         yield None
         return
@@ -194,7 +195,24 @@ def fits(model: Any, *, reading: bool = False) -> bool:
         return False
     plain = plain_of(model)
     head = plain.get_output_embeddings()
-    return not any(_decides(module, int(reading and module is head)) for module in plain.modules())
+    if any(_decides(module, int(reading and module is head)) for module in plain.modules()):
+        return False
+    trial = lambda: decoded_otherwise(plain, partial(_unrecorded, plain))  # noqa: E731
+    return trusted("decode_graphs", plain, trial, depends_on=precision_of(plain))
+
+
+def _unrecorded(model: nn.Module, slots: Slots, columns: int) -> Callable[[Tensor, Slots], Tensor]:
+    """The step that is recorded, as it is: what a trial calls."""
+    static = Static(model)
+    static.make(slots.capacity, columns)
+    slots.lent = static.cache
+
+    def step(ids: Tensor, slots: Slots) -> Tensor:
+        static.take(ids, slots, moved=True)
+        static(rows_of(slots), min(width_of(slots), columns))
+        return static.logits[: len(ids)]
+
+    return step
 
 
 def _decides(module: Any, ours: int) -> bool:

@@ -24,6 +24,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from keel.accel import decode_step
 from keel.accel.kv_slots import Slots
+from keel.accel.modules import plain_of
 
 COLUMNS = 128  # widths are multiples of it
 HALVINGS = 3  # of the rows
@@ -42,11 +43,6 @@ def width_of(slots: Slots) -> int:
     while size < needed:
         size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else 1 << size.bit_length()
     return min(size * COLUMNS, slots.columns)
-
-
-def plain_of(model: Any) -> Any:
-    """The language model, without peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 class Bf16Copies:

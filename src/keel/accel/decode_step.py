@@ -3,7 +3,8 @@
 With few rows a step of transformers' own modules spends its time between operations, not in them: masks,
 positions and caches are made anew, norms and rotations are many small operations. Here the model's own
 projections are called (so that adapters and quantised layers stay in effect) and all else is a handful of
-fused operations. The result is that of the model's own forward; the engine's tests compare the two.
+fused operations. The result is that of the model's own forward: before the first use with a model a few steps
+are compared with it (`decode_trial`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 from transformers.activations import SiLUActivation
 
 from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
+from keel.accel.decode_trial import Step as AnyStep
+from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
+from keel.accel.modules import plain_of
+from keel.accel.patches import disabled, enabled, trusted
 
 SHAPES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not depend on how long a sequence is
@@ -28,7 +33,7 @@ class Step:
     change. On a CPU that computes in bfloat16 its matrices are laid out once."""
 
     def __init__(self, model: Any, columns: int) -> None:
-        self.model = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.model = plain_of(model)
         config, trunk = self.model.config, self.model.model
         positions = torch.arange(columns, device=trunk.embed_tokens.weight.device)
         cos, sin = trunk.rotary_emb(trunk.embed_tokens.weight[:1].float(), positions[None])
@@ -135,9 +140,19 @@ def _packs(model: Any) -> bool:
 
 
 def fits(model: Any) -> bool:
-    """Whether the lean step is this model's: its class, plain rotations, full attention everywhere, and no
-    hook on a module whose forward would be passed by."""
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    """Whether the step is this model's: switched on, of the right shape, and tried against the model's own
+    forward."""
+    if not enabled("decode_step") or not enabled("kv_slots") or not has_shape(model):
+        return False
+    plain = plain_of(model)
+    trial = lambda: decoded_otherwise(plain, lambda slots, columns: Step(plain, columns))  # noqa: E731
+    return trusted("decode_step", plain, trial, depends_on=precision_of(plain))
+
+
+def has_shape(model: Any) -> bool:
+    """Whether a model is one that the step is written for: its class, plain rotations, full attention
+    everywhere, and no hook on a module whose forward would be passed by."""
+    plain = plain_of(model)
     if type(plain) not in SHAPES:
         return False
     config = plain.config
@@ -150,6 +165,36 @@ def fits(model: Any) -> bool:
         for module in (layer, layer.self_attn, layer.mlp)
     )
     return not sliding and not hooked and plain.model.rotary_emb.rope_type in ROTATIONS
+
+
+def keeps_slots(model: Any) -> bool:
+    """Whether prompts are sampled through `Slots`: switched on, and the model's own forward computes with
+    them as its cache what it computes without one. Models with a decode step of their own are tried with
+    that."""
+    if not enabled("kv_slots"):
+        return False
+    if fits(model):
+        return True
+    plain = plain_of(model)
+
+    def make_step(_: Slots, __: int) -> AnyStep:
+        def step(newest: Tensor, slots: Slots) -> Tensor:
+            mask = slots.mask()
+            with disabled():
+                return plain(
+                    input_ids=newest[:, None], attention_mask=None if mask is None else mask.long(),
+                    position_ids=slots.positions[:, None], past_key_values=slots.cache, use_cache=True,
+                ).logits[:, -1]  # fmt: skip
+
+        return step
+
+    return trusted(
+        "kv_slots",
+        plain,
+        lambda: decoded_otherwise(plain, make_step),
+        depends_on=precision_of(plain),
+        say=False,
+    )
 
 
 def _filled(x: Tensor, rows: int) -> Tensor:

@@ -4,7 +4,8 @@ What a loss or a score needs are the states at some positions: those that predic
 token of a text. All layers but the last must be computed everywhere, as later positions look at them. The
 last layer's keys and values too; its queries, its output matrix and its feed-forward part, seven eighths of
 its products with weights, are needed where they are looked at alone. For models that are built like Llama,
-with torch's attention and no window; the states are those of the whole layer (tests).
+with torch's attention and no window. Before it is used in a layer, its states and gradients are compared with
+those of the layer's own forward (`_differs`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from keel.accel.attention import Rows, attend, rows_of
+from keel.accel.attention import KERNELS, NAME, Rows, attend, mask_for, rows_of
+from keel.accel.modules import pulled, twin_parameters, undisturbed
 from keel.accel.norm_and_rope import apply_rope
+from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 KINDS = ("llama", "mistral", "qwen2", "qwen3")  # the model types that have them
@@ -40,9 +44,12 @@ def last_layer_at(
     """Within it the last layer's states are computed at `index` of the flattened (B, S) ids, and are zero
     elsewhere; the whole of it where `model` is not one of those, or that would not save much. For one thread
     at a time. rows: those that the ids stand for, where they are one row without padding."""
-    layer = _last_of(model)
+    layer = _last_of(model) if enabled("last_layer") else None
+    if layer is None:
+        yield
+        return
     index = torch.unique(index)  # sorted
-    if layer is None or not _worth_it(layer, index, shape, rows):
+    if not _worth_it(layer, index, shape, rows) or not _is_right(model, layer):
         yield
         return
     again = getattr(layer, "gradient_checkpointing", False)
@@ -91,17 +98,96 @@ def weight_of(hidden: int, inner: int) -> float:
 def _last_of(model: Any) -> Any:
     """The last layer, if it is one that is known, with nothing around it and attention to everything
     before."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters around it
-    trunk = getattr(plain, "base_model", None)
-    layers = getattr(trunk, "layers", None)
+    layers = getattr(_trunk_of(model), "layers", None)
     layer: Any = layers[-1] if layers is not None and len(layers) else None
     if type(layer) not in LAYERS or "forward" in vars(layer):
         return None
     attention = layer.self_attn
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     dropped = layer.training and attention.attention_dropout
-    plain_kernel = attention.config._attn_implementation == "sdpa" and window is None
+    plain_kernel = attention.config._attn_implementation in KERNELS and window is None
     return layer if plain_kernel and not dropped else None
+
+
+def _trunk_of(model: Any) -> Any:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters around it
+    return getattr(plain, "base_model", None)
+
+
+# ---------------------------------------------------------------- self-test
+
+
+def _is_right(model: Any, layer: Any) -> bool:
+    """Whether `_narrow` computes what the layer's own forward computes: tried once for each precision,
+    device, kernel, and with and without adapters."""
+    weight, kernel = (
+        getattr(layer.input_layernorm, "weight", None),
+        layer.self_attn.config._attn_implementation,
+    )
+    if not isinstance(weight, Tensor):
+        return False
+    depends_on = weight.dtype, weight.device, kernel, type(layer.self_attn.q_proj)
+    return trusted("last_layer", layer, lambda: _differs(_trunk_of(model), layer), depends_on=depends_on)
+
+
+def _differs(trunk: Any, layer: Any) -> str | None:
+    """The layer's own forward on 3 rows of 6 positions against `_narrow`: states and gradients without a
+    mask, under one, with rows that stand in one row, and with a cache."""
+    weight = layer.input_layernorm.weight
+    count, length, width = 3, 6, weight.shape[0]
+    x = torch.linspace(-40, 50, count * length * width, device=weight.device).sin().to(weight.dtype)
+    x = x.view(count, length, width)
+    places = torch.arange(length, device=weight.device)[None].expand(count, -1)
+    index = torch.tensor([3, 5, 8, 12, 13, 17], device=weight.device)  # one, two and three of a row
+    seen = torch.ones(length, length, dtype=torch.bool, device=weight.device).tril()
+    seen = seen & (torch.arange(length, device=weight.device) != 1)[None] | torch.eye(
+        length, dtype=torch.bool, device=weight.device
+    )
+    mask = torch.zeros(count, 1, length, length, dtype=weight.dtype, device=weight.device)
+    mask = mask.masked_fill(~seen, torch.finfo(weight.dtype).min)
+    with (
+        undisturbed(trunk), torch.inference_mode(False), torch.enable_grad(), disabled(),
+        torch.autocast(weight.device.type, enabled=False), twin_parameters(layer) as twins,
+    ):  # fmt: skip
+        x = x.clone().requires_grad_()
+        angles = trunk.rotary_emb(x, places)
+        own: Any = type(layer).forward
+
+        def at_index(states: Any) -> Tensor:
+            return (states[0] if isinstance(states, tuple) else states).flatten(0, 1).index_select(0, index)
+
+        cases: list[tuple[str, Tensor, Tensor]] = []
+        for name, given in (("states", None), ("states under a mask", mask)):
+            theirs = at_index(own(layer, x, attention_mask=given, position_embeddings=angles))
+            cases.append((name, at_index(_narrow(layer, index, x, given, angles)), theirs))
+        whole, caches = cases[0][2], [DynamicCache(), DynamicCache()]
+        number = layer.self_attn.layer_idx
+        cached = at_index(own(layer, x, position_embeddings=angles, past_key_values=caches[0]))
+        cases.append(
+            ("states with a cache", at_index(_narrow(layer, index, x, None, angles, caches[1])), cached)
+        )
+        kept = zip(
+            *(((c.layers[number].keys, c.layers[number].values)) for c in reversed(caches)), strict=True
+        )
+        cases += [("keys or values that are kept", ours, theirs) for ours, theirs in kept]  # pyright: ignore
+        if layer.self_attn.config._attn_implementation == NAME:
+            rows = Rows.of(torch.arange(count * length), count, length, None, weight.device)
+            flat = (
+                x.view(1, -1, width),
+                mask_for(rows, weight.dtype),
+                tuple(a.expand(count, -1, -1).reshape(1, -1, a.shape[-1]) for a in angles),
+            )
+            cases.append(("states of rows without padding", at_index(_narrow(layer, index, *flat)), whole))  # pyright: ignore
+        for name, ours, theirs in cases:
+            why = difference(name, ours, theirs)
+            at = [x, *twins]
+            why = why or gradients_differ(f"gradients of {name}", pulled(ours, at), pulled(theirs, at))
+            if why is not None:
+                return why
+    return None
+
+
+# ---------------------------------------------------------------- the layer at some positions
 
 
 def _narrow(

@@ -17,24 +17,47 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keel.accel.modules import Patched, patched_class, pulled, twin_parameters
+from keel.accel.patches import difference, disabled, enabled, refuse, tried
+
+# classes that are known to be such norms, and to rotate so
+KNOWN = tuple(
+    f"{kind}{part}" for kind in ("Llama", "Mistral", "Qwen2", "Qwen3") for part in ("RMSNorm", "Attention")
+)
 ROTATION = "apply_rotary_pos_emb"  # as transformers' attention modules name it
 
 
 def patch_norms_and_rope(model: nn.Module) -> nn.Module:
     """Change the model's norms and attention modules where what is here computes the same; the model."""
+    verdicts: dict[type[nn.Module], str | None] = {}  # of norms' gradients, by class
     for module in model.modules():
         kind = type(module)
-        if kind.__module__ == __name__:  # changed already
+        if isinstance(module, Patched):  # changed already
             continue
-        if kind.__name__.endswith("RMSNorm") and _same_norm(module):
-            module.__class__ = _with_norm(kind)
-        elif (rotation := _rotation_of(kind)) is not None and _same_rotation(rotation):
-            module.__class__ = _with_rotation(kind)
+        if kind.__name__.endswith("RMSNorm") and _is_norm(module):
+            if kind not in verdicts:
+                verdicts[kind] = tried(lambda norm=module: _norm_differs(norm, gradients=True))
+                if verdicts[kind] is not None and kind.__name__ in KNOWN:
+                    refuse("norm_and_rope", kind.__name__, str(verdicts[kind]))
+            if verdicts[kind] is None and tried(lambda norm=module: _norm_differs(norm)) is None:
+                module.__class__ = _with_norm(kind)  # see `Patched`
+        elif (rotation := _rotation_of(kind)) is not None:
+            why = _rotation_differs(rotation)
+            if why is None:
+                module.__class__ = _with_rotation(kind, kind.forward, rotation)
+            elif kind.__name__ in KNOWN and kind not in verdicts:
+                verdicts[kind] = why
+                refuse("norm_and_rope", kind.__name__, why)
     return model
 
 
 def _ours(*tensors: Tensor) -> bool:
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and _on()
+
+
+def _on() -> bool:
+    """Off within `torch.func`'s transforms, which take no autograd function of this kind."""
+    return enabled("norm_and_rope") and not torch._C._are_functorch_transforms_active()
 
 
 # ---------------------------------------------------------------- norms
@@ -63,23 +86,42 @@ class _Norm(torch.autograd.Function):
 
 @cache
 def _with_norm(kind: type[nn.Module]) -> type[nn.Module]:
-    plain = kind.forward
-
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if _ours(hidden_states, self.weight):
             return _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # pyright: ignore[reportReturnType]
-        return plain(self, hidden_states)
+        return kind.forward(self, hidden_states)  # pyright: ignore[reportReturnType]
 
-    return type(kind.__name__, (kind,), {"forward": forward})
+    return patched_class(kind, "norm_and_rope", forward)
 
 
-def _same_norm(module: Any) -> bool:
+def _is_norm(module: Any) -> bool:
+    """Whether a module has what such a norm computes with."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or not isinstance(eps, float) or not _ours(weight):
-        return False
-    x = torch.linspace(-2.0, 3.0, 2 * weight.shape[-1]).view(2, -1)
-    with torch.no_grad():
-        return torch.allclose(module(x), _Norm.apply(x, weight, eps), rtol=1e-4, atol=1e-6)  # pyright: ignore[reportArgumentType]
+    right = isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return right and isinstance(eps, float)
+
+
+def _norm_differs(module: Any, *, gradients: bool = False) -> str | None:
+    """The norm's own forward against the one here, on two rows, and with their gradients."""
+    forward: Any = type(module).forward
+    x = torch.linspace(-2.0, 3.0, 2 * module.weight.shape[-1]).view(2, -1)
+    close = {"rough": 1e-4}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), disabled():
+        ours: Any = _Norm.apply(x, module.weight, module.variance_epsilon)  # pyright: ignore
+        why = difference("values of the norm", ours, forward(module, x), **close)
+    if why is not None or not gradients:
+        return why
+    x.requires_grad_()
+    with (
+        torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), disabled(),
+        twin_parameters(module) as twins,
+    ):  # fmt: skip
+        at = [x, *twins]
+        ours = _Norm.apply(x, module.weight, module.variance_epsilon)  # pyright: ignore
+        pairs = zip(pulled(ours, at), pulled(forward(module, x), at), strict=True)
+        return next(
+            (why for a, b in pairs if (why := difference("gradients of the norm", a, b, **close))), None
+        )
 
 
 # ---------------------------------------------------------------- rotations
@@ -122,30 +164,36 @@ def _rotation_of(kind: type[nn.Module]) -> Any:
 
 
 @cache
-def _same_rotation(rotation: Any) -> bool:
-    q, k = torch.linspace(-2.0, 3.0, 2 * 24).view(2, 1, 2, 3, 4)
+def _rotation_differs(rotation: Any) -> str | None:
+    """transformers' function against the one here, on a few numbers, and with their gradients."""
     angles = torch.linspace(0.1, 2.0, 12).view(1, 3, 4)
     cos, sin = angles.cos(), angles.sin()
-    try:
-        theirs = rotation(q, k, cos, sin)
-    except (TypeError, ValueError, RuntimeError):  # another function under the same name
-        return False
-    ours = (_rotate_halves(x, cos.unsqueeze(1), sin.unsqueeze(1), 1) for x in (q, k))
-    return all(
-        a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in zip(theirs, ours, strict=True)
-    )
+
+    def trial() -> str | None:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            q, k = (x.clone().requires_grad_() for x in torch.linspace(-2.0, 3.0, 2 * 24).view(2, 1, 2, 3, 4))
+            theirs = rotation(q, k, cos, sin)
+            for x, their in zip((q, k), theirs, strict=True):
+                ours = apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1))
+                why = difference("rotated numbers", ours, their, rough=1e-5)
+                why = why or difference(
+                    "gradients of the rotation", *(pulled(y, [x])[0] for y in (ours, their)), rough=1e-5
+                )
+                if why is not None:
+                    return why
+        return None
+
+    return tried(trial)
 
 
 @cache
-def _with_rotation(kind: type[nn.Module]) -> type[nn.Module]:
-    """The module's own forward, in which another function stands under the rotation's name."""
-    own: Any = kind.forward
-    plain = _rotation_of(kind)
+def _with_rotation(kind: type[nn.Module], own: Any, plain: Any) -> type[nn.Module]:
+    """own: the module's forward, in which another function than `plain` stands under the rotation's name."""
 
     def rotate(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any
     ) -> tuple[Tensor, ...]:
-        if more or named or cos.shape[-1] != q.shape[-1] or not _ours(cos, sin):
+        if more or named or cos.shape[-1] != q.shape[-1] or not _ours(cos, sin):  # or switched off
             return plain(q, k, cos, sin, *more, **named)
         if not _ours(q, k):  # what autocast made of them; the product with float32 angles is float32
             if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.dtype != torch.bfloat16:
@@ -158,4 +206,4 @@ def _with_rotation(kind: type[nn.Module]) -> type[nn.Module]:
         own.__code__, {**own.__globals__, ROTATION: rotate}, own.__name__, own.__defaults__, own.__closure__
     )
     forward.__kwdefaults__ = own.__kwdefaults__
-    return type(kind.__name__, (kind,), {"forward": forward})
+    return patched_class(kind, "norm_and_rope", forward)

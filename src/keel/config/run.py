@@ -82,8 +82,15 @@ else:
     StageConfig = Annotated[SerializeAsAny[OwnStage], WrapValidator(_of_any_kind)]
 
 
+def _as_switch(value: object) -> object:
+    """YAML reads a bare on or off as a boolean."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class RunConfig(Settings):
     """A whole run."""
+
+    _accel = field_validator("accel", mode="before")(_as_switch)
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."
@@ -99,6 +106,10 @@ class RunConfig(Settings):
         description="Precision of every model, as in `model.dtype`, where a stage does not say another; "
         "null: "
         "what stages say themselves (auto).",
+    )
+    accel: Literal["on", "off"] = Field(
+        "on",
+        description="off: transformers' own code throughout, none of keel's faster paths. Slower; results agree to rounding.",
     )
     rounds: RoundsConfig | None = Field(
         None,

@@ -12,18 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from keel.accel.modules import evaluating
+from keel.accel.batch_layout import KINDS
+from keel.accel.modules import pulled, undisturbed
+from keel.accel.patches import difference, disabled, enabled, trusted
 from keel.models.precision import computing
 
 FACTORS = ("logit_scale", "lm_head_multiplier")  # names in a config: Cohere's, Falcon-H1's
-# by the linear layer: factor, cap and vocabulary; None: no head. (A Head would keep the layer, and the model
-# with it.)
-_known: WeakKeyDictionary[nn.Module, tuple[float, float | None, int] | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,59 +41,68 @@ class Head:
 
 
 def head_of(model: Any) -> Head | None:
-    """The head of a language model, tried out once; None if its logits are not what `Head` says.
+    """The head of a language model, tried out once; None if its logits are not what `Head` says, or the path
+    `head` of `keel.accel` is off.
 
     `model` may be something else that is called like a model and has `get_output_embeddings` and `config`.
     """
+    if not enabled("head"):
+        return None
     linear = getattr(model, "get_output_embeddings", lambda: None)()
     if linear is None or (_adapted(linear) and not hasattr(model, "peft_config")):
         return None  # whether a head's adapters are on is only known while the model runs
-    if linear not in _known:
-        _known[linear] = _tried(model, linear)
-    known = _known[linear]
-    return None if known is None else Head(linear, *known)
+    head = _supposed(model, linear)
+    known = model.config.get_text_config().model_type in KINDS
+    depends_on = next(linear.parameters()).dtype
+    if not trusted("head", linear, lambda: _differs(model, head), depends_on=depends_on, say=known):
+        return None
+    return head
 
 
 def _adapted(linear: Any) -> bool:
     return any(hasattr(linear, name) for name in ("lora_A", "modules_to_save"))
 
 
-def _tried(model: Any, linear: Any) -> tuple[float, float | None, int] | None:
-    """Factor, cap and vocabulary, if they make the model's own logits of hidden states small and large."""
+def _supposed(model: Any, linear: Any) -> Head:
+    """The head as the model's config describes it."""
     config = model.config.get_text_config()
     factor = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     for name in FACTORS:
         factor *= getattr(config, name, None) or 1.0
-    head = Head(linear, factor, getattr(config, "final_logit_softcapping", None), 0)
-    device = next(linear.parameters()).device
-    ids, given = torch.arange(4, device=device)[None], []
+    vocab = getattr(linear, "out_features", None) or linear.weight.shape[0]
+    return Head(linear, factor, getattr(config, "final_logit_softcapping", None), vocab)
+
+
+def _differs(model: Any, head: Head) -> str | None:
+    """Whether `head` makes the model's own logits of hidden states small and large, and their gradients."""
+    module = model if isinstance(model, nn.Module) else model.get_base_model()
+    device = next(head.linear.parameters()).device
+    ids, given = torch.arange(4, device=device)[None], list[Tensor]()
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def other(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
         noise *= torch.tensor([0.1, 1.0, 10.0, 100.0])[:, None]
-        given.append(noise.to(inputs[0]))
+        given.append(noise.to(inputs[0]).requires_grad_())
         return (given[-1], *inputs[1:])
 
-    with evaluating(model), torch.no_grad(), computing(model, device):
-        try:
-            with _before(linear, other):
-                logits = model(**asked).logits
-            with capture_head_input(head, skip_logits=True) as seen:
-                model(**asked)
-            ours = head(given[-1])
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-        ):  # a model that wants more than ids, or all positions
-            return None
-    own = len(given) == len(seen) == 1 and seen[0].shape[:2] == ids.shape and ours.shape == logits.shape
-    rough = 1e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    if not own or not torch.allclose(ours.float(), logits.float(), rtol=rough, atol=rough):
-        return None
-    return factor, head.cap, logits.shape[-1]
+    with undisturbed(module), torch.inference_mode(False), computing(model, device):
+        with disabled(), torch.enable_grad(), _before(head.linear, other):
+            logits = model(**asked).logits
+        with disabled(), torch.no_grad(), capture_head_input(head, skip_logits=True) as seen:
+            model(**asked)
+        if len(given) != 1 or len(seen) != 1 or seen[0].shape[:2] != ids.shape:
+            return "it calls its head otherwise"
+        with torch.enable_grad():
+            ours = head(given[0])
+        rows = zip(ours[0], logits[0], strict=True)
+        why = next(filter(None, (difference("logits", a[None], b[None]) for a, b in rows)), None)
+        if why is not None or not logits.requires_grad:
+            return why
+        rough = 3e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        return difference(
+            "gradients of logits", pulled(ours, given)[0], pulled(logits, given)[0], rough=rough
+        )
 
 
 @contextmanager

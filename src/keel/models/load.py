@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -32,10 +32,7 @@ from keel.accel.modules import dropout_rates
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import quantize
-from keel.models.precision import prepare_model, weights
-
-if TYPE_CHECKING:
-    pass
+from keel.models.precision import mark_precision, weights
 
 COUNT_FROM_PAD = (
     "roberta",
@@ -122,12 +119,12 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
             )
         if source.quantize is not None:
             quantize.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
-        return prepare_model(with_whole_embeddings(model), source.dtype)
+        return mark_precision(with_whole_embeddings(model), source.dtype)
     if vocab is not None:
         _adopt_vocabulary(config, vocab, source.init)
     with seeded(derive_seed("init", seed)):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return prepare_model(with_whole_embeddings(model), source.dtype)
+    return mark_precision(with_whole_embeddings(model), source.dtype)
 
 
 def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequence[str] | None = None) -> Any:
@@ -166,7 +163,7 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
     head = score_head(model)
     if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
-    return prepare_model(with_whole_embeddings(model), source.dtype)
+    return mark_precision(with_whole_embeddings(model), source.dtype)
 
 
 def scorer_without_weights(source: ModelSource) -> Any:

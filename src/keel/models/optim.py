@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from keel.accel.cpu_linear import grads_in_place
 from keel.errors import NotFiniteError
 
 
@@ -29,6 +30,13 @@ def adamw(
             if members:
                 parameters.append({"params": members, "lr": lr, "peak_lr": lr, "weight_decay": decay})
     return torch.optim.AdamW(parameters, betas=betas, fused=True)
+
+
+def backward(loss: Tensor) -> None:
+    """Add the gradients of a scalar loss to those of all weights, as a training loop wants them: what is made
+    of linear layers on the CPU is added where it is kept (`keel.accel.cpu_linear.grads_in_place`)."""
+    with grads_in_place():
+        loss.backward()
 
 
 def step(

@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from keel.accel import attention
-from keel.accel.cpu_linear import cast_cache, patch_linears
-from keel.accel.norm_and_rope import patch_norms_and_rope
+from keel import accel
+from keel.accel.cpu_linear import cast_cache
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @cache
@@ -33,18 +35,24 @@ def weights(dtype: str) -> torch.dtype:
     return torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
-def prepare_model(model: Any, dtype: str) -> Any:
-    """The model, `fused`, and marked with whether `computing` chooses its precision."""
-    model.keel_auto = dtype == "auto"
-    attention.register()
-    return patch_linears(patch_norms_and_rope(model))
+def mark_precision(model: M, dtype: str) -> M:
+    """The model, marked with whether `computing` chooses its precision (`dtype: auto`)."""
+    setattr(model, "keel_auto", dtype == "auto")  # noqa: B010  torch types attributes as modules
+    return model
+
+
+def prepare_model(model: M, dtype: str) -> M:
+    """The model, marked, and prepared for speed as `computing` would at its first forward."""
+    return accel.prepare(mark_precision(model, dtype))
 
 
 @contextlib.contextmanager
 def computing(model: Any, device: torch.device) -> Iterator[None]:
     """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype:
-    auto` on hardware that is fast in it. Weights are cast once in a context, so it must end before they
-    change."""
+    auto` on hardware that is fast in it, where weights are cast once in a context. A model that comes here
+    for the first time is prepared for speed (`keel.accel.prepare`)."""
+    if isinstance(model, nn.Module):
+        accel.prepare(model)
     if not autocast_on(model, device):
         yield
         return

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keel import accel
 from keel.models.lora import AdapterFiles
 
 
@@ -19,11 +20,12 @@ def save(
     adapter: AdapterFiles | None = None,
 ) -> None:
     """Write what `from_pretrained` reads, plus a model card, the adapter that was merged in, and copies of an
-    ensemble's other members. Replaces `directory` by rename: never half-written."""
+    ensemble's other members. The model is left as transformers made it. Replaces `directory` by rename: never
+    half-written."""
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
-    model.save_pretrained(partial)
+    accel.restore(model).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if adapter is not None:

@@ -27,7 +27,7 @@ from keel.models.load import (
     seed_head,
     with_whole_embeddings,
 )
-from keel.models.precision import prepare_model, weights
+from keel.models.precision import mark_precision, weights
 
 # by which transformers and peft know a quantised model
 QUANTISED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
@@ -67,7 +67,7 @@ class Base:
             if hasattr(lm, name):
                 setattr(model, name, getattr(lm, name))
         model.keel_afresh = partial(scorer, replace(self.source, quantize=None), seed)
-        return prepare_model(with_whole_embeddings(model).requires_grad_(False), self.source.dtype)
+        return mark_precision(with_whole_embeddings(model).requires_grad_(False), self.source.dtype)
 
 
 def open_base(source: ModelSource, seed: int, device: torch.device) -> Base:

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 import keel
-from keel import report
+from keel import accel, report
 from keel.config import RunConfig, Stage, Training
 from keel.data import load
 from keel.data.batches import derive_seed
@@ -77,6 +77,7 @@ class Pipeline:
                 "seed": self.config.seed,
                 "threads": self.config.threads,
                 "device": device_of(self.config).type,
+                "accel": _accel_state(self.config),
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
                 "data": [load.fingerprint(from_outside(sources)) for sources, _ in stage.all_data()],
                 "rewards": {function: functions.source_print(function) for function in functions_of(stage)},
@@ -153,7 +154,7 @@ class Pipeline:
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with locked(self.directory), deterministic(self.config):
+        with locked(self.directory), deterministic(self.config), switched(self.config):
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
@@ -300,6 +301,20 @@ class Pipeline:
             "stages": stages,
         }
         write_json(path, manifest)
+
+
+def switched(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """`accel: off` for as long as it lasts; otherwise as the environment says."""
+    return accel.disabled() if config.accel == "off" else contextlib.nullcontext()
+
+
+def _accel_state(config: RunConfig) -> str:
+    """Which of keel's faster paths a run uses: it changes rounding. UsageError for a `KEEL_ACCEL` that says nothing."""
+    try:
+        with switched(config):
+            return accel.state()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 @contextlib.contextmanager

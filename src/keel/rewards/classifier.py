@@ -20,7 +20,7 @@ from keel.data.batches import length_mask, pad
 from keel.errors import UsageError
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config, score_head
 from keel.models.logprobs import backbone, head_dtype
-from keel.models.precision import computing, prepare_model, weights
+from keel.models.precision import computing, mark_precision, weights
 from keel.types import Conversation, Prompt
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def pretrained(kind: Any, source: ModelSource, config: PreTrainedConfig) -> Any:
     missing = [key for key in info["missing_keys"] if not (headless and key.startswith("pooler."))]
     if missing:
         raise UsageError(f"model {source.path!r} is incomplete: it has no {min(missing)}")
-    return prepare_model(model, source.dtype)
+    return mark_precision(model, source.dtype)
 
 
 @contextlib.contextmanager

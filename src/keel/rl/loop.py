@@ -286,11 +286,11 @@ def backward(
             )  # fmt: skip
             # a critic of its own first: what it keeps for its backward is gone before the policy's is there
             if (critic := algorithm.critic_loss(batch)) is not None:
-                critic.loss.backward()
+                optim.backward(critic.loss)
                 total.add_critic(critic)
             output = algorithm.loss(batch)
             if output.loss.requires_grad:
-                output.loss.backward()
+                optim.backward(output.loss)
             total.add(output)
     setup.run.count("train", useful_tokens([(sizes.prompts[i], sizes.tokens[i]) for i in rows]), read())
     return total
@@ -322,6 +322,6 @@ def _ptx_gradient(setup: Setup[Any], update: int, step: int) -> float:
     tokens, total = sum(row.counted for row in rows), 0.0
     for part in parts_of(setup.config, rows, lambda row: len(row.ids)):
         value, _ = language.loss(setup.roles.policy, part, setup.pad_id, tokens)
-        (ptx.coef * value).backward()
+        optim.backward(ptx.coef * value)
         total += float(value.detach())
     return total

@@ -79,9 +79,11 @@ def generate(
         decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
     ):  # fmt: skip
         work = work or TokenCount()
-        done = _stream(
-            model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, batch_size, seen, steps, work
-        )
+        done = None
+        if decode_step.keeps_slots(model):  # else by the model's own forward alone
+            done = _stream(
+                model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, batch_size, seen, steps, work
+            )
         if done is None:
             done = [
                 reference_engine.complete(model, prompt, row, sampling, stop_ids, seen, stop_texts)

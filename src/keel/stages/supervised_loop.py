@@ -99,7 +99,7 @@ def fit(
             with cast_cache():
                 for part in parts_of(config, chosen, objective.size):
                     value, measured = objective.loss(part, denominator)
-                    value.backward()
+                    optim.backward(value)
                     add_metrics(sums, {"loss": value.detach(), **measured})
             # 3. the optimiser's step
             scale, where = lr_scale(config, step - 1, steps), f"{stage_run.name}, step {step}"

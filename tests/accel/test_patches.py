@@ -1,0 +1,462 @@
+"""The switch, the self-tests against a transformers that changed, and what a prepared model is to others."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+from keel import accel
+from keel.accel import (
+    AccelWarning,
+    attention,
+    batch_layout,
+    cpu_linear,
+    decode_graphs,
+    decode_step,
+    modules,
+    patches,
+)
+from keel.accel.cpu_linear import cast_cache, grads_in_place, patch_linears
+from keel.models import logprobs, optim, precision
+from keel.models.load import ModelSource, causal_lm
+from keel.models.save import save
+from keel.rollout.engine import generate
+from keel.types import Sampling
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 60, "hidden_size": 64, "intermediate_size": 600, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44], [5, 6, 7], [8, 8]]
+IDS = torch.tensor([[5, 6, 7, 8, 20, 21, 22], [5, 6, 7, 8, 30, 0, 0], [9, 10, 11, 12, 13, 14, 0]])
+INDEX = torch.tensor([3, 4, 5, 7 + 3, 14 + 4])
+TOKENS = torch.tensor([20, 21, 22, 30, 14])
+
+
+def plain_model() -> Any:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def keels(model: Any) -> tuple[Tensor, list[Tensor], list[tuple[int, ...]]]:
+    """Log-probabilities of some tokens, their gradients, and greedy samples, as keel computes them."""
+    model.zero_grad()
+    inputs = logprobs.head_inputs(model, IDS, INDEX)
+    logp = logprobs.token_logprobs(inputs, TOKENS).logp
+    optim.backward(logp.sum())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    done = generate(model, PROMPTS, Sampling(6, temperature=0), stop_ids=[99], pad_id=0, seed=0)
+    return logp.detach(), gradients, [c.ids for c in done]
+
+
+def transformers_own(model: Any) -> tuple[Tensor, list[Tensor], list[tuple[int, ...]]]:
+    """The same by a forward of each row by itself."""
+    model.zero_grad()
+    parts = []
+    for row, position in ((int(i) // 7, int(i) % 7) for i in INDEX):
+        logits = model(input_ids=IDS[row : row + 1, : position + 1], use_cache=False).logits[0, -1]
+        parts.append(logits.log_softmax(-1)[TOKENS[len(parts)]])
+    logp = torch.stack(parts)
+    logp.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    samples = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        samples.append(tuple(ids[len(prompt) :]))
+    return logp.detach(), gradients, samples
+
+
+def assert_agree(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(one[1], other[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-6)
+    assert one[2] == other[2]
+
+
+# ---------------------------------------------------------------- a transformers that changed
+
+
+def scaled_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_llama.LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaDecoderLayer,
+        "forward",
+        lambda self, *given, **more: 1.1 * forward(self, *given, **more),
+    )
+
+
+def scaled_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        modeling_llama.LlamaRMSNorm,
+        "forward",
+        lambda self, x: x * self.weight / (1 + x.pow(2).mean(-1, keepdim=True)).sqrt(),
+    )
+
+
+def other_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        modeling_llama,
+        "apply_rotary_pos_emb",
+        lambda q, k, cos, sin, **more: rotate(1.2 * q, k, cos, sin, **more),
+    )
+
+
+def scaled_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 0.8 * forward(self, x))
+
+
+CHANGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
+    "layer": (scaled_layer, {"last_layer", "decode_step"}),
+    "norm": (scaled_norm, {"norm_and_rope", "decode_step"}),
+    "rotation": (other_rotation, {"norm_and_rope", "last_layer", "decode_step"}),
+    "mlp": (scaled_mlp, {"cpu_linear", "decode_step"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_transformers_is_noticed_and_its_own_numbers_are_used(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, off = CHANGES[change]
+    unchanged = keels(plain_model())
+    make(monkeypatch)
+    model = plain_model()
+    theirs = transformers_own(copy.deepcopy(model))
+    with pytest.warns(AccelWarning) as said:
+        ours = keels(model)
+    named = [re.search(r"accel: (\w+) is off for \w+", str(line.message)) for line in said]
+    assert sorted(match.group(1) for match in named if match) == sorted(off)  # one line each
+    assert_agree(ours, theirs)
+    assert not torch.allclose(ours[0], unchanged[0], atol=1e-2)  # the change is one that shows
+    keels(model)  # nothing is said again: a warning would be an error
+
+
+def test_a_trial_that_passes_says_nothing_and_the_paths_are_used() -> None:
+    model = plain_model()
+    with batch_layout.counting() as count:
+        ours = keels(model)
+        assert count() < IDS.numel()
+    assert not accel.refusals(model)
+    assert decode_step.fits(model)
+    assert_agree(ours, transformers_own(plain_model()))
+
+
+def test_the_recorded_step_has_a_trial_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_step, "fits", decode_step.has_shape)
+    assert decode_graphs.fits(plain_model())
+    scaled_layer(monkeypatch)
+    with pytest.warns(AccelWarning, match="decode_graphs is off"):
+        assert not decode_graphs.fits(plain_model())
+
+
+def test_a_wrong_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain_model()
+    theirs = transformers_own(copy.deepcopy(model))
+    monkeypatch.setattr(attention, "rows_of", lambda mask: None)
+    with pytest.warns(AccelWarning, match="batch_layout is off"):
+        ours = keels(model)
+    assert_agree(ours, theirs)
+
+
+def test_a_path_with_right_values_and_wrong_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", _norm_without_gradient_of_its_scale)
+    with pytest.warns(AccelWarning, match="norm_and_rope is off for LlamaRMSNorm.*gradients"):
+        precision.prepare_model(plain_model(), "float32")
+
+
+def _norm_without_gradient_of_its_scale(self: Any, x: Tensor) -> Tensor:
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).detach())
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    model = plain_model().train()
+    model.model.layers[0].eval()
+    modes, seen = [m.training for m in model.modules()], list[Any]()
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(0))
+    model.lm_head.weight.register_hook(lambda gradient: seen.append(1))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    accel.prepare(model)
+    layer, kept = model.model.layers[1], [id(p) for p in model.parameters()]
+    assert patches.trusted("kv_slots", layer, lambda: None)
+    with torch.no_grad(), logprobs.computing(model, CPU):
+        assert logprobs.head_of(model) is not None
+        assert batch_layout._ways_of(model.lm_head, model, lambda **given: model.model(**given)[0]).together
+        assert decode_step.keeps_slots(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert [id(p) for p in model.parameters()] == kept
+    assert all(bool((p.grad == 7).all()) for p in model.parameters())
+    assert not seen
+
+
+def test_running_out_of_memory_says_nothing_of_a_model() -> None:
+    layer = nn.Linear(2, 2)
+
+    def full() -> str | None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        patches.trusted("head", layer, full)
+    assert patches.trusted("head", layer, lambda: None)
+
+
+# ---------------------------------------------------------------- what others see
+
+
+def test_another_model_of_the_class_gives_the_bytes_it_gave(tmp_path: Path) -> None:
+    plain_model().save_pretrained(tmp_path)
+
+    def alone() -> tuple[Tensor, list[Tensor], Any]:
+        model: Any = LlamaForCausalLM.from_pretrained(tmp_path)
+        result = transformers_own(model)
+        done = model.generate(IDS[:, :4], max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert not any(isinstance(m, modules.Patched) for m in model.modules())
+        assert model.config._attn_implementation == "sdpa"
+        return result[0], result[1], done
+
+    before = alone()
+    keels(causal_lm(ModelSource(str(tmp_path)), 0))
+    after = alone()
+    assert torch.equal(before[0], after[0])
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    assert torch.equal(before[2], after[2])
+
+
+def test_loading_leaves_a_model_plain_and_so_does_saving(tmp_path: Path, tokenizer: Any) -> None:
+    plain_model().save_pretrained(tmp_path / "a")
+    model = causal_lm(ModelSource(str(tmp_path / "a")), 0)
+
+    def is_plain() -> bool:
+        return model.config._attn_implementation == "sdpa" and not any(
+            isinstance(m, modules.Patched) for m in model.modules()
+        )
+
+    assert is_plain()
+    expected = model(IDS).logits
+    accel.prepare(model)
+    assert not is_plain()
+    assert accel.prepare(model) is model
+    assert accel.restore(model) is model
+    assert is_plain()
+    assert torch.equal(model(IDS).logits, expected)
+    accel.prepare(model)
+    save(model, tokenizer, tmp_path / "b", "card")
+    assert is_plain()
+    assert "keel" not in (tmp_path / "b" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("way", ["torch", "pickle", "deepcopy", "copy"])
+def test_prepared_models_are_copied_and_pickled(way: str) -> None:
+    model = accel.prepare(plain_model())
+    buffer = io.BytesIO()
+    if way == "torch":
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        twin = copy.deepcopy(model) if way == "deepcopy" else copy.copy(model)
+    assert isinstance(twin.model.norm, modules.Patched) == (way in ("deepcopy", "copy"))
+    torch.testing.assert_close(twin(IDS).logits, model(IDS).logits)
+    assert_agree(keels(twin), keels(model))
+    if way == "deepcopy":
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+        assert float(model(IDS).logits.abs().max()) > 0
+
+
+def loss_of(model: Any) -> Tensor:
+    logits = model(IDS).logits
+    return (logits * torch.linspace(-1, 2, logits.numel()).view_as(logits)).mean()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_autograd_is_plain_outside_of_keels_loops(half: bool) -> None:
+    model, plain = accel.prepare(plain_model()), plain_model()
+    names = ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+    found: list[list[Tensor]] = []
+    for each in (model, plain):
+        asked = [each.get_parameter(name) for name in names]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = loss_of(each)
+        gradients = list(torch.autograd.grad(loss, asked, retain_graph=True))
+        assert all(p.grad is None for p in each.parameters())
+        loss.backward(inputs=asked[:1])
+        assert [name for name, p in each.named_parameters() if p.grad is not None] == names[:1]
+        torch.testing.assert_close(asked[0].grad, gradients[0])
+        found.append(gradients)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-3, atol=(5e-2 if half else 1e-4) * float(theirs.abs().max())
+        )
+
+
+def test_functional_calls_and_their_gradients() -> None:
+    model, plain = accel.prepare(plain_model()), plain_model()
+    found = []
+    for each in (model, plain):
+        weights = {name: 1.1 * p.detach() for name, p in each.named_parameters()}
+        found.append(
+            torch.func.grad(
+                lambda w, each=each: (torch.func.functional_call(each, w, (IDS,)).logits ** 2).mean()
+            )(weights)
+        )
+        traced = {name: w.requires_grad_() for name, w in weights.items()}
+        (torch.func.functional_call(each, traced, (IDS,)).logits ** 2).mean().backward()
+        for name, gradient in found[-1].items():
+            torch.testing.assert_close(traced[name].grad, gradient, rtol=1e-3, atol=1e-6)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])
+
+
+def test_a_weight_that_is_used_twice_gets_both_gradients_in_place_and_not() -> None:
+    layer: Any = nn.Linear(256, 256, bias=False)
+    x = torch.randn(5, 256)
+    (expected,) = torch.autograd.grad(layer(layer(x)).sum(), layer.weight)
+    model: Any = patch_linears(nn.Sequential(layer))
+    (found,) = torch.autograd.grad(model(model(x)).sum(), layer.weight)
+    torch.testing.assert_close(found, expected)
+    for _ in range(2):
+        loss = model(model(x)).sum()
+        with grads_in_place():
+            loss.backward()
+    torch.testing.assert_close(layer.weight.grad, 2 * expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- casts
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_no_step_of_an_optimiser_is_hidden_by_a_cast(kind: Any) -> None:
+    model: Any = patch_linears(nn.Sequential(nn.Linear(64, 32)))
+    optimizer = kind(model.parameters(), lr=0.5, **({"fused": True} if kind is torch.optim.AdamW else {}))
+    x = torch.randn(4, 64)
+    with cast_cache(), torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        before.float().pow(2).sum().backward()
+        optimizer.step()
+        after = model(x)
+        with torch.no_grad():
+            packed = model(x)
+        fresh = nn.functional.linear(x, model[0].weight, model[0].bias)
+    assert not torch.allclose(after, before, atol=0.1)
+    torch.testing.assert_close(after, fresh, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(packed, fresh, rtol=2e-2, atol=2e-2)
+
+
+# ---------------------------------------------------------------- the switch
+
+
+def test_values_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = frozenset(accel.PATCHES)
+    for text, off in [
+        ("", set()),
+        ("1", set()),
+        ("on", set()),
+        ("0", everything),
+        ("OFF", everything),
+        ("-head, -last_layer", {"head", "last_layer"}),
+    ]:
+        assert patches.parse_switch(text) == off
+    for text in ("2", "head", "-heads"):
+        with pytest.raises(ValueError, match=r"head|expected 0, 1"):
+            patches.parse_switch(text)
+    token = patches._off.set(None)
+    try:
+        monkeypatch.setenv("KEEL_ACCEL", "-head")
+        assert accel.state() == "on without head"
+        with accel.disabled("last_layer"):
+            assert accel.state() == "on without head, last_layer"
+        with accel.disabled():
+            assert accel.state() == "off"
+    finally:
+        patches._off.reset(token)
+    assert accel.state() == "on"
+    with pytest.raises(ValueError, match="no path 'nothing'"), accel.disabled("nothing"):
+        pass
+
+
+def test_the_table_names_every_path_and_where_it_is() -> None:
+    import importlib
+
+    for row in accel.table():
+        source = Path(str(importlib.import_module(row["where"]).__file__)).read_text()
+        used = source + Path(str(decode_step.__file__)).read_text()  # which tries the slots
+        assert f'"{row["name"]}"' in used
+        assert all(row.values())
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_off_is_transformers_own_code_and_agrees(prepared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain_model()
+    if prepared:
+        accel.prepare(model)
+    on = keels(plain_model())
+    for forbidden in (cpu_linear._Product, cpu_linear._Gated):
+        monkeypatch.setattr(forbidden, "apply", None)
+    with accel.disabled(), batch_layout.counting() as count:
+        off = keels(model)
+        assert count() == IDS.numel()
+        assert logprobs.head_of(model) is None
+        assert not decode_step.keeps_slots(model)
+    assert_agree(on, off)
+    assert_agree(off, transformers_own(plain_model()))
+
+
+@pytest.mark.parametrize("name", accel.PATCHES)
+def test_each_path_can_be_off_by_itself(name: str) -> None:
+    on = keels(plain_model())
+    with accel.disabled(name):
+        assert_agree(keels(plain_model()), on)
+
+
+def test_a_run_without_agrees_and_is_another_run(whole: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    names = ("base", "sft", "reward", "ppo")
+    stages = copy.deepcopy({name: whole["stages"][name] for name in names})
+    for name in names:
+        stages[name] |= {"updates": 1} if name == "ppo" else {"max_steps": 1}
+    on, off = (run({"stages": stages, "accel": value}, tmp_path / str(value)) for value in (True, False))
+    assert on.config.accel == "on"
+    assert off.config.accel == "off"
+    assert on.fingerprint("base") != off.fingerprint("base")
+    for name in names:
+        lines = [
+            json.loads((pipeline.stage_directory(name) / "metrics.jsonl").read_text().splitlines()[0])
+            for pipeline in (on, off)
+        ]
+        compared = {
+            key
+            for key, value in lines[0].items()
+            if "loss" in key or "grad_norm" in key or ("kl" in key and isinstance(value, float))
+        }
+        assert compared
+        for key in compared & lines[1].keys():
+            assert lines[1][key] == pytest.approx(lines[0][key], rel=1e-3, abs=1e-5), (name, key)
