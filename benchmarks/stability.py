@@ -141,14 +141,14 @@ def train(point: dict[str, Any], settings: argparse.Namespace, folder: Path) -> 
     from keel.data import chat
     from keel.models.load import load_tokenizer
     from keel.pipeline.pipeline import Pipeline
-    from keel.pipeline.preflight import from_outside, main_data_of
+    from keel.pipeline.preflight import from_outside
 
     run = Path(point["run"])
     config = read(run / "config.yaml", [])
     stage: Any = config.stages[settings.stage]
     model, reward = (run / "stages" / name / "model" for name in (stage.model.path, stage.reward[0].model))
     tokenizer = load_tokenizer(str(model))
-    ((sources, kinds), *_) = main_data_of(stage)
+    ((sources, kinds), *_) = stage.main_data()
     records: Any = Pipeline(config, run).sources.load_data(from_outside(sources), kinds).records
     prompts = [chat.prompt_ids(tokenizer, record.prompt) for record in records]
     job = {

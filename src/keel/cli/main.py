@@ -352,6 +352,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
     import torch
 
+    from keel import accel
+
     def installed(package: str) -> str | None:
         try:
             return version(package)
@@ -372,8 +374,9 @@ def doctor(as_json: JsonOption = False) -> None:
     facts["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
     missing = [package for package in NEEDED if facts[package] is None]
     facts |= {group: list(plugins.names(group)) for group in plugins.GROUPS}  # what other packages add
+    paths = accel.table()
     if as_json:
-        print(json.dumps({**facts, "missing": missing}, indent=2))
+        print(json.dumps({**facts, "missing": missing, "accel": paths}, indent=2))
     else:
         shown = {
             name: ", ".join(value) or None if isinstance(value, list) else value
@@ -381,6 +384,10 @@ def doctor(as_json: JsonOption = False) -> None:
         }
         print("\n".join(f"{name:<20} {'none' if value is None else value}" for name, value in shown.items()))
         print(f"missing: {', '.join(missing)}" if missing else "all that keel needs is here")
+        print(
+            "\nWhat computes in a model's place, once a trial on that model agrees (KEEL_ACCEL=0: nothing does):"
+        )
+        print("\n".join(f"{path['name']:<20} {path['state']:<4} {path['replaces']}" for path in paths))
     if missing:
         raise typer.Exit(1)
 

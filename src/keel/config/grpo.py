@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from keel.algorithms.masked import Reduction
 from keel.config import methods
 from keel.config.on_policy import KLConfig, OnPolicy
 from keel.config.presets import AS_IT_COMES, PRESETS, whole_kl
 from keel.config.rewards import as_terms
+
+if TYPE_CHECKING:
+    from keel.algorithms.masked import Reduction
 
 
 class GRPOConfig(OnPolicy):

@@ -13,21 +13,26 @@ from functools import partial
 from typing import Any
 
 from keel import plugins
-from keel.algorithms.advantages import ESTIMATORS
-from keel.algorithms.policy import LOSSES
 from keel.errors import UsageError
 from keel.plugins import GROUPS, Group
 
-BUILT_IN: Mapping[Group, Mapping[str, Callable[..., Any] | None]] = {
-    "keel.policy_losses": LOSSES,
-    "keel.advantages": ESTIMATORS,
-    "keel.engines": {"keel": None, "reference": None},  # opened where the model is: keel.rl.setup
-}
+
+def built_in(group: Group) -> Mapping[str, Callable[..., Any] | None]:
+    """keel's own, by name. The algorithms are imported here, so that reading a config of other stages loads no torch."""
+    if group == "keel.engines":
+        return {"keel": None, "reference": None}  # opened where the model is: keel.rl.setup
+    if group == "keel.advantages":
+        from keel.algorithms.advantages import ESTIMATORS
+
+        return ESTIMATORS
+    from keel.algorithms.policy import LOSSES
+
+    return LOSSES
 
 
 def is_plugin(group: Group, name: str) -> bool:
     """Whether a name is none of keel's own."""
-    return name not in BUILT_IN[group]
+    return name not in built_in(group)
 
 
 def find(group: Group, name: str) -> Callable[..., Any] | None:
@@ -36,13 +41,13 @@ def find(group: Group, name: str) -> Callable[..., Any] | None:
     UsageError for a name that nobody has, with the nearest one that somebody has; for one that two packages
     have, or a package and keel; for a package that cannot be imported; for something that cannot be called.
     """
-    built_in, added = BUILT_IN[group], plugins.names(group)
-    if name in built_in:
+    ours, added = built_in(group), plugins.names(group)
+    if name in ours:
         if name in added:
             raise UsageError(f"an installed package adds {GROUPS[group]} {name!r}, which is keel's own name")
-        return built_in[name]
+        return ours[name]
     if name not in added:
-        known = sorted({*built_in, *added})
+        known = sorted({*ours, *added})
         near = get_close_matches(name, known, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         raise UsageError(f"no installed package adds {GROUPS[group]} {name!r}; {hint}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.algorithms.masked import Reduction
 from keel.config import methods
 from keel.config.parts import DataConfig, DataSetting, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_source_filters, models_of
@@ -14,6 +13,9 @@ from keel.config.settings import Settings
 from keel.config.watching import Watched
 from keel.errors import UsageError
 from keel.plugins import Group
+
+if TYPE_CHECKING:
+    from keel.algorithms.masked import Reduction
 
 
 class KLConfig(Settings):
