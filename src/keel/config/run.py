@@ -109,7 +109,10 @@ class RunConfig(Settings):
     )
     accel: Literal["on", "off"] = Field(
         "on",
-        description="off: transformers' own code throughout, none of keel's faster paths. Slower; results agree to rounding.",
+        description=(
+            "off: transformers' own code throughout, none of keel's faster paths. Slower; results agree "
+            "to rounding."
+        ),
     )
     rounds: RoundsConfig | None = Field(
         None,
