@@ -8,9 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from keel.algorithms.masked import Reduction
 from keel.config import methods
-from keel.config.parts import DataConfig, DataSetting, Quantize, SamplingConfig, as_source
+from keel.config.parts import DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_source_filters, models_of
 from keel.config.settings import Settings
+from keel.config.stage import DataSetting
 from keel.config.watching import Watched
 from keel.errors import UsageError
 from keel.plugins import Group
