@@ -77,7 +77,8 @@ def _in_float32() -> Iterator[None]:
 
 @pytest.fixture
 def accel_on() -> Iterator[None]:
-    """For tests of the fast paths themselves: on, also where `KEEL_ACCEL=0` switches them off for the other tests."""
+    """For tests of the fast paths themselves: on, also where `KEEL_ACCEL=0` switches them off for the other
+    tests."""
     with patches.all_enabled():
         yield
 
@@ -113,9 +114,14 @@ def loss_of() -> Callable[..., WholeLoss]:
         policy_learns: bool = True,
     ) -> WholeLoss:
         batch = MicroBatch.of(
-            episodes, list(rows), torch.device("cpu"), denominator=denominator, kl_coef=kl_coef, on_policy=on_policy,
+            episodes,
+            list(rows),
+            torch.device("cpu"),
+            denominator=denominator,
+            kl_coef=kl_coef,
+            on_policy=on_policy,
             policy_learns=policy_learns,
-        )  # fmt: skip
+        )
         measures, losses = StepMeasures(), list[torch.Tensor]()
         if (critic := algorithm.critic_loss(batch)) is not None:
             measures.add_critic(critic)

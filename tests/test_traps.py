@@ -65,9 +65,16 @@ class Steps:
 
 def ppo_stage(data: Any, tiny_model: Path, tiny_reward: Path, **settings: Any) -> dict[str, Any]:
     defaults = {
-        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "lr": 1e-3, "batch_size": 8,
-        "updates": 2, "epochs": 3, "sampling": {"max_new_tokens": 5},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": str(tiny_reward),
+        "data": str(data.prompts),
+        "lr": 1e-3,
+        "batch_size": 8,
+        "updates": 2,
+        "epochs": 3,
+        "sampling": {"max_new_tokens": 5},
+    }
     return {"stages": {"ppo": defaults | settings}}
 
 
@@ -105,9 +112,15 @@ def with_scores(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> Non
 
 @pytest.mark.parametrize(("mini_batch", "steps"), [(None, 1), (4, 2), (2, 4)])
 def test_trap_01_mini_batch_decides_the_number_of_optimiser_steps(
-    mini_batch: int | None, steps: int, run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path,
+    mini_batch: int | None,
+    steps: int,
+    run: Any,
+    data: Any,
+    tiny_model: Path,
+    tiny_reward: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """[trl 5645] Two updates of three epochs, policy and critic."""
     count = Steps(monkeypatch)
     run(ppo_stage(data, tiny_model, tiny_reward, mini_batch=mini_batch), tmp_path)
@@ -694,21 +707,36 @@ def test_trap_every_setting_is_read_by_something(
     rows = [{"prompt": "the cat?", "answer": "red"}, {"prompt": "so the dog?", "answer": "blue"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages["genre"] = {
-        "kind": "classifier", "model": str(tiny_bert), "data": dict.fromkeys("ab", whole["stages"]["base"]["data"]),
-        "max_length": 16, "batch_size": 4, "max_steps": 1,
-    }  # fmt: skip
+        "kind": "classifier",
+        "model": str(tiny_bert),
+        "data": dict.fromkeys("ab", whole["stages"]["base"]["data"]),
+        "max_length": 16,
+        "batch_size": 4,
+        "max_steps": 1,
+    }
     own = str(Path(__file__).parent / "stages" / "rewards_for_tests.py") + ":red"
     terms = [
-        {"kind": "answer", "source_filter": None}, {"kind": "format"}, {"kind": "regex", "pattern": "r"}, {"kind": "length", "high": 3}, {"kind": "repetition"},
-        {"kind": "keywords", "words": ["red"]}, {"kind": "overlong", "max_length": 6, "buffer": 2},
-        {"kind": "similarity", "model": str(tiny_bert), "to": "answer"}, {"kind": "classifier", "model": "genre", "label": "a"},
-        {"kind": "python", "function": own}, {"kind": "learned", "model": "reward", "combine": "mean"},
-    ]  # fmt: skip
+        {"kind": "answer", "source_filter": None},
+        {"kind": "format"},
+        {"kind": "regex", "pattern": "r"},
+        {"kind": "length", "high": 3},
+        {"kind": "repetition"},
+        {"kind": "keywords", "words": ["red"]},
+        {"kind": "overlong", "max_length": 6, "buffer": 2},
+        {"kind": "similarity", "model": str(tiny_bert), "to": "answer"},
+        {"kind": "classifier", "model": "genre", "label": "a"},
+        {"kind": "python", "function": own},
+        {"kind": "learned", "model": "reward", "combine": "mean"},
+    ]
     alone = {"eval_data": None, "eval_every": None, "patience": None, "judge": None}
     stages["grpo"] = {**stages["grpo"], "judge": {"reward": [{"kind": "length", "high": 3}]}}
     stages["all-rewards"] = {
-        **stages["grpo"], **alone, "reward": terms, "data": str(tmp_path / "rows.jsonl"), "advantage": "group_relative",
-    }  # fmt: skip
+        **stages["grpo"],
+        **alone,
+        "reward": terms,
+        "data": str(tmp_path / "rows.jsonl"),
+        "advantage": "group_relative",
+    }
     stages["reward"]["members"] = 2
     prompts = {"source": "world:helpdesk/prompts", "rows": 4}
     stages["collected"] = {

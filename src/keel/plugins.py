@@ -1,7 +1,7 @@
 """What other packages add to keel, by entry points: found by name, loaded when first asked for.
 
-A package that declares `[project.entry-points."keel.rewards"] brief = "their_package:brief"` makes `brief` a name that a
-config may use. Importing keel loads none of them.
+A package that declares `[project.entry-points."keel.rewards"] brief = "their_package:brief"` makes `brief` a
+name that a config may use. Importing keel loads none of them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def names(group: Group) -> tuple[str, ...]:
 
 
 def load(group: Group, name: str) -> Any:
-    """What stands behind a name. UsageError for a name that nobody adds, one that two packages add, and one whose package
-    cannot be imported."""
+    """What stands behind a name. UsageError for a name that nobody adds, one that two packages add, and one
+    whose package cannot be imported."""
     point = _point(group, name)
     try:
         return point.load()
@@ -42,7 +42,8 @@ def load(group: Group, name: str) -> Any:
 
 
 def fingerprint(group: Group, name: str) -> str:
-    """A hash of what stands behind a name: its distribution, its version, and the source of its whole package.
+    """A hash of what stands behind a name: its distribution, its version, and the source of its whole
+    package.
 
     UsageError as `load` raises it.
     """

@@ -22,23 +22,43 @@ from keel.models.precision import prepare_model
 from keel.models.roles import AdaptersOff
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 97, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 SHARED: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8}, "mixtral": {"num_local_experts": 4}, "gpt_neox": {}, "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}, "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
-}  # fmt: skip
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_neox": {},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+}
 APART = {"bloom": {}, "mamba": {}}  # positions from the mask; no attention
 TOGETHER_TOKENS = 19  # with each prompt once, and no row's last
 APART_TOKENS = 32
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13]]
 ROWS = [
-    PROMPTS[0] + [20, 21, 22], PROMPTS[1] + [23, 24], PROMPTS[0] + [20, 25], PROMPTS[0] + [26], PROMPTS[1] + [27, 28, 29, 30],
+    PROMPTS[0] + [20, 21, 22],
+    PROMPTS[1] + [23, 24],
+    PROMPTS[0] + [20, 25],
+    PROMPTS[0] + [26],
+    PROMPTS[1] + [27, 28, 29, 30],
     [40, 41, 42, 43],
-]  # fmt: skip
+]
 
 
 def model_of(kind: str, more: dict[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
@@ -168,11 +188,14 @@ def test_more_rows_share_a_forward_where_they_need_no_padding() -> None:
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("llama4_text", {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48, "pad_token_id": None}),  # scales by the row's own positions
+        (  # scales by the row's own positions
+            "llama4_text",
+            {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48, "pad_token_id": None},
+        ),
         # turns by the longest
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ],
-)  # fmt: skip
+)
 def test_models_for_which_the_length_of_a_row_means_something_keep_their_padding(
     kind: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

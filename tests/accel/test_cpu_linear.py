@@ -16,9 +16,17 @@ from keel.accel.modules import is_patched
 from keel.models.lora import Adapters, add_adapters
 
 SIZES = {
-    "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 261, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 261,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 IDS = torch.arange(3 * 7).view(3, 7) % 261
 
 
@@ -61,9 +69,12 @@ def test_logits_and_gradients_are_those_of_the_layers(kind: str, half: bool) -> 
 
 def test_only_a_gated_part_with_silu_is_one_step() -> None:
     found = {
-        kind: sum(is_patched(module, "cpu_linear") and "MLP" in type(module).__name__ for module in patch_linears(model_of(kind)).modules())
+        kind: sum(
+            is_patched(module, "cpu_linear") and "MLP" in type(module).__name__
+            for module in patch_linears(model_of(kind)).modules()
+        )
         for kind in ("llama", "qwen3", "gemma", "gpt_neox")
-    }  # fmt: skip
+    }
     assert found == {"llama": 2, "qwen3": 2, "gemma": 0, "gpt_neox": 0}
 
 

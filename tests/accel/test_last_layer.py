@@ -17,9 +17,17 @@ from keel.models.load import checkpoint_activations
 from keel.models.lora import Adapters, add_adapters
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "vocab_size": 97, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 97,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
 KNOWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},

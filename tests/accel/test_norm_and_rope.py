@@ -16,14 +16,33 @@ from keel.accel.modules import is_patched
 from keel.accel.norm_and_rope import patch_norms_and_rope
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "vocab_size": 97, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 97,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 # how many norms and attention modules are changed; Gemma's norms multiply by 1 + weight
 CHANGED: dict[str, tuple[int, int]] = {
-    "llama": (5, 2), "mistral": (5, 2), "qwen2": (5, 2), "qwen3": (9, 2), "mixtral": (5, 2), "phi3": (5, 2), "olmo2": (9, 2),
-    "gemma": (0, 2), "gemma3_text": (0, 2), "gpt_neox": (0, 2), "gpt2": (0, 0), "opt": (0, 0),
-}  # fmt: skip
+    "llama": (5, 2),
+    "mistral": (5, 2),
+    "qwen2": (5, 2),
+    "qwen3": (9, 2),
+    "mixtral": (5, 2),
+    "phi3": (5, 2),
+    "olmo2": (9, 2),
+    "gemma": (0, 2),
+    "gemma3_text": (0, 2),
+    "gpt_neox": (0, 2),
+    "gpt2": (0, 0),
+    "opt": (0, 0),
+}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16], [3, 3, 4, 4, 5, 5]])
 
 

@@ -37,9 +37,17 @@ from keel.types import Sampling
 
 CPU = torch.device("cpu")
 SIZES = {
-    "vocab_size": 60, "hidden_size": 64, "intermediate_size": 600, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "intermediate_size": 600,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44], [5, 6, 7], [8, 8]]
 IDS = torch.tensor([[5, 6, 7, 8, 20, 21, 22], [5, 6, 7, 8, 30, 0, 0], [9, 10, 11, 12, 13, 14, 0]])
 INDEX = torch.tensor([3, 4, 5, 7 + 3, 14 + 4])

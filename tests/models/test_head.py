@@ -24,16 +24,35 @@ from keel.models.roles import AdaptersOff
 
 pytestmark = pytest.mark.usefixtures("accel_on")  # what is tested is among the fast paths
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 97, "max_position_embeddings": 32, "initializer_range": 0.3,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+}
 IDS_OF = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
-    "cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 7.0}, "mixtral": {"num_local_experts": 4},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 97, "initializer_range": 0.3},
-    "gpt_neox": {}, "opt": {"word_embed_proj_dim": 16, "ffn_dim": 48, "init_std": 0.3},
-}  # fmt: skip
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 7.0},
+    "mixtral": {"num_local_experts": 4},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "vocab_size": 97,
+        "initializer_range": 0.3,
+    },
+    "gpt_neox": {},
+    "opt": {"word_embed_proj_dim": 16, "ffn_dim": 48, "init_std": 0.3},
+}
 IDS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(1))
 INDEX = torch.tensor([0, 3, 4, 9, 13, 20, 21, 31])  # into the flattened ids
 T_ = 0.7
@@ -210,7 +229,8 @@ from keel.algorithms.masked import entropy, token_logp
 from keel.models.logprobs import head_inputs, token_logprobs
 
 torch.set_num_threads(1)
-sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+sizes |= dict(num_attention_heads=2, num_key_value_heads=2)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=128_000, max_position_embeddings=640, **sizes))
 ids, index = torch.randint(0, 128_000, (1, 640)), torch.arange(100, 612)
 tokens = ids.flatten()[index + 1]

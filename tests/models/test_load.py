@@ -198,15 +198,35 @@ def test_lora_trains_the_whole_head_whatever_its_targets(kind: str, head: set[st
 OFTEN = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DROPOUTS: dict[str, dict[str, Any]] = {
     "gpt2": {
-        "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5,
-        "bos_token_id": 1, "eos_token_id": 1,
+        "vocab_size": 50,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "resid_pdrop": 0.5,
+        "embd_pdrop": 0.5,
+        "attn_pdrop": 0.5,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
     },
     "gpt_neox": {**OFTEN, "intermediate_size": 64, "hidden_dropout": 0.5, "attention_dropout": 0.5},
-    "falcon": {**OFTEN, "hidden_dropout": 0.5, "attention_dropout": 0.5, "bos_token_id": 1, "eos_token_id": 1},
-    "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "falcon": {
+        **OFTEN,
+        "hidden_dropout": 0.5,
+        "attention_dropout": 0.5,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
+    "bloom": {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "hidden_dropout": 0.5,
+        "attention_dropout": 0.5,
+    },
     "opt": {**OFTEN, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5, "layerdrop": 0.5},
     "llama": {**OFTEN, "intermediate_size": 64, "attention_dropout": 0.5},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DROPOUTS)

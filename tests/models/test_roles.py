@@ -75,9 +75,16 @@ def test_trap_15_dropout_is_off_whatever_the_mode(
 ) -> None:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=48, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5,
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=48,
+        resid_pdrop=0.5,
+        embd_pdrop=0.5,
+        attn_pdrop=0.5,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     roles = roles_of(tmp_path, "separate", gradient_checkpointing=checkpointing)
     for model in (roles.policy, roles.critic, roles.reference):
@@ -118,8 +125,14 @@ def test_a_reference_with_another_vocabulary_is_refused_before_any_weights_are_r
 def test_a_value_head_on_a_backbone_in_half_precision_is_float32(tiny_model: Path, sharing: Any) -> None:
     source = ModelSource(str(tiny_model), dtype="bfloat16")
     roles = open_roles(
-        source, None, sharing=sharing, adapters=Adapters(r=2), gradient_checkpointing=False, device=torch.device("cpu"), seed=1,
-    )  # fmt: skip
+        source,
+        None,
+        sharing=sharing,
+        adapters=Adapters(r=2),
+        gradient_checkpointing=False,
+        device=torch.device("cpu"),
+        seed=1,
+    )
     for module in (roles.policy, *roles.value_modules):
         assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
     if roles.critic is not None:

@@ -58,8 +58,13 @@ def held(*models: Any) -> int:
 def test_four_roles_hold_at_most_1_15_times_the_bytes_of_one_model(tmp_path: Path) -> None:
     """Hidden size 512 and rank 8: adapters weigh less the wider a model is."""
     config = LlamaConfig(
-        vocab_size=4000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=4000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        max_position_embeddings=64,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     alone = held(AutoModelForCausalLM.from_pretrained(tmp_path))
     base, roles = opened(tmp_path, r=8)
@@ -166,9 +171,20 @@ def test_a_scorer_on_the_base_is_the_scorer_that_would_be_loaded(
 ) -> None:
     sizes: dict[str, dict[str, Any]] = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},
-        "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-        "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
-    }  # fmt: skip
+        "gpt_neo": {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+        },
+        "opt": {
+            "hidden_size": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 32,
+        },
+    }
     usual = {
         "hidden_size": 32,
         "intermediate_size": 64,

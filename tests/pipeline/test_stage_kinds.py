@@ -83,9 +83,13 @@ def _measure(mean: float) -> dict[str, float]:
         ("ppo", {"scores": 0.5, "kl": 5.21}, "score 0.50, KL 5.2 nats"),
         ("evaluate", {"models": {"sft": {"gold": 0.4}, "ppo": {"gold": 0.6}}}, "gold 0.40 → 0.60"),
         ("evaluate", {"models": {n: {"proxy": 0.5} for n in "abc"}}, "proxy: a 0.50, b 0.50, c 0.50"),
-        ("no longer here", {"distance": 0.25, "models": ["a"], "steps_done": 3, "more": 1}, "distance 0.25, steps done 3.00"),
+        (
+            "no longer here",
+            {"distance": 0.25, "models": ["a"], "steps_done": 3, "more": 1},
+            "distance 0.25, steps done 3.00",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_came_of_a_stage(kind, result, words):
     assert key_result(_stage(kind, result)) == words
 

@@ -1,4 +1,5 @@
-"""Packages that add something to keel, made and installed for a test: a module, and a .dist-info beside it."""
+"""Packages that add something to keel, made and installed for a test: a module, and a .dist-info beside
+it."""
 
 from __future__ import annotations
 

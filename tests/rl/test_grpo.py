@@ -82,9 +82,15 @@ def with_samples(monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], scores: 
 def test_every_preset_learns_what_is_rewarded(preset: str, run_grpo: Any) -> None:
     """The untrained model writes anything; a token is rewarded. Every variant makes it likelier."""
     stage, rows = run_grpo(
-        preset=preset, reward="python:" + str(Path(__file__).parents[1] / "stages" / "rewards_for_tests.py") + ":short_tokens",
-        updates=15, lr=2e-2, batch_size=32, **({} if preset == "reinforce++" else {"samples_per_prompt": 8}),
-    )  # fmt: skip
+        preset=preset,
+        reward="python:"
+        + str(Path(__file__).parents[1] / "stages" / "rewards_for_tests.py")
+        + ":short_tokens",
+        updates=15,
+        lr=2e-2,
+        batch_size=32,
+        **({} if preset == "reinforce++" else {"samples_per_prompt": 8}),
+    )
     first, last = (sum(row["objective/scores"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.15
     assert [row["val/ratio_first"] for row in rows] == [1.0] * 15

@@ -14,9 +14,15 @@ from keel.errors import DataError, UsageError
 
 def stage(data: Any, tiny_model: Path, tiny_reward: Path, **settings: Any) -> dict[str, Any]:
     ppo = {
-        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 4, "updates": 4,
-        "epochs": 1, "sampling": {"max_new_tokens": 4},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": str(tiny_reward),
+        "data": str(data.prompts),
+        "batch_size": 4,
+        "updates": 4,
+        "epochs": 1,
+        "sampling": {"max_new_tokens": 4},
+    }
     return {"stages": {"ppo": ppo | settings}}
 
 

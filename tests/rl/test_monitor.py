@@ -28,10 +28,21 @@ def stages(data: Any, tiny_model: Path, tiny_reward: Path) -> Any:
 
     def go(**settings: Any) -> dict[str, Any]:
         ppo = {
-            "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 4, "updates": 7,
-            "epochs": 1, "lr": 1e-2, "schedule": "constant", "warmup": 0, "sampling": {"max_new_tokens": 4}, "kl": {"coef": 0.1},
-            "save_every": 2, "old_logp": "trainer",  # by which the KL of untouched weights is exactly 0
-        }  # fmt: skip
+            "kind": "ppo",
+            "model": str(tiny_model),
+            "reward": str(tiny_reward),
+            "data": str(data.prompts),
+            "batch_size": 4,
+            "updates": 7,
+            "epochs": 1,
+            "lr": 1e-2,
+            "schedule": "constant",
+            "warmup": 0,
+            "sampling": {"max_new_tokens": 4},
+            "kl": {"coef": 0.1},
+            "save_every": 2,
+            "old_logp": "trainer",  # by which the KL of untouched weights is exactly 0
+        }
         return {"stages": {"ppo": ppo | settings}}
 
     return go
@@ -88,8 +99,13 @@ def test_rollback_goes_back_with_both_changes_and_stops_after_its_attempts(stage
     said = [(e["event"], e["step"]) for e in events(tmp_path)]
     assert said == [("finding", 3), ("rollback", 3), ("finding", 6), ("stop", 6)]
     assert events(tmp_path)[1] | {"kl_coef": 0} == {
-        "step": 3, "event": "rollback", "checks": ["reward_implausible"], "kl_coef": 0, "lr_factor": 0.5, "to": 0,
-    }  # fmt: skip
+        "step": 3,
+        "event": "rollback",
+        "checks": ["reward_implausible"],
+        "kl_coef": 0,
+        "lr_factor": 0.5,
+        "to": 0,
+    }
 
 
 ALL_ALIKE = {
@@ -110,8 +126,13 @@ def test_stop_keeps_the_weights_that_the_judge_liked_best(stages, run, tmp_path,
     run(stages(control={"on_finding": "stop", **BOUND}, judge=ALL_ALIKE, eval_every=1), tmp_path / "stopped")
     run(stages(control="off", updates=1), tmp_path / "one")
     assert events(tmp_path / "stopped")[-1] == {
-        "step": 3, "event": "stop", "checks": ["reward_implausible"], "kl_coef": 0.1, "lr_factor": 1.0, "to": 1,
-    }  # fmt: skip
+        "step": 3,
+        "event": "stop",
+        "checks": ["reward_implausible"],
+        "kl_coef": 0.1,
+        "lr_factor": 1.0,
+        "to": 1,
+    }
     one, stopped = weights(tmp_path / "one"), weights(tmp_path / "stopped")
     assert all(torch.equal(one[name], stopped[name]) for name in one)
 

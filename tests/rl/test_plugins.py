@@ -1,4 +1,5 @@
-"""A policy loss, an advantage estimator and a rollout engine of another package, found by a name in a config."""
+"""A policy loss, an advantage estimator and a rollout engine of another package, found by a name in a
+config."""
 
 from __future__ import annotations
 
@@ -73,7 +74,10 @@ LOSSES = """
 
     constant = 3
 """
-LOSS_NAMES = "reinforce same anchored unreduced bare detached wide_metric not_a_number two_arguments no_denominator constant"
+LOSS_NAMES = (
+    "reinforce same anchored unreduced bare detached wide_metric not_a_number two_arguments no_denominator "
+    "constant"
+)
 ESTIMATORS = """
     import torch
     from keel.algorithms.advantages import Advantages, gae
@@ -143,10 +147,19 @@ def stage(data: Any, tiny_model: Path, tiny_reward: Path) -> Callable[..., dict[
 
     def settings(kind: str = "ppo", **more: Any) -> dict[str, Any]:
         return {
-            "kind": kind, "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "batch_size": 8,
-            "mini_batch": 4, "updates": 2, "epochs": 2, "lr": 1e-3, "sampling": {"max_new_tokens": 5},
-            **({"samples_per_prompt": 4} if kind == "grpo" else {}), **more,
-        }  # fmt: skip
+            "kind": kind,
+            "model": str(tiny_model),
+            "reward": str(tiny_reward),
+            "data": str(data.prompts),
+            "batch_size": 8,
+            "mini_batch": 4,
+            "updates": 2,
+            "epochs": 2,
+            "lr": 1e-3,
+            "sampling": {"max_new_tokens": 5},
+            **({"samples_per_prompt": 4} if kind == "grpo" else {}),
+            **more,
+        }
 
     return settings
 

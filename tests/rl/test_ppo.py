@@ -30,9 +30,16 @@ def run_ppo(run: Any, data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: 
 
     def go(name: str = "run", **settings: Any) -> tuple[Path, list[dict[str, float]]]:
         defaults = {
-            "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "lr": 1e-3, "batch_size": 8,
-            "updates": 2, "epochs": 2, "sampling": {"max_new_tokens": 5},
-        }  # fmt: skip
+            "kind": "ppo",
+            "model": str(tiny_model),
+            "reward": str(tiny_reward),
+            "data": str(data.prompts),
+            "lr": 1e-3,
+            "batch_size": 8,
+            "updates": 2,
+            "epochs": 2,
+            "sampling": {"max_new_tokens": 5},
+        }
         run({"stages": {"ppo": defaults | settings}}, tmp_path / name)
         stage = tmp_path / name / "stages" / "ppo"
         return stage, [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
@@ -69,9 +76,20 @@ def test_other_architectures_run_with_a_first_ratio_of_exactly_1(
     update's."""
     sizes = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},
-        "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
-        "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4},
-    }  # fmt: skip
+        "gpt_neox": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        },
+        "gpt_neo": {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+        },
+    }
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, vocab_size=300, **sizes[kind])

@@ -116,9 +116,16 @@ def test_a_whole_ppo_stage_on_a_script(
     script = ScriptedEngine([[7, 8, 1], [9, 10, 11, 12]])
     monkeypatch.setattr(setup, "open_engine", lambda config, policy: script)
     stage = {
-        "kind": "ppo", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts), "lr": 1e-3, "batch_size": 4,
-        "updates": 2, "epochs": 2, "sampling": {"max_new_tokens": 4},
-    }  # fmt: skip
+        "kind": "ppo",
+        "model": str(tiny_model),
+        "reward": str(tiny_reward),
+        "data": str(data.prompts),
+        "lr": 1e-3,
+        "batch_size": 4,
+        "updates": 2,
+        "epochs": 2,
+        "sampling": {"max_new_tokens": 4},
+    }
     run({"stages": {"ppo": stage}}, tmp_path)
     folder = tmp_path / "stages" / "ppo"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

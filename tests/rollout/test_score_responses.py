@@ -118,8 +118,12 @@ def test_with_the_samplers_hidden_states_the_policy_is_not_asked_again(
     )
     assert len({len(c.ids) for c in drawn}) > 1
     options: Any = {
-        "temperature": 0.7, "pad_id": 0, "device": torch.device("cpu"), "critic": None if head else critic, "value_head": head,
-    }  # fmt: skip
+        "temperature": 0.7,
+        "pad_id": 0,
+        "device": torch.device("cpu"),
+        "critic": None if head else critic,
+        "value_head": head,
+    }
     expected = score([replace(c, hidden=None) for c in drawn], policy, reference, **options)
     monkeypatch.setattr(policy, "forward", None)  # cannot be called
     for at_once, limits in ((2**26, {"micro_batch": 3}), (4 * 2 * 300, {"micro_tokens": 20})):

@@ -21,7 +21,7 @@ from keel.models import lora
 from keel.models.load import ModelSource
 from keel.models.shared_base import open_base
 from keel.pipeline.pipeline import Pipeline
-from keel.rewards import learned
+from keel.rewards import learned, on_base
 from keel.rl import rollout
 from keel.rl import setup as rl_setup
 from keel.rl.setup import make_optimizers, restore_training, training_state
@@ -100,7 +100,7 @@ def test_a_shared_base_gives_the_bytes_of_separate_models(
 
 def opened_on(base: Any, path: Path) -> tuple[list[learned.RewardModel], list[str]]:
     said: list[str] = []
-    found = learned.load_members_on_base(
+    found = on_base.load_members_on_base(
         str(path), base, dtype="float32", trust_remote_code=False, say=said.append
     )
     return found, said

@@ -217,8 +217,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, weight: Tensor, own: Tensor, bias: Tensor | None, own_bias: Tensor | None
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        own: Tensor,
+        bias: Tensor | None,
+        own_bias: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(rows, own)
         ctx.weight, ctx.dtype, ctx.shape = weight, x.dtype, x.shape
         return linear(rows, own, own_bias)

@@ -85,8 +85,17 @@ class Step:
         return own.o_proj(self._attended(own, q, k, v, held, slots, cos, sin, mask))
 
     def _attended(
-        self, own: Any, q: Tensor, k: Tensor, v: Tensor, held: Any, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor | None
-    ) -> Tensor:  # fmt: skip
+        self,
+        own: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        held: Any,
+        slots: Slots,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
         """(n, …) queries, keys and values of the newest tokens → (n, heads · d)."""
         n, column = len(q), slots.column
         if hasattr(own, "q_norm"):

@@ -222,9 +222,14 @@ def _narrow(
         k, v = past_key_values.update(k, v, attention.layer_idx)
     q = _rotated(q, *(angle.flatten(0, 1).index_select(0, index).unsqueeze(1) for angle in (cos, sin)))
     attended, _ = attend(
-        attention, queries.laid_out(q).transpose(1, 2), k, v.to(k.dtype), queries.mask(attention_mask, k.device),
-        dropout=0.0, scaling=attention.scaling,
-    )  # fmt: skip
+        attention,
+        queries.laid_out(q).transpose(1, 2),
+        k,
+        v.to(k.dtype),
+        queries.mask(attention_mask, k.device),
+        dropout=0.0,
+        scaling=attention.scaling,
+    )
     attended = attended.flatten(2).flatten(0, 1).index_select(0, queries.slots)
     h = hidden_states.flatten(0, 1).index_select(0, index) + attention.o_proj(attended)
     h = h + layer.mlp(layer.post_attention_layernorm(h))

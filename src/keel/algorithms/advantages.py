@@ -1,7 +1,7 @@
 """From rewards to advantages. Everything here is a constant to the losses: no gradient flows through it.
 
-`ESTIMATORS` are what a config's `advantage` may name. To add one, write a function as `Estimator` says and put
-it there; or leave it in a package of your own (docs/extending.md).
+`ESTIMATORS` are what a config's `advantage` may name. To add one, write a function as `Estimator` says and
+put it there; or leave it in a package of your own (docs/extending.md).
 """
 
 from __future__ import annotations

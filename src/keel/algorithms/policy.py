@@ -20,11 +20,11 @@ PolicyLoss = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 """`f(logp, old_logp, advantages, mask, *, denominator, ref_logp=None, weights=None, **settings)`
 `-> (loss, metrics)`.
 
-logp, old_logp, advantages, mask, ref_logp: (B, T) of a micro-batch. Only logp has a gradient. weights: (B, T),
-see `importance_weights`; None without `importance_cap`. denominator: the `keel.algorithms.masked.count` of the
-whole optimiser step, by which the loss and the metrics of micro-batches add up. settings: keywords of the
-function's own; those that a stage has settings for (clip_low, clip_high, dual_clip, level, reduce) come from
-there. Returns a loss of shape () to minimise, and metrics of shape (), detached. A function takes those
+logp, old_logp, advantages, mask, ref_logp: (B, T) of a micro-batch. Only logp has a gradient. weights: (B,
+T), see `importance_weights`; None without `importance_cap`. denominator: the `keel.algorithms.masked.count`
+of the whole optimiser step, by which the loss and the metrics of micro-batches add up. settings: keywords of
+the function's own; those that a stage has settings for (clip_low, clip_high, dual_clip, level, reduce) come
+from there. Returns a loss of shape () to minimise, and metrics of shape (), detached. A function takes those
 keywords that it needs; `denominator` is not left out.
 """
 
@@ -49,8 +49,8 @@ def clipped(
     clip_high > clip_low is DAPO's clip-higher (2503.14476). dual_clip c > 1: for Â < 0 the objective is
     bounded below, max(min(…), c Â) (1912.09729). level "sequence": one ratio for each sequence, the
     exponential of the mean over its counted tokens of log π − log π_old (GSPO, 2507.18071), and the gradient
-    flows through that mean. reduce: see `keel.algorithms.masked.reduced`; denominator: its `count` over the whole
-    optimiser step, with which the losses *and metrics* of micro-batches add up to those of the batch.
+    flows through that mean. reduce: see `keel.algorithms.masked.reduced`; denominator: its `count` over the
+    whole optimiser step, with which the losses *and metrics* of micro-batches add up to those of the batch.
 
     logp, old_logp, mask: (B, T). advantages: (B, T), or (B,) for one a sequence. old_logp, advantages and
     weights are constants. weights: (B, T), see `importance_weights`; they multiply the objective of each

@@ -17,15 +17,13 @@ from keel.config.parts import (
     LoraConfig,
     ModelConfig,
     SamplingConfig,
-    Stage,
-    Supervised,
-    Training,
 )
 from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.reading import parse, read
 from keel.config.run import KINDS, AnyStage, RunConfig
 from keel.config.settings import Settings
+from keel.config.stage import Stage, Supervised, Training
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 
 __all__ = [

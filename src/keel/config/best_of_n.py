@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import FilteredSamplingConfig, SamplingConfig, Supervised
+from keel.config.parts import FilteredSamplingConfig, SamplingConfig
 from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
+from keel.config.stage import Supervised
 
 
 class BestOfNConfig(Supervised):

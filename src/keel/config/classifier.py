@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, DataSetting, Supervised, as_source
+from keel.config.parts import DataConfig, as_source
+from keel.config.stage import DataSetting, Supervised
 
 Sources = Annotated[list[DataConfig], Field(min_length=1)]
 

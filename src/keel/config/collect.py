@@ -7,16 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import (
-    DataConfig,
-    DataSetting,
-    FilteredSamplingConfig,
-    SamplingConfig,
-    Stage,
-    as_list,
-    as_source,
-)
+from keel.config.parts import DataConfig, FilteredSamplingConfig, SamplingConfig, as_list, as_source
 from keel.config.settings import Settings
+from keel.config.stage import DataSetting, Stage
 
 ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
 _WHO = (

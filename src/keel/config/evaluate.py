@@ -6,15 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import (
-    DataConfig,
-    DataSetting,
-    FilteredSamplingConfig,
-    SamplingConfig,
-    Stage,
-    as_source,
-)
+from keel.config.parts import DataConfig, FilteredSamplingConfig, SamplingConfig, as_source
 from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
+from keel.config.stage import DataSetting, Stage
 
 
 class EvaluateConfig(Stage):

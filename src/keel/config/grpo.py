@@ -30,7 +30,9 @@ class GRPOConfig(OnPolicy):
     epochs: int = Field(1, ge=1, description="Passes over each batch of episodes.")
     baseline: Literal["group", "leave_one_out", "none"] = Field(
         "group",
-        description="What is subtracted from a reward: the mean of its group, of the others of its group, nothing.",
+        description=(
+            "What is subtracted from a reward: the mean of its group, of the others of its group, nothing."
+        ),
     )
     scale: Literal["group", "batch", "none"] = Field(
         "group", description="Divide by the standard deviation of the group, of the batch, or by nothing."
@@ -42,12 +44,18 @@ class GRPOConfig(OnPolicy):
     )
     reduce: Literal["token", "sequence"] | float = Field(
         "sequence",
-        description="Normalise the loss by the tokens of the step, by each response's own length, or by a constant length.",
+        description=(
+            "Normalise the loss by the tokens of the step, by each response's own length, or by a "
+            "constant length."
+        ),
     )
     resample: int = Field(
         0,
         ge=0,
-        description="Dynamic sampling (2503.14476): replace groups whose rewards are all equal by new prompts, at most this many rounds an update.",
+        description=(
+            "Dynamic sampling (2503.14476): replace groups whose rewards are all equal by new prompts, at "
+            "most this many rounds an update."
+        ),
     )
     mask_truncated: bool = Field(
         False,
@@ -64,9 +72,12 @@ class GRPOConfig(OnPolicy):
 
     def loss_settings(self) -> dict[str, Any]:
         return {
-            "clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.dual_clip, "level": self.level,
+            "clip_low": self.clip_low,
+            "clip_high": self.clip_high,
+            "dual_clip": self.dual_clip,
+            "level": self.level,
             "reduce": self.reduce,
-        }  # fmt: skip
+        }
 
     def advantage_settings(self) -> dict[str, Any]:
         return {"group_size": self.samples_per_prompt, "gamma": 1.0, "lam": 1.0}
@@ -108,7 +119,8 @@ class GRPOConfig(OnPolicy):
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, values: Any) -> Any:
-        """`objective`, as `policy_loss` was called up to version 0.1. (What is defined last is called first.)"""
+        """`objective`, as `policy_loss` was called up to version 0.1. (What is defined last is called
+        first.)"""
         if not isinstance(values, dict) or "objective" not in values:
             return values
         if "policy_loss" in values:
@@ -124,7 +136,8 @@ class GRPOConfig(OnPolicy):
                 raise ValueError(f"`{idle[0]}` has no effect with `advantage: {self.advantage}`")
         if self.advantage is None and self.baseline != "none" and self.samples_per_prompt < 2:
             raise ValueError(
-                f"`baseline: {self.baseline}` needs `samples_per_prompt` of 2 or more: a lone sample has no peers"
+                f"`baseline: {self.baseline}` needs `samples_per_prompt` of 2 or more: a lone sample has "
+                "no peers"
             )
         if self.shaping.center != "none":
             raise ValueError(
@@ -145,7 +158,8 @@ class GRPOConfig(OnPolicy):
         idle = [key for key in ("clip_low", "clip_high", "level") if self.changes(key)]
         if idle and self.one_step:
             raise ValueError(
-                f"`{idle[0]}` has no effect with one gradient step an update, whose ratios are all 1: give `mini_batch` or `epochs`"
+                f"`{idle[0]}` has no effect with one gradient step an update, whose ratios are all 1: give "
+                "`mini_batch` or `epochs`"
             )
         if (
             self.kl.coef == 0

@@ -126,8 +126,8 @@ def policy_loss(name: str, settings: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def estimator(name: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> partial[Any]:
-    """An advantage estimator with its settings bound: called with `ADVANTAGE_ARGUMENTS`, and `values` where it
-    takes them. UsageError as `find` and `keywords`."""
+    """An advantage estimator with its settings bound: called with `ADVANTAGE_ARGUMENTS`, and `values` where
+    it takes them. UsageError as `find` and `keywords`."""
     function = find("keel.advantages", name)
     assert function is not None
     offered = {"values": None, **settings}

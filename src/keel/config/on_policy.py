@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config import methods
-from keel.config.parts import DataConfig, DataSetting, Quantize, SamplingConfig, as_source
+from keel.config.parts import DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_source_filters, models_of
 from keel.config.settings import Settings
+from keel.config.stage import DataSetting
 from keel.config.watching import Watched
 from keel.errors import UsageError
 from keel.plugins import Group
@@ -27,12 +28,17 @@ class KLConfig(Settings):
     target: float | None = Field(
         None,
         gt=0,
-        description="Adapt β to keep the KL per response (a sum over its tokens, in nats) near this (1909.08593).",
+        description=(
+            "Adapt β to keep the KL per response (a sum over its tokens, in nats) near this (1909.08593)."
+        ),
     )
     horizon: float = Field(1000, gt=0, description="Episodes over which the adaptive β reacts.")
     estimator: Literal["k1", "k2", "k3"] = Field(
         "k1",
-        description="Per-token estimator of the KL (joschu.net/blog/kl-approx.html). In the loss prefer k2: the gradient of k3 is that of the forward KL.",
+        description=(
+            "Per-token estimator of the KL (joschu.net/blog/kl-approx.html). In the loss prefer k2: the "
+            "gradient of k3 is that of the forward KL."
+        ),
     )
     where: Literal["reward", "loss"] = Field(
         "reward", description="Subtract β·KL from the reward, or add it to the loss. Never both."
@@ -46,7 +52,8 @@ class KLConfig(Settings):
             raise ValueError("`kl.coef` 0 can never adapt to `kl.target`: start from a positive value")
         if self.where == "loss" and self.estimator == "k1":
             raise ValueError(
-                "`kl.where: loss` needs estimator k2 or k3: the expected gradient of k1 is 0, so it would constrain nothing"
+                "`kl.where: loss` needs estimator k2 or k3: the expected gradient of k1 is 0, so it would "
+                "constrain nothing"
             )
         return self
 
@@ -56,16 +63,25 @@ class ShapingConfig(Settings):
 
     normalize: Literal["none", "model", "running"] = Field(
         "model",
-        description="Scale of the scores: as they come; by the reward model's own statistics on SFT samples; or by a running standard deviation.",
+        description=(
+            "Scale of the scores: as they come; by the reward model's own statistics on SFT samples; or by "
+            "a running standard deviation."
+        ),
     )
     center: Literal["none", "prompt"] = Field(
         "none",
-        description="`prompt`: subtract the mean score of the prompt's other samples, which removes each prompt's arbitrary offset.",
+        description=(
+            "`prompt`: subtract the mean score of the prompt's other samples, which removes each prompt's "
+            "arbitrary offset."
+        ),
     )
     clip: float | None = Field(
         5.0,
         gt=0,
-        description="Clip learned rewards, normalised, to ± this times their weight, before the KL penalty; with `normalize: running` the whole sum. Rules are not clipped. With `normalize: none` only if set.",
+        description=(
+            "Clip learned rewards, normalised, to ± this times their weight, before the KL penalty; with "
+            "`normalize: running` the whole sum. Rules are not clipped. With `normalize: none` only if set."
+        ),
     )
     missing_stop_penalty: float = Field(
         1.0, ge=0, description="Subtracted from the score of a response that was cut off by max_new_tokens."
@@ -92,7 +108,11 @@ class OnPolicy(Watched):
     )
     sharing: Literal["separate", "adapters"] = Field(
         "separate",
-        description="adapters: one frozen base; policy and reward models (those that a reward stage trained with `lora` on the same `model`) are adapters on it, and the reference is the base itself. `lora` is on then.",
+        description=(
+            "adapters: one frozen base; policy and reward models (those that a reward stage trained with "
+            "`lora` on the same `model`) are adapters on it, and the reference is the base itself. "
+            "`lora` is on then."
+        ),
     )
     reference_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None, description="Precision of the frozen reference, as in `model.dtype`; null: the model's."
@@ -103,7 +123,10 @@ class OnPolicy(Watched):
     )
     offload: bool = Field(
         False,
-        description="Keep the reference and the reward models on the CPU between uses: less GPU memory, more time. For those with weights of their own.",
+        description=(
+            "Keep the reference and the reward models on the CPU between uses: less GPU memory, more time. "
+            "For those with weights of their own."
+        ),
     )
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of the policy (AdamW).")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -129,7 +152,10 @@ class OnPolicy(Watched):
     policy_loss: str = Field(
         "clipped",
         min_length=1,
-        description="clipped: PPO's clipped surrogate; cispo: a clipped weight on log π (2506.13585); or the name of a policy loss that an installed package adds.",
+        description=(
+            "clipped: PPO's clipped surrogate; cispo: a clipped weight on log π (2506.13585); or the name "
+            "of a policy loss that an installed package adds."
+        ),
     )
     policy_loss_args: dict[str, Any] = Field(
         {}, description="Further arguments of the policy loss, by name, for one of another package."
@@ -137,7 +163,10 @@ class OnPolicy(Watched):
     advantage: str | None = Field(
         None,
         min_length=1,
-        description="gae, group_relative, leave_one_out, or the name of an advantage estimator that an installed package adds; null: the algorithm's own.",
+        description=(
+            "gae, group_relative, leave_one_out, or the name of an advantage estimator that an installed "
+            "package adds; null: the algorithm's own."
+        ),
     )
     advantage_args: dict[str, Any] = Field(
         {}, description="Further arguments of the advantage estimator, by name; needs `advantage`."
@@ -145,7 +174,11 @@ class OnPolicy(Watched):
     engine: str = Field(
         "keel",
         min_length=1,
-        description="What samples responses. keel: its own engine; reference: one forward over the whole text for each token, slow and plain, to compare with; or the name of a rollout engine that an installed package adds.",
+        description=(
+            "What samples responses. keel: its own engine; reference: one forward over the whole text for "
+            "each token, slow and plain, to compare with; or the name of a rollout engine that an installed "
+            "package adds."
+        ),
     )
     engine_args: dict[str, Any] = Field(
         {}, description="Arguments of an engine of another package, by name, besides the model."
@@ -156,17 +189,30 @@ class OnPolicy(Watched):
     importance_cap: float | None = Field(
         None,
         gt=0,
-        description="Truncated importance sampling: weigh each token by min(π_trainer/π_sampler, this), for a sampler whose numbers differ from the trainer's.",
+        description=(
+            "Truncated importance sampling: weigh each token by min(π_trainer/π_sampler, this), for a "
+            "sampler whose numbers differ from the trainer's."
+        ),
     )
     old_logp: Literal["sampler", "trainer"] = Field(
         "sampler",
-        description="Where log π_old comes from: the very logits each token was drawn from, with no further forward of the policy; or a forward of the trainer's own, for a sampler whose numbers differ, and with `importance_cap`, which compares them.",
+        description=(
+            "Where log π_old comes from: the very logits each token was drawn from, with no further forward "
+            "of the policy; or a forward of the trainer's own, for a sampler whose numbers differ, and with "
+            "`importance_cap`, which compares them."
+        ),
     )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     desired_kl: float | None = Field(
         0.1,
         gt=0,
-        description="How far an update should go from its own start at most, in nats a token. Where a mini-batch measures more (mean of ½ (log ρ)²), the policy's learning rate is cut to what would have stayed within, to a half at most, for the rest of the update and those that follow; it recovers by a tenth with every update that stays within, up to `lr`. The gradient steps of the first update, of which nothing is known yet, take rising rates up to it. null: none of this.",
+        description=(
+            "How far an update should go from its own start at most, in nats a token. Where a mini-batch "
+            "measures more (mean of ½ (log ρ)²), the policy's learning rate is cut to what would have "
+            "stayed within, to a half at most, for the rest of the update and those that follow; it "
+            "recovers by a tenth with every update that stays within, up to `lr`. The gradient steps of the "
+            "first update, of which nothing is known yet, take rising rates up to it. null: none of this."
+        ),
     )
     max_approx_kl: float | None = Field(
         None, gt=0, description="End an update's epochs when the mean of (ρ−1−log ρ) per token passes this."
@@ -195,8 +241,10 @@ class OnPolicy(Watched):
     def plugins(self) -> list[tuple[Group, str]]:
         """The group and name of everything of other packages that the stage uses."""
         named: list[tuple[Group, str | None]] = [
-            ("keel.policy_losses", self.policy_loss), ("keel.advantages", self.advantage), ("keel.engines", self.engine),
-        ]  # fmt: skip
+            ("keel.policy_losses", self.policy_loss),
+            ("keel.advantages", self.advantage),
+            ("keel.engines", self.engine),
+        ]
         return [(group, name) for group, name in named if name and methods.is_plugin(group, name)]
 
     @property
@@ -227,7 +275,8 @@ class OnPolicy(Watched):
             )
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(
-                f"`batch_size` {self.batch_size} is not a multiple of `samples_per_prompt` {self.samples_per_prompt}"
+                f"`batch_size` {self.batch_size} is not a multiple of `samples_per_prompt` "
+                f"{self.samples_per_prompt}"
             )
         if self.mini_batch is not None and self.batch_size % self.mini_batch:
             raise ValueError(
@@ -247,22 +296,26 @@ class OnPolicy(Watched):
         idle = [key for key in ("reference_dtype", "reference_quantize") if self.changes(key)]
         if idle and not own_reference:
             raise ValueError(
-                f"`{idle[0]}` has no effect with `lora` and no `reference`: the reference is the policy with its adapters off"
+                f"`{idle[0]}` has no effect with `lora` and no `reference`: the reference is the policy with "
+                "its adapters off"
             )
         learned = [term for term in self.reward if isinstance(term, LearnedTerm)]
         if self.reference_quantize is not None and self.reference_dtype in ("auto", "float32"):
             raise ValueError(
-                f"`reference_quantize` needs a `reference_dtype` of 16 bit for what is not quantised, not {self.reference_dtype}"
+                "`reference_quantize` needs a `reference_dtype` of 16 bit for what is not quantised, not "
+                f"{self.reference_dtype}"
             )
         if self.offload and not (own_reference or learned):
             raise ValueError(
-                "`offload` has no effect: there is no reward model, and the reference is the policy with its adapters off"
+                "`offload` has no effect: there is no reward model, and the reference is the policy with its "
+                "adapters off"
             )
         if self.offload and (self.reference_quantize or any(term.quantize for term in learned)):
             raise ValueError("`offload` is for models in full precision: leave it out, or `quantize`")
         if self.importance_cap is not None and self.changes("old_logp") and self.old_logp == "sampler":
             raise ValueError(
-                "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with the sampler's"
+                "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with "
+                "the sampler's"
             )
         check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
         self._check_methods()
@@ -270,7 +323,8 @@ class OnPolicy(Watched):
         idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
         if idle and self.one_step:
             raise ValueError(
-                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1"
+                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): "
+                "its ratio is 1"
             )
         return self
 
@@ -287,14 +341,16 @@ class OnPolicy(Watched):
             raise ValueError("`advantage_args` has no effect without `advantage`")
         if self.importance_cap is not None and not methods.takes(loss.func, "weights"):
             raise ValueError(
-                f"`importance_cap` has no effect with `policy_loss: {self.policy_loss}`, which takes no `weights`"
+                f"`importance_cap` has no effect with `policy_loss: {self.policy_loss}`, which takes "
+                "no `weights`"
             )
         groups = ("group_relative", "leave_one_out")
         if self.advantage in groups and self.samples_per_prompt < 2:
             raise ValueError(f"`advantage: {self.advantage}` needs `samples_per_prompt` of 2 or more")
         if self.policy_loss == "cispo" and self.one_step:
             raise ValueError(
-                "`policy_loss` has no effect with one gradient step an update, whose ratios are all 1: give `mini_batch` or `epochs`"
+                "`policy_loss` has no effect with one gradient step an update, whose ratios are all 1: give "
+                "`mini_batch` or `epochs`"
             )
 
     def _refuse_idle(self, settings: dict[str, str], method: str, taken: set[str]) -> None:

@@ -21,7 +21,12 @@ class PPOConfig(OnPolicy):
     )
     sharing: Literal["separate", "trunk", "adapters"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         "separate",
-        description="The critic: a model of its own (a copy of the starting model), or trunk: a value head on the policy's hidden states. adapters: one frozen base; policy, critic and reward models (those that a reward stage trained with `lora` on the same `model`) are adapters with heads on it, and the reference is the base itself. `lora` is on then.",
+        description=(
+            "The critic: a model of its own (a copy of the starting model), or trunk: a value head on the "
+            "policy's hidden states. adapters: one frozen base; policy, critic and reward models (those "
+            "that a reward stage trained with `lora` on the same `model`) are adapters with heads on it, "
+            "and the reference is the base itself. `lora` is on then."
+        ),
     )
     gamma: float = Field(1.0, ge=0, le=1, description="Discount γ.")
     lam: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation (1506.02438).")
@@ -44,7 +49,8 @@ class PPOConfig(OnPolicy):
         idle = [name for name in ("clip", "value_clip") if self.changes(name)]
         if idle and self.one_step:
             raise ValueError(
-                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): its ratio is 1, its values are the old ones"
+                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): "
+                "its ratio is 1, its values are the old ones"
             )
         loss = methods.policy_loss(self.policy_loss, self.loss_settings(), self.policy_loss_args)
         clips = {"clip": "clip_high", "dual_clip": "dual_clip"}

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from keel.config.parts import Supervised
+from keel.config.stage import Supervised
 from keel.types import RecordType
 
 # Where a loss's paper differs from the defaults below. They are filled in, so that the run's config shows

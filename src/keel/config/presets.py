@@ -13,34 +13,65 @@ AS_IT_COMES = {
 }  # none of them clips or punishes a reward by itself
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {  # 2402.03300
-        "baseline": "group", "scale": "group", "reduce": "sequence", "kl": {"coef": 0.04, "estimator": "k3", "where": "loss"},
+        "baseline": "group",
+        "scale": "group",
+        "reduce": "sequence",
+        "kl": {"coef": 0.04, "estimator": "k3", "where": "loss"},
     },
     "dr_grpo": {  # 2503.20783: no division by the group's deviation or by a response's own length; no KL
-        "baseline": "group", "scale": "none", "reduce": "max_new_tokens", "kl": {"coef": 0.0},
+        "baseline": "group",
+        "scale": "none",
+        "reduce": "max_new_tokens",
+        "kl": {"coef": 0.0},
     },
     # 2503.14476: clip-higher, token-level loss, dynamic sampling, overlong shaping; no KL; 16 steps a batch
     "dapo": {
-        "baseline": "group", "scale": "group", "reduce": "token", "clip_low": 0.2, "clip_high": 0.28, "resample": 10,
-        "kl": {"coef": 0.0}, "overlong": True, "steps": 16,
+        "baseline": "group",
+        "scale": "group",
+        "reduce": "token",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "resample": 10,
+        "kl": {"coef": 0.0},
+        "overlong": True,
+        "steps": 16,
     },
     "rloo": {  # 2402.14740: the whole response is one action, the KL is part of its reward
-        "baseline": "leave_one_out", "scale": "none", "reduce": "max_new_tokens", "epochs": 1,
+        "baseline": "leave_one_out",
+        "scale": "none",
+        "reduce": "max_new_tokens",
+        "epochs": 1,
         "kl": {"coef": 0.05, "estimator": "k1", "where": "reward"},
     },
     # 2501.03262: no group; the KL in each token's reward; advantages whitened over the whole batch
     "reinforce++": {
-        "baseline": "none", "scale": "batch", "reduce": "token", "samples_per_prompt": 1,
+        "baseline": "none",
+        "scale": "batch",
+        "reduce": "token",
+        "samples_per_prompt": 1,
         "kl": {"coef": 0.01, "estimator": "k1", "where": "reward"},
     },
     "gspo": {  # 2507.18071: one ratio a response; 4 steps a batch
-        "baseline": "group", "scale": "group", "level": "sequence", "reduce": "sequence", "clip_low": 3e-4, "clip_high": 4e-4,
-        "kl": {"coef": 0.0}, "steps": 4,
+        "baseline": "group",
+        "scale": "group",
+        "level": "sequence",
+        "reduce": "sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "kl": {"coef": 0.0},
+        "steps": 4,
     },
     "cispo": {  # 2506.13585: the weight is clipped, never the gradient; no lower bound; 16 steps a batch
-        "baseline": "group", "scale": "group", "policy_loss": "cispo", "reduce": "token", "clip_low": 1.0, "clip_high": 4.0,
-        "kl": {"coef": 0.0}, "steps": 16,
+        "baseline": "group",
+        "scale": "group",
+        "policy_loss": "cispo",
+        "reduce": "token",
+        "clip_low": 1.0,
+        "clip_high": 4.0,
+        "kl": {"coef": 0.0},
+        "steps": 16,
     },
-}  # fmt: skip
+}
 
 
 def whole_kl(given: dict[str, Any] | None, form: dict[str, Any]) -> dict[str, Any]:

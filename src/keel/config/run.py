@@ -14,10 +14,10 @@ from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig, RoundsConfig, expanded
 from keel.config.evaluate import EvaluateConfig
 from keel.config.grpo import GRPOConfig
-from keel.config.parts import Stage
 from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.settings import Settings
+from keel.config.stage import Stage
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 from keel.errors import UsageError
 
@@ -109,7 +109,10 @@ class RunConfig(Settings):
     )
     accel: Literal["on", "off"] = Field(
         "on",
-        description="off: transformers' own code throughout, none of keel's faster paths. Slower; results agree to rounding.",
+        description=(
+            "off: transformers' own code throughout, none of keel's faster paths. Slower; results agree "
+            "to rounding."
+        ),
     )
     rounds: RoundsConfig | None = Field(
         None,

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from keel.config.parts import FilteredSamplingConfig, Stage, Supervised, with_tokenizer
+from keel.config.parts import FilteredSamplingConfig
+from keel.config.stage import Stage, Supervised, with_tokenizer
 
 
 class PretrainConfig(Supervised):

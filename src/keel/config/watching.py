@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, Training, as_source
+from keel.config.parts import DataConfig, as_source
 from keel.config.rewards import LearnedTerm, RewardTerm, as_terms, check_log_names
 from keel.config.settings import Settings
+from keel.config.stage import Training
 
 
 class JudgeConfig(Settings):

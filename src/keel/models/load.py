@@ -109,13 +109,20 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
     if source.init is None:
         with _explained(str(source.path), "model"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantize.options(source.quantize, dtype),
-            )  # fmt: skip
+                str(source.path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=source.trust_remote_code,
+                revision=source.revision,
+                **quantize.options(source.quantize, dtype),
+            )
         model, info = loaded
         if info["missing_keys"]:  # transformers would make them up
             raise UsageError(
-                f"model {str(source.path)!r} is no whole causal language model: it has no {min(info['missing_keys'])}"
+                f"model {str(source.path)!r} is no whole causal language model: it has no "
+                f"{min(info['missing_keys'])}"
             )
         if source.quantize is not None:
             quantize.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
@@ -147,9 +154,15 @@ def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequenc
     else:
         with _explained(str(source.path), "model"), seeded(derive_seed("init", seed)):
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                str(source.path), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=source.trust_remote_code, revision=source.revision, **quantize.options(source.quantize, dtype),
-            )  # fmt: skip
+                str(source.path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=source.trust_remote_code,
+                revision=source.revision,
+                **quantize.options(source.quantize, dtype),
+            )
         if source.quantize is not None:
             again = replace(source, quantize=None)
             quantize.settled(model).keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
@@ -188,7 +201,8 @@ def _set_outputs(config: Any, labels: Sequence[str] | None, trained: str | None)
     if trained is not None and {int(i): str(name) for i, name in config.id2label.items()} != names:
         known = ", ".join(map(str, config.id2label.values()))
         raise UsageError(
-            f"{trained!r} tells apart {known}, the data {', '.join(labels)}; start from a model without such a head"
+            f"{trained!r} tells apart {known}, the data {', '.join(labels)}; start from a model without "
+            "such a head"
         )
     config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     config.problem_type = "single_label_classification"

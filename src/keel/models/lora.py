@@ -144,8 +144,10 @@ def files_of(model: Any, source: ModelSource, name: str) -> AdapterFiles | None:
         return None
     scores = "SequenceClassification" in type(model.get_base_model()).__name__
     settings = model.active_peft_config.to_dict() | {
-        "base_model_name_or_path": name, "inference_mode": True, "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
-    }  # fmt: skip
+        "base_model_name_or_path": name,
+        "inference_mode": True,
+        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
+    }
     return AdapterFiles(settings, _tensors(model), identity(source))
 
 
@@ -228,9 +230,12 @@ def identity(source: ModelSource) -> str:
         try:
             folder = Path(
                 huggingface_hub.snapshot_download(
-                    source.path, revision=source.revision, local_files_only=True, allow_patterns=["*.safetensors"]
+                    source.path,
+                    revision=source.revision,
+                    local_files_only=True,
+                    allow_patterns=["*.safetensors"],
                 )
-            )  # fmt: skip
+            )
         except (OSError, ValueError):
             return f"{source.path}@{source.revision or 'main'}"
     files = sorted(folder.glob("*.safetensors"))

@@ -52,7 +52,8 @@ def step(
     )
     if not torch.isfinite(norm):
         raise NotFiniteError(
-            f"{where}: the gradient is not finite (norm {norm.item()}); lower the learning rate, or look at the data of this step"
+            f"{where}: the gradient is not finite (norm {norm.item()}); lower the learning rate, or look at "
+            "the data of this step"
         )
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale

@@ -126,5 +126,6 @@ def _check_vocabularies(policy: ModelSource, reference: ModelSource) -> None:
     ours, theirs = (model_config(source).get_text_config().vocab_size for source in (policy, reference))
     if ours != theirs:
         raise UsageError(
-            f"the policy {policy.path!r} has a vocabulary of {ours}, the reference {reference.path!r} of {theirs}; their KL is not defined"
+            f"the policy {policy.path!r} has a vocabulary of {ours}, the reference {reference.path!r} of "
+            f"{theirs}; their KL is not defined"
         )

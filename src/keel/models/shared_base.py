@@ -56,7 +56,8 @@ class Base:
         backbone = getattr(lm, prefix, None)
         if head is None or type(backbone) is not type(getattr(model, prefix, None)):
             raise UsageError(
-                f"sharing: adapters: no score head fits the base of a {type(self.model).__name__}; set sharing: separate or trunk"
+                f"sharing: adapters: no score head fits the base of a {type(self.model).__name__}; set "
+                "sharing: separate or trunk"
             )
         device = next(self.model.parameters()).device
         setattr(model, prefix, backbone)

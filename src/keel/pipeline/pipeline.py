@@ -309,7 +309,8 @@ def switched(config: RunConfig) -> contextlib.AbstractContextManager[None]:
 
 
 def _accel_state(config: RunConfig) -> str:
-    """Which of keel's faster paths a run uses: it changes rounding. UsageError for a `KEEL_ACCEL` that says nothing."""
+    """Which of keel's faster paths a run uses: it changes rounding. UsageError for a `KEEL_ACCEL` that says
+    nothing."""
     try:
         with switched(config):
             return accel.state()

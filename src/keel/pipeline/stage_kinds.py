@@ -4,7 +4,7 @@ A new kind is one entry here and one file with its run function (and its config 
 beside it). Another package adds one by an entry point of the group `keel.stages`: see docs/extending.md.
 
 What a kind's *settings* say (its data, its rewards, what it leaves for other stages) its config class
-answers; see `keel.config.parts.Stage`. What is written here is the rest. Run functions and memory models
+answers; see `keel.config.stage.Stage`. What is written here is the rest. Run functions and memory models
 stand as "module:function" and are imported when they are first used: the report reads this table and must not
 load torch.
 """

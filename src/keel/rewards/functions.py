@@ -61,10 +61,11 @@ def load(name: str, where: str) -> Callable[..., Any]:
 
 
 def of_package(name: str, where: str) -> Callable[..., Any]:
-    """The function that an installed package adds as a reward of this name, by an entry point of `keel.rewards`.
+    """The function that an installed package adds as a reward of this name, by an entry point of
+    `keel.rewards`.
 
-    where: the setting that names it, for messages. UsageError for a name that nobody adds or several packages add, a
-    package that cannot be imported, and for what is no function.
+    where: the setting that names it, for messages. UsageError for a name that nobody adds or several packages
+    add, a package that cannot be imported, and for what is no function.
     """
     try:
         added = plugins.load("keel.rewards", name)

@@ -200,9 +200,10 @@ def learn(
     """Epochs of mini-batches over one batch of episodes; the policy's optimiser is the first.
 
     A step's rate is `state.lr_factor` of the scheduled one, less where this update has already gone further
-    than `desired_kl`. A critic's optimiser keeps the scheduled rate. The first update in which the policy learns
-    takes rising rates: Adam's first steps are as long as the rate allows, whatever the gradient, and nothing
-    is known yet of how far they lead. Raises NotFiniteError for a loss or a gradient that is not finite.
+    than `desired_kl`. A critic's optimiser keeps the scheduled rate. The first update in which the policy
+    learns takes rising rates: Adam's first steps are as long as the rate allows, whatever the gradient, and
+    nothing is known yet of how far they lead. Raises NotFiniteError for a loss or a gradient that is not
+    finite.
     """
     setup, config, run = algorithm.setup, algorithm.setup.config, algorithm.setup.run
     policy_learns = update > algorithm.warmup

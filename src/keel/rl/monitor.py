@@ -26,8 +26,8 @@ from keel.stages.loop_utils import put_back, state_of
 @dataclass
 class Monitor:
     """The watch over one stage. `snapshots` holds whole states: "healthy" (of which a window of updates
-    without a finding has passed), "fresh" (the next to become so) and "best" (the highest held-out judge, else
-    evaluated reward)."""
+    without a finding has passed), "fresh" (the next to become so) and "best" (the highest held-out judge,
+    else evaluated reward)."""
 
     setup: Setup[Any]
     optimizers: Sequence[torch.optim.Optimizer]

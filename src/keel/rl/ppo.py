@@ -78,9 +78,18 @@ class PPO:
         if config.whiten_advantages:
             advantages = whiten(advantages, scored.mask)
         episodes = Episodes(
-            scored.ids, scored.prompt_lengths, scored.mask, scored.logp, scored.ref_logp, scored.values,
-            rewards, advantages, returns, rollout.importance(self.setup, experience), experience.logp_from_sampler,
-        )  # fmt: skip
+            scored.ids,
+            scored.prompt_lengths,
+            scored.mask,
+            scored.logp,
+            scored.ref_logp,
+            scored.values,
+            rewards,
+            advantages,
+            returns,
+            rollout.importance(self.setup, experience),
+            experience.logp_from_sampler,
+        )
         total = returns[scored.mask].var(correction=0).item()
         unexplained = (returns - scored.values)[scored.mask].var(correction=0).item()
         return episodes, {"val/explained_variance": 1 - unexplained / total if total > 0 else 0.0}

@@ -136,9 +136,16 @@ def score_tokens(setup: Setup[OnPolicy], completions: Sequence[Completion]) -> S
     config, roles = setup.config, setup.roles
     with on_device(roles.reference):
         return score(
-            completions, roles.policy, roles.reference, temperature=config.sampling.temperature,
-            pad_id=setup.pad_id, device=setup.run.device, critic=roles.critic, value_head=roles.value_head, **forward_rows(config),
-        )  # fmt: skip
+            completions,
+            roles.policy,
+            roles.reference,
+            temperature=config.sampling.temperature,
+            pad_id=setup.pad_id,
+            device=setup.run.device,
+            critic=roles.critic,
+            value_head=roles.value_head,
+            **forward_rows(config),
+        )
 
 
 def rate(

@@ -157,9 +157,15 @@ def open_stage(
         batch_size=config.rows_at_once or config.batch_size,
     )  # fmt: skip
     roles = open_roles(
-        source, reference, sharing=sharing,
-        adapters=prepare.adapters_of(config.lora) if config.lora else None, gradient_checkpointing=config.gradient_checkpointing, device=run.device, seed=seed, base=base,
-    )  # fmt: skip
+        source,
+        reference,
+        sharing=sharing,
+        adapters=prepare.adapters_of(config.lora) if config.lora else None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        device=run.device,
+        seed=seed,
+        base=base,
+    )
     if config.offload:
         _offload(run, roles, opened)
     _rate(run, config, roles)

@@ -75,9 +75,13 @@ def generate(
     head = head_of(model) if hidden else None
     looking = nullcontext() if head is None else capture_head_input(head)
     with (
-        evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device), looking as seen,
+        evaluating(model),
+        keep_bf16_copies(model),
+        torch.no_grad(),
+        computing(model, device),
+        looking as seen,
         decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
-    ):  # fmt: skip
+    ):
         work = work or TokenCount()
         done = None
         if decode_step.keeps_slots(model):  # else by the model's own forward alone
@@ -253,9 +257,12 @@ def _step(model: PreTrainedModel, newest: Tensor, slots: Slots) -> Tensor:
     """(n,) newest tokens → (n, V) logits, by the model's own forward."""
     mask = slots.mask()
     return model(
-        input_ids=newest[:, None], attention_mask=None if mask is None else mask.long(), position_ids=slots.positions[:, None],
-        past_key_values=slots.cache, use_cache=True,
-    ).logits[:, -1]  # fmt: skip
+        input_ids=newest[:, None],
+        attention_mask=None if mask is None else mask.long(),
+        position_ids=slots.positions[:, None],
+        past_key_values=slots.cache,
+        use_cache=True,
+    ).logits[:, -1]
 
 
 def _last_only(model: Any) -> dict[str, int]:

@@ -42,7 +42,8 @@ class InDirectory(Protocol):
 
 
 def outcome(pipeline: InDirectory) -> dict[str, Any]:
-    """The run for `--json`: its directory, its report, and of each stage what the manifest and its result say."""
+    """The run for `--json`: its directory, its report, and of each stage what the manifest and its result
+    say."""
     found = results(pipeline.directory)
     return {
         "run": str(pipeline.directory),

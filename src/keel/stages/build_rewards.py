@@ -20,7 +20,7 @@ from keel.config.rewards import (
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
-from keel.rewards import functions, learned, rules
+from keel.rewards import functions, learned, on_base, rules
 from keel.rewards.classifier import Classifier
 from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
 from keel.rewards.similarity import Similarity
@@ -66,7 +66,7 @@ def load_rewards(
                         quantize=term.quantize,
                     )
                 else:
-                    models = learned.load_members_on_base(
+                    models = on_base.load_members_on_base(
                         path, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
                         say=lambda line: stage_run.say(f"{stage_run.name}: {line}"),
                     )  # fmt: skip
