@@ -217,7 +217,7 @@ def with_tokenizer(stage: StageT) -> StageT:
     return stage
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """The value if it is a list, else a list of it alone."""
     return value if isinstance(value, list) else [value]
 
