@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -63,27 +63,31 @@ class Rows:
         return taken[None]
 
 
+class _Kept(FunctionCtx):
+    rows: Rows
+
+
 class _LaidOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: _Kept, x: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
         return x.index_select(0, rows.source)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].index_select(0, ctx.rows.where), None
 
 
 class _Taken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: _Kept, x: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
         return x.index_select(0, rows.where)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].index_select(0, ctx.rows.source).index_fill_(0, ctx.rows.padding, 0), None
 
 

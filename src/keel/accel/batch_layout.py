@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from keel.accel import attention
 from keel.accel.attention import Rows
 from keel.accel.last_layer import DEARER, MASK_AT_MOST, last_layer_at, weight_of
-from keel.accel.modules import has_dropout, pulled, twin_parameters, undisturbed
+from keel.accel.modules import HasConfig, has_dropout, pulled, twin_parameters, undisturbed
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
 
 WORTH = 0.95  # of the cost of reading apart
@@ -58,7 +59,7 @@ class LaidOutBatch:
     rows: Rows | None = None  # those that the one row stands for
 
 
-def read(key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: Tensor) -> Tensor:
+def read(key: nn.Module, model: HasConfig, forward: Forward, ids: Tensor, index: Tensor) -> Tensor:
     """(N, d) states at `index` of the flattened (B, S) ids, which are padded on the right; no token behind
     the last position asked for in a row is needed. key: the module that stands for the model in what is
     remembered of it."""
@@ -79,7 +80,7 @@ def best_rows(kind: str, window: int | None, *, kernels: bool = True, draws: boo
     return MANY if kind in UNPADDED and window is None and kernels and not draws else FEW
 
 
-def best_rows_of(model: Any) -> int:
+def best_rows_of(model: HasConfig) -> int:
     """`best_rows` of a model at work."""
     config = model.config.get_text_config()
     kernels = (
@@ -111,7 +112,7 @@ def counting() -> Iterator[Callable[[], int]]:
         _read.reset(token)
 
 
-def count(model: Any, tokens: int) -> None:
+def count(model: object, tokens: int) -> None:
     """A model was given so many tokens."""
     if (counted := _read.get()) is not None:
         counted[id(model)] = counted.get(id(model), 0) + tokens
@@ -164,7 +165,7 @@ class BatchLayout:
 
 
 def _laid_out(
-    key: nn.Module, model: Any, forward: Forward, ids: Tensor, index: Tensor
+    key: nn.Module, model: HasConfig, forward: Forward, ids: Tensor, index: Tensor
 ) -> LaidOutBatch | None:
     """The layout, where another than the rows themselves is worth it and the model can."""
     config = model.config.get_text_config()
@@ -260,21 +261,21 @@ def _cost(widths: Sequence[int], weight: float, unpadded: bool = False) -> float
     return tokens * weight + rows * DEARER * width * width
 
 
-def _weight(config: Any) -> float | None:
+def _weight(config: PreTrainedConfig) -> float | None:
     """`last_layer.weight_of`; None where layers differ."""
     hidden = getattr(config, "hidden_size", None) or 1024
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     return weight_of(hidden, inner) if isinstance(hidden, int) and isinstance(inner, int) else None
 
 
-def _turns_by_length(config: Any) -> bool:
+def _turns_by_length(config: PreTrainedConfig) -> bool:
     """Whether angles of rotation depend on the longest sequence of a forward, so that no token may be left
     out of it."""
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     return any(kind in repr(given) for kind in ("dynamic", "longrope"))
 
 
-def window_of(config: Any) -> int | None:
+def window_of(config: PreTrainedConfig) -> int | None:
     """Tokens that a position of the model sees at most, where its config bounds them."""
     return min((w for name in WINDOWS if isinstance(w := getattr(config, name, None), int)), default=None)
 
@@ -348,7 +349,7 @@ def _mask(
 # ---------------------------------------------------------------- whether a model can
 
 
-def _ways_of(key: nn.Module, model: Any, forward: Forward) -> ReadStrategy:
+def _ways_of(key: nn.Module, model: HasConfig, forward: Forward) -> ReadStrategy:
     """In which ways the model's states are the same as for sequences read apart: tried once, and once more
     when the model begins to train."""
     config = model.config.get_text_config()
@@ -374,7 +375,7 @@ def _ways_of(key: nn.Module, model: Any, forward: Forward) -> ReadStrategy:
 
 
 def _differs(
-    key: nn.Module, model: Any, forward: Forward, layout: BatchLayout, *, trains: bool
+    key: nn.Module, model: HasConfig, forward: Forward, layout: BatchLayout, *, trains: bool
 ) -> str | None:
     """Three sequences read by a layout and by the model's own forward: the states, and their gradients where
     it trains."""

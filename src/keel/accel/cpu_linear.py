@@ -33,7 +33,7 @@ from torch.nn.functional import linear, silu
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from keel.accel.modules import Patched, is_patched, patched_class, plain_class, pulled, twin_parameters
+from keel.accel.modules import Kept, Patched, is_patched, patched_class, plain_class, pulled, twin_parameters
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, refuse, tried
 
 LEAST = 8  # rows, and the step between sizes up to 64
@@ -111,7 +111,7 @@ def _gated(kind: type[nn.Module]) -> type[nn.Module]:
     return patched_class(kind, "cpu_linear", forward)
 
 
-def _looks_gated(module: Any) -> bool:
+def _looks_gated(module: nn.Module) -> bool:
     """Whether a module has the parts of down(silu(gate(x)) · up(x)), and nothing else that computes."""
     layers: list[Any] = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     if isinstance(module, Patched) or not all(_is_plain(layer) for layer in layers):
@@ -210,6 +210,13 @@ def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
 # ---------------------------------------------------------------- steps of autograd
 
 
+class _Kept(Kept):
+    weight: Tensor  # of a product
+    weights: tuple[Tensor, Tensor, Tensor]  # of a gated part
+    dtype: torch.dtype  # of x
+    shape: torch.Size
+
+
 class _Product(torch.autograd.Function):
     """x Wᵀ + b. x: (…, k); rows: (M, k) x as it is multiplied; own, own_bias: W (n, k) and b (n,) likewise.
     Returns (M, n), of which `_like` takes what is x's: no view, so that whoever reads it may change it in
@@ -217,7 +224,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Kept,
         x: Tensor,
         rows: Tensor,
         weight: Tensor,
@@ -231,7 +238,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, own = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         of_input = of_weight = of_bias = None
@@ -250,7 +257,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, *own: Tensor
+        ctx: _Kept, x: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, *own: Tensor
     ) -> Tensor:
         a, b = linear(rows, own[0]), linear(rows, own[1])
         ctx.save_for_backward(rows, a, b, *own)
@@ -259,7 +266,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, a, b, gate, up, down = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         of_weights: list[Tensor | None] = [None, None, None]

@@ -116,7 +116,7 @@ class Step:
     """The recorded step as the engine calls it, and `lean.Step` from where one could not be recorded."""
 
     def __init__(
-        self, model: Any, captured: Captured, slots: Slots, longest: int, seen: list[Tensor] | None
+        self, model: nn.Module, captured: Captured, slots: Slots, longest: int, seen: list[Tensor] | None
     ) -> None:
         """longest: positions of a row; seen: where what the head is given is put, as hooks do not run in a
         replay."""
@@ -164,7 +164,9 @@ _refused: WeakSet[nn.Module] = WeakSet()  # models whose step could not be recor
 
 
 @contextmanager
-def recorded_steps(model: Any, device: torch.device, *, reading: bool = False) -> Iterator[Captured | None]:
+def recorded_steps(
+    model: nn.Module, device: torch.device, *, reading: bool = False
+) -> Iterator[Captured | None]:
     """The recorded steps of a model, whose linear layers have weights for them within it; None where no step
     is recorded. reading: a hook on the head reads what it is given. To be called where the model computes, in
     its precision."""
@@ -188,7 +190,7 @@ def recorded_steps(model: Any, device: torch.device, *, reading: bool = False) -
                 _forget(other)
 
 
-def fits(model: Any, *, reading: bool = False) -> bool:
+def fits(model: nn.Module, *, reading: bool = False) -> bool:
     """Whether a model's step can be recorded: one for `lean.Step`, on one device, with nothing in it that
     decides on the CPU. reading: the head has a hook that may be left out."""
     if not decode_step.fits(model) or len({parameter.device for parameter in model.parameters()}) > 1:
@@ -215,7 +217,7 @@ def _unrecorded(model: nn.Module, slots: Slots, columns: int) -> Callable[[Tenso
     return step
 
 
-def _decides(module: Any, ours: int) -> bool:
+def _decides(module: nn.Module, ours: int) -> bool:
     """Whether Python runs in a module's forward that a replay would leave out; ours: hooks that may be left
     out."""
     hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,8 +85,8 @@ class Bf16Copies:
 class Static:
     """The step of one model, with the cache, inputs and outputs that it works on."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)  # whoever keeps a step must not keep the model
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Callable[[], Any] = weakref.ref(model)  # whoever keeps a step must not keep the model
         self._device = next(model.parameters()).device
         self.rows = self.columns = 0  # of the cache
         self.cache: list[tuple[Tensor, Tensor]] = []  # each layer's k, v: (rows, heads, columns, d)

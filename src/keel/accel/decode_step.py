@@ -32,7 +32,7 @@ class Step:
     """The step for one model, up to `columns` positions. Made anew for each call of the engine, as weights
     change. On a CPU that computes in bfloat16 its matrices are laid out once."""
 
-    def __init__(self, model: Any, columns: int) -> None:
+    def __init__(self, model: nn.Module, columns: int) -> None:
         self.model = plain_of(model)
         config, trunk = self.model.config, self.model.model
         positions = torch.arange(columns, device=trunk.embed_tokens.weight.device)
@@ -148,7 +148,7 @@ def _packs(model: Any) -> bool:
     )
 
 
-def fits(model: Any) -> bool:
+def fits(model: nn.Module) -> bool:
     """Whether the step is this model's: switched on, of the right shape, and tried against the model's own
     forward."""
     if not enabled("decode_step") or not enabled("kv_slots") or not has_shape(model):
@@ -158,7 +158,7 @@ def fits(model: Any) -> bool:
     return trusted("decode_step", plain, trial, depends_on=precision_of(plain))
 
 
-def has_shape(model: Any) -> bool:
+def has_shape(model: nn.Module) -> bool:
     """Whether a model is one that the step is written for: its class, plain rotations, full attention
     everywhere, and no hook on a module whose forward would be passed by."""
     plain = plain_of(model)
@@ -176,7 +176,7 @@ def has_shape(model: Any) -> bool:
     return not sliding and not hooked and plain.model.rotary_emb.rope_type in ROTATIONS
 
 
-def keeps_slots(model: Any) -> bool:
+def keeps_slots(model: nn.Module) -> bool:
     """Whether prompts are sampled through `Slots`: switched on, and the model's own forward computes with
     them as its cache what it computes without one. Models with a decode step of their own are tried with
     that."""

@@ -4,7 +4,6 @@ leaves, against the model's own forward over the whole sequences, without a cach
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +56,14 @@ def precision_of(model: nn.Module) -> tuple[object, ...]:
     return weight.dtype, weight.device, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _own_logits(model: Any, device: torch.device) -> Tensor:
+def _own_logits(model: nn.Module, device: torch.device) -> Tensor:
     """(rows, positions, V) of the sequences, padded on the right: causal attention needs no mask."""
     longest = max(map(len, SEQUENCES))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in SEQUENCES], device=device)
     return model(input_ids=ids, use_cache=False).logits
 
 
-def _prompts_read(model: Any, prompts: list[tuple[int, ...]], device: torch.device) -> DynamicCache:
+def _prompts_read(model: nn.Module, prompts: list[tuple[int, ...]], device: torch.device) -> DynamicCache:
     """Keys and values of the prompts, padded on the left, as transformers keeps them."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[*[0] * (longest - len(row)), *row] for row in prompts], device=device)

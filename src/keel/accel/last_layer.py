@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -28,6 +28,7 @@ from keel.accel.modules import pulled, twin_parameters, undisturbed
 from keel.accel.norm_and_rope import apply_rope
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
 
+_Layer = LlamaDecoderLayer | MistralDecoderLayer | Qwen2DecoderLayer | Qwen3DecoderLayer
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 KINDS = ("llama", "mistral", "qwen2", "qwen3")  # the model types that have them
 WORTH = 0.05  # share of the layer that must be saved
@@ -39,7 +40,7 @@ DEARER = 3.0
 
 @contextmanager
 def last_layer_at(
-    model: Any, index: Tensor, shape: Sequence[int], rows: Rows | None = None
+    model: object, index: Tensor, shape: Sequence[int], rows: Rows | None = None
 ) -> Iterator[None]:
     """Within it the last layer's states are computed at `index` of the flattened (B, S) ids, and are zero
     elsewhere; the whole of it where `model` is not one of those, or that would not save much. For one thread
@@ -63,7 +64,7 @@ def last_layer_at(
         layer.gradient_checkpointing = again
 
 
-def _worth_it(layer: Any, index: Tensor, shape: Sequence[int], rows: Rows | None) -> bool:
+def _worth_it(layer: _Layer, index: Tensor, shape: Sequence[int], rows: Rows | None) -> bool:
     if not len(index):
         return False
     tokens = shape[0] * shape[1]
@@ -95,7 +96,7 @@ def weight_of(hidden: int, inner: int) -> float:
     return 4.0 * hidden + 3.0 * inner
 
 
-def _last_of(model: Any) -> Any:
+def _last_of(model: object) -> Any:
     """The last layer, if it is one that is known, with nothing around it and attention to everything
     before."""
     layers = getattr(_trunk_of(model), "layers", None)
@@ -117,7 +118,7 @@ def _trunk_of(model: Any) -> Any:
 # ---------------------------------------------------------------- self-test
 
 
-def _is_right(model: Any, layer: Any) -> bool:
+def _is_right(model: object, layer: _Layer) -> bool:
     """Whether `_narrow` computes what the layer's own forward computes: tried once for each precision,
     device, kernel, and with and without adapters."""
     weight, kernel = (
@@ -130,7 +131,7 @@ def _is_right(model: Any, layer: Any) -> bool:
     return trusted("last_layer", layer, lambda: _differs(_trunk_of(model), layer), depends_on=depends_on)
 
 
-def _differs(trunk: Any, layer: Any) -> str | None:
+def _differs(trunk: Any, layer: _Layer) -> str | None:
     """The layer's own forward on 3 rows of 6 positions against `_narrow`: states and gradients without a
     mask, under one, with rows that stand in one row, and with a cache."""
     weight = layer.input_layernorm.weight
@@ -153,7 +154,7 @@ def _differs(trunk: Any, layer: Any) -> str | None:
         angles = trunk.rotary_emb(x, places)
         own: Any = type(layer).forward
 
-        def at_index(states: Any) -> Tensor:
+        def at_index(states: Tensor | tuple[Tensor, ...]) -> Tensor:
             return (states[0] if isinstance(states, tuple) else states).flatten(0, 1).index_select(0, index)
 
         cases: list[tuple[str, Tensor, Tensor]] = []
@@ -161,7 +162,7 @@ def _differs(trunk: Any, layer: Any) -> str | None:
             theirs = at_index(own(layer, x, attention_mask=given, position_embeddings=angles))
             cases.append((name, at_index(_narrow(layer, index, x, given, angles)), theirs))
         whole, caches = cases[0][2], [DynamicCache(), DynamicCache()]
-        number = layer.self_attn.layer_idx
+        number: Any = layer.self_attn.layer_idx
         cached = at_index(own(layer, x, position_embeddings=angles, past_key_values=caches[0]))
         cases.append(
             ("states with a cache", at_index(_narrow(layer, index, x, None, angles, caches[1])), cached)
@@ -191,13 +192,13 @@ def _differs(trunk: Any, layer: Any) -> str | None:
 
 
 def _narrow(
-    layer: Any,
+    layer: _Layer,
     index: Tensor,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
-    past_key_values: Any = None,
-    **more: Any,
+    past_key_values: Cache | None = None,
+    **more: object,
 ) -> Tensor:
     """`layer`'s forward on (B, S, d) hidden states, at `index` alone. past_key_values: an empty cache, which
     gets the keys and values of all positions."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +19,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 COMPUTING_HOOKS = ("_in_own_precision", "make_inputs_require_grads")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TWIN_AT_MOST = 2**16  # numbers of a parameter whose gradient a trial compares
+
+
+class HasConfig(Protocol):
+    """A language model, or what is called like one (a policy without its adapters)."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+
+class Kept(FunctionCtx):
+    """What a step of autograd keeps from its forward for its backward; torch hands over one of its own."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
 
 @contextmanager
@@ -45,7 +60,7 @@ def has_dropout(model: nn.Module) -> bool:
     return False
 
 
-def dropout_rates(owner: Any) -> list[str]:
+def dropout_rates(owner: object) -> list[str]:
     """Attributes that are the rate of some dropout, and not 0."""
     return [
         name
@@ -139,7 +154,7 @@ class Patched:
     keel_plain: ClassVar[type[nn.Module]]  # the class as transformers or torch has it
     keel_patch: ClassVar[str]  # the path's name
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         _, _, *state = super().__reduce_ex__(max(2, int(protocol)))
         return _as_plain, (self.keel_plain,), *state
 

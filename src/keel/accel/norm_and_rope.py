@@ -9,6 +9,7 @@ a kind by what it computes, and its own forward still runs for anything but floa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from keel.accel.modules import Patched, patched_class, pulled, twin_parameters
+from keel.accel.modules import Kept, Patched, patched_class, pulled, twin_parameters
 from keel.accel.patches import difference, disabled, enabled, refuse, tried
 
 # classes that are known to be such norms, and to rotate so
@@ -67,14 +68,14 @@ class _Norm(torch.autograd.Function):
     """x · weight / √(mean x² + eps) over the last axis."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Kept, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = x.pow(2).mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Kept, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (gradient,) = gradients
         x, weight, scale = ctx.saved_tensors
         unit = x * scale
@@ -94,7 +95,7 @@ def _with_norm(kind: type[nn.Module]) -> type[nn.Module]:
     return patched_class(kind, "norm_and_rope", forward)
 
 
-def _is_norm(module: Any) -> bool:
+def _is_norm(module: nn.Module) -> bool:
     """Whether a module has what such a norm computes with."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     right = isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -134,13 +135,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Kept, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate_halves(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Kept, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         swapped = torch.cat(sin.chunk(2, dim=-1)[::-1], dim=-1)
         return _rotate_halves(gradients[0], cos, swapped, -1), None, None
@@ -164,7 +165,7 @@ def _rotation_of(kind: type[nn.Module]) -> Any:
 
 
 @cache
-def _rotation_differs(rotation: Any) -> str | None:
+def _rotation_differs(rotation: Callable[..., tuple[Tensor, ...]]) -> str | None:
     """transformers' function against the one here, on a few numbers, and with their gradients."""
     angles = torch.linspace(0.1, 2.0, 12).view(1, 3, 4)
     cos, sin = angles.cos(), angles.sin()
@@ -187,11 +188,13 @@ def _rotation_differs(rotation: Any) -> str | None:
 
 
 @cache
-def _with_rotation(kind: type[nn.Module], own: Any, plain: Any) -> type[nn.Module]:
+def _with_rotation(
+    kind: type[nn.Module], own: FunctionType, plain: Callable[..., tuple[Tensor, ...]]
+) -> type[nn.Module]:
     """own: the module's forward, in which another function than `plain` stands under the rotation's name."""
 
     def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: object, **named: object
     ) -> tuple[Tensor, ...]:
         if more or named or cos.shape[-1] != q.shape[-1] or not _ours(cos, sin):  # or switched off
             return plain(q, k, cos, sin, *more, **named)

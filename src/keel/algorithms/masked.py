@@ -9,11 +9,11 @@ Half precision is computed in float32; float64 stays float64.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 Reduction = Literal["token", "sequence"] | float
 """How (B, T) becomes one number; see `reduced`."""
@@ -144,12 +144,18 @@ def token_logp_and_entropy(
     return _TokenLogp.apply(logits, ids, temperature, with_entropy)  # pyright: ignore[reportReturnType]
 
 
+class _Kept(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    temperature: float
+    dtype: torch.dtype
+
+
 class _TokenLogp(torch.autograd.Function):
     """With y = log softmax(x / T), H = −Σ_v e^{y_v} y_v: ∂y_a/∂x = (1_a − e^y)/T, ∂H/∂x = −e^y (y + H)/T."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, temperature: float, with_entropy: bool
+        ctx: _Kept, logits: Tensor, ids: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         y = log_softmax(logits, temperature)
         logp = y.gather(-1, ids[:, None]).squeeze(-1)
@@ -163,7 +169,7 @@ class _TokenLogp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: _Kept, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         of_logp, of_entropy = gradients
         y, ids, h = ctx.saved_tensors
         if of_logp is None and of_entropy is None:

@@ -84,7 +84,7 @@ class GRPOConfig(OnPolicy):
 
     @model_validator(mode="before")
     @classmethod
-    def _expanded(cls, values: Any) -> Any:
+    def _expanded(cls, values: object) -> Any:
         """The preset's settings where none is given, and the rest of a KL term of which only a part is
         given."""
         if not isinstance(values, dict):
@@ -118,7 +118,7 @@ class GRPOConfig(OnPolicy):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
+    def _renamed(cls, values: object) -> Any:
         """`objective`, as `policy_loss` was called up to version 0.1. (What is defined last is called
         first.)"""
         if not isinstance(values, dict) or "objective" not in values:
@@ -189,7 +189,7 @@ class GRPOConfig(OnPolicy):
                 )
 
 
-def _whole_number(value: Any) -> int | None:
+def _whole_number(value: object) -> int | None:
     """What pydantic will read as an integer, as one; None for what it will refuse."""
     try:
         return TypeAdapter(int).validate_python(value)
@@ -197,5 +197,5 @@ def _whole_number(value: Any) -> int | None:
         return None
 
 
-def _kind(term: Any) -> Any:
+def _kind(term: object) -> Any:
     return term.get("kind") if isinstance(term, dict) else getattr(term, "kind", None)

@@ -254,7 +254,7 @@ class OnPolicy(Watched):
 
     @model_validator(mode="before")
     @classmethod
-    def _adapters(cls, values: Any) -> Any:
+    def _adapters(cls, values: object) -> Any:
         """Adapters with their defaults where `sharing` asks for some and none are described."""
         if isinstance(values, dict) and values.get("sharing") == "adapters":
             return {"lora": {}, **values}

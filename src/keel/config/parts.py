@@ -203,7 +203,7 @@ class FilteredSamplingConfig(SamplingConfig):
         return self
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """The value if it is a list, else a list of it alone."""
     return value if isinstance(value, list) else [value]
 

@@ -20,7 +20,7 @@ from keel.config.settings import other_names
 class _Loader(yaml.SafeLoader):
     """YAML without the silent loss of a key that is written twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
@@ -58,7 +58,7 @@ def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[s
         raise errors.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: object) -> Any:
     """A copy in which what YAML aliases made one is separate, so that an override changes one place only."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
@@ -92,7 +92,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise errors.UsageError(f"{override!r}: the value is not YAML: {error}") from None
 
 
-def _inside(node: Any, part: str, override: str) -> Any:
+def _inside(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
     """The mapping or list at `part` of `node`, made where there is none; short forms are written out
     first."""
     place = _place(node, part, override)
@@ -105,7 +105,7 @@ def _inside(node: Any, part: str, override: str) -> Any:
     return value
 
 
-def _place(node: Any, part: str, override: str) -> Any:
+def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
     """`part` as a key of a mapping or an index of a list."""
     if isinstance(node, dict):
         return part
@@ -121,7 +121,7 @@ def _nearest(word: str, known: Sequence[str] | Mapping[str, Any] | set[str]) -> 
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _explain(item: Any, tree: Mapping[str, Any]) -> str:
+def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     """One error of pydantic in a line: where in the config, and what is wrong there."""
     place = [str(part) for part in item["loc"]]
     if len(place) > 2 and place[0] == "stages":
@@ -152,14 +152,14 @@ def _known_keys(location: Sequence[Any], tree: Mapping[str, Any]) -> set[str]:
     return set(group.model_fields)
 
 
-def _added_kind(tree: Mapping[str, Any], stage: Any) -> str | None:
+def _added_kind(tree: Mapping[str, Any], stage: object) -> str | None:
     """The kind of a stage, where another package adds it."""
     settings = (tree.get("stages") or {}).get(stage)
     kind = settings.get("kind") if isinstance(settings, Mapping) else None
     return kind if kind in plugin_kinds() else None
 
 
-def _group_of(annotation: Any) -> type[BaseModel] | None:
+def _group_of(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(

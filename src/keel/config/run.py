@@ -60,7 +60,7 @@ def config_of_kind(kind: str) -> type[Stage]:
     return config
 
 
-def _of_any_kind(value: Any, of_own_kind: Callable[[Any], Stage]) -> Stage:
+def _of_any_kind(value: object, of_own_kind: Callable[[Any], Stage]) -> Stage:
     """A stage of a kind by another package, else one of keel's own kinds."""
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
     try:
@@ -139,7 +139,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _expanded(cls, values: Any) -> Any:
+    def _expanded(cls, values: object) -> Any:
         return _in_precision(expanded(values)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
@@ -201,7 +201,7 @@ def _in_precision(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "stages": {name: _stage_in(dtype, stage) for name, stage in stages.items()}}
 
 
-def _stage_in(dtype: Any, stage: Any) -> Any:
+def _stage_in(dtype: object, stage: object) -> Any:
     if not isinstance(stage, Mapping):
         return stage
     if _has_precision(stage.get("kind")):

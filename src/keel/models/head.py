@@ -8,7 +8,7 @@ is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.accel.batch_layout import KINDS
-from keel.accel.modules import pulled, undisturbed
+from keel.accel.modules import HasConfig, pulled, undisturbed
 from keel.accel.patches import difference, disabled, enabled, trusted
 from keel.models.precision import computing
 
@@ -59,11 +59,11 @@ def head_of(model: Any) -> Head | None:
     return head
 
 
-def _adapted(linear: Any) -> bool:
+def _adapted(linear: nn.Module) -> bool:
     return any(hasattr(linear, name) for name in ("lora_A", "modules_to_save"))
 
 
-def _supposed(model: Any, linear: Any) -> Head:
+def _supposed(model: HasConfig, linear: Any) -> Head:
     """The head as the model's config describes it."""
     config = model.config.get_text_config()
     factor = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -80,7 +80,7 @@ def _differs(model: Any, head: Head) -> str | None:
     ids, given = torch.arange(4, device=device)[None], list[Tensor]()
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
-    def other(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def other(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
         noise *= torch.tensor([0.1, 1.0, 10.0, 100.0])[:, None]
         given.append(noise.to(inputs[0]).requires_grad_())
@@ -111,7 +111,7 @@ def capture_head_input(head: Head, *, skip_logits: bool = False) -> Iterator[lis
     given no position, so that a forward of the model makes no logits."""
     seen: list[Tensor] = []
 
-    def look(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def look(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen.append(inputs[0])
         return (inputs[0][:, :0], *inputs[1:]) if skip_logits else None
 
@@ -120,7 +120,7 @@ def capture_head_input(head: Head, *, skip_logits: bool = False) -> Iterator[lis
 
 
 @contextmanager
-def _before(module: Any, hook: Any) -> Iterator[None]:
+def _before(module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...]], object]) -> Iterator[None]:
     handle = module.register_forward_pre_hook(hook)
     try:
         yield

@@ -25,6 +25,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -101,7 +102,7 @@ def model_config(source: ModelSource) -> Any:
         )
 
 
-def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
+def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase | None = None) -> Any:
     """A causal language model. A new one (`init`) is seeded and gets its vocabulary and special ids from
     `vocab`, a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's."""
     config = model_config(source)
@@ -134,7 +135,13 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: Any = None) -> Any:
     return mark_precision(with_whole_embeddings(model), source.dtype)
 
 
-def scorer(source: ModelSource, seed: int, *, vocab: Any = None, labels: Sequence[str] | None = None) -> Any:
+def scorer(
+    source: ModelSource,
+    seed: int,
+    *,
+    vocab: PreTrainedTokenizerBase | None = None,
+    labels: Sequence[str] | None = None,
+) -> Any:
     """A sequence-classification model with one output, for use as a reward model or critic; with one output
     for each of `labels`, in their order, for use as a classifier.
 
@@ -208,7 +215,7 @@ def _set_outputs(config: Any, labels: Sequence[str] | None, trained: str | None)
     config.problem_type = "single_label_classification"
 
 
-def is_classifier(config: Any) -> bool:
+def is_classifier(config: PreTrainedConfig) -> bool:
     """Whether a checkpoint with this config has a trained head that scores whole sequences."""
     kinds = getattr(config, "architectures", None) or ()
     return any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds)
@@ -219,7 +226,7 @@ def _in_head(key: str, backbone: str) -> bool:
     return not key.startswith(f"{backbone}.") or key.startswith(f"{backbone}.pooler.")
 
 
-def with_whole_embeddings(model: Any) -> Any:
+def with_whole_embeddings(model: nn.Module) -> Any:
     """The model with every row of its embeddings trained. Torch keeps a pad token's row from learning, and
     the pad token may be EOS [trl PR 5303]; real pads get no gradient in any case, since masks here come from
     lengths."""
@@ -229,7 +236,7 @@ def with_whole_embeddings(model: Any) -> Any:
     return model
 
 
-def score_head(model: Any) -> nn.Linear | None:
+def score_head(model: nn.Module) -> nn.Linear | None:
     """The head that scores every position of a decoder; None for an encoder (BERT-type), which pools by
     itself."""
     return getattr(model, "score", None)
@@ -245,7 +252,7 @@ def seed_head(head: nn.Linear, seed: int) -> None:
             head.bias.zero_()
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass; in train mode only. To be called after `add_adapters`.
 
     The embeddings' output is made to require a gradient, without which none would reach adapters in
@@ -260,7 +267,7 @@ def checkpoint_activations(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def context_length(config: Any) -> int | None:
+def context_length(config: PreTrainedConfig) -> int | None:
     """Longest sequence the model takes, in tokens; None when its config does not say."""
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         value = getattr(config, name, None)
@@ -306,7 +313,9 @@ def size_of(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def _adopt_vocabulary(config: Any, tokenizer: Any, init: Mapping[str, Any]) -> None:
+def _adopt_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, init: Mapping[str, Any]
+) -> None:
     size = len(tokenizer)
     if init.get("vocab_size", size) < size:
         raise UsageError(f"model.init.vocab_size {init['vocab_size']} is smaller than the tokenizer's {size}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keel.accel import batch_layout
@@ -16,6 +16,9 @@ from keel.accel.last_layer import last_layer_at
 from keel.algorithms.masked import at_least_float32, token_logp_and_entropy
 from keel.models.head import Head, capture_head_input, head_of
 from keel.models.precision import computing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 2**26  # bytes of float32 logits that are made at a time
 
@@ -132,7 +135,7 @@ def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def scores_at(scorer: Any, ids: Tensor, index: Tensor) -> Tensor:
+def scores_at(scorer: PreTrainedModel, ids: Tensor, index: Tensor) -> Tensor:
     """(N,) what the score head of a decoder makes of the states at N positions of (B, S) ids; rows that begin
     alike are read as one. index: (N,) into the flattened ids."""
     trunk = backbone(scorer)
@@ -142,10 +145,11 @@ def scores_at(scorer: Any, ids: Tensor, index: Tensor) -> Tensor:
 
     with computing(scorer, ids.device):
         hidden = batch_layout.read(trunk, scorer, last_states, ids, index)
-    return at_least_float32(scorer.score(hidden.to(head_dtype(scorer.score))).squeeze(-1))
+    head = cast("nn.Module", scorer.score)
+    return at_least_float32(head(hidden.to(head_dtype(head))).squeeze(-1))
 
 
-def head_dtype(head: Any) -> torch.dtype:
+def head_dtype(head: nn.Module) -> torch.dtype:
     return next(head.parameters()).dtype
 
 

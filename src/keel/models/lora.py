@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models.load import ModelSource, seeded
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 SETTINGS, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
@@ -36,7 +40,7 @@ class Adapters:
     target_modules: str | Sequence[str] = field(default="all-linear")
 
 
-def add_adapters(model: Any, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
+def add_adapters(model: PreTrainedModel, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
     """Wrap with LoRA adapters; only they (and a classifier's head, if asked) are trained, in float32 at
     least."""
     import peft
@@ -52,7 +56,7 @@ def add_adapters(model: Any, adapters: Adapters, seed: int, *, train_head: bool 
         return with_adapters(model, settings)
 
 
-def with_adapters(model: Any, settings: Any) -> Any:
+def with_adapters(model: PreTrainedModel, settings: PeftConfig) -> Any:
     """A model wrapped by peft; what is trained is in float32 at least. UsageError for settings that do not
     fit it."""
     import peft
@@ -70,11 +74,11 @@ def with_adapters(model: Any, settings: Any) -> Any:
     return wrapped
 
 
-def head_modules(model: Any) -> list[str]:
+def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of a classifier's modules that a language model does not have: those outside of its backbone, and
     the backbone's pooler."""
     prefix = model.base_model_prefix
-    heads = {name: child for name, child in model.named_children() if name != prefix}
+    heads: dict[str, Any] = {name: child for name, child in model.named_children() if name != prefix}
     heads[f"{prefix}.pooler"] = getattr(getattr(model, prefix, None), "pooler", None)
     return [
         name
@@ -100,7 +104,7 @@ def merged(model: Any) -> Any:
     return _merged_into(model, afresh())
 
 
-def _merged_into(model: Any, plain: Any) -> Any:
+def _merged_into(model: PeftModel, plain: PreTrainedModel) -> Any:
     """The adapter of `model` merged into `plain`, the same base with weights of its own in full precision.
     `model`, whose base is shared or quantised, stays as it is."""
     from peft import set_peft_model_state_dict
@@ -151,14 +155,14 @@ def files_of(model: Any, source: ModelSource, name: str) -> AdapterFiles | None:
     return AdapterFiles(settings, _tensors(model), identity(source))
 
 
-def _tensors(model: Any) -> dict[str, Tensor]:
+def _tensors(model: PeftModel) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
 
-def put_on(model: Any, folder: Path) -> Any:
+def put_on(model: PreTrainedModel, folder: Path) -> Any:
     """A model with the frozen adapter of a folder on it, in evaluation mode. UsageError for one that does not
     fit."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict

@@ -47,7 +47,7 @@ def prepare_model(model: M, dtype: str) -> M:
 
 
 @contextlib.contextmanager
-def computing(model: Any, device: torch.device) -> Iterator[None]:
+def computing(model: object, device: torch.device) -> Iterator[None]:
     """The context that every forward of a model on `device` runs in: bfloat16 for a model opened with `dtype:
     auto` on hardware that is fast in it, where weights are cast once in a context. A model that comes here
     for the first time is prepared for speed (`keel.accel.prepare`)."""
@@ -60,12 +60,12 @@ def computing(model: Any, device: torch.device) -> Iterator[None]:
         yield
 
 
-def autocast_on(model: Any, device: torch.device) -> bool:
+def autocast_on(model: object, device: torch.device) -> bool:
     """Whether `computing` takes a model's products in bfloat16."""
     return getattr(model, "keel_auto", False) and fast_in_bfloat16(device) and not _is_double(model)
 
 
-def compute_dtype(model: Any, device: torch.device) -> torch.dtype:
+def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     """What `computing` multiplies matrices in."""
     if autocast_on(model, device):
         return torch.bfloat16
@@ -79,7 +79,7 @@ def _is_double(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def keep_bf16_copies(model: Any) -> Iterator[None]:
+def keep_bf16_copies(model: nn.Module) -> Iterator[None]:
     """For many forwards in one `computing` without gradient: torch keeps the cast only of weights that want
     one."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]

@@ -9,7 +9,7 @@ the reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from keel.models.load import (
 )
 from keel.models.lora import Adapters, add_adapters
 from keel.models.shared_base import Base, open_base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,8 @@ class Roles:
 class AdaptersOff:
     """The policy as it was before LoRA: the reference without a copy of the weights."""
 
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
+    def __init__(self, policy: PeftModel) -> None:
+        self.policy: Any = policy
         self.keel_auto = getattr(policy, "keel_auto", False)  # see keel.models.precision
         self.config = policy.config
 

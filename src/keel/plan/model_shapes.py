@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from keel.accel.batch_layout import window_of
 from keel.accel.modules import dropout_rates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Head = Literal["lm", "score", "none"]
 ENCODERS = ("bert", "roberta", "distilbert")
@@ -164,7 +167,7 @@ def targeted(shape: Shape, targets: str | Sequence[str]) -> tuple[Linear, ...]:
     return tuple(x for x in every if any(name.split(".")[-1] == x.name for name in wanted))
 
 
-def of_config(config: Any) -> Shape | None:
+def of_config(config: PreTrainedConfig) -> Shape | None:
     """The shape of a transformers configuration; None where it names no hidden size, layers and heads."""
     config = config.get_text_config()
     kind = config.model_type
@@ -196,12 +199,12 @@ def of_config(config: Any) -> Shape | None:
     )  # fmt: skip
 
 
-def _of(config: Any, *names: str) -> int:
+def _of(config: PreTrainedConfig, *names: str) -> int:
     """The first of these settings that is a number; 0 where none is."""
     return next((v for name in names if isinstance(v := getattr(config, name, None), int)), 0)
 
 
-def _rate(config: Any, *names: str) -> bool:
+def _rate(config: PreTrainedConfig, *names: str) -> bool:
     return any((getattr(config, name, 0) or 0) > 0 for name in names)
 
 

@@ -159,7 +159,7 @@ def _path(name: str, law: Law, points: Sequence[tuple[int, float, float, float |
     return Path(name, law, tuple(at), tuple(math.sqrt(value) for value in kl), tuple(gold), whole)
 
 
-def _names_of(terms: Any) -> list[str]:
+def _names_of(terms: object) -> list[str]:
     """Names of rewards as a resolved config has them."""
     listed = terms if isinstance(terms, list) else [terms]
     return [

@@ -129,7 +129,7 @@ def render(run: Run) -> str:
     )
 
 
-def fill(template: str, drawn: list[Picture], **values: Any) -> str:
+def fill(template: str, drawn: list[Picture], **values: object) -> str:
     """A page of this folder with its pictures, style and scripts in it, so that it opens offline."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),

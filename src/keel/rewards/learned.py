@@ -3,7 +3,7 @@ text."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -332,7 +332,7 @@ def _encode_pair(reward: RewardModel, prompt: str, completion: str, limit: int |
     return _read(encoded)
 
 
-def _read(encoded: Any) -> Inputs:
+def _read(encoded: Mapping[str, Any]) -> Inputs:
     return {key: list(encoded[key]) for key in ("input_ids", "token_type_ids") if key in encoded}
 
 

@@ -241,7 +241,7 @@ class Surrogate:
         far = policy.divergence(logp, old_logp, batch.mask, self.reduction, batch.denominator)
         return loss, {**far, **measured}
 
-    def _checked(self, returned: Any, learns: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _checked(self, returned: object, learns: bool) -> tuple[Tensor, dict[str, Tensor]]:
         what = self.what
         if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
             raise UsageError(f"{what} must return (loss, metrics), not {type(returned).__name__}")

@@ -231,7 +231,7 @@ def _urgent(findings: Sequence[Finding]) -> bool:
     return any(finding.severity == "act" for finding in findings)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     """Tensors cloned to the CPU, whatever they lie in."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -55,9 +55,11 @@ def adapters_of(config: LoraConfig) -> Adapters:
     return Adapters(config.r, config.alpha, config.dropout, targets)
 
 
-def to_train(model: nn.Module, config: Training, stage_run: StageRun, *, train_head: bool = False) -> Any:
+def to_train(
+    model: PreTrainedModel, config: Training, stage_run: StageRun, *, train_head: bool = False
+) -> Any:
     """The model on its device, with adapters and checkpointed activations where the config asks for them."""
-    model.to(stage_run.device)
+    cast("nn.Module", model).to(stage_run.device)
     if config.lora:
         seed = derive_seed(stage_run.seed, "model")
         model = add_adapters(model, adapters_of(config.lora), seed, train_head=train_head)
