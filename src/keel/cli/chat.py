@@ -41,6 +41,6 @@ class Talk:
             self.model, [prompt], self.sampling, stop_ids=chat.stop_ids(self.tokenizer, ()), pad_id=chat.ensure_pad(self.tokenizer),
             seed=derive_seed("chat", self.seed, self.count),
         )[0]  # fmt: skip
-        reply = self.tokenizer.decode(list(done.ids), skip_special_tokens=True).strip()
+        reply = chat.reply_text(self.tokenizer, done.ids).strip()
         self.turns.append({"role": "assistant", "content": reply})
         return reply

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-_closing: WeakKeyDictionary[Any, dict[frozenset[str], Tensor]] = WeakKeyDictionary()
+from keel.data.chat import added_vocab, reply_text
+
+_closing: WeakKeyDictionary[PreTrainedTokenizerBase, dict[frozenset[str], Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class StopTexts:
     """Strings that end a response as soon as they stand in its text. A token may hold the end of one and more
     behind it; that stays in the response's ids, and in its text nothing from the string on."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     texts: tuple[str, ...]
     closing: Tensor  # (V,) True at the tokens in whose text a string may end: after others nobody has to look
 
@@ -30,7 +32,7 @@ class StopTexts:
 
     def within(self, ids: Sequence[int]) -> str:
         """The first stop string in the text of a response; "" where there is none."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text = reply_text(self.tokenizer, ids)
         return (
             min((text.find(stop), stop) for stop in self.texts if stop in text)[1]
             if self.any_in(text)
@@ -41,10 +43,10 @@ class StopTexts:
         return any(stop in text for stop in self.texts)
 
 
-def stop_texts(tokenizer: Any, stop: Sequence[str]) -> StopTexts | None:
+def stop_texts(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> StopTexts | None:
     """Those of the stop strings that are looked for as text: all but special tokens, which are ids
     (`chat.stop_ids`)."""
-    texts = tuple(text for text in stop if text not in tokenizer.get_added_vocab())
+    texts = tuple(text for text in stop if text not in added_vocab(tokenizer))
     if not texts:
         return None
     known = _closing.setdefault(tokenizer, {})
@@ -54,8 +56,8 @@ def stop_texts(tokenizer: Any, stop: Sequence[str]) -> StopTexts | None:
     return StopTexts(tokenizer, texts, known[ends])
 
 
-def _may_close(tokenizer: Any, token: int, ends: frozenset[str]) -> bool:
+def _may_close(tokenizer: PreTrainedTokenizerBase, token: int, ends: frozenset[str]) -> bool:
     """Whether a stop string may end in a token. One that by itself is part of a character, or nothing, or
     loses a space before it, may be anything among others."""
-    text = tokenizer.decode([token], skip_special_tokens=False)
+    text = str(tokenizer.decode([token], skip_special_tokens=False))
     return not text or "\ufffd" in text or " " in ends or any(end in text for end in ends)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keel.data import chat
 from keel.models.lora import AdapterFiles
 
 
 def save(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     card: str,
     members: Sequence[Path] = (),
@@ -23,6 +25,7 @@ def save(
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
+    _name_ends(model, tokenizer)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
@@ -34,3 +37,16 @@ def save(
         directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write into a language model's configs every id that ends its replies, and the pad: another engine stops
+    where a rollout of keel stops."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or tokenizer.eos_token_id is None or not model.can_generate():
+        return
+    ends = chat.stop_ids(tokenizer, ())
+    for config in (model.config, generation):
+        config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        if config.pad_token_id is None:
+            config.pad_token_id = chat.ensure_pad(tokenizer)

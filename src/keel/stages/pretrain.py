@@ -48,7 +48,7 @@ def run(config: PretrainConfig, run: StageRun) -> dict[str, Any]:
 
 
 def _rows(tokenizer: Any, records: list[Record], length: int) -> list[language.Row]:
-    documents = [chat.text_ids(tokenizer, record)[0] for record in records if isinstance(record, TextRecord)]
+    documents = [chat.document_ids(tokenizer, record) for record in records if isinstance(record, TextRecord)]
     return (
         [language.Row(ids, [True] * len(ids)) for ids in pack_stream(documents, length)] if documents else []
     )

@@ -22,10 +22,13 @@ def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
     tokenizer = prepare.open_tokenizer(config.model, run, conversational=dataset.conversational)
     limit = prepare.limit_of(config, run, source)
     too_long = prepare.TooLong(run, config.too_long, limit)
-    rows: list[language.Row] = prepare.encode_all(
-        run, records, lambda record: _encode(tokenizer, record, config, too_long)
+    rows, held_rows = (
+        [row for rows in encoded for row in rows]  # a conversation may be a row for each of its turns
+        for encoded in (
+            prepare.encode_all(run, part, lambda record: _encode(tokenizer, record, config, too_long))
+            for part in (records, held)
+        )
     )
-    held_rows = prepare.encode_all(run, held, lambda record: _encode(tokenizer, record, config, too_long))
     too_long.report()
     if config.packing:
         if limit is None:
@@ -45,7 +48,7 @@ def run(config: SFTConfig, run: StageRun) -> dict[str, Any]:
 
 def _encode(
     tokenizer: Any, record: Record, config: SFTConfig, too_long: prepare.TooLong
-) -> language.Row | None:
+) -> list[language.Row] | None:
     if isinstance(record, DemonstrationRecord):
         prompt = chat.prompt_ids(tokenizer, record.prompt)
         response = chat.completion_ids(tokenizer, record.prompt, record.completion)
@@ -58,17 +61,21 @@ def _encode(
         excess = max(0, len(prompt) + len(response) - (too_long.limit or len(prompt) + len(response)))
         prompt = prompt[excess:]  # the prompt gives way, from its start; the response stays whole
         counts = [config.loss_on == "all"] * len(prompt) + [True] * len(response)
-        return language.Row(prompt + response, counts)
+        return [language.Row(prompt + response, counts)]
     assert isinstance(record, TextRecord)
-    ids, counts = chat.text_ids(tokenizer, record)
-    if not too_long.fits(record, len(ids)):
-        return None
-    ids, counts = ids[: too_long.limit], counts[: too_long.limit]
-    if config.loss_on == "all":
-        counts = [True] * len(ids)
-    if not any(counts[1:]):
-        raise UsageError(f"{record.origin}: no token of the answer is left within {too_long.limit} tokens")
-    return language.Row(ids, counts)
+    rows: list[language.Row] = []
+    for ids, counts in chat.text_rows(tokenizer, record):
+        if not too_long.fits(record, len(ids)):
+            continue
+        ids, counts = ids[: too_long.limit], counts[: too_long.limit]
+        if config.loss_on == "all":
+            counts = [True] * len(ids)
+        if not any(counts[1:]):
+            raise UsageError(
+                f"{record.origin}: no token of the answer is left within {too_long.limit} tokens"
+            )
+        rows.append(language.Row(ids, counts))
+    return rows or None
 
 
 def _pack(examples: list[language.Row]) -> language.Row:
