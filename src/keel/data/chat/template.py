@@ -69,6 +69,7 @@ class TemplateFacts:
     end: str  # the special token that ends a reply: a rollout has to emit it; "" where the template has none
     writes_end: bool  # False: it stands nowhere behind a last reply (the next turn's header is the end)
     generation: str  # what it writes to have a reply begin
+    standing: str  # what it writes behind a last question in any case
     structure: frozenset[str]  # special tokens around turns
     tags: frozenset[
         str
@@ -367,6 +368,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
     if _ASKS not in alone:
         as_parts = True
         alone = attempt(_ASKS)
+        alone = "" if "'type'" in alone else alone  # a list as Python shows it is no content
     if (
         _ASKS not in alone and "tools" not in settings
     ):  # written for tools: what ends a turn is asked with one
@@ -381,7 +383,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
     generation = generation or opened.partition(_ASKS)[2]  # some write it whether asked to or not
     last = attempt(_ASKS, _SAYS).partition(_SAYS)[2]
     middle = attempt(_ASKS, _SAYS, _ASKS_MORE).partition(_SAYS)[2].partition(_ASKS_MORE)[0]
-    end, writes_end = _end_of(tokenizer, last, middle)
+    end, writes_end = _end_of(tokenizer, alone.partition(_ASKS)[0], last, middle)
     thinking = attempt(_ASKS, _SAYS, thought=_THINKS).partition(_ASKS)[2]
     settings |= {} if "tools" in settings else {"tools": [_SOME_TOOL]}
     refused = refuses
@@ -394,6 +396,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
     inside = {match[0] for text in (thinking, calling) for match in special.finditer(text)}
     bos = token_string(tokenizer.bos_token)
     return TemplateFacts(
+        standing=alone.partition(_ASKS)[2],
         source=source, refuses=refuses, end=end, writes_end=writes_end, generation=generation,
         structure=structure, tags=frozenset((inside | _paired(special_strings(tokenizer))) - structure), as_parts=as_parts,
         marks=_GENERATION.search(source) is not None, writes_bos=bool(bos) and opened.startswith(bos),
@@ -407,10 +410,10 @@ def _paired(strings: frozenset[str]) -> set[str]:
     return opening | {f"{text[0]}/{text[1:]}" for text in opening}
 
 
-def _end_of(tokenizer: PreTrainedTokenizerBase, last: str, middle: str) -> tuple[str, bool]:
+def _end_of(tokenizer: PreTrainedTokenizerBase, header: str, last: str, middle: str) -> tuple[str, bool]:
     """The special token that ends a reply, and whether the template writes it behind a last one.
 
-    last: what is written behind the last reply. middle: what is written between a reply and the next question.
+    header: what is written before a question. last: what is written behind the last reply. middle: what is written between a reply and the next question.
     It is what both begin with, the first EOS in it before others. Where they begin otherwise, a last turn ends
     in its own way (gpt-oss). Where nothing is behind a last reply, the header of the next turn is the end (GLM).
     """
@@ -422,11 +425,11 @@ def _end_of(tokenizer: PreTrainedTokenizerBase, last: str, middle: str) -> tuple
         if one != other:
             break
         shared.append(one)
-    for tokens in (shared, behind):
+    starts = pattern.findall(header)  # where both go on with a header, the end is before it
+    until = next((i for i, token in enumerate(shared) if i and token in starts), len(shared))
+    for tokens, usual in ((shared, until - 1), (behind, 0)):
         if tokens:
-            return next(
-                (token for token in tokens if token in known), tokens[-1 if tokens is shared else 0]
-            ), True
+            return next((token for token in tokens if token in known), tokens[usual]), True
     # no space or text may stand before it: it must be what directly follows the content
     following = pattern.match(middle.lstrip())
     return (following[0], False) if following else ("", False)

@@ -181,8 +181,7 @@ class _Turn:
         self.before = transcript.render(index, generation=True)
         self.after = transcript.render(index + 1)
         base = transcript.render(index)
-        asked = str(transcript.copies[0][index - 1]["content"]).strip() if index else ""
-        tail = base.rpartition(asked)[2] if asked else ""  # what stands behind the last turn in any case
+        tail = self.facts.standing if base.endswith(self.facts.standing) else ""
         self.opening = self.before[len(base) :] if self.before.startswith(base) else self.facts.generation
         self.after = self._without_standing_tail(self.after, tail)
         self.opening = self.opening or tail
@@ -265,16 +264,18 @@ class _Turn:
 
     def _aligned(self) -> str:
         """The reply where the rendered turn does not begin with the prompt."""
-        shared = _whole_tags(self.before, _shared_length(self.before, self.after))
-        if shared >= len(self.before) - len(self.opening):
-            return self._joined(self.before[shared:], self.after[shared:])
-        # history itself is rendered otherwise: find where in `after` this turn begins
         others = (
             self.transcript.probe_reply(self.index, word) for word in ("keelsaidother", "otherkeelsaid")
         )
         content = min(_shared_length(self.after, other) for other in others)
-        if self.opening and self.after[:content].endswith(self.opening):
-            return self.after[content:]
+        for header in self._headers():
+            at = self.after.rfind(header, 0, content)
+            if at >= 0 and not self.after[at + len(header) : content].strip():
+                return self.after[at + len(header) :]  # the reply begins behind the same header
+        shared = _whole_tags(self.before, _shared_length(self.before, self.after))
+        if shared >= len(self.before) - len(self.opening):
+            return self._joined(self.before[shared:], self.after[shared:])
+        # history itself is rendered otherwise: find where in `after` this turn begins
         for length in range(len(self.opening), 0, -1):
             part = self.opening[: _whole_tags(self.opening, length)]
             at = self.after.rfind(part, 0, content)
@@ -284,6 +285,11 @@ class _Turn:
             "the chat template renders a reply without what it asks with for one, so prompt and reply cannot be "
             "told apart; give a plainer one as `chat_template`"
         )
+
+    def _headers(self) -> list[str]:
+        """What the prompt writes to have a reply begin, and its ends from each tag on."""
+        starts = [0, *(tag.start() for tag in _TAG.finditer(self.opening))]
+        return [self.opening[start:] for start in dict.fromkeys(starts) if self.opening[start:]]
 
     def _joined(self, asked: str, said: str) -> str:
         """The reply, where the prompt goes on with `asked` and the rendered turn with `said` from the same
@@ -297,7 +303,7 @@ class _Turn:
             closes = closed[0] in (said[: end.start()] if end else said)
             return said.partition(closed[0])[2].lstrip() if closes else said
         if tags := _TAG.findall(asked):
-            if set(tags) <= self.facts.structure:
+            if set(tags) <= self.facts.structure and asked in self._headers():
                 return said  # a header: the rendered reply goes on where an earlier one ended
             raise UsageError(
                 f"the chat template asks with {tags[0]!r} for a reply, and renders replies without it; give a plainer "
