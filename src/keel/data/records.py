@@ -363,7 +363,14 @@ def _with_settings(row: Mapping[str, Any]) -> Mapping[str, Any]:
         if row.get(name):
             raise _Invalid(f'"{name}": keel reads text alone, no pictures or sound')
     settings = {name: row[name] for name in _ONCE_A_ROW if row.get(name)}
-    if not settings:
+    names = ("messages", "prompt", "completion", "chosen", "rejected")
+    opened = {name: row[name] for name in names if settings and _is_list(row.get(name)) and row[name]}
+    opened = {
+        name: turns
+        for name, turns in opened.items()
+        if isinstance(turns[0], Mapping) and turns[0].get("role") != "assistant"
+    }
+    if not opened:
         return row
     if isinstance(settings.get("tools"), str):
         settings["tools"] = _json("tools", settings["tools"])
@@ -371,12 +378,8 @@ def _with_settings(row: Mapping[str, Any]) -> Mapping[str, Any]:
         raise _Invalid(f'"chat_template_kwargs" is {_shown(settings["chat_template_kwargs"])}, not an object')
     if not _is_list(settings.get("tools", [])):
         raise _Invalid(f'"tools" is {_shown(settings["tools"])}, not a list')
-    placed: dict[str, Any] = {}
-    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
-        first, *others = row[name] if _is_list(row.get(name)) and row[name] else (None,)
-        if isinstance(first, Mapping) and first.get("role") != "assistant":
-            placed[name] = [{**first, **settings}, *others]
-    return {k: v for k, v in row.items() if not placed or k not in _ONCE_A_ROW} | placed
+    placed = {name: [{**turns[0], **settings}, *turns[1:]] for name, turns in opened.items()}
+    return {key: value for key, value in row.items() if key not in _ONCE_A_ROW} | placed
 
 
 def _json(name: str, value: str) -> Any:
