@@ -14,6 +14,7 @@ bring and which is the response's own; and tags in a reply that the model would 
 (`<think>`, `<tool_call>`), which are no part of what the template writes around turns.
 """
 
+from keel.data.chat.reply import reply_end
 from keel.data.chat.special import added_vocab, declare_ends, ensure_pad, eos_id, eos_ids
 from keel.data.chat.template import (
     DEFAULT_CHAT_TEMPLATE,
@@ -30,7 +31,6 @@ from keel.data.chat.turns import (
     document_ids,
     is_trained,
     prompt_ids,
-    reply_end,
     sampled_ids,
     stop_ids,
     text_ids,

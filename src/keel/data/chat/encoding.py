@@ -28,6 +28,7 @@ _BEFORE = (
     ">",
     "0",
 )  # texts that a continuation is tokenised behind, tried in order
+_newest: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Text, list[int]]] = WeakKeyDictionary()
 _anchored: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, _Anchored]] = WeakKeyDictionary()
 
 
@@ -53,6 +54,14 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, content: bool
     while len(ids) > bare and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """As `encode_text`. The newest prompt of a tokenizer is remembered: both sides of a pair follow the same."""
+    known = _newest.get(tokenizer)
+    if known is None or known[:2] != (len(tokenizer), text):
+        known = _newest[tokenizer] = (len(tokenizer), text, encode_text(tokenizer, text))
+    return list(known[2])
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:

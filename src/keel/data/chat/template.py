@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -74,6 +74,9 @@ class TemplateFacts:
     tags: frozenset[
         str
     ]  # special tokens within a reply (`<think>`), which stay special where a reply's text has them
+    written: re.Pattern[str] = field(
+        repr=False
+    )  # every other special token: in a reply's text it is characters
     as_parts: bool  # contents must be lists of {"type": "text"} parts
     marks: bool  # it marks what the assistant said, by {% generation %}
     writes_bos: bool
@@ -134,8 +137,7 @@ class Transcript:
         self.tokenizer, self.facts = tokenizer, template_facts(tokenizer, _settings(turns))
         ends = (self.facts.end,) if self.facts.end else ()
         self.turns = tuple(_trimmed(tokenizer, turn, ends) for turn in turns)
-        people = special_pattern(tokenizer)
-        reply = pattern_of(special_strings(tokenizer) - self.facts.tags)
+        people, reply = special_pattern(tokenizer), self.facts.written
         texts = [text for turn in self.turns for text in texts_of(turn)]
         tags = [
             match[0]
@@ -395,13 +397,23 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
     structure = frozenset(headers) | named_specials(tokenizer) | ({end} - {""})
     inside = {match[0] for text in (thinking, calling) for match in special.finditer(text)}
     bos = token_string(tokenizer.bos_token)
+    strings = special_strings(tokenizer)
+    tags = frozenset((inside | _paired(strings)) - structure)
     return TemplateFacts(
+        source=source,
+        refuses=refuses,
+        end=end,
+        writes_end=writes_end,
+        generation=generation,
         standing=alone.partition(_ASKS)[2],
-        source=source, refuses=refuses, end=end, writes_end=writes_end, generation=generation,
-        structure=structure, tags=frozenset((inside | _paired(special_strings(tokenizer))) - structure), as_parts=as_parts,
-        marks=_GENERATION.search(source) is not None, writes_bos=bool(bos) and opened.startswith(bos),
+        structure=structure,
+        tags=tags,
+        written=pattern_of(strings - tags),
+        as_parts=as_parts,
+        marks=_GENERATION.search(source) is not None,
+        writes_bos=bool(bos) and opened.startswith(bos),
         thought_close=thinking.partition(_SAYS)[0].partition(_THINKS)[2],
-    )  # fmt: skip
+    )
 
 
 def _paired(strings: frozenset[str]) -> set[str]:
