@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from keel.errors import UsageError
 
 _ENDS = "keel_end_ids"  # attribute of a tokenizer: ids that its model's files name as EOS, besides its own
+_ids: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 _patterns: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, re.Pattern[str]]] = WeakKeyDictionary()
 
 
@@ -76,6 +77,15 @@ def special_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """Every string that the tokenizer reads as one special token."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return frozenset(filter(None, (*added, *map(str, tokenizer.all_special_tokens))))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of every special token. Found once a tokenizer and vocabulary."""
+    known = _ids.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        known = _ids[tokenizer] = (len(tokenizer), frozenset([*added, *tokenizer.all_special_ids]))
+    return known[1]
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

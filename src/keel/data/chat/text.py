@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from keel.data.chat.special import eos_ids, id_of, named_specials
+from keel.data.chat.special import eos_ids, id_of, named_specials, special_ids
 from keel.data.chat.template import Transcript, opened_tag, template_facts
 from keel.types import Conversation, Prompt
 
@@ -50,9 +50,7 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, tags: 
     tags: special tokens that belong to the reply (`<think>`, `<tool_call>`) are shown, as rewards that ask for
     a form need it; without, the text for readers who want the answer alone.
     """
-    special = set(tokenizer.all_special_ids) | {
-        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = special_ids(tokenizer)
     if not tags or special.isdisjoint(ids):
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
     hidden = named_specials(tokenizer)
