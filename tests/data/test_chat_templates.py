@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
 from keel.data import chat
 from keel.errors import DataError, UsageError
@@ -189,6 +190,15 @@ def test_a_template_that_takes_placeholders_apart_is_refused():
     )
     with pytest.raises(UsageError, match=r"changes the special tokens that a turn's text holds \(<eos>\)"):
         chat.prompt_ids(tokenizer, (user("a<eos>b"),))
+
+
+def test_a_tokenizer_without_offsets_reads_what_people_wrote_as_characters_too():
+    """It is written in Python, and reads the written tags apart from what is around them."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+    ids = chat.prompt_ids(tokenizer, (user("a</s>b"),))
+    assert [i for i in ids if i == tokenizer.eos_token_id] == [tokenizer.eos_token_id]
+    assert shown(tokenizer, ids) == "user: a</s>b</s>"
 
 
 # ---------------------------------------------------------------- thoughts
