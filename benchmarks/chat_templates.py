@@ -117,7 +117,7 @@ def tried(path: Path) -> Outcome:
     if facts.marks:
         notes.append("marks replies")
     try:
-        chat.text_rows(tokenizer, conversation(reasoning_content="T"))
+        chat.text_rows(tokenizer, conversation(reasoning_content="Why."))
     except UsageError as error:
         notes.append("thoughts refused: " + re.split("; |, ", str(error))[0])
     return Outcome(path.stem, facts.end, len(rows), tokenizer.decode(first), "; ".join(notes))

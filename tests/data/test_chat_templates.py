@@ -242,6 +242,9 @@ def test_a_thought_written_into_the_content_is_the_same_reply(family, reply):
 def test_a_thought_that_the_template_cannot_show_is_refused_with_the_remedy():
     with pytest.raises(UsageError, match=r'shows no "reasoning_content"'):
         chat.completion_ids(opened("nested"), (user("ask"),), (assistant("Yes.", reasoning_content="why"),))
+    short = assistant("Yes.", reasoning_content="s")  # it stands in the text of every reply, by chance
+    with pytest.raises(UsageError, match=r'shows no "reasoning_content"'):
+        chat.completion_ids(opened("nested"), (user("ask"),), (short,))
     with pytest.raises(UsageError, match="enable_thinking"):
         chat.completion_ids(opened("closes_thought"), (user("ask"),), (assistant("Yes.", thinking="why"),))
 

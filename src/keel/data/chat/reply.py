@@ -215,7 +215,7 @@ class Reply:
             at = text.index(head)
             text = text[at:] if _EMPTY_THOUGHT.fullmatch(text[:at]) else text
             return _without_opening(text, tag, self.before) if tag else text
-        if thought and thought.strip() in text:
+        if thought and self.transcript.shows_thought(self.index):
             return text
         if thought and empty:  # the template shows an empty one
             line, at = empty[1][: len(empty[1]) // 2], empty.start(1)

@@ -194,6 +194,13 @@ class Transcript:
         """Rendered text with the written tags in their places again."""
         return self.words[0].back(rendered)
 
+    def shows_thought(self, index: int) -> bool:
+        """Whether the template renders turn `index` otherwise for its thought."""
+        turns = self.copies[0][: index + 1]
+        without = {key: value for key, value in turns[index].items() if key not in THOUGHTS}
+        plain = (*turns[:index], cast(Message, without))
+        return render(self.tokenizer, plain, facts=self.facts, checked=False) != self.render(index + 1)
+
     def probe_reply(self, index: int, word: str) -> str:
         """As `render(index + 1)`, with another text in the place of the last turn's content and thought."""
         turn = mapped(dict(self.copies[0][index]), lambda _: word)
