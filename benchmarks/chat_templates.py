@@ -1,11 +1,12 @@
-"""Real chat templates through keel, each with a tokenizer of the special tokens that it names: what is rendered,
-what is refused and why, which token ends a reply, how many rows a conversation of two turns becomes.
+"""Real chat templates through keel, each with a tokenizer of the special tokens that it names: what is
+rendered, what is refused and why, which token ends a reply, how many rows a conversation of two turns
+becomes.
 
     python benchmarks/chat_templates.py FOLDER… [--write docs/models.md]
 
-FOLDER holds *.jinja files: the chat templates of models, one a file. The tokenizer is one token a byte, so that
-every text can be shown again; its EOS is that of the published model, as far as FAMILIES knows it. With --write
-the table of docs/models.md is written anew, between its two marks.
+FOLDER holds *.jinja files: the chat templates of models, one a file. The tokenizer is one token a byte, so
+that every text can be shown again; its EOS is that of the published model, as far as FAMILIES knows it. With
+--write the table of docs/models.md is written anew, between its two marks.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 USUAL = ("<|im_end|>", ())
 SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|?>|<[a-z_]{1,40}\|>|<｜[^｜]{1,40}｜>|<(?:start|end)_of_[a-z]+>|</?[\w:]*think>"
-    r"|\[/?[A-Z_]{3,30}\]|<SPECIAL_\d+>|\[e~\[|\]~!?b\[|<seed:[a-z_]+>|<sep>|</?tool_(?:call|response)s?>|</?s>|<bos>|<eos>"
+    r"|\[/?[A-Z_]{3,30}\]|<SPECIAL_\d+>|\[e~\[|\]~!?b\[|<seed:[a-z_]+>|<sep>"
+    r"|</?tool_(?:call|response)s?>|</?s>|<bos>|<eos>"
 )
 BEGIN, END = "<!-- templates -->", "<!-- end of templates -->"
 

@@ -1,5 +1,5 @@
-"""On every shape of template and every kind of tokenizer: what is trained is what a rollout is asked with, and
-what it would have to emit. The replies that templates should lead to are written down here by hand."""
+"""On every shape of template and every kind of tokenizer: what is trained is what a rollout is asked with,
+and what it would have to emit. The replies that templates should lead to are written down here by hand."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ WORDS = st.text(alphabet="ab n:.\né日>]", min_size=1, max_size=8).filter(lambd
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(WORDS, min_size=4, max_size=4))
 def test_trained_tokens_are_the_sampled_prompt_and_the_reply_forced_behind_it(family, kind, contents):
-    """Token by token, on every tokenizer: the prompt is what a rollout has, and prompt and reply are one string
-    tokenised once, unless a token straddles their boundary."""
+    """Token by token, on every tokenizer: the prompt is what a rollout has, and prompt and reply are one
+    string tokenised once, unless a token straddles their boundary."""
     tokenizer = opened(family, kind)
     turns = tuple((user, assistant)[i % 2](text) for i, text in enumerate(contents))
     rows = chat.text_rows(tokenizer, TextRecord(turns))

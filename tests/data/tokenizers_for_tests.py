@@ -23,8 +23,8 @@ LETTERS = (
 
 def make_tokenizer(kind: str, template: str | None = None, eos: str = "<eos>") -> PreTrainedTokenizerFast:
     """bytes: one token a byte. merged_bytes: with merges across what templates write around turns.
-    legacy_spaces: SentencePiece as Llama 2 has it, a space before each stretch of text. metaspace: a space before
-    the first one alone. words: WordPiece, which knows no spaces."""
+    legacy_spaces: SentencePiece as Llama 2 has it, a space before each stretch of text. metaspace: a space
+    before the first one alone. words: WordPiece, which knows no spaces."""
     inner = _MAKERS[kind]()
     inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
     tokenizer = PreTrainedTokenizerFast(

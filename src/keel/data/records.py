@@ -338,7 +338,8 @@ def _content(where: str, value: Any) -> Any:
 
 
 def _check_keys(where: str, turn: Mapping[str, Any]) -> None:
-    """What is known of a turn's other keys must have the right type; the rest reaches the template as it is."""
+    """What is known of a turn's other keys must have the right type; the rest reaches the template as it
+    is."""
     for key in ("reasoning_content", "thinking", "reasoning", "name", "tool_call_id"):
         value = turn.get(key)
         if value is not None and not isinstance(value, str):
@@ -357,8 +358,8 @@ def _check_keys(where: str, turn: Mapping[str, Any]) -> None:
 
 
 def _with_settings(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with `tools` and `chat_template_kwargs` on the first turn of its conversations, where the template
-    finds them. A plain prompt has no template, and keeps them as columns."""
+    """The row with `tools` and `chat_template_kwargs` on the first turn of its conversations, where the
+    template finds them. A plain prompt has no template, and keeps them as columns."""
     for name in _PICTURES:
         if row.get(name):
             raise _Invalid(f'"{name}": keel reads text alone, no pictures or sound')

@@ -122,11 +122,13 @@ def facts_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
     added = list(cast(Any, tokenizer("a")["input_ids"]))
     bos = cast("int | None", tokenizer.bos_token_id)
     return ModelFacts(
-        model_type=config.model_type, context=context_length(text), layers=_layers(text), window=_window(text),
+        model_type=config.model_type, context=context_length(text), layers=_layers(text),
+        window=_window(text),
         embeddings=text.vocab_size, tokens=len(tokenizer), eos=_with_text(tokenizer, chat.eos_ids(tokenizer)),
         reply_end=_with_text(tokenizer, [end])[0], stops=_with_text(tokenizer, stops),
         pad=next(iter(_with_text(tokenizer, _given(tokenizer.pad_token_id))), None),
-        bos=next(iter(_with_text(tokenizer, _given(bos))), None), tokenizer_adds_bos=bool(added) and added[0] == bos,
+        bos=next(iter(_with_text(tokenizer, _given(bos))), None),
+        tokenizer_adds_bos=bool(added) and added[0] == bos,
         template=template, template_error=error, tags=tuple(sorted(template.tags)) if template else (),
     )  # fmt: skip
 

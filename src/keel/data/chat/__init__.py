@@ -2,10 +2,10 @@
 
 A reply is what a rollout would produce. At each assistant turn the prompt is the template's rendering of the
 history at that point, with the generation prompt; the reply is what the model must then emit, its thought
-included, up to and with the token that ends the turn. Prompt and reply are one string, tokenised once: training
-sees the tokens that sampling makes. A conversation is one row where each prompt begins with all that came
-before it, and a row a turn where the template renders history otherwise (thoughts cut, another end of the last
-turn).
+included, up to and with the token that ends the turn. Prompt and reply are one string, tokenised once:
+training sees the tokens that sampling makes. A conversation is one row where each prompt begins with all that
+came before it, and a row a turn where the template renders history otherwise (thoughts cut, another end of
+the last turn).
 
 What people wrote is content: a "<|end|>" in a prompt or a turn is read as the characters it is made of, never
 as the special token. Only the template and keel itself write special tokens. Three exceptions: plain text for

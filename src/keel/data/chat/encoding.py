@@ -1,9 +1,9 @@
 """Texts into tokens, with special tokens where they are meant and nowhere else.
 
-A prompt and its reply are one string. It is tokenised once, and split where the prompt's own tokens end; where
-a token straddles that boundary, the prompt is tokenised as a rollout has it, and the reply as what follows some
-other text. A string is never cut into pieces that are tokenised apart: SentencePiece would begin each with a
-space that is in no rollout.
+A prompt and its reply are one string. It is tokenised once, and split where the prompt's own tokens end;
+where a token straddles that boundary, the prompt is tokenised as a rollout has it, and the reply as what
+follows some other text. A string is never cut into pieces that are tokenised apart: SentencePiece would begin
+each with a space that is in no rollout.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, content: bool
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
-    """As `encode_text`. The newest prompt of a tokenizer is remembered: both sides of a pair follow the same."""
+    """As `encode_text`. The newest prompt of a tokenizer is remembered: both sides of a pair follow the
+    same."""
     known = _newest.get(tokenizer)
     if known is None or known[:2] != (len(tokenizer), text):
         known = _newest[tokenizer] = (len(tokenizer), text, encode_text(tokenizer, text))

@@ -1,9 +1,9 @@
 """Words that stand for special tokens in what people wrote, while a template renders it.
 
 A template may split a text at a tag, trim it, or look into it. So the tags are not marked but taken out: each
-one becomes a plain word of letters, which a template treats like any other word, and after rendering each word
-becomes the tag again, known to be text. The words come in two alphabets that differ in every letter. Rendering
-with both must give the same; then no letter of a word is left anywhere, whatever the template did.
+one becomes a plain word of letters, which a template treats like any other word, and after rendering each
+word becomes the tag again, known to be text. The words come in two alphabets that differ in every letter.
+Rendering with both must give the same; then no letter of a word is left anywhere, whatever the template did.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One reply of a conversation: what a rollout is asked with, and what it would have to emit.
 
-Mostly the template renders the turn as the prompt and what follows it. Where it does not (it asks with an open
-thought, cuts thoughts from what was said, writes a header otherwise), prompt and turn are laid beside each other
-at the header, and what is missing of the thought is written as the template writes one.
+Mostly the template renders the turn as the prompt and what follows it. Where it does not (it asks with an
+open thought, cuts thoughts from what was said, writes a header otherwise), prompt and turn are laid beside
+each other at the header, and what is missing of the thought is written as the template writes one.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class Reply:
         if said in self.after and said not in self.reply:
             ending = self.reply[-20:]
             raise UsageError(
-                f"the chat template writes what ends a rollout ({ending!r}) before the end of a reply, so the rest would "
-                "never be sampled; give another `chat_template`, or data without thoughts"
+                f"the chat template writes what ends a rollout ({ending!r}) before the end of a reply, so "
+                "the rest would never be sampled; give another `chat_template`, or data without thoughts"
                 if said in text
-                else "the chat template renders a reply so that it cannot be told from its prompt; give a plainer one as "
-                "`chat_template`"
+                else "the chat template renders a reply so that it cannot be told from its prompt; "
+                "give a plainer one as `chat_template`"
             )
         calls = [call.get("function", call) for call in self.turn.get("tool_calls") or ()]
         if any(str(call.get("name", "")) not in self.reply for call in calls):
@@ -88,7 +88,8 @@ class Reply:
 
     @cached_property
     def _tail(self) -> str:
-        """What stands behind the last question whether a reply is asked for or not; "" behind another turn."""
+        """What stands behind the last question whether a reply is asked for or not; "" behind another
+        turn."""
         standing = self.facts.standing
         return standing if self.transcript.render(self.index).endswith(standing) else ""
 
@@ -162,8 +163,8 @@ class Reply:
             if at >= 0 and any(c.isalnum() for c in part):
                 return self._joined(self.opening[len(part) :], self.after[at + len(part) :])
         raise UsageError(
-            "the chat template renders a reply without what it asks with for one, so prompt and reply cannot be "
-            "told apart; give a plainer one as `chat_template`"
+            "the chat template renders a reply without what it asks with for one, so prompt and "
+            "reply cannot be told apart; give a plainer one as `chat_template`"
         )
 
     def _headers(self) -> list[str]:
@@ -186,8 +187,8 @@ class Reply:
             if set(tags) <= self.facts.structure and asked in self._headers():
                 return said  # a header: the rendered reply goes on where an earlier one ended
             raise UsageError(
-                f"the chat template asks with {tags[0]!r} for a reply, and renders replies without it; give a plainer "
-                "one as `chat_template`"
+                f"the chat template asks with {tags[0]!r} for a reply, and renders replies without it; "
+                "give a plainer one as `chat_template`"
             )
         close = self.facts.thought_close  # the prompt opens a thought in words: it ends before the reply
         return said if close.strip() in said else close + said
@@ -246,8 +247,8 @@ class Reply:
             return f"{lead}<think>\n{thought}\n</think>\n\n{text.lstrip()}"
         if thought:
             raise UsageError(
-                'the chat template shows no "reasoning_content" of a reply; write the thought into its "content", or '
-                "give another `chat_template`"
+                'the chat template shows no "reasoning_content" of a reply; write the thought into its '
+                '"content", or give another `chat_template`'
             )
         return text
 

@@ -1,7 +1,7 @@
 """Conversations through a tokenizer's chat template, and what the template itself says about turns.
 
-A template is asked with a short conversation of known words, once: which token ends a reply, what it writes to
-have one begin, whether that opens a thought, whether contents are lists of parts.
+A template is asked with a short conversation of known words, once: which token ends a reply, what it writes
+to have one begin, whether that opens a thought, whether contents are lists of parts.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class TemplateFacts:
 
     @property
     def opens(self) -> str:
-        """The tag of a thought that the generation prompt leaves open, as "<think>"; "" where it opens none."""
+        """The tag of a thought that the generation prompt leaves open, as "<think>"; "" where it opens
+        none."""
         match = _OPEN_THOUGHT.search(self.generation)
         return match[1] if match else ""
 
@@ -100,7 +101,8 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 def template_facts(
     tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any] | None = None
 ) -> TemplateFacts:
-    """What the tokenizer's template does. Found once a template, vocabulary and settings; UsageError without one.
+    """What the tokenizer's template does. Found once a template, vocabulary and settings; UsageError without
+    one.
 
     more: `tools` and `chat_template_kwargs` of a conversation, which may change what the template writes.
     """
@@ -218,7 +220,8 @@ def render(
 ) -> str:
     """What the template makes of the turns; with the generation prompt if asked.
 
-    UsageError where the template refuses them. checked: and where it leaves out a system turn, tools or calls.
+    UsageError where the template refuses them. checked: and where it leaves out a system turn, tools or
+    calls.
     """
     facts = facts or template_facts(tokenizer, _settings(turns))
     messages, more = _request(turns, facts)
@@ -432,9 +435,10 @@ def _paired(strings: frozenset[str]) -> set[str]:
 def _end_of(tokenizer: PreTrainedTokenizerBase, header: str, last: str, middle: str) -> tuple[str, bool]:
     """The special token that ends a reply, and whether the template writes it behind a last one.
 
-    header: what is written before a question. last: what is written behind the last reply. middle: what is written between a reply and the next question.
-    It is what both begin with, the first EOS in it before others. Where they begin otherwise, a last turn ends
-    in its own way (gpt-oss). Where nothing is behind a last reply, the header of the next turn is the end (GLM).
+    header: what is written before a question. last: what is written behind the last reply. middle: what is
+    written between a reply and the next question. It is what both begin with, the first EOS in it before
+    others. Where they begin otherwise, a last turn ends in its own way (gpt-oss). Where nothing is behind a
+    last reply, the header of the next turn is the end (GLM).
     """
     known = {string_of(tokenizer, i) for i in eos_ids(tokenizer)} - {""}
     pattern = pattern_of(special_strings(tokenizer) | known)

@@ -47,8 +47,8 @@ def opened_thought(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> st
 def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, tags: bool = True) -> str:
     """Sampled tokens as text, without EOS, pad and what else stands around turns.
 
-    tags: special tokens that belong to the reply (`<think>`, `<tool_call>`) are shown, as rewards that ask for
-    a form need it; without, the text for readers who want the answer alone.
+    tags: special tokens that belong to the reply (`<think>`, `<tool_call>`) are shown, as rewards that ask
+    for a form need it; without, the text for readers who want the answer alone.
     """
     special = special_ids(tokenizer)
     if not tags or special.isdisjoint(ids):

@@ -63,8 +63,8 @@ def completion_ids(
 def sampled_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str | Conversation
 ) -> list[int]:
-    """As `completion_ids`, for what another model has sampled, which must never be refused: where the template
-    leaves out part of such a reply, its text as it is follows the prompt."""
+    """As `completion_ids`, for what another model has sampled, which must never be refused: where the
+    template leaves out part of such a reply, its text as it is follows the prompt."""
     try:
         return completion_ids(tokenizer, prompt, completion)
     except UsageError:
@@ -119,7 +119,8 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, record: TextRecord) -> tuple[li
     rows = text_rows(tokenizer, record)
     if len(rows) > 1:
         raise UsageError(
-            f"the chat template renders earlier turns differently once later ones are there: the conversation is {len(rows)} rows"
+            "the chat template renders earlier turns differently once later ones are there: "
+            f"the conversation is {len(rows)} rows"
         )
     return rows[0]
 
