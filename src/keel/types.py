@@ -6,7 +6,7 @@ Every value is frozen. Every tensor field says its shape and symbol; B counts se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -14,11 +14,28 @@ if TYPE_CHECKING:  # a config and a report need no torch
     from torch import Tensor
 
 
-class Message(TypedDict):
-    """One turn of a conversation, in the form of the Hugging Face chat templates."""
-
+class _Turn(TypedDict):
     role: str
     content: str
+
+
+class Message(_Turn, total=False):
+    """One turn of a conversation, in the form of the Hugging Face chat templates.
+
+    Keys that are not named here are kept, and reach the template too. What belongs to the whole conversation,
+    `tools` and `chat_template_kwargs`, rides on its first turn.
+    """
+
+    reasoning_content: str  # the thought before the reply; `thinking` and `reasoning` are other names for it
+    thinking: str
+    reasoning: str
+    tool_calls: Sequence[Mapping[str, Any]]
+    tool_call_id: str
+    name: str
+    weight: float  # 0: an assistant turn that is not in the loss
+    train: bool  # False: the same
+    tools: Sequence[Mapping[str, Any]]
+    chat_template_kwargs: Mapping[str, Any]  # as enable_thinking
 
 
 Conversation = tuple[Message, ...]

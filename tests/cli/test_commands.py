@@ -294,6 +294,14 @@ def test_doctor(keel):
     assert "all that keel needs is here" in keel("doctor").out
 
 
+def test_doctor_tells_what_a_models_files_say(keel, tiny_model):
+    told = keel("doctor", str(tiny_model)).out
+    assert "model type llama" in told
+    assert "a reply ends with <|end|>" in told
+    assert keel("doctor", str(tiny_model), "--json").json["facts"] == told.strip().splitlines()
+    assert keel("doctor", "no/such/folder").code == 2
+
+
 def test_doctor_names_what_is_missing(keel, monkeypatch):
     import importlib.metadata
 

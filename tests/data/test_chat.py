@@ -129,7 +129,11 @@ def test_trap_26_extra_eos_appended_to_text_that_brings_one(text):
     [
         (chat.DEFAULT_CHAT_TEMPLATE, EOS, [" ", "H", "i", EOS]),
         (CHATML, "<|im_end|>", ["H", "i", "<|im_end|>"]),  # the newline after it is cut
-        (CHATML, EOS, ["H", "i", "<|im_end|>", "\n", EOS]),  # end of turn is not EOS
+        (
+            CHATML,
+            EOS,
+            ["H", "i", "<|im_end|>"],
+        ),  # the end of turn is not EOS, and ends the reply all the same
         (NO_EOS, EOS, ["H", "i", "[", "/", "]", EOS]),
     ],
 )
@@ -163,16 +167,15 @@ def test_trap_14_prompt_and_response_are_tokenised_apart():
     assert pieces(tokenizer, ids)[-5:] == [":", " ", "H", "i", EOS]
 
 
-def test_template_that_rewrites_the_prompt_is_a_usage_error():
-    counting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+def test_a_template_that_rewrites_history_makes_a_row_a_turn_of_what_it_asks_and_what_follows():
+    counting = "{{ messages | length }}{% for m in messages %}{{ '|' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '|' }}{% endif %}"
     tokenizer = make_tokenizer(template=counting)
-    with pytest.raises(UsageError, match="renders earlier turns differently"):
-        chat.completion_ids(tokenizer, (USER,), (REPLY,))
-    with pytest.raises(UsageError, match="renders earlier turns differently"):
-        chat.text_ids(tokenizer, TextRecord((USER, REPLY)))
+    assert joined(tokenizer, chat.completion_ids(tokenizer, (USER,), (REPLY,))) == "Hi<eos>"
+    rows = chat.text_rows(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
+    assert [joined(tokenizer, row.ids) for row in rows] == ["1|Hello|Hi<eos>", "3|Hello|Hi|Bye|Ciao<eos>"]
 
 
-def test_template_that_drops_earlier_replies_is_a_usage_error():
+def test_a_template_that_drops_earlier_replies_makes_a_row_a_turn():
     forgetful = (
         "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
         "{{ '|' + m['content'] }}{% endif %}{% endfor %}"
@@ -180,6 +183,8 @@ def test_template_that_drops_earlier_replies_is_a_usage_error():
     )
     tokenizer = make_tokenizer(template=forgetful)
     assert joined(tokenizer, chat.completion_ids(tokenizer, (USER,), (REPLY,))) == "Hi<eos>"
+    rows = chat.text_rows(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
+    assert [joined(tokenizer, row.ids) for row in rows] == ["|Hello|Hi<eos>", "|Hello|Bye|Ciao<eos>"]
     with pytest.raises(UsageError, match="renders earlier turns differently"):
         chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
 
@@ -220,12 +225,15 @@ def test_chatml_conversation_counts_the_end_of_turn_but_not_the_newline_after_it
     assert counted == ["H", "i", "<|im_end|>", "C", "i", "a", "o", "<|im_end|>"]
 
 
-def test_end_of_turn_that_is_not_eos_counts_and_eos_follows_once():
+def test_a_turn_that_ends_in_plain_text_is_followed_by_eos_which_the_history_does_not_have():
     tokenizer = make_tokenizer(template=NO_EOS)
-    ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
-    assert joined(tokenizer, ids) == "[u]Hello[/][a]Hi[/][u]Bye[/][a]Ciao[/]<eos>"
-    counted = [piece for piece, counts in zip(pieces(tokenizer, ids), mask) if counts]
-    assert "".join(counted) == "Hi[/]Ciao[/]<eos>"
+    rows = chat.text_rows(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))
+    assert [joined(tokenizer, row.ids) for row in rows] == [
+        "[u]Hello[/][a]Hi[/]<eos>",
+        "[u]Hello[/][a]Hi[/][u]Bye[/][a]Ciao[/]<eos>",
+    ]
+    counted = [[i for i, counts in zip(row.ids, row.counts) if counts] for row in rows]
+    assert [joined(tokenizer, ids) for ids in counted] == ["Hi[/]<eos>", "Ciao[/]<eos>"]
 
 
 def test_a_conversation_of_two_turns_has_the_tokens_of_its_prompt_and_completion():
@@ -238,11 +246,10 @@ def test_a_conversation_of_two_turns_has_the_tokens_of_its_prompt_and_completion
         assert mask == [False] * len(prompt) + [True] * len(reply)
 
 
-def test_user_turn_at_the_end_does_not_count():
+def test_a_user_turn_at_the_end_is_in_no_row_since_nothing_follows_it():
     tokenizer = make_tokenizer(template=chat.DEFAULT_CHAT_TEMPLATE)
     ids, mask = chat.text_ids(tokenizer, TextRecord((USER, REPLY, SECOND)))
-    assert joined(tokenizer, ids) == "User: Hello\nAssistant: Hi<eos>\nUser: Bye\n<eos>"
-    assert mask[-1] is False
+    assert joined(tokenizer, ids) == "User: Hello\nAssistant: Hi<eos>"
     assert sum(mask) == len(" Hi") + 1
 
 

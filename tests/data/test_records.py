@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from keel.data.records import describe, detect, parse, readable_as
+from keel.data.records import describe, detect, parse, readable_as, unknown_turn_keys
 from keel.errors import DataError
 from keel.types import DemonstrationRecord, PreferenceRecord, PromptRecord, TextRecord, UnpairedRecord, Vote
 
@@ -276,3 +276,93 @@ def test_bad_rows_are_named_with_place_and_reason(row, kind, reason):
     message = refusal(row, kind)
     assert message.startswith("data/hh.jsonl:12: ")
     assert reason in message
+
+
+# ---------------------------------------------------------------- what turns carry besides role and content
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"reasoning_content": "two and two"}, {"thinking": "two and two"}, {"weight": 0}, {"train": False}, {"name": "ann"},
+        {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}, {"id": "m-7"},
+    ],
+)  # fmt: skip
+def test_keys_of_a_turn_are_kept(extra):
+    record = parse({"messages": [USER, {**GOOD, **extra}]}, "text", "f:1")
+    assert isinstance(record, TextRecord)
+    assert record.text[1] == {**GOOD, **extra}
+
+
+def test_a_key_without_a_value_is_no_key():
+    record = parse({"messages": [USER, {**GOOD, "tool_calls": None, "name": None}]}, "text", "f:1")
+    assert isinstance(record, TextRecord)
+    assert record.text[1] == GOOD
+
+
+def test_text_parts_are_one_text_and_pictures_are_refused():
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    record = parse({"messages": [{**USER, "content": parts}, GOOD]}, "text", "f:1")
+    assert isinstance(record, TextRecord)
+    assert record.text[0] == USER
+    picture = {**USER, "content": [*parts, {"type": "image", "image": "x.png"}]}
+    assert "'image'" in refusal({"messages": [picture, GOOD]}, "text")
+    assert "no pictures" in refusal({"messages": [USER, GOOD], "images": ["x.png"]}, "text")
+    assert parse({"messages": [USER, GOOD], "images": []}, "text", "f:1")
+
+
+def test_tools_and_template_settings_of_a_row_ride_on_its_first_turn():
+    tools, settings = [{"function": {"name": "add"}}], {"enable_thinking": False}
+    row = {
+        "prompt": [USER],
+        "chosen": [GOOD],
+        "rejected": [BAD],
+        "tools": tools,
+        "chat_template_kwargs": settings,
+    }
+    record = parse(row, "preference", "f:1")
+    assert isinstance(record, PreferenceRecord)
+    assert record.prompt == ({**USER, "tools": tools, "chat_template_kwargs": settings},)
+    assert record.columns == {}
+    whole = {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD], "tools": tools}
+    record = parse(whole, "preference", "f:1")
+    assert isinstance(record, PreferenceRecord)
+    assert (record.chosen, record.rejected) == ((GOOD,), (BAD,))
+    plain = parse({"prompt": "Q", "tools": "hammer"}, "prompt", "f:1")
+    assert isinstance(plain, PromptRecord)
+    assert plain.columns == {"tools": "hammer"}
+
+
+def test_tools_written_as_json_are_read():
+    record = parse({"messages": [USER, GOOD], "tools": '[{"name": "add"}]'}, "text", "f:1")
+    assert isinstance(record, TextRecord)
+    assert record.text[0] == {**USER, "tools": [{"name": "add"}]}
+    assert "no JSON" in refusal({"messages": [USER, GOOD], "tools": "add"}, "text")
+
+
+def test_a_call_needs_no_content_and_a_tool_may_answer_nothing():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    record = parse({"messages": [USER, call, {"role": "tool", "content": ""}, GOOD]}, "text", "f:1")
+    assert isinstance(record, TextRecord)
+    assert record.text[1]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({**GOOD, "weight": 0.5}, '"weight" is the number 0.5'), ({**GOOD, "train": 0}, '"train" is the number 0'),
+        ({**GOOD, "thinking": 3}, '"thinking" is the number 3'), ({**GOOD, "tool_calls": "add"}, "not a list of calls"),
+        ({**USER, "tool_calls": [{}]}, "only the assistant"),
+    ],
+)  # fmt: skip
+def test_wrong_values_of_known_keys_are_named(turn, reason):
+    turns = [USER, turn] if turn["role"] == "assistant" else [turn, GOOD]
+    assert reason in refusal({"messages": turns}, "text")
+
+
+def test_unknown_keys_are_counted():
+    rows = [
+        parse({"messages": [{**USER, "id": n}, {**GOOD, "id": n, "weight": 1}]}, "text", "f:1")
+        for n in range(3)
+    ]
+    assert unknown_turn_keys(rows) == {"id": 6}

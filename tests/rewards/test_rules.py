@@ -197,6 +197,18 @@ def test_format_tags(completion: str, whole: float, share: float) -> None:
     assert rate(rules.format_tags(partial=True), completion) == [share]
 
 
+def test_a_tag_that_the_prompt_has_opened_counts_as_the_completions_own() -> None:
+    """Templates of thinking models end in <think>; every good reply would else get 0."""
+    one, both = rules.format_tags(("think",)), rules.format_tags()
+    assert one(["Sum?<think>\n"], ["2 and 2\n</think>"]) == [1.0]
+    assert one(["Sum?"], ["2 and 2\n</think>"]) == [0.0]
+    turns = ({"role": "user", "content": "Sum?"},)
+    reply = ({"role": "assistant", "content": "a</think><answer>4</answer>"},)
+    assert both([turns], [reply], opened_thought=["<think>"]) == [1.0]
+    assert both([turns, turns], [reply, reply], opened_thought=["<think>", ""]) == [1.0, 0.0]
+    assert both([turns], [reply], opened_thought=["<other>"]) == [0.0]
+
+
 def test_format_tags_of_other_names() -> None:
     assert rate(rules.format_tags(("a.c",)), "<a.c>1</a.c>", "<abc>1</abc>") == [1, 0]
 

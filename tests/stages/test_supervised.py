@@ -98,7 +98,8 @@ def encoded(record: Any, tiny_model: Path, stage_run: Any, **settings: Any) -> t
     tokenizer = load_tokenizer(str(tiny_model))
     config = SFTConfig.model_validate({"kind": "sft", "model": "m", "data": "d", **settings})
     too_long = prepare.TooLong(stage_run, config.too_long, config.max_length)
-    return tokenizer, sft._encode(tokenizer, record, config, too_long)
+    rows = sft._encode(tokenizer, record, config, too_long)
+    return tokenizer, rows and rows[0]
 
 
 def test_the_loss_is_on_the_completion_and_its_eos_or_on_all(tiny_model: Path, stage_run: Any) -> None:
@@ -109,6 +110,22 @@ def test_the_loss_is_on_the_completion_and_its_eos_or_on_all(tiny_model: Path, s
     assert tokenizer.decode(counted) == " it is red.<|end|>"
     _, row = encoded(record, tiny_model, stage_run, loss_on="all")
     assert all(row.counts)
+
+
+def test_a_conversation_is_a_row_a_turn_where_the_template_cuts_history(
+    tiny_model: Path, stage_run: Any
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + ' ' }}{% endif %}{% endfor %}"
+    turns = [
+        {"role": r, "content": f"the {c}"}
+        for r, c in zip(("user", "assistant") * 2, ("cat", "red", "owl", "hat"))
+    ]
+    config = SFTConfig.model_validate({"kind": "sft", "model": "m", "data": "d"})
+    rows = sft._encode(tokenizer, TextRecord(tuple(turns)), config, prepare.TooLong(stage_run, "error", 64))
+    assert rows is not None
+    texts = [tokenizer.decode(row.ids) for row in rows]
+    assert texts == ["the cat the red <|end|>", "the cat the owl the hat <|end|>"]
 
 
 def test_a_row_that_is_too_long_is_an_error_or_left_out_or_loses_its_prompts_start(

@@ -41,6 +41,6 @@ class Talk:
         seed = derive_seed("chat", self.seed, self.count)
         request = GenerationRequest.of(self.tokenizer, [prompt], self.sampling, seed)
         completion = KeelEngine(self.model).generate(request)[0]
-        reply = self.tokenizer.decode(list(completion.ids), skip_special_tokens=True).strip()
+        reply = chat.reply_text(self.tokenizer, completion.ids).strip()
         self.turns.append({"role": "assistant", "content": reply})
         return reply

@@ -346,8 +346,17 @@ def schema() -> None:
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Show the environment and whether keel can work in it."""
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="A model to look at: a folder or a hub id.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the environment and whether keel can work in it; or what a model's own files say of it."""
+    if model is not None:
+        from keel.models.facts import read_facts
+
+        lines = read_facts(model).describe()
+        print(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
+        return
     from importlib.metadata import PackageNotFoundError, version
 
     import torch

@@ -18,7 +18,8 @@ from keel.plugins import GROUPS, Group
 
 
 def built_in(group: Group) -> Mapping[str, Callable[..., Any] | None]:
-    """keel's own, by name. The algorithms are imported here: reading a config of other stages loads no torch."""
+    """keel's own, by name. The algorithms are imported here: reading a config of other stages loads no
+    torch."""
     if group == "keel.engines":
         return {"keel": None, "reference": None}  # opened where the model is: keel.rl.setup
     if group == "keel.advantages":

@@ -369,6 +369,9 @@ def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:
     if part.natural != kind:
         used = "chosen side" if part.natural == "preference" and kind == "demonstration" else kind
         notes.append(f"{used} of {_type(part.natural)} rows")
+    if strange := records.unknown_turn_keys(part.records):
+        counted = ", ".join(f'"{key}" in {count:,}' for key, count in strange.items())
+        notes.append(f"keys that keel does not know, which the chat template is given: {counted} turns")
     name = _short(part.source.source)
     return f"{name} ({', '.join(notes)})" if notes else name
 

@@ -14,11 +14,13 @@ Whatever else a row has is kept in the record's `columns`, which reward function
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from keel.errors import DataError
 from keel.types import (
@@ -51,7 +53,9 @@ _NAMES: dict[RecordType, str] = {
     "preference": "preference",
     "unpaired": "unpaired preference",
 }
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ONCE_A_ROW = ("tools", "chat_template_kwargs")  # what belongs to a conversation; it rides on its first turn
+_PICTURES = ("images", "image", "videos", "audio")
 _ROLES_ELSEWHERE = {
     "human": "user",
     "gpt": "assistant",
@@ -112,7 +116,7 @@ def parse(row: Mapping[str, Any], kind: RecordType, origin: str) -> Record:
     not give `p_chosen`, text that is not valid Unicode.
     """
     try:
-        return _parse(row, kind, origin)
+        return _parse(_with_settings(row), kind, origin)
     except _Invalid as error:
         raise DataError(f"{origin}: {error}") from None
 
@@ -214,8 +218,8 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
     if not isinstance(prompt, str):
         if prompt[-1]["role"] == "assistant":
             raise _Invalid("the last turn of \"prompt\" is the assistant's; it must be the user's")
-        if prompt[-1]["role"] == "system":
-            raise _Invalid('"prompt" has no user turn after the system turn')
+        if prompt[-1]["role"] in ("system", "developer"):
+            raise _Invalid(f'"prompt" has no user turn after the {prompt[-1]["role"]} turn')
     return prompt
 
 
@@ -281,22 +285,107 @@ def _turns(name: str, value: Sequence[Any]) -> Conversation:
         where = f'"{name}" turn {number}'
         if not isinstance(turn, Mapping):
             raise _Invalid(f'{where} is {_shown(turn)}, not {{"role", "content"}}')
-        if "role" not in turn or "content" not in turn:
+        calls = turn.get("tool_calls") or ()
+        if "role" not in turn or ("content" not in turn and not calls):
             raise _Invalid(
                 f'{where} has {", ".join(map(str, turn)) or "no keys"}; it needs "role" and "content"'
             )
-        role, content = turn["role"], turn["content"]
+        role, content = turn["role"], _content(where, turn.get("content"))
         if not isinstance(role, str) or role not in _ROLES:
             meant = _ROLES_ELSEWHERE.get(str(role).lower()) or nearest(str(role), _ROLES)
             hint = f'; did you mean "{meant}"?' if meant else ""
             raise _Invalid(f"{where} has the role {role!r}, not one of {', '.join(_ROLES)}{hint}")
-        if role == "system" and isinstance(content, str):
-            _check_unicode(where, content)  # a system turn may be empty
+        if calls and content is None:
+            content = ""  # the calls are what is said
+        if isinstance(content, str) and (role in ("system", "developer", "tool") or calls):
+            _check_unicode(where, content)  # it may be empty
         else:
             _text(where, content)
-        turns.append(Message(role=role, content=content))
+        _check_keys(where, turn)
+        # keys without a value are as good as none: tables write null where a row lacks one
+        more = {str(key): value for key, value in turn.items() if value is not None}
+        turns.append(cast(Message, {**more, "role": role, "content": content}))
     _check_order(name, turns)
     return tuple(turns)
+
+
+def unknown_turn_keys(rows: Iterable[Record]) -> dict[str, int]:
+    """How many turns have each key that keel does not know. Templates are given those, too."""
+    known = {*Message.__annotations__, "role", "content"}
+    parts = (
+        getattr(row, name, ())
+        for row in rows
+        for name in ("text", "prompt", "completion", "chosen", "rejected")
+    )
+    turns = (turn for part in parts if not isinstance(part, str) for turn in part)
+    counts = Counter(key for turn in turns for key in turn if key not in known)
+    return dict(sorted(counts.items()))
+
+
+def _content(where: str, value: Any) -> Any:
+    """A turn's content; of a list of text parts, their text."""
+    if not _is_list(value):
+        return value
+    for part in value:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            raise _Invalid(
+                f"{where} has a part of type {kind!r}: keel reads text alone, no pictures or sound"
+            )
+    return "".join(_text(where, part["text"]) for part in value)
+
+
+def _check_keys(where: str, turn: Mapping[str, Any]) -> None:
+    """What is known of a turn's other keys must have the right type; the rest reaches the template as it
+    is."""
+    for key in ("reasoning_content", "thinking", "reasoning", "name", "tool_call_id"):
+        value = turn.get(key)
+        if value is not None and not isinstance(value, str):
+            raise _Invalid(f'{where}: "{key}" is {_shown(value)}, not text')
+        _check_unicode(f'{where}: "{key}"', value or "")
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and (not isinstance(weight, Real) or weight not in (0, 1)):
+        raise _Invalid(f'{where}: "weight" is {_shown(weight)}; a turn is in the loss (1) or not (0)')
+    if train is not None and not isinstance(train, bool):
+        raise _Invalid(f'{where}: "train" is {_shown(train)}, not true or false')
+    calls = turn.get("tool_calls")
+    if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+        raise _Invalid(f'{where}: "tool_calls" is {_shown(calls)}, not a list of calls')
+    if calls and turn.get("role") != "assistant":
+        raise _Invalid(f'{where}: only the assistant has "tool_calls"')
+
+
+def _with_settings(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with `tools` and `chat_template_kwargs` on the first turn of its conversations, where the
+    template finds them. A plain prompt has no template, and keeps them as columns."""
+    for name in _PICTURES:
+        if row.get(name):
+            raise _Invalid(f'"{name}": keel reads text alone, no pictures or sound')
+    settings = {name: row[name] for name in _ONCE_A_ROW if row.get(name)}
+    names = ("messages", "prompt", "completion", "chosen", "rejected")
+    opened = {name: row[name] for name in names if settings and _is_list(row.get(name)) and row[name]}
+    opened = {
+        name: turns
+        for name, turns in opened.items()
+        if isinstance(turns[0], Mapping) and turns[0].get("role") != "assistant"
+    }
+    if not opened:
+        return row
+    if isinstance(settings.get("tools"), str):
+        settings["tools"] = _json("tools", settings["tools"])
+    if not isinstance(settings.get("chat_template_kwargs", {}), Mapping):
+        raise _Invalid(f'"chat_template_kwargs" is {_shown(settings["chat_template_kwargs"])}, not an object')
+    if not _is_list(settings.get("tools", [])):
+        raise _Invalid(f'"tools" is {_shown(settings["tools"])}, not a list')
+    placed = {name: [{**turns[0], **settings}, *turns[1:]] for name, turns in opened.items()}
+    return {key: value for key, value in row.items() if key not in _ONCE_A_ROW} | placed
+
+
+def _json(name: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise _Invalid(f'"{name}" is text that is no JSON: {error}') from None
 
 
 def _check_order(name: str, turns: Sequence[Message]) -> None:
@@ -308,7 +397,7 @@ def _check_order(name: str, turns: Sequence[Message]) -> None:
         if turn["role"] == "assistant" and before == "assistant":
             raise _Invalid(f'"{name}" turns {index} and {index + 1} are both the assistant\'s')
         if turn["role"] == "assistant" and (
-            before == "system" or (not index and name in ("messages", "prompt"))
+            before in ("system", "developer") or (not index and name in ("messages", "prompt"))
         ):
             raise _Invalid(f'"{name}" turn {index + 1}: the assistant speaks before any user')
 

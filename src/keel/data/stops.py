@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from keel.data import chat
+from keel.data.chat import added_vocab, reply_text
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_closing: WeakKeyDictionary[Any, dict[frozenset[str], Tensor]] = WeakKeyDictionary()
+_closing: WeakKeyDictionary[PreTrainedTokenizerBase, dict[frozenset[str], Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class StopTexts:
 
     def within(self, ids: Sequence[int]) -> str:
         """The first stop string in the text of a response; "" where there is none."""
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        text = reply_text(self.tokenizer, ids)
         return (
             min((text.find(stop), stop) for stop in self.texts if stop in text)[1]
             if self.any_in(text)
@@ -54,8 +51,7 @@ class StopTexts:
 def stop_texts(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> StopTexts | None:
     """Those of the stop strings that are looked for as text: all but special tokens, which are ids
     (`chat.stop_ids`)."""
-    added = chat.added_vocab(tokenizer)
-    texts = tuple(text for text in stop if text not in added)
+    texts = tuple(text for text in stop if text not in added_vocab(tokenizer))
     if not texts:
         return None
     known = _closing.setdefault(tokenizer, {})

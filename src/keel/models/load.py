@@ -28,8 +28,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.hub import cached_file
 
 from keel.accel.modules import dropout_rates
+from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import quantize
@@ -63,11 +65,33 @@ class ModelSource:
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The tokenizer of a model directory or hub id. UsageError if there is none."""
+    """The tokenizer of a model directory or hub id, which also knows what the model's files name as EOS
+    (`chat.eos_ids`). UsageError if there is none."""
     with _explained(path, "tokenizer"):
         if _says_all(Path(path)):
-            return PreTrainedTokenizerFast.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, revision=revision
+            )
+    chat.declare_ends(tokenizer, _declared_ends(path, revision, set(tokenizer.added_tokens_decoder)))
+    return tokenizer
+
+
+def _declared_ends(path: str, revision: str | None, special: set[int]) -> list[int]:
+    """The EOS ids of a model's config and generation_config. An id that stands for ordinary text is a default
+    that nobody has set for this vocabulary, and ends nothing."""
+    ends: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        except OSError:  # a tokenizer without a model
+            file = None
+        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        for part in (values, values.get("text_config") or {}):
+            named = part.get("eos_token_id")
+            ends += named if isinstance(named, list) else [named]
+    return [i for i in dict.fromkeys(ends) if isinstance(i, int) and i in special]
 
 
 def _says_all(folder: Path) -> bool:

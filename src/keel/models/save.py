@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keel import accel
+from keel.data import chat
 from keel.models.lora import AdapterFiles
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def save(
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
+    _name_ends(model, tokenizer)
     accel.restore(model).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
@@ -39,3 +41,16 @@ def save(
         directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write into a language model's configs every id that ends its replies, and the pad: another engine stops
+    where a rollout of keel stops."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or tokenizer.eos_token_id is None or not model.can_generate():
+        return
+    ends = chat.stop_ids(tokenizer, ())
+    for config in (model.config, generation):
+        config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        if config.pad_token_id is None:
+            config.pad_token_id = chat.ensure_pad(tokenizer)

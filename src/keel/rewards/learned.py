@@ -222,8 +222,8 @@ def _encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool)
                 asked, answer, truncation="only_second", max_length=limit, split_special_tokens=True
             )
             return _read(encoded), True
-    response = chat.completion_ids(reward.tokenizer, prompt, completion)
-    if not ended and response[-1] == reward.tokenizer.eos_token_id:
+    response = chat.sampled_ids(reward.tokenizer, prompt, completion)
+    if not ended:
         response = response[:-1]
     kept = response if limit is None else response[: limit - 1]
     ids = fit(chat.prompt_ids(reward.tokenizer, prompt), kept, limit)

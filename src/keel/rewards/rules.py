@@ -182,6 +182,7 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
     Source: DeepSeek-R1 (2501.12948), format reward. Spaces and newlines may stand around the blocks; a block
     may be empty; none of the tags may appear a second time. `partial`: the share of the 2·len(tags) opening
     and closing tags that appear exactly once and in order, whatever text stands around them. Range [0, 1].
+    A tag that the prompt has opened already (its template ends in `<think>`) counts as the completion's own.
     """
     _some_words("tags", tags)
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
@@ -192,7 +193,21 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
     def score(text: str) -> float:
         return _in_order(marks, text) / len(marks) if partial else float(bool(whole.fullmatch(text)))
 
-    return _of_text(score)
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        known = columns.get("opened_thought") or [""] * len(prompts)
+        opened = [mark or _opened_by(prompt, tags) for prompt, mark in zip(prompts, known, strict=True)]
+        texts = [completion_text(completion) for completion in completions]
+        return [
+            score((mark if mark in marks else "") + text) for mark, text in zip(opened, texts, strict=True)
+        ]
+
+    return reward
+
+
+def _opened_by(prompt: Any, tags: Sequence[str]) -> str:
+    """The opening tag that a prompt of plain text ends in; "" for none."""
+    text = prompt.rstrip() if isinstance(prompt, str) else ""
+    return next((f"<{tag}>" for tag in tags if text.endswith(f"<{tag}>")), "")
 
 
 def _in_order(marks: Sequence[str], text: str) -> int:

@@ -64,15 +64,13 @@ def read_prompts(
     if mix:
         text_limit = prepare.TooLong(run, config.too_long, limit)
 
-        def row(record: Record) -> language.LanguageRow | None:
+        def rows(record: Record) -> list[language.LanguageRow] | None:
             assert isinstance(record, TextRecord)
-            ids, counts = chat.text_ids(tokenizer, record)
-            if not text_limit.fits(record, len(ids)):
-                return None
-            cut = language.LanguageRow(ids[:limit], counts[:limit])
-            return cut if cut.counted else None
+            fitting = [r for r in chat.text_rows(tokenizer, record) if text_limit.fits(record, len(r.ids))]
+            cut = [language.LanguageRow(ids[:limit], counts[:limit]) for ids, counts in fitting]
+            return [row for row in cut if row.counted] or None
 
-        ptx = prepare.encode_all(run, mix.records, row)
+        ptx = [row for part in prepare.encode_all(run, mix.records, rows) for row in part]
         too_long.cut, too_long.left_out = (
             too_long.cut + text_limit.cut,
             too_long.left_out + text_limit.left_out,

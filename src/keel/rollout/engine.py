@@ -16,6 +16,7 @@ from keel.accel import decode_graphs, decode_static, decode_step
 from keel.accel.kv_slots import Slots
 from keel.accel.last_layer import last_layer_at
 from keel.accel.modules import evaluating
+from keel.data.chat import reply_text
 from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
 from keel.models.precision import autocast_on, computing, keep_bf16_copies
@@ -99,9 +100,10 @@ def generate(
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
-    """The response as a reader sees it: without the token or the string that ended it."""
+    """The response as rewards and reports see it: without the token or the string that ended it, with the
+    tags that belong to a reply (`<think>`), special tokens or not."""
     ids = completion.ids[:-1] if completion.ended and not completion.stop else completion.ids
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    text = reply_text(tokenizer, ids)
     return text[: text.find(completion.stop)] if completion.stop else text
 
 

@@ -55,7 +55,7 @@ def run(config: PretrainConfig, stage_run: StageRun) -> dict[str, Any]:
 def _rows(
     tokenizer: PreTrainedTokenizerBase, records: list[Record], length: int
 ) -> list[language.LanguageRow]:
-    documents = [chat.text_ids(tokenizer, record)[0] for record in records if isinstance(record, TextRecord)]
+    documents = [chat.document_ids(tokenizer, record) for record in records if isinstance(record, TextRecord)]
     return (
         [language.LanguageRow(ids, [True] * len(ids)) for ids in pack_stream(documents, length)]
         if documents

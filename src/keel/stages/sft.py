@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 
 
 def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
-    """1. demonstrations  2. tokens and which ones count  3. rows, packed if asked  4. the loop  5. save."""
+    """1. demonstrations  2. tokens, with a mask of those that count  3. rows, packed if asked  4. the loop
+    5. save."""
     dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("demonstration", "text"))
     source = prepare.source_of(config.model, stage_run)
     tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
     limit = prepare.limit_of(config, stage_run, source)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
-    rows: list[language.LanguageRow] = prepare.encode_all(
-        stage_run, records, lambda record: _encode(tokenizer, record, config, too_long)
-    )
-    held_out_rows = prepare.encode_all(
-        stage_run, held_out, lambda record: _encode(tokenizer, record, config, too_long)
+    rows, held_out_rows = (
+        [row for rows in encoded for row in rows]  # a conversation may be a row for each of its turns
+        for encoded in (
+            prepare.encode_all(stage_run, part, lambda record: _encode(tokenizer, record, config, too_long))
+            for part in (records, held_out)
+        )
     )
     too_long.report()
     if config.packing:
@@ -51,7 +53,7 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, record: Record, config: SFTConfig, too_long: prepare.TooLong
-) -> language.LanguageRow | None:
+) -> list[language.LanguageRow] | None:
     if isinstance(record, DemonstrationRecord):
         prompt = chat.prompt_ids(tokenizer, record.prompt)
         response = chat.completion_ids(tokenizer, record.prompt, record.completion)
@@ -64,17 +66,21 @@ def _encode(
         excess = max(0, len(prompt) + len(response) - (too_long.limit or len(prompt) + len(response)))
         prompt = prompt[excess:]  # the prompt gives way, from its start; the response stays whole
         counts = [config.loss_on == "all"] * len(prompt) + [True] * len(response)
-        return language.LanguageRow(prompt + response, counts)
+        return [language.LanguageRow(prompt + response, counts)]
     assert isinstance(record, TextRecord)
-    ids, counts = chat.text_ids(tokenizer, record)
-    if not too_long.fits(record, len(ids)):
-        return None
-    ids, counts = ids[: too_long.limit], counts[: too_long.limit]
-    if config.loss_on == "all":
-        counts = [True] * len(ids)
-    if not any(counts[1:]):
-        raise UsageError(f"{record.origin}: no token of the answer is left within {too_long.limit} tokens")
-    return language.LanguageRow(ids, counts)
+    rows: list[language.LanguageRow] = []
+    for ids, counts in chat.text_rows(tokenizer, record):
+        if not too_long.fits(record, len(ids)):
+            continue
+        ids, counts = ids[: too_long.limit], counts[: too_long.limit]
+        if config.loss_on == "all":
+            counts = [True] * len(ids)
+        if not any(counts[1:]):
+            raise UsageError(
+                f"{record.origin}: no token of the answer is left within {too_long.limit} tokens"
+            )
+        rows.append(language.LanguageRow(ids, counts))
+    return rows or None
 
 
 def _pack(examples: list[language.LanguageRow]) -> language.LanguageRow:
