@@ -168,7 +168,10 @@ def test_trap_14_prompt_and_response_are_tokenised_apart():
 
 
 def test_a_template_that_rewrites_history_makes_a_row_a_turn_of_what_it_asks_and_what_follows():
-    counting = "{{ messages | length }}{% for m in messages %}{{ '|' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '|' }}{% endif %}"
+    counting = (
+        "{{ messages | length }}{% for m in messages %}{{ '|' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '|' }}{% endif %}"
+    )
     tokenizer = make_tokenizer(template=counting)
     assert joined(tokenizer, chat.completion_ids(tokenizer, (USER,), (REPLY,))) == "Hi<eos>"
     rows = chat.text_rows(tokenizer, TextRecord((USER, REPLY, SECOND, LAST)))

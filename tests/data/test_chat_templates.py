@@ -211,7 +211,10 @@ def test_a_tokenizer_without_offsets_reads_what_people_wrote_as_characters_too()
         ("cuts_thoughts", "<think>\nwhy\n</think>\n\nYes.<|stop|>"),
         ("opens_and_keeps", "why\n</think>\n\nYes.<|stop|>"),
         ("thinks_in_words", "why\n[ANSWER]\nYes.<|stop|>"),
-        ("last_ends_otherwise", "<|channel|>thought<|message|>why<|stop|><|start|>assistant<|channel|>answer<|message|>Yes.<|return|>"),
+        (
+            "last_ends_otherwise",
+            "<|channel|>thought<|message|>why<|stop|><|start|>assistant<|channel|>answer<|message|>Yes.<|return|>",
+        ),
         ("no_end", "\n<think>why</think>\nYes.<|user|>"),
     ],
 )  # fmt: skip

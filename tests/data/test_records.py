@@ -284,8 +284,13 @@ def test_bad_rows_are_named_with_place_and_reason(row, kind, reason):
 @pytest.mark.parametrize(
     "extra",
     [
-        {"reasoning_content": "two and two"}, {"thinking": "two and two"}, {"weight": 0}, {"train": False}, {"name": "ann"},
-        {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}, {"id": "m-7"},
+        {"reasoning_content": "two and two"},
+        {"thinking": "two and two"},
+        {"weight": 0},
+        {"train": False},
+        {"name": "ann"},
+        {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"id": "m-7"},
     ],
 )  # fmt: skip
 def test_keys_of_a_turn_are_kept(extra):
@@ -350,8 +355,10 @@ def test_a_call_needs_no_content_and_a_tool_may_answer_nothing():
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        ({**GOOD, "weight": 0.5}, '"weight" is the number 0.5'), ({**GOOD, "train": 0}, '"train" is the number 0'),
-        ({**GOOD, "thinking": 3}, '"thinking" is the number 3'), ({**GOOD, "tool_calls": "add"}, "not a list of calls"),
+        ({**GOOD, "weight": 0.5}, '"weight" is the number 0.5'),
+        ({**GOOD, "train": 0}, '"train" is the number 0'),
+        ({**GOOD, "thinking": 3}, '"thinking" is the number 3'),
+        ({**GOOD, "tool_calls": "add"}, "not a list of calls"),
         ({**USER, "tool_calls": [{}]}, "only the assistant"),
     ],
 )  # fmt: skip

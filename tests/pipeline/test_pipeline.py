@@ -222,7 +222,9 @@ def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(pipelines, "code_prints", lambda kind: {"rl/loop.py": "other code"})
     first = again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0]
-    assert first.startswith("base: run again, since keel's code changed (accel/attention.py, ")
+    assert first.startswith(
+        "base: run again, since keel's code changed (accel/__init__.py, accel/attention.py, "
+    )
 
 
 def test_the_mark_of_being_done_is_written_last(go, chain, tmp_path):

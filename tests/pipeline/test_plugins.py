@@ -125,7 +125,7 @@ def test_the_reward_of_the_docs_counts_and_is_logged_by_its_name(install, tiny_m
 
 def test_a_word_is_short_for_a_reward_of_a_package(tiny_model, data):
     (term,) = parse(_judged(tiny_model, data, "plugin:brevity")).stages["judge"].reward_terms()
-    assert (term.kind, term.function, term.called) == ("plugin", "brevity", "brevity")
+    assert (term.kind, term.function, term.log_name) == ("plugin", "brevity", "brevity")
 
 
 @pytest.mark.parametrize("change", ["source", "version"])

@@ -34,7 +34,7 @@ def test_a_reference_of_another_stage_has_its_precision_too(open_ppo, tiny_model
         ({"reference_dtype": "float16", "lora": {}}, "`reference_dtype` has no effect with `lora`"),
         (
             {"data": ["a.jsonl", "b.jsonl"], "reward": [{"kind": "answer", "source_filter": "a.json"}]},
-            r"'answer': `only` names 'a.json', which is no source of `data` or `eval_data`; "
+            r"'answer': `source_filter` names 'a.json', which is no source of `data` or `eval_data`; "
             r"there are a.jsonl, b.jsonl",
         ),
     ],

@@ -116,7 +116,10 @@ def test_a_conversation_is_a_row_a_turn_where_the_template_cuts_history(
     tiny_model: Path, stage_run: Any
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + ' ' }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content + ' ' }}{% endif %}"
+        "{% endfor %}"
+    )
     turns = [
         {"role": r, "content": f"the {c}"}
         for r, c in zip(("user", "assistant") * 2, ("cat", "red", "owl", "hat"))

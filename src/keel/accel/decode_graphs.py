@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from keel.accel import decode_step
+from keel.accel import decode_step, last_layer
 from keel.accel.decode_static import COLUMNS, Bf16Copies, Static, rows_of, width_of
 from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
@@ -180,6 +180,7 @@ def recorded_steps(
         _forget(model)  # before there is another
         captured = _kept[model] = Captured(model, record, device, state)
     try:
+        last_layer.try_out(model)
         with captured.casts.in_place():
             yield captured
     finally:

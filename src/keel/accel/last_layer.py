@@ -64,6 +64,13 @@ def last_layer_at(
         layer.gradient_checkpointing = again
 
 
+def try_out(model: object) -> None:
+    """Try the path on a model now, with its own weights: before somebody lends its layers other ones."""
+    layer = _last_of(model) if enabled("last_layer") else None
+    if layer is not None:
+        _is_right(model, layer)
+
+
 def _worth_it(layer: _Layer, index: Tensor, shape: Sequence[int], rows: Rows | None) -> bool:
     if not len(index):
         return False

@@ -393,9 +393,7 @@ def doctor(
         }
         print("\n".join(f"{name:<20} {'none' if value is None else value}" for name, value in shown.items()))
         print(f"missing: {', '.join(missing)}" if missing else "all that keel needs is here")
-        print(
-            "\nWhat computes in a model's place, once a trial on that model agrees (KEEL_ACCEL=0: nothing does):"
-        )
+        print("\nWhat computes in a model's place, once a trial on it agrees (KEEL_ACCEL=0: nothing does):")
         print("\n".join(f"{path['name']:<20} {path['state']:<4} {path['replaces']}" for path in paths))
     if missing:
         raise typer.Exit(1)

@@ -190,7 +190,8 @@ class PluginTerm(RewardSettings):
     function: str = Field(description="Its name in the entry points of the group keel.rewards.")
 
     @property
-    def called(self) -> str:
+    def log_name(self) -> str:
+        """The name under which it is logged: `name`, else the entry point's."""
         return self.name or self.function
 
 
