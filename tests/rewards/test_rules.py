@@ -42,6 +42,8 @@ def rate(reward: rules.Reward, *completions: Any, **columns: Any) -> list[float 
         ("1.5", "1 1/2"), ("-1.5", "-1 1/2"), ("50", "50%"),
         ("50%", "50"), ("0.5", r"50\%"), ("50 %", "1/2"), ("0", "-0"),
         ("5", r"\text{5}"), ("5", "**5**"), ("5", "$5$"),
+        ("1000", "1e3"), ("0.005", "5E-3"), ("6.02e23", r"6.02 \times 10^{23}"), ("300", "3·10^2"),
+        ("1.5", "1½"), ("-1.5", "-1½"), ("3/4", "¾"), ("2.5", r"2\frac{1}{2}"), ("1000000", "1 000 000"),
         ("5", r"\(5\)"), ("Paris", "paris."), ("New  York", "new york"), (r"\left(1, 2\right)", "(1, 2)"),
     ],
 )  # fmt: skip
@@ -56,7 +58,9 @@ def test_equal_answers(reference: str, answer: str) -> None:
         ("72", ""), ("", ""), ("72", "seventy-two"),
         ("1200", "1,20"), ("1200", "12,00"), ("1/3", "0.333333"),
         ("50", "0.5"), ("5000%", "5"), ("1/2", "1/0"),
-        ("1/0", "2/0"), ("Paris", "pairs"), ("1e3", "1000"),
+        ("1/0", "2/0"), ("Paris", "pairs"), ("1", "1e3"), ("5", "5e-3"),
+        ("1", "2 1/2"), ("1", r"2\frac{1}{2}"), ("1", "1½"), ("1.5", "-1½"), ("0", "1 0"), ("10", "1 0"),
+        ("1000", "1 00"),
         ("9" * 50, "9" * 49 + "8"), ("1", "9" * 5000), ("2", "x^2"),
     ],
 )  # fmt: skip
@@ -229,8 +233,8 @@ def test_the_whole_format_has_every_tag_in_place(seed: int) -> None:
 def test_regex_is_found_anywhere_or_must_be_all() -> None:
     assert rate(rules.regex(r"\d+"), "a 12 b", "none", "12") == [1, 0, 1]
     assert rate(rules.regex(r"\d+", full=True), "a 12 b", "none", "12") == [0, 0, 1]
-    assert rate(rules.regex("a.b"), "a\nb") == [0]
-    assert rate(rules.regex("(?s)a.b"), "a\nb") == [1]
+    assert rate(rules.regex("a.b"), "a\nb") == [1]
+    assert rate(rules.regex("(?-s:a.b)"), "a\nb") == [0]
 
 
 def test_keywords_are_whole_words() -> None:
@@ -305,3 +309,24 @@ def test_overlong_never_rises_with_the_length(max_length: int, buffer: int, leng
 def test_settings_without_sense_are_refused_at_once(build: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("So \\boxed{18}.\n\n#### Check\n9*2 = 18", 1.0),  # a heading behind the box
+        ("#### Steps\n9 + 9\n#### 18", 1.0),
+        ("#### 18\nThat is all.", 1.0),  # no other marker
+        ("\\fbox{18}", 1.0),
+        ("It is \\boxed 18.", 1.0),
+        ("\\boxed{17}\n\n#### 18", 1.0),
+        ("\\boxed{18}\n\n#### 17", 0.0),
+    ],
+)
+def test_a_heading_of_markdown_is_no_answer(completion: str, expected: float) -> None:
+    assert rules.final_answer("answer")(["q"], [completion], answer=["18"]) == [expected]
+
+
+def test_a_dot_of_a_pattern_matches_newlines() -> None:
+    assert rules.regex("<a>.*</a>")(["q"], ["<a>\n1\n</a>"]) == [1.0]
+    assert rules.regex("<a>(?-s:.*)</a>")(["q"], ["<a>\n1\n</a>"]) == [0.0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import threading
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -71,17 +72,23 @@ def column_of(columns: Mapping[str, Any], name: str) -> list[str | None]:
 def same_answer(reference: str, answer: str) -> bool:
     """Whether two final answers are equal.
 
-    As exact numbers where both are one (signs, thousands' commas, $ € £, trailing zeros, fractions, `\\frac`;
-    a percentage equals both its number and its hundredth), else as text without case and spacing. What
-    differs that way is left to math-verify if it is installed (pip install math-verify), which knows algebra;
-    but not words, whose letters it would multiply, so that it calls "Paris" and "pairs" equal.
+    As exact numbers where both are one (signs, thousands' commas and spaces, $ € £, trailing zeros,
+    fractions, `\\frac`, ½, mixed numbers, 5e-3; a percentage equals both its number and its hundredth), else
+    as text without case and spacing. What differs that way is left to math-verify if it is installed (pip
+    install math-verify), which knows algebra. It is not asked about two numbers, nor about numbers side by
+    side, which it would multiply ("1 0" is 0), nor about words ("Paris" and "pairs" have the same letters).
     """
     reference, answer = _plain(reference), _plain(answer)
     if not answer or not reference:
         return False
-    if reference.casefold() == answer.casefold() or _numbers(reference) & _numbers(answer):
+    values, others = _numbers(reference), _numbers(answer)
+    if reference.casefold() == answer.casefold() or values & others:
         return True
+    if values and others:
+        return False  # two numbers that differ
     if max(len(reference), len(answer)) > LONGEST_FORMULA or WORD.search(reference):
+        return False
+    if SIDE_BY_SIDE.search(reference) or SIDE_BY_SIDE.search(answer):
         return False
     return _math_verify(reference, answer)
 
@@ -91,12 +98,17 @@ LONGEST_NUMBER = 100
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # of prose, not a LaTeX command
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 DECIMAL = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)"
-NUMBER = re.compile(rf"([-+]?)\s*({DECIMAL})(?:\s*/\s*({DECIMAL}))?(%?)")
+NUMBER = re.compile(rf"([-+]?)\s*({DECIMAL})(?:[eE]([-+]?\d{{1,3}}))?(?:\s*/\s*({DECIMAL}))?(%?)")
 MIXED = re.compile(r"([-+]?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)(%?)")
 LAST_NUMBER = re.compile(
     rf"(?:(?<![\w)])[-+−]\s?)?[$€£]?(?:(?<=[$€£])[-+−])?(?<!\w){DECIMAL}(?:/{DECIMAL})?(?:\s?\\?%)?"
 )
-MARKER = re.compile(r"####|\\boxed\s*\{|<answer>")
+SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?%?")  # thousands' spaces
+POWER_OF_TEN = re.compile(
+    r"(?<=\d)\s*(?:\\times|\\cdot|×|·|\*)\s*10\s*\^\s*(?:\{([-+]?\d{1,3})\}|([-+]?\d{1,3})(?!\d))"
+)
+SIDE_BY_SIDE = re.compile(r"\d\s+\d")
+MARKER = re.compile(r"####|\\f?box(?:ed)?\s*\{|\\boxed\s+(?=[^\s{])|<answer>")
 
 
 def _is_right(reference: str, completion: str, from_: str) -> float:
@@ -108,15 +120,25 @@ def _is_right(reference: str, completion: str, from_: str) -> float:
 
 
 def _marked(text: str) -> str | None:
-    """What the last marker of a final answer holds. Of two that are nested the inner one starts last."""
+    """What the last marker of a final answer holds. Of two that are nested the inner one starts last. A
+    `####` with more text below its line is a heading of Markdown, and counts where there is no other
+    marker."""
+    heading: str | None = None
     for marker in reversed(list(MARKER.finditer(text))):
         rest = text[marker.end() :]
         if marker[0] == "####":
-            return rest.lstrip(" \t").partition("\n")[0].partition("</answer>")[0]
+            line, _, below = rest.lstrip(" \t").partition("\n")
+            line = line.partition("</answer>")[0]
+            if not below.strip() or "</answer>" in rest:
+                return line
+            heading = heading or line
+            continue
+        if not marker[0].endswith(("{", ">")):  # \boxed 5
+            return rest.split()[0].rstrip("$.")
         content = rest.partition("</answer>") if marker[0] == "<answer>" else _up_to_brace(rest)
         if content[1]:  # one that is never closed holds nothing
             return content[0]
-    return None
+    return heading
 
 
 def _up_to_brace(text: str) -> tuple[str, str]:
@@ -138,7 +160,14 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\[dt]frac", r"\\frac", text).replace(r"\%", "%")
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\?\$|[€£]|\\[()\[\]]|\*\*", "", text)
+    text = re.sub(r"[¼-¾⅐-⅞]", _written_out, text)
     return " ".join(text.split()).rstrip(". ")
+
+
+def _written_out(fraction: re.Match[str]) -> str:
+    """½ as 1/2, with a space before it behind a number: 1½ is 1 1/2."""
+    behind_number = fraction.start() > 0 and fraction.string[fraction.start() - 1].isdigit()
+    return " " * behind_number + unicodedata.normalize("NFKC", fraction[0]).replace("\u2044", "/")
 
 
 def _numbers(text: str) -> set[Fraction]:
@@ -146,17 +175,20 @@ def _numbers(text: str) -> set[Fraction]:
     text."""
     if len(text) > LONGEST_NUMBER:
         return set()
+    text = re.sub(r"(?<=\d)\\frac", r" \\frac", text)  # a mixed number
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    text = POWER_OF_TEN.sub(lambda match: f"e{match[1] or match[2]}", text)
+    text = text.replace(" ", "") if SPACED.fullmatch(text) else text
     if mixed := MIXED.fullmatch(text):
-        sign, whole, over, under, percent = mixed.groups()
+        (sign, whole, over, under, percent), exponent = mixed.groups(), None
     elif number := NUMBER.fullmatch(re.sub(r"\s+%$", "%", text)):
-        (sign, over, under, percent), whole = number.groups(), "0"
+        (sign, over, exponent, under, percent), whole = number.groups(), "0"
     else:
         return set()
     over, below = Fraction(over.replace(",", "")), Fraction((under or "1").replace(",", ""))
     if below == 0:
         return set()
-    value = (int(whole) + over / below) * (-1 if sign == "-" else 1)
+    value = (int(whole) + over * Fraction(10) ** int(exponent or 0) / below) * (-1 if sign == "-" else 1)
     return {value, value / 100} if percent else {value}
 
 
@@ -222,11 +254,11 @@ def _in_order(marks: Sequence[str], text: str) -> int:
 def regex(pattern: str, full: bool = False) -> Reward:
     """1 if the pattern is found in the completion (`full`: is all of it), 0 if not. Range {0, 1}.
 
-    Python's `re` without flags; write them into the pattern: (?s) lets a dot match newlines, (?i) ignores
-    case.
+    Python's `re`; a dot matches newlines, since replies have lines ((?-s:.) is one that does not), and (?i)
+    at the start ignores case.
     """
     try:
-        compiled = re.compile(pattern)
+        compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise UsageError(f"regex: {pattern!r} is no regular expression: {error}") from None
     find = compiled.fullmatch if full else compiled.search
