@@ -11,7 +11,7 @@ from pathlib import Path
 from keel.cli.main import NEEDED
 
 ROOT = Path(__file__).parents[1]
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the module has another name
+DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}  # where the module has another name
 
 
 def _declared() -> set[str]:

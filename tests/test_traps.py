@@ -16,6 +16,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import keel
-from keel import errors, types
+from keel import errors, plugins, types
 from keel.config import RewardConfig, RunConfig, parse
 from keel.data.batches import rows_of_step
 from keel.errors import UsageError
@@ -673,6 +674,7 @@ REFUSED = {  # inherited settings that a stage has no use for: giving one is an 
     "PretrainConfig.too_long": {"kind": "pretrain", "too_long": "skip"},
     "PPOConfig.max_steps": {"kind": "ppo", "reward": "r", "max_steps": 3},
     "GRPOConfig.max_steps": {"kind": "grpo", "reward": "r", "max_steps": 3},
+    "BestOfNConfig.eval_data": {"kind": "best_of_n", "reward": "r", "eval_data": "other.jsonl"},
 }
 
 
@@ -715,6 +717,12 @@ def test_trap_every_setting_is_read_by_something(
         "max_steps": 1,
     }
     own = str(Path(__file__).parent / "stages" / "rewards_for_tests.py") + ":red"
+    (tmp_path / "keel_brief.py").write_text(
+        "def brief(prompts, completions, **more):\n    return [1.0] * len(prompts)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    added = EntryPoint("brief", "keel_brief:brief", "keel.rewards")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [added] if group == added.group else [])
     terms = [
         {"kind": "answer", "source_filter": None},
         {"kind": "format"},
@@ -726,6 +734,7 @@ def test_trap_every_setting_is_read_by_something(
         {"kind": "similarity", "model": str(tiny_bert), "to": "answer"},
         {"kind": "classifier", "model": "genre", "label": "a"},
         {"kind": "python", "function": own},
+        {"kind": "plugin", "function": "brief"},
         {"kind": "learned", "model": "reward", "combine": "mean"},
     ]
     alone = {"eval_data": None, "eval_every": None, "patience": None, "judge": None}
@@ -749,9 +758,9 @@ def test_trap_every_setting_is_read_by_something(
         "sampling": {"max_new_tokens": 4},
     }
     names = stages.keys()
-    monkeypatch.setattr(BaseModel, "__getattribute__", watch)
-    pipeline = run({"stages": stages}, tmp_path / "run")
-    monkeypatch.undo()
+    with monkeypatch.context() as watching:
+        watching.setattr(BaseModel, "__getattribute__", watch)
+        pipeline = run({"stages": stages}, tmp_path / "run")
     plain = {
         "DataConfig": types.DataSource,
         "SamplingConfig": types.Sampling,

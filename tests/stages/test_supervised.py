@@ -16,6 +16,7 @@ from keel.errors import DataError, UsageError
 from keel.models import optim
 from keel.models.load import ModelSource, load_tokenizer
 from keel.rewards import learned
+from keel.rollout import KeelEngine
 from keel.stages import language, prepare, sft
 from keel.stages import reward as reward_stage
 from keel.stages.loop_utils import copy_state
@@ -253,15 +254,15 @@ def test_the_scale_is_that_of_samples_of_the_starting_model(
 ) -> None:
     """The samples' scores by the saved model itself, as transformers loads it."""
     sampled: list[Any] = []
-    original = reward_stage.generate
 
-    def spy(model: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        state = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        sampled.extend(original(model, prompts, *args, **kwargs))
-        return sampled
+    class Spy(KeelEngine):
+        def generate(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            state = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in self.model.state_dict().items())
+            sampled.extend(super().generate(request, *args, **kwargs))
+            return sampled
 
-    monkeypatch.setattr(reward_stage, "generate", spy)
+    monkeypatch.setattr(reward_stage, "KeelEngine", Spy)
     stage, _ = run_stage("reward", normalize=16)
     model = AutoModelForSequenceClassification.from_pretrained(stage / "model").eval()
     with torch.no_grad():

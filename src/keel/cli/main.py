@@ -54,6 +54,7 @@ NEEDED = (
     "markupsafe",
     "pyyaml",
     "numpy",
+    "pandas",
 )
 
 
