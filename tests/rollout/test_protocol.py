@@ -25,6 +25,7 @@ def request_of(tokenizer: Any, **more: Any) -> GenerationRequest:
     return GenerationRequest.of(tokenizer, PROMPTS, Sampling(8, temperature=1.5), 3, **more)
 
 
+@pytest.mark.usefixtures("accel_on")  # without it no head inputs are kept
 @pytest.mark.parametrize("keep", [False, True])
 def test_keels_engine_and_the_reference_give_the_same_completions(
     keep: bool, tiny_model: Path, tokenizer: Any
