@@ -33,7 +33,16 @@ from torch.nn.functional import linear, silu
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from keel.accel.modules import Kept, Patched, is_patched, patched_class, plain_class, pulled, twin_parameters
+from keel.accel.modules import (
+    Kept,
+    Patched,
+    is_patched,
+    patched_class,
+    plain_class,
+    pulled,
+    surrounded,
+    twin_parameters,
+)
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, refuse, tried
 
 LEAST = 8  # rows, and the step between sizes up to 64
@@ -181,7 +190,7 @@ def _is_plain(layer: Any) -> bool:
         (type(layer) is nn.Linear or is_patched(layer, "cpu_linear"))
         and layer.bias is None
         and layer.weight.device.type == "cpu"
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not surrounded(layer)
     )
 
 
@@ -189,7 +198,7 @@ def packs(layer: Any) -> bool:
     """Whether a layer's matrix may be laid out for products in bfloat16, by whoever computes in its place."""
     return (
         (type(layer) is nn.Linear or is_patched(layer, "cpu_linear"))
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not surrounded(layer)
         and _computed_in(layer.weight, layer.weight) == torch.bfloat16
     )
 
