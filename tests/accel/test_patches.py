@@ -546,3 +546,33 @@ def test_hidden_states_that_were_asked_for_once_turn_nothing_off() -> None:
     keels(model)
     assert last_layer._last_of(model) is not None
     assert decode_step.fits(model)
+
+
+# ---------------------------------------------------------------- inference mode, compilers
+
+
+@pytest.mark.parametrize("made_in_it", [False, True])
+def test_a_prepared_model_works_in_inference_mode(made_in_it: bool) -> None:
+    with torch.inference_mode(made_in_it):
+        model = plain_model()
+    expected = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccelWarning)
+        accel.prepare(model)
+    for half in (False, True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half), cast_cache():
+            ours, theirs = (m(input_ids=IDS, use_cache=False).logits for m in (model, expected))
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=5e-2 if half else 1e-5)
+
+
+def test_a_prepared_model_is_traced_like_its_own() -> None:
+    model = plain_model()
+    expected = model(input_ids=IDS, use_cache=False).logits
+    accel.prepare(model)
+    whole = nn.Module()
+    whole.model = model
+    whole.forward = lambda ids: model(input_ids=ids, use_cache=False).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(whole, IDS)
+    torch.testing.assert_close(traced(IDS), expected, rtol=0, atol=1e-5)

@@ -77,6 +77,14 @@ def plain_of(model: Any) -> Any:
     return base() if callable(base) and isinstance(model, nn.Module) else model
 
 
+def transformed() -> bool:
+    """Whether somebody records or transforms a forward, `torch.compile`, `torch.jit.trace` or `torch.func`:
+    they take a module's own operations better than steps of autograd of our own, or take those not at all."""
+    return bool(
+        torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    )
+
+
 def surrounded(module: nn.Module) -> bool:
     """Whether others' code stands around a module's forward, which whoever computes in its place would pass
     by: hooks that do more than compute, or a forward of its own, as offloading libraries put one there."""
