@@ -574,5 +574,5 @@ def test_a_prepared_model_is_traced_like_its_own() -> None:
     whole.forward = lambda ids: model(input_ids=ids, use_cache=False).logits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(whole, IDS)
+        traced: Any = torch.jit.trace(whole, IDS)
     torch.testing.assert_close(traced(IDS), expected, rtol=0, atol=1e-5)

@@ -81,7 +81,7 @@ def transformed() -> bool:
     """Whether somebody records or transforms a forward, `torch.compile`, `torch.jit.trace` or `torch.func`:
     they take a module's own operations better than steps of autograd of our own, or take those not at all."""
     return bool(
-        torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     )
 
 
