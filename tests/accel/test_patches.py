@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from keel.accel import (
     cpu_linear,
     decode_graphs,
     decode_step,
+    last_layer,
     modules,
     patches,
 )
@@ -468,3 +470,109 @@ def test_a_run_without_agrees_and_is_another_run(whole: dict[str, Any], run: Any
         assert compared
         for key in compared & lines[1].keys():
             assert lines[1][key] == pytest.approx(lines[0][key], rel=1e-3, abs=1e-5), (name, key)
+
+
+# ---------------------------------------------------------------- what others put around modules
+
+
+def on_attention(model: Any) -> None:
+    attention = model.model.layers[-1].self_attn
+    attention.register_forward_hook(lambda _, __, output: (3 * output[0], *output[1:]))
+
+
+def around_attention(model: Any) -> None:
+    attention = model.model.layers[-1].self_attn
+    forward = attention.forward
+
+    def scaled(*given: Any, **more: Any) -> Any:
+        output = forward(*given, **more)
+        return (3 * output[0], *output[1:])
+
+    attention.forward = scaled
+
+
+def on_norm(model: Any) -> None:
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda _, __, output: output.flip(-1))
+
+
+def on_last_norm(model: Any) -> None:
+    model.model.norm.register_forward_hook(lambda _, __, output: output.flip(-1))
+
+
+def around_product(model: Any) -> None:
+    product = model.model.layers[0].mlp.gate_proj
+    forward = product.forward
+    product.forward = lambda x: 3 * forward(x)
+
+
+def on_logits(model: Any) -> None:
+    def negated(_: Any, __: Any, output: Any) -> Any:
+        output.logits = -output.logits
+        return output
+
+    model.register_forward_hook(negated)
+
+
+AROUND = (on_attention, around_attention, on_norm, on_last_norm, around_product, on_logits)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("put", AROUND)
+def test_hooks_and_forwards_of_others_stay_in_effect(put: Callable[[Any], None], used_before: bool) -> None:
+    model = plain_model()
+    unchanged = keels(copy.deepcopy(model))
+    if used_before:
+        keels(model)
+    put(model)
+    theirs = plain_model()
+    put(theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccelWarning)
+        ours = keels(model)
+    assert_agree(ours, transformers_own(theirs))
+    assert not torch.allclose(ours[0], unchanged[0], atol=1e-2)
+
+
+def test_backward_hooks_of_a_product_are_called() -> None:
+    model, seen = accel.prepare(plain_model()), list[int]()
+    model.model.layers[0].mlp.gate_proj.register_full_backward_hook(lambda *_: seen.append(1))
+    model(input_ids=IDS).logits.sum().backward()
+    assert seen == [1]
+
+
+def test_hidden_states_that_were_asked_for_once_turn_nothing_off() -> None:
+    model = plain_model()
+    model(input_ids=IDS, output_hidden_states=True)
+    keels(model)
+    assert last_layer._last_of(model) is not None
+    assert decode_step.fits(model)
+
+
+# ---------------------------------------------------------------- inference mode, compilers
+
+
+@pytest.mark.parametrize("made_in_it", [False, True])
+def test_a_prepared_model_works_in_inference_mode(made_in_it: bool) -> None:
+    with torch.inference_mode(made_in_it):
+        model = plain_model()
+    expected = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccelWarning)
+        accel.prepare(model)
+    for half in (False, True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half), cast_cache():
+            ours, theirs = (m(input_ids=IDS, use_cache=False).logits for m in (model, expected))
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=5e-2 if half else 1e-5)
+
+
+def test_a_prepared_model_is_traced_like_its_own() -> None:
+    model = plain_model()
+    expected = model(input_ids=IDS, use_cache=False).logits
+    accel.prepare(model)
+    whole = nn.Module()
+    whole.model = model
+    whole.forward = lambda ids: model(input_ids=ids, use_cache=False).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced: Any = torch.jit.trace(whole, IDS)
+    torch.testing.assert_close(traced(IDS), expected, rtol=0, atol=1e-5)

@@ -47,6 +47,8 @@ def _settings(**settings: Any) -> dict[str, Any]:
         ({"seed": 3}, "seed changed (0 → 3)"),
         ({"threads": None}, "threads changed (1 → null)"),
         ({"device": "cuda"}, "device changed (cpu → cuda)"),
+        ({"accel": "off"}, "accel changed (null → off)"),
+        ({"plugins": {}, "data": ["9"]}, "its data changed"),  # a keel that had no part for them
         ({"inputs": {"sft": "1", "reward": "9"}}, "'reward' changed, which it starts from"),
         ({"data": ["9"]}, "its data changed"),
         ({"code": "9"}, "keel's code changed"),  # a keel that kept one hash of all its code

@@ -295,11 +295,13 @@ def test_a_policy_loss_that_is_nan_is_rolled_back_where_control_says_so(trained:
 
 
 def test_the_old_name_of_the_setting_is_read_with_a_note(stage: Any) -> None:
-    with pytest.warns(FutureWarning, match="`objective` is now called `policy_loss`"):
+    with pytest.warns(FutureWarning, match="`objective` .*is now called `policy_loss`"):
         config = GRPOConfig.model_validate(stage("grpo", objective="cispo", preset="cispo"))
     assert config.policy_loss == "cispo"
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(UsageError, match="former name of `policy_loss`"):
         parse({"name": "x", "stages": {"rl": stage("grpo", objective="cispo", policy_loss="cispo")}})
+    tree = {"name": "x", "stages": {"rl": stage("grpo", objective="cispo")}}
+    assert parse(tree, "x", ["rl.policy_loss=clipped"]).stages["rl"].policy_loss == "clipped"
 
 
 # ---------------------------------------------------------------- advantage estimators

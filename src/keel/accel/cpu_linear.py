@@ -33,7 +33,17 @@ from torch.nn.functional import linear, silu
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from keel.accel.modules import Kept, Patched, is_patched, patched_class, plain_class, pulled, twin_parameters
+from keel.accel.modules import (
+    Kept,
+    Patched,
+    is_patched,
+    patched_class,
+    plain_class,
+    pulled,
+    surrounded,
+    transformed,
+    twin_parameters,
+)
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, refuse, tried
 
 LEAST = 8  # rows, and the step between sizes up to 64
@@ -181,7 +191,7 @@ def _is_plain(layer: Any) -> bool:
         (type(layer) is nn.Linear or is_patched(layer, "cpu_linear"))
         and layer.bias is None
         and layer.weight.device.type == "cpu"
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not surrounded(layer)
     )
 
 
@@ -189,16 +199,16 @@ def packs(layer: Any) -> bool:
     """Whether a layer's matrix may be laid out for products in bfloat16, by whoever computes in its place."""
     return (
         (type(layer) is nn.Linear or is_patched(layer, "cpu_linear"))
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not surrounded(layer)
         and _computed_in(layer.weight, layer.weight) == torch.bfloat16
     )
 
 
 def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """In which precision a product is taken here; None: as torch does it."""
-    if x.device.type != "cpu" or weight.dtype != torch.float32 or not x.numel():
+    if transformed() or x.device.type != "cpu" or weight.dtype != torch.float32 or not x.numel():
         return None
-    if not enabled("cpu_linear") or transformed():
+    if not enabled("cpu_linear"):
         return None
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -315,11 +325,6 @@ def grads_in_place() -> Iterator[None]:
         _in_place.reset(token)
 
 
-def transformed() -> bool:
-    """Whether `torch.func` is at work, which takes no autograd function of this kind."""
-    return bool(torch._C._are_functorch_transforms_active())
-
-
 def _awaited(weight: Tensor) -> bool:
     """Whether a weight's gradient goes on from it: it was computed itself, or hooks are called when torch
     adds it, somebody's own or those of processes that average theirs."""
@@ -403,7 +408,10 @@ class _CastCache:
         return self._once("packed", lambda: PrepackedWeight(layer), layer.weight, *bias)
 
     def _once(self, kind: str, make: Callable[[], Any], *weights: Tensor) -> Any:
-        """What was made of these weights, as long as they are what they were."""
+        """What was made of these weights, as long as they are what they were. Those made in inference mode
+        have no version to know that by."""
+        if any(weight.is_inference() for weight in weights):
+            return make()
         if self._steps != _optimiser_steps:
             self._made.clear()
             self._steps = _optimiser_steps
@@ -414,6 +422,8 @@ class _CastCache:
         return held[2]
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.is_inference():
+            return _filled(x, dtype)
         if self._last is not None:
             known, version, filled = self._last
             if known() is x and version == x._version and filled.dtype == dtype:

@@ -31,7 +31,7 @@ from keel.accel import decode_step, last_layer
 from keel.accel.decode_static import COLUMNS, Bf16Copies, Static, rows_of, width_of
 from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
-from keel.accel.modules import COMPUTING_HOOKS, plain_of
+from keel.accel.modules import is_foreign, plain_of
 from keel.accel.patches import enabled, trusted
 
 WARM_UPS = 2  # before a step is recorded: what libraries make at first use must not be recorded
@@ -222,7 +222,7 @@ def _decides(module: nn.Module, ours: int) -> bool:
     """Whether Python runs in a module's forward that a replay would leave out; ours: hooks that may be left
     out."""
     hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-    foreign = sum(getattr(hook, "__name__", "") not in COMPUTING_HOOKS for hook in hooks)
+    foreign = sum(map(is_foreign, hooks))
     quantised = type(module).__module__.startswith("bitsandbytes.")
     return quantised or hasattr(module, "_hf_hook") or foreign > ours
 

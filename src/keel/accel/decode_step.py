@@ -9,6 +9,7 @@ are compared with it (`decode_trial`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
 from keel.accel.decode_trial import Step as AnyStep
 from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
-from keel.accel.modules import plain_of
+from keel.accel.modules import plain_of, surrounded
 from keel.accel.patches import disabled, enabled, trusted
 
 SHAPES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -168,12 +169,18 @@ def has_shape(model: nn.Module) -> bool:
     sliding = getattr(config, "sliding_window", None) is not None and getattr(
         config, "use_sliding_window", True
     )
-    hooked = any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-        for layer in plain.model.layers
-        for module in (layer, layer.self_attn, layer.mlp)
-    )
+    hooked = any(surrounded(module) for module in _passed_by(plain))
     return not sliding and not hooked and plain.model.rotary_emb.rope_type in ROTATIONS
+
+
+def _passed_by(plain: Any) -> Iterator[nn.Module]:
+    """The modules of a model whose forward the step does not call."""
+    trunk = plain.model
+    yield from (plain, trunk, trunk.norm)
+    for layer in trunk.layers:
+        attention = layer.self_attn
+        yield from (layer, attention, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+        yield from (norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)))
 
 
 def keeps_slots(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from keel.accel.attention import KERNELS, NAME, Rows, attend, mask_for, rows_of
-from keel.accel.modules import pulled, twin_parameters, undisturbed
+from keel.accel.modules import pulled, surrounded, twin_parameters, undisturbed
 from keel.accel.norm_and_rope import apply_rope
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
 
@@ -104,11 +104,11 @@ def weight_of(hidden: int, inner: int) -> float:
 
 
 def _last_of(model: object) -> Any:
-    """The last layer, if it is one that is known, with nothing around it and attention to everything
-    before."""
+    """The last layer, if it is one that is known, with nothing around it or its attention, and attention to
+    everything before."""
     layers = getattr(_trunk_of(model), "layers", None)
     layer: Any = layers[-1] if layers is not None and len(layers) else None
-    if type(layer) not in LAYERS or "forward" in vars(layer):
+    if type(layer) not in LAYERS or surrounded(layer) or surrounded(layer.self_attn):
         return None
     attention = layer.self_attn
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))

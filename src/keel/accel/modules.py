@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 # hooks that do nothing but compute, so that whoever computes in a module's place or tries it must have them:
 # keel's own on adapters of another precision, and transformers'
 COMPUTING_HOOKS = ("_in_own_precision", "make_inputs_require_grads")
+# transformers leaves it on a model that was asked for hidden states once; it records within such a call alone
+IDLE_HOOKS = ("output_capturing_hook",)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TWIN_AT_MOST = 2**16  # numbers of a parameter whose gradient a trial compares
 
@@ -73,6 +75,26 @@ def plain_of(model: Any) -> Any:
     """The language model, without peft's wrapper; adapters, which sit inside it, stay in effect."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) and isinstance(model, nn.Module) else model
+
+
+def transformed() -> bool:
+    """Whether somebody records or transforms a forward, `torch.compile`, `torch.jit.trace` or `torch.func`:
+    they take a module's own operations better than steps of autograd of our own, or take those not at all."""
+    return bool(
+        torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    )
+
+
+def surrounded(module: nn.Module) -> bool:
+    """Whether others' code stands around a module's forward, which whoever computes in its place would pass
+    by: hooks that do more than compute, or a forward of its own, as offloading libraries put one there."""
+    hooks = (hook for name in HOOKS for hook in (getattr(module, name, None) or {}).values())
+    return any(map(is_foreign, hooks)) or "forward" in vars(module) or hasattr(module, "_hf_hook")
+
+
+def is_foreign(hook: object) -> bool:
+    """Whether a hook is none of those that only compute, or record nothing unless they are asked."""
+    return getattr(hook, "__name__", "") not in (*COMPUTING_HOOKS, *IDLE_HOOKS)
 
 
 # ---------------------------------------------------------------- trying a module

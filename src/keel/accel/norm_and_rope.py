@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from keel.accel.modules import Kept, Patched, patched_class, pulled, twin_parameters
+from keel.accel.modules import Kept, Patched, patched_class, pulled, transformed, twin_parameters
 from keel.accel.patches import difference, disabled, enabled, refuse, tried
 
 # classes that are known to be such norms, and to rotate so
@@ -53,12 +53,9 @@ def patch_norms_and_rope(model: nn.Module) -> nn.Module:
 
 
 def _ours(*tensors: Tensor) -> bool:
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and _on()
-
-
-def _on() -> bool:
-    """Off within `torch.func`'s transforms, which take no autograd function of this kind."""
-    return enabled("norm_and_rope") and not torch._C._are_functorch_transforms_active()
+    if transformed() or not enabled("norm_and_rope"):
+        return False
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
 
 
 # ---------------------------------------------------------------- norms

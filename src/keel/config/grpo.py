@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class GRPOConfig(OnPolicy):
     """Critic-free policy optimisation: advantages from the samples of one prompt, in the published
     variants."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"objective": "policy_loss"}
 
     kind: Literal["grpo"] = Field(description="Group-relative policy optimisation and its kin.")
     preset: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "gspo", "cispo"] | None = Field(
@@ -89,6 +91,7 @@ class GRPOConfig(OnPolicy):
         given."""
         if not isinstance(values, dict):
             return values
+        values = cls.with_todays_keys(values)  # a preset must see what is given
         values, preset = dict(values), dict(PRESETS.get(str(values.get("preset")), {}))  # pyright: ignore[reportArgumentType]
         sampling, longest = values.get("sampling", {}), None
         if isinstance(sampling, dict):
@@ -115,18 +118,6 @@ class GRPOConfig(OnPolicy):
         for key, value in preset.items():
             values.setdefault(key, float(longest) if value == "max_new_tokens" else value)
         return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, values: object) -> Any:
-        """`objective`, as `policy_loss` was called up to version 0.1. (What is defined last is called
-        first.)"""
-        if not isinstance(values, dict) or "objective" not in values:
-            return values
-        if "policy_loss" in values:
-            raise ValueError("`objective` is the old name of `policy_loss`: give one of them")
-        warnings.warn("`objective` is now called `policy_loss`; change it in your config", FutureWarning, 2)
-        return {"policy_loss" if key == "objective" else key: value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _sound(self) -> GRPOConfig:

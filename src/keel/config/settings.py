@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -29,9 +29,11 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _take_former_keys(cls, values: object) -> object:
+        return cls.with_todays_keys(values) if isinstance(values, Mapping) else values
+
+    @classmethod
+    def with_todays_keys(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values with former keys replaced by today's. ValueError where both are given."""
-        if not isinstance(values, Mapping):
-            return values
         given = dict(values)
         for former, key in cls.renamed.items():
             if former not in given:

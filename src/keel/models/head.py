@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.accel.batch_layout import KINDS
-from keel.accel.modules import HasConfig, pulled, undisturbed
+from keel.accel.modules import HasConfig, is_foreign, pulled, undisturbed
 from keel.accel.patches import difference, disabled, enabled, trusted
 from keel.models.precision import computing
 
@@ -51,6 +51,8 @@ def head_of(model: Any) -> Head | None:
     linear = getattr(model, "get_output_embeddings", lambda: None)()
     if linear is None or (_adapted(linear) and not hasattr(model, "peft_config")):
         return None  # whether a head's adapters are on is only known while the model runs
+    if _output_hooked(model):
+        return None
     head = _supposed(model, linear)
     known = model.config.get_text_config().model_type in KINDS
     depends_on = next(linear.parameters()).dtype
@@ -61,6 +63,13 @@ def head_of(model: Any) -> Head | None:
 
 def _adapted(linear: nn.Module) -> bool:
     return any(hasattr(linear, name) for name in ("lora_A", "modules_to_save"))
+
+
+def _output_hooked(model: Any) -> bool:
+    """Whether a hook of others' sees, and may change, the logits that the model itself returns."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hooks = (hook for part in (model, plain) for hook in getattr(part, "_forward_hooks", {}).values())
+    return any(is_foreign(hook) for hook in hooks)
 
 
 def _supposed(model: HasConfig, linear: Any) -> Head:

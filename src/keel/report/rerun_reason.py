@@ -19,7 +19,7 @@ def reason(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     found: list[str] = []
     if "settings" in changed:
         found.append(f"settings changed ({_listed(before.get('settings'), now.get('settings'))})")
-    for key in ("seed", "threads", "device"):
+    for key in ("seed", "threads", "device", "accel"):
         if key in changed:
             found.append(f"{key} changed ({_shown(before.get(key))} → {_shown(now.get(key))})")
     if "inputs" in changed:
@@ -31,7 +31,8 @@ def reason(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         found.append("the code of its reward functions changed")
     if "plugins" in changed:
         names = [name for name, *_ in _differences(before.get("plugins") or {}, now.get("plugins") or {})]
-        found.append(f"what other packages add to it changed ({', '.join(names)})")
+        if names:  # a run by an older keel has no such part
+            found.append(f"what other packages add to it changed ({', '.join(names)})")
     if "code" in changed:
         found.append(f"keel's code changed{_files(before.get('code'), now.get('code'))}")
     if "versions" in changed:
