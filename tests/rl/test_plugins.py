@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from keel.config import GRPOConfig, PPOConfig, parse
-from keel.errors import NotFiniteError, UsageError
+from keel.errors import DeprecationNote, NotFiniteError, UsageError
 from keel.plugins import fingerprint
 from keel.rl import loop
 from keel.rl.grpo import GRPO
@@ -295,10 +295,10 @@ def test_a_policy_loss_that_is_nan_is_rolled_back_where_control_says_so(trained:
 
 
 def test_the_old_name_of_the_setting_is_read_with_a_note(stage: Any) -> None:
-    with pytest.warns(FutureWarning, match="`objective` is now called `policy_loss`"):
+    with pytest.warns(DeprecationNote, match=r"`objective` \(kind: grpo\) is now called `policy_loss`"):
         config = GRPOConfig.model_validate(stage("grpo", objective="cispo", preset="cispo"))
     assert config.policy_loss == "cispo"
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(UsageError, match="give `policy_loss` only"):
         parse({"name": "x", "stages": {"rl": stage("grpo", objective="cispo", policy_loss="cispo")}})
 
 

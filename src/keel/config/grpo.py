@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class GRPOConfig(OnPolicy):
     """Critic-free policy optimisation: advantages from the samples of one prompt, in the published
     variants."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"objective": "policy_loss"}
 
     kind: Literal["grpo"] = Field(description="Group-relative policy optimisation and its kin.")
     preset: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "gspo", "cispo"] | None = Field(
@@ -119,14 +121,8 @@ class GRPOConfig(OnPolicy):
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, values: object) -> Any:
-        """`objective`, as `policy_loss` was called up to version 0.1. (What is defined last is called
-        first.)"""
-        if not isinstance(values, dict) or "objective" not in values:
-            return values
-        if "policy_loss" in values:
-            raise ValueError("`objective` is the old name of `policy_loss`: give one of them")
-        warnings.warn("`objective` is now called `policy_loss`; change it in your config", FutureWarning, 2)
-        return {"policy_loss" if key == "objective" else key: value for key, value in values.items()}
+        """Former keys before the preset looks at today's. (What is defined last is called first.)"""
+        return cls.with_todays_keys(values)
 
     @model_validator(mode="after")
     def _sound(self) -> GRPOConfig:

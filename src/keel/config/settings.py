@@ -29,6 +29,10 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _take_former_keys(cls, values: object) -> object:
+        return cls.with_todays_keys(values)
+
+    @classmethod
+    def with_todays_keys(cls, values: object) -> object:
         """The values with former keys replaced by today's. ValueError where both are given."""
         if not isinstance(values, Mapping):
             return values
@@ -42,7 +46,7 @@ class Settings(BaseModel):
             kind = given.get("kind")
             where = f" (kind: {kind})" if isinstance(kind, str) else ""
             warnings.warn(
-                f"`{former}`{where} is now called `{key}`; write that", DeprecationNote, stacklevel=2
+                f"`{former}`{where} is now called `{key}`; write that", DeprecationNote, stacklevel=3
             )
         return given
 
