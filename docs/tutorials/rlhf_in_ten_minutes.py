@@ -221,8 +221,8 @@ curves("PPO: the distance", {"KL": log["objective/kl"].items()}, x="update", y="
 
 # %% [markdown]
 # **What to look at.** Score and KL together. A score that rises at a KL of a few nats is learning; a score
-# that rises with the KL without end is on the way to reward hacking. At the first step the ratio is exactly
-# 1. `run.diagnose()` looks at the logs for you:
+# that rises with the KL without end is on the way to reward hacking. At the first step the ratio is
+# exactly 1. `run.diagnose()` looks at the logs for you:
 
 # %%
 for stage, found in run.diagnose().items():
