@@ -74,6 +74,16 @@ def test_a_micro_batch_is_so_many_rows_or_so_many_tokens() -> None:
         (_config(s=_ppo(sampling={"max_tokens": 3})), "stages.s.sampling.max_tokens", "max_new_tokens"),
         (_config(s=_evaluate(sampling={"topp": 0.9})), "stages.s.sampling.topp", "top_p"),
         (
+            _config(s=_ppo(reward=[{"kind": "learned", "model": "m", "combin": "min"}])),
+            "stages.s.reward.0.learned.combin",
+            "combine",
+        ),  # `reward` is a setting here, and the name of a kind of stage elsewhere
+        (
+            _config(s=_ppo(reward=[{"kind": "classifier", "model": "m", "lable": 1}])),
+            "stages.s.reward.0.classifier.lable",
+            "label",
+        ),
+        (
             _config(sft=_pretrain(votes="soft")),
             "stages.sft.votes",
             "betas",
@@ -570,6 +580,20 @@ def test_a_key_written_twice_is_refused_not_dropped(tmp_path):
 def test_file_that_is_no_config(tmp_path, text, message):
     with pytest.raises(UsageError, match=message):
         read(_written(tmp_path, text))
+
+
+def test_what_is_wrong_with_yaml_is_said_in_one_line(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        read(_written(tmp_path, "name: a\nstages: [a"))
+    message = str(caught.value)
+    assert message.endswith("expected ',' or ']', but got '<stream end>' (line 2, column 11)"), message
+    assert "\n" not in message
+
+
+def test_an_override_replaces_the_former_name_of_grpos_policy_loss(tmp_path):
+    path = _written(tmp_path, _config(s=_ppo(kind="grpo", objective="cispo")))
+    config = read(path, ["s.policy_loss=clipped"])
+    assert config.stages["s"].policy_loss == "clipped"  # pyright: ignore
 
 
 def test_missing_config(tmp_path):

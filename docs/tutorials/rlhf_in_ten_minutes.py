@@ -93,7 +93,7 @@ def train(stage: str) -> keel.Run:
 #
 # A language model gives the next token a probability. Pretraining makes the text that there is likely:
 #
-# $$L = -\frac{1}{|M|} \sum_{t \in M} \log \pi(x_t \mid x_{<t})$$
+#     L = −1/|M| · Σ_{t ∈ M} log π(x_t | x_{<t})
 #
 # The loss is a function of logits, labels and a mask, and nothing else. With probability ½ on the right
 # token it is log 2 ≈ 0.693 nats. The last position does not count, so its label may be anything.
@@ -139,7 +139,7 @@ for stage in ("base", "sft"):
 # People see two replies to one prompt and say which is better. Bradley–Terry (2203.02155, eq. 1) reads the
 # chance of that from a difference of scores:
 #
-# $$L = -\log \sigma(r_\phi(x, y_w) - r_\phi(x, y_l))$$
+#     L = −log σ(r_φ(x, y_w) − r_φ(x, y_l))
 #
 # Only differences count. Adding a constant to every score changes nothing, so a raw score has no unit.
 
@@ -174,7 +174,7 @@ for name, reply in (("chosen", pair.chosen), ("rejected", pair.rejected)):
 # The policy writes a reply, the reward model scores it, and every token pays for moving away from the
 # reference:
 #
-# $$r_t = -\beta\,(\log \pi(a_t \mid s_t) - \log \pi_{ref}(a_t \mid s_t)) + [t = T]\; r_\phi(x, y)$$
+#     r_t = −β (log π(a_t|s_t) − log π_ref(a_t|s_t)) + [t = T] r_φ(x, y)
 #
 # Without the KL term the policy would find whatever the reward model is wrong about. First the estimate of
 # the KL from sampled tokens, then the rewards of one reply of three tokens that was scored 1.0:
@@ -193,13 +193,14 @@ print("rewards    ", [round(value, 3) for value in rewards[0].tolist()])
 # The critic V guesses how a reply will end. Advantages say how much better each step was than guessed (GAE,
 # 1506.02438):
 #
-# $$\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t) \qquad \hat A_t = \delta_t + \gamma\lambda\,\hat A_{t+1}$$
+#     δ_t = r_t + γ V(s_{t+1}) − V(s_t)
+#     Â_t = δ_t + γ λ Â_{t+1}
 #
 # and the clipped loss (1707.06347, eq. 7) raises the probability of what was better, as long as the ratio
 # stays near 1:
 #
-# $$\rho_t = \frac{\pi(a_t \mid s_t)}{\pi_{old}(a_t \mid s_t)} \qquad
-# L = -\min(\rho_t \hat A_t,\; \mathrm{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon)\,\hat A_t)$$
+#     ρ_t = π(a_t|s_t) / π_old(a_t|s_t)
+#     L = −min(ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t)
 
 # %%
 values = torch.tensor([[0.3, 0.5, 0.8]])
@@ -220,8 +221,8 @@ curves("PPO: the distance", {"KL": log["objective/kl"].items()}, x="update", y="
 
 # %% [markdown]
 # **What to look at.** Score and KL together. A score that rises at a KL of a few nats is learning; a score
-# that rises with the KL without end is on the way to reward hacking. At the first step the ratio is 1.
-# `run.diagnose()` looks at the logs for you:
+# that rises with the KL without end is on the way to reward hacking. At the first step the ratio is
+# exactly 1. `run.diagnose()` looks at the logs for you:
 
 # %%
 for stage, found in run.diagnose().items():

@@ -111,7 +111,7 @@ print(pd.DataFrame({"completion": tries, "reward": scores}).to_string(index=Fals
 # No critic: each prompt is answered several times, and a reply's advantage is how much better it was than
 # its group (2402.03300):
 #
-# $$\hat A_i = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r) + 10^{-4}}$$
+#     Â_i = (r_i − mean(r)) / (std(r) + 10⁻⁴)
 
 # %%
 import torch

@@ -274,13 +274,7 @@ def chat(
     """Talk to a model. A line is a turn; an empty line or Ctrl-D ends."""
     from keel.cli.chat import Talk
 
-    place = Path(model)
-    talk = Talk(
-        str(place / "model") if (place / "model" / "config.json").exists() else model,
-        temperature,
-        max_new_tokens,
-        seed,
-    )
+    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed)
     if prompt is not None:
         answer = talk.answer(prompt)
         print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
@@ -348,14 +342,16 @@ def schema() -> None:
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="A model to look at: a folder or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A model to look at: a folder, a hub id, or runs/NAME/stages/STAGE.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the environment and whether keel can work in it; or what a model's own files say of it."""
     if model is not None:
         from keel.models.facts import read_facts
 
-        lines = read_facts(model).describe()
+        lines = read_facts(_model_folder(model)).describe()
         print(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
         return
     from importlib.metadata import PackageNotFoundError, version
@@ -410,6 +406,12 @@ def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str |
 
     settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
     return Pipeline(settings, runs / settings.name, say, fit=planner.micro_batch)
+
+
+def _model_folder(model: str) -> str:
+    """A folder or a hub id; of a stage's folder the model in it."""
+    inside = Path(model) / "model"
+    return str(inside) if (inside / "config.json").exists() else model
 
 
 def _place(config: Path) -> Path:

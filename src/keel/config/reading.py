@@ -4,7 +4,7 @@ match."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,7 +40,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except FileNotFoundError:
         raise errors.UsageError(f"no config at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise errors.UsageError(f"{path} cannot be read as YAML: {error}") from None
+        raise errors.UsageError(f"{path} cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
         raise errors.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
     return parse(tree, str(path), overrides)
@@ -56,6 +56,14 @@ def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[s
     except ValidationError as error:
         lines = [_explain(item, tree) for item in error.errors()]
         raise errors.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in one line; of YAML with its place, from 1."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return error.problem + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
 
 
 def _unshared(value: object) -> Any:
@@ -89,7 +97,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise errors.UsageError(f"{override!r}: the value is not YAML: {error}") from None
+        raise errors.UsageError(f"{override!r}: the value is not YAML: {_reason(error)}") from None
 
 
 def _inside(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
@@ -141,14 +149,17 @@ def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
 def _known_keys(location: Sequence[Any], tree: Mapping[str, Any]) -> set[str]:
     """Names of the settings that the group at `location` of a config's `tree` knows."""
     group: type[BaseModel] = RunConfig
+    choices: list[type[BaseModel]] = []  # the groups that may stand where the last setting does
     for depth, part in enumerate(location[:-1]):
-        if part in KINDS:
+        if depth == 2 and part in KINDS:
             group = KINDS[part]
         elif depth == 1 and location[0] == "stages" and (kind := _added_kind(tree, part)):
             group = config_of_kind(kind)
+        elif chosen := next((choice for choice in choices if part in _kinds_of(choice)), None):
+            group = chosen  # pydantic's tag of the one whose `kind` is written
         elif isinstance(part, str) and part in group.model_fields:
-            inner = _group_of(group.model_fields[part].annotation)
-            group = inner or group
+            choices = list(_groups_of(group.model_fields[part].annotation))
+            group = choices[0] if choices else group
     return set(group.model_fields)
 
 
@@ -159,10 +170,17 @@ def _added_kind(tree: Mapping[str, Any], stage: object) -> str | None:
     return kind if kind in plugin_kinds() else None
 
 
-def _group_of(annotation: object) -> type[BaseModel] | None:
+def _groups_of(annotation: object) -> Iterator[type[BaseModel]]:
+    """The groups of settings that an annotation allows, whole stages aside."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(
-        (found for found in map(_group_of, get_args(annotation)) if found and found not in KINDS.values()),
-        None,
-    )
+        if annotation not in KINDS.values():
+            yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _groups_of(part)
+
+
+def _kinds_of(group: type[BaseModel]) -> tuple[Any, ...]:
+    """What may be written as the `kind` of a group; () where it has none."""
+    kind = group.model_fields.get("kind")
+    return () if kind is None else get_args(kind.annotation)

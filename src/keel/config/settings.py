@@ -44,7 +44,7 @@ class Settings(BaseModel):
             kind = given.get("kind")
             where = f" (kind: {kind})" if isinstance(kind, str) else ""
             warnings.warn(
-                f"`{former}`{where} is now called `{key}`; write that", DeprecationNote, stacklevel=2
+                f"`{former}`{where} is now called `{key}`; write that", DeprecationNote, stacklevel=3
             )
         return given
 

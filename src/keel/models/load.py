@@ -358,6 +358,21 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _no_model_at(path: str) -> str | None:
+    """What is wrong with a path that holds no model at all; None where there is more to say. transformers
+    takes such a path for a hub id, and a folder for one of a tokenizer that it cannot convert."""
+    folder = Path(path)
+    if folder.is_dir():
+        if any(
+            (folder / name).exists() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
+        ):
+            return None
+        inside = folder / "model"
+        return f"the model is in {inside}" if inside.is_dir() else "there is no config.json in this folder"
+    looks_like_a_path = path.count("/") > 1 or path.startswith((".", "/", "~"))
+    return "there is no such folder" if looks_like_a_path and not folder.exists() else None
+
+
 @contextlib.contextmanager
 def _explained(what: str, kind: str) -> Iterator[None]:
     """Turn transformers' many load errors into one message; keep its progress bars off a user's terminal."""
@@ -377,7 +392,8 @@ def _explained(what: str, kind: str) -> Iterator[None]:
         StrictDataclassError,
     ) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+        reason = _no_model_at(what) if kind in ("model", "tokenizer") else None
+        reason = reason or " ".join(line.strip() for line in lines[: 1 + lines[0].rstrip().endswith(":")])
         if "trust_remote_code" in str(error):
             reason += " Set `trust_remote_code` if you trust its author"
         raise UsageError(f"{kind} {what!r} cannot be loaded: {reason}") from error

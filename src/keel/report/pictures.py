@@ -176,7 +176,8 @@ def trajectories(stages: Sequence[StageRun], colours: Mapping[str, str]) -> Pict
         distinct = None not in own and len(set(own)) == len(own)
         colour = colours[stage.name] if distinct else model_colour(position + 1)
         traces += _path(x, y, colour, stage.name if len(stages) > 1 else None)
-        keys.append(Key(f"{stage.name}, mean of {window} updates", colour, "line"))
+        smoothed = f", mean of {window} updates" if window > 1 else ""
+        keys.append(Key(f"{stage.name}{smoothed}", colour, "line"))
         all_x += [value for value in x if value is not None]
         all_y += [value for value in y if value is not None]
     if not traces:
