@@ -16,8 +16,8 @@ from keel.data.batches import derive_seed, split_holdout
 from keel.data.load import Dataset
 from keel.errors import DataError, UsageError
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
-from keel.models.lora import Adapters, add_adapters, files_of, merged
-from keel.models.save import save
+from keel.models.lora import Adapters, add_adapters, files_of
+from keel.models.saved_check import save_checked
 from keel.rundir.stage_run import StageRun
 from keel.types import Record, RecordType
 
@@ -167,7 +167,7 @@ def save_model(
     members: Sequence[Path] = (),
 ) -> None:
     """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with
-    it, as members/2, 3 …"""
+    it, as members/2, 3 … The model is used up. NotSavedError unless the saved model is the trained one."""
     base = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
     data = (
         [source for sources in config.data.values() for source in sources]
@@ -185,4 +185,7 @@ on {", ".join(source.source for source in data)}.
 The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
 """
     adapter = files_of(model, source_of(config.model, stage_run), base)
-    save(merged(model), tokenizer, stage_run.directory / "model", card, members, adapter)
+    save_checked(
+        model, tokenizer, stage_run.directory / "model", card, members, adapter,
+        trust_remote_code=config.model.trust_remote_code, say=stage_run.say,
+    )  # fmt: skip
