@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from keel import accel
-from keel.data import chat
 from keel.errors import KeelError
 from keel.models.load import context_length, score_head
 from keel.models.logprobs import backbone, head_dtype
@@ -88,7 +87,9 @@ def ask(model: Any, tokenizer: PreTrainedTokenizerBase) -> Probe:
     with accel.disabled(), torch.no_grad():
         expected = _read(model, plain, torch.tensor([ids], device=parameter.device))
     half = plain.dtype in (torch.float16, torch.bfloat16)
-    return Probe(ids, expected.float().cpu(), plain.dtype, parameter.device, half or _has_experts(plain.config))
+    return Probe(
+        ids, expected.float().cpu(), plain.dtype, parameter.device, half or _has_experts(plain.config)
+    )
 
 
 def text_for(tokenizer: PreTrainedTokenizerBase, config: Any) -> tuple[int, ...]:

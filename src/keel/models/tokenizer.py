@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from keel.data import chat
 from keel.errors import UsageError
+from keel.models.load import ModelSource, model_config, reads_last_token
 
 EOS, PAD = "<|end|>", "<|pad|>"
 PADS = (re.compile(r"pad", re.I), re.compile(r"reserved|unused|extra_id|placeholder", re.I))
@@ -59,6 +61,22 @@ def beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     return [token for _, token in without if not NO_TEXT.search(token)]
 
 
+def rows_needed(source: ModelSource, tokenizer: PreTrainedTokenizerBase, *, resize: bool) -> int | None:
+    """The rows that a model's embeddings must get for a tokenizer; None where they have enough. No weights
+    are read. UsageError for a tokenizer that is longer, unless the embeddings may be resized."""
+    rows = model_config(source).get_text_config().vocab_size
+    without = beyond(tokenizer, rows)
+    if not without:
+        return None
+    if not resize:
+        shown = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
+        raise UsageError(
+            f"model {source.path!r}: its tokenizer has {known_ids(tokenizer)} tokens, its embeddings {rows} rows: "
+            f"there is none for {shown}; set `model.resize: true` to add rows, or use the model's own tokenizer"
+        )
+    return known_ids(tokenizer)
+
+
 def give_own_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
     """A pad token that ends no reply, for a model that is looked at where the last token stands that is no pad
     (as transformers' classifiers): the tokenizer's own, else one of its special tokens that stand for nothing,
@@ -83,6 +101,24 @@ def give_own_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD, special=True, normalized=False)})
     tokenizer.pad_token = chosen
     return max(rows, known_ids(tokenizer))
+
+
+def with_own_pad(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """A classifier's source and its tokenizer, which gets a pad of its own by `give_own_pad`; an encoder, which
+    pools by itself, and a tokenizer without EOS stay as they are."""
+    if tokenizer.eos_token_id is None or not reads_last_token(source):
+        return source, tokenizer
+    if source.init is None:
+        rows = source.rows or model_config(source).get_text_config().vocab_size
+        needed = give_own_pad(tokenizer, rows)
+        return (replace(source, rows=needed) if needed > rows else source), tokenizer
+    rows = source.init.get("vocab_size", known_ids(tokenizer))
+    needed = give_own_pad(tokenizer, rows)
+    if needed > rows and "vocab_size" in source.init:
+        source = replace(source, init={**source.init, "vocab_size": needed})
+    return source, tokenizer
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
