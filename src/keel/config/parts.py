@@ -177,8 +177,27 @@ class LoraConfig(Settings):
         0.0, ge=0, lt=1, description="Dropout on the adapters' input. Must be 0 where ratios are taken."
     )
     target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Modules that get an adapter."
+        "all-linear",
+        description=(
+            "Modules that get an adapter: names, or every linear layer but the head and those that an adapter "
+            "cannot be on."
+        ),
     )
+    target_parameters: list[str] | Literal["experts"] | None = Field(
+        None,
+        description=(
+            "Weights of experts, which are no linear layers, that get an adapter each: experts for all of them, "
+            "or the ends of their names. Null: they stay frozen."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _no_dropout_on_parameters(self) -> LoraConfig:
+        if self.target_parameters is not None and self.dropout > 0:
+            raise ValueError(
+                "`target_parameters` needs `dropout: 0`: adapters on weights have no input to drop"
+            )
+        return self
 
 
 class SamplingConfig(Settings):
