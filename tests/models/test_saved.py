@@ -231,8 +231,8 @@ def test_a_reward_stage_on_a_model_without_pad_saves_one_that_transformers_reads
     bare = _gpt2_like()
     _saved("gpt2", tmp_path / "base", bare)
     stage = {
-        "kind": "reward", "model": str(tmp_path / "base"), "data": str(data.pairs), "max_steps": 2, "lr": 1e-2,
-        "batch_size": 4, "normalize": 4, "sampling": {"max_new_tokens": 4},
+        "kind": "reward", "model": str(tmp_path / "base"), "data": str(data.pairs), "max_steps": 2,
+        "lr": 1e-2, "batch_size": 4, "normalize": 4, "sampling": {"max_new_tokens": 4},
     }  # fmt: skip
     run({"stages": {"reward": stage}}, tmp_path / "run")
     folder = tmp_path / "run" / "stages" / "reward" / "model"

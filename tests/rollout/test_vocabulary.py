@@ -26,7 +26,8 @@ def wider(tmp_path: Path, tokenizer: Any) -> Path:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer) + SPARE, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=48, initializer_range=0.1, tie_word_embeddings=False,
+            num_attention_heads=4, max_position_embeddings=48, initializer_range=0.1,
+            tie_word_embeddings=False,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )

@@ -67,8 +67,9 @@ def head_inputs(
     """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
 
     hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward;
-    without any, rows that begin alike are read as one. lengths: (B,) tokens of each row; with them the balancing
-    loss of experts is made, where `experts.collecting` wants it, of a forward over the rows as they are.
+    without any, rows that begin alike are read as one. lengths: (B,) tokens of each row; with them the
+    balancing loss of experts is made, where `experts.collecting` wants it, of a forward over the rows as they
+    are.
     """
     head = head_of(model)
     if lengths is not None and experts.wanted():

@@ -47,22 +47,27 @@ class Adapters:
 def add_adapters(model: PreTrainedModel, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
     """Wrap with LoRA adapters; only they (and a classifier's head, if asked) are trained, in float32 at
     least."""
+    settings = settings_for(model, adapters, train_head=train_head)
+    with seeded(derive_seed("adapters", seed)):
+        wrapped = with_adapters(model, settings)
+    _try(wrapped)
+    return wrapped
+
+
+def settings_for(model: PreTrainedModel, adapters: Adapters, *, train_head: bool = False) -> PeftConfig:
+    """peft's settings of adapters on a model. UsageError where it has none of the layers that are named."""
     import peft
 
     targets = (
         adapters.target_modules if isinstance(adapters.target_modules, str) else list(adapters.target_modules)
     )
-    settings = peft.LoraConfig(
+    lora_targets.check_names(model, targets)
+    return peft.LoraConfig(
         r=adapters.r, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, target_modules=targets,
         target_parameters=lora_targets.target_parameters(model, adapters.target_parameters),
         exclude_modules=(lora_targets.left_out(model) or None) if targets == "all-linear" else None,
         modules_to_save=head_modules(model) if train_head else None,
     )  # fmt: skip
-    lora_targets.check_names(model, targets)
-    with seeded(derive_seed("adapters", seed)):
-        wrapped = with_adapters(model, settings)
-    _try(wrapped)
-    return wrapped
 
 
 def _try(model: Any) -> None:
@@ -71,7 +76,8 @@ def _try(model: Any) -> None:
     was = model.training
     try:
         with accel.disabled(), torch.no_grad():
-            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+            more = {"use_cache": False} if model.get_base_model().can_generate() else {}
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
     except (RuntimeError, AttributeError, TypeError, ValueError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(

@@ -1,5 +1,5 @@
-"""Which weights adapters can reach. `all-linear` means every linear layer that is one: routers that subclass it
-and return more than a product, and layers whose weight the model reads around their forward (as the fused
+"""Which weights adapters can reach. `all-linear` means every linear layer that is one: routers that subclass
+it and return more than a product, and layers whose weight the model reads around their forward (as the fused
 kernels of Mamba mixers do), would break or silently do without their adapter."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,9 +33,23 @@ def left_out(model: nn.Module) -> list[str]:
 
 
 def _is_more(layer: nn.Linear) -> bool:
-    """Whether a subclass of a linear layer has a forward of its own, and is no other way to store weights."""
+    """Whether a subclass of a linear layer with a forward of its own makes something else than a product: it is
+    tried. Without weights (meta) its shape is looked at."""
     kind = getattr(layer, "keel_plain", type(layer))  # of a layer that is prepared for speed
-    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    if not kind.__module__.startswith("transformers.models.") or kind.forward is nn.Linear.forward:
+        return False
+    x = torch.linspace(-1, 1, 2 * layer.in_features).view(1, 2, -1).to(layer.weight)
+    was = layer.training
+    try:
+        with torch.no_grad():
+            found, expected = layer.eval()(x.clone()), nn.functional.linear(x, layer.weight, layer.bias)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return True
+    finally:
+        layer.train(was)
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return True
+    return not found.is_meta and not torch.allclose(found, expected, rtol=1e-2, atol=1e-3)
 
 
 @cache
@@ -82,8 +97,8 @@ def target_parameters(model: Any, asked: str | Sequence[str] | None) -> list[str
     names = sorted({".".join(name.split(".")[-2:]) for name in expert_parameters(model)})
     if not names:
         raise UsageError(
-            f"lora: target_parameters: experts has no effect: a {type(model).__name__} holds none in weights of"
-            " their own"
+            f"lora: target_parameters: experts has no effect: a {type(model).__name__} holds none in weights "
+            "of their own"
         )
     return names
 

@@ -193,8 +193,8 @@ class Sources:
             raise UsageError(f"{error}; did you mean the stage {near!r}?" if near else str(error)) from None
 
     def _check_tokenizer(self, name: str, hub: bool) -> None:
-        """A new model's `tokenizer`, which is a folder or a hub id, can be loaded, and another model has a row
-        for each token of its own."""
+        """A new model's `tokenizer`, which is a folder or a hub id, can be loaded, and another model has a
+        row for each token of its own."""
         stage = self.config.stages[name]
         model = stage.starts_from
         if model is not None and model.path is not None and model.path not in self.config.stages:
