@@ -173,9 +173,8 @@ def with_llama_cpp(report: Report, name: str, folder: Path, ids: torch.Tensor) -
             llama.eval(row)
             theirs = torch.tensor(llama.scores[: len(row)])
             ours = model(torch.tensor([row])).logits[0]
-            report.line(
-                "llama.cpp", f"{name}: float32 logits of a prompt {what}", largest(theirs, ours), 1e-3
-            )
+            said = f"{name}: float32 logits of a prompt {what}"
+            report.line("llama.cpp", said, largest(theirs, ours), LIMITS.get(name, 1e-3))
     wrong = 0
     for prompt in PROMPTS:
         expected = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -195,11 +194,12 @@ def with_trl(report: Report, folder: Path, stages: Path) -> None:
     pairs = Dataset.from_list([
         {"prompt": "the dog is", "chosen": " red.", "rejected": f" {colour}."} for colour in COLOURS[1:] * 2
     ])  # fmt: skip
+    texts = Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in pairs])
     policy, reward = str(stages / "sft/model"), str(stages / "reward/model")
     jobs: dict[str, Callable[[], Any]] = {
         "SFTTrainer on a keel policy": lambda: SFTTrainer(
             policy, SFTConfig(str(folder / "trl-sft"), max_length=32, **common),
-            train_dataset=pairs.map(lambda row: {"text": row["prompt"] + row["chosen"]}).select_columns("text"),
+            train_dataset=texts,
         ),
         "RewardTrainer on a keel reward model": lambda: RewardTrainer(
             reward, RewardConfig(str(folder / "trl-reward"), max_length=32, **common), train_dataset=pairs
