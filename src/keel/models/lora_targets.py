@@ -23,14 +23,17 @@ EXPERT_COUNTS = (
 )  # fmt: skip
 
 
-def left_out(model: nn.Module) -> list[str]:
-    """The names of linear layers that `all-linear` leaves out."""
+def left_out(model: Any) -> list[str]:
+    """The names of linear layers, besides the head, that `all-linear` leaves out."""
     names: list[str] = []
+    head = model.get_output_embeddings()
     owners = Counter(id(p) for module in model.modules() for p in vars(module)["_parameters"].values())
     for prefix, parent in model.named_modules():
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and (
-                owners[id(child.weight)] > 1 or _is_more(child) or _read_around(type(parent), name)
+            if (
+                isinstance(child, nn.Linear)
+                and child is not head
+                and (owners[id(child.weight)] > 1 or _is_more(child) or _read_around(type(parent), name))
             ):
                 names.append(f"{prefix}.{name}" if prefix else name)
     return names
