@@ -100,7 +100,7 @@ def ask(model: Any, tokenizer: PreTrainedTokenizerBase) -> Probe:
 
 def text_for(tokenizer: PreTrainedTokenizerBase, config: Any) -> tuple[int, ...]:
     """Ids from everywhere in the vocabulary that ordinary text may hold, and the end of a reply."""
-    pad = tokenizer.pad_token_id
+    pad: Any = tokenizer.pad_token_id
     rows = min(known_ids(tokenizer), config.get_text_config().vocab_size)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {pad}
     usable = [i for i in range(rows) if i not in special] or list(range(rows))

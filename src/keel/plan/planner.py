@@ -223,7 +223,7 @@ def _notes(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | N
     """Lines on what a stage's adapters do not reach."""
     config = getattr(pipeline.config.stages[name], "lora", None)
     model = None if config is None else _without_weights(pipeline, name, tokenizer)
-    if model is None:
+    if config is None or model is None:
         return []
     settings = lora.settings_for(model, prepare.adapters_of(config))
     return lora_targets.notes(lora.with_adapters(model, settings))
