@@ -194,7 +194,7 @@ def _changed(stage: StageRun) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, value in stage.settings.items():
         field = fields.get(name)
-        default = (
+        default: Any = (
             field.get_default(call_default_factory=True)
             if field is not None and not field.is_required()
             else None
