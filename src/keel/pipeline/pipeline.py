@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from keel.pipeline.fingerprint import code_print, code_prints, model_print, plug
 from keel.pipeline.preflight import Sources, from_outside, functions_of
 from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
-from keel.rewards import functions
+from keel.rewards import loading
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
@@ -58,7 +59,7 @@ class Pipeline:
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sources = Sources(self.config, self.directory)
+        self.sources = Sources(self.config, self.directory, self.say)
 
     def stage_directory(self, name: str) -> Path:
         return self.sources.stage_directory(name)
@@ -80,7 +81,7 @@ class Pipeline:
                 "accel": _accel_state(self.config),
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
                 "data": [load.fingerprint(from_outside(sources)) for sources, _ in stage.all_data()],
-                "rewards": {function: functions.source_print(function) for function in functions_of(stage)},
+                "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
                 "plugins": plugin_prints(stage),
                 "code": code_prints(stage.kind),
                 "versions": versions(),
@@ -228,7 +229,7 @@ class Pipeline:
                 derive_seed(self.config.seed, name),
                 device_of(self.config),
                 self.sources.resolve,
-                self.sources.load_data,
+                partial(self.sources.load_data, stage=name),
                 self.say,
                 self.progress,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +25,7 @@ from keel.data import chat, load
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.pipeline import reward_rows
 from keel.pipeline.device import device_of
 from keel.rewards import learned
 from keel.rl import heldout_judge
@@ -39,7 +40,12 @@ class Sources:
 
     config: RunConfig
     directory: Path  # of the run
+    say: Callable[[str], None] = lambda line: None
     _data: dict[str, load.Dataset] = field(default_factory=dict)
+    # (stage, data) → rows on which its rewards fail, and columns that they need
+    _judged: dict[tuple[str | None, str], tuple[list[reward_rows.RowFault], list[str]]] = field(
+        default_factory=dict
+    )
 
     # ------------------------------------------------------------ what the stages are given
 
@@ -66,13 +72,21 @@ class Sources:
     def _nearest_stage(self, name: str, cutoff: float) -> str | None:
         return next(iter(get_close_matches(name, list(self.config.stages), n=1, cutoff=cutoff)), None)
 
-    def load_data(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> load.Dataset:
-        """The validated rows; read once a run. What a stage makes lies in its directory."""
-        sources = [self._located(source) for source in sources]
-        key = json.dumps([[repr(source) for source in sources], list(accept)])
+    def load_data(
+        self, sources: Sequence[DataSource], accept: Sequence[RecordType], stage: str | None = None
+    ) -> load.Dataset:
+        """The validated rows; read once a run. What a stage makes lies in its directory. stage: without those
+        on which a reward of this stage fails."""
+        key = self._key(sources, accept)
         if key not in self._data:
-            self._data[key] = load.load(sources, accept, self.config.seed)
-        return self._data[key]
+            located = [self._located(source) for source in sources]
+            self._data[key] = load.load(located, accept, self.config.seed)
+        if (stage, key) not in self._judged:
+            return self._data[key]
+        return reward_rows.without(self._data[key], *self._judged[stage, key])
+
+    def _key(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> str:
+        return json.dumps([[repr(self._located(source)) for source in sources], list(accept)])
 
     def _located(self, source: DataSource) -> DataSource:
         if not source.source.startswith(FROM_STAGE):
@@ -82,11 +96,12 @@ class Sources:
 
     # ------------------------------------------------------------ checks
 
-    def check(self, names: Sequence[str], *, hub: bool = False) -> dict[str, str]:
-        """Read and validate all data and find all models before anything is trained. Returns a summary line a
-        stage.
+    def check(self, names: Sequence[str], *, hub: bool = False, code: bool = True) -> dict[str, str]:
+        """Read and validate all data, find all models and ask the rewards about their rows before anything is
+        trained. Returns a summary line a stage.
 
-        hub: also ask the hub for the configs of models that are not on this machine.
+        hub: also ask the hub for the configs of models that are not on this machine. code: the functions that
+        the config names may be run; else they are looked for and not imported.
         """
         device_of(self.config)
         for name in names:
@@ -97,8 +112,8 @@ class Sources:
             for sources, accept in stage.all_data():
                 if there := from_outside(sources):
                     self.load_data(there, accept)
+            self._check_rewards(name, code)
             lines[name] = self.summary(name, ahead=True)
-            self._check_rewards(name)
             self._check_held_out(name)
             for gold, data in stage.gold_judges():
                 if stage.leaves == "comparisons":
@@ -118,7 +133,8 @@ class Sources:
         sources, accept = stage.main_data()[0]
         there = from_outside(sources) if ahead else sources
         made = [f"what {one} collects" for _, one in stage.data_stages()] if ahead else []
-        return " + ".join([*([load.summary(self.load_data(there, accept))] if there else []), *made])
+        read = [load.summary(self.load_data(there, accept, name))] if there else []
+        return " + ".join([*read, *made])
 
     def _labelled(self, stage: Stage, label: str) -> str:
         """The texts of one label."""
@@ -167,21 +183,40 @@ class Sources:
                 f"within {room} tokens"
             )
 
-    def _check_rewards(self, name: str) -> None:
-        """Rules and functions can be made, and the columns that they compare with are there."""
+    def _check_rewards(self, name: str, code: bool) -> None:
+        """Rules and functions can be made, the columns that they compare with are there, and no row makes one
+        fail: `on_bad` decides about those that do. code: functions may be run."""
         stage = self.config.stages[name]
         terms = stage.reward_terms()
         if not terms:
             return
         build_rewards.check(terms, name)
-        records = self.load_data(*stage.main_data()[0]).records if stage.main_data() else []
-        for term in terms:
-            column = {"answer": "column", "similarity": "to"}.get(term.kind)
-            wanted = getattr(term, column) if column else None
-            if wanted is not None and not any(wanted in record.columns for record in records):
-                raise DataError(
-                    f"{name}: reward {term.log_name!r}: the data have no column {wanted!r} (`{column}`)"
-                )
+        held_out = stage.held_out_data()
+        for sources, accept in [*stage.main_data()[:1], *([held_out] if held_out else [])]:
+            if sources := from_outside(sources):
+                self._check_reward_rows(name, sources, accept, code)
+
+    def _check_reward_rows(
+        self, name: str, sources: Sequence[DataSource], accept: Sequence[RecordType], code: bool
+    ) -> None:
+        terms = self.config.stages[name].reward_terms()
+        dataset = self.load_data(sources, accept)
+        if not isinstance(dataset.records[0], PromptRecord):
+            return
+        reward_rows.check_columns(name, terms, dataset.records)
+        policy = {source.source: source.on_bad for source in sources}
+        found: list[reward_rows.RowFault] = []
+        for fault in reward_rows.faults(name, terms, dataset.records, self.say, code=code):
+            if policy.get(dataset.records[fault.index].columns["source"]) != "skip":
+                raise DataError(f"{name}: {fault.reason}; mend the row, or leave such rows out: on_bad: skip")
+            found.append(fault)
+        if len(found) == len(dataset.records):
+            raise DataError(f"{name}: every row makes a reward fail; the first: {found[0].reason}")
+        if found:
+            lost = f"{len(found):,} rows left out, on which a reward fails"
+            self.say(f"{name}: {lost}; the first: {found[0].reason}")
+        names = reward_rows.required_columns(terms, f"{name}: reward") if code else []
+        self._judged[name, self._key(sources, accept)] = (found, names)
 
     def _config_of(self, stage: Stage, setting: str, source: str) -> Any:
         """The config of a model from outside. A UsageError names the stage that was perhaps meant."""
