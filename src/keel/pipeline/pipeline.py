@@ -59,7 +59,7 @@ class Pipeline:
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sources = Sources(self.config, self.directory, self.say)
+        self.sources = Sources(self.config, self.directory, lambda line: self.say(line))
 
     def stage_directory(self, name: str) -> Path:
         return self.sources.stage_directory(name)

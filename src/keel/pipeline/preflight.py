@@ -27,7 +27,7 @@ from keel.models import lora, quantize
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
 from keel.pipeline import reward_rows
 from keel.pipeline.device import device_of
-from keel.rewards import learned
+from keel.rewards import answers, learned
 from keel.rl import heldout_judge
 from keel.stages import build_rewards
 from keel.stages.collect import COMPARISONS
@@ -42,10 +42,10 @@ class Sources:
     directory: Path  # of the run
     say: Callable[[str], None] = lambda line: None
     _data: dict[str, load.Dataset] = field(default_factory=dict)
-    # (stage, data) → rows on which its rewards fail, and columns that they need
-    _judged: dict[tuple[str | None, str], tuple[list[reward_rows.RowFault], list[str]]] = field(
-        default_factory=dict
+    _judged: dict[tuple[str | None, str], load.Dataset] = field(
+        default_factory=dict  # (stage, data) → without the rows on which its rewards fail
     )
+    _said: bool = False  # that math-verify is missing
 
     # ------------------------------------------------------------ what the stages are given
 
@@ -81,9 +81,7 @@ class Sources:
         if key not in self._data:
             located = [self._located(source) for source in sources]
             self._data[key] = load.load(located, accept, self.config.seed)
-        if (stage, key) not in self._judged:
-            return self._data[key]
-        return reward_rows.without(self._data[key], *self._judged[stage, key])
+        return self._judged.get((stage, key), self._data[key])
 
     def _key(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> str:
         return json.dumps([[repr(self._located(source)) for source in sources], list(accept)])
@@ -191,14 +189,21 @@ class Sources:
         if not terms:
             return
         build_rewards.check(terms, name)
+        self._say_what_compares(name)
         held_out = stage.held_out_data()
-        for sources, accept in [*stage.main_data()[:1], *([held_out] if held_out else [])]:
-            if sources := from_outside(sources):
-                self._check_reward_rows(name, sources, accept, code)
+        with reward_rows.functions_of(terms if code else (), name) as functions:
+            for sources, accept in [*stage.main_data()[:1], *([held_out] if held_out else [])]:
+                if sources := from_outside(sources):
+                    self._check_reward_rows(name, sources, accept, functions)
 
     def _check_reward_rows(
-        self, name: str, sources: Sequence[DataSource], accept: Sequence[RecordType], code: bool
+        self,
+        name: str,
+        sources: Sequence[DataSource],
+        accept: Sequence[RecordType],
+        functions: Mapping[str, Any],
     ) -> None:
+        """Ask the rewards about each row of a data set; what is left of it is what the stage is given."""
         terms = self.config.stages[name].reward_terms()
         dataset = self.load_data(sources, accept)
         if not isinstance(dataset.records[0], PromptRecord):
@@ -206,17 +211,27 @@ class Sources:
         reward_rows.check_columns(name, terms, dataset.records)
         policy = {source.source: source.on_bad for source in sources}
         found: list[reward_rows.RowFault] = []
-        for fault in reward_rows.faults(name, terms, dataset.records, self.say, code=code):
+        for fault in reward_rows.faults(name, terms, dataset.records, self.say, functions):
             if policy.get(dataset.records[fault.index].columns["source"]) != "skip":
                 raise DataError(f"{name}: {fault.reason}; mend the row, or leave such rows out: on_bad: skip")
             found.append(fault)
         if len(found) == len(dataset.records):
-            raise DataError(f"{name}: every row makes a reward fail; the first: {found[0].reason}")
+            raise DataError(f"{name}: a reward fails on every row; the first: {found[0].reason}")
         if found:
-            lost = f"{len(found):,} rows left out, on which a reward fails"
+            lost = f"{len(found):,} rows are left out, since a reward fails on them"
             self.say(f"{name}: {lost}; the first: {found[0].reason}")
-        names = reward_rows.required_columns(terms, f"{name}: reward") if code else []
-        self._judged[name, self._key(sources, accept)] = (found, names)
+        names = reward_rows.required_columns(terms, functions)
+        self._judged[name, self._key(sources, accept)] = reward_rows.without(dataset, found, names)
+
+    def _say_what_compares(self, name: str) -> None:
+        """Once a run: formulas are compared without math-verify where that is not installed."""
+        compares = any(term.kind == "answer" for term in self.config.stages[name].reward_terms())
+        if compares and not self._said and not answers.math_verify_is_here():
+            self._said = True
+            self.say(
+                f"{name}: math-verify is not installed, so answers that are formulas are compared as text "
+                "(numbers, fractions, roots, sets and intervals by value); pip install math-verify"
+            )
 
     def _config_of(self, stage: Stage, setting: str, source: str) -> Any:
         """The config of a model from outside. A UsageError names the stage that was perhaps meant."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +35,21 @@ class RowFault:
     reason: str  # what fails, with the row's place
 
 
-def columns_of(terms: Sequence[Any]) -> list[str]:
-    """Columns that rules compare with."""
-    return [getattr(term, _COMPARES[term.kind]) for term in terms if term.kind in _COMPARES]
+@contextmanager
+def functions_of(terms: Sequence[Any], stage: str) -> Iterator[dict[str, Any]]:
+    """The functions among the terms, imported, by the name that each is logged under; their processes end
+    with the block. UsageError for one that cannot be imported."""
+    found: dict[str, Any] = {}
+    try:
+        for term in terms:
+            if term.kind in _CODE:
+                found[term.log_name] = build_rewards.function_of(term, f"{stage}: reward")
+                functions.signature_of(found[term.log_name])
+        yield found
+    finally:
+        for function in found.values():
+            if isinstance(function, functions.IsolatedFunction):
+                function.process.close()
 
 
 def check_columns(stage: str, terms: Sequence[Any], records: Sequence[Record]) -> None:
@@ -51,12 +64,16 @@ def check_columns(stage: str, terms: Sequence[Any], records: Sequence[Record]) -
 
 
 def faults(
-    stage: str, terms: Sequence[Any], records: Sequence[Record], say: Callable[[str], None], *, code: bool
+    stage: str,
+    terms: Sequence[Any],
+    records: Sequence[Record],
+    say: Callable[[str], None],
+    code: Mapping[str, Any],
 ) -> Iterator[RowFault]:
     """The rows on which a reward of the stage fails, each once.
 
-    code: whether functions may be run. UsageError for a function that insists on a column that no row has;
-    RewardError for one that fails on every row.
+    code: the functions that may be run, by name. UsageError for a function that insists on a column that no
+    row has; RewardError for one that fails on every row.
     """
     bad: set[int] = set()
     without: dict[str, int] = {}
@@ -68,9 +85,9 @@ def faults(
     for name, count in without.items():
         say(f"{stage}: reward {name!r} does not apply to {count:,} rows, which have no reference for it")
     for term in terms:
-        if code and term.kind in _CODE:
+        if term.log_name in code:
             good = [i for i, record in enumerate(records) if i not in bad and _is_for(term, record)]
-            for fault in _asked(stage, term, records, good, say):
+            for fault in _asked(stage, term, code[term.log_name], records, good, say):
                 bad.add(fault.index)
                 yield fault
 
@@ -88,12 +105,11 @@ def without(dataset: Dataset, found: Sequence[RowFault], names: Sequence[str]) -
     )
 
 
-def required_columns(terms: Sequence[Any], where: str) -> list[str]:
+def required_columns(terms: Sequence[Any], code: Mapping[str, Any]) -> list[str]:
     """Columns that rules compare with or functions insist on."""
-    names = columns_of(terms)
-    for term in terms:
-        if term.kind in _CODE:
-            names += functions.signature_of(build_rewards.function_of(term, where)).required
+    names = [getattr(term, _COMPARES[term.kind]) for term in terms if term.kind in _COMPARES]
+    for function in code.values():
+        names += functions.signature_of(function).required
     return [name for name in dict.fromkeys(names) if name not in RESERVED]
 
 
@@ -133,24 +149,23 @@ def _reference_fault(terms: Sequence[Any], record: Record, without: dict[str, in
 
 
 def _asked(
-    stage: str, term: Any, records: Sequence[Record], rows: Sequence[int], say: Callable[[str], None]
+    stage: str,
+    term: Any,
+    function: Any,
+    records: Sequence[Record],
+    rows: Sequence[int],
+    say: Callable[[str], None],
 ) -> Iterator[RowFault]:
     """Ask a function about each distinct row, in calls of some rows."""
-    if not rows:
-        return
-    function = build_rewards.function_of(term, f"{stage}: reward")
     names = list(dict.fromkeys(name for i in rows for name in records[i].columns if name not in RESERVED))
     try:
         signature = functions.signature_of(function)
-        read = list(signature.accepted(term.log_name, dict.fromkeys((*names, *RESERVED))))
+        read = signature.accepted(term.log_name, dict.fromkeys((*names, *RESERVED)))
         if term.try_rows:
             columns = [name for name in names if name in read]
             yield from _tried(stage, term, function, records, _distinct(records, rows, columns), names, say)
     except UsageError as error:
-        raise UsageError(f"{stage}: {error}" if not str(error).startswith(stage) else str(error)) from None
-    finally:
-        if isinstance(function, functions.IsolatedFunction):
-            function.process.close()
+        raise UsageError(f"{stage}: {error}") from None
 
 
 def _tried(
