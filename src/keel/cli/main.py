@@ -269,12 +269,15 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    date: Annotated[
+        str | None, typer.Option("--date", help="The day for templates that write one: 2026-11-28; today.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a model. A line is a turn; an empty line or Ctrl-D ends."""
     from keel.cli.chat import Talk
 
-    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed)
+    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
     if prompt is not None:
         answer = talk.answer(prompt)
         print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ import yaml
 import keel
 from keel import accel, report
 from keel.config import RunConfig, Stage, Training
-from keel.data import load
+from keel.data import chat, load
 from keel.data.batches import derive_seed
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
+from keel.pipeline import dates
 from keel.pipeline.device import deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
 from keel.pipeline.preflight import Sources, from_outside, functions_of
@@ -57,12 +58,34 @@ class Pipeline:
     fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
     sources: Sources = field(init=False)  # where models lie and what data hold
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _asks: dict[str, bool] = field(default_factory=dict)  # stage → whether a template of it writes the date
+    _date: date | None = None  # once it has been found
 
     def __post_init__(self) -> None:
         self.sources = Sources(self.config, self.directory, lambda line: self.say(line))
 
     def stage_directory(self, name: str) -> Path:
         return self.sources.stage_directory(name)
+
+    # ------------------------------------------------------------ what day it is
+
+    def asks_for_date(self, name: str, *, hub: bool = False) -> bool:
+        """Whether a template that the stage renders with writes the date. hub: templates may be fetched."""
+        if name not in self._asks:
+            self._asks[name] = dates.asks(self.sources, name, hub=hub)
+        return self._asks[name]
+
+    def day(self, *, fresh: bool = False, hub: bool = False) -> date | None:
+        """The day that templates write: the config's, else the one kept from the run's first start, else
+        today. None where no template asks. fresh: no day is kept."""
+        if self._date is None and any([self.asks_for_date(name, hub=hub) for name in self.config.stages]):
+            before = None if fresh else dates.kept(self.directory)
+            self._date = self.config.date or before or date.today()
+        return self.config.date or self._date
+
+    def dated(self) -> contextlib.AbstractContextManager[None]:
+        """Templates write the run's day for as long as it lasts."""
+        return chat.on_date(self.day(), given=self.config.date is not None)
 
     # ------------------------------------------------------------ what a stage is made of
 
@@ -86,6 +109,8 @@ class Pipeline:
                 "code": code_prints(stage.kind),
                 "versions": versions(),
             }
+            if self.asks_for_date(name):
+                parts["date"] = str(self.day())
             self._parts[name] = json.loads(json.dumps(parts))
         return self._parts[name]
 
@@ -154,14 +179,16 @@ class Pipeline:
                 )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
+        if (today := self.day(fresh=fresh and only is None, hub=True)) and any(self._asks.values()):
+            self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with locked(self.directory), deterministic(self.config), switched(self.config):
+        with locked(self.directory), deterministic(self.config), switched(self.config), self.dated():
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
             write_text(
                 self.directory / "config.yaml",
-                yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True),
+                yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True),
             )
             states: dict[str, str] = {}
             self._write_manifest(states)
@@ -175,6 +202,10 @@ class Pipeline:
                     self.say(f"{name}: done before, unchanged")
                 self._write_manifest(states)
                 self._report()
+
+    def _resolved(self) -> dict[str, Any]:
+        """The config with every default and the run's day written out."""
+        return {**resolved(self.config), "date": str(self.day()) if self.day() else None}
 
     def _run_stage(self, name: str) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""

@@ -44,7 +44,8 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
     None where the shape of one of its models is unknown.
     """
     pipeline.sources.check(list(pipeline.config.stages))
-    return [_stage(pipeline, name) for name in pipeline.config.stages]
+    with pipeline.dated():
+        return [_stage(pipeline, name) for name in pipeline.config.stages]
 
 
 def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:

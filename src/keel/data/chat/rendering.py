@@ -12,14 +12,12 @@ import contextlib
 import ctypes
 import datetime
 import os
-import re
 import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -31,9 +29,8 @@ from keel.errors import UsageError
 SECONDS = 20.0  # that a template may take over one conversation
 MEBIBYTES = 1024  # of memory that it may take
 _LONGEST = 300  # characters of what it raises
-_ASKS = re.compile(r"\bstrftime_now\b")
-_TAKES = re.compile(r"\bdate_string\b")
-_STATM = Path("/proc/self/statm")
+_ASKS, _TAKES = "strftime_now", "date_string"  # names in a template
+_PAGE = resource.getpagesize()
 
 
 # ---------------------------------------------------------------- the date
@@ -65,9 +62,14 @@ def on_date(date: datetime.date | None, *, given: bool = False) -> Iterator[None
         _today = before
 
 
+def today() -> object:
+    """What templates are told of the date now; equal to itself as long as that is the same."""
+    return _today
+
+
 def asks_for_date(template: str, *, given: bool = False) -> bool:
     """Whether what a template writes depends on the date. given: as in `on_date`."""
-    return bool(_ASKS.search(template) or (given and _TAKES.search(template)))
+    return _ASKS in template or (given and _TAKES in template)
 
 
 def _strftime_now(format: str) -> str:
@@ -80,7 +82,7 @@ def _strftime_now(format: str) -> str:
 @contextmanager
 def _dated(template: str) -> Iterator[None]:
     """The template's own clock shows the run's date for as long as it lasts."""
-    if _today.date is None or not _ASKS.search(template):
+    if _today.date is None or _ASKS not in template:
         yield
         return
     compiled: Any = chat_template_utils._compile_jinja_template(template)  # kept by transformers, one a text
@@ -128,7 +130,7 @@ def apply_marked(
 
 
 def _date_string(template: str) -> dict[str, str]:
-    if not (_today.given and _today.date and _TAKES.search(template)):
+    if not (_today.given and _today.date and _TAKES in template):
         return {}
     return {"date_string": _today.date.strftime("%d %b %Y")}
 
@@ -237,12 +239,16 @@ class _Watch:
 _watch = _Watch()
 
 
-def _new_watch() -> None:
-    global _watch
-    _watch = _Watch()
+_statm: int | None = None  # /proc/self/statm, kept open: to open it takes longer than many a template
 
 
-os.register_at_fork(after_in_child=_new_watch)  # threads do not outlive a fork, and the lock may be taken
+def _after_fork() -> None:
+    """Threads do not outlive a fork, the lock may be taken, and the open file is the parent's."""
+    global _watch, _statm
+    _watch, _statm = _Watch(), None
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
@@ -254,8 +260,11 @@ def _limits() -> Iterator[None]:
 @contextmanager
 def _memory(mebibytes: int) -> Iterator[None]:
     """At most this much more address space than now, where the system says how much that is (Linux)."""
+    global _statm
     try:
-        now = int(_STATM.read_bytes().split()[0]) * resource.getpagesize()
+        if _statm is None:
+            _statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        now = int(os.pread(_statm, 64, 0).split()[0]) * _PAGE
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     except (OSError, ValueError, IndexError):
         yield

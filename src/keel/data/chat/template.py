@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat.placeholders import Placeholders, Text, mapped, placeholders, texts_of
-from keel.data.chat.rendering import apply, apply_marked
+from keel.data.chat.rendering import apply, apply_marked, today
 from keel.data.chat.special import (
     eos_ids,
     named_specials,
@@ -110,7 +110,7 @@ def template_facts(
         raise UsageError(
             "the data are conversations, but the tokenizer has no chat template: set `chat_template`"
         )
-    state = (str(tokenizer.chat_template), len(tokenizer), eos_ids(tokenizer))
+    state = (str(tokenizer.chat_template), len(tokenizer), eos_ids(tokenizer), today())
     known = _facts.get(tokenizer)
     if known is None or known[0] != state:
         known = _facts[tokenizer] = (state, {})
