@@ -177,7 +177,7 @@ def test_without_leave_no_code_is_run_and_what_is_missing_is_found_all_the_same(
     def look(function: str) -> None:
         stage = {"kind": "grpo", "model": str(tiny_model), "data": str(tmp_path / "rows.jsonl"), "updates": 1, "sampling": {"max_new_tokens": 4}}
         config = parse({"name": "tiny", "stages": {"s": {**stage, "reward": f"python:{function}"}}})
-        Sources(config, tmp_path / "run").check(["s"], code=False)
+        Sources(config, tmp_path / "run", code=False).check(["s"])
 
     look(f"{tmp_path}/mine.py:f")
     for name, message in (("g", "has no function 'g'; did you mean"), ("", "must be module.function")):

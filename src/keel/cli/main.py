@@ -35,6 +35,9 @@ OverridesArgument = Annotated[
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run directories.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run code that CONFIG brings; its folder is trusted from now on.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 NEEDED = (
     "torch",
@@ -116,12 +119,15 @@ def run(
     name: NameOption = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
     from keel import report
+    from keel.cli import consent
 
     pipeline = _pipeline(config, overrides, runs, name)
+    consent.to_run(_place(config), pipeline.config, trust)
     with progress() as show:
         pipeline.progress = show
         pipeline.run(only=only, fresh=fresh)
@@ -145,6 +151,7 @@ def plan(
     method: Annotated[
         str | None, typer.Option("--method", help="With --model: sft, reward, dpo, grpo or ppo (default).")
     ] = None,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what CONFIG would do: data, tokens, steps, parameters, memory. Trains nothing.
@@ -152,6 +159,7 @@ def plan(
     With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real
     totals.
     """
+    from keel.cli import consent
     from keel.plan import planner, rule_of_thumb, text
 
     if (config is None) == (model is None):
@@ -164,7 +172,9 @@ def plan(
         return
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
-    entries = planner.plan(_pipeline(config, overrides, runs, name))
+    pipeline = _pipeline(config, overrides, runs, name)
+    pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
+    entries = planner.plan(pipeline)
     print(planner.as_json(entries) if as_json else text.as_text(entries))
 
 

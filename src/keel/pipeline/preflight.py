@@ -41,6 +41,7 @@ class Sources:
     config: RunConfig
     directory: Path  # of the run
     say: Callable[[str], None] = lambda line: None
+    code: bool = True  # what the config brings may be run: functions of rewards, code of models
     _data: dict[str, load.Dataset] = field(default_factory=dict)
     _judged: dict[tuple[str | None, str], load.Dataset] = field(
         default_factory=dict  # (stage, data) → without the rows on which its rewards fail
@@ -94,12 +95,11 @@ class Sources:
 
     # ------------------------------------------------------------ checks
 
-    def check(self, names: Sequence[str], *, hub: bool = False, code: bool = True) -> dict[str, str]:
+    def check(self, names: Sequence[str], *, hub: bool = False) -> dict[str, str]:
         """Read and validate all data, find all models and ask the rewards about their rows before anything is
         trained. Returns a summary line a stage.
 
-        hub: also ask the hub for the configs of models that are not on this machine. code: the functions that
-        the config names may be run; else they are looked for and not imported.
+        hub: also ask the hub for the configs of models that are not on this machine.
         """
         device_of(self.config)
         for name in names:
@@ -110,7 +110,7 @@ class Sources:
             for sources, accept in stage.all_data():
                 if there := from_outside(sources):
                     self.load_data(there, accept)
-            self._check_rewards(name, code)
+            self._check_rewards(name)
             lines[name] = self.summary(name, ahead=True)
             self._check_held_out(name)
             for gold, data in stage.gold_judges():
@@ -181,9 +181,9 @@ class Sources:
                 f"within {room} tokens"
             )
 
-    def _check_rewards(self, name: str, code: bool) -> None:
+    def _check_rewards(self, name: str) -> None:
         """Rules and functions can be made, the columns that they compare with are there, and no row makes one
-        fail: `on_bad` decides about those that do. code: functions may be run."""
+        fail: `on_bad` decides about those that do."""
         stage = self.config.stages[name]
         terms = stage.reward_terms()
         if not terms:
@@ -191,7 +191,7 @@ class Sources:
         build_rewards.check(terms, name)
         self._say_what_compares(name)
         held_out = stage.held_out_data()
-        with reward_rows.functions_of(terms if code else (), name) as functions:
+        with reward_rows.functions_of(terms if self.code else (), name) as functions:
             for sources, accept in [*stage.main_data()[:1], *([held_out] if held_out else [])]:
                 if sources := from_outside(sources):
                     self._check_reward_rows(name, sources, accept, functions)
@@ -253,7 +253,7 @@ class Sources:
             raise UsageError(f"{name}: model.tokenizer takes a folder or hub id, not a stage; write {folder}")
         if hub or Path(place).exists() or place.startswith((".", "/", "~")):
             try:
-                load_tokenizer(place, trust_remote_code=model.trust_remote_code, revision=model.revision)
+                load_tokenizer(place, trust_remote_code=self.trusts(stage), revision=model.revision)
             except Exception as error:  # the tokenizers library raises bare ones for a broken file
                 raise UsageError(f"{name}: model.tokenizer: {error}") from None
 
@@ -313,7 +313,11 @@ class Sources:
         model: ModelConfig | None = stage.starts_from
         init = model.init.model_dump() if model and model.init and setting == "model" else None
         revision = model.revision if model and setting == "model" else None
-        return ModelSource(place, init, trust_remote_code=stage.trusts_remote_code, revision=revision)
+        return ModelSource(place, init, trust_remote_code=self.trusts(stage), revision=revision)
+
+    def trusts(self, stage: Stage) -> bool:
+        """Whether Python that comes with the stage's models may be run."""
+        return self.code and stage.trusts_remote_code
 
     def is_bare(self, name: str) -> bool:
         """Whether a model that no stage makes is an adapter without a model."""

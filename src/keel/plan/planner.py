@@ -187,7 +187,7 @@ def _tokenizer(pipeline: Pipeline, name: str) -> PreTrainedTokenizerBase | None:
         elif pipeline.is_done(root):  # it has trained one
             folder = pipeline.stage_directory(root) / "model"
     try:
-        remote = (stage or pipeline.config.stages[name]).trusts_remote_code
+        remote = pipeline.sources.trusts(stage or pipeline.config.stages[name])
         return load_tokenizer(str(folder), trust_remote_code=remote) if folder and folder.exists() else None
     except UsageError:
         return None
@@ -200,7 +200,7 @@ def _config(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | 
     new = start if start and start.init else None
     if new is None and folder is None:
         return None
-    remote = (root or pipeline.config.stages[name]).trusts_remote_code
+    remote = pipeline.sources.trusts(root or pipeline.config.stages[name])
     init = new.init.model_dump() if new and new.init else None
     config = model_config(ModelSource(str(folder), init, trust_remote_code=remote))
     if new and init is not None and "vocab_size" not in init:
@@ -217,7 +217,7 @@ def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBas
     if config is None:
         shape = model_shapes.known(_origin(pipeline, name))
         return shape and shape.parameters(head, stage.outputs)
-    remote = root is not None and root.starts_from is not None and root.trusts_remote_code
+    remote = root is not None and root.starts_from is not None and pipeline.sources.trusts(root)
     family: Any = AutoModelForCausalLM
     if head == "score":
         family = AutoModelForSequenceClassification
