@@ -75,7 +75,9 @@ def test_a_script_that_runs_a_config_agrees(config: Path, tmp_path: Path) -> Non
     assert not trust.is_trusted(config)
 
 
-@pytest.mark.parametrize(("answer", "runs"), [("y\n", True), ("YES\n", True), ("\n", False), ("n\n", False), ("", False)])
+@pytest.mark.parametrize(
+    ("answer", "runs"), [("y\n", True), ("YES\n", True), ("\n", False), ("n\n", False), ("", False)]
+)
 def test_on_a_terminal_a_person_is_asked_once_a_folder(
     config: Path, monkeypatch: pytest.MonkeyPatch, answer: str, runs: bool
 ) -> None:
@@ -107,7 +109,9 @@ def test_code_of_models_counts_and_a_config_without_code_asks_nobody(
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"folders": 3}', "{", '{"folders": [1]}'])
-def test_a_broken_list_of_folders_trusts_nobody_and_is_mended(config: Path, tmp_path: Path, text: str) -> None:
+def test_a_broken_list_of_folders_trusts_nobody_and_is_mended(
+    config: Path, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "trusted.json").write_text(text)
     assert not trust.is_trusted(config)

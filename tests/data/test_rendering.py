@@ -37,7 +37,10 @@ def render(tiny_tokenizer: Any) -> Any:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("{{ raise_exception('no tools here') }}", r"refuses the roles user: no tools here \(line 4 of the template\)"),
+        (
+            "{{ raise_exception('no tools here') }}",
+            r"refuses the roles user: no tools here \(line 4 of the template\)",
+        ),
         ("{{ 1 // 0 }}", r"ZeroDivisionError: .*\(line 4"),
         ("{{ messages + 1 }}", r"TypeError: .*\(line 4"),
         ("{{ messages.a.b.c }}", r"has no attribute 'a' \(line 4"),
@@ -110,7 +113,10 @@ def test_a_template_that_fills_the_memory_is_stopped(render: Any, code: str) -> 
 # ---------------------------------------------------------------- the date
 
 ASKS = HEAD + "{{ strftime_now('%d %b %Y %H:%M') }}"
-TAKES = HEAD + "{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+TAKES = (
+    HEAD
+    + "{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+)
 LLAMA = (
     HEAD + "{% if date_string is not defined %}{% if strftime_now is defined %}"
     "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}"
@@ -140,4 +146,9 @@ def test_a_row_s_own_date_string_comes_first(tiny_tokenizer: Any) -> None:
 
 def test_which_templates_depend_on_the_date() -> None:
     assert [chat.asks_for_date(t) for t in (ASKS, LLAMA, TAKES, HEAD)] == [True, True, False, False]
-    assert [chat.asks_for_date(t, given=True) for t in (ASKS, LLAMA, TAKES, HEAD)] == [True, True, True, False]
+    assert [chat.asks_for_date(t, given=True) for t in (ASKS, LLAMA, TAKES, HEAD)] == [
+        True,
+        True,
+        True,
+        False,
+    ]

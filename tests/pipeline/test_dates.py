@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,8 @@ def dated_model(tiny_model: Path, tmp_path: Path) -> Path:
 
 def config(model: Path, data: Any, **more: Any) -> Any:
     stage = {
-        "kind": "sft", "model": str(model), "data": str(data.chats), "batch_size": 4, "max_steps": 4, "lr": 1e-2,
+        "kind": "sft", "model": str(model), "data": str(data.chats),
+        "batch_size": 4, "max_steps": 4, "lr": 1e-2,
         "save_every": 1,
     }  # fmt: skip
     return parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": {"s": stage}, **more})
@@ -99,7 +99,9 @@ def test_a_run_that_goes_on_tomorrow_is_the_one_of_today(
     run(settings, tmp_path / "cut")
     logs = [(tmp_path / name / "stages/s/metrics.jsonl").read_bytes() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
-    weights = [(tmp_path / name / "stages/s/model/model.safetensors").read_bytes() for name in ("whole", "cut")]
+    weights = [
+        (tmp_path / name / "stages/s/model/model.safetensors").read_bytes() for name in ("whole", "cut")
+    ]
     assert weights[0] == weights[1]
     again, said = run(settings, tmp_path / "whole")
     assert "s: done before, unchanged" in said
@@ -139,7 +141,11 @@ def test_fresh_is_another_day(clock: Any, dated_model: Path, data: Any, tmp_path
 def test_a_template_of_the_config_and_of_an_earlier_stage_asks_too(
     clock: Any, tiny_model: Path, data: Any, tmp_path: Path
 ) -> None:
-    first = {"kind": "sft", "model": {"path": str(tiny_model), "chat_template": TEMPLATE}, "data": str(data.chats)}
+    first = {
+        "kind": "sft",
+        "model": {"path": str(tiny_model), "chat_template": TEMPLATE},
+        "data": str(data.chats),
+    }
     second = {"kind": "sft", "model": "first", "data": str(data.chats)}
     plain = {"kind": "sft", "model": str(tiny_model), "data": str(data.chats)}
     stages = {"first": first, "second": second, "plain": plain}
@@ -152,7 +158,7 @@ def test_points_of_a_sweep_are_of_one_day(clock: Any, dated_model: Path, data: A
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config(dated_model, data).model_dump(mode="json", exclude_none=True)))
     clock(FIRST)
-    directory, points = sweep.points(path, ["s.lr=0.1,0.2"], [], tmp_path, None, print)
+    _, points = sweep.points(path, ["s.lr=0.1,0.2"], [], tmp_path, None, print)
     assert {point.pipeline.config.date for point in points} == {FIRST}
     points[0].directory.mkdir(parents=True)
     (points[0].directory / "config.yaml").write_text("date: 2026-11-28\n")

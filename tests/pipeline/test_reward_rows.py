@@ -16,7 +16,7 @@ from keel.rewards import answers
 
 ANSWER = {"kind": "answer"}
 LENGTH = {"kind": "length", "high": 9}
-FUNCTIONS = '''
+FUNCTIONS = """
 import os, sys, time
 
 def floats(completions, answer): return [float(a) for a in answer]
@@ -35,7 +35,7 @@ def counted(completions, prompts):
     with open(os.environ["COUNT"], "a") as handle:
         handle.write("x" * len(completions))
     return [1.0] * len(completions)
-'''
+"""
 
 
 @pytest.fixture
@@ -49,7 +49,14 @@ def check(tmp_path: Path, tiny_model: Path) -> Any:
         if isinstance(reward, str):
             reward = [{"kind": "python", "function": f"{tmp_path}/mine.py:{reward}", **more}]
         data = {"source": str(path), "on_bad": on_bad}
-        stage = {"kind": "grpo", "model": str(tiny_model), "data": data, "reward": reward, "updates": 1, "sampling": {"max_new_tokens": 4}}
+        stage = {
+            "kind": "grpo",
+            "model": str(tiny_model),
+            "data": data,
+            "reward": reward,
+            "updates": 1,
+            "sampling": {"max_new_tokens": 4},
+        }
         config = parse({"name": "tiny", "device": "cpu", "stages": {"s": stage}})
         said: list[str] = []
         sources = Sources(config, tmp_path / "run", said.append)
@@ -115,9 +122,7 @@ def test_where_every_row_is_bad_nothing_is_left(check: Any) -> None:
         ("nan", "returned nan, which is no finite number"),
     ],
 )
-def test_a_row_on_which_a_function_fails_is_found_among_many(
-    check: Any, function: str, message: str
-) -> None:
+def test_a_row_on_which_a_function_fails_is_found_among_many(check: Any, function: str, message: str) -> None:
     rows = answer_rows(*[str(i) for i in range(150)], "boom", "7")
     with pytest.raises(DataError, match=rf"rows\.jsonl:151: reward '{function}' {message}"):
         check(rows, function)
@@ -129,7 +134,7 @@ def test_a_row_on_which_a_function_fails_is_found_among_many(
 
 def test_a_function_that_fails_on_an_empty_reply_is_at_fault_itself(check: Any) -> None:
     for on_bad in ("error", "skip"):
-        with pytest.raises(RewardError, match="'needs_text' raised IndexError.*asked with an empty reply"):
+        with pytest.raises(RewardError, match=r"'needs_text' raised IndexError.*asked with an empty reply"):
             check(answer_rows("1", "2"), "needs_text", on_bad)
 
 
@@ -154,7 +159,9 @@ def test_a_slow_function_is_asked_for_a_while_and_that_is_said(
     monkeypatch.setattr(reward_rows, "BUDGET", 0.2)
     monkeypatch.setattr(reward_rows, "AT_ONCE", 4)
     _, said = check(answer_rows(*map(str, range(40))), "slow")
-    assert any("was asked about 8 of 40 distinct rows" in line or "of 40 distinct rows" in line for line in said)
+    assert any(
+        "was asked about 8 of 40 distinct rows" in line or "of 40 distinct rows" in line for line in said
+    )
 
 
 def test_that_math_verify_is_missing_is_said_once(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +182,13 @@ def test_without_leave_no_code_is_run_and_what_is_missing_is_found_all_the_same(
     (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "answer": "1"}\n')
 
     def look(function: str) -> None:
-        stage = {"kind": "grpo", "model": str(tiny_model), "data": str(tmp_path / "rows.jsonl"), "updates": 1, "sampling": {"max_new_tokens": 4}}
+        stage = {
+            "kind": "grpo",
+            "model": str(tiny_model),
+            "data": str(tmp_path / "rows.jsonl"),
+            "updates": 1,
+            "sampling": {"max_new_tokens": 4},
+        }
         config = parse({"name": "tiny", "stages": {"s": {**stage, "reward": f"python:{function}"}}})
         Sources(config, tmp_path / "run", code=False).check(["s"])
 

@@ -17,7 +17,7 @@ from keel.rewards import functions, rules
 from keel.rewards.isolated import IsolatedFunction
 
 PROMPTS, COMPLETIONS, IDS = ["a", "b", "c"], ["x", "yy", "zzz"], [(1,)] * 3
-SOURCE = '''
+SOURCE = """
 import ctypes, os, re, sys, threading, time
 
 print("imported")
@@ -61,7 +61,7 @@ async def coroutine(completions, **_): return [1.0] * len(completions)
 def changes_the_process(completions, **_):
     os.chdir("/"); os.environ["KEEL_CHANGED"] = "1"; sys.path.clear(); sys.setrecursionlimit(60)
     return [1.0] * len(completions)
-'''
+"""
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_an_import_that_goes_wrong_is_said(tmp_path: Path, source: str, message:
 
 
 def test_what_no_process_can_be_sent_says_the_way_out(isolated: Any) -> None:
-    with pytest.raises(RewardError, match="cannot be sent to a process of its own .* `isolate: false`"):
+    with pytest.raises(RewardError, match=r"cannot be sent to a process of its own .* `isolate: false`"):
         call(isolated("lengths"), answer=[lambda: 1] * 3)
 
 
@@ -211,6 +211,8 @@ def test_within_keel_s_process_a_function_gets_deep_copies() -> None:
 def test_a_pattern_that_backtracks_without_end_is_stopped_and_named() -> None:
     reward = rules.regex("(a+)+$", timeout=0.5, name="tail")
     assert reward(["?"], ["aaa"]) == [1.0]
-    with pytest.raises(RewardError, match=r"'tail' took more than 0.5 s over one reply \(sample 1\).*'\(a\+\)\+\$'"):
+    with pytest.raises(
+        RewardError, match=r"'tail' took more than 0.5 s over one reply \(sample 1\).*'\(a\+\)\+\$'"
+    ):
         reward(["?"] * 2, ["aaa", "a" * 60 + "b"])
     assert reward(["?"] * 2, ["aaa", "b"]) == [1.0, 0.0]  # a new process

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -180,9 +179,30 @@ def test_a_tag_that_the_prompt_has_opened_counts_as_the_completions_own() -> Non
     assert one(["Sum?"], ["2 and 2\n</think>"]) == [0.0]
     turns = ({"role": "user", "content": "Sum?"},)
     reply = ({"role": "assistant", "content": "a</think><answer>4</answer>"},)
-    assert both([turns], [reply], opened_thought=["<think>"]) == [1.0]
-    assert both([turns, turns], [reply, reply], opened_thought=["<think>", ""]) == [1.0, 0.0]
-    assert both([turns], [reply], opened_thought=["<other>"]) == [0.0]
+    assert both([turns], [reply], prompt_tags=["<think>\n"]) == [1.0]
+    assert both([turns, turns], [reply, reply], prompt_tags=["<think>", ""]) == [1.0, 0.0]
+    assert both([turns], [reply], prompt_tags=["<other>"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("tags", "end", "reply", "right"),
+    [
+        (("think", "answer"), "<think>\n\n</think>\n\n", "<answer>4</answer>", 1),  # thoughts switched off
+        (("think", "answer"), "<think>\n\n</think>\n\n", "<think></think><answer>4</answer>", 0),
+        (("plan", "answer"), "<plan>", "a</plan><answer>4</answer>", 1),  # any tag, not only thoughts
+        (("think", "answer"), "<think></think><answer>", "4</answer>", 1),
+        (("answer",), "<think></think>", "<answer>4</answer>", 1),  # another's tags are none of its own
+        (("answer",), "<think>", "<answer>4</answer>", 1),
+        (("think", "answer"), "</think>", "<answer>4</answer>", 0),
+        (("think", "answer"), "<answer></think>", "<answer>4</answer>", 0),
+    ],
+)
+def test_what_a_template_has_begun_is_gone_on_with(
+    tags: tuple[str, ...], end: str, reply: str, right: float
+) -> None:
+    turns = ({"role": "user", "content": "Sum?"},)
+    assert rules.format_tags(tags)([turns], [reply], prompt_tags=[end]) == [right]
+    assert rules.format_tags(tags)([f"Sum? {end}"], [reply]) == [right]
 
 
 def test_format_tags_of_other_names() -> None:

@@ -20,7 +20,11 @@ def to_run(place: Path, config: RunConfig, given: bool) -> None:
     say(f"{place} brings code of its own:\n" + "\n".join(f"  {line}" for line in code))
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
-    print(f"Run it, and what configs of {place.resolve().parent} bring from now on? [y/N] ", end="", file=sys.stderr)
+    print(
+        f"Run it, and what configs of {place.resolve().parent} bring from now on? [y/N] ",
+        end="",
+        file=sys.stderr,
+    )
     sys.stderr.flush()
     if sys.stdin.readline().strip().casefold() not in ("y", "yes"):
         raise UsageError("nothing was run")

@@ -197,9 +197,8 @@ class CodeSettings(RewardSettings):
     try_rows: bool = Field(
         True,
         description=(
-            "Ask it about each distinct row of the data, with an empty reply, before anything is trained (for "
-            "20 s at most), so that a row that it fails on is found then. false: for one whose calls cost "
-            "something."
+            "Ask it about each distinct row of the data, with an empty reply, before anything is trained ("
+            "for 20 s): a row that it fails on is found then. false: for one whose calls cost something."
         ),
     )
 

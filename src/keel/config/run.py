@@ -126,8 +126,8 @@ class RunConfig(Settings):
     date: datetime.date | None = Field(
         None,
         description=(
-            "What day it is for chat templates that write the date, as 2026-11-28; null: the day of the run's "
-            "first start, which its config.yaml keeps, where a model's template asks for one."
+            "What day it is for chat templates that write the date, as 2026-11-28; null: the day of the "
+            "run's first start, which its config.yaml keeps, where a model's template asks for one."
         ),
     )
     rounds: RoundsConfig | None = Field(

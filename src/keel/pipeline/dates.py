@@ -70,7 +70,9 @@ def _template(place: str, hub: bool) -> str:
             path = Path(found) if found else path
         try:
             text = path.read_text(encoding="utf-8")
-            texts.append(text if name.endswith("jinja") else json.dumps(json.loads(text).get("chat_template")))
+            texts.append(
+                text if name.endswith("jinja") else json.dumps(json.loads(text).get("chat_template"))
+            )
         except (OSError, ValueError, AttributeError):
             continue
     return "\n".join(texts)

@@ -78,7 +78,8 @@ class Pipeline:
     def day(self, *, fresh: bool = False, hub: bool = False) -> date | None:
         """The day that templates write: the config's, else the one kept from the run's first start, else
         today. None where no template asks. fresh: no day is kept."""
-        if self._date is None and any([self.asks_for_date(name, hub=hub) for name in self.config.stages]):
+        asking = [name for name in self.config.stages if self.asks_for_date(name, hub=hub)]
+        if self._date is None and asking:
             before = None if fresh else dates.kept(self.directory)
             self._date = self.config.date or before or date.today()
         return self.config.date or self._date

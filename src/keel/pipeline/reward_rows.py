@@ -96,13 +96,9 @@ def without(dataset: Dataset, found: Sequence[RowFault], names: Sequence[str]) -
     """The data set without these rows; None in the rows that lack one of these columns, so that a reward sees
     the column in any batch."""
     bad = {fault.index for fault in found}
-    kept = tuple(
-        _filled(record, names) for index, record in enumerate(dataset.records) if index not in bad
-    )
+    kept = tuple(_filled(record, names) for index, record in enumerate(dataset.records) if index not in bad)
     reasons = (*dataset.skipped_reasons, *(fault.reason for fault in found))
-    return replace(
-        dataset, records=kept, skipped=dataset.skipped + len(bad), skipped_reasons=reasons[:5]
-    )
+    return replace(dataset, records=kept, skipped=dataset.skipped + len(bad), skipped_reasons=reasons[:5])
 
 
 def required_columns(terms: Sequence[Any], code: Mapping[str, Any]) -> list[str]:
@@ -179,14 +175,10 @@ def _tried(
 ) -> Iterator[RowFault]:
     def ask(chosen: Sequence[int]) -> str:
         """What goes wrong on these rows; "" for nothing."""
-        columns: Mapping[str, Any] = {
-            name: [records[i].columns.get(name) for i in chosen] for name in names
-        }
+        columns: Mapping[str, Any] = {name: [records[i].columns.get(name) for i in chosen] for name in names}
         prompts = [getattr(records[i], "prompt", "") for i in chosen]
         try:
-            functions.call(
-                function, term.log_name, prompts, [""] * len(chosen), [[0]] * len(chosen), columns
-            )
+            functions.call(function, term.log_name, prompts, [""] * len(chosen), [[0]] * len(chosen), columns)
         except RewardError as error:
             if "was stopped" in str(error):
                 raise RewardError(f"{stage}: {error}") from None

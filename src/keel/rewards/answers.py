@@ -32,21 +32,61 @@ _SAID = re.compile(
 _VARIABLE = re.compile(r"(\\?[A-Za-z]{1,7}(?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z]))\s*(?=[^=\s])")
 _ITEMS = re.compile(r"\s*(?:;|,|\bor\b|\band\b)\s*", re.IGNORECASE)
 _OPEN, _CLOSE = "([{", ")]}"
-_NO_UNIT = frozenset("or and to of is not plus minus times over per i e x y z n k pi sqrt infty emptyset".split())
-_UNIT = re.compile(r"(?:\s+|(?=[°\u2103]))((?:[A-Za-z°µ]+\.?|[A-Za-z°µ]+\^?\{?-?\d\}?|\s+|[/*·])+)$")
+_NO_UNIT = {  # words behind a number that make another thing of it
+    *("or", "and", "to", "of", "is", "not", "plus", "minus", "times", "over", "per"),
+    *("i", "e", "x", "y", "z", "n", "k", "pi", "sqrt", "infty", "emptyset"),
+}
+_UNIT = frozenset(
+    [
+        "or",
+        "and",
+        "to",
+        "of",
+        "is",
+        "not",
+        "plus",
+        "minus",
+        "times",
+        "over",
+        "per",
+        "i",
+        "e",
+        "x",
+        "y",
+        "z",
+        "n",
+        "k",
+        "pi",
+        "sqrt",
+        "infty",
+        "emptyset",
+    ]
+)
+_POWER = r"(?:\^?\{?-?\d\}?)?"
+_UNIT = re.compile(r"(?:[\d)}]|\\pi)(?:\s+(?=[A-Za-z°µ])|\s*(?=°))")  # where one may begin
+_UNIT_WORD = re.compile(rf"[A-Za-z°µ]+\.?{_POWER}(?:[/*·][A-Za-z]+{_POWER})*|[/*·]")
 _ATTACHED = re.compile(
-    r"(?<=\d)\s*(°[CF]?|(?:mm|cm|dm|km|m|mg|kg|g|ml|l|ms|s|min|h|hr|hrs|kb|mb|gb|hz|kw|w|v|j|kj|n|mph|kph|ft|in|lb|"
-    r"lbs|oz|mi|deg|rad|usd|eur)(?:\^?\{?[23]\}?)?(?:/(?:s|h|min|m|kg|l)(?:\^?\{?[23]\}?)?)?)$",
+    r"(?<=\d)\s*(°[CF]?|(?:mm|cm|dm|km|m|mg|kg|g|ml|l|ms|s|min|h|hr|hrs|kb|mb|gb|hz|kw|w|v|j|kj|n|mph|kph|ft|in"
+    r"|lb|lbs|oz|mi|deg|rad|usd|eur)(?:\^?\{?[23]\}?)?(?:/(?:s|h|min|m|kg|l)(?:\^?\{?[23]\}?)?)?)$",
     re.IGNORECASE,
 )
-_SCALE = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SCALE = {
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+}
 _SAME_UNIT = {
     "degree": "°", "deg": "°", "°": "°", "metre": "m", "meter": "m", "kilometer": "km", "kilometre": "km",
-    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg",
-    "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "liter": "l", "litre": "l", "inche": "in",
+    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "gram": "g",
+    "kilogram": "kg",
+    "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "liter": "l", "litre": "l",
+    "inche": "in",
     "inch": "in", "feet": "ft", "foot": "ft", "mile": "mi", "pound": "lb", "ounce": "oz", "mph": "mi/h",
 }  # fmt: skip
-_MONEY = frozenset("dollar usd euro eur gbp cent buck rupee yen yuan".split())  # a sign of money is not written out
+_MONEY = {"dollar", "usd", "euro", "eur", "gbp", "cent", "buck", "rupee", "yen", "yuan"}  # as often left out
 _THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # of prose, not a LaTeX command
 _SIDE_BY_SIDE = re.compile(r"\d\s+\d")
@@ -121,20 +161,26 @@ def marked(text: str) -> str | None:
     <answer></answer>. Of two that are nested the inner one starts last. A `####` with more text below its
     line is a heading of Markdown, and counts where there is no other marker."""
     heading: str | None = None
+    closing: dict[int, int] | None = None
+    last = text.rfind("</answer>")
     for marker in reversed(list(_MARKER.finditer(text))):
-        rest = text[marker.end() :]
+        start = marker.end()
         if marker[0] == "####":
-            line, _, below = rest.lstrip(" \t").partition("\n")
-            line = line.partition("</answer>")[0]
-            if not below.strip() or "</answer>" in rest:
+            stop = text.find("\n", start)
+            line, below = (text[start:stop], text[stop:]) if stop >= 0 else (text[start:], "")
+            line = line.lstrip(" \t").partition("</answer>")[0]
+            if last >= start or not below or below.isspace():
                 return line
             heading = heading or line
-            continue
-        if not marker[0].endswith(("{", ">")):  # \boxed 5
-            return rest.split()[0].rstrip("$.")
-        content = rest.partition("</answer>") if marker[0] == "<answer>" else _up_to_brace(rest)
-        if content[1]:  # one that is never closed holds nothing
-            return content[0]
+        elif marker[0] == "<answer>":
+            if last >= start:  # one that is never closed holds nothing
+                return text[start : text.index("</answer>", start)]
+        elif marker[0].endswith("{"):
+            closing = _closings(text) if closing is None else closing
+            if start - 1 in closing:
+                return text[start : closing[start - 1]]
+        else:  # \\boxed 5
+            return text[start : start + 4 * LONGEST].split()[0].rstrip("$.")
     return heading
 
 
@@ -234,8 +280,7 @@ def _split(text: str, *, thousands: bool = False) -> list[str]:
         if depth == 0 and index in cuts:
             items.append(text[start:index])
             start = cuts[index]
-    items = [item for item in [*items, text[start:]] if item.strip()]
-    return items
+    return [item for item in [*items, text[start:]] if item.strip()]
 
 
 def _encloses(text: str) -> bool:
@@ -260,15 +305,19 @@ def _ungrouped(text: str) -> str:
 
 def _without_unit(text: str) -> tuple[str, str] | None:
     """(number, unit) of a number with a unit behind it; None for anything else."""
-    match = _ATTACHED.search(text) or _UNIT.search(text)
-    if match is None or not match.start():
+    match = _ATTACHED.search(text)
+    number, behind = (text[: match.start()], match[1]) if match else ("", "")
+    if match is None and (match := _UNIT.search(text)):
+        number, behind = text[: match.end()].rstrip(), text[match.end() :]
+    words = behind.casefold().replace(".", "").split()
+    if not number or not words or not all(_UNIT_WORD.fullmatch(word) for word in words):
         return None
-    number, words = text[: match.start()], match[1].casefold().replace(".", "").split()
-    if words and words[0] in _SCALE:
+    if words[0] in _SCALE:
         number, words = f"{number} \\times {_SCALE[words[0]]}", words[1:]
-    if any(word in _NO_UNIT or (len(word) == 1 and word not in "°mgslhjnvwcf") for word in words):
-        if not (len(words) > 1 and all(len(w) > 1 for w in words) and not _NO_UNIT & set(words) - {"of", "per"}):
-            return None
+    named = all(len(word) > 1 for word in words) and len(words) > 1  # "km per hour", "cups of tea"
+    other = _NO_UNIT - {"of", "per"} if named else _NO_UNIT
+    if any(word in other or (len(word) == 1 and word not in "°mgslhjnvwcf/*·") for word in words):
+        return None
     return number, _unit(words)
 
 
@@ -306,15 +355,16 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
-def _up_to_brace(text: str) -> tuple[str, str]:
-    """The text before the brace that closes one opened just before it, and that brace ("" if there is
-    none)."""
-    depth = 1
+def _closings(text: str) -> dict[int, int]:
+    """Place of each opening brace → of the one that closes it."""
+    opened: list[int] = []
+    closing: dict[int, int] = {}
     for match in re.finditer(r"[{}]", text):
-        depth += 1 if match[0] == "{" else -1
-        if depth == 0:
-            return text[: match.start()], "}"
-    return text, ""
+        if match[0] == "{":
+            opened.append(match.start())
+        elif opened:
+            closing[opened.pop()] = match.start()
+    return closing
 
 
 # ---------------------------------------------------------------- math-verify

@@ -196,7 +196,9 @@ def _symbolic(value: dict[tuple[int, int], Fraction]) -> bool:
     return any(key != (1, 0) for key in value)
 
 
-def _plus(one: dict[tuple[int, int], Fraction], other: dict[tuple[int, int], Fraction]) -> dict[tuple[int, int], Fraction]:
+def _plus(
+    one: dict[tuple[int, int], Fraction], other: dict[tuple[int, int], Fraction]
+) -> dict[tuple[int, int], Fraction]:
     total = dict(one)
     for key, value in other.items():
         total[key] = total.get(key, Fraction(0)) + value
@@ -207,7 +209,9 @@ def _times(value: dict[tuple[int, int], Fraction], factor: Fraction) -> dict[tup
     return {key: part * factor for key, part in value.items() if part * factor}
 
 
-def _product(one: dict[tuple[int, int], Fraction], other: dict[tuple[int, int], Fraction]) -> dict[tuple[int, int], Fraction]:
+def _product(
+    one: dict[tuple[int, int], Fraction], other: dict[tuple[int, int], Fraction]
+) -> dict[tuple[int, int], Fraction]:
     total: dict[tuple[int, int], Fraction] = {}
     for (n, k), a in one.items():
         for (m, j), b in other.items():

@@ -11,10 +11,13 @@ _SIGNS = {
     **dict.fromkeys("\u00d7\u2a2f\u2715", "\\times "), **dict.fromkeys("\u00b7\u22c5\u2219", "\\cdot "),
     "\u00f7": "\\div ", **dict.fromkeys("\u2044\u2215", "/"), "\u2217": "*",
     "\u03c0": "\\pi ", "\u221e": "\\infty ", "\u00b1": "\\pm ", "\u222a": "\\cup ", "\u2208": "\\in ",
-    "\u2205": EMPTY, "\u00f8": EMPTY, "\u00d8": EMPTY, "\u00ba": "°", "\u02da": "°", "\u03bc": "µ", "\u2264": "\\le ",
+    "\u2205": EMPTY, "\u00f8": EMPTY, "\u00d8": EMPTY, "\u00ba": "°", "\u02da": "°", "\u03bc": "µ",
+    "\u2264": "\\le ",
     "\u2265": "\\ge ", "\u2260": "\\ne ", "\u03b8": "\\theta ", "\u03b1": "\\alpha ", "\u03b2": "\\beta ",
-    **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
-    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""), "\u2032": "'", "\uff0c": ",", "\u3001": ",", "\u2019": "'",
+    **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008", " "),
+    **dict.fromkeys("\u2009\u200a\u202f\u205f\u3000", " "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
+    "\u2032": "'", "\u2019": "'", "\uff0c": ",", "\u3001": ",",
 }  # fmt: skip
 _TRANSLATED = str.maketrans(_SIGNS)
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺"

@@ -30,10 +30,10 @@ def final_answer(column: str = "answer", from_: Literal["marker", "last_number"]
     """1 if the completion's final answer equals the reference's, 0 if not or if it gives none. Range {0, 1}.
 
     Source: GSM8K (2110.14168), whose references end in `#### 72`. The reference is what follows its last
-    `####`, or what its last \\boxed{} or <answer> holds, or all of it; None for a row without one. The completion's answer is what its last marker holds:
-    the rest of the line after `####`, `\\boxed{}` or <answer></answer>. Without a marker there is none
-    (`from_="marker"`), or it is the last number in the text (`from_="last_number"`). See
-    `answers.same_answer` for what counts as equal.
+    `####`, or what its last \\boxed{} or <answer> holds, or all of it; None for a row without one. The
+    completion's answer is what its last marker holds: the rest of the line after `####`, `\\boxed{}` or
+    <answer></answer>. Without a marker there is none (`from_="marker"`), or it is the last number in the text
+    (`from_="last_number"`). See `answers.same_answer` for what counts as equal.
 
     UsageError at the first call if the data have no such column at all.
     """
@@ -92,7 +92,8 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
     Source: DeepSeek-R1 (2501.12948), format reward. Spaces and newlines may stand around the blocks; a block
     may be empty; none of the tags may appear a second time. `partial`: the share of the 2·len(tags) opening
     and closing tags that appear exactly once and in order, whatever text stands around them. Range [0, 1].
-    A tag that the prompt has opened already (its template ends in `<think>`) counts as the completion's own.
+    Tags that the prompt ends in already, as its template wrote them, count as the completion's own: one that
+    it has opened (`<think>`), and a block that it has opened and closed with nothing in it.
     """
     _some_words("tags", tags)
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
@@ -104,20 +105,30 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
         return _in_order(marks, text) / len(marks) if partial else float(bool(whole.fullmatch(text)))
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        known = columns.get("opened_thought") or [""] * len(prompts)
-        opened = [mark or _opened_by(prompt, tags) for prompt, mark in zip(prompts, known, strict=True)]
-        texts = [completion_text(completion) for completion in completions]
-        return [
-            score((mark if mark in marks else "") + text) for mark, text in zip(opened, texts, strict=True)
+        ends = columns.get("prompt_tags") or ["" for _ in prompts]
+        begun = [
+            _begun(end or (prompt if isinstance(prompt, str) else ""), marks)
+            for prompt, end in zip(prompts, ends, strict=True)
         ]
+        texts = [completion_text(completion) for completion in completions]
+        return [score(start + text) for start, text in zip(begun, texts, strict=True)]
 
     return reward
 
 
-def _opened_by(prompt: Any, tags: Sequence[str]) -> str:
-    """The opening tag that a prompt of plain text ends in; "" for none."""
-    text = prompt.rstrip() if isinstance(prompt, str) else ""
-    return next((f"<{tag}>" for tag in tags if text.endswith(f"<{tag}>")), "")
+def _begun(prompt: str, marks: Sequence[str]) -> str:
+    """The marks that a prompt ends in, with nothing but space between and behind them, as far as they begin a
+    completion: empty blocks, then an opening tag at most."""
+    begun: list[str] = []
+    rest = prompt.rstrip()
+    while mark := next((mark for mark in marks if rest.endswith(mark)), ""):
+        begun.insert(0, mark)
+        rest = rest[: -len(mark)].rstrip()
+    *pairs, last = begun or [""]
+    if last.startswith("</"):
+        pairs, last = begun, ""
+    whole = [(a, b) for a, b in zip(pairs[::2], pairs[1::2]) if b == a.replace("<", "</", 1)]
+    return "".join(begun) if 2 * len(whole) == len(pairs) else last
 
 
 def _in_order(marks: Sequence[str], text: str) -> int:

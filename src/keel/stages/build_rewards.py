@@ -18,7 +18,7 @@ from keel.config.rewards import (
     RewardTerm,
     SimilarityTerm,
 )
-from keel.data.chat import opened_thought
+from keel.data.chat import prompt_tags
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
@@ -278,8 +278,8 @@ def batch_of(
     words, so nothing is decoded."""
     texts = [text_of(tokenizer, c) if as_text else "" for c in completions]
     names = dict.fromkeys(name for row in columns for name in row)
-    opened = [opened_thought(tokenizer, c.prompt_ids) if as_text else "" for c in completions]
-    more = {"opened_thought": opened} if any(opened) else {}
+    tags = [prompt_tags(tokenizer, c.prompt_ids) if as_text else "" for c in completions]
+    more = {"prompt_tags": tags} if any(tags) else {}
     return Batch(
         prompts,
         [_reply(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],

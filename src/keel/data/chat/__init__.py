@@ -25,7 +25,14 @@ from keel.data.chat.template import (
     template_facts,
     with_chat_template,
 )
-from keel.data.chat.text import completion_text, opened_thought, prompt_text, reply_text, user_text
+from keel.data.chat.text import (
+    completion_text,
+    opened_thought,
+    prompt_tags,
+    prompt_text,
+    reply_text,
+    user_text,
+)
 from keel.data.chat.turns import (
     TextRow,
     completion_ids,
@@ -57,6 +64,7 @@ __all__ = [
     "opened_tag",
     "opened_thought",
     "prompt_ids",
+    "prompt_tags",
     "prompt_text",
     "reply_end",
     "reply_text",

@@ -150,7 +150,9 @@ def _within_limits(
                 return rendered(template)
     except _TooLong as error:
         line = _line(error)
-        raise UsageError(f"the chat template takes more than {SECONDS:g} s over one conversation{line}") from None
+        raise UsageError(
+            f"the chat template takes more than {SECONDS:g} s over one conversation{line}"
+        ) from None
     except MemoryError as error:
         line = _line(error)
         raise UsageError(
@@ -280,5 +282,3 @@ def _memory(mebibytes: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
