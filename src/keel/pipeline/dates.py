@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from keel.data import chat
 from keel.pipeline.preflight import Sources

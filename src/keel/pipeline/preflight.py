@@ -230,7 +230,7 @@ class Sources:
             self._said = True
             self.say(
                 f"{name}: math-verify is not installed, so answers that are formulas are compared as text "
-                "(numbers, fractions, roots, sets and intervals by value); pip install math-verify"
+                "(numbers, fractions, roots, sets and intervals by value): pip install 'keel-rlhf[math]'"
             )
 
     def _config_of(self, stage: Stage, setting: str, source: str) -> Any:

@@ -36,32 +36,6 @@ _NO_UNIT = {  # words behind a number that make another thing of it
     *("or", "and", "to", "of", "is", "not", "plus", "minus", "times", "over", "per"),
     *("i", "e", "x", "y", "z", "n", "k", "pi", "sqrt", "infty", "emptyset"),
 }
-_UNIT = frozenset(
-    [
-        "or",
-        "and",
-        "to",
-        "of",
-        "is",
-        "not",
-        "plus",
-        "minus",
-        "times",
-        "over",
-        "per",
-        "i",
-        "e",
-        "x",
-        "y",
-        "z",
-        "n",
-        "k",
-        "pi",
-        "sqrt",
-        "infty",
-        "emptyset",
-    ]
-)
 _POWER = r"(?:\^?\{?-?\d\}?)?"
 _UNIT = re.compile(r"(?:[\d)}]|\\pi)(?:\s+(?=[A-Za-z°µ])|\s*(?=°))")  # where one may begin
 _UNIT_WORD = re.compile(rf"[A-Za-z°µ]+\.?{_POWER}(?:[/*·][A-Za-z]+{_POWER})*|[/*·]")

@@ -111,7 +111,7 @@ def _regex(first: Mapping[str, Any], parent: Connection) -> Any:
 def _math(first: Mapping[str, Any], parent: Connection) -> Any:
     try:
         from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
-    except Exception as error:
+    except (ImportError, Exception) as error:  # it is optional; a broken one may raise anything
         raise UsageError(f"math-verify cannot be imported: {type(error).__name__}: {error}") from None
 
     def handle(request: bytes) -> None:
