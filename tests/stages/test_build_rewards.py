@@ -409,7 +409,8 @@ def test_a_row_that_makes_a_reward_fail_is_left_out_of_training(
     rows.write_text("".join(json.dumps({"prompt": "the cat?", "answer": a}) + "\n" for a in answers))
     stage = {
         "kind": "grpo", "model": str(tiny_model), "reward": [{"kind": "answer"}], "batch_size": 4,
-        "updates": 1, "samples_per_prompt": 2, "sampling": {"max_new_tokens": 4}, "data": {"source": str(rows)},
+        "updates": 1, "samples_per_prompt": 2, "sampling": {"max_new_tokens": 4},
+        "data": {"source": str(rows)},
     }  # fmt: skip
     with pytest.raises(UsageError, match=r"rows\.jsonl:3: .*is blank"):
         run({"stages": {"s": stage}}, tmp_path / "run")

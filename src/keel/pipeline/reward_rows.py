@@ -7,6 +7,7 @@ reply, which a policy may write too. A row on which a reward must fail is found 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -206,7 +207,8 @@ def _tried(
 
 def _distinct(records: Sequence[Record], rows: Sequence[int], columns: Sequence[str]) -> list[int]:
     """The first row of each set of values of these columns."""
-    first: dict[str, int] = {}
+    first: dict[bytes, int] = {}
     for index in rows:
-        first.setdefault(repr([records[index].columns.get(name) for name in columns]), index)
+        values = repr([records[index].columns.get(name) for name in columns])
+        first.setdefault(hashlib.blake2b(values.encode("utf-8", "replace"), digest_size=16).digest(), index)
     return list(first.values())

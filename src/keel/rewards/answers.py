@@ -82,6 +82,8 @@ def problem(reference: str) -> str:
     if not reference.strip():
         return "is blank"
     text = reference_of(reference)
+    if re.fullmatch(r"\s*-?\d{1,30}\s*", text):  # most are
+        return ""
     shown = repr(text if len(text) <= 40 else text[:39] + "…")
     cleaned = plain(text)
     if not cleaned:

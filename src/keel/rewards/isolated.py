@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from keel.errors import RewardError, UsageError
+from keel.errors import KeelError, RewardError, UsageError
 from keel.rewards.loading import Signature
 
 TIMEOUT = 600.0  # seconds that an import or a call may take where nothing else is said
@@ -62,7 +62,7 @@ class Process:
             theirs.close()
             os.close(read_end)
         self._child, self._pipe = child, Connection(ours.detach())
-        self._end = weakref.finalize(self, _killed, child, self._pipe, write_end)
+        self._end = weakref.finalize(self, _killed, os.getpid(), child, self._pipe, write_end)
         answer = self._answer(self.send(self.first), "to be imported")
         if "refused" in answer:
             self.close()
@@ -109,6 +109,13 @@ class Process:
         except (ValueError, MemoryError):
             self.close()
             how = "wrote to what keel and its process talk over"
+        except KeelError:
+            raise
+        except (
+            BaseException
+        ):  # an interrupt: the answer that is still to come is no answer to the next request
+            self.close()
+            raise
         raise RewardError(f"reward {self.name!r} {how} ({what})") from None
 
     def _how_it_ended(self) -> str:
@@ -156,7 +163,9 @@ class IsolatedFunction:
         return self.process.ask(dict(arguments), f"on {samples} samples")
 
 
-def _killed(child: subprocess.Popen[bytes], pipe: Connection, lifeline: int) -> None:
+def _killed(owner: int, child: subprocess.Popen[bytes], pipe: Connection, lifeline: int) -> None:
+    if os.getpid() != owner:  # a fork of keel's that ends: the process is its parent's
+        return
     with contextlib.suppress(OSError):
         pipe.close()
     with contextlib.suppress(ProcessLookupError, PermissionError):
