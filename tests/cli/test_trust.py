@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 import keel
-from keel.cli import consent, main
+from keel.cli import consent, main, sweep
 from keel.config import read
 from keel.errors import UsageError
 from keel.pipeline import trust
@@ -73,6 +73,19 @@ def test_a_script_that_runs_a_config_agrees(config: Path, tmp_path: Path) -> Non
     assert (tmp_path / "was_run").exists()
     assert f"{config} brings code of its own" in result.stderr
     assert not trust.is_trusted(config)
+
+
+def test_a_sweep_says_what_its_points_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Any) -> None:
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(sweep.Sweep, "run", stopped)
+    result = CliRunner().invoke(main.app, ["sweep", str(config), "--seeds", "0,1", "--runs", str(tmp_path)])
+    assert str(result.exception) == "far enough"
+    assert f"judge: reward {config.parent}/mine.py:f" in result.stderr
+    assert not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize(

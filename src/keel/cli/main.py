@@ -253,15 +253,17 @@ def sweep(
         str | None, typer.Option("--name", help="Name of the sweep; default: the config's, -sweep.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Points that run at the same time.")] = 1,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run CONFIG over settings and seeds. Points share stages that no setting changes; what is done is
     skipped."""
-    from keel.cli import sweep
+    from keel.cli import consent, sweep
     from keel.report import sweeps
 
     place = _place(config)
     directory, points = sweep.points(place, settings or [], sweep.seeds_of(seeds), runs, name, say)
+    consent.to_run(place, points[0].pipeline.config, trust)
     facts = sweep.Sweep(place, directory, points, jobs, say).run()
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=2))
