@@ -31,6 +31,9 @@ def leaves(completions, **_): sys.exit(3)
 def leaves_at_once(completions, **_): os._exit(4)
 def interrupts(completions, **_): raise KeyboardInterrupt
 def generator_exit(completions, **_): raise GeneratorExit
+class Own(BaseException): pass
+
+def own(completions, **_): raise Own("mine")
 def crashes(completions, **_): ctypes.string_at(0)
 def aborts(completions, **_): os.abort()
 def hangs(completions, **_): time.sleep(60)
@@ -107,6 +110,7 @@ def test_what_it_does_to_its_process_it_does_to_no_other(isolated: Any, name: st
         ("leaves_at_once", "left its process with exit code 4"),
         ("interrupts", "raised KeyboardInterrupt"),
         ("generator_exit", "raised GeneratorExit"),
+        ("own", "raised Own: mine .*sample 0"),
         ("crashes", "crashed: its process was ended by SIGSEGV"),
         ("aborts", "ended by SIGABRT"),
         ("kills_itself", "ended by SIGKILL"),
@@ -140,6 +144,7 @@ def test_a_call_that_never_ends_is_stopped_also_inside_c(isolated: Any, name: st
     ("source", "message", "error"),
     [
         ("import nowhere_at_all", "cannot be imported: ModuleNotFoundError", UsageError),
+        ("raise BaseException('no')", "cannot be imported: BaseException: no", UsageError),
         ("raise SystemExit(1)", "cannot be imported: SystemExit: 1", UsageError),
         ("import os; os._exit(5)", "left its process with exit code 5", RewardError),
         ("import time; time.sleep(60)", "took more than 1 s to be imported", RewardError),
@@ -184,7 +189,11 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("error", [SystemExit(2), GeneratorExit(), RecursionError("deep")])
+class Own(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), GeneratorExit(), RecursionError("deep"), Own()])
 def test_within_keel_s_process_an_exit_is_an_error_too(error: BaseException) -> None:
     def mine(completions: list[str]) -> list[float]:
         raise error

@@ -19,7 +19,7 @@ from keel.data.chat import user_text
 from keel.errors import RewardError, UsageError
 from keel.rewards import worker
 from keel.rewards.isolated import IsolatedFunction
-from keel.rewards.loading import ANYTHING, Signature, kind
+from keel.rewards.loading import Signature, kind
 from keel.types import Conversation, Prompt
 
 RESERVED = ("prompts", "completions", "completion_ids")  # arguments that a data's column gives way to
@@ -57,7 +57,7 @@ def call(
         values = worker.run(function, copy.deepcopy(accepted))
     except UsageError as error:
         raise UsageError(f"reward {name!r}: {error}") from error
-    except ANYTHING as error:
+    except BaseException as error:
         if _is_a_persons(error):
             raise
         at = worker.blamed(lambda i: worker.run(function, _one(accepted, i)), len(prompts))
@@ -94,7 +94,10 @@ class _Strange:
 
 
 def _is_a_persons(error: BaseException) -> bool:
-    """Whether an interrupt may be a person's Ctrl-C: only where Python turns that into one."""
+    """Whether an interrupt may be a person's Ctrl-C: the command's own, or where Python turns that into
+    one."""
+    if not isinstance(error, Exception) and type(error).__module__.partition(".")[0] == "keel":
+        return True
     python_s = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     main = threading.current_thread() is threading.main_thread()
     return isinstance(error, KeyboardInterrupt) and python_s and main

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ class Process:
         self.name, self.first, self.timeout = name, dict(first), timeout
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._lock = threading.Lock()  # one request at a time
         self._end: Callable[[], Any] = lambda: None
 
     def start(self) -> dict[str, Any]:
@@ -88,13 +90,15 @@ class Process:
 
     def ask(self, request: Any, what: str) -> dict[str, Any]:
         """The answer to a request. RewardError, with the reward's name, where none comes."""
-        return self._answer(self.send(request), what)
+        with self._lock:
+            return self._answer(self.send(request), what)
 
     def stream(self, request: Sequence[Any], late: Callable[[int], str]) -> list[dict[str, Any]]:
         """As many answers as the request is long, each within the limit. late: what is said of the one that
         is not."""
-        pipe = self.send(request)
-        return [self._answer(pipe, "", late=lambda i=i: late(i)) for i in range(len(request))]
+        with self._lock:
+            pipe = self.send(request)
+            return [self._answer(pipe, "", late=lambda i=i: late(i)) for i in range(len(request))]
 
     def _answer(self, pipe: Connection, what: str, late: Callable[[], str] | None = None) -> dict[str, Any]:
         try:

@@ -37,6 +37,11 @@ def main(descriptor: int, lifeline: int) -> None:
     except UsageError as error:
         _say(parent, {"refused": str(error)})
         return
+    except BaseException as error:
+        where, name = first.get("where", "reward"), first.get("function", "")
+        reason = f"{type(error).__name__}: {_text(error)}"
+        _say(parent, {"refused": f"{where}: {name} cannot be imported: {reason}"})
+        return
     _say(parent, answer)
     while True:
         try:
@@ -59,7 +64,7 @@ def blamed(call: Callable[[int], Any], samples: int) -> int | None:
     for index in range(samples):
         try:
             call(index)
-        except ANYTHING:
+        except BaseException:
             return index
     return None
 
@@ -76,7 +81,7 @@ def _function(first: Mapping[str, Any], parent: Connection) -> Any:
     def handle(request: bytes) -> None:
         try:
             values = run(function, pickle.loads(request))
-        except ANYTHING as error:
+        except BaseException as error:  # of whatever kind: nothing else is done in this process
             if os.getpid() != own:
                 os._exit(1)
             arguments = pickle.loads(request)
