@@ -340,6 +340,23 @@ def schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
 
+@app.command("import-config")
+def import_config(
+    method: Annotated[str, typer.Argument(help="TRL's trainer: sft, reward, dpo, kto, grpo or rloo.")],
+    file: Annotated[Path, typer.Argument(help="What `trl METHOD --config FILE` reads.")],
+) -> None:
+    """Print a TRL config as a keel config, with notes on what differs."""
+    import yaml
+
+    from keel.config import importing
+    from keel.config.reading import read_mapping
+
+    found = importing.from_trl(read_mapping(file), method)
+    for note in found.notes:
+        say(f"keel: note: {note}")
+    print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
+
+
 @app.command()
 def doctor(
     model: Annotated[
