@@ -108,6 +108,21 @@ def _interrupt(number: int, frame: object) -> None:
     raise _Interrupted
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"keel {keel.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The whole RLHF pipeline on one machine."""
+
+
 @app.command()
 def run(
     config: ConfigArgument,
