@@ -32,9 +32,7 @@ def _clock(left: float | None) -> str:
         return now
     minutes, seconds = divmod(round(left), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{now}, {hours}:{minutes:02}:{seconds:02} left" if hours else f"{now}, {minutes}:{seconds:02} left"
-    )
+    return f"{now}, {f'{hours}:{minutes:02}' if hours else minutes}:{seconds:02} left"
 
 
 def in_notebook() -> bool:
