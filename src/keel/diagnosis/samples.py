@@ -236,7 +236,7 @@ CHECKS = (
         nothing_rewarded,
         "no response ever meets what the reward asks for (its form, its tags, its answer), or all do",
         "score a few of the run's samples by hand; show the form in the prompt, train it by sft first, or "
-        "give points for parts of it. What was learned is what shaping.missing_stop_penalty and the KL ask for",
+        "give points for parts of it; only shaping.missing_stop_penalty and the KL have taught anything",
     ),
     Check(
         "length_drift",
