@@ -90,6 +90,9 @@ def _as_date(value: object) -> object:
     return value
 
 
+Switch = bool | Literal["on", "off"]
+
+
 def _as_switch(value: object) -> object:
     """YAML reads a bare on or off as a boolean."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -98,7 +101,7 @@ def _as_switch(value: object) -> object:
 class RunConfig(Settings):
     """A whole run."""
 
-    _accel = field_validator("accel", mode="before")(_as_switch)
+    _accel = field_validator("accel", mode="before", json_schema_input_type=Switch)(_as_switch)
     _date = field_validator("date", mode="before")(_as_date)
 
     name: str = Field(
