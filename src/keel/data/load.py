@@ -14,6 +14,7 @@ from keel import worlds
 from keel.data import files, records
 from keel.data.batches import derive_seed, permutation
 from keel.data.rewriting import Rewriter, with_system
+from keel.data.values import nearest
 from keel.errors import DataError, UsageError
 from keel.types import Conversation, DataSource, Record, RecordType, TextRecord
 
@@ -296,7 +297,7 @@ def _guess(name: str, row: Mapping[str, Any]) -> str | None:
     """The column of the row that is probably meant by keel's `name`."""
     lowered = {str(key).lower(): str(key) for key in row if key not in _ALIASES}
     alias = next((lowered[alias] for alias in _ALIASES.get(name, ()) if alias in lowered), None)
-    close = records.nearest(name, lowered)
+    close = nearest(name, lowered)
     return alias or (lowered[close] if close else None)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keel.data import records
 from keel.data.files import RawRow
+from keel.data.values import nearest
 from keel.errors import DataError
 from keel.types import Conversation, DataSource, Message, Record, TextRecord
 
@@ -88,7 +88,7 @@ def _renamed(origin: str, row: dict[str, Any] | DataError, columns: Mapping[str,
         return origin, row
     for ours, theirs in columns.items():
         if theirs not in row:
-            close = records.nearest(theirs, row)
+            close = nearest(theirs, row)
             hint = f'; did you mean "{close}"?' if close else ""
             reason = f'`columns` takes "{ours}" from "{theirs}", which the row does not have'
             return origin, DataError(f"{origin}: {reason}; it has {', '.join(map(str, row))}{hint}")
