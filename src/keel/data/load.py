@@ -13,6 +13,7 @@ from typing import Any
 from keel import worlds
 from keel.data import files, records
 from keel.data.batches import derive_seed, permutation
+from keel.data.identity import RowKeys
 from keel.data.rewriting import Rewriter, with_system
 from keel.data.values import nearest
 from keel.errors import DataError, UsageError
@@ -42,6 +43,7 @@ class Dataset:
     skipped: int  # bad rows that were left out
     skipped_reasons: tuple[str, ...]  # of the first few
     sources: tuple[str, ...]  # each source in a few words
+    keys: RowKeys  # which of the records are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +103,14 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
         skipped=len(reasons),
         skipped_reasons=tuple(reasons[:_REASONS_KEPT]),
         sources=tuple(_line(part, kind, len(taken), len(parts) > 1) for part, taken in zip(parts, drawn)),
+        keys=RowKeys.of(everything),
     )
 
 
 def summary(dataset: Dataset) -> str:
     """One line: "3,487 rows · preference, standard · hh/helpful.jsonl · 2 skipped"."""
     parts = [f"{len(dataset.records):,} rows", described(dataset), " + ".join(dataset.sources)]
+    parts += dataset.keys.repeats().describe(dataset.kind)
     return " · ".join([*parts, f"{dataset.skipped:,} skipped"] if dataset.skipped else parts)
 
 

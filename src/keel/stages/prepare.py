@@ -12,7 +12,9 @@ from torch import nn
 import keel
 from keel.config import DataConfig, LoraConfig, ModelConfig, Supervised, Training
 from keel.data import chat
-from keel.data.batches import derive_seed, split_holdout
+from keel.data.batches import derive_seed
+from keel.data.holdout import hold_out
+from keel.data.identity import shared
 from keel.data.load import Dataset
 from keel.errors import DataError, UsageError
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
@@ -78,14 +80,25 @@ def train_and_eval(
 ) -> tuple[Dataset, list[Record], list[Record]]:
     """The data set, and its rows to train on and to evaluate on."""
     dataset = read(stage_run, config.data, accept)
+    repeats = dataset.keys.repeats()
+    stage_run.facts |= {
+        "prompts": repeats.prompts,
+        "duplicate_rows": repeats.duplicates,
+        "contradictions": repeats.contradictions,
+    }
     if config.eval_data is not None:
-        return (
-            dataset,
-            list(dataset.records),
-            list(read(stage_run, config.eval_data, (dataset.kind,)).records),
-        )
-    kept, held_out = split_holdout(len(dataset.records), config.holdout, stage_run.seed)
-    return dataset, [dataset.records[i] for i in kept], [dataset.records[i] for i in held_out]
+        evaluated = read(stage_run, config.eval_data, (dataset.kind,))
+        stage_run.facts["held_out_seen"] = shared(evaluated.keys.prompts, dataset.keys.prompts)
+        return dataset, list(dataset.records), list(evaluated.records)
+    split = hold_out(
+        dataset.records, dataset.keys, config.holdout, stage_run.seed, config.group, f"{stage_run.name}: "
+    )
+    stage_run.facts["held_out_seen"] = 0  # by the way they are chosen
+    return (
+        dataset,
+        [dataset.records[i] for i in split.train],
+        [dataset.records[i] for i in split.held_out],
+    )
 
 
 def limit_of(config: Training, stage_run: StageRun, source: ModelSource) -> int | None:
