@@ -145,7 +145,7 @@ def _contradicting(stage_run: StageRun, keys: Mapping[str, RowKeys]) -> set[int]
     twice = {int(key) for key in texts[labels > 1]}
     duplicates = sum(of_label.repeats().duplicates for of_label in keys.values())
     stage_run.facts |= {
-        "prompts": len(texts),
+        "distinct_prompts": len(texts),
         "duplicate_rows": duplicates,
         "contradictions": len(twice),
     }

@@ -82,7 +82,7 @@ def train_and_eval(
     dataset = read(stage_run, config.data, accept)
     repeats = dataset.keys.repeats()
     stage_run.facts |= {
-        "prompts": repeats.prompts,
+        "distinct_prompts": repeats.prompts,
         "duplicate_rows": repeats.duplicates,
         "contradictions": repeats.contradictions,
     }
@@ -163,10 +163,36 @@ class TooLong:
         self.stage_run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
 
 
-def encode_all(stage_run: StageRun, records: Sequence[Record], encode: Callable[[Record], Any]) -> list[Any]:
-    """Encode every record; None results (left out) are dropped. DataError when nothing is left."""
+@dataclass
+class EqualPairs:
+    """Counts pairs whose sides are the same tokens: they teach nothing, and are left out."""
+
+    stage_run: StageRun
+    count: int = 0
+
+    def differ(self, chosen: Sequence[int], rejected: Sequence[int]) -> bool:
+        """Whether the sides differ, as the model reads them: after tokenising and cutting."""
+        equal = list(chosen) == list(rejected)
+        self.count += equal
+        return not equal
+
+    def report(self) -> None:
+        """Say how many pairs were left out, and record it in the stage's facts."""
+        if self.count:
+            what = "pair" if self.count == 1 else "pairs"
+            self.stage_run.say(
+                f"{self.stage_run.name}: {self.count:,} {what} left out, whose sides are the same tokens"
+            )
+        self.stage_run.facts["equal_pairs"] = self.count
+
+
+def encode_all(
+    stage_run: StageRun, records: Sequence[Record], encode: Callable[[Record], Any], *, needed: bool = True
+) -> list[Any]:
+    """Encode every record; None results (left out) are dropped. DataError when nothing is left and the rows
+    are `needed`, as those to train on are."""
     rows = [row for row in map(encode, records) if row is not None]
-    if records and not rows:
+    if records and not rows and needed:
         raise DataError(f"stage {stage_run.name!r}: no usable row is left of {len(records)}")
     return rows
 
