@@ -144,6 +144,7 @@ def test_the_line_says_which_stages_train_on_what_is_judged(tmp_path: Path, tiny
             "models": ["dpo"],
             "reward": [{"kind": "length", "high": 9}],
             "data": asked,
+            "sampling": {"max_new_tokens": 6},
         },
     }
     said = lines(tmp_path, **stages)["judge"]

@@ -13,8 +13,10 @@ from typing import Any
 from keel import worlds
 from keel.data import files, records
 from keel.data.batches import derive_seed, permutation
+from keel.data.formats import Conversion
 from keel.data.identity import RowKeys
-from keel.data.rewriting import Rewriter, with_system
+from keel.data.rewriting import Rewriter, renamed, with_system
+from keel.data.unread import UnreadKeys
 from keel.data.values import nearest
 from keel.errors import DataError, UsageError
 from keel.types import Conversation, DataSource, Record, RecordType, TextRecord
@@ -54,6 +56,7 @@ class _Part:
     natural: RecordType  # the type its rows have by themselves
     records: tuple[Record, ...]
     reasons: tuple[str, ...]  # one for each skipped row
+    notes: tuple[str, ...]  # what else is worth a word: a format, columns and keys that are not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class _StartedSource:
     kinds: tuple[RecordType, ...]  # the accepted types its rows can be read as
     rows: Iterator[files.RawRow]
     rewriter: Rewriter  # that the rows go through
+    conversion: Conversion  # that they go through before
 
 
 def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int) -> Dataset:
@@ -142,6 +146,7 @@ def fingerprint(sources: Sequence[DataSource]) -> str:
 
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
+        add(source.format, source.pairs, source.ties, source.strict)
         add(sorted((key, repr(value)) for key, value in source.options.items()))
         add(
             source.system,
@@ -252,8 +257,9 @@ def _hub(source: DataSource) -> Iterable[Any]:
 
 def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
-    rewriter = Rewriter(source)
-    rows = (rewriter(origin, row) for origin, row in _rows(source, seed))
+    rewriter, conversion = Rewriter(source), Conversion(source, accept)
+    named = (renamed(origin, row, source.columns) for origin, row in _rows(source, seed))
+    rows = (rewriter(origin, row) for origin, row in conversion(named))
     passed: list[files.RawRow] = []
     first_reason = ""
     for origin, row in rows:
@@ -262,14 +268,17 @@ def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Star
             kinds: tuple[RecordType, ...] = tuple(kind for kind in accept if kind in possible)
             if kinds:
                 rest = itertools.chain(passed, [(origin, row)], rows)
-                return _StartedSource(source, possible[0], kinds, rest, rewriter)
+                return _StartedSource(source, possible[0], kinds, rest, rewriter, conversion)
             row = _unusable(origin, row, accept)
         if source.on_bad == "error":
             raise row
         first_reason = first_reason or str(row)
         passed.append((origin, row))
     if not passed:
-        raise DataError(f"{source.source} holds no rows")
+        line = conversion.line()
+        raise DataError(
+            f"{source.source}: no row is left ({line})" if line else f"{source.source} holds no rows"
+        )
     raise DataError(f"{source.source}: all {len(passed):,} rows are bad; the first: {first_reason}")
 
 
@@ -318,21 +327,25 @@ def _parse_all(started: _StartedSource, kind: RecordType) -> _Part:
     source = started.source
     good: list[Record] = []
     reasons: list[str] = []
+    unread = UnreadKeys(source, kind)
     for origin, row in started.rows:
-        if source.rows is not None and len(good) >= source.rows:
-            break
         try:
             if isinstance(row, DataError):
                 raise row
-            good.append(with_system(records.parse(row, kind, origin), source.system))
+            record = with_system(records.parse(row, kind, origin), source.system)
+            unread.count(record, origin)
+            good.append(record)
         except DataError as error:
             if source.on_bad == "error":
                 raise
             reasons.append(str(error))
+        if len(good) == source.rows:
+            break
     if not good:
         raise DataError(f"{source.source}: all {len(reasons):,} rows are bad; the first: {reasons[0]}")
     started.rewriter.check()
-    return _Part(source, started.natural, tuple(good), tuple(reasons))
+    notes = [started.conversion.line(), *unread.notes()]
+    return _Part(source, started.natural, tuple(good), tuple(reasons), tuple(filter(None, notes)))
 
 
 def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
@@ -374,9 +387,7 @@ def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:
     if part.natural != kind:
         used = "chosen side" if part.natural == "preference" and kind == "demonstration" else kind
         notes.append(f"{used} of {_type(part.natural)} rows")
-    if strange := records.unknown_turn_keys(part.records):
-        counted = ", ".join(f'"{key}" in {count:,}' for key, count in strange.items())
-        notes.append(f"keys that keel does not know, which the chat template is given: {counted} turns")
+    notes += part.notes
     name = _short(part.source.source)
     return f"{name} ({', '.join(notes)})" if notes else name
 

@@ -243,7 +243,7 @@ def _value(row: Mapping[str, Any], name: str) -> str | Conversation:
 
 
 def unknown_turn_keys(rows: Iterable[Record]) -> dict[str, int]:
-    """How many turns have each key that keel does not know. Templates are given those, too."""
+    """How many turns have each key that keel does not know, by name. Templates are given those, too."""
     known = {*Message.__annotations__, "role", "content"}
     parts = (
         getattr(row, name, ())
