@@ -12,12 +12,12 @@ from typing import Any
 
 from keel import worlds
 from keel.data import files, records
+from keel.data.advice import name_of, unusable
 from keel.data.batches import derive_seed, permutation
 from keel.data.formats import Conversion
 from keel.data.identity import RowKeys
 from keel.data.rewriting import Rewriter, renamed, with_system
 from keel.data.unread import UnreadKeys
-from keel.data.values import nearest
 from keel.errors import DataError, UsageError
 from keel.types import Conversation, DataSource, Record, RecordType, TextRecord
 
@@ -25,14 +25,6 @@ _WORLD = "world:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_OPTIONS = ("name", "revision", "data_dir")
 _REASONS_KEPT = 5
-_ALIASES = {  # what other data sets call keel's columns
-    "text": ("content", "body", "document", "story"),
-    "prompt": ("question", "instruction", "query", "input", "problem"),
-    "completion": ("answer", "response", "output", "reply", "solution"),
-    "chosen": ("accepted", "preferred", "better", "winner", "response1", "response_a", "response_0"),
-    "rejected": ("dispreferred", "worse", "loser", "response2", "response_b", "response_1"),
-    "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +261,7 @@ def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Star
             if kinds:
                 rest = itertools.chain(passed, [(origin, row)], rows)
                 return _StartedSource(source, possible[0], kinds, rest, rewriter, conversion)
-            row = _unusable(origin, row, accept)
+            row = unusable(origin, row, accept)
         if source.on_bad == "error":
             raise row
         first_reason = first_reason or str(row)
@@ -280,38 +272,6 @@ def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Star
             f"{source.source}: no row is left ({line})" if line else f"{source.source} holds no rows"
         )
     raise DataError(f"{source.source}: all {len(passed):,} rows are bad; the first: {first_reason}")
-
-
-def _unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) -> DataError:
-    """What was found, what is wanted, what is missing and how to rename."""
-    readable = records.readable_as(row)
-    form = f"{_type(readable[0])} row" if readable else "row of no known type"
-    wanted = " or ".join(
-        f"{_type(kind)} ({' or '.join(', '.join(group) for group in records.COLUMNS[kind])})"
-        for kind in accept
-    )
-    message = f"{origin}: a {form} (columns: {', '.join(map(str, row)) or 'none'}); wanted: {wanted}"
-    groups = [group for kind in accept for group in records.COLUMNS[kind]]
-    guesses = [{name: _guess(name, row) for name in group if name not in row} for group in groups]
-    if {} in guesses:  # only unpaired rows have all columns of a type that they may not be used as
-        return DataError(
-            f"{message}. Rows with a `label` show bad completions too, which must not be imitated"
-        )
-    closest = min(guesses, key=lambda guess: list(guess.values()).count(None))
-    renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
-    return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
-
-
-def _type(kind: RecordType) -> str:
-    return records.describe(kind, False).partition(",")[0]
-
-
-def _guess(name: str, row: Mapping[str, Any]) -> str | None:
-    """The column of the row that is probably meant by keel's `name`."""
-    lowered = {str(key).lower(): str(key) for key in row if key not in _ALIASES}
-    alias = next((lowered[alias] for alias in _ALIASES.get(name, ()) if alias in lowered), None)
-    close = nearest(name, lowered)
-    return alias or (lowered[close] if close else None)
 
 
 def _common_kind(started: Sequence[_StartedSource], accept: Sequence[RecordType]) -> RecordType:
@@ -386,7 +346,7 @@ def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:
         notes.append(f"{taken:,} rows" if taken == total else f"{taken:,} of {total:,} rows")
     if part.natural != kind:
         used = "chosen side" if part.natural == "preference" and kind == "demonstration" else kind
-        notes.append(f"{used} of {_type(part.natural)} rows")
+        notes.append(f"{used} of {name_of(part.natural)} rows")
     notes += part.notes
     name = _short(part.source.source)
     return f"{name} ({', '.join(notes)})" if notes else name

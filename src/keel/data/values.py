@@ -103,9 +103,10 @@ def share_of_votes(row: Mapping[str, Any], votes: Sequence[Vote]) -> float | Non
     return given if share is None else share
 
 
-def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """The name among `known` that `word` was probably meant to be, if any is close."""
-    return next(iter(difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)), None)
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any], cutoff: float = 0.6) -> str | None:
+    """The name among `known` that `word` was probably meant to be, if one is close: `cutoff` is in [0, 1]."""
+    close = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=cutoff)
+    return next(iter(close), None)
 
 
 def is_list(value: object) -> bool:
