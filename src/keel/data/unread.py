@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from keel.data.conversations import PICTURES, SETTINGS
 from keel.data.records import COLUMNS, OPTIONAL_COLUMNS, unknown_turn_keys
 from keel.data.values import nearest
 from keel.errors import DataError
@@ -12,7 +13,7 @@ from keel.types import DataSource, Message, Record, RecordType
 
 _NAMED = 5  # so many names are said
 # what a row may have beside the columns of its type: they are looked at elsewhere
-_ELSEWHERE = ("source", "group", "tools", "chat_template_kwargs", *OPTIONAL_COLUMNS)
+_ELSEWHERE = ("source", "group", *SETTINGS, *PICTURES, *OPTIONAL_COLUMNS)
 
 
 @dataclass(slots=True)

@@ -52,13 +52,13 @@ def readable_from(kind: RecordType) -> tuple[RecordType, ...]:
 
 def of_source(source: DataSource) -> Format | None:
     """The format that a source names. UsageError for an unknown name, or settings without effect."""
-    if source.pairs:
-        if source.format is not None:
-            raise UsageError(
-                f"{source.source}: `pairs` and `format` both say how rows are judged: give one of them"
-            )
-        return labelled(source.pairs)
+    if source.pairs and source.format is not None:
+        raise UsageError(
+            f"{source.source}: `pairs` and `format` both say how rows are judged: give one of them"
+        )
     try:
+        if source.pairs:
+            return labelled(source.pairs)
         return FORMATS.get(known_format(source.format)) if source.format is not None else None
     except ValueError as error:
         raise UsageError(f"{source.source}: {error}") from None

@@ -13,7 +13,13 @@ KEYS = ("first", "second", "label", "first_wins", "second_wins", "ties")
 
 def labelled(settings: Mapping[str, Any]) -> Format:
     """settings: `first`, `second` and `label` name columns; `first_wins`, `second_wins` and `ties` list the
-    label's values. A value that is in none of them is an error."""
+    label's values. A value in none of them is a bad row. ValueError for settings that are not these."""
+    odd = next((key for key in settings if key not in KEYS), None)
+    if odd is not None:
+        raise ValueError(f"`pairs` has no key {odd!r}; it has {', '.join(KEYS)}")
+    missing = next((key for key in KEYS[:-1] if not settings.get(key)), None)
+    if missing is not None:
+        raise ValueError(f"`pairs` needs `{missing}`")
     first, second, label = (settings[name] for name in ("first", "second", "label"))
     better = {
         _key(value): sign
