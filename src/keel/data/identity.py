@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keel.types import Conversation, PreferenceRecord, Record, RecordType, TextRecord, UnpairedRecord
+from keel.types import (
+    Conversation,
+    DemonstrationRecord,
+    PreferenceRecord,
+    Record,
+    RecordType,
+    TextRecord,
+    UnpairedRecord,
+)
 
 _PART, _TURN = "\x1f", "\x1e"  # between the parts of what is hashed
 
@@ -87,35 +95,34 @@ def keys_of(record: Record) -> tuple[int, int, int]:
     prompt = prompt_key(record)
     if isinstance(record, TextRecord):
         return prompt, _hash(_whole(record.text)), 0
-    parts = [
-        _whole(getattr(record, name))
-        for name in ("prompt", "completion", "chosen", "rejected")
-        if hasattr(record, name)
-    ]
     if isinstance(record, UnpairedRecord):
-        verdict = _hash(str(prompt), parts[1]) & ~1 | record.label
-        return prompt, _hash(*parts, str(record.label)), verdict
-    if not isinstance(record, PreferenceRecord):
-        return prompt, _hash(*parts), 0
-    votes = repr((record.p_chosen, record.margin, [(vote.annotator, vote.choice) for vote in record.votes]))
-    p_chosen = 1.0 if record.p_chosen is None else record.p_chosen
-    first, second = sorted(parts[1:])
-    better = parts[1] if p_chosen > 0.5 else parts[2]
-    verdict = 0 if p_chosen == 0.5 else _hash(str(prompt), first, second) & ~1 | (better == second)
-    return prompt, _hash(*parts, votes), verdict
+        reply = _hash(_whole(record.completion))
+        return prompt, _combined(prompt, reply, record.label), _combined(prompt, reply) & ~1 | record.label
+    if isinstance(record, PreferenceRecord):
+        chosen, rejected = _hash(_whole(record.chosen)), _hash(_whole(record.rejected))
+        votes = [(vote.annotator, vote.choice) for vote in record.votes]
+        row = _combined(prompt, chosen, rejected, record.p_chosen, record.margin, votes)
+        p_chosen = 1.0 if record.p_chosen is None else record.p_chosen
+        if p_chosen == 0.5:
+            return prompt, row, 0
+        better, (first, second) = chosen if p_chosen > 0.5 else rejected, sorted((chosen, rejected))
+        return prompt, row, _combined(prompt, first, second) & ~1 | (better == second)
+    reply = _hash(_whole(record.completion)) if isinstance(record, DemonstrationRecord) else 0
+    return prompt, _combined(prompt, reply), 0
 
 
 def prompt_key(record: Record) -> int:
     """A key of what the model is asked: the prompt, a conversation's turns before its first reply, or a plain
-    text as a whole. Whitespace counts as one space; a text and a user's only turn with that text are one
-    prompt."""
+    text as a whole. Whitespace does not count, and a text is the same as a user's only turn with it."""
     asked = record.text if isinstance(record, TextRecord) else record.prompt
     if not isinstance(asked, str) and isinstance(record, TextRecord):
         replies = (index for index, turn in enumerate(asked) if turn["role"] == "assistant")
         asked = asked[: next(replies, len(asked))]
     if not isinstance(asked, str) and len(asked) == 1 and asked[0]["role"] == "user":
         asked = asked[0]["content"]
-    return _hash(_spoken(asked))
+    if not isinstance(asked, str):
+        asked = _TURN.join(f"{turn['role']}{_PART}{turn['content']}" for turn in asked)
+    return _hash(asked, b" \t\n\r\x0b\x0c")
 
 
 def as_keys(values: array[int]) -> NDArray[np.uint64]:
@@ -128,13 +135,6 @@ def shared(rows: array[int], others: array[int]) -> int:
     return int(np.isin(as_keys(rows), as_keys(others)).sum())
 
 
-def _spoken(text: str | Conversation) -> str:
-    """What is said, without differences of whitespace."""
-    if isinstance(text, str):
-        return " ".join(text.split())
-    return _TURN.join(f"{turn['role']}{_PART}{' '.join(turn['content'].split())}" for turn in text)
-
-
 def _whole(text: str | Conversation) -> str:
     """Everything that the text or the turns say, keys of turns included."""
     return text if isinstance(text, str) else _TURN.join(_turn(turn) for turn in text)
@@ -144,6 +144,12 @@ def _turn(turn: Any) -> str:
     return _PART.join(f"{key}={turn[key]!r}" for key in sorted(turn))
 
 
-def _hash(*parts: str) -> int:
-    joined = _PART.join(parts).encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(joined, digest_size=8).digest(), "big")
+def _hash(text: str, without: bytes = b"") -> int:
+    """64 bits of a text, of which some bytes are passed over."""
+    content = text.encode("utf-8", "surrogatepass")
+    content = content.translate(None, without) if without else content
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
+
+
+def _combined(*parts: object) -> int:
+    return _hash(repr(parts))
