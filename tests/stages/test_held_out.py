@@ -216,9 +216,15 @@ def test_a_text_under_two_labels_is_never_held_out_and_equal_texts_stay_together
     assert (facts["distinct_prompts"], facts["duplicate_rows"], facts["contradictions"]) == (6, 2, 1)
 
 
-def test_a_label_of_nothing_but_texts_of_another_label_is_refused(stage_run: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="label 'home' has 0 texts that stand under no other label"):
-        texts_of(stage_run, tmp_path, ["a", "b", "c"], ["a", "b"])
+def test_texts_that_all_stand_under_two_labels_are_on_one_side_under_both(
+    stage_run: Any, tmp_path: Path
+) -> None:
+    for seed in range(8):
+        stage_run.seed = seed
+        train, held_out = texts_of(stage_run, tmp_path, ["a", "b", "c"], ["a", "b"], holdout=0.4)
+        assert not {*held_out["sea"], *held_out["home"]} & {*train["sea"], *train["home"]}
+        assert held_out["home"]
+        assert held_out["sea"]
 
 
 def test_texts_of_eval_data_that_are_trained_on_are_said(stage_run: Any, tmp_path: Path) -> None:

@@ -89,22 +89,22 @@ def _texts(
 ) -> tuple[dict[str, list[TextRecord]], dict[str, list[TextRecord]]]:
     """label → texts to train on, and to evaluate on. UsageError if a label has too few to hold one out.
 
-    A text that stands under two labels is trained on under both, and never held out: nobody knows which one
-    is right.
+    A text that stands under two labels is on one side under both, and is held out only where a label has no
+    other texts: nobody knows which label is right.
     """
     texts = {label: _read(config, stage_run, config.data[label]) for label in config.labels}
     keys = {label: RowKeys.of(texts_of_label) for label, texts_of_label in texts.items()}
     contradicting = _contradicting(stage_run, keys)
     if config.eval_data is not None:
         evaluated = {label: _read(config, stage_run, config.eval_data[label]) for label in config.labels}
-        every = array("Q", [key for of_label in keys.values() for key in of_label.rows])
-        seen = sum(shared(RowKeys.of(of_label).rows, every) for of_label in evaluated.values())
+        every = array("Q", [key for of_label in keys.values() for key in of_label.prompts])
+        seen = sum(shared(RowKeys.of(of_label).prompts, every) for of_label in evaluated.values())
         stage_run.facts["held_out_seen"] = seen
         if seen:
             stage_run.say(f"{stage_run.name}: {seen:,} texts of eval_data are trained on")
         return texts, evaluated
     stage_run.facts["held_out_seen"] = 0  # by the way they are chosen
-    trained, held_out = {}, {}
+    apart: set[int] = set()  # the keys of what is held out
     for label, texts_of_label in texts.items():
         if len(texts_of_label) < 2 and config.holdout > 0:
             joined = " (the paragraphs of a .txt file are one text)" if config.passages else ""
@@ -112,19 +112,22 @@ def _texts(
                 f"{stage_run.name}: label {label!r} has one text{joined}, of which none can be held "
                 "out; give more, `eval_data`, or `holdout: 0`"
             )
-        clear = [
-            text
-            for text, key in zip(texts_of_label, keys[label].rows, strict=True)
-            if key not in contradicting
-        ]
-        held_out[label] = _held_out(config, stage_run, label, clear)
-        if config.holdout > 0 and not held_out[label]:
-            raise UsageError(
-                f"{stage_run.name}: label {label!r} has {len(clear)} texts that stand under no other label, "
-                "too few to hold one out; give more, `eval_data`, or `holdout: 0`"
-            )
-        apart = {id(text) for text in held_out[label]}
-        trained[label] = [text for text in texts_of_label if id(text) not in apart]
+        of_label = keys[label].prompts
+        clear = [text for text, key in zip(texts_of_label, of_label, strict=True) if key not in contradicting]
+        if len(clear) > 1 or not apart & {*of_label}:
+            chosen = clear if len(clear) > 1 else texts_of_label
+            apart |= {*RowKeys.of(_held_out(config, stage_run, label, chosen)).prompts}
+    trained, held_out = (
+        {
+            label: [
+                text
+                for text, key in zip(texts_of_label, keys[label].prompts, strict=True)
+                if (key in apart) is wanted
+            ]
+            for label, texts_of_label in texts.items()
+        }
+        for wanted in (False, True)
+    )
     return trained, held_out
 
 
@@ -140,7 +143,7 @@ def _held_out(
 
 def _contradicting(stage_run: StageRun, keys: Mapping[str, RowKeys]) -> set[int]:
     """The keys of texts under two labels or more; counted, with the repeated ones, and said."""
-    each = [np.unique(as_keys(of_label.rows)) for of_label in keys.values()]
+    each = [np.unique(as_keys(of_label.prompts)) for of_label in keys.values()]
     texts, labels = np.unique(np.concatenate(each), return_counts=True)
     twice = {int(key) for key in texts[labels > 1]}
     duplicates = sum(of_label.repeats().duplicates for of_label in keys.values())
