@@ -16,6 +16,7 @@ from keel.accel.last_layer import last_layer_at
 from keel.algorithms.masked import at_least_float32, token_logp_and_entropy
 from keel.models.head import Head, capture_head_input, head_of
 from keel.models.precision import computing
+from keel.models.row_trial import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,10 +65,12 @@ def head_inputs(
     """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
 
     hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward;
-    without any, rows that begin alike are read as one.
+    without any, rows that begin alike are read as one. UsageError for a model that does not read rows beside
+    each other as it reads each alone.
     """
     head = head_of(model)
     with computing(model, ids.device):
+        check_rows(model)
         if head is not None:
 
             def given_to_head(**more: Tensor) -> Tensor:
