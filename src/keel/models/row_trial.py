@@ -31,7 +31,8 @@ def check_rows(model: Any) -> None:
             _verdicts[module] = tried(lambda: _differs(model))
     if (why := _verdicts[module]) is not None:
         kind = plain_of(module).config.get_text_config().model_type
-        raise UsageError(f"keel cannot read {kind}, a row beside others padded on the right: {why}")
+        what = "rows beside each other, padded on the right" if why.startswith("logits") else "a row of text"
+        raise UsageError(f"this {kind} model cannot read {what}: {why}")
 
 
 def _differs(model: Any) -> str | None:

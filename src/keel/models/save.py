@@ -52,5 +52,5 @@ def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
     ends = chat.stop_ids(tokenizer, ())
     for config in (model.config, generation):
         config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
-        if config.pad_token_id is None:
+        if getattr(config, "pad_token_id", None) is None:  # a config that holds another may lack it
             config.pad_token_id = chat.ensure_pad(tokenizer)
