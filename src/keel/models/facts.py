@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from keel.accel.batch_layout import WINDOWS
 from keel.accel.layer_kinds import carries_state
 from keel.data import chat
 from keel.errors import UsageError
@@ -181,8 +182,7 @@ def _window(config: PreTrainedConfig) -> int | None:
         return None
     if kinds is not None and not any("sliding" in kind or "chunked" in kind for kind in kinds):
         return None
-    names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
-    sizes = (getattr(config, name, None) for name in names)
+    sizes = (getattr(config, name, None) for name in WINDOWS)
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
