@@ -69,12 +69,16 @@ def test_what_is_special_about_reading_a_model_is_planned(plan, data, tmp_path, 
     entries = plan(
         plain={"kind": "sft", "model": str(tmp_path / "mistral"), **common},
         packed={"kind": "sft", "model": str(tmp_path / "mistral"), "packing": True, **common},
+        short={
+            "kind": "sft", "model": str(tmp_path / "mistral"), "packing": True, "max_length": 8,
+            "too_long": "truncate", **common,
+        },
         judged={
             "kind": "evaluate", "models": [str(tmp_path / "lfm2")], "data": str(data.demonstrations),
             "sampling": {"max_new_tokens": 4},
         },
     )  # fmt: skip
-    assert entries["plain"]["reading"] == []
+    assert entries["plain"]["reading"] == entries["short"]["reading"] == []
     assert "8 tokens are read by their positions" in entries["packed"]["reading"][0]
     assert "the cache that the model makes itself" in entries["judged"]["reading"][0]
     assert entries["judged"]["reading"][0] in text.as_text([*entries.values()])
