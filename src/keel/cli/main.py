@@ -108,6 +108,21 @@ def _interrupt(number: int, frame: object) -> None:
     raise _Interrupted
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"keel {keel.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The whole RLHF pipeline on one machine."""
+
+
 @app.command()
 def run(
     config: ConfigArgument,
@@ -116,12 +131,15 @@ def run(
     name: NameOption = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before long work is done again.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
     from keel import report
 
     pipeline = _pipeline(config, overrides, runs, name)
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        pipeline.confirm = _asked
     with progress() as show:
         pipeline.progress = show
         pipeline.run(only=only, fresh=fresh)
@@ -130,6 +148,21 @@ def run(
     else:
         print(report.summary(pipeline.directory))
         print(f"report: {pipeline.directory / 'report.html'}")
+
+
+@app.command()
+def clean(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    stage: Annotated[str | None, typer.Option(help="Only what is kept of this stage.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is kept of stages that were run again with other settings, and remove it if you agree."""
+    from keel.cli import clean as cleaning
+
+    removed = cleaning.clean(run, stage, agree=(lambda question: True) if yes else _agreed, say=say)
+    if as_json:
+        print(json.dumps(removed, ensure_ascii=False, indent=2))
 
 
 @app.command()
@@ -340,6 +373,23 @@ def schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
 
+@app.command("import-config")
+def import_config(
+    method: Annotated[str, typer.Argument(help="TRL's trainer: sft, reward, dpo, kto, grpo or rloo.")],
+    file: Annotated[Path, typer.Argument(help="What `trl METHOD --config FILE` reads.")],
+) -> None:
+    """Print a TRL config as a keel config, with notes on what differs."""
+    import yaml
+
+    from keel.config import importing
+    from keel.config.reading import read_mapping
+
+    found = importing.from_trl(read_mapping(file), method)
+    for note in found.notes:
+        say(f"keel: note: {note}")
+    print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
+
+
 @app.command()
 def doctor(
     model: Annotated[
@@ -397,6 +447,17 @@ def doctor(
 
 
 # ---------------------------------------------------------------- parts of the commands
+
+
+def _asked(question: str) -> bool:
+    """What a person on a terminal says."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().casefold() in ("y", "yes")
+
+
+def _agreed(question: str) -> bool:
+    """As `_asked`; without a terminal nobody agrees."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and _asked(question)
 
 
 def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:

@@ -28,7 +28,8 @@ from keel.config import read
 from keel.errors import UsageError
 from keel.pipeline.pipeline import Pipeline, locked
 from keel.report import sweeps
-from keel.rundir.checkpoint import discard, write_json
+from keel.rundir import kept
+from keel.rundir.checkpoint import write_json
 
 POLL = 0.3  # seconds between looks at what is running
 LONGEST_NAME = 80
@@ -186,7 +187,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, partial, copy_function=_link)
-    discard(target)
+    kept.keep(target)
     partial.rename(target)
 
 

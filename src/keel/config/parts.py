@@ -203,6 +203,10 @@ class FilteredSamplingConfig(SamplingConfig):
         return self
 
 
+AsModel = str | ModelConfig  # how a model may be written
+AsSource = str | DataConfig | list[str | DataConfig]  # how data may be written
+
+
 def as_list(value: object) -> list[Any]:
     """The value if it is a list, else a list of it alone."""
     return value if isinstance(value, list) else [value]

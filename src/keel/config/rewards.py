@@ -212,6 +212,9 @@ RewardTerm = Annotated[
 ]
 
 
+AsTerms = str | RewardTerm | list[str | RewardTerm]  # how rewards may be written
+
+
 def as_terms(value: object) -> list[object]:
     """Short forms written out: a name is a learned model, `python:…` a function, one term a list of one."""
 

@@ -82,6 +82,9 @@ else:
     StageConfig = Annotated[SerializeAsAny[OwnStage], WrapValidator(_of_any_kind)]
 
 
+Switch = bool | Literal["on", "off"]
+
+
 def _as_switch(value: object) -> object:
     """YAML reads a bare on or off as a boolean."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -90,7 +93,7 @@ def _as_switch(value: object) -> object:
 class RunConfig(Settings):
     """A whole run."""
 
-    _accel = field_validator("accel", mode="before")(_as_switch)
+    _accel = field_validator("accel", mode="before", json_schema_input_type=Switch)(_as_switch)
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."

@@ -16,7 +16,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,11 +37,14 @@ from keel.pipeline.fingerprint import code_print, code_prints, model_print, plug
 from keel.pipeline.preflight import Sources, from_outside, functions_of
 from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
+from keel.report.wording import duration
 from keel.rewards import functions
+from keel.rundir import kept, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
 
+LONG = 600.0  # seconds of work above which one is asked before it is done again
 MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
 
 
@@ -55,6 +58,7 @@ class Pipeline:
     progress: Progress = lambda stage, step, steps, metrics: None
     fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
     sources: Sources = field(init=False)  # where models lie and what data hold
+    confirm: Callable[[str], bool] = lambda question: True  # asked before hours of work are done again
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,7 +120,20 @@ class Pipeline:
             return (directory / collect.COMPARISONS).exists() and counted == self._votes(name)
         folder = directory / "model"
         whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
-        return whole or leaves == "nothing"
+        return (whole and self._edited(name) is None) or leaves == "nothing"
+
+    def _edited(self, name: str) -> str | None:
+        """A weight file of a done stage that is not what the stage left; None where all are."""
+        directory = self.stage_directory(name)
+        return weights.differs(directory, _object(directory / "stage.json").get("weights") or {})
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the stage was run with what it would be run with now, before it was run with other
+        settings, and is brought back by `run`."""
+        return not self._is_current(name) and self._kept(name) is not None
+
+    def _kept(self, name: str) -> Path | None:
+        return kept.find(self.directory, name, self.fingerprint(name))
 
     def _votes(self, name: str) -> str | None:
         """What people's votes on a stage's pairs hold; None for a stage that asks no people."""
@@ -128,8 +145,10 @@ class Pipeline:
         on with."""
         directory = self.stage_directory(name)
         if self._is_current(name) and not self._is_whole(name):
-            collects = self.config.stages[name].leaves == "comparisons"
-            return "its votes or comparisons changed" if collects else "its model is no longer there"
+            if self.config.stages[name].leaves == "comparisons":
+                return "its votes or comparisons changed"
+            edited = self._edited(name) if (directory / "model" / "config.json").exists() else None
+            return f"{edited} is not what it left" if edited else "its model is no longer there"
         mark = directory / "fingerprint"
         if not mark.exists() or mark.read_text(encoding="utf-8") == self.fingerprint(name):
             return None
@@ -146,18 +165,22 @@ class Pipeline:
             raise UsageError(f"no stage {only!r}; the config has {', '.join(stages)}")
         names = [only] if only else list(stages)
         for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
-            if not self.is_done(source):
+            if not self.is_done(source) and not self.is_kept(source):
                 raise UsageError(
                     f"--only {only}: its input {source!r} is not done with these settings; run the whole "
                     "config first"
                 )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
+        if not fresh:
+            self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory), deterministic(self.config), switched(self.config):
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
+            for name in stages if only is None else [*stages[only].inputs(), only]:
+                self._bring_back(name, forget=fresh and name in names)
             write_text(
                 self.directory / "config.yaml",
                 yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True),
@@ -175,6 +198,42 @@ class Pipeline:
                 self._write_manifest(states)
                 self._report()
 
+    def _say_what_runs_again(self, names: Sequence[str]) -> None:
+        """Before anything is touched: which done stages will be run again, and how long they took. UsageError
+        where it is long and somebody who is asked says no."""
+        took: dict[str, float] = {}
+        for name in names:
+            seconds = _object(self.stage_directory(name) / "stage.json").get("seconds")
+            if seconds is not None and not self.is_done(name) and not self.is_kept(name):
+                took[name] = seconds
+        if not took:
+            return
+        listed = ", ".join(f"{name} ({duration(seconds)})" for name, seconds in took.items())
+        self.say(f"done before, and to be run again: {listed}; what they made is kept until `keel clean`")
+        total, first = sum(took.values()), next(iter(took))
+        question = (
+            f"{first} is run again, since {self._why_again(first)}. Go on? It took {duration(total)} before"
+        )
+        if total > LONG and not self.confirm(question):
+            raise UsageError("nothing was run, and nothing was changed")
+
+    def _bring_back(self, name: str, *, forget: bool = False) -> None:
+        """Make what was made before with these very settings the stage's own again. forget: remove it."""
+        if name not in self.config.stages:
+            return
+        if forget:
+            while place := self._kept(name):
+                discard(place)
+            return
+        place = None if self._is_current(name) else self._kept(name)
+        mark = self.stage_directory(name) / "fingerprint"
+        begun = mark.exists() and mark.read_text(encoding="utf-8") == self.fingerprint(name)
+        if place is None or begun:
+            return
+        kept.bring_back(place, self.stage_directory(name))
+        self._parts.clear()  # votes of people, which lie in the directory, are part of what follows
+        self.say(f"{name}: made before with these settings, brought back")
+
     def _run_stage(self, name: str) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
         stage, directory, fingerprint = (
@@ -185,8 +244,9 @@ class Pipeline:
         if why := self._why_again(name):
             self.say(f"{name}: run again, since {why}")
         started = directory / "fingerprint"
-        if not started.exists() or started.read_text(encoding="utf-8") != fingerprint:
-            discard(directory)
+        other = not started.exists() or started.read_text(encoding="utf-8") != fingerprint
+        if (other or (self._is_current(name) and self._edited(name))) and (place := kept.keep(directory)):
+            self.say(f"{name}: what was made before is kept in {place}")
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "fingerprint.json", self.parts(name))  # what the fingerprint is made of
         write_text(started, fingerprint)
@@ -210,6 +270,7 @@ class Pipeline:
                 **done,
                 "parameters": run.facts.get("parameters"),
                 "data": self.sources.summary(name),
+                "weights": weights.record(directory),
                 "facts": run.facts,
             },
         )

@@ -63,7 +63,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_measured": tokenizer is not None and rows <= SAMPLE,
         "parameters": _parameters(pipeline, name, tokenizer),
-        "done": pipeline.is_done(name),
+        "done": pipeline.is_done(name) or pipeline.is_kept(name),
         "reading": _reading(pipeline, name, tokenizer),
     }
     entry |= stage.planned_steps(_examples(pipeline, name, datasets, rows, tokens))
