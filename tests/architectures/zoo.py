@@ -180,10 +180,6 @@ OWN: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 8, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
         "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64,
     },
-    "reformer": {
-        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "hash_seed": 0,
-        "num_buckets": 4,
-    },
     "rembert": _ENCODER,
     "roberta": _FROM_PAD,
     "roberta-prelayernorm": _FROM_PAD,
@@ -209,6 +205,7 @@ LEFT_OUT: dict[str, str] = {
     "mllama": "saved, it is of a type (mllama_text_model) that AutoModelForCausalLM does not open",
     "musicgen": "makes codes of sounds, several at a position; it has no text vocabulary of its own",
     "musicgen_melody": "makes codes of sounds, several at a position; it has no text vocabulary of its own",
+    "reformer": "it sorts the tokens of a row by their hashes, so that later ones change earlier ones",
 }
 
 
