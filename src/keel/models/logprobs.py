@@ -59,7 +59,7 @@ def head_inputs(
     index: Tensor,
     *,
     hidden: bool = False,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> HeadInputs:
     """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
 
@@ -157,16 +157,3 @@ def backbone(model: Any) -> Any:
     """The transformer without its head; LoRA adapters, which sit inside it, stay in effect."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     return plain.base_model
-
-
-def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, S, S) for packed rows: causal, and only within one's own segment.
-
-    segments: (B, S), the number of the example each position belongs to. Additive, since some architectures
-    add the mask to their scores whatever its type.
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    allowed = same & torch.ones(same.shape[1:], dtype=torch.bool, device=segments.device).tril()
-    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]
