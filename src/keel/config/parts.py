@@ -96,6 +96,22 @@ class ModelConfig(Settings):
     vocab_size: int | None = Field(
         None, ge=260, description="Vocabulary of the tokenizer that is trained when none is given."
     )
+    resize: bool = Field(
+        False,
+        description=(
+            "Give the embeddings (and the head) new rows where the tokenizer has tokens that they have no row "
+            "for: the mean of the others with a little noise. Without it such a tokenizer is refused."
+        ),
+    )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description=(
+            "Weight of the balancing loss of a mixture of experts in every loss that trains this model; 0 leaves "
+            "it out. Null: the weight in the model's config, where that asks for the loss "
+            "(`output_router_logits: true`)."
+        ),
+    )
     chat_template: str | None = Field(None, description="Jinja chat template; replaces the tokenizer's own.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -136,6 +152,10 @@ class ModelConfig(Settings):
             raise ValueError("`vocab_size` has no effect with `tokenizer`: no tokenizer is trained")
         if self.init is not None and self.revision and not self.tokenizer:
             raise ValueError("`revision` has no effect with `init`: nothing is taken from the hub")
+        if self.resize and self.init is not None:
+            raise ValueError(
+                "`resize` has no effect with `init`: a new model gets the tokenizer's vocabulary"
+            )
         if self.quantize is not None and self.init is not None:
             raise ValueError(
                 "`quantize` is for weights that stay frozen; those of a new model are all trained"

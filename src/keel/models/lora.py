@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
+from keel.models import ties
 from keel.models.load import ModelSource, seeded
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def with_adapters(model: PreTrainedModel, settings: PeftConfig) -> Any:
         wrapped = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UsageError(f"lora: {error}") from None
+    ties.check(wrapped)
     for module in wrapped.modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in HALF_PRECISION]
         for parameter in own:  # a step of AdamW is below what half precision resolves
@@ -98,15 +101,23 @@ def merged(model: Any) -> Any:
     that adapters are folded into are opened once more, on the CPU and in full precision."""
     if not hasattr(model, "merge_and_unload"):
         return model
+    to_merge = with_own_weights(model)
+    ties.untie(to_merge)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        return to_merge.merge_and_unload()
+
+
+def with_own_weights(model: Any) -> Any:
+    """A model whose adapters may be merged into its weights: itself, or where these are shared or quantised
+    the same adapters on the same base, opened once more."""
     afresh = getattr(model, "keel_afresh", None)
-    if afresh is None:
-        return model.merge_and_unload()
-    return _merged_into(model, afresh())
+    return model if afresh is None or not hasattr(model, "peft_config") else _on(model, afresh())
 
 
-def _merged_into(model: PeftModel, plain: PreTrainedModel) -> Any:
-    """The adapter of `model` merged into `plain`, the same base with weights of its own in full precision.
-    `model`, whose base is shared or quantised, stays as it is."""
+def _on(model: PeftModel, plain: PreTrainedModel) -> Any:
+    """The adapter of `model` on `plain`, the same base with weights of its own in full precision. `model`
+    stays as it is."""
     from peft import set_peft_model_state_dict
 
     config = copy.deepcopy(model.config)
@@ -115,7 +126,7 @@ def _merged_into(model: PeftModel, plain: PreTrainedModel) -> Any:
     plain.config = config
     wrapped = with_adapters(plain, copy.deepcopy(model.active_peft_config))
     set_peft_model_state_dict(wrapped, _tensors(model))
-    return wrapped.merge_and_unload()
+    return wrapped.eval()
 
 
 # ---------------------------------------------------------------- as files

@@ -86,7 +86,7 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
         dtype = rest_in(dtype)
     if config.reference is not None:
         path, remote = run.resolve(config.reference), config.model.trust_remote_code
-        return ModelSource(path, None, dtype, remote, quantize=quantize)
+        return ModelSource(path, None, dtype, remote, quantize=quantize, rows=source.rows)
     if config.reference_dtype is None and quantize is None:
         return None
     return replace(source, dtype=dtype, quantize=quantize)
