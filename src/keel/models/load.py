@@ -333,6 +333,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def context_length(config: PreTrainedConfig) -> int | None:
     """Longest sequence the model takes, in tokens; None when its config does not say."""
+    config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:  # XLNet says −1 for no limit
@@ -383,7 +384,7 @@ def _adopt_vocabulary(
     size = len(tokenizer)
     if init.get("vocab_size", size) < size:
         raise UsageError(f"model.init.vocab_size {init['vocab_size']} is smaller than the tokenizer's {size}")
-    config.vocab_size = init.get("vocab_size", size)
+    config.get_text_config().vocab_size = init.get("vocab_size", size)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -18,6 +18,7 @@ from keel.algorithms.masked import at_least_float32, token_logp_and_entropy
 from keel.models import experts
 from keel.models.head import Head, capture_head_input, head_of
 from keel.models.precision import computing
+from keel.models.row_trial import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,13 +68,15 @@ def head_inputs(
     """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
 
     hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward;
-    without any, rows that begin alike are read as one. lengths: (B,) tokens of each row; with them the balancing
-    loss of experts is made, where `experts.collecting` wants it, of a forward over the rows as they are.
+    without any, rows that begin alike are read as one. lengths: (B,) tokens of each row; with them the
+    balancing loss of experts is made, where `experts.collecting` wants it, of a forward over the rows as they
+    are. UsageError for a model that does not read rows beside each other as it reads each alone.
     """
     head = head_of(model)
     if lengths is not None and experts.wanted():
         return _with_router_loss(model, head, ids, index, lengths, hidden=hidden, inputs=inputs or {})
     with computing(model, ids.device):
+        check_rows(model)
         if head is not None:
 
             def given_to_head(**more: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from keel.accel.patches import difference, tried
 from keel.accel.trial_inputs import trial_ids, trial_length
 from keel.errors import UsageError
 from keel.models.logprobs import head_inputs
+from keel.models.row_trial import check_rows
 
 # a mask of keel's own; transformers' own reading of the positions; the masks that transformers makes of the
 # positions for each kind of layer, for models that do not hand their positions on
@@ -55,6 +56,7 @@ def packed_inputs(model: Any, segments: Tensor) -> dict[str, Any]:
 def way_of(model: Any, longest: int) -> Way:
     """How a model reads packed rows whose longest example has so many tokens: tried once, and once more for
     longer ones. UsageError where it cannot."""
+    check_rows(model)
     verdict = _verdicts.get(model)
     if verdict is None or verdict.longest < longest:
         verdict = _verdicts[model] = _try(model, longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -98,22 +99,31 @@ def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
     return text[: text.find(completion.stop)] if completion.stop else text
 
 
+Way = Literal["slots", "own cache", "own cache, row by row", "whole forwards"]
+
+
+def way_of(model: PreTrainedModel, longest: int) -> Way:
+    """How `generate` samples sequences of up to `longest` tokens: by the fastest way in which the model's
+    logits are those of its own forward. Tried at first use, under the model's precision (`computing`)."""
+    if decode_step.keeps_slots(model, longest):
+        return "slots"
+    together = own_cache.rows_at_once(model, longest)
+    if together is None:
+        return "whole forwards"
+    return "own cache" if together else "own cache, row by row"
+
+
 def _sampled(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None) -> list[Completion]:
-    """By the fastest way that the model is right in: through slots; with the cache that it makes itself; with
-    a whole forward for each token. UsageError for a model whose forward fails."""
-    model = asked.model
-    if decode_step.keeps_slots(model, asked.longest):
-        done = _stream(asked, batch_size, steps)
-        if done is not None:
-            return done
-    together = own_cache.rows_at_once(model, asked.longest)
-    if together is not None:
-        return even_rows.sample(asked, batch_size if together else 1)
-    return reference_engine.sample(asked)
+    way = way_of(asked.model, asked.longest)
+    if way == "whole forwards":
+        return reference_engine.sample(asked)
+    if way == "slots":
+        return _stream(asked, batch_size, steps)
+    return even_rows.sample(asked, batch_size if way == "own cache" else 1)
 
 
-def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None) -> list[Completion] | None:
-    """All prompts through the slots; None if the model keeps no keys and values. steps: the recorded ones."""
+def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None) -> list[Completion]:
+    """All prompts through the slots. steps: the recorded ones."""
     model, prompts, sampling, draws = asked.model, asked.prompts, asked.sampling, asked.draws
     device, longest, seen = draws.device, asked.longest, asked.seen
     # transformers' own cache makes float32 of the values where the rotated keys are
@@ -136,8 +146,6 @@ def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None)
             fresh, waiting = waiting[:free], waiting[free:]
             new = [tuple(prompts[i]) for i in fresh]
             logits, source = _read(model, new, slots, asked.pad_id)
-            if logits is None:
-                return None
             asked.work.computed += len(set(new)) * max(map(len, new))
             rows = torch.cat([rows, torch.tensor(fresh, device=device)])
             newest, made = (torch.cat([x, x.new_zeros(len(fresh))]) for x in (newest, made))
@@ -165,10 +173,9 @@ def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None)
 
 def _read(
     model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits
-    of their first tokens, None if the model keeps no keys and values; and (n,) which of the distinct prompts
-    each has."""
+    of their first tokens, and (n,) which of the distinct prompts each has."""
     distinct = list(dict.fromkeys(prompts))
     where = {prompt: i for i, prompt in enumerate(distinct)}
     lengths = [len(prompt) for prompt in distinct]
@@ -187,7 +194,9 @@ def _read(
         )  # fmt: skip
     source = [where[prompt] for prompt in prompts]
     index = torch.tensor(source, device=device)
-    return output.logits[:, -1][index] if slots.admit(cache, lengths, source) else None, index
+    if not slots.admit(cache, lengths, source):
+        raise RuntimeError("the cache has no keys and values for each position, as it had when it was tried")
+    return output.logits[:, -1][index], index
 
 
 def _step(model: PreTrainedModel, newest: Tensor, slots: Slots) -> Tensor:

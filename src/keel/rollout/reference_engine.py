@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from keel.accel.modules import evaluating
 from keel.data.stops import StopTexts
-from keel.errors import UsageError
 from keel.models.head import capture_head_input, head_of
 from keel.models.precision import computing, keep_bf16_copies
+from keel.models.row_trial import check_rows
 from keel.rollout.drawn import Asked
 from keel.rollout.protocol import GenerationRequest, TokenCount
 from keel.rollout.sampling import check_context, pick, uniform_draws
@@ -52,21 +52,13 @@ class ReferenceEngine:
 
 
 def sample(asked: Asked) -> list[Completion]:
-    """One completion a prompt, in order. To be called without gradient. UsageError for a model whose forward
-    fails on its first prompt: it is named."""
-    model, done = asked.model, list[Completion]()
-    for prompt, draws in zip(asked.prompts, asked.draws, strict=True):
-        try:
-            done.append(
-                complete(model, prompt, draws, asked.sampling, asked.stop_ids, asked.seen, asked.stop_texts)
-            )
-        except (torch.OutOfMemoryError, UsageError):
-            raise
-        except Exception as error:
-            if done:
-                raise
-            kind, why = model.config.get_text_config().model_type, f"{type(error).__name__}: {error}"
-            raise UsageError(f"{kind} cannot be sampled from: {why.splitlines()[0]}") from error
+    """One completion a prompt, in order. To be called without gradient. UsageError, which names the model's
+    type, where its forward fails or looks ahead."""
+    check_rows(asked.model)
+    done = [
+        complete(asked.model, prompt, draws, asked.sampling, asked.stop_ids, asked.seen, asked.stop_texts)
+        for prompt, draws in zip(asked.prompts, asked.draws, strict=True)
+    ]
     asked.work.computed += sum(map(tokens_read, done))
     return done
 
