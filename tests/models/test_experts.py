@@ -1,4 +1,4 @@
-"""The balancing loss of mixtures of experts is transformers' own, in every loss that trains a language model."""
+"""The balancing loss of mixtures of experts is transformers' own, in every loss that trains their model."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 routers' logits of a forward, padded positions left out. A loss that backpropagates through a language model
 adds it, weighted.
 
-The loss is no sum over tokens: it multiplies the share of tokens that an expert got by its mean probability. It
-is made of each forward by itself; those of a step are averaged, by their tokens within a micro-batch, and by
-the micro-batch's share of the step. So it depends on the split into micro-batches, as in every trainer, while
-its weight against the main loss does not.
+The loss is no sum over tokens: it multiplies the share of tokens that an expert got by its mean probability.
+It is made of each forward by itself; those of a step are averaged, by their tokens within a micro-batch, and
+by the micro-batch's share of the step. So it depends on the split into micro-batches, as in every trainer,
+while its weight against the main loss does not.
 """
 
 from __future__ import annotations

@@ -231,8 +231,8 @@ def scorer_without_weights(source: ModelSource) -> Any:
 
 
 def reads_last_token(source: ModelSource) -> bool:
-    """Whether the classifier of a source has a head on every position, and is read at the last token (decoders);
-    encoders pool by themselves. No weights are read."""
+    """Whether the classifier of a source has a head on every position and is read at the last token, as
+    decoders; encoders pool by themselves. No weights are read."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(
             model_config(source), trust_remote_code=source.trust_remote_code

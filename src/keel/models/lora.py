@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from keel import accel
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
-from keel.models import ties
+from keel.models import lora_targets, ties
 from keel.models.load import ModelSource, seeded
 
 if TYPE_CHECKING:
@@ -40,22 +41,51 @@ class Adapters:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | Sequence[str] = field(default="all-linear")
+    target_parameters: str | Sequence[str] | None = None  # weights of experts: see lora_targets
 
 
 def add_adapters(model: PreTrainedModel, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
     """Wrap with LoRA adapters; only they (and a classifier's head, if asked) are trained, in float32 at
     least."""
+    settings = settings_for(model, adapters, train_head=train_head)
+    with seeded(derive_seed("adapters", seed)):
+        wrapped = with_adapters(model, settings)
+    _try(wrapped)
+    return wrapped
+
+
+def settings_for(model: PreTrainedModel, adapters: Adapters, *, train_head: bool = False) -> PeftConfig:
+    """peft's settings of adapters on a model. UsageError where it has none of the layers that are named."""
     import peft
 
     targets = (
         adapters.target_modules if isinstance(adapters.target_modules, str) else list(adapters.target_modules)
     )
-    settings = peft.LoraConfig(
+    lora_targets.check_names(model, targets)
+    return peft.LoraConfig(
         r=adapters.r, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, target_modules=targets,
+        target_parameters=lora_targets.target_parameters(model, adapters.target_parameters),
+        exclude_modules=(lora_targets.left_out(model) or None) if targets == "all-linear" else None,
         modules_to_save=head_modules(model) if train_head else None,
     )  # fmt: skip
-    with seeded(derive_seed("adapters", seed)):
-        return with_adapters(model, settings)
+
+
+def _try(model: Any) -> None:
+    """UsageError where a forward of two tokens fails with the adapters on: they are on what is no product."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    was = model.training
+    try:
+        with accel.disabled(), torch.no_grad():
+            more = {"use_cache": False} if model.get_base_model().can_generate() else {}
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    except (RuntimeError, AttributeError, TypeError, ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"lora: a {type(model.get_base_model()).__name__} cannot be read with these adapters ({reason}); "
+            "name other layers in `target_modules`"
+        ) from error
+    finally:
+        model.train(was)
 
 
 def with_adapters(model: PreTrainedModel, settings: PeftConfig) -> Any:

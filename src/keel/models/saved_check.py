@@ -127,8 +127,8 @@ def compare(probe: Probe, plain: PreTrainedModel, folder: Path, trust_remote_cod
         lost = lost_share(probe.expected, logits.float().cpu(), coarse=probe.coarse)
         if not lost <= (HALF if probe.coarse else FULL):
             raise NotSavedError(
-                f"the saved model is not the trained one: read {how}, {lost:.1%} of the largest logit is lost; "
-                f"{_kept(folder)}"
+                f"the saved model is not the trained one: read {how}, {lost:.1%} of the largest logit is lost"
+                f"; {_kept(folder)}"
             )
 
 

@@ -25,13 +25,14 @@ def check(model: PeftModel) -> None:
     for name, module, attribute in _adapted_and_shared(model):
         if not _is_embedding_or_head(model.get_base_model(), module):
             raise UsageError(
-                f"lora: the model uses {name}.{attribute} in several layers, so an adapter on one of them cannot"
-                " be merged; leave it out of `target_modules`"
+                f"lora: the model uses {name}.{attribute} in several layers, so an adapter on one of them "
+                "cannot be merged; leave it out of `target_modules`"
             )
         if not _can_be_apart(model.get_base_model()):
             raise UsageError(
-                f"lora: the model's head is its embeddings and a {type(model.get_base_model()).__name__} cannot"
-                f" have the two apart, as an adapter on {name} needs; leave it out of `target_modules`"
+                "lora: the model's head is its embeddings, and a "
+                f"{type(model.get_base_model()).__name__} cannot have the two apart, as an adapter on {name} "
+                "needs; leave it out of `target_modules`"
             )
 
 

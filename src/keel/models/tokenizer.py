@@ -53,8 +53,8 @@ def known_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
-    """The tokens that embeddings of `rows` have no row for, by id; those that stand for images or sound, which
-    no text holds, are left out (Gemma 3 1B has one)."""
+    """The tokens that embeddings of `rows` have no row for, by id; those that stand for images or sound,
+    which no text holds, are left out (Gemma 3 1B has one)."""
     if known_ids(tokenizer) <= rows:
         return []
     without = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
@@ -71,15 +71,16 @@ def rows_needed(source: ModelSource, tokenizer: PreTrainedTokenizerBase, *, resi
     if not resize:
         shown = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
         raise UsageError(
-            f"model {source.path!r}: its tokenizer has {known_ids(tokenizer)} tokens, its embeddings {rows} rows: "
-            f"there is none for {shown}; set `model.resize: true` to add rows, or use the model's own tokenizer"
+            f"model {source.path!r}: its tokenizer has {known_ids(tokenizer)} tokens, its embeddings {rows} "
+            f"rows: there is none for {shown}; set `model.resize: true` to add rows, or use the model's own "
+            "tokenizer"
         )
     return known_ids(tokenizer)
 
 
 def give_own_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
-    """A pad token that ends no reply, for a model that is looked at where the last token stands that is no pad
-    (as transformers' classifiers): the tokenizer's own, else one of its special tokens that stand for nothing,
+    """A pad token that ends no reply, for a model that is read at the last token that is no pad, as
+    transformers' classifiers are: the tokenizer's own, else one of its special tokens that stand for nothing,
     else a new one. rows: of the model's embeddings.
 
     Returns the rows that the embeddings need for it. With EOS as pad, transformers would read every reply one
@@ -106,8 +107,8 @@ def give_own_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
 def with_own_pad(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """A classifier's source and its tokenizer, which gets a pad of its own by `give_own_pad`; an encoder, which
-    pools by itself, and a tokenizer without EOS stay as they are."""
+    """A classifier's source and its tokenizer, which gets a pad of its own by `give_own_pad`; an encoder,
+    which pools by itself, and a tokenizer without EOS stay as they are."""
     if tokenizer.eos_token_id is None or not reads_last_token(source):
         return source, tokenizer
     if source.init is None:

@@ -290,15 +290,15 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
 
 
 def _pad_id(reward: RewardModel) -> int:
-    """What a forward is padded with, which reads no pad: the tokenizer's, or 0 where that has no row, on a base
-    whose adapter was trained with one row more."""
+    """What a forward is padded with, which reads no pad: the tokenizer's, or 0 where that has no row, on a
+    base whose adapter was trained with one row more."""
     pad_id = chat.ensure_pad(reward.tokenizer)
     return pad_id if pad_id < reward.model.config.get_text_config().vocab_size else 0
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether ids of one can be read by the other: same vocabulary, but for a pad that `give_own_pad` added to
-    one of them, same special ids, same chat template."""
+    """Whether ids of one can be read by the other: same vocabulary, but for a pad that `give_own_pad` added
+    to one of them, same special ids, same chat template."""
     keys = ("eos_token_id", "bos_token_id", "chat_template")
     return one is other or (
         all(getattr(one, k) == getattr(other, k) for k in keys)
@@ -307,7 +307,7 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
 
 
 def _without_pad(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The vocabulary of one, without its last token where that is its pad and the other has one token less."""
+    """The vocabulary of one, without its last token where that is its pad and the other has one less."""
     vocabulary, pad = one.get_vocab(), one.pad_token_id
     if pad == len(one) - 1 == len(other):
         del vocabulary[str(one.pad_token)]

@@ -51,8 +51,8 @@ class LanguageRow:
 def loss(
     model: PreTrainedModel, rows: Sequence[LanguageRow], pad_id: int, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step); while
-    training with the balancing loss of experts, where the model has one."""
+    """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step);
+    while training with the balancing loss of experts, where the model has one."""
     device = next(model.parameters()).device
     ids, _ = pad([row.ids for row in rows], pad_id)
     counts = pad([row.counts for row in rows], 0)[0].bool()[:, 1:]
