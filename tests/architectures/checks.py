@@ -16,15 +16,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.accel import disabled
+from keel.accel import decode_step, disabled, own_cache
 from keel.data.batches import pad
 from keel.errors import UsageError
-from keel.models.load import ModelSource, causal_lm
+from keel.models.load import ModelSource, causal_lm, scorer
 from keel.models.logprobs import head_inputs, token_logprobs
 from keel.models.lora import Adapters, add_adapters, merged
 from keel.models.save import save
+from keel.rewards import learned
 from keel.rollout import engine, reference_engine
 from keel.rollout.protocol import GenerationRequest
 from keel.stages import language, sft
@@ -204,7 +205,11 @@ def _generated(model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
 
 def _way_of_sampling(model: Any) -> str:
     """How the engine samples from it."""
-    return "yes"
+    longest = max(LENGTHS) + 8
+    if decode_step.keeps_slots(model, longest):
+        return "slots"
+    together = own_cache.rows_at_once(model, longest)
+    return {True: "own cache", False: "own cache, one row at a time", None: "whole forwards"}[together]
 
 
 def adapted(kind: str, folder: Path) -> str:
@@ -237,12 +242,32 @@ def _targets(model: Any) -> str:
     return " ".join(sorted(names))
 
 
+def scored(kind: str, folder: Path) -> str:
+    """A reward model made of it: scores of rows in one batch, as keel has them, and as transformers' own class
+    has them on each row alone and on rows padded on the right, once it is saved."""
+    place, rows = saved(kind, folder), [[*row, zoo.EOS] for row in rows_of()]
+    model, away = scorer(ModelSource(str(place)), 0).eval(), folder / f"{kind}-scorer"
+    reward = learned.wrap(model, zoo.tokenizer())
+    found = learned.score(reward, [{"input_ids": row} for row in rows])
+    save(model, reward.tokenizer, away, "")
+    other = AutoModelForSequenceClassification.from_pretrained(away, dtype=torch.float32).eval()
+    with torch.no_grad():
+        alone = torch.cat([other(input_ids=torch.tensor([row])).logits[0] for row in rows])
+        ids, lengths = pad(rows, zoo.PAD)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        beside = other(input_ids=ids, attention_mask=mask).logits[:, 0]
+    _same("scores", found, alone)
+    _same("scores of rows padded on the right", found, beside)
+    return "yes"
+
+
 CHECKS: dict[str, Callable[[str, Path], str]] = {
     "padded": padded,
     "prefixes": prefixes,
     "packed": packed,
     "sampled": sampled,
     "adapted": adapted,
+    "scored": scored,
 }
 
 
