@@ -129,7 +129,7 @@ def table(found: dict[str, dict[str, checks.Outcome]]) -> str:
         f"transformers {transformers.__version__}: {len(found)} types tried, {sound} right or refused in "
         f"every column, {staged} through all stages; {len(zoo.LEFT_OUT)} left out.",
         "",
-        "| types | batches | common starts, no padding | packed | sampled | LoRA on | reward model | stages |",
+        "| types | batches | common starts | packed | sampled | LoRA on | reward model | stages |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for cells, kinds in sorted(alike.items(), key=lambda item: (-len(item[1]), item[1])):

@@ -243,8 +243,8 @@ def _targets(model: Any) -> str:
 
 
 def scored(kind: str, folder: Path) -> str:
-    """A reward model made of it: scores of rows in one batch, as keel has them, and as transformers' own class
-    has them on each row alone and on rows padded on the right, once it is saved."""
+    """A reward model made of it: scores of rows in one batch, as transformers' own class, opened from what
+    keel saved, has them on each row alone and on rows padded on the right."""
     place, rows = saved(kind, folder), [[*row, zoo.EOS] for row in rows_of()]
     model, away = scorer(ModelSource(str(place)), 0).eval(), folder / f"{kind}-scorer"
     reward = learned.wrap(model, zoo.tokenizer())

@@ -191,6 +191,7 @@ OWN: dict[str, dict[str, Any]] = {
     "xlm-roberta": _FROM_PAD,
     "xlm-roberta-xl": _FROM_PAD,
     "xlnet": {"attn_type": "uni"},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # its cache rounds widths up to 64
     "xmod": _FROM_PAD | {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},

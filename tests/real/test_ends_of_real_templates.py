@@ -74,6 +74,8 @@ def chain(kind: str, tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> A
     config = zoo.config(
         kind, hidden_size=width, vocab_size=size, tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=2048,
+        **({"vocab_size_per_layer_input": size} if kind == "gemma4_text" else {}),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -95,7 +97,9 @@ def test_rollouts_end_as_the_family_ends(path: Path | None, kind: str, end: str,
     questions = [[{"role": "user", "content": text}] for text in ("Who?", "Where?")]
     prompt = tokenizer.apply_chat_template(questions[0], add_generation_prompt=True, tokenize=False)
     thinks = prompt.rstrip().endswith("<think>")
-    text = f"uv</think>xyz{end}" if thinks else f"xyz{end}"
+    text = (
+        f"uvw</think>{end}" if thinks else f"xyz{end}"
+    )  # a thought and nothing else is what `format` asks for
     reply = tokenizer(text, add_special_tokens=False)["input_ids"]
     last = tokenizer(prompt, add_special_tokens=False)["input_ids"][-1]
     assert len({last, *reply}) == len(reply) + 1, "else no chain of first order says it"
