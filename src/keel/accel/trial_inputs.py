@@ -24,14 +24,15 @@ def windows_of(config: PreTrainedConfig) -> list[int]:
     """Every size of a window or chunk that the config of a model's text part names, whether layers use it or
     not; ascending."""
     named = config.get_text_config().to_dict()
-    sizes = {
-        value
-        for name, value in named.items()
-        if ("window" in name or name.endswith(("chunk_size", "block_size")))
-        and isinstance(value, int)
-        and value > 1
-    }
-    return sorted(sizes)
+    sizes = [value for name, value in named.items() if _is_window(name) and isinstance(value, int)]
+    return sorted({size for size in sizes if size > 1})
+
+
+def _is_window(name: str) -> bool:
+    """Whether a setting of a config is a number of tokens that some layer takes at a time or looks back."""
+    if "pattern" in name or "layers" in name:  # which layers have one
+        return False
+    return "window" in name or name.endswith(("chunk_size", "chunksize", "block_size", "local_attention"))
 
 
 def beyond_windows(config: PreTrainedConfig, longest: int) -> int:

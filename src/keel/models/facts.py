@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from keel.accel.batch_layout import WINDOWS
 from keel.accel.layer_kinds import carries_state
 from keel.data import chat
 from keel.errors import UsageError
@@ -51,7 +52,7 @@ class ModelFacts:
         )
         lines.append("pad: none of its own, EOS is used" if self.pad is None else f"pad: {_named(self.pad)}")
         lines.append(self._bos())
-        return [*lines, *self._template(), *reading(self.carries_state, self.window)]
+        return [*lines, *self._template(), *reading(self.carries_state, self.window, self.context)]
 
     def _context(self) -> str:
         seen = (
@@ -103,19 +104,22 @@ class ModelFacts:
         return lines
 
 
-def reading(state: bool, window: int | None, *, packing: bool = True, sampling: bool = True) -> list[str]:
+def reading(
+    state: bool, window: int | None, limit: int | None, *, packing: bool = True, sampling: bool = True
+) -> list[str]:
     """What keel does with layers that do not simply attend to all tokens before, where it packs examples or
-    samples. state: whether some hand a state from token to token."""
+    samples. state: whether some hand a state from token to token. limit: tokens of the longest row; None:
+    unknown."""
     lines: list[str] = []
     if packing and state:
         lines.append(
             "packing is refused: layers hand a state from token to token, also from one example of a row to "
             "the next"
         )
-    if packing and not state and window is not None:
+    if packing and not state and window is not None and (limit is None or window < limit):
         lines.append(
-            f"packing: examples of more than {window:,} tokens are read by their positions, so that windows "
-            "stay what they are; refused before training where the model cannot"
+            f"packing: examples of more than {window:,} tokens are read by their positions, which keeps "
+            "windows; tried before training"
         )
     if sampling and state:
         lines.append(
@@ -124,10 +128,11 @@ def reading(state: bool, window: int | None, *, packing: bool = True, sampling: 
     return lines
 
 
-def reading_of(config: PreTrainedConfig, *, packing: bool, sampling: bool) -> list[str]:
-    """`reading`, of a config."""
-    text = config.get_text_config()
-    return reading(carries_state(config), _window(text), packing=packing, sampling=sampling)
+def reading_of(config: PreTrainedConfig, longest: int | None, *, packing: bool, sampling: bool) -> list[str]:
+    """`reading`, of a config. longest: tokens of a row, where something bounds them below the context."""
+    limit = longest or context_length(config)
+    window = _window(config.get_text_config())
+    return reading(carries_state(config), window, limit, packing=packing, sampling=sampling)
 
 
 def read_facts(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelFacts:
@@ -181,8 +186,7 @@ def _window(config: PreTrainedConfig) -> int | None:
         return None
     if kinds is not None and not any("sliding" in kind or "chunked" in kind for kind in kinds):
         return None
-    names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
-    sizes = (getattr(config, name, None) for name in names)
+    sizes = (getattr(config, name, None) for name in WINDOWS)
     return next((size for size in sizes if isinstance(size, int)), None)
 
 

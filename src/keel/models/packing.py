@@ -23,6 +23,7 @@ from keel.accel.patches import difference, tried
 from keel.accel.trial_inputs import trial_ids, trial_length
 from keel.errors import UsageError
 from keel.models.logprobs import head_inputs
+from keel.models.precision import in_own_precision
 from keel.models.row_trial import check_rows
 
 # a mask of keel's own; transformers' own reading of the positions; the masks that transformers makes of the
@@ -111,7 +112,7 @@ def _try(model: Any, longest: int) -> _Verdict:
     """The first way in which nothing differs; otherwise what differs in the first that the model takes."""
     length = trial_length(plain_of(model).config, longest)
     gaps: list[str] = []
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad(), in_own_precision(model):
         for way in WAYS:
             if (why := tried(lambda way=way: _differs(model, way, length))) is None:
                 return _Verdict(longest, way, "")
@@ -125,8 +126,8 @@ def _differs(model: Any, way: Way, length: int) -> str | None:
     first, other, shorter = (
         _states(model, way, tokens, length, seed) for tokens, seed in ((NEIGHBOUR, 1), (NEIGHBOUR, 2), (3, 3))
     )
-    half = alone.dtype in (torch.float16, torch.bfloat16)
-    why = difference("states behind one neighbour and another", other, first, rough=2e-2 if half else 1e-5)
+    half = alone.dtype in (torch.float16, torch.bfloat16)  # where tokens may change their experts by rounding
+    why = difference("states behind one neighbour and another", other, first, rough=5e-2 if half else 1e-5)
     for packed in (first, shorter):
         why = why or difference("states in a row and alone", packed, alone)
     return why

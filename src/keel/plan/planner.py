@@ -220,7 +220,8 @@ def _reading(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase |
     if not (packing or sampling) or (stage.starts_from is None and not stage.inputs()):
         return []
     config = _config(pipeline, name, tokenizer)
-    return [] if config is None else facts.reading_of(config, packing=packing, sampling=sampling)
+    longest = getattr(stage, "max_length", None)
+    return [] if config is None else facts.reading_of(config, longest, packing=packing, sampling=sampling)
 
 
 def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
