@@ -89,6 +89,15 @@ def chain(kind: str, tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> A
     return model
 
 
+def test_rollouts_of_llama_4_end_as_it_ends(tmp_path: Path) -> None:
+    """Its template comes with transformers, as the default of its processor."""
+    from transformers.models.llama4.processing_llama4 import chat_template
+
+    path = tmp_path / "llama-4.jinja"
+    path.write_text(chat_template, encoding="utf-8")
+    test_rollouts_end_as_the_family_ends(path, "llama4_text", "<|eot|>", tmp_path)
+
+
 @pytest.mark.parametrize(("path", "kind", "end"), _cases())
 def test_rollouts_end_as_the_family_ends(path: Path | None, kind: str, end: str, tmp_path: Path) -> None:
     if path is None:
