@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 # attention, convolution; with one of experts. The others are run by `make test-architectures`.
 ALWAYS = ("llama", "gemma3_text", "llama4_text", "mamba2", "qwen3_5_text", "lfm2", "mixtral")
 MANY = pytest.mark.architectures
-BIG = {"got_ocr2": 2.6e6, "phi4_multimodal": 1.5e6, "deepseek_v4": 4e5, "xlstm": 5e5}  # parameters, most in other senses
+# parameters of types that cannot be smaller, most of them for pictures and sounds
+BIG = {"got_ocr2": 2.6e6, "phi4_multimodal": 1.5e6, "deepseek_v4": 4e5, "xlstm": 5e5}
 
 
 def _types(*always: str) -> list[object]:

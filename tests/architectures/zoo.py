@@ -197,6 +197,23 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+# Published models of a type that read otherwise than its defaults: by the type's name and one for this.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "falcon+alibi": {"alibi": True},
+    "falcon+new": {"new_decoder_architecture": True},
+    "gemma3n_text+shared": {
+        "num_kv_shared_layers": 2, "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4_text+experts": {"enable_moe_block": True},
+    "gemma4_text+shared": {
+        "num_kv_shared_layers": 2, "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
+    },
+    "qwen2+windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+}  # fmt: skip
+
 LEFT_OUT: dict[str, str] = {
     "cpmant": "it reads all that it is given both ways",
     "emu3": "saved, it is of a type (emu3_text_model) that AutoModelForCausalLM does not open",
@@ -211,37 +228,31 @@ LEFT_OUT: dict[str, str] = {
 
 
 def kinds() -> list[str]:
-    """Every model type that is tried, in order."""
-    return [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in LEFT_OUT]
+    """Every model type that is tried, in order; behind them the variants."""
+    return [*(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in LEFT_OUT), *VARIANTS]
 
 
-def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, then `SPECIAL`; EOS is `<|end|>`, and there is a pad of its own and no BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    made = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token=SPECIAL[0], pad_token=SPECIAL[1], clean_up_tokenization_spaces=False
     )
-    if template is not None:
-        made.chat_template = template
-    return made
 
 
 def settings(kind: str) -> dict[str, Any]:
     """Keyword arguments of a type's config class that make it tiny."""
-    given = _shrunk(AutoConfig.for_model(kind, **FIRST.get(kind, {})).to_dict(), kind)
-    return IDS | given
-
-
-FIRST: dict[str, dict[str, Any]] = {}  # what a config class refuses to be made without
+    base = kind.partition("+")[0]
+    return IDS | _shrunk(AutoConfig.for_model(base).to_dict(), base) | VARIANTS.get(kind, {})
 
 
 def config(kind: str, **more: Any) -> PreTrainedConfig:
     """A type's tiny config."""
-    return AutoConfig.for_model(kind, **settings(kind) | more)
+    return AutoConfig.for_model(kind.partition("+")[0], **settings(kind) | more)
 
 
 def build(kind: str, seed: int = 0, **more: Any) -> Any:

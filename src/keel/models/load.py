@@ -332,15 +332,33 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Longest sequence the model takes, in tokens; None when its config does not say."""
+    """Longest sequence the model takes, in tokens; None when its config does not say.
+
+    Of a model with `longrope` (Phi-3, Phi-4) the context that it was first trained with: beyond it the angles
+    of every row depend on the longest row of a forward, so that a row would not be what it is alone.
+    """
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:  # XLNet says −1 for no limit
             # RoBERTa and its kin number positions from the pad token's id + 1, so that many rows are never
             # used
-            return value - (config.pad_token_id or 0) - 1 if config.model_type in COUNT_FROM_PAD else value
+            counted = (config.pad_token_id or 0) + 1 if config.model_type in COUNT_FROM_PAD else 0
+            return min([value - counted, *_original_contexts(config)])
     return None
+
+
+def _original_contexts(config: PreTrainedConfig) -> list[int]:
+    """The contexts up to which a config with `longrope` turns all rows alike."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
+    named = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for part in parts
+        if part.get("rope_type") == "longrope"
+    ]
+    return [size for size in named if isinstance(size, int)]
 
 
 def disable_dropout(model: nn.Module) -> None:
