@@ -26,6 +26,7 @@ from keel.data import chat, load
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.models.tokenizer import rows_needed
 from keel.pipeline.device import device_of
 from keel.rewards import learned
 from keel.rl import heldout_judge
@@ -208,9 +209,12 @@ class Sources:
             raise UsageError(f"{error}; did you mean the stage {near!r}?" if near else str(error)) from None
 
     def _check_tokenizer(self, name: str, hub: bool) -> None:
-        """A new model's `tokenizer`, which is a folder or a hub id, can be loaded."""
+        """A new model's `tokenizer`, which is a folder or a hub id, can be loaded, and another model has a
+        row for each token of its own."""
         stage = self.config.stages[name]
         model = stage.starts_from
+        if model is not None and model.path is not None and model.path not in self.config.stages:
+            self._check_rows(stage, model, hub)
         place = model and model.tokenizer
         if model is None or place is None:
             return
@@ -222,6 +226,13 @@ class Sources:
                 load_tokenizer(place, trust_remote_code=model.trust_remote_code, revision=model.revision)
             except Exception as error:  # the tokenizers library raises bare ones for a broken file
                 raise UsageError(f"{name}: model.tokenizer: {error}") from None
+
+    def _check_rows(self, stage: Stage, model: ModelConfig, hub: bool) -> None:
+        place = self.resolve(str(model.path))
+        if hub or Path(place).exists():
+            remote, revision = model.trust_remote_code, model.revision
+            tokenizer = load_tokenizer(place, trust_remote_code=remote, revision=revision)
+            rows_needed(self.source(stage, "model", place), tokenizer, resize=model.resize)
 
     def _check_machine(self, name: str) -> None:
         """What the stage's settings need of this machine is here."""

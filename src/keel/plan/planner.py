@@ -17,7 +17,7 @@ from keel.data import chat
 from keel.data.batches import derive_seed, holdout_count, split_holdout
 from keel.data.load import Dataset
 from keel.errors import UsageError
-from keel.models import facts, lora
+from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
 from keel.pipeline import stage_kinds
@@ -27,6 +27,7 @@ from keel.pipeline.preflight import from_outside
 from keel.plan import card_fit, model_shapes, stage_memory
 from keel.plan.model_memory import Lora
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
+from keel.stages import prepare
 from keel.stages.pretrain import DEFAULT_VOCABULARY
 from keel.types import DemonstrationRecord, PreferenceRecord, Prompt, Record, TextRecord, UnpairedRecord
 
@@ -63,6 +64,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_measured": tokenizer is not None and rows <= SAMPLE,
         "parameters": _parameters(pipeline, name, tokenizer),
+        "frozen": _frozen(pipeline, name, tokenizer),
         "done": pipeline.is_done(name) or pipeline.is_kept(name),
         "reading": _reading(pipeline, name, tokenizer),
     }
@@ -225,19 +227,38 @@ def _reading(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase |
 def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Parameters of the model a stage works on; None when neither its config is on this machine nor its shape
     known."""
+    model = _without_weights(pipeline, name, tokenizer)
+    if model is None:
+        stage, shape = pipeline.config.stages[name], model_shapes.known(_origin(pipeline, name))
+        return shape and shape.parameters(_head(stage), stage.outputs)
+    return count_parameters(model)
+
+
+def _frozen(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """A line on experts that a stage's adapters do not reach; None where there are none, or nobody knows."""
+    config = getattr(pipeline.config.stages[name], "lora", None)
+    model = None if config is None else _without_weights(pipeline, name, tokenizer)
+    if model is None or not lora_targets.expert_parameters(model):
+        return None
+    return lora_targets.frozen_experts(
+        lora.with_adapters(model, lora.settings_for(model, prepare.adapters_of(config)))
+    )
+
+
+def _without_weights(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> Any | None:
+    """The model that a stage works on, on the meta device; None when its config is not on this machine."""
     stage, root = pipeline.config.stages[name], pipeline.config.stages.get(_root(pipeline, name))
     head = _head(stage)
     config = _config(pipeline, name, tokenizer)
     if config is None:
-        shape = model_shapes.known(_origin(pipeline, name))
-        return shape and shape.parameters(head, stage.outputs)
+        return None
     remote = root is not None and root.starts_from is not None and root.trusts_remote_code
     family: Any = AutoModelForCausalLM
     if head == "score":
         family = AutoModelForSequenceClassification
         config.num_labels = stage.outputs
     with torch.device("meta"):
-        return count_parameters(family.from_config(config, trust_remote_code=remote))
+        return family.from_config(config, trust_remote_code=remote)
 
 
 def _head(stage: Stage) -> model_shapes.Head:

@@ -37,6 +37,7 @@ def as_text(entries: list[dict[str, Any]]) -> str:
             f"    {entry['data']}",
             f"    {' · '.join(facts)}",
             *(f"    {line}" for line in entry["reading"]),
+            *([f"    {entry['frozen']}"] if entry["frozen"] else []),
             *(
                 _memory_lines(entry["memory"])
                 if entry["memory"]
