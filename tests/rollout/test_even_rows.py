@@ -31,8 +31,8 @@ WAYS = {
     "falcon_h1": "own cache",  # both kinds of state in one layer
     "bamba": "own cache",  # does not ask its cache for positions
     "minimax": "own cache",  # a cache class of its own
-    "recurrent_gemma": "own cache, row by row",  # makes no cache; mixes the rows of a step
-    "rwkv": "own cache, row by row",  # states in a list
+    "recurrent_gemma": "own cache, one row at a time",  # makes no cache; mixes the rows of a step
+    "rwkv": "own cache, one row at a time",  # states in a list
 }
 PROMPTS = [[5, 6], [9, 8, 7, 3, 20], [5, 6], [5, 6, 11], [*range(30, 60)], [*range(30, 60)], [77]]
 
