@@ -35,6 +35,9 @@ OverridesArgument = Annotated[
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run directories.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run code that CONFIG brings; its folder is trusted from now on.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 NEEDED = (
     "torch",
@@ -131,13 +134,16 @@ def run(
     name: NameOption = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
+    trust: TrustOption = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before long work is done again.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
     from keel import report
+    from keel.cli import consent
 
     pipeline = _pipeline(config, overrides, runs, name)
+    consent.to_run(_place(config), pipeline.config, trust)
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
     with progress() as show:
@@ -178,6 +184,7 @@ def plan(
     method: Annotated[
         str | None, typer.Option("--method", help="With --model: sft, reward, dpo, grpo or ppo (default).")
     ] = None,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what CONFIG would do: data, tokens, steps, parameters, memory. Trains nothing.
@@ -185,6 +192,7 @@ def plan(
     With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real
     totals.
     """
+    from keel.cli import consent
     from keel.plan import planner, rule_of_thumb, text
 
     if (config is None) == (model is None):
@@ -197,7 +205,9 @@ def plan(
         return
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
-    entries = planner.plan(_pipeline(config, overrides, runs, name))
+    pipeline = _pipeline(config, overrides, runs, name)
+    pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
+    entries = planner.plan(pipeline)
     print(planner.as_json(entries) if as_json else text.as_text(entries))
 
 
@@ -276,15 +286,17 @@ def sweep(
         str | None, typer.Option("--name", help="Name of the sweep; default: the config's, -sweep.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Points that run at the same time.")] = 1,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run CONFIG over settings and seeds. Points share stages that no setting changes; what is done is
     skipped."""
-    from keel.cli import sweep
+    from keel.cli import consent, sweep
     from keel.report import sweeps
 
     place = _place(config)
     directory, points = sweep.points(place, settings or [], sweep.seeds_of(seeds), runs, name, say)
+    consent.to_run(place, points[0].pipeline.config, trust)
     facts = sweep.Sweep(place, directory, points, jobs, say).run()
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=2))
@@ -302,12 +314,15 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    date: Annotated[
+        str | None, typer.Option("--date", help="The day for templates that write one: 2026-11-28; today.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a model. A line is a turn; an empty line or Ctrl-D ends."""
     from keel.cli.chat import Talk
 
-    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed)
+    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
     if prompt is not None:
         answer = talk.answer(prompt)
         print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)

@@ -18,7 +18,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,18 @@ import yaml
 import keel
 from keel import accel, report
 from keel.config import RunConfig, Stage, Training
-from keel.data import load
+from keel.data import chat, load
 from keel.data.batches import derive_seed
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
+from keel.pipeline import dates
 from keel.pipeline.device import deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
 from keel.pipeline.preflight import Sources, from_outside, functions_of
 from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
 from keel.report.wording import duration
-from keel.rewards import functions
+from keel.rewards import loading
 from keel.rundir import kept, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
@@ -60,12 +62,35 @@ class Pipeline:
     sources: Sources = field(init=False)  # where models lie and what data hold
     confirm: Callable[[str], bool] = lambda question: True  # asked before hours of work are done again
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _asks: dict[str, bool] = field(default_factory=dict)  # stage → whether a template of it writes the date
+    _date: date | None = None  # once it has been found
 
     def __post_init__(self) -> None:
-        self.sources = Sources(self.config, self.directory)
+        self.sources = Sources(self.config, self.directory, lambda line: self.say(line))
 
     def stage_directory(self, name: str) -> Path:
         return self.sources.stage_directory(name)
+
+    # ------------------------------------------------------------ what day it is
+
+    def asks_for_date(self, name: str, *, hub: bool = False) -> bool:
+        """Whether a template that the stage renders with writes the date. hub: templates may be fetched."""
+        if name not in self._asks:
+            self._asks[name] = dates.asks(self.sources, name, hub=hub)
+        return self._asks[name]
+
+    def day(self, *, fresh: bool = False, hub: bool = False) -> date | None:
+        """The day that templates write: the config's, else the one kept from the run's first start, else
+        today. None where no template asks. fresh: no day is kept."""
+        asking = [name for name in self.config.stages if self.asks_for_date(name, hub=hub)]
+        if self._date is None and asking:
+            before = None if fresh else dates.kept(self.directory)
+            self._date = self.config.date or before or date.today()
+        return self.config.date or self._date
+
+    def dated(self) -> contextlib.AbstractContextManager[None]:
+        """Templates write the run's day for as long as it lasts."""
+        return chat.on_date(self.day(), given=self.config.date is not None)
 
     # ------------------------------------------------------------ what a stage is made of
 
@@ -84,11 +109,13 @@ class Pipeline:
                 "accel": _accel_state(self.config),
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
                 "data": [load.fingerprint(from_outside(sources)) for sources, _ in stage.all_data()],
-                "rewards": {function: functions.source_print(function) for function in functions_of(stage)},
+                "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
                 "plugins": plugin_prints(stage),
                 "code": code_prints(stage.kind),
                 "versions": versions(),
             }
+            if self.asks_for_date(name):
+                parts["date"] = str(self.day())
             self._parts[name] = json.loads(json.dumps(parts))
         return self._parts[name]
 
@@ -172,10 +199,12 @@ class Pipeline:
                 )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
+        if (today := self.day(fresh=fresh and only is None, hub=True)) and any(self._asks.values()):
+            self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
         if not fresh:
             self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
-        with locked(self.directory), deterministic(self.config), switched(self.config):
+        with locked(self.directory), deterministic(self.config), switched(self.config), self.dated():
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
@@ -183,7 +212,7 @@ class Pipeline:
                 self._bring_back(name, forget=fresh and name in names)
             write_text(
                 self.directory / "config.yaml",
-                yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True),
+                yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True),
             )
             states: dict[str, str] = {}
             self._write_manifest(states)
@@ -197,6 +226,10 @@ class Pipeline:
                     self.say(f"{name}: done before, unchanged")
                 self._write_manifest(states)
                 self._report()
+
+    def _resolved(self) -> dict[str, Any]:
+        """The config with every default and the run's day written out."""
+        return {**resolved(self.config), "date": str(self.day()) if self.day() else None}
 
     def _say_what_runs_again(self, names: Sequence[str]) -> None:
         """Before anything is touched: which done stages will be run again, and how long they took. UsageError
@@ -289,7 +322,7 @@ class Pipeline:
                 derive_seed(self.config.seed, name),
                 device_of(self.config),
                 self.sources.resolve,
-                self.sources.load_data,
+                partial(self.sources.load_data, stage=name),
                 self.say,
                 self.progress,
             )
