@@ -249,7 +249,9 @@ def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBas
 def _frozen(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """A line on experts that a stage's adapters do not reach; None where there are none, or nobody knows."""
     config = getattr(pipeline.config.stages[name], "lora", None)
-    model = None if config is None else _without_weights(pipeline, name, tokenizer)
+    if config is None:
+        return None
+    model = _without_weights(pipeline, name, tokenizer)
     if model is None or not lora_targets.expert_parameters(model):
         return None
     return lora_targets.frozen_experts(
