@@ -35,6 +35,7 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import experts, quantize
+from keel.models.causality import require_causal
 from keel.models.precision import mark_precision, weights
 
 COUNT_FROM_PAD = (
@@ -130,7 +131,8 @@ def model_config(source: ModelSource) -> Any:
 
 def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase | None = None) -> Any:
     """A causal language model. A new one (`init`) is seeded and gets its vocabulary and special ids from
-    `vocab`, a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's."""
+    `vocab`, a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's,
+    and for a model that sees what stands behind a token."""
     config = model_config(source)
     dtype = weights(source.dtype)
     if source.init is None:
@@ -154,12 +156,14 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase 
         if source.quantize is not None:
             quantize.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
         experts.mark(resized(model, source.rows), source.router_coef)
+        require_causal(model, str(source.path))
         return mark_precision(with_whole_embeddings(model), source.dtype)
     if vocab is not None:
         _adopt_vocabulary(config, vocab, source.init)
     with seeded(derive_seed("init", seed)):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     experts.mark(model, source.router_coef)
+    require_causal(model, f"a new {config.model_type}")
     return mark_precision(with_whole_embeddings(model), source.dtype)
 
 
@@ -328,14 +332,33 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Longest sequence the model takes, in tokens; None when its config does not say."""
+    """Longest sequence the model takes, in tokens; None when its config does not say.
+
+    Of a model with `longrope` (Phi-3, Phi-4) the context that it was first trained with: beyond it the angles
+    of every row depend on the longest row of a forward, so that a row would not be what it is alone.
+    """
+    config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         value = getattr(config, name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and value > 0:  # XLNet says −1 for no limit
             # RoBERTa and its kin number positions from the pad token's id + 1, so that many rows are never
             # used
-            return value - (config.pad_token_id or 0) - 1 if config.model_type in COUNT_FROM_PAD else value
+            counted = (config.pad_token_id or 0) + 1 if config.model_type in COUNT_FROM_PAD else 0
+            return min([value - counted, *_original_contexts(config)])
     return None
+
+
+def _original_contexts(config: PreTrainedConfig) -> list[int]:
+    """The contexts up to which a config with `longrope` turns all rows alike."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
+    named = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for part in parts
+        if part.get("rope_type") == "longrope"
+    ]
+    return [size for size in named if isinstance(size, int)]
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -379,7 +402,7 @@ def _adopt_vocabulary(
     size = len(tokenizer)
     if init.get("vocab_size", size) < size:
         raise UsageError(f"model.init.vocab_size {init['vocab_size']} is smaller than the tokenizer's {size}")
-    config.vocab_size = init.get("vocab_size", size)
+    config.get_text_config().vocab_size = init.get("vocab_size", size)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

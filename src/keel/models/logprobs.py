@@ -18,6 +18,7 @@ from keel.algorithms.masked import at_least_float32, token_logp_and_entropy
 from keel.models import experts
 from keel.models.head import Head, capture_head_input, head_of
 from keel.models.precision import computing
+from keel.models.row_trial import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,7 @@ def head_inputs(
     index: Tensor,
     *,
     hidden: bool = False,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     lengths: Tensor | None = None,
 ) -> HeadInputs:
     """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
@@ -69,12 +70,13 @@ def head_inputs(
     hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward;
     without any, rows that begin alike are read as one. lengths: (B,) tokens of each row; with them the
     balancing loss of experts is made, where `experts.collecting` wants it, of a forward over the rows as they
-    are.
+    are. UsageError for a model that does not read rows beside each other as it reads each alone.
     """
     head = head_of(model)
     if lengths is not None and experts.wanted():
         return _with_router_loss(model, head, ids, index, lengths, hidden=hidden, inputs=inputs or {})
     with computing(model, ids.device):
+        check_rows(model)
         if head is not None:
 
             def given_to_head(**more: Tensor) -> Tensor:
@@ -196,16 +198,3 @@ def backbone(model: Any) -> Any:
     """The transformer without its head; LoRA adapters, which sit inside it, stay in effect."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     return plain.base_model
-
-
-def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, S, S) for packed rows: causal, and only within one's own segment.
-
-    segments: (B, S), the number of the example each position belongs to. Additive, since some architectures
-    add the mask to their scores whatever its type.
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    allowed = same & torch.ones(same.shape[1:], dtype=torch.bool, device=segments.device).tril()
-    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]

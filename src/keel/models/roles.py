@@ -105,7 +105,7 @@ def open_roles(
         disable_dropout(frozen.eval())
     critic, head = None, None
     if sharing == "trunk":
-        head = nn.Linear(policy.config.hidden_size, 1, dtype=torch.float32)
+        head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
         seed_head(head, derive_seed("value", seed))
         head.to(device)
     elif sharing != "none":

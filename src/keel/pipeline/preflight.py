@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from keel import worlds
+from keel.accel.layer_kinds import carries_state
 from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
 from keel.data import chat, load
@@ -155,6 +156,7 @@ class Sources:
         if hub:  # only a run needs them: a plan is also for another machine
             self._check_machine(name)
         self._check_lengths(name, hub)
+        self._check_packing(name, hub)
 
     def _check_reference(self, name: str, setting: str, source: str, hub: bool) -> None:
         """One model that a setting names."""
@@ -181,6 +183,20 @@ class Sources:
             raise UsageError(
                 f"{name}: sampling.max_new_tokens {stage.replies.max_new_tokens} leaves no room for a prompt "
                 f"within {room} tokens"
+            )
+
+    def _check_packing(self, name: str, hub: bool) -> None:
+        """Rows are not packed for a model whose layers hand a state from one example to the next. (Others are
+        tried when they are there.)"""
+        stage = self.config.stages[name]
+        if not stage.fills_rows or stage.cuts_texts:  # pieces of one text stand alone in their rows
+            return
+        config = self._root_config(name, hub)
+        if config is not None and carries_state(config):
+            raise UsageError(
+                f"{name}: {config.get_text_config().model_type} cannot read several examples in a row: its "
+                "layers hand a state from token to token, also from one example to the next; set packing: "
+                "false"
             )
 
     def _check_rewards(self, name: str) -> None:
@@ -307,7 +323,12 @@ class Sources:
             )
 
     def context(self, name: str, hub: bool = False) -> int | None:
-        """The context of the model that stage `name` works on, found at the root of its chain; None where
+        """The context of the model that stage `name` works on; None where unknown."""
+        config = self._root_config(name, hub)
+        return None if config is None else context_length(config)
+
+    def _root_config(self, name: str, hub: bool) -> Any | None:
+        """The config of the model that stage `name` works on, found at the root of its chain; None where
         unknown."""
         stage = self.config.stages[name]
         model = stage.starts_from
@@ -315,10 +336,10 @@ class Sources:
             return None  # a kind by another package that reads no model
         path = model.path if model else stage.inputs()[0]
         if path in self.config.stages:
-            return self.context(path, hub)
+            return self._root_config(path, hub)
         if path is not None and not (hub or Path(self.resolve(path)).exists()):
             return None
-        return context_length(model_config(self.source(stage, "model", path and self.resolve(path))))
+        return model_config(self.source(stage, "model", path and self.resolve(path)))
 
     def source(self, stage: Stage, setting: str, place: str | None) -> ModelSource:
         """The model that a stage's `setting` names, which lies at `place`; a new one for `model: {init:

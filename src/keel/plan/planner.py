@@ -17,7 +17,7 @@ from keel.data import chat
 from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
 from keel.errors import UsageError
-from keel.models import lora, lora_targets
+from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
 from keel.pipeline import held_out, stage_kinds
@@ -67,6 +67,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         "parameters": _parameters(pipeline, name, tokenizer),
         "notes": _notes(pipeline, name, tokenizer),
         "done": pipeline.is_done(name) or pipeline.is_kept(name),
+        "reading": _reading(pipeline, name, tokenizer),
     }
     entry |= stage.planned_steps(_examples(pipeline, name, datasets, rows, tokens))
     if getattr(stage, "micro_batch", None) == "auto" and datasets:
@@ -217,8 +218,22 @@ def _config(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | 
     init = new.init.model_dump() if new and new.init else None
     config = model_config(ModelSource(str(folder), init, trust_remote_code=remote))
     if new and init is not None and "vocab_size" not in init:
-        config.vocab_size = len(tokenizer) if tokenizer else new.vocab_size or DEFAULT_VOCABULARY
+        config.get_text_config().vocab_size = (
+            len(tokenizer) if tokenizer else new.vocab_size or DEFAULT_VOCABULARY
+        )
     return config
+
+
+def _reading(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """What is special about how the model that a stage works on is read and sampled; empty where nothing is,
+    or its config is not on this machine."""
+    stage = pipeline.config.stages[name]
+    packing, sampling = stage.fills_rows and not stage.cuts_texts, stage.replies is not None
+    if not (packing or sampling) or (stage.starts_from is None and not stage.inputs()):
+        return []
+    config = _config(pipeline, name, tokenizer)
+    longest = getattr(stage, "max_length", None)
+    return [] if config is None else facts.reading_of(config, longest, packing=packing, sampling=sampling)
 
 
 def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> int | None:

@@ -134,7 +134,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     tokenizer = _tokenizer(stage_run, config, name, bench.conversational)
     model = _open(stage_run, config, name)
     sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
-    vocabularies = model.config.vocab_size, bench.reference.config.vocab_size
+    vocabularies = [one.config.get_text_config().vocab_size for one in (model, bench.reference)]
     if vocabularies[0] != vocabularies[1]:
         raise UsageError(
             f"{stage_run.name}: {name!r} has a vocabulary of {vocabularies[0]}, the reference "

@@ -16,7 +16,8 @@ from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
 from keel.evaluation.measures import mean_interval
 from keel.models import experts
-from keel.models.logprobs import head_inputs, packed_mask, token_logprobs
+from keel.models.logprobs import head_inputs, token_logprobs
+from keel.models.packing import packed_inputs
 from keel.rundir.stage_run import StageRun
 from keel.stages import supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts
@@ -55,13 +56,11 @@ def loss(
     device = next(model.parameters()).device
     ids, _ = pad([row.ids for row in rows], pad_id)
     counts = pad([row.counts for row in rows], 0)[0].bool()[:, 1:]
-    more: dict[str, Tensor] = {}
+    more: dict[str, Any] = {}
     if rows[0].segments is not None:
         segments = pad([row.segments or () for row in rows], -1)[0]
         counts &= segments[:, 1:] == segments[:, :-1]
-        positions = torch.tensor([_positions(row, ids.shape[1]) for row in rows])
-        mask = packed_mask(segments.to(device), next(model.parameters()).dtype)
-        more = {"attention_mask": mask, "position_ids": positions.to(device)}
+        more = packed_inputs(model, segments)
     row_index, column = counts.nonzero(as_tuple=True)
     index = row_index * ids.shape[1] + column  # of the token before each that counts
     labels = ids.flatten()[index + 1].to(device)
@@ -138,14 +137,6 @@ def summary(
         "perplexity": math.exp(min(interval["mean"], 50.0)),
         "mean_token_accuracy": accuracy["mean"],
     }
-
-
-def _positions(row: LanguageRow, width: int) -> list[int]:
-    """Position of each token within its own example; 0 at padding."""
-    positions, segments = [], row.segments or ()
-    for i, segment in enumerate(segments):
-        positions.append(positions[-1] + 1 if i and segments[i - 1] == segment else 0)
-    return positions + [0] * (width - len(positions))
 
 
 def model_seed(stage_run: StageRun) -> int:
