@@ -28,6 +28,7 @@ import transformers
 
 from keel.config import parse
 from keel.errors import KeelError, UsageError
+from keel.models.saved_check import NotSavedError
 from keel.pipeline.pipeline import Pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "architectures"))
@@ -89,7 +90,7 @@ def through_stages(kind: str, folder: Path) -> checks.Outcome:
         gc.freeze()  # each stage collects garbage: what the process has by now need not be looked through
         pipeline.run()
         wrong = _not_finite(runs / kind)
-    except UsageError as error:
+    except (UsageError, NotSavedError) as error:
         return checks.Outcome("refused", str(error))
     except KeelError as error:
         return checks.Outcome("differs", f"{type(error).__name__}: {error}")
