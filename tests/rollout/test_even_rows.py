@@ -31,8 +31,8 @@ WAYS = {
     "falcon_h1": "own cache",  # both kinds of state in one layer
     "bamba": "own cache",  # does not ask its cache for positions
     "minimax": "own cache",  # a cache class of its own
-    "recurrent_gemma": "own cache, row by row",  # makes no cache; mixes the rows of a step
-    "rwkv": "own cache, row by row",  # states in a list
+    "recurrent_gemma": "own cache, one row at a time",  # makes no cache; mixes the rows of a step
+    "rwkv": "own cache, one row at a time",  # states in a list
 }
 PROMPTS = [[5, 6], [9, 8, 7, 3, 20], [5, 6], [5, 6, 11], [*range(30, 60)], [*range(30, 60)], [77]]
 
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_the_reference_engine(kind: str) -> None:
         assert said(ours) == said(ReferenceEngine(model).generate(asked))
         assert 0 < count.useful <= count.computed
     assert engine.way_of(model, 40) == WAYS[kind]
-    assert {one.stop_reason for one in ours} > {"length"}  # some rows leave early
+    assert len({len(one.ids) for one in ours}) > 1  # rows leave at different times
     for one in ours:  # temperature 1: what a forward over all of it says
         ids = torch.tensor([[*one.prompt_ids, *one.ids]])
         index = torch.arange(len(one.prompt_ids) - 1, ids.shape[1] - 1)

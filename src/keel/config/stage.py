@@ -9,7 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from keel import types
-from keel.config.parts import DataConfig, LoraConfig, ModelConfig, SamplingConfig, as_model, as_source
+from keel.config.parts import (
+    AsModel,
+    AsSource,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    SamplingConfig,
+    as_model,
+    as_source,
+)
 from keel.config.settings import Settings
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -197,8 +206,8 @@ class Training(Stage):
         ),
     )
 
-    _model = field_validator("model", mode="before")(as_model)
-    _data = field_validator("data", mode="before")(as_source)
+    _model = field_validator("model", mode="before", json_schema_input_type=AsModel)(as_model)
+    _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
 
     @model_validator(mode="after")
     def _trainable(self) -> Training:
@@ -263,7 +272,18 @@ class Supervised(Training):
         0.05,
         ge=0,
         lt=1,
-        description="Share of the rows kept from training to evaluate on (at most 1000 rows).",
+        description=(
+            "Share of the rows kept from training to evaluate on (at most 1000 rows), chosen by prompt: no "
+            "row of a prompt that is evaluated on is trained on. 0 holds out none."
+        ),
+    )
+    group: str | None = Field(
+        "group",
+        description=(
+            "Column whose rows of one value are trained on together or held out together, besides those of "
+            "one prompt (a dialogue, a document, a user). null: prompts alone. By default a column `group`, "
+            "where the rows have one."
+        ),
     )
     eval_data: list[DataConfig] | None = Field(
         None, description="Rows to evaluate on, instead of a held-out share."
@@ -279,7 +299,7 @@ class Supervised(Training):
         ),
     )
 
-    _eval_data = field_validator("eval_data", mode="before")(
+    _eval_data = field_validator("eval_data", mode="before", json_schema_input_type=AsSource | None)(
         lambda value: None if value is None else as_source(value)
     )
 
@@ -287,6 +307,10 @@ class Supervised(Training):
     def _no_idle_setting(self) -> Supervised:
         if self.eval_data is not None and self.changes("holdout") and self.holdout > 0:
             raise ValueError("`holdout` has no effect with `eval_data`: give one of them")
+        if self.changes("group") and (self.eval_data is not None or self.holdout == 0):
+            raise ValueError(
+                "`group` has no effect without `holdout`: it says which rows are held out together"
+            )
         held_out = self.eval_data is not None or self.holdout > 0
         if self.eval_every is not None and not held_out:
             raise ValueError("`eval_every` has no effect without held-out rows: set `holdout` or `eval_data`")

@@ -12,8 +12,12 @@ from typing import Any
 
 from keel import worlds
 from keel.data import files, records
+from keel.data.advice import name_of, unusable
 from keel.data.batches import derive_seed, permutation
-from keel.data.rewriting import Rewriter, with_system
+from keel.data.formats import Conversion
+from keel.data.identity import RowKeys
+from keel.data.rewriting import Rewriter, renamed, with_system
+from keel.data.unread import UnreadKeys
 from keel.errors import DataError, UsageError
 from keel.types import Conversation, DataSource, Record, RecordType, TextRecord
 
@@ -21,14 +25,6 @@ _WORLD = "world:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_OPTIONS = ("name", "revision", "data_dir")
 _REASONS_KEPT = 5
-_ALIASES = {  # what other data sets call keel's columns
-    "text": ("content", "body", "document", "story"),
-    "prompt": ("question", "instruction", "query", "input", "problem"),
-    "completion": ("answer", "response", "output", "reply", "solution"),
-    "chosen": ("accepted", "preferred", "better", "winner", "response1", "response_a", "response_0"),
-    "rejected": ("dispreferred", "worse", "loser", "response2", "response_b", "response_1"),
-    "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +37,7 @@ class Dataset:
     skipped: int  # bad rows that were left out
     skipped_reasons: tuple[str, ...]  # of the first few
     sources: tuple[str, ...]  # each source in a few words
+    keys: RowKeys  # which of the records are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +48,7 @@ class _Part:
     natural: RecordType  # the type its rows have by themselves
     records: tuple[Record, ...]
     reasons: tuple[str, ...]  # one for each skipped row
+    notes: tuple[str, ...]  # what else is worth a word: a format, columns and keys that are not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,7 @@ class _StartedSource:
     kinds: tuple[RecordType, ...]  # the accepted types its rows can be read as
     rows: Iterator[files.RawRow]
     rewriter: Rewriter  # that the rows go through
+    conversion: Conversion  # that they go through before
 
 
 def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int) -> Dataset:
@@ -100,12 +99,14 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
         skipped=len(reasons),
         skipped_reasons=tuple(reasons[:_REASONS_KEPT]),
         sources=tuple(_line(part, kind, len(taken), len(parts) > 1) for part, taken in zip(parts, drawn)),
+        keys=RowKeys.of(everything),
     )
 
 
 def summary(dataset: Dataset) -> str:
     """One line: "3,487 rows · preference, standard · hh/helpful.jsonl · 2 skipped"."""
     parts = [f"{len(dataset.records):,} rows", described(dataset), " + ".join(dataset.sources)]
+    parts += dataset.keys.repeats().describe(dataset.kind)
     return " · ".join([*parts, f"{dataset.skipped:,} skipped"] if dataset.skipped else parts)
 
 
@@ -137,6 +138,7 @@ def fingerprint(sources: Sequence[DataSource]) -> str:
 
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
+        add(source.format, source.pairs, source.ties, source.strict)
         add(sorted((key, repr(value)) for key, value in source.options.items()))
         add(
             source.system,
@@ -247,8 +249,9 @@ def _hub(source: DataSource) -> Iterable[Any]:
 
 def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
-    rewriter = Rewriter(source)
-    rows = (rewriter(origin, row) for origin, row in _rows(source, seed))
+    rewriter, conversion = Rewriter(source), Conversion(source, accept)
+    named = (renamed(origin, row, source.columns) for origin, row in _rows(source, seed))
+    rows = (rewriter(origin, row) for origin, row in conversion(named))
     passed: list[files.RawRow] = []
     first_reason = ""
     for origin, row in rows:
@@ -257,47 +260,18 @@ def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Star
             kinds: tuple[RecordType, ...] = tuple(kind for kind in accept if kind in possible)
             if kinds:
                 rest = itertools.chain(passed, [(origin, row)], rows)
-                return _StartedSource(source, possible[0], kinds, rest, rewriter)
-            row = _unusable(origin, row, accept)
+                return _StartedSource(source, possible[0], kinds, rest, rewriter, conversion)
+            row = unusable(origin, row, accept)
         if source.on_bad == "error":
             raise row
         first_reason = first_reason or str(row)
         passed.append((origin, row))
     if not passed:
-        raise DataError(f"{source.source} holds no rows")
-    raise DataError(f"{source.source}: all {len(passed):,} rows are bad; the first: {first_reason}")
-
-
-def _unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) -> DataError:
-    """What was found, what is wanted, what is missing and how to rename."""
-    readable = records.readable_as(row)
-    form = f"{_type(readable[0])} row" if readable else "row of no known type"
-    wanted = " or ".join(
-        f"{_type(kind)} ({' or '.join(', '.join(group) for group in records.COLUMNS[kind])})"
-        for kind in accept
-    )
-    message = f"{origin}: a {form} (columns: {', '.join(map(str, row)) or 'none'}); wanted: {wanted}"
-    groups = [group for kind in accept for group in records.COLUMNS[kind]]
-    guesses = [{name: _guess(name, row) for name in group if name not in row} for group in groups]
-    if {} in guesses:  # only unpaired rows have all columns of a type that they may not be used as
-        return DataError(
-            f"{message}. Rows with a `label` show bad completions too, which must not be imitated"
+        line = conversion.line()
+        raise DataError(
+            f"{source.source}: no row is left ({line})" if line else f"{source.source} holds no rows"
         )
-    closest = min(guesses, key=lambda guess: list(guess.values()).count(None))
-    renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
-    return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
-
-
-def _type(kind: RecordType) -> str:
-    return records.describe(kind, False).partition(",")[0]
-
-
-def _guess(name: str, row: Mapping[str, Any]) -> str | None:
-    """The column of the row that is probably meant by keel's `name`."""
-    lowered = {str(key).lower(): str(key) for key in row if key not in _ALIASES}
-    alias = next((lowered[alias] for alias in _ALIASES.get(name, ()) if alias in lowered), None)
-    close = records.nearest(name, lowered)
-    return alias or (lowered[close] if close else None)
+    raise DataError(f"{source.source}: all {len(passed):,} rows are bad; the first: {first_reason}")
 
 
 def _common_kind(started: Sequence[_StartedSource], accept: Sequence[RecordType]) -> RecordType:
@@ -313,21 +287,25 @@ def _parse_all(started: _StartedSource, kind: RecordType) -> _Part:
     source = started.source
     good: list[Record] = []
     reasons: list[str] = []
+    unread = UnreadKeys(source, kind)
     for origin, row in started.rows:
-        if source.rows is not None and len(good) >= source.rows:
-            break
         try:
             if isinstance(row, DataError):
                 raise row
-            good.append(with_system(records.parse(row, kind, origin), source.system))
+            record = with_system(records.parse(row, kind, origin), source.system)
+            unread.count(record, origin)
+            good.append(record)
         except DataError as error:
             if source.on_bad == "error":
                 raise
             reasons.append(str(error))
+        if len(good) == source.rows:
+            break
     if not good:
         raise DataError(f"{source.source}: all {len(reasons):,} rows are bad; the first: {reasons[0]}")
     started.rewriter.check()
-    return _Part(source, started.natural, tuple(good), tuple(reasons))
+    notes = [started.conversion.line(), *unread.notes()]
+    return _Part(source, started.natural, tuple(good), tuple(reasons), tuple(filter(None, notes)))
 
 
 def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
@@ -368,10 +346,8 @@ def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:
         notes.append(f"{taken:,} rows" if taken == total else f"{taken:,} of {total:,} rows")
     if part.natural != kind:
         used = "chosen side" if part.natural == "preference" and kind == "demonstration" else kind
-        notes.append(f"{used} of {_type(part.natural)} rows")
-    if strange := records.unknown_turn_keys(part.records):
-        counted = ", ".join(f'"{key}" in {count:,}' for key, count in strange.items())
-        notes.append(f"keys that keel does not know, which the chat template is given: {counted} turns")
+        notes.append(f"{used} of {name_of(part.natural)} rows")
+    notes += part.notes
     name = _short(part.source.source)
     return f"{name} ({', '.join(notes)})" if notes else name
 

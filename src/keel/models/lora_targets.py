@@ -33,8 +33,8 @@ def left_out(model: nn.Module) -> list[str]:
 
 
 def _is_more(layer: nn.Linear) -> bool:
-    """Whether a subclass of a linear layer with a forward of its own makes something else than a product: it is
-    tried. Without weights (meta) its shape is looked at."""
+    """Whether a subclass of a linear layer with a forward of its own makes something else than a product: it
+    is tried. Without weights (meta) its shape is looked at."""
     kind = getattr(layer, "keel_plain", type(layer))  # of a layer that is prepared for speed
     if not kind.__module__.startswith("transformers.models.") or kind.forward is nn.Linear.forward:
         return False

@@ -52,7 +52,10 @@ class AdaptersOff:
     def __init__(self, policy: PeftModel) -> None:
         self.policy: Any = policy
         self.keel_auto = getattr(policy, "keel_auto", False)  # see keel.models.precision
-        self.config = policy.config
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
 
     def get_output_embeddings(self) -> Any:
         return self.policy.get_output_embeddings()

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from keel.config import Stage
 from keel.data import chat
-from keel.data.batches import derive_seed, holdout_count, split_holdout
+from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
 from keel.errors import UsageError
 from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
-from keel.pipeline import stage_kinds
+from keel.pipeline import held_out, stage_kinds
 from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
 from keel.pipeline.preflight import from_outside
@@ -45,7 +45,8 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
     None where the shape of one of its models is unknown.
     """
     pipeline.sources.check(list(pipeline.config.stages))
-    return [_stage(pipeline, name) for name in pipeline.config.stages]
+    with pipeline.dated():
+        return [_stage(pipeline, name) for name in pipeline.config.stages]
 
 
 def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         "tokens_measured": tokenizer is not None and rows <= SAMPLE,
         "parameters": _parameters(pipeline, name, tokenizer),
         "frozen": _frozen(pipeline, name, tokenizer),
-        "done": pipeline.is_done(name),
+        "done": pipeline.is_done(name) or pipeline.is_kept(name),
         "reading": _reading(pipeline, name, tokenizer),
     }
     entry |= stage.planned_steps(_examples(pipeline, name, datasets, rows, tokens))
@@ -129,13 +130,24 @@ def _examples(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int,
     count = stage_kinds.kind_of(stage.kind).examples
     if count is not None and datasets and not stage.data_stages():
         records = datasets[0].records
-        trained, _ = split_holdout(len(records), share, derive_seed(pipeline.config.seed, name))
-        return stage_kinds.resolve(count)(stage, [records[i] for i in trained])
-    trained = rows - holdout_count(rows, share)
+        split = held_out.split_of(pipeline.config, name, datasets[0])
+        trained = records if split is None else [records[i] for i in split.train]
+        return stage_kinds.resolve(count)(stage, trained)
+    trained = rows - _held_out_rows(pipeline, name, datasets, rows, share)
     if stage.cuts_texts:
         length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
         return math.ceil((tokens or 0) * trained / max(rows, 1) / (length - 1)) or trained
     return trained
+
+
+def _held_out_rows(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int, share: float) -> int:
+    """Rows that a stage holds out: what it will, or about so many where other stages make its rows."""
+    stage = pipeline.config.stages[name]
+    if len(datasets) == 1 and len(datasets[0].records) == rows and not stage.data_stages():
+        split = held_out.split_of(pipeline.config, name, datasets[0])
+        if split is not None:
+            return len(split.held_out)
+    return holdout_count(rows, share)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase | None, dataset: Dataset) -> int | None:
@@ -189,7 +201,7 @@ def _tokenizer(pipeline: Pipeline, name: str) -> PreTrainedTokenizerBase | None:
         elif pipeline.is_done(root):  # it has trained one
             folder = pipeline.stage_directory(root) / "model"
     try:
-        remote = (stage or pipeline.config.stages[name]).trusts_remote_code
+        remote = pipeline.sources.trusts(stage or pipeline.config.stages[name])
         return load_tokenizer(str(folder), trust_remote_code=remote) if folder and folder.exists() else None
     except UsageError:
         return None
@@ -202,7 +214,7 @@ def _config(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | 
     new = start if start and start.init else None
     if new is None and folder is None:
         return None
-    remote = (root or pipeline.config.stages[name]).trusts_remote_code
+    remote = pipeline.sources.trusts(root or pipeline.config.stages[name])
     init = new.init.model_dump() if new and new.init else None
     config = model_config(ModelSource(str(folder), init, trust_remote_code=remote))
     if new and init is not None and "vocab_size" not in init:
@@ -252,7 +264,7 @@ def _without_weights(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokeniz
     config = _config(pipeline, name, tokenizer)
     if config is None:
         return None
-    remote = root is not None and root.starts_from is not None and root.trusts_remote_code
+    remote = root is not None and root.starts_from is not None and pipeline.sources.trusts(root)
     family: Any = AutoModelForCausalLM
     if head == "score":
         family = AutoModelForSequenceClassification

@@ -99,7 +99,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
     return text[: text.find(completion.stop)] if completion.stop else text
 
 
-Way = Literal["slots", "own cache", "own cache, row by row", "whole forwards"]
+Way = Literal["slots", "own cache", "own cache, one row at a time", "whole forwards"]
 
 
 def way_of(model: PreTrainedModel, longest: int) -> Way:
@@ -110,7 +110,7 @@ def way_of(model: PreTrainedModel, longest: int) -> Way:
     together = own_cache.rows_at_once(model, longest)
     if together is None:
         return "whole forwards"
-    return "own cache" if together else "own cache, row by row"
+    return "own cache" if together else "own cache, one row at a time"
 
 
 def _sampled(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None) -> list[Completion]:

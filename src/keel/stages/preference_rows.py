@@ -79,6 +79,7 @@ def encode(
     """The records to train on, and other parts, as pairs or for KTO as examples; counts the cut and the left
     out."""
     too_long, undecided = prepare.TooLong(stage_run, config.too_long, limit), 0
+    equal = prepare.EqualPairs(stage_run)
     parts_encoded: list[list[Any]] = []
     for records in parts:
         decided = [record for record in records if config.votes == "soft" or not _undecided(record)]
@@ -89,10 +90,14 @@ def encode(
             )
         undecided += len(records) - len(decided)
         rows = prepare.encode_all(
-            stage_run, decided, lambda record: _encode(config, tokenizer, record, too_long)
+            stage_run,
+            decided,
+            lambda record: _encode(config, tokenizer, record, too_long, equal),
+            needed=not parts_encoded,
         )
         parts_encoded.append(examples(rows) if config.loss == "kto" else rows)
     too_long.report()
+    equal.report()
     if undecided:
         stage_run.say(f"{stage_run.name}: {undecided} pairs left out, since their votes are undecided")
     stage_run.facts["undecided_pairs"] = undecided
@@ -111,7 +116,11 @@ def count(config: DPOConfig, records: Sequence[Record]) -> int:
 
 
 def _encode(
-    config: DPOConfig, tokenizer: PreTrainedTokenizerBase, record: Record, too_long: prepare.TooLong
+    config: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    record: Record,
+    too_long: prepare.TooLong,
+    equal: prepare.EqualPairs | None = None,
 ) -> Pair | Example | None:
     """The record as tokens; None if it is left out. Both sides keep the same prompt when it has to be cut."""
     assert isinstance(record, PreferenceRecord | UnpairedRecord)
@@ -125,6 +134,8 @@ def _encode(
     prompt = _cut(prompt, longest, too_long.limit)
     if isinstance(record, UnpairedRecord):
         return Example(Response(prompt, sides[0]), record.label)
+    if equal is not None and not equal.differ(*sides):
+        return None
     p = 1.0 if record.p_chosen is None else record.p_chosen
     if p < 0.5:
         sides, p = sides[::-1], 1 - p

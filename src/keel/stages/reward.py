@@ -76,11 +76,15 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     source, tokenizer = with_own_pad(source, copy.deepcopy(tokenizer))
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
-    pairs: list[RewardPair] = prepare.encode_all(
-        stage_run, records, lambda record: _encode(reader, record, too_long)
+    equal = prepare.EqualPairs(stage_run)
+    pairs, held_out_pairs = (
+        prepare.encode_all(
+            stage_run, part, lambda record: _encode(reader, record, too_long, equal), needed=part is records
+        )
+        for part in (records, held_out)
     )
-    held_out_pairs = prepare.encode_all(stage_run, held_out, lambda record: _encode(reader, record, too_long))
     too_long.report()
+    equal.report()
     samples = _sample(config, stage_run, language_model, replies, limit, records) if sampled else []
     prepared = Prepared(source, tokenizer, pairs, held_out_pairs, samples)
 
@@ -280,7 +284,13 @@ def evaluate(
     return metrics, result
 
 
-def _encode(reward: learned.RewardModel, record: Record, too_long: prepare.TooLong) -> RewardPair | None:
+def _encode(
+    reward: learned.RewardModel,
+    record: Record,
+    too_long: prepare.TooLong,
+    equal: prepare.EqualPairs | None = None,
+) -> RewardPair | None:
+    """The pair as tokens; None if it is left out."""
     assert isinstance(record, PreferenceRecord)
     whole = [learned.encode(reward, record.prompt, side, 10**9) for side in (record.chosen, record.rejected)]
     longest = max(len(side["input_ids"]) for side in whole)
@@ -295,6 +305,8 @@ def _encode(reward: learned.RewardModel, record: Record, too_long: prepare.TooLo
         except UsageError:  # the response alone is longer: cutting it would change what was judged
             too_long.fits(record, longest, truncatable=False)
             return None
+    if equal is not None and not equal.differ(whole[0]["input_ids"], whole[1]["input_ids"]):
+        return None
     p = 1.0 if record.p_chosen is None else record.p_chosen
     return RewardPair(whole[0], whole[1], p, record.margin or 0.0)
 
