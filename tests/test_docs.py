@@ -56,12 +56,16 @@ def _defined() -> dict[tuple[str, str], set[str]]:
 def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], set[str]]:
     """(section, file) → names, of a tiny run over all stages with every optional measure switched on."""
     gc.freeze()
-    llama = {
+    experts = {
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "output_router_logits": True,
     }
 
     def rows(split: str, number: int = 12) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "base": {
             "kind": "pretrain",
             "data": rows("text", 60),
-            "model": {"init": {"model_type": "llama", **llama}},
+            "model": {"init": {"model_type": "mixtral", **experts}},
             **few,
         },
         "sft": {"kind": "sft", "model": "base", "data": rows("demonstrations"), **few},

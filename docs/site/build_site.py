@@ -39,6 +39,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/judging.md",
         "docs/overoptimization.md",
         "docs/memory.md",
+        "docs/saving.md",
     ),
     "Reference": ("docs/metrics.md", "docs/papers.md", "api"),
     "Results": ("docs/results.md", "docs/notes.md"),

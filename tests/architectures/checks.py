@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.accel import decode_step, disabled, own_cache
+from keel.accel import disabled
 from keel.data.batches import pad
 from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm, scorer
@@ -190,7 +190,7 @@ def sampled(kind: str, folder: Path) -> str:
         assert one.ids == other.ids, f"sampled {one.ids}, the reference engine {other.ids}"
         truth = logp_alone(untouched, [*one.prompt_ids, *one.ids])[-len(one.ids) :]
         _same("log-probabilities of samples", torch.tensor(one.logp), truth)
-    return _way_of_sampling(model)
+    return engine.way_of(model, max(LENGTHS) + 8)
 
 
 def _generated(model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -201,15 +201,6 @@ def _generated(model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
         eos_token_id=zoo.EOS,
     )  # fmt: skip
     return tuple(made[0, len(prompt) :].tolist())
-
-
-def _way_of_sampling(model: Any) -> str:
-    """How the engine samples from it."""
-    longest = max(LENGTHS) + 8
-    if decode_step.keeps_slots(model, longest):
-        return "slots"
-    together = own_cache.rows_at_once(model, longest)
-    return {True: "own cache", False: "own cache, one row at a time", None: "whole forwards"}[together]
 
 
 def adapted(kind: str, folder: Path) -> str:

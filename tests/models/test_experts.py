@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -141,3 +142,41 @@ def test_a_weight_for_a_model_without_such_a_loss_is_refused(tiny_model: Any) ->
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(UsageError, match="router_aux_loss_coef has no effect: llama"):
         experts.mark(model, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "grpo", "ppo"])
+def test_every_stage_that_trains_a_language_model_logs_it_and_learns_from_it(
+    kind: str, tokenizer: Any, tiny_reward: Any, data: Any, run: Any, tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {**SIZES, **ids, "vocab_size": len(tokenizer), "num_local_experts": 4, "initializer_range": 0.1}
+    config = AutoConfig.for_model("mixtral", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    common = {"batch_size": 4, "micro_batch": 2, "lr": 1e-3}
+    sampled = {
+        "data": str(data.prompts), "updates": 2, "reward": str(tiny_reward), "epochs": 1,
+        "sampling": {"max_new_tokens": 4},
+    }  # fmt: skip
+    own = {
+        "sft": {"data": str(data.demonstrations), "max_steps": 2},
+        "dpo": {"data": str(data.pairs), "max_steps": 2},
+        "kto": {"data": str(data.pairs), "max_steps": 2, "loss": "kto"},
+        "grpo": {**sampled, "samples_per_prompt": 2},
+        "ppo": {**sampled, "sharing": "trunk"},
+    }[kind]
+    weights = []
+    for coef in (0.5, None):
+        model = {"path": str(tmp_path / "moe"), "router_aux_loss_coef": coef}
+        stage = {"kind": "dpo" if kind == "kto" else kind, "model": model, **common, **own}
+        folder = tmp_path / str(coef)
+        run({"stages": {"stage": stage}}, folder)
+        lines = [json.loads(x) for x in (folder / "stages/stage/metrics.jsonl").read_text().splitlines()]
+        name = "policy/router_aux_loss" if kind in ("grpo", "ppo") else "router_aux_loss"
+        found = [line.get(name) for line in lines]
+        # two experts of four a token: 2 where all get the same, at most 4
+        assert all(value is not None and 1.5 < value < 4 for value in found) if coef else not any(found)
+        saved = AutoModelForCausalLM.from_pretrained(folder / "stages/stage/model")
+        weights.append(saved.model.layers[0].mlp.gate.weight)
+    assert not torch.equal(*weights)

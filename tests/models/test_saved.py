@@ -114,7 +114,7 @@ def test_an_adapter_on_a_weight_of_several_layers_is_refused(tiny_model: Path) -
     first, second = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
     with pytest.raises(UsageError, match=r"up_proj.weight in several layers.*target_modules"):
-        add_adapters(model, Adapters(r=2), 0)
+        add_adapters(model, Adapters(r=2, target_modules=["up_proj"]), 0)
 
 
 def test_a_tie_that_no_config_can_undo_is_refused(

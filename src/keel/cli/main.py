@@ -341,6 +341,44 @@ def chat(
         )
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="runs/NAME, runs/NAME/STAGE, or a model folder.")],
+    to: Annotated[
+        str, typer.Option("--to", help="gguf, ollama (gguf and a Modelfile) or hub (with a card).")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file or folder; default: NAME-STAGE here.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the matrices in a GGUF: float32, float16 or bfloat16.")
+    ] = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's MODEL in the form that another program takes. Of a run alone: its last language model."""
+    from keel.cli import export as exporting
+
+    target = exporting.export(model, to, out, dtype)
+    print(json.dumps({"model": model, "to": to, "out": str(target)}) if as_json else target)
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="runs/NAME, runs/NAME/STAGE, or a model folder.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made where it is not there.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository is public; else private.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: the main one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a run's MODEL with a full card to the Hugging Face hub, as whoever is logged in there."""
+    from keel.cli import export as exporting
+
+    address = exporting.push(model, repo, private=not public, revision=revision)
+    print(json.dumps({"model": model, "repo": repo, "url": address}) if as_json else address)
+
+
 @recipes_app.callback(invoke_without_command=True)
 def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the recipes."""

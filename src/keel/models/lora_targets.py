@@ -1,11 +1,12 @@
 """Which weights adapters can reach. `all-linear` means every linear layer that is one: routers that subclass
-it and return more than a product, and layers whose weight the model reads around their forward (as the fused
-kernels of Mamba mixers do), would break or silently do without their adapter."""
+it and return more than a product, layers whose weight the model reads around their forward (as the fused
+kernels of Mamba mixers do), and layers that share their weight would break, or do without their adapter."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -22,14 +23,27 @@ EXPERT_COUNTS = (
 )  # fmt: skip
 
 
-def left_out(model: nn.Module) -> list[str]:
-    """The names of linear layers that `all-linear` leaves out."""
+def left_out(model: Any) -> list[str]:
+    """The names of linear layers, besides the head, that `all-linear` leaves out."""
     names: list[str] = []
+    head = model.get_output_embeddings()
+    owners = Counter(id(p) for module in model.modules() for p in vars(module)["_parameters"].values())
     for prefix, parent in model.named_modules():
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and (_is_more(child) or _read_around(type(parent), name)):
+            if (
+                isinstance(child, nn.Linear)
+                and child is not head
+                and (owners[id(child.weight)] > 1 or _is_more(child) or _read_around(type(parent), name))
+            ):
                 names.append(f"{prefix}.{name}" if prefix else name)
     return names
+
+
+def notes(model: Any) -> list[str]:
+    """What a user must know of adapters on a model: which layers and which experts have none."""
+    without = sorted({name.rpartition(".")[2] for name in model.active_peft_config.exclude_modules or ()})
+    layers = f"lora: no adapter on {', '.join(without)}, which one cannot be put on" if without else None
+    return [line for line in (layers, frozen_experts(model)) if line is not None]
 
 
 def _is_more(layer: nn.Linear) -> bool:

@@ -80,9 +80,10 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _make_valid(model: Any) -> None:
     """transformers refuses to save a generation_config whose sampling settings have no effect, which some
     published models have: they are meant to sample."""
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is None:
+        return
     try:
-        if generation is not None:
-            generation.validate(strict=True)
+        generation.validate(strict=True)
     except ValueError:
         generation.do_sample = True

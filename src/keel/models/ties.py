@@ -13,13 +13,12 @@ from torch import nn
 from keel.errors import UsageError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 TIE = "tie_word_embeddings"
 
 
-def check(model: PeftModel) -> None:
+def check(model: Any) -> None:
     """UsageError where an adapter is on weights that another part of the model uses, unless they are those of
     embeddings and head and the model can be saved with the two apart."""
     for name, module, attribute in _adapted_and_shared(model):
@@ -36,7 +35,7 @@ def check(model: PeftModel) -> None:
             )
 
 
-def untie(model: PeftModel) -> None:
+def untie(model: Any) -> None:
     """Give what adapters are on weights of its own, and note in the config that head and embeddings differ,
     so that a merge changes what was trained and nothing else."""
     found = list(_adapted_and_shared(model))
@@ -50,7 +49,7 @@ def untie(model: PeftModel) -> None:
         plain.all_tied_weights_keys = {}
 
 
-def _adapted_and_shared(model: PeftModel) -> Iterator[tuple[str, nn.Module, str]]:
+def _adapted_and_shared(model: Any) -> Iterator[tuple[str, nn.Module, str]]:
     """(name, module, attribute) of each parameter under an adapter that another module has, too."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -66,12 +65,12 @@ def _adapted_and_shared(model: PeftModel) -> Iterator[tuple[str, nn.Module, str]
                     yield name.removeprefix("base_model.model."), base, attribute
 
 
-def _is_embedding_or_head(model: PreTrainedModel, module: nn.Module) -> bool:
+def _is_embedding_or_head(model: Any, module: nn.Module) -> bool:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return any(module is getattr(end, "base_layer", end) for end in ends)
 
 
-def _can_be_apart(model: PreTrainedModel) -> bool:
+def _can_be_apart(model: Any) -> bool:
     """Whether a model of this class has a head of its own when its config says so."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):

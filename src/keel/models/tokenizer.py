@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -99,7 +100,8 @@ def give_own_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
     chosen = next(iter(names), None)
     if chosen is None:
         chosen = PAD
-        tokenizer.add_special_tokens({"pad_token": AddedToken(PAD, special=True, normalized=False)})
+        pad_token: Any = AddedToken(PAD, special=True, normalized=False)
+        tokenizer.add_special_tokens({"pad_token": pad_token})
     tokenizer.pad_token = chosen
     return max(rows, known_ids(tokenizer))
 

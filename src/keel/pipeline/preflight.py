@@ -279,10 +279,11 @@ class Sources:
                 raise UsageError(f"{name}: model.tokenizer: {error}") from None
 
     def _check_rows(self, stage: Stage, model: ModelConfig, hub: bool) -> None:
-        place = self.resolve(str(model.path))
+        place, remote = self.resolve(str(model.path)), self.trusts(stage)
+        if stage.trusts_remote_code and not remote:  # a plan, which runs no code of a model's
+            return
         if hub or Path(place).exists():
-            remote, revision = model.trust_remote_code, model.revision
-            tokenizer = load_tokenizer(place, trust_remote_code=remote, revision=revision)
+            tokenizer = load_tokenizer(place, trust_remote_code=remote, revision=model.revision)
             rows_needed(self.source(stage, "model", place), tokenizer, resize=model.resize)
 
     def _check_machine(self, name: str) -> None:

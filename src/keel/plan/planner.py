@@ -65,7 +65,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_measured": tokenizer is not None and rows <= SAMPLE,
         "parameters": _parameters(pipeline, name, tokenizer),
-        "frozen": _frozen(pipeline, name, tokenizer),
+        "notes": _notes(pipeline, name, tokenizer),
         "done": pipeline.is_done(name) or pipeline.is_kept(name),
         "reading": _reading(pipeline, name, tokenizer),
     }
@@ -246,15 +246,14 @@ def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBas
     return count_parameters(model)
 
 
-def _frozen(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """A line on experts that a stage's adapters do not reach; None where there are none, or nobody knows."""
+def _notes(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Lines on what a stage's adapters do not reach."""
     config = getattr(pipeline.config.stages[name], "lora", None)
     model = None if config is None else _without_weights(pipeline, name, tokenizer)
-    if model is None or not lora_targets.expert_parameters(model):
-        return None
-    return lora_targets.frozen_experts(
-        lora.with_adapters(model, lora.settings_for(model, prepare.adapters_of(config)))
-    )
+    if config is None or model is None:
+        return []
+    settings = lora.settings_for(model, prepare.adapters_of(config))
+    return lora_targets.notes(lora.with_adapters(model, settings))
 
 
 def _without_weights(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> Any | None:

@@ -17,7 +17,7 @@ from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models.device_info import fastest, forward_flops
 from keel.models.load import ModelSource, count_parameters
-from keel.models.lora_targets import frozen_experts
+from keel.models.lora_targets import notes
 from keel.models.offload import offload
 from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
@@ -165,7 +165,7 @@ def open_stage(
         seed=seed,
         base=base,
     )
-    if config.lora and (line := frozen_experts(roles.policy)) is not None:
+    for line in notes(roles.policy) if config.lora else ():
         run.say(f"{run.name}: {line}")
     if config.offload:
         _offload(run, roles, opened)

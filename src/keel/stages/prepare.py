@@ -19,7 +19,7 @@ from keel.data.load import Dataset
 from keel.errors import DataError, UsageError
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
 from keel.models.lora import Adapters, add_adapters, files_of
-from keel.models.lora_targets import frozen_experts
+from keel.models.lora_targets import notes
 from keel.models.saved_check import save_checked
 from keel.models.tokenizer import rows_needed
 from keel.rundir.stage_run import StageRun
@@ -89,7 +89,7 @@ def to_train(
     if config.lora:
         seed = derive_seed(stage_run.seed, "model")
         model = add_adapters(model, adapters_of(config.lora), seed, train_head=train_head)
-        if (line := frozen_experts(model)) is not None:
+        for line in notes(model):
             stage_run.say(f"{stage_run.name}: {line}")
     if config.gradient_checkpointing:
         checkpoint_activations(model)
