@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from keel.accel import disabled
 from keel.data.batches import pad
-from keel.errors import UsageError
+from keel.errors import KeelError, UsageError
 from keel.models.load import ModelSource, causal_lm, scorer
 from keel.models.logprobs import head_inputs, token_logprobs
 from keel.models.lora import Adapters, add_adapters, merged
@@ -230,7 +230,7 @@ def adapted(kind: str, folder: Path) -> str:
 def _targets(model: Any) -> str:
     """Names of the modules that have adapters."""
     names = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    return " ".join(sorted(names))
+    return " ".join(sorted(names - {"base_layer"}))  # what peft calls a module of experts beneath another
 
 
 def scored(kind: str, folder: Path) -> str:
@@ -279,6 +279,13 @@ def outcome(check: str, kind: str, folder: Path) -> Outcome:
         return Outcome("crashes", where(error))
     except Exception as error:
         return Outcome("crashes", where(error))
+
+
+def refusal(error: KeelError) -> Outcome:
+    """What keel says where it cannot: one line."""
+    if "\n" in str(error):
+        return Outcome("crashes", f"more than a line: {error}")
+    return Outcome("refused", str(error))
 
 
 def where(error: BaseException) -> str:
