@@ -28,6 +28,7 @@ import transformers
 
 from keel.config import parse
 from keel.errors import KeelError, UsageError
+from keel.models.saved_check import NotSavedError
 from keel.pipeline.pipeline import Pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "architectures"))
@@ -80,7 +81,7 @@ def through_stages(kind: str, folder: Path) -> checks.Outcome:
     place, runs = checks.saved(kind, folder), folder / "runs"
     shutil.rmtree(runs / kind, ignore_errors=True)
     config = {
-        "name": kind, "seed": 0, "threads": 1, "device": "cpu",
+        "name": kind.replace("+", "-"), "seed": 0, "threads": 1, "device": "cpu",
         "stages": stages(place, data(folder / "data")),
     }  # fmt: skip
     try:
@@ -89,8 +90,8 @@ def through_stages(kind: str, folder: Path) -> checks.Outcome:
         gc.freeze()  # each stage collects garbage: what the process has by now need not be looked through
         pipeline.run()
         wrong = _not_finite(runs / kind)
-    except UsageError as error:
-        return checks.Outcome("refused", str(error))
+    except (UsageError, NotSavedError) as error:
+        return checks.refusal(error)
     except KeelError as error:
         return checks.Outcome("differs", f"{type(error).__name__}: {error}")
     except Exception as error:
@@ -125,9 +126,11 @@ def table(found: dict[str, dict[str, checks.Outcome]]) -> str:
         alike[tuple(_cell(outcomes.get(column), kind) for column in COLUMNS)].append(kind)
     sound = sum(all(o.sound for o in outcomes.values()) for outcomes in found.values())
     staged = sum(o.state == "holds" for outcomes in found.values() if (o := outcomes.get("stages")))
+    variants = sum(kind in zoo.VARIANTS for kind in found)
     lines = [
-        f"transformers {transformers.__version__}: {len(found)} types tried, {sound} right or refused in "
-        f"every column, {staged} through all stages; {len(zoo.LEFT_OUT)} left out.",
+        f"transformers {transformers.__version__}: {len(found) - variants} types and {variants} variants "
+        f"tried, {sound} right or refused in every column, {staged} through all stages; {len(zoo.LEFT_OUT)} "
+        "types left out.",
         "",
         "| types | batches | common starts | packed | sampled | LoRA on | reward model | stages |",
         "|---|---|---|---|---|---|---|---|",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.accel import decode_step, disabled, own_cache
+from keel.accel import disabled
 from keel.data.batches import pad
-from keel.errors import UsageError
+from keel.errors import KeelError, UsageError
 from keel.models.load import ModelSource, causal_lm, scorer
 from keel.models.logprobs import head_inputs, token_logprobs
 from keel.models.lora import Adapters, add_adapters, merged
@@ -190,7 +190,7 @@ def sampled(kind: str, folder: Path) -> str:
         assert one.ids == other.ids, f"sampled {one.ids}, the reference engine {other.ids}"
         truth = logp_alone(untouched, [*one.prompt_ids, *one.ids])[-len(one.ids) :]
         _same("log-probabilities of samples", torch.tensor(one.logp), truth)
-    return _way_of_sampling(model)
+    return engine.way_of(model, max(LENGTHS) + 8)
 
 
 def _generated(model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -201,15 +201,6 @@ def _generated(model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
         eos_token_id=zoo.EOS,
     )  # fmt: skip
     return tuple(made[0, len(prompt) :].tolist())
-
-
-def _way_of_sampling(model: Any) -> str:
-    """How the engine samples from it."""
-    longest = max(LENGTHS) + 8
-    if decode_step.keeps_slots(model, longest):
-        return "slots"
-    together = own_cache.rows_at_once(model, longest)
-    return {True: "own cache", False: "own cache, one row at a time", None: "whole forwards"}[together]
 
 
 def adapted(kind: str, folder: Path) -> str:
@@ -239,7 +230,7 @@ def adapted(kind: str, folder: Path) -> str:
 def _targets(model: Any) -> str:
     """Names of the modules that have adapters."""
     names = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    return " ".join(sorted(names))
+    return " ".join(sorted(names - {"base_layer"}))  # what peft calls a module of experts beneath another
 
 
 def scored(kind: str, folder: Path) -> str:
@@ -288,6 +279,13 @@ def outcome(check: str, kind: str, folder: Path) -> Outcome:
         return Outcome("crashes", where(error))
     except Exception as error:
         return Outcome("crashes", where(error))
+
+
+def refusal(error: KeelError) -> Outcome:
+    """What keel says where it cannot: one line."""
+    if "\n" in str(error):
+        return Outcome("crashes", f"more than a line: {error}")
+    return Outcome("refused", str(error))
 
 
 def where(error: BaseException) -> str:

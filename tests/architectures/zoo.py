@@ -190,7 +190,6 @@ OWN: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "xlm-roberta": _FROM_PAD,
     "xlm-roberta-xl": _FROM_PAD,
-    "xlnet": {"attn_type": "uni"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # its cache rounds widths up to 64
     "xmod": _FROM_PAD | {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3},
@@ -224,6 +223,7 @@ LEFT_OUT: dict[str, str] = {
     "musicgen": "makes codes of sounds, several at a position; it has no text vocabulary of its own",
     "musicgen_melody": "makes codes of sounds, several at a position; it has no text vocabulary of its own",
     "reformer": "it sorts the tokens of a row by their hashes, so that later ones change earlier ones",
+    "xlnet": "it reads both ways, but for a setting (attn_type: uni) in which it takes no mask of padding",
 }
 
 

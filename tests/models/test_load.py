@@ -420,3 +420,18 @@ def test_the_context_of_longrope_is_the_one_in_which_rows_do_not_turn_each_other
 
     torch.testing.assert_close(first(limit), first(12))
     assert float((first(limit + 1) - first(12)).abs().max()) > 1e-2
+
+
+def test_positions_that_count_from_the_id_of_padding_are_still_counted(tmp_path: Path) -> None:
+    """ProphetNet's embeddings of positions read their `padding_idx`."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "decoder_ffn_dim": 32, "num_decoder_layers": 1}
+    config = AutoConfig.for_model("prophetnet", **sizes, num_decoder_attention_heads=2, pad_token_id=3)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    opened = causal_lm(ModelSource(str(tmp_path)), 0).eval()
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (opened, model))
+    torch.testing.assert_close(ours, theirs)
+    assert opened.get_input_embeddings().padding_idx is None

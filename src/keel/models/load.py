@@ -272,10 +272,13 @@ def _in_head(key: str, backbone: str) -> bool:
 def with_whole_embeddings(model: nn.Module) -> Any:
     """The model with every row of its embeddings trained. Torch keeps a pad token's row from learning, and
     the pad token may be EOS [trl PR 5303]; real pads get no gradient in any case, since masks here come from
-    lengths."""
+    lengths. Embeddings whose own forward counts from the pad's id (ProphetNet's positions) stay as they
+    are."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            module.padding_idx = None
+            forward = type(module).forward
+            if forward is nn.Embedding.forward or "padding_idx" not in forward.__code__.co_names:
+                module.padding_idx = None
     return model
 
 
