@@ -30,9 +30,12 @@ from keel import accel, report
 from keel.config import RunConfig, Stage, Training
 from keel.data import load
 from keel.data.batches import derive_seed
+from keel.data.stored.cache import Cache, keep_digests
+from keel.data.stored.tokens import Preparation
+from keel.data.stored.worker import Shown
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
-from keel.pipeline.device import deterministic, device_of, hardware
+from keel.pipeline.device import cores, deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
 from keel.pipeline.preflight import Sources, from_outside, functions_of
 from keel.pipeline.stage_kinds import kind_of, resolve
@@ -42,6 +45,7 @@ from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
 
+PREPARED = "prepared"  # in the run's directory: rows of large data sets, validated and as tokens
 MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
 
 
@@ -79,7 +83,10 @@ class Pipeline:
                 "device": device_of(self.config).type,
                 "accel": _accel_state(self.config),
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
-                "data": [load.fingerprint(from_outside(sources)) for sources, _ in stage.all_data()],
+                "data": [
+                    load.fingerprint(from_outside(sources), self.sources.preparation.cache)
+                    for sources, _ in stage.all_data()
+                ],
                 "rewards": {function: functions.source_print(function) for function in functions_of(stage)},
                 "plugins": plugin_prints(stage),
                 "code": code_prints(stage.kind),
@@ -151,9 +158,13 @@ class Pipeline:
                     f"--only {only}: its input {source!r} is not done with these settings; run the whole "
                     "config first"
                 )
+        preparation = self.sources.preparation = Preparation(
+            Cache(self.directory / PREPARED), self.config.workers or cores(), Shown(self.progress)
+        )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
         self.directory.mkdir(parents=True, exist_ok=True)
+        keep_digests(preparation.cache)
         with locked(self.directory), deterministic(self.config), switched(self.config):
             if fresh:
                 for name in names:
@@ -174,6 +185,8 @@ class Pipeline:
                     self.say(f"{name}: done before, unchanged")
                 self._write_manifest(states)
                 self._report()
+            if only is None:
+                preparation.cache.sweep()
 
     def _run_stage(self, name: str) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
@@ -231,6 +244,7 @@ class Pipeline:
                 self.sources.load_data,
                 self.say,
                 self.progress,
+                preparation=self.sources.preparation,
             )
             if getattr(asked, "micro_batch", None) != "auto":
                 return run, run_stage(asked, run)

@@ -22,6 +22,7 @@ from keel import worlds
 from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
 from keel.data import chat, load
+from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
@@ -39,6 +40,7 @@ class Sources:
 
     config: RunConfig
     directory: Path  # of the run
+    preparation: Preparation = field(default_factory=Preparation)
     _data: dict[str, load.Dataset] = field(default_factory=dict)
 
     # ------------------------------------------------------------ what the stages are given
@@ -71,7 +73,7 @@ class Sources:
         sources = [self._located(source) for source in sources]
         key = json.dumps([[repr(source) for source in sources], list(accept)])
         if key not in self._data:
-            self._data[key] = load.load(sources, accept, self.config.seed)
+            self._data[key] = load.load(sources, accept, self.config.seed, self.preparation)
         return self._data[key]
 
     def _located(self, source: DataSource) -> DataSource:

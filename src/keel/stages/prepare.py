@@ -14,6 +14,7 @@ from keel.config import DataConfig, LoraConfig, ModelConfig, Supervised, Trainin
 from keel.data import chat
 from keel.data.batches import derive_seed, split_holdout
 from keel.data.load import Dataset
+from keel.data.stored.records import picked
 from keel.errors import DataError, UsageError
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
 from keel.models.lora import Adapters, add_adapters, files_of, merged
@@ -75,17 +76,17 @@ def read(stage_run: StageRun, data: Sequence[DataConfig], accept: Sequence[Recor
 
 def train_and_eval(
     config: Supervised, stage_run: StageRun, accept: Sequence[RecordType]
-) -> tuple[Dataset, list[Record], list[Record]]:
+) -> tuple[Dataset, Sequence[Record], Sequence[Record]]:
     """The data set, and its rows to train on and to evaluate on."""
     dataset = read(stage_run, config.data, accept)
     if config.eval_data is not None:
         return (
             dataset,
-            list(dataset.records),
-            list(read(stage_run, config.eval_data, (dataset.kind,)).records),
+            dataset.records,
+            read(stage_run, config.eval_data, (dataset.kind,)).records,
         )
     kept, held_out = split_holdout(len(dataset.records), config.holdout, stage_run.seed)
-    return dataset, [dataset.records[i] for i in kept], [dataset.records[i] for i in held_out]
+    return dataset, picked(dataset.records, kept), picked(dataset.records, held_out)
 
 
 def limit_of(config: Training, stage_run: StageRun, source: ModelSource) -> int | None:

@@ -1,0 +1,107 @@
+"""Rows of training that are made of tokens when they are asked for: lists where they are few, else a view of
+a file. Both hold the same rows in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from keel.data.stored.records import Rows
+from keel.data.stored.tokens import TokenRows, Tokens, each, tokenised
+from keel.errors import DataError
+from keel.stages.prepare import TooLong
+from keel.types import Record, TextRecord
+
+RowT = TypeVar("RowT")
+Build = Callable[[int, Tokens], RowT]  # the number of a record among those given, and its tokens → a row
+
+
+class LazyRows(Sequence[RowT], Generic[RowT]):
+    """`count` rows, number i of which is `get(i)`. sizes: the tokens of each, where they are known."""
+
+    def __init__(self, count: int, get: Callable[[int], RowT], sizes: Sequence[int] | None = None) -> None:
+        self._count, self._get, self.sizes = count, get, sizes
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> RowT: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RowT]: ...
+    def __getitem__(self, index: int | slice) -> RowT | Sequence[RowT]:
+        if isinstance(index, slice):
+            return [self._get(i) for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"row {index} of {self._count}")
+        return self._get(index % self._count)
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    too_long: TooLong,
+    fits: Callable[[Record, Tokens], bool],
+    build: Build[RowT],
+) -> Sequence[RowT]:
+    """The rows that records become. DataError when nothing is left of them.
+
+    fits: whether a record's tokens are kept. Where records are read from a file, it is asked only for entries
+    that are longer than `too_long.limit`, or have fewer than two tokens: all others it must keep.
+    build: the row, its tokens within the limit; called again each time that a row is asked for.
+    """
+    rows: Sequence[RowT]
+    if isinstance(records, Rows):
+        rows = _stored(records, tokenizer, too_long, fits, build)
+    else:
+        rows = [
+            build(number, tokens)
+            for number, record, tokens in each(tokenizer, records)
+            if fits(record, tokens)
+        ]
+    if len(records) and not len(rows):
+        raise DataError(f"stage {too_long.stage_run.name!r}: no usable row is left of {len(records)}")
+    return rows
+
+
+def _stored(
+    records: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    too_long: TooLong,
+    fits: Callable[[Record, Tokens], bool],
+    build: Build[RowT],
+) -> LazyRows[RowT]:
+    run = too_long.stage_run
+    tokens = tokenised(records, tokenizer, run.preparation, f"{run.name}: tokenising")
+    numbers, lengths = tokens.record(), sizes_of(tokens, isinstance(records[0], TextRecord))
+    doubtful = lengths < 2
+    if too_long.limit is not None:
+        doubtful |= lengths > too_long.limit
+    kept = np.ones(len(tokens), dtype=bool)
+    for index in np.flatnonzero(doubtful).tolist():
+        kept[index] = fits(records[int(numbers[index])], tokens[index])
+    tokens.release()
+    records.release()
+    chosen = np.flatnonzero(kept)
+    sizes = lengths[chosen] if too_long.limit is None else np.minimum(lengths[chosen], too_long.limit)
+
+    def row(index: int) -> RowT:
+        entry = int(chosen[index])
+        return build(int(numbers[entry]), tokens[entry])
+
+    return LazyRows(len(chosen), row, sizes)  # pyright: ignore[reportArgumentType]
+
+
+def sizes_of(tokens: TokenRows, texts: bool) -> Any:
+    """(N,) tokens of each entry: of a text its own, else those of the prompt and the longest reply."""
+    lengths = tokens.lengths()
+    return lengths[:, 0] if texts else lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
+
+
+def sizes(rows: Sequence[Any], size: Callable[[Any], int]) -> Sequence[int]:
+    """Tokens of every row; of rows in a file without reading them."""
+    known = getattr(rows, "sizes", None)
+    return [size(row) for row in rows] if known is None else known.tolist()
