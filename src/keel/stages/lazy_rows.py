@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from keel.data.stored.records import Rows
+from keel.data.stored.arrow import Array
+from keel.data.stored.records import Rows, base_of
 from keel.data.stored.tokens import TokenRows, Tokens, each, tokenised
 from keel.errors import DataError
 from keel.stages.prepare import TooLong
@@ -22,7 +23,7 @@ Build = Callable[[int, Tokens], RowT]  # the number of a record among those give
 class LazyRows(Sequence[RowT], Generic[RowT]):
     """`count` rows, number i of which is `get(i)`. sizes: the tokens of each, where they are known."""
 
-    def __init__(self, count: int, get: Callable[[int], RowT], sizes: Sequence[int] | None = None) -> None:
+    def __init__(self, count: int, get: Callable[[int], RowT], sizes: Array | None = None) -> None:
         self._count, self._get, self.sizes = count, get, sizes
 
     def __len__(self) -> int:
@@ -75,24 +76,32 @@ def _stored(
     build: Build[RowT],
 ) -> LazyRows[RowT]:
     run = too_long.stage_run
-    tokens = tokenised(records, tokenizer, run.preparation, f"{run.name}: tokenising")
-    numbers, lengths = tokens.record(), sizes_of(tokens, isinstance(records[0], TextRecord))
+    whole, taken = base_of(records)  # all rows of the files: the same for every stage and split
+    tokens = tokenised(whole, tokenizer, run.preparation, f"{run.name}: tokenising")
+    entries, numbers = entries_of(tokens.record(), taken)
+    lengths = sizes_of(tokens, isinstance(records[0], TextRecord))[entries]
     doubtful = lengths < 2
     if too_long.limit is not None:
         doubtful |= lengths > too_long.limit
-    kept = np.ones(len(tokens), dtype=bool)
+    kept = np.ones(len(entries), dtype=bool)
     for index in np.flatnonzero(doubtful).tolist():
-        kept[index] = fits(records[int(numbers[index])], tokens[index])
+        kept[index] = fits(records[int(numbers[index])], tokens[entries[index]])
     tokens.release()
     records.release()
-    chosen = np.flatnonzero(kept)
-    sizes = lengths[chosen] if too_long.limit is None else np.minimum(lengths[chosen], too_long.limit)
+    entries, numbers, lengths = entries[kept], numbers[kept], lengths[kept]
+    sizes = lengths if too_long.limit is None else np.minimum(lengths, too_long.limit)
+    return LazyRows(len(entries), lambda i: build(int(numbers[i]), tokens[entries[i]]), sizes)
 
-    def row(index: int) -> RowT:
-        entry = int(chosen[index])
-        return build(int(numbers[entry]), tokens[entry])
 
-    return LazyRows(len(chosen), row, sizes)  # pyright: ignore[reportArgumentType]
+def entries_of(record: Array, taken: Array) -> tuple[Array, Array]:
+    """The entries of the `taken` records, and of each the number of its record among those. record: (E,) the
+    record of each entry, ascending."""
+    first, behind = np.searchsorted(record, taken, "left"), np.searchsorted(record, taken, "right")
+    counts = behind - first
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(first - before, counts), np.repeat(
+        np.arange(len(taken)), counts
+    )
 
 
 def sizes_of(tokens: TokenRows, texts: bool) -> Any:

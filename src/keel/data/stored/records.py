@@ -162,9 +162,18 @@ class PickedRows(Rows):
         release(self.rows)
 
 
-def picked(rows: Sequence[Record], indices: Sequence[int]) -> Sequence[Record]:
+def picked(rows: Sequence[Record], indices: Sequence[int] | Array) -> Sequence[Record]:
     """The rows of these numbers: a list where they lie in memory."""
+    if isinstance(rows, PickedRows):
+        return PickedRows(rows.rows, rows.indices[np.asarray(indices, dtype=np.int64)])
     return PickedRows(rows, indices) if isinstance(rows, Rows) else [rows[i] for i in indices]
+
+
+def base_of(rows: Rows) -> tuple[Rows, Array]:
+    """The rows that some were picked from, and their numbers there."""
+    if isinstance(rows, PickedRows) and isinstance(rows.rows, Rows):
+        return rows.rows, rows.indices
+    return rows, np.arange(len(rows))
 
 
 def joined(parts: Sequence[Sequence[Record]]) -> Sequence[Record]:

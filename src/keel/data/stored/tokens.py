@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow
@@ -226,7 +226,7 @@ def tokenizer_print(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that the tokens of a text depend on. A template that writes today's date depends on
     it."""
     if tokenizer.is_fast:
-        parts = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+        parts = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
         parts = {key: value for key, value in parts.items() if key not in ("truncation", "padding")}
     else:
         parts = {"vocabulary": tokenizer.get_vocab(), "settings": repr(sorted(tokenizer.init_kwargs.items()))}
