@@ -85,7 +85,9 @@ def read(
     try:
         size = path.stat().st_size >> 20
         with path.open("rb") as raw:
-            for number, row in enumerate(_rows_of(path, raw, name, columns), 1):
+            zipped = path.name.lower().endswith(".gz")
+            handle: Any = gzip.GzipFile(fileobj=raw) if zipped else raw
+            for number, row in enumerate(rows_in(suffix_of(path), handle, name, columns), 1):
                 if number % 1000 == 0:
                     progress(raw.tell() >> 20, size)
                 yield row
@@ -93,19 +95,33 @@ def read(
         raise DataError(f"{name} cannot be read: {error}") from None
 
 
-def _rows_of(path: Path, raw: IO[bytes], name: str, columns: Mapping[str, str]) -> Iterator[RawRow]:
-    suffix = suffix_of(path)
-    handle: Any = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+def rows_in(suffix: str, handle: IO[bytes], name: str, columns: Mapping[str, str]) -> Iterator[RawRow]:
+    """The rows of an open file, by the suffix that says what is in it."""
     if suffix == ".jsonl":
         yield from _jsonl(handle, name)
     elif suffix == ".json":
         yield from _json(handle.read(), name)
     elif suffix == ".parquet":
-        yield from _parquet(io.BytesIO(handle.read()) if handle is not raw else handle, name)
+        yield from _parquet(io.BytesIO(handle.read()) if isinstance(handle, gzip.GzipFile) else handle, name)
     elif suffix == ".csv":
         yield from _csv(handle, name, {theirs: ours for ours, theirs in columns.items()})
     else:
         yield from _paragraphs(handle, name)
+
+
+def size_of(source: str) -> int:
+    """Bytes of a file, or of the files of a folder, in plain text: compressed ones count threefold. 0 for
+    what is no file."""
+    path = Path(source).expanduser()
+    paths = (
+        [path]
+        if path.is_file()
+        else [file for file in path.iterdir() if _is_data(file)]
+        if path.is_dir()
+        else []
+    )
+    packed = (".gz", ".parquet")
+    return sum(file.stat().st_size * (3 if file.name.lower().endswith(packed) else 1) for file in paths)
 
 
 def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Pipeline:
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
                 "data": [
                     load.fingerprint(from_outside(sources), self.sources.preparation.cache)
-                    for sources, _ in stage.all_data()
+                    for sources, _ in [*stage.all_data(), *stage.streamed_data()]
                 ],
                 "rewards": {function: functions.source_print(function) for function in functions_of(stage)},
                 "plugins": plugin_prints(stage),

@@ -21,7 +21,7 @@ from transformers import (
 from keel import worlds
 from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
-from keel.data import chat, load
+from keel.data import chat, load, stream
 from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
@@ -115,6 +115,8 @@ class Sources:
         labelled = getattr(stage, "data", None)
         if isinstance(labelled, Mapping):
             return "; ".join(f"{label}: {self._labelled(stage, label)}" for label in labelled)
+        if stage.streams:
+            return " + ".join(stream.described(sources) for sources, _ in stage.streamed_data())
         if not stage.main_data():
             return "no data"
         sources, accept = stage.main_data()[0]
@@ -230,7 +232,7 @@ class Sources:
         are."""
         stage = self.config.stages[name]
         held_out = stage.held_out_data()
-        if held_out is None:
+        if held_out is None or stage.streams:
             return
         dataset = self.load_data(*stage.main_data()[0])
         try:

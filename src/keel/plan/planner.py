@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from keel.config import Stage
-from keel.data import chat
+from keel.data import chat, files, stream
 from keel.data.batches import derive_seed, holdout_count, split_holdout
 from keel.data.load import Dataset
 from keel.errors import UsageError
@@ -52,7 +52,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     datasets = _datasets(pipeline, name)
     rows = sum(len(dataset.records) for dataset in datasets) + _collected(pipeline, stage)
     tokenizer = _tokenizer(pipeline, name)
-    tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or None
+    tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or _streamed(stage, tokenizer)
     entry: dict[str, Any] = {
         "stage": name,
         "kind": stage.kind,
@@ -70,7 +70,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         entry["micro_batch"] = micro_batch(pipeline, name)
     entry["memory"] = (
         _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets), entry.get("micro_batch"))
-        if datasets
+        if datasets or stage.streams
         else None
     )
     return entry
@@ -129,6 +129,9 @@ def _examples(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int,
         trained, _ = split_holdout(len(records), share, derive_seed(pipeline.config.seed, name))
         return stage_kinds.resolve(count)(stage, [records[i] for i in trained])
     trained = rows - holdout_count(rows, share)
+    if stage.streams:
+        length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
+        return math.ceil((tokens or 0) / (length - 1))
     if stage.cuts_texts:
         length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
         return math.ceil((tokens or 0) * trained / max(rows, 1) / (length - 1)) or trained
@@ -142,6 +145,16 @@ def _tokens(tokenizer: PreTrainedTokenizerBase | None, dataset: Dataset) -> int 
         return None
     counts = [_length(tokenizer, record) for record in records]
     return round(sum(counts) / len(counts) * len(dataset.records))
+
+
+def _streamed(stage: Stage, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Tokens of what a stage reads as a stream; None where it does not."""
+    sources = [source for some, _ in stage.streamed_data() for source in some]
+    if not sources:
+        return None
+    if tokenizer is None:
+        return sum(files.size_of(source.source) for source in sources) // CHARACTERS_A_TOKEN
+    return stream.estimated_tokens(stream.shards_of(sources), tokenizer)
 
 
 def _length(tokenizer: PreTrainedTokenizerBase | None, record: Record) -> float:

@@ -63,8 +63,8 @@ class Cache:
         """A folder to fill, which has its name once the block ends without an error."""
         self.used.add(name)
         partial = self.place / f"{_PARTIAL}{os.getpid()}-{next(_numbers)}-{name}"
-        partial.mkdir(parents=True)
         try:
+            partial.mkdir(parents=True)
             yield partial
             _sync(partial)
             try:
