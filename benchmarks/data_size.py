@@ -5,9 +5,10 @@ start is.
 
 The rows are those of the seed file over and over, each prompt with a number of its own, so that no two are the
 same. A reward stage takes three steps on them, in a process of its own: `ready` are the seconds from the start
-of the stage's run to its first step, imports left out; `again` the same for a second start, after the first one
+of the stage's run to its first step, imports left out, and `cpu` the processor's seconds in that time, workers
+included, which say more where a machine is shared; `again` the same for a second start, after the first one
 was killed at its first step; memory is the largest sum of the proportional set sizes (PSS) of the process and
-its workers, in MiB, sampled five times a second. The largest resident size of the main process, as the kernel
+its workers, in MiB, sampled twice a second. The largest resident size of the main process, as the kernel
 counts it, stands beside it. With --against another version of keel starts once on the same rows, before.
 """
 
@@ -34,10 +35,15 @@ stage = {"kind": "reward", "model": model, "data": {"source": data, "on_bad": "s
          "batch_size": 8, "normalize": 0, "too_long": "skip", "holdout": 0.001}
 config = RunConfig.model_validate({"name": "size", "threads": 1, "stages": {"rm": stage}})
 imported = time.time()
+def processor():
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+before = processor()
 def progress(stage, step, steps, metrics):
     if step == 1 and metrics:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"ready": time.time() - imported, "imports": imported - began, "rss": peak}), flush=True)
+        found = {"ready": time.time() - imported, "cpu": processor() - before, "imports": imported - began}
+        print(json.dumps({**found, "rss": peak}), flush=True)
         if stop == "kill":
             os.kill(os.getpid(), 9)
 Pipeline(config, Path(directory), lambda line: print(line, file=sys.stderr), progress).run()
@@ -85,7 +91,7 @@ def run(source: str, model: str, data: Path, directory: Path, stop: str) -> dict
         memory = 0.0
         while process.poll() is None:
             memory = max(memory, sum(map(proportional, family(process.pid))))
-            time.sleep(0.2)
+            time.sleep(0.5)
         out.seek(0)
         found: dict[str, Any] = {"seconds": time.time() - began, "memory": memory}
         for line in out.read().splitlines():
