@@ -32,7 +32,13 @@ FENCE = re.compile(r"(^```.*?^```[ ]*$)", re.DOTALL | re.MULTILINE)
 # Navigation: a title → pages and folders, in order. What nothing names goes to the end of the guides.
 NAVIGATION: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "docs/python.md", "docs/tutorials", "docs/recipes.md"),
-    "Guides": ("docs/diagnosis.md", "docs/judging.md", "docs/overoptimization.md", "docs/memory.md"),
+    "Guides": (
+        "docs/data.md",
+        "docs/diagnosis.md",
+        "docs/judging.md",
+        "docs/overoptimization.md",
+        "docs/memory.md",
+    ),
     "Reference": ("docs/metrics.md", "docs/papers.md", "api"),
     "Results": ("docs/results.md", "docs/notes.md"),
     "Work on keel": (

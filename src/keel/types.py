@@ -121,6 +121,10 @@ class DataSource:
     rewrite: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # column → pattern → replacement
     system: str | None = None  # a system turn before every prompt; plain prompts become conversations
     on_bad: Literal["error", "skip"] = "error"
+    strict: bool = False  # unknown columns and keys of turns are refused
+    format: str | None = None  # a name in `data.formats`; None: by the columns, "keel": rows as they are
+    pairs: Mapping[str, Any] | None = None  # how two replies and a label are a pair (`data.formats.labelled`)
+    ties: Literal["skip", "keep"] = "skip"  # what a format does with pairs without a better side
     options: Mapping[str, Any] = field(default_factory=dict)  # a world's own settings
 
 

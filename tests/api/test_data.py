@@ -34,6 +34,21 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path) -> None:
     assert keel.load_data(path, on_bad="skip").skipped == 1
 
 
+def test_a_format_and_a_label_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "a": "one", "b": "two", "best": "b"}\n', encoding="utf-8")
+    pairs = {"first": "a", "second": "b", "label": "best", "first_wins": ["a"], "second_wins": ["b"]}
+    assert keel.load_data(path, pairs=pairs).records[0].chosen == "two"
+    with pytest.raises(keel.UsageError, match="`pairs` needs `second_wins`"):
+        keel.load_data(path, pairs={**pairs, "second_wins": []})
+    with pytest.raises(keel.UsageError, match="no key 'tie'"):
+        keel.load_data(path, pairs={**pairs, "tie": ["c"]})
+    with pytest.raises(keel.UsageError, match="there is no format 'alpacca'; did you mean alpaca"):
+        keel.load_data(path, format="alpacca")
+    with pytest.raises(keel.DataError, match='the row has the column "a"'):
+        keel.load_data(path, columns={"text": "prompt"}, strict=True)
+
+
 def test_bad_arguments_are_usage_errors(data: Any) -> None:
     wrong: Any = "pair"
     with pytest.raises(keel.UsageError, match="kind 'pair' is none of"):

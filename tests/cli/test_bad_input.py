@@ -47,7 +47,7 @@ def _refused(outcome: Any, *reasons: str) -> None:
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_bad_row_is_named_by_file_and_line(keel, write, sft, row, reasons, command):
     rows = write("rows.jsonl", [GOOD, GOOD, row])
-    outcome = keel(command, write("tiny.yaml", {"sft": sft(data=str(rows), batch_size=1)}))
+    outcome = keel(command, write("tiny.yaml", {"sft": sft(data=str(rows), batch_size=1, holdout=0)}))
     if reasons is None:  # an empty line is no row
         assert outcome.code == 0, outcome.err
     else:
@@ -71,7 +71,7 @@ def test_a_bad_row_is_skipped_and_counted_when_asked(keel, write, sft):
 
 def test_wrong_columns_come_with_the_rename_that_helps(keel, write, sft):
     rows = write("rows.jsonl", [{"question": "the cat?", "answer": " it is red."}] * 3)
-    path = write("tiny.yaml", {"sft": sft(data=str(rows), batch_size=1)})
+    path = write("tiny.yaml", {"sft": sft(data=str(rows), batch_size=1, holdout=0)})
     _refused(
         keel("run", path),
         f"{rows}:1",
@@ -80,6 +80,13 @@ def test_wrong_columns_come_with_the_rename_that_helps(keel, write, sft):
     )
     done = keel("run", path, "sft.data.columns={prompt: question, completion: answer}")
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_one_prompt_cannot_be_held_out_of_itself(keel, write, sft, command):
+    rows = write("rows.jsonl", [GOOD] * 3)
+    path = write("tiny.yaml", {"sft": sft(data=str(rows), batch_size=1)})
+    _refused(keel(command, path), "sft: all 3 rows have one prompt", "`eval_data`", "`holdout: 0`")
 
 
 def test_data_of_another_stage_are_refused(keel, write, chain, data):

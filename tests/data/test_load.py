@@ -277,7 +277,7 @@ def test_summary(tmp_path, monkeypatch):
     jsonl(tmp_path / "hh/helpful.jsonl", PAIRS * 300)
     assert (
         summary(read("hh/helpful.jsonl", ["preference"]))
-        == "1,500 rows · preference, standard · hh/helpful.jsonl"
+        == "1,500 rows · preference, standard · hh/helpful.jsonl · 5 prompts · 1,495 rows repeat earlier ones"
     )
     jsonl(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}])
     assert summary(read("chat.jsonl", ["prompt"])) == "1 rows · prompt-only, conversational · chat.jsonl"

@@ -1,4 +1,4 @@
-"""Rows in files: the same records, tokens and weights as in memory, by any number of workers, whole or not there."""
+"""Rows in files: the same records, tokens and weights as in memory, by any number of workers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ TURNS = ({"role": "user", "content": "the cat?", "name": "a"}, {"role": "assista
 RECORDS: list[Record] = [
     TextRecord("one\ntwo \u2028 three", {"n": 1, "x": 0.1}, "a:1"),
     TextRecord(TURNS, {}, "a:2"),  # type: ignore[arg-type]
-    PromptRecord("the owl?", {"when": datetime.datetime(2026, 1, 2, 3, 4, 5, 6), "d": datetime.date(2026, 1, 2)}),
+    PromptRecord(
+        "the owl?", {"when": datetime.datetime(2026, 1, 2, 3, 4, 5, 6), "d": datetime.date(2026, 1, 2)}
+    ),
     PromptRecord(TURNS[:1], {"t": (1, [2, {"keel": "x"}]), "b": b"\x00\xff", "m": Decimal("1.50")}),  # type: ignore[arg-type]
     DemonstrationRecord("a", "b", {"lone": "\ud800", "nested": {"keel": None, "k": [None, True]}}),
     PreferenceRecord("a", "b", "c", 0.75, 1.5, (Vote("x", "chosen"), Vote("", "tie")), {}, "b:7"),
@@ -72,7 +74,11 @@ def kept(rows: list[Record], tmp_path: Path) -> StoredRows:
 def pairs_file(path: Path, rows: int, bad: int | None = None) -> Path:
     with path.open("w", encoding="utf-8") as handle:
         for i in range(rows):
-            row = {"prompt": f"the cat number {i}?", "chosen": " red", "rejected": f" so {'it is ' * (i % 7)}blue"}
+            row = {
+                "prompt": f"the cat number {i}?",
+                "chosen": " red",
+                "rejected": f" so {'it is ' * (i % 7)}blue",
+            }
             handle.write(json.dumps({**row, "chosen": "" if i == bad else row["chosen"]}) + "\n")
     return path
 
@@ -195,7 +201,7 @@ def test_a_worker_that_is_killed_is_told_of(few: None, tmp_path: Path, tokenizer
     rows.__class__ = type("Dying", (StoredRows,), {"__reduce__": lambda self: (os._exit, (9,))})
     preparation = Preparation(Cache(tmp_path / "cache"), 2)
     tasks = [token_rows.Task(0, 0, 1), token_rows.Task(1, 1, 2)]
-    with pytest.raises(KeelError, match="ended without a word at row 0 to 1"):
+    with pytest.raises(KeelError, match=r"ended without a word at row 0 to 1"):
         do(rows, tokenizer, tasks, tmp_path, preparation, "x")
 
 
@@ -262,7 +268,7 @@ def test_a_digest_is_kept_for_a_file_that_has_not_changed_and_no_longer(
 def test_a_disk_that_is_full_is_a_plain_error(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, no folder")
     with (
-        pytest.raises(UsageError, match="rows cannot be written to .*cache"),
+        pytest.raises(UsageError, match=r"rows cannot be written to .*cache"),
         Cache(tmp_path / "cache" / "in").making("x"),
     ):
         pass
@@ -292,7 +298,9 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
         Pipeline(parse(config), directory, lambda line: None).run()
         files = [*directory.glob("stages/*/model/*.safetensors"), *directory.glob("stages/*/*.jsonl")]
         return {
-            str(file.relative_to(directory)): file.read_bytes() for file in files if file.name != "times.jsonl"
+            str(file.relative_to(directory)): file.read_bytes()
+            for file in files
+            if file.name != "times.jsonl"
         }
 
     plain = made(tmp_path / "memory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_rows_hold_the_stream_of_all_texts_and_predict_each_token_once(
     tokens = TokenStream(texts_of(shards), tokenizer, length)
     rows = [tokens.row() for _ in range(60)]
     assert all(len(row) == length for row in rows)
-    assert all(a[-1] == b[0] for a, b in zip(rows, rows[1:]))
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(rows))
     joined = rows[0] + [token for row in rows[1:] for token in row[1:]]
     texts = [text for epoch in range(9) for text in one_pass(texts_of(shards), epoch)]
     expected = [token for text in texts for token in chat.document_ids(tokenizer, TextRecord(text))]
@@ -115,7 +116,7 @@ def test_the_estimate_is_near_the_tokens_that_there_are(shards: Path, tokenizer:
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nthe cat\n")
-    with pytest.raises(UsageError, match="`stream` reads files and folders of .jsonl .txt .parquet"):
+    with pytest.raises(UsageError, match=r"`stream` reads files and folders of .jsonl .txt .parquet"):
         shards_of([DataSource(str(tmp_path / "a.csv"))])
     with pytest.raises(UsageError, match="`stream` reads files"):
         shards_of([DataSource("world:helpdesk/text")])
@@ -142,7 +143,8 @@ def test_a_run_that_is_cut_off_in_a_stream_ends_with_the_bytes_of_one_that_is_no
     shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     stage = {
-        "kind": "pretrain", "model": str(tiny_model), "data": str(shards), "stream": True, "shuffle_buffer": 9,
+        "kind": "pretrain", "model": str(tiny_model), "data": str(shards), "stream": True,
+        "shuffle_buffer": 9,
         "max_steps": 8, "batch_size": 2, "max_length": 24, "save_every": 2, "holdout": 0.2,
     }  # fmt: skip
     config = parse({"name": "stream", "threads": 1, "stages": {"base": stage}})

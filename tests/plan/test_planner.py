@@ -11,7 +11,7 @@ import pytest
 from transformers import DistilBertConfig
 
 from keel.config import parse
-from keel.data.batches import split_holdout
+from keel.data.holdout import split_holdout
 from keel.models.load import load_tokenizer
 from keel.pipeline.pipeline import Pipeline
 from keel.plan import planner, text
@@ -121,10 +121,15 @@ def test_a_model_that_is_only_evaluated_brings_its_tokenizer(plan, data, tiny_mo
     assert entry["parameters"] > 10_000
 
 
+def _demonstrations(rows: int) -> str:
+    """Each with a prompt of its own, of one length."""
+    return "".join(f'{{"prompt": "the cat {n:04}?", "completion": " red."}}\n' for n in range(rows))
+
+
 @pytest.mark.parametrize(("rows", "exact"), [(planner.SAMPLE, True), (planner.SAMPLE + 1, False)])
 def test_extrapolated_tokens_are_marked(plan, tiny_model, tmp_path, rows, exact):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "the cat?", "completion": " red."}\n' * rows)
+    path.write_text(_demonstrations(rows))
     entry = plan(sft={"kind": "sft", "model": str(tiny_model), "data": str(path)})["sft"]
     assert entry["tokens_measured"] is exact
     assert ("≈" not in text.as_text([entry])) is exact
@@ -133,13 +138,13 @@ def test_extrapolated_tokens_are_marked(plan, tiny_model, tmp_path, rows, exact)
 def test_the_rows_that_are_measured_are_spread_over_the_data(plan, tiny_model, tmp_path):
     short, long = (
         '{"prompt": "a", "completion": "b"}\n',
-        json.dumps({"prompt": "a", "completion": "b" * 39}) + "\n",
+        json.dumps({"prompt": "A", "completion": "b" * 39}) + "\n",
     )
     path = tmp_path / "rows.jsonl"
     path.write_text(short * 500 + long * 500)
     entry = plan(sft={"kind": "sft", "model": str(tiny_model), "data": str(path)})["sft"]
     tokenizer = load_tokenizer(str(tiny_model))
-    expected = sum(500 * len(tokenizer(text)["input_ids"]) for text in ("ab", "a" + "b" * 39))
+    expected = sum(500 * len(tokenizer(text)["input_ids"]) for text in ("ab", "A" + "b" * 39))
     assert entry["tokens"] == pytest.approx(expected, rel=0.01)
 
 
@@ -149,9 +154,9 @@ def test_the_rows_that_are_measured_are_spread_over_the_data(plan, tiny_model, t
 @pytest.mark.parametrize(("rows", "holdout"), [(1, 0.5), (2, 0.01), (40, 0.3), (1500, 0.9), (40, 0)])
 def test_steps_leave_out_the_rows_that_are_held_out(plan, tiny_model, tmp_path, rows, holdout):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "the cat?", "completion": " red."}\n' * rows)
+    path.write_text(_demonstrations(rows))
     stage = {"kind": "sft", "model": str(tiny_model), "data": str(path), "batch_size": 1, "holdout": holdout}
-    assert plan(sft=stage)["sft"]["steps"] == len(split_holdout(rows, holdout, 0)[0])
+    assert plan(sft=stage)["sft"]["steps"] == len(split_holdout(range(rows), holdout, 0).train)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +321,7 @@ def test_a_prompt_that_both_sides_of_a_pair_share_is_planned_to_be_read_once(
             "model": str(tiny_model),
             "data": str(tmp_path / f"{name}.jsonl"),
             "batch_size": 8,
+            "holdout": 0,
         }
     planned = plan(**stages)
     lengths = [sum(planned[name]["memory"]["longest"].values()) for name in rows]

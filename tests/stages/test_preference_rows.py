@@ -73,7 +73,9 @@ def test_pairs_become_examples_whose_kl_is_measured_on_both_sides() -> None:
 def encoded(record: Any, tiny_model: Path, stage_run: Any, **settings: Any) -> Any:
     config = config_of(**settings)
     too_long = prepare.TooLong(stage_run, config.too_long, config.max_length)
-    return preference_rows.encode_decided(config, load_tokenizer(str(tiny_model)), [record], too_long)[0]
+    equal = prepare.EqualPairs(stage_run)
+    tokenizer = load_tokenizer(str(tiny_model))
+    return preference_rows.encode_decided(config, tokenizer, [record], too_long, equal)[0]
 
 
 def test_a_pair_is_one_prompt_and_two_responses_with_one_eos(

@@ -26,6 +26,10 @@ def load_data(
     columns: Mapping[str, str] | None = None,
     system: str | None = None,
     on_bad: Literal["error", "skip"] = "error",
+    strict: bool = False,
+    format: str | None = None,
+    pairs: Mapping[str, Any] | None = None,
+    ties: Literal["skip", "keep"] = "skip",
     seed: int = 0,
     **options: Any,
 ) -> Dataset:
@@ -34,7 +38,9 @@ def load_data(
     source: a path (.jsonl, .json, .parquet, .csv, .txt, also .gz), a hub id, or world:NAME/SPLIT. kind:
     "text", "prompt", "demonstration", "preference" or "unpaired"; None: what the columns make up. rows: at
     most so many. split: of a hub data set. columns: keel's name of a column → the source's. system: a system
-    message before every prompt. on_bad: "skip" leaves unusable rows out and counts them. seed: of a world.
+    message before every prompt. on_bad: "skip" leaves unusable rows out and counts them. strict: refuse
+    columns and keys that are not read. format, pairs, ties: of a well-known data set, or of any with a label
+    (docs/data.md). seed: of a world.
     options: a world's own settings, or `name` and `revision` of a hub data set.
 
     `.records` of the result are frozen records, `.kind` is their type, `.skipped` counts what was left out.
@@ -56,6 +62,10 @@ def load_data(
         columns=dict(columns or {}),
         system=system,
         on_bad=on_bad,
+        strict=strict,
+        format=format,
+        pairs=pairs,
+        ties=ties,
         options=options,
     )
     return load([wanted], NATURAL if kind is None else (kind,), seed)

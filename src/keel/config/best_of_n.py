@@ -44,6 +44,8 @@ class BestOfNConfig(Supervised):
                 "best_of_n starts from a trained model: give `model` as a stage, a path or a hub id"
             )
         check_source_filters(self.reward, self.data, "`data`")
+        if self.changes("group"):
+            raise ValueError("`group` has no effect here: best responses are held out by their prompts")
         if self.eval_data is not None:
             raise ValueError(
                 "`eval_data` has no effect here: `holdout` keeps some of the best responses out of training"

@@ -55,7 +55,7 @@ class ClassifierConfig(Supervised):
         lt=1,
         description=(
             "Share of each label's texts kept from training to evaluate on, at least one (whole texts, "
-            "before they are cut into passages)."
+            "before they are cut into passages). Equal texts, and those of one `group`, stay together."
         ),
     )
     lr: float = Field(5e-5, gt=0, description="Peak learning rate (AdamW).")

@@ -5,13 +5,41 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keel import types
 from keel.config.settings import Settings
+from keel.data.formats import FORMATS, PLAIN, known_format
 
 Quantize = Literal["8bit", "4bit"] | None
+FormatName = Annotated[
+    str,
+    Field(json_schema_extra={"enum": [*FORMATS, PLAIN]}),
+    AfterValidator(known_format),
+]
 FROM_STAGE = "stage:"  # what begins a source that another stage makes
+
+
+class PairsConfig(Settings):
+    """Two replies and a label in columns of any name. Which value prefers which side is said here, and a
+    value that is not listed is a bad row."""
+
+    first: str = Field(description="Column of one reply.")
+    second: str = Field(description="Column of the other reply.")
+    label: str = Field(description="Column that says which of them is better.")
+    first_wins: list[str | int | float] = Field(min_length=1, description="Its values that prefer `first`.")
+    second_wins: list[str | int | float] = Field(min_length=1, description="Its values that prefer `second`.")
+    ties: list[str | int | float] = Field([], description="Its values that prefer neither.")
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> PairsConfig:
+        values = [str(value) for value in (*self.first_wins, *self.second_wins, *self.ties)]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the value {twice!r} of `label` is listed twice: it must mean one thing")
+        if self.first == self.second:
+            raise ValueError(f"`first` and `second` are the same column {self.first!r}")
+        return self
 
 
 class DataConfig(Settings):
@@ -49,9 +77,41 @@ class DataConfig(Settings):
     on_bad: Literal["error", "skip"] = Field(
         "error", description="A bad row is an error, or is skipped and counted."
     )
+    strict: bool = Field(
+        False,
+        description=(
+            "Refuse a row with a column that is not read, or a turn with a key that keel does not know; a "
+            "column named in `columns` ({answer: answer}) is read. Else they are counted and said."
+        ),
+    )
+    format: FormatName | None = Field(
+        None,
+        description=(
+            "A well-known data set whose rows are mapped to keel's (docs/data.md). null: found by the "
+            "columns; keel: rows as they are."
+        ),
+    )
+    pairs: PairsConfig | None = Field(
+        None, description="How two replies and a column that judges them become a pair, for any data set."
+    )
+    ties: Literal["skip", "keep"] = Field(
+        "skip",
+        description=(
+            "Pairs without a better side, of a `format` or of `pairs`: leave them out, or keep them with "
+            "half the votes each (`p_chosen` one half)."
+        ),
+    )
     options: dict[str, Any] = Field(
         {}, description="A world's own settings; of a hub data set `name`, `revision` or `data_dir`."
     )
+
+    @model_validator(mode="after")
+    def _one_mapping(self) -> DataConfig:
+        if self.format is not None and self.pairs is not None:
+            raise ValueError("`format` and `pairs` both say how rows are judged: give one of them")
+        if self.format == PLAIN and self.ties == "keep":
+            raise ValueError("`ties` has no effect with `format: keel`: those rows are taken as they are")
+        return self
 
     @field_validator("rewrite")
     @classmethod

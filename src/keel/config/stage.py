@@ -272,7 +272,18 @@ class Supervised(Training):
         0.05,
         ge=0,
         lt=1,
-        description="Share of the rows kept from training to evaluate on (at most 1000 rows).",
+        description=(
+            "Share of the rows kept from training to evaluate on (at most 1000 rows), chosen by prompt: no "
+            "row of a prompt that is evaluated on is trained on. 0 holds out none."
+        ),
+    )
+    group: str | None = Field(
+        "group",
+        description=(
+            "Column whose rows of one value are trained on together or held out together, besides those of "
+            "one prompt (a dialogue, a document, a user). null: prompts alone. By default a column `group`, "
+            "where the rows have one."
+        ),
     )
     eval_data: list[DataConfig] | None = Field(
         None, description="Rows to evaluate on, instead of a held-out share."
@@ -296,6 +307,10 @@ class Supervised(Training):
     def _no_idle_setting(self) -> Supervised:
         if self.eval_data is not None and self.changes("holdout") and self.holdout > 0:
             raise ValueError("`holdout` has no effect with `eval_data`: give one of them")
+        if self.changes("group") and (self.eval_data is not None or self.holdout == 0):
+            raise ValueError(
+                "`group` has no effect without `holdout`: it says which rows are held out together"
+            )
         held_out = self.eval_data is not None or self.holdout > 0
         if self.eval_every is not None and not held_out:
             raise ValueError("`eval_every` has no effect without held-out rows: set `holdout` or `eval_data`")

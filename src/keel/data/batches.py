@@ -35,18 +35,6 @@ def rows_of_step(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
     ]
 
 
-def holdout_count(rows: int, share: float, at_most: int = 1000) -> int:
-    """Rows that `split_holdout` holds out."""
-    return min(at_most, max(1, round(rows * share))) if share > 0 and rows > 1 else 0
-
-
-def split_holdout(rows: int, share: float, seed: int, at_most: int = 1000) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out (at least one when share > 0 and there are two rows)."""
-    count = holdout_count(rows, share, at_most)
-    order = permutation(rows, derive_seed("holdout", seed), 0)
-    return sorted(order[count:]), sorted(order[:count])
-
-
 def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     """Right-pad to the longest: ids (B, S) and lengths (B,)."""
     lengths = [len(row) for row in rows]

@@ -27,7 +27,8 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from keel.data.records import OPTIONAL_COLUMNS, nearest
+from keel.data.records import OPTIONAL_COLUMNS
+from keel.data.values import nearest
 from keel.errors import DataError, UsageError
 
 RawRow = tuple[str, dict[str, Any] | DataError]  # where the row stands ("file.jsonl:12"), and the row

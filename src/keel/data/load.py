@@ -13,11 +13,24 @@ from typing import Any
 
 from keel import worlds
 from keel.data import files, records
+from keel.data.advice import name_of, unusable
 from keel.data.batches import derive_seed, permutation
-from keel.data.rewriting import Rewriter, with_system
+from keel.data.formats import Conversion
+from keel.data.identity import RowKeys
+from keel.data.rewriting import Rewriter, renamed, with_system
 from keel.data.stored import cache as caches
-from keel.data.stored.records import IN_MEMORY, RecordSink, Rows, StoredRows, facts_of, joined, picked
+from keel.data.stored.records import (
+    IN_MEMORY,
+    RecordSink,
+    Rows,
+    StoredRows,
+    facts_of,
+    joined,
+    keys_of_rows,
+    picked,
+)
 from keel.data.stored.tokens import Preparation
+from keel.data.unread import UnreadKeys
 from keel.errors import DataError, UsageError
 from keel.types import DataSource, Record, RecordType
 
@@ -26,14 +39,6 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_OPTIONS = ("name", "revision", "data_dir")
 _REASONS_KEPT = 5
 _LARGE = 1 << 24  # bytes of files from which their rows are looked for in the cache
-_ALIASES = {  # what other data sets call keel's columns
-    "text": ("content", "body", "document", "story"),
-    "prompt": ("question", "instruction", "query", "input", "problem"),
-    "completion": ("answer", "response", "output", "reply", "solution"),
-    "chosen": ("accepted", "preferred", "better", "winner", "response1", "response_a", "response_0"),
-    "rejected": ("dispreferred", "worse", "loser", "response2", "response_b", "response_1"),
-    "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Dataset:
     skipped: int  # bad rows that were left out
     skipped_reasons: tuple[str, ...]  # of the first few
     sources: tuple[str, ...]  # each source in a few words
+    keys: RowKeys  # which of the records are the same
     forms: frozenset[str] = frozenset()  # "standard", "conversational": those that its records have
 
 
@@ -58,6 +64,7 @@ class _Part:
     records: Sequence[Record]
     reasons: tuple[str, ...]  # of the first few skipped rows
     skipped: int
+    notes: tuple[str, ...]  # what else is worth a word: a format, columns and keys that are not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,7 @@ class _StartedSource:
     kinds: tuple[RecordType, ...]  # the accepted types its rows can be read as
     rows: Iterator[files.RawRow]
     rewriter: Rewriter  # that the rows go through
+    conversion: Conversion  # that they go through before
 
 
 def load(
@@ -111,6 +119,7 @@ def load(
         skipped=sum(part.skipped for part in parts),
         skipped_reasons=tuple(reasons[:_REASONS_KEPT]),
         sources=tuple(_line(part, kind, len(taken), len(parts) > 1) for part, taken in zip(parts, drawn)),
+        keys=keys_of_rows(everything),
         forms=forms_of_all,
     )
 
@@ -118,6 +127,7 @@ def load(
 def summary(dataset: Dataset) -> str:
     """One line: "3,487 rows · preference, standard · hh/helpful.jsonl · 2 skipped"."""
     parts = [f"{len(dataset.records):,} rows", described(dataset), " + ".join(dataset.sources)]
+    parts += dataset.keys.repeats().describe(dataset.kind)
     return " · ".join([*parts, f"{dataset.skipped:,} skipped"] if dataset.skipped else parts)
 
 
@@ -147,6 +157,7 @@ def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None
 
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
+        add(source.format, source.pairs, source.ties, source.strict)
         add(sorted((key, repr(value)) for key, value in source.options.items()))
         add(
             source.system,
@@ -253,8 +264,9 @@ def _start(
     source: DataSource, accept: Sequence[RecordType], seed: int, preparation: Preparation
 ) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
-    rewriter = Rewriter(source)
-    rows = (rewriter(origin, row) for origin, row in _rows(source, seed, preparation))
+    rewriter, conversion = Rewriter(source), Conversion(source, accept)
+    named = (renamed(origin, row, source.columns) for origin, row in _rows(source, seed, preparation))
+    rows = (rewriter(origin, row) for origin, row in conversion(named))
     passed: list[files.RawRow] = []
     first_reason = ""
     for origin, row in rows:
@@ -263,47 +275,18 @@ def _start(
             kinds: tuple[RecordType, ...] = tuple(kind for kind in accept if kind in possible)
             if kinds:
                 rest = itertools.chain(passed, [(origin, row)], rows)
-                return _StartedSource(source, possible[0], kinds, rest, rewriter)
-            row = _unusable(origin, row, accept)
+                return _StartedSource(source, possible[0], kinds, rest, rewriter, conversion)
+            row = unusable(origin, row, accept)
         if source.on_bad == "error":
             raise row
         first_reason = first_reason or str(row)
         passed.append((origin, row))
     if not passed:
-        raise DataError(f"{source.source} holds no rows")
-    raise DataError(f"{source.source}: all {len(passed):,} rows are bad; the first: {first_reason}")
-
-
-def _unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) -> DataError:
-    """What was found, what is wanted, what is missing and how to rename."""
-    readable = records.readable_as(row)
-    form = f"{_type(readable[0])} row" if readable else "row of no known type"
-    wanted = " or ".join(
-        f"{_type(kind)} ({' or '.join(', '.join(group) for group in records.COLUMNS[kind])})"
-        for kind in accept
-    )
-    message = f"{origin}: a {form} (columns: {', '.join(map(str, row)) or 'none'}); wanted: {wanted}"
-    groups = [group for kind in accept for group in records.COLUMNS[kind]]
-    guesses = [{name: _guess(name, row) for name in group if name not in row} for group in groups]
-    if {} in guesses:  # only unpaired rows have all columns of a type that they may not be used as
-        return DataError(
-            f"{message}. Rows with a `label` show bad completions too, which must not be imitated"
+        line = conversion.line()
+        raise DataError(
+            f"{source.source}: no row is left ({line})" if line else f"{source.source} holds no rows"
         )
-    closest = min(guesses, key=lambda guess: list(guess.values()).count(None))
-    renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
-    return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
-
-
-def _type(kind: RecordType) -> str:
-    return records.describe(kind, False).partition(",")[0]
-
-
-def _guess(name: str, row: Mapping[str, Any]) -> str | None:
-    """The column of the row that is probably meant by keel's `name`."""
-    lowered = {str(key).lower(): str(key) for key in row if key not in _ALIASES}
-    alias = next((lowered[alias] for alias in _ALIASES.get(name, ()) if alias in lowered), None)
-    close = records.nearest(name, lowered)
-    return alias or (lowered[close] if close else None)
+    raise DataError(f"{source.source}: all {len(passed):,} rows are bad; the first: {first_reason}")
 
 
 def _common_kind(started: Sequence[_StartedSource], accept: Sequence[RecordType]) -> RecordType:
@@ -320,30 +303,34 @@ def _parse_all(started: _StartedSource, kind: RecordType, seed: int, preparation
     name = _name(started, kind, seed, cache)
     if name and (folder := cache.find(name)) is not None:
         rows = StoredRows(folder, cache)
-        return _Part(source, started.natural, rows, tuple(rows.facts["reasons"]), rows.facts["skipped"])
+        facts = rows.facts
+        known, notes = tuple(facts["reasons"]), tuple(facts["notes"])
+        return _Part(source, started.natural, rows, known, facts["skipped"], notes)
     reasons: list[str] = []
-    skipped = 0
+    skipped, unread = 0, UnreadKeys(source, kind)
     with RecordSink(cache, lambda: name or _name(started, kind, seed, None)) as good:
         for origin, row in started.rows:
-            if source.rows is not None and good.count >= source.rows:
-                break
             try:
                 if isinstance(row, DataError):
                     raise row
                 record = with_system(records.parse(row, kind, origin), source.system)
+                unread.count(record, origin)
                 good.add(_with_source(record, {"source": source.source}))
             except DataError as error:
                 if source.on_bad == "error":
                     raise
                 skipped += 1
                 reasons += [str(error)] if skipped <= _REASONS_KEPT else []
+            if good.count == source.rows:
+                break
         if not good.count:
             raise DataError(f"{source.source}: all {skipped:,} rows are bad; the first: {reasons[0]}")
         started.rewriter.check()
         if name and _name(started, kind, seed, cache) != name:
             raise DataError(f"{source.source}: it was changed while it was being read; start again")
-        rows = good.done({"reasons": reasons, "skipped": skipped})
-    return _Part(source, started.natural, rows, tuple(reasons), skipped)
+        notes = list(filter(None, [started.conversion.line(), *unread.notes()]))
+        rows = good.done({"reasons": reasons, "skipped": skipped, "notes": notes})
+    return _Part(source, started.natural, rows, tuple(reasons), skipped, tuple(notes))
 
 
 def _name(started: _StartedSource, kind: RecordType, seed: int, cache: caches.Cache | None) -> str:
@@ -393,10 +380,8 @@ def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:
         notes.append(f"{taken:,} rows" if taken == total else f"{taken:,} of {total:,} rows")
     if part.natural != kind:
         used = "chosen side" if part.natural == "preference" and kind == "demonstration" else kind
-        notes.append(f"{used} of {_type(part.natural)} rows")
-    if strange := facts_of(part.records)["unknown"]:
-        counted = ", ".join(f'"{key}" in {count:,}' for key, count in strange.items())
-        notes.append(f"keys that keel does not know, which the chat template is given: {counted} turns")
+        notes.append(f"{used} of {name_of(part.natural)} rows")
+    notes += part.notes
     name = _short(part.source.source)
     return f"{name} ({', '.join(notes)})" if notes else name
 

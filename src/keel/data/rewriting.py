@@ -7,22 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keel.data import records
 from keel.data.files import RawRow
+from keel.data.values import nearest
 from keel.errors import DataError
 from keel.types import Conversation, DataSource, Message, Record, TextRecord
 
 
 @dataclass
 class Rewriter:
-    """Applies a source's `columns`, then its `rewrite`, row by row; remembers which columns it has
-    changed."""
+    """Applies a source's `rewrite`, row by row; remembers which columns it has changed."""
 
     source: DataSource
     changed: set[str] = field(default_factory=set)
 
     def __call__(self, origin: str, row: dict[str, Any] | DataError) -> RawRow:
-        origin, row = _renamed(origin, row, self.source.columns)
         if isinstance(row, DataError):
             return origin, row
         for column, patterns in self.source.rewrite.items():
@@ -83,12 +81,13 @@ def with_system(record: Record, system: str | None) -> Record:
     return replace(record, prompt=turns, **replies)
 
 
-def _renamed(origin: str, row: dict[str, Any] | DataError, columns: Mapping[str, str]) -> RawRow:
+def renamed(origin: str, row: dict[str, Any] | DataError, columns: Mapping[str, str]) -> RawRow:
+    """The row with the names that `columns` gives: keel's name → the source's."""
     if isinstance(row, DataError) or not columns:
         return origin, row
     for ours, theirs in columns.items():
         if theirs not in row:
-            close = records.nearest(theirs, row)
+            close = nearest(theirs, row)
             hint = f'; did you mean "{close}"?' if close else ""
             reason = f'`columns` takes "{ours}" from "{theirs}", which the row does not have'
             return origin, DataError(f"{origin}: {reason}; it has {', '.join(map(str, row))}{hint}")

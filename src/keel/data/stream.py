@@ -27,7 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from keel.data import chat, files, records
 from keel.data.batches import derive_seed, permutation
-from keel.data.rewriting import Rewriter, with_system
+from keel.data.formats import Conversion
+from keel.data.rewriting import Rewriter, renamed, with_system
+from keel.data.unread import UnreadKeys
 from keel.errors import DataError, UsageError
 from keel.types import DataSource, TextRecord
 
@@ -87,14 +89,16 @@ def described(sources: Sequence[DataSource]) -> str:
 
 def texts_in(shard: Shard, rows: Iterator[files.RawRow]) -> Iterator[TextRecord | DataError]:
     """The texts of raw rows; what is wrong with one, in its place."""
-    rewriter = Rewriter(shard.source)
-    for origin, row in rows:
+    source = shard.source
+    rewriter, conversion, unread = Rewriter(source), Conversion(source, ("text",)), UnreadKeys(source, "text")
+    for origin, row in conversion(renamed(origin, row, source.columns) for origin, row in rows):
         origin, row = rewriter(origin, row)
         try:
             if isinstance(row, DataError):
                 raise row
             record = with_system(records.parse(row, "text", origin), shard.source.system)
             assert isinstance(record, TextRecord)
+            unread.count(record, origin)
             yield record
         except DataError as error:
             yield error
@@ -165,7 +169,7 @@ class TextStream:
             epoch, number, row = self._place
             shard = self._shard(epoch, number)
             rows = files.read(shard.path, shard.name, shard.source.columns)
-            self._reader = texts_in(shard, itertools.islice(rows, row, None))
+            self._reader = itertools.islice(texts_in(shard, rows), row, None)
         return self._reader
 
 

@@ -26,6 +26,7 @@ from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.pipeline import held_out
 from keel.pipeline.device import device_of
 from keel.rewards import learned
 from keel.rl import heldout_judge
@@ -122,7 +123,9 @@ class Sources:
         sources, accept = stage.main_data()[0]
         there = from_outside(sources) if ahead else sources
         made = [f"what {one} collects" for _, one in stage.data_stages()] if ahead else []
-        return " + ".join([*([load.summary(self.load_data(there, accept))] if there else []), *made])
+        whole = " + ".join([*([load.summary(self.load_data(there, accept))] if there else []), *made])
+        apart = held_out.line(self.config, name, self.load_data)
+        return f"{whole} · {apart}" if apart else whole
 
     def _labelled(self, stage: Stage, label: str) -> str:
         """The texts of one label."""
@@ -231,12 +234,12 @@ class Sources:
         """The rows evaluated on are like the rows trained on: of one type, and conversations only if those
         are."""
         stage = self.config.stages[name]
-        held_out = stage.held_out_data()
-        if held_out is None or stage.streams:
+        setting = stage.held_out_data()
+        if setting is None or stage.streams:
             return
         dataset = self.load_data(*stage.main_data()[0])
         try:
-            evaluated = self.load_data(held_out[0], (dataset.kind,))
+            evaluated = self.load_data(setting[0], (dataset.kind,))
         except DataError as error:
             raise DataError(f"{name}: eval_data must be rows of the same type as data: {error}") from None
         if not load.forms(evaluated) <= load.forms(dataset):

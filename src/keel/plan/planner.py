@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from keel.config import Stage
 from keel.data import chat, files, stream
-from keel.data.batches import derive_seed, holdout_count, split_holdout
+from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
+from keel.data.stored.records import picked
 from keel.errors import UsageError
 from keel.models import lora
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
-from keel.pipeline import stage_kinds
+from keel.pipeline import held_out, stage_kinds
 from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
 from keel.pipeline.preflight import from_outside
@@ -126,9 +127,10 @@ def _examples(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int,
     count = stage_kinds.kind_of(stage.kind).examples
     if count is not None and datasets and not stage.data_stages():
         records = datasets[0].records
-        trained, _ = split_holdout(len(records), share, derive_seed(pipeline.config.seed, name))
-        return stage_kinds.resolve(count)(stage, [records[i] for i in trained])
-    trained = rows - holdout_count(rows, share)
+        split = held_out.split_of(pipeline.config, name, datasets[0])
+        trained = records if split is None else picked(records, split.train)
+        return stage_kinds.resolve(count)(stage, trained)
+    trained = rows - _held_out_rows(pipeline, name, datasets, rows, share)
     if stage.streams:
         length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
         return math.ceil((tokens or 0) / (length - 1))
@@ -136,6 +138,16 @@ def _examples(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int,
         length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
         return math.ceil((tokens or 0) * trained / max(rows, 1) / (length - 1)) or trained
     return trained
+
+
+def _held_out_rows(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int, share: float) -> int:
+    """Rows that a stage holds out: what it will, or about so many where other stages make its rows."""
+    stage = pipeline.config.stages[name]
+    if len(datasets) == 1 and len(datasets[0].records) == rows and not stage.data_stages():
+        split = held_out.split_of(pipeline.config, name, datasets[0])
+        if split is not None:
+            return len(split.held_out)
+    return holdout_count(rows, share)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase | None, dataset: Dataset) -> int | None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from keel.config import BestOfNConfig
 from keel.data import chat
-from keel.data.batches import derive_seed, split_holdout
+from keel.data.batches import derive_seed
+from keel.data.holdout import Split, split_holdout
 from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
@@ -63,12 +64,12 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
             "from"
         )
     rows = [_row(row) for row in kept]
-    train, held_out = split_holdout(len(rows), config.holdout, stage_run.seed)
+    split = _split(config, stage_run, [row["prompt_ids"] for row in kept])
     sampled = len(tasks) * config.samples_per_prompt
     stage_run.facts |= {"prompts": len(tasks), "samples": sampled, "kept": len(kept)}
 
     model = prepare.to_train(causal_lm(source, language.model_seed(stage_run)), config, stage_run)
-    trained, evaluated = [rows[i] for i in train], [rows[i] for i in held_out]
+    trained, evaluated = [rows[i] for i in split.train], [rows[i] for i in split.held_out]
     result = language.fit(stage_run, config, model, chat.ensure_pad(tokenizer), trained, evaluated)
     stage_run.samples([{key: row[key] for key in SAMPLE_KEYS} for row in kept[:SAMPLES_KEPT]])
     prepare.save_model(
@@ -120,6 +121,19 @@ def _sample(
             })  # fmt: skip
         stage_run.say(f"{stage_run.name}: {len(best_rows)} of {len(tasks)} prompts answered {n} times")
     return best_rows
+
+
+def _split(config: BestOfNConfig, stage_run: StageRun, prompts: Sequence[Sequence[int]]) -> Split:
+    """The best responses to train on and to evaluate on, no prompt on both sides."""
+    numbers: dict[tuple[int, ...], int] = {}
+    keys = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    try:
+        return split_holdout(keys, config.holdout, stage_run.seed)
+    except ValueError:
+        raise DataError(
+            f"{stage_run.name}: all {len(keys):,} rows have one prompt, so that none can be held out apart "
+            "from those trained on; set `holdout: 0`"
+        ) from None
 
 
 def _chosen(

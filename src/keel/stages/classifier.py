@@ -8,12 +8,14 @@ encodes it by itself, special tokens included.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -22,7 +24,9 @@ from transformers import AutoModelForSequenceClassification
 from keel.algorithms import classification
 from keel.config import ClassifierConfig, DataConfig
 from keel.data import chat, files
-from keel.data.batches import derive_seed, split_holdout
+from keel.data.batches import derive_seed
+from keel.data.holdout import hold_out
+from keel.data.identity import RowKeys, as_keys, shared
 from keel.errors import DataError, UsageError
 from keel.evaluation.measures import wilson
 from keel.models.load import ModelSource, model_config, score_head, scorer
@@ -83,11 +87,24 @@ def run(config: ClassifierConfig, stage_run: StageRun) -> dict[str, Any]:
 def _texts(
     config: ClassifierConfig, stage_run: StageRun
 ) -> tuple[dict[str, list[TextRecord]], dict[str, list[TextRecord]]]:
-    """label → texts to train on, and to evaluate on. UsageError if a label has too few to hold one out."""
+    """label → texts to train on, and to evaluate on. UsageError if a label has too few to hold one out.
+
+    A text that stands under two labels is on one side under both, and is held out only where a label has no
+    other texts: nobody knows which label is right.
+    """
     texts = {label: _read(config, stage_run, config.data[label]) for label in config.labels}
+    keys = {label: RowKeys.of(texts_of_label) for label, texts_of_label in texts.items()}
+    contradicting = _contradicting(stage_run, keys)
     if config.eval_data is not None:
-        return texts, {label: _read(config, stage_run, config.eval_data[label]) for label in config.labels}
-    trained, held_out = {}, {}
+        evaluated = {label: _read(config, stage_run, config.eval_data[label]) for label in config.labels}
+        every = array("Q", [key for of_label in keys.values() for key in of_label.prompts])
+        seen = sum(shared(RowKeys.of(of_label).prompts, every) for of_label in evaluated.values())
+        stage_run.facts["held_out_seen"] = seen
+        if seen:
+            stage_run.say(f"{stage_run.name}: {seen:,} texts of eval_data are trained on")
+        return texts, evaluated
+    stage_run.facts["held_out_seen"] = 0  # by the way they are chosen
+    apart: set[int] = set()  # the keys of what is held out
     for label, texts_of_label in texts.items():
         if len(texts_of_label) < 2 and config.holdout > 0:
             joined = " (the paragraphs of a .txt file are one text)" if config.passages else ""
@@ -95,14 +112,52 @@ def _texts(
                 f"{stage_run.name}: label {label!r} has one text{joined}, of which none can be held "
                 "out; give more, `eval_data`, or `holdout: 0`"
             )
-        train, held_indices = split_holdout(
-            len(texts_of_label), config.holdout, derive_seed(stage_run.seed, label)
-        )
-        trained[label], held_out[label] = (
-            [texts_of_label[i] for i in train],
-            [texts_of_label[i] for i in held_indices],
-        )
+        of_label = keys[label].prompts
+        clear = [text for text, key in zip(texts_of_label, of_label, strict=True) if key not in contradicting]
+        if len(clear) > 1 or not apart & {*of_label}:
+            chosen = clear if len(clear) > 1 else texts_of_label
+            apart |= {*RowKeys.of(_held_out(config, stage_run, label, chosen)).prompts}
+    trained, held_out = (
+        {
+            label: [
+                text
+                for text, key in zip(texts_of_label, keys[label].prompts, strict=True)
+                if (key in apart) is wanted
+            ]
+            for label, texts_of_label in texts.items()
+        }
+        for wanted in (False, True)
+    )
     return trained, held_out
+
+
+def _held_out(
+    config: ClassifierConfig, stage_run: StageRun, label: str, texts: Sequence[TextRecord]
+) -> list[TextRecord]:
+    """The texts of one label to evaluate on: equal ones, and those of one `group`, stay together."""
+    where = f"{stage_run.name}: label {label!r}: "
+    seed = derive_seed(stage_run.seed, label)
+    split = hold_out(texts, RowKeys.of(texts), config.holdout, seed, config.group, where)
+    return [texts[i] for i in split.held_out]
+
+
+def _contradicting(stage_run: StageRun, keys: Mapping[str, RowKeys]) -> set[int]:
+    """The keys of texts under two labels or more; counted, with the repeated ones, and said."""
+    each = [np.unique(as_keys(of_label.prompts)) for of_label in keys.values()]
+    texts, labels = np.unique(np.concatenate(each), return_counts=True)
+    twice = {int(key) for key in texts[labels > 1]}
+    duplicates = sum(of_label.repeats().duplicates for of_label in keys.values())
+    stage_run.facts |= {
+        "distinct_prompts": len(texts),
+        "duplicate_rows": duplicates,
+        "contradictions": len(twice),
+    }
+    if twice or duplicates:
+        stage_run.say(
+            f"{stage_run.name}: {duplicates:,} texts repeat earlier ones of their label, {len(twice):,} "
+            "stand under two labels"
+        )
+    return twice
 
 
 def _read(config: ClassifierConfig, stage_run: StageRun, sources: Sequence[DataConfig]) -> list[TextRecord]:

@@ -47,11 +47,14 @@ def encode(
     too_long: TooLong,
     fits: Callable[[Record, Tokens], bool],
     build: Build[RowT],
+    *,
+    needed: bool = True,
 ) -> Sequence[RowT]:
-    """The rows that records become. DataError when nothing is left of them.
+    """The rows that records become. DataError when nothing is left of them and they are `needed`.
 
     fits: whether a record's tokens are kept. Where records are read from a file, it is asked only for entries
-    that are longer than `too_long.limit`, or have fewer than two tokens: all others it must keep.
+    that are longer than `too_long.limit`, have fewer than two tokens, or two replies of the same length: all
+    others it must keep.
     build: the row, its tokens within the limit; called again each time that a row is asked for.
     """
     rows: Sequence[RowT]
@@ -63,7 +66,7 @@ def encode(
             for number, record, tokens in each(tokenizer, records)
             if fits(record, tokens)
         ]
-    if len(records) and not len(rows):
+    if len(records) and not len(rows) and needed:
         raise DataError(f"stage {too_long.stage_run.name!r}: no usable row is left of {len(records)}")
     return rows
 
@@ -80,7 +83,7 @@ def _stored(
     tokens = tokenised(whole, tokenizer, run.preparation, f"{run.name}: tokenising")
     entries, numbers = entries_of(tokens.record(), taken)
     lengths = sizes_of(tokens, isinstance(records[0], TextRecord))[entries]
-    doubtful = lengths < 2
+    doubtful = (lengths < 2) | alike_of(tokens)[entries]
     if too_long.limit is not None:
         doubtful |= lengths > too_long.limit
     kept = np.ones(len(entries), dtype=bool)
@@ -108,6 +111,12 @@ def sizes_of(tokens: TokenRows, texts: bool) -> Any:
     """(N,) tokens of each entry: of a text its own, else those of the prompt and the longest reply."""
     lengths = tokens.lengths()
     return lengths[:, 0] if texts else lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
+
+
+def alike_of(tokens: TokenRows) -> Array:
+    """(N,) whether an entry's two replies have the same length."""
+    lengths = tokens.lengths()
+    return lengths[:, 1] == lengths[:, 2] if lengths.shape[1] == 3 else np.zeros(len(lengths), dtype=bool)
 
 
 def sizes(rows: Sequence[Any], size: Callable[[Any], int]) -> Sequence[int]:

@@ -87,6 +87,7 @@ def encode(
     """The records to train on, and other parts, as pairs or for KTO as examples; counts the cut and the left
     out."""
     too_long, undecided = prepare.TooLong(stage_run, config.too_long, limit), 0
+    equal = prepare.EqualPairs(stage_run)
     parts_encoded: list[Sequence[Any]] = []
     for records in parts:
         decided = _decided(config, records)
@@ -96,9 +97,11 @@ def encode(
                 "pairs, or set votes: soft (for loss: sigmoid)"
             )
         undecided += len(records) - len(decided)
-        rows = encode_decided(config, tokenizer, decided, too_long) if decided else []
+        needed = not parts_encoded
+        rows = encode_decided(config, tokenizer, decided, too_long, equal, needed=needed) if decided else []
         parts_encoded.append(examples(rows) if config.loss == "kto" else rows)
     too_long.report()
+    equal.report()
     if undecided:
         stage_run.say(f"{stage_run.name}: {undecided} pairs left out, since their votes are undecided")
     stage_run.facts["undecided_pairs"] = undecided
@@ -129,6 +132,9 @@ def encode_decided(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     too_long: prepare.TooLong,
+    equal: prepare.EqualPairs,
+    *,
+    needed: bool = True,
 ) -> Sequence[Pair | Example]:
     """The records as tokens. Both sides of a pair keep the same prompt when it has to be cut."""
     limit, paired = too_long.limit, isinstance(records[0], PreferenceRecord)
@@ -137,7 +143,9 @@ def encode_decided(
 
     def fits(record: Record, tokens: Tokens) -> bool:
         longest = max(map(len, tokens[1:]))
-        return too_long.fits(record, len(tokens[0]) + longest, limit is None or longest < limit)
+        if not too_long.fits(record, len(tokens[0]) + longest, limit is None or longest < limit):
+            return False
+        return not paired or equal.differ(*tokens[1:])
 
     def build(number: int, tokens: Tokens) -> Pair | Example:
         longest = max(map(len, tokens[1:]))
@@ -151,7 +159,7 @@ def encode_decided(
         p = p if config.votes == "soft" else 1.0
         return Pair(Response(prompt, sides[0]), Response(prompt, sides[1]), p)
 
-    return lazy_rows.encode(records, tokenizer, too_long, fits, build)
+    return lazy_rows.encode(records, tokenizer, too_long, fits, build, needed=needed)
 
 
 def _cut(prompt: tuple[int, ...], response: int, limit: int | None) -> tuple[int, ...]:

@@ -12,7 +12,9 @@ from torch import nn
 import keel
 from keel.config import DataConfig, LoraConfig, ModelConfig, Supervised, Training
 from keel.data import chat
-from keel.data.batches import derive_seed, split_holdout
+from keel.data.batches import derive_seed
+from keel.data.holdout import hold_out
+from keel.data.identity import shared
 from keel.data.load import Dataset
 from keel.data.stored.records import picked
 from keel.errors import DataError, UsageError
@@ -79,14 +81,21 @@ def train_and_eval(
 ) -> tuple[Dataset, Sequence[Record], Sequence[Record]]:
     """The data set, and its rows to train on and to evaluate on."""
     dataset = read(stage_run, config.data, accept)
+    repeats = dataset.keys.repeats()
+    stage_run.facts |= {
+        "distinct_prompts": repeats.prompts,
+        "duplicate_rows": repeats.duplicates,
+        "contradictions": repeats.contradictions,
+    }
     if config.eval_data is not None:
-        return (
-            dataset,
-            dataset.records,
-            read(stage_run, config.eval_data, (dataset.kind,)).records,
-        )
-    kept, held_out = split_holdout(len(dataset.records), config.holdout, stage_run.seed)
-    return dataset, picked(dataset.records, kept), picked(dataset.records, held_out)
+        evaluated = read(stage_run, config.eval_data, (dataset.kind,))
+        stage_run.facts["held_out_seen"] = shared(evaluated.keys.prompts, dataset.keys.prompts)
+        return dataset, dataset.records, evaluated.records
+    split = hold_out(
+        dataset.records, dataset.keys, config.holdout, stage_run.seed, config.group, f"{stage_run.name}: "
+    )
+    stage_run.facts["held_out_seen"] = 0  # by the way they are chosen
+    return dataset, picked(dataset.records, split.train), picked(dataset.records, split.held_out)
 
 
 def limit_of(config: Training, stage_run: StageRun, source: ModelSource) -> int | None:
@@ -151,10 +160,36 @@ class TooLong:
         self.stage_run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
 
 
-def encode_all(stage_run: StageRun, records: Sequence[Record], encode: Callable[[Record], Any]) -> list[Any]:
-    """Encode every record; None results (left out) are dropped. DataError when nothing is left."""
+@dataclass
+class EqualPairs:
+    """Counts pairs whose sides are the same tokens: they teach nothing, and are left out."""
+
+    stage_run: StageRun
+    count: int = 0
+
+    def differ(self, chosen: Sequence[int], rejected: Sequence[int]) -> bool:
+        """Whether the sides differ, as the model reads them: after tokenising and cutting."""
+        equal = list(chosen) == list(rejected)
+        self.count += equal
+        return not equal
+
+    def report(self) -> None:
+        """Say how many pairs were left out, and record it in the stage's facts."""
+        if self.count:
+            what = "pair" if self.count == 1 else "pairs"
+            self.stage_run.say(
+                f"{self.stage_run.name}: {self.count:,} {what} left out, whose sides are the same tokens"
+            )
+        self.stage_run.facts["equal_pairs"] = self.count
+
+
+def encode_all(
+    stage_run: StageRun, records: Sequence[Record], encode: Callable[[Record], Any], *, needed: bool = True
+) -> list[Any]:
+    """Encode every record; None results (left out) are dropped. DataError when nothing is left and the rows
+    are `needed`, as those to train on are."""
     rows = [row for row in map(encode, records) if row is not None]
-    if records and not rows:
+    if records and not rows and needed:
         raise DataError(f"stage {stage_run.name!r}: no usable row is left of {len(records)}")
     return rows
 

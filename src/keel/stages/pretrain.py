@@ -47,7 +47,8 @@ def run(config: PretrainConfig, stage_run: StageRun) -> dict[str, Any]:
     )
     result = language.fit(stage_run, config, model, pad_id, rows, held_out_rows)
     if isinstance(rows, StreamedRows) and (bad := rows.tokens.texts.bad):
-        stage_run.say(f"{stage_run.name}: {len(bad):,} bad rows skipped; the first: {next(iter(bad.values()))}")
+        first = next(iter(bad.values()))
+        stage_run.say(f"{stage_run.name}: {len(bad):,} bad rows skipped; the first: {first}")
         stage_run.facts["skipped"] = len(bad)
     prepare.save_model(stage_run, model, tokenizer, config, "A base language model")
     return result

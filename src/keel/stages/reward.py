@@ -75,9 +75,13 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     limit = prepare.limit_of(config, stage_run, source)
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
-    pairs = encode(records, labels, reader, too_long)
-    held_out_pairs = encode(held_out, held_out_labels, reader, too_long) if held_out else []
+    equal = prepare.EqualPairs(stage_run)
+    pairs = encode(records, labels, reader, too_long, equal)
+    held_out_pairs = (
+        encode(held_out, held_out_labels, reader, too_long, equal, needed=False) if held_out else []
+    )
     too_long.report()
+    equal.report()
     samples = _sample(config, stage_run, source, tokenizer, limit, records) if sampled else []
     prepared = Prepared(source, tokenizer, pairs, held_out_pairs, samples)
 
@@ -291,6 +295,9 @@ def encode(
     labels: Sequence[float],
     reward: learned.RewardModel,
     too_long: prepare.TooLong,
+    equal: prepare.EqualPairs,
+    *,
+    needed: bool = True,
 ) -> Sequence[RewardPair]:
     """The comparisons as the model reads them, with these labels. A pair whose response alone is too long is
     an error, or left out: cutting it would change what was judged."""
@@ -299,7 +306,8 @@ def encode(
         return prepare.encode_all(
             too_long.stage_run,
             [replace(r, p_chosen=p) for r, p in zip(records, labels) if isinstance(r, PreferenceRecord)],
-            lambda record: _encode_texts(reward, record, too_long),
+            lambda record: _encode_texts(reward, record, too_long, equal),
+            needed=needed,
         )
 
     def fits(record: Record, tokens: Tokens) -> bool:
@@ -310,17 +318,17 @@ def encode(
         if limit is not None and longest >= limit:
             too_long.fits(record, len(prompt) + longest, truncatable=False)
             return False
-        return True
+        return equal.differ(*sides)
 
     def build(number: int, tokens: Tokens) -> RewardPair:
         chosen, rejected = ({"input_ids": learned.fit(tokens[0], side, limit)} for side in tokens[1:])
         return RewardPair(chosen, rejected, labels[number], float(margins[number]))
 
-    return lazy_rows.encode(records, reward.tokenizer, too_long, fits, build)
+    return lazy_rows.encode(records, reward.tokenizer, too_long, fits, build, needed=needed)
 
 
 def _encode_texts(
-    reward: learned.RewardModel, record: Record, too_long: prepare.TooLong
+    reward: learned.RewardModel, record: Record, too_long: prepare.TooLong, equal: prepare.EqualPairs
 ) -> RewardPair | None:
     """As `encode`, for a model that reads prompt and response as two texts."""
     assert isinstance(record, PreferenceRecord)
@@ -337,6 +345,8 @@ def _encode_texts(
         except UsageError:  # the response alone is longer: cutting it would change what was judged
             too_long.fits(record, longest, truncatable=False)
             return None
+    if not equal.differ(whole[0]["input_ids"], whole[1]["input_ids"]):
+        return None
     p = 1.0 if record.p_chosen is None else record.p_chosen
     return RewardPair(whole[0], whole[1], p, record.margin or 0.0)
 

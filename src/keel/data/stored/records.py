@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow
 
-from keel.data.records import unknown_turn_keys
+from keel.data.identity import RowKeys, keys_of
 from keel.data.stored.arrow import BLOCK, Array, Blocks, BlockWriter
 from keel.data.stored.cache import FACTS, Cache
 from keel.types import (
@@ -36,16 +36,20 @@ _KINDS: tuple[type[Record], ...] = (
 )
 _FIELDS = ("text", "prompt", "completion", "chosen", "rejected")
 _NUMBERS = ("p_chosen", "margin", "label")  # columns of numbers that can be had for all rows at once
-_SCHEMA = pyarrow.schema(
-    [("row", pyarrow.binary()), *((name, pyarrow.float64()) for name in _NUMBERS), ("votes", pyarrow.int32())]
-)
+_KEYS = ("prompts", "rows", "verdicts")  # the keys of `identity.RowKeys`
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(_NUMBERS, (pyarrow.float64(), np.float64)),
+    "votes": (pyarrow.int32(), np.int32),
+    **dict.fromkeys(_KEYS, (pyarrow.uint64(), np.uint64)),
+}
+_SCHEMA = pyarrow.schema([("row", pyarrow.binary()), *((name, kind) for name, (kind, _) in _TYPES.items())])
 _FILE, _MARK = "rows.arrow", "keel"
 
 
 class Rows(Sequence[Record]):
     """A sequence of records that need not lie in memory, with what is known of all of them."""
 
-    facts: Mapping[str, Any]  # `forms`, `unknown` (turn keys), of all rows
+    facts: Mapping[str, Any]  # `forms` and names of `columns` of all rows
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -63,7 +67,7 @@ class Rows(Sequence[Record]):
         raise NotImplementedError
 
     def numbers(self, name: str) -> Array:
-        """(N,) a column of numbers; NaN where a row has none. `votes`: how many a row has."""
+        """(N,) a column of numbers, as `numbers_of` has them."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -115,7 +119,9 @@ class JoinedRows(Rows):
         self.parts = [part for part in parts if len(part)]
         self._starts = np.cumsum([0, *map(len, self.parts)])
         known = [facts_of(part) for part in self.parts]
-        self.facts = {"forms": sorted({form for facts in known for form in facts["forms"]})}
+        self.facts = {
+            name: sorted({value for facts in known for value in facts[name]}) for name in ("forms", "columns")
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JoinedRows, (self.parts,)
@@ -186,18 +192,26 @@ def joined(parts: Sequence[Sequence[Record]]) -> Sequence[Record]:
 
 
 def numbers_of(rows: Sequence[Record], name: str) -> Array:
-    """(N,) `p_chosen`, `margin` or `label` of every row, NaN where it has none; `votes`: how many it has."""
+    """(N,) `p_chosen`, `margin` or `label` of every row, NaN where it has none; `votes`: how many it has;
+    `prompts`, `rows` or `verdicts`: its keys (`identity.RowKeys`)."""
     if isinstance(rows, Rows):
         return rows.numbers(name)
-    values = _numbers(rows)[name]
-    return np.array(values, dtype=np.int32 if name == "votes" else np.float64)
+    return np.array(_column(rows, name), dtype=_TYPES[name][1])
+
+
+def keys_of_rows(rows: Sequence[Record]) -> RowKeys:
+    """Which of the rows are the same."""
+    if not isinstance(rows, Rows):
+        return RowKeys.of(rows)
+    return RowKeys(*(array("Q", rows.numbers(name).tobytes()) for name in _KEYS))
 
 
 def facts_of(rows: Sequence[Record]) -> Mapping[str, Any]:
-    """`forms` of the rows ("standard", "conversational"), and how many turns have each `unknown` key."""
+    """`forms` of the rows ("standard", "conversational"), and the names of all `columns` that they have."""
     if isinstance(rows, Rows):
         return rows.facts
-    return {"forms": sorted({form_of(row) for row in rows}), "unknown": unknown_turn_keys(rows)}
+    columns = {str(name) for row in rows for name in row.columns}
+    return {"forms": sorted({form_of(row) for row in rows}), "columns": sorted(columns)}
 
 
 def release(rows: Sequence[Any]) -> None:
@@ -223,7 +237,7 @@ class RecordSink:
         self._making: Any = None
         self._writer: BlockWriter | None = None
         self._forms: set[str] = set()
-        self._unknown: Counter[str] = Counter()
+        self._columns: set[str] = set()
 
     def __enter__(self) -> RecordSink:
         return self
@@ -259,7 +273,7 @@ class RecordSink:
         facts = {
             "rows": self.count,
             "forms": sorted(self._forms),
-            "unknown": dict(sorted(self._unknown.items())),
+            "columns": sorted(self._columns),
         }
         (self._folder / FACTS).write_text(json.dumps({**more, **facts}), encoding="utf-8")
         self._making.__exit__(None, None, None)
@@ -268,17 +282,23 @@ class RecordSink:
     def _write(self, count: int) -> None:
         block, self._waiting = self._waiting[:count], self._waiting[count:]
         assert self._writer is not None
-        self._writer.write({"row": [_written(record) for record in block], **_numbers(block)})
-        self._forms |= {form_of(record) for record in block}
-        self._unknown.update(unknown_turn_keys(block))
+        keys = np.array([keys_of(record) for record in block], dtype=np.uint64).T
+        numbers = {name: _column(block, name) for name in (*_NUMBERS, "votes")}
+        rows = [_written(record) for record in block]
+        self._writer.write({"row": rows, **numbers, **dict(zip(_KEYS, keys, strict=True))})
+        facts = facts_of(block)
+        self._forms |= {*facts["forms"]}
+        self._columns |= {*facts["columns"]}
 
 
-def _numbers(block: Sequence[Record]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {
-        name: [None if (value := getattr(record, name, None)) is None else float(value) for record in block]
-        for name in _NUMBERS
-    }
-    return {**columns, "votes": [len(getattr(record, "votes", ())) for record in block]}
+def _column(rows: Sequence[Record], name: str) -> list[Any]:
+    """One column of `numbers_of`, None in the place of NaN."""
+    if name == "votes":
+        return [len(getattr(record, "votes", ())) for record in rows]
+    if name in _KEYS:
+        return [keys_of(record)[_KEYS.index(name)] for record in rows]
+    values = (getattr(record, name, None) for record in rows)
+    return [None if value is None else float(value) for value in values]
 
 
 # ---------------------------------------------------------------- a record as bytes

@@ -1,0 +1,135 @@
+"""What to do about rows without the columns that are wanted: an error that names the remedy.
+
+A hint never guesses which of two replies is the better one. It follows names that say so themselves
+(accepted and rejected, winner and loser), and else asks for the column that does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keel.data import records
+from keel.data.values import is_list, nearest
+from keel.errors import DataError
+from keel.types import RecordType
+
+_ALIASES = {  # what other data sets call keel's columns
+    "text": ("content", "body", "document", "story"),
+    "prompt": ("question", "instruction", "query", "input", "problem"),
+    "completion": ("answer", "response", "output", "reply", "solution"),
+    "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
+}
+# Names of both sides that say which is the better one; each may have a word such as _response beside it.
+_JUDGED = (
+    ("chosen", "rejected"),
+    ("accepted", "rejected"),
+    ("preferred", "dispreferred"),
+    ("preferred", "rejected"),
+    ("better", "worse"),
+    ("best", "worst"),
+    ("winner", "loser"),
+    ("winning", "losing"),
+    ("positive", "negative"),
+    ("good", "bad"),
+)
+_WORDS = ("", "response", "answer", "completion", "output", "reply", "text", "summary")
+# Two replies side by side: names that differ in nothing but a mark at the end.
+_MARKS = (("1", "2"), ("0", "1"), ("a", "b"), ("A", "B"), ("left", "right"))
+_LABELS = re.compile(
+    r"label|winner|better|best|prefer|choice|chosen|judg|verdict|vote|annotat|rating|score|rank|selected",
+    re.I,
+)
+
+
+def unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) -> DataError:
+    """What was found, what is wanted, what is missing and what to set."""
+    readable = records.readable_as(row)
+    form = f"{name_of(readable[0])} row" if readable else "row of no known type"
+    wanted = " or ".join(
+        f"{name_of(kind)} ({' or '.join(', '.join(group) for group in records.COLUMNS[kind])})"
+        for kind in accept
+    )
+    message = f"{origin}: a {form} (columns: {', '.join(map(str, row)) or 'none'}); wanted: {wanted}"
+    groups = [group for kind in accept for group in records.COLUMNS[kind]]
+    sides = _judged_sides(row)
+    guesses = [{name: _guess(name, row, sides) for name in group if name not in row} for group in groups]
+    if {} in guesses:  # only unpaired rows have all columns of a type that they may not be used as
+        return DataError(
+            f"{message}. Rows with a `label` show bad completions too, which must not be imitated"
+        )
+    closest = min(guesses, key=lambda guess: list(guess.values()).count(None))
+    if "chosen" in closest and not sides and (replies := _replies(row)):
+        return DataError(f"{message}. {_by_label(row, replies)}")
+    renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
+    return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
+
+
+def name_of(kind: RecordType) -> str:
+    """The type in a word or two."""
+    return records.describe(kind, False).partition(",")[0]
+
+
+def _by_label(row: Mapping[str, Any], replies: tuple[str, str]) -> str:
+    """Two replies whose names do not say which is better: the column that does must be told."""
+    labels = [
+        str(name)
+        for name, value in row.items()
+        if name not in replies and _LABELS.search(str(name)) and (not _is_reply(value) or value in [*row])
+    ]
+    label = labels[0] if len(labels) == 1 else "YOUR_COLUMN"
+    found = f" (here perhaps {' or '.join(labels)})" if labels else ""
+    first, second = replies
+    setting = (
+        f"`pairs: {{first: {first}, second: {second}, label: {label}, "
+        "first_wins: [VALUE], second_wins: [VALUE], ties: []}`"
+    )
+    if "prompt" not in row:
+        setting += f", and `columns: {{prompt: {_guess('prompt', row, None) or 'YOUR_COLUMN'}}}`"
+    return f"Which of {first} and {second} is better must come from a column{found}: set {setting}"
+
+
+def _judged_sides(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The columns of the better and the worse reply, where both names say so and both hold replies."""
+    lowered = {re.sub(r"[\s-]", "_", str(name).lower()): str(name) for name in row}
+    for better, worse in _JUDGED:
+        for word in _WORDS:
+            forms = (
+                [(better, worse)]
+                if not word
+                else [(f"{better}_{word}", f"{worse}_{word}"), (f"{word}_{better}", f"{word}_{worse}")]
+            )
+            for names in forms:
+                if all(name in lowered and _is_reply(row[lowered[name]]) for name in names):
+                    return lowered[names[0]], lowered[names[1]]
+    return None
+
+
+def _replies(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Two columns that hold replies, of one name but for a mark at the end."""
+    for first, second in _MARKS:
+        for name in map(str, row):
+            other = f"{name[: -len(first)]}{second}" if name.endswith(first) else ""
+            if other in row and _is_reply(row[name]) and _is_reply(row[other]):
+                return name, other
+    return None
+
+
+def _is_reply(value: object) -> bool:
+    """Whether a value can be a reply: turns, or text that is no number and no name of a side."""
+    if is_list(value):
+        return True
+    return isinstance(value, str) and not re.fullmatch(
+        r"(model_)?[a-bA-B]|[-+]?[\d.]+|tie|left|right", value.strip()
+    )
+
+
+def _guess(name: str, row: Mapping[str, Any], sides: tuple[str, str] | None) -> str | None:
+    """The column of the row that is probably meant by keel's `name`."""
+    if name in ("chosen", "rejected"):
+        return sides[name == "rejected"] if sides else nearest(name, row, 0.85)
+    lowered = {str(key).lower(): str(key) for key in row if key not in _ALIASES}
+    alias = next((lowered[alias] for alias in _ALIASES.get(name, ()) if alias in lowered), None)
+    close = nearest(name, lowered)
+    return alias or (lowered[close] if close else None)
