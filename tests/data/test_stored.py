@@ -24,7 +24,7 @@ from keel.data.stored import tokens as token_rows
 from keel.data.stored.cache import Cache, digest_of, keep_digests
 from keel.data.stored.records import PickedRows, RecordSink, Rows, StoredRows, numbers_of, picked
 from keel.data.stored.tokens import Preparation, each, tokenised
-from keel.data.stored.worker import do
+from keel.data.stored.worker import Shown, do
 from keel.errors import DataError, KeelError, UsageError
 from keel.pipeline.pipeline import PREPARED, Pipeline
 from keel.stages.lazy_rows import entries_of
@@ -313,3 +313,33 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
     assert kinds.count("tokens") == 3  # both stages on pairs read the same
     shutil.rmtree(tmp_path / "files" / "stages" / "rm")
     assert made(tmp_path / "files") == plain  # once more, from what was kept
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_a_pass_is_shown_on_a_terminal_once_it_has_taken_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    clock = iter([0.0, 1.0, 2.5, 3.0, 9.0])
+    monkeypatch.setattr("keel.data.stored.worker.time.monotonic", lambda: next(clock))
+    shown = Shown(lambda *what: seen.append(what))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for done in (1, 2, 3):
+        shown("rm: tokenising", done, 4)
+    assert seen == [("rm: tokenising", 3, 4, {})]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    shown("rm: tokenising", 4, 4)
+    assert len(seen) == 1
+
+
+def test_reading_and_tokenising_tell_how_far_they_are(few: None, tmp_path: Path, tokenizer: Any) -> None:
+    told: list[tuple[str, int, int]] = []
+    preparation = Preparation(
+        Cache(tmp_path / "cache"), 2, lambda what, done, of: told.append((what, done, of))
+    )
+    path = pairs_file(tmp_path / "pairs.jsonl", 5000)
+    rows = load([DataSource(str(path))], ("preference",), 0, preparation).records
+    assert isinstance(rows, StoredRows)
+    assert told[-1] == ("reading pairs.jsonl (MB)", 0, 0)
+    tokenised(rows, tokenizer, preparation, "rm: tokenising")
+    assert ("rm: tokenising", 5000, 5000) in told

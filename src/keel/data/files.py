@@ -92,6 +92,7 @@ def read(
                 if number % 1000 == 0:
                     progress(raw.tell() >> 20, size)
                 yield row
+            progress(size, size)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name} cannot be read: {error}") from None
 

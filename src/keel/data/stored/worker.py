@@ -187,8 +187,8 @@ def _exactly(pipe: IO[bytes], length: int) -> bytes:
 class Shown:
     """Tells a run's progress of a long pass, on a terminal only, once it has taken two seconds."""
 
-    def __init__(self, progress: Any, label: str = "") -> None:
-        self.progress, self.label = progress, label
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
         self._began: dict[str, float] = {}
 
     def __call__(self, what: str, done: int, of: int) -> None:
