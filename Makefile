@@ -6,7 +6,7 @@ WORKERS ?= 2
 PEERS  ?= .venv-peers
 LATEST ?= .venv-latest
 
-.PHONY: demo install test test-slow test-real check check-latest docs tutorials build bench bench-data bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures check check-latest docs tutorials build bench bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -34,6 +34,9 @@ test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
 
 test-real: $(VENV)/.installed-dev  ## on real models and data, in the folder KEEL_REAL_DATA
 	$(BIN)/python -m pytest -m real
+
+test-architectures: $(VENV)/.installed-dev  ## every model type of transformers, tiny; an hour on one core
+	$(BIN)/python -m pytest -n $(WORKERS) -m architectures tests/architectures
 
 check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
 	$(BIN)/ruff format --check .

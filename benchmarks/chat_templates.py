@@ -44,6 +44,7 @@ FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("nemotron-nano-v2", "<SPECIAL_12>", ()),
     ("minimax-m2", "[e~[", ()),
     ("mistral|devstral|llava", "</s>", ()),
+    ("llama-?4", "<|eot|>", ("<|end_of_text|>", "<|eom|>")),
     ("llama-?3|functionary|firefunction", "<|eot_id|>", ()),
     ("granite", "<|end_of_text|>", ()),
     ("smolvlm|idefics", "<end_of_utterance>", ()),

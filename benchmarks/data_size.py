@@ -1,15 +1,15 @@
-"""Comparisons at the size that people have: how fast they are made ready, in how much memory, and how fast a second
-start is.
+"""Comparisons at the size that people have: how fast they are made ready, in how much memory, and how fast a
+second start is.
 
     python benchmarks/data_size.py --seed hh.jsonl --rows 100000 --model MODEL [--against OTHER_CHECKOUT/src]
 
-The rows are those of the seed file over and over, each prompt with a number of its own, so that no two are the
-same. A reward stage takes three steps on them, in a process of its own: `ready` are the seconds from the start
-of the stage's run to its first step, imports left out, and `cpu` the processor's seconds in that time, workers
-included, which say more where a machine is shared; `again` the same for a second start, after the first one
-was killed at its first step; memory is the largest sum of the proportional set sizes (PSS) of the process and
-its workers, in MiB, sampled twice a second. The largest resident size of the main process, as the kernel
-counts it, stands beside it. With --against another version of keel starts once on the same rows, before.
+The rows are those of the seed file over and over, each prompt with a number of its own, so that no two are
+the same. A reward stage takes three steps on them, in a process of its own: `ready` are the seconds from the
+start of the stage's run to its first step, imports left out, and `cpu` the processor's seconds in that time,
+workers included, which say more where a machine is shared; `again` the same for a second start, after the
+first one was killed at its first step; memory is the largest sum of the proportional set sizes (PSS) of the
+process and its workers, in MiB, sampled twice a second. The largest resident size of the main process, as the
+kernel counts it, stands beside it. With --against another version of keel starts once on the same rows, before.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pathlib import Path
 from keel.config import RunConfig
 from keel.pipeline.pipeline import Pipeline
 model, data, directory, steps, stop = sys.argv[1:6]
-stage = {"kind": "reward", "model": model, "data": {"source": data, "on_bad": "skip"}, "max_steps": int(steps),
-         "batch_size": 8, "normalize": 0, "too_long": "skip", "holdout": 0.001}
+stage = {"kind": "reward", "model": model, "data": {"source": data, "on_bad": "skip"},
+         "max_steps": int(steps), "batch_size": 1, "normalize": 0, "too_long": "skip", "holdout": 0.001}
 config = RunConfig.model_validate({"name": "size", "threads": 1, "stages": {"rm": stage}})
 imported = time.time()
 def processor():

@@ -33,6 +33,7 @@ FENCE = re.compile(r"(^```.*?^```[ ]*$)", re.DOTALL | re.MULTILINE)
 NAVIGATION: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "docs/python.md", "docs/tutorials", "docs/recipes.md"),
     "Guides": (
+        "docs/rewards.md",
         "docs/data.md",
         "docs/diagnosis.md",
         "docs/judging.md",

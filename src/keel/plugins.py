@@ -33,10 +33,10 @@ def names(group: Group) -> tuple[str, ...]:
 def load(group: Group, name: str) -> Any:
     """What stands behind a name. UsageError for a name that nobody adds, one that two packages add, and one
     whose package cannot be imported."""
-    point = _point(group, name)
+    point = point_of(group, name)
     try:
         return point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"{GROUPS[group]} {name!r} of {_owner(point)} cannot be loaded: {reason}") from error
 
@@ -48,7 +48,7 @@ def fingerprint(group: Group, name: str) -> str:
     UsageError as `load` raises it.
     """
     load(group, name)
-    point = _point(group, name)
+    point = point_of(group, name)
     digest = hashlib.sha256(f"{_owner(point)}\0{point.value}\0".encode())
     top = Path(sys.modules[point.module.partition(".")[0]].__file__ or "")
     for path in sorted(top.parent.rglob("*.py")) if top.name == "__init__.py" else [top]:
@@ -57,7 +57,8 @@ def fingerprint(group: Group, name: str) -> str:
     return digest.hexdigest()
 
 
-def _point(group: Group, name: str) -> EntryPoint:
+def point_of(group: Group, name: str) -> EntryPoint:
+    """The entry point of a name, not imported. UsageError for a name that nobody adds or two packages add."""
     points = [point for point in entry_points(group=group) if point.name == name]
     if not points:
         near = get_close_matches(name, names(group), 1, 0.6)

@@ -138,6 +138,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()  # strings that end a response, besides EOS
+    vocab: int | None = None  # ids from here on stand for no token and are never drawn; None: every id may be
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from keel.accel import batch_layout, last_layer
 from keel.accel.norm_and_rope import patch_norms_and_rope
-from keel.models import logprobs
+from keel.models import logprobs, packing
 from keel.models.load import checkpoint_activations
 from keel.models.lora import Adapters, add_adapters
 
@@ -99,7 +99,7 @@ def test_under_a_mask_of_ones_own(kind, monkeypatch):
     model = model_of(kind, KNOWN[kind])
     segments = torch.tensor([[0] * 4 + [1] * 5, [0] * 9, [0] * 2 + [1] * 2 + [2] * 5])
     positions = torch.tensor([[*range(4), *range(5)], [*range(9)], [0, 1, 0, 1, *range(5)]])
-    inputs = {"attention_mask": logprobs.packed_mask(segments, torch.float64), "position_ids": positions}
+    inputs = {"attention_mask": packing.packed_mask(segments, torch.float64), "position_ids": positions}
     assert_same(
         model, lambda: logprobs.head_inputs(model, IDS, INDEX, inputs=inputs).values, monkeypatch, positions=5
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from keel.accel import norm_and_rope
 from keel.accel.modules import is_patched
 from keel.accel.norm_and_rope import patch_norms_and_rope
 from keel.accel.patches import AccelWarning
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "architectures"))
+import zoo
 
 SIZES = {
     "hidden_size": 32,
@@ -147,3 +152,11 @@ def test_a_rotation_of_another_kind_is_left_alone(monkeypatch):
     with pytest.warns(AccelWarning, match="norm_and_rope is off for LlamaAttention"):
         model = patch_norms_and_rope(model_of("llama"))
     assert "LlamaAttention" not in changed(model)
+
+
+def test_a_rotation_that_is_called_otherwise_is_transformers_own():
+    """Of one tensor alone, as the indexer of sparse attention calls it."""
+    model = zoo.build("qwen4_exp_text")
+    expected = model(IDS).logits
+    quick = patch_norms_and_rope(copy.deepcopy(model))
+    torch.testing.assert_close(quick(IDS).logits, expected, atol=1e-4, rtol=1e-4)

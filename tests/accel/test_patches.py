@@ -576,3 +576,17 @@ def test_a_prepared_model_is_traced_like_its_own() -> None:
         warnings.simplefilter("ignore")
         traced: Any = torch.jit.trace(whole, IDS)
     torch.testing.assert_close(traced(IDS), expected, rtol=0, atol=1e-5)
+
+
+def test_another_model_of_the_same_config_keeps_its_kernel() -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    ours, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = other(input_ids=ids).logits
+        accel.prepare(ours)
+        assert ours.config._attn_implementation == "keel_sdpa"
+        assert other.config._attn_implementation == config._attn_implementation == "sdpa"
+        assert torch.equal(other(input_ids=ids).logits, before)

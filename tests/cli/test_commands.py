@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from keel import __version__
 from keel.config import RunConfig, read
 
 KEEL = [sys.executable, "-m", "keel"]
@@ -430,3 +431,8 @@ def test_a_run_that_fails_ends_with_1(keel, write, chain):
     assert not Path("runs/tiny/stages/sft/model").exists()
     report = keel("report", "runs/tiny", "--json")
     assert report.json["results"] == {}
+
+
+def test_the_version_is_printed(keel):
+    done = keel("--version")
+    assert (done.code, done.out) == (0, f"keel {__version__}\n")

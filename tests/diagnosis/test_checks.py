@@ -138,6 +138,12 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("reward_without_spread", "warn", {"objective/scores_std": after(30, 1, 0.05)}, Conditions()),
     ("reward_without_spread", "warn", {"objective/scores_std": after(30, 50, 3)}, Conditions()),
     ("reward_without_spread", "note", {"objective/scores_std": lambda u: 0.05}, Conditions()),
+    (
+        "nothing_rewarded",
+        "act",
+        {"rewards/form/std": lambda u: 0.0, "rewards/form/mean": lambda u: 0.0},
+        Conditions(),
+    ),
     ("length_drift", "note", {"rollout/response_length": after(30, 30, 65)}, Conditions()),
     ("length_drift", "warn", {"rollout/response_length": after(30, 30, 100)}, Conditions()),
     ("length_drift", "warn", {"rollout/response_length": after(30, 30, 8)}, Conditions()),
@@ -176,6 +182,18 @@ def test_two_odd_batches_in_ten_are_noise(check, severity, series, settings):
         return lambda update: value(UPDATES) if update % 10 in (1, 2) else value(1)
 
     assert worst(found({name: odd(value) for name, value in series.items()}, settings), check) is None
+
+
+def test_nothing_rewarded_is_first_a_warning_and_ends_with_the_first_reward():
+    none = {"rewards/form/std": lambda u: 0.0, "rewards/form/mean": lambda u: 0.0}
+    findings = [(f.severity, f.step) for f in found(none) if f.check == "nothing_rewarded"]
+    assert findings == [("warn", 10), ("act", 30)]
+    late = {name: lambda u: 0.1 if u == 9 else 0.0 for name in none}
+    assert worst(found(late), "nothing_rewarded") is None
+    one_response_an_update = {"rewards/form/std": lambda u: 0.0, "rewards/form/mean": lambda u: float(u % 2)}
+    assert worst(found(one_response_an_update), "nothing_rewarded") is None
+    two_rewards = {**none, "rewards/other/std": lambda u: 0.3, "rewards/other/mean": lambda u: 0.5}
+    assert worst(found(two_rewards), "nothing_rewarded") is None
 
 
 def test_a_single_update_that_leaves_everything_behind_is_enough():

@@ -2,6 +2,8 @@
 
     python killed.py CONFIG FOLDER every STRIDE    one directory a kill: before change 1, 1 + STRIDE, …; each
     then run to its end
+    python killed.py CONFIG FOLDER each STRIDE    the same for each stage alone, in FOLDER/STAGE; for stages
+    that need none of the others
     python killed.py CONFIG FOLDER chain KILLS SEED    one directory, killed again and again before some
     change; then run to its end
 
@@ -104,25 +106,41 @@ def main() -> None:
     from keel.config import read
 
     import_everything()
-    config, folder, plan, numbers = (
-        read(Path(sys.argv[1])),
-        Path(sys.argv[2]),
-        sys.argv[3],
-        [int(a) for a in sys.argv[4:]],
-    )
-    assert run(config, folder / "undisturbed")
-    kills = 0
-    if plan == "every":
-        before = 1
-        while not run(config, folder / f"killed-{before}", before):
-            assert run(config, folder / f"killed-{before}")
-            before, kills = before + numbers[0], kills + 1
+    config, folder = read(Path(sys.argv[1])), Path(sys.argv[2])
+    plan, numbers = sys.argv[3], [int(a) for a in sys.argv[4:]]
+    if plan == "each":
+        kills = 0
+        for first, (name, stage) in enumerate(config.stages.items(), start=1):
+            (folder / name).mkdir()
+            kills += every(
+                config.model_copy(update={"stages": {name: stage}}), folder / name, first, *numbers
+            )
+    elif plan == "every":
+        kills = every(config, folder, 1, *numbers)
     else:
-        random.seed(numbers[1])
-        while kills < numbers[0] and not run(config, folder / "killed", random.randint(1, 60)):
-            kills += 1
-        assert run(config, folder / "killed")
+        kills = chain(config, folder, *numbers)
     print(kills)
+
+
+def every(config: Any, folder: Path, first: int, stride: int) -> int:
+    """Kills before change `first`, `first` + `stride`, …, each of a run of its own. How many there were."""
+    assert run(config, folder / "undisturbed")
+    before = first
+    while not run(config, folder / f"killed-{before}", before):
+        assert run(config, folder / f"killed-{before}")
+        before += stride
+    return (before - first) // stride
+
+
+def chain(config: Any, folder: Path, most: int, seed: int) -> int:
+    """Kills of one run, again and again, before changes drawn at random. How many there were."""
+    assert run(config, folder / "undisturbed")
+    random.seed(seed)
+    kills = 0
+    while kills < most and not run(config, folder / "killed", random.randint(1, 60)):
+        kills += 1
+    assert run(config, folder / "killed")
+    return kills
 
 
 main()

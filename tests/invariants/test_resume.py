@@ -84,10 +84,12 @@ def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
     stride: int, short: Mapping[str, Any], tmp_path: Path, differences: Differences
 ) -> None:
     """[trl 1.16 GRPO; trl 2657: no resume for PPO]"""
-    kills = killed_and_resumed(tmp_path, short, "every", str(stride))
+    kills = killed_and_resumed(tmp_path, short, "each", str(stride))
     assert kills * stride > 90
     for stage in short:  # the best weights are not the last: they have to survive, too
-        lines = (tmp_path / "undisturbed" / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+        lines = (
+            (tmp_path / stage / "undisturbed" / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+        )
         first, second = map(json.loads, lines)
         if stage == "sft":
             assert second["eval_loss"] > first["eval_loss"]
@@ -96,7 +98,7 @@ def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
                 row["eval/objective/scores"] - row["eval/objective/kl"] for row in (first, second)
             ]  # β is near 1
             assert values[1] < values[0] - 0.2
-    assert_all_alike(tmp_path, differences)
+        assert_all_alike(tmp_path / stage, differences)
 
 
 @pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
@@ -117,13 +119,12 @@ def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
         "rolled": {**ppo, "control": control},
         "adjusted": {**ppo, "control": {**control, "on_finding": "adjust"}},
     }
-    assert killed_and_resumed(tmp_path, stages, "every", str(stride)) * stride > 90
-    found = [
-        json.loads(line)["event"]
-        for line in (tmp_path / "undisturbed" / "stages" / "rolled" / "events.jsonl").read_text().splitlines()
-    ]
+    assert killed_and_resumed(tmp_path, stages, "each", str(stride)) * stride > 90
+    events = tmp_path / "rolled" / "undisturbed" / "stages" / "rolled" / "events.jsonl"
+    found = [json.loads(line)["event"] for line in events.read_text().splitlines()]
     assert found == ["finding", "rollback", "finding", "rollback", "finding", "stop"]
-    assert_all_alike(tmp_path, differences)
+    for stage in stages:
+        assert_all_alike(tmp_path / stage, differences)
 
 
 def test_a_run_over_all_stages_killed_again_and_again_ends_the_same(

@@ -113,6 +113,43 @@ def test_windows_are_those_of_the_layers_that_have_one(kind, more, window):
     assert facts_of(config, make_tokenizer()).window == window
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "carries"),
+    [
+        ("llama", {}, False),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, True),
+        ("lfm2", {"layer_types": ["full_attention", "full_attention"]}, False),
+        ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}, True),
+        ("mamba2", {"num_heads": 4, "head_dim": 8}, True),
+        ("falcon_h1", {}, True),  # both in each layer
+        ("rwkv", {}, True),  # names no kinds of layers: its class tells
+        ("gemma3_text", {"head_dim": 8}, False),
+    ],
+)
+def test_what_layers_that_carry_a_state_mean_is_said(kind, more, carries):
+    config = AutoConfig.for_model(kind, **SIZES, **more)
+    facts = facts_of(config, make_tokenizer())
+    told = "\n".join(facts.describe())
+    assert facts.carries_state == carries
+    assert ("packing is refused" in told) == carries
+    assert ("rollouts: by the cache that the model makes itself" in told) == carries
+
+
+def test_a_state_in_the_text_part_of_a_nested_config_is_found():
+    text = {**SIZES, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+    assert facts_of(AutoConfig.for_model("qwen3_5", text_config=text), make_tokenizer()).carries_state
+
+
+def test_a_window_and_packing_are_said():
+    config = make_config()
+    assert not any("packing" in line for line in facts_of(config, make_tokenizer()).describe())
+    windowed = AutoConfig.for_model("mistral", **SIZES, sliding_window=8)
+    assert any(
+        line.startswith("packing: examples of more than 8 tokens")
+        for line in facts_of(windowed, make_tokenizer()).describe()
+    )
+
+
 def test_the_text_part_of_a_nested_config_is_asked():
     text = {**SIZES, "head_dim": 8, "max_position_embeddings": 96, "sliding_window": 8}
     config = AutoConfig.for_model("gemma3", text_config=text)

@@ -398,3 +398,25 @@ def test_the_context_is_the_longest_sequence_that_the_model_takes(kind: str) -> 
                 input_ids=torch.full((1, limit + 1), 5),
                 attention_mask=torch.ones(1, limit + 1, dtype=torch.long),
             )
+
+
+def test_the_context_of_longrope_is_the_one_in_which_rows_do_not_turn_each_other() -> None:
+    """Beyond it, transformers chooses the angles of all rows by the longest (Phi-3, Phi-4)."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1,
+        "intermediate_size": 32, "pad_token_id": 0, "max_position_embeddings": 128, "initializer_range": 0.5,
+    }  # fmt: skip
+    config = AutoConfig.for_model("phi3", **sizes, original_max_position_embeddings=24, rope_parameters=rope)
+    limit = context_length(config)
+    assert limit == 24
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = torch.randint(1, 50, (2, limit + 1))
+
+    def first(width: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=rows[:, :width], use_cache=False).logits[:, :10]
+
+    torch.testing.assert_close(first(limit), first(12))
+    assert float((first(limit + 1) - first(12)).abs().max()) > 1e-2

@@ -204,7 +204,7 @@ def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
     def again(**changes: Any) -> list[str]:
         said: list[str] = []
         go(_config(chain, **changes), say=said.append)
-        return [line for line in said if "run again" in line]
+        return [line for line in said if ": run again" in line]
 
     assert again() == []
     assert again() == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import DistilBertConfig
+from transformers import AutoConfig, DistilBertConfig
 
 from keel.config import parse
 from keel.data.holdout import split_holdout
@@ -51,6 +51,37 @@ def _pretrain(data: Any, **settings: Any) -> dict[str, Any]:
         "batch_size": 2,
     }
     return {**stage, **settings}
+
+
+# ---------------------------------------------------------------- how models are read
+
+
+def test_what_is_special_about_reading_a_model_is_planned(plan, data, tmp_path, tokenizer):
+    """Only where it matters: a stage that packs, or samples."""
+    sizes = {name: value for name, value in LLAMA.items() if name != "model_type"} | {"vocab_size": 300}
+    for kind, more in {
+        "mistral": {"sliding_window": 8},
+        "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    }.items():
+        AutoConfig.for_model(kind, **sizes | more).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+    common = {"data": str(data.demonstrations), "max_steps": 1}
+    entries = plan(
+        plain={"kind": "sft", "model": str(tmp_path / "mistral"), **common},
+        packed={"kind": "sft", "model": str(tmp_path / "mistral"), "packing": True, **common},
+        short={
+            "kind": "sft", "model": str(tmp_path / "mistral"), "packing": True, "max_length": 8,
+            "too_long": "truncate", **common,
+        },
+        judged={
+            "kind": "evaluate", "models": [str(tmp_path / "lfm2")], "data": str(data.demonstrations),
+            "sampling": {"max_new_tokens": 4},
+        },
+    )  # fmt: skip
+    assert entries["plain"]["reading"] == entries["short"]["reading"] == []
+    assert "8 tokens are read by their positions" in entries["packed"]["reading"][0]
+    assert "the cache that the model makes itself" in entries["judged"]["reading"][0]
+    assert entries["judged"]["reading"][0] in text.as_text([*entries.values()])
 
 
 # ---------------------------------------------------------------- parameters

@@ -146,3 +146,28 @@ def test_the_target_is_that_of_the_stage_of_the_models_name():
     assert kl_target(CONFIG, "dpo") is None
     assert kl_target(CONFIG, "some/hub-model") is None
     assert kl_target({"stages": {"ppo": {"kl": {"target": None}}}}, "ppo") is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["answer"], ""),
+        (["answer", "format"], "Judged by rules alone (answer, format)"),
+        (["learned"], "Judged by the proxy alone"),
+        (["answer", "learned"], "Judged by the proxy alone"),
+        ([], "Judged by the proxy alone"),
+    ],
+)
+def test_what_a_verdict_by_the_proxy_is_worth_follows_from_the_rewards(kinds, said):
+    found = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 100}
+    lift = {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 100}
+    result = {
+        "reference": "sft",
+        "models": {"sft": {"proxy": found}, "ppo": {"proxy": found, "proxy_lift": lift}},
+    }
+    judge = {"kind": "evaluate", "reward": [{"kind": kind} for kind in kinds]}
+    (one,) = verdict(result, {"stages": {"judge": judge}})
+    assert [note for note in one.notes if note.startswith("Judged by")][:1] == (
+        [] if not said else [one.notes[0]]
+    )
+    assert one.notes[0].startswith(said) if said else not one.notes

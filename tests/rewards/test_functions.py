@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from keel.errors import RewardError, UsageError
-from keel.rewards import functions
+from keel.rewards import functions, loading
 
 PROMPTS = ["What is 1 + 1?", "What is 2 + 2?", "Name " + "a very " * 20 + "big city"]
 COMPLETIONS = [" 2", " four", " Rome"]
@@ -51,19 +51,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_function_of_a_module_in_the_current_directory(project: Path) -> None:
     before = list(sys.path)
     for name in ("own_rewards_here.short.brief", "own_rewards_here.short:brief"):
-        assert functions.load(name, "rewards.a")(completions=["x"]) == [1.0]
+        assert loading.load(name, "rewards.a")(completions=["x"]) == [1.0]
     assert sys.path == before
 
 
 def test_a_callable_of_a_file_which_imports_its_neighbour(project: Path) -> None:
     before = list(sys.path)
     for name in ("elsewhere/my-rewards.py:seven", f"{project}/elsewhere/my-rewards.py:seven"):
-        assert functions.load(name, "rewards.a")(completions=["x", "y"]) == [7.0, 7.0]
+        assert loading.load(name, "rewards.a")(completions=["x", "y"]) == [7.0, 7.0]
     assert sys.path == before
 
 
 def test_a_function_of_an_installed_library() -> None:
-    assert functions.load("math.fsum", "rewards.a")([1, 2]) == 3
+    assert loading.load("math.fsum", "rewards.a")([1, 2]) == 3
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_function_of_an_installed_library() -> None:
 def test_what_cannot_be_found_is_said_with_the_reason(project: Path, name: str, message: str) -> None:
     before = list(sys.path)
     with pytest.raises(UsageError, match=message.replace(".", r"\.")):
-        functions.load(name, "rewards.a")
+        loading.load(name, "rewards.a")
     assert sys.path == before
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -147,34 +146,6 @@ def test_a_column_that_is_nowhere_is_named() -> None:
         rate(rules.final_answer(), "x", task=["1"], level=[1])
 
 
-def test_math_verify_is_asked_about_formulas_that_differ_as_text_and_about_nothing_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[tuple[str, str]] = []
-    fake: Any = ModuleType("math_verify")
-    fake.parse = lambda text, parsing_timeout: [text]
-    fake.verify = lambda gold, found, timeout_seconds: asked.append((gold[0], found[0])) is None
-    monkeypatch.setitem(sys.modules, "math_verify", fake)
-    assert rules.same_answer("x+1", r"1+x")
-    assert asked == [("$x+1$", "$1+x$")]
-    assert rules.same_answer("5", "5.0")  # equal already
-    assert not rules.same_answer("Paris", "pairs")  # words
-    assert not rules.same_answer("x", "y" * 301)
-    assert len(asked) == 1
-    assert rules.same_answer(r"\sqrt{2}", "2^{0.5}")  # a command is no word
-    assert len(asked) == 2
-
-
-def test_math_verify_itself_knows_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "math_verify")
-    pytest.importorskip("math_verify")
-    assert rules.same_answer("x+1", "1+x")
-    assert rules.same_answer(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}")
-    assert not rules.same_answer("x+1", "x+2")
-    assert not rules.same_answer("Paris", "pairs")
-    assert rate(rules.final_answer(), r"\boxed{1+x}", r"\boxed{x}", answer=["x+1", "x+1"]) == [1, 0]
-
-
 # ---------------------------------------------------------------- formats and patterns
 
 
@@ -208,9 +179,30 @@ def test_a_tag_that_the_prompt_has_opened_counts_as_the_completions_own() -> Non
     assert one(["Sum?"], ["2 and 2\n</think>"]) == [0.0]
     turns = ({"role": "user", "content": "Sum?"},)
     reply = ({"role": "assistant", "content": "a</think><answer>4</answer>"},)
-    assert both([turns], [reply], opened_thought=["<think>"]) == [1.0]
-    assert both([turns, turns], [reply, reply], opened_thought=["<think>", ""]) == [1.0, 0.0]
-    assert both([turns], [reply], opened_thought=["<other>"]) == [0.0]
+    assert both([turns], [reply], prompt_tags=["<think>\n"]) == [1.0]
+    assert both([turns, turns], [reply, reply], prompt_tags=["<think>", ""]) == [1.0, 0.0]
+    assert both([turns], [reply], prompt_tags=["<other>"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("tags", "end", "reply", "right"),
+    [
+        (("think", "answer"), "<think>\n\n</think>\n\n", "<answer>4</answer>", 1),  # thoughts switched off
+        (("think", "answer"), "<think>\n\n</think>\n\n", "<think></think><answer>4</answer>", 0),
+        (("plan", "answer"), "<plan>", "a</plan><answer>4</answer>", 1),  # any tag, not only thoughts
+        (("think", "answer"), "<think></think><answer>", "4</answer>", 1),
+        (("answer",), "<think></think>", "<answer>4</answer>", 1),  # another's tags are none of its own
+        (("answer",), "<think>", "<answer>4</answer>", 1),
+        (("think", "answer"), "</think>", "<answer>4</answer>", 0),
+        (("think", "answer"), "<answer></think>", "<answer>4</answer>", 0),
+    ],
+)
+def test_what_a_template_has_begun_is_gone_on_with(
+    tags: tuple[str, ...], end: str, reply: str, right: float
+) -> None:
+    turns = ({"role": "user", "content": "Sum?"},)
+    assert rules.format_tags(tags)([turns], [reply], prompt_tags=[end]) == [right]
+    assert rules.format_tags(tags)([f"Sum? {end}"], [reply]) == [right]
 
 
 def test_format_tags_of_other_names() -> None:

@@ -376,3 +376,47 @@ def test_only_learned_rewards_are_clipped_and_on_their_own_scale(run_stage: Any,
         "ppo", reward, kl={"coef": 0.0}, shaping={"clip": 1e-6, "missing_stop_penalty": 0.0}
     )  # fmt: skip
     assert rows[0]["objective/rlhf_reward"] == pytest.approx(7.0, abs=1e-4)
+
+
+def test_a_reward_that_crashes_loses_nothing(run: Any, data: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """The same command goes on from the last checkpoint, to the bytes of a run in which nothing crashed."""
+    own, mark = tmp_path / "own.py", tmp_path / "crash"
+    own.write_text(
+        "import os\n\ncalls = 0\n\n\ndef f(completions, **kwargs):\n    global calls\n    calls += 1\n"
+        f"    if calls == 3 and os.path.exists({str(mark)!r}):\n        os.abort()\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    settings = {
+        "kind": "grpo", "model": str(tiny_model), "reward": f"python:{own}:f", "data": str(data.prompts),
+        "batch_size": 4, "samples_per_prompt": 2, "updates": 4, "save_every": 1,
+        "sampling": {"max_new_tokens": 4},
+    }  # fmt: skip
+    run({"stages": {"s": settings}}, tmp_path / "whole")
+    mark.touch()
+    with pytest.raises(KeelError, match="reward 'f' crashed: its process was ended by SIGABRT"):
+        run({"stages": {"s": settings}}, tmp_path / "cut")
+    mark.unlink()
+    run({"stages": {"s": settings}}, tmp_path / "cut")
+    logs = [(tmp_path / name / "stages/s/metrics.jsonl").read_bytes() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_row_that_makes_a_reward_fail_is_left_out_of_training(
+    run: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    answers = ["1", "2", "", "4"]
+    rows.write_text("".join(json.dumps({"prompt": "the cat?", "answer": a}) + "\n" for a in answers))
+    stage = {
+        "kind": "grpo", "model": str(tiny_model), "reward": [{"kind": "answer"}], "batch_size": 4,
+        "updates": 1, "samples_per_prompt": 2, "sampling": {"max_new_tokens": 4},
+        "data": {"source": str(rows)},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=r"rows\.jsonl:3: .*is blank"):
+        run({"stages": {"s": stage}}, tmp_path / "run")
+    stage["data"] = {"source": str(rows), "on_bad": "skip"}
+    pipeline = run({"stages": {"s": stage}}, tmp_path / "run")
+    done = json.loads((tmp_path / "run" / "stages" / "s" / "stage.json").read_text())
+    assert "3 rows" in done["data"]
+    assert "1 skipped" in done["data"]
+    assert pipeline.is_done("s")

@@ -121,17 +121,19 @@ def share_of_red(folder: Path) -> float:
 def test_each_loss_learns_to_prefer_one_word_and_does_so_twice_identically(
     loss: str, run_dpo: Any, tiny_model: Path
 ) -> None:
-    settings = {"loss": loss, "max_steps": 25, "batch_size": 12, "holdout": 0.2, "eval_every": 12}
+    settings = {"loss": loss, "max_steps": 25, "batch_size": 12, "holdout": 0.25, "eval_every": 12}
     stage, again = run_dpo("one", **settings), run_dpo("other", **settings)
     lines = metrics_of(stage)
-    assert lines[-1]["rewards/accuracies"] > 0.9 > 0.7 > lines[0]["rewards/accuracies"]
+    # without a reference the start is what the untrained model finds likelier, which need not be one half
+    start = 0.8 if loss in ("orpo", "simpo") else 0.7
+    assert lines[-1]["rewards/accuracies"] > 0.9 > start > lines[0]["rewards/accuracies"]
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"] + 0.1
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["eval_rewards/accuracies"] > 0.9
     assert share_of_red(stage / "model") > 0.6 > 0.4 > share_of_red(tiny_model)
     found = result_of(stage)
     assert found["accuracy"]["low"] > 0.7
-    assert found["accuracy"]["n"] == 26  # pairs, for KTO too
+    assert found["accuracy"]["n"] == 33  # pairs of three prompts, for KTO too
     assert 0 < found["margin"]["low"] < found["margin"]["mean"] < found["margin"]["high"]
     assert found["eval_loss"] == pytest.approx(lines[-1]["eval_loss"])
     for name in ("model/model.safetensors", "metrics.jsonl", "result.json"):
@@ -328,7 +330,7 @@ def test_kto_learns_from_completions_with_a_label(run_dpo: Any, rows: Any) -> No
     stage = run_dpo(**settings, undesirable_weight=0.5, holdout=0.3, eval_every=5)
     assert share_of_red(stage / "model") > 0.6
     found, last = result_of(stage), metrics_of(stage)[-1]
-    assert found["accuracy"]["n"] == 11  # rows: there are no pairs
+    assert found["accuracy"]["n"] == 12  # rows of four prompts: there are no pairs
     assert found["accuracy"]["mean"] == pytest.approx(last["eval_rewards/accuracies"], abs=1e-6)
     assert found["margin"]["mean"] == pytest.approx(last["eval_rewards/margins"], abs=1e-4)
     assert found["margin"]["low"] > 0
@@ -348,9 +350,10 @@ def test_undecided_pairs_are_left_out_and_counted_unless_votes_are_soft(run_dpo:
         assert (facts["undecided_pairs"], facts["rows"]) == (undecided, 6 - undecided)
     with pytest.raises(DataError, match="votes of all 2 pairs are undecided"):
         run_dpo("none", data=rows("none.jsonl", [{**pair, "p_chosen": 0.5}] * 2), holdout=0)
-    soft = run_dpo(
-        "only", data=rows("none.jsonl", [{**pair, "p_chosen": 0.5}] * 8), votes="soft", holdout=0.5
-    )
+    none = [
+        {**pair, "prompt": f"the {animal}?", "p_chosen": 0.5} for animal in ("cat", "dog", "fox", "hen") * 2
+    ]
+    soft = run_dpo("only", data=rows("none.jsonl", none), votes="soft", holdout=0.5)
     assert result_of(soft).keys() == {"margin", "eval_loss"}  # no side to be accurate about
 
 

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from keel.config import RewardConfig, SFTConfig
 from keel.errors import DataError, UsageError
@@ -155,26 +160,67 @@ def test_a_row_that_is_too_long_is_an_error_or_left_out_or_loses_its_prompts_sta
         encoded(talk, tiny_model, stage_run, max_length=12, too_long="truncate")
 
 
-def test_packing_that_would_undo_an_attention_window_is_refused(
-    run_stage: Any, tmp_path: Path, tokenizer: Any
-) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+@pytest.fixture
+def untrained(tmp_path: Path, tokenizer: Any) -> Any:
+    """Save a seeded model of some type with the tokenizer, and return its folder."""
 
-    config = MistralConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-        max_position_embeddings=48,
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path / "window")
-    tokenizer.save_pretrained(tmp_path / "window")
-    with pytest.raises(UsageError, match="attention window of 16"):
-        run_stage("sft", model=str(tmp_path / "window"), packing=True)
-    run_stage("sft", "short", model=str(tmp_path / "window"), packing=True, max_length=16)
+    def go(kind: str, **more: Any) -> str:
+        torch.manual_seed(0)
+        sizes = LLAMA | {"num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+        config = AutoConfig.for_model(kind, **sizes | {"initializer_range": 0.1, "pad_token_id": 0} | more)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        return str(tmp_path / kind)
+
+    return go
+
+
+def test_packing_leaves_attention_windows_as_they_are(
+    run_stage: Any, untrained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Examples longer than the window, several in a row: every loss of the stage is that of them apart."""
+    place, own = untrained("mistral", sliding_window=8), language.loss
+    seen: list[tuple[float, float]] = []
+
+    def compared(model: Any, rows: Any, pad_id: int, denominator: float) -> Any:
+        value, measured = own(model, rows, pad_id, denominator)
+        if rows[0].segments is not None:
+            with torch.no_grad():
+                apart = [own(model, [one], pad_id, denominator)[0] for row in rows for one in _apart(row)]
+            seen.append((float(value), float(sum(apart))))
+        return value, measured
+
+    monkeypatch.setattr(language, "loss", compared)
+    run_stage("sft", model=place, packing=True)
+    assert seen
+    assert [one for one, _ in seen] == pytest.approx([other for _, other in seen], abs=1e-5)
+
+
+def _apart(row: language.LanguageRow) -> list[language.LanguageRow]:
+    """The examples of a packed row."""
+    numbers = list(row.segments or ())
+    return [
+        language.LanguageRow(
+            [token for token, own in zip(row.ids, numbers, strict=True) if own == number],
+            [counts for counts, own in zip(row.counts, numbers, strict=True) if own == number],
+        )
+        for number in dict.fromkeys(numbers)
+    ]
+
+
+def test_packing_is_refused_before_anything_is_trained(
+    run_stage: Any, untrained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the config where that tells; by a trial of the model where it does not."""
+    place = untrained("lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(UsageError, match=r"^stage: lfm2 .* layers hand a state .* set packing: false$"):
+        run_stage("sft", "told", model=place, packing=True)
+    monkeypatch.setattr("keel.pipeline.preflight.carries_state", lambda config: False)
+    with pytest.raises(UsageError, match=r"^stage: lfm2 .*states .* differ .* set packing: false$"):
+        run_stage("sft", "tried", model=place, packing=True)
+    assert not (tmp_path / "tried" / "stages" / "stage" / "metrics.jsonl").exists()
+    run_stage("sft", "apart", model=place, packing=False)
+    run_stage("pretrain", "text", model=place, max_length=16)  # pieces of a text are no examples
 
 
 # ---------------------------------------------------------------- reward

@@ -12,6 +12,7 @@ configs of prepared models carry the name; transformers does not write it into a
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,7 @@ def patch_attention(model: nn.Module) -> None:
     configs = [config for config in _configs(model) if config._attn_implementation == PLAIN]
     if not configs or not all(map(_takes_any_name, _transformers_of(model))):
         return
+    configs = _own_copies(model, configs)
     _rename(configs, NAME)
     trunk = next(_transformers_of(model)).base_model
     if not trusted("attention", model, lambda: _differs(trunk, configs), say=False):
@@ -155,6 +157,15 @@ def restore_attention(model: nn.Module) -> None:
 def _rename(configs: list[PreTrainedConfig], name: str) -> None:
     for config in configs:
         config._attn_implementation = name
+
+
+def _own_copies(model: nn.Module, configs: list[PreTrainedConfig]) -> list[PreTrainedConfig]:
+    """Copies of some configs, in their place in the model: another model may have the same one."""
+    copies = {id(config): copy.deepcopy(config) for config in configs}
+    for module in model.modules():
+        if (config := vars(module).get("config")) is not None and id(config) in copies:
+            vars(module)["config"] = copies[id(config)]
+    return list(copies.values())
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:

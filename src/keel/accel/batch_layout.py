@@ -32,7 +32,15 @@ MANY, FEW = 32, 8  # sequences of similar length in a forward, without padding a
 # what a token costs whose queries, keys and values are laid out for attention, in those of one for which they
 # are not
 LAYING_OUT = 1.08
-WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")  # names in a config
+WINDOWS = (  # names in a config
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+)
 KINDS = (
     "llama",
     "mistral",

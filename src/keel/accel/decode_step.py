@@ -24,6 +24,7 @@ from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import plain_of, surrounded
 from keel.accel.patches import disabled, enabled, trusted
+from keel.accel.trial_inputs import beyond_windows
 
 SHAPES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not depend on how long a sequence is
@@ -183,15 +184,16 @@ def _passed_by(plain: Any) -> Iterator[nn.Module]:
         yield from (norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)))
 
 
-def keeps_slots(model: nn.Module) -> bool:
+def keeps_slots(model: nn.Module, longest: int = 0) -> bool:
     """Whether prompts are sampled through `Slots`: switched on, and the model's own forward computes with
-    them as its cache what it computes without one. Models with a decode step of their own are tried with
-    that."""
+    them as its cache what it computes without one, in sequences of up to `longest` tokens (tried once more
+    where longer ones meet a window). Models with a decode step of their own are tried with that."""
     if not enabled("kv_slots"):
         return False
     if fits(model):
         return True
     plain = plain_of(model)
+    longer = beyond_windows(plain.config, longest)
 
     def make_step(_: Slots, __: int) -> AnyStep:
         def step(newest: Tensor, slots: Slots) -> Tensor:
@@ -207,8 +209,8 @@ def keeps_slots(model: nn.Module) -> bool:
     return trusted(
         "kv_slots",
         plain,
-        lambda: decoded_otherwise(plain, make_step),
-        depends_on=precision_of(plain),
+        lambda: decoded_otherwise(plain, make_step, longer),
+        depends_on=(longer, *precision_of(plain)),
         say=False,
     )
 

@@ -3,44 +3,50 @@ leaves, against the model's own forward over the whole sequences, without a cach
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from keel.accel.kv_slots import Slots
-from keel.accel.modules import undisturbed
+from keel.accel.modules import logits_of_last, plain_of, undisturbed
 from keel.accel.patches import difference, disabled
+from keel.accel.trial_inputs import trial_ids
 
 Step = Callable[[Tensor, Slots], Tensor]  # (n,) newest tokens → (n, V) logits
 SEQUENCES = ((1, 2, 3, 4, 5, 2, 4, 3), (5, 3, 1, 4, 2, 1), (2, 4, 1, 5))  # three tokens behind each prompt
 STEPS, COLUMNS = 3, 16
 
 
-def decoded_otherwise(model: nn.Module, make_step: Callable[[Slots, int], Step]) -> str | None:
+def decoded_otherwise(
+    model: nn.Module, make_step: Callable[[Slots, int], Step], longer: int = 0
+) -> str | None:
     """What differs between steps and the model's own forward; None if nothing does. make_step: called with
-    empty slots and the number of columns, before prompts are read into them."""
-    device = next(model.parameters()).device
-    prompts = [row[:-STEPS] for row in SEQUENCES]
+    empty slots and the number of columns, before prompts are read into them. longer: tokens by which the
+    prompts are longer than those of `SEQUENCES`, so that they reach beyond a window."""
+    device, config = next(model.parameters()).device, plain_of(model).config
+    sequences = [(*trial_ids(config, longer, seed), *row) for seed, row in enumerate(SEQUENCES)]
+    prompts = [row[:-STEPS] for row in sequences]
     with undisturbed(model), torch.no_grad():
+        columns = COLUMNS + longer
         half = (
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
         )
         with disabled():
-            theirs = _own_logits(model, device)
-        slots = Slots(len(SEQUENCES), COLUMNS, device, torch.bfloat16 if half else None)
-        step = make_step(slots, COLUMNS)
+            theirs = _own_logits(model, sequences, device)
+        slots = Slots(len(sequences), columns, device, torch.bfloat16 if half else None)
+        step = make_step(slots, columns)
         with disabled():
             cache = _prompts_read(model, prompts, device)
         if not slots.admit(cache, [*map(len, prompts)], range(len(prompts))):
             return "it keeps no keys and values for each position"
-        rows = [*range(len(SEQUENCES))]
+        rows = [*range(len(sequences))]
         for number in range(STEPS):
-            newest = torch.tensor([SEQUENCES[row][len(prompts[row]) + number] for row in rows], device=device)
+            newest = torch.tensor([sequences[row][len(prompts[row]) + number] for row in rows], device=device)
             logits = step(newest, slots)
             slots.step()
-            expected = torch.stack([theirs[row, len(prompts[row]) + number] for row in rows])
+            expected = torch.stack([theirs[row][number] for row in rows])
             if (why := difference(f"logits of decode step {number + 1}", logits, expected)) is not None:
                 return why
             if number == 0:  # the middle row leaves
@@ -56,11 +62,15 @@ def precision_of(model: nn.Module) -> tuple[object, ...]:
     return weight.dtype, weight.device, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _own_logits(model: nn.Module, device: torch.device) -> Tensor:
-    """(rows, positions, V) of the sequences, padded on the right: causal attention needs no mask."""
-    longest = max(map(len, SEQUENCES))
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in SEQUENCES], device=device)
-    return model(input_ids=ids, use_cache=False).logits
+def _own_logits(model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Of each sequence, (STEPS, V) behind its last tokens. They are padded on the right: causal attention
+    needs no mask."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in sequences], device=device)
+    behind = [longest - len(row) + STEPS for row in sequences]  # from a row's first of them to the end
+    logits = model(input_ids=ids, use_cache=False, **logits_of_last(model, max(behind))).logits
+    ends = [logits.shape[1] - count for count in behind]
+    return [row[end : end + STEPS] for row, end in zip(logits, ends, strict=True)]
 
 
 def _prompts_read(model: nn.Module, prompts: list[tuple[int, ...]], device: torch.device) -> DynamicCache:

@@ -4,6 +4,7 @@ forward."""
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, SupportsIndex
@@ -75,6 +76,12 @@ def plain_of(model: Any) -> Any:
     """The language model, without peft's wrapper; adapters, which sit inside it, stay in effect."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) and isinstance(model, nn.Module) else model
+
+
+def logits_of_last(model: Any, count: int = 1) -> dict[str, int]:
+    """The argument by which a model makes logits of the last positions only, where it has one."""
+    takes = inspect.signature(plain_of(model).forward).parameters
+    return {"logits_to_keep": count} if "logits_to_keep" in takes else {}
 
 
 def transformed() -> bool:

@@ -190,11 +190,12 @@ def _with_rotation(
 ) -> type[nn.Module]:
     """own: the module's forward, in which another function than `plain` stands under the rotation's name."""
 
-    def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: object, **named: object
-    ) -> tuple[Tensor, ...]:
-        if more or named or cos.shape[-1] != q.shape[-1] or not _ours(cos, sin):  # or switched off
-            return plain(q, k, cos, sin, *more, **named)
+    def rotate(*given: Any, **named: Any) -> Any:
+        if named or len(given) != 4:  # called otherwise: on one of the two, or along another axis
+            return plain(*given, **named)
+        q, k, cos, sin = given
+        if cos.shape[-1] != q.shape[-1] or not _ours(cos, sin):  # or switched off
+            return plain(q, k, cos, sin)
         if not _ours(q, k):  # what autocast made of them; the product with float32 angles is float32
             if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.dtype != torch.bfloat16:
                 return plain(q, k, cos, sin)

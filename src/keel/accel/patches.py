@@ -90,9 +90,16 @@ PATCHES: Mapping[str, Patch] = {
         Patch(
             "kv_slots",
             "keel.accel.kv_slots",
-            "transformers' cache, by slots that rows come to and leave; off: a whole forward for each token",
+            "transformers' cache, by slots that rows come to and leave",
             "at first use: logits of decode steps with rows of several lengths",
             "transformers' continuous batching runs on the CPU, with one's own sampling",
+        ),
+        Patch(
+            "own_cache",
+            "keel.accel.own_cache",
+            "a whole forward for each token, by the cache that a model makes itself, where it has no slots",
+            "at first use: logits of decode steps, with rows taken twice and rows that leave",
+            "transformers' caches take rows that come and go, whatever they hold",
         ),
         Patch(
             "decode_step",

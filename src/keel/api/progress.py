@@ -5,6 +5,7 @@ at every tenth of a stage. It needs no library."""
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
@@ -24,6 +25,16 @@ def shown(metrics: Mapping[str, float]) -> str:
     )
 
 
+def _clock(left: float | None) -> str:
+    """The time of day, and how many seconds a stage will still take, where something is left and known."""
+    now = time.strftime("%H:%M:%S")
+    if not left:
+        return now
+    minutes, seconds = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{now}, {f'{hours}:{minutes:02}' if hours else minutes}:{seconds:02} left"
+
+
 def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -39,6 +50,7 @@ class TextProgress:
         self.stream = stream or (sys.stdout if notebook else sys.stderr)
         self.redraw = (notebook or self.stream.isatty()) if redraw is None else redraw
         self._width = 0  # of the line that the cursor stands on; 0: on a new one
+        self._begun: dict[str, tuple[float, int]] = {}  # when a stage was first heard of, and at which step
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -47,10 +59,12 @@ class TextProgress:
 
     def __call__(self, stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Step `step` of `steps` of a stage is done."""
+        since, first = self._begun.setdefault(stage, (time.monotonic(), step))
         line = f"{stage} {step}/{steps}  {shown(metrics)}".rstrip()
         if not self.redraw:
             if step == steps or step % max(1, steps // 10) == 0:
-                print(line, file=self.stream, flush=True)
+                left = None if step == first else (time.monotonic() - since) / (step - first) * (steps - step)
+                print(f"{line}  [{_clock(left)}]", file=self.stream, flush=True)
             return
         print("\r" + line.ljust(self._width), end="", file=self.stream, flush=True)
         self._width = len(line)

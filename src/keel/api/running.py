@@ -84,10 +84,15 @@ def plan_run(
     config: Config, *overrides: str, runs: str | PathLike[str] = "runs", name: str | None = None
 ) -> Plan:
     """What `run` with these arguments would do: data found, tokens, steps, parameters, memory. Trains nothing
-    and writes nothing. Raises UsageError and DataError as `run` does."""
+    and writes nothing. Raises UsageError and DataError as `run` does. Code that a config's file brings
+    (`python:` rewards, models with `trust_remote_code`) is not run, unless the user has trusted its folder;
+    that of a mapping, which is written in Python itself, is."""
     with _pipeline(config, overrides, runs, name, False) as pipeline:
+        from keel.pipeline import trust
         from keel.plan import planner
 
+        if not isinstance(config, Mapping):
+            pipeline.sources.code = trust.is_trusted(recipes.config_path(Path(config)))
         return Plan(tuple(planner.plan(pipeline)))
 
 

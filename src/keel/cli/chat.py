@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from keel.data import chat
@@ -15,7 +16,12 @@ from keel.types import Message, Sampling
 class Talk:
     """A conversation that remembers its turns as long as they fit the context."""
 
-    def __init__(self, model: str, temperature: float, max_new_tokens: int, seed: int) -> None:
+    def __init__(
+        self, model: str, temperature: float, max_new_tokens: int, seed: int, date: str | None = None
+    ) -> None:
+        """date: the day that the model's template writes, if it writes one, as 2026-11-28; None: today.
+        UsageError for what is no day."""
+        self.date = _day(date)
         self.tokenizer: Any = load_tokenizer(model)
         chat.with_chat_template(self.tokenizer)
         self.model = causal_lm(ModelSource(model), 0).eval()
@@ -29,7 +35,7 @@ class Talk:
         self.turns.append({"role": "user", "content": text})
         self.count += 1
         limit = context_length(self.model.config)
-        prompt = chat.prompt_ids(self.tokenizer, tuple(self.turns))
+        prompt = self._prompt()
         while limit is not None and len(prompt) + self.sampling.max_new_tokens > limit:
             if len(self.turns) == 1:
                 raise UsageError(
@@ -37,10 +43,21 @@ class Talk:
                     f"model's context of {limit}"
                 )
             del self.turns[:2]  # the oldest question and its answer
-            prompt = chat.prompt_ids(self.tokenizer, tuple(self.turns))
+            prompt = self._prompt()
         seed = derive_seed("chat", self.seed, self.count)
         request = GenerationRequest.of(self.tokenizer, [prompt], self.sampling, seed)
         completion = KeelEngine(self.model).generate(request)[0]
         reply = chat.reply_text(self.tokenizer, completion.ids).strip()
         self.turns.append({"role": "assistant", "content": reply})
         return reply
+
+    def _prompt(self) -> list[int]:
+        with chat.on_date(self.date, given=self.date is not None):
+            return list(chat.prompt_ids(self.tokenizer, tuple(self.turns)))
+
+
+def _day(text: str | None) -> datetime.date | None:
+    try:
+        return None if text is None else datetime.date.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"--date {text!r} is no day: write it as 2026-11-28") from None

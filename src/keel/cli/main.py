@@ -35,6 +35,9 @@ OverridesArgument = Annotated[
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the run directories.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the config's.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run code that CONFIG brings; its folder is trusted from now on.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 NEEDED = (
     "torch",
@@ -108,6 +111,21 @@ def _interrupt(number: int, frame: object) -> None:
     raise _Interrupted
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"keel {keel.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The whole RLHF pipeline on one machine."""
+
+
 @app.command()
 def run(
     config: ConfigArgument,
@@ -116,12 +134,18 @@ def run(
     name: NameOption = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
+    trust: TrustOption = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before long work is done again.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
     from keel import report
+    from keel.cli import consent
 
     pipeline = _pipeline(config, overrides, runs, name)
+    consent.to_run(_place(config), pipeline.config, trust)
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        pipeline.confirm = _asked
     with progress() as show:
         pipeline.progress = show
         pipeline.run(only=only, fresh=fresh)
@@ -130,6 +154,21 @@ def run(
     else:
         print(report.summary(pipeline.directory))
         print(f"report: {pipeline.directory / 'report.html'}")
+
+
+@app.command()
+def clean(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    stage: Annotated[str | None, typer.Option(help="Only what is kept of this stage.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is kept of stages that were run again with other settings, and remove it if you agree."""
+    from keel.cli import clean as cleaning
+
+    removed = cleaning.clean(run, stage, agree=(lambda question: True) if yes else _agreed, say=say)
+    if as_json:
+        print(json.dumps(removed, ensure_ascii=False, indent=2))
 
 
 @app.command()
@@ -145,6 +184,7 @@ def plan(
     method: Annotated[
         str | None, typer.Option("--method", help="With --model: sft, reward, dpo, grpo or ppo (default).")
     ] = None,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what CONFIG would do: data, tokens, steps, parameters, memory. Trains nothing.
@@ -152,6 +192,7 @@ def plan(
     With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real
     totals.
     """
+    from keel.cli import consent
     from keel.plan import planner, rule_of_thumb, text
 
     if (config is None) == (model is None):
@@ -164,7 +205,9 @@ def plan(
         return
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
-    entries = planner.plan(_pipeline(config, overrides, runs, name))
+    pipeline = _pipeline(config, overrides, runs, name)
+    pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
+    entries = planner.plan(pipeline)
     print(planner.as_json(entries) if as_json else text.as_text(entries))
 
 
@@ -243,15 +286,17 @@ def sweep(
         str | None, typer.Option("--name", help="Name of the sweep; default: the config's, -sweep.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Points that run at the same time.")] = 1,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run CONFIG over settings and seeds. Points share stages that no setting changes; what is done is
     skipped."""
-    from keel.cli import sweep
+    from keel.cli import consent, sweep
     from keel.report import sweeps
 
     place = _place(config)
     directory, points = sweep.points(place, settings or [], sweep.seeds_of(seeds), runs, name, say)
+    consent.to_run(place, points[0].pipeline.config, trust)
     facts = sweep.Sweep(place, directory, points, jobs, say).run()
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=2))
@@ -269,12 +314,15 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    date: Annotated[
+        str | None, typer.Option("--date", help="The day for templates that write one: 2026-11-28; today.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a model. A line is a turn; an empty line or Ctrl-D ends."""
     from keel.cli.chat import Talk
 
-    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed)
+    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
     if prompt is not None:
         answer = talk.answer(prompt)
         print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
@@ -340,6 +388,23 @@ def schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
 
+@app.command("import-config")
+def import_config(
+    method: Annotated[str, typer.Argument(help="TRL's trainer: sft, reward, dpo, kto, grpo or rloo.")],
+    file: Annotated[Path, typer.Argument(help="What `trl METHOD --config FILE` reads.")],
+) -> None:
+    """Print a TRL config as a keel config, with notes on what differs."""
+    import yaml
+
+    from keel.config import importing
+    from keel.config.reading import read_mapping
+
+    found = importing.from_trl(read_mapping(file), method)
+    for note in found.notes:
+        say(f"keel: note: {note}")
+    print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
+
+
 @app.command()
 def doctor(
     model: Annotated[
@@ -397,6 +462,17 @@ def doctor(
 
 
 # ---------------------------------------------------------------- parts of the commands
+
+
+def _asked(question: str) -> bool:
+    """What a person on a terminal says."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().casefold() in ("y", "yes")
+
+
+def _agreed(question: str) -> bool:
+    """As `_asked`; without a terminal nobody agrees."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and _asked(question)
 
 
 def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from keel.api.progress import shown
+from keel.api.progress import TextProgress, shown
 
 
 def say(line: str) -> None:
@@ -28,12 +28,7 @@ def say(line: str) -> None:
 def progress() -> Iterator[Any]:
     """Bars on a terminal; elsewhere a line at every tenth of a stage."""
     if not sys.stderr.isatty():
-
-        def lines(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-            if step == steps or step % max(1, steps // 10) == 0:
-                say(f"{stage} {step}/{steps}  {shown(metrics)}")
-
-        yield lines
+        yield TextProgress(sys.stderr, redraw=False)
         return
     columns = (
         TextColumn("{task.description:<10}"),

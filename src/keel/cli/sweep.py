@@ -24,11 +24,13 @@ from typing import Any, Protocol
 
 import yaml
 
-from keel.config import read
+from keel.config import RunConfig, read
 from keel.errors import UsageError
+from keel.pipeline import dates
 from keel.pipeline.pipeline import Pipeline, locked
 from keel.report import sweeps
-from keel.rundir.checkpoint import discard, write_json
+from keel.rundir import kept
+from keel.rundir.checkpoint import write_json
 
 POLL = 0.3  # seconds between looks at what is running
 LONGEST_NAME = 80
@@ -133,6 +135,7 @@ def points(
     if (directory / "config.yaml").exists():
         raise UsageError(f"{directory} is a run, not a sweep: give another --name")
     found: list[Point] = []
+    fixed += _day(base, directory)
     for seed, values in itertools.product(given, itertools.product(*swept.values())):
         settings = dict(zip(swept, values, strict=True))
         point = _name(settings, seed)
@@ -148,6 +151,16 @@ def points(
             Point(point, settings, seed, tuple(changes), Pipeline(own, directory / "points" / point, say))
         )
     return directory, found
+
+
+def _day(base: RunConfig, directory: Path) -> list[str]:
+    """An override with the day of the sweep's first start, where a template writes one and the config names
+    none: points that start tomorrow share stages with those of today."""
+    pipeline = Pipeline(base, directory)
+    if base.date is not None or pipeline.day() is None:
+        return []
+    begun = [dates.kept(path.parent) for path in sorted(directory.glob("points/*/config.yaml"))]
+    return [f"date={next((day for day in begun if day), pipeline.day())}"]
 
 
 def _name(settings: Mapping[str, Any], seed: int) -> str:
@@ -186,7 +199,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, partial, copy_function=_link)
-    discard(target)
+    kept.keep(target)
     partial.rename(target)
 
 

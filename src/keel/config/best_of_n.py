@@ -7,7 +7,14 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config.parts import FilteredSamplingConfig, SamplingConfig
-from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
+from keel.config.rewards import (
+    AsTerms,
+    RewardTerm,
+    as_terms,
+    check_log_names,
+    check_source_filters,
+    models_of,
+)
 from keel.config.stage import Supervised
 
 
@@ -32,7 +39,7 @@ class BestOfNConfig(Supervised):
     )
     lr: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
 
-    _reward = field_validator("reward", mode="before")(as_terms)
+    _reward = field_validator("reward", mode="before", json_schema_input_type=AsTerms)(as_terms)
     _labels = field_validator("reward", mode="after")(check_log_names)
 
     @model_validator(mode="after")

@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, as_source
+from keel.config.parts import AsSource, DataConfig, as_source
 from keel.config.stage import DataSetting, Supervised
 
 Sources = Annotated[list[DataConfig], Field(min_length=1)]
+
+
+ByLabel = dict[str, AsSource]  # how texts may be written
 
 
 def _by_label(value: object) -> dict[str, list[Any]]:
@@ -62,8 +65,8 @@ class ClassifierConfig(Supervised):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay, on matrices only.")
 
     # in the place of the validators of the same names, which are for lists
-    _data = field_validator("data", mode="before")(_by_label)
-    _eval_data = field_validator("eval_data", mode="before")(
+    _data = field_validator("data", mode="before", json_schema_input_type=ByLabel)(_by_label)
+    _eval_data = field_validator("eval_data", mode="before", json_schema_input_type=ByLabel | None)(
         lambda value: None if value is None else _by_label(value)
     )
 

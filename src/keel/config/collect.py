@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, FilteredSamplingConfig, SamplingConfig, as_list, as_source
+from keel.config.parts import AsSource, DataConfig, FilteredSamplingConfig, SamplingConfig, as_list, as_source
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting, Stage
 
@@ -51,7 +51,7 @@ class CollectConfig(Stage):
         False, description="Run Python that comes with the model. Off unless you trust its author."
     )
 
-    _data = field_validator("data", mode="before")(as_source)
+    _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
 
     @model_validator(mode="after")
     def _sound(self) -> CollectConfig:

@@ -6,8 +6,15 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, FilteredSamplingConfig, SamplingConfig, as_source
-from keel.config.rewards import RewardTerm, as_terms, check_log_names, check_source_filters, models_of
+from keel.config.parts import AsSource, DataConfig, FilteredSamplingConfig, SamplingConfig, as_source
+from keel.config.rewards import (
+    AsTerms,
+    RewardTerm,
+    as_terms,
+    check_log_names,
+    check_source_filters,
+    models_of,
+)
 from keel.config.stage import DataSetting, Stage
 
 
@@ -67,14 +74,14 @@ class EvaluateConfig(Stage):
         "its authors.",
     )
 
-    _reward = field_validator("reward", mode="before")(
+    _reward = field_validator("reward", mode="before", json_schema_input_type=AsTerms | None)(
         lambda value: None if value is None else as_terms(value)
     )
     _labels = field_validator("reward", mode="after")(
         lambda terms: None if terms is None else check_log_names(terms)
     )
-    _data = field_validator("data", mode="before")(as_source)
-    _comparisons = field_validator("comparisons", mode="before")(
+    _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
+    _comparisons = field_validator("comparisons", mode="before", json_schema_input_type=AsSource | None)(
         lambda value: None if value is None else as_source(value)
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config import methods
-from keel.config.parts import DataConfig, Quantize, SamplingConfig, as_source
+from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_source_filters, models_of
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
@@ -94,7 +94,7 @@ class PtxConfig(Settings):
     data: list[DataConfig] = Field(min_length=1, description="Rows of text.")
     coef: float = Field(1.0, gt=0, description="Weight of the language-modelling loss.")
     batch_size: int = Field(16, ge=1, description="Rows in each gradient step.")
-    _data = field_validator("data", mode="before")(as_source)
+    _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
 
 
 class OnPolicy(Watched):

@@ -156,6 +156,22 @@ class ModelConfig(Settings):
     vocab_size: int | None = Field(
         None, ge=260, description="Vocabulary of the tokenizer that is trained when none is given."
     )
+    resize: bool = Field(
+        False,
+        description=(
+            "Give the embeddings (and the head) new rows where the tokenizer has tokens without one: the "
+            "mean of the others with a little noise. Without it such a tokenizer is refused."
+        ),
+    )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description=(
+            "Weight of the balancing loss of a mixture of experts in every loss that trains this model; 0 "
+            "leaves it out. Null: the weight in the model's config, where that asks for the loss "
+            "(`output_router_logits: true`)."
+        ),
+    )
     chat_template: str | None = Field(None, description="Jinja chat template; replaces the tokenizer's own.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -196,6 +212,8 @@ class ModelConfig(Settings):
             raise ValueError("`vocab_size` has no effect with `tokenizer`: no tokenizer is trained")
         if self.init is not None and self.revision and not self.tokenizer:
             raise ValueError("`revision` has no effect with `init`: nothing is taken from the hub")
+        if self.resize and self.init is not None:
+            raise ValueError("`resize` has no effect with `init`: a new model has a row for each token")
         if self.quantize is not None and self.init is not None:
             raise ValueError(
                 "`quantize` is for weights that stay frozen; those of a new model are all trained"
@@ -217,8 +235,28 @@ class LoraConfig(Settings):
         0.0, ge=0, lt=1, description="Dropout on the adapters' input. Must be 0 where ratios are taken."
     )
     target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Modules that get an adapter."
+        "all-linear",
+        description=(
+            "Modules that get an adapter: names, or every linear layer but the head and those that an "
+            "adapter cannot be on."
+        ),
     )
+    target_parameters: list[str] | Literal["experts"] | None = Field(
+        None,
+        description=(
+            "Weights of experts, which are no linear layers, that get an adapter each: experts for all of "
+            "them, or the ends of their names. Null: as `target_modules` says, by which peft reaches the "
+            "experts of some types; a line says what stays frozen."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _no_dropout_on_parameters(self) -> LoraConfig:
+        if self.target_parameters is not None and self.dropout > 0:
+            raise ValueError(
+                "`target_parameters` needs `dropout: 0`: adapters on weights have no input to drop"
+            )
+        return self
 
 
 class SamplingConfig(Settings):
@@ -261,6 +299,10 @@ class FilteredSamplingConfig(SamplingConfig):
                 f"`{idle[0]}` has no effect with `temperature` 0: greedy takes the likeliest token"
             )
         return self
+
+
+AsModel = str | ModelConfig  # how a model may be written
+AsSource = str | DataConfig | list[str | DataConfig]  # how data may be written
 
 
 def as_list(value: object) -> list[Any]:

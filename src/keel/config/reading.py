@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from keel import errors
+from keel.config import elsewhere
 from keel.config.collect import expanded
 from keel.config.run import KINDS, RunConfig, config_of_kind, plugin_kinds
 from keel.config.settings import other_names
@@ -35,6 +36,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UsageError that names the key, what is wrong with it and, for an unknown key, the nearest one.
     """
+    return parse(read_mapping(path), str(path), overrides)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file that is a mapping. UsageError for any other, and for one that is not there."""
     try:
         tree = _unshared(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except FileNotFoundError:
@@ -43,7 +49,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise errors.UsageError(f"{path} cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
         raise errors.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
-    return parse(tree, str(path), overrides)
+    return tree
 
 
 def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
@@ -125,7 +131,7 @@ def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
 
 
 def _nearest(word: str, known: Sequence[str] | Mapping[str, Any] | set[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
@@ -138,9 +144,12 @@ def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
             del place[2]  # pydantic inserts the union's tag
     dotted, message = ".".join(place), item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key{_nearest(place[-1], _known_keys(item['loc'], tree))}"
+        kind = item["loc"][2] if place[0] == "stages" and len(item["loc"]) > 3 else None
+        theirs = elsewhere.hint(place[-1], kind, dotted_settings(KINDS[kind])) if kind in KINDS else None
+        return f"{dotted}: unknown key{theirs or _nearest(place[-1], _known_keys(item['loc'], tree))}"
     if item["type"] == "union_tag_invalid":
-        return f"{dotted}: unknown kind {item['ctx']['tag']!r}{_nearest(item['ctx']['tag'], KINDS)}"
+        kind = item["ctx"]["tag"]
+        return f"{dotted}: unknown kind {kind!r}{elsewhere.method_hint(kind) or _nearest(kind, KINDS)}"
     if item["type"] == "union_tag_not_found":
         return f"{dotted}: `kind` is missing; known: {', '.join([*KINDS, *plugin_kinds()])}"
     return f"{dotted}: {message}" if dotted else message
@@ -178,6 +187,16 @@ def _groups_of(annotation: object) -> Iterator[type[BaseModel]]:
         return
     for part in get_args(annotation):
         yield from _groups_of(part)
+
+
+def dotted_settings(group: type[BaseModel], prefix: str = "") -> set[str]:
+    """Every setting of a group, and of the groups in it, as it is written in an override."""
+    names: set[str] = set()
+    for name, field in group.model_fields.items():
+        names.add(prefix + name)
+        for inner in _groups_of(field.annotation):
+            names |= {f"{prefix}{name}.{key}" for key in inner.model_fields}
+    return names
 
 
 def _kinds_of(group: type[BaseModel]) -> tuple[Any, ...]:

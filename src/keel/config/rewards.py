@@ -104,6 +104,13 @@ class RegexTerm(RewardSettings):
     kind: Literal["regex"] = Field(description="A regular expression.")
     pattern: str = Field(description="Python's syntax; `.` matches newlines.")
     full: bool = Field(False, description="The whole response must match.")
+    timeout: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that the pattern may take on a response; one that backtracks without end is "
+        "stopped, and the run with it.",
+    )
 
 
 class LengthTerm(RewardSettings):
@@ -171,7 +178,38 @@ class ClassifierTerm(RewardSettings):
     reads: Literal["completion", "prompt+completion"] = Field("completion", description="What it judges.")
 
 
-class FunctionTerm(RewardSettings):
+class CodeSettings(RewardSettings):
+    """How a reward that is code of somebody's is run."""
+
+    isolate: bool = Field(
+        True,
+        description=(
+            "Run it in a process of its own, so that an exit, a crash or a hang in it is an error that names "
+            "it. false: within keel's process, where nothing can stop it."
+        ),
+    )
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a call, or its import, may take; null: 600 with `isolate`, else no limit.",
+    )
+    try_rows: bool = Field(
+        True,
+        description=(
+            "Ask it about each distinct row of the data, with an empty reply, before anything is trained ("
+            "for 20 s): a row that it fails on is found then. false: for one whose calls cost something."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _stoppable(self) -> CodeSettings:
+        if self.timeout is not None and not self.isolate:
+            raise ValueError("`timeout` has no effect with `isolate: false`: nothing can stop the function")
+        return self
+
+
+class FunctionTerm(CodeSettings):
     """A function of yours, in TRL's signature: f(prompts, completions, **columns) → list[float | None]."""
 
     kind: Literal["python"] = Field(description="A Python function of yours.")
@@ -183,7 +221,7 @@ class FunctionTerm(RewardSettings):
         return self.name or self.function.replace(":", ".").rpartition(".")[2]
 
 
-class PluginTerm(RewardSettings):
+class PluginTerm(CodeSettings):
     """A reward that another package adds, in the signature of `python`. `plugin:NAME` is short for it."""
 
     kind: Literal["plugin"] = Field(description="A reward of an installed package.")
@@ -210,6 +248,9 @@ RewardTerm = Annotated[
     | PluginTerm,
     Field(discriminator="kind"),
 ]
+
+
+AsTerms = str | RewardTerm | list[str | RewardTerm]  # how rewards may be written
 
 
 def as_terms(value: object) -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -82,6 +83,16 @@ else:
     StageConfig = Annotated[SerializeAsAny[OwnStage], WrapValidator(_of_any_kind)]
 
 
+def _as_date(value: object) -> object:
+    """A bare number would be read as seconds since 1970."""
+    if isinstance(value, int | float):
+        raise ValueError("write a day as 2026-11-28")
+    return value
+
+
+Switch = bool | Literal["on", "off"]
+
+
 def _as_switch(value: object) -> object:
     """YAML reads a bare on or off as a boolean."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -90,7 +101,8 @@ def _as_switch(value: object) -> object:
 class RunConfig(Settings):
     """A whole run."""
 
-    _accel = field_validator("accel", mode="before")(_as_switch)
+    _accel = field_validator("accel", mode="before", json_schema_input_type=Switch)(_as_switch)
+    _date = field_validator("date", mode="before")(_as_date)
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."
@@ -120,6 +132,13 @@ class RunConfig(Settings):
         description=(
             "off: transformers' own code throughout, none of keel's faster paths. Slower; results agree "
             "to rounding."
+        ),
+    )
+    date: datetime.date | None = Field(
+        None,
+        description=(
+            "What day it is for chat templates that write the date, as 2026-11-28; null: the day of the "
+            "run's first start, which its config.yaml keeps, where a model's template asks for one."
         ),
     )
     rounds: RoundsConfig | None = Field(

@@ -9,7 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from keel import types
-from keel.config.parts import DataConfig, LoraConfig, ModelConfig, SamplingConfig, as_model, as_source
+from keel.config.parts import (
+    AsModel,
+    AsSource,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    SamplingConfig,
+    as_model,
+    as_source,
+)
 from keel.config.settings import Settings
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -206,8 +215,8 @@ class Training(Stage):
         ),
     )
 
-    _model = field_validator("model", mode="before")(as_model)
-    _data = field_validator("data", mode="before")(as_source)
+    _model = field_validator("model", mode="before", json_schema_input_type=AsModel)(as_model)
+    _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
 
     @model_validator(mode="after")
     def _trainable(self) -> Training:
@@ -299,7 +308,7 @@ class Supervised(Training):
         ),
     )
 
-    _eval_data = field_validator("eval_data", mode="before")(
+    _eval_data = field_validator("eval_data", mode="before", json_schema_input_type=AsSource | None)(
         lambda value: None if value is None else as_source(value)
     )
 

@@ -87,7 +87,10 @@ class SFTConfig(Supervised):
     )
     packing: bool = Field(
         False,
-        description="Join examples into rows of max_length; attention never crosses from one to the next.",
+        description=(
+            "Join examples into rows of max_length, each read as if it were alone. Tried on the model; one "
+            "whose examples would see each other (state space, convolutions, linear attention) is refused."
+        ),
     )
 
     @model_validator(mode="after")

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import DataConfig, as_source
-from keel.config.rewards import LearnedTerm, RewardTerm, as_terms, check_log_names
+from keel.config.parts import AsSource, DataConfig, as_source
+from keel.config.rewards import AsTerms, LearnedTerm, RewardTerm, as_terms, check_log_names
 from keel.config.settings import Settings
 from keel.config.stage import Training
 
@@ -22,7 +22,7 @@ class JudgeConfig(Settings):
         None, min_length=1, description="A reward stage, a path, or a list of weighted terms that judge."
     )
 
-    _reward = field_validator("reward", mode="before")(
+    _reward = field_validator("reward", mode="before", json_schema_input_type=AsTerms | None)(
         lambda value: None if value is None else as_terms(value)
     )
     _labels = field_validator("reward", mode="after")(lambda terms: terms and check_log_names(terms))
@@ -34,11 +34,14 @@ class JudgeConfig(Settings):
         return self
 
 
+OnFinding = Literal["off", "warn", "adjust", "rollback", "stop"]
+
+
 class ControlConfig(Settings):
     """What a run does about a finding of severity "act" in its own metrics (docs/diagnosis.md lists the
     checks)."""
 
-    on_finding: Literal["off", "warn", "adjust", "rollback", "stop"] = Field(
+    on_finding: OnFinding = Field(
         "warn",
         description=(
             "off: look at nothing; warn: say and record it; adjust: also β × 1.5 and learning rate × 0.5, as "
@@ -80,10 +83,14 @@ class ControlConfig(Settings):
         """Whether a finding may call for earlier weights, so that snapshots of them are needed."""
         return self.on_finding in ("rollback", "stop")
 
-    @field_validator("on_finding", mode="before")
+    @field_validator("on_finding", mode="before", json_schema_input_type=bool | OnFinding)
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # what YAML makes of a plain `off`
+
+
+AsControl = str | bool | ControlConfig  # how they may be written
+AsJudge = JudgeConfig | AsTerms | None
 
 
 def as_control(value: object) -> object:
@@ -131,13 +138,13 @@ class Watched(Training):
         ),
     )
 
-    _reward = field_validator("reward", mode="before")(as_terms)
+    _reward = field_validator("reward", mode="before", json_schema_input_type=AsTerms)(as_terms)
     _labels = field_validator("reward", mode="after")(check_log_names)
-    _eval_data = field_validator("eval_data", mode="before")(
+    _eval_data = field_validator("eval_data", mode="before", json_schema_input_type=AsSource | None)(
         lambda value: None if value is None else as_source(value)
     )
-    _judge = field_validator("judge", mode="before")(as_judge)
-    _control = field_validator("control", mode="before")(as_control)
+    _judge = field_validator("judge", mode="before", json_schema_input_type=AsJudge)(as_judge)
+    _control = field_validator("control", mode="before", json_schema_input_type=AsControl)(as_control)
 
     @model_validator(mode="after")
     def _sound_watch(self) -> Watched:

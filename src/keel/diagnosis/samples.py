@@ -73,6 +73,24 @@ def reward_without_spread(history: History) -> Alarm | None:
     return ("note", said) if history.sustained(SPREAD, 0.1, below=True) else None
 
 
+def nothing_rewarded(history: History) -> Alarm | None:
+    """Every reward gave every response of the run the same value, to the last digit: nothing that is wanted
+    has been learned, and whatever changes the policy is a penalty (for not ending, for the KL). warn: after a
+    window from the run's start; act: after three, when luck no longer explains it. A single update in which
+    one response earns something else ends it."""
+    columns = {name: values for name, values in history.columns.items() if name.startswith("rewards/")}
+    spreads = {name.removesuffix("/std"): v for name, v in columns.items() if name.endswith("/std")}
+    means = {name: columns.get(f"{name}/mean", []) for name in spreads}
+    if not spreads or any(value > 0 for values in spreads.values() for _, value in values):
+        return None
+    updates = min(map(len, spreads.values()))
+    if updates < WINDOW or any(len({value for _, value in values}) > 1 for values in means.values()):
+        return None
+    earned = ", ".join(f"{name.split('/')[1]} {shown(v[-1][1])}" for name, v in means.items() if v)
+    said = f"in all {updates} updates every response earned the same: {earned}"
+    return "act" if updates >= 3 * WINDOW else "warn", said
+
+
 def length_drift(history: History) -> Alarm | None:
     """note: responses twice or half as long as at the run's start for a window; warn: three times or a third.
     Never act: reasoning grows healthily, and so does politeness; whether it paid is for a judge to say."""
@@ -212,6 +230,13 @@ CHECKS = (
         reward_without_spread,
         "all samples are about equally good to the reward: too little exploration, or the task is solved",
         "explore more: raise sampling.temperature, take harder prompts or another reward",
+    ),
+    Check(
+        "nothing_rewarded",
+        nothing_rewarded,
+        "no response ever meets what the reward asks for (its form, its tags, its answer), or all do",
+        "score a few of the run's samples by hand; show the form in the prompt, train it by sft first, or "
+        "give points for parts of it; only shaping.missing_stop_penalty and the KL have taught anything",
     ),
     Check(
         "length_drift",

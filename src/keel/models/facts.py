@@ -13,6 +13,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from keel.accel.batch_layout import WINDOWS
+from keel.accel.layer_kinds import carries_state
 from keel.data import chat
 from keel.errors import UsageError
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
@@ -37,6 +39,7 @@ class ModelFacts:
     template: chat.TemplateFacts | None  # None: the tokenizer has no chat template
     template_error: str  # why the template cannot be used; "" where it can
     tags: tuple[str, ...]  # special tokens that stand within replies, as <think>
+    carries_state: bool  # some layers hand a state from token to token
 
     def describe(self) -> list[str]:
         """Lines for people: each fact, and what keel does about it where that is not plain."""
@@ -49,7 +52,7 @@ class ModelFacts:
         )
         lines.append("pad: none of its own, EOS is used" if self.pad is None else f"pad: {_named(self.pad)}")
         lines.append(self._bos())
-        return [*lines, *self._template()]
+        return [*lines, *self._template(), *reading(self.carries_state, self.window, self.context)]
 
     def _context(self) -> str:
         seen = (
@@ -101,6 +104,37 @@ class ModelFacts:
         return lines
 
 
+def reading(
+    state: bool, window: int | None, limit: int | None, *, packing: bool = True, sampling: bool = True
+) -> list[str]:
+    """What keel does with layers that do not simply attend to all tokens before, where it packs examples or
+    samples. state: whether some hand a state from token to token. limit: tokens of the longest row; None:
+    unknown."""
+    lines: list[str] = []
+    if packing and state:
+        lines.append(
+            "packing is refused: layers hand a state from token to token, also from one example of a row to "
+            "the next"
+        )
+    if packing and not state and window is not None and (limit is None or window < limit):
+        lines.append(
+            f"packing: examples of more than {window:,} tokens are read by their positions, which keeps "
+            "windows; tried before training"
+        )
+    if sampling and state:
+        lines.append(
+            "rollouts: by the cache that the model makes itself, in groups of rows that are equally far"
+        )
+    return lines
+
+
+def reading_of(config: PreTrainedConfig, longest: int | None, *, packing: bool, sampling: bool) -> list[str]:
+    """`reading`, of a config. longest: tokens of a row, where something bounds them below the context."""
+    limit = longest or context_length(config)
+    window = _window(config.get_text_config())
+    return reading(carries_state(config), window, limit, packing=packing, sampling=sampling)
+
+
 def read_facts(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelFacts:
     """The facts of a model directory or hub id, without loading weights. UsageError where there is none."""
     source = ModelSource(path, trust_remote_code=trust_remote_code, revision=revision)
@@ -130,6 +164,7 @@ def facts_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
         bos=next(iter(_with_text(tokenizer, _given(bos))), None),
         tokenizer_adds_bos=bool(added) and added[0] == bos,
         template=template, template_error=error, tags=tuple(sorted(template.tags)) if template else (),
+        carries_state=carries_state(config),
     )  # fmt: skip
 
 
@@ -151,8 +186,7 @@ def _window(config: PreTrainedConfig) -> int | None:
         return None
     if kinds is not None and not any("sliding" in kind or "chunked" in kind for kind in kinds):
         return None
-    names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
-    sizes = (getattr(config, name, None) for name in names)
+    sizes = (getattr(config, name, None) for name in WINDOWS)
     return next((size for size in sizes if isinstance(size, int)), None)
 
 

@@ -34,7 +34,8 @@ from keel.accel.modules import dropout_rates
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
-from keel.models import quantize
+from keel.models import experts, quantize
+from keel.models.causality import require_causal
 from keel.models.precision import mark_precision, weights
 
 COUNT_FROM_PAD = (
@@ -62,6 +63,8 @@ class ModelSource:
     trust_remote_code: bool = False
     revision: str | None = None
     quantize: str | None = None  # "8bit" or "4bit": see keel.models.quantize
+    router_coef: float | None = None  # weight of the balancing loss of experts; None: as the config asks
+    rows: int | None = None  # the embeddings are to have at least as many: see `resized`
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -128,7 +131,8 @@ def model_config(source: ModelSource) -> Any:
 
 def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase | None = None) -> Any:
     """A causal language model. A new one (`init`) is seeded and gets its vocabulary and special ids from
-    `vocab`, a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's."""
+    `vocab`, a tokenizer. UsageError for a checkpoint without all of its weights, such as a reward model's,
+    and for a model that sees what stands behind a token."""
     config = model_config(source)
     dtype = weights(source.dtype)
     if source.init is None:
@@ -151,11 +155,15 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase 
             )
         if source.quantize is not None:
             quantize.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
+        experts.mark(resized(model, source.rows), source.router_coef)
+        require_causal(model, str(source.path))
         return mark_precision(with_whole_embeddings(model), source.dtype)
     if vocab is not None:
         _adopt_vocabulary(config, vocab, source.init)
     with seeded(derive_seed("init", seed)):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    experts.mark(model, source.router_coef)
+    require_causal(model, f"a new {config.model_type}")
     return mark_precision(with_whole_embeddings(model), source.dtype)
 
 
@@ -204,6 +212,7 @@ def scorer(
         if missing:
             kind = ("reward model" if labels is None else "classifier") if trained else "language model"
             raise UsageError(f"model {str(source.path)!r} is no whole {kind}: it has no {missing[0]}")
+    resized(model, source.rows)
     head = score_head(model)
     if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
@@ -219,6 +228,16 @@ def scorer_without_weights(source: ModelSource) -> Any:
         return AutoModelForSequenceClassification.from_config(
             config, trust_remote_code=source.trust_remote_code
         )
+
+
+def reads_last_token(source: ModelSource) -> bool:
+    """Whether the classifier of a source has a head on every position and is read at the last token, as
+    decoders; encoders pool by themselves. No weights are read."""
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            model_config(source), trust_remote_code=source.trust_remote_code
+        )
+    return score_head(model) is not None
 
 
 def _set_outputs(config: Any, labels: Sequence[str] | None, trained: str | None) -> None:
@@ -260,6 +279,27 @@ def with_whole_embeddings(model: nn.Module) -> Any:
     return model
 
 
+def resized(model: Any, rows: int | None) -> Any:
+    """The model with at least so many rows in its embeddings, and in its head where it has one. New rows are
+    the mean of the old ones with a hundredth of their spread as noise, the same whenever and by whomever the
+    model is opened. None: as it is."""
+    had = model.config.get_text_config().vocab_size
+    if rows is None or rows <= had:
+        return model
+    with seeded(derive_seed("new rows", rows)), torch.no_grad():
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        parts = (model.get_input_embeddings(), model.get_output_embeddings())
+        tensors = {id(part.weight): part.weight for part in parts if part is not None}
+        biases = [part.bias for part in parts if getattr(part, "bias", None) is not None]
+        for weight in tensors.values():
+            old = weight[:had].float()
+            noise = torch.randn(rows - had, old.shape[1]).to(old) * old.std(dim=0) / 100
+            weight[had:rows] = (old.mean(dim=0) + noise).to(weight)
+        for bias in biases:
+            bias[had:rows] = bias[:had].float().mean().to(bias)
+    return model
+
+
 def score_head(model: nn.Module) -> nn.Linear | None:
     """The head that scores every position of a decoder; None for an encoder (BERT-type), which pools by
     itself."""
@@ -292,14 +332,33 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Longest sequence the model takes, in tokens; None when its config does not say."""
+    """Longest sequence the model takes, in tokens; None when its config does not say.
+
+    Of a model with `longrope` (Phi-3, Phi-4) the context that it was first trained with: beyond it the angles
+    of every row depend on the longest row of a forward, so that a row would not be what it is alone.
+    """
+    config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         value = getattr(config, name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and value > 0:  # XLNet says −1 for no limit
             # RoBERTa and its kin number positions from the pad token's id + 1, so that many rows are never
             # used
-            return value - (config.pad_token_id or 0) - 1 if config.model_type in COUNT_FROM_PAD else value
+            counted = (config.pad_token_id or 0) + 1 if config.model_type in COUNT_FROM_PAD else 0
+            return min([value - counted, *_original_contexts(config)])
     return None
+
+
+def _original_contexts(config: PreTrainedConfig) -> list[int]:
+    """The contexts up to which a config with `longrope` turns all rows alike."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
+    named = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for part in parts
+        if part.get("rope_type") == "longrope"
+    ]
+    return [size for size in named if isinstance(size, int)]
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -343,7 +402,7 @@ def _adopt_vocabulary(
     size = len(tokenizer)
     if init.get("vocab_size", size) < size:
         raise UsageError(f"model.init.vocab_size {init['vocab_size']} is smaller than the tokenizer's {size}")
-    config.vocab_size = init.get("vocab_size", size)
+    config.get_text_config().vocab_size = init.get("vocab_size", size)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -4,6 +4,7 @@ mask."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -14,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from keel.accel import batch_layout
 from keel.accel.last_layer import last_layer_at
 from keel.algorithms.masked import at_least_float32, token_logp_and_entropy
+from keel.models import experts
 from keel.models.head import Head, capture_head_input, head_of
 from keel.models.precision import computing
+from keel.models.row_trial import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,15 +62,21 @@ def head_inputs(
     index: Tensor,
     *,
     hidden: bool = False,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    lengths: Tensor | None = None,
 ) -> HeadInputs:
     """The model's states at N positions of (B, S) ids, in one forward. index: (N,) into the flattened ids.
 
     hidden: the last hidden states are wanted whatever model it is. inputs: more for the model's forward;
-    without any, rows that begin alike are read as one.
+    without any, rows that begin alike are read as one. lengths: (B,) tokens of each row; with them the
+    balancing loss of experts is made, where `experts.collecting` wants it, of a forward over the rows as they
+    are. UsageError for a model that does not read rows beside each other as it reads each alone.
     """
     head = head_of(model)
+    if lengths is not None and experts.wanted():
+        return _with_router_loss(model, head, ids, index, lengths, hidden=hidden, inputs=inputs or {})
     with computing(model, ids.device):
+        check_rows(model)
         if head is not None:
 
             def given_to_head(**more: Tensor) -> Tensor:
@@ -88,6 +97,29 @@ def head_inputs(
     return HeadInputs(model, None, output.logits.flatten(0, 1).index_select(0, index), last)
 
 
+def _with_router_loss(
+    model: Any,
+    head: Head | None,
+    ids: Tensor,
+    index: Tensor,
+    lengths: Tensor,
+    *,
+    hidden: bool,
+    inputs: Mapping[str, Tensor],
+) -> HeadInputs:
+    """As `head_inputs`, all tokens through all layers: the routers' choices are what is wanted."""
+    batch_layout.count(model, ids.numel())
+    looking = nullcontext() if head is None else capture_head_input(head, skip_logits=True)
+    with computing(model, ids.device), looking as seen:
+        asked = {"use_cache": False, "output_hidden_states": hidden and head is None, **inputs}
+        output = experts.forward(model, lengths, model, input_ids=ids, **asked)
+    values = (output.logits if seen is None else seen[-1]).flatten(0, 1).index_select(0, index)
+    if head is not None:
+        return HeadInputs(model, head, values, values)
+    last = output.hidden_states[-1].flatten(0, 1).index_select(0, index) if hidden else None
+    return HeadInputs(model, None, values, last)
+
+
 def joined(parts: Sequence[HeadInputs]) -> HeadInputs:
     """The states of several forwards of one model, one after the other."""
     first = parts[0]
@@ -99,13 +131,22 @@ def joined(parts: Sequence[HeadInputs]) -> HeadInputs:
 
 
 def token_logprobs(
-    inputs: HeadInputs, tokens: Tensor, temperature: float = 1.0, *, entropy: bool = False, hits: bool = False
+    inputs: HeadInputs,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+    hits: bool = False,
+    vocab: int | None = None,
 ) -> TokenLogprobs:
     """What the model says of (N,) tokens, `LOGITS_AT_ONCE` at a time. Where that takes several times, the
-    logits are made again in the backward pass, so that never more than a part of them is there."""
+    logits are made again in the backward pass, so that never more than a part of them is there.
+
+    vocab: of the distribution over these first ids alone, which a sampler draws from; None: over all rows.
+    """
 
     def of(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = inputs.logits(values)
+        logits = inputs.logits(values)[:, :vocab]
         logp, h = token_logp_and_entropy(logits, tokens, temperature, with_entropy=entropy)
         best = (
             logits.detach().argmax(dim=-1) == tokens if hits else torch.zeros_like(tokens, dtype=torch.bool)
@@ -157,16 +198,3 @@ def backbone(model: Any) -> Any:
     """The transformer without its head; LoRA adapters, which sit inside it, stay in effect."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     return plain.base_model
-
-
-def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, S, S) for packed rows: causal, and only within one's own segment.
-
-    segments: (B, S), the number of the example each position belongs to. Additive, since some architectures
-    add the mask to their scores whatever its type.
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    allowed = same & torch.ones(same.shape[1:], dtype=torch.bool, device=segments.device).tril()
-    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from keel import accel
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
+from keel.models import lora_targets, ties
 from keel.models.load import ModelSource, seeded
 
 if TYPE_CHECKING:
@@ -38,22 +41,51 @@ class Adapters:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | Sequence[str] = field(default="all-linear")
+    target_parameters: str | Sequence[str] | None = None  # weights of experts: see lora_targets
 
 
 def add_adapters(model: PreTrainedModel, adapters: Adapters, seed: int, *, train_head: bool = False) -> Any:
     """Wrap with LoRA adapters; only they (and a classifier's head, if asked) are trained, in float32 at
     least."""
+    settings = settings_for(model, adapters, train_head=train_head)
+    with seeded(derive_seed("adapters", seed)):
+        wrapped = with_adapters(model, settings)
+    _try(wrapped)
+    return wrapped
+
+
+def settings_for(model: PreTrainedModel, adapters: Adapters, *, train_head: bool = False) -> PeftConfig:
+    """peft's settings of adapters on a model. UsageError where it has none of the layers that are named."""
     import peft
 
     targets = (
         adapters.target_modules if isinstance(adapters.target_modules, str) else list(adapters.target_modules)
     )
-    settings = peft.LoraConfig(
+    lora_targets.check_names(model, targets)
+    return peft.LoraConfig(
         r=adapters.r, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, target_modules=targets,
+        target_parameters=lora_targets.target_parameters(model, adapters.target_parameters),
+        exclude_modules=(lora_targets.left_out(model) or None) if targets == "all-linear" else None,
         modules_to_save=head_modules(model) if train_head else None,
     )  # fmt: skip
-    with seeded(derive_seed("adapters", seed)):
-        return with_adapters(model, settings)
+
+
+def _try(model: Any) -> None:
+    """UsageError where a forward of two tokens fails with the adapters on: they are on what is no product."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    was = model.training
+    try:
+        with accel.disabled(), torch.no_grad():
+            more = {"use_cache": False} if model.get_base_model().can_generate() else {}
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    except (RuntimeError, AttributeError, TypeError, ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"lora: a {type(model.get_base_model()).__name__} cannot be read with these adapters ({reason}); "
+            "name other layers in `target_modules`"
+        ) from error
+    finally:
+        model.train(was)
 
 
 def with_adapters(model: PreTrainedModel, settings: PeftConfig) -> Any:
@@ -65,6 +97,7 @@ def with_adapters(model: PreTrainedModel, settings: PeftConfig) -> Any:
         wrapped = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UsageError(f"lora: {error}") from None
+    ties.check(wrapped)
     for module in wrapped.modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in HALF_PRECISION]
         for parameter in own:  # a step of AdamW is below what half precision resolves
@@ -98,15 +131,23 @@ def merged(model: Any) -> Any:
     that adapters are folded into are opened once more, on the CPU and in full precision."""
     if not hasattr(model, "merge_and_unload"):
         return model
+    to_merge = with_own_weights(model)
+    ties.untie(to_merge)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        return to_merge.merge_and_unload()
+
+
+def with_own_weights(model: Any) -> Any:
+    """A model whose adapters may be merged into its weights: itself, or where these are shared or quantised
+    the same adapters on the same base, opened once more."""
     afresh = getattr(model, "keel_afresh", None)
-    if afresh is None:
-        return model.merge_and_unload()
-    return _merged_into(model, afresh())
+    return model if afresh is None or not hasattr(model, "peft_config") else _on(model, afresh())
 
 
-def _merged_into(model: PeftModel, plain: PreTrainedModel) -> Any:
-    """The adapter of `model` merged into `plain`, the same base with weights of its own in full precision.
-    `model`, whose base is shared or quantised, stays as it is."""
+def _on(model: PeftModel, plain: PreTrainedModel) -> Any:
+    """The adapter of `model` on `plain`, the same base with weights of its own in full precision. `model`
+    stays as it is."""
     from peft import set_peft_model_state_dict
 
     config = copy.deepcopy(model.config)
@@ -115,7 +156,7 @@ def _merged_into(model: PeftModel, plain: PreTrainedModel) -> Any:
     plain.config = config
     wrapped = with_adapters(plain, copy.deepcopy(model.active_peft_config))
     set_peft_model_state_dict(wrapped, _tensors(model))
-    return wrapped.merge_and_unload()
+    return wrapped.eval()
 
 
 # ---------------------------------------------------------------- as files

@@ -65,6 +65,21 @@ def autocast_on(model: object, device: torch.device) -> bool:
     return getattr(model, "keel_auto", False) and fast_in_bfloat16(device) and not _is_double(model)
 
 
+@contextlib.contextmanager
+def in_own_precision(model: object) -> Iterator[None]:
+    """For trials: within it `computing` takes the model's products in the dtype of its weights, so that what
+    differs is no rounding."""
+    module = model if isinstance(model, nn.Module) else None
+    chosen = getattr(module, "keel_auto", False)
+    if module is not None and chosen:
+        mark_precision(module, str(next(module.parameters()).dtype))
+    try:
+        yield
+    finally:
+        if module is not None and chosen:
+            mark_precision(module, "auto")
+
+
 def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     """What `computing` multiplies matrices in."""
     if autocast_on(model, device):

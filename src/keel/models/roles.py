@@ -52,7 +52,10 @@ class AdaptersOff:
     def __init__(self, policy: PeftModel) -> None:
         self.policy: Any = policy
         self.keel_auto = getattr(policy, "keel_auto", False)  # see keel.models.precision
-        self.config = policy.config
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
 
     def get_output_embeddings(self) -> Any:
         return self.policy.get_output_embeddings()
@@ -102,7 +105,7 @@ def open_roles(
         disable_dropout(frozen.eval())
     critic, head = None, None
     if sharing == "trunk":
-        head = nn.Linear(policy.config.hidden_size, 1, dtype=torch.float32)
+        head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
         seed_head(head, derive_seed("value", seed))
         head.to(device)
     elif sharing != "none":

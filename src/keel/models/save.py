@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keel import accel
 from keel.data import chat
+from keel.errors import UsageError
+from keel.models.load import score_head
 from keel.models.lora import AdapterFiles
 
 if TYPE_CHECKING:
@@ -22,10 +24,11 @@ def save(
     card: str,
     members: Sequence[Path] = (),
     adapter: AdapterFiles | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write what `from_pretrained` reads, plus a model card, the adapter that was merged in, and copies of an
     ensemble's other members. The model is left as transformers made it. Replaces `directory` by rename: never
-    half-written."""
+    half-written. check: is given the folder first; if it raises, `directory` stays as it was."""
     partial, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -37,6 +40,8 @@ def save(
         adapter.write(partial / "adapter")
     for number, member in enumerate(members, 2):
         shutil.copytree(member, partial / "members" / str(number))
+    if check is not None:
+        check(partial)
     if directory.exists():
         directory.rename(old)
     partial.rename(directory)
@@ -44,13 +49,40 @@ def save(
 
 
 def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write into a language model's configs every id that ends its replies, and the pad: another engine stops
-    where a rollout of keel stops."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None or tokenizer.eos_token_id is None or not model.can_generate():
+    """Write into a model's configs the pad, and of a decoder every id that ends its replies: another engine
+    stops where a rollout of keel stops."""
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         return
-    ends = chat.stop_ids(tokenizer, ())
-    for config in (model.config, generation):
-        config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
-        if config.pad_token_id is None:
-            config.pad_token_id = chat.ensure_pad(tokenizer)
+    generates = model.can_generate()
+    configs: list[Any] = [model.config, model.config.get_text_config()]
+    if generates and getattr(model, "generation_config", None) is not None:
+        configs.append(model.generation_config)
+    pad = chat.ensure_pad(tokenizer)
+    ends = _ends(tokenizer) if generates or score_head(model) is not None else ()
+    for config in configs:
+        config.pad_token_id = pad
+        if ends:
+            config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+    if generates:
+        _make_valid(model)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a reply; those of EOS alone where the chat template cannot be used."""
+    if tokenizer.eos_token_id is None:
+        return ()
+    try:
+        return chat.stop_ids(tokenizer, ())
+    except UsageError:
+        return chat.eos_ids(tokenizer)
+
+
+def _make_valid(model: Any) -> None:
+    """transformers refuses to save a generation_config whose sampling settings have no effect, which some
+    published models have: they are meant to sample."""
+    generation = getattr(model, "generation_config", None)
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True

@@ -16,9 +16,10 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,28 @@ import yaml
 import keel
 from keel import accel, report
 from keel.config import RunConfig, Stage, Training
-from keel.data import load
+from keel.data import chat, load
 from keel.data.batches import derive_seed
 from keel.data.stored.cache import Cache, keep_digests
 from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
+from keel.pipeline import dates
 from keel.pipeline.device import cores, deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
 from keel.pipeline.preflight import Sources, from_outside, functions_of
 from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
-from keel.rewards import functions
+from keel.report.wording import duration
+from keel.rewards import loading
+from keel.rundir import kept, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
 
 PREPARED = "prepared"  # in the run's directory: rows of large data sets, validated and as tokens
+LONG = 600.0  # seconds of work above which one is asked before it is done again
 MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
 
 
@@ -59,13 +64,37 @@ class Pipeline:
     progress: Progress = lambda stage, step, steps, metrics: None
     fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
     sources: Sources = field(init=False)  # where models lie and what data hold
+    confirm: Callable[[str], bool] = lambda question: True  # asked before hours of work are done again
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _asks: dict[str, bool] = field(default_factory=dict)  # stage → whether a template of it writes the date
+    _date: date | None = None  # once it has been found
 
     def __post_init__(self) -> None:
-        self.sources = Sources(self.config, self.directory)
+        self.sources = Sources(self.config, self.directory, lambda line: self.say(line))
 
     def stage_directory(self, name: str) -> Path:
         return self.sources.stage_directory(name)
+
+    # ------------------------------------------------------------ what day it is
+
+    def asks_for_date(self, name: str, *, hub: bool = False) -> bool:
+        """Whether a template that the stage renders with writes the date. hub: templates may be fetched."""
+        if name not in self._asks:
+            self._asks[name] = dates.asks(self.sources, name, hub=hub)
+        return self._asks[name]
+
+    def day(self, *, fresh: bool = False, hub: bool = False) -> date | None:
+        """The day that templates write: the config's, else the one kept from the run's first start, else
+        today. None where no template asks. fresh: no day is kept."""
+        asking = [name for name in self.config.stages if self.asks_for_date(name, hub=hub)]
+        if self._date is None and asking:
+            before = None if fresh else dates.kept(self.directory)
+            self._date = self.config.date or before or date.today()
+        return self.config.date or self._date
+
+    def dated(self) -> contextlib.AbstractContextManager[None]:
+        """Templates write the run's day for as long as it lasts."""
+        return chat.on_date(self.day(), given=self.config.date is not None)
 
     # ------------------------------------------------------------ what a stage is made of
 
@@ -87,11 +116,13 @@ class Pipeline:
                     load.fingerprint(from_outside(sources), self.sources.preparation.cache)
                     for sources, _ in [*stage.all_data(), *stage.streamed_data()]
                 ],
-                "rewards": {function: functions.source_print(function) for function in functions_of(stage)},
+                "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
                 "plugins": plugin_prints(stage),
                 "code": code_prints(stage.kind),
                 "versions": versions(),
             }
+            if self.asks_for_date(name):
+                parts["date"] = str(self.day())
             self._parts[name] = json.loads(json.dumps(parts))
         return self._parts[name]
 
@@ -123,7 +154,20 @@ class Pipeline:
             return (directory / collect.COMPARISONS).exists() and counted == self._votes(name)
         folder = directory / "model"
         whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
-        return whole or leaves == "nothing"
+        return (whole and self._edited(name) is None) or leaves == "nothing"
+
+    def _edited(self, name: str) -> str | None:
+        """A weight file of a done stage that is not what the stage left; None where all are."""
+        directory = self.stage_directory(name)
+        return weights.differs(directory, _object(directory / "stage.json").get("weights") or {})
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the stage was run with what it would be run with now, before it was run with other
+        settings, and is brought back by `run`."""
+        return not self._is_current(name) and self._kept(name) is not None
+
+    def _kept(self, name: str) -> Path | None:
+        return kept.find(self.directory, name, self.fingerprint(name))
 
     def _votes(self, name: str) -> str | None:
         """What people's votes on a stage's pairs hold; None for a stage that asks no people."""
@@ -135,8 +179,10 @@ class Pipeline:
         on with."""
         directory = self.stage_directory(name)
         if self._is_current(name) and not self._is_whole(name):
-            collects = self.config.stages[name].leaves == "comparisons"
-            return "its votes or comparisons changed" if collects else "its model is no longer there"
+            if self.config.stages[name].leaves == "comparisons":
+                return "its votes or comparisons changed"
+            edited = self._edited(name) if (directory / "model" / "config.json").exists() else None
+            return f"{edited} is not what it left" if edited else "its model is no longer there"
         mark = directory / "fingerprint"
         if not mark.exists() or mark.read_text(encoding="utf-8") == self.fingerprint(name):
             return None
@@ -153,7 +199,7 @@ class Pipeline:
             raise UsageError(f"no stage {only!r}; the config has {', '.join(stages)}")
         names = [only] if only else list(stages)
         for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
-            if not self.is_done(source):
+            if not self.is_done(source) and not self.is_kept(source):
                 raise UsageError(
                     f"--only {only}: its input {source!r} is not done with these settings; run the whole "
                     "config first"
@@ -163,15 +209,21 @@ class Pipeline:
         )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
+        if (today := self.day(fresh=fresh and only is None, hub=True)) and any(self._asks.values()):
+            self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
+        if not fresh:
+            self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
         keep_digests(preparation.cache)
-        with locked(self.directory), deterministic(self.config), switched(self.config):
+        with locked(self.directory), deterministic(self.config), switched(self.config), self.dated():
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
+            for name in stages if only is None else [*stages[only].inputs(), only]:
+                self._bring_back(name, forget=fresh and name in names)
             write_text(
                 self.directory / "config.yaml",
-                yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True),
+                yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True),
             )
             states: dict[str, str] = {}
             self._write_manifest(states)
@@ -188,6 +240,46 @@ class Pipeline:
             if only is None:
                 preparation.cache.sweep()
 
+    def _resolved(self) -> dict[str, Any]:
+        """The config with every default and the run's day written out."""
+        return {**resolved(self.config), "date": str(self.day()) if self.day() else None}
+
+    def _say_what_runs_again(self, names: Sequence[str]) -> None:
+        """Before anything is touched: which done stages will be run again, and how long they took. UsageError
+        where it is long and somebody who is asked says no."""
+        took: dict[str, float] = {}
+        for name in names:
+            seconds = _object(self.stage_directory(name) / "stage.json").get("seconds")
+            if seconds is not None and not self.is_done(name) and not self.is_kept(name):
+                took[name] = seconds
+        if not took:
+            return
+        listed = ", ".join(f"{name} ({duration(seconds)})" for name, seconds in took.items())
+        self.say(f"done before, and to be run again: {listed}; what they made is kept until `keel clean`")
+        total, first = sum(took.values()), next(iter(took))
+        question = (
+            f"{first} is run again, since {self._why_again(first)}. Go on? It took {duration(total)} before"
+        )
+        if total > LONG and not self.confirm(question):
+            raise UsageError("nothing was run, and nothing was changed")
+
+    def _bring_back(self, name: str, *, forget: bool = False) -> None:
+        """Make what was made before with these very settings the stage's own again. forget: remove it."""
+        if name not in self.config.stages:
+            return
+        if forget:
+            while place := self._kept(name):
+                discard(place)
+            return
+        place = None if self._is_current(name) else self._kept(name)
+        mark = self.stage_directory(name) / "fingerprint"
+        begun = mark.exists() and mark.read_text(encoding="utf-8") == self.fingerprint(name)
+        if place is None or begun:
+            return
+        kept.bring_back(place, self.stage_directory(name))
+        self._parts.clear()  # votes of people, which lie in the directory, are part of what follows
+        self.say(f"{name}: made before with these settings, brought back")
+
     def _run_stage(self, name: str) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
         stage, directory, fingerprint = (
@@ -198,8 +290,9 @@ class Pipeline:
         if why := self._why_again(name):
             self.say(f"{name}: run again, since {why}")
         started = directory / "fingerprint"
-        if not started.exists() or started.read_text(encoding="utf-8") != fingerprint:
-            discard(directory)
+        other = not started.exists() or started.read_text(encoding="utf-8") != fingerprint
+        if (other or (self._is_current(name) and self._edited(name))) and (place := kept.keep(directory)):
+            self.say(f"{name}: what was made before is kept in {place}")
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "fingerprint.json", self.parts(name))  # what the fingerprint is made of
         write_text(started, fingerprint)
@@ -223,6 +316,7 @@ class Pipeline:
                 **done,
                 "parameters": run.facts.get("parameters"),
                 "data": self.sources.summary(name),
+                "weights": weights.record(directory),
                 "facts": run.facts,
             },
         )
@@ -241,7 +335,7 @@ class Pipeline:
                 derive_seed(self.config.seed, name),
                 device_of(self.config),
                 self.sources.resolve,
-                self.sources.load_data,
+                partial(self.sources.load_data, stage=name),
                 self.say,
                 self.progress,
                 preparation=self.sources.preparation,

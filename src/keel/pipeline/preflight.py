@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from keel import worlds
+from keel.accel.layer_kinds import carries_state
 from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
 from keel.data import chat, load, stream
@@ -26,9 +27,10 @@ from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
-from keel.pipeline import held_out
+from keel.models.tokenizer import rows_needed
+from keel.pipeline import held_out, reward_rows
 from keel.pipeline.device import device_of
-from keel.rewards import learned
+from keel.rewards import answers, learned
 from keel.rl import heldout_judge
 from keel.stages import build_rewards
 from keel.stages.collect import COMPARISONS
@@ -41,8 +43,14 @@ class Sources:
 
     config: RunConfig
     directory: Path  # of the run
+    say: Callable[[str], None] = lambda line: None
+    code: bool = True  # what the config brings may be run: functions of rewards, code of models
     preparation: Preparation = field(default_factory=Preparation)
     _data: dict[str, load.Dataset] = field(default_factory=dict)
+    _judged: dict[tuple[str | None, str], load.Dataset] = field(
+        default_factory=dict  # (stage, data) → without the rows on which its rewards fail
+    )
+    _said: bool = False  # that math-verify is missing
 
     # ------------------------------------------------------------ what the stages are given
 
@@ -69,13 +77,19 @@ class Sources:
     def _nearest_stage(self, name: str, cutoff: float) -> str | None:
         return next(iter(get_close_matches(name, list(self.config.stages), n=1, cutoff=cutoff)), None)
 
-    def load_data(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> load.Dataset:
-        """The validated rows; read once a run. What a stage makes lies in its directory."""
-        sources = [self._located(source) for source in sources]
-        key = json.dumps([[repr(source) for source in sources], list(accept)])
+    def load_data(
+        self, sources: Sequence[DataSource], accept: Sequence[RecordType], stage: str | None = None
+    ) -> load.Dataset:
+        """The validated rows; read once a run. What a stage makes lies in its directory. stage: without those
+        on which a reward of this stage fails."""
+        key = self._key(sources, accept)
         if key not in self._data:
-            self._data[key] = load.load(sources, accept, self.config.seed, self.preparation)
-        return self._data[key]
+            located = [self._located(source) for source in sources]
+            self._data[key] = load.load(located, accept, self.config.seed, self.preparation)
+        return self._judged.get((stage, key), self._data[key])
+
+    def _key(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> str:
+        return json.dumps([[repr(self._located(source)) for source in sources], list(accept)])
 
     def _located(self, source: DataSource) -> DataSource:
         if not source.source.startswith(FROM_STAGE):
@@ -86,8 +100,8 @@ class Sources:
     # ------------------------------------------------------------ checks
 
     def check(self, names: Sequence[str], *, hub: bool = False) -> dict[str, str]:
-        """Read and validate all data and find all models before anything is trained. Returns a summary line a
-        stage.
+        """Read and validate all data, find all models and ask the rewards about their rows before anything is
+        trained. Returns a summary line a stage.
 
         hub: also ask the hub for the configs of models that are not on this machine.
         """
@@ -100,8 +114,8 @@ class Sources:
             for sources, accept in stage.all_data():
                 if there := from_outside(sources):
                     self.load_data(there, accept)
-            lines[name] = self.summary(name, ahead=True)
             self._check_rewards(name)
+            lines[name] = self.summary(name, ahead=True)
             self._check_held_out(name)
             for gold, data in stage.gold_judges():
                 if stage.leaves == "comparisons":
@@ -123,8 +137,8 @@ class Sources:
         sources, accept = stage.main_data()[0]
         there = from_outside(sources) if ahead else sources
         made = [f"what {one} collects" for _, one in stage.data_stages()] if ahead else []
-        whole = " + ".join([*([load.summary(self.load_data(there, accept))] if there else []), *made])
-        apart = held_out.line(self.config, name, self.load_data)
+        read = [load.summary(self.load_data(there, accept, name))] if there else []
+        whole, apart = " + ".join([*read, *made]), held_out.line(self.config, name, self.load_data)
         return f"{whole} · {apart}" if apart else whole
 
     def _labelled(self, stage: Stage, label: str) -> str:
@@ -146,6 +160,7 @@ class Sources:
         if hub:  # only a run needs them: a plan is also for another machine
             self._check_machine(name)
         self._check_lengths(name, hub)
+        self._check_packing(name, hub)
 
     def _check_reference(self, name: str, setting: str, source: str, hub: bool) -> None:
         """One model that a setting names."""
@@ -174,21 +189,71 @@ class Sources:
                 f"within {room} tokens"
             )
 
+    def _check_packing(self, name: str, hub: bool) -> None:
+        """Rows are not packed for a model whose layers hand a state from one example to the next. (Others are
+        tried when they are there.)"""
+        stage = self.config.stages[name]
+        if not stage.fills_rows or stage.cuts_texts:  # pieces of one text stand alone in their rows
+            return
+        config = self._root_config(name, hub)
+        if config is not None and carries_state(config):
+            raise UsageError(
+                f"{name}: {config.get_text_config().model_type} cannot read several examples in a row: its "
+                "layers hand a state from token to token, also from one example to the next; set packing: "
+                "false"
+            )
+
     def _check_rewards(self, name: str) -> None:
-        """Rules and functions can be made, and the columns that they compare with are there."""
+        """Rules and functions can be made, the columns that they compare with are there, and no row makes one
+        fail: `on_bad` decides about those that do."""
         stage = self.config.stages[name]
         terms = stage.reward_terms()
         if not terms:
             return
         build_rewards.check(terms, name)
-        records = self.load_data(*stage.main_data()[0]).records if stage.main_data() else []
-        for term in terms:
-            column = {"answer": "column", "similarity": "to"}.get(term.kind)
-            wanted = getattr(term, column) if column else None
-            if wanted is not None and not any(wanted in record.columns for record in records):
-                raise DataError(
-                    f"{name}: reward {term.log_name!r}: the data have no column {wanted!r} (`{column}`)"
-                )
+        self._say_what_compares(name)
+        held_out = stage.held_out_data()
+        with reward_rows.functions_of(terms if self.code else (), name) as functions:
+            for sources, accept in [*stage.main_data()[:1], *([held_out] if held_out else [])]:
+                if sources := from_outside(sources):
+                    self._check_reward_rows(name, sources, accept, functions)
+
+    def _check_reward_rows(
+        self,
+        name: str,
+        sources: Sequence[DataSource],
+        accept: Sequence[RecordType],
+        functions: Mapping[str, Any],
+    ) -> None:
+        """Ask the rewards about each row of a data set; what is left of it is what the stage is given."""
+        terms = self.config.stages[name].reward_terms()
+        dataset = self.load_data(sources, accept)
+        if not isinstance(dataset.records[0], PromptRecord):
+            return
+        reward_rows.check_columns(name, terms, dataset.records)
+        policy = {source.source: source.on_bad for source in sources}
+        found: list[reward_rows.RowFault] = []
+        for fault in reward_rows.faults(name, terms, dataset.records, self.say, functions):
+            if policy.get(dataset.records[fault.index].columns["source"]) != "skip":
+                raise DataError(f"{name}: {fault.reason}; mend the row, or leave such rows out: on_bad: skip")
+            found.append(fault)
+        if len(found) == len(dataset.records):
+            raise DataError(f"{name}: a reward fails on every row; the first: {found[0].reason}")
+        if found:
+            lost = f"{len(found):,} rows are left out, since a reward fails on them"
+            self.say(f"{name}: {lost}; the first: {found[0].reason}")
+        names = reward_rows.required_columns(terms, functions)
+        self._judged[name, self._key(sources, accept)] = reward_rows.without(dataset, found, names)
+
+    def _say_what_compares(self, name: str) -> None:
+        """Once a run: formulas are compared without math-verify where that is not installed."""
+        compares = any(term.kind == "answer" for term in self.config.stages[name].reward_terms())
+        if compares and not self._said and not answers.math_verify_is_here():
+            self._said = True
+            self.say(
+                f"{name}: math-verify is not installed, so answers that are formulas are compared as text "
+                "(numbers, fractions, roots, sets and intervals by value): pip install 'keel-rlhf[math]'"
+            )
 
     def _config_of(self, stage: Stage, setting: str, source: str) -> Any:
         """The config of a model from outside. A UsageError names the stage that was perhaps meant."""
@@ -199,9 +264,12 @@ class Sources:
             raise UsageError(f"{error}; did you mean the stage {near!r}?" if near else str(error)) from None
 
     def _check_tokenizer(self, name: str, hub: bool) -> None:
-        """A new model's `tokenizer`, which is a folder or a hub id, can be loaded."""
+        """A new model's `tokenizer`, which is a folder or a hub id, can be loaded, and another model has a
+        row for each token of its own."""
         stage = self.config.stages[name]
         model = stage.starts_from
+        if model is not None and model.path is not None and model.path not in self.config.stages:
+            self._check_rows(stage, model, hub)
         place = model and model.tokenizer
         if model is None or place is None:
             return
@@ -210,9 +278,16 @@ class Sources:
             raise UsageError(f"{name}: model.tokenizer takes a folder or hub id, not a stage; write {folder}")
         if hub or Path(place).exists() or place.startswith((".", "/", "~")):
             try:
-                load_tokenizer(place, trust_remote_code=model.trust_remote_code, revision=model.revision)
+                load_tokenizer(place, trust_remote_code=self.trusts(stage), revision=model.revision)
             except Exception as error:  # the tokenizers library raises bare ones for a broken file
                 raise UsageError(f"{name}: model.tokenizer: {error}") from None
+
+    def _check_rows(self, stage: Stage, model: ModelConfig, hub: bool) -> None:
+        place = self.resolve(str(model.path))
+        if hub or Path(place).exists():
+            remote, revision = model.trust_remote_code, model.revision
+            tokenizer = load_tokenizer(place, trust_remote_code=remote, revision=revision)
+            rows_needed(self.source(stage, "model", place), tokenizer, resize=model.resize)
 
     def _check_machine(self, name: str) -> None:
         """What the stage's settings need of this machine is here."""
@@ -251,7 +326,12 @@ class Sources:
             )
 
     def context(self, name: str, hub: bool = False) -> int | None:
-        """The context of the model that stage `name` works on, found at the root of its chain; None where
+        """The context of the model that stage `name` works on; None where unknown."""
+        config = self._root_config(name, hub)
+        return None if config is None else context_length(config)
+
+    def _root_config(self, name: str, hub: bool) -> Any | None:
+        """The config of the model that stage `name` works on, found at the root of its chain; None where
         unknown."""
         stage = self.config.stages[name]
         model = stage.starts_from
@@ -259,10 +339,10 @@ class Sources:
             return None  # a kind by another package that reads no model
         path = model.path if model else stage.inputs()[0]
         if path in self.config.stages:
-            return self.context(path, hub)
+            return self._root_config(path, hub)
         if path is not None and not (hub or Path(self.resolve(path)).exists()):
             return None
-        return context_length(model_config(self.source(stage, "model", path and self.resolve(path))))
+        return model_config(self.source(stage, "model", path and self.resolve(path)))
 
     def source(self, stage: Stage, setting: str, place: str | None) -> ModelSource:
         """The model that a stage's `setting` names, which lies at `place`; a new one for `model: {init:
@@ -270,7 +350,11 @@ class Sources:
         model: ModelConfig | None = stage.starts_from
         init = model.init.model_dump() if model and model.init and setting == "model" else None
         revision = model.revision if model and setting == "model" else None
-        return ModelSource(place, init, trust_remote_code=stage.trusts_remote_code, revision=revision)
+        return ModelSource(place, init, trust_remote_code=self.trusts(stage), revision=revision)
+
+    def trusts(self, stage: Stage) -> bool:
+        """Whether Python that comes with the stage's models may be run."""
+        return self.code and stage.trusts_remote_code
 
     def is_bare(self, name: str) -> bool:
         """Whether a model that no stage makes is an adapter without a model."""

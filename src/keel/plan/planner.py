@@ -18,7 +18,7 @@ from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
 from keel.data.stored.records import picked
 from keel.errors import UsageError
-from keel.models import lora
+from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
 from keel.pipeline import held_out, stage_kinds
@@ -28,6 +28,7 @@ from keel.pipeline.preflight import from_outside
 from keel.plan import card_fit, model_shapes, stage_memory
 from keel.plan.model_memory import Lora
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
+from keel.stages import prepare
 from keel.stages.pretrain import DEFAULT_VOCABULARY
 from keel.types import DemonstrationRecord, PreferenceRecord, Prompt, Record, TextRecord, UnpairedRecord
 
@@ -45,7 +46,8 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
     None where the shape of one of its models is unknown.
     """
     pipeline.sources.check(list(pipeline.config.stages))
-    return [_stage(pipeline, name) for name in pipeline.config.stages]
+    with pipeline.dated():
+        return [_stage(pipeline, name) for name in pipeline.config.stages]
 
 
 def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_measured": tokenizer is not None and rows <= SAMPLE,
         "parameters": _parameters(pipeline, name, tokenizer),
-        "done": pipeline.is_done(name),
+        "frozen": _frozen(pipeline, name, tokenizer),
+        "done": pipeline.is_done(name) or pipeline.is_kept(name),
+        "reading": _reading(pipeline, name, tokenizer),
     }
     entry |= stage.planned_steps(_examples(pipeline, name, datasets, rows, tokens))
     if getattr(stage, "micro_batch", None) == "auto" and datasets:
@@ -211,7 +215,7 @@ def _tokenizer(pipeline: Pipeline, name: str) -> PreTrainedTokenizerBase | None:
         elif pipeline.is_done(root):  # it has trained one
             folder = pipeline.stage_directory(root) / "model"
     try:
-        remote = (stage or pipeline.config.stages[name]).trusts_remote_code
+        remote = pipeline.sources.trusts(stage or pipeline.config.stages[name])
         return load_tokenizer(str(folder), trust_remote_code=remote) if folder and folder.exists() else None
     except UsageError:
         return None
@@ -224,30 +228,65 @@ def _config(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | 
     new = start if start and start.init else None
     if new is None and folder is None:
         return None
-    remote = (root or pipeline.config.stages[name]).trusts_remote_code
+    remote = pipeline.sources.trusts(root or pipeline.config.stages[name])
     init = new.init.model_dump() if new and new.init else None
     config = model_config(ModelSource(str(folder), init, trust_remote_code=remote))
     if new and init is not None and "vocab_size" not in init:
-        config.vocab_size = len(tokenizer) if tokenizer else new.vocab_size or DEFAULT_VOCABULARY
+        config.get_text_config().vocab_size = (
+            len(tokenizer) if tokenizer else new.vocab_size or DEFAULT_VOCABULARY
+        )
     return config
+
+
+def _reading(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """What is special about how the model that a stage works on is read and sampled; empty where nothing is,
+    or its config is not on this machine."""
+    stage = pipeline.config.stages[name]
+    packing, sampling = stage.fills_rows and not stage.cuts_texts, stage.replies is not None
+    if not (packing or sampling) or (stage.starts_from is None and not stage.inputs()):
+        return []
+    config = _config(pipeline, name, tokenizer)
+    longest = getattr(stage, "max_length", None)
+    return [] if config is None else facts.reading_of(config, longest, packing=packing, sampling=sampling)
 
 
 def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Parameters of the model a stage works on; None when neither its config is on this machine nor its shape
     known."""
+    model = _without_weights(pipeline, name, tokenizer)
+    if model is None:
+        stage, shape = pipeline.config.stages[name], model_shapes.known(_origin(pipeline, name))
+        return shape and shape.parameters(_head(stage), stage.outputs)
+    return count_parameters(model)
+
+
+def _frozen(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """A line on experts that a stage's adapters do not reach; None where there are none, or nobody knows."""
+    config = getattr(pipeline.config.stages[name], "lora", None)
+    if config is None:
+        return None
+    model = _without_weights(pipeline, name, tokenizer)
+    if model is None or not lora_targets.expert_parameters(model):
+        return None
+    return lora_targets.frozen_experts(
+        lora.with_adapters(model, lora.settings_for(model, prepare.adapters_of(config)))
+    )
+
+
+def _without_weights(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> Any | None:
+    """The model that a stage works on, on the meta device; None when its config is not on this machine."""
     stage, root = pipeline.config.stages[name], pipeline.config.stages.get(_root(pipeline, name))
     head = _head(stage)
     config = _config(pipeline, name, tokenizer)
     if config is None:
-        shape = model_shapes.known(_origin(pipeline, name))
-        return shape and shape.parameters(head, stage.outputs)
-    remote = root is not None and root.starts_from is not None and root.trusts_remote_code
+        return None
+    remote = root is not None and root.starts_from is not None and pipeline.sources.trusts(root)
     family: Any = AutoModelForCausalLM
     if head == "score":
         family = AutoModelForSequenceClassification
         config.num_labels = stage.outputs
     with torch.device("meta"):
-        return count_parameters(family.from_config(config, trust_remote_code=remote))
+        return family.from_config(config, trust_remote_code=remote)
 
 
 def _head(stage: Stage) -> model_shapes.Head:

@@ -83,6 +83,7 @@ function drawAllArrows() {
   document.querySelectorAll(".pipeline").forEach(drawArrows);
 }
 
+document.documentElement.classList.add("drawn");  // else, and on paper, the still pictures are shown
 drawAllArrows();
 drawPictures();
 addEventListener("resize", drawAllArrows);

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,7 @@ def render(run: Run) -> str:
         last={stage.name: _last(stage) for stage in run.stages},
         judged=judged,
         tables={stage.name: measures(stage.result) for stage in judged},
+        judgement_title=_judgement_title([stage.result for stage in judged]),
         rm_lines={name: reward_models.lines(found) for name, found in rewards.items()},
         points=points,
         paths=paths,
@@ -127,6 +128,12 @@ def render(run: Run) -> str:
         replies={stage.name: replies.side_by_side(stage) for stage in judged},
         during={stage.name: replies.during(stage) for stage in run.stages if stage.shown_as.on_policy},
     )
+
+
+def _judgement_title(results: Sequence[Mapping[str, Any]]) -> str:
+    models = [measures for result in results for measures in (result.get("models") or {}).values()]
+    gold = not models or any(mean(measures, "gold") is not None for measures in models)
+    return "Gold against proxy" if gold else "Judgement"
 
 
 def fill(template: str, drawn: list[Picture], **values: object) -> str:
@@ -140,6 +147,7 @@ def fill(template: str, drawn: list[Picture], **values: object) -> str:
     )
     environment.filters |= {
         "minus": _minus,
+        "short": wording.short,
         "moment": _moment,
         "number": number,
         "duration": duration,

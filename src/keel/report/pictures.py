@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from keel.pipeline.stage_kinds import Curve
 from keel.report.reading import StageRun
+from keel.report.still import still
 from keel.report.verdict import kl_target
-from keel.report.wording import bound, mean, measure, number
+from keel.report.wording import bound, mean, measure, number, short
 
 Points = Sequence[tuple[int, float | None]]
 Trace = dict[str, Any]
@@ -37,6 +40,10 @@ class Picture:
     keys: tuple[Key, ...]
     figure: dict[str, Any]  # {"data": [...], "layout": {...}}, JSON values only
     wide: bool = False
+
+    def still(self) -> Markup:
+        """The same without scripts."""
+        return still(self.figure, self.title, wide=self.wide)
 
 
 def model_colour(position: int) -> str:
@@ -222,13 +229,34 @@ def points(name: str, models: Mapping[str, Any], x: str, y: str, targets: Mappin
     middle = sum(layout["xaxis"]["range"]) / 2
     for trace in traces:  # a label points inwards, where there is room
         trace["textposition"] = "top left" if trace["x"][0] > middle else "top right"
+    _labels_apart(traces, layout)
     coloured = [(model, model_colour(list(models).index(model)), target) for model, target in targets.items()]
     layout["shapes"] = [_level(x=target, colour=colour) for _, colour, target in coloured]
     title = f"{measure(y).label} against {'KL' if x == 'kl' else measure(x).label.lower()}"
     keys = tuple(
-        Key(f"{model}: target {number(target, 1)}", colour, "dash") for model, colour, target in coloured
+        Key(f"{short(model)}: target {number(target, 1)}", colour, "dash")
+        for model, colour, target in coloured
     )
     return Picture(name, title, "", keys, {"data": traces, "layout": layout})
+
+
+def _labels_apart(traces: Sequence[Trace], layout: Mapping[str, Any]) -> None:
+    """Labels of points that lie on each other go below them, the third ones to the other side."""
+    (left, right), (low, high) = layout["xaxis"]["range"], layout["yaxis"]["range"]
+    spots: dict[str, list[tuple[float, float]]] = {}
+    for trace in traces:
+        at = (trace["x"][0] - left) / (right - left), (trace["y"][0] - low) / (high - low)
+        side = trace["textposition"].split()[1]
+        other = {"left": "right", "right": "left"}[side]
+        choices = (f"top {side}", f"bottom {side}", f"bottom {other}", f"top {other}")
+        near = {
+            place
+            for place, points in spots.items()
+            for x, y in points
+            if abs(x - at[0]) < 0.25 and abs(y - at[1]) < 0.07
+        }
+        trace["textposition"] = next((place for place in choices if place not in near), choices[0])
+        spots.setdefault(trace["textposition"], []).append(at)
 
 
 def _point(model: str, measures: Mapping[str, Any], x: str, y: str, colour: str) -> Trace:
@@ -253,7 +281,7 @@ def _point(model: str, measures: Mapping[str, Any], x: str, y: str, colour: str)
         "y": [mean(measures, y)],
         "error_x": bars(x),
         "error_y": bars(y),
-        "text": [plain(model.partition(" best of ")[2] or model)],  # n alone, of many such points
+        "text": [plain(model.partition(" best of ")[2] or short(model))],  # n alone, of many such points
         "textfont": {"color": "--ink", "size": 13},
         "marker": {"size": 10, "color": colour},
         "hovertemplate": f"{plain(model)}<br>{x} %{{x:.3f}}<br>{y} %{{y:.3f}}<extra></extra>",

@@ -19,7 +19,7 @@ def reason(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     found: list[str] = []
     if "settings" in changed:
         found.append(f"settings changed ({_listed(before.get('settings'), now.get('settings'))})")
-    for key in ("seed", "threads", "device", "accel"):
+    for key in ("seed", "threads", "device", "accel", "date"):
         if key in changed:
             found.append(f"{key} changed ({_shown(before.get(key))} → {_shown(now.get(key))})")
     if "inputs" in changed:

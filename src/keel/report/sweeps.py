@@ -159,8 +159,10 @@ def verdict(found: Found) -> str:
     by = next((by for by in ("gold", "proxy") if any(by in row.measures for row in found.rows)), None)
     changed = [row for row in found.rows if row.settings != ALL and by in row.measures]
     rated = sorted(changed, key=lambda row: row.measures[str(by)]["mean"], reverse=True)
+    done = f"{len(found.points) - len(failed)} of {len(found.points)} points are done"
+    if by is not None and not rated and any(row.settings == ALL and by in row.measures for row in found.rows):
+        return f"{done}; the settings that are swept change nothing that was measured.{lost}"
     if by is None or not rated:
-        done = f"{len(found.points) - len(failed)} of {len(found.points)} points are done"
         return f"{done}; no reward was measured.{lost}"
     best = rated[0]
     text = f"{_named(best)} has the highest {by} reward, {_value(best.measures[by])}"

@@ -13,6 +13,8 @@ from keel.report.wording import bound, decimals, mean, number, signed
 KL_LIMIT = 1.5  # a KL above this multiple of its target is said aloud
 TRUNCATED_LIMIT = 0.05  # so is a larger share of replies that never ended
 
+RULES = {"answer", "format", "regex", "length", "repetition", "keywords", "overlong"}  # no model in them
+
 Level = Literal["better", "unclear", "worse", "unjudged"]
 _WORDS: dict[Level, str] = {
     "better": "Better",
@@ -107,7 +109,7 @@ def _judge(
         )
         if health is not None:
             sentence += f"; in training {health}" if health else ", no finding in training"
-        notes = _notes(by, lift, after, before, kl_target(config, name))
+        notes = (*_by_the_proxy(by, config), *_notes(by, lift, after, before, kl_target(config, name)))
         count = bound(after, by, "n")
         return Verdict(
             lift.level, name, reference, by, None if count is None else int(count), sentence + ".", notes
@@ -168,15 +170,29 @@ def _distance(after: Mapping[str, Any], target: float | None) -> str:
     return f" at KL {number(kl, 1)} nats" + (f" (target {number(target, 1)})" if target else "")
 
 
+def _by_the_proxy(by: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a verdict by the proxy is worth. Right answers are what is wanted; other rules measure what they
+    ask for; anything else can be fooled."""
+    if by != "proxy":
+        return ()
+    stages = (config.get("stages") or {}).values()
+    judges = [stage for stage in stages if isinstance(stage, Mapping) and stage.get("kind") == "evaluate"]
+    terms = [term for judge in judges for term in judge.get("reward") or [] if isinstance(term, Mapping)]
+    kinds = {str(term.get("kind")) for term in terms if term.get("weight") != 0}
+    if kinds == {"answer"}:
+        return ()
+    if kinds and kinds <= RULES:
+        return (f"Judged by rules alone ({', '.join(sorted(kinds))}): they measure what they ask for.",)
+    return (
+        "Judged by the proxy alone: no gold reward was measured. The proxy is what was optimised, "
+        "so its rise does not show that replies are better.",
+    )
+
+
 def _notes(
     by: str, lift: _Lift, after: Mapping[str, Any], before: Mapping[str, Any], target: float | None
 ) -> tuple[str, ...]:
     notes: list[str] = []
-    if by == "proxy":
-        notes.append(
-            "Judged by the proxy alone: no gold reward was measured. The proxy is what was optimised, "
-            "so its rise does not show that replies are better."
-        )
     kl = mean(after, "kl")
     if kl is not None and target and kl > KL_LIMIT * target:
         notes.append(

@@ -31,6 +31,19 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+def short(name: str) -> str:
+    """A model's name for a page: of a path what tells it apart, RUN/STAGE or its folder; any other as it
+    is."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    if not parts or not (name.startswith(("/", ".", "~")) or len(parts) > 2):
+        return name
+    if parts[-1] == "model" and len(parts) > 1:
+        parts.pop()
+    if len(parts) > 2 and parts[-2] == "stages":
+        return f"{parts[-3]}/{parts[-1]}"
+    return parts[-1]
+
+
 def measure(name: str) -> Measure:
     """How `name` is presented; a measure nobody described keeps its own name."""
     if name in MEASURES:

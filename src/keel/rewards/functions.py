@@ -8,90 +8,25 @@ insists on one is refused.
 
 from __future__ import annotations
 
-import asyncio
-import difflib
-import hashlib
-import importlib
-import importlib.util
-import inspect
+import copy
 import math
-import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from keel import plugins
-from keel.data.batches import derive_seed
 from keel.data.chat import user_text
 from keel.errors import RewardError, UsageError
+from keel.rewards import worker
+from keel.rewards.isolated import IsolatedFunction
+from keel.rewards.loading import Signature, kind
 from keel.types import Conversation, Prompt
 
-
-def load(name: str, where: str) -> Callable[..., Any]:
-    """The function that `name` stands for: "module.function", "module:function" or
-    "path/to/file.py:function".
-
-    where: the setting that names it, for messages. While it is imported the current directory (and a file's
-    own folder) is on sys.path. UsageError if the module cannot be imported, or has no such name, or that is
-    no function.
-    """
-    module_name, separator, attribute = name.rpartition(":")
-    if not separator:
-        module_name, _, attribute = name.rpartition(".")
-    if not module_name or not attribute:
-        raise UsageError(f"{where}: {name!r} must be module.function or path/to/file.py:function")
-    try:
-        module = _from_file(Path(module_name)) if module_name.endswith(".py") else _from_path(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise UsageError(
-            f"{where}: {module_name} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, attribute, None)
-    if function is None:
-        nearest = difflib.get_close_matches(
-            attribute, [n for n in vars(module) if not n.startswith("_")], n=1
-        )
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise UsageError(f"{where}: {module_name} has no function {attribute!r}{hint}")
-    if not callable(function) or isinstance(function, type):
-        raise UsageError(f"{where}: {name} is a {_kind(function)}, not a function")
-    return function
-
-
-def of_package(name: str, where: str) -> Callable[..., Any]:
-    """The function that an installed package adds as a reward of this name, by an entry point of
-    `keel.rewards`.
-
-    where: the setting that names it, for messages. UsageError for a name that nobody adds or several packages
-    add, a package that cannot be imported, and for what is no function.
-    """
-    try:
-        added = plugins.load("keel.rewards", name)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    if not callable(added) or isinstance(added, type):
-        raise UsageError(f"{where}: {name!r} of another package is a {_kind(added)}, not a function")
-    return added
-
-
-def source_print(name: str) -> str:
-    """A hash of the file that `name`'s function is written in ("" where there is none): another text, another
-    reward."""
-    module, separator, _ = name.rpartition(":")
-    module = module if separator else name.rpartition(".")[0]
-    if module.endswith(".py"):
-        path = Path(module)
-    else:
-        with _on_path(Path.cwd()):
-            spec = importlib.util.find_spec(module)
-        path = Path(spec.origin) if spec and spec.origin else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
+RESERVED = ("prompts", "completions", "completion_ids")  # arguments that a data's column gives way to
 
 
 def call(
-    function: Callable[..., Any],
+    function: Callable[..., Any] | IsolatedFunction,
     name: str,
     prompts: Sequence[Prompt],
     completions: Sequence[str | Conversation],
@@ -101,12 +36,12 @@ def call(
     """The rewards of B samples by a function of TRL's signature; None where it does not apply.
 
     Text stays text; a conversation becomes a list of messages, and the reply to one a list with one assistant
-    message. Of these, `completion_ids` and the data's columns the function gets what it accepts, as copies; a
-    column that has the name of one of the first three gives way. Coroutines are run to their end.
+    message. Of these, `completion_ids` and the data's columns the function gets what it accepts, as deep
+    copies; a column that has the name of one of the first three gives way. Coroutines are run to their end.
 
     UsageError if the function insists on an argument that there is not. RewardError, with the reward's name
-    and the sample's index and prompt, for one that raises and for a result that is not B finite numbers or
-    Nones.
+    and the sample's index and prompt, for one that raises (an exit or an interrupt of its own included) and
+    for a result that is not B finite numbers or Nones.
     """
     arguments: dict[str, list[Any]] = {
         **{key: list(values) for key, values in columns.items()},
@@ -114,16 +49,71 @@ def call(
         "completions": [_reply(*pair) for pair in zip(prompts, completions, strict=True)],
         "completion_ids": [list(ids) for ids in completion_ids],
     }
-    accepted = _accepted(function, name, arguments)
+    if isinstance(function, IsolatedFunction):
+        accepted = function.signature.accepted(name, arguments)
+        return _answered(function.ask(accepted, len(prompts)), name, prompts)
+    accepted = Signature.of(function).accepted(name, arguments)
     try:
-        values = _run(function, accepted)
+        values = worker.run(function, copy.deepcopy(accepted))
     except UsageError as error:
         raise UsageError(f"reward {name!r}: {error}") from error
-    except Exception as error:
-        at = _first_that_raises(function, accepted, len(prompts))
-        where = f"on {len(prompts)} samples" if at is None else sample(prompts, at)
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({where})") from error
+    except BaseException as error:
+        if _is_a_persons(error):
+            raise
+        at = worker.blamed(lambda i: worker.run(function, _one(accepted, i)), len(prompts))
+        raise _raised(name, type(error).__name__, str(error), at, prompts) from error
     return checked(values, name, prompts)
+
+
+def signature_of(function: Callable[..., Any] | IsolatedFunction) -> Signature:
+    """Which arguments a reward takes by name. UsageError for one that cannot be loaded."""
+    return function.signature if isinstance(function, IsolatedFunction) else Signature.of(function)
+
+
+def _answered(answer: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -> list[float | None]:
+    """What the process of a reward said of B samples."""
+    raised = answer.get("raised")
+    if raised and raised["usage"] is not None:
+        raise UsageError(f"reward {name!r}: {raised['usage']}")
+    if raised:
+        raise _raised(name, raised["type"], raised["message"], raised["sample"], prompts)
+    if "kind" in answer:
+        raise _no_list(name, answer["kind"])
+    values = [_Strange(v["repr"]) if isinstance(v, dict) else v for v in answer["values"]]
+    return checked(values, name, prompts)
+
+
+class _Strange:
+    """A value that is no number, as the function's own process shows it."""
+
+    def __init__(self, shown: str) -> None:
+        self.shown = shown
+
+    def __repr__(self) -> str:
+        return self.shown
+
+
+def _is_a_persons(error: BaseException) -> bool:
+    """Whether an interrupt may be a person's Ctrl-C: the command's own, or where Python turns that into
+    one."""
+    if not isinstance(error, Exception) and type(error).__module__.partition(".")[0] == "keel":
+        return True
+    python_s = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    return isinstance(error, KeyboardInterrupt) and python_s and main
+
+
+def _one(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {key: copy.deepcopy(values[index : index + 1]) for key, values in arguments.items()}
+
+
+def _raised(name: str, what: str, message: str, at: int | None, prompts: Sequence[Prompt]) -> RewardError:
+    where = f"on {len(prompts)} samples" if at is None else sample(prompts, at)
+    return RewardError(f"reward {name!r} raised {what}: {message} ({where})")
+
+
+def _no_list(name: str, what: str) -> RewardError:
+    return RewardError(f"reward {name!r} returned a {what}, not a list with a number for each sample")
 
 
 def checked(values: Any, name: str, prompts: Sequence[Prompt]) -> list[float | None]:
@@ -131,9 +121,7 @@ def checked(values: Any, name: str, prompts: Sequence[Prompt]) -> list[float | N
     if hasattr(values, "tolist"):  # an array or a tensor
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        raise RewardError(
-            f"reward {name!r} returned a {_kind(values)}, not a list with a number for each sample"
-        )
+        raise _no_list(name, kind(values))
     if len(values) != len(prompts):
         raise RewardError(f"reward {name!r} returned {len(values)} values for {len(prompts)} samples")
     return [_number(value, name, prompts, index) for index, value in enumerate(values)]
@@ -163,90 +151,3 @@ def _reply(prompt: Prompt, completion: str | Conversation) -> Any:
     if isinstance(completion, str):
         return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
     return [dict(turn) for turn in completion]
-
-
-def _accepted(function: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the function takes by name, or all of them if it has **kwargs."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C, without a signature
-        return dict(arguments)
-    by_name = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    required = [p.name for p in by_name.values() if p.default is p.empty]
-    if missing := [key for key in required if key not in arguments]:
-        raise UsageError(
-            f"reward {name!r} asks for {missing[0]!r}, and the data have no such column (a function is given "
-            f"{', '.join(sorted(arguments))})"
-        )
-    if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
-        raise UsageError(f"reward {name!r} takes arguments by place only; they are given by name")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(arguments)
-    return {key: value for key, value in arguments.items() if key in by_name}
-
-
-def _run(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    result = function(**arguments)
-    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
-
-
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
-
-
-def _first_that_raises(
-    function: Callable[..., Any], arguments: Mapping[str, Any], samples: int
-) -> int | None:
-    """The sample to blame, found by calling again with one at a time; None if each alone is fine."""
-    for index in range(samples):
-        try:
-            _run(function, {key: values[index : index + 1] for key, values in arguments.items()})
-        except Exception:
-            return index
-    return None
-
-
-def _from_path(module: str) -> ModuleType:
-    with _on_path(Path.cwd()):
-        return importlib.import_module(module)
-
-
-def _from_file(path: Path) -> ModuleType:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    # a name of its own, so that two files called rewards.py do not take each other's place
-    module_name = f"keel_reward_{path.stem}_{derive_seed(path):x}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None  # a path that ends in .py always has one
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look a class's module up here
-    try:
-        with _on_path(path.parent), _on_path(Path.cwd()):
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
-
-
-@contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        if str(folder) in sys.path:
-            sys.path.remove(str(folder))
-
-
-def _kind(value: object) -> str:
-    return (
-        "class"
-        if isinstance(value, type)
-        else "module"
-        if isinstance(value, ModuleType)
-        else type(value).__name__
-    )

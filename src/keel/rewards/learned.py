@@ -276,7 +276,7 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
     """One padded forward. A decoder is read at the last token by its length, not by looking for pads: pad may
     be EOS, or missing."""
     device = next(reward.model.parameters()).device
-    ids, lengths = pad([item["input_ids"] for item in inputs], chat.ensure_pad(reward.tokenizer))
+    ids, lengths = pad([item["input_ids"] for item in inputs], _pad_id(reward))
     ids, lengths = ids.to(device), lengths.to(device)
     if reward.is_encoder:
         keys = [key for key in inputs[0] if key != "input_ids"]
@@ -289,12 +289,29 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
     return scores_at(reward.model, ids, last)
 
 
+def _pad_id(reward: RewardModel) -> int:
+    """What a forward is padded with, which reads no pad: the tokenizer's, or 0 where that has no row, on a
+    base whose adapter was trained with one row more."""
+    pad_id = chat.ensure_pad(reward.tokenizer)
+    return pad_id if pad_id < reward.model.config.get_text_config().vocab_size else 0
+
+
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether ids of one can be read by the other: same vocabulary, same special ids, same chat template."""
+    """Whether ids of one can be read by the other: same vocabulary, but for a pad that `give_own_pad` added
+    to one of them, same special ids, same chat template."""
     keys = ("eos_token_id", "bos_token_id", "chat_template")
     return one is other or (
-        all(getattr(one, k) == getattr(other, k) for k in keys) and one.get_vocab() == other.get_vocab()
+        all(getattr(one, k) == getattr(other, k) for k in keys)
+        and _without_pad(one, other) == _without_pad(other, one)
     )
+
+
+def _without_pad(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The vocabulary of one, without its last token where that is its pad and the other has one less."""
+    vocabulary, pad = one.get_vocab(), one.pad_token_id
+    if pad == len(one) - 1 == len(other):
+        del vocabulary[str(one.pad_token)]
+    return vocabulary
 
 
 def reads_ids_of(reward: RewardModel, tokenizer: PreTrainedTokenizerBase) -> bool:

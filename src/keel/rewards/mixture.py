@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keel.errors import KeelError, RewardError, UsageError
 from keel.rewards import functions
+from keel.rewards.isolated import IsolatedFunction
 from keel.types import Conversation, Prompt, StopReason
 
 
@@ -122,7 +123,7 @@ class Mixture:
         return Rated(rewards, raw.float(), learned.float(), by_name)
 
 
-def from_function(name: str, function: Callable[..., Any]) -> Rewarder:
+def from_function(name: str, function: Callable[..., Any] | IsolatedFunction) -> Rewarder:
     """A reward of TRL's signature (keel's rules, a classifier, a user's own) as a mixture's."""
 
     def rewarder(batch: Batch) -> list[float | None]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import difflib
 import re
-import threading
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, Literal
 
 from keel.data.chat import completion_text
 from keel.errors import UsageError
+from keel.rewards import answers
+from keel.rewards.answers import same_answer
+from keel.rewards.isolated import Process
 
 Reward = Callable[..., list[float | None]]
 
@@ -30,10 +30,10 @@ def final_answer(column: str = "answer", from_: Literal["marker", "last_number"]
     """1 if the completion's final answer equals the reference's, 0 if not or if it gives none. Range {0, 1}.
 
     Source: GSM8K (2110.14168), whose references end in `#### 72`. The reference is what follows its last
-    `####`, or all of it; None for a row without one. The completion's answer is what its last marker holds:
-    the rest of the line after `####`, `\\boxed{}` or <answer></answer>. Without a marker there is none
-    (`from_="marker"`), or it is the last number in the text (`from_="last_number"`). See `same_answer` for
-    what counts as equal.
+    `####`, or what its last \\boxed{} or <answer> holds, or all of it; None for a row without one. The
+    completion's answer is what its last marker holds: the rest of the line after `####`, `\\boxed{}` or
+    <answer></answer>. Without a marker there is none (`from_="marker"`), or it is the last number in the text
+    (`from_="last_number"`). See `answers.same_answer` for what counts as equal.
 
     UsageError at the first call if the data have no such column at all.
     """
@@ -69,140 +69,18 @@ def column_of(columns: Mapping[str, Any], name: str) -> list[str | None]:
     return [None if text is None or not str(text).strip() else str(text) for text in texts]
 
 
-def same_answer(reference: str, answer: str) -> bool:
-    """Whether two final answers are equal.
-
-    As exact numbers where both are one (signs, thousands' commas and spaces, $ € £, trailing zeros,
-    fractions, `\\frac`, ½, mixed numbers, 5e-3; a percentage equals both its number and its hundredth), else
-    as text without case and spacing. What differs that way is left to math-verify if it is installed (pip
-    install math-verify), which knows algebra. It is not asked about two numbers, nor about numbers side by
-    side, which it would multiply ("1 0" is 0), nor about words ("Paris" and "pairs" have the same letters).
-    """
-    reference, answer = _plain(reference), _plain(answer)
-    if not answer or not reference:
-        return False
-    values, others = _numbers(reference), _numbers(answer)
-    if reference.casefold() == answer.casefold() or values & others:
-        return True
-    if values and others:
-        return False  # two numbers that differ
-    if max(len(reference), len(answer)) > LONGEST_FORMULA or WORD.search(reference):
-        return False
-    if SIDE_BY_SIDE.search(reference) or SIDE_BY_SIDE.search(answer):
-        return False
-    return _math_verify(reference, answer)
-
-
-LONGEST_FORMULA = 300  # characters; a longer text is no final answer, and parsing it could take minutes
-LONGEST_NUMBER = 100
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # of prose, not a LaTeX command
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-DECIMAL = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)"
-NUMBER = re.compile(rf"([-+]?)\s*({DECIMAL})(?:[eE]([-+]?\d{{1,3}}))?(?:\s*/\s*({DECIMAL}))?(%?)")
-MIXED = re.compile(r"([-+]?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)(%?)")
-LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w)])[-+−]\s?)?[$€£]?(?:(?<=[$€£])[-+−])?(?<!\w){DECIMAL}(?:/{DECIMAL})?(?:\s?\\?%)?"
+_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"
+_LAST_NUMBER = re.compile(
+    rf"(?:(?<![\w)])[-+−]\s?)?[$€£]?(?:(?<=[$€£])[-+−])?(?<!\w)"
+    rf"(?:\d+ \d+/\d+(?![\d.])|{_DECIMAL}(?:/{_DECIMAL})?)(?:\s?\\?%)?"
 )
-SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?%?")  # thousands' spaces
-POWER_OF_TEN = re.compile(
-    r"(?<=\d)\s*(?:\\times|\\cdot|×|·|\*)\s*10\s*\^\s*(?:\{([-+]?\d{1,3})\}|([-+]?\d{1,3})(?!\d))"
-)
-SIDE_BY_SIDE = re.compile(r"\d\s+\d")
-MARKER = re.compile(r"####|\\f?box(?:ed)?\s*\{|\\boxed\s+(?=[^\s{])|<answer>")
 
 
 def _is_right(reference: str, completion: str, from_: str) -> float:
-    gold = reference.rpartition("####")[2]
-    answer = _marked(completion)
+    answer = answers.marked(completion)
     if answer is None and from_ == "last_number":
-        answer = next((match[0] for match in reversed(list(LAST_NUMBER.finditer(completion)))), None)
-    return float(answer is not None and same_answer(gold, answer))
-
-
-def _marked(text: str) -> str | None:
-    """What the last marker of a final answer holds. Of two that are nested the inner one starts last. A
-    `####` with more text below its line is a heading of Markdown, and counts where there is no other
-    marker."""
-    heading: str | None = None
-    for marker in reversed(list(MARKER.finditer(text))):
-        rest = text[marker.end() :]
-        if marker[0] == "####":
-            line, _, below = rest.lstrip(" \t").partition("\n")
-            line = line.partition("</answer>")[0]
-            if not below.strip() or "</answer>" in rest:
-                return line
-            heading = heading or line
-            continue
-        if not marker[0].endswith(("{", ">")):  # \boxed 5
-            return rest.split()[0].rstrip("$.")
-        content = rest.partition("</answer>") if marker[0] == "<answer>" else _up_to_brace(rest)
-        if content[1]:  # one that is never closed holds nothing
-            return content[0]
-    return heading
-
-
-def _up_to_brace(text: str) -> tuple[str, str]:
-    """The text before the brace that closes one opened just before it, and that brace ("" if there is
-    none)."""
-    depth = 1
-    for index, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:index], "}"
-    return text, ""
-
-
-def _plain(text: str) -> str:
-    """The answer without LaTeX spacing and delimiters, currency signs, final dots and repeated spaces."""
-    text = re.sub(
-        r"\\(?:[,;:!]|left(?![a-z])|right(?![a-z]))", "", text.replace("−", "-").replace("{,}", ",")
-    )
-    text = re.sub(r"\\[dt]frac", r"\\frac", text).replace(r"\%", "%")
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\?\$|[€£]|\\[()\[\]]|\*\*", "", text)
-    text = re.sub(r"[¼-¾⅐-⅞]", _written_out, text)
-    return " ".join(text.split()).rstrip(". ")
-
-
-def _written_out(fraction: re.Match[str]) -> str:
-    """½ as 1/2, with a space before it behind a number: 1½ is 1 1/2."""
-    behind_number = fraction.start() > 0 and fraction.string[fraction.start() - 1].isdigit()
-    return " " * behind_number + unicodedata.normalize("NFKC", fraction[0]).replace("\u2044", "/")
-
-
-def _numbers(text: str) -> set[Fraction]:
-    """The exact values a plain text may stand for: one for a number, two for a percentage, none for other
-    text."""
-    if len(text) > LONGEST_NUMBER:
-        return set()
-    text = re.sub(r"(?<=\d)\\frac", r" \\frac", text)  # a mixed number
-    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-    text = POWER_OF_TEN.sub(lambda match: f"e{match[1] or match[2]}", text)
-    text = text.replace(" ", "") if SPACED.fullmatch(text) else text
-    if mixed := MIXED.fullmatch(text):
-        (sign, whole, over, under, percent), exponent = mixed.groups(), None
-    elif number := NUMBER.fullmatch(re.sub(r"\s+%$", "%", text)):
-        (sign, over, exponent, under, percent), whole = number.groups(), "0"
-    else:
-        return set()
-    over, below = Fraction(over.replace(",", "")), Fraction((under or "1").replace(",", ""))
-    if below == 0:
-        return set()
-    value = (int(whole) + over * Fraction(10) ** int(exponent or 0) / below) * (-1 if sign == "-" else 1)
-    return {value, value / 100} if percent else {value}
-
-
-def _math_verify(reference: str, answer: str) -> bool:
-    try:
-        from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
-    # its time limits are alarms, which only the main thread may set
-    limit: Any = 5 if threading.current_thread() is threading.main_thread() else None
-    gold, parsed = (
-        parse(f"${text.replace('%', chr(92) + '%')}$", parsing_timeout=limit) for text in (reference, answer)
-    )
-    return bool(gold and parsed and verify(gold, parsed, timeout_seconds=limit))
+        answer = next((match[0] for match in reversed(list(_LAST_NUMBER.finditer(completion)))), None)
+    return float(answer is not None and same_answer(answers.reference_of(reference), answer))
 
 
 # ---------------------------------------------------------------- formats and patterns
@@ -214,7 +92,8 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
     Source: DeepSeek-R1 (2501.12948), format reward. Spaces and newlines may stand around the blocks; a block
     may be empty; none of the tags may appear a second time. `partial`: the share of the 2·len(tags) opening
     and closing tags that appear exactly once and in order, whatever text stands around them. Range [0, 1].
-    A tag that the prompt has opened already (its template ends in `<think>`) counts as the completion's own.
+    Tags that the prompt ends in already, as its template wrote them, count as the completion's own: one that
+    it has opened (`<think>`), and a block that it has opened and closed with nothing in it.
     """
     _some_words("tags", tags)
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
@@ -226,20 +105,30 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
         return _in_order(marks, text) / len(marks) if partial else float(bool(whole.fullmatch(text)))
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        known = columns.get("opened_thought") or [""] * len(prompts)
-        opened = [mark or _opened_by(prompt, tags) for prompt, mark in zip(prompts, known, strict=True)]
-        texts = [completion_text(completion) for completion in completions]
-        return [
-            score((mark if mark in marks else "") + text) for mark, text in zip(opened, texts, strict=True)
+        ends = columns.get("prompt_tags") or ["" for _ in prompts]
+        begun = [
+            _begun(end or (prompt if isinstance(prompt, str) else ""), marks)
+            for prompt, end in zip(prompts, ends, strict=True)
         ]
+        texts = [completion_text(completion) for completion in completions]
+        return [score(start + text) for start, text in zip(begun, texts, strict=True)]
 
     return reward
 
 
-def _opened_by(prompt: Any, tags: Sequence[str]) -> str:
-    """The opening tag that a prompt of plain text ends in; "" for none."""
-    text = prompt.rstrip() if isinstance(prompt, str) else ""
-    return next((f"<{tag}>" for tag in tags if text.endswith(f"<{tag}>")), "")
+def _begun(prompt: str, marks: Sequence[str]) -> str:
+    """The marks that a prompt ends in, with nothing but space between and behind them, as far as they begin a
+    completion: empty blocks, then an opening tag at most."""
+    begun: list[str] = []
+    rest = prompt.rstrip()
+    while mark := next((mark for mark in marks if rest.endswith(mark)), ""):
+        begun.insert(0, mark)
+        rest = rest[: -len(mark)].rstrip()
+    *pairs, last = begun or [""]
+    if last.startswith("</"):
+        pairs, last = begun, ""
+    whole = [(a, b) for a, b in zip(pairs[::2], pairs[1::2]) if b == a.replace("<", "</", 1)]
+    return "".join(begun) if 2 * len(whole) == len(pairs) else last
 
 
 def _in_order(marks: Sequence[str], text: str) -> int:
@@ -251,18 +140,32 @@ def _in_order(marks: Sequence[str], text: str) -> int:
     return len(ends)
 
 
-def regex(pattern: str, full: bool = False) -> Reward:
+def regex(pattern: str, full: bool = False, timeout: float = 10.0, name: str = "regex") -> Reward:
     """1 if the pattern is found in the completion (`full`: is all of it), 0 if not. Range {0, 1}.
 
     Python's `re`; a dot matches newlines, since replies have lines ((?-s:.) is one that does not), and (?i)
-    at the start ignores case.
+    at the start ignores case. A pattern can backtrack without end, and nothing within its process stops it:
+    it is searched for in a process of its own, and RewardError names it and the sample after `timeout`
+    seconds on one completion. name: of the reward, for that message.
     """
     try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
+        re.compile(pattern, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"regex: {pattern!r} is no regular expression: {error}") from None
-    find = compiled.fullmatch if full else compiled.search
-    return _of_text(lambda text: float(find(text) is not None))
+    first = {"what": "regex", "pattern": pattern, "flags": int(re.DOTALL), "full": full}
+    process = Process(name, first, timeout)
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        def late(index: int) -> str:
+            return (
+                f"took more than {timeout:g} s over one reply (sample {index}) and was stopped: its pattern "
+                f"{pattern!r} backtracks without end; write it with less choice, as [^<]* for .*"
+            )
+
+        texts = [completion_text(completion) for completion in completions]
+        return [float(answer["found"]) for answer in process.stream(texts, late)]
+
+    return reward
 
 
 def keywords(

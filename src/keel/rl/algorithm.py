@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from keel.algorithms import kl, policy
+from keel.algorithms import kl, masked, policy
 from keel.algorithms.advantages import Advantages
 from keel.algorithms.masked import Reduction, reduced
 from keel.config import OnPolicy, methods
 from keel.errors import NotFiniteError, UsageError
+from keel.models import experts
 from keel.models.logprobs import HeadInputs, head_inputs, response_index, scatter_to_mask, token_logprobs
 from keel.rewards.shaping import RunningScale
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
@@ -53,6 +54,7 @@ class MicroBatch:
     kl_coef: float  # β
     on_policy: bool  # the weights are those that sampled, so π_old is π itself
     policy_learns: bool  # False while only the critic learns
+    lengths: Tensor  # (B,) tokens of each row: its prompt, and its response where that counts
 
     @classmethod
     def of(
@@ -84,7 +86,7 @@ class MicroBatch:
             ids, mask, index, ids.flatten()[index + 1], part(episodes.logp), part(episodes.ref_logp),
             part(episodes.values), part(episodes.returns), part(episodes.advantages),
             None if episodes.weights is None else part(episodes.weights),
-            denominator, kl_coef, on_policy, policy_learns,
+            denominator, kl_coef, on_policy, policy_learns, starts + mask.sum(dim=1),
         )  # fmt: skip
 
 
@@ -174,16 +176,21 @@ class PolicyForward:
     inputs: HeadInputs  # what its head was given at the N counted positions
     logp: Tensor  # (B, T) log π(a_t | s_t)
     entropy: Tensor  # (B, T) of π(· | s_t), nats; without a gradient where it is not rewarded
+    routed: experts.Routed  # the balancing loss of its experts, where it has one
 
 
 def policy_forward(setup: Setup[OnPolicy], batch: MicroBatch) -> PolicyForward:
     """One forward of the policy. No gradient reaches it unless it learns."""
     config, roles = setup.config, setup.roles
-    with torch.set_grad_enabled(batch.policy_learns):
-        inputs = head_inputs(roles.policy, batch.ids, batch.index, hidden=roles.value_head is not None)
-        logp, entropy, _ = token_logprobs(inputs, batch.tokens, config.sampling.temperature, entropy=True)
+    with torch.set_grad_enabled(batch.policy_learns), experts.collecting(roles.policy) as routed:
+        hidden = roles.value_head is not None
+        inputs = head_inputs(roles.policy, batch.ids, batch.index, hidden=hidden, lengths=batch.lengths)
+        logp, entropy, _ = token_logprobs(
+            inputs, batch.tokens, config.sampling.temperature, entropy=True, vocab=setup.vocab
+        )
     entropy = entropy if config.entropy_coef > 0 else entropy.detach()
-    return PolicyForward(inputs, scatter_to_mask(logp, batch.mask), scatter_to_mask(entropy, batch.mask))
+    logp, entropy = scatter_to_mask(logp, batch.mask), scatter_to_mask(entropy, batch.mask)
+    return PolicyForward(inputs, logp, entropy, routed)
 
 
 def policy_output(
@@ -193,6 +200,7 @@ def policy_output(
 
         L = L_policy − c_H H + β KL(π ‖ π_ref)
 
+    and with the balancing loss of a mixture of experts, where the policy has one (`models.experts`).
     Each is normalised alike, by the `masked.count` of the mini-batch. now: of the same micro-batch.
     """
     reduce, mask, denominator = config.reduction, batch.mask, batch.denominator
@@ -204,13 +212,14 @@ def policy_output(
     if config.kl.where == "loss" and batch.kl_coef > 0:
         estimate = kl.estimate(now.logp, batch.ref_logp, config.kl.estimator, mask)
         loss = loss + batch.kl_coef * reduced(estimate, mask, reduce, denominator)
+    loss, of_experts = now.routed.added_to(loss, masked.count(mask, reduce) / denominator)
     per_token: Reduction = "token" if reduce == "token" else "sequence"
     known = ("approxkl", "approxkl_k3", "ratio", "ratio_var", "clipfrac")
     return LossOutput(
         loss, policy_loss.detach(), measured["approxkl"], measured["approxkl_k3"],
         reduced(now.entropy.detach(), mask, per_token, denominator), measured["ratio"], measured["ratio_var"],
         measured.get("clipfrac"), mismatch=mismatch,
-        extra={name: value for name, value in measured.items() if name not in known},
+        extra={name: value for name, value in measured.items() if name not in known} | of_experts,
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from keel.algorithms import kl, value
 from keel.algorithms.masked import at_least_float32, whiten
 from keel.config import PPOConfig
 from keel.models.logprobs import scatter_to_mask, scores_at
-from keel.models.lora import files_of, merged
-from keel.models.save import save
+from keel.models.lora import files_of
+from keel.models.saved_check import save_checked
 from keel.rewards.shaping import token_rewards
 from keel.rl import loop, rollout
 from keel.rl.algorithm import (
@@ -131,7 +131,10 @@ def _save(setup: Setup[PPOConfig]) -> None:
         )
         base = config.model.path or ""
         adapter = files_of(roles.critic, prepare.source_of(config.model, run), base)
-        save(merged(roles.critic), setup.tokenizer, run.directory / "critic", card, adapter=adapter)
+        save_checked(
+            roles.critic, setup.tokenizer, run.directory / "critic", card, adapter=adapter,
+            trust_remote_code=config.model.trust_remote_code, say=run.say,
+        )  # fmt: skip
     elif roles.value_head is not None:
         head: nn.Linear = roles.value_head
         target = run.directory / "value_head.safetensors"

@@ -26,6 +26,7 @@ from keel.evaluation.measures import Measure, mean_interval
 from keel.models.head import head_of
 from keel.models.offload import on_device
 from keel.models.roles import Roles
+from keel.models.tokenizer import known_ids
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rl import heldout_judge
@@ -68,6 +69,11 @@ class Setup(Generic[C]):
     @property
     def pad_id(self) -> int:
         return chat.ensure_pad(self.tokenizer)
+
+    @property
+    def vocab(self) -> int:
+        """Ids that are drawn; ratios and KL are of the distribution over these alone."""
+        return known_ids(self.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,7 @@ def score_tokens(setup: Setup[OnPolicy], completions: Sequence[Completion]) -> S
             device=setup.run.device,
             critic=roles.critic,
             value_head=roles.value_head,
+            vocab=setup.vocab,
             **forward_rows(config),
         )
 

@@ -17,6 +17,7 @@ from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models.device_info import fastest, forward_flops
 from keel.models.load import ModelSource, count_parameters
+from keel.models.lora_targets import frozen_experts
 from keel.models.offload import offload
 from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
@@ -86,7 +87,7 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
         dtype = rest_in(dtype)
     if config.reference is not None:
         path, remote = run.resolve(config.reference), config.model.trust_remote_code
-        return ModelSource(path, None, dtype, remote, quantize=quantize)
+        return ModelSource(path, None, dtype, remote, quantize=quantize, rows=source.rows)
     if config.reference_dtype is None and quantize is None:
         return None
     return replace(source, dtype=dtype, quantize=quantize)
@@ -164,6 +165,8 @@ def open_stage(
         seed=seed,
         base=base,
     )
+    if config.lora and (line := frozen_experts(roles.policy)) is not None:
+        run.say(f"{run.name}: {line}")
     if config.offload:
         _offload(run, roles, opened)
     _rate(run, config, roles)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from keel.data import chat
 from keel.data.stops import StopTexts, stop_texts
 from keel.errors import UsageError
+from keel.models.tokenizer import known_ids
 from keel.types import Completion, Sampling
 
 
@@ -36,10 +37,11 @@ class GenerationRequest:
         *,
         keep_head_inputs: bool = False,
     ) -> GenerationRequest:
-        """With the stop ids, the stop strings and the pad id that a tokenizer and `sampling.stop` say."""
+        """With the stop ids, the stop strings, the pad id and the vocabulary that a tokenizer and
+        `sampling.stop` say."""
         return cls(
             prompts,
-            sampling,
+            replace(sampling, vocab=known_ids(tokenizer)),
             chat.stop_ids(tokenizer, sampling.stop),
             chat.ensure_pad(tokenizer),
             seed,

@@ -15,6 +15,8 @@ from keel.accel.modules import evaluating
 from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
 from keel.models.precision import computing, keep_bf16_copies
+from keel.models.row_trial import check_rows
+from keel.rollout.drawn import Asked
 from keel.rollout.protocol import GenerationRequest, TokenCount
 from keel.rollout.sampling import check_context, pick, uniform_draws
 from keel.types import Completion, Sampling, StopReason
@@ -47,6 +49,18 @@ class ReferenceEngine:
             count.useful += sum(map(len, prompts)) + sum(len(c.ids) - 1 for c in completions)
             count.computed += sum(map(tokens_read, completions))
         return completions
+
+
+def sample(asked: Asked) -> list[Completion]:
+    """One completion a prompt, in order. To be called without gradient. UsageError, which names the model's
+    type, where its forward fails or looks ahead."""
+    check_rows(asked.model)
+    done = [
+        complete(asked.model, prompt, draws, asked.sampling, asked.stop_ids, asked.seen, asked.stop_texts)
+        for prompt, draws in zip(asked.prompts, asked.draws, strict=True)
+    ]
+    asked.work.computed += sum(map(tokens_read, done))
+    return done
 
 
 def tokens_read(completion: Completion) -> int:

@@ -33,10 +33,11 @@ def uniform_draws(rows: int, sampling: Sampling, seed: int) -> Tensor:
 def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """(B, V) logits and (B,) uniform draws in [0, 1) → (B,) tokens, by the inverse of the cumulative
     distribution, and (B,) the log of the probability that each had (0 for greedy, which leaves no choice).
+    Rows of the embeddings that stand for no token of the tokenizer (`sampling.vocab`) have none.
 
     The cumulative sum is taken in float64: float32 would lose the tail of a large vocabulary.
     """
-    logits = at_least_float32(logits)
+    logits = at_least_float32(logits[:, : sampling.vocab])
     if sampling.temperature == 0:
         return logits.argmax(dim=-1), torch.zeros(len(logits), dtype=logits.dtype, device=logits.device)
     if sampling.temperature != 1:

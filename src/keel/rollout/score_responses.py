@@ -44,13 +44,15 @@ def score(
     micro_tokens: int | None = None,
     critic: PreTrainedModel | None = None,
     value_head: nn.Module | None = None,
+    vocab: int | None = None,
 ) -> Scored:
     """One forward of each model over each response, in parts of `micro_batch` rows or `micro_tokens` tokens;
     no gradient.
 
     The policy has none where all completions bring the hidden states that they were drawn from: log π is then
     the sampler's own, and the rest is made of the states. critic: a model with a score head. value_head: a
-    head on the policy's last hidden states instead.
+    head on the policy's last hidden states instead. vocab: ids from here on are never drawn
+    (`Sampling.vocab`), and have no part in either distribution.
     """
     ids, _ = pad([c.prompt_ids + c.ids for c in completions], pad_id)
     prompt_lengths = torch.tensor([len(c.prompt_ids) for c in completions])
@@ -73,7 +75,7 @@ def score(
             else:
                 ours = head_inputs(policy, x, index, hidden=value_head is not None)
             theirs = ours if reference is policy else head_inputs(reference, x, index)
-            columns = compared(ours, theirs, x.flatten()[index + 1], temperature)
+            columns = compared(ours, theirs, x.flatten()[index + 1], temperature, vocab)
             values = torch.zeros(own.shape)
             if value_head is not None and ours.hidden is not None:
                 values = scatter_to_mask(value_head(at_least_float32(ours.hidden)).squeeze(-1), own)
@@ -88,14 +90,14 @@ def score(
 
 
 def compared(
-    ours: HeadInputs, theirs: HeadInputs, tokens: Tensor, temperature: float
+    ours: HeadInputs, theirs: HeadInputs, tokens: Tensor, temperature: float, vocab: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) log π and log π_ref of the tokens, and KL(π ‖ π_ref) over the vocabulary; a part of the logits at
     a time."""
     rows, found = ours.rows_at_once, list[tuple[Tensor, ...]]()
     for a, b, ids in zip(ours.values.split(rows), theirs.values.split(rows), tokens.split(rows), strict=True):
-        y = log_softmax(ours.logits(a), temperature)
-        z = y if theirs is ours else log_softmax(theirs.logits(b), temperature)
+        y = log_softmax(ours.logits(a)[:, :vocab], temperature)
+        z = y if theirs is ours else log_softmax(theirs.logits(b)[:, :vocab], temperature)
         found.append((*(x.gather(-1, ids[:, None]).squeeze(-1) for x in (y, z)), kl.between(y, z)))
     logp, ref_logp, exact = (torch.cat(column) for column in zip(*found, strict=True))
     return logp, ref_logp, exact

@@ -67,6 +67,11 @@ BY_HAND = ("votes.jsonl", "pairs.jsonl")  # what people made, and what they made
 def discard(directory: Path) -> None:
     """Remove a directory that somebody may take for a whole one: out of sight by rename first, then file by
     file. What people made in it is never removed: it is moved beside it, as NAME.kept, NAME.kept-2 …"""
+    if directory.is_symlink():  # it stays, and what it leads to is emptied
+        if directory.exists():
+            discard(directory.resolve())
+            directory.resolve().mkdir()
+        return
     gone = directory.with_name(f".{directory.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     if (directory / BY_HAND[0]).exists():

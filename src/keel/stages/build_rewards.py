@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from keel import plugins
 from keel.config.rewards import (
     ClassifierTerm,
     FunctionTerm,
@@ -17,12 +18,13 @@ from keel.config.rewards import (
     RewardTerm,
     SimilarityTerm,
 )
-from keel.data.chat import opened_thought
+from keel.data.chat import prompt_tags
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
-from keel.rewards import functions, learned, on_base, rules
+from keel.rewards import functions, learned, loading, on_base, rules
 from keel.rewards.classifier import Classifier
+from keel.rewards.isolated import IsolatedFunction
 from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
 from keel.rewards.similarity import Similarity
 from keel.rollout.engine import text_of
@@ -39,7 +41,17 @@ class LoadedReward:
 
     term: Any  # of keel.config.rewards
     models: tuple[learned.RewardModel, ...] = ()
-    function: Callable[..., Any] | None = None
+    function: Callable[..., Any] | IsolatedFunction | None = None
+
+
+def function_of(term: FunctionTerm | PluginTerm, where: str) -> Callable[..., Any] | IsolatedFunction:
+    """The function that a term names, in a process of its own unless the term says otherwise. where: the
+    setting, for messages. UsageError for one that is not there; an isolated one is only looked for when it is
+    first used."""
+    plugin = isinstance(term, PluginTerm)
+    if term.isolate:
+        return IsolatedFunction(term.function, where, term.log_name, plugin=plugin, timeout=term.timeout)
+    return loading.of_package(term.function, where) if plugin else loading.load(term.function, where)
 
 
 def load_rewards(
@@ -76,10 +88,10 @@ def load_rewards(
                         f"{where}: `combine` has no effect: {term.model!r} is a single reward model"
                     )
                 loaded.append(LoadedReward(term, tuple(models)))
-            case FunctionTerm():
-                loaded.append(LoadedReward(term, function=functions.load(term.function, where)))
-            case PluginTerm():
-                loaded.append(LoadedReward(term, function=functions.of_package(term.function, where)))
+            case FunctionTerm() | PluginTerm():
+                function = function_of(term, where)
+                functions.signature_of(function)  # imported now, so that its memory is there from the start
+                loaded.append(LoadedReward(term, function=function))
             case SimilarityTerm():
                 similarity = Similarity(
                     stage_run.resolve(term.model),
@@ -104,12 +116,16 @@ def load_rewards(
 
 
 def check(terms: Sequence[RewardTerm], where: str) -> None:
-    """UsageError for rules that cannot be made and functions that are not there; no model is loaded."""
+    """UsageError for rules that cannot be made and functions that are not there. No model is loaded, and no
+    code of a config's is run: a function is looked for in its file."""
     for term in terms:
         if isinstance(term, FunctionTerm):
-            functions.load(term.function, f"{where}: reward")
+            loading.look(term.function, f"{where}: reward")
         elif isinstance(term, PluginTerm):
-            functions.of_package(term.function, f"{where}: reward")
+            try:
+                plugins.point_of("keel.rewards", term.function)
+            except UsageError as error:
+                raise UsageError(f"{where}: reward: {error}") from None
         elif not isinstance(term, LearnedTerm | SimilarityTerm | ClassifierTerm):
             try:
                 _rule(term)
@@ -124,7 +140,7 @@ def _rule(term: RewardTerm) -> Callable[..., Any]:
         case "format":
             return rules.format_tags(term.tags, term.partial)
         case "regex":
-            return rules.regex(term.pattern, term.full)
+            return rules.regex(term.pattern, term.full, term.timeout, term.log_name)
         case "length":
             return rules.length_band(term.low, term.high, term.unit, term.slack)
         case "repetition":
@@ -262,8 +278,8 @@ def batch_of(
     words, so nothing is decoded."""
     texts = [text_of(tokenizer, c) if as_text else "" for c in completions]
     names = dict.fromkeys(name for row in columns for name in row)
-    opened = [opened_thought(tokenizer, c.prompt_ids) if as_text else "" for c in completions]
-    more = {"opened_thought": opened} if any(opened) else {}
+    tags = [prompt_tags(tokenizer, c.prompt_ids) if as_text else "" for c in completions]
+    more = {"prompt_tags": tags} if any(tags) else {}
     return Batch(
         prompts,
         [_reply(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],

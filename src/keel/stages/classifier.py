@@ -30,7 +30,7 @@ from keel.data.identity import RowKeys, as_keys, shared
 from keel.errors import DataError, UsageError
 from keel.evaluation.measures import wilson
 from keel.models.load import ModelSource, model_config, score_head, scorer
-from keel.models.tokenizer import EOS, train_tokenizer
+from keel.models.tokenizer import EOS, train_tokenizer, with_own_pad
 from keel.rewards.classifier import encoded, forward, longest_input
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare, supervised_loop
@@ -66,6 +66,7 @@ def run(config: ClassifierConfig, stage_run: StageRun) -> dict[str, Any]:
     tokenizer, limit = _tokenizer(
         config, stage_run, source, [text for texts_of_label in texts.values() for text in texts_of_label]
     )
+    source, tokenizer = with_own_pad(source, tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     rows, held_out_rows = (_rows(config, stage_run, tokenizer, part, too_long) for part in (texts, held_out))
     too_long.report()

@@ -20,6 +20,7 @@ from keel.errors import DataError, UsageError
 from keel.evaluation import reward_models
 from keel.evaluation.policies import JudgedCompletion, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
+from keel.models.tokenizer import known_ids
 from keel.rewards import learned
 from keel.rewards.mixture import Mixture, Rated
 from keel.rollout import GenerationRequest, KeelEngine
@@ -133,7 +134,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     tokenizer = _tokenizer(stage_run, config, name, bench.conversational)
     model = _open(stage_run, config, name)
     sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
-    vocabularies = model.config.vocab_size, bench.reference.config.vocab_size
+    vocabularies = [one.config.get_text_config().vocab_size for one in (model, bench.reference)]
     if vocabularies[0] != vocabularies[1]:
         raise UsageError(
             f"{stage_run.name}: {name!r} has a vocabulary of {vocabularies[0]}, the reference "
@@ -162,7 +163,11 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
             best = [one if wins else old for one, old, wins in zip(done, best, better, strict=True)]
             rated = _chosen(new, rated, better)
         if (n := round_ + 1) in best_of:
-            kls = _kls(bench, model, best, pad_id) if n == 1 else [best_of_n_kl(n)] * len(best)
+            kls = (
+                _kls(bench, model, best, pad_id, known_ids(tokenizer))
+                if n == 1
+                else [best_of_n_kl(n)] * len(best)
+            )
             judged[n] = _all_judged(bench, tokenizer, best, rated, kls)
     return judged
 
@@ -222,13 +227,15 @@ def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
 
 
 @cast_cache()
-def _kls(bench: Bench, model: PreTrainedModel, done: Sequence[Completion], pad_id: int) -> list[float]:
+def _kls(
+    bench: Bench, model: PreTrainedModel, done: Sequence[Completion], pad_id: int, vocab: int
+) -> list[float]:
     """Each response's exact KL from the reference, summed over its tokens, in nats."""
     kls: list[float] = []
     for part in micro_batches(done, bench.config.batch_size):
         scored = score(
             part, model, bench.reference, temperature=bench.config.sampling.temperature or 1.0, pad_id=pad_id,
-            device=bench.stage_run.device, micro_batch=bench.config.batch_size,
+            device=bench.stage_run.device, micro_batch=bench.config.batch_size, vocab=vocab,
         )  # fmt: skip
         kls += scored.exact_kl.sum(dim=1).tolist()
     return kls

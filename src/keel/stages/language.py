@@ -15,7 +15,9 @@ from keel.algorithms import lm
 from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
 from keel.evaluation.measures import mean_interval
-from keel.models.logprobs import head_inputs, packed_mask, token_logprobs
+from keel.models import experts
+from keel.models.logprobs import head_inputs, token_logprobs
+from keel.models.packing import packed_inputs
 from keel.rundir.stage_run import StageRun
 from keel.stages import supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts
@@ -49,24 +51,26 @@ class LanguageRow:
 def loss(
     model: PreTrainedModel, rows: Sequence[LanguageRow], pad_id: int, denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step)."""
+    """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step);
+    while training with the balancing loss of experts, where the model has one."""
     device = next(model.parameters()).device
     ids, _ = pad([row.ids for row in rows], pad_id)
     counts = pad([row.counts for row in rows], 0)[0].bool()[:, 1:]
-    more: dict[str, Tensor] = {}
+    more: dict[str, Any] = {}
     if rows[0].segments is not None:
         segments = pad([row.segments or () for row in rows], -1)[0]
         counts &= segments[:, 1:] == segments[:, :-1]
-        positions = torch.tensor([_positions(row, ids.shape[1]) for row in rows])
-        mask = packed_mask(segments.to(device), next(model.parameters()).dtype)
-        more = {"attention_mask": mask, "position_ids": positions.to(device)}
+        more = packed_inputs(model, segments)
     row_index, column = counts.nonzero(as_tuple=True)
     index = row_index * ids.shape[1] + column  # of the token before each that counts
     labels = ids.flatten()[index + 1].to(device)
-    predicted = token_logprobs(
-        head_inputs(model, ids.to(device), index.to(device), inputs=more), labels, hits=True
-    )
-    return lm.likelihood(predicted.logp, predicted.hits, denominator)
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    with experts.collecting(model) as routed:
+        given = head_inputs(model, ids.to(device), index.to(device), inputs=more, lengths=lengths)
+    predicted = token_logprobs(given, labels, hits=True)
+    value, measured = lm.likelihood(predicted.logp, predicted.hits, denominator)
+    value, of_experts = routed.added_to(value, len(labels) / denominator)
+    return value, measured | of_experts
 
 
 def fit(
@@ -81,7 +85,7 @@ def fit(
 
     def part(rows: Sequence[LanguageRow], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         value, measured = loss(model, rows, pad_id, denominator)
-        return value, {"mean_token_accuracy": measured["accuracy"]}
+        return value, {"mean_token_accuracy": measured.pop("accuracy"), **_of_experts(measured)}
 
     objective: supervised_loop.Objective[LanguageRow] = supervised_loop.Objective(
         loss=part, weight=lambda row: row.counted, size=_size, length=_size,
@@ -89,6 +93,10 @@ def fit(
     )  # fmt: skip
     supervised_loop.fit(stage_run, config, model, rows, held_out, objective)
     return summary(model, held_out, pad_id, config)
+
+
+def _of_experts(measured: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in measured.items() if name == "router_aux_loss"}
 
 
 def _size(row: LanguageRow) -> int:
@@ -129,14 +137,6 @@ def summary(
         "perplexity": math.exp(min(interval["mean"], 50.0)),
         "mean_token_accuracy": accuracy["mean"],
     }
-
-
-def _positions(row: LanguageRow, width: int) -> list[int]:
-    """Position of each token within its own example; 0 at padding."""
-    positions, segments = [], row.segments or ()
-    for i, segment in enumerate(segments):
-        positions.append(positions[-1] + 1 if i and segments[i - 1] == segment else 0)
-    return positions + [0] * (width - len(positions))
 
 
 def model_seed(stage_run: StageRun) -> int:

@@ -21,6 +21,7 @@ from keel.algorithms.masked import masked_sum
 from keel.config import DPOConfig
 from keel.data import chat
 from keel.evaluation.measures import Measure, accuracy, mean_interval, wilson
+from keel.models import experts
 from keel.models.load import causal_lm, disable_dropout
 from keel.rundir.stage_run import StageRun
 from keel.stages import language, preference_rows, prepare, supervised_loop
@@ -126,8 +127,10 @@ def loss(
     setup: PreferenceSetup, pairs: Sequence[Pair], denominator: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of these pairs as their part of a step of `denominator` pairs, and metrics likewise."""
-    value, metrics = losses(setup, pairs)
-    return value.sum() / denominator, {name: x.sum() / denominator for name, x in metrics.items()}
+    with experts.collecting(setup.model) as routed:
+        value, metrics = losses(setup, pairs)
+    whole, of_experts = routed.added_to(value.sum() / denominator, len(pairs) / denominator)
+    return whole, {name: x.sum() / denominator for name, x in metrics.items()} | of_experts
 
 
 def evaluate(setup: PreferenceSetup, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -190,14 +193,17 @@ def unpaired_loss(
     """KTO's loss of these rows as their part of a step of `denominator` rows, and sums for
     `_unpaired_metrics`."""
     config, asked = setup.config, [row.response for row in rows]
-    logp = logps(setup.model, asked, setup.pad_id, setup.device)
+    with experts.collecting(setup.model) as routed:
+        logp = logps(setup.model, asked, setup.pad_id, setup.device)
     label = torch.tensor([row.label for row in rows], device=logp.device)
     weights = (config.beta, config.desirable_weight, config.undesirable_weight)
     value, metrics = preference.kto(logp, _references(setup, asked, logp), label, kl, *weights)
     rewards, detached = metrics["rewards"], logp.detach()
     side = torch.sign(rewards - config.beta * kl)
     right = (torch.where(label, side, -side) + 1) / 2
-    return value.sum() / denominator, {
+    whole, of_experts = routed.added_to(value.sum() / denominator, len(rows) / denominator)
+    return whole, {
+        **of_experts,
         "rewards/chosen": masked_sum(rewards, label),
         "rewards/rejected": masked_sum(rewards, ~label),
         "logps/chosen": masked_sum(detached, label),
@@ -211,7 +217,8 @@ def unpaired_loss(
 
 def _unpaired_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Means over the rows with a thumb up (chosen) and down (rejected); what has no rows is left out."""
-    means = {name: sums[name] for name in ("loss", "rewards/accuracies", "kl")}
+    of_all = ("loss", "rewards/accuracies", "kl", "router_aux_loss")
+    means = {name: sums[name] for name in of_all if name in sums}
     for label, names in (
         ("up", ("rewards/chosen", "logps/chosen")), ("down", ("rewards/rejected", "logps/rejected")),
     ):  # fmt: skip

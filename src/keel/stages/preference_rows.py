@@ -218,7 +218,7 @@ def reference_source(
     if config.reference is None:
         return None
     path = stage_run.resolve(config.reference)
-    reference = ModelSource(path, None, config.model.dtype, config.model.trust_remote_code)
+    reference = ModelSource(path, None, config.model.dtype, config.model.trust_remote_code, rows=source.rows)
     policy_config, reference_config = model_config(source), model_config(reference)
     ours, theirs = (c.get_text_config().vocab_size for c in (policy_config, reference_config))
     if ours != theirs:
@@ -406,7 +406,7 @@ def _states(
     prompts = torch.tensor([len(response.prompt) for response in responses], device=device)
     counts = lengths(responses, device)
     index = response_index(length_mask(counts, int(counts.max())), prompts, ids.shape[1])
-    return head_inputs(model, ids, index), ids.flatten()[index + 1]
+    return head_inputs(model, ids, index, lengths=prompts + counts), ids.flatten()[index + 1]
 
 
 def lengths(responses: Sequence[Response], device: torch.device) -> Tensor:

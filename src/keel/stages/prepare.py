@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,8 +19,10 @@ from keel.data.load import Dataset
 from keel.data.stored.records import picked
 from keel.errors import DataError, UsageError
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
-from keel.models.lora import Adapters, add_adapters, files_of, merged
-from keel.models.save import save
+from keel.models.lora import Adapters, add_adapters, files_of
+from keel.models.lora_targets import frozen_experts
+from keel.models.saved_check import save_checked
+from keel.models.tokenizer import rows_needed
 from keel.rundir.stage_run import StageRun
 from keel.types import Record, RecordType
 
@@ -30,9 +32,27 @@ if TYPE_CHECKING:
 
 def source_of(config: ModelConfig, stage_run: StageRun) -> ModelSource:
     """The config's model with another stage's name replaced by where that stage's model lies."""
+    source = source_without_rows(config, stage_run)
+    if not config.resize:
+        return source
+    path = str(source.path)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    return replace(source, rows=rows_needed(source, tokenizer, resize=True))
+
+
+def source_without_rows(config: ModelConfig, stage_run: StageRun) -> ModelSource:
+    """As `source_of`, as the model is before it is resized."""
     path = stage_run.resolve(config.path) if config.path else None
     init = config.init.model_dump() if config.init else None
-    return ModelSource(path, init, config.dtype, config.trust_remote_code, config.revision, config.quantize)
+    return ModelSource(
+        path,
+        init,
+        config.dtype,
+        config.trust_remote_code,
+        config.revision,
+        config.quantize,
+        config.router_aux_loss_coef,
+    )
 
 
 def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: bool = False) -> Any:
@@ -42,6 +62,8 @@ def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: 
     if path is None:
         raise UsageError(f"{stage_run.name}: a new model needs `tokenizer`; only a pretrain stage trains one")
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    if config.path:
+        rows_needed(source_without_rows(config, stage_run), tokenizer, resize=config.resize)
     if config.chat_template:
         tokenizer.chat_template = config.chat_template
     elif conversational:
@@ -55,7 +77,9 @@ def adapters_of(config: LoraConfig) -> Adapters:
     targets = (
         config.target_modules if isinstance(config.target_modules, str) else tuple(config.target_modules)
     )
-    return Adapters(config.r, config.alpha, config.dropout, targets)
+    parameters = config.target_parameters
+    parameters = tuple(parameters) if isinstance(parameters, list) else parameters
+    return Adapters(config.r, config.alpha, config.dropout, targets, parameters)
 
 
 def to_train(
@@ -66,6 +90,8 @@ def to_train(
     if config.lora:
         seed = derive_seed(stage_run.seed, "model")
         model = add_adapters(model, adapters_of(config.lora), seed, train_head=train_head)
+        if (line := frozen_experts(model)) is not None:
+            stage_run.say(f"{stage_run.name}: {line}")
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
@@ -203,7 +229,7 @@ def save_model(
     members: Sequence[Path] = (),
 ) -> None:
     """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with
-    it, as members/2, 3 …"""
+    it, as members/2, 3 … The model is used up. NotSavedError unless the saved model is the trained one."""
     base = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
     data = (
         [source for sources in config.data.values() for source in sources]
@@ -221,4 +247,7 @@ on {", ".join(source.source for source in data)}.
 The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
 """
     adapter = files_of(model, source_of(config.model, stage_run), base)
-    save(merged(model), tokenizer, stage_run.directory / "model", card, members, adapter)
+    save_checked(
+        model, tokenizer, stage_run.directory / "model", card, members, adapter,
+        trust_remote_code=config.model.trust_remote_code, say=stage_run.say,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from keel.models.load import (
     scorer,
     scorer_without_weights,
 )
+from keel.models.tokenizer import with_own_pad
 from keel.rewards import learned
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rundir.stage_run import StageRun
@@ -73,6 +75,8 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     sampled = _samples_a_language_model(config, stage_run, source)
     tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
     limit = prepare.limit_of(config, stage_run, source)
+    language_model, replies = source, tokenizer  # that samples are drawn from
+    source, tokenizer = with_own_pad(source, copy.deepcopy(tokenizer))
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     equal = prepare.EqualPairs(stage_run)
@@ -82,7 +86,7 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     )
     too_long.report()
     equal.report()
-    samples = _sample(config, stage_run, source, tokenizer, limit, records) if sampled else []
+    samples = _sample(config, stage_run, language_model, replies, limit, records) if sampled else []
     prepared = Prepared(source, tokenizer, pairs, held_out_pairs, samples)
 
     if config.members == 1:

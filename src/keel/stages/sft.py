@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,15 @@ from keel.data import chat
 from keel.data.batches import pack_examples
 from keel.data.stored.tokens import Tokens
 from keel.errors import UsageError
-from keel.models.load import causal_lm, model_config
+from keel.models import packing
+from keel.models.load import causal_lm
 from keel.rundir.stage_run import StageRun
 from keel.stages import language, lazy_rows, prepare
 from keel.stages.lazy_rows import LazyRows
 from keel.types import Record, TextRecord
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
@@ -37,12 +39,13 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
             raise UsageError(
                 f"{stage_run.name}: packing needs max_length; the model's config names no context length"
             )
-        _refuse_windows(stage_run, model_config(source), limit)
         rows = _packed(rows, limit)
 
     model = prepare.to_train(
         causal_lm(source, language.model_seed(stage_run), vocab=tokenizer), config, stage_run
     )
+    if config.packing:
+        _try_packing(stage_run, model, rows)
     result = language.fit(stage_run, config, model, chat.ensure_pad(tokenizer), rows, held_out_rows)
     prepare.save_model(stage_run, model, tokenizer, config, "A supervised fine-tuned language model")
     return result
@@ -94,20 +97,18 @@ def _packed(rows: Sequence[language.LanguageRow], limit: int) -> Sequence[langua
     return [_pack([rows[i] for i in group]) for group in groups]
 
 
+def _try_packing(stage_run: StageRun, model: Any, rows: Sequence[language.LanguageRow]) -> None:
+    """UsageError where the model cannot read the rows as packed, before anything is trained."""
+    longest = max(max(Counter(row.segments or ()).values(), default=0) for row in rows)
+    try:
+        packing.way_of(model, longest)
+    except UsageError as error:
+        raise UsageError(f"{stage_run.name}: {error}") from None
+
+
 def _pack(examples: list[language.LanguageRow]) -> language.LanguageRow:
     return language.LanguageRow(
         [token for row in examples for token in row.ids],
         [counts for row in examples for counts in row.counts],
         [number for number, row in enumerate(examples) for _ in row.ids],
     )
-
-
-def _refuse_windows(stage_run: StageRun, config: PreTrainedConfig, length: int) -> None:
-    """A packed row brings its own attention mask, which would take the place of a model's sliding window."""
-    for name in ("sliding_window", "window_size", "attention_window"):
-        window = getattr(config, name, None)
-        if isinstance(window, int) and window < length:
-            raise UsageError(
-                f"{stage_run.name}: packing rows of {length} tokens would undo the model's attention window "
-                f"of {window}; set packing: false or max_length: {window}"
-            )

@@ -15,6 +15,7 @@ bring and which is the response's own; and tags in a reply that the model would 
 """
 
 from keel.data.chat.batching import batched
+from keel.data.chat.rendering import asks_for_date, on_date
 from keel.data.chat.reply import reply_end
 from keel.data.chat.special import added_vocab, declare_ends, ensure_pad, eos_id, eos_ids
 from keel.data.chat.template import (
@@ -25,7 +26,14 @@ from keel.data.chat.template import (
     template_facts,
     with_chat_template,
 )
-from keel.data.chat.text import completion_text, opened_thought, prompt_text, reply_text, user_text
+from keel.data.chat.text import (
+    completion_text,
+    opened_thought,
+    prompt_tags,
+    prompt_text,
+    reply_text,
+    user_text,
+)
 from keel.data.chat.turns import (
     TextRow,
     completion_ids,
@@ -43,6 +51,7 @@ __all__ = [
     "TemplateFacts",
     "TextRow",
     "added_vocab",
+    "asks_for_date",
     "batched",
     "closing_tag",
     "completion_ids",
@@ -53,9 +62,11 @@ __all__ = [
     "eos_id",
     "eos_ids",
     "is_trained",
+    "on_date",
     "opened_tag",
     "opened_thought",
     "prompt_ids",
+    "prompt_tags",
     "prompt_text",
     "reply_end",
     "reply_text",

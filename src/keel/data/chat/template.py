@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat.placeholders import Placeholders, Text, mapped, placeholders, texts_of
+from keel.data.chat.rendering import apply, apply_marked, today
 from keel.data.chat.special import (
     eos_ids,
     named_specials,
@@ -110,7 +110,7 @@ def template_facts(
         raise UsageError(
             "the data are conversations, but the tokenizer has no chat template: set `chat_template`"
         )
-    state = (str(tokenizer.chat_template), len(tokenizer), eos_ids(tokenizer))
+    state = (str(tokenizer.chat_template), len(tokenizer), eos_ids(tokenizer), today())
     known = _facts.get(tokenizer)
     if known is None or known[0] != state:
         known = _facts[tokenizer] = (state, {})
@@ -180,17 +180,8 @@ class Transcript:
 
     def marked(self, count: int) -> list[tuple[int, int]]:
         """Spans of the rendered `count` turns that the template marks as generated."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         messages, more = _request(self.copies[0][:count], self.facts)
-        names = {**self.tokenizer.special_tokens_map, **more}
-        _, marks = cast(
-            Any,
-            render_jinja_template(
-                [messages], chat_template=self.facts.source, return_assistant_tokens_mask=True, **names
-            ),
-        )
-        return [(start, end) for start, end in marks[0]]
+        return apply_marked(self.tokenizer, messages, more)
 
     def text(self, rendered: str) -> Text:
         """Rendered text with the written tags in their places again."""
@@ -314,14 +305,7 @@ def _repr_shows(message: Mapping[str, Any], text: str) -> bool:
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: Any, generation: bool, more: Mapping[str, Any]
 ) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, **more
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        roles = ", ".join(turn["role"] for turn in messages)
-        raise UsageError(f"the chat template refuses the roles {roles}: {error}") from None
-    return token_string(text)
+    return token_string(apply(tokenizer, messages, generation, more))
 
 
 def _check_shown(turns: Conversation, more: Mapping[str, Any], text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from keel.data.chat.special import eos_ids, id_of, named_specials, special_ids
 from keel.data.chat.template import Transcript, opened_tag, template_facts
 from keel.types import Conversation, Prompt
 
+_TAGS = re.compile(r"(?:</?[\w.:-]+>\s*)+$")
 _TAIL = 24  # tokens at a prompt's end that hold the tag of an open thought, however it is cut
 
 
@@ -42,6 +44,13 @@ def user_text(prompt: Prompt) -> str:
 def opened_thought(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The tag of a thought that a prompt's tokens leave open, as "<think>"; "" where they open none."""
     return opened_tag(str(tokenizer.decode(list(ids[-_TAIL:]), skip_special_tokens=False)))
+
+
+def prompt_tags(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The tags that a prompt's tokens end in, as the template begins a reply: "<think>\\n", or
+    "<think>\\n\\n</think>\\n\\n"; "" where they end in none."""
+    match = _TAGS.search(str(tokenizer.decode(list(ids[-_TAIL:]), skip_special_tokens=False)))
+    return match[0] if match else ""
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, tags: bool = True) -> str:

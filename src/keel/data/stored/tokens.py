@@ -20,6 +20,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from keel.data import chat
+from keel.data.chat import rendering
 from keel.data.stored.arrow import BLOCK, Array, Blocks, BlockWriter, list_of, offsets_of
 from keel.data.stored.cache import FACTS, Cache, name_of
 from keel.data.stored.records import JoinedRows, PickedRows, Rows, StoredRows, release
@@ -234,7 +235,7 @@ def tokenizer_print(tokenizer: PreTrainedTokenizerBase) -> str:
     more = [
         type(tokenizer).__qualname__,
         template,
-        str(datetime.date.today()) if "strftime_now" in template else "",
+        f"{rendering.today()} {datetime.date.today()}" if chat.asks_for_date(template, given=True) else "",
         repr(sorted(tokenizer.special_tokens_map.items())),
         repr(sorted((i, repr(token)) for i, token in tokenizer.added_tokens_decoder.items())),
         repr(getattr(tokenizer, "keel_end_ids", ())),

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from keel.data.chat import rendering
 from keel.data.stored.tokens import Preparation, Task, work
 from keel.errors import KeelError
 from keel.types import Record
@@ -43,7 +44,7 @@ def do(
 ) -> list[tuple[int, int]]:
     """Every task, what each has made in their order; the error is the first task's that has one."""
     count = min(preparation.workers, len(tasks))
-    setting = _pickled(rows, tokenizer, folder) if count > 1 else None
+    setting = _pickled(rows, tokenizer, folder, rendering.today()) if count > 1 else None
     if setting is None:
         made: list[tuple[int, int]] = []
         for task in tasks:
@@ -144,11 +145,12 @@ def serve() -> None:
     os.dup2(2, 1)  # what a tokenizer's own code prints must not end up among the replies
     asked = sys.stdin.buffer
     try:
-        rows, tokenizer, folder = pickle.loads(_receive(asked))
+        rows, tokenizer, folder, day = pickle.loads(_receive(asked))
         while True:
             task = pickle.loads(_receive(asked))
             try:
-                result: Any = work(rows, tokenizer, task, folder)
+                with rendering.on_date(day.date, given=day.given):  # templates write the run's date
+                    result: Any = work(rows, tokenizer, task, folder)
             except Exception as error:
                 result = _portable(error)
             _send(replies, pickle.dumps(result))
@@ -192,6 +194,7 @@ class Shown:
         self._began: dict[str, float] = {}
 
     def __call__(self, what: str, done: int, of: int) -> None:
-        began = self._began.setdefault(what, time.monotonic())
-        if sys.stderr.isatty() and time.monotonic() - began > 2:
+        now = time.monotonic()
+        began = self._began.setdefault(what, now)
+        if sys.stderr.isatty() and now - began > 2:
             self.progress(what, done, of, {})

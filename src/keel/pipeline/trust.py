@@ -1,0 +1,71 @@
+"""Code that a config brings, and the folders whose configs may bring some.
+
+`reward: python:…` and `trust_remote_code` run code of whoever wrote the config or made the model. Nothing but
+a run needs that: a plan reads the files instead. A person allows it once a folder; which folders those are
+stands in a file of the user's (`$KEEL_STATE`, else `$XDG_STATE_HOME/keel`, else ~/.local/state/keel).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from keel.config import RunConfig
+from keel.rewards import loading
+from keel.rundir.checkpoint import write_json
+
+_FILE = "trusted.json"
+
+
+def code_of(config: RunConfig) -> list[str]:
+    """What a config would run besides keel and installed packages, a line each: "reward NAME: FILE (function
+    F)", "model M: the Python that comes with it". Nothing is imported."""
+    lines: list[str] = []
+    for name, stage in config.stages.items():
+        for term in stage.reward_terms():
+            if term.kind == "python":
+                file = loading.source_file(term.function)
+                lines.append(f"{name}: reward {term.function}" + (f" ({file})" if file else ""))
+        if stage.trusts_remote_code:
+            models = [model for _, model in stage.references() if model not in config.stages]
+            lines += [f"{name}: Python that comes with {model} (trust_remote_code)" for model in models]
+    return list(dict.fromkeys(lines))
+
+
+def is_trusted(config: Path) -> bool:
+    """Whether code of configs in this config's folder may be run: the user has said so once."""
+    return str(_folder_of(config)) in _folders()
+
+
+def remember(config: Path) -> Path:
+    """Trust the folder that a config lies in from now on; returns it. A state folder that cannot be written
+    is no error: the user is asked again."""
+    folder = _folder_of(config)
+    with contextlib.suppress(OSError):
+        place = state_folder()
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / _FILE, {"folders": sorted({*_folders(), str(folder)})})
+    return folder
+
+
+def state_folder() -> Path:
+    """Where what keel remembers of its user lies."""
+    named = os.environ.get("KEEL_STATE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "keel"
+
+
+def _folder_of(config: Path) -> Path:
+    return config.expanduser().resolve().parent
+
+
+def _folders() -> list[str]:
+    try:
+        known = json.loads((state_folder() / _FILE).read_text(encoding="utf-8"))
+        return [folder for folder in known["folders"] if isinstance(folder, str)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
