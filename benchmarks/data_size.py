@@ -9,7 +9,8 @@ start of the stage's run to its first step, imports left out, and `cpu` the proc
 workers included, which say more where a machine is shared; `again` the same for a second start, after the
 first one was killed at its first step; memory is the largest sum of the proportional set sizes (PSS) of the
 process and its workers, in MiB, sampled twice a second. The largest resident size of the main process, as
-the kernel counts it, stands beside it. With --against another version of keel starts once on the same rows, before.
+the kernel counts it, stands beside it.
+With --against another version of keel starts once on the same rows, before.
 """
 
 from __future__ import annotations
