@@ -245,7 +245,7 @@ def test_another_version_of_a_kind_runs_its_stage_again(install, tiny_model, tmp
     with (site / "keel_soup.py").open("a") as file:
         file.write("# other\n")
     Pipeline(parse(_soup(tiny_model)), tmp_path / "run", said.append).run()
-    assert said[1] == "mixed: run again, since what other packages add to it changed (keel.stages soup)"
+    assert said[2] == "mixed: run again, since what other packages add to it changed (keel.stages soup)"
 
 
 def test_settings_of_an_added_kind_are_checked_like_keels_own(install, tiny_model):

@@ -165,7 +165,7 @@ def test_what_a_verdict_by_the_proxy_is_worth_follows_from_the_rewards(kinds, sa
         "reference": "sft",
         "models": {"sft": {"proxy": found}, "ppo": {"proxy": found, "proxy_lift": lift}},
     }
-    judge = {"kind": "evaluate", "reward": [{"kind": kind} for kind in kinds]}
+    judge = {"kind": "evaluate", "models": ["sft", "ppo"], "reward": [{"kind": kind} for kind in kinds]}
     (one,) = verdict(result, {"stages": {"judge": judge}})
     assert [note for note in one.notes if note.startswith("Judged by")][:1] == (
         [] if not said else [one.notes[0]]

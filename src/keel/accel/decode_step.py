@@ -22,7 +22,7 @@ from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
 from keel.accel.decode_trial import Step as AnyStep
 from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
-from keel.accel.modules import plain_of, surrounded
+from keel.accel.modules import plain_of, surrounded, with_cache
 from keel.accel.patches import disabled, enabled, trusted
 from keel.accel.trial_inputs import beyond_windows
 
@@ -201,7 +201,7 @@ def keeps_slots(model: nn.Module, longest: int = 0) -> bool:
             with disabled():
                 return plain(
                     input_ids=newest[:, None], attention_mask=None if mask is None else mask.long(),
-                    position_ids=slots.positions[:, None], past_key_values=slots.cache, use_cache=True,
+                    position_ids=slots.positions[:, None], **with_cache(plain, slots.cache),
                 ).logits[:, -1]  # fmt: skip
 
         return step

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from keel.accel.kv_slots import Slots
-from keel.accel.modules import logits_of_last, plain_of, undisturbed
+from keel.accel.modules import logits_of_last, plain_of, undisturbed, with_cache
 from keel.accel.patches import difference, disabled
 from keel.accel.trial_inputs import trial_ids
 
@@ -79,5 +79,5 @@ def _prompts_read(model: nn.Module, prompts: list[tuple[int, ...]], device: torc
     ids = torch.tensor([[*[0] * (longest - len(row)), *row] for row in prompts], device=device)
     real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
     cache, positions = DynamicCache(), (real.cumsum(1) - 1).clamp(min=0)
-    model(input_ids=ids, attention_mask=real, position_ids=positions, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, attention_mask=real, position_ids=positions, **with_cache(model, cache))
     return cache

@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from keel.accel.attention import KERNELS, NAME, Rows, attend, mask_for, rows_of
-from keel.accel.modules import pulled, surrounded, twin_parameters, undisturbed
+from keel.accel.modules import cache_argument, pulled, surrounded, twin_parameters, undisturbed
 from keel.accel.norm_and_rope import apply_rope
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
 
@@ -170,9 +170,10 @@ def _differs(trunk: Any, layer: _Layer) -> str | None:
             cases.append((name, at_index(_narrow(layer, index, x, given, angles)), theirs))
         whole, caches = cases[0][2], [DynamicCache(), DynamicCache()]
         number: Any = layer.self_attn.layer_idx
-        cached = at_index(own(layer, x, position_embeddings=angles, past_key_values=caches[0]))
+        theirs, ours = ({cache_argument(own): cache} for cache in caches)  # by the name that the model uses
+        cached = at_index(own(layer, x, position_embeddings=angles, **theirs))
         cases.append(
-            ("states with a cache", at_index(_narrow(layer, index, x, None, angles, caches[1])), cached)
+            ("states with a cache", at_index(_narrow(layer, index, x, None, angles, **ours)), cached)
         )
         kept = zip(
             *(((c.layers[number].keys, c.layers[number].values)) for c in reversed(caches)), strict=True
@@ -205,10 +206,12 @@ def _narrow(
     attention_mask: Tensor | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     **more: object,
 ) -> Tensor:
-    """`layer`'s forward on (B, S, d) hidden states, at `index` alone. past_key_values: an empty cache, which
-    gets the keys and values of all positions."""
+    """`layer`'s forward on (B, S, d) hidden states, at `index` alone. past_key_values, or cache, which is its
+    name from transformers 5.24 on: an empty one, which gets the keys and values of all positions."""
+    cache = past_key_values if cache is None else cache
     assert position_embeddings is not None, "the trunk rotates"
     rows_, length, width = hidden_states.shape
     attention = layer.self_attn
@@ -226,8 +229,8 @@ def _narrow(
     cos, sin = (angle.expand(rows_, length, -1) for angle in position_embeddings)
     k = _rotated(k, cos.unsqueeze(2), sin.unsqueeze(2))
     k, v = ((x if rows is None else rows.laid_out(x)).transpose(1, 2) for x in (k, v))
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, attention.layer_idx)
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
     q = _rotated(q, *(angle.flatten(0, 1).index_select(0, index).unsqueeze(1) for angle in (cos, sin)))
     attended, _ = attend(
         attention,

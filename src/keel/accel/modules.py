@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar, Protocol, SupportsIndex
 
 import torch
@@ -82,6 +83,18 @@ def logits_of_last(model: Any, count: int = 1) -> dict[str, int]:
     """The argument by which a model makes logits of the last positions only, where it has one."""
     takes = inspect.signature(plain_of(model).forward).parameters
     return {"logits_to_keep": count} if "logits_to_keep" in takes else {}
+
+
+@cache
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name under which a forward takes a cache: "cache" from transformers 5.24 on, "past_key_values"
+    before and in models that have not changed."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def with_cache(model: Any, kept: Any) -> dict[str, Any]:
+    """The arguments by which a model goes on from a cache, and fills it."""
+    return {cache_argument(type(plain_of(model)).forward): kept, "use_cache": True}
 
 
 def transformed() -> bool:

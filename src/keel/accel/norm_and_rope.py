@@ -9,8 +9,9 @@ a kind by what it computes, and its own forward still runs for anything but floa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from types import FunctionType
 from typing import Any
 
@@ -18,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from keel.accel.modules import Kept, Patched, patched_class, pulled, transformed, twin_parameters
+from keel.accel.modules import (
+    Kept,
+    Patched,
+    cache_argument,
+    patched_class,
+    pulled,
+    transformed,
+    twin_parameters,
+)
 from keel.accel.patches import difference, disabled, enabled, refuse, tried
 
 # classes that are known to be such norms, and to rotate so
@@ -155,7 +164,7 @@ def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def _rotation_of(kind: type[nn.Module]) -> Any:
     """The function by which the module's forward rotates; None if it does not."""
-    forward: Any = kind.forward
+    forward: Any = inspect.unwrap(kind.forward)  # transformers 5.24 wraps it to rename an argument
     if ROTATION not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return None
     return forward.__globals__.get(ROTATION)
@@ -203,8 +212,26 @@ def _with_rotation(
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
 
+    bare = inspect.unwrap(own)
     forward = FunctionType(
-        own.__code__, {**own.__globals__, ROTATION: rotate}, own.__name__, own.__defaults__, own.__closure__
+        bare.__code__,
+        {**bare.__globals__, ROTATION: rotate},
+        bare.__name__,
+        bare.__defaults__,
+        bare.__closure__,
     )
-    forward.__kwdefaults__ = own.__kwdefaults__
-    return patched_class(kind, "norm_and_rope", forward)
+    forward.__kwdefaults__ = bare.__kwdefaults__
+    return patched_class(kind, "norm_and_rope", forward if bare is own else _with_former_names(forward))
+
+
+def _with_former_names(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that also takes its cache by its name before transformers 5.24, as the wrapped one does."""
+
+    @wraps(forward)
+    def renamed(self: nn.Module, *given: Any, **named: Any) -> Any:
+        former = named.pop("past_key_values", None)
+        if former is not None:
+            named[cache_argument(forward)] = former
+        return forward(self, *given, **named)
+
+    return renamed

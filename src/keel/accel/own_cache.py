@@ -24,7 +24,7 @@ from keel.accel.patches import difference, disabled, trusted
 from keel.accel.trial_inputs import trial_ids, trial_length
 
 STEPS = 5  # of the trial
-CACHES = ("past_key_values", "cache_params")  # names of arguments that take one
+CACHES = ("cache", "past_key_values", "cache_params")  # names of arguments that take one
 
 
 _makes_none: WeakSet[nn.Module] = WeakSet()  # models that take a cache and make none

@@ -176,7 +176,7 @@ def _by_the_proxy(by: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     if by != "proxy":
         return ()
     stages = (config.get("stages") or {}).values()
-    judges = [stage for stage in stages if isinstance(stage, Mapping) and stage.get("kind") == "evaluate"]
+    judges = [stage for stage in stages if isinstance(stage, Mapping) and "models" in stage]  # it compares
     terms = [term for judge in judges for term in judge.get("reward") or [] if isinstance(term, Mapping)]
     kinds = {str(term.get("kind")) for term in terms if term.get("weight") != 0}
     if kinds == {"answer"}:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from keel.accel import decode_graphs, decode_static, decode_step, own_cache
 from keel.accel.kv_slots import Slots
 from keel.accel.last_layer import last_layer_at
-from keel.accel.modules import evaluating, logits_of_last
+from keel.accel.modules import evaluating, logits_of_last, with_cache
 from keel.data.chat import reply_text
 from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
@@ -190,7 +190,7 @@ def _read(
     with last_layer_at(model, last, ids.shape):
         output = model(
             input_ids=ids, attention_mask=own.long(), position_ids=(own.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache, use_cache=True, **logits_of_last(model),
+            **with_cache(model, cache), **logits_of_last(model),
         )  # fmt: skip
     source = [where[prompt] for prompt in prompts]
     index = torch.tensor(source, device=device)
@@ -206,6 +206,5 @@ def _step(model: PreTrainedModel, newest: Tensor, slots: Slots) -> Tensor:
         input_ids=newest[:, None],
         attention_mask=None if mask is None else mask.long(),
         position_ids=slots.positions[:, None],
-        past_key_values=slots.cache,
-        use_cache=True,
+        **with_cache(model, slots.cache),
     ).logits[:, -1]
