@@ -193,16 +193,17 @@ class AdapterFiles:
         save_file(dict(self.tensors), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def files_of(model: Any, source: ModelSource, name: str) -> AdapterFiles | None:
+def files_of(model: Any, source: ModelSource) -> AdapterFiles | None:
     """The adapter of a model, before it is merged; None where the model has none or starts from nothing.
 
-    name: how the base is called in the adapter's settings (peft's `base_model_name_or_path`).
+    Its settings call the base by what peft opens from anywhere: a whole path, or a hub id with its revision.
     """
     if not hasattr(model, "peft_config") or source.path is None:
         return None
-    scores = "SequenceClassification" in type(model.get_base_model()).__name__
+    scores, folder = "SequenceClassification" in type(model.get_base_model()).__name__, Path(source.path)
     settings = model.active_peft_config.to_dict() | {
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": str(folder.resolve()) if folder.exists() else source.path,
+        "revision": source.revision,
         "inference_mode": True,
         "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
     }

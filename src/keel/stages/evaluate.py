@@ -191,7 +191,7 @@ def _all_judged(
         judged.append(
             JudgedCompletion(
                 prompt,
-                text.strip(),
+                text,
                 kls[index],
                 len(completion.ids),
                 completion.stop_reason,

@@ -249,7 +249,7 @@ tags: [keel, rlhf, {config.kind}]  # stage kind
 on {", ".join(source.source for source in data)}.
 The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
 """
-    adapter = files_of(model, source_of(config.model, stage_run), base)
+    adapter = files_of(model, source_of(config.model, stage_run))
     save_checked(
         model, tokenizer, stage_run.directory / "model", card, members, adapter,
         trust_remote_code=config.model.trust_remote_code, say=stage_run.say,

@@ -30,7 +30,7 @@ def run(config: PretrainConfig, stage_run: StageRun) -> dict[str, Any]:
     source = prepare.source_of(config.model, stage_run)
     if config.model.init is not None and config.model.tokenizer is None:
         # the texts held out are not seen by the tokenizer either
-        limit = config.max_length or context_length(model_config(source)) or 512
+        limit = context_length(model_config(source)) or config.max_length or 512
         texts = [_plain(record) for record in records]
         tokenizer = train_tokenizer(texts, config.model.vocab_size or DEFAULT_VOCABULARY, limit)
         chat.with_chat_template(tokenizer)
