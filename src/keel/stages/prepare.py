@@ -17,6 +17,7 @@ from keel.data.holdout import hold_out
 from keel.data.identity import shared
 from keel.data.load import Dataset
 from keel.errors import DataError, UsageError
+from keel.models import model_card
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
 from keel.models.lora import Adapters, add_adapters, files_of
 from keel.models.lora_targets import notes
@@ -233,22 +234,22 @@ def save_model(
 ) -> None:
     """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with
     it, as members/2, 3 … The model is used up. NotSavedError unless the saved model is the trained one."""
-    base = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
     data = (
         [source for sources in config.data.values() for source in sources]
         if isinstance(config.data, dict)
         else config.data
     )
-    card = f"""---
-library_name: transformers
-tags: [keel, rlhf, {config.kind}]  # stage kind
----
-# {stage_run.name}
-
-{what}, trained by keel {keel.__version__} ({config.kind}) from {base}
-on {", ".join(source.source for source in data)}.
-The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
-"""
+    named = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
+    about = (
+        f"{what}, trained by keel {keel.__version__} ({config.kind}) from {named} on "
+        f"{', '.join(source.source for source in data)}. `keel export RUN/{stage_run.name} --to hub` writes "
+        "a card with settings, measures and diagnosis."
+    )
+    head = {"library_name": "transformers", "tags": ["keel", "rlhf", config.kind]}
+    base = stage_run.resolve(config.model.path) if config.model.path else None
+    plain: Any = model
+    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    card = model_card.saved(head, stage_run.name, about, base, plain, tokenizer)
     adapter = files_of(model, source_of(config.model, stage_run))
     save_checked(
         model, tokenizer, stage_run.directory / "model", card, members, adapter,
