@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from keel.errors import UsageError
 from keel.models.checkpoint_files import fault_in
 from keel.models.load import ModelSource, causal_lm, load_tokenizer, model_config, scorer
 from keel.models.lora import settings_of
+from keel.models.tokenizer import check_reads
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 WEIGHTS = "model.safetensors"
@@ -180,3 +187,30 @@ def test_a_tied_checkpoint_that_stores_its_head_alone_is_whole(tied: Path, tmp_p
         (scorer(source, 0, labels=["a", "b"]), scorer(ModelSource(str(tied)), 0, labels=["a", "b"])),
     ):
         assert torch.equal(found(ids).logits, expected(ids).logits)
+
+
+def test_a_tokenizer_that_knows_few_of_the_words_of_the_data_is_refused(
+    tmp_path: Path, tiny_model: Path, data: Any, run: Any
+) -> None:
+    """Before anything trains, with the share of what it does not know."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "cat": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    shutil.copytree(tiny_model, tmp_path / "m")
+    other = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    other.save_pretrained(tmp_path / "m")
+    stage = {"kind": "sft", "model": str(tmp_path / "m"), "data": str(data.demonstrations), "max_steps": 1}
+    with pytest.raises(UsageError, match=r"cannot read the data: \d+ of \d+ tokens are <unk>"):
+        run({"stages": {"sft": stage}}, tmp_path / "run")
+
+
+def test_unknown_tokens_are_no_fault_where_they_are_few() -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "cat": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    check_reads(tokenizer, ["cat cat cat dog", ""], "t")
+    check_reads(tokenizer, [""], "t")
+    with pytest.raises(UsageError, match="2 of 5 tokens are <unk>"):
+        check_reads(tokenizer, ["cat cat cat dog", "dog"], "t")
+    nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    with pytest.raises(UsageError, match="there is no token"):
+        check_reads(nothing, ["cat"], "t")

@@ -39,7 +39,9 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. prompts  2. n scored samples of each  3. the best ones  4. supervised fine-tuning  5. save."""
     dataset = prepare.read(stage_run, config.data, ("prompt",))
     source = prepare.source_of(config.model, stage_run)
-    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    tokenizer = prepare.open_tokenizer(
+        config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
+    )
     limit = prepare.limit_of(config, stage_run, source)
     room = prepare.room_of(stage_run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)

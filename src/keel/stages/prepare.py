@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,12 +22,14 @@ from keel.models.load import ModelSource, checkpoint_activations, context_length
 from keel.models.lora import Adapters, add_adapters, files_of
 from keel.models.lora_targets import notes
 from keel.models.saved_check import save_checked
-from keel.models.tokenizer import rows_needed
+from keel.models.tokenizer import check_reads, rows_needed
 from keel.rundir.stage_run import StageRun
-from keel.types import Record, RecordType
+from keel.types import DemonstrationRecord, PreferenceRecord, Record, RecordType, TextRecord, UnpairedRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+READ_FIRST, READ_CHARACTERS = 64, 2_000  # rows, and of each text, that a tokenizer is tried on
 
 
 def source_of(config: ModelConfig, stage_run: StageRun) -> ModelSource:
@@ -55,9 +57,11 @@ def source_without_rows(config: ModelConfig, stage_run: StageRun) -> ModelSource
     )
 
 
-def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: bool = False) -> Any:
+def open_tokenizer(
+    config: ModelConfig, stage_run: StageRun, *, conversational: bool = False, reads: Sequence[Record] = ()
+) -> Any:
     """The model's tokenizer, with the config's chat template, or keel's default one where conversations need
-    one."""
+    one. reads: rows, of which it must know the words (`check_reads`)."""
     path = config.tokenizer or (stage_run.resolve(config.path) if config.path else None)
     if path is None:
         raise UsageError(f"{stage_run.name}: a new model needs `tokenizer`; only a pretrain stage trains one")
@@ -69,7 +73,20 @@ def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: 
     elif conversational:
         chat.with_chat_template(tokenizer)
     chat.ensure_pad(tokenizer)
+    check_reads(tokenizer, _words(reads[:READ_FIRST]), path)
     return tokenizer
+
+
+def _words(records: Sequence[Record]) -> Iterator[str]:
+    """What people wrote in rows, the start of each text."""
+    for record in records:
+        parts = [record.text if isinstance(record, TextRecord) else record.prompt]
+        if isinstance(record, DemonstrationRecord | UnpairedRecord):
+            parts.append(record.completion)
+        if isinstance(record, PreferenceRecord):
+            parts += [record.chosen, record.rejected]
+        for part in parts:
+            yield chat.completion_text(part)[:READ_CHARACTERS]
 
 
 def adapters_of(config: LoraConfig) -> Adapters:

@@ -37,7 +37,9 @@ def run(config: PretrainConfig, stage_run: StageRun) -> dict[str, Any]:
         if config.model.chat_template:
             tokenizer.chat_template = config.model.chat_template
     else:
-        tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+        tokenizer = prepare.open_tokenizer(
+            config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
+        )
     length = prepare.limit_of(config, stage_run, source)
     if length is None:
         raise UsageError(f"{stage_run.name}: set max_length; the model's config names no context length")
