@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,7 @@ from keel.data.batches import derive_seed
 from keel.data.holdout import hold_out
 from keel.data.identity import shared
 from keel.data.load import Dataset
+from keel.data.stored.records import picked
 from keel.errors import DataError, UsageError
 from keel.models import model_card
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
@@ -29,7 +31,7 @@ from keel.types import DemonstrationRecord, PreferenceRecord, Record, RecordType
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-READ_FIRST, READ_CHARACTERS = 64, 2_000  # rows, and of each text, that a tokenizer is tried on
+READ_FIRST, READ_CHARACTERS = 64, 2_000  # texts, and of each, that a tokenizer is tried on
 
 
 def source_of(config: ModelConfig, stage_run: StageRun) -> ModelSource:
@@ -73,12 +75,17 @@ def open_tokenizer(
     elif conversational:
         chat.with_chat_template(tokenizer)
     chat.ensure_pad(tokenizer)
-    check_reads(tokenizer, _words(reads[:READ_FIRST]), path)
+    check_reads(tokenizer, first_words(_words(reads)), path)
     return tokenizer
 
 
+def first_words(texts: Iterable[str]) -> Iterator[str]:
+    """The starts of the first texts, which a tokenizer is tried on."""
+    return (text[:READ_CHARACTERS] for text in islice(texts, READ_FIRST))
+
+
 def _words(records: Sequence[Record]) -> Iterator[str]:
-    """What people wrote in rows, the start of each text."""
+    """What people wrote in rows."""
     for record in records:
         parts = [record.text if isinstance(record, TextRecord) else record.prompt]
         if isinstance(record, DemonstrationRecord | UnpairedRecord):
@@ -86,7 +93,7 @@ def _words(records: Sequence[Record]) -> Iterator[str]:
         if isinstance(record, PreferenceRecord):
             parts += [record.chosen, record.rejected]
         for part in parts:
-            yield chat.completion_text(part)[:READ_CHARACTERS]
+            yield chat.completion_text(part)
 
 
 def adapters_of(config: LoraConfig) -> Adapters:
@@ -121,7 +128,7 @@ def read(stage_run: StageRun, data: Sequence[DataConfig], accept: Sequence[Recor
 
 def train_and_eval(
     config: Supervised, stage_run: StageRun, accept: Sequence[RecordType]
-) -> tuple[Dataset, list[Record], list[Record]]:
+) -> tuple[Dataset, Sequence[Record], Sequence[Record]]:
     """The data set, and its rows to train on and to evaluate on."""
     dataset = read(stage_run, config.data, accept)
     repeats = dataset.keys.repeats()
@@ -133,16 +140,12 @@ def train_and_eval(
     if config.eval_data is not None:
         evaluated = read(stage_run, config.eval_data, (dataset.kind,))
         stage_run.facts["held_out_seen"] = shared(evaluated.keys.prompts, dataset.keys.prompts)
-        return dataset, list(dataset.records), list(evaluated.records)
+        return dataset, dataset.records, evaluated.records
     split = hold_out(
         dataset.records, dataset.keys, config.holdout, stage_run.seed, config.group, f"{stage_run.name}: "
     )
     stage_run.facts["held_out_seen"] = 0  # by the way they are chosen
-    return (
-        dataset,
-        [dataset.records[i] for i in split.train],
-        [dataset.records[i] for i in split.held_out],
-    )
+    return dataset, picked(dataset.records, split.train), picked(dataset.records, split.held_out)
 
 
 def limit_of(config: Training, stage_run: StageRun, source: ModelSource) -> int | None:
