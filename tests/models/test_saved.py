@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_an_adapter_on_tied_weights_is_the_same_merged_reloaded_and_in_peft(
     adapters = Adapters(r=4, target_modules=named.get(targets, targets))
     model = _trained(add_adapters(causal_lm(source, 0), adapters, 0))
     expected = _logits(model)
-    files = files_of(model, source, str(source.path))
+    files = files_of(model, source)
     save_checked(model, tokenizer, tmp_path / "out", "card", adapter=files)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(_logits(again), expected, rtol=1e-3, atol=1e-4)
@@ -326,3 +327,28 @@ def test_a_token_that_stands_for_images_needs_no_row(tokenizer: Any, tmp_path: P
     longer.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
     assert rows_needed(source, longer, resize=False) is None
     assert known_ids(longer) == len(tokenizer) + 1
+
+
+def test_an_adapter_names_its_base_so_that_peft_finds_it_from_anywhere(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its whole path, though the config named it by a relative one."""
+    source = _saved("llama", tmp_path / "base", tokenizer, tie_word_embeddings=False)
+    monkeypatch.chdir(tmp_path)
+    source = replace(source, path="base")
+    model = _trained(add_adapters(causal_lm(source, 0), Adapters(r=4), 0))
+    expected, files = _logits(model), files_of(model, source)
+    save_checked(model, tokenizer, tmp_path / "out", "card", adapter=files)
+    monkeypatch.chdir("/")
+    settings = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter").eval()
+    torch.testing.assert_close(_logits(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_on_a_model_of_the_hub_names_it_with_its_revision(tiny_model: Path) -> None:
+    model = add_adapters(causal_lm(ModelSource(str(tiny_model)), 0), Adapters(r=2), 0)
+    files = files_of(model, ModelSource("somebody/model", revision="abc"))
+    assert files is not None
+    assert files.settings["base_model_name_or_path"] == "somebody/model"
+    assert files.settings["revision"] == "abc"

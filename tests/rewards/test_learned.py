@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.data import chat
 from keel.errors import UsageError
 from keel.models.load import ModelSource, scorer
 from keel.rewards import learned
@@ -252,3 +253,85 @@ def test_members_that_cannot_be_downloaded_are_an_error(
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(UsageError, match=r"its members cannot be downloaded: no route to the hub"):
         learned.other_members(config, "owner/judge")
+
+
+CHATML = (  # as ChatML, a newline behind the end of a turn, in few tokens
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+CHATS = [("Hi", "Yes"), ("What?", "No."), ("a", "")]
+
+
+def from_elsewhere(tiny_model: Path, folder: Path, *, pad: str, template: str | None = CHATML) -> Any:
+    """A reward model as TRL 1.16 saves one: nothing of keel's in its config, the pad that it trained with."""
+    config = AutoConfig.from_pretrained(tiny_model, num_labels=1)
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, config=config)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else tokenizer.pad_token
+    if template is not None:
+        tokenizer.chat_template = template
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["own", "eos"])
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("+ eos_token ", ""), None])
+def test_a_reward_model_from_elsewhere_scores_as_its_own_class_does(
+    tiny_model: Path, tmp_path: Path, pad: str, side: str, template: str | None
+) -> None:
+    """On conversations as its template renders them, padded on either side; with pad == EOS its class reads
+    the token before EOS, or the newline behind."""
+    model = from_elsewhere(tiny_model, tmp_path / "m", pad=pad, template=template)
+    reward = learned.load(str(tmp_path / "m"), device=torch.device("cpu"))
+    assert not reward.scaled
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in CHATS]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m", padding_side=side)
+    batch = tokenizer.apply_chat_template(
+        turns, padding=True, return_dict=True, return_tensors="pt", tokenizer_kwargs={"padding_side": side}
+    )
+    with torch.no_grad():
+        places = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        theirs = model(**batch, position_ids=places).logits[:, 0]
+    encoded = [learned.encode(reward, tuple(pair[:1]), tuple(pair[1:])) for pair in turns]
+    torch.testing.assert_close(learned.score(reward, encoded), theirs, rtol=0, atol=1e-4)
+    sampled = [learned.encode_sampled(reward, tuple(pair[:1]), pair[1]["content"], True) for pair in turns]
+    assert sampled == encoded
+
+
+def test_ids_of_a_policy_get_what_the_template_of_a_reward_model_from_elsewhere_writes_behind_them(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from_elsewhere(tiny_model, tmp_path / "m", pad="own")
+    reward = learned.load(str(tmp_path / "m"), device=torch.device("cpu"))
+    prompt = ({"role": "user", "content": "Hi"},)
+    reply = chat.completion_ids(reward.tokenizer, prompt, ({"role": "assistant", "content": "Yes"},))
+    newline = reward.tokenizer("\n")["input_ids"]
+    assert learned.whole(reward, prompt, reply) == [*reply, *newline]
+    assert learned.whole(reward, prompt, reply[:-1]) == reply[:-1]  # cut off
+    assert learned.whole(reward, "Hi", reply) == reply
+
+
+def test_a_reward_model_that_its_own_class_reads_otherwise_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_elsewhere(tiny_model, tmp_path / "m", pad="own")
+    plain = learned.scores_at
+    monkeypatch.setattr(learned, "scores_at", lambda *given: plain(*given) + 1)
+    with pytest.raises(UsageError, match="it is read in a way that keel does not know"):
+        learned.load(str(tmp_path / "m"), device=torch.device("cpu"))
+
+
+def test_a_reward_model_of_keels_says_where_it_is_read(tiny_reward: Path) -> None:
+    reward = learned.load(str(tiny_reward), device=torch.device("cpu"))
+    assert reward.reading is None
+    assert reward.model.config.keel_reward["read_at"] == "end of the reply"
+
+
+def test_a_conversation_in_keels_own_template_ends_with_the_end_of_its_reply(tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(turns, return_dict=False)[-1] == tokenizer.eos_token_id
+    assert chat.ending(tokenizer) == (tokenizer.eos_token_id,)

@@ -154,6 +154,12 @@ def test_both_models_are_given_the_same_draws_for_the_same_prompts(
     assert len({row["completion"] for row in samples[:12]}) > 1
 
 
+def test_samples_are_what_was_sampled_blanks_included(judge: Any) -> None:
+    """So that their scores can be computed again."""
+    _, samples = judge("blanks", sampling={"max_new_tokens": 12})
+    assert any(row["completion"] != row["completion"].strip() for row in samples)
+
+
 def test_the_stop_string_ends_a_reply_and_is_no_part_of_its_text(judge: Any, tokenizer: Any) -> None:
     _, samples = judge(
         "stopped",

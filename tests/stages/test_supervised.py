@@ -397,3 +397,9 @@ def test_the_scale_of_one_sample_is_refused_in_the_stage_too(data: Any, stage_ru
     config = RewardConfig.model_construct(normalize=1)
     with pytest.raises(UsageError, match="one score has no spread"):
         reward_stage._samples_a_language_model(config, stage_run, ModelSource("m"))
+
+
+def test_a_new_tokenizer_takes_what_the_model_takes_and_not_what_it_was_trained_on(run_stage: Any) -> None:
+    new = {"vocab_size": 300, "init": {"model_type": "llama", **LLAMA}}
+    stage, _ = run_stage("pretrain", "new", model=new, max_length=16)
+    assert AutoTokenizer.from_pretrained(stage / "model").model_max_length == 48

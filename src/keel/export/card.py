@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import yaml
 
 import keel
 from keel.export.models import Model
+from keel.models.model_card import HERE, licence, licence_text, usage_in
 from keel.report import health
 from keel.report.reading import Run, StageRun
 
@@ -41,7 +41,7 @@ def card(model: Model) -> str:
         "## Diagnosis\n\n" + _diagnosis(run, chain),
         "## Settings\n\nWhat was set for this stage; every default of the run is in its `config.yaml`.\n\n"
         f"```yaml\n{yaml.safe_dump(_changed(stage), sort_keys=False, allow_unicode=True).strip()}\n```",
-        "## Licence\n\n" + _licence_text(head.get("license"), base),
+        "## Licence\n\n" + licence_text(head.get("license"), base),
     ]
     top = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return f"---\n{top}---\n\n" + "\n\n".join(parts) + "\n"
@@ -65,34 +65,15 @@ def _head(model: Model, chain: list[StageRun], base: str | None) -> dict[str, An
     return {key: value for key, value in head.items() if value}
 
 
-def licence(base: str) -> str | None:
-    """The licence that the card of a base model names; None where that is not known here."""
-    place = Path(base) / "README.md"
-    if not Path(base).is_dir():
-        try:
-            place = Path(huggingface_hub.hf_hub_download(base, "README.md"))
-        except (OSError, ValueError):
-            return None
-    if not place.is_file():
-        return None
-    found = re.match(r"\A---\n(.*?)\n---", place.read_text(encoding="utf-8"), re.S)
-    values = yaml.safe_load(found.group(1)) if found else None
-    named = values.get("license") if isinstance(values, dict) else None
-    return str(named) if named else None
-
-
-def _licence_text(named: str | None, base: str | None) -> str:
-    if named:
-        return f"That of the base model `{base}`: {named}."
-    if base:
-        return f"Not known: the card of the base model `{base}` names none here. It binds this model too."
-    return "Not set: the model was trained from new weights; its licence is its owner's to choose."
-
-
 def _use(model: Model) -> str:
+    """What the card that the stage saved says of its use, with the model's name for the folder."""
+    saved = model.folder / "README.md"
+    found = usage_in(saved.read_text(encoding="utf-8")) if saved.is_file() else None
+    if found is not None:
+        return found.replace(HERE, f'from_pretrained("{model.name}")')
     auto = "AutoModelForSequenceClassification" if model.scores else "AutoModelForCausalLM"
     return (
-        "```python\n"
+        "## Usage\n\n```python\n"
         f"from transformers import AutoTokenizer, {auto}\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{model.name}")\n'
         f'model = {auto}.from_pretrained("{model.name}")\n```'

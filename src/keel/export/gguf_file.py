@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from keel.data import chat
 from keel.errors import KeelError, UsageError
-from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.models.load import ModelSource, causal_lm, context_length, load_tokenizer, model_config
 
 CONVERTER = "convert_hf_to_gguf.py"
 ARCHITECTURES = {  # model type → GGUF's name for what llama.cpp computes
@@ -85,7 +84,7 @@ def _write(model: Path, out: Path, config: Any, dtype: str, name: str) -> None:
     writer.add_name(name)
     _add_sizes(gguf, writer, config)
     add_vocabulary(writer, tokenizer, config.vocab_size)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = causal_lm(ModelSource(str(model)), 0)
     architecture = next(
         key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == ARCHITECTURES[config.model_type]
     )

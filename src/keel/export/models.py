@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keel.errors import UsageError
+from keel.models.checkpoint_files import json_object
 from keel.report.reading import Run, StageRun, read
 
 
@@ -30,7 +30,7 @@ class Model:
 
     @property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return json_object(self.folder / "config.json")
 
     @property
     def scores(self) -> bool:

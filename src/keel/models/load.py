@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import experts, quantize
 from keel.models.causality import require_causal
+from keel.models.checkpoint_files import fault_in, json_object, without_place
 from keel.models.precision import mark_precision, weights
 
 COUNT_FROM_PAD = (
@@ -51,6 +51,11 @@ GENERIC = (
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
 )  # classes of tokenizers that are what their file says
+NO_TOKENIZER = (
+    "it has no token for any text: put the tokenizer's files (tokenizer.json and tokenizer_config.json) into "
+    "the folder, or name another one as `model.tokenizer`"
+)
+EXPECTED = (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, StrictDataclassError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, revision=revision
             )
-    chat.declare_ends(tokenizer, _declared_ends(path, revision, set(tokenizer.added_tokens_decoder)))
+        added = tokenizer.added_tokens_decoder
+        if not set(tokenizer.get_vocab().values()) - {i for i, token in added.items() if token.special}:
+            raise UsageError(NO_TOKENIZER)  # transformers has made one up of the model's type
+        chat.declare_ends(tokenizer, _declared_ends(path, revision, set(added)))
     return tokenizer
 
 
@@ -90,8 +98,9 @@ def _declared_ends(path: str, revision: str | None, special: set[int]) -> list[i
             file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         except OSError:  # a tokenizer without a model
             file = None
-        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-        for part in (values, values.get("text_config") or {}):
+        values = json_object(Path(file)) if file else {}
+        parts = [part for part in (values, values.get("text_config")) if isinstance(part, dict)]
+        for part in parts:
             named = part.get("eos_token_id")
             ends += named if isinstance(named, list) else [named]
     return [i for i in dict.fromkeys(ends) if isinstance(i, int) and i in special]
@@ -104,7 +113,7 @@ def _says_all(folder: Path) -> bool:
     place = folder / "tokenizer_config.json"
     if not place.is_file() or not (folder / "tokenizer.json").is_file():
         return False
-    named = json.loads(place.read_text(encoding="utf-8"))
+    named = json_object(place)
     return named.get("tokenizer_class") in GENERIC and "auto_map" not in named
 
 
@@ -153,6 +162,7 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase 
                 f"model {str(source.path)!r} is no whole causal language model: it has no "
                 f"{min(info['missing_keys'])}"
             )
+        _require_no_other(model, source, info["unexpected_keys"], head=True)
         if source.quantize is not None:
             quantize.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
         experts.mark(resized(model, source.rows), source.router_coef)
@@ -206,9 +216,9 @@ def scorer(
             again = replace(source, quantize=None)
             quantize.settled(model).keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
         new_head = "score.weight" in info["missing_keys"]
-        missing = sorted(
-            key for key in info["missing_keys"] if trained or not _in_head(key, model.base_model_prefix)
-        )
+        _require_no_other(model, source, info["unexpected_keys"], head=False)
+        lacks = _from_tied_head(model, source, set(info["missing_keys"]))
+        missing = sorted(key for key in lacks if trained or not _in_head(key, model.base_model_prefix))
         if missing:
             kind = ("reward model" if labels is None else "classifier") if trained else "language model"
             raise UsageError(f"model {str(source.path)!r} is no whole {kind}: it has no {missing[0]}")
@@ -217,6 +227,34 @@ def scorer(
     if head is not None and new_head:
         seed_head(head, derive_seed("head", seed))
     return mark_precision(with_whole_embeddings(model), source.dtype)
+
+
+def _require_no_other(model: Any, source: ModelSource, unused: Iterable[str], *, head: bool) -> None:
+    """UsageError for a checkpoint that holds more than the model: one of another kind, or with more layers
+    than its config says. head: also what lies beside the backbone counts, as a reward model's score."""
+    extra = without_place(unused, model.config, model.base_model_prefix, head=head)
+    if not extra:
+        return
+    kind = "causal language model" if head else "model of its config"
+    inside = any(key.startswith(f"{model.base_model_prefix}.") for key in extra)
+    remedy = "its config.json is another model's" if inside else "it is a reward model or a classifier"
+    raise UsageError(
+        f"model {str(source.path)!r} is no {kind}: it holds {extra[0]}, which such a model has no place for; "
+        f"{remedy}"
+    )
+
+
+def _from_tied_head(model: Any, source: ModelSource, missing: set[str]) -> set[str]:
+    """Fill the embeddings of a scorer from a language model's checkpoint that ties them to its head and
+    stores the head alone. Returns the keys that are still missing."""
+    embeddings = model.get_input_embeddings()
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)
+    if name not in missing or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return missing
+    language_model = causal_lm(replace(source, quantize=None, rows=None), 0)
+    with torch.no_grad():
+        embeddings.weight.copy_(language_model.get_input_embeddings().weight)
+    return missing - {name}
 
 
 def scorer_without_weights(source: ModelSource) -> Any:
@@ -444,17 +482,18 @@ def _explained(what: str, kind: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        TypeError,
-        RuntimeError,
-        StrictDataclassError,
-    ) as error:
+    except UsageError as error:  # of a file, with its remedy
+        raise UsageError(f"{kind} {what!r} cannot be loaded: {error}") from None
+    except Exception as error:
+        fault = fault_in(what) if kind in ("model", "tokenizer") else None
+        if fault is not None:
+            raise UsageError(f"{kind} {what!r} cannot be loaded: {fault}") from error
+        if not isinstance(error, EXPECTED):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = _no_model_at(what) if kind in ("model", "tokenizer") else None
+        if kind == "tokenizer" and "instantiate the backend tokenizer" in lines[0]:
+            reason = reason or NO_TOKENIZER
         reason = reason or " ".join(line.strip() for line in lines[: 1 + lines[0].rstrip().endswith(":")])
         if "trust_remote_code" in str(error):
             reason += " Set `trust_remote_code` if you trust its author"

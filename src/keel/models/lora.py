@@ -23,6 +23,7 @@ from keel import accel
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import lora_targets, ties
+from keel.models.checkpoint_files import fault_in, json_object
 from keel.models.load import ModelSource, seeded
 
 if TYPE_CHECKING:
@@ -192,16 +193,17 @@ class AdapterFiles:
         save_file(dict(self.tensors), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def files_of(model: Any, source: ModelSource, name: str) -> AdapterFiles | None:
+def files_of(model: Any, source: ModelSource) -> AdapterFiles | None:
     """The adapter of a model, before it is merged; None where the model has none or starts from nothing.
 
-    name: how the base is called in the adapter's settings (peft's `base_model_name_or_path`).
+    Its settings call the base by what peft opens from anywhere: a whole path, or a hub id with its revision.
     """
     if not hasattr(model, "peft_config") or source.path is None:
         return None
-    scores = "SequenceClassification" in type(model.get_base_model()).__name__
+    scores, folder = "SequenceClassification" in type(model.get_base_model()).__name__, Path(source.path)
     settings = model.active_peft_config.to_dict() | {
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": str(folder.resolve()) if folder.exists() else source.path,
+        "revision": source.revision,
         "inference_mode": True,
         "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
     }
@@ -230,7 +232,8 @@ def put_on(model: PreTrainedModel, folder: Path) -> Any:
             raise UsageError(f"adapter {str(folder)!r} does not fit its base: {min(lacks)}")
         set_peft_model_state_dict(wrapped, tensors)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UsageError(f"adapter {str(folder)!r} cannot be loaded: {error}") from None
+        reason = fault_in(str(folder)) or error
+        raise UsageError(f"adapter {str(folder)!r} cannot be loaded: {reason}") from None
     return wrapped.requires_grad_(False).eval()
 
 
@@ -240,8 +243,9 @@ def settings_of(folder: Path) -> Any:
 
     try:
         found = peft.PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"adapter {str(folder)!r} cannot be loaded: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = fault_in(str(folder)) or error
+        raise UsageError(f"adapter {str(folder)!r} cannot be loaded: {reason}") from None
     if not isinstance(found, peft.LoraConfig):
         raise UsageError(f"adapter {str(folder)!r} is of type {found.peft_type}; keel reads LoRA")
     return found
@@ -271,7 +275,7 @@ def belongs_to(folder: Path, source: ModelSource) -> bool:
     noted."""
     note = folder / BASE
     if note.is_file():
-        return json.loads(note.read_text(encoding="utf-8")).get("identity") == identity(source)
+        return json_object(note).get("identity") == identity(source)
     name = settings_of(folder).base_model_name_or_path
     if not name or source.path is None:
         return False

@@ -18,6 +18,7 @@ from keel.models.load import ModelSource, model_config, reads_last_token
 
 EOS, PAD = "<|end|>", "<|pad|>"
 PADS = (re.compile(r"pad", re.I), re.compile(r"reserved|unused|extra_id|placeholder", re.I))
+UNKNOWN = 0.25  # share of tokens that may be unknown
 NO_TEXT = re.compile(r"image|img|audio|video|vision|speech", re.I)  # tokens that stand for no text
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, int]] = WeakKeyDictionary()
 
@@ -42,6 +43,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreT
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, bos_token=EOS, padding_side="right",
         model_max_length=context, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def check_reads(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], name: str) -> None:
+    """UsageError for a tokenizer that turns texts into nothing, or more than a quarter of them into unknown
+    tokens: it is another model's, or lacks files. name: of the tokenizer."""
+    words = tokens = unknown = 0
+    for text in texts:
+        ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        words += len(text.split())
+        tokens += len(ids)
+        unknown += sum(token == tokenizer.unk_token_id for token in ids)
+    if not words or (tokens and unknown <= UNKNOWN * tokens):
+        return
+    what = f"{unknown:,} of {tokens:,} tokens are {tokenizer.unk_token}" if tokens else "there is no token"
+    raise UsageError(
+        f"tokenizer {name!r} cannot read the data: {what}; bring the tokenizer's files that belong to the "
+        "model, or name another tokenizer"
+    )
 
 
 def known_ids(tokenizer: PreTrainedTokenizerBase) -> int:

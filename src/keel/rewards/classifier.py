@@ -18,6 +18,7 @@ from keel.algorithms.masked import at_least_float32
 from keel.data import chat
 from keel.data.batches import length_mask, pad
 from keel.errors import UsageError
+from keel.models.checkpoint_files import fault_in
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config, score_head
 from keel.models.logprobs import backbone, head_dtype
 from keel.models.precision import computing, mark_precision, weights
@@ -168,7 +169,7 @@ def pretrained(kind: Any, source: ModelSource, config: PreTrainedConfig) -> Any:
     UsageError if it cannot be loaded or lacks weights, which transformers would make up.
     """
     # fork_rng: transformers initialises a missing pooler at random, which must not move the caller's seed
-    with explained(f"model {source.path!r}"), torch.random.fork_rng():
+    with explained(f"model {source.path!r}", str(source.path)), torch.random.fork_rng():
         model, info = kind.from_pretrained(
             str(source.path), config=config, dtype=weights(source.dtype), use_safetensors=True,
             output_loading_info=True, trust_remote_code=source.trust_remote_code, revision=source.revision,
@@ -181,8 +182,11 @@ def pretrained(kind: Any, source: ModelSource, config: PreTrainedConfig) -> Any:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn what goes wrong with a model's files into one message; keep load reports off a user's terminal."""
+def explained(what: str, place: str | None = None) -> Iterator[None]:
+    """Turn what goes wrong with a model's files into one message; keep load reports off a user's terminal.
+
+    place: folder or hub id of the files, so that a broken one is named.
+    """
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -192,7 +196,8 @@ def explained(what: str) -> Iterator[None]:
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fault = None if place is None else fault_in(place)
+        reason = fault or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{what} cannot be loaded: {reason}") from error
     finally:
         transformers.utils.logging.set_verbosity(level)

@@ -34,13 +34,23 @@ from keel.types import Conversation, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_TRIED, _TOLERANCE = 8, 2e-2  # tokens of the trial; what half precision may round
 # What a model reads for one text: input_ids, and token_type_ids for some encoders.
 Inputs = dict[str, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """How a decoder that was trained elsewhere (by TRL 1.16, say) is asked: with all that its template writes
+    of a conversation, and read where transformers' own class reads it, at the last token that is no pad."""
+
+    ending: tuple[int, ...]  # what its template writes at a reply's end, in place of the end alone
+    pad: int | None  # of its config; None: read at the last token
+
+
+@dataclass(frozen=True, slots=True)
 class RewardModel:
-    """r_φ, its tokenizer and its scale.
+    """r_φ, its tokenizer, its scale, and where it is read.
 
     The Bradley–Terry loss fixes differences of scores only, so the scale is set afterwards, by the scores of
     samples of the SFT model.
@@ -51,6 +61,7 @@ class RewardModel:
     mean: float = 0.0  # of the scores of SFT samples
     std: float = 1.0
     scaled: bool = False  # whether it was given a scale; without one, mean 0 and std 1 say nothing
+    reading: Reading | None = None  # None: as keel trains one, read at the token that ends a reply
 
     @property
     def is_encoder(self) -> bool:
@@ -165,11 +176,43 @@ def check_config(config: PreTrainedConfig, path: str) -> None:
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
     """With the scale that keel's reward stage left in the model's config (`keel_reward`); `scaled` says if it
-    did."""
+    did. A decoder without is read as transformers reads it; UsageError where that cannot be."""
     scale = getattr(model.config, "keel_reward", None)
     if scale is None:
-        return RewardModel(model, tokenizer)
+        if score_head(model) is None:
+            return RewardModel(model, tokenizer)
+        pad = model.config.get_text_config().pad_token_id
+        reward = RewardModel(model, tokenizer, reading=Reading(chat.ending(tokenizer), pad))
+        _check_reading(reward)
+        return reward
     return RewardModel(model, tokenizer, float(scale["mean"]), float(scale["std"]), scaled=True)
+
+
+def _check_reading(reward: RewardModel) -> None:
+    """UsageError unless a text and its pads score here what transformers' own class gives them."""
+    model: Any = reward.model
+    rows = model.config.get_text_config().vocab_size
+    ids = [(7 * i + 1) % rows for i in range(_TRIED)]
+    ids = [token for token in ids if reward.reading is None or token != reward.reading.pad]
+    with torch.no_grad():
+        row = torch.tensor([ids], device=next(model.parameters()).device)
+        theirs = float(model(input_ids=row, attention_mask=torch.ones_like(row)).logits)
+        ours = float(_forward(reward, [{"input_ids": ids}]))
+    if abs(theirs - ours) > _TOLERANCE * max(1.0, abs(theirs)):
+        raise UsageError(
+            f"the reward model's own class scores a text {theirs:.4g}, its head at the last token {ours:.4g}"
+            ": it is read in a way that keel does not know"
+        )
+
+
+def whole(reward: RewardModel, prompt: Prompt, response: Sequence[int]) -> list[int]:
+    """The ids of a response as the model was trained on them: of a conversation, with all that its template
+    writes at a reply's end. A response that was cut off stays as it is."""
+    if reward.reading is None or isinstance(prompt, str) or not response:
+        return [*response]
+    if response[-1] != chat.reply_end(reward.tokenizer):
+        return [*response]
+    return [*response[:-1], *reward.reading.ending]
 
 
 def encode(
@@ -183,7 +226,7 @@ def encode(
     limit = max_length or _context(reward)
     if reward.is_encoder:
         return _encode_pair(reward, chat.prompt_text(None, prompt), chat.completion_text(completion), limit)
-    response = chat.completion_ids(reward.tokenizer, prompt, completion)
+    response = whole(reward, prompt, chat.completion_ids(reward.tokenizer, prompt, completion))
     return {"input_ids": fit(chat.prompt_ids(reward.tokenizer, prompt), response, limit)}
 
 
@@ -223,8 +266,7 @@ def _encode_sampled(reward: RewardModel, prompt: Prompt, text: str, ended: bool)
             )
             return _read(encoded), True
     response = chat.sampled_ids(reward.tokenizer, prompt, completion)
-    if not ended:
-        response = response[:-1]
+    response = whole(reward, prompt, response) if ended else response[:-1]
     kept = response if limit is None else response[: limit - 1]
     ids = fit(chat.prompt_ids(reward.tokenizer, prompt), kept, limit)
     return {"input_ids": ids}, len(kept) < len(response)
@@ -285,8 +327,15 @@ def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
         with computing(reward.model, device):
             logits = reward.model(input_ids=ids, attention_mask=mask, **extra).logits
             return logits.squeeze(-1).to(head_dtype(reward.model))
+    if reward.reading is not None:
+        lengths = torch.tensor([_read_to(row["input_ids"], reward.reading.pad) for row in inputs]).to(lengths)
     last = torch.arange(len(inputs), device=device) * ids.shape[1] + lengths - 1
     return scores_at(reward.model, ids, last)
+
+
+def _read_to(ids: Sequence[int], pad_id: int | None) -> int:
+    """Tokens up to and with the last that is no pad, where transformers reads a decoder; 1 where all are."""
+    return next((i + 1 for i in reversed(range(len(ids))) if ids[i] != pad_id), 1)
 
 
 def _pad_id(reward: RewardModel) -> int:
@@ -324,6 +373,7 @@ def check_room(reward: RewardModel, longest: int, where: str) -> None:
     """UsageError unless sequences of up to `longest` ids fit the model. Ids are scored as they are, so
     nothing would shorten them."""
     limit = _context(reward)
+    longest += 0 if reward.reading is None else max(0, len(reward.reading.ending) - 1)
     if limit is not None and longest > limit:
         raise UsageError(
             f"{where}: a prompt and its response take up to {longest} tokens, but the reward model reads "
@@ -358,7 +408,7 @@ def _context(reward: RewardModel) -> int | None:
 
 
 def save_scale(model: PreTrainedModel, mean: float, std: float, members: int = 1) -> None:
-    """Leave the scale in the model's config, where `wrap` finds it again; and of an ensemble its size, for
-    `other_members`."""
+    """Leave the scale in the model's config, where `wrap` finds it again, with where the model is read; and
+    of an ensemble its size, for `other_members`."""
     size = {"members": members} if members > 1 else {}
-    model.config.keel_reward = {"mean": mean, "std": std, **size}
+    model.config.keel_reward = {"mean": mean, "std": std, "read_at": "end of the reply", **size}

@@ -190,7 +190,7 @@ def _no_prompt(source: ModelSource) -> None:
 
 def _json(source: ModelSource, file: str) -> Any:
     """A file of the model's folder or hub repository; None if there is none."""
-    with explained(f"{source.path}/{file}"):
+    with explained(f"{source.path}/{file}", str(source.path)):
         cached = cached_file(
             str(source.path), file, revision=source.revision, _raise_exceptions_for_missing_entries=False
         )

@@ -129,8 +129,7 @@ def _save(setup: Setup[PPOConfig]) -> None:
         card = (
             f"The critic of stage {run.name}: a sequence classifier whose score at each position is V(s_t).\n"
         )
-        base = config.model.path or ""
-        adapter = files_of(roles.critic, prepare.source_of(config.model, run), base)
+        adapter = files_of(roles.critic, prepare.source_of(config.model, run))
         save_checked(
             roles.critic, setup.tokenizer, run.directory / "critic", card, adapter=adapter,
             trust_remote_code=config.model.trust_remote_code, say=run.say,

@@ -45,7 +45,9 @@ def read_prompts(
     held_out = prepare.read(run, config.eval_data, ("prompt",)) if config.eval_data else None
     mix = prepare.read(run, config.ptx.data, ("text",)) if config.ptx else None
     conversational = any(rows.conversational for rows in (dataset, held_out, mix) if rows)
-    tokenizer = prepare.open_tokenizer(config.model, run, conversational=conversational)
+    tokenizer = prepare.open_tokenizer(
+        config.model, run, conversational=conversational, reads=dataset.records
+    )
     limit = prepare.limit_of(config, run, source)
     room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)

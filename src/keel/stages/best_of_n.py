@@ -39,7 +39,9 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. prompts  2. n scored samples of each  3. the best ones  4. supervised fine-tuning  5. save."""
     dataset = prepare.read(stage_run, config.data, ("prompt",))
     source = prepare.source_of(config.model, stage_run)
-    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    tokenizer = prepare.open_tokenizer(
+        config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
+    )
     limit = prepare.limit_of(config, stage_run, source)
     room = prepare.room_of(stage_run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)
@@ -140,7 +142,7 @@ def _chosen(
     record: PromptRecord, completion: Completion, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     return {
-        "prompt": chat.user_text(record.prompt), "completion": text_of(tokenizer, completion).strip(),
+        "prompt": chat.user_text(record.prompt), "completion": text_of(tokenizer, completion),
         "prompt_ids": completion.prompt_ids, "ids": completion.ids, "length": len(completion.ids),
         "stop_reason": completion.stop_reason,
     }  # fmt: skip

@@ -259,8 +259,8 @@ def _ensemble(
 
 def _rows(model: learned.RewardModel, ids: bool, batch: Batch) -> tuple[list[learned.Inputs], int]:
     if ids:
-        pairs = zip(batch.prompt_ids, batch.completion_ids, strict=True)
-        return [{"input_ids": [*prompt, *response]} for prompt, response in pairs], 0
+        asked = zip(batch.prompt_ids, batch.prompts, batch.completion_ids, strict=True)
+        return [{"input_ids": [*ids, *learned.whole(model, prompt, said)]} for ids, prompt, said in asked], 0
     texts = [y if isinstance(y, str) else y[0]["content"] for y in batch.completions]
     ended = [reason != "length" for reason in batch.stop_reasons]
     return learned.encode_samples(model, batch.prompts, texts, ended)

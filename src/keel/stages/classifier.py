@@ -188,7 +188,7 @@ def _tokenizer(
     """
     limit = prepare.limit_of(config, stage_run, source)
     if config.model.init is None or config.model.tokenizer is not None:
-        tokenizer = prepare.open_tokenizer(config.model, stage_run)
+        tokenizer = prepare.open_tokenizer(config.model, stage_run, reads=texts)
     else:
         with torch.device("meta"):
             shape = AutoModelForSequenceClassification.from_config(model_config(source))

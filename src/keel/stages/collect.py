@@ -127,7 +127,7 @@ def _tasks(
     settings = ModelConfig.model_validate(
         {"path": config.model, "trust_remote_code": config.trust_remote_code}
     )
-    tokenizer = prepare.open_tokenizer(settings, stage_run, conversational=conversational)
+    tokenizer = prepare.open_tokenizer(settings, stage_run, conversational=conversational, reads=records)
     context = context_length(model_config(_source(config, stage_run)))
     room = prepare.room_of(stage_run, context, config.sampling.max_new_tokens)
     too_long = prepare.TooLong(stage_run, config.too_long, room)

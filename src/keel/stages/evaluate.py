@@ -96,7 +96,9 @@ def _that_fit(
     contexts = [context_length(model_config(_source(stage_run, config, name))) for name in config.models]
     context = min((c for c in contexts if c is not None), default=None)
     room = prepare.room_of(stage_run, context, config.sampling.max_new_tokens)
-    tokenizers = [_tokenizer(stage_run, config, name, dataset.conversational) for name in config.models]
+    tokenizers = [
+        _tokenizer(stage_run, config, name, dataset.conversational, dataset.records) for name in config.models
+    ]
     too_long = prepare.TooLong(stage_run, config.too_long, room)
 
     def fitting(record: Record) -> PromptRecord | None:
@@ -115,9 +117,15 @@ def _source(stage_run: StageRun, config: EvaluateConfig, name: str) -> ModelSour
     )
 
 
-def _tokenizer(stage_run: StageRun, config: EvaluateConfig, name: str, conversational: bool) -> Any:
+def _tokenizer(
+    stage_run: StageRun,
+    config: EvaluateConfig,
+    name: str,
+    conversational: bool,
+    reads: Sequence[Record] = (),
+) -> Any:
     model = ModelConfig.model_validate({"path": name, "trust_remote_code": config.trust_remote_code})
-    return prepare.open_tokenizer(model, stage_run, conversational=conversational)
+    return prepare.open_tokenizer(model, stage_run, conversational=conversational, reads=reads)
 
 
 def _open(stage_run: StageRun, config: EvaluateConfig, name: str) -> Any:
@@ -191,7 +199,7 @@ def _all_judged(
         judged.append(
             JudgedCompletion(
                 prompt,
-                text.strip(),
+                text,
                 kls[index],
                 len(completion.ids),
                 completion.stop_reason,

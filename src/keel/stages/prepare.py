@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,16 +19,19 @@ from keel.data.identity import shared
 from keel.data.load import Dataset
 from keel.data.stored.records import picked
 from keel.errors import DataError, UsageError
+from keel.models import model_card
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
 from keel.models.lora import Adapters, add_adapters, files_of
 from keel.models.lora_targets import notes
 from keel.models.saved_check import save_checked
-from keel.models.tokenizer import rows_needed
+from keel.models.tokenizer import check_reads, rows_needed
 from keel.rundir.stage_run import StageRun
-from keel.types import Record, RecordType
+from keel.types import DemonstrationRecord, PreferenceRecord, Record, RecordType, TextRecord, UnpairedRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+READ_FIRST, READ_CHARACTERS = 64, 2_000  # texts, and of each, that a tokenizer is tried on
 
 
 def source_of(config: ModelConfig, stage_run: StageRun) -> ModelSource:
@@ -55,9 +59,11 @@ def source_without_rows(config: ModelConfig, stage_run: StageRun) -> ModelSource
     )
 
 
-def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: bool = False) -> Any:
+def open_tokenizer(
+    config: ModelConfig, stage_run: StageRun, *, conversational: bool = False, reads: Sequence[Record] = ()
+) -> Any:
     """The model's tokenizer, with the config's chat template, or keel's default one where conversations need
-    one."""
+    one. reads: rows, of which it must know the words (`check_reads`)."""
     path = config.tokenizer or (stage_run.resolve(config.path) if config.path else None)
     if path is None:
         raise UsageError(f"{stage_run.name}: a new model needs `tokenizer`; only a pretrain stage trains one")
@@ -69,7 +75,25 @@ def open_tokenizer(config: ModelConfig, stage_run: StageRun, *, conversational: 
     elif conversational:
         chat.with_chat_template(tokenizer)
     chat.ensure_pad(tokenizer)
+    check_reads(tokenizer, first_words(_words(reads)), path)
     return tokenizer
+
+
+def first_words(texts: Iterable[str]) -> Iterator[str]:
+    """The starts of the first texts, which a tokenizer is tried on."""
+    return (text[:READ_CHARACTERS] for text in islice(texts, READ_FIRST))
+
+
+def _words(records: Sequence[Record]) -> Iterator[str]:
+    """What people wrote in rows."""
+    for record in records:
+        parts = [record.text if isinstance(record, TextRecord) else record.prompt]
+        if isinstance(record, DemonstrationRecord | UnpairedRecord):
+            parts.append(record.completion)
+        if isinstance(record, PreferenceRecord):
+            parts += [record.chosen, record.rejected]
+        for part in parts:
+            yield chat.completion_text(part)
 
 
 def adapters_of(config: LoraConfig) -> Adapters:
@@ -230,23 +254,23 @@ def save_model(
 ) -> None:
     """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with
     it, as members/2, 3 … The model is used up. NotSavedError unless the saved model is the trained one."""
-    base = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
     data = (
         [source for sources in config.data.values() for source in sources]
         if isinstance(config.data, dict)
         else config.data
     )
-    card = f"""---
-library_name: transformers
-tags: [keel, rlhf, {config.kind}]  # stage kind
----
-# {stage_run.name}
-
-{what}, trained by keel {keel.__version__} ({config.kind}) from {base}
-on {", ".join(source.source for source in data)}.
-The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
-"""
-    adapter = files_of(model, source_of(config.model, stage_run), base)
+    named = config.model.path or f"a new {config.model.init.model_type if config.model.init else ''} model"
+    about = (
+        f"{what}, trained by keel {keel.__version__} ({config.kind}) from {named} on "
+        f"{', '.join(source.source for source in data)}. `keel export RUN/{stage_run.name} --to hub` writes "
+        "a card with settings, measures and diagnosis."
+    )
+    head = {"library_name": "transformers", "tags": ["keel", "rlhf", config.kind]}
+    base = stage_run.resolve(config.model.path) if config.model.path else None
+    plain: Any = model
+    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    card = model_card.saved(head, stage_run.name, about, base, plain, tokenizer)
+    adapter = files_of(model, source_of(config.model, stage_run))
     save_checked(
         model, tokenizer, stage_run.directory / "model", card, members, adapter,
         trust_remote_code=config.model.trust_remote_code, say=stage_run.say,

@@ -12,7 +12,7 @@ from keel.data import chat, stream
 from keel.data.batches import pack_stream
 from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
-from keel.models.tokenizer import train_tokenizer
+from keel.models.tokenizer import check_reads, train_tokenizer
 from keel.rundir.stage_run import StageRun
 from keel.stages import language, prepare
 from keel.stages.supervised_loop import Stream
@@ -64,8 +64,10 @@ def _tokenizer(
     """The model's tokenizer; for a new model without one, one that is trained on the texts. Those held out
     are not among them."""
     if config.model.init is None or config.model.tokenizer is not None:
-        return prepare.open_tokenizer(config.model, stage_run, conversational=conversational)
-    limit = config.max_length or context_length(model_config(source)) or 512
+        opened = prepare.open_tokenizer(config.model, stage_run, conversational=conversational)
+        check_reads(opened, prepare.first_words(texts), config.model.tokenizer or str(source.path))
+        return opened
+    limit = context_length(model_config(source)) or config.max_length or 512
     tokenizer = train_tokenizer(texts, config.model.vocab_size or DEFAULT_VOCABULARY, limit)
     chat.with_chat_template(tokenizer)
     if config.model.chat_template:

@@ -73,7 +73,9 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     labels, held_out_labels = _labelled(config, stage_run, records, held_out)
     source = prepare.source_of(config.model, stage_run)
     sampled = _samples_a_language_model(config, stage_run, source)
-    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    tokenizer = prepare.open_tokenizer(
+        config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
+    )
     limit = prepare.limit_of(config, stage_run, source)
     language_model, replies = source, tokenizer  # that samples are drawn from
     source, tokenizer = with_own_pad(source, copy.deepcopy(tokenizer))

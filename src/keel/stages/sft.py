@@ -27,7 +27,9 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
     5. save."""
     dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("demonstration", "text"))
     source = prepare.source_of(config.model, stage_run)
-    tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    tokenizer = prepare.open_tokenizer(
+        config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
+    )
     limit = prepare.limit_of(config, stage_run, source)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     rows, held_out_rows = (

@@ -30,11 +30,12 @@ from keel.data.chat.special import (
 from keel.errors import UsageError
 from keel.types import Conversation, Message
 
-DEFAULT_CHAT_TEMPLATE = (
+DEFAULT_CHAT_TEMPLATE = (  # ends with EOS, so that whoever renders a conversation scores what keel scores
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
     "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
-    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}{% endif %}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )

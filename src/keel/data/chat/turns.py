@@ -138,6 +138,20 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, record: TextRecord) -> list
     return [*encode_text(tokenizer, transcript.text(string)), eos_id(tokenizer)]
 
 
+def ending(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the chat template writes at the end of a conversation whose last turn is a reply: the token that
+    ends the reply and all behind it (ChatML's newline); nothing where it writes no such token."""
+    end = reply_end(tokenizer)
+    if not tokenizer.chat_template:
+        return (end,)
+    transcript = Transcript(
+        tokenizer, ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    )
+    ids = encode_text(tokenizer, transcript.text(transcript.render(2)))
+    last = next((i for i in reversed(range(len(ids))) if ids[i] == end), None)
+    return () if last is None else tuple(ids[last:])
+
+
 def is_trained(turn: Message) -> bool:
     """Whether a reply counts in the loss: not with `weight` 0 or `train` false."""
     return turn.get("train", True) is not False and turn.get("weight", 1) != 0

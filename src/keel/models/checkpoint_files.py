@@ -1,0 +1,141 @@
+# pyright: strict
+"""The files of a model folder: which one is broken, and what a checkpoint holds that no model takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from transformers.utils import hub
+
+from keel.errors import UsageError
+
+POINTER = b"version https://git-lfs"  # how the file begins that stands for one in git's large file storage
+OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+)
+_hub: Any = hub
+AGAIN = "download or copy it again"
+# Tensors that a language model may leave in its checkpoint: buffers that it computes itself, parts that read
+# images and sound, heads that predict further tokens, BERT's for whole texts, and TRL's value head.
+UNUSED = re.compile(
+    r"inv_freq$|masked_bias$|(?:attn|attention)\.bias$|position_ids$|\.version$|\.pooler\.|seq_relationship"
+    r"|^v_head\.|vis|image|audio|speech|multi_modal|mtp|nextn"
+    r"|talker|code2wav"
+)
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. UsageError, which names file and remedy, where there is something else."""
+    if (fault := _fault_of_object(path)) is not None:
+        raise UsageError(fault)
+    return json.loads(path.read_bytes())
+
+
+def fault_in(place: str) -> str | None:
+    """What is wrong with a file of a model or adapter, by folder or hub id (what the cache has of it), with
+    the remedy; None where all can be read."""
+    folder = Path(place)
+    if not folder.is_dir():
+        found = None
+        with contextlib.suppress(OSError, ValueError):
+            found = _hub.cached_file(place, "config.json", local_files_only=True)
+        if found is None:
+            return None
+        folder = Path(found).parent
+    faults = [_fault_of_object(path) for name in OBJECTS if (path := folder / name).is_file()]
+    faults += [fault_of_weights(path) for path in sorted(folder.glob("*.safetensors"))]
+    found_fault = next((fault for fault in faults if fault is not None), None)
+    return found_fault or _missing_shard(folder)
+
+
+def fault_of_weights(path: Path) -> str | None:
+    """What is wrong with a safetensors file, by its header and its length; None: nothing."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        begin = handle.read(8)
+        if (begin + handle.read(len(POINTER) - 8)) == POINTER:
+            return _pointer(path)
+        length = int.from_bytes(begin, "little")
+        handle.seek(8)
+        header = handle.read(length) if 8 + length <= size else b""
+    try:
+        tensors = cast("dict[str, dict[str, Any]]", json.loads(header))
+        ends = [part["data_offsets"][1] for name, part in tensors.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path} is cut short or no safetensors file ({size:,} bytes): {AGAIN}"
+    whole = 8 + length + max(ends, default=0)
+    if size < whole:
+        return f"{path} is cut short ({size:,} of {whole:,} bytes): {AGAIN}"
+    return None
+
+
+def _fault_of_object(path: Path) -> str | None:
+    content = path.read_bytes()
+    if content.startswith(POINTER):
+        return _pointer(path)
+    try:
+        value = json.loads(content)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        return f"{path} is no JSON, or cut short: {AGAIN}"
+    if not isinstance(value, dict):
+        return f"{path} holds {_kind(value)} where a JSON object belongs: {AGAIN}"
+    return None
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    return {"list": "a list", "str": "a string", "bool": "a truth value"}.get(
+        type(value).__name__, "a number"
+    )
+
+
+def _pointer(path: Path) -> str:
+    return f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+
+
+def _missing_shard(folder: Path) -> str | None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    shards = json.loads(index.read_bytes()).get("weight_map")
+    if not isinstance(shards, dict):
+        return f"{index} has no weight_map: {AGAIN}"
+    names = sorted({str(name) for name in cast("dict[str, Any]", shards).values()})
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    return None if missing is None else f"{folder / missing} is not there, which {index.name} names: {AGAIN}"
+
+
+def without_place(keys: Iterable[str], config: Any, backbone: str, *, head: bool) -> list[str]:
+    """Of the tensors in a checkpoint that a model took no notice of: those that tell that it is another
+    model. They lie in its text layers, or with `head` outside of its backbone, as a reward model's score.
+
+    backbone: the prefix of its names (transformers' `base_model_prefix`).
+    """
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    further = getattr(text, "num_nextn_predict_layers", None) or 0
+    found: list[str] = []
+    for key in keys:
+        number = _LAYER.search(key)
+        predicts_further = (
+            number is not None
+            and isinstance(layers, int)
+            and layers <= int(number.group(1)) < layers + further
+        )
+        if UNUSED.search(key) or predicts_further or not (head or key.startswith(f"{backbone}.")):
+            continue
+        found.append(key)
+    return sorted(found)
