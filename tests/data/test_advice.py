@@ -94,6 +94,6 @@ def test_a_name_alone_is_not_enough(row, tmp_path):
 def test_a_row_that_lacks_a_side_is_not_told_to_take_the_label(tmp_path):
     good = {"prompt": "p", "chosen": "a", "rejected": "b", "choice": "a"}
     with pytest.raises(
-        DataError, match=r'rows.jsonl:2: "chosen" is missing; the row has prompt, rejected, choice$'
+        DataError, match=r'rows.jsonl:2: "chosen" is missing; the row has prompt, rejected, choice; mend'
     ):
         read(tmp_path, good, {"prompt": "p", "rejected": "b", "choice": "a"})

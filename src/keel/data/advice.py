@@ -16,7 +16,7 @@ from keel.errors import DataError
 from keel.types import RecordType
 
 _ALIASES = {  # what other data sets call keel's columns
-    "text": ("content", "body", "document", "story"),
+    "text": ("content", "body", "document", "story", "review", "sentence", "comment", "tweet", "post"),
     "prompt": ("question", "instruction", "query", "input", "problem"),
     "completion": ("answer", "response", "output", "reply", "solution"),
     "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
@@ -64,6 +64,11 @@ def unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) 
         return DataError(f"{message}. {_by_label(row, replies)}")
     renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
     return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
+
+
+def or_skip(error: DataError) -> DataError:
+    """A bad row's error, with the way on that there is for single rows."""
+    return DataError(f"{error}; mend the row, or leave such rows out: on_bad: skip")
 
 
 def name_of(kind: RecordType) -> str:

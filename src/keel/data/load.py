@@ -12,11 +12,11 @@ from typing import Any
 
 from keel import worlds
 from keel.data import files, records
-from keel.data.advice import name_of, unusable
+from keel.data.advice import name_of, or_skip, unusable
 from keel.data.batches import derive_seed, permutation
 from keel.data.formats import Conversion
 from keel.data.identity import RowKeys
-from keel.data.rewriting import Rewriter, renamed, with_system
+from keel.data.rewriting import Rewriter, chosen, renamed, with_system
 from keel.data.unread import UnreadKeys
 from keel.errors import DataError, UsageError
 from keel.types import Conversation, DataSource, Record, RecordType, TextRecord
@@ -250,7 +250,7 @@ def _hub(source: DataSource) -> Iterable[Any]:
 def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
     rewriter, conversion = Rewriter(source), Conversion(source, accept)
-    named = (renamed(origin, row, source.columns) for origin, row in _rows(source, seed))
+    named = (renamed(origin, row, source.columns) for origin, row in chosen(source, _rows(source, seed)))
     rows = (rewriter(origin, row) for origin, row in conversion(named))
     passed: list[files.RawRow] = []
     first_reason = ""
@@ -262,8 +262,10 @@ def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _Star
                 rest = itertools.chain(passed, [(origin, row)], rows)
                 return _StartedSource(source, possible[0], kinds, rest, rewriter, conversion)
             row = unusable(origin, row, accept)
+            if source.on_bad == "error":
+                raise row
         if source.on_bad == "error":
-            raise row
+            raise or_skip(row)
         first_reason = first_reason or str(row)
         passed.append((origin, row))
     if not passed:
@@ -297,7 +299,7 @@ def _parse_all(started: _StartedSource, kind: RecordType) -> _Part:
             good.append(record)
         except DataError as error:
             if source.on_bad == "error":
-                raise
+                raise or_skip(error) from None
             reasons.append(str(error))
         if len(good) == source.rows:
             break

@@ -33,7 +33,7 @@ from keel.data import chat, load
 from keel.data.batches import derive_seed
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
-from keel.pipeline import dates
+from keel.pipeline import dates, lengths
 from keel.pipeline.device import deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
 from keel.pipeline.preflight import Sources, from_outside, functions_of
@@ -199,6 +199,9 @@ class Pipeline:
                 )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
+        for name in names:
+            if not self.is_done(name) and not self.is_kept(name):
+                lengths.check(self.sources, name, hub=True)
         if (today := self.day(fresh=fresh and only is None, hub=True)) and any(self._asks.values()):
             self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
         if not fresh:

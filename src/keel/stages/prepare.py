@@ -166,15 +166,7 @@ class TooLong:
         if self.limit is None or length <= self.limit:
             return True
         if self.policy == "error" or (self.policy == "truncate" and not truncatable):
-            hint = (
-                "its response alone is longer"
-                if self.policy == "truncate"
-                else "set too_long: truncate or skip, or make room (max_length, max_new_tokens)"
-            )
-            raise DataError(
-                f"{record.origin}: {length} tokens, more than the {self.limit} of stage "
-                f"{self.stage_run.name!r}; {hint}"
-            )
+            raise too_long_error(record, length, self.limit, self.stage_run.name, self.policy)
         self.cut += self.policy == "truncate"
         self.left_out += self.policy == "skip"
         return self.policy == "truncate"
@@ -187,6 +179,16 @@ class TooLong:
                 f"{self.left_out} left out"
             )
         self.stage_run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
+
+
+def too_long_error(record: Record, length: int, limit: int, stage: str, policy: str) -> DataError:
+    """What is said of a row of `length` tokens that a stage may not have."""
+    hint = (
+        "its response alone is longer; leave such rows out (too_long: skip)"
+        if policy == "truncate"
+        else "set too_long: truncate or skip, or make room (max_length, max_new_tokens)"
+    )
+    return DataError(f"{record.origin}: {length} tokens, more than the {limit} of stage {stage!r}; {hint}")
 
 
 @dataclass
