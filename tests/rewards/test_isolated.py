@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from keel.errors import RewardError, UsageError
-from keel.rewards import functions, rules
+from keel.rewards import functions, loading, rules
 from keel.rewards.isolated import IsolatedFunction
 
 PROMPTS, COMPLETIONS, IDS = ["a", "b", "c"], ["x", "yy", "zzz"], [(1,)] * 3
@@ -225,3 +225,16 @@ def test_a_pattern_that_backtracks_without_end_is_stopped_and_named() -> None:
     ):
         reward(["?"] * 2, ["aaa", "a" * 60 + "b"])
     assert reward(["?"] * 2, ["aaa", "b"]) == [1.0, 0.0]  # a new process
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_an_error_comes_with_file_and_line(isolate: bool, tmp_path: Path) -> None:
+    """The line of the reward's own file, also where a library that it calls raises."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import json\n\ndef score(completions, **_):\n    return [json.loads(c) for c in completions]\n"
+    )
+    name = f"{path}:score"
+    function = IsolatedFunction(name, "reward", "mine") if isolate else loading.load(name, "reward")
+    with pytest.raises(RewardError, match=r"raised JSONDecodeError: .*\(sample 0, .*\), in .*mine\.py:4$"):
+        functions.call(function, "mine", PROMPTS, COMPLETIONS, IDS, {})

@@ -61,7 +61,8 @@ def call(
         if _is_a_persons(error):
             raise
         at = worker.blamed(lambda i: worker.run(function, _one(accepted, i)), len(prompts))
-        raise _raised(name, type(error).__name__, str(error), at, prompts) from error
+        place = worker.place_of(error, function)
+        raise _raised(name, type(error).__name__, str(error), at, prompts, place) from error
     return checked(values, name, prompts)
 
 
@@ -76,7 +77,8 @@ def _answered(answer: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -
     if raised and raised["usage"] is not None:
         raise UsageError(f"reward {name!r}: {raised['usage']}")
     if raised:
-        raise _raised(name, raised["type"], raised["message"], raised["sample"], prompts)
+        told = (raised["type"], raised["message"], raised["sample"], prompts, raised["place"])
+        raise _raised(name, *told)
     if "kind" in answer:
         raise _no_list(name, answer["kind"])
     values = [_Strange(v["repr"]) if isinstance(v, dict) else v for v in answer["values"]]
@@ -107,9 +109,12 @@ def _one(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {key: copy.deepcopy(values[index : index + 1]) for key, values in arguments.items()}
 
 
-def _raised(name: str, what: str, message: str, at: int | None, prompts: Sequence[Prompt]) -> RewardError:
+def _raised(
+    name: str, what: str, message: str, at: int | None, prompts: Sequence[Prompt], place: str
+) -> RewardError:
+    """place: file and line, or ""."""
     where = f"on {len(prompts)} samples" if at is None else sample(prompts, at)
-    return RewardError(f"reward {name!r} raised {what}: {message} ({where})")
+    return RewardError(f"reward {name!r} raised {what}: {message} ({where})" + f", in {place}" * bool(place))
 
 
 def _no_list(name: str, what: str) -> RewardError:

@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 from keel.errors import UsageError
 from keel.rewards.loading import ANYTHING, Signature, kind, load, of_package
 
+_KEEL = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # keel's own code
 LONGEST = 2000  # characters of a message that is passed on
 
 
@@ -69,6 +71,23 @@ def blamed(call: Callable[[int], Any], samples: int) -> int | None:
     return None
 
 
+def place_of(error: BaseException, function: Callable[..., Any]) -> str:
+    """Where an error comes from, as "file.py:12": the innermost line of the function's own file, else the
+    innermost one outside of keel; "" where there is none, as for code in C."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    outside = [(file, line) for file, line in frames if not file.startswith((_KEEL, "<"))]
+    own = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
+    file, line = next(reversed([one for one in outside if one[0] == own] or outside), ("", 0))
+    return f"{_short(file)}:{line}" if file else ""
+
+
+def _short(file: str) -> str:
+    """A path from the current folder, where it is in there."""
+    with contextlib.suppress(ValueError, OSError):
+        return os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
+    return file
+
+
 async def _awaited(result: Awaitable[Any]) -> Any:
     return await result
 
@@ -89,7 +108,7 @@ def _function(first: Mapping[str, Any], parent: Connection) -> Any:
             at = blamed(lambda i: run(function, _one(pickle.loads(request), i)), samples)
             usage = str(error)[:LONGEST] if isinstance(error, UsageError) else None
             raised = {"type": type(error).__name__, "message": _text(error), "sample": at, "usage": usage}
-            _say(parent, {"raised": raised})
+            _say(parent, {"raised": {**raised, "place": place_of(error, function)}})
             return
         if os.getpid() == own:
             _say(parent, _plain(values))
