@@ -400,3 +400,20 @@ def test_the_scale_of_one_sample_is_refused_in_the_stage_too(data: Any, stage_ru
     config = RewardConfig.model_construct(normalize=1)
     with pytest.raises(UsageError, match="one score has no spread"):
         reward_stage._samples_a_language_model(config, stage_run, ModelSource("m"))
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_texts_with_turn_marks_of_their_own_are_said_in_facts_and_card(
+    marked: bool, run_stage: Any, roomy_model: Path, tmp_path: Path
+) -> None:
+    """The model's template writes turns otherwise: whoever talks to it through that is told."""
+    prompt = "\n\nHuman: the cat?\n\nAssistant:" if marked else "the cat?"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{prompt}", "completion": f" {i}"}) + "\n" for i in range(9))
+    )
+    stage, _ = run_stage("sft", model=str(roomy_model), data=str(path), holdout=0)
+    facts = json.loads((stage / "stage.json").read_text())["facts"]
+    assert facts.get("turn_marks") == (["\n\nHuman:", "\n\nAssistant:"] if marked else None)
+    card = (stage / "model" / "README.md").read_text()
+    assert ("writes them otherwise" in card) == marked

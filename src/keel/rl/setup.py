@@ -46,6 +46,7 @@ def read_prompts(
     mix = prepare.read(run, config.ptx.data, ("text",)) if config.ptx else None
     conversational = any(rows.conversational for rows in (dataset, held_out, mix) if rows)
     tokenizer = prepare.open_tokenizer(config.model, run, conversational=conversational)
+    prepare.look_for_marks(run, tokenizer, dataset.records)
     limit = prepare.limit_of(config, run, source)
     room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)

@@ -127,6 +127,33 @@ def train_and_eval(
     )
 
 
+def look_for_marks(
+    stage_run: StageRun, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> None:
+    """Say, and record in the stage's facts, where texts bring turn marks of their own that the model's chat
+    template does not write: `keel chat` and whoever else uses the template would speak a form that the model
+    is not trained on."""
+    marks = chat.marks_of(records)
+    if marks is None or not chat.strange_to_template(tokenizer, marks):
+        return
+    stage_run.facts["turn_marks"] = list(marks)
+    has = (
+        "the model's chat template"
+        if tokenizer.chat_template
+        else "keel's chat template, for want of another,"
+    )
+    stage_run.say(
+        f"{stage_run.name}: the texts write turns as {marks[0]!r} and {marks[1]!r}, {has} does not: prompts "
+        "that go through it have a form that is not trained on. Give the model the template of the texts: "
+        f'model.chat_template: "{_escaped(chat.template_for(marks))}"'
+    )
+
+
+def _escaped(text: str) -> str:
+    """As it stands between double quotes in YAML."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
 def limit_of(config: Training, stage_run: StageRun, source: ModelSource) -> int | None:
     """Longest sequence in tokens: `max_length` or the context; UsageError if max_length exceeds the
     context."""
@@ -225,6 +252,17 @@ def encode_all(
     return rows
 
 
+def _form(stage_run: StageRun) -> str:
+    """What the card says of a form of prompts that is not the chat template's."""
+    marks = stage_run.facts.get("turn_marks")
+    if not marks:
+        return ""
+    return (
+        f"\nTurns were written as `{marks[0]!r}` and `{marks[1]!r}` in what it was trained on. Its chat\n"
+        "template writes them otherwise: give it prompts as text with these marks, not as messages.\n"
+    )
+
+
 def save_model(
     stage_run: StageRun,
     model: PreTrainedModel,
@@ -249,6 +287,7 @@ tags: [keel, rlhf, {config.kind}]  # stage kind
 
 {what}, trained by keel {keel.__version__} ({config.kind}) from {base}
 on {", ".join(source.source for source in data)}.
+{_form(stage_run)}
 The settings and measures of the run are in its directory: `config.yaml`, `metrics.jsonl`, `result.json`.
 """
     adapter = files_of(model, source_of(config.model, stage_run), base)

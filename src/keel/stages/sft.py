@@ -25,6 +25,7 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
     dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("demonstration", "text"))
     source = prepare.source_of(config.model, stage_run)
     tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
+    prepare.look_for_marks(stage_run, tokenizer, dataset.records)
     limit = prepare.limit_of(config, stage_run, source)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     rows, held_out_rows = (
