@@ -6,7 +6,7 @@ WORKERS ?= 2
 PEERS  ?= .venv-peers
 LATEST ?= .venv-latest
 
-.PHONY: demo install test test-slow test-real test-architectures check check-latest docs tutorials build bench bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures check check-latest docs tutorials build bench bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -79,6 +79,11 @@ bench: $(VENV)/.installed $(PEERS)/.installed  ## against peers, in pairs in one
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scaling.py
+
+# SEED: comparisons with prompt, chosen and rejected; MODEL: a small language model. Half an hour on two idle cores.
+bench-data: $(VENV)/.installed     ## a million comparisons: time, memory, second start
+	$(BIN)/python benchmarks/data_size.py --seed $(SEED) --model $(MODEL) --rows 100000
+	$(BIN)/python benchmarks/data_size.py --seed $(SEED) --model $(MODEL) --rows 1000000
 
 bench-gpu: $(VENV)/.installed $(PEERS)/.installed  ## correctness, sampling, memory and peers on one CUDA device
 	$(BIN)/python benchmarks/gpu.py --peer $(PEERS)/bin/python --ppo-peer $(PEERS)/trl112

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from keel.cli.main import NEEDED
+from keel.cli.doctor import NEEDED
 
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}  # where the module has another name

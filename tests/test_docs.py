@@ -72,12 +72,22 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         return {"source": f"world:helpdesk/{split}", "rows": number}
 
     few: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "eval_every": 1}
+    stream = tmp_path_factory.mktemp("stream") / "texts.jsonl"  # one of its rows is bad
+    stream.write_text('{"text": ""}\n' + '{"text": "the cat is red, so it is."}\n' * 200, encoding="utf-8")
     short = {"max_new_tokens": 6}
     stages = {
         "base": {
             "kind": "pretrain",
             "data": rows("text", 60),
             "model": {"init": {"model_type": "mixtral", **experts}},
+            **few,
+        },
+        "streamed": {
+            "kind": "pretrain",
+            "data": {"source": str(stream), "on_bad": "skip"},
+            "stream": True,
+            "model": "base",
+            "max_length": 64,
             **few,
         },
         "sft": {"kind": "sft", "model": "base", "data": rows("demonstrations"), **few},

@@ -321,7 +321,7 @@ def test_doctor_names_what_is_missing(keel, monkeypatch):
             raise importlib.metadata.PackageNotFoundError(package)
         return "1"
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr("keel.cli.doctor.version", version)
     ill = keel("doctor", "--json")
     assert ill.code == 1
     assert ill.json["missing"] == ["peft"]

@@ -298,7 +298,7 @@ def test_missing_file_names_the_nearest(tmp_path):
 def test_unknown_suffix_and_folder_without_data(tmp_path):
     (tmp_path / "a.xlsx").write_text("")
     assert "the kind of file is unknown" in refusal(tmp_path / "a.xlsx", error=UsageError)
-    assert "holds no .parquet or .jsonl files" in refusal(tmp_path, error=UsageError)
+    assert "holds no .parquet, .jsonl or .txt files" in refusal(tmp_path, error=UsageError)
 
 
 def test_settings_without_effect_are_refused(tmp_path):

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from keel.errors import UsageError
+from keel.models.causality import require_causal
 from keel.models.load import ModelSource, causal_lm, context_length
+from keel.models.row_trial import check_rows
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -47,3 +49,12 @@ def test_a_new_model_is_tried_too() -> None:
 
 def test_no_limit_is_no_context() -> None:
     assert context_length(AutoConfig.for_model("xlnet")) is None
+
+
+def test_a_model_that_returns_router_logits_can_be_tried_twice() -> None:
+    """It makes its balancing loss of what hooks of transformers record, which are put on once."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    source = ModelSource(init={"model_type": "mixtral", **SIZES, **experts, "output_router_logits": True})
+    model = causal_lm(source, 0)
+    require_causal(model, "again")
+    check_rows(model)

@@ -11,6 +11,8 @@ import pytest
 from keel.config import parse
 from keel.config.classifier import ClassifierConfig
 from keel.data import load
+from keel.data.stored.cache import Cache
+from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 
 INIT = {"init": {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}}
@@ -127,3 +129,15 @@ def test_only_rows_with_a_value_are_read(write):
     assert _texts(config) == {"neg": ["bad"], "pos": ["good, really", "fine"]}
     with pytest.raises(DataError, match=r"none of 3 rows has \"sentiment\" 'bad' \(`where`\)"):
         _texts(_stage({"neg": {**source, "where": {"sentiment": "bad"}}, "pos": source}))
+
+
+def test_the_rows_of_one_label_are_not_taken_for_those_of_another(write, tmp_path, monkeypatch):
+    """Rows of large files are kept by what they hold and by the settings that choose among them."""
+    config = _stage({"source": write("a.csv", CSV), "label": "sentiment", "text": "review"})
+    sources = [one.plain() for of_label in config.data.values() for one in of_label]  # pyright: ignore[reportAttributeAccessIssue]
+    assert load.fingerprint(sources[:1]) != load.fingerprint(sources[1:])
+    monkeypatch.setattr(load, "_LARGE", 0)
+    for _ in range(2):
+        preparation = Preparation(Cache(tmp_path / "kept"))
+        read = [load.load([source], ("text",), 0, preparation).records for source in sources]
+        assert [[record.text for record in rows] for rows in read] == [["bad"], ["good, really", "fine"]]

@@ -73,7 +73,9 @@ def test_pairs_become_examples_whose_kl_is_measured_on_both_sides() -> None:
 def encoded(record: Any, tiny_model: Path, stage_run: Any, **settings: Any) -> Any:
     config = config_of(**settings)
     too_long = prepare.TooLong(stage_run, config.too_long, config.max_length)
-    return preference_rows._encode(config, load_tokenizer(str(tiny_model)), record, too_long)
+    equal = prepare.EqualPairs(stage_run)
+    tokenizer = load_tokenizer(str(tiny_model))
+    return preference_rows.encode_decided(config, tokenizer, [record], too_long, equal)[0]
 
 
 def test_a_pair_is_one_prompt_and_two_responses_with_one_eos(
@@ -92,7 +94,8 @@ def test_a_pair_that_is_too_long_is_an_error_or_left_out_or_loses_its_prompts_st
     record = PreferenceRecord("the owl? " * 9 + "the cat?", " it is red.", " so", origin="rows.jsonl:3")
     with pytest.raises(DataError, match=r"rows.jsonl:3: \d+ tokens, more than the 12 of stage"):
         encoded(record, tiny_model, stage_run, max_length=12)
-    assert encoded(record, tiny_model, stage_run, max_length=12, too_long="skip") is None
+    with pytest.raises(DataError, match="no usable row is left of 1"):
+        encoded(record, tiny_model, stage_run, max_length=12, too_long="skip")
     pair = encoded(record, tiny_model, stage_run, max_length=12, too_long="truncate")
     assert len(pair.chosen.prompt) + len(pair.chosen.ids) == 12
     assert pair.rejected.prompt == pair.chosen.prompt

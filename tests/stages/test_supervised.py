@@ -104,8 +104,7 @@ def encoded(record: Any, tiny_model: Path, stage_run: Any, **settings: Any) -> t
     tokenizer = load_tokenizer(str(tiny_model))
     config = SFTConfig.model_validate({"kind": "sft", "model": "m", "data": "d", **settings})
     too_long = prepare.TooLong(stage_run, config.too_long, config.max_length)
-    rows = sft._encode(tokenizer, record, config, too_long)
-    return tokenizer, rows and rows[0]
+    return tokenizer, sft.encode([record], tokenizer, config, too_long)[0]
 
 
 def test_the_loss_is_on_the_completion_and_its_eos_or_on_all(tiny_model: Path, stage_run: Any) -> None:
@@ -131,8 +130,7 @@ def test_a_conversation_is_a_row_a_turn_where_the_template_cuts_history(
         for r, c in zip(("user", "assistant") * 2, ("cat", "red", "owl", "hat"))
     ]
     config = SFTConfig.model_validate({"kind": "sft", "model": "m", "data": "d"})
-    rows = sft._encode(tokenizer, TextRecord(tuple(turns)), config, prepare.TooLong(stage_run, "error", 64))
-    assert rows is not None
+    rows = sft.encode([TextRecord(tuple(turns))], tokenizer, config, prepare.TooLong(stage_run, "error", 64))
     texts = [tokenizer.decode(row.ids) for row in rows]
     assert texts == ["the cat the red <|end|>", "the cat the owl the hat <|end|>"]
 
@@ -143,7 +141,8 @@ def test_a_row_that_is_too_long_is_an_error_or_left_out_or_loses_its_prompts_sta
     record = DemonstrationRecord("the owl? " * 9 + "the cat?", " it is red.", origin="rows.jsonl:3")
     with pytest.raises(DataError, match=r"rows.jsonl:3: \d+ tokens, more than the 12 of stage"):
         encoded(record, tiny_model, stage_run, max_length=12)
-    assert encoded(record, tiny_model, stage_run, max_length=12, too_long="skip")[1] is None
+    with pytest.raises(DataError, match="no usable row is left of 1"):
+        encoded(record, tiny_model, stage_run, max_length=12, too_long="skip")
     tokenizer, row = encoded(record, tiny_model, stage_run, max_length=12, too_long="truncate")
     assert len(row.ids) == 12
     assert tokenizer.decode(row.ids).endswith("the cat? it is red.<|end|>")
@@ -241,8 +240,8 @@ def test_votes_are_kept_as_shares_or_collapsed_as_the_config_says(
     config = RewardConfig.model_validate({"kind": "reward", "model": "m", "data": "d", "labels": labels})
     too_long = prepare.TooLong(stage_run, "error", 48)
     records = [_record(None), _record(0.75, margin=1.5), _record(0.5), _record(0.25)]
-    for rows in reward_stage._labelled(config, stage_run, records, records):  # to train on, and held out
-        found = [reward_stage._encode(reward, record, too_long) for record in rows]
+    for found_labels in reward_stage._labelled(config, stage_run, records, records):  # to train on, held out
+        found = reward_stage.encode(records, found_labels, reward, too_long, prepare.EqualPairs(stage_run))
         assert [pair.p_chosen for pair in found] == shares
         assert [pair.margin for pair in found] == [0.0, 1.5, 0.0, 0.0]
         assert reward.tokenizer.decode(found[0].chosen["input_ids"]) == "the cat? it is red.<|end|>"
@@ -256,10 +255,8 @@ def test_labels_by_reliability_are_for_training_and_held_out_pairs_keep_their_vo
     agreed = [_record(1.0, ("a", "chosen"), ("b", "chosen"))] * 20
     alone = _record(0.5, ("a", "chosen"), ("c", "rejected"))
     kept, held = reward_stage._labelled(config, stage_run, [*agreed, alone], [alone])
-    assert isinstance(kept[-1], PreferenceRecord)
-    assert kept[-1].p_chosen is not None
-    assert kept[-1].p_chosen > 0.7  # a is known to be right, c is not
-    assert held == [alone]
+    assert kept[-1] > 0.7  # a is known to be right, c is not
+    assert held == [0.5]
     counts = [_record(0.5, ("", "chosen"), ("", "rejected"))] * 3
     with pytest.raises(DataError, match=r"labels: reliability.*two annotators who are named.*labels: soft"):
         reward_stage._labelled(config, stage_run, counts, [])

@@ -109,8 +109,9 @@ def is_foreign(hook: object) -> bool:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """For trials: within it the model is in evaluation mode, without hooks but those that compute, and draws
-    from a random state of its own. Afterwards every module's mode, hooks and the random state are what they
+    """For trials: within it the model is in evaluation mode, without hooks of others, and draws from a random
+    state of its own. transformers' hooks stay: a model that returns router logits computes with what they
+    record. Afterwards every module's mode, hooks and the random state are what they
     were."""
     modes = [(module, module.training) for module in model.modules()]
     hooks = [
@@ -125,9 +126,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = False
         for held, items in hooks:  # the same dictionary: handles that remove a hook know it by identity
             held.clear()
-            held.update(
-                (key, hook) for key, hook in items if getattr(hook, "__name__", "") in COMPUTING_HOOKS
-            )
+            held.update((key, hook) for key, hook in items if not is_foreign(hook))
         with torch.random.fork_rng(devices=[index or 0 for index in devices]):
             yield
     finally:

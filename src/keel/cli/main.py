@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -15,7 +14,6 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import keel
-from keel import plugins
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, KeelError, UsageError
 from keel.rundir import run_status
@@ -39,26 +37,6 @@ TrustOption = Annotated[
     bool, typer.Option("--trust", help="Run code that CONFIG brings; its folder is trusted from now on.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-NEEDED = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "huggingface_hub",
-    "pyarrow",
-    "pydantic",
-    "typer",
-    "rich",
-    "plotly",
-    "jinja2",
-    "markupsafe",
-    "pyyaml",
-    "numpy",
-    "pandas",
-)
 
 
 def main() -> None:
@@ -457,45 +435,11 @@ def doctor(
         lines = read_facts(_model_folder(model)).describe()
         print(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from keel.cli import doctor as examining
 
-    import torch
-
-    from keel import accel
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    facts: dict[str, Any] = {
-        "keel": keel.__version__,
-        "python": platform.python_version(),
-        **{p: installed(p) for p in NEEDED},
-    }
-    facts |= {
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    facts["hub offline"] = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
-    facts["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
-    missing = [package for package in NEEDED if facts[package] is None]
-    facts |= {group: list(plugins.names(group)) for group in plugins.GROUPS}  # what other packages add
-    paths = accel.table()
-    if as_json:
-        print(json.dumps({**facts, "missing": missing, "accel": paths}, indent=2))
-    else:
-        shown = {
-            name: ", ".join(value) or None if isinstance(value, list) else value
-            for name, value in facts.items()
-        }
-        print("\n".join(f"{name:<20} {'none' if value is None else value}" for name, value in shown.items()))
-        print(f"missing: {', '.join(missing)}" if missing else "all that keel needs is here")
-        print("\nWhat computes in a model's place, once a trial on it agrees (KEEL_ACCEL=0: nothing does):")
-        print("\n".join(f"{path['name']:<20} {path['state']:<4} {path['replaces']}" for path in paths))
-    if missing:
+    facts = examining.facts()
+    print(json.dumps(facts, indent=2) if as_json else examining.as_text(facts))
+    if facts["missing"]:
         raise typer.Exit(1)
 
 

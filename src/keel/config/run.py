@@ -112,6 +112,14 @@ class RunConfig(Settings):
     threads: int | None = Field(
         None, ge=1, description="CPU threads; null: all cores. Results are reproducible for one value."
     )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "Processes that tokenise data sets of more than 20,000 rows; null: one a core. Results do not "
+            "depend on it."
+        ),
+    )
     device: str = Field("auto", description="auto (cuda where there is one, else cpu), cpu, cuda, cuda:1.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None,

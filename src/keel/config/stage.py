@@ -83,6 +83,15 @@ class Stage(Settings):
         """What it learns from or works on."""
         return [self._plain("data", self.record_types)] if getattr(self, "data", None) else []
 
+    @property
+    def streams(self) -> bool:
+        """Whether its data are read as they are trained on, not before."""
+        return False
+
+    def streamed_data(self) -> list[DataSetting]:
+        """What it reads as a stream, in place of `main_data`."""
+        return []
+
     def held_out_data(self) -> DataSetting | None:
         """Rows that it evaluates on, where a setting gives them. They must be like those of `data`."""
         return None

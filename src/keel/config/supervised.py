@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from keel.config.parts import FilteredSamplingConfig
 from keel.config.stage import Stage, Supervised, with_tokenizer
 
+STREAM_FROM = 1 << 28  # bytes of text
+
 
 class PretrainConfig(Supervised):
     """Language modelling on packed text."""
@@ -19,6 +21,46 @@ class PretrainConfig(Supervised):
     kind: Literal["pretrain"] = Field(description="Language modelling on packed text.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate (AdamW).")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices only.")
+
+    stream: bool | None = Field(
+        None,
+        description=(
+            "Read the texts as they are trained on, never all at once: files and folders of .txt, .jsonl and "
+            ".parquet. Bad rows are found when they are read. null: from 256 MiB of files on."
+        ),
+    )
+    shuffle_buffer: int = Field(
+        10_000,
+        ge=1,
+        description=(
+            "Texts of a stream that are shuffled together; the files of a pass come in a seeded order."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _sound_stream(self) -> PretrainConfig:
+        idle = [name for name in ("rows", "weight") if any(getattr(one, name) for one in self.data)]
+        if self.stream and idle:
+            raise ValueError(f"`{idle[0]}` of a source has no effect with `stream`; leave one of them out")
+        if self.stream is False and self.changes("shuffle_buffer"):
+            raise ValueError("`shuffle_buffer` has no effect with `stream: false`")
+        return self
+
+    @property
+    def streams(self) -> bool:
+        if self.stream is not None:
+            return self.stream
+        if any(one.rows or one.weight or one.stage for one in self.data):
+            return False
+        from keel.data.files import size_of  # takes a moment to import, and few configs need it
+
+        return sum(size_of(one.source) for one in self.data) >= STREAM_FROM
+
+    def main_data(self) -> list[Any]:
+        return [] if self.streams else super().main_data()
+
+    def streamed_data(self) -> list[Any]:
+        return [self._plain("data", self.record_types)] if self.streams else []
 
     @model_validator(mode="after")
     def _nothing_is_too_long(self) -> PretrainConfig:

@@ -4,6 +4,7 @@ no cursor."""
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
@@ -18,10 +19,10 @@ def derive_seed(*parts: object) -> int:
 
 
 @lru_cache(maxsize=8)
-def permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order of `rows` rows in pass `epoch`."""
+def permutation(rows: int, seed: int, epoch: int) -> Sequence[int]:
+    """The order of `rows` rows in pass `epoch`, in eight bytes a row."""
     generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
-    return tuple(torch.randperm(rows, generator=generator).tolist())
+    return array("q", torch.randperm(rows, generator=generator).numpy().tobytes())
 
 
 def rows_of_step(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -110,17 +111,28 @@ def pack_stream(documents: Sequence[Sequence[int]], length: int) -> list[list[in
 
 def pack_examples(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Group examples into rows of at most `capacity` tokens: first-fit, longest first. Returns their
-    indices."""
+    indices.
+
+    The first row with enough room is found in a tree of the room in rows: each node holds the largest of its
+    two halves.
+    """
+    leaves = 1
+    while leaves < len(lengths):
+        leaves *= 2
+    room = array("q", [capacity]) * (2 * leaves)  # rows not begun yet have all of it
     rows: list[list[int]] = []
-    free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[index] > capacity:
-            raise ValueError(f"example {index} has {lengths[index]} tokens, more than a row of {capacity}")
-        slot = next((i for i, room in enumerate(free) if room >= lengths[index]), None)
-        if slot is None:
-            rows.append([index])
-            free.append(capacity - lengths[index])
-        else:
-            rows[slot].append(index)
-            free[slot] -= lengths[index]
+        length = lengths[index]
+        if length > capacity:
+            raise ValueError(f"example {index} has {length} tokens, more than a row of {capacity}")
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < length
+        if node - leaves == len(rows):
+            rows.append([])
+        rows[node - leaves].append(index)
+        room[node] -= length
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return rows

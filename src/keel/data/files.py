@@ -7,7 +7,8 @@
               as values
     .txt      a record a paragraph: paragraphs are separated by blank lines and become {"text": …}
 
-Each also with .gz after it. A folder stands for the .parquet and .jsonl files directly in it, sorted by name.
+Each also with .gz after it. A folder stands for the .parquet, .jsonl and .txt files directly in it, sorted by
+name, save those that are about the others (README.txt, LICENSE.txt …).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -33,7 +34,8 @@ from keel.errors import DataError, UsageError
 RawRow = tuple[str, dict[str, Any] | DataError]  # where the row stands ("file.jsonl:12"), and the row
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
-_IN_FOLDERS = (".jsonl", ".parquet")
+_IN_FOLDERS = (".jsonl", ".parquet", ".txt")
+_ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "citation")
 _CSV_NUMBERS = ("margin", "p_chosen")
 _CSV_VALUES = ("label", "votes", "messages")
 
@@ -46,9 +48,9 @@ def locate(source: str) -> list[Path] | None:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if suffix_of(file) in _IN_FOLDERS and file.is_file())
+        files = sorted(file for file in path.iterdir() if _is_data(file))
         if not files:
-            raise UsageError(f"folder {source} holds no .parquet or .jsonl files")
+            raise UsageError(f"folder {source} holds no .parquet, .jsonl or .txt files")
         return files
     if path.exists():
         if suffix_of(path) not in SUFFIXES:
@@ -64,28 +66,64 @@ def locate(source: str) -> list[Path] | None:
     raise UsageError(f"no file {source}" + (f"; did you mean {path.parent / close}?" if close else ""))
 
 
-def read(path: Path, name: str, columns: Mapping[str, str] = MappingProxyType({})) -> Iterator[RawRow]:
+def _is_data(file: Path) -> bool:
+    """Whether a file of a folder is one of those that the folder stands for."""
+    about = suffix_of(file) == ".txt" and file.name.lower().startswith(_ABOUT)
+    return suffix_of(file) in _IN_FOLDERS and not about and file.is_file()
+
+
+def read(
+    path: Path,
+    name: str,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Iterator[RawRow]:
     """The rows of one file; `name` is what messages call it, `columns` (keel's name → the file's) types CSV
-    cells.
+    cells; `progress` is told megabytes that are read, of all, every thousand rows.
 
     Raises DataError if the file itself is broken.
     """
-    suffix = suffix_of(path)
     try:
+        size = path.stat().st_size >> 20
         with path.open("rb") as raw:
-            handle: Any = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
-            if suffix == ".jsonl":
-                yield from _jsonl(handle, name)
-            elif suffix == ".json":
-                yield from _json(handle.read(), name)
-            elif suffix == ".parquet":
-                yield from _parquet(io.BytesIO(handle.read()) if handle is not raw else handle, name)
-            elif suffix == ".csv":
-                yield from _csv(handle, name, {theirs: ours for ours, theirs in columns.items()})
-            else:
-                yield from _paragraphs(handle, name)
+            zipped = path.name.lower().endswith(".gz")
+            handle: Any = gzip.GzipFile(fileobj=raw) if zipped else raw
+            for number, row in enumerate(rows_in(suffix_of(path), handle, name, columns), 1):
+                if number % 1000 == 0:
+                    progress(raw.tell() >> 20, size)
+                yield row
+            progress(size, size)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name} cannot be read: {error}") from None
+
+
+def rows_in(suffix: str, handle: IO[bytes], name: str, columns: Mapping[str, str]) -> Iterator[RawRow]:
+    """The rows of an open file, by the suffix that says what is in it."""
+    if suffix == ".jsonl":
+        yield from _jsonl(handle, name)
+    elif suffix == ".json":
+        yield from _json(handle.read(), name)
+    elif suffix == ".parquet":
+        yield from _parquet(io.BytesIO(handle.read()) if isinstance(handle, gzip.GzipFile) else handle, name)
+    elif suffix == ".csv":
+        yield from _csv(handle, name, {theirs: ours for ours, theirs in columns.items()})
+    else:
+        yield from _paragraphs(handle, name)
+
+
+def size_of(source: str) -> int:
+    """Bytes of a file, or of the files of a folder, in plain text: compressed ones count threefold. 0 for
+    what is no file."""
+    path = Path(source).expanduser()
+    paths = (
+        [path]
+        if path.is_file()
+        else [file for file in path.iterdir() if _is_data(file)]
+        if path.is_dir()
+        else []
+    )
+    packed = (".gz", ".parquet")
+    return sum(file.stat().st_size * (3 if file.name.lower().endswith(packed) else 1) for file in paths)
 
 
 def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from keel.data.batches import derive_seed, permutation
 from keel.data.identity import RowKeys, as_keys
+from keel.data.stored.records import facts_of
 from keel.errors import DataError
 from keel.types import Record
 
@@ -122,6 +123,8 @@ def numbered(keys: Keys) -> NDArray[np.int64]:
 def _group_keys(records: Sequence[Record], group: str, where: str) -> list[int] | None:
     """A number for each value in the column; None where no record has it. Rows without a value stand for
     themselves."""
+    if group == GROUP and GROUP not in facts_of(records)["columns"]:
+        return None
     numbers: dict[str, int] = {}
     values: list[int] = []
     for index, record in enumerate(records):

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,41 @@ from keel.data.batches import derive_seed, permutation
 from keel.data.formats import Conversion
 from keel.data.identity import RowKeys
 from keel.data.rewriting import Rewriter, chosen, renamed, with_system
+from keel.data.stored import cache as caches
+from keel.data.stored.records import (
+    IN_MEMORY,
+    RecordSink,
+    Rows,
+    StoredRows,
+    facts_of,
+    joined,
+    keys_of_rows,
+    picked,
+)
+from keel.data.stored.tokens import Preparation
 from keel.data.unread import UnreadKeys
 from keel.errors import DataError, UsageError
-from keel.types import Conversation, DataSource, Record, RecordType, TextRecord
+from keel.types import DataSource, Record, RecordType
 
 _WORLD = "world:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_OPTIONS = ("name", "revision", "data_dir")
 _REASONS_KEPT = 5
+_LARGE = 1 << 24  # bytes of files from which their rows are looked for in the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """Validated records, all of one type."""
 
-    records: tuple[Record, ...]
+    records: Sequence[Record]  # a tuple, or from `stored.records.IN_MEMORY` rows on those of a file
     kind: RecordType
     conversational: bool  # any record is a conversation: a chat template is needed
     skipped: int  # bad rows that were left out
     skipped_reasons: tuple[str, ...]  # of the first few
     sources: tuple[str, ...]  # each source in a few words
     keys: RowKeys  # which of the records are the same
+    forms: frozenset[str] = frozenset()  # "standard", "conversational": those that its records have
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +61,9 @@ class _Part:
 
     source: DataSource
     natural: RecordType  # the type its rows have by themselves
-    records: tuple[Record, ...]
-    reasons: tuple[str, ...]  # one for each skipped row
+    records: Sequence[Record]
+    reasons: tuple[str, ...]  # of the first few skipped rows
+    skipped: int
     notes: tuple[str, ...]  # what else is worth a word: a format, columns and keys that are not read
 
 
@@ -63,14 +79,19 @@ class _StartedSource:
     conversion: Conversion  # that they go through before
 
 
-def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int) -> Dataset:
+def load(
+    sources: Sequence[DataSource],
+    accept: Sequence[RecordType],
+    seed: int,
+    preparation: Preparation | None = None,
+) -> Dataset:
     """All records of `sources`, as the first type in `accept` that every source can be read as.
 
     Rows with more than a type needs are narrowed to it (`records.readable_as`); `Dataset.sources` says where.
     In a mixture with weights no row is repeated: the numbers of rows stand in the ratio of the weights, as
     many as the scarcest source allows, drawn and interleaved by `seed`. Without weights all rows are taken,
     source after source. Each record's columns say under "source" which source it came from, in place of a
-    column of that name.
+    column of that name. preparation: where the rows of large sources are kept once they are read.
 
     Raises UsageError for a source that is not there or settings without effect, DataError for unusable rows.
     """
@@ -79,27 +100,27 @@ def load(sources: Sequence[DataSource], accept: Sequence[RecordType], seed: int)
     if not accept:
         raise ValueError("accept names no record type")
     _check_settings(sources)
-    started = [_start(source, accept, seed) for source in sources]
+    preparation = preparation or Preparation()
+    started = [_start(source, accept, seed, preparation) for source in sources]
     kind = _common_kind(started, accept)
-    parts = [_parse_all(one, kind) for one in started]
+    parts = [_parse_all(one, kind, seed, preparation) for one in started]
     drawn = _mix(parts, seed)
-    everything = [
-        _with_source(record, {"source": part.source.source})
-        for part, records_ in zip(parts, drawn)
-        for record in records_
-    ]
+    everything = joined(drawn)
     if sources[0].weight is not None:
         order = permutation(len(everything), derive_seed("interleave", seed), 0)
-        everything = [everything[index] for index in order]
+        mixed = picked(everything, order)
+        everything = mixed if isinstance(mixed, Rows) else tuple(mixed)
     reasons = [reason for part in parts for reason in part.reasons]
+    forms_of_all = frozenset(facts_of(everything)["forms"])
     return Dataset(
-        records=tuple(everything),
+        records=everything,
         kind=kind,
-        conversational=any(_is_conversation(record) for record in everything),
-        skipped=len(reasons),
+        conversational="conversational" in forms_of_all,
+        skipped=sum(part.skipped for part in parts),
         skipped_reasons=tuple(reasons[:_REASONS_KEPT]),
         sources=tuple(_line(part, kind, len(taken), len(parts) > 1) for part, taken in zip(parts, drawn)),
-        keys=RowKeys.of(everything),
+        keys=keys_of_rows(everything),
+        forms=forms_of_all,
     )
 
 
@@ -118,16 +139,14 @@ def described(dataset: Dataset) -> str:
 
 def forms(dataset: Dataset) -> frozenset[str]:
     """The forms that the records have; a mixture may have both, and then each row is read in its own."""
-    return frozenset(
-        "conversational" if _is_conversation(record) else "standard" for record in dataset.records
-    )
+    return dataset.forms
 
 
-def fingerprint(sources: Sequence[DataSource]) -> str:
+def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None) -> str:
     """sha256 of what `sources` hold: the files' bytes, a world's settings, a hub data set's own fingerprint.
 
     The settings that choose rows (rows, weight, columns, rewrite, …) count; where a file lies does not. A
-    world's code is not part of it.
+    world's code is not part of it. cache: knows the digests of files that have not changed.
     """
     digest = hashlib.sha256()
 
@@ -138,7 +157,7 @@ def fingerprint(sources: Sequence[DataSource]) -> str:
 
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
-        add(source.format, source.pairs, source.ties, source.strict)
+        add(source.format, source.pairs, source.ties, source.strict, sorted(source.where.items()))
         add(sorted((key, repr(value)) for key, value in source.options.items()))
         add(
             source.system,
@@ -150,22 +169,13 @@ def fingerprint(sources: Sequence[DataSource]) -> str:
             add(
                 "files",
                 len(paths),
-                *itertools.chain.from_iterable((files.suffix_of(p), _digest(p)) for p in paths),
+                *itertools.chain.from_iterable(
+                    (files.suffix_of(p), caches.digest_of(p, cache)) for p in paths
+                ),
             )
         else:
             add("hub", source.source, source.split, getattr(_hub(source), "_fingerprint", ""))
     return digest.hexdigest()
-
-
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    return digest.digest()
 
 
 # ---------------------------------------------------------------- raw rows
@@ -185,7 +195,7 @@ def _check_settings(sources: Sequence[DataSource]) -> None:
             raise UsageError(f"{source.source}: `weight` {source.weight} must be a positive number")
 
 
-def _rows(source: DataSource, seed: int) -> Iterator[files.RawRow]:
+def _rows(source: DataSource, seed: int, preparation: Preparation) -> Iterator[files.RawRow]:
     """The source's rows as they are written."""
     name = source.source
     on_hub = False
@@ -195,7 +205,10 @@ def _rows(source: DataSource, seed: int) -> Iterator[files.RawRow]:
         folder = Path(name).expanduser().is_dir()
         labels = [str(Path(name) / path.name) if folder else name for path in paths]
         rows = itertools.chain.from_iterable(
-            files.read(path, label, source.columns) for path, label in zip(paths, labels)
+            files.read(
+                path, label, source.columns, partial(preparation.progress, f"reading {path.name} (MB)")
+            )
+            for path, label in zip(paths, labels)
         )
     else:
         on_hub = True
@@ -247,10 +260,13 @@ def _hub(source: DataSource) -> Iterable[Any]:
 # ---------------------------------------------------------------- records
 
 
-def _start(source: DataSource, accept: Sequence[RecordType], seed: int) -> _StartedSource:
+def _start(
+    source: DataSource, accept: Sequence[RecordType], seed: int, preparation: Preparation
+) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
     rewriter, conversion = Rewriter(source), Conversion(source, accept)
-    named = (renamed(origin, row, source.columns) for origin, row in chosen(source, _rows(source, seed)))
+    read = chosen(source, _rows(source, seed, preparation))
+    named = (renamed(origin, row, source.columns) for origin, row in read)
     rows = (rewriter(origin, row) for origin, row in conversion(named))
     passed: list[files.RawRow] = []
     first_reason = ""
@@ -284,40 +300,64 @@ def _common_kind(started: Sequence[_StartedSource], accept: Sequence[RecordType]
     raise DataError(f"the sources of a mixture must have one record type in common: {kinds_of_sources}")
 
 
-def _parse_all(started: _StartedSource, kind: RecordType) -> _Part:
-    """The source's first `rows` good records."""
-    source = started.source
-    good: list[Record] = []
+def _parse_all(started: _StartedSource, kind: RecordType, seed: int, preparation: Preparation) -> _Part:
+    """The source's first `rows` good records, from the cache if they have been read before."""
+    source, cache = started.source, preparation.cache
+    name = _name(started, kind, seed, cache)
+    if name and (folder := cache.find(name)) is not None:
+        rows = StoredRows(folder, cache)
+        facts = rows.facts
+        known, notes = tuple(facts["reasons"]), tuple(facts["notes"])
+        return _Part(source, started.natural, rows, known, facts["skipped"], notes)
     reasons: list[str] = []
-    unread = UnreadKeys(source, kind)
-    for origin, row in started.rows:
-        try:
-            if isinstance(row, DataError):
-                raise row
-            record = with_system(records.parse(row, kind, origin), source.system)
-            unread.count(record, origin)
-            good.append(record)
-        except DataError as error:
-            if source.on_bad == "error":
-                raise or_skip(error) from None
-            reasons.append(str(error))
-        if len(good) == source.rows:
-            break
-    if not good:
-        raise DataError(f"{source.source}: all {len(reasons):,} rows are bad; the first: {reasons[0]}")
-    started.rewriter.check()
-    notes = [started.conversion.line(), *unread.notes()]
-    return _Part(source, started.natural, tuple(good), tuple(reasons), tuple(filter(None, notes)))
+    skipped, unread = 0, UnreadKeys(source, kind)
+    with RecordSink(cache, lambda: name or _name(started, kind, seed, None)) as good:
+        for origin, row in started.rows:
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                record = with_system(records.parse(row, kind, origin), source.system)
+                unread.count(record, origin)
+                good.add(_with_source(record, {"source": source.source}))
+            except DataError as error:
+                if source.on_bad == "error":
+                    raise or_skip(error) from None
+                skipped += 1
+                reasons += [str(error)] if skipped <= _REASONS_KEPT else []
+            if good.count == source.rows:
+                break
+        if not good.count:
+            raise DataError(f"{source.source}: all {skipped:,} rows are bad; the first: {reasons[0]}")
+        started.rewriter.check()
+        if name and _name(started, kind, seed, cache) != name:
+            raise DataError(f"{source.source}: it was changed while it was being read; start again")
+        notes = list(filter(None, [started.conversion.line(), *unread.notes()]))
+        rows = good.done({"reasons": reasons, "skipped": skipped, "notes": notes})
+    return _Part(source, started.natural, rows, tuple(reasons), skipped, tuple(notes))
 
 
-def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
+def _name(started: _StartedSource, kind: RecordType, seed: int, cache: caches.Cache | None) -> str:
+    """What the source's records are called in the cache; "" where they are few enough not to be there. cache:
+    None: they are many."""
+    source = started.source
+    if cache is not None:
+        paths = None if source.source.startswith(_WORLD) else files.locate(source.source)
+        if not cache.keeps or (paths is not None and sum(path.stat().st_size for path in paths) < _LARGE):
+            return ""
+        if paths is None and (source.source.startswith(_WORLD) and (source.rows or 0) <= IN_MEMORY):
+            return ""
+    content = fingerprint([source], cache)
+    return caches.name_of("rows", content, source.source, source.split, kind, started.natural, seed)
+
+
+def _mix(parts: Sequence[_Part], seed: int) -> list[Sequence[Record]]:
     """The records to take from each part: all, or in the ratio of the weights as many as the scarcest
     allows."""
     weights = [part.source.weight for part in parts if part.source.weight is not None]
     if not weights:
-        return [list(part.records) for part in parts]
+        return [part.records for part in parts]
     scale = min(len(part.records) / weight for part, weight in zip(parts, weights))
-    drawn: list[list[Record]] = []
+    drawn: list[Sequence[Record]] = []
     for index, (part, weight) in enumerate(zip(parts, weights)):
         count = int(weight * scale + 1e-9)  # the scarcest source is used up in spite of rounding
         if count == 0:
@@ -327,17 +367,12 @@ def _mix(parts: Sequence[_Part], seed: int) -> list[list[Record]]:
                 "to the scarcest"
             )
         order = permutation(len(part.records), derive_seed("mixture", seed, index), 0)
-        drawn.append([part.records[row] for row in order[:count]])
+        drawn.append(picked(part.records, order[:count]))
     return drawn
 
 
 def _with_source(record: Record, source: Mapping[str, Any]) -> Record:
     return replace(record, columns={**record.columns, **source} if record.columns else source)
-
-
-def _is_conversation(record: Record) -> bool:
-    value: str | Conversation = record.text if isinstance(record, TextRecord) else record.prompt
-    return not isinstance(value, str)
 
 
 def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:

@@ -28,6 +28,11 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device(name)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware(config: RunConfig) -> dict[str, Any]:
     """The machine, for the manifest."""
     device = device_of(config)

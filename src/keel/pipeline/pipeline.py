@@ -31,10 +31,13 @@ from keel import accel, report
 from keel.config import RunConfig, Stage, Training
 from keel.data import chat, load
 from keel.data.batches import derive_seed
+from keel.data.stored.cache import Cache, keep_digests
+from keel.data.stored.tokens import Preparation
+from keel.data.stored.worker import Shown
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
 from keel.pipeline import dates, lengths
-from keel.pipeline.device import deterministic, device_of, hardware
+from keel.pipeline.device import cores, deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
 from keel.pipeline.preflight import Sources, from_outside, functions_of
 from keel.pipeline.stage_kinds import kind_of, resolve
@@ -46,6 +49,7 @@ from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
 
+PREPARED = "prepared"  # in the run's directory: rows of large data sets, validated and as tokens
 LONG = 600.0  # seconds of work above which one is asked before it is done again
 MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
 
@@ -108,7 +112,10 @@ class Pipeline:
                 "device": device_of(self.config).type,
                 "accel": _accel_state(self.config),
                 "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
-                "data": [load.fingerprint(from_outside(sources)) for sources, _ in stage.all_data()],
+                "data": [
+                    load.fingerprint(from_outside(sources), self.sources.preparation.cache)
+                    for sources, _ in [*stage.all_data(), *stage.streamed_data()]
+                ],
                 "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
                 "plugins": plugin_prints(stage),
                 "code": code_prints(stage.kind),
@@ -197,16 +204,21 @@ class Pipeline:
                     f"--only {only}: its input {source!r} is not done with these settings; run the whole "
                     "config first"
                 )
+        preparation = self.sources.preparation = Preparation(
+            Cache(self.directory / PREPARED), self.config.workers or cores(), Shown(self.progress)
+        )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
-        for name in names:
-            if not self.is_done(name) and not self.is_kept(name):
-                lengths.check(self.sources, name, hub=True)
         if (today := self.day(fresh=fresh and only is None, hub=True)) and any(self._asks.values()):
             self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
+        with self.dated():
+            for name in names:
+                if fresh or not (self.is_done(name) or self.is_kept(name)):
+                    lengths.check(self.sources, name, hub=True)
         if not fresh:
             self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
+        keep_digests(preparation.cache)
         with locked(self.directory), deterministic(self.config), switched(self.config), self.dated():
             if fresh:
                 for name in names:
@@ -229,6 +241,8 @@ class Pipeline:
                     self.say(f"{name}: done before, unchanged")
                 self._write_manifest(states)
                 self._report()
+            if only is None:
+                preparation.cache.sweep()
 
     def _resolved(self) -> dict[str, Any]:
         """The config with every default and the run's day written out."""
@@ -328,6 +342,7 @@ class Pipeline:
                 partial(self.sources.load_data, stage=name),
                 self.say,
                 self.progress,
+                preparation=self.sources.preparation,
             )
             if getattr(asked, "micro_batch", None) != "auto":
                 return run, run_stage(asked, run)

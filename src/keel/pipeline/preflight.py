@@ -22,7 +22,8 @@ from keel import worlds
 from keel.accel.layer_kinds import carries_state
 from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
-from keel.data import chat, load
+from keel.data import chat, load, stream
+from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.hub import go_offline_if_unreachable, may_be_on_hub
@@ -45,6 +46,7 @@ class Sources:
     directory: Path  # of the run
     say: Callable[[str], None] = lambda line: None
     code: bool = True  # what the config brings may be run: functions of rewards, code of models
+    preparation: Preparation = field(default_factory=Preparation)
     _data: dict[str, load.Dataset] = field(default_factory=dict)
     _judged: dict[tuple[str | None, str], load.Dataset] = field(
         default_factory=dict  # (stage, data) → without the rows on which its rewards fail
@@ -86,7 +88,7 @@ class Sources:
         key = self._key(sources, accept)
         if key not in self._data:
             located = [self._located(source) for source in sources]
-            self._data[key] = load.load(located, accept, self.config.seed)
+            self._data[key] = load.load(located, accept, self.config.seed, self.preparation)
         return self._judged.get((stage, key), self._data[key])
 
     def _key(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> str:
@@ -151,6 +153,8 @@ class Sources:
         labelled = getattr(stage, "data", None)
         if isinstance(labelled, Mapping):
             return "; ".join(f"{label}: {self._labelled(stage, label)}" for label in labelled)
+        if stage.streams:
+            return " + ".join(stream.described(sources) for sources, _ in stage.streamed_data())
         if not stage.main_data():
             return "no data"
         sources, accept = stage.main_data()[0]
@@ -330,7 +334,7 @@ class Sources:
         are."""
         stage = self.config.stages[name]
         setting = stage.held_out_data()
-        if setting is None:
+        if setting is None or stage.streams:
             return
         dataset = self.load_data(*stage.main_data()[0])
         try:

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from keel.config import Stage
-from keel.data import chat
+from keel.data import chat, files, stream
 from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
+from keel.data.stored.records import picked
 from keel.errors import UsageError
 from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
@@ -56,7 +57,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     datasets = _datasets(pipeline, name)
     rows = sum(len(dataset.records) for dataset in datasets) + _collected(pipeline, stage)
     tokenizer = _tokenizer(pipeline, name)
-    tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or None
+    tokens = sum(_tokens(tokenizer, dataset) or 0 for dataset in datasets) or _streamed(stage, tokenizer)
     entry: dict[str, Any] = {
         "stage": name,
         "kind": stage.kind,
@@ -76,7 +77,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
         entry["micro_batch"] = micro_batch(pipeline, name)
     entry["memory"] = (
         _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets), entry.get("micro_batch"))
-        if datasets
+        if datasets or stage.streams
         else None
     )
     return entry
@@ -133,9 +134,12 @@ def _examples(pipeline: Pipeline, name: str, datasets: list[Dataset], rows: int,
     if count is not None and datasets and not stage.data_stages():
         records = datasets[0].records
         split = held_out.split_of(pipeline.config, name, datasets[0])
-        trained = records if split is None else [records[i] for i in split.train]
+        trained = records if split is None else picked(records, split.train)
         return stage_kinds.resolve(count)(stage, trained)
     trained = rows - _held_out_rows(pipeline, name, datasets, rows, share)
+    if stage.streams:
+        length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
+        return math.ceil((tokens or 0) / (length - 1))
     if stage.cuts_texts:
         length = getattr(stage, "max_length", None) or pipeline.sources.context(name) or 512
         return math.ceil((tokens or 0) * trained / max(rows, 1) / (length - 1)) or trained
@@ -159,6 +163,16 @@ def _tokens(tokenizer: PreTrainedTokenizerBase | None, dataset: Dataset) -> int 
         return None
     counts = [_length(tokenizer, record) for record in records]
     return round(sum(counts) / len(counts) * len(dataset.records))
+
+
+def _streamed(stage: Stage, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Tokens of what a stage reads as a stream; None where it does not."""
+    sources = [source for some, _ in stage.streamed_data() for source in some]
+    if not sources:
+        return None
+    if tokenizer is None:
+        return sum(files.size_of(source.source) for source in sources) // CHARACTERS_A_TOKEN
+    return stream.estimated_tokens(stream.shards_of(sources), tokenizer)
 
 
 def _length(tokenizer: PreTrainedTokenizerBase | None, record: Record) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from keel.data.stored.tokens import Preparation
 from keel.errors import NotFiniteError
 from keel.rundir.checkpoint import Checkpoint, latest, save, write_json
 from keel.types import DataSource, RecordType
@@ -42,6 +43,7 @@ class StageRun:
     facts: dict[str, Any] = field(default_factory=dict)  # rows, parameters …, for stage.json
     flops: dict[str, float] = field(default_factory=dict)  # of a useful token, by phase
     fastest: float | None = None  # FLOP/s that the machine reaches, where it has been measured
+    preparation: Preparation = field(default_factory=Preparation)  # where and how large data are made ready
     _seconds: dict[str, float] = field(default_factory=dict)
     _tokens: dict[str, tuple[int, int]] = field(default_factory=dict)  # by phase: useful, computed
 

@@ -78,7 +78,7 @@ def fit(
     config: Supervised,
     model: PreTrainedModel,
     pad_id: int,
-    rows: Sequence[LanguageRow],
+    rows: Sequence[LanguageRow] | supervised_loop.Stream[LanguageRow],
     held_out: Sequence[LanguageRow],
 ) -> dict[str, Any]:
     """Train on the rows and return the stage's result; the model ends with the weights to keep."""

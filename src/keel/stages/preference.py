@@ -25,6 +25,7 @@ from keel.models import experts
 from keel.models.load import causal_lm, disable_dropout
 from keel.rundir.stage_run import StageRun
 from keel.stages import language, preference_rows, prepare, supervised_loop
+from keel.stages.lazy_rows import LazyRows
 from keel.stages.loop_utils import add_metrics, forward_parts, forward_rows
 from keel.stages.preference_rows import Example, Pair, Response, lengths, logps, scores
 
@@ -72,7 +73,9 @@ def run(config: DPOConfig, stage_run: StageRun) -> dict[str, Any]:
     model = causal_lm(source, language.model_seed(stage_run))
     disable_dropout(model)
     asked = preference_rows.to_score(config, stage_run, rows, held_out_rows, limit)
-    reference = preference_rows.reference_logps(config, stage_run, model, other, asked, pad_id)
+    reference = preference_rows.reference_logps(
+        config, stage_run, model, other, asked, pad_id, compact=isinstance(rows, LazyRows)
+    )
     model = prepare.to_train(model, config, stage_run)
     setup = PreferenceSetup(config, model, pad_id, stage_run.device, reference, limit)
     supervised_loop.fit(stage_run, config, model, rows, held_out_rows, _objective(setup))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +22,9 @@ from keel.accel.cpu_linear import cast_cache
 from keel.algorithms.masked import masked_sum
 from keel.config import DPOConfig
 from keel.config.preference import REFERENCE_FREE
-from keel.data import chat
 from keel.data.batches import by_length, length_mask, pad, rows_of_step
+from keel.data.stored.records import Rows, numbers_of, picked
+from keel.data.stored.tokens import Tokens
 from keel.errors import DataError, KeelError, UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
 from keel.models.logprobs import (
@@ -31,13 +37,15 @@ from keel.models.logprobs import (
 )
 from keel.rundir.checkpoint import write_json
 from keel.rundir.stage_run import StageRun
-from keel.stages import language, prepare
+from keel.stages import language, lazy_rows, prepare
+from keel.stages.lazy_rows import LazyRows
 from keel.stages.loop_utils import forward_rows, total_steps
-from keel.types import PreferenceRecord, Record, UnpairedRecord
+from keel.types import PreferenceRecord, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_STEPS_AT_ONCE = 64  # whose responses a reference reads together, where rows are read from a file
 REFERENCE_FILE = "reference.json"  # log-probabilities, in a stage's directory while it is at work
 
 
@@ -75,26 +83,22 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
     *parts: Sequence[Record],
-) -> list[list[Any]]:
+) -> list[Sequence[Any]]:
     """The records to train on, and other parts, as pairs or for KTO as examples; counts the cut and the left
     out."""
     too_long, undecided = prepare.TooLong(stage_run, config.too_long, limit), 0
     equal = prepare.EqualPairs(stage_run)
-    parts_encoded: list[list[Any]] = []
+    parts_encoded: list[Sequence[Any]] = []
     for records in parts:
-        decided = [record for record in records if config.votes == "soft" or not _undecided(record)]
+        decided = _decided(config, records)
         if not decided and not parts_encoded:  # held-out rows may all be undecided: then nothing is held out
             raise DataError(
                 f"stage {stage_run.name!r}: the votes of all {len(records)} pairs are undecided; give other "
                 "pairs, or set votes: soft (for loss: sigmoid)"
             )
         undecided += len(records) - len(decided)
-        rows = prepare.encode_all(
-            stage_run,
-            decided,
-            lambda record: _encode(config, tokenizer, record, too_long, equal),
-            needed=not parts_encoded,
-        )
+        needed = not parts_encoded
+        rows = encode_decided(config, tokenizer, decided, too_long, equal, needed=needed) if decided else []
         parts_encoded.append(examples(rows) if config.loss == "kto" else rows)
     too_long.report()
     equal.report()
@@ -102,6 +106,14 @@ def encode(
         stage_run.say(f"{stage_run.name}: {undecided} pairs left out, since their votes are undecided")
     stage_run.facts["undecided_pairs"] = undecided
     return parts_encoded
+
+
+def _decided(config: DPOConfig, records: Sequence[Record]) -> Sequence[Record]:
+    """The records to learn from: with hard votes, not the pairs of which as many prefer either side."""
+    if config.votes == "soft" or not isinstance(records, Rows):
+        return [record for record in records if not _undecided(record)] if config.votes != "soft" else records
+    undecided = numbers_of(records, "p_chosen") == 0.5
+    return picked(records, np.flatnonzero(~undecided)) if undecided.any() else records
 
 
 def _undecided(record: Record) -> bool:
@@ -115,31 +127,39 @@ def count(config: DPOConfig, records: Sequence[Record]) -> int:
     return sum(1 + (config.loss == "kto" and isinstance(r, PreferenceRecord)) for r in decided)
 
 
-def _encode(
+def encode_decided(
     config: DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
-    record: Record,
+    records: Sequence[Record],
     too_long: prepare.TooLong,
-    equal: prepare.EqualPairs | None = None,
-) -> Pair | Example | None:
-    """The record as tokens; None if it is left out. Both sides keep the same prompt when it has to be cut."""
-    assert isinstance(record, PreferenceRecord | UnpairedRecord)
-    texts = (record.chosen, record.rejected) if isinstance(record, PreferenceRecord) else (record.completion,)
-    prompt = tuple(chat.prompt_ids(tokenizer, record.prompt))
-    sides = [tuple(chat.completion_ids(tokenizer, record.prompt, text)) for text in texts]
-    longest = max(map(len, sides))
-    truncatable = too_long.limit is None or longest < too_long.limit
-    if not too_long.fits(record, len(prompt) + longest, truncatable):
-        return None
-    prompt = _cut(prompt, longest, too_long.limit)
-    if isinstance(record, UnpairedRecord):
-        return Example(Response(prompt, sides[0]), record.label)
-    if equal is not None and not equal.differ(*sides):
-        return None
-    p = 1.0 if record.p_chosen is None else record.p_chosen
-    if p < 0.5:
-        sides, p = sides[::-1], 1 - p
-    return Pair(Response(prompt, sides[0]), Response(prompt, sides[1]), p if config.votes == "soft" else 1.0)
+    equal: prepare.EqualPairs,
+    *,
+    needed: bool = True,
+) -> Sequence[Pair | Example]:
+    """The records as tokens. Both sides of a pair keep the same prompt when it has to be cut."""
+    limit, paired = too_long.limit, isinstance(records[0], PreferenceRecord)
+    preferred = np.nan_to_num(numbers_of(records, "p_chosen"), nan=1.0)
+    labels = numbers_of(records, "label")
+
+    def fits(record: Record, tokens: Tokens) -> bool:
+        longest = max(map(len, tokens[1:]))
+        if not too_long.fits(record, len(tokens[0]) + longest, limit is None or longest < limit):
+            return False
+        return not paired or equal.differ(*tokens[1:])
+
+    def build(number: int, tokens: Tokens) -> Pair | Example:
+        longest = max(map(len, tokens[1:]))
+        prompt, *sides = map(tuple, tokens)
+        prompt = _cut(prompt, longest, limit)
+        if not paired:
+            return Example(Response(prompt, sides[0]), bool(labels[number]))
+        p = float(preferred[number])
+        if p < 0.5:
+            sides, p = sides[::-1], 1 - p
+        p = p if config.votes == "soft" else 1.0
+        return Pair(Response(prompt, sides[0]), Response(prompt, sides[1]), p)
+
+    return lazy_rows.encode(records, tokenizer, too_long, fits, build, needed=needed)
 
 
 def _cut(prompt: tuple[int, ...], response: int, limit: int | None) -> tuple[int, ...]:
@@ -147,9 +167,11 @@ def _cut(prompt: tuple[int, ...], response: int, limit: int | None) -> tuple[int
     return prompt if limit is None else prompt[max(0, len(prompt) + response - limit) :]
 
 
-def examples(rows: Sequence[Any]) -> list[Example]:
+def examples(rows: Sequence[Any]) -> Sequence[Example]:
     """Pairs as examples: all chosen ones, then all rejected ones, so that neighbours differ in their prompts
     and each completion is `mismatched` with one of them. Examples stay as they are."""
+    if isinstance(rows, LazyRows):
+        return rows if isinstance(rows[0], Example) else LazyRows(2 * len(rows), partial(_side_of, rows))
     pairs = [row for row in rows if isinstance(row, Pair)]
     unpaired = [row for row in rows if isinstance(row, Example)]
     return [
@@ -157,6 +179,12 @@ def examples(rows: Sequence[Any]) -> list[Example]:
         *(Example(pair.chosen, True) for pair in pairs),
         *(Example(pair.rejected, False) for pair in pairs),
     ]
+
+
+def _side_of(rows: Sequence[Pair], index: int) -> Example:
+    """Number `index` of the pairs' `examples`."""
+    pair, chosen = rows[index % len(rows)], index < len(rows)
+    return Example(pair.chosen if chosen else pair.rejected, chosen)
 
 
 def mismatched(rows: Sequence[Example], limit: int | None) -> list[Response]:
@@ -208,22 +236,71 @@ def reference_source(
 
 def to_score(
     config: DPOConfig, stage_run: StageRun, rows: Sequence[Any], held_out: Sequence[Any], limit: int | None
-) -> list[Response]:
-    """Every response whose reference log-probability training will ask for: the order of all steps is
-    known."""
+) -> Iterator[list[Response]]:
+    """Every response whose reference log-probability training will ask for: the order of all steps is known.
+
+    All at once; of rows that are read from a file in parts, and only of those that a step comes to.
+    """
     if config.loss in REFERENCE_FREE:
-        return []
+        return
+    if isinstance(rows, LazyRows):
+        steps = total_steps(config, len(rows))
+        for start in range(0, steps, _STEPS_AT_ONCE):
+            batches = [
+                [rows[i] for i in rows_of_step(len(rows), config.batch_size, step, stage_run.seed)]
+                for step in range(start, min(start + _STEPS_AT_ONCE, steps))
+            ]
+            yield _asked(config, [row for batch in batches for row in batch], batches, limit)
+        yield _asked(config, held_out, [held_out], limit)
+        return
+    batches = (
+        [rows[i] for i in rows_of_step(len(rows), config.batch_size, step, stage_run.seed)]
+        for step in range(total_steps(config, len(rows)) if config.loss == "kto" else 0)
+    )
+    yield _asked(config, [*rows, *held_out], itertools.chain(batches, [held_out]), limit)
+
+
+def _asked(
+    config: DPOConfig, rows: Sequence[Any], batches: Iterable[Sequence[Any]], limit: int | None
+) -> list[Response]:
+    """What a loss asks about rows, and for KTO about the batches that they come in."""
     if config.loss != "kto":
-        return _once([side for pair in (*rows, *held_out) for side in (pair.chosen, pair.rejected)])
-    responses = [row.response for row in (*rows, *held_out)]
-    for step in range(total_steps(config, len(rows))):
-        batch = rows_of_step(len(rows), config.batch_size, step, stage_run.seed)
-        responses += mismatched([rows[i] for i in batch], limit)
-    return _once(responses + mismatched(held_out, limit))
+        return _once([side for pair in rows for side in (pair.chosen, pair.rejected)])
+    responses = [row.response for row in rows]
+    for batch in batches:
+        responses += mismatched(batch, limit)
+    return _once(responses)
 
 
 def _once(responses: Sequence[Response]) -> list[Response]:
     return list(dict.fromkeys(responses))
+
+
+class Reference(Mapping[Response, float]):
+    """log π_ref of very many responses: a hash of the tokens in place of the tokens. The first number of a
+    response that comes again stays."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, float] = {}
+
+    def update(self, found: Iterable[tuple[Response, float]]) -> None:
+        """More responses."""
+        for response, value in found:
+            self._values.setdefault(_key(response), value)
+
+    def __getitem__(self, response: Response) -> float:
+        return self._values[_key(response)]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[Response]:
+        raise TypeError("the responses themselves are not kept")
+
+
+def _key(response: Response) -> int:
+    content = array("q", [len(response.prompt), *response.prompt, *response.ids]).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 @cast_cache()
@@ -232,32 +309,41 @@ def reference_logps(
     stage_run: StageRun,
     policy: PreTrainedModel,
     other: ModelSource | None,
-    asked: Sequence[Response],
+    asked: Iterable[list[Response]],
     pad_id: int,
-) -> dict[Response, float]:
+    *,
+    compact: bool = False,
+) -> Mapping[Response, float]:
     """log π_ref of each response, from the policy before any training or from the `other` model, which is
-    then freed.
+    then freed. compact: as a `Reference`, for very many.
 
     A run that was cut off finds them in its directory, which belongs to these very settings and data.
     """
-    path = stage_run.directory / REFERENCE_FILE
-    if not asked:
-        return {}
-    if path.exists():
-        return dict(zip(asked, json.loads(path.read_text(encoding="utf-8")), strict=True))
-    stage_run.say(f"{stage_run.name}: the reference reads {len(asked):,} responses")
-    model = policy if other is None else causal_lm(other, language.model_seed(stage_run))
-    cast("torch.nn.Module", model).to(stage_run.device).eval()
-    logps_found = scores(model, asked, pad_id, stage_run.device, **forward_rows(config))
-    del model  # `policy` lives on; another one ends here
-    gc.collect()
-    if not all(map(math.isfinite, logps_found)):
-        raise KeelError(
-            f"{stage_run.name}: the reference's log-probability of a response is not finite; look at its "
-            "weights and at model.dtype"
-        )
-    write_json(path, logps_found)
-    return dict(zip(asked, logps_found, strict=True))
+    path, model, in_order = stage_run.directory / REFERENCE_FILE, None, array("d")
+    reference: dict[Response, float] | Reference = Reference() if compact else {}
+    known: list[float] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    for responses in filter(None, asked):
+        if known is not None:
+            found, known = known[: len(responses)], known[len(responses) :]
+            reference.update(zip(responses, found, strict=True))
+            continue
+        if model is None:
+            model = policy if other is None else causal_lm(other, language.model_seed(stage_run))
+            cast("torch.nn.Module", model).to(stage_run.device).eval()
+        stage_run.say(f"{stage_run.name}: the reference reads {len(responses):,} responses")
+        found = scores(model, responses, pad_id, stage_run.device, **forward_rows(config))
+        if not all(map(math.isfinite, found)):
+            raise KeelError(
+                f"{stage_run.name}: the reference's log-probability of a response is not finite; look at its "
+                "weights and at model.dtype"
+            )
+        reference.update(zip(responses, found, strict=True))
+        in_order.extend(found)
+    if model is not None:
+        del model  # `policy` lives on; another one ends here
+        gc.collect()
+        write_json(path, in_order.tolist())
+    return reference
 
 
 def forget_reference(stage_run: StageRun) -> None:

@@ -16,6 +16,7 @@ from keel.data.batches import derive_seed
 from keel.data.holdout import hold_out
 from keel.data.identity import shared
 from keel.data.load import Dataset
+from keel.data.stored.records import picked
 from keel.errors import DataError, UsageError
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
 from keel.models.lora import Adapters, add_adapters, files_of
@@ -103,7 +104,7 @@ def read(stage_run: StageRun, data: Sequence[DataConfig], accept: Sequence[Recor
 
 def train_and_eval(
     config: Supervised, stage_run: StageRun, accept: Sequence[RecordType]
-) -> tuple[Dataset, list[Record], list[Record]]:
+) -> tuple[Dataset, Sequence[Record], Sequence[Record]]:
     """The data set, and its rows to train on and to evaluate on."""
     dataset = read(stage_run, config.data, accept)
     repeats = dataset.keys.repeats()
@@ -115,16 +116,12 @@ def train_and_eval(
     if config.eval_data is not None:
         evaluated = read(stage_run, config.eval_data, (dataset.kind,))
         stage_run.facts["held_out_seen"] = shared(evaluated.keys.prompts, dataset.keys.prompts)
-        return dataset, list(dataset.records), list(evaluated.records)
+        return dataset, dataset.records, evaluated.records
     split = hold_out(
         dataset.records, dataset.keys, config.holdout, stage_run.seed, config.group, f"{stage_run.name}: "
     )
     stage_run.facts["held_out_seen"] = 0  # by the way they are chosen
-    return (
-        dataset,
-        [dataset.records[i] for i in split.train],
-        [dataset.records[i] for i in split.held_out],
-    )
+    return dataset, picked(dataset.records, split.train), picked(dataset.records, split.held_out)
 
 
 def look_for_marks(

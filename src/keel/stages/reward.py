@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from keel.algorithms import reward_model
@@ -16,6 +17,8 @@ from keel.algorithms.masked import at_least_float32
 from keel.config import RewardConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
+from keel.data.stored.records import Rows, joined, numbers_of
+from keel.data.stored.tokens import Tokens
 from keel.errors import DataError, UsageError
 from keel.evaluation import reliability
 from keel.evaluation.annotators import agreement
@@ -31,7 +34,7 @@ from keel.models.tokenizer import with_own_pad
 from keel.rewards import learned
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rundir.stage_run import StageRun
-from keel.stages import prepare, supervised_loop
+from keel.stages import lazy_rows, prepare, supervised_loop
 from keel.types import PreferenceRecord, Record
 
 if TYPE_CHECKING:
@@ -66,8 +69,8 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     member is in memory at a time. The first is trained last, since the others are saved inside its folder.
     """
     dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("preference",))
-    voters = _voters([*records, *held_out])
-    records, held_out = _labelled(config, stage_run, records, held_out)
+    voters = _voters(joined([records, held_out]))
+    labels, held_out_labels = _labelled(config, stage_run, records, held_out)
     source = prepare.source_of(config.model, stage_run)
     sampled = _samples_a_language_model(config, stage_run, source)
     tokenizer = prepare.open_tokenizer(config.model, stage_run, conversational=dataset.conversational)
@@ -77,11 +80,9 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     equal = prepare.EqualPairs(stage_run)
-    pairs, held_out_pairs = (
-        prepare.encode_all(
-            stage_run, part, lambda record: _encode(reader, record, too_long, equal), needed=part is records
-        )
-        for part in (records, held_out)
+    pairs = encode(records, labels, reader, too_long, equal)
+    held_out_pairs = (
+        encode(held_out, held_out_labels, reader, too_long, equal, needed=False) if held_out else []
     )
     too_long.report()
     equal.report()
@@ -107,6 +108,8 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
 def _voters(records: Sequence[Record]) -> dict[str, Any]:
     """`annotators`: how far they agree on all pairs, held-out ones included, and each one's reliability;
     empty where no pair has two votes."""
+    if numbers_of(records, "votes").max(initial=0) < 2:
+        return {}
     pairs = [record for record in records if isinstance(record, PreferenceRecord)]
     agreed = agreement(pairs)
     return (
@@ -116,25 +119,32 @@ def _voters(records: Sequence[Record]) -> dict[str, Any]:
 
 def _labelled(
     config: RewardConfig, stage_run: StageRun, records: Sequence[Record], held_out: Sequence[Record]
-) -> tuple[list[Record], list[Record]]:
-    """Both with the label that `labels` asks for as their `p_chosen`.
+) -> tuple[list[float], list[float]]:
+    """The label of each pair of both, P(chosen is better), as `labels` asks for it; 1 where nobody's votes
+    are known.
 
     With `reliability` the held-out pairs keep the share of their votes: they have no part in what training
     learns from, and are judged as with `soft`. DataError if nobody's reliability can be estimated.
     """
 
-    def relabelled(rows: Sequence[Record], kind: Literal["soft", "majority", "reliability"]) -> list[Record]:
-        pairs = [row for row in rows if isinstance(row, PreferenceRecord)]
-        return [replace(pair, p_chosen=p) for pair, p in zip(pairs, reliability.labels(pairs, kind))]
+    def label(rows: Sequence[Record], kind: Literal["soft", "majority", "reliability"]) -> list[float]:
+        if isinstance(rows, Rows) and numbers_of(rows, "votes").max(initial=0) == 0 and kind == "soft":
+            return np.nan_to_num(numbers_of(rows, "p_chosen"), nan=1.0).tolist()
+        pairs = [
+            replace(row, prompt="", chosen="", rejected="", columns={})
+            for row in rows
+            if isinstance(row, PreferenceRecord)
+        ]
+        return [1.0 if p is None else p for p in reliability.labels(pairs, kind)]
 
     try:
-        chosen = relabelled(records, config.labels)
+        chosen = label(records, config.labels)
     except ValueError as error:
         raise DataError(
             f"stage {stage_run.name!r}: labels: reliability cannot be estimated: {error}; give votes as a "
             f"list of {{annotator, choice}}, several a pair, or set labels: soft"
         ) from None
-    return chosen, relabelled(held_out, "soft" if config.labels == "reliability" else config.labels)
+    return chosen, label(held_out, "soft" if config.labels == "reliability" else config.labels)
 
 
 def _run_of_member(stage_run: StageRun, number: int) -> StageRun:
@@ -284,13 +294,47 @@ def evaluate(
     return metrics, result
 
 
-def _encode(
+def encode(
+    records: Sequence[Record],
+    labels: Sequence[float],
     reward: learned.RewardModel,
-    record: Record,
     too_long: prepare.TooLong,
-    equal: prepare.EqualPairs | None = None,
+    equal: prepare.EqualPairs,
+    *,
+    needed: bool = True,
+) -> Sequence[RewardPair]:
+    """The comparisons as the model reads them, with these labels. A pair whose response alone is too long is
+    an error, or left out: cutting it would change what was judged."""
+    limit, margins = too_long.limit, np.nan_to_num(numbers_of(records, "margin"))
+    if reward.is_encoder:
+        return prepare.encode_all(
+            too_long.stage_run,
+            [replace(r, p_chosen=p) for r, p in zip(records, labels) if isinstance(r, PreferenceRecord)],
+            lambda record: _encode_texts(reward, record, too_long, equal),
+            needed=needed,
+        )
+
+    def fits(record: Record, tokens: Tokens) -> bool:
+        prompt, *sides = tokens
+        longest = max(map(len, sides))
+        if not too_long.fits(record, len(prompt) + longest):
+            return False
+        if limit is not None and longest >= limit:
+            too_long.fits(record, len(prompt) + longest, truncatable=False)
+            return False
+        return equal.differ(*sides)
+
+    def build(number: int, tokens: Tokens) -> RewardPair:
+        chosen, rejected = ({"input_ids": learned.fit(tokens[0], side, limit)} for side in tokens[1:])
+        return RewardPair(chosen, rejected, labels[number], float(margins[number]))
+
+    return lazy_rows.encode(records, reward.tokenizer, too_long, fits, build, needed=needed)
+
+
+def _encode_texts(
+    reward: learned.RewardModel, record: Record, too_long: prepare.TooLong, equal: prepare.EqualPairs
 ) -> RewardPair | None:
-    """The pair as tokens; None if it is left out."""
+    """As `encode`, for a model that reads prompt and response as two texts."""
     assert isinstance(record, PreferenceRecord)
     whole = [learned.encode(reward, record.prompt, side, 10**9) for side in (record.chosen, record.rejected)]
     longest = max(len(side["input_ids"]) for side in whole)
@@ -305,7 +349,7 @@ def _encode(
         except UsageError:  # the response alone is longer: cutting it would change what was judged
             too_long.fits(record, longest, truncatable=False)
             return None
-    if equal is not None and not equal.differ(whole[0]["input_ids"], whole[1]["input_ids"]):
+    if not equal.differ(whole[0]["input_ids"], whole[1]["input_ids"]):
         return None
     p = 1.0 if record.p_chosen is None else record.p_chosen
     return RewardPair(whole[0], whole[1], p, record.margin or 0.0)
@@ -351,8 +395,8 @@ def _sample(
     scale."""
     sampling, count = config.sampling.plain(), config.normalize
     room = prepare.room_of(stage_run, limit, sampling.max_new_tokens)
-    asked = [record.prompt for record in records if isinstance(record, PreferenceRecord)]
-    prompts = [chat.prompt_ids(tokenizer, prompt)[-(room or 0) :] for prompt in asked[:count]]
+    asked = [record.prompt for record in records[:count] if isinstance(record, PreferenceRecord)]
+    prompts = [chat.prompt_ids(tokenizer, prompt)[-(room or 0) :] for prompt in asked]
     sampler = causal_lm(source, 0).to(stage_run.device).eval()
     repeated, seed = (
         [prompts[i % len(prompts)] for i in range(count)],

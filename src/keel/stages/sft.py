@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from keel.config import SFTConfig
 from keel.data import chat
 from keel.data.batches import pack_examples
+from keel.data.stored.tokens import Tokens
 from keel.errors import UsageError
 from keel.models import packing
 from keel.models.load import causal_lm
 from keel.rundir.stage_run import StageRun
-from keel.stages import language, prepare
-from keel.types import DemonstrationRecord, Record, TextRecord
+from keel.stages import language, lazy_rows, prepare
+from keel.stages.lazy_rows import LazyRows
+from keel.types import Record, TextRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +32,7 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
     limit = prepare.limit_of(config, stage_run, source)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     rows, held_out_rows = (
-        [row for rows in encoded for row in rows]  # a conversation may be a row for each of its turns
-        for encoded in (
-            prepare.encode_all(stage_run, part, lambda record: _encode(tokenizer, record, config, too_long))
-            for part in (records, held_out)
-        )
+        encode(part, tokenizer, config, too_long) if part else [] for part in (records, held_out)
     )
     too_long.report()
     if config.packing:
@@ -41,9 +40,7 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
             raise UsageError(
                 f"{stage_run.name}: packing needs max_length; the model's config names no context length"
             )
-        rows = [
-            _pack([rows[i] for i in group]) for group in pack_examples([len(row.ids) for row in rows], limit)
-        ]
+        rows = _packed(rows, limit)
 
     model = prepare.to_train(
         causal_lm(source, language.model_seed(stage_run), vocab=tokenizer), config, stage_run
@@ -55,39 +52,53 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
     return result
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, record: Record, config: SFTConfig, too_long: prepare.TooLong
-) -> list[language.LanguageRow] | None:
-    if isinstance(record, DemonstrationRecord):
-        prompt = chat.prompt_ids(tokenizer, record.prompt)
-        response = chat.completion_ids(tokenizer, record.prompt, record.completion)
-        if not too_long.fits(
-            record,
-            len(prompt) + len(response),
-            truncatable=len(response) < (too_long.limit or len(response) + 1),
-        ):
-            return None
-        excess = max(0, len(prompt) + len(response) - (too_long.limit or len(prompt) + len(response)))
-        prompt = prompt[excess:]  # the prompt gives way, from its start; the response stays whole
-        counts = [config.loss_on == "all"] * len(prompt) + [True] * len(response)
-        return [language.LanguageRow(prompt + response, counts)]
-    assert isinstance(record, TextRecord)
-    rows: list[language.LanguageRow] = []
-    for ids, counts in chat.text_rows(tokenizer, record):
+def encode(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    too_long: prepare.TooLong,
+) -> Sequence[language.LanguageRow]:
+    """The rows that demonstrations, texts or conversations are trained as; a conversation may be a row for
+    each of its turns."""
+    limit, all_count = too_long.limit, config.loss_on == "all"
+    texts = isinstance(records[0], TextRecord)
+
+    def fits(record: Record, tokens: Tokens) -> bool:
+        ids, response = tokens
+        if not texts:
+            longest = len(ids) + len(response)
+            return too_long.fits(record, longest, truncatable=limit is None or len(response) < limit)
         if not too_long.fits(record, len(ids)):
-            continue
-        ids, counts = ids[: too_long.limit], counts[: too_long.limit]
-        if config.loss_on == "all":
-            counts = [True] * len(ids)
-        if not any(counts[1:]):
-            raise UsageError(
-                f"{record.origin}: no token of the answer is left within {too_long.limit} tokens"
+            return False
+        counts = response[:limit]
+        if not any([True] * len(counts[1:]) if all_count else counts[1:]):
+            raise UsageError(f"{record.origin}: no token of the answer is left within {limit} tokens")
+        return True
+
+    def build(number: int, tokens: Tokens) -> language.LanguageRow:
+        ids, response = tokens
+        if texts:
+            ids, counts = (
+                ids[:limit],
+                [True] * len(ids[:limit]) if all_count else list(map(bool, response[:limit])),
             )
-        rows.append(language.LanguageRow(ids, counts))
-    return rows or None
+            return language.LanguageRow(ids, counts)
+        excess = 0 if limit is None else max(0, len(ids) + len(response) - limit)
+        prompt = ids[excess:]  # the prompt gives way, from its start; the response stays whole
+        return language.LanguageRow(prompt + response, [all_count] * len(prompt) + [True] * len(response))
+
+    return lazy_rows.encode(records, tokenizer, too_long, fits, build)
 
 
-def _try_packing(stage_run: StageRun, model: Any, rows: list[language.LanguageRow]) -> None:
+def _packed(rows: Sequence[language.LanguageRow], limit: int) -> Sequence[language.LanguageRow]:
+    """Rows of several examples each, at most `limit` tokens."""
+    groups = pack_examples(lazy_rows.sizes(rows, lambda row: len(row.ids)), limit)
+    if isinstance(rows, LazyRows):
+        return LazyRows(len(groups), lambda index: _pack([rows[i] for i in groups[index]]))
+    return [_pack([rows[i] for i in group]) for group in groups]
+
+
+def _try_packing(stage_run: StageRun, model: Any, rows: Sequence[language.LanguageRow]) -> None:
     """UsageError where the model cannot read the rows as packed, before anything is trained."""
     longest = max(max(Counter(row.segments or ()).values(), default=0) for row in rows)
     try:

@@ -56,11 +56,31 @@ class Objective(Generic[RowT]):
     begin: Callable[[Sequence[RowT]], None] | None = None
 
 
+class Stream(Generic[RowT]):
+    """Rows that come in an order of their own and are not numbered: they are taken as they come."""
+
+    def __len__(self) -> int:
+        """Rows of one pass."""
+        raise NotImplementedError
+
+    def take(self, count: int) -> list[RowT]:
+        """The next rows."""
+        raise NotImplementedError
+
+    def cursor(self) -> dict[str, int]:
+        """Where the next row begins, for a checkpoint."""
+        raise NotImplementedError
+
+    def seek(self, cursor: dict[str, int]) -> None:
+        """Go on from there."""
+        raise NotImplementedError
+
+
 def fit(
     stage_run: StageRun,
     config: Supervised,
     model: PreTrainedModel,
-    rows: Sequence[RowT],
+    rows: Sequence[RowT] | Stream[RowT],
     held_out: Sequence[RowT],
     objective: Objective[RowT],
 ) -> None:
@@ -82,12 +102,17 @@ def fit(
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
         stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
         first, seen = checkpoint.step, checkpoint.values["seen"]
+        if isinstance(rows, Stream):
+            rows.seek(checkpoint.values["cursor"])
 
     for step in range(first + 1, steps + 1):
         if stopping.stop:
             break
         # 1. the rows of this step, and what counts in them
-        chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, stage_run.seed)]
+        if isinstance(rows, Stream):
+            chosen = rows.take(config.batch_size)
+        else:
+            chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, stage_run.seed)]
         denominator = sum(objective.weight(row) for row in chosen)
         # 2. the gradient, micro-batch by micro-batch
         model.train()
@@ -121,7 +146,10 @@ def fit(
         stage_run.log(step, steps, metrics)
         if due(step, steps, config.save_every) or stopping.stop:
             tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
-            stage_run.save(step, tensors, {"stopping": stopping.values(), "seen": seen})
+            values = {"stopping": stopping.values(), "seen": seen}
+            stage_run.save(
+                step, tensors, {**values, "cursor": rows.cursor()} if isinstance(rows, Stream) else values
+            )
 
     if best is not None:
         put_back(model, best)

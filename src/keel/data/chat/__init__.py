@@ -14,6 +14,7 @@ bring and which is the response's own; and tags in a reply that the model would 
 (`<think>`, `<tool_call>`), which are no part of what the template writes around turns.
 """
 
+from keel.data.chat.batching import batched
 from keel.data.chat.marks import marks_of, strange_to_template, template_for
 from keel.data.chat.rendering import asks_for_date, on_date
 from keel.data.chat.reply import reply_end
@@ -52,6 +53,7 @@ __all__ = [
     "TextRow",
     "added_vocab",
     "asks_for_date",
+    "batched",
     "closing_tag",
     "completion_ids",
     "completion_text",

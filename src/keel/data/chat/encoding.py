@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from keel.data.chat.batching import known_ids
 from keel.data.chat.placeholders import Text
 from keel.data.chat.special import special_pattern
 
@@ -34,6 +35,8 @@ _anchored: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, _Anchored]] = W
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
     """Tokens of a text in which special tokens are special. special: with what the tokenizer adds (BOS)."""
+    if (known := known_ids(tokenizer, text, special)) is not None:
+        return known
     # verbose: too long a sequence is the caller's to count and report, with the row's name
     return list(cast(Any, tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
