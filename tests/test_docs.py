@@ -74,6 +74,14 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     few: dict[str, Any] = {"batch_size": 4, "max_steps": 2, "eval_every": 1}
     stream = tmp_path_factory.mktemp("stream") / "texts.jsonl"  # one of its rows is bad
     stream.write_text('{"text": ""}\n' + '{"text": "the cat is red, so it is."}\n' * 200, encoding="utf-8")
+    marked = stream.with_name("marked.jsonl")
+    turns = '{"prompt": "\\n\\nHuman: the cat?\\n\\nAssistant:", "completion": " it is red."}\n'
+    marked.write_text(turns * 4, encoding="utf-8")
+    logs = stream.with_name("mine.py")
+    logs.write_text(
+        "def score(completions, log_metric, log_extra):\n    log_metric('size', 1)\n"
+        "    log_extra('size', [len(c) for c in completions])\n    return [len(c) for c in completions]\n"
+    )
     short = {"max_new_tokens": 6}
     stages = {
         "base": {
@@ -91,6 +99,7 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
             **few,
         },
         "sft": {"kind": "sft", "model": "base", "data": rows("demonstrations"), **few},
+        "marked": {"kind": "sft", "model": "sft", "data": str(marked), "holdout": 0, "max_steps": 1},
         "reward": {
             "kind": "reward",
             "model": "sft",
@@ -137,7 +146,7 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "grpo": {
             "kind": "grpo",
             "model": "sft",
-            "reward": ["reward", {"kind": "length", "high": 9}],
+            "reward": ["reward", {"kind": "length", "high": 9}, f"python:{logs}:score"],
             "data": rows("prompts"),
             "batch_size": 4,
             "samples_per_prompt": 2,
@@ -210,6 +219,7 @@ def _plain(names: set[str]) -> set[str]:
     open_parts = (
         (r"^gold/.+", "gold/PART"),
         (r"^reward/.+", "reward/NAME"),
+        (r"^rewards/logged/.+", "rewards/logged/NAME"),
         (r"^rewards/.+/(mean|std|applies)$", r"rewards/NAME/\1"),
     )
     for pattern, name in open_parts:

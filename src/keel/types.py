@@ -126,6 +126,9 @@ class DataSource:
     pairs: Mapping[str, Any] | None = None  # how two replies and a label are a pair (`data.formats.labelled`)
     ties: Literal["skip", "keep"] = "skip"  # what a format does with pairs without a better side
     options: Mapping[str, Any] = field(default_factory=dict)  # a world's own settings
+    where: Mapping[str, str] = field(
+        default_factory=dict
+    )  # the source's column → the value its rows must have
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,71 @@ def test_a_name_alone_is_not_enough(row, tmp_path):
 def test_a_row_that_lacks_a_side_is_not_told_to_take_the_label(tmp_path):
     good = {"prompt": "p", "chosen": "a", "rejected": "b", "choice": "a"}
     with pytest.raises(
-        DataError, match=r'rows.jsonl:2: "chosen" is missing; the row has prompt, rejected, choice$'
+        DataError, match=r'rows.jsonl:2: "chosen" is missing; the row has prompt, rejected, choice; mend'
     ):
         read(tmp_path, good, {"prompt": "p", "rejected": "b", "choice": "a"})
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"instruction": "add", "input": "1+1", "response": "2"}, {"output": "response"}),
+        (
+            {"instruction": "add", "context": "1+1", "response": "2"},
+            {"input": "context", "output": "response"},
+        ),
+        (
+            {"question": "who?", "context": "he.", "answer": "he"},
+            {"instruction": "question", "input": "context", "output": "answer"},
+        ),
+        (
+            {"prompt": "who?", "passage": "he.", "output": "he"},
+            {"instruction": "prompt", "input": "passage"},
+        ),
+    ],
+)
+def test_what_is_asked_in_two_columns_is_kept_whole(row, columns, tmp_path):
+    """Renamed to a prompt and a completion, the rows would lose the second column."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    given = ", ".join(f"{name}: {theirs}" for name, theirs in columns.items())
+    with pytest.raises(DataError, match=re.escape(f"`columns: {{{given}}}`")):
+        load([DataSource(str(path))], ("demonstration", "text"), 0)
+    (record,) = load([DataSource(str(path), columns=columns)], ("demonstration", "text"), 0).records
+    texts = [turn["content"] for turn in (*record.prompt, *record.completion)]
+    assert texts == ["\n\n".join(list(row.values())[:2]), list(row.values())[2]]
+
+
+@pytest.mark.parametrize(
+    ("turns", "settings"),
+    [
+        ([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}], {}),
+        ([{"role": "human", "content": "hi"}, {"role": "gpt", "content": "yes"}], {"format": "sharegpt"}),
+    ],
+)
+def test_turns_under_another_name_are_read_after_one_correction(turns, settings, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"dialog": turns}) + "\n")
+    with pytest.raises(DataError, match=r"`columns: \{conversations: dialog\}`") as refused:
+        load([DataSource(str(path))], ("demonstration", "text"), 0)
+    assert all(f"{name}: {value}" in str(refused.value) for name, value in settings.items())
+    source = DataSource(str(path), columns={"conversations": "dialog"}, **settings)
+    (record,) = load([source], ("demonstration", "text"), 0).records
+    assert [(turn["role"], turn["content"]) for turn in record.text] == [("user", "hi"), ("assistant", "yes")]
+
+
+def test_turns_of_no_known_form_are_not_to_be_renamed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"dialog": [{"speaker": "a", "text": "hi"}]}) + "\n")
+    with pytest.raises(DataError, match="those in dialog have speaker, text: write them so"):
+        load([DataSource(str(path))], ("text",), 0)
+
+
+def test_replies_with_a_score_are_paired_by_their_number(tmp_path):
+    rows = [{"question": "q", "response": f"r{i}", "rating": i} for i in range(2)]
+    assert "`format: helpsteer` with `columns: {prompt: question, helpfulness: rating}`" in hint(
+        tmp_path, rows[0]
+    )
+    settings = {"format": "helpsteer", "columns": {"prompt": "question", "helpfulness": "rating"}}
+    (record,) = read(tmp_path, *rows, **settings).records
+    assert (record.chosen[0]["content"], record.rejected[0]["content"]) == ("r1", "r0")

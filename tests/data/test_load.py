@@ -88,7 +88,8 @@ def test_csv_numbers(tmp_path):
 def test_csv_row_of_the_wrong_width(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,id\na,1\nb\n")
-    assert refusal(path) == f"{path}:3: 1 cells, but the header has 2"
+    way_on = "mend the row, or leave such rows out: on_bad: skip"
+    assert refusal(path) == f"{path}:3: 1 cells, but the header has 2; {way_on}"
 
 
 def test_txt_is_a_record_a_paragraph(tmp_path):

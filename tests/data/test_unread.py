@@ -66,7 +66,8 @@ def test_unknown_columns_are_counted_and_said_or_refused(tmp_path: Path) -> None
         read(tmp_path, [PAIR, {**PAIR, "chosn": "x"}], "preference", strict=True)
     assert str(caught.value) == (
         f'{tmp_path}/rows.jsonl:2: the row has the column "chosn", which keel does not know (did you mean '
-        '"chosen"?); `strict` refuses it. Name it in `columns` ({chosn: chosn}) if it is wanted'
+        '"chosen"?); `strict` refuses it. Name it in `columns` ({chosn: chosn}) if it is wanted; '
+        "mend the row, or leave such rows out: on_bad: skip"
     )
     named = read(tmp_path, rows[:1] + rows[2:], "preference", strict=True, on_bad="skip", columns={})
     assert (len(named.records), named.skipped) == (1, 1)
@@ -87,7 +88,7 @@ def test_unknown_keys_of_turns_are_counted_and_said_or_refused(tmp_path: Path) -
         read(tmp_path, rows, "text", strict=True)
     assert str(caught.value) == (
         f'{tmp_path}/rows.jsonl:2: a turn has the key "wieght", which keel does not know (did you mean '
-        '"weight"?); `strict` refuses it'
+        '"weight"?); `strict` refuses it; mend the row, or leave such rows out: on_bad: skip'
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import CLIPConfig, DistilBertConfig
 
 from keel.config import parse
 from keel.errors import DataError, UsageError
+from keel.models import hub
 from keel.pipeline.preflight import Sources
 
 TURNS = [{"role": "user", "content": "the cat?"}]
@@ -64,13 +66,16 @@ def _resolve(stage: str, name: str, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("stage", "name"), [("gpt", "gpt2"), ("rm1", "rm2"), ("base", "bert-base"), ("sft", "owner/sft")]
+    ("stage", "name"), [("gpt", "gpt2"), ("base", "bert-base"), ("t5", "t5-small"), ("sft", "owner/sft")]
 )
 def test_a_hub_model_that_resembles_a_stage_is_a_hub_model(stage, name, tmp_path):
     assert _resolve(stage, name, tmp_path) == name
 
 
-@pytest.mark.parametrize(("stage", "name"), [("base", "bas"), ("reward", "rewrd")])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [("base", "bas"), ("reward", "rewrd"), ("rm1", "rm2"), ("sft", "sfft"), ("ppo", "ppoo2")],
+)
 def test_a_slip_of_the_finger_names_the_stage_and_the_way_out(stage, name, tmp_path):
     with pytest.raises(UsageError) as caught:
         _resolve(stage, name, tmp_path)
@@ -79,8 +84,42 @@ def test_a_slip_of_the_finger_names_the_stage_and_the_way_out(stage, name, tmp_p
 
 
 def test_a_model_that_the_hub_does_not_have_names_the_nearest_stage(sft, tmp_path):
-    with pytest.raises(UsageError, match=r"'sft2' cannot be loaded.*did you mean the stage 'sft'"):
-        _check({"sft": sft(), "more": sft(model="sft2")}, tmp_path, hub=True)
+    with pytest.raises(UsageError, match=r"'t5-sft' cannot be loaded.*did you mean the stage 'sft'"):
+        _check({"sft": sft(), "more": sft(model="t5-sft")}, tmp_path, hub=True)
+
+
+@pytest.mark.parametrize("setting", ["model", "reference", "reward"])
+def test_a_name_that_nothing_has_is_refused_by_a_plan_too(setting, sft, data, tmp_path):
+    """No model of the hub is called so: those with no owner in their name are a few of its first days."""
+    stage = {
+        "kind": "grpo",
+        "model": "sft",
+        "reward": {"kind": "length", "high": 3},
+        "data": str(data.prompts),
+    }
+    stages = {"sft": sft(), "grpo": stage | {setting: "policy"}}
+    with pytest.raises(UsageError, match=r"no stage, folder or hub model 'policy'\. For a folder write"):
+        _check(stages, tmp_path, hub=False)
+
+
+def test_a_model_in_the_local_cache_needs_no_owner(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--mine").mkdir()
+    assert _resolve("sft", "mine", tmp_path) == "mine"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(sft, tmp_path, monkeypatch):
+    """A second run of connections, each tried five times, would be half a minute a model."""
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    started, said = time.monotonic(), list[str]()
+    stages = {"sft": sft(model="nobody/nothing"), "more": sft(model="nobody/else")}
+    sources = Sources(parse({"name": "tiny", "stages": stages}), tmp_path / "run", said.append)
+    with pytest.raises(UsageError, match="'nobody/nothing' cannot be loaded"):
+        sources.check(list(stages), hub=True)
+    assert [line for line in said if "cannot be reached" in line]
+    assert time.monotonic() - started < 10
 
 
 def test_an_encoder_cannot_be_tuned_to_write(sft, tiny_distilbert, data, tmp_path):
@@ -163,9 +202,9 @@ def _new(tokenizer: str, data: Any) -> dict[str, Any]:
 def test_a_tokenizer_that_is_not_there_is_found_before_anything_is_trained(tiny_model, data, tmp_path):
     assert _check({"base": _new(str(tiny_model), data)}, tmp_path)
     (tmp_path / "empty").mkdir()
-    for place, hub in ((tmp_path / "empty", False), (tmp_path / "nowhere", False), ("nobody/none", True)):
+    for place, away in ((tmp_path / "empty", False), (tmp_path / "nowhere", False), ("nobody/none", True)):
         with pytest.raises(UsageError, match=r"base: model\.tokenizer: tokenizer .* cannot be loaded"):
-            _check({"base": _new(str(place), data)}, tmp_path, hub)
+            _check({"base": _new(str(place), data)}, tmp_path, away)
 
 
 def test_a_broken_tokenizer_is_no_traceback(tiny_model, data, tmp_path):

@@ -151,11 +151,11 @@ def test_an_async_function_is_run_to_its_end() -> None:
 
 
 def test_an_argument_that_nobody_has_is_named_before_the_call() -> None:
-    def mine(completions: Any, trainer_state: Any) -> list[float]:
+    def mine(completions: Any, solution: Any) -> list[float]:
         raise AssertionError
 
     with pytest.raises(
-        UsageError, match=r"'mine' asks for 'trainer_state', and the data have no such column .*answer"
+        UsageError, match=r"'mine' asks for 'solution', and the data have no such column .*answer"
     ):
         call(mine, answer=[1, 2, 3])
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from keel.errors import RewardError, UsageError
-from keel.rewards import functions, rules
+from keel.rewards import functions, loading, rules
 from keel.rewards.isolated import IsolatedFunction
+from keel.rewards.trainer import Logged, TrainingState
 
 PROMPTS, COMPLETIONS, IDS = ["a", "b", "c"], ["x", "yy", "zzz"], [(1,)] * 3
 SOURCE = """
@@ -225,3 +226,49 @@ def test_a_pattern_that_backtracks_without_end_is_stopped_and_named() -> None:
     ):
         reward(["?"] * 2, ["aaa", "a" * 60 + "b"])
     assert reward(["?"] * 2, ["aaa", "b"]) == [1.0, 0.0]  # a new process
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_an_error_comes_with_file_and_line(isolate: bool, tmp_path: Path) -> None:
+    """The line of the reward's own file, also where a library that it calls raises."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import json\n\ndef score(completions, **_):\n    return [json.loads(c) for c in completions]\n"
+    )
+    name = f"{path}:score"
+    function = IsolatedFunction(name, "reward", "mine") if isolate else loading.load(name, "reward")
+    with pytest.raises(RewardError, match=r"raised JSONDecodeError: .*\(sample 0, .*\), in .*mine\.py:4$"):
+        functions.call(function, "mine", PROMPTS, COMPLETIONS, IDS, {})
+
+
+_LOGS = """
+def score(completions, trainer_state, log_metric, log_extra):
+    log_metric("lengths", trainer_state.global_step + len(completions[0]))
+    log_metric("none", float("nan"))
+    log_extra("seen", [c.upper() for c in completions])
+    if "boom" in completions:
+        raise ValueError(completions[0])
+    return [trainer_state.epoch] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_what_trl_hands_over_is_there_and_what_is_logged_comes_back(isolate: bool, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(_LOGS)
+    name = f"{path}:score"
+    function = IsolatedFunction(name, "reward", "mine") if isolate else loading.load(name, "reward")
+    state, logged = TrainingState(4, 9, 0.5), Logged()
+    for texts in (["x", "yy"], ["yy", "z"]):
+        values = functions.call(function, "mine", PROMPTS[:2], texts, IDS[:2], {}, state, logged)
+        assert values == [0.5, 0.5]
+    assert logged.metrics == {"lengths": [5.0, 6.0]}
+    assert logged.extra == {"seen": ["YY", "Z"]}
+    with pytest.raises(RewardError, match="sample 1"):
+        functions.call(function, "mine", PROMPTS[:2], ["a", "boom"], IDS[:2], {}, state, logged)
+
+
+def test_rows_of_one_source_log_in_their_places() -> None:
+    logged = Logged()
+    logged.add({"metrics": {"m": [1.0]}, "extra": {"e": ["a", "b"]}}, [0, 2], 3)
+    assert logged.dump() == {"metrics": {"m": [1.0]}, "extra": {"e": ["a", None, "b"]}}

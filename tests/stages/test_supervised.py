@@ -403,3 +403,20 @@ def test_a_new_tokenizer_takes_what_the_model_takes_and_not_what_it_was_trained_
     new = {"vocab_size": 300, "init": {"model_type": "llama", **LLAMA}}
     stage, _ = run_stage("pretrain", "new", model=new, max_length=16)
     assert AutoTokenizer.from_pretrained(stage / "model").model_max_length == 48
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_texts_with_turn_marks_of_their_own_are_said_in_facts_and_card(
+    marked: bool, run_stage: Any, roomy_model: Path, tmp_path: Path
+) -> None:
+    """The model's template writes turns otherwise: whoever talks to it through that is told."""
+    prompt = "\n\nHuman: the cat?\n\nAssistant:" if marked else "the cat?"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{prompt}", "completion": f" {i}"}) + "\n" for i in range(9))
+    )
+    stage, _ = run_stage("sft", model=str(roomy_model), data=str(path), holdout=0)
+    facts = json.loads((stage / "stage.json").read_text())["facts"]
+    assert facts.get("turn_marks") == (["\n\nHuman:", "\n\nAssistant:"] if marked else None)
+    card = (stage / "model" / "README.md").read_text()
+    assert ("writes them otherwise" in card) == marked

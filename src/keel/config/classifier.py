@@ -6,20 +6,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.parts import AsSource, DataConfig, as_source
+from keel.config.labelled import LabelledSource, by_label, is_labelled
+from keel.config.parts import AsSource, DataConfig, as_list, as_source
 from keel.config.stage import DataSetting, Supervised
 
 Sources = Annotated[list[DataConfig], Field(min_length=1)]
 
 
-ByLabel = dict[str, AsSource]  # how texts may be written
+ByLabel = LabelledSource | list[LabelledSource] | dict[str, AsSource]  # how texts may be written
 
 
 def _by_label(value: object) -> dict[str, list[Any]]:
     """Sources by label, in alphabetical order. A label's index in the saved model is its position in this
-    order, so that it does not depend on the order in which the config lists them."""
-    if not isinstance(value, dict) or "source" in value:
-        raise ValueError("give the texts by label: {LABEL: SOURCE, OTHER: SOURCE}")
+    order, so that it does not depend on the order in which the config lists them. A file whose rows have the
+    label in a column becomes a source for each label that it has."""
+    whole = as_list(value)
+    if whole and all(is_labelled(one) for one in whole):
+        value = by_label(whole)
+    if not isinstance(value, dict):
+        raise ValueError(
+            "give the texts by label, {LABEL: SOURCE, OTHER: SOURCE}, or one file with the label in a "
+            "column: {source: FILE, label: COLUMN}"
+        )
     return {str(label): as_source(value[label]) for label in sorted(value, key=str)}
 
 
@@ -35,7 +43,11 @@ class ClassifierConfig(Supervised):
 
     kind: Literal["classifier"] = Field(description="A text classifier from labelled texts.")
     data: dict[str, Sources] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        description="Label → texts of that class: one source or several. At least two labels.",
+        description=(
+            "Label → texts of that class: one source or several. Or files whose rows have the label in a "
+            "column, {source: reviews.csv, label: sentiment, text: review}: the labels are found. At least "
+            "two labels."
+        ),
     )
     eval_data: dict[str, Sources] | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         None,

@@ -104,6 +104,13 @@ class DataConfig(Settings):
     options: dict[str, Any] = Field(
         {}, description="A world's own settings; of a hub data set `name`, `revision` or `data_dir`."
     )
+    where: dict[str, str] = Field(
+        {},
+        description=(
+            "Only the rows with this value in this column (the file's name of it), compared as text: "
+            "{sentiment: positive}. A row without a value there is a bad row."
+        ),
+    )
 
     @model_validator(mode="after")
     def _one_mapping(self) -> DataConfig:

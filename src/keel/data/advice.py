@@ -16,11 +16,12 @@ from keel.errors import DataError
 from keel.types import RecordType
 
 _ALIASES = {  # what other data sets call keel's columns
-    "text": ("content", "body", "document", "story"),
-    "prompt": ("question", "instruction", "query", "input", "problem"),
-    "completion": ("answer", "response", "output", "reply", "solution"),
+    "text": ("content", "body", "document", "story", "review", "sentence", "comment", "tweet", "post"),
+    "prompt": ("question", "instruction", "query", "input", "problem", "document", "article"),
+    "completion": ("answer", "response", "output", "reply", "solution", "summary", "highlights", "target"),
     "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
 }
+_BELOW = ("input", "context", "passage", "background")  # what a question is about, beside the question
 # Names of both sides that say which is the better one; each may have a word such as _response beside it.
 _JUDGED = (
     ("chosen", "rejected"),
@@ -59,11 +60,75 @@ def unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) 
         return DataError(
             f"{message}. Rows with a `label` show bad completions too, which must not be imitated"
         )
+    if "demonstration" in accept and (names := _with_something_below(row)):
+        given = ", ".join(f"{name}: {theirs}" for name, theirs in names.items() if name != theirs)
+        return DataError(
+            f"{message}. What is asked stands in two columns, {names['instruction']} and {names['input']}: "
+            f"`columns: {{{given}}}` reads both, as Alpaca's"
+        )
+    if "text" in accept and (said := _turns(row)):
+        return DataError(f"{message}. {said}")
     closest = min(guesses, key=lambda guess: list(guess.values()).count(None))
     if "chosen" in closest and not sides and (replies := _replies(row)):
         return DataError(f"{message}. {_by_label(row, replies)}")
+    if "chosen" in closest and (scored := _scored(row)):
+        return DataError(
+            f"{message}. Replies with a score become pairs, where neighbouring rows have one prompt: "
+            f"`format: helpsteer` with `columns: {{{scored}}}`"
+        )
     renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
     return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
+
+
+def _with_something_below(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """The columns of an instruction, of what it is about, and of the reply, by Alpaca's names: renamed to a
+    prompt and a completion, such a row would lose the second."""
+    lowered = {str(key).lower(): str(key) for key, value in row.items() if isinstance(value, str)}
+    below = next((lowered[name] for name in _BELOW if name in lowered), None)
+    asked = next(
+        (lowered[n] for n in ("prompt", *_ALIASES["prompt"]) if lowered.get(n, below) != below), None
+    )
+    reply = next((lowered[n] for n in ("completion", *_ALIASES["completion"]) if n in lowered), None)
+    if below is None or asked is None or reply is None:
+        return None
+    return {"instruction": asked, "input": below, "output": reply}
+
+
+def _scored(row: Mapping[str, Any]) -> str:
+    """The columns of one reply and its number, as HelpSteer calls them; "" where there are none."""
+    wanted: dict[str, str | None] = {"prompt": _guess("prompt", row, None), "response": None}
+    if "prompt" in row:
+        wanted["prompt"] = "prompt"
+    replies = [name for name in ("completion", *_ALIASES["completion"]) if isinstance(row.get(name), str)]
+    wanted["response"] = next(iter(replies), None)
+    numbers = [str(name) for name, value in row.items() if isinstance(value, int | float)]
+    wanted["helpfulness"] = next((name for name in numbers if _LABELS.search(name)), None)
+    if None in wanted.values():
+        return ""
+    return ", ".join(f"{name}: {theirs}" for name, theirs in wanted.items() if name != theirs)
+
+
+def _turns(row: Mapping[str, Any]) -> str:
+    """What to do with a column of turns that is not called messages; "" where there is none."""
+    for name, value in row.items():
+        if not (is_list(value) and value and all(isinstance(turn, Mapping) for turn in value)):
+            continue
+        keys, roles = list(map(str, value[0])), {str(turn.get("role")) for turn in value}
+        if {"from", "value"} <= set(keys):
+            return f"Turns with `from` and `value` are ShareGPT's: `columns: {{conversations: {name}}}`"
+        if {"role", "content"} <= set(keys) and roles & {"human", "gpt"}:
+            return f"Turns by human and gpt: `format: sharegpt` with `columns: {{conversations: {name}}}`"
+        if not {"role", "content"} <= set(keys):
+            return (
+                "Turns are read from `messages` with `role` and `content`, or `conversations` with `from` "
+                f"and `value`; those in {name} have {', '.join(keys)}: write them so"
+            )
+    return ""
+
+
+def or_skip(error: DataError) -> DataError:
+    """A bad row's error, with the way on that there is for single rows."""
+    return DataError(f"{error}; mend the row, or leave such rows out: on_bad: skip")
 
 
 def name_of(kind: RecordType) -> str:

@@ -13,11 +13,11 @@ from typing import Any
 
 from keel import worlds
 from keel.data import files, records
-from keel.data.advice import name_of, unusable
+from keel.data.advice import name_of, or_skip, unusable
 from keel.data.batches import derive_seed, permutation
 from keel.data.formats import Conversion
 from keel.data.identity import RowKeys
-from keel.data.rewriting import Rewriter, renamed, with_system
+from keel.data.rewriting import Rewriter, chosen, renamed, with_system
 from keel.data.stored import cache as caches
 from keel.data.stored.records import (
     IN_MEMORY,
@@ -157,7 +157,7 @@ def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None
 
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
-        add(source.format, source.pairs, source.ties, source.strict)
+        add(source.format, source.pairs, source.ties, source.strict, sorted(source.where.items()))
         add(sorted((key, repr(value)) for key, value in source.options.items()))
         add(
             source.system,
@@ -265,7 +265,8 @@ def _start(
 ) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
     rewriter, conversion = Rewriter(source), Conversion(source, accept)
-    named = (renamed(origin, row, source.columns) for origin, row in _rows(source, seed, preparation))
+    read = chosen(source, _rows(source, seed, preparation))
+    named = (renamed(origin, row, source.columns) for origin, row in read)
     rows = (rewriter(origin, row) for origin, row in conversion(named))
     passed: list[files.RawRow] = []
     first_reason = ""
@@ -277,8 +278,10 @@ def _start(
                 rest = itertools.chain(passed, [(origin, row)], rows)
                 return _StartedSource(source, possible[0], kinds, rest, rewriter, conversion)
             row = unusable(origin, row, accept)
+            if source.on_bad == "error":
+                raise row
         if source.on_bad == "error":
-            raise row
+            raise or_skip(row)
         first_reason = first_reason or str(row)
         passed.append((origin, row))
     if not passed:
@@ -318,7 +321,7 @@ def _parse_all(started: _StartedSource, kind: RecordType, seed: int, preparation
                 good.add(_with_source(record, {"source": source.source}))
             except DataError as error:
                 if source.on_bad == "error":
-                    raise
+                    raise or_skip(error) from None
                 skipped += 1
                 reasons += [str(error)] if skipped <= _REASONS_KEPT else []
             if good.count == source.rows:

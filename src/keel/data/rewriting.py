@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +48,42 @@ class Rewriter:
                 f'{self.source.source}: `rewrite` changes "{idle}" in no row; the pattern is {pattern!r} '
                 "(Python's regular expressions). Correct it, or leave it out"
             )
+
+
+def chosen(source: DataSource, rows: Iterable[RawRow]) -> Iterator[RawRow]:
+    """The rows that have what `where` asks for; one without a value is bad. DataError if none is left."""
+    if not source.where:
+        yield from rows
+        return
+    seen = kept = 0
+    for origin, row in rows:
+        seen += 1
+        if isinstance(row, DataError):
+            kept += 1
+            yield origin, row
+            continue
+        found = {column: label_of(row.get(column)) for column in source.where}
+        blank = next((column for column, value in found.items() if value is None), None)
+        if blank is not None:
+            said = "has no value" if blank in row else "is not there"
+            yield origin, DataError(f'{origin}: "{blank}", which `where` or `label` asks for, {said}')
+        elif found == dict(source.where):
+            kept += 1
+            yield origin, row
+    if seen and not kept:
+        wanted = ", ".join(f'"{column}" {value!r}' for column, value in source.where.items())
+        raise DataError(f"{source.source}: none of {seen:,} rows has {wanted} (`where`)")
+
+
+def label_of(value: object) -> str | None:
+    """A label as text: 1, 1.0 and "1" are one, true is not 1. None for what is no label."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | float):
+        return str(value)
+    return (value.strip() or None) if isinstance(value, str) else None
 
 
 def with_system(record: Record, system: str | None) -> Record:

@@ -71,6 +71,8 @@ def shards_of(sources: Sequence[DataSource]) -> list[Shard]:
                 f"{source.source}: `stream` reads files and folders of {' '.join(SUFFIXES)}, each also .gz; "
                 "set stream: false, or bring the texts into one of these forms"
             )
+        if source.where:
+            raise UsageError(f"{source.source}: `where` chooses no rows of a stream; set stream: false")
         found += [Shard(source, path, str(path) if len(paths) > 1 else source.source) for path in paths]
     return found
 

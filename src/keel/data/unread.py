@@ -60,7 +60,7 @@ class UnreadKeys:
         if self.kind == "demonstration":
             kinds = ("demonstration", "preference")  # whose chosen side may be what is shown
         known = {name for kind in kinds for group in COLUMNS[kind] for name in group}
-        wanted = (*_ELSEWHERE, *known, *self.source.columns)
+        wanted = (*_ELSEWHERE, *known, *self.source.columns, *self.source.where)
         return self.kind != "prompt" and name not in wanted and not self.source.source.startswith("world:")
 
 

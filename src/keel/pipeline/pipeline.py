@@ -36,7 +36,7 @@ from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
 from keel.errors import KeelError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
-from keel.pipeline import dates
+from keel.pipeline import dates, lengths
 from keel.pipeline.device import cores, deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
 from keel.pipeline.preflight import Sources, from_outside, functions_of
@@ -211,6 +211,10 @@ class Pipeline:
             self.say(f"{name}: {line}")
         if (today := self.day(fresh=fresh and only is None, hub=True)) and any(self._asks.values()):
             self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
+        with self.dated():
+            for name in names:
+                if fresh or not (self.is_done(name) or self.is_kept(name)):
+                    lengths.check(self.sources, name, hub=True)
         if not fresh:
             self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)

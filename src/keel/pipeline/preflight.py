@@ -26,6 +26,7 @@ from keel.data import chat, load, stream
 from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
+from keel.models.hub import go_offline_if_unreachable, may_be_on_hub
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
 from keel.models.tokenizer import rows_needed
 from keel.pipeline import held_out, reward_rows
@@ -68,9 +69,11 @@ class Sources:
         # gpt2 beside a stage gpt is more likely the hub's model than a slip of the finger
         slip = near is not None and "/" not in name and _without_number(near) != _without_number(name)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if looks_local or slip:
-            hint = f"; did you mean the stage {near!r}?" if near else ""
-            way_out = f" For a folder write ./{name}, for a hub model owner/{name}" if slip else ""
+        bare = not looks_local and (slip or not may_be_on_hub(name))
+        if looks_local or bare:
+            near = near or self._nearest_stage(name, 0.5)
+            hint = f"; did you mean the stage {near!r}?" if near else "." if bare else ""
+            way_out = f" For a folder write ./{name}, for a hub model owner/{name}" if bare else ""
             raise UsageError(f"no stage, folder or hub model {name!r}{hint}{way_out}")
         return name
 
@@ -106,6 +109,8 @@ class Sources:
         hub: also ask the hub for the configs of models that are not on this machine.
         """
         device_of(self.config)
+        if hub:
+            self._reach_hub(names)
         for name in names:
             self._check_models(name, hub)
         lines: dict[str, str] = {}
@@ -113,7 +118,7 @@ class Sources:
             stage = self.config.stages[name]
             for sources, accept in stage.all_data():
                 if there := from_outside(sources):
-                    self.load_data(there, accept)
+                    self._read(name, there, accept)
             self._check_rewards(name)
             lines[name] = self.summary(name, ahead=True)
             self._check_held_out(name)
@@ -122,6 +127,24 @@ class Sources:
                     worlds.annotators(heldout_judge.world_of(gold))
                 self._check_gold(gold, data)
         return lines
+
+    def _reach_hub(self, names: Sequence[str]) -> None:
+        """Find out in seconds whether the hub answers, where a stage names a model that is not here."""
+        named = [source for name in names for _, source in self.config.stages[name].references()]
+        away = [
+            one for one in named if one not in self.config.stages and not Path(self.resolve(one)).exists()
+        ]
+        if away and go_offline_if_unreachable():
+            self.say(
+                f"the hub cannot be reached, which {away[0]!r} is asked of: only its local cache is used"
+            )
+
+    def _read(self, name: str, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> None:
+        """Validate a stage's rows. The error of a bad one names the stage."""
+        try:
+            self.load_data(sources, accept)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
 
     def summary(self, name: str, *, ahead: bool = False) -> str:
         """What a stage works on, in a line; data by label label by label. ahead: without reading what other
@@ -195,7 +218,7 @@ class Sources:
         stage = self.config.stages[name]
         if not stage.fills_rows or stage.cuts_texts:  # pieces of one text stand alone in their rows
             return
-        config = self._root_config(name, hub)
+        config = self.root_config(name, hub)
         if config is not None and carries_state(config):
             raise UsageError(
                 f"{name}: {config.get_text_config().model_type} cannot read several examples in a row: its "
@@ -328,10 +351,10 @@ class Sources:
 
     def context(self, name: str, hub: bool = False) -> int | None:
         """The context of the model that stage `name` works on; None where unknown."""
-        config = self._root_config(name, hub)
+        config = self.root_config(name, hub)
         return None if config is None else context_length(config)
 
-    def _root_config(self, name: str, hub: bool) -> Any | None:
+    def root_config(self, name: str, hub: bool) -> Any | None:
         """The config of the model that stage `name` works on, found at the root of its chain; None where
         unknown."""
         stage = self.config.stages[name]
@@ -340,7 +363,7 @@ class Sources:
             return None  # a kind by another package that reads no model
         path = model.path if model else stage.inputs()[0]
         if path in self.config.stages:
-            return self._root_config(path, hub)
+            return self.root_config(path, hub)
         if path is not None and not (hub or Path(self.resolve(path)).exists()):
             return None
         return model_config(self.source(stage, "model", path and self.resolve(path)))
@@ -391,7 +414,7 @@ def _check_family(stage: Stage, config: PreTrainedConfig, place: str) -> None:
     if type(config) not in family._model_mapping and not remote:
         lack = "can have no score head" if scores else "is no language model that can write"
         raise UsageError(f"{place!r} {lack}: its type is {config.model_type}")
-    if not scores and _reads_both_ways(config):
+    if not scores and reads_both_ways(config):
         raise UsageError(
             f"{place!r} is no language model that can write: it is an encoder (its type is "
             f"{config.model_type}, "
@@ -399,7 +422,7 @@ def _check_family(stage: Stage, config: PreTrainedConfig, place: str) -> None:
         )
 
 
-def _reads_both_ways(config: PreTrainedConfig) -> bool:
+def reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether a model of this config attends to later tokens too, as BERT does. transformers gives such a
     type a language model's head all the same, and masks what comes later only with `is_decoder` (XLM:
     `causal`)."""

@@ -21,7 +21,7 @@ from keel.errors import UsageError
 from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
-from keel.pipeline import held_out, stage_kinds
+from keel.pipeline import held_out, lengths, stage_kinds
 from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
 from keel.pipeline.preflight import from_outside
@@ -47,6 +47,8 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
     """
     pipeline.sources.check(list(pipeline.config.stages))
     with pipeline.dated():
+        for name in pipeline.config.stages:
+            lengths.check(pipeline.sources, name)
         return [_stage(pipeline, name) for name in pipeline.config.stages]
 
 

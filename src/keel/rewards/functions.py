@@ -2,8 +2,8 @@
 
 The signature is TRL's (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"):
 `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, all by keyword, sync or async. TRL
-hands over its own trainer's objects too (`trainer_state`, `log_extra`, …); keel has none, so a function that
-insists on one is refused.
+hands over `trainer_state`, `log_extra` and `log_metric` too; a function that takes them gets what keel has
+(`keel.rewards.trainer`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from keel.errors import RewardError, UsageError
 from keel.rewards import worker
 from keel.rewards.isolated import IsolatedFunction
 from keel.rewards.loading import Signature, kind
+from keel.rewards.trainer import EXTRAS, Logged, TrainingState, extras
 from keel.types import Conversation, Prompt
 
 RESERVED = ("prompts", "completions", "completion_ids")  # arguments that a data's column gives way to
@@ -32,36 +33,45 @@ def call(
     completions: Sequence[str | Conversation],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
+    state: TrainingState | None = None,
+    logged: Logged | None = None,
 ) -> list[float | None]:
     """The rewards of B samples by a function of TRL's signature; None where it does not apply.
 
     Text stays text; a conversation becomes a list of messages, and the reply to one a list with one assistant
     message. Of these, `completion_ids` and the data's columns the function gets what it accepts, as deep
     copies; a column that has the name of one of the first three gives way. Coroutines are run to their end.
+    state: where training stands; logged: takes what the function logs.
 
     UsageError if the function insists on an argument that there is not. RewardError, with the reward's name
     and the sample's index and prompt, for one that raises (an exit or an interrupt of its own included) and
     for a result that is not B finite numbers or Nones.
     """
     arguments: dict[str, list[Any]] = {
-        **{key: list(values) for key, values in columns.items()},
+        **{key: list(values) for key, values in columns.items() if key not in EXTRAS},
         "prompts": [p if isinstance(p, str) else [dict(turn) for turn in p] for p in prompts],
         "completions": [_reply(*pair) for pair in zip(prompts, completions, strict=True)],
         "completion_ids": [list(ids) for ids in completion_ids],
     }
+    state, logged = state or TrainingState(), Logged() if logged is None else logged
+    signature = signature_of(function)
+    accepted = signature.accepted(name, arguments)
     if isinstance(function, IsolatedFunction):
-        accepted = function.signature.accepted(name, arguments)
-        return _answered(function.ask(accepted, len(prompts)), name, prompts)
-    accepted = Signature.of(function).accepted(name, arguments)
+        answer = function.ask({**accepted, worker.EXTRA: (signature.extras(), state.plain())}, len(prompts))
+        logged.add(answer.get("logged") or Logged().dump())
+        return _answered(answer, name, prompts)
+    more = {key: value for key, value in extras(state.plain(), logged).items() if key in signature.extras()}
+    silent = {**more, **{k: v for k, v in extras(state.plain(), Logged()).items() if k in more}}
     try:
-        values = worker.run(function, copy.deepcopy(accepted))
+        values = worker.run(function, {**copy.deepcopy(accepted), **more})
     except UsageError as error:
         raise UsageError(f"reward {name!r}: {error}") from error
     except BaseException as error:
         if _is_a_persons(error):
             raise
-        at = worker.blamed(lambda i: worker.run(function, _one(accepted, i)), len(prompts))
-        raise _raised(name, type(error).__name__, str(error), at, prompts) from error
+        at = worker.blamed(lambda i: worker.run(function, {**_one(accepted, i), **silent}), len(prompts))
+        place = worker.place_of(error, function)
+        raise _raised(name, type(error).__name__, str(error), at, prompts, place) from error
     return checked(values, name, prompts)
 
 
@@ -76,7 +86,8 @@ def _answered(answer: Mapping[str, Any], name: str, prompts: Sequence[Prompt]) -
     if raised and raised["usage"] is not None:
         raise UsageError(f"reward {name!r}: {raised['usage']}")
     if raised:
-        raise _raised(name, raised["type"], raised["message"], raised["sample"], prompts)
+        told = (raised["type"], raised["message"], raised["sample"], prompts, raised["place"])
+        raise _raised(name, *told)
     if "kind" in answer:
         raise _no_list(name, answer["kind"])
     values = [_Strange(v["repr"]) if isinstance(v, dict) else v for v in answer["values"]]
@@ -107,9 +118,12 @@ def _one(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {key: copy.deepcopy(values[index : index + 1]) for key, values in arguments.items()}
 
 
-def _raised(name: str, what: str, message: str, at: int | None, prompts: Sequence[Prompt]) -> RewardError:
+def _raised(
+    name: str, what: str, message: str, at: int | None, prompts: Sequence[Prompt], place: str
+) -> RewardError:
+    """place: file and line, or ""."""
     where = f"on {len(prompts)} samples" if at is None else sample(prompts, at)
-    return RewardError(f"reward {name!r} raised {what}: {message} ({where})")
+    return RewardError(f"reward {name!r} raised {what}: {message} ({where})" + f", in {place}" * bool(place))
 
 
 def _no_list(name: str, what: str) -> RewardError:

@@ -20,6 +20,7 @@ from typing import Any
 
 from keel import plugins
 from keel.errors import UsageError
+from keel.rewards.trainer import EXTRAS
 
 # What code may raise that ends no interpreter: an exit, an interrupt of its own, a cancelled task.
 ANYTHING = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
@@ -49,9 +50,13 @@ class Signature:
             any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters),
         )
 
+    def extras(self) -> tuple[str, ...]:
+        """What it takes of `trainer.EXTRAS`: what it names. **kwargs hold columns alone."""
+        return tuple(name for name in EXTRAS if name in self.names)
+
     def accepted(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that it takes. UsageError, with the reward's name, where it insists on another."""
-        if missing := [key for key in self.required if key not in arguments]:
+        if missing := [key for key in self.required if key not in arguments and key not in EXTRAS]:
             raise UsageError(
                 f"reward {name!r} asks for {missing[0]!r}, and the data have no such column (a function is "
                 f"given {', '.join(sorted(arguments))})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 from keel.errors import KeelError, RewardError, UsageError
 from keel.rewards import functions
 from keel.rewards.isolated import IsolatedFunction
+from keel.rewards.trainer import Logged, TrainingState
 from keel.types import Conversation, Prompt, StopReason
+
+_NO_LISTS = ("columns", "state", "logged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +30,22 @@ class Batch:
     stop_reasons: Sequence[StopReason]
     prompt_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]  # every other column of the data; None where a row has no value
+    state: TrainingState = field(default_factory=TrainingState)
+    logged: Logged = field(default_factory=Logged)  # takes what functions log of these samples
 
     def __post_init__(self) -> None:
-        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "columns"}
+        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name not in _NO_LISTS}
         sizes |= {f"columns[{name!r}]": len(values) for name, values in self.columns.items()}
         if wrong := [f"{name} {size}" for name, size in sizes.items() if size != len(self.prompts)]:
             raise ValueError(f"a batch of {len(self.prompts)} prompts has {', '.join(wrong)}")
 
     def rows(self, kept: Sequence[int]) -> Batch:
         """These rows alone, in this order."""
-        lists = {
-            f.name: [getattr(self, f.name)[i] for i in kept] for f in fields(self) if f.name != "columns"
+        lists: dict[str, Any] = {
+            f.name: [getattr(self, f.name)[i] for i in kept] for f in fields(self) if f.name not in _NO_LISTS
         }
-        return Batch(
-            **lists, columns={name: [values[i] for i in kept] for name, values in self.columns.items()}
-        )
+        columns = {name: [values[i] for i in kept] for name, values in self.columns.items()}
+        return Batch(**lists, columns=columns, state=self.state)
 
 
 Rewarder = Callable[[Batch], Sequence[float | None]]  # one value a sample; None: does not apply
@@ -67,6 +71,7 @@ class Rated:
     raw: Tensor  # (B,) Σ_k w_k · r_k
     learned: Tensor  # (B,) the part of `total` that is of learned rewards
     by_name: dict[str, list[float | None]]  # raw r_k, B values a term, before the weight
+    logged: Logged = field(default_factory=Logged)  # by functions, of these samples
 
 
 class Mixture:
@@ -120,16 +125,15 @@ class Mixture:
             raise RewardError(
                 f"the rewards of {functions.sample(batch.prompts, index)} do not add up: {parts}"
             )
-        return Rated(rewards, raw.float(), learned.float(), by_name)
+        return Rated(rewards, raw.float(), learned.float(), by_name, batch.logged)
 
 
 def from_function(name: str, function: Callable[..., Any] | IsolatedFunction) -> Rewarder:
     """A reward of TRL's signature (keel's rules, a classifier, a user's own) as a mixture's."""
 
     def rewarder(batch: Batch) -> list[float | None]:
-        return functions.call(
-            function, name, batch.prompts, batch.completions, batch.completion_ids, batch.columns
-        )
+        samples = batch.prompts, batch.completions, batch.completion_ids, batch.columns
+        return functions.call(function, name, *samples, batch.state, batch.logged)
 
     return rewarder
 

@@ -16,13 +16,17 @@ import os
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
 from keel.errors import UsageError
 from keel.rewards.loading import ANYTHING, Signature, kind, load, of_package
+from keel.rewards.trainer import Logged, extras
 
+_KEEL = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # keel's own code
+EXTRA = "\0extras"  # in a request: which arguments that are no columns are wanted, and the state for them
 LONGEST = 2000  # characters of a message that is passed on
 
 
@@ -69,6 +73,23 @@ def blamed(call: Callable[[int], Any], samples: int) -> int | None:
     return None
 
 
+def place_of(error: BaseException, function: Callable[..., Any]) -> str:
+    """Where an error comes from, as "file.py:12": the innermost line of the function's own file, else the
+    innermost one outside of keel; "" where there is none, as for code in C."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    outside = [(file, line) for file, line in frames if not file.startswith((_KEEL, "<"))]
+    own = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
+    file, line = next(reversed([one for one in outside if one[0] == own] or outside), ("", 0))
+    return f"{_short(file)}:{line}" if file else ""
+
+
+def _short(file: str) -> str:
+    """A path from the current folder, where it is in there."""
+    with contextlib.suppress(ValueError, OSError):
+        return os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
+    return file
+
+
 async def _awaited(result: Awaitable[Any]) -> Any:
     return await result
 
@@ -79,27 +100,34 @@ def _function(first: Mapping[str, Any], parent: Connection) -> Any:
     own = os.getpid()
 
     def handle(request: bytes) -> None:
+        logged = Logged()
         try:
-            values = run(function, pickle.loads(request))
+            values = run(function, _filled(pickle.loads(request), logged))
         except BaseException as error:  # of whatever kind: nothing else is done in this process
             if os.getpid() != own:
                 os._exit(1)
             arguments = pickle.loads(request)
-            samples = len(next(iter(arguments.values()), ()))
-            at = blamed(lambda i: run(function, _one(pickle.loads(request), i)), samples)
+            samples = next((len(values) for key, values in arguments.items() if key != EXTRA), 0)
+            at = blamed(lambda i: run(function, _filled(_one(pickle.loads(request), i), Logged())), samples)
             usage = str(error)[:LONGEST] if isinstance(error, UsageError) else None
             raised = {"type": type(error).__name__, "message": _text(error), "sample": at, "usage": usage}
-            _say(parent, {"raised": raised})
+            _say(parent, {"raised": {**raised, "place": place_of(error, function)}})
             return
         if os.getpid() == own:
-            _say(parent, _plain(values))
+            _say(parent, {**_plain(values), "logged": logged.dump()})
 
     signature = Signature.of(function)
     return {name: getattr(signature, name) for name in Signature.__slots__}, handle
 
 
 def _one(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    return {key: values[index : index + 1] for key, values in arguments.items()}
+    return {k: values if k == EXTRA else values[index : index + 1] for k, values in arguments.items()}
+
+
+def _filled(arguments: dict[str, Any], logged: Logged) -> dict[str, Any]:
+    """The arguments of a request with those that are no columns."""
+    wanted, state = arguments.pop(EXTRA, ((), {}))
+    return {**arguments, **{key: value for key, value in extras(state, logged).items() if key in wanted}}
 
 
 def _regex(first: Mapping[str, Any], parent: Connection) -> Any:

@@ -27,6 +27,7 @@ from keel.config import GRPOConfig
 from keel.data.batches import derive_seed, rows_of_step
 from keel.rewards.mixture import Rated
 from keel.rewards.shaping import token_rewards
+from keel.rewards.trainer import Logged
 from keel.rl import loop, rollout
 from keel.rl.algorithm import (
     Collected,
@@ -71,7 +72,7 @@ class GRPO:
         """Groups of responses; those of equal rewards are replaced first, where the config says so."""
         setup, size = self.setup, self.config.samples_per_prompt
         seed = rollout.seed_of(setup, update)
-        experience, reward_scaler = rollout.collect(setup, prompts, state.reward_scaler, seed)
+        experience, reward_scaler = rollout.collect(setup, prompts, state.reward_scaler, seed, update)
         rounds, replaced, first_score = 0, 0, experience.rated.raw.mean().item()
         for round_ in range(1, self.config.resample + 1):
             groups = _all_equal(_compared(self.config, experience), size).nonzero().flatten().tolist()
@@ -79,8 +80,9 @@ class GRPO:
                 break
             seed = derive_seed(setup.run.seed, "resample", round_)
             rows = rows_of_step(len(self.prompts), len(prompts), update - 1, seed)[: len(groups)]
+            again = [self.prompts[i] for i in rows]
             fresh, reward_scaler = rollout.collect(
-                setup, [self.prompts[i] for i in rows], reward_scaler, rollout.seed_of(setup, update, round_)
+                setup, again, reward_scaler, rollout.seed_of(setup, update, round_), update
             )
             experience = _with_groups(experience, fresh, groups, size)
             rounds, replaced = round_, replaced + len(groups)
@@ -172,7 +174,15 @@ def _with_groups(experience: Experience, fresh: Experience, groups: Sequence[int
         torch.cat([getattr(experience.rated, part), getattr(fresh.rated, part)])[index]
         for part in ("total", "raw", "learned")
     ]
-    rated = Rated(sums[0], sums[1], sums[2], by_name)
+    old, new = experience.rated.logged, fresh.rated.logged
+    logged = Logged(dict(old.metrics))
+    for name, values in new.metrics.items():
+        logged.metrics[name] = [*logged.metrics.get(name, ()), *values]
+    for name in old.extra.keys() & new.extra.keys():
+        both = [*old.extra[name], *new.extra[name]]
+        if len(both) == len(completions):
+            logged.extra[name] = [both[i] for i in source]
+    rated = Rated(sums[0], sums[1], sums[2], by_name, logged)
     return replace(
         experience,
         completions=tuple(completions[i] for i in source),

@@ -64,7 +64,7 @@ class PPO:
     def collect(self, prompts: Sequence[PromptExample], state: LoopState, update: int) -> Collected:
         """Responses to the prompts, with what every model makes of them."""
         seed = rollout.seed_of(self.setup, update)
-        experience, reward_scaler = rollout.collect(self.setup, prompts, state.reward_scaler, seed)
+        experience, reward_scaler = rollout.collect(self.setup, prompts, state.reward_scaler, seed, update)
         return Collected(experience, reward_scaler, len(experience.completions))
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:

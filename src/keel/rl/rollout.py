@@ -29,6 +29,7 @@ from keel.models.roles import Roles
 from keel.models.tokenizer import known_ids
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
+from keel.rewards.trainer import TrainingState
 from keel.rl import heldout_judge
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import Engine, GenerationRequest, TokenCount, check_completions
@@ -156,18 +157,33 @@ def score_tokens(setup: Setup[OnPolicy], completions: Sequence[Completion]) -> S
 
 
 def rate(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], completions: Sequence[Completion]
+    setup: Setup[OnPolicy],
+    prompts: Sequence[PromptExample],
+    completions: Sequence[Completion],
+    update: int = 0,
 ) -> Rated:
-    """What the rewards say of each response."""
+    """What the rewards say of each response. update: the one that they are sampled for; 0: none."""
     columns = [dict(prompt.columns) for prompt in prompts]
     batch = build_rewards.batch_of(
-        [prompt.prompt for prompt in prompts], completions, columns, setup.tokenizer, as_text=setup.as_text
-    )
+        [prompt.prompt for prompt in prompts], completions, columns, setup.tokenizer, as_text=setup.as_text,
+        state=_state(setup, update),
+    )  # fmt: skip
     return setup.rewards.score(batch)
 
 
+def _state(setup: Setup[OnPolicy], update: int) -> TrainingState:
+    """Where training stands, for reward functions that ask."""
+    config, rows = setup.config, setup.run.facts.get("rows") or 1
+    done = max(update - 1, 0)
+    return TrainingState(done, config.updates, done * config.batch_size / config.samples_per_prompt / rows)
+
+
 def collect(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], reward_scaler: RunningScale, seed: int
+    setup: Setup[OnPolicy],
+    prompts: Sequence[PromptExample],
+    reward_scaler: RunningScale,
+    seed: int,
+    update: int = 0,
 ) -> tuple[Experience, RunningScale]:
     """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scaler that is returned
     has seen their rewards."""
@@ -184,7 +200,7 @@ def collect(
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
     with run.timed("score"), cast_cache():
-        rated = rate(setup, repeated, done)
+        rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     run.count("forward", useful_tokens(sizes), read())
     reward_scaler = reward_scaler.update(rated.total)
@@ -243,6 +259,8 @@ def _by_name(rated: Rated) -> dict[str, float]:
         if len(applies):
             metrics[f"rewards/{name}/mean"] = applies.mean().item()
             metrics[f"rewards/{name}/std"] = applies.std(correction=0).item()
+    for name, logged in rated.logged.metrics.items():
+        metrics[f"rewards/logged/{name}"] = sum(logged) / len(logged)
     return metrics
 
 
@@ -280,6 +298,13 @@ def _sampler_mismatch(experience: Experience) -> dict[str, float]:
     return {"rollout/sampler_drift": masked_mean(gap, mask).item()}
 
 
+def _extra_of(experience: Experience, row: int) -> dict[str, Any]:
+    """What reward functions logged of one response; nothing where they logged nothing."""
+    size, extra = len(experience.completions), experience.rated.logged.extra
+    found = {name: values[row] for name, values in extra.items() if len(values) == size}
+    return {"extra": found} if found else {}
+
+
 def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> list[dict[str, Any]]:
     """The first few responses of a batch, as lines of samples.jsonl."""
     scored = experience.scored
@@ -290,6 +315,7 @@ def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> 
             "prompt": setup.tokenizer.decode(list(c.prompt_ids), skip_special_tokens=True),
             "completion": text_of(setup.tokenizer, c),
             "rewards": {name: values[i] for name, values in experience.rated.by_name.items()},
+            **_extra_of(experience, i),
             "kl": kls[i],
             "length": len(c.ids),
             "stop_reason": c.stop_reason,

@@ -48,6 +48,7 @@ def read_prompts(
     tokenizer = prepare.open_tokenizer(
         config.model, run, conversational=conversational, reads=dataset.records
     )
+    prepare.look_for_marks(run, tokenizer, dataset.records)
     limit = prepare.limit_of(config, run, source)
     room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)

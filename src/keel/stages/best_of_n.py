@@ -42,6 +42,7 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     tokenizer = prepare.open_tokenizer(
         config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
     )
+    prepare.look_for_marks(stage_run, tokenizer, dataset.records)
     limit = prepare.limit_of(config, stage_run, source)
     room = prepare.room_of(stage_run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)

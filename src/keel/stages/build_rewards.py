@@ -27,6 +27,7 @@ from keel.rewards.classifier import Classifier
 from keel.rewards.isolated import IsolatedFunction
 from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
 from keel.rewards.similarity import Similarity
+from keel.rewards.trainer import TrainingState
 from keel.rollout.engine import text_of
 from keel.rundir.stage_run import StageRun
 from keel.types import Completion, Conversation, Prompt
@@ -201,8 +202,10 @@ def _for_its_source(term: RewardTerm, rewarder: Rewarder) -> Rewarder:
         rows = [i for i, source in enumerate(sources) if source == term.source_filter]
         values: list[float | None] = [None] * len(sources)
         if rows:
-            for row, value in zip(rows, rewarder(batch.rows(rows)), strict=True):
+            part = batch.rows(rows)
+            for row, value in zip(rows, rewarder(part), strict=True):
                 values[row] = value
+            batch.logged.add(part.logged.dump(), rows, len(sources))
         return values
 
     return chosen
@@ -273,6 +276,7 @@ def batch_of(
     tokenizer: PreTrainedTokenizerBase,
     *,
     as_text: bool = True,
+    state: TrainingState | None = None,
 ) -> Batch:
     """Samples as rewards see them; a column that some rows lack is None there. as_text False: no reward reads
     words, so nothing is decoded."""
@@ -287,6 +291,7 @@ def batch_of(
         [c.stop_reason for c in completions],
         [c.prompt_ids for c in completions],
         {name: [row.get(name) for row in columns] for name in names} | more,
+        state or TrainingState(),
     )
 
 

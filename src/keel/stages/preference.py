@@ -68,6 +68,7 @@ def run(config: DPOConfig, stage_run: StageRun) -> dict[str, Any]:
     tokenizer = prepare.open_tokenizer(
         config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
     )
+    prepare.look_for_marks(stage_run, tokenizer, dataset.records)
     pad_id = chat.ensure_pad(tokenizer)
     rows, held_out_rows = preference_rows.encode(config, stage_run, tokenizer, limit, records, held_out)
 

@@ -148,6 +148,33 @@ def train_and_eval(
     return dataset, picked(dataset.records, split.train), picked(dataset.records, split.held_out)
 
 
+def look_for_marks(
+    stage_run: StageRun, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> None:
+    """Say, and record in the stage's facts, where texts bring turn marks of their own that the model's chat
+    template does not write: `keel chat` and whoever else uses the template would speak a form that the model
+    is not trained on."""
+    marks = chat.marks_of(records)
+    if marks is None or not chat.strange_to_template(tokenizer, marks):
+        return
+    stage_run.facts["turn_marks"] = list(marks)
+    has = (
+        "the model's chat template"
+        if tokenizer.chat_template
+        else "keel's chat template, for want of another,"
+    )
+    stage_run.say(
+        f"{stage_run.name}: the texts write turns as {marks[0]!r} and {marks[1]!r}, {has} does not: prompts "
+        "that go through it have a form that is not trained on. Give the model the template of the texts: "
+        f'model.chat_template: "{_escaped(chat.template_for(marks))}"'
+    )
+
+
+def _escaped(text: str) -> str:
+    """As it stands between double quotes in YAML."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
 def limit_of(config: Training, stage_run: StageRun, source: ModelSource) -> int | None:
     """Longest sequence in tokens: `max_length` or the context; UsageError if max_length exceeds the
     context."""
@@ -187,15 +214,7 @@ class TooLong:
         if self.limit is None or length <= self.limit:
             return True
         if self.policy == "error" or (self.policy == "truncate" and not truncatable):
-            hint = (
-                "its response alone is longer"
-                if self.policy == "truncate"
-                else "set too_long: truncate or skip, or make room (max_length, max_new_tokens)"
-            )
-            raise DataError(
-                f"{record.origin}: {length} tokens, more than the {self.limit} of stage "
-                f"{self.stage_run.name!r}; {hint}"
-            )
+            raise too_long_error(record, length, self.limit, self.stage_run.name, self.policy)
         self.cut += self.policy == "truncate"
         self.left_out += self.policy == "skip"
         return self.policy == "truncate"
@@ -208,6 +227,16 @@ class TooLong:
                 f"{self.left_out} left out"
             )
         self.stage_run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
+
+
+def too_long_error(record: Record, length: int, limit: int, stage: str, policy: str) -> DataError:
+    """What is said of a row of `length` tokens that a stage may not have."""
+    hint = (
+        "its response alone is longer; leave such rows out (too_long: skip)"
+        if policy == "truncate"
+        else "set too_long: truncate or skip, or make room (max_length, max_new_tokens)"
+    )
+    return DataError(f"{record.origin}: {length} tokens, more than the {limit} of stage {stage!r}; {hint}")
 
 
 @dataclass
@@ -244,6 +273,17 @@ def encode_all(
     return rows
 
 
+def _form(stage_run: StageRun) -> str:
+    """What the card says of a form of prompts that is not the chat template's."""
+    marks = stage_run.facts.get("turn_marks")
+    if not marks:
+        return ""
+    return (
+        f"\nTurns were written as `{marks[0]!r}` and `{marks[1]!r}` in what it was trained on. Its chat\n"
+        "template writes them otherwise: give it prompts as text with these marks, not as messages.\n"
+    )
+
+
 def save_model(
     stage_run: StageRun,
     model: PreTrainedModel,
@@ -263,7 +303,7 @@ def save_model(
     about = (
         f"{what}, trained by keel {keel.__version__} ({config.kind}) from {named} on "
         f"{', '.join(source.source for source in data)}. `keel export RUN/{stage_run.name} --to hub` writes "
-        "a card with settings, measures and diagnosis."
+        "a card with settings, measures and diagnosis." + _form(stage_run)
     )
     head = {"library_name": "transformers", "tags": ["keel", "rlhf", config.kind]}
     base = stage_run.resolve(config.model.path) if config.model.path else None

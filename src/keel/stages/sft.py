@@ -30,6 +30,7 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
     tokenizer = prepare.open_tokenizer(
         config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
     )
+    prepare.look_for_marks(stage_run, tokenizer, dataset.records)
     limit = prepare.limit_of(config, stage_run, source)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     rows, held_out_rows = (

@@ -15,6 +15,7 @@ bring and which is the response's own; and tags in a reply that the model would 
 """
 
 from keel.data.chat.batching import batched
+from keel.data.chat.marks import marks_of, strange_to_template, template_for
 from keel.data.chat.rendering import asks_for_date, on_date
 from keel.data.chat.reply import reply_end
 from keel.data.chat.special import added_vocab, declare_ends, ensure_pad, eos_id, eos_ids
@@ -64,6 +65,7 @@ __all__ = [
     "eos_id",
     "eos_ids",
     "is_trained",
+    "marks_of",
     "on_date",
     "opened_tag",
     "opened_thought",
@@ -74,7 +76,9 @@ __all__ = [
     "reply_text",
     "sampled_ids",
     "stop_ids",
+    "strange_to_template",
     "template_facts",
+    "template_for",
     "text_ids",
     "text_rows",
     "user_text",

@@ -33,7 +33,8 @@ _SHAREGPT = {
 
 
 def _sharegpt(row: Row) -> Iterable[Made]:
-    """from, value of each turn; function_call holds a call as JSON."""
+    """from, value of each turn (or role, content, with these speakers); function_call holds a call as
+    JSON."""
     yield {**rest(row, "conversations", "system"), "messages": _sharegpt_turns(row)}
 
 
@@ -51,13 +52,14 @@ def _sharegpt_turns(row: Row) -> Turns:
 
 
 def _sharegpt_turn(turn: Any) -> dict[str, Any]:
-    speaker, said = value_of(turn, "from"), text_of(turn, "value")
-    more = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    who, what = ("from", "value") if "from" in turn else ("role", "content")
+    speaker, said = value_of(turn, who), text_of(turn, what)
+    more = {key: value for key, value in turn.items() if key not in (who, what)}
     if speaker == "function_call":
         return {**more, "role": "assistant", "content": "", "tool_calls": [_call(said)]}
     if speaker not in _SHAREGPT:
         raise ValueError(
-            f'a turn is "from" {shown(speaker)}, not one of {", ".join([*_SHAREGPT, "function_call"])}'
+            f'a turn is of "{who}" {shown(speaker)}, not one of {", ".join([*_SHAREGPT, "function_call"])}'
         )
     return {**more, "role": _SHAREGPT[speaker], "content": said}
 
