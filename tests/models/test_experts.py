@@ -127,6 +127,7 @@ def test_under_lora_and_with_recomputed_activations_it_is_the_same(checkpointing
     loss.backward()
 
 
+@pytest.mark.usefixtures("accel_on")
 def test_packed_rows_have_it_without_their_padding() -> None:
     model, rows = _model("mixtral"), _rows()
     ids = [token for row in rows for token in row.ids]

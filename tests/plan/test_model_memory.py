@@ -24,6 +24,8 @@ from keel.plan import activation_memory, model_memory, model_shapes, peaks, pred
 from keel.plan.model_memory import Forward, Lora, Model
 from keel.plan.peaks import Pass
 
+pytestmark = pytest.mark.usefixtures("accel_on")  # a plan reckons with the fast paths
+
 ROWS, LENGTH = 2, 40
 READ = Forward(ROWS, LENGTH)
 

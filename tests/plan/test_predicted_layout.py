@@ -19,6 +19,8 @@ from keel.plan import model_shapes, predicted_layout
 from keel.plan.model_memory import Forward, Lora, Model
 from keel.plan.predicted_layout import Row
 
+pytestmark = pytest.mark.usefixtures("accel_on")  # a plan reckons with the fast paths
+
 
 def _given(model: Any, look: Any, ids: Tensor, index: Tensor) -> Forward:
     """What the model's trunk is really given by `look`."""

@@ -151,6 +151,7 @@ def test_another_reference_is_what_the_kl_is_measured_against(
         assert rows[0]["objective/kl_exact"] > 1.0
 
 
+@pytest.mark.usefixtures("accel_on")
 @pytest.mark.parametrize("sharing", ["separate", "trunk"])
 def test_experience_takes_no_forward_of_the_policy_besides_sampling(sharing: str, open_ppo: Any) -> None:
     """Unless it is asked for; what is learned from is the same to rounding."""

@@ -12,6 +12,7 @@ from keel.accel import cpu_linear
 from keel.models import precision
 
 
+@pytest.mark.usefixtures("accel_on")
 @pytest.mark.parametrize("kind", ["sft", "kto", "ppo"])
 def test_weights_cast_once_in_a_step_are_those_of_the_step(
     kind: str,
