@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CLIPConfig, DistilBertConfig
+from transformers import AutoTokenizer, CLIPConfig, DistilBertConfig
 
 from keel.config import parse
 from keel.errors import DataError, UsageError
@@ -48,10 +48,12 @@ def sft(tiny_model, data):
 
 
 @pytest.fixture
-def tiny_distilbert(tmp_path: Path) -> Path:
-    """The config of an encoder that transformers knows no way to write with."""
-    config = {"vocab_size": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+def tiny_distilbert(tmp_path: Path, tiny_bert: Path) -> Path:
+    """The config of an encoder that transformers knows no way to write with, and a tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = {"vocab_size": len(tokenizer), "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     DistilBertConfig(**config).save_pretrained(tmp_path / "distilbert")
+    tokenizer.save_pretrained(tmp_path / "distilbert")
     return tmp_path / "distilbert"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, DistilBertConfig
+from transformers import AutoConfig, AutoTokenizer, DistilBertConfig
 
 from keel.config import parse
 from keel.data.holdout import split_holdout
@@ -88,9 +88,10 @@ def test_what_is_special_about_reading_a_model_is_planned(plan, data, tmp_path, 
 
 
 def test_an_encoder_is_planned_as_the_reward_model_it_will_be(plan, run, data, tiny_bert, tmp_path):
-    DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16).save_pretrained(
-        tmp_path / "d"
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    DistilBertConfig(vocab_size=len(tokenizer), **sizes).save_pretrained(tmp_path / "d")
+    tokenizer.save_pretrained(tmp_path / "d")
     reward = {"kind": "reward", "data": str(data.pairs), "max_steps": 1, "batch_size": 2, "normalize": 0}
     stages = {"bert": {**reward, "model": str(tiny_bert)}, "distil": {**reward, "model": str(tmp_path / "d")}}
     planned = plan(**stages)

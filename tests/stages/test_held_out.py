@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from keel.config import ClassifierConfig, RunConfig, Supervised, parse
 from keel.data.identity import prompt_key
@@ -159,7 +162,7 @@ def test_the_line_says_which_stages_train_on_what_is_judged(tmp_path: Path, tiny
 
 @pytest.mark.parametrize("loss", [None, "sigmoid", "kto"])
 def test_pairs_equal_after_tokenising_are_left_out_and_counted(
-    loss: str | None, run: Any, tmp_path: Path, tiny_bert: Path, tiny_model: Path, monkeypatch: Any
+    loss: str | None, run: Any, tmp_path: Path, tiny_bert: Path, tiny_model: Path
 ) -> None:
     rows = [
         {"prompt": f"the {animal}", "chosen": "red", "rejected": "so"}
@@ -170,15 +173,11 @@ def test_pairs_equal_after_tokenising_are_left_out_and_counted(
     if loss is None:
         stage: dict[str, Any] = {"kind": "reward", "model": str(tiny_bert), **few}
     else:
-        import keel.stages.preference_rows as rows_of_pairs
-
-        lower = rows_of_pairs.chat.completion_ids
-        monkeypatch.setattr(
-            rows_of_pairs.chat,
-            "completion_ids",
-            lambda tokenizer, prompt, text: lower(tokenizer, prompt, text.lower()),
-        )
-        stage = {"kind": "dpo", "loss": loss, "model": str(tiny_model), **few}
+        folder = shutil.copytree(tiny_model, tmp_path / "lower")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.save_pretrained(folder)
+        stage = {"kind": "dpo", "loss": loss, "model": str(folder), **few}
     done = run({"stages": {"one": stage}}, tmp_path / "run").stage_directory("one")
     facts = json.loads((done / "stage.json").read_text())["facts"]
     assert facts["equal_pairs"] == 1

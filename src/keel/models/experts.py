@@ -95,7 +95,9 @@ def forward(model: Any, lengths: Tensor, call: Callable[..., Any], **inputs: Any
     ids = inputs["input_ids"]
     mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None].to(ids.device)).long()
     with _with_mask(model, mask):
-        output = call(output_router_logits=True, **{"attention_mask": mask, **inputs})
+        # positions that begin anew stand for packed rows, which a mask would join again
+        padded = {} if "position_ids" in inputs else {"attention_mask": mask}
+        output = call(output_router_logits=True, **padded, **inputs)
     _collecting[-1].losses.append((mask.sum(), output.aux_loss))
     return output
 

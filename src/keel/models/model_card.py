@@ -57,14 +57,17 @@ def saved(
     base: str | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    called: str | None = None,
 ) -> str:
     """The card that a stage saves with its model. head: its YAML. about: what it is and what it was trained
-    on. base: path or hub id; None where it was trained from new weights."""
+    on. base: path or hub id; None where it was trained from new weights. called: how the card names the base,
+    where that is not its path."""
     named = licence(base, download=False) if base else None
     head = {**head, **({"license": named} if named else {})}
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {title}\n\n{about}\n\n"
-        f"{usage(model, tokenizer)}\n\n{_END}\n\n{licence_text(named, base)}\n"
+        f"{usage(model, tokenizer)}\n\n{_END}\n\n{licence_text(named, base and (called or base))}\n"
     )
 
 

@@ -309,7 +309,7 @@ def save_model(
     base = stage_run.resolve(config.model.path) if config.model.path else None
     plain: Any = model
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-    card = model_card.saved(head, stage_run.name, about, base, plain, tokenizer)
+    card = model_card.saved(head, stage_run.name, about, base, plain, tokenizer, called=config.model.path)
     adapter = files_of(model, source_of(config.model, stage_run))
     save_checked(
         model, tokenizer, stage_run.directory / "model", card, members, adapter,
