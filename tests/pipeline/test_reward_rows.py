@@ -43,12 +43,17 @@ def check(tmp_path: Path, tiny_model: Path) -> Any:
     """Check a grpo stage on rows with these rewards; returns the rows that it is given and what was said."""
     (tmp_path / "mine.py").write_text(FUNCTIONS)
 
-    def checked(rows: list[dict[str, Any]], reward: Any, on_bad: str = "error", **more: Any) -> Any:
+    def checked(
+        rows: list[dict[str, Any]], reward: Any, on_bad: str = "error", beside: str | None = None, **more: Any
+    ) -> Any:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps({"prompt": f"q{i}", **row}) + "\n" for i, row in enumerate(rows)))
         if isinstance(reward, str):
             reward = [{"kind": "python", "function": f"{tmp_path}/mine.py:{reward}", **more}]
-        data = {"source": str(path), "on_bad": on_bad}
+        data: Any = {"source": str(path), "on_bad": on_bad}
+        if beside is not None:
+            (tmp_path / "beside.jsonl").write_text(beside)
+            data = [data, str(tmp_path / "beside.jsonl")]
         stage = {
             "kind": "grpo",
             "model": str(tiny_model),
@@ -104,8 +109,13 @@ def test_a_row_without_a_reference_is_no_fault_where_another_reward_applies(chec
 
 
 def test_rows_of_other_sources_are_not_asked(check: Any, tmp_path: Path) -> None:
-    elsewhere = {**ANSWER, "source_filter": str(tmp_path / "rows.jsonl")}
-    check(answer_rows("1", "2"), [elsewhere, LENGTH])
+    """A blank reference is bad only where the reward applies."""
+    of_rows = {**ANSWER, "source_filter": str(tmp_path / "rows.jsonl")}
+    blank = json.dumps({"prompt": "q", "answer": " "})
+    columns, _ = check(answer_rows("1", "2"), [of_rows, LENGTH], beside=blank)
+    assert len(columns) == 3
+    with pytest.raises(DataError, match=r"beside\.jsonl:1.*is blank"):
+        check(answer_rows("1", "2"), [ANSWER, LENGTH], beside=blank)
 
 
 def test_where_every_row_is_bad_nothing_is_left(check: Any) -> None:

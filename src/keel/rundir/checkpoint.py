@@ -75,7 +75,7 @@ def discard(directory: Path) -> None:
     gone = directory.with_name(f".{directory.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     if (directory / BY_HAND[0]).exists():
-        kept = _free(directory.with_name(f"{directory.name}.kept"))
+        kept = free_place(directory.with_name(f"{directory.name}.kept"))
         kept.mkdir()
         for name in BY_HAND:
             if (directory / name).exists():
@@ -85,10 +85,10 @@ def discard(directory: Path) -> None:
         shutil.rmtree(gone)
 
 
-def _free(path: Path) -> Path:
-    """The path, or with the first number that nothing has yet."""
+def free_place(path: Path) -> Path:
+    """The path, or with the first number that nothing has yet, not even a link that leads nowhere."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(place for place in itertools.chain([path], numbered) if not place.exists())
+    return next(p for p in itertools.chain([path], numbered) if not (p.exists() or p.is_symlink()))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -6,7 +6,6 @@ before, by the first letters of its fingerprint. Nothing that was trained is rem
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel.rundir.checkpoint import BY_HAND, discard
+from keel.rundir.checkpoint import BY_HAND, discard, free_place
 
 KEPT = "kept"
 LETTERS = 12  # of a fingerprint, in the name of a folder
@@ -60,10 +59,10 @@ def keep(directory: Path) -> Path | None:
         return None
     folder = directory.parents[1] / KEPT
     folder.mkdir(exist_ok=True)
-    place = _free(folder / f"{directory.name}-{mark.read_text(encoding='utf-8')[:LETTERS]}")
+    place = free_place(folder / f"{directory.name}-{mark.read_text(encoding='utf-8')[:LETTERS]}")
     if directory.is_symlink():
         target = directory.resolve()
-        moved = _free(target.with_name(f"{target.name}-{place.name.removeprefix(f'{directory.name}-')}"))
+        moved = free_place(target.with_name(f"{target.name}-{place.name.removeprefix(f'{directory.name}-')}"))
         os.replace(target, moved)
         target.mkdir()
         place.symlink_to(moved)
@@ -128,9 +127,3 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _files(path: Path) -> Iterator[Path]:
     return (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-
-
-def _free(path: Path) -> Path:
-    """The path, or with the first number that nothing has yet."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(p for p in itertools.chain([path], numbered) if not (p.exists() or p.is_symlink()))
