@@ -6,7 +6,7 @@ WORKERS ?= 2
 PEERS  ?= .venv-peers
 LATEST ?= .venv-latest
 
-.PHONY: demo install test test-slow test-real test-architectures check check-latest docs tutorials build bench bench-data bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening check check-latest docs tutorials build bench bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -37,6 +37,22 @@ test-real: $(VENV)/.installed-dev  ## on real models and data, in the folder KEE
 
 test-architectures: $(VENV)/.installed-dev  ## every model type of transformers, tiny; an hour on one core
 	$(BIN)/python -m pytest -n $(WORKERS) -m architectures tests/architectures
+
+$(VENV)/.installed-browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser-test]'
+	touch $@
+
+test-browser: $(VENV)/.installed-browser  ## pages in Chromium (CHROMIUM, default /usr/bin/chromium), accessibility, the API as a whole
+	$(BIN)/python -m pytest -m browser
+
+test-load: $(VENV)/.installed-dev  ## 50 people at once on SQLite and PostgreSQL, kills, a full disk
+	$(BIN)/python -m pytest -m load
+
+test-attack: $(VENV)/.installed-dev  ## kills, fuzzing, corrupt files; under 40 minutes
+	$(BIN)/python -m pytest -n $(WORKERS) -m attack
+
+test-evening: $(VENV)/.installed-dev  ## a new user's evening, scripted
+	$(BIN)/python -m pytest -n $(WORKERS) -m evening
 
 check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
 	$(BIN)/ruff format --check .
