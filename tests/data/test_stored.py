@@ -291,6 +291,7 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
             "packed": {"kind": "sft", "data": str(data.chats), "packing": True, "max_length": 48, **common},
             "rm": {"kind": "reward", "data": pairs, "normalize": 0, **common},
             "orpo": {"kind": "dpo", "loss": "orpo", "data": pairs, **common},
+            "dpo": {"kind": "dpo", "data": pairs, "votes": "soft", **common},
         },
     }
 
@@ -310,7 +311,7 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
     assert made(tmp_path / "files") == plain
     kinds = sorted(path.name.partition("-")[0] for path in (tmp_path / "files" / PREPARED).iterdir())
     assert kinds.count("rows") == 3
-    assert kinds.count("tokens") == 3  # both stages on pairs read the same
+    assert kinds.count("tokens") == 3  # all stages on pairs read the same
     shutil.rmtree(tmp_path / "files" / "stages" / "rm")
     assert made(tmp_path / "files") == plain  # once more, from what was kept
 

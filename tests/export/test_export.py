@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import peft
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ from keel.cli import main
 from keel.data import chat
 from keel.errors import KeelError, UsageError
 from keel.export import card, gguf_file, hub, models, ollama
+from keel.models import lora
 from keel.models.load import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
@@ -342,3 +344,46 @@ def test_rotary_frequencies_of_llama_3_are_transformers_own() -> None:
     plain = 5e5 ** -(torch.arange(0, 64, 2).double() / 64)
     found = torch.from_numpy(gguf_file._rope_factors(config)).double()
     torch.testing.assert_close(plain / found, stretched.double(), rtol=1e-5, atol=1e-12)
+
+
+def test_a_run_with_an_adapter_can_be_moved(tiny_model: Path, data: Any, run: Any, tmp_path: Path) -> None:
+    """peft finds the base where the run lies now; nothing is trained again, and a hub is given no path."""
+    common = {"kind": "sft", "data": str(data.demonstrations), "max_steps": 1, "batch_size": 4, "lr": 1e-2}
+    stages = {
+        "sft": {"model": str(tiny_model), **common},
+        "tuned": {"model": "sft", "lora": {"r": 4}, **common},
+        "again": {"model": str(tiny_model), "lora": {"r": 4}, **common},
+    }
+    run({"stages": stages}, tmp_path / "here")
+    outside = tmp_path / "here" / "stages" / "again" / "model" / "adapter" / "base.json"
+    assert "path" not in json.loads(outside.read_text())  # it is no part of the run, and stays where it is
+    there = tmp_path / "elsewhere" / "there"
+    there.parent.mkdir()
+    (tmp_path / "here").rename(there)
+    times = {path: path.stat().st_mtime_ns for path in there.glob("stages/*/model/*.safetensors")}
+    run({"stages": stages}, there)
+    assert times == {path: path.stat().st_mtime_ns for path in there.glob("stages/*/model/*.safetensors")}
+    folder = there / "stages" / "tuned" / "model"
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        put_on = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()(ids).logits
+    torch.testing.assert_close(put_on, whole, rtol=1e-4, atol=1e-5)
+    hub.write(models.find(str(there / "tuned")), tmp_path / "hub")
+    assert not (tmp_path / "hub" / "adapter").exists()
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "somebody/model"
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    hub.write(models.find(str(there / "tuned")), tmp_path / "with")
+    assert (tmp_path / "with" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_whose_base_is_another_now_is_left_alone(tmp_path: Path, tiny_model: Path) -> None:
+    base = tmp_path / "stages" / "sft" / "model"
+    shutil.copytree(tiny_model, base)
+    adapter = tmp_path / "stages" / "tuned" / "model" / "adapter"
+    files = lora.AdapterFiles({"base_model_name_or_path": "/gone"}, {}, "sha256:other", base)
+    files.write(adapter)
+    before = (adapter / "adapter_config.json").read_bytes()
+    lora.follow_base(adapter)
+    assert (adapter / "adapter_config.json").read_bytes() == before

@@ -183,7 +183,7 @@ def test_the_reference_is_what_the_starting_model_says_live(
     loss: str, lora: Any, run_dpo: Any, tiny_model: Path, looked_into: Any
 ) -> None:
     """Response by response and without padding, EOS included, for every response of every step."""
-    run_dpo(loss=loss, lora=lora, micro_batch=4)
+    run_dpo(loss=loss, lora=lora, micro_batch=4, batch_size=16, max_steps=None, epochs=1)
     setup, own, held = looked_into[0]
     live = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert len(setup.reference) > 100

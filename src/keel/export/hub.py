@@ -13,16 +13,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from keel.errors import KeelError, UsageError
 from keel.export.card import card
 from keel.export.models import Model
+from keel.models import lora
 
 
 def write(model: Model, out: Path) -> None:
-    """Copy the model's folder to `out`, which must not be there, with a full card."""
+    """Copy the model's folder to `out`, which must not be there, with a full card. An adapter goes along only
+    where its base is on the hub, too."""
     if out.exists():
         raise UsageError(f"{out} is there already; it was not overwritten")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model.folder, partial)
+    adapter = partial / "adapter"
+    if (adapter / lora.SETTINGS).is_file() and lora.base_of(adapter) is None:
+        shutil.rmtree(adapter)  # its base is a folder of this machine; the model has it merged in
     if model.run is not None:
         (partial / "README.md").write_text(card(model), encoding="utf-8")
     partial.rename(out)

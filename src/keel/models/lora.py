@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 SETTINGS, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+STAGES = "stages"  # the folder in which a run's models lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +185,49 @@ class AdapterFiles:
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     base: str  # `identity` of the weights under it
+    place: Path | None = None  # the base's folder; None for one of the hub
 
-    def write(self, folder: Path) -> None:
-        """Write the three files; the same adapter gives the same bytes."""
+    def write(self, folder: Path, home: Path | None = None) -> None:
+        """Write the three files; the same adapter gives the same bytes. home: where the folder will be. The way
+        from there to a base of the same run is noted, so that both can be moved together."""
         folder.mkdir(parents=True)
-        settings = json.dumps(self.settings, indent=2, sort_keys=True, default=sorted)  # peft keeps sets
-        (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
-        (folder / BASE).write_text(json.dumps({"identity": self.base}) + "\n", encoding="utf-8")
+        _write_settings(folder, self.settings)
+        note = {"identity": self.base}
+        if self.place is not None:
+            ends = self.place.resolve(), (home or folder).resolve()
+            if Path(os.path.commonpath(ends)).name == STAGES:
+                note["path"] = os.path.relpath(*ends)
+        (folder / BASE).write_text(json.dumps(note) + "\n", encoding="utf-8")
         save_file(dict(self.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)  # peft keeps sets
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def follow_base(folder: Path) -> None:
+    """Let an adapter that was moved with its run name its base where that is now.
+
+    peft opens a base by a whole path or a hub id, so the settings hold one. Nothing is changed where that path
+    is still there, or where the noted way leads to other weights.
+    """
+    try:
+        note, settings = json_object(folder / BASE), json_object(folder / SETTINGS)
+    except UsageError:
+        return  # who opens it is told
+    way, named = note.get("path"), settings.get("base_model_name_or_path")
+    if not way or (named and Path(named).exists()):
+        return
+    base = (folder.resolve() / way).resolve()
+    if base.is_dir() and identity(ModelSource(str(base))) == note.get("identity"):
+        _write_settings(folder, {**settings, "base_model_name_or_path": str(base)})
+
+
+def base_of(folder: Path) -> str | None:
+    """The hub id of the base of an adapter; None for one that lies in a folder of this machine."""
+    named = json_object(folder / SETTINGS).get("base_model_name_or_path")
+    return None if not named or Path(named).is_absolute() else named
 
 
 def files_of(model: Any, source: ModelSource) -> AdapterFiles | None:
@@ -207,7 +244,7 @@ def files_of(model: Any, source: ModelSource) -> AdapterFiles | None:
         "inference_mode": True,
         "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
     }
-    return AdapterFiles(settings, _tensors(model), identity(source))
+    return AdapterFiles(settings, _tensors(model), identity(source), folder if folder.exists() else None)
 
 
 def _tensors(model: PeftModel) -> dict[str, Tensor]:

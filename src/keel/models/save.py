@@ -37,7 +37,7 @@ def save(
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if adapter is not None:
-        adapter.write(partial / "adapter")
+        adapter.write(partial / "adapter", directory / "adapter")
     for number, member in enumerate(members, 2):
         shutil.copytree(member, partial / "members" / str(number))
     if check is not None:

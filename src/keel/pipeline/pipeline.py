@@ -35,6 +35,7 @@ from keel.data.stored.cache import Cache, keep_digests
 from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
 from keel.errors import KeelError, UsageError
+from keel.models import lora
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
 from keel.pipeline import dates, lengths
 from keel.pipeline.device import cores, deterministic, device_of, hardware
@@ -383,8 +384,11 @@ class Pipeline:
             )
 
     def _clear_up(self, name: str) -> None:
-        """A stage that is done needs no checkpoints, and an ensemble's members lie in its model's folder."""
+        """A stage that is done needs no checkpoints, and an ensemble's members lie in its model's folder. Its
+        adapters find their base where the run lies now."""
         directory = self.stage_directory(name)
+        for adapter in directory.glob("model/**/adapter"):
+            lora.follow_base(adapter)
         for left in ("checkpoints", *(f"members/*/{part}" for part in ("checkpoints", "model"))):
             for path in directory.glob(left):
                 shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@ memory. Nothing is trained or downloaded."""
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from dataclasses import replace
@@ -16,7 +17,7 @@ from keel.config import Stage
 from keel.data import chat, files, stream
 from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
-from keel.data.stored.records import picked
+from keel.data.stored.records import picked, release
 from keel.errors import UsageError
 from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
@@ -426,8 +427,10 @@ def _longest(
     limit = getattr(stage, "max_length", None) or _context(pipeline, name)
     if stage.fills_rows:
         return Lengths(0, limit or 512)
-    records = [record for dataset in datasets for record in dataset.records]
-    candidates = sorted(records, key=lambda record: _length(None, record))[-CANDIDATES:]
+    records = (record for dataset in datasets for record in dataset.records)
+    candidates = heapq.nlargest(CANDIDATES, records, key=lambda record: _length(None, record))
+    for dataset in datasets:
+        release(dataset.records)
     rows = [_lengths(tokenizer, record) for record in candidates]
     if stage.replies is not None:
         new = stage.replies.max_new_tokens

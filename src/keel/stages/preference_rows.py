@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import json
 import math
 from array import array
@@ -237,48 +236,46 @@ def reference_source(
 def to_score(
     config: DPOConfig, stage_run: StageRun, rows: Sequence[Any], held_out: Sequence[Any], limit: int | None
 ) -> Iterator[list[Response]]:
-    """Every response whose reference log-probability training will ask for: the order of all steps is known.
-
-    All at once; of rows that are read from a file in parts, and only of those that a step comes to.
+    """Every response whose reference log-probability training will ask for, each once: the order of all steps
+    is known. Some steps' at a time, of rows in memory as of rows in a file: which responses share a forward
+    shows in the last digits.
     """
     if config.loss in REFERENCE_FREE:
         return
-    if isinstance(rows, LazyRows):
-        steps = total_steps(config, len(rows))
-        for start in range(0, steps, _STEPS_AT_ONCE):
-            batches = [
-                [rows[i] for i in rows_of_step(len(rows), config.batch_size, step, stage_run.seed)]
-                for step in range(start, min(start + _STEPS_AT_ONCE, steps))
-            ]
-            yield _asked(config, [row for batch in batches for row in batch], batches, limit)
-        yield _asked(config, held_out, [held_out], limit)
-        return
-    batches = (
-        [rows[i] for i in rows_of_step(len(rows), config.batch_size, step, stage_run.seed)]
-        for step in range(total_steps(config, len(rows)) if config.loss == "kto" else 0)
-    )
-    yield _asked(config, [*rows, *held_out], itertools.chain(batches, [held_out]), limit)
+    steps, seen = total_steps(config, len(rows)), set[int]()
+    for start in range(0, steps, _STEPS_AT_ONCE):
+        batches = [
+            [rows[i] for i in rows_of_step(len(rows), config.batch_size, step, stage_run.seed)]
+            for step in range(start, min(start + _STEPS_AT_ONCE, steps))
+        ]
+        last = start + _STEPS_AT_ONCE >= steps
+        yield _new(_asked(config, [*batches, held_out] if last else batches, limit), seen)
 
 
 def _asked(
-    config: DPOConfig, rows: Sequence[Any], batches: Iterable[Sequence[Any]], limit: int | None
-) -> list[Response]:
-    """What a loss asks about rows, and for KTO about the batches that they come in."""
-    if config.loss != "kto":
-        return _once([side for pair in rows for side in (pair.chosen, pair.rejected)])
-    responses = [row.response for row in rows]
+    config: DPOConfig, batches: Sequence[Sequence[Any]], limit: int | None
+) -> Iterator[Response]:
+    """What a loss asks about the rows of some batches, and for KTO about the batches that they come in."""
     for batch in batches:
-        responses += mismatched(batch, limit)
-    return _once(responses)
+        if config.loss == "kto":
+            yield from (row.response for row in batch)
+            yield from mismatched(batch, limit)
+        else:
+            yield from (side for pair in batch for side in (pair.chosen, pair.rejected))
 
 
-def _once(responses: Sequence[Response]) -> list[Response]:
-    return list(dict.fromkeys(responses))
+def _new(responses: Iterable[Response], seen: set[int]) -> list[Response]:
+    """Those that were not seen before, which now are."""
+    found: list[Response] = []
+    for response in responses:
+        if (key := _key(response)) not in seen:
+            seen.add(key)
+            found.append(response)
+    return found
 
 
 class Reference(Mapping[Response, float]):
-    """log π_ref of very many responses: a hash of the tokens in place of the tokens. The first number of a
-    response that comes again stays."""
+    """log π_ref of very many responses: a hash of the tokens in place of the tokens."""
 
     def __init__(self) -> None:
         self._values: dict[int, float] = {}
@@ -286,7 +283,7 @@ class Reference(Mapping[Response, float]):
     def update(self, found: Iterable[tuple[Response, float]]) -> None:
         """More responses."""
         for response, value in found:
-            self._values.setdefault(_key(response), value)
+            self._values[_key(response)] = value
 
     def __getitem__(self, response: Response) -> float:
         return self._values[_key(response)]
