@@ -13,6 +13,7 @@ from keel.errors import DataError, RewardError, UsageError
 from keel.pipeline import preflight, reward_rows
 from keel.pipeline.preflight import Sources
 from keel.rewards import answers
+from keel.types import PromptRecord
 
 ANSWER = {"kind": "answer"}
 LENGTH = {"kind": "length", "high": 9}
@@ -210,3 +211,16 @@ def test_without_leave_no_code_is_run_and_what_is_missing_is_found_all_the_same(
         look(f"{tmp_path}/theirs.py:f")
     with pytest.raises(UsageError, match="cannot be imported: ModuleNotFoundError"):
         look("nowhere_at_all.f")
+
+
+def test_the_passes_over_the_rows_tell_how_far_they_are(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    reward = [ANSWER, {"kind": "python", "function": f"{tmp_path}/mine.py:floats"}]
+    stage = {"kind": "grpo", "model": "gpt2", "data": "d.jsonl", "reward": reward}
+    terms = parse({"name": "tiny", "stages": {"s": stage}}).stages["s"].reward_terms()
+    rows = [PromptRecord("q", {"answer": str(i)}) for i in range(130)]
+    told: list[tuple[str, int, int]] = []
+    with reward_rows.functions_of(terms, "s") as code:
+        assert not list(reward_rows.faults("s", terms, rows, str, code, lambda *one: told.append(one)))
+    first, second = "s: rewards' references", f"s: asking {terms[1].log_name}"
+    assert told == [(what, done, 130) for what in (first, second) for done in (0, 64, 128)]

@@ -256,7 +256,8 @@ class Sources:
         reward_rows.check_columns(name, terms, dataset.records)
         policy = {source.source: source.on_bad for source in sources}
         found: list[reward_rows.RowFault] = []
-        for fault in reward_rows.faults(name, terms, dataset.records, self.say, functions):
+        progress = self.preparation.progress
+        for fault in reward_rows.faults(name, terms, dataset.records, self.say, functions, progress):
             if policy.get(dataset.records[fault.index].columns["source"]) != "skip":
                 raise DataError(f"{name}: {fault.reason}; mend the row, or leave such rows out: on_bad: skip")
             found.append(fault)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from keel.data.chat import completion_text
@@ -26,6 +27,7 @@ AT_ONCE = 64  # rows in a call
 BUDGET = 20.0  # seconds that the functions of one reward are asked for
 _COMPARES = {"answer": "column", "similarity": "to"}  # kind → its setting that names a column
 _CODE = ("python", "plugin")
+Shown = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +72,18 @@ def faults(
     records: Sequence[Record],
     say: Callable[[str], None],
     code: Mapping[str, Any],
+    progress: Shown = lambda what, done, of: None,
 ) -> Iterator[RowFault]:
     """The rows on which a reward of the stage fails, each once.
 
-    code: the functions that may be run, by name. UsageError for a function that insists on a column that no
-    row has; RewardError for one that fails on every row.
+    code: the functions that may be run, by name. progress: told how far each pass is. UsageError for a function
+    that insists on a column that no row has; RewardError for one that fails on every row.
     """
     bad: set[int] = set()
     without: dict[str, int] = {}
     for index, record in enumerate(records):
+        if index % AT_ONCE == 0:
+            progress(f"{stage}: rewards' references", index, len(records))
         reason = _reference_fault(terms, record, without)
         if reason:
             bad.add(index)
@@ -88,7 +93,8 @@ def faults(
     for term in terms:
         if term.log_name in code:
             good = [i for i, record in enumerate(records) if i not in bad and _is_for(term, record)]
-            for fault in _asked(stage, term, code[term.log_name], records, good, say):
+            told = partial(progress, f"{stage}: asking {term.log_name}")
+            for fault in _asked(stage, term, code[term.log_name], records, good, say, told):
                 bad.add(fault.index)
                 yield fault
 
@@ -152,6 +158,7 @@ def _asked(
     records: Sequence[Record],
     rows: Sequence[int],
     say: Callable[[str], None],
+    progress: Callable[[int, int], None],
 ) -> Iterator[RowFault]:
     """Ask a function about each distinct row, in calls of some rows."""
     names = list(dict.fromkeys(name for i in rows for name in records[i].columns if name not in RESERVED))
@@ -160,7 +167,8 @@ def _asked(
         read = signature.accepted(term.log_name, dict.fromkeys((*names, *RESERVED)))
         if term.try_rows:
             columns = [name for name in names if name in read]
-            yield from _tried(stage, term, function, records, _distinct(records, rows, columns), names, say)
+            distinct = _distinct(records, rows, columns)
+            yield from _tried(stage, term, function, records, distinct, names, say, progress)
     except UsageError as error:
         raise UsageError(f"{stage}: {error}") from None
 
@@ -173,6 +181,7 @@ def _tried(
     rows: Sequence[int],
     names: Sequence[str],
     say: Callable[[str], None],
+    progress: Callable[[int, int], None],
 ) -> Iterator[RowFault]:
     def ask(chosen: Sequence[int]) -> str:
         """What goes wrong on these rows; "" for nothing."""
@@ -189,6 +198,7 @@ def _tried(
     until, good = time.monotonic() + BUDGET, 0
     found: list[RowFault] = []
     for start in range(0, len(rows), AT_ONCE):
+        progress(start, len(rows))
         if time.monotonic() > until:
             said = f"was asked about {start:,} of {len(rows):,} distinct rows in {BUDGET:g} s"
             say(f"{stage}: reward {term.log_name!r} {said}; it meets the others in training")

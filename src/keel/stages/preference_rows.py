@@ -252,9 +252,7 @@ def to_score(
         yield _new(_asked(config, [*batches, held_out] if last else batches, limit), seen)
 
 
-def _asked(
-    config: DPOConfig, batches: Sequence[Sequence[Any]], limit: int | None
-) -> Iterator[Response]:
+def _asked(config: DPOConfig, batches: Sequence[Sequence[Any]], limit: int | None) -> Iterator[Response]:
     """What a loss asks about the rows of some batches, and for KTO about the batches that they come in."""
     for batch in batches:
         if config.loss == "kto":
