@@ -188,8 +188,8 @@ class AdapterFiles:
     place: Path | None = None  # the base's folder; None for one of the hub
 
     def write(self, folder: Path, home: Path | None = None) -> None:
-        """Write the three files; the same adapter gives the same bytes. home: where the folder will be. The way
-        from there to a base of the same run is noted, so that both can be moved together."""
+        """Write the three files; the same adapter gives the same bytes. home: where the folder will be. The
+        way from there to a base of the same run is noted, so that both can be moved together."""
         folder.mkdir(parents=True)
         _write_settings(folder, self.settings)
         note = {"identity": self.base}
@@ -209,8 +209,8 @@ def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def follow_base(folder: Path) -> None:
     """Let an adapter that was moved with its run name its base where that is now.
 
-    peft opens a base by a whole path or a hub id, so the settings hold one. Nothing is changed where that path
-    is still there, or where the noted way leads to other weights.
+    peft opens a base by a whole path or a hub id, so the settings hold one. Nothing is changed where that
+    path is still there, or where the noted way leads to other weights.
     """
     try:
         note, settings = json_object(folder / BASE), json_object(folder / SETTINGS)

@@ -76,8 +76,8 @@ def faults(
 ) -> Iterator[RowFault]:
     """The rows on which a reward of the stage fails, each once.
 
-    code: the functions that may be run, by name. progress: told how far each pass is. UsageError for a function
-    that insists on a column that no row has; RewardError for one that fails on every row.
+    code: the functions that may be run, by name. progress: told how far each pass is. UsageError for a
+    function that insists on a column that no row has; RewardError for one that fails on every row.
     """
     bad: set[int] = set()
     without: dict[str, int] = {}
