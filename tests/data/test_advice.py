@@ -162,3 +162,11 @@ def test_replies_with_a_score_are_paired_by_their_number(tmp_path):
     settings = {"format": "helpsteer", "columns": {"prompt": "question", "helpfulness": "rating"}}
     (record,) = read(tmp_path, *rows, **settings).records
     assert (record.chosen[0]["content"], record.rejected[0]["content"]) == ("r1", "r0")
+
+
+def test_columns_that_nobody_else_has_are_left_to_the_user_in_every_form(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"Frage": "ask", "Antwort": "a reply"}) + "\n")
+    ways = "`columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}` or `columns: {text: YOUR_COLUMN}`"
+    with pytest.raises(DataError, match=re.escape(f"Rename with {ways}")):
+        load([DataSource(str(path))], ("demonstration", "text"), 0)

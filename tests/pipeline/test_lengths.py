@@ -95,6 +95,18 @@ def test_a_reply_that_cannot_be_cut_is_found_too(rows, check):
         check({"kind": "sft"}, data=source, too_long="truncate")
 
 
+def test_what_helps_the_first_row_helps_the_later_ones_too(rows, check):
+    """Told to truncate, the user would come back with the next row, whose reply cannot be cut."""
+    good, long = {"prompt": "the?", "completion": " red."}, {"prompt": LONG, "completion": " red."}
+    hopeless = {"prompt": "the?", "completion": LONG}
+    with pytest.raises(DataError, match=r"jsonl:2: .*; so are 1 later rows; set too_long: truncate or skip"):
+        check({"kind": "sft"}, data=rows(good, long, long))
+    with pytest.raises(
+        DataError, match=r"jsonl:2: .*; the response alone of 1 is longer.*\(too_long: skip\)"
+    ):
+        check({"kind": "sft"}, data=rows(good, long, hopeless))
+
+
 def test_prompts_leave_room_for_replies(rows, check):
     """A prompt fits by itself, and not with the reply that is sampled behind it."""
     source = rows({"prompt": "the cat" + " the cat" * 3})

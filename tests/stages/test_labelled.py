@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_a_row_without_a_label_is_a_bad_row(write):
     [
         ({"label": "sentimnt"}, r'has no column "sentimnt"; it has review, sentiment, id'),
         ({"label": "sentiment", "where": {"id": "1"}}, "`where` and `label` both choose rows"),
-        ({}, "name the column that holds the label"),
+        ({}, "or one file with the label in a column"),
         ({"label": "sentiment", "source": "nowhere.csv"}, r"no file nowhere\.csv"),
         (
             {"label": "sentiment", "source": "stanfordnlp/imdb"},
@@ -141,3 +142,18 @@ def test_the_rows_of_one_label_are_not_taken_for_those_of_another(write, tmp_pat
         preparation = Preparation(Cache(tmp_path / "kept"))
         read = [load.load([source], ("text",), 0, preparation).records for source in sources]
         assert [[record.text for record in rows] for rows in read] == [["bad"], ["good, really", "fine"]]
+
+
+def test_a_file_without_more_is_shown_how_to_be_written(write):
+    """With its own columns, so that the hint can be copied; else with what is to be filled in."""
+    source = write("a.csv", "review,stars,id\ngood,5,1\nbad,1,2\n")
+    for data in (source, {"source": source}):
+        with pytest.raises(
+            UsageError, match=rf"`{{source: {re.escape(source)}, label: stars, text: review}}`"
+        ):
+            _stage(data)
+    source = write("b.csv", "a,b\nc,d\n")
+    with pytest.raises(
+        UsageError, match=r"\(this one has a, b\): \{source: FILE, label: COLUMN, text: COLUMN\}"
+    ):
+        _stage(source)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from keel.config.labelled import LabelledSource, by_label, is_labelled
+from keel.config.labelled import LabelledSource, by_label, is_labelled, what_is_wanted
 from keel.config.parts import AsSource, DataConfig, as_list, as_source
 from keel.config.stage import DataSetting, Supervised
 
@@ -24,10 +24,7 @@ def _by_label(value: object) -> dict[str, list[Any]]:
     if whole and all(is_labelled(one) for one in whole):
         value = by_label(whole)
     if not isinstance(value, dict):
-        raise ValueError(
-            "give the texts by label, {LABEL: SOURCE, OTHER: SOURCE}, or one file with the label in a "
-            "column: {source: FILE, label: COLUMN}"
-        )
+        raise ValueError(what_is_wanted(whole[0] if len(whole) == 1 else None))
     return {str(label): as_source(value[label]) for label in sorted(value, key=str)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,35 @@ class LabelledSource(DataConfig):
     text: str = Field("text", description="Column that holds the text.")
 
 
+WANTED = "give the texts by label, {LABEL: SOURCE, OTHER: SOURCE}, or one file with the label in a column"
+_LABELS = re.compile(r"label|class|category|sentiment|genre|style|target|topic|intent|stars|polarity", re.I)
+_TEXTS = ("text", "review", "sentence", "content", "body", "comment", "document", "tweet", "message", "post")
+
+
+def what_is_wanted(value: object) -> str:
+    """What to write in place of sources without labels; of one file, with the names of its columns."""
+    source = value.get("source") if isinstance(value, Mapping) else value
+    row = _first_row(source) if isinstance(source, str) else {}
+    labels = [name for name in row if _LABELS.search(name) and label_of(row[name]) is not None]
+    texts = [name for name in _TEXTS if name in row and name not in labels]
+    if len(labels) != 1 or not texts:
+        columns = f" (this one has {', '.join(row)})" if row else ""
+        return f"{WANTED}{columns}: {{source: FILE, label: COLUMN, text: COLUMN}}"
+    return f"{WANTED}: `{{source: {source}, label: {labels[0]}, text: {texts[0]}}}`"
+
+
+def _first_row(source: str) -> Mapping[str, Any]:
+    """The first good row of a file; empty where there is none, or no such file."""
+    try:
+        for path in files.locate(source) or ():
+            for _, row in files.read(path, source):
+                if not isinstance(row, DataError):
+                    return row
+    except (UsageError, DataError):
+        pass
+    return {}
+
+
 class _Shape(Settings):
     """What is looked at before the whole is validated."""
 
@@ -44,10 +74,7 @@ def by_label(values: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, An
     found: dict[str, list[dict[str, Any]]] = {}
     for value in values:
         if "label" not in value:
-            raise ValueError(
-                "give the texts by label, {LABEL: SOURCE, OTHER: SOURCE}, or name the column that holds the "
-                "label: {source: FILE, label: COLUMN}"
-            )
+            raise ValueError(what_is_wanted(value))
         rest = {key: given for key, given in value.items() if key not in _Shape.model_fields}
         shape = _Shape.model_validate({key: value[key] for key in _Shape.model_fields if key in value})
         if twice := next((key for key in ("where",) if rest.get(key)), None):

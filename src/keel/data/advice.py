@@ -76,8 +76,19 @@ def unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) 
             f"{message}. Replies with a score become pairs, where neighbouring rows have one prompt: "
             f"`format: helpsteer` with `columns: {{{scored}}}`"
         )
-    renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in closest.items())
-    return DataError(f"{message}; missing: {', '.join(closest)}. Rename with `columns: {{{renames}}}`")
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    ways = [guess for guess in guesses if len(guess) <= len(texts) and "messages" not in guess]
+    if (
+        not readable and len(ways) > 1 and not any(closest.values())
+    ):  # nothing says which of the types is meant
+        return DataError(f"{message}. Rename with {' or '.join(map(_renames, ways))}")
+    return DataError(f"{message}; missing: {', '.join(closest)}. Rename with {_renames(closest)}")
+
+
+def _renames(guess: Mapping[str, str | None]) -> str:
+    """The setting that renames columns to these names."""
+    renames = ", ".join(f"{name}: {theirs or 'YOUR_COLUMN'}" for name, theirs in guess.items())
+    return f"`columns: {{{renames}}}`"
 
 
 def _with_something_below(row: Mapping[str, Any]) -> dict[str, str] | None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUDGET = 30.0  # seconds of a stage's rows; it meets the others itself
+BEYOND = 2.0  # seconds of rows behind the first that is too long: what helps it must help them, too
 EVERY = 256  # rows between two looks at the clock
 _PLAIN = {"role", "content"}
 
@@ -45,8 +46,8 @@ class _Reader:
 
 
 def check(sources: Sources, name: str, *, hub: bool = False) -> None:
-    """Measure the rows of a stage whose `too_long` lets one stop it. DataError for the first such row, and
-    for one that the chat template cannot write; both name the stage.
+    """Measure the rows of a stage whose `too_long` lets one stop it. DataError for such rows, which names the
+    first one and what is true of all, and for one that the chat template cannot write; both name the stage.
 
     hub: tokenizers may be fetched. Nothing is measured where the tokenizer is not there yet.
     """
@@ -120,31 +121,55 @@ def _measure(sources: Sources, reader: _Reader, records: Sequence[Record]) -> No
     new = reader.stage.replies.max_new_tokens if reader.stage.replies else 0
     header = max(map(_header, reader.tokenizers))
     until, shapes = time.monotonic() + BUDGET, set[frozenset[str]]()
+    faults: list[_Fault] = []
     for number, record in enumerate(records):
         if number % EVERY == EVERY - 1 and time.monotonic() > until:
-            sources.say(
-                f"{reader.name}: the lengths of {number:,} of {len(records):,} rows were checked in "
-                f"{BUDGET:g} s; it checks the others itself, before it trains"
-            )
-            return
+            if not faults:
+                sources.say(
+                    f"{reader.name}: the lengths of {number:,} of {len(records):,} rows were checked in "
+                    f"{BUDGET:g} s; it checks the others itself, before it trains"
+                )
+            break
         room = reader.limit - new if isinstance(record, PromptRecord) else reader.limit
         turns, size = _size(record)
         shape = frozenset(key for turn in turns for key in turn)
         if shape in shapes and shape <= _PLAIN and size + header * (len(turns) + 1) <= room:
             continue
         shapes.add(shape)
-        for tokenizer in reader.tokenizers:
-            _measure_one(reader, record, tokenizer, room)
+        found = filter(None, (_measure_one(reader, record, one, room) for one in reader.tokenizers))
+        if fault := next(found, None):
+            until = min(until, time.monotonic() + BEYOND) if not faults else until
+            faults.append(fault)
+    if faults:
+        first = faults[0]
+        hopeless = sum(fault.hopeless for fault in faults)
+        raise prepare.too_long_error(
+            first.record, first.tokens, first.room, reader.name, reader.policy,
+            rows=len(faults), hopeless=hopeless,
+        )  # fmt: skip
 
 
-def _measure_one(reader: _Reader, record: Record, tokenizer: PreTrainedTokenizerBase, room: int) -> None:
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """A row that is too long."""
+
+    record: Record
+    tokens: int
+    room: int
+    hopeless: bool  # its response alone is
+
+
+def _measure_one(
+    reader: _Reader, record: Record, tokenizer: PreTrainedTokenizerBase, room: int
+) -> _Fault | None:
     try:
         whole, answer = _length(reader, tokenizer, record)
     except (UsageError, DataError) as error:
         where = "" if record.origin in str(error) else f"{record.origin}: "
         raise DataError(f"{reader.name}: {where}{error}") from None
     if whole > room and (reader.policy == "error" or answer >= room):
-        raise prepare.too_long_error(record, whole, room, reader.name, reader.policy)
+        return _Fault(record, whole, room, answer >= room)
+    return None
 
 
 def _length(reader: _Reader, tokenizer: Any, record: Record) -> tuple[int, int]:

@@ -214,7 +214,9 @@ class TooLong:
         if self.limit is None or length <= self.limit:
             return True
         if self.policy == "error" or (self.policy == "truncate" and not truncatable):
-            raise too_long_error(record, length, self.limit, self.stage_run.name, self.policy)
+            raise too_long_error(
+                record, length, self.limit, self.stage_run.name, self.policy, hopeless=int(not truncatable)
+            )
         self.cut += self.policy == "truncate"
         self.left_out += self.policy == "skip"
         return self.policy == "truncate"
@@ -229,14 +231,17 @@ class TooLong:
         self.stage_run.facts |= {"rows_cut": self.cut, "rows_left_out": self.left_out}
 
 
-def too_long_error(record: Record, length: int, limit: int, stage: str, policy: str) -> DataError:
-    """What is said of a row of `length` tokens that a stage may not have."""
-    hint = (
-        "its response alone is longer; leave such rows out (too_long: skip)"
-        if policy == "truncate"
-        else "set too_long: truncate or skip, or make room (max_length, max_new_tokens)"
-    )
-    return DataError(f"{record.origin}: {length} tokens, more than the {limit} of stage {stage!r}; {hint}")
+def too_long_error(
+    record: Record, length: int, limit: int, stage: str, policy: str, *, rows: int = 1, hopeless: int = 0
+) -> DataError:
+    """What is said of a row of `length` tokens that a stage may not have, the first of `rows`; the response
+    alone of `hopeless` of them is too long, so that cutting does not help."""
+    said = f"{record.origin}: {length} tokens, more than the {limit} of stage {stage!r}"
+    said += f"; so are {rows - 1:,} later rows" if rows > 1 else ""
+    if policy == "error" and not hopeless:
+        return DataError(f"{said}; set too_long: truncate or skip, or make room (max_length, max_new_tokens)")
+    of = "its response alone is longer" if rows == 1 else f"the response alone of {hopeless:,} is longer"
+    return DataError(f"{said}; {of}; leave such rows out (too_long: skip)")
 
 
 @dataclass
