@@ -3,9 +3,10 @@
     python benchmarks/round_trips.py [FOLDER]
 
 Tiny models of several types are trained for a step or two by keel, saved, exported, and opened by
-transformers, peft, TRL, llama.cpp (through llama-cpp-python) and lm-eval. A line each: what was compared, the
-largest difference, and whether it holds. What is not installed is said and left out. Exit code 1 where
-something differs. Not part of CI: it needs `pip install gguf trl llama-cpp-python lm-eval`.
+transformers, peft, TRL, llama.cpp (through llama-cpp-python) and lm-eval; reward models of TRL's are used by
+keel. A line each: what was compared, the largest difference, and whether it holds. What is not installed is
+said and left out. Exit code 1 where something differs. Not part of CI: it needs `pip install gguf trl
+llama-cpp-python lm-eval`.
 """
 
 from __future__ import annotations
@@ -229,6 +230,116 @@ def with_trl(report: Report, folder: Path, stages: Path) -> None:
             report.failed("TRL", what, error)
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ASKED = [f"the {animal}?" for animal in ("cat", "dog", "fox", "hen", "owl", "pig")]
+TRL_REWARDS = {  # what TRL's reward model reads → (settings of its base, a chat template, whether pad is EOS)
+    "texts": (MODELS["llama"], "", False),
+    "texts, pad is EOS": (MODELS["qwen2"], "", True),
+    "conversations, ChatML": (MODELS["llama"], CHATML, False),
+    "conversations, ChatML, pad is EOS": (MODELS["qwen3"], CHATML, True),
+}
+
+
+def by_trl(report: Report, folder: Path) -> None:
+    """A reward model that TRL's RewardTrainer has trained and saved, as the reward of an evaluate stage: the
+    scores of its samples against transformers' own class, on the ids that TRL's tokenisation gives."""
+    for name, (settings, template, same) in TRL_REWARDS.items():
+        place = folder / f"by-trl-{len(name)}"
+        try:
+            tokenizer = train_tokenizer(TEXTS * 3, 320, 128)
+            if template:
+                tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+                tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
+                tokenizer.chat_template = template
+            if same:
+                tokenizer.pad_token = tokenizer.eos_token
+            model = base(place / "base", settings, tokenizer)
+            reward = _trained_by_trl(place, model, bool(template))
+            run = _judged_by(place, model, reward, bool(template))
+            gap, count = _against_its_class(run / "judge", reward, bool(template))
+            report.line("keel", f"reward model of TRL, {name}: scores of {count} samples", gap, 1e-4)
+        except Exception as error:  # of a peer: it is the finding
+            report.failed("keel", f"reward model of TRL, {name}", error)
+
+
+def _turns(text: str, chat_like: bool, role: str = "user") -> Any:
+    return [{"role": role, "content": text}] if chat_like else text
+
+
+def _trained_by_trl(place: Path, model: Path, chat_like: bool) -> Path:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [
+        {
+            "prompt": _turns(asked, chat_like),
+            "chosen": _turns("it is red.", chat_like, "assistant"),
+            "rejected": _turns(f"it is {colour}.", chat_like, "assistant"),
+        }
+        for asked in ASKED
+        for colour in COLOURS[1:]
+    ]
+    settings = RewardConfig(
+        str(place / "trl"), max_steps=20, per_device_train_batch_size=6, learning_rate=1e-3, max_length=64,
+        report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = RewardTrainer(str(model), settings, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    trainer.save_model(str(place / "reward"))
+    return place / "reward"
+
+
+def _judged_by(place: Path, model: Path, reward: Path, chat_like: bool) -> Path:
+    """A run of keel: a policy whose replies are words, judged by the reward model."""
+    rows: list[dict[str, Any]] = []
+    for number, asked in enumerate(ASKED):
+        said = f"it is {COLOURS[number % 4]}."
+        turns = [*_turns(asked, True), *_turns(said, True, "assistant")]
+        rows.append({"messages": turns} if chat_like else {"prompt": asked, "completion": said})
+    (place / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [{"prompt": _turns(asked, chat_like)} for asked in ASKED * 4]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    config = parse({
+        "name": "by-trl", "threads": 1, "device": "cpu", "stages": {
+            "sft": {"kind": "sft", "model": str(model), "data": str(place / "sft.jsonl"), "epochs": 60,
+                    "batch_size": 6, "lr": 3e-3, "holdout": 0},
+            "judge": {"kind": "evaluate", "models": ["sft"], "reward": str(reward),
+                      "data": str(place / "prompts.jsonl"), "sampling": {"max_new_tokens": 12}},
+        },
+    })  # fmt: skip
+    pipeline = Pipeline(config, place / "run", lambda line: None)
+    pipeline._report = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    pipeline.run()
+    return place / "run" / "stages"
+
+
+def _against_its_class(judge: Path, folder: Path, chat_like: bool) -> tuple[float, int]:
+    """The largest difference of a sample's score, over those that ended and whose text lost no bytes."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    gaps: list[float] = []
+    for row in map(json.loads, (judge / "samples.jsonl").read_text().splitlines()):
+        if row["stop_reason"] != "eos" or "\ufffd" in row["completion"]:
+            continue
+        if chat_like:
+            said = _turns(row["completion"].strip(), True, "assistant")
+            text = tokenizer.apply_chat_template([*_turns(row["prompt"], True), *said], tokenize=False)
+        else:
+            text = row["prompt"] + row["completion"] + tokenizer.eos_token
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            score = model(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)
+            ).logits
+        gaps.append(abs(float(score) - row["proxy"]))
+    if len(gaps) < 6:
+        raise ValueError(f"only {len(gaps)} samples can be compared")
+    return max(gaps), len(gaps)
+
+
 def with_lm_eval(report: Report, stages: Path) -> None:
     """lm-eval's log-likelihoods of a keel folder against transformers'."""
     from lm_eval.api.instance import Instance
@@ -277,6 +388,7 @@ def main() -> int:
     last = folder / "llama" / "run" / "stages"
     if installed("trl"):
         with_trl(report, folder, last)
+        by_trl(report, folder)
     else:
         report.left_out("TRL", "trl is not installed")
     if installed("lm_eval"):
