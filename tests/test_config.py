@@ -193,8 +193,8 @@ def test_no_limit_is_said_where_there_would_be_none_anyway():
         (_ppo(kl={"coef": 0, "target": 1}), "can never adapt"),
         (_sft(model=NEW), "a new model needs `model.tokenizer`"),
         (_reward(model=NEW), "a new model needs `model.tokenizer`"),
-        (_sft(betas=[0.9, 1.0]), "stages.s.betas.1: Input should be less than 1"),
-        (_sft(betas=[-0.1, 0.9]), "stages.s.betas.0: Input should be greater than or equal to 0"),
+        (_sft(betas=[0.9, 1.0]), "stages.s.betas.1: must be less than 1, not 1.0"),
+        (_sft(betas=[-0.1, 0.9]), "stages.s.betas.0: must be at least 0, not -0.1"),
         (_sft(model={"path": "m", "dtype": "bfloat16"}), "weights in bfloat16 are too coarse to be trained"),
         (_ppo(epochs=1, clip=0.1), "`clip` has no effect with one gradient step"),
         (_ppo(sharing="adapters", lora=None), "`sharing: adapters` trains adapters, but `lora` is null"),
@@ -218,6 +218,17 @@ def test_no_limit_is_said_where_there_would_be_none_anyway():
         (_reward(normalize=1), "`normalize` 1 gives no spread to scale by: use at least 2, or 0"),
         (_sft(model={}), "either `path` or `init`"),
         (_sft(model={"path": "m", **NEW}), "either `path` or `init`"),
+        (_sft(lr="small"), "stages.s.lr: must be a number, not 'small'"),
+        (_sft(batch_size=0.5), "stages.s.batch_size: must be a whole number, not 0.5"),
+        (
+            _sft(lora=8),
+            "stages.s.lora: must be a mapping of settings, not 8; write {} for the defaults, or {r: 8}",
+        ),
+        (
+            {"kind": "evaluate", "models": "sft", "data": "d.jsonl"},
+            "stages.s.models: must be a list, not 'sft'; write [sft, ppo]",
+        ),
+        ({"kind": "sft", "data": "d.jsonl"}, "stages.s.model: missing; a stage, a folder or a hub id"),
     ],
 )
 def test_setting_that_cannot_work_is_refused(stage, reason):
@@ -637,3 +648,17 @@ def test_the_runs_dtype_is_that_of_every_stage_that_does_not_say_another():
     assert [found[name].model.dtype for name in ("sft", "small")] == ["auto", "bfloat16"]  # pyright: ignore
     with pytest.raises(UsageError, match="dtype"):
         parse({"name": "run", "dtype": "half", "stages": stages})
+
+
+def test_a_stage_without_a_run_around_it_and_a_list_of_stages_are_shown_how_to_be_written():
+    assert "is one stage alone: put its settings below a name" in _refusal(_sft())
+    assert "stages: must be a mapping, not a list; it maps the names" in _refusal(
+        {"name": "x", "stages": [_sft()]}
+    )
+    assert "stages: missing; a mapping from the names" in _refusal({"name": "x"})
+
+
+def test_a_file_of_rows_is_no_config(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(UsageError, match="is no config: a config is a YAML file with `name` and `stages`"):
+        read(tmp_path / "rows.jsonl")

@@ -125,7 +125,8 @@ def test_a_response_longer_than_the_context_is_an_error(keel, write, sft):
     outcome = keel("run", write("tiny.yaml", {"sft": sft(data=str(rows), batch_size=1, holdout=0)}))
     assert outcome.code == 2
     assert f"keel: {rows}:3: " in outcome.err
-    assert "more than the 48 of stage 'sft'; set too_long: truncate or skip" in outcome.err
+    way = "its response alone is longer; leave such rows out (too_long: skip)"  # truncate would not help
+    assert f"more than the 48 of stage 'sft'; {way}" in outcome.err
     assert not Path("runs/tiny/stages/sft/model").exists()
 
 

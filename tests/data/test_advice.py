@@ -170,3 +170,23 @@ def test_columns_that_nobody_else_has_are_left_to_the_user_in_every_form(tmp_pat
     ways = "`columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}` or `columns: {text: YOUR_COLUMN}`"
     with pytest.raises(DataError, match=re.escape(f"Rename with {ways}")):
         load([DataSource(str(path))], ("demonstration", "text"), 0)
+
+
+def test_a_renaming_the_wrong_way_round_is_told_so(tmp_path):
+    """Its hint was to rename the column that the renaming itself had made."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "ask", "answer": "a reply"}) + "\n")
+    columns = {"question": "prompt", "completion": "answer"}
+    with pytest.raises(DataError, match=r"takes away prompt, .*; write `columns: \{completion: answer\}`"):
+        load([DataSource(str(path), columns=columns)], ("demonstration",), 0)
+    load([DataSource(str(path), columns={"completion": "answer"})], ("demonstration",), 0)
+
+
+def test_text_in_objects_alone_is_no_column_to_rename(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"conversation": {"user": "a", "bot": "b"}, "id": 1}) + "\n")
+    with pytest.raises(
+        DataError, match=r"not read \(conversation has user, bot\): write it as columns"
+    ) as said:
+        load([DataSource(str(path))], ("demonstration", "text"), 0)
+    assert "Rename" not in str(said.value)

@@ -85,6 +85,42 @@ def test_csv_numbers(tmp_path):
     assert (record.p_chosen, record.margin) == (0.75, None)
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_cells_that_a_spreadsheet_has_parted_otherwise(mark, tmp_path):
+    """Where the comma is the decimal sign, cells are parted by semicolons; commas in them are text."""
+    path = tmp_path / "a.csv"
+    path.write_text(f'prompt{mark}completion\none, two{mark}"a{mark}b, c"\n', encoding="utf-8")
+    (record,) = load([DataSource(str(path))], ("demonstration",), 0).records
+    assert (record.prompt, record.completion) == ("one, two", f"a{mark}b, c")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_in_an_object_around_them(indent, tmp_path):
+    path = tmp_path / "a.json"
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    path.write_text(json.dumps({"version": "1.1", "data": rows}, indent=indent))
+    dataset = load([DataSource(str(path))], ("demonstration",), 0)
+    assert [(r.prompt, r.completion) for r in dataset.records] == [("a", "b"), ("c", "d")]
+    assert dataset.records[1].origin.endswith("a.json:row 2")
+    one = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path.write_text(json.dumps(one))  # a list in a row is no list of rows
+    assert len(load([DataSource(str(path))], ("text",), 0).records) == 1
+    path.write_text(json.dumps({"data": rows, "rows": rows}))
+    with pytest.raises(DataError, match="a row of no known type"):
+        load([DataSource(str(path))], ("demonstration",), 0)
+
+
+def test_turns_that_a_table_keeps_as_json(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": json.dumps(turns)}) + "\n")
+    (record,) = load([DataSource(str(path))], ("text",), 0).records
+    assert [dict(turn) for turn in record.text] == turns
+    path.write_text(json.dumps({"messages": "hello"}) + "\n")
+    with pytest.raises(DataError, match=r'a\.jsonl:1: "messages" must be a list of turns'):
+        load([DataSource(str(path))], ("text",), 0)
+
+
 def test_csv_row_of_the_wrong_width(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,id\na,1\nb\n")
@@ -159,7 +195,7 @@ def test_bad_jsonl_is_named_by_file_and_line(tmp_path, content, reason):
         (b'[{"text": "a"},\n {"text": }]', ":2: not JSON at column 11"),
         (b'[{"text": "a"},\n {"text": "b", "x": NaN}]', ':row 2: "x" is NaN'),
         (b'[{"text": "a"}, 3]', ":row 2: a row must be an object"),
-        (b'{"data": [\n{"text": "a"}]}', " holds one object, not an array of rows"),
+        (b'{"stories": [\n{"text": "a"}]}', " holds one object, not an array of rows"),
         (b'[{"text":\n "a\xff"}]', ":2: not UTF-8"),
         (b"[]", " holds no rows"),
         (b"", " holds no rows"),

@@ -329,7 +329,7 @@ def test_a_bad_row_of_the_last_stage_is_found_before_the_first_one_starts(go, ch
     ("changes", "reason"),
     [
         ({"device": "cuda:7"}, "device 'cuda:7' cannot be used"),
-        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"device": "gpu"}, "there is no device 'gpu'; write auto, cpu, cuda, cuda:1 or mps"),
         ({"sft.model": "./nowhere"}, r"no stage, folder or hub model '\./nowhere'"),
         ({"sft.model": "bas"}, "did you mean the stage 'base'"),
         ({"sft.model": "nobody/no-such-model"}, "model 'nobody/no-such-model' cannot be loaded"),

@@ -83,6 +83,7 @@ def test_a_function_of_an_installed_library() -> None:
         ("broken.py:f", "broken.py cannot be imported: SyntaxError"),
         ("quits.py:f", "quits.py cannot be imported: SystemExit: done"),
         ("brief", "'brief' must be module.function or path/to/file.py:function"),
+        ("my-rewards.py", "'my-rewards.py' is a file: write which function of it, my-rewards.py:FUNCTION"),
         ("elsewhere/my-rewards.py:", "must be module.function"),
     ],
 )  # fmt: skip

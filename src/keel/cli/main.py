@@ -467,8 +467,22 @@ def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str |
 
 
 def _model_folder(model: str) -> str:
-    """A folder or a hub id; of a stage's folder the model in it."""
-    inside = Path(model) / "model"
+    """A folder or a hub id; of a stage's folder the model in it. UsageError for what is not there, and for a
+    run."""
+    from keel.models.hub import may_be_on_hub
+
+    place = Path(model)
+    inside = place / "model"
+    beside = (
+        len(place.parts) > 1 and Path(place.parts[0]).is_dir()
+    )  # runs/NAME is no model of an owner `runs`
+    if not place.exists() and (beside or model.count("/") > 1 or not may_be_on_hub(model)):
+        raise UsageError(
+            f"no model at {model}: give a folder, a hub id (OWNER/NAME) or runs/NAME/stages/STAGE"
+        )
+    if place.is_dir() and (place / "stages").is_dir():
+        stages = sorted(one.name for one in (place / "stages").iterdir() if (one / "model").is_dir())
+        raise UsageError(f"{model} is a run: name a stage of it, {model}/stages/{{{','.join(stages)}}}")
     return str(inside) if (inside / "config.json").exists() else model
 
 

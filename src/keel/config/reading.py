@@ -4,6 +4,7 @@ match."""
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,7 @@ from keel.config import elsewhere
 from keel.config.collect import expanded
 from keel.config.run import KINDS, RunConfig, config_of_kind, plugin_kinds
 from keel.config.settings import other_names
+from keel.data.values import shown
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,6 +48,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise errors.UsageError(f"no config at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.suffix.lower() not in (".yaml", ".yml", ".json", ""):
+            raise errors.UsageError(
+                f"{path} is no config: a config is a YAML file with `name` and `stages`"
+            ) from None
         raise errors.UsageError(f"{path} cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
         raise errors.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
@@ -55,6 +61,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
     """The validated config of an already read mapping, which is left as it is; errors as in `read`."""
     changed: dict[str, Any] = _unshared(dict(tree))
+    if "kind" in changed and "stages" not in changed:
+        raise errors.UsageError(
+            f"{origin} is one stage alone: put its settings below a name in `stages`, and give the run a "
+            f"`name`: {{name: mine, stages: {{{changed['kind']}: {{kind: {changed['kind']}, …}}}}}}"
+        )
     for override in overrides:
         _override(changed, override)
     try:
@@ -152,7 +163,48 @@ def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         return f"{dotted}: unknown kind {kind!r}{elsewhere.method_hint(kind) or _nearest(kind, KINDS)}"
     if item["type"] == "union_tag_not_found":
         return f"{dotted}: `kind` is missing; known: {', '.join([*KINDS, *plugin_kinds()])}"
+    if item["type"] == "missing":
+        return f"{dotted}: missing{_MEANT.get(place[-1], '')}"
+    if message.startswith("Input should be "):
+        given = item["input"]
+        given = given if type(given) in (int, float) else shown(given)
+        message = f"{_plain(message)}, not {given}{_FORMS.get(place[-1], '')}"
     return f"{dotted}: {message}" if dotted else message
+
+
+_MEANT = {  # what a setting that is missing is
+    "name": "; what the run is called",
+    "stages": "; a mapping from the names of stages to their settings",
+    "model": "; a stage, a folder or a hub id",
+    "data": "; a file, a folder, a hub id or world:NAME/SPLIT",
+    "models": "; a list of stages, folders or hub ids",
+    "reward": "; a reward stage, python:FILE.py:FUNCTION or a list of terms",
+}
+_FORMS = {  # how a setting is written that was written otherwise
+    "lora": "; write {} for the defaults, or {r: 8}",
+    "stages": "; it maps the names of stages to their settings",
+    "models": "; write [sft, ppo]",
+}
+_WORDS = (  # pydantic's → what a person calls it
+    (r"Input should be ", "must be "),
+    (r", unable to .*", ""),
+    (r"a valid dictionary or instance of \w+", "a mapping of settings"),
+    (r"a valid dictionary", "a mapping"),
+    (r"a valid list", "a list"),
+    (r"a valid number", "a number"),
+    (r"a valid integer(, got a number with a fractional part)?", "a whole number"),
+    (r"a valid string", "text"),
+    (r"a valid boolean", "true or false"),
+    (r"greater than or equal to", "at least"),
+    (r"less than or equal to", "at most"),
+)
+
+
+def _plain(message: str) -> str:
+    """What pydantic says of a value, in the words of a config."""
+    for theirs, ours in _WORDS:
+        message = re.sub(theirs, ours, message)
+    return message
 
 
 def _known_keys(location: Sequence[Any], tree: Mapping[str, Any]) -> set[str]:

@@ -53,6 +53,8 @@ def unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) 
         for kind in accept
     )
     message = f"{origin}: a {form} (columns: {', '.join(map(str, row)) or 'none'}); wanted: {wanted}"
+    if inside := _only_objects(row):
+        return DataError(f"{message}. {inside}")
     groups = [group for kind in accept for group in records.COLUMNS[kind]]
     sides = _judged_sides(row)
     guesses = [{name: _guess(name, row, sides) for name in group if name not in row} for group in groups]
@@ -83,6 +85,15 @@ def unusable(origin: str, row: Mapping[str, Any], accept: Sequence[RecordType]) 
     ):  # nothing says which of the types is meant
         return DataError(f"{message}. Rename with {' or '.join(map(_renames, ways))}")
     return DataError(f"{message}; missing: {', '.join(closest)}. Rename with {_renames(closest)}")
+
+
+def _only_objects(row: Mapping[str, Any]) -> str:
+    """What to do with a row that has text in objects alone; "" for any other."""
+    objects = [(str(name), value) for name, value in row.items() if isinstance(value, Mapping)]
+    if not objects or any(isinstance(value, str) or is_list(value) for value in row.values()):
+        return ""
+    inner = "; ".join(f"{name} has {', '.join(map(str, value)) or 'nothing'}" for name, value in objects)
+    return f"What is in objects is not read ({inner}): write it as columns of the row"
 
 
 def _renames(guess: Mapping[str, str | None]) -> str:
@@ -135,6 +146,26 @@ def _turns(row: Mapping[str, Any]) -> str:
                 f"and `value`; those in {name} have {', '.join(keys)}: write them so"
             )
     return ""
+
+
+def turned_round(origin: str, columns: Mapping[str, str], row: Mapping[str, Any]) -> DataError | None:
+    """The error of a row that lacks a column of keel's, since the user's renaming has taken it away; None
+    where that is not so."""
+    ours = {name for groups in records.COLUMNS.values() for group in groups for name in group}
+    taken = {
+        name: theirs
+        for name, theirs in columns.items()
+        if theirs in ours and name not in ours and name in row
+    }
+    if not taken:
+        return None
+    given = ", ".join(f"{name}: {theirs}" for name, theirs in taken.items())
+    rest = ", ".join(f"{name}: {theirs}" for name, theirs in columns.items() if name not in taken)
+    way = f"write `columns: {{{rest}}}`" if rest else "write `columns: {}`"
+    return DataError(
+        f"{origin}: `columns` has keel's name first and the file's behind it: {{{given}}} takes away "
+        f"{', '.join(taken.values())}, which the file has already; {way}"
+    )
 
 
 def or_skip(error: DataError) -> DataError:
@@ -203,9 +234,12 @@ def _is_reply(value: object) -> bool:
 
 def _guess(name: str, row: Mapping[str, Any], sides: tuple[str, str] | None) -> str | None:
     """The column of the row that is probably meant by keel's `name`."""
+    if name == "messages":
+        row = {key: value for key, value in row.items() if is_list(value)}
     if name in ("chosen", "rejected"):
         return sides[name == "rejected"] if sides else nearest(name, row, 0.85)
-    lowered = {str(key).lower(): str(key) for key in row if key not in _ALIASES}
+    usable = [key for key, value in row.items() if key not in _ALIASES and not isinstance(value, Mapping)]
+    lowered = {str(key).lower(): str(key) for key in usable}
     alias = next((lowered[alias] for alias in _ALIASES.get(name, ()) if alias in lowered), None)
     close = nearest(name, lowered)
     return alias or (lowered[close] if close else None)

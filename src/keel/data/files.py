@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import zlib
@@ -37,6 +38,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 _IN_FOLDERS = (".jsonl", ".parquet", ".txt")
 _ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "citation")
 _CSV_NUMBERS = ("margin", "p_chosen")
+_WRAPPERS = ("data", "rows", "examples", "items", "instances", "records", "train")
 _CSV_VALUES = ("label", "votes", "messages")
 
 
@@ -156,10 +158,13 @@ def _json(content: bytes, name: str) -> Iterator[RawRow]:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{name}:{line}: not UTF-8 (byte 0x{content[error.start]:02x})") from None
     lines = [line for line in text.split("\n") if line.strip()]
-    if text.lstrip().startswith("{") and (len(lines) == 1 or _is_json(lines[0])):
+    an_object = text.lstrip().startswith("{")
+    a_line_each = an_object and len(lines) > 1 and _is_json(lines[0])
+    wrapped = _wrapped(text) if an_object and not a_line_each else None
+    if a_line_each or (an_object and len(lines) == 1 and wrapped is None):
         yield from _jsonl(io.BytesIO(content), name)
         return
-    rows = _loads(text, name) if lines else []
+    rows = wrapped if wrapped is not None else _loads(text, name) if lines else []
     if not isinstance(rows, list):
         raise DataError(f"{name} holds one {_kind(rows)}, not an array of rows (or a row a line)")
     for number, row in enumerate(rows, 1):
@@ -168,6 +173,25 @@ def _json(content: bytes, name: str) -> Iterator[RawRow]:
             yield origin, _object(row, origin)
         except DataError as error:
             yield origin, error
+
+
+def _wrapped(text: str) -> list[Any] | None:
+    """The rows of a file that holds one object with a list of them under a name such as "data"; None of any
+    other."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    lists = (
+        [key for key, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
+    )
+    if (
+        len(lists) != 1
+        or lists[0] not in _WRAPPERS
+        or not all(isinstance(row, dict) for row in whole[lists[0]])
+    ):
+        return None
+    return whole[lists[0]]
 
 
 def _parquet(handle: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -185,7 +209,8 @@ def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Itera
     decoded = (_decoded(line, f"{name}:{number}", number == 1) for number, line in enumerate(lines, 1))
     before = csv.field_size_limit(1 << 30)  # a cell may hold a whole document; Python's limit is 128 KiB
     try:
-        reader = csv.reader(decoded, strict=True)
+        first = next(decoded, "")
+        reader = csv.reader(itertools.chain([first], decoded), delimiter=_delimiter(first), strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise DataError(f"{name}:1: a column name appears twice in the header")
@@ -207,6 +232,12 @@ def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Itera
         raise DataError(f"{name}:{reader.line_num}: not CSV: {error}") from None
     finally:
         csv.field_size_limit(before)
+
+
+def _delimiter(header: str) -> str:
+    """What stands between the cells: a semicolon or a tab (as spreadsheets write them where the comma is the
+    decimal sign) if the header has one and no comma."""
+    return next((mark for mark in ";\t" if mark in header and "," not in header), ",")
 
 
 def _cell(column: str, text: str) -> Any:

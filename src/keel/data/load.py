@@ -13,7 +13,7 @@ from typing import Any
 
 from keel import worlds
 from keel.data import files, records
-from keel.data.advice import name_of, or_skip, unusable
+from keel.data.advice import name_of, or_skip, turned_round, unusable
 from keel.data.batches import derive_seed, permutation
 from keel.data.formats import Conversion
 from keel.data.identity import RowKeys
@@ -277,7 +277,7 @@ def _start(
             if kinds:
                 rest = itertools.chain(passed, [(origin, row)], rows)
                 return _StartedSource(source, possible[0], kinds, rest, rewriter, conversion)
-            row = unusable(origin, row, accept)
+            row = turned_round(origin, source.columns, row) or unusable(origin, row, accept)
             if source.on_bad == "error":
                 raise row
         if source.on_bad == "error":

@@ -25,6 +25,7 @@ from keel.data.values import (
     label_value,
     nearest,
     number_value,
+    parse_json,
     parse_votes,
     share_of_votes,
     text_value,
@@ -114,6 +115,8 @@ def parse(row: Mapping[str, Any], kind: RecordType, origin: str) -> Record:
 def _parse(row: Mapping[str, Any], kind: RecordType, origin: str) -> Record:
     if kind == "text":
         name = "messages" if "messages" in row else "text"
+        if name == "messages" and isinstance(row[name], str) and row[name].lstrip().startswith("["):
+            row = {**row, name: parse_json(name, row[name])}  # turns as tables keep them
         value = _value(row, name)
         if isinstance(value, str) != (name == "text"):
             raise Invalid(f'"{name}" must be {"text" if name == "text" else "a list of turns"}')

@@ -22,7 +22,8 @@ class Invalid(Exception):
 def text_value(where: str, value: object) -> str:
     """The value, which must be text with something in it."""
     if not isinstance(value, str):
-        raise Invalid(f"{where} is {shown(value)}, not text")
+        quoted = " (write it in quotes)" if isinstance(value, Real) else ""
+        raise Invalid(f"{where} is {shown(value)}, not text{quoted}")
     if not value.strip():
         raise Invalid(f"{where} is {'empty' if not value else 'only whitespace'}")
     check_unicode(where, value)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # what a run's config looks like changes no number here
     from keel.config import RunConfig
 
 
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "meta")
+
+
 def device_of(config: RunConfig) -> torch.device:
     """The device the config means. UsageError if it is not there."""
     name = config.device
@@ -24,6 +27,8 @@ def device_of(config: RunConfig) -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
+        if name.partition(":")[0] not in _DEVICES:
+            raise UsageError(f"there is no device {name!r}; write auto, cpu, cuda, cuda:1 or mps") from None
         raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 

@@ -174,6 +174,8 @@ def _parts(name: str, where: str) -> tuple[str, str]:
     module_name, separator, attribute = name.rpartition(":")
     if not separator:
         module_name, _, attribute = name.rpartition(".")
+    if where and not separator and attribute == "py":
+        raise UsageError(f"{where}: {name!r} is a file: write which function of it, {name}:FUNCTION")
     if where and (not module_name or not attribute):
         raise UsageError(f"{where}: {name!r} must be module.function or path/to/file.py:function")
     return module_name, attribute
