@@ -157,6 +157,23 @@ def blank_completions(folder: Path) -> Raw:
     return Raw(path, len(rows), "sft", demonstrations=talks, left_out=2, corrections=1)
 
 
+def semicolons(folder: Path) -> Raw:
+    """A table as a spreadsheet writes it where the comma is the decimal sign, with other names."""
+    path = folder / "sheet.csv"
+    rows = [f'{n};"{q}";{a}' for n, (q, a, _) in enumerate(_asks())]
+    path.write_text("\r\n".join(["nr;question;answer", *rows]) + "\r\n", encoding="utf-8-sig")
+    talks: list[tuple[Text, str]] = [(q, a) for q, a, _ in _asks()]
+    return Raw(path, len(rows), "sft", demonstrations=talks, corrections=1)
+
+
+def wrapped_messages(folder: Path) -> Raw:
+    """One object around the rows, whose turns are JSON in text."""
+    talks: list[tuple[Text, str]] = [(user(q), a) for q, a, _ in _asks()]
+    rows = [{"messages": json.dumps([*user(q), {"role": "assistant", "content": a}])} for q, a, _ in _asks()]
+    path = _json(folder / "export.json", {"version": 3, "data": rows})
+    return Raw(path, len(rows), "sft", demonstrations=talks)
+
+
 # ---------------------------------------------------------------- comparisons
 
 
@@ -249,6 +266,7 @@ SHAPES: dict[str, Callable[[Path], Raw]] = {
     make.__name__: make
     for make in (
         csv_of_labels, folder_of_texts, sharegpt, alpaca, openai_tools, odd_keys, too_long, blank_completions,
+        semicolons, wrapped_messages,
         hh, pandalm, ultrafeedback, parquet, label_studio, arena,
     )
 }  # fmt: skip

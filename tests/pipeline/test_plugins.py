@@ -255,7 +255,7 @@ def test_settings_of_an_added_kind_are_checked_like_keels_own(install, tiny_mode
     with pytest.raises(UsageError) as caught:
         parse(tree)
     assert "stages.mixed.modles: unknown key; did you mean 'models'?" in str(caught.value)
-    assert "stages.mixed.models: Field required" in str(caught.value)
+    assert "stages.mixed.models: missing; a list of stages" in str(caught.value)
     schema = RunConfig.model_json_schema()
     stage = schema["properties"]["stages"]["additionalProperties"]
     assert stage["discriminator"]["mapping"]["soup"] in [ref["$ref"] for ref in stage["oneOf"]]
