@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def test_two_that_make_the_same_folder_at_once_both_have_it(tmp_path: Path) -> N
 def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
     code = f"""
 import os
+import pickle
 from pathlib import Path
 from keel.data.stored.cache import Cache
 making = Cache(Path({str(tmp_path)!r})).making("x")
@@ -292,6 +294,16 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
             "rm": {"kind": "reward", "data": pairs, "normalize": 0, **common},
             "orpo": {"kind": "dpo", "loss": "orpo", "data": pairs, **common},
             "dpo": {"kind": "dpo", "data": pairs, "votes": "soft", **common},
+            "grpo": {
+                "kind": "grpo",
+                "model": str(tiny_model),
+                "data": str(data.prompts),
+                "updates": 2,
+                "batch_size": 4,
+                "samples_per_prompt": 2,
+                "reward": {"kind": "length", "high": 2},
+                "sampling": {"max_new_tokens": 4},
+            },
         },
     }
 
@@ -310,7 +322,7 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
     monkeypatch.setattr(loading, "_LARGE", 0)
     assert made(tmp_path / "files") == plain
     kinds = sorted(path.name.partition("-")[0] for path in (tmp_path / "files" / PREPARED).iterdir())
-    assert kinds.count("rows") == 3
+    assert kinds.count("rows") == 4
     assert kinds.count("tokens") == 3  # all stages on pairs read the same
     shutil.rmtree(tmp_path / "files" / "stages" / "rm")
     assert made(tmp_path / "files") == plain  # once more, from what was kept
@@ -344,3 +356,12 @@ def test_reading_and_tokenising_tell_how_far_they_are(few: None, tmp_path: Path,
     assert told[-1] == ("reading pairs.jsonl (MB)", 0, 0)
     tokenised(rows, tokenizer, preparation, "rm: tokenising")
     assert ("rm: tokenising", 5000, 5000) in told
+
+
+def test_columns_that_rewards_ask_for_are_there_in_every_row_of_a_file(few: None, tmp_path: Path) -> None:
+    rows = [PromptRecord("a", {"answer": 1}), PromptRecord("b", {}), PromptRecord("c", {"more": 2})]
+    whole = stored.FilledRows(kept(list(rows), tmp_path), ("answer",))
+    expected = [{"answer": 1}, {"answer": None}, {"more": 2, "answer": None}]
+    assert [record.columns for record in whole] == [whole[i].columns for i in range(3)] == expected
+    assert whole.facts["columns"] == ["answer", "more"]
+    assert pickle.loads(pickle.dumps(whole))[1].columns == {"answer": None}

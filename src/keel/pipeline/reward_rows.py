@@ -17,6 +17,7 @@ from typing import Any
 
 from keel.data.chat import completion_text
 from keel.data.load import Dataset
+from keel.data.stored.records import FilledRows, Rows, filled, picked
 from keel.errors import DataError, RewardError, UsageError
 from keel.rewards import answers, functions
 from keel.rewards.functions import RESERVED
@@ -103,7 +104,12 @@ def without(dataset: Dataset, found: Sequence[RowFault], names: Sequence[str]) -
     """The data set without these rows; None in the rows that lack one of these columns, so that a reward sees
     the column in any batch."""
     bad = {fault.index for fault in found}
-    kept = tuple(_filled(record, names) for index, record in enumerate(dataset.records) if index not in bad)
+    kept: Sequence[Record]
+    if isinstance(dataset.records, Rows):
+        good = [index for index in range(len(dataset.records)) if index not in bad]
+        kept = FilledRows(picked(dataset.records, good) if bad else dataset.records, names)
+    else:
+        kept = tuple(filled(record, names) for i, record in enumerate(dataset.records) if i not in bad)
     reasons = (*dataset.skipped_reasons, *(fault.reason for fault in found))
     return replace(dataset, records=kept, skipped=dataset.skipped + len(bad), skipped_reasons=reasons[:5])
 
@@ -114,11 +120,6 @@ def required_columns(terms: Sequence[Any], code: Mapping[str, Any]) -> list[str]
     for function in code.values():
         names += functions.signature_of(function).required
     return [name for name in dict.fromkeys(names) if name not in RESERVED]
-
-
-def _filled(record: Record, names: Sequence[str]) -> Record:
-    missing = {name: None for name in names if name not in record.columns}
-    return replace(record, columns={**record.columns, **missing}) if missing else record
 
 
 def _is_for(term: Any, record: Record) -> bool:

@@ -3,6 +3,7 @@ first, so that a bad row is found before any weights are read."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -27,7 +28,7 @@ from keel.rl import heldout_judge
 from keel.rl.rollout import PromptExample, Setup
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, language, prepare
+from keel.stages import build_rewards, language, lazy_rows, prepare
 from keel.stages.loop_utils import optimizer_for, put_back, state_of
 from keel.types import PromptRecord, Record, TextRecord
 
@@ -37,7 +38,10 @@ C = TypeVar("C", bound=OnPolicy)
 def read_prompts(
     config: OnPolicy, run: StageRun, source: ModelSource
 ) -> tuple[
-    list[PromptExample], list[PromptExample], tuple[language.LanguageRow, ...], PreTrainedTokenizerBase
+    Sequence[PromptExample],
+    Sequence[PromptExample],
+    tuple[language.LanguageRow, ...],
+    PreTrainedTokenizerBase,
 ]:
     """Prompts to learn on, held-out prompts, rows of the pretraining mix, and the tokenizer; no weights are
     read."""
@@ -54,16 +58,11 @@ def read_prompts(
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = prepare.TooLong(run, config.too_long, room)
 
-    def task(record: Record) -> PromptExample | None:
-        assert isinstance(record, PromptRecord)
-        ids = chat.prompt_ids(tokenizer, record.prompt)
-        if not too_long.fits(record, len(ids)):
-            return None
-        kept = tuple(ids[-too_long.limit :] if too_long.limit else ids)
-        return PromptExample(record.prompt, kept, record.columns)
+    def task(record: PromptRecord, ids: tuple[int, ...]) -> PromptExample:
+        return PromptExample(record.prompt, ids, record.columns)
 
-    tasks: list[PromptExample] = prepare.encode_all(run, dataset.records, task)
-    held: list[PromptExample] = prepare.encode_all(run, held_out.records, task) if held_out else []
+    tasks = lazy_rows.of_prompts(dataset.records, tokenizer, too_long, task)
+    held = lazy_rows.of_prompts(held_out.records, tokenizer, too_long, task) if held_out else ()
     ptx: list[language.LanguageRow] = []
     if mix:
         text_limit = prepare.TooLong(run, config.too_long, limit)
@@ -138,7 +137,7 @@ def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
 
 def open_stage(
     config: C, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
-) -> tuple[list[PromptExample], list[PromptExample], Setup[C]]:
+) -> tuple[Sequence[PromptExample], Sequence[PromptExample], Setup[C]]:
     """Prompts, held-out prompts, and the models; sharing "none": without a critic. Data and tokens come
     first, so that a bad row is found before any weights are read."""
     source = prepare.source_of(config.model, run)
@@ -153,7 +152,8 @@ def open_stage(
         trust_remote_code=config.model.trust_remote_code,
         base=base,
     )
-    longest = max(len(task.ids) for task in [*tasks, *held]) + config.sampling.max_new_tokens
+    lengths = (lazy_rows.sizes(rows, lambda task: len(task.ids)) for rows in (tasks, held))
+    longest = max(itertools.chain.from_iterable(lengths)) + config.sampling.max_new_tokens
     rewards = build_rewards.mixture(
         opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
         batch_size=config.rows_at_once or config.batch_size,

@@ -23,9 +23,9 @@ from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, language, prepare
+from keel.stages import build_rewards, language, lazy_rows, prepare
 from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
-from keel.types import Completion, PromptRecord, Record
+from keel.types import Completion, PromptRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,12 +48,7 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = prepare.TooLong(stage_run, config.too_long, room)
 
-    def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
-        assert isinstance(record, PromptRecord)
-        ids = chat.prompt_ids(tokenizer, record.prompt)
-        return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
-
-    tasks = prepare.encode_all(stage_run, dataset.records, task)
+    tasks = lazy_rows.of_prompts(dataset.records, tokenizer, too_long, lambda record, ids: (record, ids))
     too_long.report()
     chosen = stage_run.directory / CHOSEN
     if not chosen.exists():
@@ -91,7 +86,7 @@ def _sample(
     stage_run: StageRun,
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[tuple[PromptRecord, list[int]]],
+    tasks: Sequence[tuple[PromptRecord, tuple[int, ...]]],
 ) -> list[dict[str, Any]]:
     """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only
     where none ended."""
@@ -100,7 +95,7 @@ def _sample(
     loaded = build_rewards.load_rewards(
         config.reward, stage_run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
     )
-    longest = max(len(ids) for _, ids in tasks) + sampling.max_new_tokens
+    longest = max(lazy_rows.sizes(tasks, lambda task: len(task[1]))) + sampling.max_new_tokens
     rewards = build_rewards.mixture(
         loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )

@@ -26,7 +26,7 @@ from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
-from keel.stages import prepare
+from keel.stages import lazy_rows, prepare
 from keel.types import Completion, PromptRecord, Record
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def comparisons(pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted]) -> l
 
 def _tasks(
     config: CollectConfig, stage_run: StageRun, records: Sequence[Record], conversational: bool
-) -> tuple[list[tuple[PromptRecord, list[int]]], Any]:
+) -> tuple[list[tuple[PromptRecord, tuple[int, ...]]], Any]:
     """`pairs` prompts with their ids, drawn by the stage's seed, and the tokenizer. DataError where there are
     too few."""
     settings = ModelConfig.model_validate(
@@ -132,12 +132,7 @@ def _tasks(
     room = prepare.room_of(stage_run, context, config.sampling.max_new_tokens)
     too_long = prepare.TooLong(stage_run, config.too_long, room)
 
-    def task(record: Record) -> tuple[PromptRecord, list[int]] | None:
-        assert isinstance(record, PromptRecord)
-        ids = chat.prompt_ids(tokenizer, record.prompt)
-        return (record, ids[-(room or 0) :]) if too_long.fits(record, len(ids)) else None
-
-    fitting = prepare.encode_all(stage_run, records, task)
+    fitting = lazy_rows.of_prompts(records, tokenizer, too_long, lambda record, ids: (record, ids))
     too_long.report()
     if len(fitting) < config.pairs:
         raise DataError(
@@ -157,7 +152,7 @@ def _source(config: CollectConfig, stage_run: StageRun) -> ModelSource:
 def _pairs(
     config: CollectConfig,
     stage_run: StageRun,
-    tasks: Sequence[tuple[PromptRecord, list[int]]],
+    tasks: Sequence[tuple[PromptRecord, tuple[int, ...]]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """Two replies to each prompt; prompts whose second reply stays the first, or of which one is empty, are

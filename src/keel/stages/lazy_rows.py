@@ -3,18 +3,20 @@ a file. Both hold the same rows in the same order."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from keel.data import chat
 from keel.data.stored.arrow import Array
-from keel.data.stored.records import Rows, base_of
+from keel.data.stored.records import Rows, base_of, release
 from keel.data.stored.tokens import TokenRows, Tokens, each, tokenised
 from keel.errors import DataError
 from keel.stages.prepare import TooLong
-from keel.types import Record, TextRecord
+from keel.types import PromptRecord, Record, TextRecord
 
 RowT = TypeVar("RowT")
 Build = Callable[[int, Tokens], RowT]  # the number of a record among those given, and its tokens → a row
@@ -94,6 +96,47 @@ def _stored(
     entries, numbers, lengths = entries[kept], numbers[kept], lengths[kept]
     sizes = lengths if too_long.limit is None else np.minimum(lengths, too_long.limit)
     return LazyRows(len(entries), lambda i: build(int(numbers[i]), tokens[entries[i]]), sizes)
+
+
+def of_prompts(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    too_long: TooLong,
+    build: Callable[[PromptRecord, tuple[int, ...]], RowT],
+) -> Sequence[RowT]:
+    """A row for each prompt that fits, made of the record and its ids, cut from their start; of records in a
+    file when it is asked for. DataError when nothing is left."""
+    stored, limit = isinstance(records, Rows), too_long.limit
+
+    def ids_of(record: PromptRecord) -> tuple[int, ...]:
+        return tuple(chat.prompt_ids(tokenizer, record.prompt))
+
+    def cut(ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids if limit is None else ids[-limit:]
+
+    rows: list[RowT] = []
+    kept, lengths = array("q"), array("q")
+    for number, record in enumerate(records):
+        assert isinstance(record, PromptRecord)
+        ids = ids_of(record)
+        if not too_long.fits(record, len(ids)):
+            continue
+        kept.append(number)
+        lengths.append(len(cut(ids)))
+        if not stored:
+            rows.append(build(record, cut(ids)))
+    if len(records) and not kept:
+        raise DataError(f"stage {too_long.stage_run.name!r}: no usable row is left of {len(records)}")
+    if not stored:
+        return rows
+
+    def made(index: int) -> RowT:
+        record = records[kept[index]]
+        assert isinstance(record, PromptRecord)
+        return build(record, cut(ids_of(record)))
+
+    release(records)
+    return LazyRows(len(kept), made, np.array(lengths))
 
 
 def entries_of(record: Array, taken: Array) -> tuple[Array, Array]:

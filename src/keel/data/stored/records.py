@@ -7,6 +7,7 @@ import decimal
 import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -166,6 +167,39 @@ class PickedRows(Rows):
 
     def release(self) -> None:
         release(self.rows)
+
+
+class FilledRows(Rows):
+    """Rows in which each of some columns is there: None where a row lacks it."""
+
+    def __init__(self, rows: Sequence[Record], names: Sequence[str]) -> None:
+        self.rows, self.names = rows, tuple(names)
+        known = facts_of(rows)
+        self.facts = {**known, "columns": sorted({*known["columns"], *names})}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FilledRows, (self.rows, self.names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Record:
+        return filled(self.rows[index], self.names)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (filled(record, self.names) for record in self.rows)
+
+    def numbers(self, name: str) -> Array:
+        return numbers_of(self.rows, name)
+
+    def release(self) -> None:
+        release(self.rows)
+
+
+def filled(record: Record, names: Sequence[str]) -> Record:
+    """The record with None in the columns of these names that it lacks."""
+    missing = {name: None for name in names if name not in record.columns}
+    return replace(record, columns={**record.columns, **missing}) if missing else record
 
 
 def picked(rows: Sequence[Record], indices: Sequence[int] | Array) -> Sequence[Record]:

@@ -23,7 +23,7 @@ from keel.data import chat
 from keel.data.chat import rendering
 from keel.data.stored.arrow import BLOCK, Array, Blocks, BlockWriter, list_of, offsets_of
 from keel.data.stored.cache import FACTS, Cache, name_of
-from keel.data.stored.records import JoinedRows, PickedRows, Rows, StoredRows, release
+from keel.data.stored.records import FilledRows, JoinedRows, PickedRows, Rows, StoredRows, release
 from keel.types import PreferenceRecord, PromptRecord, Record, TextRecord
 
 TASK = 4 * BLOCK  # records of a task
@@ -203,6 +203,8 @@ def rows_print(rows: Sequence[Record]) -> str:
             return rows.folder.name
         case PickedRows():
             return f"{rows_print(rows.rows)}[{hashlib.sha256(rows.indices.tobytes()).hexdigest()}]"
+        case FilledRows():
+            return f"{rows_print(rows.rows)}+{list(rows.names)}"
         case JoinedRows():
             return "+".join(map(rows_print, rows.parts))
     digest = hashlib.sha256()
@@ -216,7 +218,7 @@ def folders_of(rows: Sequence[Record]) -> list[str]:
     match rows:
         case StoredRows():
             return [rows.folder.name]
-        case PickedRows():
+        case PickedRows() | FilledRows():
             return folders_of(rows.rows)
         case JoinedRows():
             return sorted({name for part in rows.parts for name in folders_of(part)})
