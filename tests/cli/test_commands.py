@@ -221,6 +221,7 @@ def test_chat_finds_the_model_of_a_stage_and_takes_a_line_a_turn(keel, write, ch
     ("arguments", "reason"),
     [
         (("nobody/no-such-model", "--prompt", "hi"), "'nobody/no-such-model' cannot be loaded"),
+        (("no-such-model", "--prompt", "hi"), "no model at no-such-model: give a folder, a hub id"),
         (("{reward}", "--prompt", "hi"), "is no whole causal language model"),
         (("{model}", "--prompt", "the cat? " * 40), "exceed the model's context of 48"),
         (("{model}", "--prompt", "hi", "--max-new-tokens", "0"), "--max-new-tokens"),
@@ -232,6 +233,15 @@ def test_chat_that_cannot_be(keel, tiny_model, tiny_reward, arguments, reason):
     assert refused.code == 2
     assert refused.out == ""
     assert reason in " ".join(refused.err.replace("│", " ").split())
+
+
+def test_a_run_is_no_model_and_a_path_into_a_folder_is_no_hub_id(keel, tmp_path):
+    (tmp_path / "runs" / "mine" / "stages" / "sft" / "model").mkdir(parents=True)
+    for command in ("chat", "doctor"):
+        assert (
+            "runs/mine is a run: name a stage of it, runs/mine/stages/{sft}" in keel(command, "runs/mine").err
+        )
+        assert "no model at runs/other: give a folder" in keel(command, "runs/other").err
 
 
 # ---------------------------------------------------------------- recipes, schema, doctor, help
