@@ -6,12 +6,13 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import AutoTokenizer, CLIPConfig, DistilBertConfig
 
 from keel.config import parse
+from keel.config.rewards import RULES, RewardTerm
 from keel.errors import DataError, UsageError
 from keel.models import hub
 from keel.pipeline.preflight import Sources
@@ -295,3 +296,11 @@ def test_a_mixture_of_text_and_conversations_is_trained_on_with_a_template(
         stage = sft(model=str(bare), data=order, batch_size=1, holdout=0, max_steps=1)
         done = run({"stages": {"sft": stage}}, tmp_path / f"run{number}")
         assert (done.stage_directory("sft") / "model" / "chat_template.jinja").exists()
+
+
+def test_a_built_in_reward_named_like_a_model_is_shown_how_to_be_written(tmp_path, tiny_model, data):
+    kinds = {get_args(term.model_fields["kind"].annotation)[0] for term in get_args(get_args(RewardTerm)[0])}
+    assert kinds == {*RULES, "learned", "python", "plugin"}
+    stage = {"kind": "grpo", "model": str(tiny_model), "data": str(data.prompts), "reward": "length"}
+    with pytest.raises(UsageError, match=r"s: `reward: length` would be .*write reward: \{kind: length\}"):
+        _check({"s": stage}, tmp_path)

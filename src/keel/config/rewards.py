@@ -248,6 +248,17 @@ RewardTerm = Annotated[
     | PluginTerm,
     Field(discriminator="kind"),
 ]
+RULES = (
+    "answer",
+    "format",
+    "regex",
+    "length",
+    "repetition",
+    "keywords",
+    "overlong",
+    "similarity",
+    "classifier",
+)
 
 
 AsTerms = str | RewardTerm | list[str | RewardTerm]  # how rewards may be written

@@ -22,6 +22,7 @@ from keel import worlds
 from keel.accel.layer_kinds import carries_state
 from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
+from keel.config.rewards import RULES
 from keel.data import chat, load, stream
 from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
@@ -187,6 +188,12 @@ class Sources:
 
     def _check_reference(self, name: str, setting: str, source: str, hub: bool) -> None:
         """One model that a setting names."""
+        ours = source in self.config.stages or Path(source).exists()
+        if setting == "reward" and source in RULES and not ours:
+            raise UsageError(
+                f"{name}: `reward: {source}` would be a model of that name; for the built-in reward write "
+                f"reward: {{kind: {source}}} with its settings"
+            )
         stage, place = self.config.stages[name], self.resolve(source)
         if setting == "reward" and lora.is_bare(place):
             _check_adapter(stage, name, place)
