@@ -313,14 +313,16 @@ def test_doctor_tells_what_a_models_files_say(keel, tiny_model):
     assert keel("doctor", str(tiny_model), "--json").json["facts"] == told.strip().splitlines()
     missing = keel("doctor", "no/such/folder")
     assert missing.code == 2
-    assert "'no/such/folder' cannot be loaded: there is no such folder" in missing.err
+    assert "no model at no/such/folder: give a folder" in missing.err
 
 
 def test_doctor_takes_a_stage_too_and_says_where_no_model_is(keel, tiny_model, tmp_path):
     stage = tmp_path / "stages" / "sft"
     shutil.copytree(tiny_model, stage / "model")
     assert keel("doctor", str(stage)).out == keel("doctor", str(tiny_model)).out
-    assert "there is no config.json in this folder" in keel("doctor", str(tmp_path)).err
+    assert "is a run: name a stage of it" in keel("doctor", str(tmp_path)).err
+    (tmp_path / "empty").mkdir()
+    assert "there is no config.json in this folder" in keel("doctor", str(tmp_path / "empty")).err
 
 
 def test_doctor_names_what_is_missing(keel, monkeypatch):
