@@ -39,6 +39,7 @@ PAGES: Final[dict[str, frozenset[str]]] = {
     "POST /projects/{project}/disputed/{item}": ADMIN,
     "GET /projects/{project}/people": ADMIN,
     "POST /projects/{project}/people/invite": ADMIN,
+    "POST /projects/{project}/people/{person}/link": ADMIN,
     "POST /projects/{project}/people/{person}/pause": ADMIN,
     "GET /projects/{project}/settings": ADMIN,
     "POST /projects/{project}/settings": ADMIN,

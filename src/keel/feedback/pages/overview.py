@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
 from keel.errors import KeelError
-from keel.feedback import incoming, outgoing, render, web
+from keel.feedback import exchange, render, web
 from keel.feedback.wording import said
-from keel.votes.kinds import ItemRow, NotFoundError, Project, VoteRow
+from keel.votes.kinds import ItemRow, Project, VoteRow
 
 router = APIRouter()
 PAGE = 50  # items a page
@@ -38,7 +37,7 @@ def _overview(
         progress=store.progress(project.name, web.person(request).id),
         people=len(store.people(project.name)),
         disputed=len(store.disputed(project.name)),
-        forms=outgoing.forms_of(project.task),
+        forms=exchange.forms_of(project.task),
         added=added,
         problem=problem,
     )
@@ -53,21 +52,19 @@ def add(request: Request, project: str) -> Response:
     if not isinstance(file, UploadFile) or not file.filename:
         return _overview(request, settings, problem=words("problem.file"), status=422)
     try:
-        with incoming.kept(file.file, file.filename) as path:
-            result = store.add_items(project, incoming.items(path, settings.task), who.id)
+        with exchange.kept(file.file, file.filename) as path:
+            result = exchange.add(store, project, path, by=who.id)
     except KeelError as error:
         return _overview(request, settings, problem=str(error), status=422)
     return _overview(request, settings, added=words("overview.added", n=result.added, known=result.known))
 
 
 @router.get("/projects/{project}/all-items")
-def items(request: Request, project: str, page: int = 1) -> Response:
+def items(request: Request, project: str, after: int = 0) -> Response:
     """Items by the page, with their sources and the number of their votes."""
     store = web.store(request)
     settings = web.project_of(request, project)
-    pages = max(1, math.ceil(store.count_items(project) / PAGE))
-    page = min(max(page, 1), pages)
-    found = store.items_page(project, (page - 1) * PAGE, PAGE)
+    found = store.items_after(project, max(after, 0), PAGE + 1)
     flags = {flag.item for flag in store.flags(project)}
     rows = [
         {
@@ -77,12 +74,13 @@ def items(request: Request, project: str, page: int = 1) -> Response:
             "flags": item.item in flags,
             "excerpt": render.excerpt(item.prompt),
             "sources": [reply.source or "–" for reply in item.replies],
-            "votes": f"{settings.votes_per_item - item.missing} / {settings.votes_per_item}",
+            "votes": "–" if item.gold else f"{settings.votes_per_item - item.missing} / {settings.votes_per_item}",
         }
-        for item in found
+        for item in found[:PAGE]
     ]
+    more = rows[-1]["id"] if len(found) > PAGE else None
     return web.page(
-        request, "items.html", project=settings, tab="all-items", rows=rows, page=page, pages=pages
+        request, "items.html", project=settings, tab="all-items", rows=rows, more=more, first=after <= 0
     )
 
 
@@ -139,12 +137,11 @@ def export(request: Request, project: str, form: str) -> Response:
     """The votes as a file, as it is made."""
     store = web.store(request)
     settings = web.project_of(request, project)
-    if form not in outgoing.forms_of(settings.task):
+    if form not in exchange.forms_of(settings.task):
         raise HTTPException(404)
-    lines = outgoing.lines(store, project, form)
-    name = f"{project}-{form}.{outgoing.suffix(form)}"
+    name = f"{project}-{form}.jsonl"
     return StreamingResponse(
-        lines,
+        exchange.lines(store, project, form),
         media_type="application/octet-stream",
         headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )

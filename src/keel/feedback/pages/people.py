@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from keel.feedback import web
 from keel.votes.kinds import ROLES, NotFoundError
+from keel.votes.listing import Tally
 
 router = APIRouter()
 INVITATION_DAYS = 7
@@ -21,18 +24,13 @@ def people(request: Request, project: str) -> Response:
 def _people(request: Request, project: str, link: str | None) -> Response:
     store = web.store(request)
     settings = web.project_of(request, project)
-    votes: dict[str, int] = {}
-    gold: dict[str, list[bool]] = {}
-    for name, count, right, asked in store.tally(project):
-        votes[name], gold[name] = count, [True] * right + [False] * (asked - right)
-    rows = [
-        {
-            "person": one,
-            "votes": votes.get(one.name, 0),
-            "gold": f"{sum(gold[one.name])} / {len(gold[one.name])}" if gold.get(one.name) else "–",
-        }
-        for one in store.people(project)
-    ]
+    tallies = store.tallies(project)
+    nothing = Tally(0, 0, 0)
+    rows: list[dict[str, Any]] = []
+    for one in store.people(project):
+        tally = tallies.get(one.id, nothing)
+        right = f"{tally.gold_right} / {tally.gold}" if tally.gold else "–"
+        rows.append({"person": one, "votes": tally.votes, "gold": right})
     return web.page(
         request, "people.html", project=settings, tab="people", rows=rows, link=link, days=INVITATION_DAYS
     )
@@ -47,7 +45,7 @@ def invite(request: Request, project: str) -> Response:
     if role not in ROLES:
         return web.problem(request, 422, "bad")
     code = store.invite(role, None if role == "admin" else project, who.id, fields.get("name", "").strip()[:80])
-    return _people(request, project, f"{str(request.base_url).rstrip('/')}/join/{code}")
+    return _people(request, project, _address(request, code))
 
 
 @router.post("/projects/{project}/people/{person}/pause")
@@ -60,3 +58,17 @@ def pause(request: Request, project: str, person: int) -> Response:
     reason = "by an admin" if web.fields(request).get("paused") else None
     store.set_paused(person, reason, who.id, project=project)
     return web.to(f"/projects/{project}/people")
+
+
+@router.post("/projects/{project}/people/{person}/link")
+def link(request: Request, project: str, person: int) -> Response:
+    """A link that signs a person in again, on another device or after their session ended."""
+    who, store = web.person(request), web.store(request)
+    web.project_of(request, project)
+    if person not in {one.id for one in store.people(project)}:
+        raise NotFoundError("no such person in this project")
+    return _people(request, project, _address(request, store.sign_in_link(person, who.id)))
+
+
+def _address(request: Request, code: str) -> str:
+    return f"{str(request.base_url).rstrip('/')}/join/{code}"
