@@ -1,0 +1,128 @@
+"""Votes as rows: their versions, and the slots that they fill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, select, update
+
+from keel.votes import audit, schema
+from keel.votes.codec import answer_json, answer_of, clean, new_salt, salted
+from keel.votes.kinds import Answer
+
+
+def write_version(
+    connection: Connection,
+    vote: Any,
+    kind: str,
+    answer: Answer | None,
+    *,
+    status: str,
+    at: float,
+    by: int | None,
+    change: audit.Change,
+    slot: int | None = None,
+    client_id: str | None = None,
+    seconds: float | None = None,
+) -> int:
+    """A vote's next version, which holds from now on. answer None: it is withdrawn.
+
+    vote: its row, or what a new one needs (project_id, item_id, person_id, version 0). Returns its id.
+    """
+    version, votes = vote.version + 1, schema.votes
+    now = {
+        "status": status, "slot": slot, "withdrawn": answer is None, "version": version, "at": at,
+    }  # fmt: skip
+    if version == 1:
+        vote_id = connection.execute(
+            votes.insert().values(
+                project_id=vote.project_id, item_id=vote.item_id, person_id=vote.person_id, **now
+            )
+        ).inserted_primary_key[0]
+    else:
+        vote_id = vote.id
+        connection.execute(update(votes).where(votes.c.id == vote_id).values(**now))
+    salt, comment = new_salt(), clean(answer.comment) if answer else ""
+    row_id = connection.execute(
+        schema.versions.insert().values(
+            vote_id=vote_id, person_id=vote.person_id, version=version, kind=kind, status=status,
+            client_id=client_id, answer=None if answer is None else answer_json(answer), comment=comment,
+            comment_digest=salted(salt, comment), salt=salt, seconds=seconds, at=at,
+        )
+    ).inserted_primary_key[0]  # fmt: skip
+    audit.append(
+        connection, "versions", row_id, kind, at=at, by=by, project_id=vote.project_id, change=change
+    )
+    return vote_id
+
+
+def standing(connection: Connection, vote: Any) -> Any:
+    """The version of a vote that holds."""
+    versions = schema.versions
+    return connection.execute(
+        select(versions).where(versions.c.vote_id == vote.id, versions.c.version == vote.version)
+    ).one()
+
+
+def fill(connection: Connection, item_id: int, number: int, vote_id: int) -> None:
+    """A vote fills a slot."""
+    slots = schema.slots
+    connection.execute(
+        update(slots)
+        .where(slots.c.item_id == item_id, slots.c.number == number)
+        .values(vote_id=vote_id, leased_until=0.0)
+    )
+
+
+def free_slot(connection: Connection, item_id: int, now: float) -> Any:
+    """A slot of an item that nobody holds, locked; None where there is none."""
+    slots = schema.slots
+    return connection.execute(
+        select(slots)
+        .where(slots.c.item_id == item_id, slots.c.vote_id.is_(None), slots.c.leased_until <= now)
+        .order_by(slots.c.number)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    ).one_or_none()
+
+
+def open_more(connection: Connection, item_id: int, by: int) -> int:
+    """Change how many slots of an item wait for a vote. By how much the project's open items change."""
+    items = schema.items
+    connection.execute(update(items).where(items.c.id == item_id).values(open_slots=items.c.open_slots + by))
+    left = connection.execute(select(items.c.open_slots).where(items.c.id == item_id)).scalar_one()
+    return int(left > 0) - int(left - by > 0)
+
+
+def promote(connection: Connection, project_id: int, item_id: int, now: float) -> bool:
+    """Let the oldest surplus vote of an item fill a slot that nobody holds; whether there were both.
+
+    So no second person is asked for what somebody said a little late.
+    """
+    votes, items = schema.votes, schema.items
+    vote = connection.execute(
+        select(votes)
+        .where(votes.c.item_id == item_id, votes.c.status == "surplus", ~votes.c.withdrawn)
+        .order_by(votes.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    ).one_or_none()
+    slot = free_slot(connection, item_id, now) if vote is not None else None
+    if vote is None or slot is None:
+        return False
+    holds = standing(connection, vote)
+    connection.execute(update(items).where(items.c.id == item_id).values(surplus=items.c.surplus - 1))
+    closed = open_more(connection, item_id, -1)
+    write_version(
+        connection, vote, "promote", answer_of(holds.answer, holds.comment), status="counted", at=now,
+        by=None, slot=slot.number, seconds=holds.seconds,
+        change=audit.Change(open_items=closed, counted=1),
+    )  # fmt: skip
+    schema_slots = schema.slots
+    connection.execute(
+        update(schema_slots)
+        .where(schema_slots.c.item_id == item_id, schema_slots.c.number == slot.number)
+        .values(person_id=vote.person_id)
+    )
+    fill(connection, item_id, slot.number, vote.id)
+    return True
