@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Path, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
@@ -298,5 +298,3 @@ def statistics(request: Request, project: ProjectName) -> dict[str, Any]:
 
     _mine(request, project)
     return of.of_project(web.store(request), project)
-
-

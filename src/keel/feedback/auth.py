@@ -21,7 +21,7 @@ SESSION_DAYS = 30
 
 
 class Auth:
-    """Signs and checks. `secret` is the server's own, kept in the database so that restarts sign nobody out."""
+    """Signs and checks. `secret` is kept in the database, so that a restart signs nobody out."""
 
     def __init__(self, secret: bytes) -> None:
         self._signer = Signer(secret, salt="keel.label.session", digest_method=hashlib.sha256)

@@ -29,7 +29,9 @@ def intervals(rows: Sequence[Interval], *, low: float, high: float, zero: float 
     for index, (name, left, value, right) in enumerate(rows):
         y = ROW * index + 16
         shown = name if len(name) <= 26 else name[:25] + "…"
-        parts.append(f'<text class="name" x="{NAMES - 14}" y="{y + 4}" text-anchor="end">{escape(shown)}</text>')
+        parts.append(
+            f'<text class="name" x="{NAMES - 14}" y="{y + 4}" text-anchor="end">{escape(shown)}</text>'
+        )
         parts.append(f'<line class="bar" x1="{x(left):.1f}" x2="{x(right):.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot" cx="{x(value):.1f}" cy="{y}" r="5"/>')
     return Markup("".join(parts) + "</svg>")

@@ -30,8 +30,8 @@ def forms_of(task: Task) -> tuple[str, ...]:
 
 @contextmanager
 def kept(content: IO[bytes], name: str) -> Iterator[Path]:
-    """A file that was sent, under its own name in a folder that is gone afterwards. UsageError for a kind that
-    keel does not read."""
+    """A file that was sent, in a folder that is gone afterwards. UsageError for a kind that keel does not
+    read."""
     plain = Path(name.replace("\\", "/")).name
     suffixes = tuple(end + zipped for end in files.SUFFIXES for zipped in ("", ".gz"))
     if not plain.lower().endswith(suffixes):

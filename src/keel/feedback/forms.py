@@ -69,7 +69,13 @@ def _ranking(shown: Sequence[int], fields: Mapping[str, str]) -> list[list[int]]
 
 
 def _whole(value: str | None, problem: str, low: int, high: int) -> int:
-    if value is None or not value.isascii() or not value.isdigit() or len(value) > 9 or not low <= int(value) <= high:
+    if (
+        value is None
+        or not value.isascii()
+        or not value.isdigit()
+        or len(value) > 9
+        or not low <= int(value) <= high
+    ):
         raise FormError(problem)
     return int(value)
 

@@ -1,8 +1,8 @@
 """A language model as one more annotator, behind an address that speaks OpenAI's chat completions.
 
-It is marked as a model, its votes fill no slot that waits for people, and its reliability is estimated against
-theirs. A pair is asked about twice, with the sides exchanged: what it says only for one order is no preference.
-It is told what people are told (instructions, scales), and sees no source and nobody's votes.
+It is marked as a model, its votes fill no slot that waits for people, and its reliability is estimated
+against theirs. A pair is asked about twice, with the sides exchanged: what it says only for one order is no
+preference. It is told what people are told (instructions, scales), and sees no source and nobody's votes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from keel.errors import KeelError, UsageError
 from keel.feedback.forms import letter
 from keel.feedback.render import plain
 from keel.votes.answers import check, scales_of
-from keel.votes.kinds import Answer, Assignment, Project, Text
+from keel.votes.kinds import Answer, Assignment, NotFoundError, Person, Project, Text
 from keel.votes.store import Store
 
 TRIES = 4  # requests for one question, where the server fails or the answer has no verdict
@@ -89,6 +89,19 @@ class Asked:
     skipped: int  # items about which it gave no usable answer
 
 
+def annotator(store: Store, name: str, project: str) -> Person:
+    """The annotator that stands for a model, made where there is none. UsageError where a person has that
+    name."""
+    store.project(project)
+    try:
+        found = store.person_named(name)
+    except NotFoundError:
+        return store.add_person(name, "annotator", is_model=True)
+    if not found.is_model:
+        raise UsageError(f"{name!r} is a person here: give the model another --name")
+    return found
+
+
 def annotate(
     store: Store,
     project: str,
@@ -128,8 +141,8 @@ def annotate(
 
 
 def judge(project: Project, item: Assignment, endpoint: Endpoint) -> tuple[Answer | None, bool]:
-    """A model's answer to one item, in the item's own order; and whether both orders gave the same. None where
-    an answer could not be read."""
+    """A model's answer to one item, in the item's own order; and whether both orders gave the same. None
+    where an answer could not be read."""
     replies = [reply.content for reply in item.replies]
     orders = [tuple(range(len(replies)))]
     if len(replies) > 1:
@@ -177,13 +190,16 @@ def _form(project: Project, replies: int) -> str:
         choices = ", ".join(f'"{name}"' for name in ("A", "B", *others))
         asked = f'Which reply is better? Answer with JSON: {{"choice": CHOICE}}, CHOICE one of {choices}'
         return asked + (
-            ', and for A or B "strength": 1 (slightly), 2 (clearly) or 3 (much better).' if project.strength else "."
+            ', and for A or B "strength": 1 (slightly), 2 (clearly) or 3 (much better).'
+            if project.strength
+            else "."
         )
     if project.task == "thumbs":
         return 'Is the reply good? Answer with JSON: {"choice": "up"} or {"choice": "down"}.'
     if project.task == "ranking":
         groups = ", ".join(f'["{name}"]' for name in letters)
-        return f'Rank the replies, best first; equal ones share a group. Answer with JSON: {{"ranking": [{groups}]}}.'
+        asked = "Rank the replies, best first; equal ones share a group."
+        return f'{asked} Answer with JSON: {{"ranking": [{groups}]}}.'
     scales = ", ".join(f'"{s.name}": {s.low} to {s.high}' for s in scales_of(project))
     return f'Rate the reply with whole numbers. Answer with JSON: {{"ratings": {{{scales}}}}}.'
 

@@ -1,7 +1,7 @@
 """What a model wrote, as HTML that can do nothing.
 
-Markdown without raw HTML (markdown-it), then an allow-list of tags and attributes (nh3). Images are named, not
-loaded: a page asks no other host for anything. Mathematics stays readable TeX in `<code class="math">`.
+Markdown without raw HTML (markdown-it), then an allow-list of tags and attributes (nh3). Images are named,
+not loaded: a page asks no other host for anything. Mathematics stays readable TeX in `<code class="math">`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ class Turn:
     @property
     def html(self) -> Markup:
         """The text as HTML; a tool's result as it is."""
-        return Markup('<pre dir="auto">{}</pre>').format(self.text) if self.role == "tool" else markdown(self.text)
+        return (
+            Markup('<pre dir="auto">{}</pre>').format(self.text)
+            if self.role == "tool"
+            else markdown(self.text)
+        )
 
     @property
     def thought_html(self) -> Markup:
@@ -131,7 +135,9 @@ def _text(content: object) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, Sequence):
-        return "\n".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content)
+        return "\n".join(
+            str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content
+        )
     return json.dumps(content, ensure_ascii=False, indent=2)
 
 
@@ -149,8 +155,8 @@ def _call(call: object) -> ToolCall:
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """A reply's thought and what follows it: `<think>…</think>` at its start, also where the opening tag stood
-    in the prompt, or where the thought was cut off."""
+    """A reply's thought and what follows it: `<think>…</think>` at its start, also where the opening tag
+    stood in the prompt, or where the thought was cut off."""
     if found := _THOUGHT.match(text):
         return found[1].strip(), text[found.end() :]
     if found := _UNENDED.match(text):

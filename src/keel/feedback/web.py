@@ -22,7 +22,7 @@ import keel
 from keel.errors import KeelError
 from keel.feedback import difference, locales, render
 from keel.feedback.access import ACCESS
-from keel.feedback.auth import SESSION_DAYS, VISITOR, Auth, bearer, from_here, new_visitor
+from keel.feedback.auth import VISITOR, Auth, bearer, from_here, new_visitor
 from keel.feedback.forms import letter
 from keel.feedback.wire import LOG, Limit, address
 from keel.votes.answers import scales_of
@@ -92,7 +92,7 @@ def person(request: Request) -> Person:
 
 
 def project_of(request: Request, name: str) -> Project:
-    """A project's settings. NotFoundError where there is none, or it is not for this person: the same error."""
+    """A project's settings. NotFoundError where there is none, and where it is not for this person."""
     found = store(request).project(name)
     if name not in {one.name for one in store(request).projects(person(request).id)}:
         raise NotFoundError(f"there is no project named {name!r}")
@@ -200,7 +200,12 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
     response = HTMLResponse(state.templates.get_template(template).render(context), status)
     if getattr(request.state, "new_visitor", False):
         response.set_cookie(
-            VISITOR, request.state.visitor, max_age=86400, httponly=True, samesite="lax", secure=secure(request)
+            VISITOR,
+            request.state.visitor,
+            max_age=86400,
+            httponly=True,
+            samesite="lax",
+            secure=secure(request),
         )
     return response
 
@@ -231,7 +236,9 @@ def to(path: str) -> Response:
 def local(path: str) -> str:
     """A path of this server; "/" for anything else."""
     parts = urlsplit(path)
-    own = path.startswith("/") and not path.startswith(("//", "/\\")) and not parts.scheme and not parts.netloc
+    own = (
+        path.startswith("/") and not path.startswith(("//", "/\\")) and not parts.scheme and not parts.netloc
+    )
     return path if own and path.isprintable() else "/"
 
 
@@ -254,7 +261,9 @@ def problem(request: Request, status: int, key: str, text: str | None = None) ->
     text = text or words(f"error.{key}_text")
     if wants_json(request):
         return JSONResponse({"problem": text}, status)
-    return page(request, "entry.html", status, kind="error", heading=words(f"error.{key}"), text=text, problem="")
+    return page(
+        request, "entry.html", status, kind="error", heading=words(f"error.{key}"), text=text, problem=""
+    )
 
 
 def not_signed_in(request: Request, error: Exception) -> Response:

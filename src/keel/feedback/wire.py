@@ -1,4 +1,4 @@
-"""What surrounds every answer of the server: limits on size and rate, security headers, a log without secrets.
+"""What surrounds every answer: limits on size and rate, security headers, a log without secrets.
 
 Plain ASGI, so that nothing is buffered. A nonce is drawn for each request; only scripts that bear it run.
 """
@@ -33,8 +33,8 @@ HEADERS = {
 def content_policy(nonce: str) -> str:
     """The Content-Security-Policy: own styles and pictures, scripts by nonce, forms to here, no frames."""
     return (
-        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
 
 
@@ -94,11 +94,15 @@ class Wire:
             await self._limited(scope, receive, headed)
         finally:
             LOG.info(
-                "%s %s %d %.0f ms", scope["method"], logged_path(scope), status, (time.perf_counter() - begun) * 1e3
+                "%s %s %d %.0f ms",
+                scope["method"],
+                logged_path(scope),
+                status,
+                (time.perf_counter() - begun) * 1e3,
             )
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name: value for name, value in scope["headers"]}
+        headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > LARGEST:
             await PlainTextResponse("This request is too large.", 413)(scope, receive, send)

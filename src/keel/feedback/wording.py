@@ -22,7 +22,9 @@ def said(project: Project, answer: Answer, shown: Sequence[int] | None, words: T
     if answer.choice is not None:
         return words.known(f"choice.{answer.choice}", answer.choice)
     if answer.ratings is not None:
-        return ", ".join(f"{words.known(f'scale.{name}', name)} {value}" for name, value in answer.ratings.items())
+        return ", ".join(
+            f"{words.known(f'scale.{name}', name)} {value}" for name, value in answer.ratings.items()
+        )
     if answer.ranking is not None:
         groups = [" = ".join(sorted(letter(places.get(i, i)) for i in group)) for group in answer.ranking]
         return " > ".join(groups)

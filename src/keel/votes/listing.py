@@ -36,7 +36,9 @@ def tallies(connection: Connection, name: str) -> dict[int, Tally]:
     row, votes, items, versions = project_row(connection, name), schema.votes, schema.items, schema.versions
     project = project_of(name, row.settings)
     mine = (votes.c.project_id == row.id) & ~votes.c.withdrawn
-    counts = connection.execute(select(votes.c.person_id, func.count()).where(mine).group_by(votes.c.person_id))
+    counts = connection.execute(
+        select(votes.c.person_id, func.count()).where(mine).group_by(votes.c.person_id)
+    )
     found = {person: Tally(count, 0, 0) for person, count in counts}
     gold = connection.execute(
         select(votes.c.person_id, versions.c.answer, items.c.gold)

@@ -54,7 +54,9 @@ def percent(measure: Measure) -> str:
     """A share with its interval in percent."""
     if measure is None:
         return "–"
-    ends = "" if measure.get("low") is None else f" ({100 * measure['low']:.0f} – {100 * measure['high']:.0f})"
+    ends = (
+        "" if measure.get("low") is None else f" ({100 * measure['low']:.0f} – {100 * measure['high']:.0f})"
+    )
     return f"{100 * measure['mean']:.0f} %{ends}"
 
 
@@ -72,7 +74,12 @@ def _agreement(found: Mapping[str, Any] | None, words: Translator) -> list[dict[
 
 def _points(rows: Sequence[tuple[str, Measure]]) -> list[charts.Interval]:
     return [
-        (name, m["mean"] if m["low"] is None else m["low"], m["mean"], m["mean"] if m["high"] is None else m["high"])
+        (
+            name,
+            m["mean"] if m["low"] is None else m["low"],
+            m["mean"],
+            m["mean"] if m["high"] is None else m["high"],
+        )
         for name, m in rows
         if m is not None
     ]
@@ -128,7 +135,11 @@ def _order(found: Mapping[str, Any] | None, words: Translator) -> dict[str, Any]
     return {
         "picture": charts.intervals(points, low=-high, high=high, zero=0, title=words("statistics.order")),
         "ranked": [
-            {"name": entry["name"], "strength": interval(entry["strength"]), "wins": percent_of(entry.get("wins"))}
+            {
+                "name": entry["name"],
+                "strength": interval(entry["strength"]),
+                "wins": percent_of(entry.get("wins")),
+            }
             for entry in found["ranked"]
         ],
         "neighbours": [

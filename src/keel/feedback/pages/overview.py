@@ -74,7 +74,9 @@ def items(request: Request, project: str, after: int = 0) -> Response:
             "flags": item.item in flags,
             "excerpt": render.excerpt(item.prompt),
             "sources": [reply.source or "–" for reply in item.replies],
-            "votes": "–" if item.gold else f"{settings.votes_per_item - item.missing} / {settings.votes_per_item}",
+            "votes": "–"
+            if item.gold
+            else f"{settings.votes_per_item - item.missing} / {settings.votes_per_item}",
         }
         for item in found[:PAGE]
     ]
@@ -145,4 +147,3 @@ def export(request: Request, project: str, form: str) -> Response:
         media_type="application/octet-stream",
         headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )
-

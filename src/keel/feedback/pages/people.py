@@ -44,7 +44,9 @@ def invite(request: Request, project: str) -> Response:
     role = fields.get("role", "")
     if role not in ROLES:
         return web.problem(request, 422, "bad")
-    code = store.invite(role, None if role == "admin" else project, who.id, fields.get("name", "").strip()[:80])
+    code = store.invite(
+        role, None if role == "admin" else project, who.id, fields.get("name", "").strip()[:80]
+    )
     return _people(request, project, _address(request, code))
 
 

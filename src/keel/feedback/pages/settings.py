@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from keel.errors import UsageError
 from keel.feedback import web
-from keel.votes.kinds import ORDERS, TASKS, Project, Scale
+from keel.feedback.scales import line_of, scales_of_text
+from keel.votes.kinds import ORDERS, TASKS, Project
 
 router = APIRouter()
 NUMBERS: dict[str, type[int] | type[float]] = {
@@ -64,7 +65,12 @@ def change(request: Request, project: str) -> Response:
 
 
 def _form(
-    request: Request, project: Project | None, given: Mapping[str, Any], problem: str = "", *, saved: bool = False
+    request: Request,
+    project: Project | None,
+    given: Mapping[str, Any],
+    problem: str = "",
+    *,
+    saved: bool = False,
 ) -> Response:
     return web.page(
         request,
@@ -81,9 +87,11 @@ def _form(
 
 def _given(project: Project) -> dict[str, Any]:
     values = {key: getattr(project, key) for key in NUMBERS}
-    values |= {key: getattr(project, key) for key in ("name", "title", "instructions", "examples", "task", "order")}
+    values |= {
+        key: getattr(project, key) for key in ("name", "title", "instructions", "examples", "task", "order")
+    }
     values |= {"allow": project.allow, "strength": project.strength, "comment": project.comment}
-    return values | {"scales": "\n".join(_line(scale) for scale in project.scales)}
+    return values | {"scales": "\n".join(line_of(scale) for scale in project.scales)}
 
 
 def _typed(fields: Mapping[str, str]) -> dict[str, Any]:
@@ -109,24 +117,3 @@ def _settings(fields: Mapping[str, str]) -> dict[str, Any]:
         raise UsageError(f"the order is {values['order']!r}, not one of {', '.join(ORDERS)}")
     values["scales"] = scales_of_text(fields.get("scales", ""))
     return values
-
-
-def scales_of_text(text: str) -> tuple[Scale, ...]:
-    """Scales, one a line: `name`, or `name low high`, or `name low high low label | high label`."""
-    scales: list[Scale] = []
-    for line in text.splitlines():
-        words = line.split(None, 3)
-        if not words:
-            continue
-        try:
-            low, high = (int(words[1]), int(words[2])) if len(words) > 1 else (1, 5)
-        except (ValueError, IndexError):
-            raise UsageError(f"the scale {line!r} is not written as: helpful 1 5 not at all | fully") from None
-        left, _, right = (words[3] if len(words) > 3 else "").partition("|")
-        scales.append(Scale(words[0], low, high, left.strip(), right.strip()))
-    return tuple(scales)
-
-
-def _line(scale: Scale) -> str:
-    labels = f" {scale.low_label} | {scale.high_label}" if scale.low_label or scale.high_label else ""
-    return f"{scale.name} {scale.low} {scale.high}{labels}"

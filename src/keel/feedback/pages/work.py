@@ -15,7 +15,7 @@ from keel.errors import UsageError
 from keel.feedback import render, web
 from keel.feedback.forms import FormError, answer_of, fields_of
 from keel.feedback.wording import said
-from keel.votes.kinds import Assignment, NotFoundError, PausedError, Project
+from keel.votes.kinds import Assignment, PausedError, Project
 
 router = APIRouter()
 VIEWS = ("read", "difference", "raw")
@@ -160,5 +160,6 @@ def history(request: Request, project: str) -> Response:
         }
         for past in store.history(project, who.id, PAST)
     ]
-    return web.page(request, "history.html", project=settings, tab="history", rows=rows, saved=_saved(request))
-
+    return web.page(
+        request, "history.html", project=settings, tab="history", rows=rows, saved=_saved(request)
+    )
