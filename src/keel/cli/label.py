@@ -101,7 +101,7 @@ def serve(
         print(f"Open this link once, as the admin: {link}" if link else base, flush=True)
         if not link:
             say("keel label: sign in by your link; keel label invite makes more")
-        serving.serve(store, listener, say=say, requests=log, rate=rate)
+        serving.serve(store, listener, say=say, requests=log, rate=rate, url=url)
 
 
 @app.command()

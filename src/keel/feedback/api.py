@@ -135,7 +135,6 @@ class AddedOut(BaseModel):
 
 
 _NO: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "The request is not JSON of the form that is described here."},
     401: {"model": Problem, "description": "No bearer token, or one that is not known."},
     403: {"model": Problem, "description": "The token's owner has another role."},
     404: {"model": Problem, "description": "No such project or item, or it is not the token owner's."},

@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 import keel
 from keel.errors import KeelError, UsageError
 from keel.feedback import api, web
-from keel.feedback.auth import SESSION, Auth
+from keel.feedback.auth import Auth
 from keel.feedback.pages import entry, numbers, overview, people, review, settings, work
 from keel.feedback.wire import Limit, Wire
 from keel.votes.database import StoreError
@@ -25,8 +25,11 @@ RATE, BURST = 50.0, 150.0  # requests a second of one person, and at once
 _QUIET: dict[str, Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
-def create_app(store: Store, *, rate: float = RATE, burst: float = BURST) -> FastAPI:
-    """The labelling app on an open store. It asks no other host for anything, and sends nothing to any."""
+def create_app(store: Store, *, rate: float = RATE, burst: float = BURST, url: str | None = None) -> FastAPI:
+    """The labelling app on an open store. It asks no other host for anything, and sends nothing to any.
+
+    rate, burst: requests a second of one person, and at once. url: the address that people use, where a proxy
+    stands before the server."""
     app = FastAPI(
         title="keel label",
         version=keel.__version__,
@@ -36,14 +39,15 @@ def create_app(store: Store, *, rate: float = RATE, burst: float = BURST) -> Fas
         dependencies=[Depends(web.enter)],
         telemetry=_QUIET,
     )
-    app.state.web = web.Web(store, Auth(store.secret()))
+    auth = Auth(store.secret())
+    app.state.web = web.Web(store, auth, url.rstrip("/") if url else None)
     for part in (entry, work, overview, review, people, settings, numbers):
         app.include_router(part.router, include_in_schema=False)
     app.include_router(api.router)
     app.get("/api/openapi.json", include_in_schema=False)(_openapi)
     app.mount("/static", StaticFiles(directory=web.HERE / "static"))
     _handle_errors(app)
-    app.add_middleware(cast(Any, Wire), limit=Limit(rate, burst), cookie=SESSION)
+    app.add_middleware(cast(Any, Wire), limit=Limit(rate, burst), holder=auth.holder)
     return app
 
 

@@ -14,6 +14,7 @@ import secrets
 from itsdangerous import BadSignature, Signer
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
+from starlette.types import Scope
 
 SESSION = "keel_label"
 VISITOR = "keel_label_visitor"
@@ -36,6 +37,11 @@ class Auth:
             return self._signer.unsign(cookie).decode()
         except (BadSignature, UnicodeDecodeError):
             return None
+
+    def holder(self, scope: Scope) -> str | None:
+        """Whose request this is, for counting: a session that was signed here, or any bearer token."""
+        connection = HTTPConnection(scope)
+        return self.session(connection) or bearer(connection)
 
     def csrf(self, holder: str) -> str:
         """The CSRF token of a session or a visitor."""
@@ -68,9 +74,10 @@ def new_visitor() -> str:
     return secrets.token_urlsafe(18)
 
 
-def from_here(connection: HTTPConnection) -> bool:
-    """Whether a form was sent by a page of this server, as far as the browser says."""
+def from_here(connection: HTTPConnection, own: str | None) -> bool:
+    """Whether a form was sent by a page of this server, as far as the browser says. own: the address that
+    people use, where a proxy hides it."""
     origin = connection.headers.get("origin")
     if origin is None:
         return connection.headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
-    return origin.partition("://")[2] == connection.headers.get("host", "")
+    return origin.partition("://")[2] == connection.headers.get("host", "") or origin == own

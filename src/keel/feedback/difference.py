@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 MOST = 4_000_000  # pairs of words that are compared; larger texts are compared line by line
 _SPACED = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]+"  # words of scripts that part them
-_WORD = re.compile(rf"{_SPACED}|\s+|.", re.DOTALL)
+_WORD = re.compile(rf"{_SPACED}\s*|\s+|.", re.DOTALL)
 
 Segment = tuple[str, bool]  # text, whether the other side has it too
 

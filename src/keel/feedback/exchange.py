@@ -54,6 +54,6 @@ def add(store: Store, project: str, path: Path, *, format: str | None = None, by
 
 
 def lines(store: Store, project: str, form: str) -> Iterator[str]:
-    """A project's items and votes in a format, a line of JSON a row."""
-    for row in formats.rows_of(formats.of_project(store, project), form):
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+    """A project's items and votes in a format, a line of JSON a row; what is wrong is raised at once."""
+    rows = formats.rows_of(formats.of_project(store, project), form)
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -61,13 +61,19 @@ def address_of(listener: socket.socket, host: str) -> str:
 
 
 def serve(
-    store: Store, listener: socket.socket, *, say: Callable[[str], None], requests: bool = False, rate: float
+    store: Store,
+    listener: socket.socket,
+    *,
+    say: Callable[[str], None],
+    rate: float,
+    requests: bool = False,
+    url: str | None = None,
 ) -> None:
     """Answer requests until Ctrl-C or SIGTERM. requests: log each to stderr, without codes or tokens."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("keel.label").setLevel(logging.INFO if requests else logging.WARNING)
     config = uvicorn.Config(
-        create_app(store, rate=rate, burst=3 * rate),
+        create_app(store, rate=rate, burst=3 * rate, url=url),
         log_config=None,
         access_log=False,  # it would hold the codes of invitations
         server_header=False,

@@ -44,6 +44,7 @@ class Web:
 
     store: Store
     auth: Auth
+    url: str | None = None  # https://label.example.org, where a proxy stands before the server
     # codes and tokens that were wrong, by address: guessing one takes longer than the sun will shine
     wrong: Limit = field(default_factory=lambda: Limit(rate=0.2, burst=20))
     templates: jinja2.Environment = field(default_factory=lambda: _environment())
@@ -148,7 +149,9 @@ def _enter_by_token(request: Request) -> None:
 
 async def _own_form(request: Request) -> None:
     form = await request.form(max_files=1, max_fields=200)
-    if not from_here(request) or not web(request).auth.holds(_holder(request), form.get("csrf")):
+    if not from_here(request, web(request).url) or not web(request).auth.holds(
+        _holder(request), form.get("csrf")
+    ):
         raise HTTPException(403, "csrf")
     request.state.form = form
 
@@ -225,7 +228,12 @@ def tabs(who: Person) -> list[tuple[str, str]]:
 
 def secure(request: Request) -> bool:
     """Whether cookies may travel by https only."""
-    return request.url.scheme == "https"
+    return request.url.scheme == "https" or (web(request).url or "").startswith("https:")
+
+
+def link(request: Request, code: str) -> str:
+    """The address at which an invitation's code is used."""
+    return f"{web(request).url or str(request.base_url).rstrip('/')}/join/{code}"
 
 
 def to(path: str) -> Response:

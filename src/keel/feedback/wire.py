@@ -11,15 +11,16 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG = logging.getLogger("keel.label")
-LARGEST = 64 * 2**20  # bytes of a request: a file of pairs that an admin adds
+LARGEST = 4 * 2**20  # bytes of a request
+LARGEST_FILE = 256 * 2**20  # of one that adds items
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -65,9 +66,10 @@ class Limit:
 class Wire:
     """The outermost layer of the app."""
 
-    def __init__(self, app: ASGIApp, limit: Limit, cookie: str) -> None:
-        """limit: requests by session cookie, else by address."""
-        self.app, self.limit, self.cookie = app, limit, cookie
+    def __init__(self, app: ASGIApp, limit: Limit, holder: Callable[[Scope], str | None]) -> None:
+        """limit: requests of one person. holder: whose session or token a request bears, if anybody's; others
+        are counted by their address."""
+        self.app, self.limit, self.holder = app, limit, holder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,28 +104,19 @@ class Wire:
             )
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > LARGEST:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        most = LARGEST_FILE if scope["path"].endswith("/items") else LARGEST
+        if not length.isdigit() or int(length) > most:
             await PlainTextResponse("This request is too large.", 413)(scope, receive, send)
             return
         if not scope["path"].startswith("/static/"):
-            wait = self.limit.wait(self._key(scope, headers))
+            wait = self.limit.wait(self.holder(scope) or address(scope))
             if wait:
                 answer = PlainTextResponse("Too many requests; wait a moment.", 429)
                 answer.headers["Retry-After"] = str(math.ceil(wait))
                 await answer(scope, receive, send)
                 return
-        await self.app(scope, _counted(receive), send)
-
-    def _key(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-        for part in headers.get(b"cookie", b"").decode("latin-1").split(";"):
-            name, _, value = part.strip().partition("=")
-            if name == self.cookie and value:
-                return value
-        if bearer := headers.get(b"authorization"):
-            return bearer.decode("latin-1")
-        return address(scope)
+        await self.app(scope, _counted(receive, most), send)
 
 
 def address(scope: Scope) -> str:
@@ -132,7 +125,7 @@ def address(scope: Scope) -> str:
     return client[0] if client else "?"
 
 
-def _counted(receive: Receive) -> Receive:
+def _counted(receive: Receive, most: int) -> Receive:
     """`receive` that ends a body that is larger than it said, or says nothing of its size."""
     seen = 0
 
@@ -140,13 +133,11 @@ def _counted(receive: Receive) -> Receive:
         nonlocal seen
         message = await receive()
         seen += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if seen > LARGEST else message
+        return {"type": "http.disconnect"} if seen > most else message
 
     return counted
 
 
 def logged_path(scope: Scope) -> str:
-    """The path for the log: of a route with a code in it its pattern; never a query."""
-    route: Any = scope.get("route")
-    path = getattr(route, "path", "") if scope["path"].startswith("/join/") else scope["path"]
-    return path or "/join/…"
+    """The path for the log, without what would let its reader in: codes of invitations, and queries."""
+    return "/join/…" if scope["path"].startswith("/join/") else scope["path"]

@@ -36,26 +36,38 @@ def sign_in(request: Request) -> Response:
 @router.get("/join/{code}")
 def join_form(request: Request, code: str) -> Response:
     """The form of an invitation. Looking does not use it up: programs look at links too."""
-    return _entry(request, "join", "join.heading")
+    suggested = web.store(request).invitation(code)
+    if suggested is None:
+        return _no_code(request)
+    return _entry(request, "join", "join.heading", name=suggested)
 
 
 @router.post("/join/{code}")
 def join(request: Request, code: str) -> Response:
     """Use an invitation: a session begins."""
     state, name = web.web(request), web.fields(request).get("name", "").strip()
-    words = web.translator(request)
+    if state.store.invitation(code) is None:
+        return _no_code(request)
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
-        return _entry(request, "join", "join.heading", problem=words("join.bad_name"), name=name, status=422)
+        problem = web.translator(request)("join.bad_name")
+        return _entry(request, "join", "join.heading", problem=problem, name=name, status=422)
     try:
         token = state.store.accept(code, name)
-    except UsageError as error:
-        if state.wrong.wait(address(request.scope)):
-            raise HTTPException(429) from None
+    except UsageError as error:  # the name is taken, or the code was used in this very moment
         return _entry(request, "join", "join.heading", problem=str(error), name=name, status=422)
     response = web.to("/")
     state.auth.remember(response, token, secure=web.secure(request))
     response.delete_cookie(VISITOR)
     return response
+
+
+def _no_code(request: Request) -> Response:
+    """The same for codes that were used, have expired or never were."""
+    if web.web(request).wrong.wait(address(request.scope)):
+        raise HTTPException(429)
+    return _entry(
+        request, "sign-in", "sign_in.heading", problem=web.translator(request)("join.bad_code"), status=404
+    )
 
 
 def _entry(

@@ -44,10 +44,11 @@ def interval(measure: Measure, digits: int = 2) -> str:
     """A value with its interval: 0.71 (0.62 to 0.78); a dash where there is none."""
     if measure is None:
         return "–"
-    value = f"{measure['mean']:.{digits}f}"
-    if measure.get("low") is None:
-        return value
-    return f"{value} ({measure['low']:.{digits}f} – {measure['high']:.{digits}f})"
+    value, low, high = (
+        None if measure.get(key) is None else f"{measure[key]:.{digits}f}".replace("-", "−")
+        for key in ("mean", "low", "high")
+    )
+    return f"{value}" if low is None else f"{value} ({low} – {high})"
 
 
 def percent(measure: Measure) -> str:
@@ -146,8 +147,8 @@ def _order(found: Mapping[str, Any] | None, words: Translator) -> dict[str, Any]
             {
                 "pair": f"{pair['higher']} > {pair['lower']}",
                 "preferred": f"{100 * pair['preferred']:.0f} %",
-                "clear": _votes(pair["until_clear"], words),
-                "changed": _votes(pair["until_changed"], words),
+                "until_clear": _votes(pair["until_clear"], words),
+                "until_changed": _votes(pair["until_changed"], words),
             }
             for pair in found["neighbours"]
         ],

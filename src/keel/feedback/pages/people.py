@@ -47,7 +47,7 @@ def invite(request: Request, project: str) -> Response:
     code = store.invite(
         role, None if role == "admin" else project, who.id, fields.get("name", "").strip()[:80]
     )
-    return _people(request, project, _address(request, code))
+    return _people(request, project, web.link(request, code))
 
 
 @router.post("/projects/{project}/people/{person}/pause")
@@ -69,8 +69,4 @@ def link(request: Request, project: str, person: int) -> Response:
     web.project_of(request, project)
     if person not in {one.id for one in store.people(project)}:
         raise NotFoundError("no such person in this project")
-    return _people(request, project, _address(request, store.sign_in_link(person, who.id)))
-
-
-def _address(request: Request, code: str) -> str:
-    return f"{str(request.base_url).rstrip('/')}/join/{code}"
+    return _people(request, project, web.link(request, store.sign_in_link(person, who.id)))

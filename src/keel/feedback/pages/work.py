@@ -92,7 +92,7 @@ def vote(request: Request, project: str, item: int) -> Response:
     found = store.assignment(project, who.id, item)
     try:
         answer = answer_of(settings, found.shown, fields)
-        cast = store.cast(project, who.id, item, answer, fields.get("client_id", "")[:100], _seconds(fields))
+        cast = store.cast(project, who.id, item, answer, fields.get("client_id", "")[:100] or secrets.token_urlsafe(12), _seconds(fields))
     except PausedError:
         return _done(request, f"/projects/{project}/work")
     except (FormError, UsageError) as error:
@@ -101,7 +101,9 @@ def vote(request: Request, project: str, item: int) -> Response:
             return JSONResponse({"problem": text}, 422)
         return _show(request, settings, found, fields, text, 422)
     after = "history" if fields.get("editing") else "work"
-    return _done(request, f"/projects/{project}/{after}?saved={cast.status}")
+    view = fields.get("view")
+    kept = f"&view={view}" if view in VIEWS[1:] and after == "work" else ""
+    return _done(request, f"/projects/{project}/{after}?saved={cast.status}{kept}")
 
 
 def _seconds(fields: Mapping[str, str]) -> float | None:

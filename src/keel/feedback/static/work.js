@@ -60,19 +60,19 @@ function digit(value) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.defaultPrevented || event.isComposing || event.altKey || event.metaKey) return;
+  if (event.defaultPrevented || event.isComposing || event.altKey) return;
   const element = event.target;
   if (event.key === "Escape" && typing(element)) {
     element.closest("details.drawer")?.removeAttribute("open");
     element.blur();
     return;
   }
-  if (event.key === "Enter" && event.ctrlKey) {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     const submit = form?.querySelector("[data-submit]");
     if (submit && element !== document.getElementById("reason")) { event.preventDefault(); submit.click(); }
     return;
   }
-  if (event.ctrlKey || typing(element) || keysDialog?.open || !switchedOn()) return;
+  if (event.ctrlKey || event.metaKey || typing(element) || keysDialog?.open || !switchedOn()) return;
   if (event.key === "Enter") {
     const submit = form?.querySelector("[data-submit]");
     const own = element.closest?.("a, button, summary, select");
@@ -136,8 +136,6 @@ document.addEventListener("click", async (event) => {
     if (!answer.ok) throw new Error(String(answer.status));
     page = new DOMParser().parseFromString(await answer.text(), "text/html");
   } catch { location.assign(link.href); return; }
-  const fields = new Map();
-  for (const field of form.querySelectorAll("[data-place] input:checked")) fields.set(field.name, field.value);
   for (const selector of [".views", ".prompt", ".replies"]) {
     const old = document.querySelector(selector), fresh = page.querySelector(selector);
     if (!old || !fresh) continue;
@@ -151,6 +149,7 @@ document.addEventListener("click", async (event) => {
     } else old.replaceWith(document.adoptNode(fresh));
   }
   history.replaceState(null, "", link.href);
+  if (form?.elements.view) form.elements.view.value = link.dataset.view;
   document.querySelector(`a[data-view="${link.dataset.view}"]`)?.focus();
 });
 
