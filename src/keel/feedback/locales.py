@@ -19,7 +19,7 @@ def words(language: str) -> Mapping[str, str]:
 
 
 class Translator:
-    """`_("work.left", n=3)`: the text of a key with its values put in. KeyError for an unknown key."""
+    """`_("work.today", n=3)`: the text of a key with its values put in. KeyError for an unknown key."""
 
     def __init__(self, language: str) -> None:
         self.language = language

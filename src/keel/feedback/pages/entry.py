@@ -23,7 +23,7 @@ def home(request: Request) -> Response:
     names = store.projects(who.id)
     if who.role == "annotator" and len(names) == 1:
         return web.to(f"/projects/{names[0].name}/work")
-    cards = [{"project": project, "progress": store.progress(project.name, who.id)} for project in names]
+    cards = [{"project": project, "counts": store.counts(project.name)} for project in names]
     return web.page(request, "home.html", cards=cards)
 
 

@@ -34,7 +34,7 @@ def _overview(
         status,
         project=project,
         tab="overview",
-        progress=store.progress(project.name, web.person(request).id),
+        counts=store.counts(project.name),
         people=len(store.people(project.name)),
         disputed=len(store.disputed(project.name)),
         forms=exchange.forms_of(project.task),
