@@ -34,7 +34,14 @@ HOSTILE = (
     '<form action="http://outside.example"><input name=csrf></form> <style>body{display:none}</style> '
     "<iframe src=http://outside.example></iframe> [ok](https://fine.example/)"
 )
-LONG = "x" * 600 + "\n\nhttps://fine.example/" + "path/" * 80 + "\n\n| a | b |\n|---|---|\n| " + "w" * 300 + " | 2 |"
+LONG = (
+    "x" * 600
+    + "\n\nhttps://fine.example/"
+    + "path/" * 80
+    + "\n\n| a | b |\n|---|---|\n| "
+    + "w" * 300
+    + " | 2 |"
+)
 CHINESE = "光合作用是植物利用阳光，把二氧化碳和水转化为葡萄糖和氧气的过程。"
 ARABIC = "عاصمة المغرب هي **الرباط**، وهي مدينة على ساحل المحيط الأطلسي."
 
@@ -45,7 +52,10 @@ def pairs(count: int) -> list[NewItem]:
         NewItem(
             f"{SECRET}-pair-{i}",
             f"How do I change address number {i}?",
-            [Reply(f"Open your account, page {i}.", f"{SECRET}-a"), Reply(f"Write to us: {i}.", f"{SECRET}-b")],
+            [
+                Reply(f"Open your account, page {i}.", f"{SECRET}-a"),
+                Reply(f"Write to us: {i}.", f"{SECRET}-b"),
+            ],
         )
         for i in range(count)
     ]
@@ -82,7 +92,9 @@ def fill(store: Store) -> None:
     store.create_project(Project("empty"), by=None)
     for name, replies in (("ratings", 1), ("ranks", 3), ("edits", 1), ("thumbs", 1)):
         items = [
-            NewItem(f"{i}", f"question {i}", [Reply(f"reply {i} {k}", f"{SECRET}-{k}") for k in range(replies)])
+            NewItem(
+                f"{i}", f"question {i}", [Reply(f"reply {i} {k}", f"{SECRET}-{k}") for k in range(replies)]
+            )
             for i in range(8)
         ]
         store.add_items(name, items, by=None)

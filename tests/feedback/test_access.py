@@ -44,9 +44,12 @@ def test_the_app_serves_no_other_route(app):
 
 def test_the_documentation_has_the_same_table():
     text = (ROOT / "docs" / "labelling.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^\| `((?:GET|POST) [^`]+)` \| [^|]+ \| ([ ✓]*) \| ([ ✓]*) \| ([ ✓]*) \| ([ ✓]*) \|$", text, re.M)
+    lines = re.findall(
+        r"^\| `((?:GET|POST) [^`]+)` \| [^|]+ \| ([ ✓]*) \| ([ ✓]*) \| ([ ✓]*) \| ([ ✓]*) \|$", text, re.M
+    )
     table = {
-        route: {role for role, mark in zip(ROLES, marks, strict=True) if mark.strip()} for route, *marks in lines
+        route: {role for role, mark in zip(ROLES, marks, strict=True) if mark.strip()}
+        for route, *marks in lines
     }
     assert table == {route: set(allowed) for route, allowed in ACCESS.items()}
 
@@ -63,7 +66,9 @@ def visitors(enter, store) -> dict[str, Any]:
 
 
 def _path(route: str, store: Any, role: str) -> str:
-    path = route.split()[1].replace("{project}", "pairs").replace("{form}", "keel").replace("{code}", "nonsense")
+    path = (
+        route.split()[1].replace("{project}", "pairs").replace("{form}", "keel").replace("{code}", "nonsense")
+    )
     path = path.replace("{person}", str(store.person_named("viewer one").id))
     item = 1
     if role in ("annotator", "admin"):

@@ -32,7 +32,9 @@ def test_a_ranking_names_replies_not_positions():
 def _answers():
     comment = st.sampled_from(["", "because"])
     pair = st.builds(Answer, choice=st.sampled_from(["a", "b", "tie", "both_bad"]), comment=comment)
-    strong = st.builds(Answer, choice=st.sampled_from(["a", "b"]), strength=st.integers(1, 3), comment=comment)
+    strong = st.builds(
+        Answer, choice=st.sampled_from(["a", "b"]), strength=st.integers(1, 3), comment=comment
+    )
     ratings = st.fixed_dictionaries({"kind": st.integers(1, 5), "true": st.integers(0, 10)})
     rating = st.builds(Answer, ratings=ratings, comment=comment)
     ranking = st.sampled_from([[[0], [1], [2]], [[2, 1], [0]], [[0, 1, 2]], [[1], [0, 2]]])

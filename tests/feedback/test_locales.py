@@ -32,7 +32,9 @@ def test_every_text_that_a_page_names_is_there():
     asked = {
         key
         for path in SOURCES
-        for key in re.findall(r"\b(?:_|words|translator\(request\))\(\s*[\"']([\w.-]+)[\"']\s*[,)]", path.read_text("utf-8"))
+        for key in re.findall(
+            r"\b(?:_|words|translator\(request\))\(\s*[\"']([\w.-]+)[\"']\s*[,)]", path.read_text("utf-8")
+        )
         if "." in key
     }
     assert len(asked) > 120
@@ -41,7 +43,11 @@ def test_every_text_that_a_page_names_is_there():
 
 def test_every_text_is_asked_for_somewhere():
     text = "".join(path.read_text("utf-8") for path in SOURCES)
-    groups = set(re.findall(r"[\"']([\w-]+\.(?:title\.)?)[\"'] ?~", text)) | {"settings.", "choice.", "error."}
+    groups = set(re.findall(r"[\"']([\w-]+\.(?:title\.)?)[\"'] ?~", text)) | {
+        "settings.",
+        "choice.",
+        "error.",
+    }
     groups |= set(re.findall(r"f[\"']([\w-]+\.(?:strength_)?)\{", text)) | {"paused.", "form.", "problem."}
     unused = [k for k in ENGLISH if k not in text and not any(k.startswith(group) for group in groups)]
     assert unused == []

@@ -42,7 +42,11 @@ def test_markup_of_a_reply_is_inert(text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from([*ATTACKS, "<", ">", '"', "'", "`", "$", "\\(", "\\)", "|", "\n", "a", "&#x3c;"])))
+@given(
+    st.lists(
+        st.sampled_from([*ATTACKS, "<", ">", '"', "'", "`", "$", "\\(", "\\)", "|", "\n", "a", "&#x3c;"])
+    )
+)
 def test_no_mixture_of_markup_gets_through(parts):
     assert not FORBIDDEN.search(str(render.markdown("".join(parts))))
 

@@ -207,7 +207,7 @@ def _form(project: Project, replies: int) -> str:
 def read_verdict(project: Project, told: str, replies: int) -> Answer | None:
     """The answer in a model's text, by shown positions: its last JSON object that is one. None where there is
     none."""
-    told = told.rsplit("</think>", 1)[-1]
+    told = told.rsplit("</think>", 1)[-1][-20_000:]
     for found in reversed(_VERDICT.findall(told)):
         try:
             answer = _answer(project, json.loads(found))
