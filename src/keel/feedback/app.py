@@ -22,7 +22,7 @@ from keel.votes.kinds import NotFoundError
 from keel.votes.store import Store
 
 RATE, BURST = 50.0, 150.0  # requests a second of one person, and at once
-_QUIET: dict[str, Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+_QUIET: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def create_app(store: Store, *, rate: float = RATE, burst: float = BURST, url: str | None = None) -> FastAPI:

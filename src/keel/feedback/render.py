@@ -126,7 +126,8 @@ def _turn(message: Mapping[str, Any]) -> Turn:
     role = str(message.get("role", ""))
     if role == "assistant" and not thought:
         thought, text = split_thought(text)
-    calls = tuple(_call(call) for call in message.get("tool_calls") or ())
+    called = message.get("tool_calls")
+    calls = tuple(_call(call) for call in called) if isinstance(called, list | tuple) else ()
     return Turn(role, text, thought, calls, str(message.get("name") or ""))
 
 
