@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, literal, select, update
 
 from keel.votes import audit, ballots, order, schema
 from keel.votes.codec import answer_of, clean, dumps, loads, new_salt, project_of, replies_of, salted
-from keel.votes.database import upsert
+from keel.votes.database import insert_row, upsert
 from keel.votes.kinds import Assignment, How, NotFoundError, PausedError, Project, Reply
 from keel.votes.people import person_row, seat_row
 from keel.votes.projects import project_row
@@ -348,12 +348,11 @@ def flag(connection: Connection, name: str, person_id: int, item_id: int, reason
     at = desk(connection, name, person_id)
     encounter(connection, at, item_id)
     salt, said = new_salt(), clean(reason)[:10_000]
-    row_id = connection.execute(
-        schema.flags.insert().values(
-            project_id=at.project_id, item_id=item_id, person_id=at.person.id, reason=said,
-            reason_digest=salted(salt, said), salt=salt, at=now,
-        )
-    ).inserted_primary_key[0]  # fmt: skip
+    row_id = insert_row(
+        connection, schema.flags,
+        project_id=at.project_id, item_id=item_id, person_id=at.person.id, reason=said,
+        reason_digest=salted(salt, said), salt=salt, at=now,
+    )  # fmt: skip
     audit.append(
         connection, "flags", row_id, "flag", at=now, by=at.person.id, project_id=at.project_id,
         change=audit.Change(revises=False),
