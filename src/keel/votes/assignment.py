@@ -164,7 +164,11 @@ def _along(
     connection: Connection, at: Desk, stream: order.Stream, now: float
 ) -> tuple[int, int | None] | None:
     """The first item of an order that this person may have, with its slot, locked; None for none."""
-    start = stream.start(at.seat)
+    tallies = schema.tallies
+    version = connection.execute(
+        select(tallies.c.order_version).where(tallies.c.project_id == at.project_id)
+    ).scalar_one()
+    start = stream.start(at.seat, version)
     for after in (start, None) if start is not None else (None,):
         passed, solid = None, True  # up to where everything was judged by this person
         for batch in stream.batches(connection, at.project_id, after):
@@ -174,10 +178,10 @@ def _along(
                 solid = solid and item in judged
                 passed = place if solid else passed
                 if item in free and (taken := _take(connection, at, item, now)) is not None:
-                    _remember(connection, at, stream, passed)
+                    _remember(connection, at, stream, passed, version)
                     return item, None if at.person.is_model else taken
         if passed is not None:
-            _remember(connection, at, stream, passed)
+            _remember(connection, at, stream, passed, version)
     return None
 
 
@@ -215,10 +219,15 @@ def _take(connection: Connection, at: Desk, item: int, now: float) -> int | None
     return None if slot is None else slot.number
 
 
-def _remember(connection: Connection, at: Desk, stream: order.Stream, place: tuple[Any, ...] | None) -> None:
-    if place is not None:
-        seats = schema.seats
-        connection.execute(update(seats).where(seats.c.id == at.seat.id).values(**stream.cursor(place)))
+def _remember(
+    connection: Connection, at: Desk, stream: order.Stream, place: tuple[Any, ...] | None, version: int
+) -> None:
+    """Keep a place in the order; places in an older one are dropped."""
+    if place is None:
+        return
+    seats, old = schema.seats, {"rank_cursor": None, "urgency_cursor": None, "urgency_rank_cursor": None}
+    values = {**(old if at.seat.order_version != version else {}), **stream.cursor(place)}
+    connection.execute(update(seats).where(seats.c.id == at.seat.id).values(order_version=version, **values))
 
 
 def _skipped(connection: Connection, at: Desk, now: float) -> tuple[int, int | None, How] | None:

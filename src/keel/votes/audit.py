@@ -35,6 +35,7 @@ class Change:
     items: int = 0
     open_items: int = 0
     counted: int = 0
+    reorders: bool = False  # whether the order in which items come has changed
     revises: bool = True  # whether what is learned from the project has changed
 
 
@@ -137,6 +138,8 @@ def _count(connection: Connection, project_id: int, content: str, change: Change
         for name in ("items", "open_items", "counted")
         if getattr(change, name)
     }
+    if change.reorders:
+        values["order_version"] = tallies.c.order_version + 1
     if change.revises:
         before = connection.execute(select(tallies.c.revision).where(mine).with_for_update()).scalar_one()
         values["revision"] = hashlib.sha256(f"{before} {content}".encode()).hexdigest()

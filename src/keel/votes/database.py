@@ -31,7 +31,10 @@ T = TypeVar("T")
 BUSY_SECONDS = 15.0  # how long a transaction waits for another process's
 TRIES = 8
 _AGAIN = {"40001", "40P01", "55P03"}  # PostgreSQL: serialization failure, deadlock, lock not available
-_FULL = "the disk of the database is full: nothing of this was recorded; make room, then do it again"
+_FULL = (
+    "the disk of the database is full, or does not work: nothing of this was recorded; make room, then do it "
+    "again"
+)
 
 
 class StoreError(KeelError):
@@ -211,7 +214,7 @@ def _said(where: str) -> Iterator[None]:
 def _in_words(error: DBAPIError, where: str) -> Exception:
     text = str(error.orig).strip().partition("\n")[0]
     state = getattr(error.orig, "sqlstate", None)
-    if state == "53100" or "disk is full" in text or "No space left" in text:
+    if state == "53100" or any(words in text for words in ("disk is full", "No space left", "disk I/O")):
         return StoreError(_FULL)
     if "locked" in text or "busy" in text or state in _AGAIN:
         return StoreError(f"{where} is busy: another program has held it for {BUSY_SECONDS:g} s; try again")

@@ -10,7 +10,8 @@ next is drawn with the same share; where one kind is used up, the other comes. E
 was.
 
 A cursor by person remembers up to where they have judged everything, so that finding the next item does not
-get slower with their work. It is only a shortcut: the search begins anew where it finds nothing.
+get slower with their work. It is only a shortcut: the search begins anew where it finds nothing, and when the
+order has changed.
 """
 
 from __future__ import annotations
@@ -75,17 +76,6 @@ def deal(connection: Connection, project_id: int, project: Project) -> None:
         connection.execute(
             update(items).where(items.c.id == bindparam("row")).values(at_random=bindparam("drawn")), values
         )
-    rewind(connection, project_id)
-
-
-def rewind(connection: Connection, project_id: int) -> None:
-    """Everybody's next search begins at the start of the order."""
-    seats = schema.seats
-    connection.execute(
-        update(seats)
-        .where(seats.c.project_id == project_id)
-        .values(rank_cursor=None, urgency_cursor=None, urgency_rank_cursor=None)
-    )
 
 
 # ---------------------------------------------------------------- going along the order
@@ -99,8 +89,10 @@ class Stream:
     apart: bool | None  # only items that are, or are not, of the random share; None: all
     open_only: bool = True  # only items with a free slot; a model judges the others too
 
-    def start(self, seat: Any) -> tuple[Any, ...] | None:
-        """Where this person goes on."""
+    def start(self, seat: Any, order_version: int) -> tuple[Any, ...] | None:
+        """Where this person goes on; None: at the start."""
+        if seat.order_version != order_version:
+            return None
         if self.how == "uncertain":
             found = (seat.urgency_cursor, seat.urgency_rank_cursor)
         else:

@@ -120,6 +120,7 @@ def seat_row(connection: Connection, project_id: int, person_id: int, *, lock: b
         return row
     new: dict[str, Any] = {
         "invited": False, "paused": None, "gold_since": 0.0, "served": 0, "gold_served": 0, "done": 0,
+        "order_version": -1,
     }  # fmt: skip
     if not lock:
         return SimpleNamespace(id=None, project_id=project_id, person_id=person_id, **new)
