@@ -19,9 +19,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, select, tuple_, update
+from sqlalchemy import Connection, bindparam, literal_column, select, tuple_, update
 
 from keel.votes import schema
 from keel.votes.kinds import Project
@@ -108,23 +109,32 @@ class Stream:
         self, connection: Connection, project_id: int, after: tuple[Any, ...] | None
     ) -> Iterator[Sequence[tuple[int, tuple[Any, ...]]]]:
         """The open items in this order from a place on: (item, place), more at a time the longer it takes."""
-        items = schema.items
-        keys = [items.c.urgency, items.c.rank] if self.how == "uncertain" else [items.c.rank]
-        where: list[Any] = [items.c.project_id == project_id]
-        where.append(items.c.open_slots > 0 if self.open_only else items.c.gold.is_(None))
-        if self.apart is not None:
-            where.append(items.c.at_random == self.apart)
         size = _FIRST
         while True:
-            query = select(items.c.id, *keys).where(*where).order_by(*keys).limit(size)
-            if after is not None:
-                query = query.where(tuple_(*keys) > after if len(keys) > 1 else keys[0] > after[0])
-            rows = [(row[0], tuple(row[1:])) for row in connection.execute(query)]
+            places = {f"place_{number}": value for number, value in enumerate(after or ())}
+            query = self._part(after is None)
+            values = {"project": project_id, "apart": self.apart, "size": size, **places}
+            rows = [(row[0], tuple(row[1:])) for row in connection.execute(query, values)]
             if rows:
                 yield rows
             if len(rows) < size:
                 return
             after, size = rows[-1][1], min(4 * size, _MOST)
+
+    @cache  # noqa: B019 - there are six of them
+    def _part(self, from_start: bool) -> Any:
+        """The query for a part of the order."""
+        items = schema.items
+        keys = [items.c.urgency, items.c.rank] if self.how == "uncertain" else [items.c.rank]
+        # written out, so that PostgreSQL sees that the index of open items will do
+        usual = literal_column("open_slots > 0") if self.open_only else items.c.gold.is_(None)
+        where: list[Any] = [items.c.project_id == bindparam("project"), usual]
+        if self.apart is not None:
+            where.append(items.c.at_random == bindparam("apart"))
+        if not from_start:
+            places = [bindparam(f"place_{number}") for number in range(len(keys))]
+            where.append(tuple_(*keys) > tuple_(*places) if len(keys) > 1 else keys[0] > places[0])
+        return select(items.c.id, *keys).where(*where).order_by(*keys).limit(bindparam("size"))
 
 
 def streams(project: Project, person_id: int, served: int, *, open_only: bool) -> list[Stream]:

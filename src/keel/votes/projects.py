@@ -13,7 +13,7 @@ from sqlalchemy import Connection, delete, func, literal, or_, select, text, upd
 from keel.errors import UsageError
 from keel.votes import audit, ballots, order, schema
 from keel.votes.codec import clean, digest, project_json, project_of
-from keel.votes.database import insert_row
+from keel.votes.database import insert_row, row_of
 from keel.votes.kinds import CHOICES, ORDERS, TASKS, NotFoundError, Project
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
@@ -88,9 +88,10 @@ def create(connection: Connection, project: Project, by: int | None, now: float)
 
 def project_row(connection: Connection, name: str, *, lock: bool = False) -> Any:
     """A project's row. NotFoundError where there is none. lock: who else asks so waits; votes do not."""
-    table = schema.projects
-    query = select(table).where(table.c.name == name)
-    row = connection.execute(query.with_for_update(key_share=True) if lock else query).one_or_none()
+    row = row_of(connection, schema.projects, name=name)
+    if lock:
+        held = select(schema.projects.c.id).where(schema.projects.c.name == name)
+        connection.execute(held.with_for_update(key_share=True))
     if row is None:
         raise NotFoundError(f"there is no project named {name!r}")
     return row
