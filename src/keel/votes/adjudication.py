@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Select, func, literal, select
+from sqlalchemy import Connection, func, literal, select
 
 from keel.errors import UsageError
 from keel.votes import answers, audit, schema
 from keel.votes.codec import answer_json, answer_of, clean, loads, new_salt, project_of, replies_of, salted
+from keel.votes.database import insert_row
 from keel.votes.kinds import Adjudication, Answer, Disputed, Flag, NotFoundError, VoteRow
 from keel.votes.people import person_row
 from keel.votes.projects import project_row
@@ -22,7 +23,7 @@ _AT_ONCE = 1000
 # ---------------------------------------------------------------- votes, read
 
 
-def _standing(project_id: int) -> Select[Any]:
+def _standing(project_id: int) -> Any:
     """Standing votes with everything that a `VoteRow` says."""
     votes, versions, items = schema.votes, schema.versions, schema.items
     mine, people = schema.encounters, schema.people
@@ -125,12 +126,11 @@ def adjudicate(
         raise NotFoundError(f"{name} has no item number {item_id}")
     answers.check(project_of(name, row.settings), len(replies_of(item.replies)), answer)
     salt, said = new_salt(), clean(note)[: answers.LONGEST_COMMENT]
-    row_id = connection.execute(
-        schema.adjudications.insert().values(
-            project_id=row.id, item_id=item_id, person_id=person_id, answer=answer_json(answer), note=said,
-            note_digest=salted(salt, said), salt=salt, at=now,
-        )
-    ).inserted_primary_key[0]  # fmt: skip
+    row_id = insert_row(
+        connection, schema.adjudications,
+        project_id=row.id, item_id=item_id, person_id=person_id, answer=answer_json(answer), note=said,
+        note_digest=salted(salt, said), salt=salt, at=now,
+    )  # fmt: skip
     audit.append(
         connection, "adjudications", row_id, "adjudicate", at=now, by=person_id, project_id=row.id,
         change=audit.Change(),

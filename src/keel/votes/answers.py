@@ -56,7 +56,8 @@ def _check_choice(project: Project, answer: Answer) -> None:
         raise UsageError("this project does not ask how much better a reply is")
     if answer.choice not in sides:
         raise UsageError(f"a strength goes with {' or '.join(sides)}, not with {answer.choice!r}")
-    if answer.strength not in STRENGTHS or isinstance(answer.strength, bool):
+    strength: object = answer.strength
+    if isinstance(strength, bool) or strength not in STRENGTHS:
         raise UsageError(f"the strength is {answer.strength!r}, not 1, 2 or 3")
 
 
@@ -66,17 +67,21 @@ def _check_ratings(scales: Sequence[Scale], answer: Answer) -> None:
     if set(ratings) != set(names):
         raise UsageError(f"each of these is rated, and nothing else: {', '.join(names)}")
     for scale in scales:
-        value: object = ratings[scale.name]
-        if isinstance(value, bool) or not isinstance(value, int) or not scale.low <= value <= scale.high:
+        if not _is_on(scale, value := ratings[scale.name]):
             raise UsageError(
                 f"{scale.name} is rated {value!r}, not a whole number from {scale.low} to {scale.high}"
             )
 
 
+def _is_on(scale: Scale, value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and scale.low <= value <= scale.high
+
+
 def _check_ranking(replies: int, answer: Answer) -> None:
     groups = answer.ranking or ()
-    flat = [index for group in groups for index in group]
-    if any(isinstance(index, bool) for index in flat) or sorted(flat) != list(range(replies)):
+    flat: list[object] = [index for group in groups for index in group]
+    numbers = [index for index in flat if isinstance(index, int) and not isinstance(index, bool)]
+    if len(numbers) != len(flat) or sorted(numbers) != list(range(replies)):
         raise UsageError(f"a ranking names each of the {replies} replies once, ties in one group")
     if not all(groups):
         raise UsageError("a ranking has an empty group")

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, literal, select, update
 
 from keel.votes import audit, ballots, order, schema
 from keel.votes.codec import answer_of, clean, dumps, loads, new_salt, project_of, replies_of, salted
-from keel.votes.database import upsert
+from keel.votes.database import insert_row, upsert
 from keel.votes.kinds import Assignment, How, NotFoundError, PausedError, Project, Reply
 from keel.votes.people import person_row, seat_row
 from keel.votes.projects import project_row
@@ -63,7 +63,8 @@ def next_item(connection: Connection, name: str, person_id: int, now: float) -> 
 
 
 def _running(connection: Connection, at: Desk, now: float) -> Any:
-    """The newest item that is leased to this person, if its slot is still theirs."""
+    """The newest item that is leased to this person, if its slot is still theirs. Gold stays until it is
+    answered or skipped: letting its time run out is no way around it."""
     mine, slots = schema.encounters, schema.slots
     joined = mine.outerjoin(slots, (slots.c.item_id == mine.c.item_id) & (slots.c.number == mine.c.slot))
     return connection.execute(
@@ -71,7 +72,7 @@ def _running(connection: Connection, at: Desk, now: float) -> Any:
         .select_from(joined)
         .where(
             mine.c.person_id == at.person.id, mine.c.project_id == at.project_id,
-            mine.c.state == "leased", mine.c.leased_until > now,
+            mine.c.state == "leased", (mine.c.leased_until > now) | (mine.c.how == "gold"),
             mine.c.slot.is_(None) | ((slots.c.person_id == at.person.id) & slots.c.vote_id.is_(None)),
         )
         .order_by(mine.c.leased_at.desc(), mine.c.item_id.desc())
@@ -101,10 +102,25 @@ def _gold_place(at: Desk, block: int, every: int) -> int:
 
 
 def gold_to_come(connection: Connection, at: Desk, usual: int) -> int:
-    """Gold items that this person will meet among the next `usual` others, as far as there are any."""
-    every = _every(at.project)
-    if every is None or usual == 0:
-        return 0
+    """Gold items that this person meets until `usual` others are done, as far as there are any; what is
+    leased to them now is among both."""
+    mine, items, every = schema.encounters, schema.items, _every(at.project)
+    query = (
+        select(items.c.gold.is_not(None), func.count())
+        .select_from(mine)
+        .join(items, items.c.id == mine.c.item_id)
+        .where(
+            mine.c.person_id == at.person.id, mine.c.project_id == at.project_id, mine.c.state == "leased"
+        )
+        .group_by(items.c.gold.is_not(None))
+    )  # fmt: skip
+    leased = {bool(is_gold): count for is_gold, count in connection.execute(query)}
+    usual = max(0, usual - leased.get(False, 0))  # of which none was handed out yet
+    return leased.get(True, 0) + (_gold_among(connection, at, usual, every) if every and usual else 0)
+
+
+def _gold_among(connection: Connection, at: Desk, usual: int, every: int) -> int:
+    """Gold items among those that are handed out from now on, until `usual` others were."""
     block, place = divmod(at.seat.served, every)
     coming = 0
     if at.seat.gold_served <= block:  # this block's is still to come
@@ -348,12 +364,11 @@ def flag(connection: Connection, name: str, person_id: int, item_id: int, reason
     at = desk(connection, name, person_id)
     encounter(connection, at, item_id)
     salt, said = new_salt(), clean(reason)[:10_000]
-    row_id = connection.execute(
-        schema.flags.insert().values(
-            project_id=at.project_id, item_id=item_id, person_id=at.person.id, reason=said,
-            reason_digest=salted(salt, said), salt=salt, at=now,
-        )
-    ).inserted_primary_key[0]  # fmt: skip
+    row_id = insert_row(
+        connection, schema.flags,
+        project_id=at.project_id, item_id=item_id, person_id=at.person.id, reason=said,
+        reason_digest=salted(salt, said), salt=salt, at=now,
+    )  # fmt: skip
     audit.append(
         connection, "flags", row_id, "flag", at=now, by=at.person.id, project_id=at.project_id,
         change=audit.Change(revises=False),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection, Table, select, update
 
@@ -97,10 +97,10 @@ def append(
     """
     source, content = COVERED[table]
     row = connection.execute(select(source).where(source.c.id == row_id)).mappings().one_or_none()
+    now = GONE if row is None else digest(content(cast("Mapping[str, Any]", row)))
     append_digest(
-        connection, f"{table}:{row_id}", digest(content(row)) if row else GONE, action,
-        at=at, by=by, project_id=project_id, change=change,
-    )  # fmt: skip
+        connection, f"{table}:{row_id}", now, action, at=at, by=by, project_id=project_id, change=change
+    )
 
 
 def append_digest(
@@ -280,7 +280,7 @@ def _stream(connection: Connection, table: Table, order: Any, *where: Any) -> It
         if last is not None:
             query = query.where(order > last)
         rows = connection.execute(query).mappings().all()
-        yield from rows
+        yield from cast("list[Mapping[str, Any]]", rows)
         if len(rows) < 2000:
             return
         last = rows[-1][order.name]

@@ -8,6 +8,7 @@ from sqlalchemy import Connection, select, update
 
 from keel.votes import audit, schema
 from keel.votes.codec import answer_json, answer_of, clean, new_salt, salted
+from keel.votes.database import insert_row
 from keel.votes.kinds import Answer
 
 
@@ -34,22 +35,24 @@ def write_version(
         "status": status, "slot": slot, "withdrawn": answer is None, "version": version, "at": at,
     }  # fmt: skip
     if version == 1:
-        vote_id = connection.execute(
-            votes.insert().values(
-                project_id=vote.project_id, item_id=vote.item_id, person_id=vote.person_id, **now
-            )
-        ).inserted_primary_key[0]
+        vote_id = insert_row(
+            connection,
+            schema.votes,
+            project_id=vote.project_id,
+            item_id=vote.item_id,
+            person_id=vote.person_id,
+            **now,
+        )
     else:
         vote_id = vote.id
         connection.execute(update(votes).where(votes.c.id == vote_id).values(**now))
     salt, comment = new_salt(), clean(answer.comment) if answer else ""
-    row_id = connection.execute(
-        schema.versions.insert().values(
-            vote_id=vote_id, person_id=vote.person_id, version=version, kind=kind, status=status,
-            client_id=client_id, answer=None if answer is None else answer_json(answer), comment=comment,
-            comment_digest=salted(salt, comment), salt=salt, seconds=seconds, at=at,
-        )
-    ).inserted_primary_key[0]  # fmt: skip
+    row_id = insert_row(
+        connection, schema.versions,
+        vote_id=vote_id, person_id=vote.person_id, version=version, kind=kind, status=status,
+        client_id=client_id, answer=None if answer is None else answer_json(answer), comment=comment,
+        comment_digest=salted(salt, comment), salt=salt, seconds=seconds, at=at,
+    )  # fmt: skip
     audit.append(
         connection, "versions", row_id, kind, at=at, by=by, project_id=vote.project_id, change=change
     )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
@@ -140,6 +140,12 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def insert_row(connection: Connection, table: Table, **values: Any) -> int:
+    """Insert one row; the number that it was given."""
+    key = connection.execute(table.insert().values(**values)).inserted_primary_key
+    return cast("tuple[int, ...]", key)[0]
 
 
 def insert_ignore(connection: Connection, table: Table, values: Any) -> int:

@@ -21,6 +21,7 @@ from keel.votes.codec import (
     project_of,
     replies_of,
 )
+from keel.votes.database import insert_row
 from keel.votes.kinds import Added, ItemRow, NewItem, NotFoundError, Project, Text
 from keel.votes.projects import add_slots, project_row
 
@@ -38,11 +39,15 @@ def add(connection: Connection, name: str, new: Iterable[NewItem], by: int | Non
     """
     row = project_row(connection, name)
     project, items = project_of(name, row.settings), schema.items
-    batch_id = connection.execute(
-        schema.batches.insert().values(
-            project_id=row.id, items=0, digest=audit.batch_digest(()), at=now, person_id=by
-        )
-    ).inserted_primary_key[0]
+    batch_id = insert_row(
+        connection,
+        schema.batches,
+        project_id=row.id,
+        items=0,
+        digest=audit.batch_digest(()),
+        at=now,
+        person_id=by,
+    )
     added = known = 0
     stream = iter(new)
     while chunk := list(islice(stream, _AT_ONCE)):

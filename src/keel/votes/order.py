@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, bindparam, select, tuple_, update
 
@@ -95,7 +95,7 @@ def rewind(connection: Connection, project_id: int) -> None:
 class Stream:
     """One of the orders in which a project's items come."""
 
-    how: str  # random, uncertain
+    how: Literal["random", "uncertain"]  # random, uncertain
     apart: bool | None  # only items that are, or are not, of the random share; None: all
     open_only: bool = True  # only items with a free slot; a model judges the others too
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, func, or_, select, update
 from keel.errors import UsageError
 from keel.votes import audit, schema
 from keel.votes.codec import clean, hashed, new_salt, salted
-from keel.votes.database import insert_ignore
+from keel.votes.database import insert_ignore, insert_row
 from keel.votes.kinds import ROLES, Forgotten, NotFoundError, Person, Role
 from keel.votes.projects import project_row
 
@@ -41,12 +41,11 @@ def add(
         raise UsageError(f"there is somebody named {shown!r} already: choose another name")
     project_id = project_row(connection, project).id if project is not None else None
     salt = new_salt()
-    person_id = connection.execute(
-        schema.people.insert().values(
-            name=shown, name_key=key, salt=salt, name_digest=salted(salt, shown), role=role,
-            is_model=is_model, everywhere=project is None, paused=None, created=now, removed=None,
-        )
-    ).inserted_primary_key[0]  # fmt: skip
+    person_id = insert_row(
+        connection, schema.people,
+        name=shown, name_key=key, salt=salt, name_digest=salted(salt, shown), role=role,
+        is_model=is_model, everywhere=project is None, paused=None, created=now, removed=None,
+    )  # fmt: skip
     audit.append(connection, "people", person_id, "person", at=now, by=by)
     if project_id is not None:
         let_in(connection, project_id, person_id, by, now)
@@ -199,12 +198,11 @@ def _invitation(
     name: str, days: float, now: float,
 ) -> str:  # fmt: skip
     code = secrets.token_urlsafe(32)
-    row_id = connection.execute(
-        schema.invitations.insert().values(
-            hash=hashed(code), role=role, project_id=project_id, person_id=person_id, name=name,
-            created_by=by, created=now, expires=now + days * _DAY, used=None,
-        )
-    ).inserted_primary_key[0]  # fmt: skip
+    row_id = insert_row(
+        connection, schema.invitations,
+        hash=hashed(code), role=role, project_id=project_id, person_id=person_id, name=name,
+        created_by=by, created=now, expires=now + days * _DAY, used=None,
+    )  # fmt: skip
     audit.append(connection, "invitations", row_id, "invite", at=now, by=by, project_id=project_id)
     return code
 
@@ -251,11 +249,15 @@ def _credential(
     connection: Connection, kind: str, person_id: int, by: int | None, expires: float | None, now: float
 ) -> str:
     token = (API_PREFIX if kind == "api" else "") + secrets.token_urlsafe(32)
-    row_id = connection.execute(
-        schema.credentials.insert().values(
-            hash=hashed(token), kind=kind, person_id=person_id, created=now, expires=expires
-        )
-    ).inserted_primary_key[0]
+    row_id = insert_row(
+        connection,
+        schema.credentials,
+        hash=hashed(token),
+        kind=kind,
+        person_id=person_id,
+        created=now,
+        expires=expires,
+    )
     audit.append(connection, "credentials", row_id, kind, at=now, by=by)
     return token
 

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, delete, func, literal, or_, select, update
 from keel.errors import UsageError
 from keel.votes import audit, ballots, order, schema
 from keel.votes.codec import clean, digest, project_json, project_of
+from keel.votes.database import insert_row
 from keel.votes.kinds import CHOICES, ORDERS, TASKS, NotFoundError, Project
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
@@ -67,11 +68,14 @@ def create(connection: Connection, project: Project, by: int | None, now: float)
     project = checked(project)
     if connection.execute(select(schema.projects.c.id).where(schema.projects.c.name == project.name)).first():
         raise UsageError(f"there is a project named {project.name!r} already: choose another name")
-    project_id = connection.execute(
-        schema.projects.insert().values(
-            name=project.name, settings=project_json(project), created=now, created_by=by
-        )
-    ).inserted_primary_key[0]
+    project_id = insert_row(
+        connection,
+        schema.projects,
+        name=project.name,
+        settings=project_json(project),
+        created=now,
+        created_by=by,
+    )
     revision = hashlib.sha256(f"{project.name} {now}".encode()).hexdigest()
     connection.execute(
         schema.tallies.insert().values(

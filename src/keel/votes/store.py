@@ -107,9 +107,11 @@ class Store:
         """All projects, or those that a person may work in."""
         return self.database.read(projects.projects, person_id)
 
-    def change_project(self, name: str, by: int | None, **fields: Any) -> Project:
+    def change_project(
+        self, name: str, by: int | None, *, now: float | None = None, **fields: Any
+    ) -> Project:
         """Change settings that no vote depends on; `votes_per_item` adds or takes away slots."""
-        return self.database.write(projects.change, name, by, fields, time.time())
+        return self.database.write(projects.change, name, by, fields, _at(now))
 
     def revision(self, project: str) -> str:
         """A text that changes whenever an item, a vote or an adjudication does."""
