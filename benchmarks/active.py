@@ -1,13 +1,14 @@
 """Uncertain pairs first, against random order: `python benchmarks/active.py [--folder DIR] [--seeds 0,1,2]`.
 
-On the help desk, whose truth is known. A pool of pairs waits for votes, one vote a pair by one of its annotators.
-After 100 votes on pairs drawn at random, and each time the votes have doubled, a small reward model (an ensemble of
-three) is trained on all votes so far from the same SFT model; then the next pairs are drawn: at random, or 80 % of
-them by what a vote would tell (`keel.feedback.priorities`, mutual information of three members) and 20 % at random,
-as `keel label` does it. Accuracy is that of the members' mean on test pairs, by the gold reward.
+On the help desk, whose truth is known. A pool of pairs waits for votes, one vote a pair by one of its
+annotators. After 100 votes on pairs drawn at random, and each time the votes have doubled, a small reward model
+(an ensemble of three) is trained on all votes so far from the same SFT model; then the next pairs are drawn: at
+random, or 80 % of them by what a vote would tell (`keel.feedback.priorities`, mutual information of three
+members) and 20 % at random, as `keel label` does it. Accuracy is that of the members' mean on test pairs, by
+the gold reward.
 
-Printed are both accuracies by votes, their difference over seeds, and how many votes the uncertain order needed for
-the accuracy that the random order ends with. A run that was stopped goes on in the same folder.
+Printed are both accuracies by votes, their difference over seeds, and how many votes the uncertain order needed
+for the accuracy that the random order ends with. A run that was stopped goes on in the same folder.
 """
 
 from __future__ import annotations

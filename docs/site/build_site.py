@@ -38,6 +38,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/diagnosis.md",
         "docs/judging.md",
         "docs/overoptimization.md",
+        "docs/human-loop.md",
         "docs/memory.md",
         "docs/saving.md",
     ),
