@@ -39,6 +39,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/judging.md",
         "docs/labelling.md",
         "docs/overoptimization.md",
+        "docs/human-loop.md",
         "docs/memory.md",
         "docs/saving.md",
     ),

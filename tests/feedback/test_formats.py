@@ -34,9 +34,15 @@ def of_task(task: Task) -> Labels:
     """Votes of every sort on items of every sort."""
     plain = ['one reply, with "quotes" and a\nline', "another <b>reply</b>"]
     replies = {
-        "pairwise": [[Reply(t, s) for t, s in zip(plain, ("sft", "ppo"), strict=True)], [Reply(said(t)) for t in plain]],
-        "ranking": [[Reply(t, "sft") for t in (*plain, "a third")], [Reply(said(t)) for t in (*plain, "last")]],
-    }.get(task, [[Reply(plain[0], "sft")], [Reply(said(plain[1]))]])  # fmt: skip
+        "pairwise": [
+            [Reply(t, s) for t, s in zip(plain, ("sft", "ppo"), strict=True)],
+            [Reply(said(t)) for t in plain],
+        ],
+        "ranking": [
+            [Reply(t, "sft") for t in (*plain, "a third")],
+            [Reply(said(t)) for t in (*plain, "last")],
+        ],
+    }.get(task, [[Reply(plain[0], "sft")], [Reply(said(plain[1]))]])
     items = [
         NewItem("one", "What is it?", replies[0], {"topic": "things", "level": 3}),
         NewItem("two", CHAT, replies[1], {"topic": "greetings"}, None, 0.5),
@@ -44,21 +50,35 @@ def of_task(task: Task) -> Labels:
     ]
     answers: dict[Task, list[Answer]] = {
         "pairwise": [
-            Answer(choice="b", strength=2, comment="why: “so”"), Answer(choice="both_bad"),
-            Answer(choice="b"), Answer(choice="a", strength=1), Answer(choice="cannot_judge"), Answer(choice="tie"),
+            Answer(choice="b", strength=2, comment="why: “so”"),
+            Answer(choice="both_bad"),
+            Answer(choice="b"),
+            Answer(choice="a", strength=1),
+            Answer(choice="cannot_judge"),
+            Answer(choice="tie"),
         ],
         "thumbs": [
-            Answer(choice="up"), Answer(choice="up", comment="good"), Answer(choice="down"),
-            Answer(choice="down"), Answer(choice="cannot_judge"), Answer(choice="down"),
+            Answer(choice="up"),
+            Answer(choice="up", comment="good"),
+            Answer(choice="down"),
+            Answer(choice="down"),
+            Answer(choice="cannot_judge"),
+            Answer(choice="down"),
         ],
-        "rating": [Answer(ratings={"helpful": n, "honest": 6 - n}, comment="c" * (n == 2)) for n in (1, 2, 3, 4, 5, 5)],
+        "rating": [
+            Answer(ratings={"helpful": n, "honest": 6 - n}, comment="c" * (n == 2))
+            for n in (1, 2, 3, 4, 5, 5)
+        ],
         "ranking": [
-            Answer(ranking=[[2], [0, 1]]), Answer(ranking=[[0], [1], [2]], comment="close"),
-            Answer(ranking=[[0, 1, 2]]), Answer(ranking=[[1], [2], [0]]), Answer(ranking=[[2], [1], [0]]),
+            Answer(ranking=[[2], [0, 1]]),
+            Answer(ranking=[[0], [1], [2]], comment="close"),
+            Answer(ranking=[[0, 1, 2]]),
+            Answer(ranking=[[1], [2], [0]]),
+            Answer(ranking=[[2], [1], [0]]),
             Answer(ranking=[[1, 2], [0]]),
         ],
         "edit": [Answer(text=f"better {n}\nand 'longer'", comment="x" * (n % 2)) for n in range(6)],
-    }  # fmt: skip
+    }
     where = [("one", "kim"), ("one", "llm"), ("one", "lee"), ("two", "kim"), ("two", "lee"), ("three", "kim")]
     votes = [
         judged(key, who, answer, tuple(range(len(replies[0])))[:: -1 if who == "lee" else 1])
@@ -76,9 +96,12 @@ def plainly(labels: Labels) -> dict[str, Any]:
 
 TASKS: tuple[Task, ...] = ("pairwise", "rating", "ranking", "edit", "thumbs")
 TRAINING = (
-    ("pairwise", "preference"), ("thumbs", "unpaired"), ("ranking", "ranked"), ("edit", "demonstration"),
+    ("pairwise", "preference"),
+    ("thumbs", "unpaired"),
+    ("ranking", "ranked"),
+    ("edit", "demonstration"),
     ("rating", "ratings"),
-)  # fmt: skip
+)
 LOSSLESS = [
     *((task, "keel", suffix) for task in TASKS for suffix in formats.SUFFIXES),
     *((task, name, ".json") for task in TASKS for name in ("label_studio", "argilla")),
@@ -125,8 +148,10 @@ def test_preferences_are_rows_that_a_stage_trains_on(tmp_path: Path) -> None:
     one = next(r for r in records if isinstance(r, PreferenceRecord) and r.prompt == "What is it?")
     assert one.chosen == "another <b>reply</b>"
     assert [(vote.annotator, vote.choice) for vote in one.votes] == [
-        ("kim", "chosen"), ("llm", "tie"), ("lee", "chosen"),
-    ]  # fmt: skip
+        ("kim", "chosen"),
+        ("llm", "tie"),
+        ("lee", "chosen"),
+    ]
     assert one.p_chosen == pytest.approx(5 / 6)
     assert one.columns["topic"] == "things"
 
@@ -134,11 +159,13 @@ def test_preferences_are_rows_that_a_stage_trains_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "name", "kind", "rows"),
     [
-        ("thumbs", "unpaired", "unpaired", 3), ("edit", "demonstration", "demonstration", 6),
-        ("pairwise", "unpaired", "unpaired", 4), ("rating", "unpaired", "unpaired", 1),
+        ("thumbs", "unpaired", "unpaired", 3),
+        ("edit", "demonstration", "demonstration", 6),
+        ("pairwise", "unpaired", "unpaired", 4),
+        ("rating", "unpaired", "unpaired", 1),
         ("ranking", "ranked", "preference", 7),
     ],
-)  # fmt: skip
+)
 def test_every_type_is_read_by_the_loader(task: Any, name: str, kind: Any, rows: int, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     labels = of_task(task)
@@ -158,14 +185,24 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("row", "task", "replies", "sources"),
     [
-        ({"prompt": "p", "a": "x", "b": "y", "model_a": "m", "model_b": "n"}, "pairwise", ["x", "y"], ["m", "n"]),
+        (
+            {"prompt": "p", "a": "x", "b": "y", "model_a": "m", "model_b": "n"},
+            "pairwise",
+            ["x", "y"],
+            ["m", "n"],
+        ),
         ({"prompt": CHAT, "response_1": "x", "response_2": "y"}, "pairwise", ["x", "y"], [None, None]),
-        ({"prompt": "p", "completions": ["x", "y", "z"], "models": ["m", "n", "o"]}, "ranking", ["x", "y", "z"], ["m", "n", "o"]),
+        (
+            {"prompt": "p", "completions": ["x", "y", "z"], "models": ["m", "n", "o"]},
+            "ranking",
+            ["x", "y", "z"],
+            ["m", "n", "o"],
+        ),
         ({"prompt": "p", "replies": [{"content": "x", "source": "m"}]}, "rating", ["x"], ["m"]),
         ({"question": "p", "answer": "x", "model": "m"}, "rating", ["x"], ["m"]),
         ({"prompt": "p", "completion": "x"}, "edit", ["x"], [None]),
     ],
-)  # fmt: skip
+)
 def test_rows_that_nobody_has_judged(
     row: Any, task: str, replies: list[str], sources: list[str | None], tmp_path: Path
 ) -> None:
@@ -187,18 +224,27 @@ def test_the_chosen_side_is_not_always_the_first(tmp_path: Path) -> None:
 
 def test_known_data_sets_bring_their_votes(tmp_path: Path) -> None:
     rows = [
-        {"instruction": "add", "input": f"{n}", "response1": "x", "response2": "y",
-         "annotator1": 1, "annotator2": 2, "annotator3": 0}
+        {
+            "instruction": "add",
+            "input": f"{n}",
+            "response1": "x",
+            "response2": "y",
+            "annotator1": 1,
+            "annotator2": 2,
+            "annotator3": 0,
+        }
         for n in range(3)
-    ]  # fmt: skip
+    ]
     found = formats.read(write(tmp_path / "pandalm.jsonl", rows))
     assert found.task == "pairwise"
     votes = [v for v in found.votes if v.key == found.items[0].key]
     first = found.items[0].replies[0].content
     side = "a" if first == [{"role": "assistant", "content": "x"}] else "b"
     assert {v.person: v.answer.choice for v in votes} == {
-        "annotator1": side, "annotator2": "b" if side == "a" else "a", "annotator3": "tie",
-    }  # fmt: skip
+        "annotator1": side,
+        "annotator2": "b" if side == "a" else "a",
+        "annotator3": "tie",
+    }
 
 
 def test_an_export_of_label_studios_own(tmp_path: Path) -> None:
@@ -208,39 +254,85 @@ def test_an_export_of_label_studios_own(tmp_path: Path) -> None:
             "id": 7,
             "data": {"prompt": "p", "answer1": "x", "answer2": "y", "topic": "t"},
             "annotations": [
-                {"id": 1, "completed_by": {"id": 3, "email": "kim@example.org"}, "lead_time": 12.5,
-                 "created_at": "2026-01-02T03:04:05.678901Z", "was_cancelled": False,
-                 "result": [{"from_name": "pw", "to_name": "a,b", "type": "pairwise", "value": {"selected": "right"}},
-                            {"from_name": "note", "to_name": "a", "type": "textarea", "value": {"text": ["longer"]}}]},
+                {
+                    "id": 1,
+                    "completed_by": {"id": 3, "email": "kim@example.org"},
+                    "lead_time": 12.5,
+                    "created_at": "2026-01-02T03:04:05.678901Z",
+                    "was_cancelled": False,
+                    "result": [
+                        {
+                            "from_name": "pw",
+                            "to_name": "a,b",
+                            "type": "pairwise",
+                            "value": {"selected": "right"},
+                        },
+                        {
+                            "from_name": "note",
+                            "to_name": "a",
+                            "type": "textarea",
+                            "value": {"text": ["longer"]},
+                        },
+                    ],
+                },
                 {"id": 2, "completed_by": 4, "was_cancelled": True, "result": []},
-                {"id": 3, "completed_by": 4, "was_cancelled": False,
-                 "result": [{"from_name": "c", "to_name": "a", "type": "choices", "value": {"choices": ["Both bad"]}}]},
+                {
+                    "id": 3,
+                    "completed_by": 4,
+                    "was_cancelled": False,
+                    "result": [
+                        {
+                            "from_name": "c",
+                            "to_name": "a",
+                            "type": "choices",
+                            "value": {"choices": ["Both bad"]},
+                        }
+                    ],
+                },
             ],
             "predictions": [],
         }
-    ]  # fmt: skip
+    ]
     found = formats.read(write(tmp_path / "export.json", tasks))
     assert found.items[0].key == "7"
     assert [(v.person, v.answer.choice, v.answer.comment, v.seconds) for v in found.votes] == [
-        ("kim@example.org", "b", "longer", 12.5), ("4", "both_bad", "", None),
-    ]  # fmt: skip
+        ("kim@example.org", "b", "longer", 12.5),
+        ("4", "both_bad", "", None),
+    ]
     assert found.votes[0].at == pytest.approx(1767323045.678901)
 
 
 def test_tables_and_records_of_argillas_own(tmp_path: Path) -> None:
     table = [
-        {"prompt": "p", "response-1": "x", "response-2": "y", "preference.responses": ["response-2", "response-1", "tie"],
-         "preference.responses.users": ["u1", "u2", "u3"],
-         "preference.responses.status": ["submitted", "discarded", "submitted"], "_server_id": "q"}
-    ]  # fmt: skip
+        {
+            "prompt": "p",
+            "response-1": "x",
+            "response-2": "y",
+            "preference.responses": ["response-2", "response-1", "tie"],
+            "preference.responses.users": ["u1", "u2", "u3"],
+            "preference.responses.status": ["submitted", "discarded", "submitted"],
+            "_server_id": "q",
+        }
+    ]
     found = formats.read(write(tmp_path / "table.jsonl", table))
     assert {v.person: v.answer.choice for v in found.votes} == {"u1": "b", "u3": "tie"}
     records = [
-        {"id": "r1", "fields": {"instruction": "p", "response-1": "x", "response-2": "y"}, "metadata": {"topic": "t"},
-         "suggestions": {}, "vectors": {},
-         "responses": {"ranking": [{"value": [{"value": "response-2", "rank": 1}, {"value": "response-1", "rank": 2}],
-                                    "user_id": "u1"}]}}
-    ]  # fmt: skip
+        {
+            "id": "r1",
+            "fields": {"instruction": "p", "response-1": "x", "response-2": "y"},
+            "metadata": {"topic": "t"},
+            "suggestions": {},
+            "vectors": {},
+            "responses": {
+                "ranking": [
+                    {
+                        "value": [{"value": "response-2", "rank": 1}, {"value": "response-1", "rank": 2}],
+                        "user_id": "u1",
+                    }
+                ]
+            },
+        }
+    ]
     found = formats.read(write(tmp_path / "records.json", records))
     assert (found.items[0].key, found.items[0].columns) == ("r1", {"topic": "t"})
     assert found.votes[0].answer == Answer(choice="b")
@@ -251,13 +343,17 @@ def test_a_folder_of_potatos(tmp_path: Path) -> None:
         "data_files: [data/items.json]\nitem_properties: {id_key: id, text_key: text}\n"
     )
     (tmp_path / "data").mkdir()
-    write(tmp_path / "data" / "items.json", [{"id": "i1", "text": ["x", "y"], "prompt": "p"},
-                                             {"id": "i2", "text": ["v", "w"], "prompt": "q"}])  # fmt: skip
+    write(
+        tmp_path / "data" / "items.json",
+        [{"id": "i1", "text": ["x", "y"], "prompt": "p"}, {"id": "i2", "text": ["v", "w"], "prompt": "q"}],
+    )
     labels = {
-        "kim": {"i1": [[{"schema": "better", "name": "selection"}, "B"]],
-                "i2": [[{"schema": "better", "name": "scale_value"}, "-2"]]},
+        "kim": {
+            "i1": [[{"schema": "better", "name": "selection"}, "B"]],
+            "i2": [[{"schema": "better", "name": "scale_value"}, "-2"]],
+        },
         "lee": {"i1": {"better": {"selection": "tie"}}},
-    }  # fmt: skip
+    }
     for person, given in labels.items():
         folder = tmp_path / "annotation_output" / person
         folder.mkdir(parents=True)
@@ -266,9 +362,10 @@ def test_a_folder_of_potatos(tmp_path: Path) -> None:
     found = formats.read(tmp_path)
     assert [item.prompt for item in found.items] == ["p", "q"]
     assert {(v.key, v.person): v.answer for v in found.votes} == {
-        ("i1", "kim"): Answer(choice="b"), ("i2", "kim"): Answer(choice="a", strength=2),
+        ("i1", "kim"): Answer(choice="b"),
+        ("i2", "kim"): Answer(choice="a", strength=2),
         ("i1", "lee"): Answer(choice="tie"),
-    }  # fmt: skip
+    }
 
 
 def test_a_log_of_votes_like_the_arenas(tmp_path: Path) -> None:
@@ -276,18 +373,46 @@ def test_a_log_of_votes_like_the_arenas(tmp_path: Path) -> None:
         return [{"role": "user", "content": "hi"}, {"role": "assistant", "content": reply}] * rounds
 
     rows = [
-        {"question_id": "q1", "model_a": "m", "model_b": "n", "winner": "model_b", "judge": "arena_user_1",
-         "conversation_a": talk("x"), "conversation_b": talk("y"), "turn": 1, "tstamp": 1682351591.1},
-        {"question_id": "q2", "model_a": "m", "model_b": "n", "winner": "tie (bothbad)", "judge": "arena_user_2",
-         "conversation_a": talk("v"), "conversation_b": talk("w"), "turn": 1, "tstamp": 1682351592.1},
-        {"question_id": "q3", "model_a": "m", "model_b": "n", "winner": "model_a", "judge": "arena_user_2",
-         "conversation_a": talk("v", 2), "conversation_b": talk("w", 2), "turn": 2, "tstamp": 1682351593.1},
-    ]  # fmt: skip
+        {
+            "question_id": "q1",
+            "model_a": "m",
+            "model_b": "n",
+            "winner": "model_b",
+            "judge": "arena_user_1",
+            "conversation_a": talk("x"),
+            "conversation_b": talk("y"),
+            "turn": 1,
+            "tstamp": 1682351591.1,
+        },
+        {
+            "question_id": "q2",
+            "model_a": "m",
+            "model_b": "n",
+            "winner": "tie (bothbad)",
+            "judge": "arena_user_2",
+            "conversation_a": talk("v"),
+            "conversation_b": talk("w"),
+            "turn": 1,
+            "tstamp": 1682351592.1,
+        },
+        {
+            "question_id": "q3",
+            "model_a": "m",
+            "model_b": "n",
+            "winner": "model_a",
+            "judge": "arena_user_2",
+            "conversation_a": talk("v", 2),
+            "conversation_b": talk("w", 2),
+            "turn": 2,
+            "tstamp": 1682351593.1,
+        },
+    ]
     found = formats.read(write(tmp_path / "arena.jsonl", rows))
     assert found.notes == ("1 votes on later rounds left out",)
     assert [(v.key, v.person, v.answer.choice) for v in found.votes] == [
-        ("q1", "arena_user_1", "b"), ("q2", "arena_user_2", "both_bad"),
-    ]  # fmt: skip
+        ("q1", "arena_user_1", "b"),
+        ("q2", "arena_user_2", "both_bad"),
+    ]
     assert [reply.source for reply in found.items[0].replies] == ["m", "n"]
 
 
@@ -313,16 +438,27 @@ def test_without_sources_nobody_can_tell_who_wrote_a_reply(tmp_path: Path) -> No
     [
         ([{"prompt": "p", "a": "x", "b": " "}], r"items\.jsonl:1: \"b\" is empty"),
         ([{"prompt": "p", "a": "x"}], r"items\.jsonl:1: there are no replies to judge: it has prompt, a"),
-        ([{"id": 1, "prompt": "p", "a": "x", "b": "y"}, {"id": 1, "prompt": "p", "a": "x", "b": "z"}],
-         r"items\.jsonl:2: item '1' stands above with another prompt or other replies"),
-        ([{"prompt": "p", "a": "x", "b": "y"}, {"prompt": "p", "completions": ["x"]}],
-         r"items\.jsonl:2: this row is for a rating task"),
+        (
+            [{"id": 1, "prompt": "p", "a": "x", "b": "y"}, {"id": 1, "prompt": "p", "a": "x", "b": "z"}],
+            r"items\.jsonl:2: item '1' stands above with another prompt or other replies",
+        ),
+        (
+            [{"prompt": "p", "a": "x", "b": "y"}, {"prompt": "p", "completions": ["x"]}],
+            r"items\.jsonl:2: this row is for a rating task",
+        ),
         ([], "holds no rows"),
-        ([{"id": 1, "data": {"prompt": "p", "answer1": "x", "answer2": "y"}, "annotations": [
-            {"result": [{"type": "pairwise", "value": {"selected": "up"}}]}]}],
-         r"items\.jsonl:1: \"selected\" is 'up', not left or right"),
+        (
+            [
+                {
+                    "id": 1,
+                    "data": {"prompt": "p", "answer1": "x", "answer2": "y"},
+                    "annotations": [{"result": [{"type": "pairwise", "value": {"selected": "up"}}]}],
+                }
+            ],
+            r"items\.jsonl:1: \"selected\" is 'up', not left or right",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_is_named(rows: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         formats.read(write(tmp_path / "items.jsonl", rows))
@@ -332,11 +468,17 @@ def test_a_bad_target_writes_nothing(tmp_path: Path) -> None:
     labels = of_task("pairwise")
     there = write(tmp_path / "there.jsonl", [{}])
     for path, name, message in (
-        (there, "keel", "is there already"), (tmp_path / "x.txt", "keel", "must end in"),
-        (tmp_path / "x.csv", "argilla", r"is written as \.json"), (tmp_path / "x.jsonl", "trl", "no format 'trl'"),
+        (there, "keel", "is there already"),
+        (tmp_path / "x.txt", "keel", "must end in"),
+        (tmp_path / "x.csv", "argilla", r"is written as \.json"),
+        (tmp_path / "x.jsonl", "trl", "no format 'trl'"),
         (tmp_path / "no" / "x.jsonl", "keel", "no folder"),
-        (tmp_path / "x.jsonl", "ranked", "a pairwise task makes no ranked rows; it makes preference, unpaired"),
-    ):  # fmt: skip
+        (
+            tmp_path / "x.jsonl",
+            "ranked",
+            "a pairwise task makes no ranked rows; it makes preference, unpaired",
+        ),
+    ):
         with pytest.raises(UsageError, match=message):
             formats.write(labels, path, name)
     with pytest.raises(UsageError, match="no item has votes"):

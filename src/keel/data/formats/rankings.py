@@ -130,7 +130,7 @@ def _ranked(row: Row) -> Iterable[Made]:
     """completions, and ranks of as many numbers: 1 is the best reply, and equal ones share a rank."""
     replies, ranks = list_of(row, "completions"), list_of(row, "ranks")
     if len(replies) != len(ranks) or not all(_is_number(rank) for rank in ranks):
-        raise ValueError(f'"ranks" are {len(ranks)} for {len(replies)} completions; a number for each is wanted')
+        raise ValueError(f'"ranks" are {len(ranks)} for {len(replies)} completions; give each a number')
     for (first, high), (second, low) in combinations(zip(replies, ranks, strict=True), 2):
         yield pair(row["prompt"], first, second, low - high, columns=rest(row, "completions", "ranks"))
 

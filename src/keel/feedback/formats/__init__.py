@@ -264,9 +264,10 @@ def _as_bytes(rows: Sequence[Mapping[str, Any]], suffix: str) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    sink = io.BytesIO()
-    try:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([_no_empty(row) for row in rows]), sink)
+    sink, names = io.BytesIO(), list(dict.fromkeys(name for row in rows for name in row))
+    filled = [{name: _no_empty(row.get(name)) for name in names} for row in rows]
+    try:  # pyarrow takes the columns of the first row alone
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(filled), sink)
     except (pyarrow.ArrowException, TypeError) as error:
         raise UsageError(f"these rows are no table ({error}); write them as .jsonl") from None
     return sink.getvalue()

@@ -2,8 +2,9 @@
 
 A task's `data` has `prompt`, `answer1`, `answer2` … as plain text, and under `keel` the item as it is, which
 is also where sources stand: Label Studio sends all of `data` to the annotator's browser, shown or not, so
-leave them out (`sources=False`) for a blind comparison. A person stands in `completed_by` and, since Label
-Studio knows its own users only, in the `meta` of each result too, which it keeps.
+leave them out (`sources=False`) for a blind comparison. A person stands in the `meta` of each result, which
+Label Studio keeps. Its own place, `completed_by`, is left out: an import with an address that is none of its
+users' is refused as a whole (1.23, `tasks/serializers.py`). In its own exports that is who is read.
 
     pairwise  Pairwise (left, right), else Choices (tie, both_bad, cannot_judge); Rating `strength`
     thumbs    Choices (up, down, cannot_judge)      rating   Rating or Number, one a scale
@@ -92,7 +93,6 @@ def _annotation(vote: PastJudgement, task: Task) -> dict[str, Any]:
     if vote.seconds is not None:
         meta["seconds"] = vote.seconds
     row: dict[str, Any] = {
-        "completed_by": {"email": vote.person},
         "was_cancelled": False,
         "result": [_with_meta(result, n, meta) for n, result in enumerate(_results(vote.answer, task))],
     }

@@ -86,7 +86,8 @@ def read(row: Row) -> tuple[Task, NewItem]:
     names, contents, sources = found
     prompt = text_or_turns(row[prompt_name], prompt_name)
     texts = [text_or_turns(value, name) for name, value in zip(names, contents, strict=True)]
-    used = {prompt_name, *names, "key", "id", *(name for pair in SOURCES for name in pair), "source", "model"}
+    used = {prompt_name, *names, "key", "id", "source", "model", "sources", "models"}
+    used |= {name for pair in SOURCES for name in pair}
     item = NewItem(
         key=name_of_item(row, prompt, texts),
         prompt=prompt,
