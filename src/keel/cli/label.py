@@ -39,6 +39,10 @@ def _print(value: Any, text: str, as_json: bool) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2) if as_json else text)
 
 
+def _note(note: str) -> None:
+    say(f"keel label: {note}")
+
+
 def _open(db: str | None, *, create: bool = False) -> Store:
     from keel.votes import open_store
 
@@ -185,7 +189,7 @@ def add(
     from keel.feedback import exchange
 
     with _open(db) as store:
-        added = exchange.add(store, project, file, format=format)
+        added = exchange.add(store, project, file, format=format, say=_note)
     _print(dataclasses.asdict(added), f"{added.added} items added, {added.known} were there", as_json)
 
 
@@ -205,6 +209,8 @@ def from_run(
     from keel.votes.kinds import Project
 
     labels = runs.read(run, [name.strip() for name in models.split(",")], pairs)
+    for note in labels.notes:
+        _note(note)
     name = project or run.resolve().name
     with _open(db, create=True) as store:
         if name not in {one.name for one in store.projects()}:

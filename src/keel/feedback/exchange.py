@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -46,9 +46,19 @@ def kept(content: IO[bytes], name: str) -> Iterator[Path]:
             raise UsageError(str(error).replace(str(path), plain)) from None
 
 
-def add(store: Store, project: str, path: Path, *, format: str | None = None, by: int | None = None) -> Added:
-    """Add the items of a file, with the votes it brings, to a project."""
+def add(
+    store: Store,
+    project: str,
+    path: Path,
+    *,
+    format: str | None = None,
+    by: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Added:
+    """Add the items of a file, with the votes it brings, to a project. say: is told what was left out."""
     labels = formats.read(path, task=store.project(project).task, format=format)
+    for note in labels.notes:
+        say(note)
     result: Any = formats.into_project(store, project, labels, by)
     return result
 
