@@ -29,7 +29,8 @@ TOOLS: list[dict[str, Any]] = [
     {"role": "assistant", "content": "It is in **Leipzig**."},
 ]
 HOSTILE = (
-    "<script>fetch('http://outside.example/x')</script><img src=http://outside.example/i.png onerror=alert(1)> "
+    "<script>fetch('http://outside.example/x')</script>"
+    "<img src=http://outside.example/i.png onerror=alert(1)> "
     "![p](http://outside.example/p.png) [c](javascript:alert(1)) <svg onload=alert(1)> "
     '<form action="http://outside.example"><input name=csrf></form> <style>body{display:none}</style> '
     "<iframe src=http://outside.example></iframe> [ok](https://fine.example/)"

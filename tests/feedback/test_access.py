@@ -1,5 +1,5 @@
-"""Who may do what: every route that the app has, with every role, against the table; and the table against the
-documentation."""
+"""Who may do what: every route that the app has, with every role, against the table; and the table against
+the documentation."""
 
 from __future__ import annotations
 

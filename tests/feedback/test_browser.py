@@ -3,6 +3,7 @@ without scripts."""
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import threading
@@ -17,11 +18,11 @@ from keel.votes.kinds import Answer
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = (
-    "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync"
-).split()
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 PROJECT_PAGES = ("work", "history", "overview", "all-items", "disputed", "statistics", "people", "settings")
 PAGES = [
     "/", "/account", "/new-project", "/projects/empty/work", "/projects/empty/history", "/nope",
@@ -97,7 +98,8 @@ def _vote_by(page: Any, key: str) -> None:
     page.keyboard.press(key)
     page.wait_for_function(
         "before => { const form = document.querySelector('#answer');"
-        " return document.querySelector('[role=status]') && (!form || form.getAttribute('action') !== before) }",
+        " const said = document.querySelector('[role=status]');"
+        " return said && (!form || form.getAttribute('action') !== before) }",
         arg=before,
     )
 

@@ -142,7 +142,7 @@ def test_a_reply_that_gives_orders_stands_between_tags():
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """An OpenAI-compatible server whose answers are a list of (status, body) or a function of the question."""
+    """An OpenAI-compatible server: its answers are a list of (status, body), then `judge` of the request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
