@@ -574,6 +574,8 @@ def test_statistics_are_shown_with_and_without_votes(enter, store):
     for name in ("W0", "W1", "W2", f"{SECRET}-a", "Agreement", "Over time", "<svg"):
         assert name in page
     assert "built-in" not in page
+    workers[0].vote("pairs", {"choice": "b"})
+    assert ">28<" in reader.see("/projects/pairs/statistics")  # nothing older is shown
     for project in ("ratings", "ranks", "edits", "thumbs"):
         reader.see(f"/projects/{project}/statistics")
 
