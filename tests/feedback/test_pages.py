@@ -429,7 +429,7 @@ def test_no_code_and_no_token_is_logged(enter, store, caplog):
         assert secret not in logged
 
 
-def test_a_fault_and_a_silent_database_say_so_and_tell_nothing(enter, store, monkeypatch):
+def test_a_fault_and_a_silent_database_say_so_and_tell_nothing(enter, store, monkeypatch, caplog):
     from keel.votes.database import StoreError
     from keel.votes.store import Store
 
@@ -437,12 +437,14 @@ def test_a_fault_and_a_silent_database_say_so_and_tell_nothing(enter, store, mon
     ada._transport.raise_server_exceptions = False
 
     def full(*_: object, **__: object) -> None:
-        raise StoreError("the disk of the database is full")
+        raise StoreError("/var/lib/labels.db: the disk is full")
 
     ada.see("/projects/pairs/work")
     monkeypatch.setattr(Store, "cast", full)
     refused = ada.submit(ada.action(), {"choice": "a"}, 503)
-    assert "disk of the database is full" in refused.text
+    assert "Nothing was saved" in refused.text
+    assert "/var" not in refused.text
+    assert "/var/lib/labels.db" in caplog.text
     assert refused.headers["retry-after"]
     monkeypatch.setattr(Store, "cast", lambda *_, **__: 1 / 0)
     ada.see("/projects/pairs/work")

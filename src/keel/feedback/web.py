@@ -330,9 +330,10 @@ def not_valid(request: Request, error: Exception) -> Response:
 
 
 def no_store(request: Request, error: Exception) -> Response:
-    """The database does not answer, or its disk is full. Nothing was kept; the page's script tries again."""
+    """The database does not answer, or its disk is full. Nothing was kept; the page's script tries again. The
+    log says more: the error may name paths and hosts."""
     LOG.error("%s", error)
-    response = problem(request, 503, "store", str(error))
+    response = problem(request, 503, "store")
     response.headers["Retry-After"] = "2"
     return response
 
