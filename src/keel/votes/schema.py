@@ -246,3 +246,9 @@ audit_head = Table(
     Column("n", Integer, nullable=False),
     Column("hash", _HASH, nullable=False),
 )  # fmt: skip
+
+secrets = Table(
+    "secrets", metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", String(64), nullable=False),  # what a server signs its cookies with
+)  # fmt: skip
