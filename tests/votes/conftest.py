@@ -18,7 +18,7 @@ pytest.importorskip("sqlalchemy", reason="needs SQLAlchemy (pip install 'keel-rl
 
 from sqlalchemy import Connection, text
 
-from keel.votes import audit, schema
+from keel.votes import audit, migrations, schema
 from keel.votes.kinds import Answer, NewItem, Project, Reply
 from keel.votes.store import Store
 
@@ -187,3 +187,24 @@ def fill() -> Callable[..., SimpleNamespace]:
         )
 
     return make
+
+
+NEXT = '''"""One more column."""
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "0002", "0001"
+
+
+def upgrade():
+    op.add_column("people", sa.Column("motto", sa.Text(), nullable=True))
+'''
+
+
+@pytest.fixture
+def newer(tmp_path) -> Path:
+    """The migrations of a keel to come."""
+    folder = tmp_path / "migrations"
+    shutil.copytree(migrations.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "versions" / "0002_motto.py").write_text(NEXT)
+    return folder

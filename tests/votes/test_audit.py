@@ -40,6 +40,10 @@ def _do(store, statement):
         ("UPDATE versions SET comment = 'other' WHERE id = 2", "the text of versions:2 was changed"),
         ("UPDATE versions SET comment = '', salt = '' WHERE id = 2", "the text of versions:2 was changed"),
         ("UPDATE votes SET withdrawn = true WHERE id = 1", "votes:1 was changed"),
+        ("UPDATE tallies SET counted = 7", "the counts of p are not those of its votes"),
+        ("UPDATE slots SET vote_id = NULL", "the counts of p are not those of its votes"),
+        ("INSERT INTO votes (id, project_id, item_id, person_id, status, withdrawn, version, at)"
+         " VALUES (77, 1, 1, 3, 'gold', false, 1, 0)", "votes:77 is not in the log"),
         ("UPDATE votes SET status = 'surplus' WHERE id = 1", "votes:1 was changed"),
         ("DELETE FROM adjudications", "adjudications:1 was removed"),
         ("UPDATE adjudications SET answer = '{\"choice\":\"a\"}'", "adjudications:1 was changed"),
@@ -87,6 +91,7 @@ def test_a_head_that_was_noted_shows_that_the_end_was_cut_off(used):
     last = "(SELECT max(n) FROM audit)"
     for statement in (
         "UPDATE slots SET vote_id = NULL WHERE vote_id = (SELECT max(id) FROM votes)",
+        "UPDATE tallies SET counted = counted - 1",
         "DELETE FROM versions WHERE id = (SELECT max(id) FROM versions)",
         "DELETE FROM votes WHERE id = (SELECT max(id) FROM votes)",
         f"DELETE FROM audit WHERE n = {last}",

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from keel.errors import UsageError
+from keel.votes import migrations, schema
 from keel.votes.kinds import Answer, NewItem, Reply
 from keel.votes.store import Store
 
@@ -114,6 +115,24 @@ def test_what_is_no_whole_backup_is_not_restored(store, fill, tmp_path):
         with pytest.raises(UsageError, match=reason):
             Store.restore(path, str(tmp_path / "target.db"))
         assert not (tmp_path / "target.db").exists()
+
+
+def test_a_backup_of_an_older_keel_is_upgraded_and_one_of_a_newer_refused(
+    store, fill, tmp_path, newer, monkeypatch
+):
+    fill(store)
+    old, new = tmp_path / "old.db", tmp_path / "new.db"
+    store.backup(old)
+    content = old.read_bytes()
+    with monkeypatch.context() as later:
+        later.setattr(schema, "HEAD", "0002")
+        later.setattr(migrations, "FOLDER", newer)
+        assert Store.restore(old, str(new)).broken is None
+        assert old.read_bytes() == content
+        with Store.open(str(new)) as restored:
+            assert len(restored.people()) == 3
+    with pytest.raises(UsageError, match="written by a newer keel"):
+        Store.restore(new, str(tmp_path / "again.db"))
 
 
 def test_a_database_that_does_not_verify_gives_no_backup(store, fill, tmp_path):

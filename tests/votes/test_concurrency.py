@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+from keel.errors import UsageError
 from keel.votes.kinds import Answer
 
 NOW = 1.0e9
@@ -61,6 +62,21 @@ def test_the_same_answer_sent_six_times_at_once_is_one_vote(any_store, fill):
     assert row.version == 1
 
 
+def test_two_invitations_taken_at_once_under_one_name_make_one_person(any_store):
+    codes, start = [any_store.invite("annotator", None, None) for _ in range(4)], threading.Barrier(4)
+
+    def take(code):
+        start.wait()
+        try:
+            return any_store.accept(code, "Ann") and "in"
+        except UsageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        said = Counter(pool.map(take, codes))
+    assert said == {"in": 1, "there is somebody named 'Ann' already: choose another name": 3}
+
+
 def test_settings_items_and_votes_change_at_once(any_store, fill):
     """What locks many rows meets what locks few, in every order: nobody waits for ever, and all agrees."""
     p = fill(any_store, items=6, people=4, votes_per_item=2)
@@ -90,6 +106,7 @@ def test_settings_items_and_votes_change_at_once(any_store, fill):
 
 PROGRAM = """
 import sys
+from keel.errors import UsageError
 from keel.votes.kinds import Answer
 from keel.votes.store import Store
 

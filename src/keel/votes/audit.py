@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Table, false, func, select
 
 from keel.votes import schema
 from keel.votes.codec import digest, dumps, salted
@@ -200,9 +200,10 @@ def _disagreements(
     connection: Connection, subjects: dict[str, tuple[int, str]], after: int
 ) -> Iterator[_Broken]:
     """Rows of the tables that are not what the log says of them; uses up `subjects`."""
-    removed = set(
-        connection.execute(select(schema.people.c.id).where(schema.people.c.removed.is_not(None))).scalars()
-    )
+    gone = select(schema.people.c.id).where(schema.people.c.removed.is_not(None))
+    removed = set(connection.execute(gone).scalars())
+    votes = {row["id"]: row for row in _stream(connection, schema.votes, schema.votes.c.id)}
+    without = set(votes)
     for name, (table, content) in COVERED.items():
         for row in _stream(connection, table, table.c.id):
             subject = f"{name}:{row['id']}"
@@ -216,10 +217,16 @@ def _disagreements(
             elif name == "batches" and (reason := _batch_differs(connection, row)):
                 yield _Broken(n, reason)
             elif name == "versions":
-                yield from _vote_differs(connection, row, n)
+                without.discard(row["vote_id"])
+                if reason := _vote_differs(votes.get(row["vote_id"]), row):
+                    yield _Broken(n, reason)
+    for vote in without:
+        yield _Broken(after, f"votes:{vote} is not in the log")
     for subject, (n, logged) in subjects.items():
         if subject.partition(":")[0] in COVERED and logged != GONE:
             yield _Broken(n, f"{subject} was removed")
+    for name in connection.execute(_miscounted()).scalars():
+        yield _Broken(after, f"the counts of {name} are not those of its votes")
 
 
 def _private_holds(name: str, row: Mapping[str, Any], removed: set[int]) -> bool:
@@ -257,20 +264,38 @@ def _batch_differs(connection: Connection, batch: Mapping[str, Any]) -> str:
     return "" if batch_digest(digests) == batch["digest"] else f"items of batches:{batch['id']} were changed"
 
 
-def _vote_differs(connection: Connection, version: Mapping[str, Any], n: int) -> Iterator[_Broken]:
-    """Whether the vote that a version belongs to says the same as its newest version."""
-    votes = schema.votes
-    vote = connection.execute(select(votes).where(votes.c.id == version["vote_id"])).mappings().one_or_none()
+def _vote_differs(vote: Mapping[str, Any] | None, version: Mapping[str, Any]) -> str:
+    """What is wrong with the vote that a version belongs to; empty where nothing is."""
     if vote is None:
-        yield _Broken(n, f"votes:{version['vote_id']} was removed")
-    elif vote["version"] < version["version"]:
-        yield _Broken(n, f"votes:{vote['id']} was set back to an older version")
-    elif vote["version"] == version["version"]:
-        same = (vote["status"], vote["withdrawn"], vote["at"], vote["person_id"]) == (
-            version["status"], version["answer"] is None, version["at"], version["person_id"],
-        )  # fmt: skip
-        if not same:
-            yield _Broken(n, f"votes:{vote['id']} was changed")
+        return f"votes:{version['vote_id']} was removed"
+    if vote["version"] < version["version"]:
+        return f"votes:{vote['id']} was set back to an older version"
+    same = (vote["status"], vote["withdrawn"], vote["at"], vote["person_id"]) == (
+        version["status"], version["answer"] is None, version["at"], version["person_id"],
+    )  # fmt: skip
+    return "" if same or vote["version"] > version["version"] else f"votes:{vote['id']} was changed"
+
+
+def _miscounted() -> Any:
+    """The names of projects of which the votes in slots are not as many as are counted."""
+    projects, tallies, votes, slots = schema.projects, schema.tallies, schema.votes, schema.slots
+    standing = select(func.count()).where(
+        votes.c.project_id == projects.c.id, votes.c.status == "counted", votes.c.withdrawn == false()
+    )
+    filled = (
+        select(func.count())
+        .select_from(slots)
+        .join(votes, votes.c.id == slots.c.vote_id)
+        .where(votes.c.project_id == projects.c.id)
+    )
+    return (
+        select(projects.c.name)
+        .join(tallies, tallies.c.project_id == projects.c.id)
+        .where(
+            (tallies.c.counted != standing.scalar_subquery())
+            | (tallies.c.counted != filled.scalar_subquery())
+        )
+    )
 
 
 def _stream(connection: Connection, table: Table, order: Any, *where: Any) -> Iterator[Mapping[str, Any]]:

@@ -7,7 +7,9 @@ Of an SQLite database it is an online copy; the rows of a PostgreSQL database ar
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,24 @@ def backup(database: Database, path: Path) -> AuditReport:
 def restore(path: Path, url: str) -> AuditReport:
     """Bring a backup into an empty database, made where there is none. UsageError for a file that is no
     backup or does not verify, and for a database that holds something."""
+    with tempfile.TemporaryDirectory() as folder:
+        if _revision(path) != schema.HEAD:  # of an older keel: a copy is brought to the newest schema first
+            path = _upgraded(path, Path(folder))
+        return _restore(path, url)
+
+
+def _upgraded(path: Path, folder: Path) -> Path:
+    copy = folder / path.name
+    shutil.copyfile(path, copy)
+    source = Database(parse(str(copy)))
+    try:
+        migrations.upgrade(source)
+    finally:
+        source.close()
+    return copy
+
+
+def _restore(path: Path, url: str) -> AuditReport:
     report = check(path)
     if report.broken is not None:
         raise UsageError(f"{path} does not verify: {report.reason}")
@@ -75,6 +95,16 @@ def restore(path: Path, url: str) -> AuditReport:
 
 def check(path: Path) -> AuditReport:
     """Whether a backup is whole. UsageError for a file that is none. It is left as it is."""
+    _revision(path)
+    source = Database(parse(str(path)))
+    try:
+        return source.read(audit.verify)
+    finally:
+        source.close()
+
+
+def _revision(path: Path) -> str:
+    """The schema of a backup. UsageError for a file that is none, or damaged. It is left as it is."""
     if not path.is_file():
         raise UsageError(f"{path} is not there")
     try:
@@ -86,15 +116,9 @@ def check(path: Path) -> AuditReport:
             raw.close()
     except sqlite3.Error:
         raise UsageError(f"{path} is no backup of keel's votes") from None
-    if found != "ok":
+    if found != "ok" or revision is None:
         raise UsageError(f"{path} is damaged: {found}")
-    if revision is None or revision[0] != schema.HEAD:
-        raise UsageError(f"{path} has the schema {revision and revision[0]}, this keel {schema.HEAD}")
-    source = Database(parse(str(path)))
-    try:
-        return source.read(audit.verify)
-    finally:
-        source.close()
+    return revision[0]
 
 
 def _copy_file(source: Path, target: Path) -> None:

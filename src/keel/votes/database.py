@@ -32,7 +32,8 @@ T = TypeVar("T")
 BUSY_SECONDS = 15.0  # how long a transaction waits for another process's
 TRIES = 8
 WRITERS = 2  # transactions that a process has open on PostgreSQL at a time, besides reading ones
-_AGAIN = {"40001", "40P01", "55P03"}  # PostgreSQL: serialization failure, deadlock, lock not available
+_BUSY = {"40001", "40P01", "55P03"}  # PostgreSQL: serialization failure, deadlock, lock not available
+_UNIQUE = "23505"  # somebody else was faster: the next time a transaction sees what they did
 _FULL = (
     "the disk of the database is full, or does not work: nothing of this was recorded; make room, then do it "
     "again"
@@ -67,8 +68,8 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         self.is_sqlite = url.drivername == "sqlite"
-        # Threads of one process queue up here: SQLite's own waiting polls, and PostgreSQL's locks would be held
-        # while a thread waits for the interpreter.
+        # Threads of one process queue up here: SQLite's own waiting polls, and PostgreSQL's locks would be
+        # held while a thread waits for the interpreter.
         self._writer = threading.BoundedSemaphore(1 if self.is_sqlite else WRITERS)
         try:
             self.engine = _engine(url, self.is_sqlite)
@@ -128,12 +129,14 @@ class Database:
 
     def _attempts(self, once: Callable[[], T]) -> T:
         with _said(self.shown):
+            deadline = time.monotonic() + BUSY_SECONDS
             for attempt in range(TRIES):
                 try:
                     return once()
                 except DBAPIError as error:
                     full = attempt == 0 and self.is_sqlite and _is_full(error)
-                    if attempt == TRIES - 1 or not (full or _may_succeed(error)):
+                    again = full or (_may_succeed(error) and time.monotonic() < deadline)
+                    if attempt == TRIES - 1 or not again:
                         raise
                 if full:
                     self._make_room()
@@ -265,7 +268,7 @@ def _may_succeed(error: DBAPIError) -> bool:
     original = error.orig
     if isinstance(original, sqlite3.OperationalError):
         return "locked" in str(original) or "busy" in str(original)
-    return getattr(original, "sqlstate", None) in _AGAIN
+    return getattr(original, "sqlstate", None) in _BUSY | {_UNIQUE}
 
 
 def _is_full(error: DBAPIError) -> bool:
@@ -289,7 +292,7 @@ def _in_words(error: DBAPIError, where: str) -> Exception:
     state = getattr(error.orig, "sqlstate", None)
     if _is_full(error):
         return StoreError(_FULL)
-    if "locked" in text or "busy" in text or state in _AGAIN:
+    if "locked" in text or "busy" in text or state in _BUSY:
         return StoreError(f"{where} is busy: another program has held it for {BUSY_SECONDS:g} s; try again")
     if "unable to open database file" in text:
         return UsageError(f"{where} cannot be opened: its folder is not there, or you may not write there")

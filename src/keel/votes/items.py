@@ -39,6 +39,9 @@ def add(connection: Connection, name: str, new: Iterable[NewItem], by: int | Non
     """
     row = project_row(connection, name, lock=True)
     project, items = project_of(name, row.settings), schema.items
+    if connection.dialect.name == "postgresql":
+        # without statistics yet, it would read the whole table for each chunk of keys
+        connection.execute(text("SET LOCAL enable_seqscan = off"))
     batch_id = insert_row(
         connection,
         schema.batches,

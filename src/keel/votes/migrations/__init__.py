@@ -24,14 +24,15 @@ def revision_of(connection: Connection) -> str | None:
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
-def upgrade(database: Database, head: str = schema.HEAD, folder: Path = FOLDER) -> bool:
-    """Bring the tables to `head`; whether anything was to be done.
+def upgrade(database: Database, head: str | None = None, folder: Path | None = None) -> bool:
+    """Bring the tables to `head`, the newest; whether anything was to be done.
 
     UsageError for tables of a newer keel, and for a database that holds something else.
     """
+    head = head or schema.HEAD
     if database.read(revision_of) == head:
         return False
-    return database.write(_upgrade, head, folder, database.shown)
+    return database.write(_upgrade, head, folder or FOLDER, database.shown)
 
 
 def _upgrade(connection: Connection, head: str, folder: Path, shown: str) -> bool:
