@@ -38,10 +38,10 @@ def main() -> None:
     )
     parser.add_argument("--label-studio", type=Path, required=True)
     settings = parser.parse_args()
-    version = subprocess.run(
-        [settings.label_studio, "--version"], capture_output=True, text=True, check=False
-    )
-    print(next((line for line in version.stdout.splitlines() if "Label Studio" in line), version.stdout[:80]))
+    ask = "from importlib.metadata import version; print(version('label-studio'))"
+    python = settings.label_studio.parent / "python"
+    version = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    print(f"label-studio {version.stdout.strip()}", flush=True)
     with tempfile.TemporaryDirectory() as folder, served(settings.label_studio, Path(folder)) as url:
         for task in TASKS:
             print(f"{task:<9} {tried(url, task, Path(folder))}", flush=True)
