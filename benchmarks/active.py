@@ -1,10 +1,10 @@
 """Uncertain pairs first, against random order: `python benchmarks/active.py [--model SFT] [--seeds 0,1,2]`.
 
-On the help desk, whose truth is known. A pool of pairs waits for votes: one a pair, by one of its
-annotators, biases and errors included. The reward model is a small one that can be trained again after every
-hundred votes: a linear head on the states of a frozen SFT model (of `keel run helpdesk`), by the Bradley–Terry
-loss; an ensemble of five, each on a bootstrap sample of the votes. After 100 votes on pairs drawn at random the
-next hundred are drawn
+On the help desk, whose truth is known. A pool of pairs waits for votes: one a pair, by one of its annotators,
+with their biases and errors. The reward model is a small one that can be trained again after each hundred
+votes: a linear head on the states of a frozen SFT model (of `keel run helpdesk`), by the Bradley–Terry loss;
+an ensemble of five, each on a bootstrap sample of the votes. After 100 votes on pairs drawn at random the next
+hundred are drawn
 
     random      at random
     uncertain   80 % by what a vote would tell (`keel.feedback.priorities.information`: the mutual information
@@ -12,8 +12,8 @@ next hundred are drawn
     entropy     the same with a single head: the entropy of its forecast
 
 Accuracy is that of the heads' mean on test pairs, by the gold reward. Printed are the accuracies by votes,
-their differences with Student's interval over seeds, and how many votes each order needed for the accuracy that
-the random one has after 400, 800 and 1,600, on curves made monotone (isotonic regression).
+their differences with Student's interval over seeds, and how many votes each order needed for the accuracy
+that the random one has after 400, 800 and 1,600, on curves made monotone (isotonic regression).
 """
 
 from __future__ import annotations

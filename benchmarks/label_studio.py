@@ -54,8 +54,8 @@ def served(program: Path, folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        program, "start", "--no-browser", "--port", str(port), "--internal-host", "127.0.0.1", "--data-dir", folder,
-        "--username", "keel@example.org", "--password", "a-long-password", "--user-token", TOKEN,
+        program, "start", "--no-browser", "--port", str(port), "--internal-host", "127.0.0.1",
+        "--data-dir", folder, "--username", "keel@example.org", "--password", "a-long-password", "--user-token", TOKEN,
         "--enable-legacy-api-token",
     ]  # fmt: skip
     environment = {
@@ -142,10 +142,12 @@ def of_task(task: Task) -> Labels:
         NewItem("two", CHAT, [Reply([{"role": "assistant", "content": t}]) for t in texts]),
     ]
     answers: dict[Task, list[Answer]] = {
-        "pairwise": [Answer(choice="b", strength=2, comment="so"), Answer(choice="both_bad"), Answer(choice="tie")],
+        "pairwise": [Answer(choice="b", strength=2, comment="so"), Answer(choice="both_bad"),
+                     Answer(choice="tie")],
         "thumbs": [Answer(choice="up"), Answer(choice="down", comment="no"), Answer(choice="cannot_judge")],
         "rating": [Answer(ratings={"helpful": n, "harmless": 3, "honest": 5}) for n in (1, 2, 3)],
-        "ranking": [Answer(ranking=[[2], [0, 1]]), Answer(ranking=[[0], [1], [2]]), Answer(ranking=[[1], [0], [2]])],
+        "ranking": [Answer(ranking=[[2], [0, 1]]), Answer(ranking=[[0], [1], [2]]),
+                    Answer(ranking=[[1], [0], [2]])],
         "edit": [Answer(text="better\nstill"), Answer(text="best"), Answer(text="mine", comment="long")],
     }  # fmt: skip
     where = (("one", "kim@example.org"), ("one", "lee@example.org"), ("two", "kim@example.org"))

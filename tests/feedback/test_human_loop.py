@@ -21,8 +21,8 @@ from keel.worlds import helpdesk
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "human-loop.yaml"
 SMALL = [
-    "threads=1", "device=cpu", "base.data.rows=1500", "ppo.updates=2", "ppo.batch_size=16", "ppo.mini_batch=16",
-    "ppo.micro_batch=16", "judge.data.rows=8", "reward.normalize=16",
+    "threads=1", "device=cpu", "base.data.rows=1500", "ppo.updates=2", "ppo.batch_size=16",
+    "ppo.mini_batch=16", "ppo.micro_batch=16", "judge.data.rows=8", "reward.normalize=16",
 ]  # fmt: skip
 
 
