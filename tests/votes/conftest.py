@@ -16,6 +16,9 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="needs SQLAlchemy (pip install 'keel-rlhf[label]')")
 
+from sqlalchemy import Connection, text
+
+from keel.votes import audit, schema
 from keel.votes.kinds import Answer, NewItem, Project, Reply
 from keel.votes.store import Store
 
@@ -44,7 +47,7 @@ class Postgres:
         self.options = f"-p {self.port} -k {folder} -c listen_addresses=127.0.0.1 -c max_connections=200"
         self.options += "" if fsync else " -c fsync=off"
         self.start()
-        self.count = 0
+        self.count, self.shared = 0, ""
 
     def run(self, name: str, *arguments: str) -> None:
         command = [str(self.binaries / name), *arguments]
@@ -59,6 +62,11 @@ class Postgres:
 
     def stop(self, how: str = "fast") -> None:
         self.run("pg_ctl", "-D", str(self.data), "-w", "-m", how, "stop")
+
+    def shared_url(self) -> str:
+        """The address of a database that tests leave empty."""
+        self.shared = self.shared or self.new_url()
+        return self.shared
 
     def new_url(self) -> str:
         """The address of a new, empty database."""
@@ -79,7 +87,8 @@ def start_postgres() -> Iterator[Callable[..., Postgres]]:
     folders: list[tempfile.TemporaryDirectory[str]] = []
 
     def start(*, fsync: bool = False) -> Postgres:
-        folders.append(tempfile.TemporaryDirectory(prefix="keel-pg-"))
+        place = None if fsync or not MEMORY.is_dir() else MEMORY
+        folders.append(tempfile.TemporaryDirectory(prefix="keel-pg-", dir=place))
         started.append(Postgres(Path(folders[-1].name), fsync=fsync))
         return started[-1]
 
@@ -132,9 +141,27 @@ def any_store(request: pytest.FixtureRequest, new_store: Callable[[], Store]) ->
     if request.param == "sqlite":
         yield new_store()
         return
-    store = Store.open(request.getfixturevalue("postgres").new_url())
-    yield store
-    store.close()
+    server = request.getfixturevalue("postgres")
+    with Store.open(server.shared_url()) as store:
+        yield store
+        store.database.write(_empty)
+
+
+def _empty(connection: Connection) -> None:
+    """Take all rows out of all tables, much faster than a new database."""
+    names = ", ".join(table.name for table in schema.metadata.sorted_tables)
+    connection.execute(text(f"TRUNCATE {names} RESTART IDENTITY CASCADE"))
+    connection.execute(schema.audit_head.insert().values(id=1, n=0, hash=audit.START))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_new_store(request: pytest.FixtureRequest, new_store: Callable[[], Store]) -> Iterator[Store]:
+    """As `any_store`, for tests that change the tables themselves."""
+    if request.param == "sqlite":
+        yield new_store()
+        return
+    with Store.open(request.getfixturevalue("postgres").new_url()) as store:
+        yield store
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_any_interleaving_of_what_people_do_keeps_the_counts_right(empty_file):
     run_state_machine_as_test(
         lambda: People(empty_file),
         settings=settings(
-            max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=8, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

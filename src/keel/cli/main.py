@@ -14,6 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import keel
+from keel.cli import label
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, KeelError, UsageError
 from keel.rundir import run_status
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(invoke_without_command=True, help="Complete configs, one per known use.")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(label.app, name="label")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a recipe's name.")]
 OverridesArgument = Annotated[

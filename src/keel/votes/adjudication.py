@@ -23,7 +23,7 @@ _AT_ONCE = 1000
 # ---------------------------------------------------------------- votes, read
 
 
-def _standing(project_id: int) -> Any:
+def standing(project_id: int) -> Any:
     """Standing votes with everything that a `VoteRow` says."""
     votes, versions, items = schema.votes, schema.versions, schema.items
     mine, people = schema.encounters, schema.people
@@ -47,19 +47,19 @@ def votes(connection: Connection, name: str, counted_only: bool) -> Iterator[Vot
     """A project's standing votes, item by item in the order in which they were added, the oldest first."""
     project_id, after = project_row(connection, name).id, (0, 0)
     while True:
-        query = _standing(project_id).order_by(schema.votes.c.item_id, schema.votes.c.id).limit(_AT_ONCE)
+        query = standing(project_id).order_by(schema.votes.c.item_id, schema.votes.c.id).limit(_AT_ONCE)
         item, vote = schema.votes.c.item_id, schema.votes.c.id
         query = query.where((item > after[0]) | ((item == after[0]) & (vote > after[1])))
         if counted_only:
             query = query.where(schema.votes.c.status == "counted")
         rows = connection.execute(query).all()
-        yield from map(_vote_row, rows)
+        yield from map(vote_row, rows)
         if len(rows) < _AT_ONCE:
             return
         after = (rows[-1].item, rows[-1].vote)
 
 
-def _vote_row(row: Any) -> VoteRow:
+def vote_row(row: Any) -> VoteRow:
     return VoteRow(
         item=row.item,
         key=row.key,
@@ -95,12 +95,12 @@ def disputed(connection: Connection, name: str, least: float) -> list[Disputed]:
     settled = select(literal(1)).where(
         adjudications.c.item_id == items.c.id, adjudications.c.at >= func.coalesce(newest, 0.0)
     )
-    query = _standing(row.id).where(items.c.gold.is_(None), ~settled.exists())
+    query = standing(row.id).where(items.c.gold.is_(None), ~settled.exists())
     query = query.order_by(votes_.c.item_id, votes_.c.id)
     found: list[Disputed] = []
     seen: set[int] = set()
     for item, group in groupby(connection.execute(query), key=lambda vote: vote.item):
-        rows = tuple(map(_vote_row, group))
+        rows = tuple(map(vote_row, group))
         seen.add(item)
         apart = answers.dispute(project, [vote.answer for vote in rows if not vote.is_model])
         if apart >= least or item in flagged:

@@ -7,13 +7,14 @@ What they skipped comes again only when nothing else is left.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, func, literal, select, update
+from sqlalchemy import Connection, bindparam, func, literal, select, update
 
 from keel.votes import audit, ballots, order, schema
 from keel.votes.codec import answer_of, clean, dumps, loads, new_salt, project_of, replies_of, salted
-from keel.votes.database import insert_row, upsert
+from keel.votes.database import add_to, change_rows, insert_row, row_of, upsert
 from keel.votes.kinds import Assignment, How, NotFoundError, PausedError, Project, Reply
 from keel.votes.people import person_row, seat_row
 from keel.votes.projects import project_row
@@ -65,19 +66,25 @@ def next_item(connection: Connection, name: str, person_id: int, now: float) -> 
 def _running(connection: Connection, at: Desk, now: float) -> Any:
     """The newest item that is leased to this person, if its slot is still theirs. Gold stays until it is
     answered or skipped: letting its time run out is no way around it."""
-    mine, slots = schema.encounters, schema.slots
+    values = {"person": at.person.id, "project": at.project_id, "now": now}
+    return connection.execute(_running_lease(), values).one_or_none()
+
+
+@cache
+def _running_lease() -> Any:
+    mine, slots, person = schema.encounters, schema.slots, bindparam("person")
     joined = mine.outerjoin(slots, (slots.c.item_id == mine.c.item_id) & (slots.c.number == mine.c.slot))
-    return connection.execute(
+    return (
         select(mine)
         .select_from(joined)
         .where(
-            mine.c.person_id == at.person.id, mine.c.project_id == at.project_id,
-            mine.c.state == "leased", (mine.c.leased_until > now) | (mine.c.how == "gold"),
-            mine.c.slot.is_(None) | ((slots.c.person_id == at.person.id) & slots.c.vote_id.is_(None)),
+            mine.c.person_id == person, mine.c.project_id == bindparam("project"),
+            mine.c.state == "leased", (mine.c.leased_until > bindparam("now")) | (mine.c.how == "gold"),
+            mine.c.slot.is_(None) | ((slots.c.person_id == person) & slots.c.vote_id.is_(None)),
         )
         .order_by(mine.c.leased_at.desc(), mine.c.item_id.desc())
         .limit(1)
-    ).one_or_none()  # fmt: skip
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- gold
@@ -104,19 +111,25 @@ def _gold_place(at: Desk, block: int, every: int) -> int:
 def gold_to_come(connection: Connection, at: Desk, usual: int) -> int:
     """Gold items that this person meets until `usual` others are done, as far as there are any; what is
     leased to them now is among both."""
-    mine, items, every = schema.encounters, schema.items, _every(at.project)
-    query = (
-        select(items.c.gold.is_not(None), func.count())
-        .select_from(mine)
-        .join(items, items.c.id == mine.c.item_id)
-        .where(
-            mine.c.person_id == at.person.id, mine.c.project_id == at.project_id, mine.c.state == "leased"
-        )
-        .group_by(items.c.gold.is_not(None))
-    )  # fmt: skip
-    leased = {bool(is_gold): count for is_gold, count in connection.execute(query)}
+    every, values = _every(at.project), {"person": at.person.id, "project": at.project_id}
+    leased = {how == "gold": 0 for how in ("gold", "others")}
+    for row in connection.execute(_leased(), values):
+        leased[row.how == "gold"] += row.number
     usual = max(0, usual - leased.get(False, 0))  # of which none was handed out yet
     return leased.get(True, 0) + (_gold_among(connection, at, usual, every) if every and usual else 0)
+
+
+@cache
+def _leased() -> Any:
+    mine = schema.encounters
+    return (
+        select(mine.c.how, func.count().label("number"))
+        .where(
+            mine.c.person_id == bindparam("person"), mine.c.project_id == bindparam("project"),
+            mine.c.state == "leased",
+        )
+        .group_by(mine.c.how)
+    )  # fmt: skip
 
 
 def _gold_among(connection: Connection, at: Desk, usual: int, every: int) -> int:
@@ -138,15 +151,20 @@ def _gold_among(connection: Connection, at: Desk, usual: int, every: int) -> int
 
 def _unseen_gold(connection: Connection, at: Desk) -> list[tuple[int, str]]:
     """The gold items that this person has not met: (number, key)."""
+    found = connection.execute(_gold_not_met(), {"person": at.person.id, "project": at.project_id})
+    return [(row.id, row.key) for row in found]
+
+
+@cache
+def _gold_not_met() -> Any:
     items, mine = schema.items, schema.encounters
-    met = select(literal(1)).where(mine.c.item_id == items.c.id, mine.c.person_id == at.person.id)
-    found = connection.execute(
+    met = select(literal(1)).where(mine.c.item_id == items.c.id, mine.c.person_id == bindparam("person"))
+    return (
         select(items.c.id, items.c.key)
-        .where(items.c.project_id == at.project_id, items.c.gold.is_not(None), ~met.exists())
+        .where(items.c.project_id == bindparam("project"), items.c.gold.is_not(None), ~met.exists())
         .order_by(items.c.rank)
         .limit(1000)
     )
-    return [(row.id, row.key) for row in found]
 
 
 def _gold(connection: Connection, at: Desk) -> int | None:
@@ -164,7 +182,8 @@ def _along(
     connection: Connection, at: Desk, stream: order.Stream, now: float
 ) -> tuple[int, int | None] | None:
     """The first item of an order that this person may have, with its slot, locked; None for none."""
-    start = stream.start(at.seat)
+    version = row_of(connection, schema.tallies, project_id=at.project_id).order_version
+    start = stream.start(at.seat, version)
     for after in (start, None) if start is not None else (None,):
         passed, solid = None, True  # up to where everything was judged by this person
         for batch in stream.batches(connection, at.project_id, after):
@@ -174,51 +193,64 @@ def _along(
                 solid = solid and item in judged
                 passed = place if solid else passed
                 if item in free and (taken := _take(connection, at, item, now)) is not None:
-                    _remember(connection, at, stream, passed)
+                    _remember(connection, at, stream, passed, version)
                     return item, None if at.person.is_model else taken
         if passed is not None:
-            _remember(connection, at, stream, passed)
+            _remember(connection, at, stream, passed, version)
     return None
 
 
 def _met(connection: Connection, at: Desk, ids: list[int]) -> tuple[set[int], set[int]]:
     """Which of these items the person has judged, and skipped."""
-    mine = schema.encounters
-    rows = connection.execute(
-        select(mine.c.item_id, mine.c.state).where(
-            mine.c.person_id == at.person.id, mine.c.item_id.in_(ids), mine.c.state != "leased"
-        )
-    ).all()
+    rows = connection.execute(_met_of(), {"person": at.person.id, "items": ids}).all()
     return {r.item_id for r in rows if r.state == "judged"}, {r.item_id for r in rows if r.state == "skipped"}
+
+
+@cache
+def _met_of() -> Any:
+    mine = schema.encounters
+    return select(mine.c.item_id, mine.c.state).where(
+        mine.c.person_id == bindparam("person"), mine.c.item_id.in_(bindparam("items", expanding=True)),
+        mine.c.state != "leased",
+    )  # fmt: skip
 
 
 def _free(connection: Connection, at: Desk, ids: list[int], now: float) -> set[int]:
     """Which of these items have a slot that nobody holds. A model needs none."""
     if at.person.is_model or not ids:
         return set(ids)
+    return set(connection.execute(_free_of(), {"items": ids, "now": now}).scalars())
+
+
+@cache
+def _free_of() -> Any:
     slots = schema.slots
-    free = select(slots.c.item_id).where(
-        slots.c.item_id.in_(ids), slots.c.vote_id.is_(None), slots.c.leased_until <= now
-    )
-    return set(connection.execute(free.distinct()).scalars())
+    return select(slots.c.item_id).where(
+        slots.c.item_id.in_(bindparam("items", expanding=True)), slots.c.vote_id.is_(None),
+        slots.c.leased_until <= bindparam("now"),
+    )  # fmt: skip
 
 
 def _take(connection: Connection, at: Desk, item: int, now: float) -> int | None:
     """A free slot of an item, locked; None where others were faster. Surplus votes take theirs first."""
     if at.person.is_model:
         return 0
-    items = schema.items
-    surplus = connection.execute(select(items.c.surplus).where(items.c.id == item)).scalar_one()
+    surplus = row_of(connection, schema.items, id=item).surplus
     while surplus and ballots.promote(connection, at.project_id, item, now):
         surplus -= 1
     slot = ballots.free_slot(connection, item, now)
     return None if slot is None else slot.number
 
 
-def _remember(connection: Connection, at: Desk, stream: order.Stream, place: tuple[Any, ...] | None) -> None:
-    if place is not None:
-        seats = schema.seats
-        connection.execute(update(seats).where(seats.c.id == at.seat.id).values(**stream.cursor(place)))
+def _remember(
+    connection: Connection, at: Desk, stream: order.Stream, place: tuple[Any, ...] | None, version: int
+) -> None:
+    """Keep a place in the order; places in an older one are dropped."""
+    if place is None:
+        return
+    old = {"rank_cursor": None, "urgency_cursor": None, "urgency_rank_cursor": None}
+    values = {**(old if at.seat.order_version != version else {}), **stream.cursor(place)}
+    change_rows(connection, schema.seats, {"id": at.seat.id}, order_version=version, **values)
 
 
 def _skipped(connection: Connection, at: Desk, now: float) -> tuple[int, int | None, How] | None:
@@ -250,31 +282,23 @@ def _lease(
 ) -> Assignment:
     """Lease an item to a person, with the slot if there is one. How it is shown stays as it was the first
     time: an old page may still be open."""
-    until, mine, slots = now + 60 * at.project.lease_minutes, schema.encounters, schema.slots
+    until = now + 60 * at.project.lease_minutes
     if slot is not None:
-        connection.execute(
-            update(slots)
-            .where(slots.c.item_id == item_id, slots.c.number == slot)
-            .values(person_id=at.person.id, leased_until=until)
-        )
-    item = connection.execute(select(schema.items).where(schema.items.c.id == item_id)).one()
+        where = {"item_id": item_id, "number": slot}
+        change_rows(connection, schema.slots, where, person_id=at.person.id, leased_until=until)
+    item = row_of(connection, schema.items, id=item_id)
     before = _encounter(connection, item_id, at.person.id)
     if before is not None:
         shown = before.shown
     else:
         number = slot if slot is not None else _met_by(connection, item_id)
         shown = dumps(order.shown(at.project, item.key, len(replies_of(item.replies)), number))
-        seats = schema.seats
-        connection.execute(
-            update(seats)
-            .where(seats.c.id == at.seat.id)
-            .values(served=seats.c.served + 1, gold_served=seats.c.gold_served + int(how == "gold"))
-        )
+        add_to(connection, schema.seats, {"id": at.seat.id}, served=1, gold_served=int(how == "gold"))
     row = {
         "item_id": item_id, "person_id": at.person.id, "project_id": at.project_id, "slot": slot,
         "shown": shown, "how": how, "state": "leased", "leased_at": now, "leased_until": until,
     }  # fmt: skip
-    upsert(connection, mine, row, ("slot", "state", "leased_at", "leased_until"))
+    upsert(connection, schema.encounters, row, ("slot", "state", "leased_at", "leased_until"))
     return _assignment(at.project, item, tuple(loads(shown)), slot or 0, until, how, None)
 
 
@@ -284,10 +308,7 @@ def _met_by(connection: Connection, item_id: int) -> int:
 
 
 def _encounter(connection: Connection, item_id: int, person_id: int) -> Any:
-    mine = schema.encounters
-    return connection.execute(
-        select(mine).where(mine.c.item_id == item_id, mine.c.person_id == person_id)
-    ).one_or_none()
+    return row_of(connection, schema.encounters, item_id=item_id, person_id=person_id)
 
 
 def encounter(connection: Connection, at: Desk, item_id: int) -> Any:
@@ -320,7 +341,7 @@ def assignment(connection: Connection, name: str, person_id: int, item_id: int) 
     """An item that a person was given, as they saw it, with what they said of it."""
     at = desk(connection, name, person_id, lock=False)
     met = encounter(connection, at, item_id)
-    item = connection.execute(select(schema.items).where(schema.items.c.id == item_id)).one()
+    item = row_of(connection, schema.items, id=item_id)
     vote = vote_of(connection, item_id, at.person.id)
     previous = None
     if vote is not None and not vote.withdrawn:
@@ -333,29 +354,21 @@ def assignment(connection: Connection, name: str, person_id: int, item_id: int) 
 
 def vote_of(connection: Connection, item_id: int, person_id: int) -> Any:
     """A person's vote on an item, withdrawn or not; None where there is none."""
-    votes = schema.votes
-    return connection.execute(
-        select(votes).where(votes.c.item_id == item_id, votes.c.person_id == person_id)
-    ).one_or_none()
+    return row_of(connection, schema.votes, item_id=item_id, person_id=person_id)
 
 
 def skip(connection: Connection, name: str, person_id: int, item_id: int, now: float) -> None:
     """A person does not want to judge an item: its slot is free again. One that they judged stays judged."""
     at = desk(connection, name, person_id)
-    met, mine, slots = encounter(connection, at, item_id), schema.encounters, schema.slots
+    met, slots = encounter(connection, at, item_id), schema.slots
     if met.state == "judged":
         return
-    connection.execute(
-        update(mine)
-        .where(mine.c.item_id == item_id, mine.c.person_id == at.person.id)
-        .values(state="skipped", leased_at=now, leased_until=0.0)
+    mine = {"item_id": item_id, "person_id": at.person.id}
+    change_rows(connection, schema.encounters, mine, state="skipped", leased_at=now, leased_until=0.0)
+    own = update(slots).where(
+        slots.c.item_id == item_id, slots.c.person_id == at.person.id, slots.c.vote_id.is_(None)
     )
-    freed = connection.execute(
-        update(slots)
-        .where(slots.c.item_id == item_id, slots.c.person_id == at.person.id, slots.c.vote_id.is_(None))
-        .values(person_id=None, leased_until=0.0)
-    ).rowcount
-    if freed:
+    if connection.execute(own.values(person_id=None, leased_until=0.0)).rowcount:
         ballots.promote(connection, at.project_id, item_id, now)
 
 

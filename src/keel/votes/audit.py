@@ -18,13 +18,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import Connection, Table, select, update
+from sqlalchemy import Connection, Table, select
 
 from keel.votes import schema
 from keel.votes.codec import digest, dumps, salted
+from keel.votes.database import change_rows, row_of
 from keel.votes.kinds import AuditReport
 
 START = "0" * 64
+_INSERT = schema.audit.insert()
 GONE = ""  # the digest of a row that was removed
 
 
@@ -35,6 +37,7 @@ class Change:
     items: int = 0
     open_items: int = 0
     counted: int = 0
+    reorders: bool = False  # whether the order in which items come has changed
     revises: bool = True  # whether what is learned from the project has changed
 
 
@@ -96,8 +99,8 @@ def append(
     so that transactions never wait for each other in a circle.
     """
     source, content = COVERED[table]
-    row = connection.execute(select(source).where(source.c.id == row_id)).mappings().one_or_none()
-    now = GONE if row is None else digest(content(cast("Mapping[str, Any]", row)))
+    row = row_of(connection, source, id=row_id)
+    now = GONE if row is None else digest(content(row._mapping))
     append_digest(
         connection, f"{table}:{row_id}", now, action, at=at, by=by, project_id=project_id, change=change
     )
@@ -118,30 +121,28 @@ def append_digest(
     if change is not None and project_id is not None:
         _count(connection, project_id, content, change)
     head = schema.audit_head
-    last = connection.execute(select(head.c.n, head.c.hash).where(head.c.id == 1).with_for_update()).one()
+    last = row_of(connection, head, lock=True, id=1)
     n = last.n + 1
     row = {
         "n": n, "at": at, "person_id": by, "action": action, "project_id": project_id, "subject": subject,
         "digest": content,
     }  # fmt: skip
     now = _hash(last.hash, row)
-    connection.execute(schema.audit.insert().values(**row, previous=last.hash, hash=now))
-    connection.execute(update(head).where(head.c.id == 1).values(n=n, hash=now))
+    connection.execute(_INSERT, {**row, "previous": last.hash, "hash": now})
+    change_rows(connection, head, {"id": 1}, n=n, hash=now)
 
 
 def _count(connection: Connection, project_id: int, content: str, change: Change) -> None:
     tallies = schema.tallies
-    mine = tallies.c.project_id == project_id
-    values: dict[str, Any] = {
-        name: tallies.c[name] + getattr(change, name)
-        for name in ("items", "open_items", "counted")
-        if getattr(change, name)
-    }
+    before = row_of(connection, tallies, lock=True, project_id=project_id)
+    revision = before.revision
     if change.revises:
-        before = connection.execute(select(tallies.c.revision).where(mine).with_for_update()).scalar_one()
-        values["revision"] = hashlib.sha256(f"{before} {content}".encode()).hexdigest()
-    if values:
-        connection.execute(update(tallies).where(mine).values(**values))
+        revision = hashlib.sha256(f"{revision} {content}".encode()).hexdigest()
+    change_rows(
+        connection, tallies, {"project_id": project_id}, items=before.items + change.items,
+        open_items=before.open_items + change.open_items, counted=before.counted + change.counted,
+        order_version=before.order_version + change.reorders, revision=revision,
+    )  # fmt: skip
 
 
 def _hash(previous: str, row: Mapping[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, bindparam, false, select
 
 from keel.votes import audit, schema
 from keel.votes.codec import answer_json, answer_of, clean, new_salt, salted
-from keel.votes.database import insert_row
+from keel.votes.database import add_to, change_rows, insert_row, row_of
 from keel.votes.kinds import Answer
 
 
@@ -45,7 +46,7 @@ def write_version(
         )
     else:
         vote_id = vote.id
-        connection.execute(update(votes).where(votes.c.id == vote_id).values(**now))
+        change_rows(connection, votes, {"id": vote_id}, **now)
     salt, comment = new_salt(), clean(answer.comment) if answer else ""
     row_id = insert_row(
         connection, schema.versions,
@@ -61,40 +62,45 @@ def write_version(
 
 def standing(connection: Connection, vote: Any) -> Any:
     """The version of a vote that holds."""
-    versions = schema.versions
-    return connection.execute(
-        select(versions).where(versions.c.vote_id == vote.id, versions.c.version == vote.version)
-    ).one()
+    return row_of(connection, schema.versions, vote_id=vote.id, version=vote.version)
 
 
-def fill(connection: Connection, item_id: int, number: int, vote_id: int) -> None:
-    """A vote fills a slot."""
-    slots = schema.slots
-    connection.execute(
-        update(slots)
-        .where(slots.c.item_id == item_id, slots.c.number == number)
-        .values(vote_id=vote_id, leased_until=0.0)
-    )
+def fill(connection: Connection, item_id: int, number: int, person_id: int, vote_id: int) -> None:
+    """A person's vote fills a slot."""
+    slot = {"item_id": item_id, "number": number}
+    change_rows(connection, schema.slots, slot, person_id=person_id, vote_id=vote_id, leased_until=0.0)
 
 
 def free_slot(connection: Connection, item_id: int, now: float) -> Any:
     """A slot of an item that nobody holds, locked; None where there is none."""
+    return connection.execute(_free_slot(), {"item": item_id, "now": now}).one_or_none()
+
+
+@cache
+def _free_slot() -> Any:
     slots = schema.slots
-    return connection.execute(
+    return (
         select(slots)
-        .where(slots.c.item_id == item_id, slots.c.vote_id.is_(None), slots.c.leased_until <= now)
+        .where(
+            slots.c.item_id == bindparam("item"), slots.c.vote_id.is_(None),
+            slots.c.leased_until <= bindparam("now"),
+        )
         .order_by(slots.c.number)
         .limit(1)
         .with_for_update(skip_locked=True)
-    ).one_or_none()
+    )  # fmt: skip
 
 
 def open_more(connection: Connection, item_id: int, by: int) -> int:
     """Change how many slots of an item wait for a vote. By how much the project's open items change."""
-    items = schema.items
-    connection.execute(update(items).where(items.c.id == item_id).values(open_slots=items.c.open_slots + by))
-    left = connection.execute(select(items.c.open_slots).where(items.c.id == item_id)).scalar_one()
+    add_to(connection, schema.items, {"id": item_id}, open_slots=by)
+    left = connection.execute(_open_slots(), {"item": item_id}).scalar_one()
     return int(left > 0) - int(left - by > 0)
+
+
+@cache
+def _open_slots() -> Any:
+    return select(schema.items.c.open_slots).where(schema.items.c.id == bindparam("item"))
 
 
 def promote(connection: Connection, project_id: int, item_id: int, now: float) -> bool:
@@ -102,30 +108,31 @@ def promote(connection: Connection, project_id: int, item_id: int, now: float) -
 
     So no second person is asked for what somebody said a little late.
     """
-    votes, items = schema.votes, schema.items
-    vote = connection.execute(
-        select(votes)
-        .where(votes.c.item_id == item_id, votes.c.status == "surplus", ~votes.c.withdrawn)
-        .order_by(votes.c.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    ).one_or_none()
+    vote = connection.execute(_oldest_surplus(), {"item": item_id}).one_or_none()
     slot = free_slot(connection, item_id, now) if vote is not None else None
     if vote is None or slot is None:
         return False
     holds = standing(connection, vote)
-    connection.execute(update(items).where(items.c.id == item_id).values(surplus=items.c.surplus - 1))
+    add_to(connection, schema.items, {"id": item_id}, surplus=-1)
     closed = open_more(connection, item_id, -1)
     write_version(
         connection, vote, "promote", answer_of(holds.answer, holds.comment), status="counted", at=now,
         by=None, slot=slot.number, seconds=holds.seconds,
         change=audit.Change(open_items=closed, counted=1),
     )  # fmt: skip
-    schema_slots = schema.slots
-    connection.execute(
-        update(schema_slots)
-        .where(schema_slots.c.item_id == item_id, schema_slots.c.number == slot.number)
-        .values(person_id=vote.person_id)
-    )
-    fill(connection, item_id, slot.number, vote.id)
+    fill(connection, item_id, slot.number, vote.person_id, vote.id)
     return True
+
+
+@cache
+def _oldest_surplus() -> Any:
+    votes = schema.votes
+    return (
+        select(votes)
+        .where(
+            votes.c.item_id == bindparam("item"), votes.c.status == "surplus", votes.c.withdrawn == false()
+        )
+        .order_by(votes.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )  # fmt: skip

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection
 
 from keel.errors import UsageError
 from keel.votes import answers, audit, ballots, order, people, schema
 from keel.votes.assignment import Desk, desk, vote_of
 from keel.votes.codec import dumps, replies_of
-from keel.votes.database import upsert
+from keel.votes.database import add_to, row_of, upsert
 from keel.votes.kinds import Added, NotFoundError, PastJudgement
 
 
@@ -53,10 +53,7 @@ def _desk(connection: Connection, name: str, judgement: PastJudgement, by: int |
 
 def _one(connection: Connection, at: Desk, judgement: PastJudgement, by: int | None, now: float) -> bool:
     """Record one vote; whether it was new."""
-    items = schema.items
-    item = connection.execute(
-        select(items).where(items.c.project_id == at.project_id, items.c.key == judgement.key)
-    ).one_or_none()
+    item = row_of(connection, schema.items, project_id=at.project_id, key=judgement.key)
     if item is None:
         raise UsageError("the project has no such item")
     vote = vote_of(connection, item.id, at.person.id)
@@ -76,8 +73,7 @@ def _one(connection: Connection, at: Desk, judgement: PastJudgement, by: int | N
         "leased_at": at_time, "leased_until": 0.0,
     }  # fmt: skip
     upsert(connection, schema.encounters, row, ("slot", "state", "leased_until"))
-    seats = schema.seats
-    connection.execute(update(seats).where(seats.c.id == at.seat.id).values(done=seats.c.done + 1))
+    add_to(connection, schema.seats, {"id": at.seat.id}, done=1)
     base = SimpleNamespace(
         id=None, version=0, project_id=at.project_id, item_id=item.id, person_id=at.person.id
     )
@@ -86,7 +82,7 @@ def _one(connection: Connection, at: Desk, judgement: PastJudgement, by: int | N
         slot=slot, seconds=judgement.seconds,
     )  # fmt: skip
     if slot is not None:
-        ballots.fill(connection, item.id, slot, vote_id)
+        ballots.fill(connection, item.id, slot, at.person.id, vote_id)
     return True
 
 
@@ -95,14 +91,8 @@ def _place(connection: Connection, at: Desk, item: Any, now: float) -> tuple[int
     if item.gold is not None or at.person.is_model:
         return None, audit.Change(), "gold" if item.gold is not None else "model"
     free = ballots.free_slot(connection, item.id, now)
-    items, slots = schema.items, schema.slots
     if free is None:
-        connection.execute(update(items).where(items.c.id == item.id).values(surplus=items.c.surplus + 1))
+        add_to(connection, schema.items, {"id": item.id}, surplus=1)
         return None, audit.Change(), "surplus"
-    connection.execute(
-        update(slots)
-        .where(slots.c.item_id == item.id, slots.c.number == free.number)
-        .values(person_id=at.person.id)
-    )
     opened = ballots.open_more(connection, item.id, -1)
     return free.number, audit.Change(open_items=opened, counted=1), "counted"

@@ -37,7 +37,7 @@ def add(connection: Connection, name: str, new: Iterable[NewItem], by: int | Non
     UsageError for an item that the project's task cannot ask about, and for a key that is there with another
     content.
     """
-    row = project_row(connection, name)
+    row = project_row(connection, name, lock=True)
     project, items = project_of(name, row.settings), schema.items
     batch_id = insert_row(
         connection,
@@ -95,9 +95,8 @@ def _seal(
     open_items = connection.execute(select(func.count()).where(usual)).scalar_one()
     audit.append(
         connection, "batches", batch_id, "add", at=now, by=by, project_id=project_id,
-        change=audit.Change(items=open_items, open_items=open_items),
+        change=audit.Change(items=open_items, open_items=open_items, reorders=True),
     )  # fmt: skip
-    order.rewind(connection, project_id)
     if added >= _MANY:
         connection.execute(text("ANALYZE"))
 
@@ -230,10 +229,9 @@ def set_priorities(
             .values(priority=bindparam("given"), urgency=bindparam("urgent")),
             chunk,
         ).rowcount
-    order.rewind(connection, row.id)
     audit.append_digest(
         connection, f"priorities:{row.id}", digest(dict(priorities)), "priorities",
-        at=now, by=by, project_id=row.id,
+        at=now, by=by, project_id=row.id, change=audit.Change(reorders=True, revises=False),
     )  # fmt: skip
     return changed
 

@@ -10,7 +10,8 @@ next is drawn with the same share; where one kind is used up, the other comes. E
 was.
 
 A cursor by person remembers up to where they have judged everything, so that finding the next item does not
-get slower with their work. It is only a shortcut: the search begins anew where it finds nothing.
+get slower with their work. It is only a shortcut: the search begins anew where it finds nothing, and when the
+order has changed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, select, tuple_, update
+from sqlalchemy import Connection, bindparam, literal_column, select, tuple_, update
 
 from keel.votes import schema
 from keel.votes.kinds import Project
@@ -75,17 +77,6 @@ def deal(connection: Connection, project_id: int, project: Project) -> None:
         connection.execute(
             update(items).where(items.c.id == bindparam("row")).values(at_random=bindparam("drawn")), values
         )
-    rewind(connection, project_id)
-
-
-def rewind(connection: Connection, project_id: int) -> None:
-    """Everybody's next search begins at the start of the order."""
-    seats = schema.seats
-    connection.execute(
-        update(seats)
-        .where(seats.c.project_id == project_id)
-        .values(rank_cursor=None, urgency_cursor=None, urgency_rank_cursor=None)
-    )
 
 
 # ---------------------------------------------------------------- going along the order
@@ -99,8 +90,10 @@ class Stream:
     apart: bool | None  # only items that are, or are not, of the random share; None: all
     open_only: bool = True  # only items with a free slot; a model judges the others too
 
-    def start(self, seat: Any) -> tuple[Any, ...] | None:
-        """Where this person goes on."""
+    def start(self, seat: Any, order_version: int) -> tuple[Any, ...] | None:
+        """Where this person goes on; None: at the start."""
+        if seat.order_version != order_version:
+            return None
         if self.how == "uncertain":
             found = (seat.urgency_cursor, seat.urgency_rank_cursor)
         else:
@@ -116,23 +109,32 @@ class Stream:
         self, connection: Connection, project_id: int, after: tuple[Any, ...] | None
     ) -> Iterator[Sequence[tuple[int, tuple[Any, ...]]]]:
         """The open items in this order from a place on: (item, place), more at a time the longer it takes."""
-        items = schema.items
-        keys = [items.c.urgency, items.c.rank] if self.how == "uncertain" else [items.c.rank]
-        where: list[Any] = [items.c.project_id == project_id]
-        where.append(items.c.open_slots > 0 if self.open_only else items.c.gold.is_(None))
-        if self.apart is not None:
-            where.append(items.c.at_random == self.apart)
         size = _FIRST
         while True:
-            query = select(items.c.id, *keys).where(*where).order_by(*keys).limit(size)
-            if after is not None:
-                query = query.where(tuple_(*keys) > after if len(keys) > 1 else keys[0] > after[0])
-            rows = [(row[0], tuple(row[1:])) for row in connection.execute(query)]
+            places = {f"place_{number}": value for number, value in enumerate(after or ())}
+            query = self._part(after is None)
+            values = {"project": project_id, "apart": self.apart, "size": size, **places}
+            rows = [(row[0], tuple(row[1:])) for row in connection.execute(query, values)]
             if rows:
                 yield rows
             if len(rows) < size:
                 return
             after, size = rows[-1][1], min(4 * size, _MOST)
+
+    @cache  # noqa: B019 - there are six of them
+    def _part(self, from_start: bool) -> Any:
+        """The query for a part of the order."""
+        items = schema.items
+        keys = [items.c.urgency, items.c.rank] if self.how == "uncertain" else [items.c.rank]
+        # written out, so that PostgreSQL sees that the index of open items will do
+        usual = literal_column("open_slots > 0") if self.open_only else items.c.gold.is_(None)
+        where: list[Any] = [items.c.project_id == bindparam("project"), usual]
+        if self.apart is not None:
+            where.append(items.c.at_random == bindparam("apart"))
+        if not from_start:
+            places = [bindparam(f"place_{number}") for number in range(len(keys))]
+            where.append(tuple_(*keys) > tuple_(*places) if len(keys) > 1 else keys[0] > places[0])
+        return select(items.c.id, *keys).where(*where).order_by(*keys).limit(bindparam("size"))
 
 
 def streams(project: Project, person_id: int, served: int, *, open_only: bool) -> list[Stream]:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, func, or_, select, update
 from keel.errors import UsageError
 from keel.votes import audit, schema
 from keel.votes.codec import clean, hashed, new_salt, salted
-from keel.votes.database import insert_ignore, insert_row
+from keel.votes.database import insert_ignore, insert_row, row_of
 from keel.votes.kinds import ROLES, Forgotten, NotFoundError, Person, Role
 from keel.votes.projects import project_row
 
@@ -64,7 +64,7 @@ def checked_name(name: str) -> tuple[str, str]:
 
 def person_row(connection: Connection, person_id: int) -> Any:
     """A person who is there. NotFoundError for nobody, and for one who was forgotten."""
-    row = connection.execute(select(schema.people).where(schema.people.c.id == person_id)).one_or_none()
+    row = row_of(connection, schema.people, id=person_id)
     if row is None or row.removed is not None:
         raise NotFoundError(f"there is no person number {person_id}")
     return row
@@ -114,20 +114,21 @@ def seat_row(connection: Connection, project_id: int, person_id: int, *, lock: b
     lock False: only to be looked at; nothing is made.
     """
     seats = schema.seats
-    query = select(seats).where(seats.c.project_id == project_id, seats.c.person_id == person_id)
-    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    place = {"project_id": project_id, "person_id": person_id}
+    row = row_of(connection, seats, lock=lock, **place)
     if row is not None:
         return row
     new: dict[str, Any] = {
         "invited": False, "paused": None, "gold_since": 0.0, "served": 0, "gold_served": 0, "done": 0,
+        "order_version": -1,
     }  # fmt: skip
     if not lock:
-        return SimpleNamespace(id=None, project_id=project_id, person_id=person_id, **new)
-    if insert_ignore(connection, seats, {"project_id": project_id, "person_id": person_id, **new}):
-        row = connection.execute(query.with_for_update()).one()
+        return SimpleNamespace(id=None, **place, **new)
+    if insert_ignore(connection, seats, {**place, **new}):
+        row = row_of(connection, seats, lock=True, **place)
         audit.append(connection, "seats", row.id, "seat", at=0.0, by=None, project_id=project_id)
         return row
-    return connection.execute(query.with_for_update()).one()  # another request was faster
+    return row_of(connection, seats, lock=True, **place)  # another request was faster
 
 
 def let_in(connection: Connection, project_id: int, person_id: int, by: int | None, now: float) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, literal, or_, select, update
+from sqlalchemy import Connection, delete, func, literal, or_, select, text, update
 
 from keel.errors import UsageError
 from keel.votes import audit, ballots, order, schema
 from keel.votes.codec import clean, digest, project_json, project_of
-from keel.votes.database import insert_row
+from keel.votes.database import insert_row, row_of
 from keel.votes.kinds import CHOICES, ORDERS, TASKS, NotFoundError, Project
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
@@ -79,20 +79,29 @@ def create(connection: Connection, project: Project, by: int | None, now: float)
     revision = hashlib.sha256(f"{project.name} {now}".encode()).hexdigest()
     connection.execute(
         schema.tallies.insert().values(
-            project_id=project_id, items=0, open_items=0, counted=0, revision=revision
+            project_id=project_id, items=0, open_items=0, counted=0, order_version=0, revision=revision
         )
     )
     audit.append(connection, "projects", project_id, "create", at=now, by=by, project_id=project_id)
     return project
 
 
-def project_row(connection: Connection, name: str) -> Any:
-    """A project's row. NotFoundError, with the names there are, where there is none."""
-    table = schema.projects
-    row = connection.execute(select(table).where(table.c.name == name)).one_or_none()
+def project_row(connection: Connection, name: str, *, lock: bool = False) -> Any:
+    """A project's row. NotFoundError where there is none. lock: who else asks so waits; votes do not."""
+    row = row_of(connection, schema.projects, name=name)
+    if lock:
+        held = select(schema.projects.c.id).where(schema.projects.c.name == name)
+        connection.execute(held.with_for_update(key_share=True))
     if row is None:
         raise NotFoundError(f"there is no project named {name!r}")
     return row
+
+
+def keep_others_out(connection: Connection) -> None:
+    """Wait until nobody is voting, and let nobody begin before this transaction ends: every vote first locks
+    its person's seat. SQLite has one writer at a time anyway."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("LOCK TABLE seats IN EXCLUSIVE MODE"))
 
 
 def project(connection: Connection, name: str) -> Project:
@@ -114,6 +123,7 @@ def change(
     connection: Connection, name: str, by: int | None, fields: Mapping[str, Any], now: float
 ) -> Project:
     """Change settings of a project. UsageError for one that votes depend on, or that there is not."""
+    keep_others_out(connection)
     row = project_row(connection, name)
     before = project_of(name, row.settings)
     for field in fields:
@@ -126,14 +136,14 @@ def change(
         update(schema.projects).where(schema.projects.c.id == row.id).values(settings=project_json(after))
     )
     opened = 0
+    reorders = (after.order, after.random_share) != (before.order, before.random_share)
     if after.votes_per_item != before.votes_per_item:
         opened = _reslot(connection, row.id, before.votes_per_item, after.votes_per_item)
-        order.rewind(connection, row.id)
-    if (after.order, after.random_share) != (before.order, before.random_share):
+    if reorders:
         order.deal(connection, row.id, after)
     audit.append(
         connection, "projects", row.id, "change", at=now, by=by, project_id=row.id,
-        change=audit.Change(open_items=opened, revises=False),
+        change=audit.Change(open_items=opened, reorders=True, revises=False),
     )  # fmt: skip
     if after.votes_per_item > before.votes_per_item:
         _fill_with_surplus(connection, row.id, now)

@@ -79,6 +79,7 @@ tallies = Table(
     Column("items", Integer, nullable=False),  # gold ones aside
     Column("open_items", Integer, nullable=False),  # of which votes are missing
     Column("counted", Integer, nullable=False),  # votes in slots
+    Column("order_version", Integer, nullable=False),  # the order has changed so many times
     Column("revision", _HASH, nullable=False),
 )  # fmt: skip
 
@@ -195,6 +196,7 @@ seats = Table(
     Column("served", Integer, nullable=False),  # items that were handed out
     Column("gold_served", Integer, nullable=False),
     Column("done", Integer, nullable=False),  # standing votes
+    Column("order_version", Integer, nullable=False),  # of the order that the cursors are about
     Column("rank_cursor", BigInteger),  # all open items up to here were judged by this person
     Column("urgency_cursor", Double),
     Column("urgency_rank_cursor", BigInteger),
@@ -243,4 +245,10 @@ audit_head = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("n", Integer, nullable=False),
     Column("hash", _HASH, nullable=False),
+)  # fmt: skip
+
+secrets = Table(
+    "secrets", metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", String(64), nullable=False),  # what a server signs its cookies with
 )  # fmt: skip

@@ -19,6 +19,7 @@ from keel.votes import (
     backup,
     importing,
     items,
+    listing,
     migrations,
     people,
     projects,
@@ -141,6 +142,10 @@ class Store:
         """One item by its number."""
         return self.database.read(items.item, project, item)
 
+    def items_after(self, project: str, after: int, size: int) -> list[ItemRow]:
+        """At most `size` items whose numbers are above `after`, in order."""
+        return self.database.read(items.page, project, after, size)
+
     def item_id(self, project: str, key: str) -> int:
         """The number of the item with this key."""
         return self.database.read(items.item_id, project, key)
@@ -196,6 +201,14 @@ class Store:
         """All standing votes, in one snapshot. counted_only: without surplus, gold and models' votes."""
         with self.database.snapshot() as connection:
             yield from adjudication.votes(connection, project, counted_only)
+
+    def votes_of(self, project: str, item: int) -> list[VoteRow]:
+        """The standing votes on one item, the oldest first."""
+        return self.database.read(listing.votes_of, project, item)
+
+    def tallies(self, project: str) -> dict[int, listing.Tally]:
+        """Person's number → how many standing votes, and how many right answers to gold items."""
+        return self.database.read(listing.tallies, project)
 
     def disputed(self, project: str, least: float = 1e-9) -> list[Disputed]:
         """What a reviewer should look at, the most disputed first."""
@@ -296,6 +309,10 @@ class Store:
         forgotten = self.database.write(people.forget, person_id, by, time.time())
         self.database.scrub()
         return forgotten
+
+    def secret(self) -> bytes:
+        """32 random bytes of this database's own, with which servers sign cookies."""
+        return self.database.write(listing.secret)
 
     # ------------------------------------------------------------ safety
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, bindparam, false, func, select
 
 from keel.errors import UsageError
 from keel.votes import answers, audit, ballots, schema
 from keel.votes.assignment import Desk, desk, encounter, gold_to_come, refuse_paused, vote_of
 from keel.votes.codec import answer_of, loads, replies_of
+from keel.votes.database import add_to, change_rows, row_of
 from keel.votes.kinds import Answer, CastResult, PastVote, Progress
 from keel.votes.people import pause_in
 
@@ -39,7 +41,7 @@ def cast(
             raise UsageError("this client's id was used for another item: choose a new one for each answer")
         return CastResult("repeated", known.id, bool(at.paused))
     refuse_paused(at)
-    item = connection.execute(select(schema.items).where(schema.items.c.id == item_id)).one()
+    item = row_of(connection, schema.items, id=item_id)
     answers.check(at.project, len(replies_of(item.replies)), answer)
     vote, took = vote_of(connection, item_id, at.person.id), _seconds(seconds)
     said: dict[str, Any] = {"at": now, "by": at.person.id, "client_id": client_id, "seconds": took}
@@ -62,12 +64,8 @@ def cast(
 
 
 def _known(connection: Connection, person_id: int, client_id: str) -> Any:
-    votes, versions = schema.votes, schema.versions
-    return connection.execute(
-        select(votes.c.id, votes.c.item_id)
-        .join(versions, versions.c.vote_id == votes.c.id)
-        .where(versions.c.person_id == person_id, versions.c.client_id == client_id)
-    ).one_or_none()
+    version = row_of(connection, schema.versions, person_id=person_id, client_id=client_id)
+    return None if version is None else row_of(connection, schema.votes, id=version.vote_id)
 
 
 def _seconds(seconds: float | None) -> float | None:
@@ -93,48 +91,29 @@ def _new_vote(
         slot = _slot(connection, at, item.id, met.slot, said["at"])
         status = "surplus" if slot is None else "counted"
         if slot is None:
-            items = schema.items
-            connection.execute(update(items).where(items.c.id == item.id).values(surplus=items.c.surplus + 1))
+            add_to(connection, schema.items, {"id": item.id}, surplus=1)
         else:
             opened = ballots.open_more(connection, item.id, -1)
-    mine, seats = schema.encounters, schema.seats
-    connection.execute(
-        update(mine)
-        .where(mine.c.item_id == item.id, mine.c.person_id == at.person.id)
-        .values(state="judged", slot=slot, leased_until=0.0)
-    )
-    connection.execute(update(seats).where(seats.c.id == at.seat.id).values(done=seats.c.done + 1))
+    mine = {"item_id": item.id, "person_id": at.person.id}
+    change_rows(connection, schema.encounters, mine, state="judged", slot=slot, leased_until=0.0)
+    add_to(connection, schema.seats, {"id": at.seat.id}, done=1)
     change = audit.Change(open_items=opened, counted=int(slot is not None))
     vote_id = ballots.write_version(
         connection, base, "cast", answer, status=status, slot=slot, change=change, **said
     )
     if slot is not None:
-        ballots.fill(connection, item.id, slot, vote_id)
+        ballots.fill(connection, item.id, slot, at.person.id, vote_id)
     return vote_id, status
 
 
 def _slot(connection: Connection, at: Desk, item_id: int, number: int | None, now: float) -> int | None:
     """The slot for a vote: the person's own, else one that nobody holds; None where others hold them all."""
-    slots = schema.slots
-    own = connection.execute(
-        select(slots.c.number)
-        .where(
-            slots.c.item_id == item_id, slots.c.number == number, slots.c.person_id == at.person.id,
-            slots.c.vote_id.is_(None),
-        )
-        .with_for_update()
-    ).scalar_one_or_none()  # fmt: skip
-    if own is not None:
-        return own
+    if number is not None:
+        own = row_of(connection, schema.slots, lock=True, item_id=item_id, number=number)
+        if own is not None and own.person_id == at.person.id and own.vote_id is None:
+            return number
     free = ballots.free_slot(connection, item_id, now)
-    if free is None:
-        return None
-    connection.execute(
-        update(slots)
-        .where(slots.c.item_id == item_id, slots.c.number == free.number)
-        .values(person_id=at.person.id)
-    )
-    return free.number
+    return None if free is None else free.number
 
 
 def _fails_gold(connection: Connection, at: Desk, now: float) -> bool:
@@ -167,7 +146,7 @@ def undo(connection: Connection, name: str, person_id: int, now: float) -> int |
     """Withdraw a person's newest vote, and lease its item to them again. Its number; None for no vote."""
     at = desk(connection, name, person_id)
     refuse_paused(at)
-    votes, mine, slots = schema.votes, schema.encounters, schema.slots
+    votes = schema.votes
     vote = connection.execute(
         select(votes)
         .where(
@@ -181,23 +160,15 @@ def undo(connection: Connection, name: str, person_id: int, now: float) -> int |
     until, opened = now + 60 * at.project.lease_minutes, 0
     if vote.slot is not None:
         opened = ballots.open_more(connection, vote.item_id, 1)
-        connection.execute(
-            update(slots)
-            .where(slots.c.item_id == vote.item_id, slots.c.number == vote.slot)
-            .values(vote_id=None, person_id=at.person.id, leased_until=until)
-        )
+        slot = {"item_id": vote.item_id, "number": vote.slot}
+        change_rows(connection, schema.slots, slot, vote_id=None, person_id=at.person.id, leased_until=until)
     elif vote.status == "surplus":
-        items = schema.items
-        connection.execute(
-            update(items).where(items.c.id == vote.item_id).values(surplus=items.c.surplus - 1)
-        )
-    connection.execute(
-        update(mine)
-        .where(mine.c.item_id == vote.item_id, mine.c.person_id == at.person.id)
-        .values(state="leased", slot=vote.slot, leased_at=now, leased_until=until)
+        add_to(connection, schema.items, {"id": vote.item_id}, surplus=-1)
+    mine = {"item_id": vote.item_id, "person_id": at.person.id}
+    change_rows(
+        connection, schema.encounters, mine, state="leased", slot=vote.slot, leased_at=now, leased_until=until
     )
-    seats = schema.seats
-    connection.execute(update(seats).where(seats.c.id == at.seat.id).values(done=seats.c.done - 1))
+    add_to(connection, schema.seats, {"id": at.seat.id}, done=-1)
     ballots.write_version(
         connection, vote, "undo", None, status=vote.status, at=now, by=at.person.id,
         change=audit.Change(open_items=opened, counted=-int(vote.slot is not None)),
@@ -239,32 +210,45 @@ def history(connection: Connection, name: str, person_id: int, limit: int) -> li
 def progress(connection: Connection, name: str, person_id: int, now: float) -> Progress:
     """How far a person and the project have come. Gold items are among what is left, like others."""
     at = desk(connection, name, person_id, lock=False)
-    votes, items, mine, tallies = schema.votes, schema.items, schema.encounters, schema.tallies
-    tally = connection.execute(select(tallies).where(tallies.c.project_id == at.project_id)).one()
-    judged = connection.execute(
-        select(func.count())
-        .select_from(mine)
-        .join(items, items.c.id == mine.c.item_id)
-        .where(
-            mine.c.person_id == at.person.id, mine.c.project_id == at.project_id, mine.c.state == "judged",
-            items.c.gold.is_(None), *([] if at.person.is_model else [items.c.open_slots > 0]),
-        )
-    ).scalar_one()  # fmt: skip
+    tally = row_of(connection, schema.tallies, project_id=at.project_id)
+    mine = {"person": at.person.id, "project": at.project_id}
+    judged = connection.execute(_judged(bool(at.person.is_model)), mine).scalar_one()
     left = max(0, (tally.items if at.person.is_model else tally.open_items) - judged)
-    own = (votes.c.person_id == at.person.id) & (votes.c.project_id == at.project_id) & ~votes.c.withdrawn
-    midnight = now - now % 86400
-    today = connection.execute(select(func.count()).where(own, votes.c.at >= midnight)).scalar_one()
-    recent = connection.execute(
-        select(func.count(), func.min(votes.c.at)).where(own, votes.c.at > now - _HOUR)
-    ).one()
-    spent = now - recent[1] if recent[0] > 1 else 0.0
+    today = connection.execute(_own_since(), {**mine, "since": now - now % 86400}).one()
+    recent = connection.execute(_own_since(), {**mine, "since": now - _HOUR}).one()
+    spent = now - recent.first if recent.number > 1 else 0.0
     return Progress(
         done=at.seat.done,
         left_for_me=left + gold_to_come(connection, at, left),
         total=tally.items,
         wanted=tally.items * at.project.votes_per_item,
         counted=tally.counted,
-        today=today,
-        pace_per_hour=(recent[0] - 1) * _HOUR / spent if spent > 0 else 0.0,
+        today=today.number,
+        pace_per_hour=(recent.number - 1) * _HOUR / spent if spent > 0 else 0.0,
         paused=at.paused,
     )
+
+
+@cache
+def _judged(is_model: bool) -> Any:
+    """How many items a person has judged, of those that are open; a model: of all but gold."""
+    items, mine = schema.items, schema.encounters
+    return (
+        select(func.count())
+        .select_from(mine)
+        .join(items, items.c.id == mine.c.item_id)
+        .where(
+            mine.c.person_id == bindparam("person"), mine.c.project_id == bindparam("project"),
+            mine.c.state == "judged", items.c.gold.is_(None) if is_model else items.c.open_slots > 0,
+        )
+    )  # fmt: skip
+
+
+@cache
+def _own_since() -> Any:
+    """How many standing votes a person has cast since then, and when the first of them."""
+    votes = schema.votes
+    return select(func.count().label("number"), func.min(votes.c.at).label("first")).where(
+        votes.c.person_id == bindparam("person"), votes.c.project_id == bindparam("project"),
+        votes.c.withdrawn == false(), votes.c.at >= bindparam("since"),
+    )  # fmt: skip

@@ -32,6 +32,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_audit_head")),
     )
     op.create_table(
+        "secrets",
+        sa.Column("name", sa.String(length=32), nullable=False),
+        sa.Column("value", sa.String(length=64), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_secrets")),
+    )
+    op.create_table(
         "people",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
@@ -113,6 +119,7 @@ def upgrade() -> None:
         sa.Column("served", sa.Integer(), nullable=False),
         sa.Column("gold_served", sa.Integer(), nullable=False),
         sa.Column("done", sa.Integer(), nullable=False),
+        sa.Column("order_version", sa.Integer(), nullable=False),
         sa.Column("rank_cursor", sa.BigInteger(), nullable=True),
         sa.Column("urgency_cursor", sa.Double(), nullable=True),
         sa.Column("urgency_rank_cursor", sa.BigInteger(), nullable=True),
@@ -128,6 +135,7 @@ def upgrade() -> None:
         sa.Column("items", sa.Integer(), nullable=False),
         sa.Column("open_items", sa.Integer(), nullable=False),
         sa.Column("counted", sa.Integer(), nullable=False),
+        sa.Column("order_version", sa.Integer(), nullable=False),
         sa.Column("revision", sa.String(length=64), nullable=False),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_tallies_project_id")),
         sa.PrimaryKeyConstraint("project_id", name=op.f("pk_tallies")),
