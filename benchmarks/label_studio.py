@@ -37,6 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--label-studio", type=Path, required=True)
+    parser.add_argument("--exports", type=Path, help="a folder to keep what the server exported")
     settings = parser.parse_args()
     ask = "from importlib.metadata import version; print(version('label-studio'))"
     python = settings.label_studio.parent / "python"
@@ -44,7 +45,7 @@ def main() -> None:
     print(f"label-studio {version.stdout.strip()}", flush=True)
     with tempfile.TemporaryDirectory() as folder, served(settings.label_studio, Path(folder)) as url:
         for task in TASKS:
-            print(f"{task:<9} {tried(url, task, Path(folder))}", flush=True)
+            print(f"{task:<9} {tried(url, task, settings.exports or Path(folder))}", flush=True)
 
 
 @contextmanager
@@ -55,8 +56,8 @@ def served(program: Path, folder: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [
         program, "start", "--no-browser", "--port", str(port), "--internal-host", "127.0.0.1",
-        "--data-dir", folder, "--username", "keel@example.org", "--password", "a-long-password", "--user-token", TOKEN,
-        "--enable-legacy-api-token",
+        "--data-dir", folder, "--username", "keel@example.org", "--password", "a-long-password",
+        "--user-token", TOKEN, "--enable-legacy-api-token",
     ]  # fmt: skip
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},

@@ -26,5 +26,7 @@ def scales_of_text(text: str) -> tuple[Scale, ...]:
 
 def line_of(scale: Scale) -> str:
     """The line that `scales_of_text` reads as this scale."""
-    labels = f" {scale.low_label} | {scale.high_label}".rstrip() if scale.low_label or scale.high_label else ""
+    labels = (
+        f" {scale.low_label} | {scale.high_label}".rstrip() if scale.low_label or scale.high_label else ""
+    )
     return f"{scale.name} {scale.low} {scale.high}{labels.replace('  |', ' |')}"

@@ -92,7 +92,14 @@ def vote(request: Request, project: str, item: int) -> Response:
     found = store.assignment(project, who.id, item)
     try:
         answer = answer_of(settings, found.shown, fields)
-        cast = store.cast(project, who.id, item, answer, fields.get("client_id", "")[:100] or secrets.token_urlsafe(12), _seconds(fields))
+        cast = store.cast(
+            project,
+            who.id,
+            item,
+            answer,
+            fields.get("client_id", "")[:100] or secrets.token_urlsafe(12),
+            _seconds(fields),
+        )
     except PausedError:
         return _done(request, f"/projects/{project}/work")
     except (FormError, UsageError) as error:
