@@ -106,10 +106,10 @@ def person(request: Request) -> Person:
 
 def project_of(request: Request, name: str) -> Project:
     """A project's settings. NotFoundError where there is none, and where it is not for this person."""
-    found = store(request).project(name)
-    if name not in {one.name for one in store(request).projects(person(request).id)}:
-        raise NotFoundError(f"there is no project named {name!r}")
-    return found
+    for found in store(request).projects(person(request).id):
+        if found.name == name:
+            return found
+    raise NotFoundError(f"there is no project named {name!r}")
 
 
 def translator(request: Request) -> locales.Translator:
