@@ -113,7 +113,7 @@ Record = TextRecord | PromptRecord | DemonstrationRecord | PreferenceRecord | Un
 class DataSource:
     """One source of rows, in plain values: what `config.py` validates and `data/load.py` reads."""
 
-    source: str  # a path, a hub id, or world:NAME/SPLIT
+    source: str  # a path, a hub id, world:NAME/SPLIT or label:PROJECT
     rows: int | None = None  # at most this many rows (how many to make, for a world)
     weight: float | None = None  # share in a mixture; None: as many rows as the source has
     split: str = "train"  # split of a hub data set
@@ -125,7 +125,7 @@ class DataSource:
     format: str | None = None  # a name in `data.formats`; None: by the columns, "keel": rows as they are
     pairs: Mapping[str, Any] | None = None  # how two replies and a label are a pair (`data.formats.labelled`)
     ties: Literal["skip", "keep"] = "skip"  # what a format does with pairs without a better side
-    options: Mapping[str, Any] = field(default_factory=dict)  # a world's own settings
+    options: Mapping[str, Any] = field(default_factory=dict)  # a world's own settings, a project's
     where: Mapping[str, str] = field(
         default_factory=dict
     )  # the source's column → the value its rows must have

@@ -13,7 +13,10 @@ from keel import worlds
 from keel.config import parse
 from keel.errors import DataError, UsageError, WaitingError
 from keel.pipeline.pipeline import Pipeline
+from keel.stages import collect, people
 from keel.stages.collect import Voted, comparisons
+from keel.votes import open_store
+from keel.votes.kinds import Answer
 
 SHORT = {"max_new_tokens": 6}
 
@@ -174,3 +177,222 @@ def test_a_world_says_whether_it_has_annotators() -> None:
     assert worlds.annotators("helpdesk")
     with pytest.raises(UsageError, match="no annotators"):
         worlds.annotators("arithmetic")
+
+
+# ---------------------------------------------------------------- in the pages of keel label
+
+
+@pytest.fixture
+def asked(stages: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same stages, with people who vote in a database."""
+    pytest.importorskip("sqlalchemy")
+    stages["collect"] |= {"annotators": "people", "label": {"db": f"sqlite:///{tmp_path / 'label.db'}"}}
+    return stages
+
+
+def opened(tmp_path: Path) -> Any:
+    return open_store(f"sqlite:///{tmp_path / 'label.db'}", create=False)
+
+
+def everybody_votes(store: Any, project: str, name: str, choice: str, most: int = 1000) -> int:
+    """One person votes on what they are given, as often as there is something. How often."""
+    person = next((p for p in store.people() if p.name == name), None) or store.add_person(name)
+    for number in range(most):
+        given = store.next_item(project, person.id)
+        if given is None:
+            return number
+        store.cast(project, person.id, given.item, Answer(choice=choice), f"{name}-{given.item}", 3.0)
+    return most
+
+
+def test_people_vote_in_the_pages_and_the_run_goes_on(run: Any, asked: Any, tmp_path: Path) -> None:
+    asked["collect"]["label"]["votes"] = 2
+    folder = tmp_path / "run" / "stages"
+    message = (
+        r"12 of 12 votes on 6 pairs are missing, in the project run-collect. People vote on the pages of"
+    )
+    with pytest.raises(WaitingError, match=message):
+        run({"stages": asked}, tmp_path / "run")
+    with opened(tmp_path) as store:
+        assert everybody_votes(store, "run-collect", "kim", "b") == 6
+        assert everybody_votes(store, "run-collect", "lee", "a", 5) == 5
+        with pytest.raises(WaitingError, match="1 of 12 votes"):
+            run({"stages": asked}, tmp_path / "run")
+        assert everybody_votes(store, "run-collect", "lee", "b") == 1
+    pipeline = run({"stages": asked}, tmp_path / "run")
+    found = rows(folder / "collect" / "comparisons.jsonl")
+    assert len(found) == 6
+    assert sorted(v["annotator"] for row in found for v in row["votes"]) == ["kim"] * 6 + ["lee"] * 6
+    assert all(pipeline.is_done(name) for name in asked)
+    # the same again changes nothing
+    made = (folder / "reward" / "stage.json").stat().st_mtime_ns
+    run({"stages": asked}, tmp_path / "run")
+    assert (folder / "reward" / "stage.json").stat().st_mtime_ns == made
+    # a person changes their mind: the comparisons and what learned from them are made again
+    with opened(tmp_path) as store:
+        past = store.history("run-collect", store.person_named("lee").id)[0]
+        store.cast("run-collect", store.person_named("lee").id, past.item, Answer(choice="tie"), "second")
+    fresh = Pipeline(pipeline.config, tmp_path / "run", str)
+    assert not fresh.is_done("collect")
+    assert not fresh.is_done("reward")
+    run({"stages": asked}, tmp_path / "run")
+    assert (folder / "reward" / "stage.json").stat().st_mtime_ns != made
+
+
+def test_a_run_that_waits_shows_how_many_are_missing_and_goes_on(
+    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    lines: list[str] = []
+
+    def somebody_votes() -> None:
+        with opened(tmp_path) as store:
+            everybody_votes(store, "run-collect", "kim", "a", 3)
+
+    monkeypatch.setattr(people, "pause", somebody_votes)
+    config = parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": asked})
+    pipeline = Pipeline(
+        config, tmp_path / "run", lines.append, lambda *step: seen.append(step[:3]), wait=True
+    )
+    pipeline._report = lambda: None
+    pipeline.run()
+    assert [step for step in seen if step[0] == "collect"] == [("collect", 0, 6), ("collect", 3, 6)]
+    assert any("6 of 6 votes on 6 pairs are missing" in line for line in lines)
+    assert pipeline.is_done("reward")
+    assert Pipeline(config, tmp_path / "run", str).is_done("reward")
+
+
+def test_votes_that_come_in_while_other_stages_run_count_in_the_next_run(
+    run: Any, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward model is never held to have learned from votes that its comparisons were made without."""
+    asked["collect"]["label"]["votes"] = 1
+    with pytest.raises(WaitingError):
+        run({"stages": asked}, tmp_path / "run")
+    with opened(tmp_path) as store:
+        everybody_votes(store, "run-collect", "kim", "a")
+    write = collect.write_text
+
+    def and_somebody_changes_their_mind(path: Path, text: str) -> None:
+        write(path, text)
+        with opened(tmp_path) as store:
+            person = store.person_named("kim").id
+            past = store.history("run-collect", person)[0]
+            store.cast("run-collect", person, past.item, Answer(choice="b"), "changed")
+
+    monkeypatch.setattr(collect, "write_text", and_somebody_changes_their_mind)
+    pipeline = run({"stages": asked}, tmp_path / "run")
+    assert pipeline.is_done("reward")
+    fresh = Pipeline(pipeline.config, tmp_path / "run", str)
+    assert not fresh.is_done("collect")
+    assert not fresh.is_done("reward")
+
+
+def test_a_reviewers_word_is_the_label_and_the_votes_stay(run: Any, asked: Any, tmp_path: Path) -> None:
+    del asked["reward"]
+    with pytest.raises(WaitingError):
+        run({"stages": asked}, tmp_path / "run")
+    with opened(tmp_path) as store:
+        everybody_votes(store, "run-collect", "kim", "a", 5)
+        reviewer = store.add_person("max", "admin")
+        last = next(row for row in store.items("run-collect") if row.missing)
+        store.adjudicate("run-collect", reviewer.id, last.item, Answer(choice="b"), "clear")
+    run({"stages": asked}, tmp_path / "run")
+    folder = tmp_path / "run" / "stages" / "collect"
+    pairs = {pair["pair"]: pair for pair in rows(folder / "pairs.jsonl")}
+    found = rows(folder / "comparisons.jsonl")
+    word = next(row for row in found if "p_chosen" in row)
+    pair = pairs[int(last.key.partition("-")[0])]
+    assert word["chosen"][0]["content"] == pair["b"]
+    assert (word["p_chosen"], word["people_votes"]) == (1.0, [])
+    assert len(found) == 6
+
+
+def test_other_pairs_are_another_project_and_the_same_pairs_the_same(
+    run: Any, asked: Any, tmp_path: Path
+) -> None:
+    """Votes on texts that people saw never count for others, also where two runs have one name."""
+    del asked["reward"]
+    for folder, pairs in (("one/run", 6), ("two/run", 6), ("three/run", 5)):
+        asked["collect"]["pairs"] = pairs
+        with pytest.raises(WaitingError):
+            run({"stages": asked}, tmp_path / folder)
+    with opened(tmp_path) as store:
+        assert [project.name for project in store.projects()] == ["run-collect", "run-collect-2"]
+        assert store.counts("run-collect")["wanted"] == 6
+        everybody_votes(store, "run-collect", "kim", "a")
+    asked["collect"]["pairs"] = 6
+    run({"stages": asked}, tmp_path / "two/run")
+    asked["collect"]["pairs"] = 5
+    with pytest.raises(
+        WaitingError, match="5 of 5 votes on 5 pairs are missing, in the project run-collect-2"
+    ):
+        run({"stages": asked}, tmp_path / "three/run")
+
+
+def test_where_the_database_is_gone_what_was_counted_stands(run: Any, asked: Any, tmp_path: Path) -> None:
+    with pytest.raises(WaitingError):
+        run({"stages": asked}, tmp_path / "run")
+    with opened(tmp_path) as store:
+        everybody_votes(store, "run-collect", "kim", "a")
+    pipeline = run({"stages": asked}, tmp_path / "run")
+    (tmp_path / "label.db").unlink()
+    lines: list[str] = []
+    fresh = Pipeline(pipeline.config, tmp_path / "run", lines.append)
+    assert fresh.is_done("collect")
+    assert fresh.is_done("reward")
+    assert any("is not there" in line and "counted before stand" in line for line in lines)
+    assert not (tmp_path / "label.db").exists()
+
+
+def test_the_file_still_counts_beside_the_pages(run: Any, asked: Any, tmp_path: Path) -> None:
+    del asked["reward"]
+    with pytest.raises(WaitingError):
+        run({"stages": asked}, tmp_path / "run")
+    folder = tmp_path / "run" / "stages" / "collect"
+    pairs = rows(folder / "pairs.jsonl")
+    with opened(tmp_path) as store:
+        everybody_votes(store, "run-collect", "kim", "a", 4)
+    votes = [
+        {"pair": pair["pair"], "annotator": who, "choice": "b"} for pair in pairs for who in ("kim", "lee")
+    ]
+    (folder / "votes.jsonl").write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    run({"stages": asked}, tmp_path / "run")
+    said = [v for row in rows(folder / "comparisons.jsonl") for v in row["votes"]]
+    assert len(said) == 12  # kim's four votes in the pages count once, by what the pages say
+    assert sum(vote["annotator"] == "kim" for vote in said) == 6
+
+
+def test_the_environment_names_the_database_too(
+    run: Any, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del asked["reward"]
+    del asked["collect"]["label"]
+    monkeypatch.setenv("KEEL_LABEL_DB", f"sqlite:///{tmp_path / 'label.db'}")
+    with pytest.raises(WaitingError, match="in the project run-collect"):
+        run({"stages": asked}, tmp_path / "run")
+    monkeypatch.delenv("KEEL_LABEL_DB")
+    with pytest.raises(UsageError, match="its pairs are in the project run-collect of keel label, and no"):
+        run({"stages": asked}, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ({"db": "mysql://here/label"}, "mysql is not supported"),
+        ({"db": "sqlite:////no/such/folder/label.db"}, "label.db: there is no folder /no/such/folder"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_said_before_anything_runs(
+    run: Any, asked: Any, label: Any, message: str, tmp_path: Path
+) -> None:
+    asked["collect"]["label"] = label
+    with pytest.raises(UsageError, match=message):
+        run({"stages": asked}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_label_of_a_worlds_annotators_would_have_no_effect(stages: Any) -> None:
+    stages["collect"]["label"] = {}
+    with pytest.raises(UsageError, match="`label` has no effect with `annotators: world:helpdesk`"):
+        parse({"name": "tiny", "stages": stages})

@@ -35,13 +35,14 @@ def load_data(
 ) -> Dataset:
     """The records of a source, as a stage would read them.
 
-    source: a path (.jsonl, .json, .parquet, .csv, .txt, also .gz), a hub id, or world:NAME/SPLIT. kind:
-    "text", "prompt", "demonstration", "preference" or "unpaired"; None: what the columns make up. rows: at
-    most so many. split: of a hub data set. columns: keel's name of a column → the source's. system: a system
-    message before every prompt. on_bad: "skip" leaves unusable rows out and counts them. strict: refuse
-    columns and keys that are not read. format, pairs, ties: of a well-known data set, or of any with a label
-    (docs/data.md). seed: of a world.
-    options: a world's own settings, or `name` and `revision` of a hub data set.
+    source: a path (.jsonl, .json, .parquet, .csv, .txt, also .gz), a hub id, world:NAME/SPLIT, or
+    label:PROJECT for what people said in a project of `keel label`. kind: "text", "prompt", "demonstration",
+    "preference" or "unpaired"; None: what the columns make up. rows: at most so many. split: of a hub data
+    set. columns: keel's name of a column → the source's. system: a system message before every prompt.
+    on_bad: "skip" leaves unusable rows out and counts them. strict: refuse columns and keys that are not
+    read. format, pairs, ties: of a well-known data set, or of any with a label (docs/data.md). seed: of a
+    world. options: a world's own settings, `name` and `revision` of a hub data set, or of label:PROJECT `db`,
+    the address of its database.
 
     `.records` of the result are frozen records, `.kind` is their type, `.skipped` counts what was left out.
     Raises UsageError for a source that is not there, DataError with file, line and reason for an unusable

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import keel
+from keel.cli import label
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, KeelError, UsageError
 from keel.rundir import run_status
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(invoke_without_command=True, help="Complete configs, one per known use.")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(label.app, name="label")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a recipe's name.")]
 OverridesArgument = Annotated[
@@ -114,6 +116,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
     trust: TrustOption = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before long work is done again.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for people's votes; else the run ends.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
@@ -124,6 +127,7 @@ def run(
     consent.to_run(_place(config), pipeline.config, trust)
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
+    pipeline.wait = wait
     with progress() as show:
         pipeline.progress = show
         pipeline.run(only=only, fresh=fresh)

@@ -18,6 +18,22 @@ _WHO = (
 )
 
 
+class LabelConfig(Settings):
+    """Pairs in the pages of `keel label`, for people to compare."""
+
+    db: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "Address of the database: a file, sqlite:///FILE or postgresql://USER@HOST/NAME. null: what the "
+            "environment variable KEEL_LABEL_DB says, else keel-label.db in the working directory. Passwords "
+            "belong into that variable: a run writes its settings down."
+        ),
+    )
+    votes: int = Field(1, ge=1, description="Votes on a pair, by different people, before the run goes on.")
+    instructions: str = Field("", description="What people are told beside the work, in Markdown.")
+
+
 class CollectConfig(Stage):
     """Two replies of a model to each prompt, compared by annotators. Other stages name the result in their
     `data` as `stage:NAME`."""
@@ -32,6 +48,13 @@ class CollectConfig(Stage):
         ge=1, description="Prompts to draw, each once and by the seed: as many pairs are compared at most."
     )
     annotators: str = Field(pattern=ANNOTATORS, description=_WHO)
+    label: LabelConfig | None = Field(
+        None,
+        description=(
+            "With people: have them compare in the pages of keel label. null: only where the environment "
+            "variable KEEL_LABEL_DB names a database, else in a file."
+        ),
+    )
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),
         description="How replies are drawn.",
@@ -57,6 +80,8 @@ class CollectConfig(Stage):
     def _sound(self) -> CollectConfig:
         if self.sampling.temperature == 0:
             raise ValueError("`sampling.temperature` 0 (greedy) draws the same reply twice")
+        if self.label is not None and not self.asks_people:
+            raise ValueError(f"`label` has no effect with `annotators: {self.annotators}`, who vote at once")
         return self
 
     def references(self) -> list[tuple[str, str]]:
@@ -90,6 +115,7 @@ class RoundsConfig(Settings):
     policy: str = Field(description="The stage, ppo or grpo, that goes on in each round.")
     annotators: str = Field(pattern=ANNOTATORS, description=_WHO)
     pairs: int = Field(ge=1, description="Pairs that each round after the first collects at most.")
+    label: LabelConfig | None = Field(None, description="As of a collect stage: where people compare.")
 
 
 def round_name(stage: str, number: int) -> str:
@@ -152,6 +178,7 @@ def _round(
         "kind": "collect", "model": before, "data": first.get("data"), "pairs": rounds.get("pairs"),
         "annotators": rounds.get("annotators"),
         **{key: first[key] for key in ("sampling", "too_long") if key in first},
+        **({"label": rounds["label"]} if rounds.get("label") is not None else {}),
     }  # fmt: skip
     if isinstance(model, Mapping):
         collect |= {key: model[key] for key in ("dtype", "trust_remote_code") if key in model}

@@ -51,8 +51,9 @@ class DataConfig(Settings):
 
     source: str = Field(
         description=(
-            "A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, or "
-            "stage:NAME for the comparisons of a collect stage."
+            "A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, "
+            "stage:NAME for the comparisons of a collect stage, or label:PROJECT for what people said in a "
+            "project of keel label."
         )
     )
     rows: int | None = Field(None, ge=1, description="At most this many rows; for a world, how many to make.")
@@ -102,7 +103,13 @@ class DataConfig(Settings):
         ),
     )
     options: dict[str, Any] = Field(
-        {}, description="A world's own settings; of a hub data set `name`, `revision` or `data_dir`."
+        {},
+        description=(
+            "A world's own settings; of a hub data set `name`, `revision` or `data_dir`; of label:PROJECT "
+            "`db` (the database's address), `models` and `surplus` (take these votes, too) and "
+            "`adjudicated` (label: "
+            "a reviewer's word is the label; beside: the votes are)."
+        ),
     )
     where: dict[str, str] = Field(
         {},

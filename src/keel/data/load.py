@@ -1,4 +1,5 @@
-"""Sources into one data set: files, folders, hub data sets, worlds, and weighted mixtures of them."""
+"""Sources into one data set: files, folders, hub data sets, worlds, people's votes, and weighted mixtures of
+them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keel import worlds
-from keel.data import files, records
+from keel.data import files, labels, records
 from keel.data.advice import name_of, or_skip, turned_round, unusable
 from keel.data.batches import derive_seed, permutation
 from keel.data.formats import Conversion
@@ -143,10 +144,12 @@ def forms(dataset: Dataset) -> frozenset[str]:
 
 
 def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None) -> str:
-    """sha256 of what `sources` hold: the files' bytes, a world's settings, a hub data set's own fingerprint.
+    """sha256 of what `sources` hold: the files' bytes, a world's settings, the rows that votes make, a hub
+    data set's own fingerprint.
 
     The settings that choose rows (rows, weight, columns, rewrite, …) count; where a file lies does not. A
-    world's code is not part of it. cache: knows the digests of files that have not changed.
+    world's code is not part of it. cache: knows the digests of files that have not changed, and what votes
+    there were when they were first read.
     """
     digest = hashlib.sha256()
 
@@ -158,13 +161,15 @@ def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
         add(source.format, source.pairs, source.ties, source.strict, sorted(source.where.items()))
-        add(sorted((key, repr(value)) for key, value in source.options.items()))
+        add(sorted((key, repr(value)) for key, value in source.options.items() if key != "db"))
         add(
             source.system,
             sorted((column, [*patterns.items()]) for column, patterns in source.rewrite.items()),
         )
         if source.source.startswith(_WORLD):
             add("world", *_world_and_split(source.source))
+        elif labels.is_label(source.source):
+            add("label", labels.read(source, cache).digest)
         elif (paths := files.locate(source.source)) is not None:
             add(
                 "files",
@@ -201,14 +206,17 @@ def _rows(source: DataSource, seed: int, preparation: Preparation) -> Iterator[f
     on_hub = False
     if name.startswith(_WORLD):
         rows = _world_rows(source, seed)
+    elif labels.is_label(name):
+        held = labels.read(source, preparation.cache)
+        rows = ((f"{labels.shown(name)}:{number}", dict(row)) for number, row in enumerate(held.rows, 1))
     elif (paths := files.locate(name)) is not None:
         folder = Path(name).expanduser().is_dir()
-        labels = [str(Path(name) / path.name) if folder else name for path in paths]
+        names = [str(Path(name) / path.name) if folder else name for path in paths]
         rows = itertools.chain.from_iterable(
             files.read(
                 path, label, source.columns, partial(preparation.progress, f"reading {path.name} (MB)")
             )
-            for path, label in zip(paths, labels)
+            for path, label in zip(paths, names)
         )
     else:
         on_hub = True
@@ -218,7 +226,7 @@ def _rows(source: DataSource, seed: int, preparation: Preparation) -> Iterator[f
         )
     if source.split != "train" and not on_hub:
         raise UsageError(f"{name}: `split` has no effect here; it belongs to data sets of the hub")
-    if source.options and not on_hub and not name.startswith(_WORLD):
+    if source.options and not on_hub and not name.startswith((_WORLD, labels.PREFIX)):
         raise UsageError(f"{name}: `options` have no effect on a file")
     return rows
 
@@ -311,14 +319,14 @@ def _parse_all(started: _StartedSource, kind: RecordType, seed: int, preparation
         return _Part(source, started.natural, rows, known, facts["skipped"], notes)
     reasons: list[str] = []
     skipped, unread = 0, UnreadKeys(source, kind)
-    with RecordSink(cache, lambda: name or _name(started, kind, seed, None)) as good:
+    with RecordSink(cache, lambda: name or _name(started, kind, seed, cache, many=True)) as good:
         for origin, row in started.rows:
             try:
                 if isinstance(row, DataError):
                     raise row
                 record = with_system(records.parse(row, kind, origin), source.system)
                 unread.count(record, origin)
-                good.add(_with_source(record, {"source": source.source}))
+                good.add(_with_source(record, {"source": labels.shown(source.source)}))
             except DataError as error:
                 if source.on_bad == "error":
                     raise or_skip(error) from None
@@ -336,11 +344,15 @@ def _parse_all(started: _StartedSource, kind: RecordType, seed: int, preparation
     return _Part(source, started.natural, rows, tuple(reasons), skipped, tuple(notes))
 
 
-def _name(started: _StartedSource, kind: RecordType, seed: int, cache: caches.Cache | None) -> str:
-    """What the source's records are called in the cache; "" where they are few enough not to be there. cache:
-    None: they are many."""
+def _name(
+    started: _StartedSource, kind: RecordType, seed: int, cache: caches.Cache, *, many: bool = False
+) -> str:
+    """What the source's records are called in the cache; "" where they are few enough not to be there. many:
+    they are not."""
     source = started.source
-    if cache is not None:
+    if not many:
+        if labels.is_label(source.source):
+            return ""
         paths = None if source.source.startswith(_WORLD) else files.locate(source.source)
         if not cache.keeps or (paths is not None and sum(path.stat().st_size for path in paths) < _LARGE):
             return ""
@@ -390,6 +402,6 @@ def _line(part: _Part, kind: RecordType, taken: int, mixed: bool) -> str:
 
 
 def _short(source: str) -> str:
-    """A long path by its last two parts."""
+    """A long path by its last two parts; votes without the address of their database."""
     path = Path(source)
-    return str(Path(*path.parts[-2:])) if path.is_absolute() else source
+    return str(Path(*path.parts[-2:])) if path.is_absolute() else labels.shown(source)

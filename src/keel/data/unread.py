@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from keel.data.conversations import PICTURES, SETTINGS
+from keel.data.labels import PREFIX
 from keel.data.records import COLUMNS, OPTIONAL_COLUMNS, unknown_turn_keys
 from keel.data.values import nearest
 from keel.errors import DataError
@@ -21,7 +22,8 @@ class UnreadKeys:
     """Counts what one source's rows have and nothing reads.
 
     A row's columns are looked at where the row is trained on by itself: those of a prompt reach the rewards.
-    A column that the settings name in `columns` is wanted, and a world's are its own.
+    A column that the settings name in `columns` is wanted; those of a world and of a project of votes are its
+    own.
     """
 
     source: DataSource
@@ -61,7 +63,11 @@ class UnreadKeys:
             kinds = ("demonstration", "preference")  # whose chosen side may be what is shown
         known = {name for kind in kinds for group in COLUMNS[kind] for name in group}
         wanted = (*_ELSEWHERE, *known, *self.source.columns, *self.source.where)
-        return self.kind != "prompt" and name not in wanted and not self.source.source.startswith("world:")
+        return (
+            self.kind != "prompt"
+            and name not in wanted
+            and not self.source.source.startswith(("world:", PREFIX))
+        )
 
 
 def _names(counts: Counter[str]) -> str:

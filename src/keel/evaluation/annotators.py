@@ -76,10 +76,50 @@ def krippendorff_alpha(counts: Array, level: Literal["nominal", "ordinal"] = "no
     "ordinal" takes the categories as ordered: those further apart disagree more. None where all votes are of
     one category, so that chance would agree as well.
     """
-    counts = _voted_twice(counts)
+    return _alpha(_coincidences(_voted_twice(counts)).sum(axis=0), level)
+
+
+def alpha_interval(
+    counts: Array,
+    level: Literal["nominal", "ordinal"] = "nominal",
+    *,
+    from_both_sides: bool = False,
+    seed: int = 0,
+    draws: int = 1000,
+) -> dict[str, float | None] | None:
+    """Krippendorff's α with the 95 % percentile interval of the bootstrap over items: `mean` (α itself),
+    `low`, `high` (None where fewer than ten items have two votes: there is too little to draw from),
+    `n` items with two votes. None where there is no α.
+
+    from_both_sides: counts are of pairs whose sides mean nothing, and each item is read with its categories
+    in both orders, as `of_pairs` does; it stays one item. Items with equal counts are drawn together.
+    """
+    patterns, items = np.unique(_voted_twice(counts), axis=0, return_counts=True)
+    one = _coincidences(patterns)
+    if from_both_sides:
+        one = one + one[:, ::-1, ::-1]
+    alpha = _alpha(np.tensordot(items, one, 1), level) if len(patterns) else None
+    if alpha is None:
+        return None
+    n = int(items.sum())
+    if n < 10:
+        return {"mean": alpha, "low": None, "high": None, "n": n}
+    drawn = np.random.default_rng(seed).multinomial(n, items / n, size=draws)
+    alphas = [a for times in drawn if (a := _alpha(np.tensordot(times, one, 1), level)) is not None]
+    low, high = np.percentile(alphas or [alpha], [2.5, 97.5])
+    return {"mean": alpha, "low": float(low), "high": float(high), "n": n}
+
+
+def _coincidences(counts: Array) -> Array:
+    """(N, K, K) what each item adds to the coincidences o_ck: pairs of its votes, over their number less
+    one."""
     size = counts.sum(axis=1, keepdims=True)
     pairs = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(counts.shape[1])
-    coincidence = (pairs / (size - 1)[:, :, None]).sum(axis=0)  # (K, K), o_ck
+    return pairs / (size - 1)[:, :, None]
+
+
+def _alpha(coincidence: Array, level: Literal["nominal", "ordinal"]) -> float | None:
+    """α of (K, K) coincidences."""
     total = coincidence.sum(axis=0)  # (K,), n_c
     distance = _ordinal(total) if level == "ordinal" else 1 - np.eye(len(total))
     expected = (np.outer(total, total) * distance).sum()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch.nn.functional import logsigmoid
 
 from keel.evaluation.annotators import CHOICES, Array, Votes, of_pairs
 from keel.types import PreferenceRecord
 
+if TYPE_CHECKING:
+    import torch
+
 _TINY = 1e-10  # probabilities are not lower than this, so that no vote is impossible
 # Votes added to each cell of a confusion matrix when labels are made: who has few votes counts little.
-_SMOOTHING = 1.0
+SMOOTHING = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,9 @@ def crowd_bradley_terry(
 
     winner, loser, annotator: (V,) indices; weight: (V,), 1 when None (a tie is half a vote for each side).
     """
+    import torch  # takes a second, and Dawid & Skene need none of it
+    from torch.nn.functional import logsigmoid
+
     first, second, who = (
         torch.as_tensor(np.asarray(x), dtype=torch.long) for x in (winner, loser, annotator)
     )
@@ -152,7 +156,7 @@ def of_annotators(records: Sequence[PreferenceRecord]) -> dict[str, dict[str, fl
         return None
     votes = of_pairs(records, named=True)
     votes_of = np.bincount(votes.annotator, minlength=len(votes.names)) // 2  # each was read from both sides
-    right_side = dawid_skene(votes, smoothing=_SMOOTHING).right_side
+    right_side = dawid_skene(votes, smoothing=SMOOTHING).right_side
     by_name = {
         name: {"votes": int(n), "dawid_skene": float(share)}
         for name, n, share in zip(votes.names, votes_of, right_side, strict=True)
@@ -179,7 +183,7 @@ def labels(
         return [p if p is None or p == 0.5 else float(p > 0.5) for p in shares]
     if not _can_be_compared(records):
         raise ValueError("no pair has the votes of two annotators who are named")
-    posterior = dawid_skene(of_pairs(records, named=True), smoothing=_SMOOTHING).posterior
+    posterior = dawid_skene(of_pairs(records, named=True), smoothing=SMOOTHING).posterior
     weights = np.linspace(0.0, 1.0, len(CHOICES))  # rejected, tie, chosen
     return [
         float(posterior[i] @ weights) if any(vote.annotator for vote in record.votes) else record.p_chosen

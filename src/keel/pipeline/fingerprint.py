@@ -22,6 +22,7 @@ from keel.pipeline.stage_kinds import OWN_KINDS, StageKind, Target, kind_of, res
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 # What the pipeline itself does for every stage: it reads its rows, and chooses kernels and threads.
 FOR_ALL = ("keel.data.load", "keel.pipeline.device")
+BY_CONTENT = "keel.votes"  # what it gives is part of a fingerprint by its content, so its code need not be
 
 
 def versions() -> dict[str, str]:
@@ -37,8 +38,10 @@ def modules_of(kind: StageKind) -> set[str]:
     graph = code_graph.of_keel()
     module, source = _home(kind.run)
     if module in graph.modules():
-        return graph.used_by([module, *FOR_ALL])
-    return graph.used_by(FOR_ALL) | (graph.used_by_file(source) if source else set())
+        used = graph.used_by([module, *FOR_ALL])
+    else:
+        used = graph.used_by(FOR_ALL) | (graph.used_by_file(source) if source else set())
+    return {name for name in used if not name.startswith(BY_CONTENT)}
 
 
 def code_prints(kind: str) -> dict[str, str]:

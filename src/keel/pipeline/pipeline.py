@@ -28,13 +28,13 @@ import yaml
 
 import keel
 from keel import accel, report
-from keel.config import RunConfig, Stage, Training
+from keel.config import CollectConfig, RunConfig, Stage, Training
 from keel.data import chat, load
 from keel.data.batches import derive_seed
 from keel.data.stored.cache import Cache, keep_digests
 from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
-from keel.errors import KeelError, UsageError
+from keel.errors import DataError, KeelError, UsageError
 from keel.models import lora
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
 from keel.pipeline import dates, lengths
@@ -66,9 +66,11 @@ class Pipeline:
     fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
     sources: Sources = field(init=False)  # where models lie and what data hold
     confirm: Callable[[str], bool] = lambda question: True  # asked before hours of work are done again
+    wait: bool = False  # for people's votes, in place of ending with a WaitingError
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _asks: dict[str, bool] = field(default_factory=dict)  # stage → whether a template of it writes the date
     _date: date | None = None  # once it has been found
+    _heard: dict[str, str | None] = field(default_factory=dict)  # stage → print of people's votes
 
     def __post_init__(self) -> None:
         self.sources = Sources(self.config, self.directory, lambda line: self.say(line))
@@ -171,9 +173,23 @@ class Pipeline:
         return kept.find(self.directory, name, self.fingerprint(name))
 
     def _votes(self, name: str) -> str | None:
-        """What people's votes on a stage's pairs hold; None for a stage that asks no people."""
-        asks = self.config.stages[name].asks_people
-        return collect.votes_print(self.stage_directory(name)) if asks else None
+        """What people's votes on a stage's pairs hold; None for a stage that asks no people. Looked up once:
+        votes that come in while other stages run count in the next run, for all stages alike. Where their
+        database is gone, what was counted stands."""
+        stage = self.config.stages[name]
+        if not isinstance(stage, CollectConfig) or not stage.asks_people:
+            return None
+        if name not in self._heard:
+            directory = self.stage_directory(name)
+            try:
+                self._heard[name] = collect.votes_print(directory, stage)
+            except UsageError as error:
+                if isinstance(error, DataError):
+                    raise
+                facts = _object(directory / "stage.json").get("facts", {})
+                self._heard[name] = facts.get("votes_print")
+                self.say(f"{name}: {error}; the votes that were counted before stand")
+        return self._heard[name]
 
     def _why_again(self, name: str) -> str | None:
         """Why a stage that was run before, or begun, cannot stay as it is; None for a new one and one to go
@@ -206,7 +222,9 @@ class Pipeline:
                     "config first"
                 )
         preparation = self.sources.preparation = Preparation(
-            Cache(self.directory / PREPARED), self.config.workers or cores(), Shown(self.progress)
+            Cache(self.directory / PREPARED, snapshots=self.sources.preparation.cache.snapshots),
+            self.config.workers or cores(),
+            Shown(self.progress),
         )
         for name, line in self.sources.check(names, hub=True).items():
             self.say(f"{name}: {line}")
@@ -282,8 +300,13 @@ class Pipeline:
         if place is None or begun:
             return
         kept.bring_back(place, self.stage_directory(name))
-        self._parts.clear()  # votes of people, which lie in the directory, are part of what follows
+        self._forget_votes()
         self.say(f"{name}: made before with these settings, brought back")
+
+    def _forget_votes(self) -> None:
+        """Votes of people, which are part of what follows, may be others now."""
+        self._heard.clear()
+        self._parts.clear()
 
     def _run_stage(self, name: str) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
@@ -307,6 +330,9 @@ class Pipeline:
         start = time.perf_counter()
         run, result = self._worked(name)
         run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
+        if stage.asks_people:
+            self._parts.clear()
+            self._heard[name] = run.facts.get("votes_print")  # what its comparisons were made of
         run.result(result)
         seconds = round(time.perf_counter() - start, 2)
         done = {
@@ -344,6 +370,7 @@ class Pipeline:
                 self.say,
                 self.progress,
                 preparation=self.sources.preparation,
+                waits=self.wait,
             )
             if getattr(asked, "micro_batch", None) != "auto":
                 return run, run_stage(asked, run)

@@ -40,6 +40,7 @@ class StageRun:
     ]  # → data.load.Dataset, read once a run
     say: Callable[[str], None] = lambda line: None
     progress: Progress = lambda stage, step, steps, metrics: None
+    waits: bool = False  # for people, in place of ending the run
     facts: dict[str, Any] = field(default_factory=dict)  # rows, parameters …, for stage.json
     flops: dict[str, float] = field(default_factory=dict)  # of a useful token, by phase
     fastest: float | None = None  # FLOP/s that the machine reaches, where it has been measured

@@ -3,8 +3,8 @@
 
 Left out: pairs are drawn from one model at one temperature; none is chosen for what it would teach.
 
-Annotators of a world vote at once. For people the run stops after the replies are written, and goes on when
-their votes lie beside them.
+Annotators of a world vote at once. For people the run stops after the replies are written, or waits, and goes
+on when there are votes enough: in the project of `keel label` that it has opened, or in a file beside them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,33 +25,22 @@ from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_run import StageRun
-from keel.stages import lazy_rows, prepare
+from keel.stages import lazy_rows, people, prepare
+from keel.stages.people import CHOICES, PAIRS, VOTES, Heard, Voted
 from keel.types import Completion, PromptRecord, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PAIRS = "pairs.jsonl"  # two replies to each prompt
-VOTES = "votes.jsonl"  # what people say of them
-COMPARISONS = "comparisons.jsonl"  # both, as rows of type preference
+COMPARISONS = "comparisons.jsonl"  # pairs and votes, as rows of type preference
 TRIES = 4  # draws of a second reply, until it differs from the first
-CHOICES = ("a", "b", "tie", "skip")
-
-
-@dataclass(frozen=True, slots=True)
-class Voted:
-    """One vote on one pair."""
-
-    pair: int
-    annotator: str
-    choice: str  # of CHOICES
 
 
 def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. prompts  2. two replies to each  3. votes  4. comparisons."""
     dataset = prepare.read(stage_run, config.data, ("prompt",))
     tasks, tokenizer = _tasks(config, stage_run, dataset.records, dataset.conversational)
-    pairs_file, votes_file = stage_run.directory / PAIRS, stage_run.directory / VOTES
+    pairs_file = stage_run.directory / PAIRS
     if not pairs_file.exists():
         write_text(pairs_file, _lines(_pairs(config, stage_run, tasks, tokenizer)))
     pairs = _read(pairs_file)
@@ -61,11 +49,11 @@ def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
             f"{stage_run.name}: the model gave no two different replies to any of {len(tasks)} prompts"
         )
     if config.world is None:
-        votes = _votes_of_people(stage_run, pairs, votes_file)
-        stage_run.facts["votes_print"] = votes_print(stage_run.directory)
+        heard = _votes_of_people(config, stage_run, pairs)
+        stage_run.facts["votes_print"] = heard.print
+        rows = comparisons(pairs, heard.votes, heard.words)
     else:
-        votes = _votes_of_world(config.world, stage_run, pairs, [record for record, _ in tasks])
-    rows = comparisons(pairs, votes)
+        rows = comparisons(pairs, _votes_of_world(config.world, stage_run, pairs, [r for r, _ in tasks]))
     if not rows:
         raise DataError(f"{stage_run.name}: every pair was skipped: no comparison is left")
     write_text(stage_run.directory / COMPARISONS, _lines(rows))
@@ -76,43 +64,50 @@ def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
     )
     return {
         "comparisons": len(rows), "same": len(tasks) - len(pairs), "skipped": len(pairs) - len(rows),
-        "votes": sum(len(row["votes"]) for row in rows),
+        "votes": sum(len(row.get("votes") or row["people_votes"]) for row in rows),
         "truncated": sum(pair["cut"] for pair in pairs) / (2 * len(pairs)),
     }  # fmt: skip
 
 
-def votes_print(directory: Path) -> str | None:
-    """What the votes of people hold, as a short text; None where there are none."""
-    path = directory / VOTES
-    return f"{derive_seed(path.read_text(encoding='utf-8')):016x}" if path.exists() else None
+def votes_print(directory: Path, config: CollectConfig) -> str | None:
+    """What people have said of a stage's pairs so far, as a short text; None where nobody has said
+    anything. UsageError where the database of the pairs' project is not there."""
+    pairs = _read(directory / PAIRS)
+    heard = people.hear(directory, config.label, pairs) if pairs else None
+    return heard.print if heard is not None and (heard.votes or heard.words) else None
 
 
-def comparisons(pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted]) -> list[dict[str, Any]]:
+def comparisons(
+    pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted], words: Mapping[int, str] | None = None
+) -> list[dict[str, Any]]:
     """Rows of type preference: what more votes prefer is chosen, the first reply where none does. Pairs that
-    somebody skipped, or nobody voted on, are left out."""
+    somebody skipped, or on which nobody decided, are left out.
+
+    words: pair → what a reviewer said, a, b or tie; that is the pair's label then, as `p_chosen`, and the
+    votes are kept as `people_votes`.
+    """
     by_pair: dict[int, list[Voted]] = {}
     for vote in votes:
-        by_pair.setdefault(vote.pair, []).append(vote)
+        if vote.choice != "abstain":
+            by_pair.setdefault(vote.pair, []).append(vote)
     rows: list[dict[str, Any]] = []
     for pair in pairs:
-        votes_on_pair = by_pair.get(pair["pair"], [])
+        votes_on_pair, word = by_pair.get(pair["pair"], []), (words or {}).get(pair["pair"])
         choices = [vote.choice for vote in votes_on_pair]
-        if not votes_on_pair or "skip" in choices:
+        if word is None and (not votes_on_pair or "skip" in choices):
             continue
-        a_wins = choices.count("a") >= choices.count("b")
+        a_wins = choices.count("a") >= choices.count("b") if word is None else word != "b"
         names = {"a": "chosen", "b": "rejected"} if a_wins else {"a": "rejected", "b": "chosen"}
         sides = {names[side]: _reply(pair["prompt"], pair[side]) for side in ("a", "b")}
-        named_votes = [
+        named = [
             {"annotator": vote.annotator, "choice": names.get(vote.choice, "tie")} for vote in votes_on_pair
         ]
-        rows.append(
-            {
-                "prompt": pair["prompt"],
-                "chosen": sides["chosen"],
-                "rejected": sides["rejected"],
-                "votes": named_votes,
-            }
-        )
+        row = {"prompt": pair["prompt"], "chosen": sides["chosen"], "rejected": sides["rejected"]}
+        if word is None:
+            row["votes"] = named
+        else:
+            row |= {"p_chosen": 0.5 if word == "tie" else 1.0, "people_votes": named}
+        rows.append(row)
     return rows
 
 
@@ -206,39 +201,39 @@ def _votes_of_world(
     return voted
 
 
-def _votes_of_people(stage_run: StageRun, pairs: Sequence[Mapping[str, Any]], path: Path) -> list[Voted]:
-    """The votes at `path`, one on each pair at least. WaitingError while some are missing, DataError for a
-    line that is none."""
-    known = {pair["pair"] for pair in pairs}
-    votes = [
-        _vote(line, f"{path}:{number}", known) for number, line in enumerate(_raw(path), 1) if line.strip()
-    ]
-    missing = len(known - {vote.pair for vote in votes})
-    if missing:
-        raise WaitingError(
-            f"{stage_run.name}: {missing} of {len(known)} pairs wait for people, in {path.with_name(PAIRS)}. "
-            'Write a line {"pair": 0, "annotator": "NAME", "choice": "a"} for each (choice: '
-            f"{', '.join(CHOICES)}; several annotators a pair are welcome) into {path}; the same command "
-            "then goes on"
+def _votes_of_people(config: CollectConfig, stage_run: StageRun, pairs: Sequence[Mapping[str, Any]]) -> Heard:
+    """What people say, once there are votes enough; until then WaitingError, or a wait where the run is to
+    wait. DataError for a line of the file that is no vote."""
+    title = f"{stage_run.directory.parents[1].name} {stage_run.name}"
+    project = people.open_pairs(stage_run.directory, title, config.label, pairs, config.model)
+    said = False
+    while (heard := people.hear(stage_run.directory, config.label, pairs)).missing:
+        reason = _waiting(config, stage_run, heard, len(pairs), project)
+        if not stage_run.waits:
+            raise WaitingError(f"{reason}; the same command then goes on")
+        if not said:
+            stage_run.say(f"{reason}; the run waits, and goes on by itself")
+            said = True
+        stage_run.progress(stage_run.name, heard.wanted - heard.missing, heard.wanted, {})
+        people.pause()
+    return heard
+
+
+def _waiting(
+    config: CollectConfig, stage_run: StageRun, heard: Heard, pairs: int, project: str | None
+) -> str:
+    """What is missing, and where people say it."""
+    if project is not None:
+        return (
+            f"{stage_run.name}: {heard.missing} of {heard.wanted} votes on {pairs} pairs are missing, in the "
+            f"project {project}. People vote on the pages of: {people.how_to_vote(config.label)}"
         )
-    return votes
-
-
-def _vote(line: str, where: str, known: set[int]) -> Voted:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
-    pair, who, choice = (
-        (row.get(key) for key in ("pair", "annotator", "choice")) if isinstance(row, dict) else (None,) * 3
+    missing = f"{heard.missing} of {pairs} pairs wait for people, in {stage_run.directory / PAIRS}"
+    return (
+        f'{stage_run.name}: {missing}. Write a line {{"pair": 0, "annotator": "NAME", "choice": "a"}} for '
+        f"each (choice: {', '.join(CHOICES)}; several annotators a pair are welcome) into "
+        f"{stage_run.directory / VOTES}, or set `label: {{}}` to have the pairs in the pages of keel label"
     )
-    if isinstance(pair, bool) or pair not in known:
-        raise DataError(f"{where}: `pair` is {pair!r}, which is none of the pairs in {PAIRS}")
-    if not isinstance(who, str) or not who:
-        raise DataError(f"{where}: `annotator` is {who!r}, not a name")
-    if choice not in CHOICES:
-        raise DataError(f"{where}: `choice` is {choice!r}, not one of {', '.join(CHOICES)}")
-    return Voted(int(pair), who, choice)
 
 
 # ---------------------------------------------------------------- files

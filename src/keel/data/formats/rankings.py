@@ -126,11 +126,21 @@ def _messages(rows: Sequence[Row]) -> Iterable[Made]:
     yield from _tree({"message_tree_id": rows[0]["message_tree_id"], "prompt": roots[0]})
 
 
+def _ranked(row: Row) -> Iterable[Made]:
+    """completions, and ranks of as many numbers: 1 is the best reply, and equal ones share a rank."""
+    replies, ranks = list_of(row, "completions"), list_of(row, "ranks")
+    if len(replies) != len(ranks) or not all(_is_number(rank) for rank in ranks):
+        raise ValueError(f'"ranks" are {len(ranks)} for {len(replies)} completions; give each a number')
+    for (first, high), (second, low) in combinations(zip(replies, ranks, strict=True), 2):
+        yield pair(row["prompt"], first, second, low - high, columns=rest(row, "completions", "ranks"))
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 RANKINGS = (
+    Format("ranked", "ranked replies", "preference", ("prompt", "completions", "ranks"), one(_ranked)),
     Format(
         "ultrafeedback",
         "UltraFeedback",

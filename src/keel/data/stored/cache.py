@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from keel.errors import UsageError
 
@@ -36,6 +37,8 @@ class Cache:
 
     directory: Path | None = None  # None: a temporary one, made when it is needed
     used: set[str] = field(default_factory=set)  # names that this process has asked for
+    # what sources that change by themselves held when they were first read
+    snapshots: dict[str, Any] = field(default_factory=dict)
     _temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @property

@@ -1,0 +1,1 @@
+"""The pages: one module for each part, each with a router."""

@@ -1,0 +1,114 @@
+"""Coming in: invitations, the list of projects, one's account, language and theme."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, HTTPException, Request
+from starlette.responses import Response
+
+from keel.errors import UsageError
+from keel.feedback import web
+from keel.feedback.auth import SESSION, VISITOR
+from keel.feedback.locales import LANGUAGES
+from keel.feedback.web import THEMES, YEAR
+from keel.feedback.wire import address
+
+router = APIRouter()
+LONGEST_NAME = 80
+
+
+@router.get("/")
+def home(request: Request) -> Response:
+    """The projects that this person may see; straight to work where there is one and nothing else to do."""
+    who, store = web.person(request), web.store(request)
+    names = store.projects(who.id)
+    if who.role == "annotator" and len(names) == 1:
+        return web.to(f"/projects/{names[0].name}/work")
+    cards = [{"project": project, "counts": store.counts(project.name)} for project in names]
+    return web.page(request, "home.html", cards=cards)
+
+
+@router.get("/sign-in")
+def sign_in(request: Request) -> Response:
+    """How to get in: by a link from an admin."""
+    return _entry(request, "sign-in", "sign_in.heading")
+
+
+@router.get("/join/{code}")
+def join_form(request: Request, code: str) -> Response:
+    """The form of an invitation. Looking does not use it up: programs look at links too."""
+    suggested = web.store(request).invitation(code)
+    if suggested is None:
+        return _no_code(request)
+    return _entry(request, "join", "join.heading", name=suggested)
+
+
+@router.post("/join/{code}")
+def join(request: Request, code: str) -> Response:
+    """Use an invitation: a session begins."""
+    state, name = web.web(request), web.fields(request).get("name", "").strip()
+    if state.store.invitation(code) is None:
+        return _no_code(request)
+    if not name or len(name) > LONGEST_NAME or not name.isprintable():
+        problem = web.translator(request)("join.bad_name")
+        return _entry(request, "join", "join.heading", problem=problem, name=name, status=422)
+    try:
+        token = state.store.accept(code, name)
+    except UsageError as error:  # the name is taken, or the code was used in this very moment
+        return _entry(request, "join", "join.heading", problem=str(error), name=name, status=422)
+    response = web.to("/")
+    state.auth.remember(response, token, secure=web.secure(request))
+    response.delete_cookie(VISITOR)
+    return response
+
+
+def _no_code(request: Request) -> Response:
+    """The same for codes that were used, have expired or never were."""
+    if web.web(request).wrong.wait(address(request.scope)):
+        raise HTTPException(429)
+    return _entry(
+        request, "sign-in", "sign_in.heading", problem=web.translator(request)("join.bad_code"), status=404
+    )
+
+
+def _entry(
+    request: Request, kind: str, heading: str, *, problem: str = "", name: str = "", status: int = 200
+) -> Response:
+    words = web.translator(request)
+    return web.page(
+        request, "entry.html", status, kind=kind, heading=words(heading), problem=problem, name=name
+    )
+
+
+@router.post("/preferences")
+def preferences(request: Request) -> Response:
+    """Language and theme, kept in the browser."""
+    fields = web.fields(request)
+    response = web.to(web.local(fields.get("back", "/")))
+    if (language := fields.get("language")) in LANGUAGES:
+        response.set_cookie("keel_label_language", str(language), max_age=YEAR, httponly=True, samesite="lax")
+    if (theme := fields.get("theme")) in (*THEMES, "auto"):
+        response.set_cookie("keel_label_theme", str(theme), max_age=YEAR, httponly=True, samesite="lax")
+    return response
+
+
+@router.post("/sign-out")
+def sign_out(request: Request) -> Response:
+    """End this session, here and in the store."""
+    web.store(request).sign_out(request.state.session)
+    response = web.to("/sign-in")
+    response.delete_cookie(SESSION)
+    return response
+
+
+@router.get("/account")
+def account(request: Request) -> Response:
+    """Name, role, API token."""
+    return web.page(request, "account.html", tab="account", token=None)
+
+
+@router.post("/account/token")
+def account_token(request: Request) -> Response:
+    """A new API token, shown this once."""
+    who = web.person(request)
+    token = web.store(request).api_token(who.id, who.id)
+    return web.page(request, "account.html", tab="account", token=token)

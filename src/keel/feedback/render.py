@@ -1,0 +1,194 @@
+"""What a model wrote, as HTML that can do nothing.
+
+Markdown without raw HTML (markdown-it), then an allow-list of tags and attributes (nh3). Images are named,
+not loaded: a page asks no other host for anything. Mathematics stays readable TeX in `<code class="math">`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nh3
+from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
+from markupsafe import Markup, escape
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.texmath import texmath_plugin
+
+LONGEST = 200_000  # characters that are read as Markdown; longer texts are shown as they are
+BLOCKS = ("p", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "table", "td", "th")
+TAGS = {
+    *BLOCKS, "a", "br", "code", "del", "em", "hr", "pre", "s", "span", "strong", "tbody", "thead", "tr",
+}  # fmt: skip
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+_THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+_UNENDED = re.compile(r"\A\s*<think>(.*)\Z", re.DOTALL)
+
+
+def _math(self: object, tokens: Sequence[Any], index: int, options: object, env: object) -> str:
+    block = tokens[index].type not in ("math_inline", "math_single")
+    kind = "math block" if block else "math"
+    return f'<code class="{kind}">{escapeHtml(tokens[index].content.strip())}</code>'
+
+
+def _image(self: object, tokens: Sequence[Any], index: int, options: object, env: object) -> str:
+    token = tokens[index]
+    return f'<span class="image">{escapeHtml(token.content)} ({escapeHtml(str(token.attrs["src"]))})</span>'
+
+
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "maxNesting": 40})
+    parser.enable(["table", "strikethrough"])
+    parser.use(dollarmath_plugin, allow_space=False, allow_digits=False, allow_labels=False)
+    parser.use(texmath_plugin, delimiters="brackets")
+    for name in ("math_inline", "math_single", "math_block", "math_block_eqno", "math_inline_double"):
+        parser.add_render_rule(name, _math)
+    parser.add_render_rule("image", _image)
+    return parser
+
+
+_PARSER = _parser()
+_CLEANER = nh3.Cleaner(
+    tags=TAGS,
+    attributes={"a": {"href", "title"}, "ol": {"start"}, "td": {"align"}, "th": {"align"}},
+    allowed_classes={"code": {"math", "block"}, "span": {"image"}},
+    url_schemes={"http", "https", "mailto"},
+    url_relative="deny",
+    link_rel="noopener noreferrer nofollow",
+    set_tag_attribute_values={
+        **{tag: {"dir": "auto"} for tag in BLOCKS},
+        "table": {"dir": "auto", "tabindex": "0"},
+        "a": {"target": "_blank"},
+    },
+)
+
+
+def markdown(text: str) -> Markup:
+    """Markdown as HTML without script, style, form, frame, picture or event handler. Each block takes its
+    own direction. Texts over `LONGEST` characters are shown as they are."""
+    if len(text) > LONGEST:
+        return Markup('<pre dir="auto">{}</pre>').format(text)
+    tokens = _PARSER.parse(text)
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):  # the page's own headings come first
+            token.tag = f"h{min(6, int(token.tag[1]) + 3)}"
+    return Markup(_CLEANER.clean(_PARSER.renderer.render(tokens, _PARSER.options, {})))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that a model wrote: the tool's name, the arguments as indented JSON."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation, ready for a page."""
+
+    role: str  # "" for plain text
+    text: str
+    thought: str
+    calls: tuple[ToolCall, ...] = ()
+    name: str = ""  # of the tool whose result this is
+
+    @property
+    def html(self) -> Markup:
+        """The text as HTML; a tool's result as it is."""
+        return (
+            Markup('<pre dir="auto">{}</pre>').format(self.text)
+            if self.role == "tool"
+            else markdown(self.text)
+        )
+
+    @property
+    def thought_html(self) -> Markup:
+        """The thought before the text as HTML."""
+        return markdown(self.thought)
+
+
+def turns(content: str | Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """A prompt or a reply as turns: plain text is one turn without a role."""
+    if isinstance(content, str):
+        thought, text = split_thought(content)
+        return [Turn("", text, thought)]
+    return [_turn(message) for message in content]
+
+
+def _turn(message: Mapping[str, Any]) -> Turn:
+    thought = next((str(message[key]) for key in THOUGHT_KEYS if message.get(key)), "")
+    text = _text(message.get("content"))
+    role = str(message.get("role", ""))
+    if role == "assistant" and not thought:
+        thought, text = split_thought(text)
+    called = message.get("tool_calls")
+    calls = tuple(_call(call) for call in called) if isinstance(called, list | tuple) else ()
+    return Turn(role, text, thought, calls, str(message.get("name") or ""))
+
+
+def _text(content: object) -> str:
+    """A turn's content: a text, or parts as some chat templates have them."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, Sequence):
+        return "\n".join(
+            str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content
+        )
+    return json.dumps(content, ensure_ascii=False, indent=2)
+
+
+def _call(call: object) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    if not isinstance(function, Mapping):
+        function = {}
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return ToolCall(str(function.get("name", "?")), arguments)
+    return ToolCall(str(function.get("name", "?")), json.dumps(arguments, ensure_ascii=False, indent=2))
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """A reply's thought and what follows it: `<think>…</think>` at its start, also where the opening tag
+    stood in the prompt, or where the thought was cut off."""
+    if found := _THOUGHT.match(text):
+        return found[1].strip(), text[found.end() :]
+    if found := _UNENDED.match(text):
+        return found[1].strip(), ""
+    return "", text
+
+
+def plain(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt or a reply as one plain text: what the raw view and the difference show."""
+    if isinstance(content, str):
+        return content
+    parts: list[str] = []
+    for message, turn in zip(content, turns(content), strict=True):
+        body = "\n".join(
+            [turn.thought] * bool(turn.thought)
+            + [turn.text] * bool(turn.text)
+            + [f"{call.name}({call.arguments})" for call in turn.calls]
+        )
+        parts.append(body if len(content) == 1 else f"{message.get('role', '')}: {body}")
+    return "\n\n".join(parts)
+
+
+def excerpt(content: str | Sequence[Mapping[str, Any]], length: int = 120) -> str:
+    """The start of what the user asked last, on one line."""
+    if not isinstance(content, str):
+        asked = [turn.text for turn in turns(content) if turn.role == "user" and turn.text]
+        content = asked[-1] if asked else plain(content)
+    line = " ".join(content.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def raw(content: str | Sequence[Mapping[str, Any]]) -> Markup:
+    """The text as it was written, character by character."""
+    return Markup('<pre class="raw" dir="auto">') + escape(plain(content)) + Markup("</pre>")
