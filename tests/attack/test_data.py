@@ -366,7 +366,7 @@ def good_files(draw: Any) -> tuple[str, bytes, str, list[dict[str, Any]]]:
             buffer,
             list(rows[0]),
             lineterminator=end,
-            quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
+            quoting=draw(st.sampled_from([csv.QUOTE_NONNUMERIC, csv.QUOTE_ALL])),
         )
         writer.writeheader()
         writer.writerows(rows)
