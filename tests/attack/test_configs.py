@@ -4,6 +4,7 @@ allow is refused with the key's name, what is accepted can be written out and re
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from keel.plan import planner
 
 pytestmark = pytest.mark.attack
 
-DRAWN = 2000
+DRAWN = 300
 PLANNED = 12  # every so many of the accepted ones is planned
 LONGEST = 30.0
 SCHEMA: Any = RunConfig.model_json_schema()
@@ -32,10 +33,11 @@ KINDS = SCHEMA["properties"]["stages"]["additionalProperties"]["discriminator"][
 NUMERIC = ("number", "integer")
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 2**64, 10**30, 10**400, -(2**63)),
-    *(0.0, -0.0, 0.5, 1.0, 1.5, 1e-300, 1e300, math.inf, -math.inf, math.nan),
-    *("", " ", "a", "auto", "null", "1", "1e-5", "ppo", "sft", "\0", "\ud800", "../..", "/", "~", "-", "a" * 100_000),
-    *("world:helpdesk/prompts", "world:", "world:x/y", "stage:pairs", "python:x.py:f", "python:", "(a+)+$", "[", "\x1b[31m"),
-    *([], {}, [[]], [{}], [1], ["a"], {"a": 1}, {"kind": "length"}, {"": ""}, [None], {"source": 3}, {"path": "a", "init": {}}),
+    *(0.0, -0.0, 0.5, 1.0, 1.5, 1e-300, 1e300, math.inf, -math.inf, math.nan, "inf", "nan", "1", "1e-5"),
+    *("", " ", "a", "auto", "null", "ppo", "sft", "\0", "\ud800", "../..", "/", "~", "-", "a" * 100_000),
+    *("world:helpdesk/prompts", "world:", "world:x/y", "stage:pairs", "python:x.py:f", "python:", "(a+)+$"),
+    *("[", "\x1b[31m", "a" * 300, "b/" * 2000, [], {}, [[]], [{}], [1], ["a"], {"a": 1}, {"kind": "length"}),
+    *({"": ""}, [None], {"source": 3}, {"path": "a", "init": {}}),
 ]  # fmt: skip
 
 
@@ -194,23 +196,24 @@ def test_a_drawn_config_is_refused_by_key_or_can_be_planned(
         assert not (tmp_path_factory.getbasetemp() / "never").exists()
 
 
+@functools.cache
+def validator(stage: str, name: str) -> Any:
+    known = properties({"$ref": KINDS[STAGE_KINDS[stage]]})
+    return jsonschema.Draft202012Validator({"$defs": SCHEMA["$defs"], **known[name]})
+
+
 def check_allowed(tree: Any, path: list[str], value: Any) -> None:
     """An accepted value is one that the schema allows in its place."""
     node = tree
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
-    if len(path) < 3 or path[0] != "stages" or node is not value and node != value:
+    if len(path) < 3 or path[0] != "stages" or (node is not value and node != value):
         return
     known = properties({"$ref": KINDS[STAGE_KINDS[path[1]]]})
     assert path[2] in known, f"{path} is no setting, and was accepted"
     if len(path) > 3:
         return
-    schema = {"$defs": SCHEMA["$defs"], **known[path[2]]}
-    for candidate in (value, as_numbers(value)):
-        try:
-            jsonschema.validate(candidate, schema)
-        except (jsonschema.ValidationError, OverflowError):
-            continue
+    if any(validator(path[1], path[2]).is_valid(one) for one in (value, as_numbers(value))):
         return
     raise AssertionError(f"{path} = {str(value)[:100]!r} was accepted, and is not what the schema says")
 
@@ -259,7 +262,8 @@ FILES: dict[str, bytes] = {
     "long-name": b"name: " + b"a" * 5000 + b"\nstages: {a: {kind: sft, model: x, data: y}}\n",
     "long-stage": b"name: r\nstages: {" + b"a" * 5000 + b": {kind: sft, model: x, data: y}}\n",
     "rounds-text": b"name: r\nrounds: x\nstages: {a: {kind: sft}}\n",
-    "rounds-huge": b"name: r\nrounds: {n: 1000000000, reward: a, policy: b}\nstages: {a: {kind: reward}, b: {kind: ppo}}\n",
+    "rounds-huge": b"name: r\nrounds: {n: 1000000000, reward: a, policy: b}\n"
+    b"stages: {a: {kind: reward}, b: {kind: ppo}}\n",
 }  # fmt: skip
 
 
@@ -275,16 +279,32 @@ def test_a_broken_config_file_is_refused_by_name(name: str, tmp_path: Path) -> N
     assert len(str(refused.value)) < 12_000
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        *("", "=", "a", "=1", "sft.lr", "sft.lr=[", "sft..lr=1", ".lr=1", "sft.lr.x=1", "sft=1", "stages=1", "sft.data.0=1"),
-        *("name=..", "name=", "seed=-1", "seed=1e400", "sft.lr=.inf", "sft.lr=.nan", "sft.batch_size=true", "sft.epochs=0"),
-        *("grpo.reward.7=x", "grpo.reward.0=", "grpo.reward.-1=x", "sft.lr=" + "[" * 3000, "sft.lr=!!python/name:os.system"),
-        *("sft.lr=&a [*a]", "sft.model=" + "x" * 100_000, "stages.sft.kind=ppo", "stages.x.kind=sft", "sft.lr=1\n2: 3", "\0=1"),
-        *("ppo.kl.coef=a", "ppo.kl=[1]", "ppo.kl.kl.kl=1", "device=[cpu]", "threads=0", "threads=1e9", "date=2026", "dtype=int8"),
-    ],
-)  # fmt: skip
+OVERRIDES = [
+    *("", "=", "a", "=1", "sft.lr", "sft.lr=[", "sft..lr=1", ".lr=1", "sft.lr.x=1", "sft=1", "stages=1"),
+    *(
+        "sft.data.0=1",
+        "name=..",
+        "name=",
+        "seed=-1",
+        "seed=1e400",
+        "sft.lr=.inf",
+        "sft.lr=.nan",
+        "sft.lr=inf",
+    ),
+    *("sft.batch_size=true", "sft.epochs=0", "grpo.reward.7=x", "grpo.reward.0=", "grpo.reward.-1=x"),
+    *(
+        "sft.lr=" + "[" * 3000,
+        "sft.lr=!!python/name:os.system",
+        "sft.lr=&a [*a]",
+        "sft.model=" + "x" * 100_000,
+    ),
+    *("stages.sft.kind=ppo", "stages.x.kind=sft", "sft.lr=1\n2: 3", "\0=1", "ppo.kl.coef=a", "ppo.kl=[1]"),
+    *("ppo.kl.kl.kl=1", "device=[cpu]", "threads=0", "threads=1e9", "date=2026", "dtype=int8"),
+    *("sft.lr=9" + "0" * 5000, "date=2026-06-31", "sft.seed=1", "name=" + "n" * 200),
+]
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
 def test_a_broken_override_is_refused_by_its_name(override: str, every_kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "stages": every_kind}))
