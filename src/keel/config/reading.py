@@ -137,9 +137,14 @@ def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         theirs = elsewhere.hint(place[-1], kind, dotted_settings(KINDS[kind])) if kind in KINDS else None
         return f"{dotted}: unknown key{theirs or _nearest(place[-1], _known_keys(item['loc'], tree))}"
     if item["type"] == "union_tag_invalid":
-        kind = item["ctx"]["tag"]
+        kind = str(item["ctx"]["tag"])[:100]
+        if len(place) > 2:  # of a reward, not of a stage
+            known = {tag.strip().strip("'") for tag in str(item["ctx"]["expected_tags"]).split(",")}
+            return f"{dotted}: unknown kind {kind!r}{_nearest(kind, known)}"
         return f"{dotted}: unknown kind {kind!r}{elsewhere.method_hint(kind) or _nearest(kind, KINDS)}"
     if item["type"] == "union_tag_not_found":
+        if len(place) > 2:
+            return f"{dotted}: `kind` is missing"
         return f"{dotted}: `kind` is missing; known: {', '.join([*KINDS, *plugin_kinds()])}"
     return f"{dotted}: {message}" if dotted else message
 
