@@ -21,7 +21,6 @@ STRAY = (
     "Traceback",
     "Exception ignored",
     "unexpected ",
-    "KeyboardInterrupt",
     'File "',
     "Warning:",
     "core dumped",

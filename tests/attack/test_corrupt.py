@@ -109,23 +109,25 @@ def made(forked: Any, every_kind: Any, write_config: Any, tmp_path_factory: pyte
 RUN = "runs/r/"
 # file of a done run, how it is broken: `run` makes what it lost again, or refuses; `report`, `diagnose` and
 # `compare` show the rest, or refuse
+SFT, MODEL = f"{RUN}stages/sft/", f"{RUN}stages/sft/model/"
+OF_JSON = (empty, half, rubbish, a_list, null, wrong_types, no_keys, deep)
 IN_RUN: list[tuple[str, Breaks]] = [
-    *((f"{RUN}stages/sft/stage.json", how) for how in (empty, half, rubbish, a_list, null, wrong_types, no_keys, deep)),
-    *((f"{RUN}stages/sft/fingerprint", how) for how in (empty, unreadable_text, gone, folder)),
-    *((f"{RUN}stages/sft/fingerprint.json", how) for how in (empty, rubbish, a_list, wrong_types, gone)),
+    *((f"{SFT}stage.json", how) for how in OF_JSON),
+    *((f"{SFT}fingerprint", how) for how in (empty, unreadable_text, gone, folder)),
+    *((f"{SFT}fingerprint.json", how) for how in (empty, rubbish, a_list, wrong_types, gone)),
     *((f"{RUN}stages/ppo/result.json", how) for how in (empty, rubbish, a_list, wrong_types, gone)),
     *((f"{RUN}stages/judge/result.json", how) for how in (half, null, wrong_types, deep)),
     *((f"{RUN}stages/ppo/metrics.jsonl", how) for how in (empty, half, rubbish, a_list, text, gone)),
     *((f"{RUN}stages/ppo/samples.jsonl", how) for how in (empty, half, rubbish, a_list, gone)),
     *((f"{RUN}stages/ppo/times.jsonl", how) for how in (half, rubbish, a_list)),
-    *((f"{RUN}manifest.json", how) for how in (empty, half, rubbish, a_list, null, wrong_types, no_keys, deep)),
+    *((f"{RUN}manifest.json", how) for how in OF_JSON),
     *((f"{RUN}config.yaml", how) for how in (empty, rubbish, a_list, text, gone)),
-    *((f"{RUN}stages/sft/model/model.safetensors", how) for how in (empty, half, rubbish, flipped, header_lies, gone)),
-    *((f"{RUN}stages/sft/model/config.json", how) for how in (empty, half, a_list, wrong_types, no_keys, gone)),
-    *((f"{RUN}stages/sft/model/tokenizer.json", how) for how in (empty, half, a_list, no_keys, gone)),
-    *((f"{RUN}stages/sft/model/tokenizer_config.json", how) for how in (empty, a_list, wrong_types)),
-    *((f"{RUN}stages/sft/model/chat_template.jinja", how) for how in (unreadable_text, empty)),
-    *((f"{RUN}stages/sft/model/generation_config.json", how) for how in (empty, a_list, wrong_types)),
+    *((f"{MODEL}model.safetensors", how) for how in (empty, half, rubbish, flipped, header_lies, gone)),
+    *((f"{MODEL}config.json", how) for how in (empty, half, a_list, wrong_types, no_keys, gone)),
+    *((f"{MODEL}tokenizer.json", how) for how in (empty, half, a_list, no_keys, gone)),
+    *((f"{MODEL}tokenizer_config.json", how) for how in (empty, a_list, wrong_types)),
+    *((f"{MODEL}chat_template.jinja", how) for how in (unreadable_text, empty)),
+    *((f"{MODEL}generation_config.json", how) for how in (empty, a_list, wrong_types)),
     *((f"{RUN}.lock", how) for how in (gone, folder, loop)),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.attack
 HEAD = "import asyncio, ctypes, math, os, re, signal, sys, threading, time\n"
 # body of `def score(prompts, completions, **columns)` → mean of the scores, or what is said
 REWARDS: dict[str, tuple[str, float | str]] = {
-    "ones": ("return [1.0] * len(completions)", 1.0),
+    "ones": ("return ONES", 1.0),
     "integers": ("return [1] * len(completions)", 1.0),
     "truths": ("return [True] * len(completions)", 1.0),
     "numpy scalars": ("return [numpy.float32(1)] * len(completions)", 1.0),
@@ -27,24 +27,24 @@ REWARDS: dict[str, tuple[str, float | str]] = {
     "torch tensor": ("return torch.ones(len(completions))", 1.0),
     "on a gradient": ("return torch.ones(len(completions), requires_grad=True)", 1.0),
     "tuple": ("return tuple(1.0 for _ in completions)", 1.0),
-    "prints": ("print('x' * 10**6); return [1.0] * len(completions)", 1.0),
-    "writes to its stderr": ("os.write(2, b'said by the reward\\n'); return [1.0] * len(completions)", 1.0),
-    "writes to its stdout": ("os.write(1, b'said by the reward\\n'); return [1.0] * len(completions)", 1.0),
-    "changes its folder": ("os.chdir('/'); return [1.0] * len(completions)", 1.0),
-    "clears what it is given": ("n = len(completions); prompts.clear(); completions.clear(); return [1.0] * n", 1.0),
-    "clears its columns": ("columns.clear(); return [1.0] * len(completions)", 1.0),
-    "a thread": ("threading.Thread(target=time.sleep, args=(90,)).start(); return [1.0] * len(completions)", 1.0),
-    "a fork": ("os.fork(); return [1.0] * len(completions)", 1.0),
-    "a signal handler": ("signal.signal(2, signal.SIG_IGN); return [1.0] * len(completions)", 1.0),
-    "the environment": ("os.environ.clear(); return [1.0] * len(completions)", 1.0),
-    "torch's threads": ("torch.set_num_threads(3); torch.manual_seed(5); return [1.0] * len(completions)", 1.0),
-    "half precision": ("torch.set_default_dtype(torch.float64); return [1.0] * len(completions)", 1.0),
-    "none of it": ("return [None] * len(completions)", "'mine'"),
+    "prints": ("print('x' * 10**6); return ONES", 1.0),
+    "writes to its stderr": ("os.write(2, b'said by the reward\\n'); return ONES", 1.0),
+    "writes to its stdout": ("os.write(1, b'said by the reward\\n'); return ONES", 1.0),
+    "changes its folder": ("os.chdir('/'); return ONES", 1.0),
+    "clears what it is given": ("n = len(completions); completions.clear(); return [1.0] * n", 1.0),
+    "clears its columns": ("columns.clear(); return ONES", 1.0),
+    "a thread": ("threading.Thread(target=time.sleep, args=(90,)).start(); return ONES", 1.0),
+    "a fork": ("os.fork(); return ONES", 1.0),
+    "a signal handler": ("signal.signal(2, signal.SIG_IGN); return ONES", 1.0),
+    "the environment": ("os.environ.clear(); return ONES", 1.0),
+    "torch's threads": ("torch.set_num_threads(3); torch.manual_seed(5); return ONES", 1.0),
+    "half precision": ("torch.set_default_dtype(torch.float64); return ONES", 1.0),
+    "none of it": ("return [None] * len(completions)", "each of mine returned None"),
     "raises": ("raise ValueError('mine')", "raised ValueError: mine"),
     "raises nothing said": ("raise ValueError", "raised ValueError"),
     "raises an odd text": ("raise ValueError('a\\nb\\x1b[31m\\0')", "raised ValueError"),
     "raises a huge text": ("raise ValueError('x' * 10**7)", "raised ValueError"),
-    "raises for one": ("return [1 / (len(c) - len(completions[-1])) for c in completions]", "ZeroDivisionError"),
+    "raises for one": ("return [1 / (len(c) - len(completions[-1])) for c in completions]", "ZeroDiv"),
     "too few": ("return [1.0]", "'mine'"),
     "too many": ("return [1.0] * (len(completions) + 1)", "'mine'"),
     "nothing": ("pass", "'mine'"),
@@ -67,8 +67,11 @@ REWARDS: dict[str, tuple[str, float | str]] = {
     "recurses": ("return score(prompts, completions)", "RecursionError"),
     "hangs": ("time.sleep(90)", "took more than 2 s"),
     "hangs in C": ("re.match('(a+)+$', 'a' * 60 + 'b')", "took more than 2 s"),
-    "hangs and holds on": ("signal.signal(15, signal.SIG_IGN)\n    while True: time.sleep(1)", "took more than 2 s"),
-    "closes its files": ("os.closerange(3, 99); return [1.0] * len(completions)", "left its process"),
+    "hangs and holds on": (
+        "signal.signal(15, signal.SIG_IGN)\n    while True: time.sleep(1)",
+        "took more than 2 s",
+    ),
+    "closes its files": ("os.closerange(3, 99); return ONES", "left its process"),
     "takes all memory": ("x = bytearray(10**15); return [1.0]", "MemoryError"),
 }  # fmt: skip
 
@@ -78,6 +81,7 @@ def test_a_reward_function_is_contained(
     name: str, forked: Any, every_kind: Any, write_config: Any, tmp_path: Path
 ) -> None:
     body, expected = REWARDS[name]
+    body = body.replace("ONES", "[1.0] * len(completions)")
     heavy = [name for name in ("numpy", "torch") if f"{name}." in body]
     head = HEAD + "".join(f"import {name}\n" for name in heavy)
     (tmp_path / "mine.py").write_text(f"{head}def score(prompts, completions, **columns):\n    {body}\n")
@@ -153,7 +157,10 @@ TEMPLATES: dict[str, tuple[str, str | None]] = {
         "template",
     ),
     "fills the memory": (TURN + "{{ 'a' * 10**10 }}", "template"),
-    "doubles": ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "template"),
+    "doubles": (
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "template",
+    ),
     "a power": ("{{ 9 ** 9 ** 9 }}", "template"),
     "escapes the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "formats its way out": ("{{ '{0.__class__}'.format(1) }}", "template"),
@@ -203,8 +210,8 @@ def written(name: str, content: bytes) -> Breaks:
     return lambda folder: void((folder / name).write_bytes(content))
 
 
-def removed(name: str) -> Breaks:
-    return lambda folder: (folder / name).unlink()
+def removed(*names: str) -> Breaks:
+    return lambda folder: void([(folder / name).unlink() for name in names])
 
 
 def void(value: object) -> None:
@@ -235,16 +242,17 @@ def emptied(folder: Path) -> None:
         path.unlink()
 
 
+OWN_CODE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.M"}
 FIRST = "model.layers.0.mlp.up_proj.weight"
 FOLDERS: dict[str, tuple[Breaks, str | None]] = {
     "whole": (lambda folder: None, None),
     "empty folder": (emptied, "config.json"),
     "no config": (removed("config.json"), "model"),
     "no weights": (removed("model.safetensors"), "model"),
-    "no tokenizer": (lambda f: (removed("tokenizer.json")(f), removed("tokenizer_config.json")(f)) and None, "token"),
+    "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "token"),
     "a pickle": (pickled, "safetensors"),
     "a shard that is not there": (sharded, "model-1-of-2.safetensors"),
-    "an index of rubbish": (written("model.safetensors.index.json", b"[1"), "model.safetensors.index.json"),
+    "an index of rubbish": (written("model.safetensors.index.json", b"[1"), None),
     "cut weights": (written("model.safetensors", b"\x10\0\0\0\0\0\0\0{}"), "model.safetensors"),
     "weights of text": (written("model.safetensors", b"hello"), "model.safetensors"),
     "a pointer": (written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
@@ -273,7 +281,7 @@ FOLDERS: dict[str, tuple[Breaks, str | None]] = {
     "an odd rope": (config(rope_parameters={"rope_type": "nonsense"}), "model"),
     "no context": (config(max_position_embeddings=0), None),
     "a context of text": (config(max_position_embeddings="long"), "model"),
-    "code of its own": (config(auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.M"}, model_type="x"), "trust_remote_code"),
+    "code of its own": (config(auto_map=OWN_CODE, model_type="x"), "trust_remote_code"),
     "an odd dtype": (config(dtype="float7", torch_dtype="float7"), None),
     "a missing tensor": (tensors(lambda t: {k: v for k, v in t.items() if k != FIRST}), "up_proj"),
     "a tensor too many": (tensors(lambda t: {**t, "model.layers.7.x.weight": torch.ones(2)}), "layers.7"),

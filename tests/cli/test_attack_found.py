@@ -198,3 +198,84 @@ def test_what_a_stage_wrote_for_itself_names_the_way_out(tmp_path: Path) -> None
     (tmp_path / "best.jsonl").write_text('{"a": 1}\n{"a"')
     with pytest.raises(UsageError, match=r"best.jsonl is not what keel wrote there: .* remove it"):
         stage_files.read_own(tmp_path / "best.jsonl", lines=True)
+
+
+# ---------------------------------------------------------------- models, templates, reports
+
+
+def test_sizes_that_no_model_has_are_refused_before_they_fill_the_memory(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from keel.models.load import ModelSource, model_config
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 10**9}))
+    with pytest.raises(
+        UsageError, match=r"config.json: num_hidden_layers is 1,000,000,000, which no model has"
+    ):
+        model_config(ModelSource(str(folder)))
+    with pytest.raises(UsageError, match=r"model.init: hidden_size is"):
+        model_config(ModelSource(init={"model_type": "llama", "hidden_size": 10**13}))
+    (folder / "config.json").write_text("[" * 99_999)
+    with pytest.raises(UsageError, match=r"config.json is no JSON"):
+        model_config(ModelSource(str(folder)))
+
+
+def test_a_template_that_took_too_long_is_not_waited_for_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    from transformers import AutoTokenizer
+
+    from keel.data.chat import rendering
+
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    monkeypatch.setattr(rendering, "_slow", {})
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}]
+    with pytest.raises(UsageError, match=r"takes more than 0.3 s"):
+        rendering.apply(tokenizer, turns, True, {})
+    monkeypatch.setattr(rendering, "SECONDS", 60)
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=r"takes more than"):
+        rendering.apply(tokenizer, turns, True, {})
+    assert time.monotonic() - began < 5
+
+
+def test_an_empty_chat_template_is_not_taken_for_none() -> None:
+    with pytest.raises(UsageError, match=r"chat_template: .*at least 1 character"):
+        parse({"name": "r", "stages": {"s": {**SFT, "model": {"path": "m", "chat_template": ""}}}})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", b"\xff\xfe\xff", "config.yaml cannot be read"),
+        ("config.yaml", b"stages: [1]", None),
+        ("manifest.json", b'{"stages": [1]}', None),
+        ("stages/s/metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl:1 is not JSON"),
+        ("stages/s/metrics.jsonl", b'{"step": "x", "loss": 1}\n', None),
+        ("stages/s/result.json", b'{"models": [1]}', "result.json"),
+        ("stages/s/stage.json", b'{"weights": 3}', None),
+        ("stages/s/fingerprint", b"\xff", None),
+    ],
+)
+def test_a_report_says_what_a_broken_file_is_or_shows_the_rest(
+    name: str, content: bytes, said: str | None, tmp_path: Path
+) -> None:
+    from keel.report import reading
+
+    (tmp_path / "stages" / "s").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("name: r\nstages: {s: {kind: evaluate}}\n")
+    (tmp_path / name).write_bytes(content)
+    if said is None:
+        assert reading.read(tmp_path).name == "r" or name == "config.yaml"
+        return
+    with pytest.raises(DataError, match=said):
+        reading.read(tmp_path)
