@@ -24,7 +24,7 @@ from keel.plan import planner
 
 pytestmark = pytest.mark.attack
 
-DRAWN = 300
+DRAWN = 2000
 PLANNED = 12  # every so many of the accepted ones is planned
 LONGEST = 30.0
 SCHEMA: Any = RunConfig.model_json_schema()
@@ -49,13 +49,19 @@ def inner(schema: Any) -> Any:
 
 def properties(schema: Any) -> dict[str, Any]:
     """The settings of a group, through references and alternatives."""
-    schema = inner(schema)
+    if [*schema] == ["$ref"]:
+        return _of_group(schema["$ref"])
     found = dict(schema.get("properties", {}))
     for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
         found |= {**properties(part), **found}
     if "items" in schema:
         found |= {**properties(schema["items"]), **found}
     return found
+
+
+@functools.cache
+def _of_group(reference: str) -> dict[str, Any]:
+    return properties(SCHEMA["$defs"][reference.rpartition("/")[2]])
 
 
 @st.composite
