@@ -465,8 +465,9 @@ def _grpo(**settings: Any) -> dict[str, Any]:
 
 
 def test_a_constant_length_is_finite():
-    for length in (float("inf"), float("nan"), 0.0):
-        assert "must be a positive, finite length" in _refusal(_config(s=_grpo(reduce=length)))
+    for length in (float("inf"), float("nan")):
+        assert "is no number that a setting can be" in _refusal(_config(s=_grpo(reduce=length)))
+    assert "must be a positive, finite length" in _refusal(_config(s=_grpo(reduce=0.0)))
 
 
 @pytest.mark.parametrize(

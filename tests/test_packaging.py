@@ -96,7 +96,7 @@ def test_keel_runs_from_the_installed_wheel_outside_the_repository(installed, tm
 
 def test_the_command_is_keel(installed):
     entry_points = next(installed.glob("keel_rlhf-*.dist-info")) / "entry_points.txt"
-    assert "keel = keel.cli.main:main" in entry_points.read_text(encoding="utf-8")
+    assert "keel = keel.__main__:main" in entry_points.read_text(encoding="utf-8")
     metadata = (entry_points.parent / "METADATA").read_text(encoding="utf-8")
     assert "Provides-Extra: quantize" in metadata
     assert "Requires-Dist: bitsandbytes>=0.48; extra == 'quantize'" in metadata

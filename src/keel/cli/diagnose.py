@@ -45,7 +45,7 @@ def _settings(directory: Path) -> Mapping[str, Any]:
     config = directory.resolve().parents[1] / "config.yaml"
     try:
         tree = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{config} cannot be read as YAML: {error}") from None
     stages = tree.get("stages") if isinstance(tree, dict) else None
     return (stages or {}).get(directory.resolve().name) or {}

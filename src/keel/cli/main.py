@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import keel
-from keel.cli import label
+from keel.cli import boundary, label
 from keel.cli.progress import progress, say
-from keel.errors import DeprecationNote, KeelError, UsageError
+from keel.errors import DeprecationNote, UsageError
 from keel.rundir import run_status
 
 app = typer.Typer(
@@ -50,19 +49,7 @@ def main() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     warnings.showwarning = _show_warning
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-    try:
-        app(standalone_mode=True)
-    except KeelError as error:
-        say(f"keel: {error}")
-        sys.exit(error.exit_code)
-    except _Interrupted:
-        say("keel: interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    sys.exit(boundary.guarded(lambda: app(standalone_mode=True)))
 
 
 _show_with_place = warnings.showwarning
@@ -83,14 +70,6 @@ def _show_warning(
         _show_with_place(message, category, filename, lineno, file, line)
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer would end without a word."""
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise _Interrupted
-
-
 def _version(asked: bool) -> None:
     if asked:
         print(f"keel {keel.__version__}")
@@ -101,6 +80,9 @@ def _version(asked: bool) -> None:
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Of an error show where it was raised, on any command.")
     ] = False,
 ) -> None:
     """The whole RLHF pipeline on one machine."""

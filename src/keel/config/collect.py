@@ -11,6 +11,7 @@ from keel.config.parts import AsSource, DataConfig, FilteredSamplingConfig, Samp
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting, Stage
 
+MOST_ROUNDS = 100  # three stages each
 ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
 _WHO = (
     "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and "
@@ -110,7 +111,7 @@ class RoundsConfig(Settings):
     are written; round k is written out as three more: collect-k, REWARD-k on all comparisons so far, POLICY-k
     from the policy before."""
 
-    n: int = Field(ge=1, description="Rounds in all; with 1 nothing is collected.")
+    n: int = Field(ge=1, le=MOST_ROUNDS, description="Rounds in all; with 1 nothing is collected.")
     reward: str = Field(description="The reward stage that is trained again in each round.")
     policy: str = Field(description="The stage, ppo or grpo, that goes on in each round.")
     annotators: str = Field(pattern=ANNOTATORS, description=_WHO)
@@ -136,7 +137,12 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     n, reward, policy = rounds.get("n"), rounds.get("reward"), rounds.get("policy")
     first = stages.get(policy) if isinstance(policy, str) else None
     rewarded = stages.get(reward) if isinstance(reward, str) else None
-    if not (isinstance(n, int) and isinstance(first, Mapping) and isinstance(rewarded, Mapping)):
+    if not (
+        isinstance(n, int)
+        and n <= MOST_ROUNDS
+        and isinstance(first, Mapping)
+        and isinstance(rewarded, Mapping)
+    ):
         return dict(values)
     made: dict[str, Any] = {}
     for number in range(2, n + 1):

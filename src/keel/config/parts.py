@@ -186,7 +186,9 @@ class ModelConfig(Settings):
             "(`output_router_logits: true`)."
         ),
     )
-    chat_template: str | None = Field(None, description="Jinja chat template; replaces the tokenizer's own.")
+    chat_template: str | None = Field(
+        None, min_length=1, description="Jinja chat template; replaces the tokenizer's own."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description=(

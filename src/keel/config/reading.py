@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from keel import errors
 from keel.config import elsewhere
 from keel.config.collect import expanded
+from keel.config.plain import plain_copy, read_yaml
 from keel.config.run import KINDS, RunConfig, config_of_kind, plugin_kinds
 from keel.config.settings import other_names
 from keel.data.values import shown
@@ -44,15 +45,17 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file that is a mapping. UsageError for any other, and for one that is not there."""
     try:
-        tree = _unshared(yaml.load(path.read_text(encoding="utf-8"), _Loader))
+        tree = plain_copy(read_yaml(path.read_text(encoding="utf-8"), _Loader))
     except FileNotFoundError:
         raise errors.UsageError(f"no config at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except errors.UsageError as error:
+        raise errors.UsageError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is one
         if path.suffix.lower() not in (".yaml", ".yml", ".json", ""):
             raise errors.UsageError(
                 f"{path} is no config: a config is a YAML file with `name` and `stages`"
             ) from None
-        raise errors.UsageError(f"{path} cannot be read as YAML: {_reason(error)}") from None
+        raise errors.UsageError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise errors.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
     return tree
@@ -60,7 +63,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
     """The validated config of an already read mapping, which is left as it is; errors as in `read`."""
-    changed: dict[str, Any] = _unshared(dict(tree))
+    changed: dict[str, Any] = plain_copy(dict(tree))
     if "kind" in changed and "stages" not in changed:
         raise errors.UsageError(
             f"{origin} is one stage alone: put its settings below a name in `stages`, and give the run a "
@@ -68,26 +71,12 @@ def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[s
         )
     for override in overrides:
         _override(changed, override)
+    changed = plain_copy(changed)  # what overrides brought, too
     try:
         return RunConfig.model_validate(changed)
     except ValidationError as error:
         lines = [_explain(item, tree) for item in error.errors()]
         raise errors.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong, in one line; of YAML with its place, from 1."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
-        return " ".join(str(error).split())
-    mark = error.problem_mark
-    return error.problem + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
-
-
-def _unshared(value: object) -> Any:
-    """A copy in which what YAML aliases made one is separate, so that an override changes one place only."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -112,9 +101,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     for name in other_names(node, last):
         node.pop(name, None)  # an override takes the place of the setting, whichever name the file uses
     try:
-        node[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise errors.UsageError(f"{override!r}: the value is not YAML: {_reason(error)}") from None
+        node[last] = read_yaml(value, _Loader)
+    except ValueError as error:
+        raise errors.UsageError(f"{override[:200]!r}: the value is not YAML: {error}") from None
 
 
 def _inside(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
@@ -159,9 +148,14 @@ def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         theirs = elsewhere.hint(place[-1], kind, dotted_settings(KINDS[kind])) if kind in KINDS else None
         return f"{dotted}: unknown key{theirs or _nearest(place[-1], _known_keys(item['loc'], tree))}"
     if item["type"] == "union_tag_invalid":
-        kind = item["ctx"]["tag"]
+        kind = str(item["ctx"]["tag"])[:100]
+        if len(place) > 2:  # of a reward, not of a stage
+            known = {tag.strip().strip("'") for tag in str(item["ctx"]["expected_tags"]).split(",")}
+            return f"{dotted}: unknown kind {kind!r}{_nearest(kind, known)}"
         return f"{dotted}: unknown kind {kind!r}{elsewhere.method_hint(kind) or _nearest(kind, KINDS)}"
     if item["type"] == "union_tag_not_found":
+        if len(place) > 2:
+            return f"{dotted}: `kind` is missing"
         return f"{dotted}: `kind` is missing; known: {', '.join([*KINDS, *plugin_kinds()])}"
     if item["type"] == "missing":
         return f"{dotted}: missing{_MEANT.get(place[-1], '')}"

@@ -22,6 +22,8 @@ from keel.config.stage import Stage
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
 from keel.errors import UsageError
 
+LONGEST_NAME = 100  # of a run and of a stage: folders are named after them, with something added
+
 AnyStage = (
     PretrainConfig
     | SFTConfig
@@ -105,7 +107,9 @@ class RunConfig(Settings):
     _date = field_validator("date", mode="before")(_as_date)
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=LONGEST_NAME,
+        description="Name of the run and of its directory.",
     )
     description: str = Field("", description="What the run is for, in a line.")
     seed: int = Field(0, ge=0, description="Everything random is derived from this.")
@@ -192,7 +196,9 @@ class RunConfig(Settings):
         seen: set[str] = set()
         for name, stage in self.stages.items():
             if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"stage name {name!r}: letters, digits, - and _ only")
+                raise ValueError(f"stage name {name[:100]!r}: letters, digits, - and _ only")
+            if len(name) > LONGEST_NAME:
+                raise ValueError(f"stage name {name[:40]!r}…: at most {LONGEST_NAME} characters")
             for setting, source in stage.references():
                 if source not in self.stages:
                     continue

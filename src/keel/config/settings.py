@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -23,13 +24,22 @@ class Settings(BaseModel):
     DeprecationNote names the new one, and only the new one is written into a run's resolved config.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     renamed: ClassVar[Mapping[str, str]] = {}  # former key → key
 
     @model_validator(mode="before")
     @classmethod
     def _take_former_keys(cls, values: object) -> object:
         return cls.with_todays_keys(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, values: object) -> object:
+        """pydantic would read true as 1."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, bool) and name in cls.model_fields and _only_numbers(cls, name):
+                raise ValueError(f"`{name}`: {str(value).lower()} is no number")
+        return values
 
     @classmethod
     def with_todays_keys(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +74,18 @@ class Settings(BaseModel):
         """Whether a setting differs from its default. A value that is written out and equals the default is
         no change: a run's resolved config, which writes every value, can be read again."""
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+
+
+@cache
+def _only_numbers(group: type[BaseModel], name: str) -> bool:
+    """Whether a setting takes numbers and no truth value."""
+    kinds = set(_kinds_in(group.model_fields[name].annotation))
+    return bool(kinds & {int, float}) and not kinds & {bool, Any}
+
+
+def _kinds_in(annotation: object) -> Iterator[Any]:
+    parts = get_args(annotation)
+    yield from (kind for part in parts for kind in _kinds_in(part)) if parts else (annotation,)
 
 
 def other_names(group: object, key: object) -> set[str]:

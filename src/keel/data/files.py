@@ -21,6 +21,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -29,7 +30,7 @@ import pyarrow
 import pyarrow.parquet
 
 from keel.data.records import OPTIONAL_COLUMNS
-from keel.data.values import nearest
+from keel.data.values import json_value, nearest
 from keel.errors import DataError, UsageError
 
 RawRow = tuple[str, dict[str, Any] | DataError]  # where the row stands ("file.jsonl:12"), and the row
@@ -40,6 +41,7 @@ _ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "cit
 _CSV_NUMBERS = ("margin", "p_chosen")
 _WRAPPERS = ("data", "rows", "examples", "items", "instances", "records", "train")
 _CSV_VALUES = ("label", "votes", "messages")
+DEEPEST = 100  # levels of lists and objects in a row
 
 
 def locate(source: str) -> list[Path] | None:
@@ -198,11 +200,33 @@ def _parquet(handle: IO[bytes], name: str) -> Iterator[RawRow]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(handle).iter_batches():
-            for row in batch.to_pylist():
+            for row in _rows_of(batch):
                 number += 1
-                yield f"{name}:row {number}", without_nulls(row)
+                origin = f"{name}:row {number}"
+                if isinstance(row, DataError):
+                    yield origin, DataError(f"{origin}: {row}")
+                else:
+                    yield origin, without_nulls(row)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{name} cannot be read as parquet after row {number}: {error}") from None
+
+
+def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | DataError]:
+    """The rows of a batch. Where Python cannot hold a value (a date after the year 9999, text that is not
+    UTF-8), row by row: those with such a value are errors."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (pyarrow.ArrowException, ValueError, ArithmeticError):
+        pass  # nothing was handed out yet: the whole batch is converted before its first row
+    for index in range(batch.num_rows):
+        row, column = dict[str, Any](), ""
+        try:
+            for column, values in zip(batch.schema.names, batch.columns):
+                row[column] = values[index].as_py()
+            yield row
+        except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
+            yield DataError(f'"{column}" cannot be read: {error}')
 
 
 def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Iterator[RawRow]:
@@ -249,7 +273,7 @@ def _cell(column: str, text: str) -> Any:
         if column in _CSV_NUMBERS:
             return float(text)
         if column in _CSV_VALUES:
-            return json.loads(text.lower() if column == "label" else text)
+            return json_value(text.lower() if column == "label" else text)
     except ValueError:
         pass
     return text
@@ -282,8 +306,13 @@ def _decoded(line: bytes, origin: str, first: bool) -> str:
 
 
 def _loads(text: str, origin: str) -> Any:
+    """What a text says as JSON. DataError for a key that a row has twice: the last would win without a
+    word."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if isinstance(value, dict) and len(value) < 100 and any(text.count(f'"{key}"') > 1 for key in value):
+            json.loads(text, object_pairs_hook=partial(_once, origin))
+        return value
     except json.JSONDecodeError as error:
         where = f"{origin}:{error.lineno}" if error.lineno > 1 else origin
         raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
@@ -291,9 +320,18 @@ def _loads(text: str, origin: str) -> Any:
         raise DataError(f"{origin}: not readable as JSON: {error}") from None
 
 
+def _once(origin: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f'{origin}: "{twice[:40]}" is written twice in one object')
+    return value
+
+
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        json_value(text)
     except ValueError:
         return False
     return True
@@ -303,7 +341,10 @@ def _object(value: object, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row must be an object {{column: value}}, this one is: {_kind(value)}")
     for column, inner in value.items():
-        not_finite = _not_finite(inner)
+        try:
+            not_finite = _not_finite(inner)
+        except RecursionError:
+            raise DataError(f'{origin}: "{column}" is nested deeper than {DEEPEST} levels') from None
         if not_finite is not None:
             shown = "NaN" if math.isnan(not_finite) else "infinite"
             raise DataError(f'{origin}: "{column}" is {shown}; JSON has no such number, leave the column out')
@@ -315,9 +356,16 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _not_finite(value: object) -> float | None:
-    """The first NaN or infinity in a JSON value (Python's reader lets both through)."""
+def _not_finite(value: object, depth: int = 0) -> float | None:
+    """The first NaN or infinity in a JSON value (Python's reader lets both through). RecursionError for one
+    that is nested too deep for what reads it later."""
     if isinstance(value, float):
         return None if math.isfinite(value) else value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((value_found for value_found in map(_not_finite, inner) if value_found is not None), None)
+    if not isinstance(value, dict | list):
+        return None
+    if depth == DEEPEST:
+        raise RecursionError
+    for inner in value.values() if isinstance(value, dict) else value:
+        if (found := _not_finite(inner, depth + 1)) is not None:
+            return found
+    return None

@@ -129,6 +129,10 @@ def _parse(row: Mapping[str, Any], kind: RecordType, origin: str) -> Record:
             prompt = (Message(role="user", content=prompt),)  # as the whole row would have it
         return PromptRecord(prompt, _others(row, "prompt"), origin)
     if kind == "demonstration":
+        if "label" in row and "chosen" not in row:
+            raise Invalid(
+                'it has a "label", the rows before it have none: an unpaired row may show what not to do'
+            )
         name = "chosen" if "chosen" in row and "rejected" in row else "completion"
         prompt, completion = _aligned(prompt, _value(row, name), name)
         return DemonstrationRecord(prompt, completion, _others(row, "prompt", name), origin)

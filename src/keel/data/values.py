@@ -12,6 +12,7 @@ from typing import Any
 from keel.types import Vote
 
 CHOICES = ("chosen", "rejected", "tie")
+MOST_VOTES = 10_000  # on one pair: more are a slip, and would fill the memory
 _VOTE_TOLERANCE = 0.005  # a share rounded to two decimals still agrees with its votes
 
 
@@ -39,10 +40,18 @@ def check_unicode(where: str, value: str) -> None:
         raise Invalid(f"{where} holds a lone surrogate (\\u{code:04x}), which is not valid Unicode") from None
 
 
+def json_value(text: str | bytes) -> Any:
+    """What a text says as JSON. ValueError where it is none, also for thousands of brackets."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def parse_json(name: str, value: str) -> Any:
     """What a text says as JSON."""
     try:
-        return json.loads(value)
+        return json_value(value)
     except ValueError as error:
         raise Invalid(f'"{name}" is text that is no JSON: {error}') from None
 
@@ -71,6 +80,11 @@ def parse_votes(value: Any) -> tuple[Vote, ...]:
                 raise Invalid(f'"votes" counts {choice!r}; it may count {", ".join(CHOICES)}')
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise Invalid(f'"votes" has {shown(count)} for {choice!r}, not a count')
+            if count > MOST_VOTES:
+                raise Invalid(
+                    f'"votes" counts {count:.3g} for {choice!r}, more than {MOST_VOTES:,}; give their share '
+                    'as "p_chosen" instead'
+                )
             votes.extend([Vote("", choice)] * count)
         return tuple(votes)
     if not is_list(value):

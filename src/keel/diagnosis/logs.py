@@ -69,7 +69,7 @@ def trainer_state(path: Path) -> Diagnosis:
     try:
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
         rows = [(int(row["step"]), row) for row in history]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             f"{path} is no trainer_state.json: it has no `log_history` of rows with a `step`"
         ) from None
@@ -97,11 +97,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1
+    ):
         try:
-            row: dict[str, Any] = json.loads(line)
+            row: Any = json.loads(line)
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} is not a JSON object")
             rows.append({_RENAMED.get(name, name): value for name, value in row.items()})
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not line.endswith("\n"):
                 break
             raise DataError(f"{path}:{number} is not JSON: {error}") from None

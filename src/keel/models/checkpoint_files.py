@@ -25,6 +25,8 @@ OBJECTS = (
     "adapter_config.json",
 )
 _hub: Any = hub
+MOST_LAYERS, MOST_ROWS = 10_000, 2**31
+_SIZE = re.compile(r"layers?$|heads$|_size$|_dim$|n_embd$|experts$|positions$")
 AGAIN = "download or copy it again"
 # Tensors that a language model may leave in its checkpoint: buffers that it computes itself, parts that read
 # images and sound, heads that predict further tokens, BERT's for whole texts, and TRL's value head.
@@ -73,7 +75,7 @@ def fault_of_weights(path: Path) -> str | None:
     try:
         tensors = cast("dict[str, dict[str, Any]]", json.loads(header))
         ends = [part["data_offsets"][1] for name, part in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{path} is cut short or no safetensors file ({size:,} bytes): {AGAIN}"
     whole = 8 + length + max(ends, default=0)
     if size < whole:
@@ -87,10 +89,26 @@ def _fault_of_object(path: Path) -> str | None:
         return _pointer(path)
     try:
         value = json.loads(content)
-    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError
         return f"{path} is no JSON, or cut short: {AGAIN}"
     if not isinstance(value, dict):
         return f"{path} holds {_kind(value)} where a JSON object belongs: {AGAIN}"
+    return None
+
+
+def fault_of_sizes(config: object, where: str = "") -> str | None:
+    """A size in a model's config that no model has, for which transformers would fill the memory; None: all
+    are plausible."""
+    values = cast("dict[str, object]", config) if isinstance(config, dict) else {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            fault = fault_of_sizes(cast("object", value), f"{where}{name}.")
+            if fault is not None:
+                return fault
+        elif isinstance(value, int) and _SIZE.search(name):
+            most = MOST_LAYERS if "layer" in name else MOST_ROWS
+            if value > most:
+                return f"{where}{name} is {value:,}, which no model has (at most {most:,})"
     return None
 
 

@@ -35,7 +35,7 @@ from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import experts, quantize
 from keel.models.causality import require_causal
-from keel.models.checkpoint_files import fault_in, json_object, without_place
+from keel.models.checkpoint_files import fault_in, fault_of_sizes, json_object, without_place
 from keel.models.precision import mark_precision, weights
 
 COUNT_FROM_PAD = (
@@ -122,6 +122,8 @@ def model_config(source: ModelSource) -> Any:
     if source.init is not None:
         values = dict(source.init)
         kind = values.pop("model_type")
+        if fault := fault_of_sizes(values):
+            raise UsageError(f"model.init: {fault}")
         with _explained(kind, "model type"):
             config = AutoConfig.for_model(kind, **values)
         unknown = [
@@ -133,6 +135,9 @@ def model_config(source: ModelSource) -> Any:
             raise UsageError(f"model.init: {kind} has no setting {unknown[0]!r}")
         return config
     with _explained(str(source.path), "model"):
+        place = Path(str(source.path)) / "config.json"
+        if place.is_file() and (fault := fault_of_sizes(json_object(place))):
+            raise UsageError(f"{place}: {fault}")
         return AutoConfig.from_pretrained(
             str(source.path), trust_remote_code=source.trust_remote_code, revision=source.revision
         )

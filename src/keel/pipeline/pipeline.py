@@ -47,6 +47,7 @@ from keel.report.wording import duration
 from keel.rewards import loading
 from keel.rundir import kept, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
+from keel.rundir.stage_files import read_mark, read_object, read_record
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
 
@@ -147,13 +148,13 @@ class Pipeline:
         return self._is_current(name) and self._is_whole(name)
 
     def _is_current(self, name: str) -> bool:
-        return _object(self.stage_directory(name) / "stage.json").get("fingerprint") == self.fingerprint(name)
+        return read_record(self.stage_directory(name)).get("fingerprint") == self.fingerprint(name)
 
     def _is_whole(self, name: str) -> bool:
         """Whether its model is there, or its comparisons, made of the votes that are there now."""
         directory, leaves = self.stage_directory(name), self.config.stages[name].leaves
         if leaves == "comparisons":
-            counted = _object(directory / "stage.json").get("facts", {}).get("votes_print")
+            counted = (read_record(directory).get("facts") or {}).get("votes_print")
             return (directory / collect.COMPARISONS).exists() and counted == self._votes(name)
         folder = directory / "model"
         whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
@@ -162,7 +163,7 @@ class Pipeline:
     def _edited(self, name: str) -> str | None:
         """A weight file of a done stage that is not what the stage left; None where all are."""
         directory = self.stage_directory(name)
-        return weights.differs(directory, _object(directory / "stage.json").get("weights") or {})
+        return weights.differs(directory, read_record(directory).get("weights") or {})
 
     def is_kept(self, name: str) -> bool:
         """Whether the stage was run with what it would be run with now, before it was run with other
@@ -200,10 +201,10 @@ class Pipeline:
                 return "its votes or comparisons changed"
             edited = self._edited(name) if (directory / "model" / "config.json").exists() else None
             return f"{edited} is not what it left" if edited else "its model is no longer there"
-        mark = directory / "fingerprint"
-        if not mark.exists() or mark.read_text(encoding="utf-8") == self.fingerprint(name):
+        mark = read_mark(directory)
+        if mark is None or mark == self.fingerprint(name):
             return None
-        before = _object(directory / "fingerprint.json")
+        before = read_object(directory / "fingerprint.json")
         return rerun_reason.reason(before, self.parts(name)) if before else "settings, inputs or code changed"
 
     # ------------------------------------------------------------ running
@@ -272,7 +273,7 @@ class Pipeline:
         where it is long and somebody who is asked says no."""
         took: dict[str, float] = {}
         for name in names:
-            seconds = _object(self.stage_directory(name) / "stage.json").get("seconds")
+            seconds = read_record(self.stage_directory(name)).get("seconds")
             if seconds is not None and not self.is_done(name) and not self.is_kept(name):
                 took[name] = seconds
         if not took:
@@ -295,8 +296,7 @@ class Pipeline:
                 discard(place)
             return
         place = None if self._is_current(name) else self._kept(name)
-        mark = self.stage_directory(name) / "fingerprint"
-        begun = mark.exists() and mark.read_text(encoding="utf-8") == self.fingerprint(name)
+        begun = read_mark(self.stage_directory(name)) == self.fingerprint(name)
         if place is None or begun:
             return
         kept.bring_back(place, self.stage_directory(name))
@@ -317,13 +317,12 @@ class Pipeline:
         )
         if why := self._why_again(name):
             self.say(f"{name}: run again, since {why}")
-        started = directory / "fingerprint"
-        other = not started.exists() or started.read_text(encoding="utf-8") != fingerprint
+        other = read_mark(directory) != fingerprint
         if (other or (self._is_current(name) and self._edited(name))) and (place := kept.keep(directory)):
             self.say(f"{name}: what was made before is kept in {place}")
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "fingerprint.json", self.parts(name))  # what the fingerprint is made of
-        write_text(started, fingerprint)
+        write_text(directory / "fingerprint", fingerprint)
         (directory / "stage.json").unlink(missing_ok=True)
         keep_freed_memory()
         forget_peak(device_of(self.config))
@@ -390,8 +389,8 @@ class Pipeline:
         """What `micro_batch: auto` comes to: what the stage began with, so that it goes on alike after a
         kill, else what fits."""
         path = self.stage_directory(name) / MICRO_BATCH
-        known = _object(path).get("micro_batch")
-        if known is not None:
+        known = read_object(path).get("micro_batch")
+        if isinstance(known, int) and known > 0:
             return known
         fitting = self.fit(self, name) if self.fit else None
         assert isinstance(stage, Training)  # which alone has the setting
@@ -422,10 +421,10 @@ class Pipeline:
 
     def _write_manifest(self, states: Mapping[str, str]) -> None:
         path = self.directory / "manifest.json"
-        before = _object(path)
+        before = read_object(path)
         stages: dict[str, Any] = {}
         for name, stage in self.config.stages.items():
-            facts, current = _object(self.stage_directory(name) / "stage.json"), self.is_done(name)
+            facts, current = read_record(self.stage_directory(name)), self.is_done(name)
             stages[name] = {
                 "kind": stage.kind,
                 "fingerprint": self.fingerprint(name),
@@ -481,10 +480,6 @@ def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The config with every default written out."""
     return config.model_dump(mode="json")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _now() -> str:

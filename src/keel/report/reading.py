@@ -12,6 +12,7 @@ import yaml
 
 from keel.errors import DataError, UsageError
 from keel.pipeline.stage_kinds import StageKind, shown_as
+from keel.rundir.stage_files import read_mark, read_record
 
 _REFERENCES = ("model", "models", "reward", "reference")  # settings that may name another stage
 
@@ -81,16 +82,15 @@ def read(run: Path) -> Run:
     if not run.is_dir():
         raise UsageError(f"no run directory at {run}: give the path of a run, such as runs/NAME")
     config_path = run / "config.yaml"
-    text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
     try:
+        text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
         config = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{config_path} cannot be read as YAML: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{config_path} is not a mapping: a run's config has `name` and `stages`")
     manifest = _object(run / "manifest.json")
-    settings: dict[str, Any] = config.get("stages") or {}
-    recorded: dict[str, Any] = manifest.get("stages") or {}
+    settings, recorded = _groups(config.get("stages")), _groups(manifest.get("stages"))
     names = [*settings, *(name for name in recorded if name not in settings)]
     stages = tuple(
         _stage(run, name, settings.get(name) or {}, recorded.get(name) or {}, names) for name in names
@@ -99,11 +99,17 @@ def read(run: Path) -> Run:
     return Run(name, config, text, manifest, stages)
 
 
+def _groups(value: object) -> dict[str, dict[str, Any]]:
+    """What is said of each stage; of another program's making, what is no group is left out."""
+    known = value.items() if isinstance(value, dict) else ()
+    return {str(name): facts for name, facts in known if isinstance(facts, dict)}
+
+
 def _stage(
     run: Path, name: str, settings: dict[str, Any], recorded: dict[str, Any], names: list[str]
 ) -> StageRun:
     directory = run / "stages" / name
-    written = _object(directory / "stage.json")
+    written = _object(directory / "stage.json") and read_record(directory)
     if _out_of_date(directory, written, recorded):
         # what lies there answers another config: none of it may be shown as this one's
         nowhere, kind = directory / "out-of-date", str(settings.get("kind") or recorded.get("kind"))
@@ -122,15 +128,15 @@ def _stage(
         settings=settings,
         inputs=_inputs(settings, names),
         record={**recorded, **written},
-        result=_object(directory / "result.json"),
+        result=_result(directory / "result.json"),
         metrics=metrics,
     )
 
 
 def _out_of_date(directory: Path, written: dict[str, Any], recorded: dict[str, Any]) -> bool:
     """Whether the stage's files were made with other settings or inputs than the manifest now asks for."""
-    wanted, mark = recorded.get("fingerprint"), directory / "fingerprint"
-    made = written.get("fingerprint") or (mark.read_text(encoding="utf-8").strip() if mark.exists() else None)
+    wanted = recorded.get("fingerprint")
+    made = written.get("fingerprint") or (read_mark(directory) or "").strip()
     return bool(wanted and made and wanted != made)
 
 
@@ -149,12 +155,23 @@ def _inputs(settings: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _result(path: Path) -> dict[str, Any]:
+    """result.json. DataError where its comparison of models is none."""
+    result = _object(path)
+    models = result.get("models")
+    if models is not None and not (
+        isinstance(models, dict) and all(isinstance(measures, dict) for measures in models.values())
+    ):
+        raise DataError(f'{path}: "models" is no object of measures by model: run the stage again')
+    return result
+
+
 def _object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} does not hold a JSON object")
@@ -166,14 +183,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                if not line.endswith("\n"):
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
                     return
                 raise DataError(f"{path}:{number} is not JSON: {error}") from None
             if not isinstance(row, dict):
@@ -184,7 +201,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _metrics(path: Path) -> dict[str, list[tuple[int, float | None]]]:
     by_name: dict[str, dict[int, float | None]] = {}
     for position, row in enumerate(_rows(path), start=1):
-        step = int(row.get("step", position))
+        named = row.get("step", position)
+        step = named if isinstance(named, int) else position
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 finite = abs(value) < float("inf")  # False for NaN as well

@@ -51,7 +51,7 @@ def main(descriptor: int, lifeline: int) -> None:
         try:
             request = parent.recv_bytes()
         except (EOFError, OSError):
-            return
+            os._exit(0)  # not by Python's end, which would complain of what the function has closed
         handle(request)
         if os.getpid() != own:  # a fork of the function's, which came back from it
             os._exit(0)

@@ -10,13 +10,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_BROKEN = (
+    *(ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, RecursionError),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +58,32 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def latest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None. Tensors are loaded as data only: no code in a checkpoint is run."""
-    found = list(directory.glob("step-*")) if directory.exists() else []
-    if not found:
-        return None
-    newest = max(found, key=lambda path: int(path.name.removeprefix("step-")))
-    meta = json.loads((newest / "values.json").read_text(encoding="utf-8"))
-    tensors = torch.load(newest / "tensors.pt", weights_only=True, map_location="cpu")
-    return Checkpoint(meta["step"], tensors, meta["values"], meta["logs"])
+def latest(directory: Path, say: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None. Tensors are loaded as data only: no code in a checkpoint
+    is run. say: is told of one that is broken."""
+    steps = {path: path.name.removeprefix("step-") for path in directory.glob("step-*")}
+    known = [path for path, step in steps.items() if step.isdigit()]
+    for path in sorted(known, key=lambda path: int(steps[path]), reverse=True):
+        try:
+            return _read(path)
+        except (OSError, *_BROKEN) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            say(f"the checkpoint {path} is broken ({reason}): going on without it")
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    """A checkpoint; one of several errors where it is broken. The sums that torch writes with tensors are
+    compared, which torch itself does not do."""
+    meta = json.loads((path / "values.json").read_text(encoding="utf-8"))
+    found = Checkpoint(int(meta["step"]), {}, dict(meta["values"]), dict(meta["logs"]))
+    if not all(isinstance(length, int) for length in found.logs.values()):
+        raise ValueError("the lengths of logs are no numbers")
+    with zipfile.ZipFile(path / "tensors.pt") as packed:
+        if (name := packed.testzip()) is not None:
+            raise ValueError(f"{name} was changed")
+    tensors = torch.load(path / "tensors.pt", weights_only=True, map_location="cpu")
+    return replace(found, tensors=dict(tensors))
 
 
 BY_HAND = ("votes.jsonl", "pairs.jsonl")  # what people made, and what they made it of

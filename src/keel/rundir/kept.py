@@ -6,15 +6,14 @@ before, by the first letters of its fingerprint. Nothing that was trained is rem
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from keel.rundir.checkpoint import BY_HAND, discard, free_place
+from keel.rundir.stage_files import read_mark, read_object, read_record
 
 KEPT = "kept"
 LETTERS = 12  # of a fingerprint, in the name of a folder
@@ -53,13 +52,13 @@ def worth_keeping(directory: Path) -> bool:
 def keep(directory: Path) -> Path | None:
     """Move a stage's directory to the kept ones of its run, where it is worth it, else remove it. Where it
     went; None for nowhere. A link stays where it is, and what it leads to is moved beside itself."""
-    mark = directory / "fingerprint"
-    if not directory.exists() or not worth_keeping(directory) or not mark.exists():
+    mark = read_mark(directory)
+    if not directory.exists() or not worth_keeping(directory) or mark is None:
         discard(directory)
         return None
     folder = directory.parents[1] / KEPT
     folder.mkdir(exist_ok=True)
-    place = free_place(folder / f"{directory.name}-{mark.read_text(encoding='utf-8')[:LETTERS]}")
+    place = free_place(folder / f"{directory.name}-{_letters(mark)}")
     if directory.is_symlink():
         target = directory.resolve()
         moved = free_place(target.with_name(f"{target.name}-{place.name.removeprefix(f'{directory.name}-')}"))
@@ -107,22 +106,19 @@ def listed(run: Path, *, measure: bool = True) -> list[Kept]:
 
 
 def _read(path: Path, measure: bool) -> Kept | None:
-    mark = path / "fingerprint"
-    if not mark.exists():
+    mark = read_mark(path)
+    if mark is None:
         return None
-    facts = _facts(path / "stage.json")
-    print_, parts = mark.read_text(encoding="utf-8"), _facts(path / "fingerprint.json")
+    facts, parts = read_record(path), read_object(path / "fingerprint.json")
     stage = parts.get("name") or path.name.rpartition("-")[0]
     size = sum(file.stat().st_size for file in _files(path)) if measure else 0
-    return Kept(path, str(stage), print_, bool(facts), facts.get("seconds"), mark.stat().st_mtime, size)
+    changed = (path / "fingerprint").stat().st_mtime
+    return Kept(path, str(stage), mark, bool(facts), facts.get("seconds"), changed, size)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+def _letters(mark: str) -> str:
+    """The first letters of a fingerprint, of one that is none what can stand in a name."""
+    return "".join(letter for letter in mark[:LETTERS] if letter.isalnum()) or "unknown"
 
 
 def _files(path: Path) -> Iterator[Path]:

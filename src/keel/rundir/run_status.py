@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from keel.rundir.stage_files import read_mark, read_object
+
 
 def manifest(run: Path) -> dict[str, dict[str, Any]]:
     """What the manifest says of each stage."""
-    path = run / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+    stages = read_object(run / "manifest.json").get("stages")
+    known = stages.items() if isinstance(stages, dict) else ()
+    return {name: facts for name, facts in known if isinstance(facts, dict)}
 
 
 def status(run: Path, name: str, facts: Mapping[str, Any]) -> str:
     """The manifest's status of a stage: "done", "done before", "not run"; "out of date" where what lies there
     was made with other settings, inputs or code than the manifest asks for."""
-    mark = run / "stages" / name / "fingerprint"
-    stale = mark.exists() and mark.read_text(encoding="utf-8") != facts.get("fingerprint")
-    return "out of date" if stale else facts["status"]
+    mark = read_mark(run / "stages" / name)
+    stale = mark is not None and mark != facts.get("fingerprint")
+    return "out of date" if stale else str(facts.get("status", "not run"))
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -30,9 +32,7 @@ def results(run: Path) -> dict[str, Any]:
         for name, facts in manifest(run).items()
         if status(run, name, facts) in ("done", "done before")
     }
-    return {
-        name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()
-    }
+    return {name: read_object(path) for name, path in paths.items() if path.exists()}
 
 
 class InDirectory(Protocol):

@@ -112,7 +112,7 @@ class StageRun:
     def restore(self) -> Checkpoint | None:
         """The checkpoint to go on from, with the logs cut back to where they were then; None for a fresh
         start."""
-        checkpoint = latest(self.directory / "checkpoints")
+        checkpoint = latest(self.directory / "checkpoints", lambda line: self.say(f"{self.name}: {line}"))
         for log in LOGS:
             path, length = self.directory / log, checkpoint.logs.get(log, 0) if checkpoint else 0
             if path.exists():

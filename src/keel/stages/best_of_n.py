@@ -22,6 +22,7 @@ from keel.models.load import ModelSource, causal_lm
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
+from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, lazy_rows, prepare
 from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
@@ -54,7 +55,7 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     if not chosen.exists():
         best_rows = _sample(config, stage_run, source, tokenizer, tasks)
         write_text(chosen, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best_rows))
-    best = [json.loads(line) for line in chosen.read_text(encoding="utf-8").split("\n") if line]
+    best = read_own(chosen, lines=True)
     kept = [row for row in best if config.min_reward is None or row["reward"] >= config.min_reward]
     if not kept:
         raise DataError(

@@ -24,6 +24,7 @@ from keel.models.load import ModelSource, causal_lm, context_length, disable_dro
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
+from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
 from keel.stages import lazy_rows, people, prepare
 from keel.stages.people import CHOICES, PAIRS, VOTES, Heard, Voted
@@ -244,7 +245,7 @@ def _raw(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _raw(path) if line]
+    return read_own(path, lines=True) if path.exists() else []
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import math
 from array import array
@@ -35,6 +36,7 @@ from keel.models.logprobs import (
     token_logprobs,
 )
 from keel.rundir.checkpoint import write_json
+from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
 from keel.stages import language, lazy_rows, prepare
 from keel.stages.lazy_rows import LazyRows
@@ -316,7 +318,7 @@ def reference_logps(
     """
     path, model, in_order = stage_run.directory / REFERENCE_FILE, None, array("d")
     reference: dict[Response, float] | Reference = Reference() if compact else {}
-    known: list[float] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    known: list[float] | None = read_own(path) if path.exists() else None
     for responses in filter(None, asked):
         if known is not None:
             found, known = known[: len(responses)], known[len(responses) :]

@@ -135,21 +135,27 @@ def _date_string(template: str) -> dict[str, str]:
     return {"date_string": _today.date.strftime("%d %b %Y")}
 
 
+_slow: dict[str, str] = {}  # templates that took too long, with the line: they are not waited for again
+
+
 def _within_limits(
     tokenizer: PreTrainedTokenizerBase,
     messages: Any,
     more: Mapping[str, Any],
     rendered: Callable[[str], Any],
 ) -> Any:
+    template = ""
     roles = ", ".join(str(turn.get("role")) for turn in messages)
     refuses = f"the chat template refuses the roles {roles}"
     try:
         with _limits():
             template = str(tokenizer.get_chat_template(tools=more.get("tools")))
+            if template in _slow:
+                raise _TooLong
             with _dated(template):
                 return rendered(template)
     except _TooLong as error:
-        line = _line(error)
+        line = _slow.setdefault(template, _line(error))
         raise UsageError(
             f"the chat template takes more than {SECONDS:g} s over one conversation{line}"
         ) from None

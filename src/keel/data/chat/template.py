@@ -27,6 +27,7 @@ from keel.data.chat.special import (
     token_string,
     without_final_eos,
 )
+from keel.data.values import json_value
 from keel.errors import UsageError
 from keel.types import Conversation, Message
 
@@ -286,7 +287,7 @@ def _as_mapping(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        value = json.loads(arguments)
+        value = json_value(arguments)
     except ValueError:
         return arguments
     return value if isinstance(value, dict) else arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from keel.data.values import is_list, shown
+from keel.data.values import is_list, json_value, shown
 from keel.types import RecordType
 
 Row = Mapping[str, Any]
@@ -95,7 +94,7 @@ def list_of(row: Row, name: str) -> list[Any]:
     value = value_of(row, name)
     if isinstance(value, str):
         with suppress(ValueError):
-            value = json.loads(value)
+            value = json_value(value)
     if not is_list(value):
         raise ValueError(f'"{name}" is {shown(value)}, not a list')
     return list(value)

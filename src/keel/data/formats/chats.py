@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from keel.data.formats.base import (
     text_of,
     value_of,
 )
-from keel.data.values import is_list, shown
+from keel.data.values import is_list, json_value, shown
 
 _SHAREGPT = {
     "human": "user", "user": "user",
@@ -66,7 +65,7 @@ def _sharegpt_turn(turn: Any) -> dict[str, Any]:
 
 def _call(text: str) -> dict[str, Any]:
     try:
-        call = json.loads(text)
+        call = json_value(text)
     except ValueError:
         call = None
     if not isinstance(call, Mapping) or "name" not in call:
@@ -127,7 +126,7 @@ def _parsed(call: Any) -> Any:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = json_value(function["arguments"] or "{}")
     except ValueError:
         raise ValueError(f"the arguments of a call are {shown(function['arguments'])}, not JSON") from None
     return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,69 @@
+"""What the small files of a run say, in whatever state they are: a hand, a disk or another program may have
+changed them. A mark that cannot be read is no mark, so that the stage is run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keel.errors import UsageError
+
+_NUMBER = (int, float)
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "fingerprint": (str,),
+    "seconds": _NUMBER,
+    "weights": (dict,),
+    "facts": (dict,),
+}
+_OF_WEIGHTS: Mapping[str, type] = {"size": int, "changed": int, "sha256": str}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no file, no JSON or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """A stage's `stage.json`, its mark of being done; {} where it is not done or the file is not as keel
+    writes it."""
+    found = read_object(directory / "stage.json")
+    for name, types in _TYPES.items():
+        value = found.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+            return {}
+    recorded: Mapping[str, Any] = found.get("weights") or {}
+    sound = all(
+        isinstance(facts, dict) and all(isinstance(facts.get(key), of) for key, of in _OF_WEIGHTS.items())
+        for facts in recorded.values()
+    )
+    return found if sound else {}
+
+
+def read_mark(directory: Path) -> str | None:
+    """The fingerprint that a stage was begun with; None where there is none, "" where it cannot be read."""
+    path = directory / "fingerprint"
+    if not path.exists():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def read_own(path: Path, *, lines: bool = False) -> Any:
+    """JSON that a stage has written for itself, or with `lines` a list of it, line by line. UsageError, with
+    the way out, where something else is there now."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in content.split("\n") if line] if lines else json.loads(content)
+    except (ValueError, RecursionError):
+        raise UsageError(
+            f"{path} is not what keel wrote there: put it back, or remove it and the stage makes it again"
+        ) from None

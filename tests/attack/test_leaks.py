@@ -1,0 +1,80 @@
+"""What a long run holds: memory, open files and threads are the same after many updates as after few."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from keel.config import parse
+from keel.pipeline.pipeline import Pipeline
+
+pytestmark = pytest.mark.attack
+
+UPDATES = 200
+EVALUATIONS = 2000
+SETTLED = 0.3  # of the run: caches are full, allocators have taken what they keep
+MAY_GROW = 0.01
+
+
+def held() -> dict[str, float]:
+    process = psutil.Process()
+    gc.collect()
+    return {
+        "memory": float(process.memory_info().rss),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count() + process.num_threads(),
+        "children": len(process.children(recursive=True)),
+    }
+
+
+def assert_flat(seen: list[dict[str, float]]) -> None:
+    """The mean of the last tenth against that of a tenth after things have settled."""
+    tenth = max(len(seen) // 10, 1)
+    first = seen[int(SETTLED * len(seen)) :][:tenth]
+    for name in seen[0]:
+        before = sum(one[name] for one in first) / len(first)
+        after = sum(one[name] for one in seen[-tenth:]) / tenth
+        assert after <= before * (1 + MAY_GROW), f"{name}: {before:,.0f} → {after:,.0f}"
+
+
+def test_200_updates_of_ppo_hold_what_20_did(every_kind: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    def look(stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        seen.append(held())
+
+    stage = {**every_kind["ppo"], "updates": UPDATES, "save_every": 20, "lr": 1e-6, "eval_every": 20}
+    settings = {"name": "r", "threads": 1, "device": "cpu", "dtype": "float32", "stages": {"ppo": stage}}
+    pipeline = Pipeline(parse(settings), tmp_path / "r", lambda line: None)
+    pipeline.progress = look
+    pipeline._report = lambda: None
+    pipeline.run()
+    assert len(seen) == UPDATES
+    assert_flat(seen)
+
+
+def test_2000_evaluations_hold_what_200_did(every_kind: dict[str, Any], tmp_path: Path) -> None:
+    """Scores of a reward model, a rule and a function of one's own, as an evaluation asks for them."""
+    from keel.rewards.isolated import IsolatedFunction
+    from keel.rewards.rules import regex
+
+    (tmp_path / "mine.py").write_text("def f(completions, **_): return [1.0] * len(completions)\n")
+    function, rule = IsolatedFunction(f"{tmp_path}/mine.py:f", "r", "mine"), regex("red")
+    seen: list[dict[str, float]] = []
+    try:
+        for number in range(EVALUATIONS):
+            arguments = {"prompts": ["the cat?"] * 4, "completions": [f" it is red {number}."] * 4}
+            assert function.ask(arguments, 4)["values"] == [1.0] * 4
+            assert rule(arguments["prompts"], arguments["completions"]) == [1.0] * 4
+            if number % 10 == 0:
+                seen.append(held())
+    finally:
+        function.process.close()
+    assert_flat(seen)
