@@ -48,6 +48,7 @@ from keel.rundir import kept, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
+from keel.trackers import process as tracking
 
 PREPARED = "prepared"  # in the run's directory: rows of large data sets, validated and as tokens
 LONG = 600.0  # seconds of work above which one is asked before it is done again
@@ -198,6 +199,7 @@ class Pipeline:
         if only is not None and only not in stages:
             raise UsageError(f"no stage {only!r}; the config has {', '.join(stages)}")
         names = [only] if only else list(stages)
+        tracking.check([tracker.kind for tracker in self.config.track])
         for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
             if not self.is_done(source) and not self.is_kept(source):
                 raise UsageError(
@@ -229,20 +231,32 @@ class Pipeline:
                 self.directory / "config.yaml",
                 yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True),
             )
-            states: dict[str, str] = {}
-            self._write_manifest(states)
-            for name in names:
-                states[name] = "done before" if self.is_done(name) else "running"
-                if states[name] == "running":
-                    self._run_stage(name)
-                    states[name] = "done"
-                else:
-                    self._clear_up(name)  # a kill right after the mark of being done leaves this undone
-                    self.say(f"{name}: done before, unchanged")
-                self._write_manifest(states)
-                self._report()
+            with tracking.Trackers(resolved(self.config)["track"], self.directory, self.say) as trackers:
+                self._run_stages(names, trackers)
             if only is None:
                 preparation.cache.sweep()
+
+    def _run_stages(self, names: Sequence[str], trackers: tracking.Trackers) -> None:
+        """One stage after the other; what they log is sent to the trackers beside it."""
+        states: dict[str, str] = {}
+        self._write_manifest(states)
+        for name in names:
+            states[name] = "done before" if self.is_done(name) else "running"
+            if states[name] == "running":
+                self._run_stage(name, trackers)
+                states[name] = "done"
+            else:
+                self._clear_up(name)  # a kill right after the mark of being done leaves this undone
+                self.say(f"{name}: done before, unchanged")
+                self._track(name, trackers, done=True)
+            self._write_manifest(states)
+            self._report()
+
+    def _track(self, name: str, trackers: tracking.Trackers, *, done: bool) -> None:
+        """Tell the trackers of a stage."""
+        stage = self.config.stages[name]
+        about = {"seed": self.config.seed, "keel": keel.__version__, **stage.model_dump(mode="json")}
+        trackers.follow(name, stage.kind, self.stage_directory(name), about, done)
 
     def _resolved(self) -> dict[str, Any]:
         """The config with every default and the run's day written out."""
@@ -284,7 +298,7 @@ class Pipeline:
         self._parts.clear()  # votes of people, which lie in the directory, are part of what follows
         self.say(f"{name}: made before with these settings, brought back")
 
-    def _run_stage(self, name: str) -> None:
+    def _run_stage(self, name: str, trackers: tracking.Trackers) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
         stage, directory, fingerprint = (
             self.config.stages[name],
@@ -303,8 +317,13 @@ class Pipeline:
         (directory / "stage.json").unlink(missing_ok=True)
         keep_freed_memory()
         forget_peak(device_of(self.config))
+        self._track(name, trackers, done=False)
         start = time.perf_counter()
-        run, result = self._worked(name)
+        try:
+            run, result = self._worked(name)
+        except BaseException:
+            trackers.ended(name, done=False)
+            raise
         run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
         run.result(result)
         seconds = round(time.perf_counter() - start, 2)
@@ -324,6 +343,7 @@ class Pipeline:
                 "facts": run.facts,
             },
         )
+        trackers.ended(name, done=True)
         self._clear_up(name)
         gc.collect()
         self.say(f"{name}: done in {seconds:.1f} s")
