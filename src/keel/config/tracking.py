@@ -38,7 +38,7 @@ ProjectName = Annotated[str, Field(min_length=1, max_length=100)]
 class TrackioConfig(Settings):
     """Trackio: a database on this machine, or a Hugging Face Space."""
 
-    kind: Literal["trackio"]
+    kind: Literal["trackio"] = Field(description="Which tracker.")
     project: ProjectName = Field("keel", description="Trackio's project.")
     space: str | None = Field(None, description="A Space (OWNER/NAME) to send to; null: this machine.")
 
@@ -46,7 +46,7 @@ class TrackioConfig(Settings):
 class WandbConfig(Settings):
     """Weights & Biases."""
 
-    kind: Literal["wandb"]
+    kind: Literal["wandb"] = Field(description="Which tracker.")
     project: ProjectName = Field("keel", description="The project.")
     entity: str | None = Field(None, description="User or team; null: the default of who is logged in.")
     mode: Literal["online", "offline"] | None = Field(
@@ -57,7 +57,7 @@ class WandbConfig(Settings):
 class TensorboardConfig(Settings):
     """TensorBoard's event files."""
 
-    kind: Literal["tensorboard"]
+    kind: Literal["tensorboard"] = Field(description="Which tracker.")
     folder: str | None = Field(
         None, min_length=1, description="Where they are written; null: `tensorboard` in the run's directory."
     )
@@ -66,7 +66,7 @@ class TensorboardConfig(Settings):
 class MlflowConfig(Settings):
     """MLflow."""
 
-    kind: Literal["mlflow"]
+    kind: Literal["mlflow"] = Field(description="Which tracker.")
     uri: Address | None = Field(None, description="Tracking server; null: as MLFLOW_TRACKING_URI says.")
     experiment: ProjectName = Field("keel", description="The experiment, made where it is not there.")
 
@@ -74,7 +74,7 @@ class MlflowConfig(Settings):
 class PluginTrackerConfig(Settings):
     """A tracker that another package adds."""
 
-    kind: str
+    kind: str = Field(description="The name that the package adds.")
     args: dict[str, Any] = Field({}, description="What the package's tracker is called with, by name.")
 
 

@@ -80,7 +80,7 @@ class TrackerProcess:
         if child is None:
             return
         self.tell({"end": seconds})
-        self._reader.join(seconds + 2)
+        self._reader.join(seconds + 1)
         if child.stdin is not None:
             with contextlib.suppress(OSError):
                 child.stdin.close()
