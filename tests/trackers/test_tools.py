@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from keel.trackers.process import Trackers
-from keel.trackers.tensorboard_tracker import Tensorboard
+from keel.trackers.to_tensorboard import Tensorboard
 
 TRACK = [{"kind": "trackio", "project": "tests", "space": None}, {"kind": "tensorboard", "folder": None}]
 

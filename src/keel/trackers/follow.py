@@ -30,10 +30,10 @@ AGAIN = 5.0  # seconds until what failed is tried again; doubled each time
 AGAIN_AT_MOST = 300.0
 LEFT_ALONE = 30.0  # seconds for what is left when the parent is gone
 OWN = {  # kind → the class that speaks to the tool
-    "trackio": "keel.trackers.trackio_tracker:Trackio",
-    "wandb": "keel.trackers.wandb_tracker:Wandb",
-    "tensorboard": "keel.trackers.tensorboard_tracker:Tensorboard",
-    "mlflow": "keel.trackers.mlflow_tracker:Mlflow",
+    "trackio": "keel.trackers.to_trackio:Trackio",
+    "wandb": "keel.trackers.to_wandb:Wandb",
+    "tensorboard": "keel.trackers.to_tensorboard:Tensorboard",
+    "mlflow": "keel.trackers.to_mlflow:Mlflow",
 }
 
 
