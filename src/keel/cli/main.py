@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -16,7 +17,10 @@ import typer
 import keel
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, KeelError, UsageError
-from keel.rundir import run_status
+from keel.rundir import machine_faults, run_status
+
+TRACEBACK = "KEEL_TRACEBACK"  # set and not 0: errors are shown whole
+LONGEST_WORDS = 500  # characters of an error that is none of keel's own
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,6 +58,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KeelError as error:
+        _show_whole(error)
         say(f"keel: {error}")
         sys.exit(error.exit_code)
     except _Interrupted:
@@ -61,6 +66,24 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except Exception as error:
+        _show_whole(error)
+        told = machine_faults.explain(error)
+        say(f"keel: {told}" if told else f"keel: {_unexpected(error)}")
+        sys.exit(1)
+
+
+def _show_whole(error: BaseException) -> None:
+    """The traceback, where it is asked for."""
+    if os.environ.get(TRACEBACK, "") not in ("", "0"):
+        traceback.print_exception(error)
+
+
+def _unexpected(error: Exception) -> str:
+    """An error that is none of keel's own, in a line."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    words = words if len(words) <= LONGEST_WORDS else words[: LONGEST_WORDS - 1] + "…"
+    return f"{words} (not foreseen; `keel --traceback …` shows where it comes from)"
 
 
 _show_with_place = warnings.showwarning
@@ -100,8 +123,13 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    whole: Annotated[
+        bool, typer.Option("--traceback", help="Show the whole of an error, not only its line.")
+    ] = False,
 ) -> None:
     """The whole RLHF pipeline on one machine."""
+    if whole:
+        os.environ[TRACEBACK] = "1"
 
 
 @app.command()

@@ -44,7 +44,7 @@ from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
 from keel.report.wording import duration
 from keel.rewards import loading
-from keel.rundir import kept, weights
+from keel.rundir import kept, machine_faults, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
@@ -194,7 +194,11 @@ class Pipeline:
 
     def run(self, *, only: str | None = None, fresh: bool = False) -> None:
         """Run what is not done. UsageError before anything is touched if a setting, a model or a row is
-        unusable."""
+        unusable; MachineError where the disk is full, or the like."""
+        with machine_faults.explained(self.directory):
+            self._run(only, fresh)
+
+    def _run(self, only: str | None, fresh: bool) -> None:
         stages = self.config.stages
         if only is not None and only not in stages:
             raise UsageError(f"no stage {only!r}; the config has {', '.join(stages)}")
