@@ -199,7 +199,7 @@ def plan(
     totals.
     """
     from keel.cli import consent
-    from keel.plan import planner, rule_of_thumb, text
+    from keel.plan import disk, planner, rule_of_thumb, text
 
     if (config is None) == (model is None):
         raise UsageError(
@@ -214,7 +214,12 @@ def plan(
     pipeline = _pipeline(config, overrides, runs, name)
     pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
     entries = planner.plan(pipeline)
-    print(planner.as_json(entries) if as_json else text.as_text(entries))
+    if as_json:
+        for entry in entries:
+            entry["disk"] = disk.as_dict(disk.need(pipeline, entry["stage"]))
+        print(planner.as_json(entries))
+    else:
+        print(f"{text.as_text(entries)}\n{disk.line(pipeline, entries)}")
 
 
 @app.command()
@@ -488,10 +493,10 @@ def _agreed(question: str) -> bool:
 def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
     from keel.config import read
     from keel.pipeline.pipeline import Pipeline
-    from keel.plan import planner
+    from keel.plan import disk, planner
 
     settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
-    return Pipeline(settings, runs / settings.name, say, fit=planner.micro_batch)
+    return Pipeline(settings, runs / settings.name, say, fit=planner.micro_batch, room=disk.room)
 
 
 def _model_folder(model: str) -> str:

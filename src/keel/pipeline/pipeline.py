@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ from keel.data.batches import derive_seed
 from keel.data.stored.cache import Cache, keep_digests
 from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
-from keel.errors import KeelError, UsageError
+from keel.errors import KeelError, MachineError, UsageError
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
 from keel.pipeline import dates, lengths
 from keel.pipeline.device import cores, deterministic, device_of, hardware
@@ -46,6 +46,7 @@ from keel.report.wording import duration
 from keel.rewards import loading
 from keel.rundir import kept, machine_faults, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
+from keel.rundir.machine_faults import size_in_words
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
 from keel.trackers import process as tracking
@@ -53,6 +54,25 @@ from keel.trackers import process as tracking
 PREPARED = "prepared"  # in the run's directory: rows of large data sets, validated and as tokens
 LONG = 600.0  # seconds of work above which one is asked before it is done again
 MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
+
+
+class Room(Protocol):
+    """Bytes on the disk of a run."""
+
+    @property
+    def least(self) -> int:
+        """Without which it cannot work."""
+        ...
+
+    @property
+    def whole(self) -> int:
+        """What it takes."""
+        ...
+
+    @property
+    def free(self) -> int | None:
+        """What there is; None where nobody knows."""
+        ...
 
 
 @dataclass
@@ -64,6 +84,7 @@ class Pipeline:
     say: Callable[[str], None] = print
     progress: Progress = lambda stage, step, steps, metrics: None
     fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
+    room: Callable[[Pipeline, Sequence[str]], Room | None] | None = None  # what stages need of the disk
     sources: Sources = field(init=False)  # where models lie and what data hold
     confirm: Callable[[str], bool] = lambda question: True  # asked before hours of work are done again
     _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -221,6 +242,7 @@ class Pipeline:
             for name in names:
                 if fresh or not (self.is_done(name) or self.is_kept(name)):
                     lengths.check(self.sources, name, hub=True)
+        self._check_disk([name for name in names if fresh or not (self.is_done(name) or self.is_kept(name))])
         if not fresh:
             self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -265,6 +287,20 @@ class Pipeline:
     def _resolved(self) -> dict[str, Any]:
         """The config with every default and the run's day written out."""
         return {**resolved(self.config), "date": str(self.day()) if self.day() else None}
+
+    def _check_disk(self, names: Sequence[str]) -> None:
+        """MachineError where what these stages leave cannot fit on the disk; a word where it is scarce."""
+        need = self.room(self, names) if self.room and names else None
+        if need is None or need.free is None or need.whole <= need.free:
+            return
+        words = (
+            f"the disk of {self.directory} has {size_in_words(need.free)} free, and models and checkpoints "
+            f"of {', '.join(names)} take about {size_in_words(need.whole)}"
+        )
+        if need.least > need.free:
+            hint = f"free some (`keel clean {self.directory}` lists kept stages), or name another folder"
+            raise MachineError(f"{words}; {hint} (--runs). Nothing was run")
+        self.say(f"{words}: it may become full")
 
     def _say_what_runs_again(self, names: Sequence[str]) -> None:
         """Before anything is touched: which done stages will be run again, and how long they took. UsageError
