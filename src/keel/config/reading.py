@@ -17,6 +17,9 @@ from keel.config.collect import expanded
 from keel.config.run import KINDS, RunConfig, config_of_kind, plugin_kinds
 from keel.config.settings import other_names
 
+MOST_PARTS = 1_000_000  # of a config: settings, items of lists
+TOO_DEEP = "a config is nested too deeply, or one of its aliases holds itself"
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without the silent loss of a key that is written twice."""
@@ -45,7 +48,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         tree = _unshared(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except FileNotFoundError:
         raise errors.UsageError(f"no config at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise errors.UsageError(f"{path}: {TOO_DEEP}") from None
+    except errors.UsageError as error:
+        raise errors.UsageError(f"{path}: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise errors.UsageError(f"{path} cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
         raise errors.UsageError(f"{path} is not a mapping: a config has `name` and `stages`")
@@ -73,10 +80,23 @@ def _reason(error: Exception) -> str:
 
 
 def _unshared(value: object) -> Any:
-    """A copy in which what YAML aliases made one is separate, so that an override changes one place only."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+    """A copy in which what YAML aliases made one is separate, so that an override changes one place only.
+    UsageError for aliases that lead in a circle, or whose copies would fill the memory."""
+    left = MOST_PARTS
+
+    def copied(part: object) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise errors.UsageError(f"a config has at most {MOST_PARTS:,} parts, aliases written out")
+        if isinstance(part, dict):
+            return {key: copied(item) for key, item in part.items()}
+        return [copied(item) for item in part] if isinstance(part, list) else part
+
+    try:
+        return copied(value)
+    except RecursionError:
+        raise errors.UsageError(TOO_DEEP) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -102,7 +122,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         node.pop(name, None)  # an override takes the place of the setting, whichever name the file uses
     try:
         node[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise errors.UsageError(f"{override[:80]!r}: {TOO_DEEP}") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise errors.UsageError(f"{override!r}: the value is not YAML: {_reason(error)}") from None
 
 

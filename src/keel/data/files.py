@@ -28,7 +28,7 @@ import pyarrow
 import pyarrow.parquet
 
 from keel.data.records import OPTIONAL_COLUMNS
-from keel.data.values import nearest
+from keel.data.values import Invalid, nearest
 from keel.errors import DataError, UsageError
 
 RawRow = tuple[str, dict[str, Any] | DataError]  # where the row stands ("file.jsonl:12"), and the row
@@ -38,6 +38,7 @@ _IN_FOLDERS = (".jsonl", ".parquet", ".txt")
 _ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "citation")
 _CSV_NUMBERS = ("margin", "p_chosen")
 _CSV_VALUES = ("label", "votes", "messages")
+DEEPEST = 100  # lists and objects in one another that a row may hold
 
 
 def locate(source: str) -> list[Path] | None:
@@ -174,11 +175,34 @@ def _parquet(handle: IO[bytes], name: str) -> Iterator[RawRow]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(handle).iter_batches():
-            for row in batch.to_pylist():
+            for row in _python_rows(batch):
                 number += 1
-                yield f"{name}:row {number}", without_nulls(row)
+                origin = f"{name}:row {number}"
+                if isinstance(row, Invalid):
+                    yield origin, DataError(f"{origin}: {row}")
+                else:
+                    yield origin, without_nulls(row)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{name} cannot be read as parquet after row {number}: {error}") from None
+
+
+def _python_rows(batch: Any) -> Iterable[dict[str, Any] | Invalid]:
+    """The rows of a batch; in place of one that Python has no value for, as a date after the year 9999, what
+    is wrong with it."""
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError, UnicodeDecodeError, pyarrow.ArrowException):
+        return [_python_row(batch, index) for index in range(batch.num_rows)]
+
+
+def _python_row(batch: Any, index: int) -> dict[str, Any] | Invalid:
+    row: dict[str, Any] = {}
+    for column, values in zip(batch.schema.names, batch.columns):
+        try:
+            row[column] = values[index].as_py()
+        except (OverflowError, ValueError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            return Invalid(f'"{column}" holds a {values.type} that is out of range or broken: {error}')
+    return row
 
 
 def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Iterator[RawRow]:
@@ -219,7 +243,7 @@ def _cell(column: str, text: str) -> Any:
             return float(text)
         if column in _CSV_VALUES:
             return json.loads(text.lower() if column == "label" else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return text
 
@@ -252,7 +276,7 @@ def _decoded(line: bytes, origin: str, first: bool) -> str:
 
 def _loads(text: str, origin: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         where = f"{origin}:{error.lineno}" if error.lineno > 1 else origin
         raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
@@ -263,7 +287,7 @@ def _loads(text: str, origin: str) -> Any:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -271,12 +295,27 @@ def _is_json(text: str) -> bool:
 def _object(value: object, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row must be an object {{column: value}}, this one is: {_kind(value)}")
+    if isinstance(value, _Twice):
+        raise DataError(f'{origin}: the key "{value.key}" appears twice')
     for column, inner in value.items():
-        not_finite = _not_finite(inner)
-        if not_finite is not None:
-            shown = "NaN" if math.isnan(not_finite) else "infinite"
-            raise DataError(f'{origin}: "{column}" is {shown}; JSON has no such number, leave the column out')
+        if (problem := _unusable(inner)) is not None:
+            raise DataError(f'{origin}: "{column}" {problem}')
     return value
+
+
+class _Twice(dict[str, Any]):
+    """An object of JSON in which a key is written twice: one of its values is lost."""
+
+    key: str = ""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys, found = [key for key, _ in pairs], _Twice(pairs)
+        found.key = next(key for key in keys if keys.count(key) > 1)
+    return found
 
 
 def _kind(value: object) -> str:
@@ -284,9 +323,21 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _not_finite(value: object) -> float | None:
-    """The first NaN or infinity in a JSON value (Python's reader lets both through)."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((value_found for value_found in map(_not_finite, inner) if value_found is not None), None)
+def _unusable(value: object) -> str | None:
+    """What is wrong with a JSON value: a NaN or an infinity and a key that is written twice, which Python's
+    reader lets through, or more than `DEEPEST` lists and objects in one another."""
+    level: list[object] = [value]
+    for _ in range(DEEPEST + 1):
+        below: list[object] = []
+        for inner in level:
+            if isinstance(inner, float) and not math.isfinite(inner):
+                shown = "NaN" if math.isnan(inner) else "infinite"
+                return f"is {shown}; JSON has no such number, leave the column out"
+            if isinstance(inner, _Twice):
+                return f'holds an object in which the key "{inner.key}" appears twice'
+            if isinstance(inner, (dict, list)):
+                below += inner.values() if isinstance(inner, dict) else inner
+        if not below:
+            return None
+        level = below
+    return f"holds more than {DEEPEST} lists and objects in one another"

@@ -42,7 +42,7 @@ def parse_json(name: str, value: str) -> Any:
     """What a text says as JSON."""
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Invalid(f'"{name}" is text that is no JSON: {error}') from None
 
 

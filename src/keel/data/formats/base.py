@@ -94,7 +94,7 @@ def list_of(row: Row, name: str) -> list[Any]:
     """A column that must be a list; as text, JSON of one."""
     value = value_of(row, name)
     if isinstance(value, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not is_list(value):
         raise ValueError(f'"{name}" is {shown(value)}, not a list')

@@ -67,7 +67,7 @@ def _sharegpt_turn(turn: Any) -> dict[str, Any]:
 def _call(text: str) -> dict[str, Any]:
     try:
         call = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         call = None
     if not isinstance(call, Mapping) or "name" not in call:
         raise ValueError(f'a function_call is {shown(text)}, not JSON with "name" and "arguments"')
@@ -128,7 +128,7 @@ def _parsed(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"the arguments of a call are {shown(function['arguments'])}, not JSON") from None
     return {**call, "function": {**function, "arguments": arguments}}
 
