@@ -44,11 +44,16 @@ def clean(
 def lines(found: Sequence[kept.Kept]) -> list[str]:
     """A line for each: stage, size, how far it came, how long it took, since when it lies there."""
     return [
-        f"{one.path}: {size_in_words(one.size)}, {'done' if one.done else 'not done'}"
+        f"{_place(one.path)}: {size_in_words(one.size)}, {'done' if one.done else 'not done'}"
         + (f" in {duration(one.seconds)}" if one.seconds is not None else "")
         + f", of {time.strftime('%Y-%m-%d %H:%M', time.localtime(one.changed))}"
         for one in found
     ]
+
+
+def _place(path: Path) -> str:
+    """Where it lies; of a link also what it leads to, since that is removed with it."""
+    return f"{path} → {path.resolve()}" if path.is_symlink() else str(path)
 
 
 def _outcome(found: Sequence[kept.Kept], removed: bool, total: int) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import keel
+from keel.api.terminal import show, show_json
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, KeelError, UsageError
 from keel.rundir import machine_faults, run_status
@@ -114,7 +115,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"keel {keel.__version__}")
+        show(f"keel {keel.__version__}")
         raise typer.Exit
 
 
@@ -156,10 +157,10 @@ def run(
         pipeline.progress = show
         pipeline.run(only=only, fresh=fresh)
     if as_json:
-        print(json.dumps(run_status.outcome(pipeline), ensure_ascii=False, indent=2))
+        show_json(run_status.outcome(pipeline))
     else:
-        print(report.summary(pipeline.directory))
-        print(f"report: {pipeline.directory / 'report.html'}")
+        show(report.summary(pipeline.directory))
+        show(f"report: {pipeline.directory / 'report.html'}")
 
 
 @app.command()
@@ -174,7 +175,7 @@ def clean(
 
     removed = cleaning.clean(run, stage, agree=(lambda question: True) if yes else _agreed, say=say)
     if as_json:
-        print(json.dumps(removed, ensure_ascii=False, indent=2))
+        show_json(removed)
 
 
 @app.command()
@@ -207,7 +208,7 @@ def plan(
         )
     if model is not None:
         table = rule_of_thumb.as_json if as_json else rule_of_thumb.as_text
-        print(table(model, method or "ppo"))
+        show(table(model, method or "ppo"))
         return
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
@@ -217,9 +218,9 @@ def plan(
     if as_json:
         for entry in entries:
             entry["disk"] = disk.as_dict(disk.need(pipeline, entry["stage"]))
-        print(planner.as_json(entries))
+        show(planner.as_json(entries))
     else:
-        print(f"{text.as_text(entries)}\n{disk.line(pipeline, entries)}")
+        show(f"{text.as_text(entries)}\n{disk.line(pipeline, entries)}")
 
 
 @app.command()
@@ -238,10 +239,10 @@ def report(
             for name, facts in run_status.manifest(run).items()
         }
         facts = {"report": str(page), "stages": stages, "results": run_status.results(run)}
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        show_json(facts)
     else:
-        print(reports.summary(run))
-        print(f"report: {page}")
+        show(reports.summary(run))
+        show(f"report: {page}")
 
 
 @app.command()
@@ -253,7 +254,7 @@ def diagnose(
     from keel.cli import diagnose as diagnosing
 
     found = diagnosing.diagnose(path)
-    print(diagnosing.as_json(found) if as_json else diagnosing.as_text(found))
+    show(diagnosing.as_json(found) if as_json else diagnosing.as_text(found))
     if diagnosing.urgent(found):
         raise typer.Exit(3)
 
@@ -274,10 +275,10 @@ def compare(
     page = out or runs[0].resolve().parent / "compare.html"
     compare.write(found, page)
     if as_json:
-        print(compare.as_json(found, page))
+        show(compare.as_json(found, page))
     else:
-        print(compare.as_text(found))
-        print(f"\npage: {page}")
+        show(compare.as_text(found))
+        show(f"\npage: {page}")
 
 
 @app.command()
@@ -310,10 +311,10 @@ def sweep(
     consent.to_run(place, points[0].pipeline.config, trust)
     facts = sweep.Sweep(place, directory, points, jobs, say).run()
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        show_json(facts)
     else:
-        print(sweeps.as_text(facts))
-        print(f"\npage: {facts['report']}")
+        show(sweeps.as_text(facts))
+        show(f"\npage: {facts['report']}")
     if any(point["status"] == "failed" for point in facts["points"]):
         raise typer.Exit(1)
 
@@ -336,7 +337,7 @@ def chat(
     talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
     if prompt is not None:
         answer = talk.answer(prompt)
-        print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
+        show(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
         return
     while True:
         try:
@@ -346,9 +347,8 @@ def chat(
         if not line.strip():
             return
         answer = talk.answer(line)
-        print(
+        show(
             json.dumps({"prompt": line, "completion": answer}, ensure_ascii=False) if as_json else answer,
-            flush=True,
         )
 
 
@@ -370,7 +370,7 @@ def export(
     from keel.cli import export as exporting
 
     target = exporting.export(model, to, out, dtype)
-    print(json.dumps({"model": model, "to": to, "out": str(target)}) if as_json else target)
+    show(json.dumps({"model": model, "to": to, "out": str(target)}) if as_json else target)
 
 
 @app.command()
@@ -387,7 +387,7 @@ def push(
     from keel.cli import export as exporting
 
     address = exporting.push(model, repo, private=not public, revision=revision)
-    print(json.dumps({"model": model, "repo": repo, "url": address}) if as_json else address)
+    show(json.dumps({"model": model, "repo": repo, "url": address}) if as_json else address)
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -399,7 +399,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
 
     found = {path.stem: read(path).description for path in sorted(_recipes_folder().glob("*.yaml"))}
     width = max(map(len, found))
-    print(
+    show(
         json.dumps(found, ensure_ascii=False, indent=2)
         if as_json
         else "\n".join(f"{n:<{width}}  {d}" for n, d in found.items())
@@ -409,7 +409,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
 @recipes_app.command("show")
 def recipes_show(name: str) -> None:
     """Print a recipe."""
-    print(_recipe(name).read_text(encoding="utf-8"), end="")
+    show(_recipe(name).read_text(encoding="utf-8"), end="")
 
 
 @recipes_app.command("copy")
@@ -426,7 +426,7 @@ def recipes_copy(
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder {target.parent}")
     shutil.copyfile(recipe, target)
-    print(target)
+    show(target)
 
 
 @app.command()
@@ -434,7 +434,7 @@ def schema() -> None:
     """Print the JSON Schema of the config, for editors."""
     from keel.config import RunConfig
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
+    show(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command("import-config")
@@ -451,7 +451,7 @@ def import_config(
     found = importing.from_trl(read_mapping(file), method)
     for note in found.notes:
         say(f"keel: note: {note}")
-    print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
+    show(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command()
@@ -466,12 +466,12 @@ def doctor(
         from keel.models.facts import read_facts
 
         lines = read_facts(_model_folder(model)).describe()
-        print(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
+        show(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
         return
     from keel.cli import doctor as examining
 
     facts = examining.facts()
-    print(json.dumps(facts, indent=2) if as_json else examining.as_text(facts))
+    show(json.dumps(facts, indent=2) if as_json else examining.as_text(facts))
     if facts["missing"]:
         raise typer.Exit(1)
 
@@ -481,7 +481,7 @@ def doctor(
 
 def _asked(question: str) -> bool:
     """What a person on a terminal says."""
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    show(f"{question} [y/N] ", sys.stderr, end="")
     return sys.stdin.readline().strip().casefold() in ("y", "yes")
 
 

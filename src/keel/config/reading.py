@@ -17,7 +17,7 @@ from keel.config.collect import expanded
 from keel.config.run import KINDS, RunConfig, config_of_kind, plugin_kinds
 from keel.config.settings import other_names
 
-MOST_PARTS = 1_000_000  # of a config: settings, items of lists
+MOST_PARTS = 100_000  # of a config: settings, items of lists
 TOO_DEEP = "a config is nested too deeply, or one of its aliases holds itself"
 
 

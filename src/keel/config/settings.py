@@ -113,6 +113,8 @@ def _beyond(value: object, largest: int) -> str | None:
         inner: Any = value
     elif isinstance(value, Mapping):
         inner = value.values()
+    elif isinstance(value, BaseModel) and not isinstance(value, Settings):  # which looks after itself
+        inner = dict(value).values()
     else:
         return None
     return next((found for one in inner if (found := _beyond(one, largest)) is not None), None)

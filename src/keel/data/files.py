@@ -327,7 +327,7 @@ def _unusable(value: object) -> str | None:
     """What is wrong with a JSON value: a NaN or an infinity and a key that is written twice, which Python's
     reader lets through, or more than `DEEPEST` lists and objects in one another."""
     level: list[object] = [value]
-    for _ in range(DEEPEST + 1):
+    for depth in range(DEEPEST + 1):
         below: list[object] = []
         for inner in level:
             if isinstance(inner, float) and not math.isfinite(inner):
@@ -336,8 +336,8 @@ def _unusable(value: object) -> str | None:
             if isinstance(inner, _Twice):
                 return f'holds an object in which the key "{inner.key}" appears twice'
             if isinstance(inner, (dict, list)):
+                if depth == DEEPEST:
+                    return f"holds more than {DEEPEST} lists and objects in one another"
                 below += inner.values() if isinstance(inner, dict) else inner
-        if not below:
-            return None
         level = below
-    return f"holds more than {DEEPEST} lists and objects in one another"
+    return None
