@@ -123,9 +123,8 @@ class Pipeline:
     def parts(self, name: str) -> dict[str, Any]:
         """What this stage would be run with, part by part, as JSON has it."""
         if name not in self._parts:
-            stage = self.config.stages[name]
-            tokenizer = stage.starts_from and stage.starts_from.tokenizer
-            outside = {tokenizer: model_print(tokenizer)} if tokenizer else {}
+            stage, outside = self.config.stages[name], self._outside(name)
+            made_here = {s: self.input_print(s) for s in stage.inputs() if s in self.config.stages}
             parts = {
                 "name": name,  # the stage's own seed is derived from it
                 "settings": stage.model_dump(mode="json"),
@@ -133,13 +132,8 @@ class Pipeline:
                 "threads": self.config.threads,
                 "device": device_of(self.config).type,
                 "accel": _accel_state(self.config),
-                "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
-                "data": [
-                    load.fingerprint(from_outside(sources), self.sources.preparation.cache)
-                    for sources, _ in [*stage.all_data(), *stage.streamed_data()]
-                ],
-                "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
-                "plugins": plugin_prints(stage),
+                **outside,
+                "inputs": {**outside["inputs"], **made_here},
                 "code": code_prints(stage.kind),
                 "versions": versions(),
             }
@@ -147,6 +141,41 @@ class Pipeline:
                 parts["date"] = str(self.day())
             self._parts[name] = json.loads(json.dumps(parts))
         return self._parts[name]
+
+    def _outside(self, name: str) -> dict[str, Any]:
+        """Of its parts those that lie in files of the user's, which may be edited at any time."""
+        stage, cache = self.config.stages[name], self.sources.preparation.cache
+        tokenizer = stage.starts_from and stage.starts_from.tokenizer
+        models = [source for source in stage.inputs() if source not in self.config.stages]
+        return {
+            "inputs": {
+                **({tokenizer: model_print(tokenizer)} if tokenizer else {}),
+                **{source: self.input_print(source) for source in models},
+            },
+            "data": [
+                load.fingerprint(from_outside(sources), cache)
+                for sources, _ in [*stage.all_data(), *stage.streamed_data()]
+            ],
+            "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
+            "plugins": plugin_prints(stage),
+        }
+
+    def _check_unedited(self, name: str, *, streamed: bool = False) -> None:
+        """KeelError where what a stage reads from outside was edited since its fingerprint was taken: what is
+        recorded of a stage is what it was made of. streamed: only what it reads while it trains."""
+        if streamed and not self.config.stages[name].streamed_data():
+            return
+        self.sources.check_unedited(name)
+        now = json.loads(json.dumps(self._outside(name)))
+        changed = {key: now[key] for key in ("data",) if streamed} or now
+        before = {key: self.parts(name)[key] for key in changed}
+        if "inputs" in before:
+            before["inputs"] = {key: before["inputs"].get(key) for key in now["inputs"]}
+        if changed != before:
+            raise KeelError(
+                f"{name}: {rerun_reason.reason(before, changed)} since this run began; what is done is kept, "
+                "and the same command goes on with what is there now"
+            )
 
     def fingerprint(self, name: str) -> str:
         """What this stage would be run with, as a hash."""
@@ -345,6 +374,7 @@ class Pipeline:
             self.stage_directory(name),
             self.fingerprint(name),
         )
+        self._check_unedited(name)
         if why := self._why_again(name):
             self.say(f"{name}: run again, since {why}")
         started = directory / "fingerprint"
@@ -364,6 +394,7 @@ class Pipeline:
         except BaseException:
             trackers.ended(name, done=False)
             raise
+        self._check_unedited(name, streamed=True)
         run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
         run.result(result)
         seconds = round(time.perf_counter() - start, 2)
