@@ -153,8 +153,8 @@ def run(
     consent.to_run(_place(config), pipeline.config, trust)
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
-    with progress() as show:
-        pipeline.progress = show
+    with progress() as draw:
+        pipeline.progress = draw
         pipeline.run(only=only, fresh=fresh)
     if as_json:
         show_json(run_status.outcome(pipeline))
