@@ -663,3 +663,57 @@ def test_a_file_of_rows_is_no_config(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     with pytest.raises(UsageError, match="is no config: a config is a YAML file with `name` and `stages`"):
         read(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lr", float("inf"), "`lr` is inf: it must be a finite number"),
+        ("lr", 1e308, "`lr` is 1e+308"),
+        ("epochs", float("inf"), "`epochs` is inf"),
+        ("weight_decay", float("nan"), "weight_decay"),
+        ("max_grad_norm", float("inf"), "`max_grad_norm` is inf"),
+        ("lora", {"r": 2**64}, "`r` is too large: at most 2,147,483,647"),
+        ("batch_size", 2**31, "`batch_size` is too large"),
+        ("model", {"init": {"model_type": "llama", "x": float("inf")}, "tokenizer": "t"}, "is inf"),
+        ("model", "m" * 100_000, "at most 4096 characters"),
+        ("data", "d" * 100_000, "at most 4096 characters"),
+    ],
+)
+def test_what_no_setting_can_mean_is_refused(setting, value, message):
+    stage = {"kind": "sft", "model": "a/b", "data": "x.jsonl", setting: value}
+    with pytest.raises(UsageError) as error:
+        parse({"name": "x", "stages": {"sft": stage}})
+    assert message in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_seed_may_be_large():
+    assert parse(
+        {"name": "x", "seed": 2**62, "stages": {"s": {"kind": "sft", "model": "a/b", "data": "d"}}}
+    ).seed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 1500, "nested too deeply"),
+        ("a: &a [*a]", "one of its aliases holds itself"),
+        (
+            "x0: &x0 [1]\n"
+            + "".join(f"x{i + 1}: &x{i + 1} [{', '.join([f'*x{i}'] * 9)}]\n" for i in range(9)),
+            "parts",
+        ),
+        ("when: 2026-99-99", "month must be in 1..12"),
+        ("n: " + "9" * 5000, "cannot be read as YAML"),
+        ("a: {b: 1, b: 2}", "the key 'b' appears twice"),
+    ],
+)
+def test_yaml_that_leads_astray_is_one_line(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        read(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

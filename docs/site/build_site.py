@@ -42,6 +42,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/human-loop.md",
         "docs/memory.md",
         "docs/saving.md",
+        "docs/trackers.md",
     ),
     "Reference": ("docs/metrics.md", "docs/papers.md", "api"),
     "Results": ("docs/results.md", "docs/notes.md"),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from keel.api.running import run as run
     from keel.errors import DataError as DataError
     from keel.errors import KeelError as KeelError
+    from keel.errors import MachineError as MachineError
     from keel.errors import NotFiniteError as NotFiniteError
     from keel.errors import RewardError as RewardError
     from keel.errors import UsageError as UsageError
@@ -41,6 +42,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "KeelError",
+    "MachineError",
     "NotFiniteError",
     "RewardError",
     "RewardModel",
@@ -63,6 +65,7 @@ _HOMES = {
     "Comparison": "keel.api.results",
     "DataError": "keel.errors",
     "KeelError": "keel.errors",
+    "MachineError": "keel.errors",
     "NotFiniteError": "keel.errors",
     "RewardError": "keel.errors",
     "RewardModel": "keel.api.inference",

@@ -5,6 +5,7 @@ KeelError             1   one clear message; the command ends with `exit_code`
 │  └─ DataError       2   a row or a file of data is unusable; names file, line and reason
 ├─ RewardError        1   a reward function failed; names it
 ├─ NotFiniteError     1   a loss, a gradient or a metric is NaN or infinite
+├─ MachineError       1   no space, no memory, no rights: what was done is kept, and gone on with
 └─ WaitingError       3   the stage has done its part and waits for people
 
 DeprecationNote is a warning, no error: something works for this version and has a new name.
@@ -29,6 +30,11 @@ class WaitingError(KeelError):
     """A stage has done its part and waits for people; the message says for what. Nothing failed."""
 
     exit_code = 3
+
+
+class MachineError(KeelError):
+    """The machine refuses what is needed: space, memory, open files, rights. Nothing is half-written; the
+    same command goes on once it is there."""
 
 
 class NotFiniteError(KeelError):

@@ -15,13 +15,21 @@ from typing import Any, Literal
 
 from keel.errors import UsageError
 
-Group = Literal["keel.stages", "keel.rewards", "keel.policy_losses", "keel.advantages", "keel.engines"]
+Group = Literal[
+    "keel.stages",
+    "keel.rewards",
+    "keel.policy_losses",
+    "keel.advantages",
+    "keel.engines",
+    "keel.trackers",
+]
 GROUPS: dict[Group, str] = {
     "keel.stages": "a kind of stage",
     "keel.rewards": "a reward",
     "keel.policy_losses": "a policy loss",
     "keel.advantages": "an advantage estimator",
     "keel.engines": "a rollout engine",
+    "keel.trackers": "an experiment tracker",
 }
 
 

@@ -12,8 +12,8 @@ import keel
 from keel import errors
 
 PUBLIC = [
-    "Comparison", "DataError", "KeelError", "NotFiniteError", "RewardError", "RewardModel", "Run",
-    "UsageError", "WaitingError", "__version__", "compare", "diagnose", "generate", "load_data",
+    "Comparison", "DataError", "KeelError", "MachineError", "NotFiniteError", "RewardError", "RewardModel",
+    "Run", "UsageError", "WaitingError", "__version__", "compare", "diagnose", "generate", "load_data",
     "load_run", "losses", "plan_run", "run",
 ]  # fmt: skip
 

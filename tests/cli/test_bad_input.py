@@ -320,3 +320,12 @@ def test_a_reward_model_without_a_pad_token_scores_the_same(logs, tiny_model, ti
     """[trl 937]: with `pad_token_id` None the score is read at a pad."""
     without = _with_pad(tiny_reward, tmp_path / "without", None)
     assert logs("without", tiny_model, without) == logs("own", tiny_model, tiny_reward)
+
+
+def test_what_data_and_names_hold_is_no_command_to_a_terminal(keel, write, sft):
+    """In an error, and in the line of a data set that is fine."""
+    rows = write("rows\x1b[31m.jsonl", [GOOD, {"prompt": "\x1b]0;x\x07", "completion": 7}])
+    outcome = keel("run", write("tiny.yaml", {"sft": sft(data=str(rows), batch_size=1, holdout=0)}))
+    assert outcome.code == 2
+    assert "rows\\u001b[31m.jsonl:2" in outcome.err
+    assert "\x1b" not in outcome.err + outcome.out

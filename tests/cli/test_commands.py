@@ -113,12 +113,25 @@ def test_report_of_a_run_that_was_cut_off(keel, write, chain, monkeypatch):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(ppo, "run", fail)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        keel("run", write("tiny.yaml", chain))
+    failed = keel("run", write("tiny.yaml", chain))
+    assert failed.code == 1
+    line = "keel: RuntimeError: out of luck (not foreseen; `keel --traceback …` shows where it comes from)"
+    assert failed.err.splitlines()[-1] == line
+    assert "Traceback" not in failed.err
     cut = keel("report", "runs/tiny", "--json")
     assert cut.code == 0, cut.err
     assert cut.json["results"].keys() == {"sft", "reward"}
     assert cut.json["stages"]["ppo"] == cut.json["stages"]["judge"] == {"status": "not run"}
+
+
+def test_the_whole_of_an_error_is_shown_when_asked(keel, write, monkeypatch):
+    monkeypatch.setenv("KEEL_TRACEBACK", "0")
+    missing = keel("--traceback", "run", "nowhere.yaml")
+    assert missing.code == 2
+    assert "Traceback (most recent call last)" in missing.err
+    assert missing.err.splitlines()[-1].startswith("keel: ")
+    monkeypatch.setenv("KEEL_TRACEBACK", "0")
+    assert "Traceback" not in keel("run", "nowhere.yaml").err
 
 
 # ---------------------------------------------------------------- plan

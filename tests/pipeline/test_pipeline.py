@@ -17,7 +17,7 @@ import yaml
 
 import keel
 from keel.config import parse, read
-from keel.errors import DataError, KeelError, UsageError
+from keel.errors import DataError, KeelError, MachineError, UsageError
 from keel.models.load import ModelSource, causal_lm
 from keel.pipeline import pipeline as pipelines
 from keel.pipeline.pipeline import Pipeline, locked
@@ -446,8 +446,9 @@ def test_auto_takes_what_fits_and_goes_on_with_half_where_it_does_not(chain, tmp
 @pytest.mark.parametrize(("asked", "tries"), [("auto", [8, 4, 2, 1]), (8, [8])])
 def test_what_does_not_fit_at_all_ends_the_run(chain, tmp_path, monkeypatch, asked, tries):
     tried = _tries(monkeypatch, most=0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MachineError, match="memory is used up") as ended:
         Pipeline(parse(_auto(chain, micro_batch=asked)), tmp_path / "run", str).run()
+    assert isinstance(ended.value.__cause__, torch.OutOfMemoryError)
     assert tried == tries
 
 

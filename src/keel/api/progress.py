@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
+from keel.api.terminal import show
+
 Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
 
 SHOWN = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_loss", "eval_accuracy")
@@ -55,7 +57,7 @@ class TextProgress:
     def say(self, line: str) -> None:
         """A line that stays."""
         self.close()
-        print(line, file=self.stream, flush=True)
+        show(line, self.stream)
 
     def __call__(self, stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Step `step` of `steps` of a stage is done."""

@@ -111,7 +111,7 @@ def _pipeline(
     settings = read_config(config, overrides, name)
     try:
         from keel.pipeline.pipeline import Pipeline
-        from keel.plan import planner
+        from keel.plan import disk, planner
     except ModuleNotFoundError as error:
         if error.name != "fcntl":
             raise
@@ -125,6 +125,7 @@ def _pipeline(
         Path(runs) / settings.name,
         _silent if progress is False else text.say,
         fit=planner.micro_batch,
+        room=disk.room,
     )
     if progress is not False:
         pipeline.progress = text if progress is True else progress

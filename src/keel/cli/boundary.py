@@ -7,7 +7,6 @@ and says so. `--traceback` on any command, or KEEL_TRACEBACK=1, shows where an e
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -16,13 +15,9 @@ from collections.abc import Callable
 from keel.cli import interrupts
 from keel.cli.progress import say
 from keel.errors import KeelError
+from keel.rundir import machine_faults
 
 OPTION = "--traceback"
-AGAIN = "the same command goes on from what is done"
-FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-# How torch says that a file could not be written to its end, and that memory is not there.
-CUT_SHORT = ("PytorchStreamWriter failed", "unexpected pos")
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
 def guarded(work: Callable[[], object]) -> int:
@@ -73,8 +68,13 @@ def explain(error: BaseException) -> tuple[str, int]:
     """An error in a line, and the exit code that belongs to it."""
     if isinstance(error, KeelError):
         return str(error), error.exit_code
-    if (line := _of_memory(error) or _of_system(error)) is not None:
-        return line, 1
+    if (told := machine_faults.explain(error)) is not None:
+        return str(told), told.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        names = [
+            os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, str | bytes)
+        ]
+        return ": ".join([*([" → ".join(names)] if names else []), error.strerror]), 1
     reason = " ".join(str(error).split()) or "without a word"
     where = _place(error)
     return (
@@ -90,46 +90,6 @@ def _shown_whole() -> bool:
     if asked:
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != OPTION)]
     return asked or os.environ.get("KEEL_TRACEBACK", "0") not in ("", "0")
-
-
-def _of_memory(error: BaseException) -> str | None:
-    if isinstance(error, RecursionError) or not isinstance(error, MemoryError | RuntimeError):
-        return None
-    reason = " ".join(str(error).split())
-    if not isinstance(error, MemoryError) and not any(word in reason.casefold() for word in NO_MEMORY):
-        return None
-    return (
-        "memory ran out" + (f" ({reason[:200]})" if reason else "") + "; a smaller `micro_batch` or model "
-        f"needs less (`keel plan` says how much), and {AGAIN}"
-    )
-
-
-def _of_system(error: BaseException) -> str | None:
-    """What the system would not do. Libraries in Rust and C++ hand its words on in errors of their own."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return _of_number(error)
-    reason = " ".join(str(error).split())
-    if any(word in reason for word in (*FULL, *CUT_SHORT)):
-        word = next((word for word in FULL if word in reason), "the disk is full, or a limit on files is met")
-        return f"a file could not be written: {word}; make room, and {AGAIN}"
-    return reason or None if isinstance(error, OSError) else None
-
-
-def _of_number(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    place = f"{' → '.join(names)}: " if names else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{place}{reason}; make room on the disk, and {AGAIN}"
-    if error.errno == errno.EFBIG:
-        return f"{place}{reason}: raise the limit on the size of files (ulimit -f), and {AGAIN}"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{place}{reason}: raise the limit on open files (ulimit -n), and {AGAIN}"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{place}{reason}: give yourself the right to it, or choose another folder (`--runs`)"
-    if error.errno in (errno.ENOMEM, errno.EAGAIN):
-        return f"{place}{reason}: memory or processes ran out; {AGAIN}"
-    return f"{place}{reason}"
 
 
 def _place(error: BaseException) -> str:

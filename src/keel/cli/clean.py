@@ -11,6 +11,7 @@ from keel.errors import UsageError
 from keel.pipeline.pipeline import locked
 from keel.report.wording import duration
 from keel.rundir import kept
+from keel.rundir.machine_faults import size_in_words
 
 
 def clean(
@@ -27,7 +28,7 @@ def clean(
         for line in lines(found):
             say(line)
         total = sum(one.size for one in found)
-        remove = bool(found) and agree(f"Remove {len(found)} of them, {size(total)}, for good?")
+        remove = bool(found) and agree(f"Remove {len(found)} of them, {size_in_words(total)}, for good?")
         if remove:
             for one in found:
                 one.remove()
@@ -43,25 +44,23 @@ def clean(
 def lines(found: Sequence[kept.Kept]) -> list[str]:
     """A line for each: stage, size, how far it came, how long it took, since when it lies there."""
     return [
-        f"{one.path}: {size(one.size)}, {'done' if one.done else 'not done'}"
+        f"{_place(one.path)}: {size_in_words(one.size)}, {'done' if one.done else 'not done'}"
         + (f" in {duration(one.seconds)}" if one.seconds is not None else "")
         + f", of {time.strftime('%Y-%m-%d %H:%M', time.localtime(one.changed))}"
         for one in found
     ]
 
 
+def _place(path: Path) -> str:
+    """Where it lies; of a link also what it leads to, since that is removed with it."""
+    return f"{path} → {path.resolve()}" if path.is_symlink() else str(path)
+
+
 def _outcome(found: Sequence[kept.Kept], removed: bool, total: int) -> str:
     if not found:
         return "nothing is kept: no stage was run with other settings before"
     return (
-        f"{size(total)} are free again" if removed else "nothing was removed (--yes removes without asking)"
+        f"{size_in_words(total)} are free again"
+        if removed
+        else "nothing was removed (--yes removes without asking)"
     )
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from keel.api.terminal import show
 from keel.cli.progress import say
 from keel.config import RunConfig
 from keel.errors import UsageError
@@ -20,12 +21,11 @@ def to_run(place: Path, config: RunConfig, given: bool) -> None:
     say(f"{place} brings code of its own:\n" + "\n".join(f"  {line}" for line in code))
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
-    print(
+    show(
         f"Run it, and what configs of {place.resolve().parent} bring from now on? [y/N] ",
+        sys.stderr,
         end="",
-        file=sys.stderr,
     )
-    sys.stderr.flush()
     if sys.stdin.readline().strip().casefold() not in ("y", "yes"):
         raise UsageError("nothing was run")
     trust.remember(place)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import keel
+from keel.api.terminal import show, show_json
 from keel.cli import boundary, label
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, UsageError
@@ -72,7 +73,7 @@ def _show_warning(
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"keel {keel.__version__}")
+        show(f"keel {keel.__version__}")
         raise typer.Exit
 
 
@@ -110,14 +111,14 @@ def run(
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
     pipeline.wait = wait
-    with progress() as show:
-        pipeline.progress = show
+    with progress() as draw:
+        pipeline.progress = draw
         pipeline.run(only=only, fresh=fresh)
     if as_json:
-        print(json.dumps(run_status.outcome(pipeline), ensure_ascii=False, indent=2))
+        show_json(run_status.outcome(pipeline))
     else:
-        print(report.summary(pipeline.directory))
-        print(f"report: {pipeline.directory / 'report.html'}")
+        show(report.summary(pipeline.directory))
+        show(f"report: {pipeline.directory / 'report.html'}")
 
 
 @app.command()
@@ -132,7 +133,7 @@ def clean(
 
     removed = cleaning.clean(run, stage, agree=(lambda question: True) if yes else _agreed, say=say)
     if as_json:
-        print(json.dumps(removed, ensure_ascii=False, indent=2))
+        show_json(removed)
 
 
 @app.command()
@@ -157,7 +158,7 @@ def plan(
     totals.
     """
     from keel.cli import consent
-    from keel.plan import planner, rule_of_thumb, text
+    from keel.plan import disk, planner, rule_of_thumb, text
 
     if (config is None) == (model is None):
         raise UsageError(
@@ -165,14 +166,19 @@ def plan(
         )
     if model is not None:
         table = rule_of_thumb.as_json if as_json else rule_of_thumb.as_text
-        print(table(model, method or "ppo"))
+        show(table(model, method or "ppo"))
         return
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
     pipeline = _pipeline(config, overrides, runs, name)
     pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
     entries = planner.plan(pipeline)
-    print(planner.as_json(entries) if as_json else text.as_text(entries))
+    if as_json:
+        for entry in entries:
+            entry["disk"] = disk.as_dict(disk.need(pipeline, entry["stage"]))
+        show(planner.as_json(entries))
+    else:
+        show(f"{text.as_text(entries)}\n{disk.line(pipeline, entries)}")
 
 
 @app.command()
@@ -191,10 +197,10 @@ def report(
             for name, facts in run_status.manifest(run).items()
         }
         facts = {"report": str(page), "stages": stages, "results": run_status.results(run)}
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        show_json(facts)
     else:
-        print(reports.summary(run))
-        print(f"report: {page}")
+        show(reports.summary(run))
+        show(f"report: {page}")
 
 
 @app.command()
@@ -206,7 +212,7 @@ def diagnose(
     from keel.cli import diagnose as diagnosing
 
     found = diagnosing.diagnose(path)
-    print(diagnosing.as_json(found) if as_json else diagnosing.as_text(found))
+    show(diagnosing.as_json(found) if as_json else diagnosing.as_text(found))
     if diagnosing.urgent(found):
         raise typer.Exit(3)
 
@@ -227,10 +233,10 @@ def compare(
     page = out or runs[0].resolve().parent / "compare.html"
     compare.write(found, page)
     if as_json:
-        print(compare.as_json(found, page))
+        show(compare.as_json(found, page))
     else:
-        print(compare.as_text(found))
-        print(f"\npage: {page}")
+        show(compare.as_text(found))
+        show(f"\npage: {page}")
 
 
 @app.command()
@@ -263,10 +269,10 @@ def sweep(
     consent.to_run(place, points[0].pipeline.config, trust)
     facts = sweep.Sweep(place, directory, points, jobs, say).run()
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        show_json(facts)
     else:
-        print(sweeps.as_text(facts))
-        print(f"\npage: {facts['report']}")
+        show(sweeps.as_text(facts))
+        show(f"\npage: {facts['report']}")
     if any(point["status"] == "failed" for point in facts["points"]):
         raise typer.Exit(1)
 
@@ -289,7 +295,7 @@ def chat(
     talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
     if prompt is not None:
         answer = talk.answer(prompt)
-        print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
+        show(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)
         return
     while True:
         try:
@@ -299,9 +305,8 @@ def chat(
         if not line.strip():
             return
         answer = talk.answer(line)
-        print(
+        show(
             json.dumps({"prompt": line, "completion": answer}, ensure_ascii=False) if as_json else answer,
-            flush=True,
         )
 
 
@@ -323,7 +328,7 @@ def export(
     from keel.cli import export as exporting
 
     target = exporting.export(model, to, out, dtype)
-    print(json.dumps({"model": model, "to": to, "out": str(target)}) if as_json else target)
+    show(json.dumps({"model": model, "to": to, "out": str(target)}) if as_json else target)
 
 
 @app.command()
@@ -340,7 +345,7 @@ def push(
     from keel.cli import export as exporting
 
     address = exporting.push(model, repo, private=not public, revision=revision)
-    print(json.dumps({"model": model, "repo": repo, "url": address}) if as_json else address)
+    show(json.dumps({"model": model, "repo": repo, "url": address}) if as_json else address)
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -352,7 +357,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
 
     found = {path.stem: read(path).description for path in sorted(_recipes_folder().glob("*.yaml"))}
     width = max(map(len, found))
-    print(
+    show(
         json.dumps(found, ensure_ascii=False, indent=2)
         if as_json
         else "\n".join(f"{n:<{width}}  {d}" for n, d in found.items())
@@ -362,7 +367,7 @@ def recipes(context: typer.Context, as_json: JsonOption = False) -> None:
 @recipes_app.command("show")
 def recipes_show(name: str) -> None:
     """Print a recipe."""
-    print(_recipe(name).read_text(encoding="utf-8"), end="")
+    show(_recipe(name).read_text(encoding="utf-8"), end="")
 
 
 @recipes_app.command("copy")
@@ -379,7 +384,7 @@ def recipes_copy(
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder {target.parent}")
     shutil.copyfile(recipe, target)
-    print(target)
+    show(target)
 
 
 @app.command()
@@ -387,7 +392,7 @@ def schema() -> None:
     """Print the JSON Schema of the config, for editors."""
     from keel.config import RunConfig
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
+    show(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command("import-config")
@@ -404,7 +409,7 @@ def import_config(
     found = importing.from_trl(read_mapping(file), method)
     for note in found.notes:
         say(f"keel: note: {note}")
-    print(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
+    show(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command()
@@ -419,12 +424,12 @@ def doctor(
         from keel.models.facts import read_facts
 
         lines = read_facts(_model_folder(model)).describe()
-        print(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
+        show(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
         return
     from keel.cli import doctor as examining
 
     facts = examining.facts()
-    print(json.dumps(facts, indent=2) if as_json else examining.as_text(facts))
+    show(json.dumps(facts, indent=2) if as_json else examining.as_text(facts))
     if facts["missing"]:
         raise typer.Exit(1)
 
@@ -434,7 +439,7 @@ def doctor(
 
 def _asked(question: str) -> bool:
     """What a person on a terminal says."""
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    show(f"{question} [y/N] ", sys.stderr, end="")
     return sys.stdin.readline().strip().casefold() in ("y", "yes")
 
 
@@ -446,10 +451,10 @@ def _agreed(question: str) -> bool:
 def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
     from keel.config import read
     from keel.pipeline.pipeline import Pipeline
-    from keel.plan import planner
+    from keel.plan import disk, planner
 
     settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
-    return Pipeline(settings, runs / settings.name, say, fit=planner.micro_batch)
+    return Pipeline(settings, runs / settings.name, say, fit=planner.micro_batch, room=disk.room)
 
 
 def _model_folder(model: str) -> str:

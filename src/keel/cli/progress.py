@@ -18,10 +18,12 @@ from rich.progress import (
 )
 
 from keel.api.progress import TextProgress, shown
+from keel.api.terminal import show
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """A line on stderr."""
+    show(line, sys.stderr)
 
 
 @contextmanager

@@ -30,8 +30,9 @@ from keel.pipeline import dates
 from keel.pipeline.pipeline import Pipeline, locked
 from keel.report import sweeps
 from keel.rundir import kept
-from keel.rundir.checkpoint import write_json
+from keel.rundir.checkpoint import write_json, write_text
 
+CONFIG = "base.yaml"  # in a sweep's directory: what its points are run from
 POLL = 0.3  # seconds between looks at what is running
 LONGEST_NAME = 80
 WHOLE = (".safetensors", ".bin")  # files that are written once and never changed: hard links do
@@ -233,6 +234,7 @@ class Sweep:
         the facts of `sweep.json`, which with the page is written again after every point."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory):
+            self._keep_config()
             waiting = [point for point in self.points if point.missing()]
             done = len(self.points) - len(waiting)
             if done:
@@ -249,6 +251,15 @@ class Sweep:
                         time.sleep(POLL)
         return facts
 
+    def _keep_config(self) -> None:
+        """A copy of the config, which all points are run from: an edit while the sweep is at work reaches
+        none of them. UsageError where it was edited already."""
+        copy = self.directory / CONFIG
+        write_text(copy, self.config.read_text(encoding="utf-8"))
+        for point in self.points:
+            if read(copy, [*point.overrides, f"name={json.dumps(point.name)}"]) != point.pipeline.config:
+                raise UsageError(f"{self.config} was changed while the sweep began; start again")
+
     def _start_more(self, waiting: list[Point], running: dict[str, tuple[Point, Process]]) -> None:
         for point in list(waiting):
             if len(running) >= self.jobs:
@@ -263,7 +274,7 @@ class Sweep:
             place = f"{list(self.points).index(point) + 1}/{len(self.points)} {point.name}"
             shared = f", with {', '.join(reused)} of another point" if reused else ""
             self.say(f"{place}: running{shared} (log: {self._log(point)})")
-            running[point.name] = (point, start(point, self.config, self._log(point)))
+            running[point.name] = (point, start(point, self.directory / CONFIG, self._log(point)))
 
     def _ended(self, point: Point, process: Process) -> None:
         code = process.poll()

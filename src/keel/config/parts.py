@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keel import types
-from keel.config.settings import Settings
+from keel.config.settings import LONGEST_NAME, Settings
 from keel.data.formats import FORMATS, PLAIN, known_format
 
 Quantize = Literal["8bit", "4bit"] | None
@@ -50,11 +50,12 @@ class DataConfig(Settings):
     """
 
     source: str = Field(
+        max_length=LONGEST_NAME,
         description=(
             "A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, "
             "stage:NAME for the comparisons of a collect stage, or label:PROJECT for what people said in a "
             "project of keel label."
-        )
+        ),
     )
     rows: int | None = Field(None, ge=1, description="At most this many rows; for a world, how many to make.")
     weight: float | None = Field(None, gt=0, description="Share of this source in a mixture.")
@@ -160,7 +161,9 @@ class InitConfig(BaseModel):
 class ModelConfig(Settings):
     """Which model, and how it is loaded."""
 
-    path: str | None = Field(None, description="Another stage's name, a local path or a hub id.")
+    path: str | None = Field(
+        None, max_length=LONGEST_NAME, description="Another stage's name, a local path or a hub id."
+    )
     init: InitConfig | None = Field(
         None, description="Build a new model from this transformers configuration."
     )

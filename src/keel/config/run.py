@@ -20,6 +20,7 @@ from keel.config.preference import DPOConfig
 from keel.config.settings import Settings
 from keel.config.stage import Stage
 from keel.config.supervised import PretrainConfig, RewardConfig, SFTConfig
+from keel.config.tracking import AsTrackers, TrackerConfig, as_trackers, each_once
 from keel.errors import UsageError
 
 LONGEST_NAME = 100  # of a run and of a stage: folders are named after them, with something added
@@ -105,6 +106,8 @@ class RunConfig(Settings):
 
     _accel = field_validator("accel", mode="before", json_schema_input_type=Switch)(_as_switch)
     _date = field_validator("date", mode="before")(_as_date)
+    _track = field_validator("track", mode="before", json_schema_input_type=AsTrackers)(as_trackers)
+    _tracked_once = field_validator("track", mode="after")(each_once)
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -143,6 +146,13 @@ class RunConfig(Settings):
         description=(
             "What day it is for chat templates that write the date, as 2026-11-28; null: the day of the "
             "run's first start, which its config.yaml keeps, where a model's template asks for one."
+        ),
+    )
+    track: list[TrackerConfig] = Field(
+        [],
+        description=(
+            "Experiment trackers that metrics, samples and findings are sent to as well: trackio, wandb, "
+            "tensorboard, mlflow, or one of another package; a name, a mapping with its `kind`, or a list."
         ),
     )
     rounds: RoundsConfig | None = Field(

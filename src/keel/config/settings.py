@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 
+LARGEST = 2**31 - 1  # whole numbers that a setting may have
+SEED = 2**63 - 1
+LARGEST_FLOAT = 1e15
+LONGEST_NAME = 4096  # characters of a path or a model's name
+
+
 class Settings(BaseModel):
     """A group of settings: immutable, and no key that it does not know.
 
@@ -70,6 +76,13 @@ class Settings(BaseModel):
             properties[former] = {**properties[key], **note}
         return schema
 
+    @model_validator(mode="after")
+    def _of_this_world(self) -> Settings:
+        for name, value in self:
+            if (problem := _beyond(value, SEED if name == "seed" else LARGEST)) is not None:
+                raise ValueError(f"`{name}` {problem}")
+        return self
+
     def changes(self, name: str) -> bool:
         """Whether a setting differs from its default. A value that is written out and equals the default is
         no change: a run's resolved config, which writes every value, can be read again."""
@@ -107,3 +120,23 @@ def other_names(group: object, key: object) -> set[str]:
                 if name == key
             }
     return names
+
+
+def _beyond(value: object, largest: int) -> str | None:
+    """What is wrong with a number in a setting, in lists and mappings too: infinite, NaN, or larger than
+    anything that it could mean."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int) and abs(value) > largest:
+        return f"is too large: at most {largest:,}"
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        return f"is {value}: it must be a finite number, at most {LARGEST_FLOAT:g}"
+    if isinstance(value, (list, tuple)):
+        inner: Any = value
+    elif isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, BaseModel) and not isinstance(value, Settings):  # which looks after itself
+        inner = dict(value).values()
+    else:
+        return None
+    return next((found for one in inner if (found := _beyond(one, largest)) is not None), None)

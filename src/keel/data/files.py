@@ -21,7 +21,6 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -41,7 +40,7 @@ _ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "cit
 _CSV_NUMBERS = ("margin", "p_chosen")
 _WRAPPERS = ("data", "rows", "examples", "items", "instances", "records", "train")
 _CSV_VALUES = ("label", "votes", "messages")
-DEEPEST = 100  # levels of lists and objects in a row
+DEEPEST = 100  # lists and objects in one another that a row may hold
 
 
 def locate(source: str) -> list[Path] | None:
@@ -306,27 +305,14 @@ def _decoded(line: bytes, origin: str, first: bool) -> str:
 
 
 def _loads(text: str, origin: str) -> Any:
-    """What a text says as JSON. DataError for a key that a row has twice: the last would win without a
-    word."""
+    """What a text says as JSON; an object that has a key twice as `_Twice`."""
     try:
-        value = json.loads(text)
-        if isinstance(value, dict) and len(value) < 100 and any(text.count(f'"{key}"') > 1 for key in value):
-            json.loads(text, object_pairs_hook=partial(_once, origin))
-        return value
+        return json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         where = f"{origin}:{error.lineno}" if error.lineno > 1 else origin
         raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise DataError(f"{origin}: not readable as JSON: {error}") from None
-
-
-def _once(origin: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f'{origin}: "{twice[:40]}" is written twice in one object')
-    return value
 
 
 def _is_json(text: str) -> bool:
@@ -340,15 +326,27 @@ def _is_json(text: str) -> bool:
 def _object(value: object, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row must be an object {{column: value}}, this one is: {_kind(value)}")
+    if isinstance(value, _Twice):
+        raise DataError(f'{origin}: the key "{value.key}" appears twice')
     for column, inner in value.items():
-        try:
-            not_finite = _not_finite(inner)
-        except RecursionError:
-            raise DataError(f'{origin}: "{column}" is nested deeper than {DEEPEST} levels') from None
-        if not_finite is not None:
-            shown = "NaN" if math.isnan(not_finite) else "infinite"
-            raise DataError(f'{origin}: "{column}" is {shown}; JSON has no such number, leave the column out')
+        if (problem := _unusable(inner)) is not None:
+            raise DataError(f'{origin}: "{column}" {problem}')
     return value
+
+
+class _Twice(dict[str, Any]):
+    """An object of JSON in which a key is written twice: one of its values is lost."""
+
+    key: str = ""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys, found = [key for key, _ in pairs], _Twice(pairs)
+        found.key = next(key for key in keys if keys.count(key) > 1)
+    return found
 
 
 def _kind(value: object) -> str:
@@ -356,16 +354,21 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _not_finite(value: object, depth: int = 0) -> float | None:
-    """The first NaN or infinity in a JSON value (Python's reader lets both through). RecursionError for one
-    that is nested too deep for what reads it later."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else value
-    if not isinstance(value, dict | list):
-        return None
-    if depth == DEEPEST:
-        raise RecursionError
-    for inner in value.values() if isinstance(value, dict) else value:
-        if (found := _not_finite(inner, depth + 1)) is not None:
-            return found
+def _unusable(value: object) -> str | None:
+    """What is wrong with a JSON value: a NaN or an infinity and a key that is written twice, which Python's
+    reader lets through, or more than `DEEPEST` lists and objects in one another."""
+    level: list[object] = [value]
+    for depth in range(DEEPEST + 1):
+        below: list[object] = []
+        for inner in level:
+            if isinstance(inner, float) and not math.isfinite(inner):
+                shown = "NaN" if math.isnan(inner) else "infinite"
+                return f"is {shown}; JSON has no such number, leave the column out"
+            if isinstance(inner, _Twice):
+                return f'holds an object in which the key "{inner.key}" appears twice'
+            if isinstance(inner, (dict, list)):
+                if depth == DEEPEST:
+                    return f"holds more than {DEEPEST} lists and objects in one another"
+                below += inner.values() if isinstance(inner, dict) else inner
+        level = below
     return None

@@ -183,6 +183,17 @@ def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None
     return digest.hexdigest()
 
 
+def digests(sources: Sequence[DataSource], cache: caches.Cache | None = None) -> dict[str, str]:
+    """Path → SHA-256 of each file that sources name; nothing of worlds and of the hub. cache: as of
+    `fingerprint`."""
+    found: dict[str, str] = {}
+    for source in sources:
+        if not source.source.startswith(_WORLD):
+            for path in files.locate(source.source) or ():
+                found[str(path)] = caches.digest_of(path, cache).hex()
+    return found
+
+
 # ---------------------------------------------------------------- raw rows
 
 

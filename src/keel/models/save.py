@@ -33,13 +33,17 @@ def save(
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     _name_ends(model, tokenizer)
-    accel.restore(model).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if adapter is not None:
-        adapter.write(partial / "adapter", directory / "adapter")
-    for number, member in enumerate(members, 2):
-        shutil.copytree(member, partial / "members" / str(number))
+    try:
+        accel.restore(model).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if adapter is not None:
+            adapter.write(partial / "adapter", directory / "adapter")
+        for number, member in enumerate(members, 2):
+            shutil.copytree(member, partial / "members" / str(number))
+    except BaseException:  # half a model would keep a full disk full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if check is not None:
         check(partial)
     if directory.exists():

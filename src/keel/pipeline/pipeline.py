@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ from keel.data.batches import derive_seed
 from keel.data.stored.cache import Cache, keep_digests
 from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
-from keel.errors import DataError, KeelError, UsageError
+from keel.errors import DataError, KeelError, MachineError, UsageError
 from keel.models import lora
 from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
 from keel.pipeline import dates, lengths
@@ -45,15 +45,36 @@ from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
 from keel.report.wording import duration
 from keel.rewards import loading
-from keel.rundir import kept, weights
+from keel.rundir import kept, machine_faults, weights
 from keel.rundir.checkpoint import discard, write_json, write_text
+from keel.rundir.machine_faults import size_in_words
 from keel.rundir.stage_files import read_mark, read_object, read_record
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import collect
+from keel.trackers import process as tracking
 
 PREPARED = "prepared"  # in the run's directory: rows of large data sets, validated and as tokens
 LONG = 600.0  # seconds of work above which one is asked before it is done again
 MICRO_BATCH = "micro_batch.json"  # in a stage's directory: what `micro_batch: auto` came to
+
+
+class Room(Protocol):
+    """Bytes on the disk of a run."""
+
+    @property
+    def least(self) -> int:
+        """Without which it cannot work."""
+        ...
+
+    @property
+    def whole(self) -> int:
+        """What it takes."""
+        ...
+
+    @property
+    def free(self) -> int | None:
+        """What there is; None where nobody knows."""
+        ...
 
 
 @dataclass
@@ -65,6 +86,7 @@ class Pipeline:
     say: Callable[[str], None] = print
     progress: Progress = lambda stage, step, steps, metrics: None
     fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
+    room: Callable[[Pipeline, Sequence[str]], Room | None] | None = None  # what stages need of the disk
     sources: Sources = field(init=False)  # where models lie and what data hold
     confirm: Callable[[str], bool] = lambda question: True  # asked before hours of work are done again
     wait: bool = False  # for people's votes, in place of ending with a WaitingError
@@ -105,9 +127,8 @@ class Pipeline:
     def parts(self, name: str) -> dict[str, Any]:
         """What this stage would be run with, part by part, as JSON has it."""
         if name not in self._parts:
-            stage = self.config.stages[name]
-            tokenizer = stage.starts_from and stage.starts_from.tokenizer
-            outside = {tokenizer: model_print(tokenizer)} if tokenizer else {}
+            stage, outside = self.config.stages[name], self._outside(name)
+            made_here = {s: self.input_print(s) for s in stage.inputs() if s in self.config.stages}
             parts = {
                 "name": name,  # the stage's own seed is derived from it
                 "settings": stage.model_dump(mode="json"),
@@ -115,13 +136,8 @@ class Pipeline:
                 "threads": self.config.threads,
                 "device": device_of(self.config).type,
                 "accel": _accel_state(self.config),
-                "inputs": {**outside, **{source: self.input_print(source) for source in stage.inputs()}},
-                "data": [
-                    load.fingerprint(from_outside(sources), self.sources.preparation.cache)
-                    for sources, _ in [*stage.all_data(), *stage.streamed_data()]
-                ],
-                "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
-                "plugins": plugin_prints(stage),
+                **outside,
+                "inputs": {**outside["inputs"], **made_here},
                 "code": code_prints(stage.kind),
                 "versions": versions(),
             }
@@ -129,6 +145,41 @@ class Pipeline:
                 parts["date"] = str(self.day())
             self._parts[name] = json.loads(json.dumps(parts))
         return self._parts[name]
+
+    def _outside(self, name: str) -> dict[str, Any]:
+        """Of its parts those that lie in files of the user's, which may be edited at any time."""
+        stage, cache = self.config.stages[name], self.sources.preparation.cache
+        tokenizer = stage.starts_from and stage.starts_from.tokenizer
+        models = [source for source in stage.inputs() if source not in self.config.stages]
+        return {
+            "inputs": {
+                **({tokenizer: model_print(tokenizer)} if tokenizer else {}),
+                **{source: self.input_print(source) for source in models},
+            },
+            "data": [
+                load.fingerprint(from_outside(sources), cache)
+                for sources, _ in [*stage.all_data(), *stage.streamed_data()]
+            ],
+            "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
+            "plugins": plugin_prints(stage),
+        }
+
+    def _check_unedited(self, name: str, *, streamed: bool = False) -> None:
+        """KeelError where what a stage reads from outside was edited since its fingerprint was taken: what is
+        recorded of a stage is what it was made of. streamed: only what it reads while it trains."""
+        if streamed and not self.config.stages[name].streamed_data():
+            return
+        self.sources.check_unedited(name)
+        now = json.loads(json.dumps(self._outside(name)))
+        changed = {key: now[key] for key in ("data",) if streamed} or now
+        before = {key: self.parts(name)[key] for key in changed}
+        if "inputs" in before:
+            before["inputs"] = {key: before["inputs"].get(key) for key in now["inputs"]}
+        if changed != before:
+            raise KeelError(
+                f"{name}: {rerun_reason.reason(before, changed)} since this run began; what is done is kept, "
+                "and the same command goes on with what is there now"
+            )
 
     def fingerprint(self, name: str) -> str:
         """What this stage would be run with, as a hash."""
@@ -211,11 +262,16 @@ class Pipeline:
 
     def run(self, *, only: str | None = None, fresh: bool = False) -> None:
         """Run what is not done. UsageError before anything is touched if a setting, a model or a row is
-        unusable."""
+        unusable; MachineError where the disk is full, or the like."""
+        with machine_faults.explained(self.directory):
+            self._run(only, fresh)
+
+    def _run(self, only: str | None, fresh: bool) -> None:
         stages = self.config.stages
         if only is not None and only not in stages:
             raise UsageError(f"no stage {only!r}; the config has {', '.join(stages)}")
         names = [only] if only else list(stages)
+        tracking.check([tracker.kind for tracker in self.config.track])
         for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
             if not self.is_done(source) and not self.is_kept(source):
                 raise UsageError(
@@ -235,6 +291,7 @@ class Pipeline:
             for name in names:
                 if fresh or not (self.is_done(name) or self.is_kept(name)):
                     lengths.check(self.sources, name, hub=True)
+        self._check_disk([name for name in names if fresh or not (self.is_done(name) or self.is_kept(name))])
         if not fresh:
             self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -249,24 +306,50 @@ class Pipeline:
                 self.directory / "config.yaml",
                 yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True),
             )
-            states: dict[str, str] = {}
-            self._write_manifest(states)
-            for name in names:
-                states[name] = "done before" if self.is_done(name) else "running"
-                if states[name] == "running":
-                    self._run_stage(name)
-                    states[name] = "done"
-                else:
-                    self._clear_up(name)  # a kill right after the mark of being done leaves this undone
-                    self.say(f"{name}: done before, unchanged")
-                self._write_manifest(states)
-                self._report()
+            with tracking.Trackers(resolved(self.config)["track"], self.directory, self.say) as trackers:
+                self._run_stages(names, trackers)
             if only is None:
                 preparation.cache.sweep()
+
+    def _run_stages(self, names: Sequence[str], trackers: tracking.Trackers) -> None:
+        """One stage after the other; what they log is sent to the trackers beside it."""
+        states: dict[str, str] = {}
+        self._write_manifest(states)
+        for name in names:
+            states[name] = "done before" if self.is_done(name) else "running"
+            if states[name] == "running":
+                self._run_stage(name, trackers)
+                states[name] = "done"
+            else:
+                self._clear_up(name)  # a kill right after the mark of being done leaves this undone
+                self.say(f"{name}: done before, unchanged")
+                self._track(name, trackers, done=True)
+            self._write_manifest(states)
+            self._report()
+
+    def _track(self, name: str, trackers: tracking.Trackers, *, done: bool) -> None:
+        """Tell the trackers of a stage."""
+        stage = self.config.stages[name]
+        about = {"seed": self.config.seed, "keel": keel.__version__, **stage.model_dump(mode="json")}
+        trackers.follow(name, stage.kind, self.stage_directory(name), about, done)
 
     def _resolved(self) -> dict[str, Any]:
         """The config with every default and the run's day written out."""
         return {**resolved(self.config), "date": str(self.day()) if self.day() else None}
+
+    def _check_disk(self, names: Sequence[str]) -> None:
+        """MachineError where what these stages leave cannot fit on the disk; a word where it is scarce."""
+        need = self.room(self, names) if self.room and names else None
+        if need is None or need.free is None or need.whole <= need.free:
+            return
+        words = (
+            f"the disk of {self.directory} has {size_in_words(need.free)} free, and models and checkpoints "
+            f"of {', '.join(names)} take about {size_in_words(need.whole)}"
+        )
+        if need.least > need.free:
+            hint = f"free some (`keel clean {self.directory}` lists kept stages), or name another folder"
+            raise MachineError(f"{words}; {hint} (--runs). Nothing was run")
+        self.say(f"{words}: it may become full")
 
     def _say_what_runs_again(self, names: Sequence[str]) -> None:
         """Before anything is touched: which done stages will be run again, and how long they took. UsageError
@@ -308,13 +391,14 @@ class Pipeline:
         self._heard.clear()
         self._parts.clear()
 
-    def _run_stage(self, name: str) -> None:
+    def _run_stage(self, name: str, trackers: tracking.Trackers) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
         stage, directory, fingerprint = (
             self.config.stages[name],
             self.stage_directory(name),
             self.fingerprint(name),
         )
+        self._check_unedited(name)
         if why := self._why_again(name):
             self.say(f"{name}: run again, since {why}")
         other = read_mark(directory) != fingerprint
@@ -326,8 +410,14 @@ class Pipeline:
         (directory / "stage.json").unlink(missing_ok=True)
         keep_freed_memory()
         forget_peak(device_of(self.config))
+        self._track(name, trackers, done=False)
         start = time.perf_counter()
-        run, result = self._worked(name)
+        try:
+            run, result = self._worked(name)
+        except BaseException:
+            trackers.ended(name, done=False)
+            raise
+        self._check_unedited(name, streamed=True)
         run.facts["peak_memory_mib"] = peak_memory_mib(run.device)
         if stage.asks_people:
             self._parts.clear()
@@ -350,6 +440,7 @@ class Pipeline:
                 "facts": run.facts,
             },
         )
+        trackers.ended(name, done=True)
         self._clear_up(name)
         gc.collect()
         self.say(f"{name}: done in {seconds:.1f} s")

@@ -52,6 +52,7 @@ class Sources:
     _judged: dict[tuple[str | None, str], load.Dataset] = field(
         default_factory=dict  # (stage, data) → without the rows on which its rewards fail
     )
+    _read_files: dict[str, str] = field(default_factory=dict)  # file → SHA-256 of what was read of it
     _said: bool = False  # that math-verify is missing
 
     # ------------------------------------------------------------ what the stages are given
@@ -89,8 +90,31 @@ class Sources:
         key = self._key(sources, accept)
         if key not in self._data:
             located = [self._located(source) for source in sources]
+            before = load.digests(from_outside(sources), self.preparation.cache)
             self._data[key] = load.load(located, accept, self.config.seed, self.preparation)
+            self._note_read(before, load.digests(from_outside(sources), self.preparation.cache))
         return self._judged.get((stage, key), self._data[key])
+
+    def _note_read(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+        """Remember what was read. DataError for a file that was edited meanwhile, or since it was read for
+        another stage."""
+        for path, digest in after.items():
+            if before.get(path) != digest:
+                raise DataError(f"{path}: it was changed while it was being read; start again")
+            if self._read_files.setdefault(path, digest) != digest:
+                raise DataError(f"{path}: it was changed since it was read for another stage; start again")
+
+    def check_unedited(self, name: str) -> None:
+        """DataError where a file is no longer what was read of it for a stage: its fingerprint would be that
+        of other rows."""
+        stage = self.config.stages[name]
+        for sources, _ in stage.all_data():
+            for path, digest in load.digests(from_outside(sources), self.preparation.cache).items():
+                if self._read_files.get(path, digest) != digest:
+                    raise DataError(
+                        f"{name}: {path} was changed since it was read; what is done is kept, and the same "
+                        "command goes on with what is there now"
+                    )
 
     def _key(self, sources: Sequence[DataSource], accept: Sequence[RecordType]) -> str:
         return json.dumps([[repr(self._located(source)) for source in sources], list(accept)])

@@ -87,7 +87,7 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
 def micro_batch(pipeline: Pipeline, name: str) -> int | None:
     """What `micro_batch: auto` comes to on this machine as it is now: what is free on the device, less what
     its allocator and the libraries take. None where the shape of a model is unknown."""
-    stage, refs = pipeline.config.stages[name], _models(pipeline, name)
+    stage, refs = pipeline.config.stages[name], models(pipeline, name)
     datasets = _datasets(pipeline, name) or [pipeline.sources.load_data(*d) for d in stage.main_data()]
     if refs is None or stage_kinds.kind_of(stage.kind).memory is None:
         return None
@@ -253,6 +253,11 @@ def _reading(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase |
     return [] if config is None else facts.reading_of(config, longest, packing=packing, sampling=sampling)
 
 
+def parameters(pipeline: Pipeline, name: str) -> int | None:
+    """Parameters of the model a stage works on; None where nobody knows yet."""
+    return _parameters(pipeline, name, _tokenizer(pipeline, name))
+
+
 def _parameters(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Parameters of the model a stage works on; None when neither its config is on this machine nor its shape
     known."""
@@ -304,7 +309,7 @@ def _memory(
     size in GB → whether the stage fits, and settings that would make it fit; `estimated`: a model is of a
     type that keel does not know block by block."""
     stage = pipeline.config.stages[name]
-    refs = _models(pipeline, name)
+    refs = models(pipeline, name)
     if refs is None or stage_kinds.kind_of(stage.kind).memory is None:
         return None
     if micro_batch is not None:  # what `auto` comes to
@@ -318,7 +323,7 @@ def _memory(
         return _peak(stage, refs, lengths.within(limit), "cuda")
 
     cards = card_fit.fits(stage, peak, lengths.total)
-    models = [refs.model, *([refs.reference] if refs.reference else []), *refs.rewards.values()]
+    shown = [refs.model, *([refs.reference] if refs.reference else []), *refs.rewards.values()]
     return {
         "device": device,
         "longest": {"prompt": lengths.prompt, "answer": lengths.answer},
@@ -326,7 +331,7 @@ def _memory(
         "peak": round(fullest.total),
         "peak_phase": fullest.name,
         "cards": {str(fit.gb): {"fits": fit.fits, "with": fit.settings} for fit in cards},
-        "estimated": not all(model.shape.known for model in models),
+        "estimated": not all(model.shape.known for model in shown),
     }
 
 
@@ -336,7 +341,7 @@ def _whole(parts: dict[str, dict[str, float]]) -> dict[str, dict[str, int]]:
     }
 
 
-def _models(pipeline: Pipeline, name: str) -> StageModels | None:
+def models(pipeline: Pipeline, name: str) -> StageModels | None:
     """The shapes of a stage's models; None where one is unknown."""
     stage = pipeline.config.stages[name]
     rewards = _reward_models(pipeline, name)

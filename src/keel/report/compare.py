@@ -19,6 +19,7 @@ from keel.errors import UsageError
 from keel.evaluation.measures import Measure, across_runs, mean_interval
 from keel.report import comparison, pooling
 from keel.report.pooling import Entry
+from keel.report.reading import readable
 from keel.report.summary import table
 from keel.report.wording import decimals, mean, number, signed
 
@@ -55,6 +56,11 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
     UsageError for what is no run, and for a run without a finished evaluate stage.
     """
+    with readable(runs[0]):
+        return _compare(runs)
+
+
+def _compare(runs: Sequence[Path]) -> Comparison:
     entries, notes = pooling.entries(runs)
     measured = {name for e in entries for name in e.measures}
     by: By | None = next((by for by in RANKED_BY if by in measured), None)

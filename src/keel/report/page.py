@@ -20,7 +20,7 @@ from keel.diagnosis.logs import Diagnosis
 from keel.pipeline.stage_kinds import KeyNumber
 from keel.report import health, overoptimization, pictures, replies, reward_models, rounds, wording
 from keel.report.pictures import Picture
-from keel.report.reading import Run, StageRun, read
+from keel.report.reading import Run, StageRun, read, readable
 from keel.report.verdict import Verdict, kl_target, unjudged, verdict
 from keel.report.wording import bound, decimals, duration, large, mean, number
 
@@ -55,7 +55,8 @@ def write(run: Path) -> Path:
     Raises UsageError when there is no run, DataError when one of its files cannot be parsed.
     """
     path = run / "report.html"
-    put(path, render(read(run)))
+    with readable(run):
+        put(path, render(read(run)))
     return path
 
 

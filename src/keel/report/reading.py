@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from keel.errors import DataError, UsageError
+from keel.errors import DataError, KeelError, UsageError
 from keel.pipeline.stage_kinds import StageKind, shown_as
 from keel.rundir.stage_files import read_mark, read_record
 
+_NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a stage
 _REFERENCES = ("model", "models", "reward", "reference")  # settings that may name another stage
 
 
@@ -90,19 +93,47 @@ def read(run: Path) -> Run:
     if not isinstance(config, dict):
         raise DataError(f"{config_path} is not a mapping: a run's config has `name` and `stages`")
     manifest = _object(run / "manifest.json")
-    settings, recorded = _groups(config.get("stages")), _groups(manifest.get("stages"))
+    settings = _stages_of(config, config_path)
+    recorded = _stages_of(manifest, run / "manifest.json")
     names = [*settings, *(name for name in recorded if name not in settings)]
-    stages = tuple(
-        _stage(run, name, settings.get(name) or {}, recorded.get(name) or {}, names) for name in names
-    )
+    stages = tuple(_stage(run, name, settings.get(name, {}), recorded.get(name, {}), names) for name in names)
     name = str(config.get("name") or manifest.get("name") or run.resolve().name)
     return Run(name, config, text, manifest, stages)
 
 
-def _groups(value: object) -> dict[str, dict[str, Any]]:
-    """What is said of each stage; of another program's making, what is no group is left out."""
-    known = value.items() if isinstance(value, dict) else ()
-    return {str(name): facts for name, facts in known if isinstance(facts, dict)}
+def _stages_of(whole: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """What a file says of each stage. DataError for other things than stages, and for a name that would lead
+    out of the run's directory."""
+    stages = whole.get("stages") or {}
+    if not isinstance(stages, dict):
+        raise DataError(f"{path}: `stages` is no mapping from names to settings")
+    for name, facts in stages.items():
+        if not (isinstance(name, str) and _NAME.fullmatch(name)):
+            raise DataError(f"{path}: {name!r} is no stage's name: letters, digits, - and _ only")
+        if not isinstance(facts, dict | None):
+            raise DataError(f"{path}: what is said of the stage {name!r} is no mapping")
+    return {name: facts or {} for name, facts in stages.items()}
+
+
+@contextlib.contextmanager
+def readable(run: Path) -> Iterator[None]:
+    """What breaks the drawing of a run that keel has not written, or that was edited, is a DataError: a run's
+    directory may come from anybody."""
+    try:
+        yield
+    except KeelError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{run} holds what no run of keel writes, and cannot be shown ({words})") from error
 
 
 def _stage(
@@ -201,8 +232,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _metrics(path: Path) -> dict[str, list[tuple[int, float | None]]]:
     by_name: dict[str, dict[int, float | None]] = {}
     for position, row in enumerate(_rows(path), start=1):
-        named = row.get("step", position)
-        step = named if isinstance(named, int) else position
+        step = row.get("step", position)
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise DataError(f"{path}:{position}: `step` is no whole number")
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 finite = abs(value) < float("inf")  # False for NaN as well

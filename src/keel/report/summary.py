@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keel.report import health
 from keel.report.page import measures, verdicts
-from keel.report.reading import read
+from keel.report.reading import Run, read, readable
 from keel.report.reward_models import in_short
 
 
@@ -17,7 +17,11 @@ def summary(run: Path) -> str:
 
     Raises what `keel.report.reading.read` raises.
     """
-    found = read(run)
+    with readable(run):
+        return _summary(read(run))
+
+
+def _summary(found: Run) -> str:
     lines: list[str] = []
     diagnosed = health.diagnoses(found)
     for _, one in verdicts(found, diagnosed):

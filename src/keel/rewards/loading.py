@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -135,10 +136,83 @@ def look(name: str, where: str) -> Path | None:
 
 
 def source_print(name: str) -> str:
-    """A hash of the file that `name`'s function is written in ("" where there is none): another text, another
-    reward. Nothing is imported."""
+    """A hash of the file that `name`'s function is written in ("" where there is none), and of the files of
+    the project that it imports: another text, another reward. Nothing is imported."""
     path = source_file(name)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+    if path is None:
+        return ""
+    digest = hashlib.sha256(path.read_bytes())
+    for label, file in sorted(project_files(path).items()):
+        digest.update(f"\0{label}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def project_files(path: Path) -> dict[str, Path]:
+    """Module → file, of what a file imports, directly or not, from its own folder or the current one (as they
+    are on sys.path while it is loaded), and from the package that it stands in. Read from the source; what is
+    imported by a name that is computed is not found."""
+    package, top = _package_of(path)
+    roots = [path.parent, Path.cwd(), top]
+    found: dict[str, Path] = {}
+    waiting = [(path, package)]
+    while waiting:
+        file, inside = waiting.pop()
+        for module in _imported(file, inside):
+            for name, place in _files_of(module, roots):
+                if name not in found and place.resolve() != path.resolve():
+                    found[name] = place
+                    waiting.append((place, name if place.name == "__init__.py" else name.rpartition(".")[0]))
+    return found
+
+
+def _package_of(path: Path) -> tuple[str, Path]:
+    """The package that a file stands in ("" for none), and the folder that its top package lies in."""
+    names: list[str] = []
+    folder = path.parent
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return ".".join(names), folder
+
+
+def _imported(file: Path, package: str) -> Iterator[str]:
+    """The modules that a file's import statements may name: of `from a import b` both a and a.b."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _is_installed(file: Path) -> bool:
+    place = file.resolve()
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    return bool({"site-packages", "dist-packages"} & set(place.parts)) or library in place.parents
+
+
+def _files_of(module: str, roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """The file of a module and those of the packages around it, under the first root that has it; none of
+    what is installed."""
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return
+    for root in roots:
+        place = root.joinpath(*parts)
+        file = next((f for f in (place / "__init__.py", place.with_suffix(".py")) if f.is_file()), None)
+        if file is not None and not _is_installed(file):
+            for depth in range(1, len(parts)):
+                around = root.joinpath(*parts[:depth], "__init__.py")
+                if around.is_file():
+                    yield ".".join(parts[:depth]), around
+            yield module, file
+            return
 
 
 def source_file(name: str) -> Path | None:

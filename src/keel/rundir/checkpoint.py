@@ -42,17 +42,21 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
     final = directory / f"step-{checkpoint.step:06d}"
     partial = directory / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with (partial / "tensors.pt").open("wb") as handle:
-        torch.save(dict(checkpoint.tensors), handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    write_json(
-        partial / "values.json",
-        {"step": checkpoint.step, "values": checkpoint.values, "logs": checkpoint.logs},
-    )
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    try:
+        partial.mkdir(parents=True)
+        with (partial / "tensors.pt").open("wb") as handle:
+            torch.save(dict(checkpoint.tensors), handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        write_json(
+            partial / "values.json",
+            {"step": checkpoint.step, "values": checkpoint.values, "logs": checkpoint.logs},
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:  # half a checkpoint would keep a full disk full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for other in directory.iterdir():
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
@@ -124,8 +128,24 @@ def write_json(path: Path, value: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file by atomic rename, flushed to the disk first."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a text file all of it or nothing, as where the disk is full."""
+    with path.open("ab", buffering=0) as handle:
+        start, rest = handle.seek(0, os.SEEK_END), memoryview(text.encode("utf-8"))
+        try:
+            while rest:
+                rest = rest[handle.write(rest) :]
+        except OSError:
+            handle.truncate(start)
+            raise

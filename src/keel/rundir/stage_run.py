@@ -19,7 +19,7 @@ import torch
 
 from keel.data.stored.tokens import Preparation
 from keel.errors import NotFiniteError
-from keel.rundir.checkpoint import Checkpoint, latest, save, write_json
+from keel.rundir.checkpoint import Checkpoint, append, latest, save, write_json
 from keel.types import DataSource, RecordType
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
@@ -132,5 +132,5 @@ class StageRun:
         write_json(self.directory / "result.json", value)
 
     def _append(self, log: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with (self.directory / log).open("a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        append(self.directory / log, "".join(lines))

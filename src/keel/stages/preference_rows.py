@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
-import json
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -8,6 +8,7 @@ the run's (`on_date`).
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import datetime
@@ -205,7 +206,7 @@ class _Watch:
         self._lock = threading.Lock()
         self._deadlines: dict[int, float] = {}
         self._fired: set[int] = set()
-        self._thread: threading.Thread | None = None
+        self._runs = False
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
@@ -215,9 +216,8 @@ class _Watch:
             return
         with self._lock:
             self._deadlines[ident] = time.monotonic() + seconds
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, daemon=True, name="keel-template-limit")
-                self._thread.start()
+            if not self._runs:  # Thread.start waits for ever where the thread finds no memory to begin with
+                _thread.start_new_thread(self._run, ())
         try:
             yield
         finally:
@@ -228,6 +228,10 @@ class _Watch:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), None)
 
     def _run(self) -> None:
+        with self._lock:
+            if self._runs:
+                return
+            self._runs = True
         idle = 0
         while idle < 20:
             time.sleep(0.25)
@@ -241,7 +245,7 @@ class _Watch:
                             ctypes.c_ulong(ident), ctypes.py_object(_TooLong)
                         )
                 if idle == 20:
-                    self._thread = None
+                    self._runs = False
 
 
 _watch = _Watch()
