@@ -1,4 +1,4 @@
-"""A day's work survives: train, mistype, upgrade, move, fill the disk, be killed, edit the data, restore. Every
+"""A day's work survives: train, mistype, upgrade, move, fill the disk, be killed, edit data, restore. Every
 model that was ever finished is still there, or somebody has said that it may go."""
 
 from __future__ import annotations
