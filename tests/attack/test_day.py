@@ -1,5 +1,5 @@
-"""A day's work survives: train, mistype, upgrade, move, fill the disk, be killed, edit the data, restore.
-Every model that was ever finished is still there, or somebody has said that it may go."""
+"""A day's work survives: train, mistype, upgrade, move, fill the disk, be killed, edit data, restore. Every
+model that was ever finished is still there, or somebody has said that it may go."""
 
 from __future__ import annotations
 
