@@ -3,8 +3,8 @@
 On the help desk, whose truth is known. A pool of pairs waits for votes: one a pair, by one of its annotators,
 with their biases and errors. The reward model is a small one that can be trained again after each hundred
 votes: a linear head on states and log-likelihood of a frozen SFT model (of `keel run helpdesk`), by the
-Bradley–Terry loss; an ensemble of five, each on a bootstrap sample of the votes. After 100 votes on pairs drawn
-at random the next hundred are drawn
+Bradley–Terry loss; an ensemble of five, each on a bootstrap sample of the votes. After 100 votes on pairs
+drawn at random the next hundred are drawn
 
     random      at random
     uncertain   80 % by what a vote would tell (`keel.feedback.priorities.information`: the mutual information
