@@ -2,9 +2,9 @@
 
 On the help desk, whose truth is known. A pool of pairs waits for votes: one a pair, by one of its annotators,
 with their biases and errors. The reward model is a small one that can be trained again after each hundred
-votes: a linear head on the states of a frozen SFT model (of `keel run helpdesk`), by the Bradley–Terry loss;
-an ensemble of five, each on a bootstrap sample of the votes. After 100 votes on pairs drawn at random the
-next hundred are drawn
+votes: a linear head on states and log-likelihood of a frozen SFT model (of `keel run helpdesk`), by the
+Bradley–Terry loss; an ensemble of five, each on a bootstrap sample of the votes. After 100 votes on pairs
+drawn at random the next hundred are drawn
 
     random      at random
     uncertain   80 % by what a vote would tell (`keel.feedback.priorities.information`: the mutual information
@@ -12,8 +12,9 @@ next hundred are drawn
     entropy     the same with a single head: the entropy of its forecast
 
 Accuracy is that of the heads' mean on test pairs, by the gold reward. Printed are the accuracies by votes,
-their differences with Student's interval over seeds, and how many votes each order needed for the accuracy
-that the random one has after 400, 800 and 1,600, on curves made monotone (isotonic regression).
+their differences with Student's interval over seeds (of the votes, first draws and bootstraps; the pool is
+one), and how many votes each order needed for the accuracy that the random one has after 400, 800 and 1,200,
+on curves made monotone (isotonic regression).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from keel.pipeline.pipeline import Pipeline
 from keel.worlds import helpdesk
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "helpdesk.yaml"
-BATCH, LAST, HEADS, RANDOM_SHARE, RIDGE = 100, 2000, 5, 0.2, 10.0
-SHOWN, TARGETS = (100, 200, 400, 800, 1600, 2000), (400, 800, 1600)
+BATCH, LAST, HEADS, RANDOM_SHARE, RIDGE = 100, 1600, 5, 0.2, 10.0
+SHOWN, TARGETS = (100, 200, 400, 800, 1200, 1600), (400, 800, 1200)
 ORDERS = ("random", "uncertain", "entropy")
 POINTS = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
 Array = np.ndarray[Any, Any]
@@ -52,8 +53,8 @@ def main() -> None:
     )
     parser.add_argument("--model", help="an SFT model of the help desk; default: the recipe's, trained here")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--pool", type=int, default=3000)
-    parser.add_argument("--test", type=int, default=1000)
+    parser.add_argument("--pool", type=int, default=2200)
+    parser.add_argument("--test", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("active.json"))
     settings = parser.parse_args()
     torch.set_num_threads(1)
@@ -61,9 +62,10 @@ def main() -> None:
     test = list(helpdesk.rows("test_comparisons", settings.test, 7))
     judged, gold = states.differences(test), np.array([gold_difference(row) for row in test])
     curves: dict[str, dict[str, list[float]]] = {}
+    pool = list(helpdesk.rows("comparisons", settings.pool, 100))
+    features = states.differences(pool)
     for seed in settings.seeds.split(","):
-        pool = list(helpdesk.rows("comparisons", settings.pool, 100 + int(seed)))
-        found = Pool(states.differences(pool), votes(pool, int(seed)), judged, gold)
+        found = Pool(features, votes(pool, int(seed)), judged, gold)
         curves[seed] = {order: found.curve(order, int(seed)) for order in ORDERS}
         settings.out.write_text(json.dumps(curves))
         print(f"seed {seed}: " + ", ".join(f"{o} {curves[seed][o][-1]:.3f}" for o in ORDERS), flush=True)
@@ -102,15 +104,17 @@ class States:
         return both[0::2] - both[1::2]
 
     def _features(self, batch: Sequence[Sequence[int]]) -> list[Array]:
-        """Of each text its last two states, the mean of the last layer's and of the middle layer's."""
+        """Of each text the last layer's state at its end, the mean of the middle layer's states, and its
+        log-likelihood (that of the prompt is the same for both replies)."""
         longest = max(map(len, batch))
         ids = torch.zeros(len(batch), longest, dtype=torch.long)  # causal: what stands behind changes nothing
         for i, one in enumerate(batch):
             ids[i, : len(one)] = torch.tensor(one)
-        layers = self.model(input_ids=ids, output_hidden_states=True).hidden_states
-        last, middle = layers[-1], layers[len(layers) // 2]
+        out = self.model(input_ids=ids, output_hidden_states=True)
+        last, middle = out.hidden_states[-1], out.hidden_states[len(out.hidden_states) // 2]
+        logp = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         return [
-            torch.cat([last[i, n - 1], last[i, n - 2], last[i, :n].mean(0), middle[i, :n].mean(0)]).numpy()
+            torch.cat([last[i, n - 1], middle[i, :n].mean(0), logp[i, : n - 1].sum()[None]]).numpy()
             for i, n in enumerate(map(len, batch))
         ]
 
@@ -166,7 +170,7 @@ class Pool:
 def fitted(features: Array, said: Array, times: Array) -> Array:
     """(d,) by Newton's method."""
     head = np.zeros(features.shape[1])
-    for _ in range(12):
+    for _ in range(6):  # it has converged to four digits
         p = 1 / (1 + np.exp(-np.clip(features @ head, -30, 30)))
         curvature = features.T @ (features * (times * p * (1 - p))[:, None]) + RIDGE * np.eye(len(head))
         head = head + np.linalg.solve(curvature, features.T @ (times * (said - p)) - RIDGE * head)

@@ -17,7 +17,7 @@ from keel.feedback import formats
 from keel.feedback.formats import Labels, as_task, label_studio
 from keel.feedback.formats.base import item_json, vote_json
 from keel.types import DataSource, PreferenceRecord
-from keel.votes.kinds import Answer, NewItem, PastJudgement, Project, Reply, Task
+from keel.votes.kinds import Answer, NewItem, PastJudgement, Project, Reply, Scale, Task
 
 CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "héllo\n\nwörld 你好"}]
 
@@ -174,6 +174,36 @@ def test_every_type_is_read_by_the_loader(task: Any, name: str, kind: Any, rows:
         labels = Labels("rating", labels.items, [one])
     formats.write(labels, path, name)
     assert len(load([DataSource(str(path))], (kind,), 0).records) == rows
+
+
+def test_a_rating_is_a_thumb_by_its_own_scale() -> None:
+    """4 is below the middle of 0 to 10, and would be above that of 1 to 5."""
+    items = [NewItem(key, "p", [Reply(key)]) for key in ("four", "six", "middle")]
+    votes = [
+        judged(key, "kim", Answer(ratings={"clear": value}))
+        for key, value in (("four", 4), ("six", 7), ("middle", 5))
+    ]
+    labels = Labels("rating", items, votes, scales=(Scale("clear", 0, 10),))
+    rows = {row["completion"]: row["label"] for row in formats.rows_of(labels, "unpaired")}
+    assert rows == {"four": False, "six": True}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_through_the_database_everything_comes_back(task: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sqlalchemy")
+    from keel.votes import open_store
+
+    labels = of_task(task)
+    more: dict[str, Any] = {
+        "rating": {"scales": (Scale("helpful"), Scale("honest"))}, "pairwise": {"strength": True},
+    }.get(task, {})  # fmt: skip
+    with open_store(f"sqlite:///{tmp_path / 'label.db'}") as store:
+        store.create_project(Project("there", task=task, **more), None)
+        formats.into_project(store, "there", labels)
+        formats.into_project(store, "there", labels)  # the same again changes nothing
+        assert plainly(formats.of_project(store, "there")) == plainly(labels)
+        formats.write(formats.of_project(store, "there"), tmp_path / "out.jsonl", "keel")
+        assert plainly(formats.read(tmp_path / "out.jsonl")) == plainly(labels)
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -74,8 +74,7 @@ def test_sixty_votes_make_a_reward_model_a_policy_and_new_pairs(tmp_path: Path) 
         WaitingError, match=r"asked-again: \d+ of \d+ votes .* the project human-loop-asked-again"
     ):
         again()
-    result = json.loads((folder / "stages/reward/result.json").read_text())
-    assert result["accuracy"]["n"] >= 1
+    assert json.loads((folder / "stages/reward/stage.json").read_text())["rows"] > 40
     assert (folder / "stages/ppo/model/model.safetensors").exists()
     with open_store(db, create=False) as store:
         new = {item.prompt[-1]["content"]: item for item in store.items("human-loop-asked-again")}

@@ -21,6 +21,7 @@ from keel.errors import DataError, UsageError
 from keel.feedback.formats import arena, argilla, label_studio, plain, potato, training
 from keel.feedback.formats.base import Invalid, Labels, Row, as_task
 from keel.types import DataSource
+from keel.votes.answers import scales_of
 from keel.votes.kinds import NewItem, PastJudgement, Task
 
 if TYPE_CHECKING:
@@ -315,11 +316,12 @@ def of_project(store: Store, name: str) -> Labels:
         for v in store.votes(name)
     ]
     words = {word.key: (word.person, word.answer, word.note) for word in store.adjudications(name)}
-    return Labels(project.task, items, votes, (), words)
+    return Labels(project.task, items, votes, (), words, scales_of(project))
 
 
 def into_project(store: Store, name: str, labels: Labels, by: int | None = None) -> Any:
-    """Add items, and their votes, to a project of the same task. UsageError for another task."""
+    """Add items, and their votes, to a project; for one of another task as `as_task` makes them. Reviewers'
+    words stay out: only an admin adjudicates. UsageError for an answer that the project does not ask for."""
     project = store.project(name)
     if project.task != labels.task:
         labels = as_task(labels, project.task)

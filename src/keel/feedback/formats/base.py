@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from keel.errors import DataError
-from keel.votes.kinds import Answer, NewItem, PastJudgement, Reply, Task, Text
+from keel.votes.kinds import Answer, NewItem, PastJudgement, Reply, Scale, Task, Text
 
 Row = Mapping[str, Any]
 ALONE: tuple[Task, ...] = ("rating", "edit", "thumbs")  # tasks about a single reply
@@ -27,6 +27,7 @@ class Labels:
     adjudicated: Mapping[str, tuple[str, Answer, str]] = field(
         default_factory=dict[str, tuple[str, Answer, str]]
     )  # key → who, what, note
+    scales: tuple[Scale, ...] = ()  # of ratings; others go from 1 to 5
 
     def votes_of(self) -> dict[str, list[PastJudgement]]:
         """Key → its votes, in their order."""

@@ -13,6 +13,7 @@ the votes beside what TRL reads, so that nothing is lost. Rows without a decisio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -28,7 +29,7 @@ from keel.feedback.formats.base import (
     name_of_item,
     text_or_turns,
 )
-from keel.votes.kinds import NewItem, PastJudgement, Reply, Task, Text
+from keel.votes.kinds import NewItem, PastJudgement, Reply, Scale, Task, Text
 
 ITEM = "item"  # the column that holds what a type has no place for
 Votes = Sequence[PastJudgement]
@@ -38,7 +39,7 @@ def write(labels: Labels, kind: str) -> Iterator[dict[str, Any]]:
     """Rows of a type. UsageError where the task makes none."""
     makers: dict[str, dict[Task, Callable[[NewItem, Votes], Iterable[dict[str, Any]]]]] = {
         "preference": {"pairwise": _preference},
-        "unpaired": {"thumbs": _thumbs, "pairwise": _sides, "rating": _rated_sides},
+        "unpaired": {"thumbs": _thumbs, "pairwise": _sides, "rating": partial(_rated_sides, labels.scales)},
         "ranked": {"ranking": _ranked},
         "demonstration": {"edit": _demonstrations},
         "ratings": {"rating": _rated},
@@ -210,13 +211,18 @@ def _means(votes: Votes) -> dict[str, float]:
     }
 
 
-def _rated_sides(item: NewItem, votes: Votes) -> Iterator[dict[str, Any]]:
-    """Up where the mean over scales and people is above 3, the middle of a scale from 1 to 5."""
-    mean = fmean(means.values()) if (means := _means(votes)) else 3.0
-    if mean != 3:
+def _rated_sides(scales: Sequence[Scale], item: NewItem, votes: Votes) -> Iterator[dict[str, Any]]:
+    """Up where the mean over scales, as a share of each one's range, is above one half."""
+    known = {scale.name: scale for scale in scales}
+    shares = [
+        (mean - scale.low) / (scale.high - scale.low)
+        for name, mean in _means(votes).items()
+        for scale in (known.get(name) or Scale(name),)
+    ]
+    if shares and fmean(shares) != 0.5:
         row = next(iter(_rated(item, votes)))
         del row["ratings"]
-        yield {**row, "label": mean > 3}
+        yield {**row, "label": fmean(shares) > 0.5}
 
 
 def _read_thumbs(row: Row) -> tuple[Task, NewItem, list[PastJudgement]]:
