@@ -26,7 +26,7 @@ from keel.feedback.auth import VISITOR, Auth, bearer, from_here, new_visitor
 from keel.feedback.forms import letter
 from keel.feedback.wire import LOG, Limit, address
 from keel.votes.answers import scales_of
-from keel.votes.kinds import NotFoundError, Person, Project
+from keel.votes.kinds import Person, Project
 from keel.votes.store import Store
 
 HERE = Path(__file__).parent
@@ -94,10 +94,7 @@ def person(request: Request) -> Person:
 
 def project_of(request: Request, name: str) -> Project:
     """A project's settings. NotFoundError where there is none, and where it is not for this person."""
-    found = store(request).project(name)
-    if name not in {one.name for one in store(request).projects(person(request).id)}:
-        raise NotFoundError(f"there is no project named {name!r}")
-    return found
+    return store(request).project_for(name, person(request).id)
 
 
 def translator(request: Request) -> locales.Translator:

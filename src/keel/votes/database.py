@@ -223,6 +223,17 @@ def insert_ignore(connection: Connection, table: Table, values: Any) -> int:
     return connection.execute(dialect.insert(table).values(values).on_conflict_do_nothing()).rowcount
 
 
+def insert_new(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> int:
+    """Insert many rows, leaving out those that are there. How many were new."""
+    return connection.execute(_insert_new(connection.dialect.name, table), rows).rowcount
+
+
+@cache
+def _insert_new(name: str, table: Table) -> Any:
+    statement = (sqlite if name == "sqlite" else postgresql).insert(table).on_conflict_do_nothing()
+    return statement.execution_options(preserve_rowcount=True)
+
+
 def upsert(connection: Connection, table: Table, values: dict[str, Any], changed: tuple[str, ...]) -> None:
     """Insert a row, or change these columns of the one with its primary key."""
     connection.execute(_upsert(connection.dialect.name, table, changed), values)

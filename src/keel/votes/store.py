@@ -104,6 +104,10 @@ class Store:
         """NotFoundError where there is none of that name."""
         return self.database.read(projects.project, name)
 
+    def project_for(self, name: str, person_id: int) -> Project:
+        """A project in which this person may work. NotFoundError for any other."""
+        return self.database.read(projects.project_for, name, person_id)
+
     def projects(self, person_id: int | None = None) -> list[Project]:
         """All projects, or those that a person may work in."""
         return self.database.read(projects.projects, person_id)
