@@ -37,14 +37,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--label-studio", type=Path, required=True)
+    parser.add_argument("--exports", type=Path, help="a folder to keep what the server exported")
     settings = parser.parse_args()
-    version = subprocess.run(
-        [settings.label_studio, "--version"], capture_output=True, text=True, check=False
-    )
-    print(next((line for line in version.stdout.splitlines() if "Label Studio" in line), version.stdout[:80]))
+    ask = "from importlib.metadata import version; print(version('label-studio'))"
+    python = settings.label_studio.parent / "python"
+    version = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    print(f"label-studio {version.stdout.strip()}", flush=True)
     with tempfile.TemporaryDirectory() as folder, served(settings.label_studio, Path(folder)) as url:
         for task in TASKS:
-            print(f"{task:<9} {tried(url, task, Path(folder))}", flush=True)
+            print(f"{task:<9} {tried(url, task, settings.exports or Path(folder))}", flush=True)
 
 
 @contextmanager
@@ -54,9 +55,9 @@ def served(program: Path, folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        program, "start", "--no-browser", "--port", str(port), "--internal-host", "127.0.0.1", "--data-dir", folder,
-        "--username", "keel@example.org", "--password", "a-long-password", "--user-token", TOKEN,
-        "--enable-legacy-api-token",
+        program, "start", "--no-browser", "--port", str(port), "--internal-host", "127.0.0.1",
+        "--data-dir", folder, "--username", "keel@example.org", "--password", "a-long-password",
+        "--user-token", TOKEN, "--enable-legacy-api-token",
     ]  # fmt: skip
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
@@ -142,10 +143,12 @@ def of_task(task: Task) -> Labels:
         NewItem("two", CHAT, [Reply([{"role": "assistant", "content": t}]) for t in texts]),
     ]
     answers: dict[Task, list[Answer]] = {
-        "pairwise": [Answer(choice="b", strength=2, comment="so"), Answer(choice="both_bad"), Answer(choice="tie")],
+        "pairwise": [Answer(choice="b", strength=2, comment="so"), Answer(choice="both_bad"),
+                     Answer(choice="tie")],
         "thumbs": [Answer(choice="up"), Answer(choice="down", comment="no"), Answer(choice="cannot_judge")],
         "rating": [Answer(ratings={"helpful": n, "harmless": 3, "honest": 5}) for n in (1, 2, 3)],
-        "ranking": [Answer(ranking=[[2], [0, 1]]), Answer(ranking=[[0], [1], [2]]), Answer(ranking=[[1], [0], [2]])],
+        "ranking": [Answer(ranking=[[2], [0, 1]]), Answer(ranking=[[0], [1], [2]]),
+                    Answer(ranking=[[1], [0], [2]])],
         "edit": [Answer(text="better\nstill"), Answer(text="best"), Answer(text="mine", comment="long")],
     }  # fmt: skip
     where = (("one", "kim@example.org"), ("one", "lee@example.org"), ("two", "kim@example.org"))

@@ -305,6 +305,14 @@ def test_helpsteer_pairs_neighbours_with_one_prompt(tmp_path: Path) -> None:
     assert "1 reply without another one to its prompt beside it left out" in summary(dataset)
 
 
+def test_ranked_replies_are_pairs_by_their_ranks(tmp_path: Path) -> None:
+    row = {"prompt": "p", "completions": ["x", "y", "z"], "ranks": [2, 1, 2]}
+    dataset = read(tmp_path, [row])
+    assert [(r.chosen, r.rejected) for r in dataset.records] == [("y", "x"), ("y", "z")]  # a tie is left out
+    with pytest.raises(DataError, match='"ranks" are 2 for 3 completions'):
+        read(tmp_path, [{**row, "ranks": [1, 2]}])
+
+
 def test_nectar_rank_1_is_the_best(tmp_path: Path) -> None:
     answers = [{"answer": f"r{rank}", "model": "m", "rank": rank} for rank in (2, 1, 3)]
     row = {"prompt": "\n\nHuman: ask\n\nAssistant: ", "answers": answers, "turns": 1, "num_responses": 3}

@@ -249,7 +249,9 @@ def test_the_cookie_is_signed_and_for_this_server_alone(enter, store):
     assert "SameSite=lax" in header
     assert "Secure" not in header
     good = ada.cookies[SESSION]
-    for bad in (good[:-1] + ("A" if good[-1] != "A" else "B"), good.split(".")[0], "x" * 3000, "é", ""):
+    token, _, signature = good.rpartition(".")
+    forged = f"{token}.{'A' if signature[0] != 'A' else 'B'}{signature[1:]}"
+    for bad in (forged, f"x{good}", token, "x" * 3000, "é", ""):
         ada.cookies.clear()
         response = ada.get(path, headers={"Cookie": f"{SESSION}={bad}".encode()}, follow_redirects=False)
         assert response.headers["location"] == "/sign-in"
@@ -429,7 +431,7 @@ def test_no_code_and_no_token_is_logged(enter, store, caplog):
         assert secret not in logged
 
 
-def test_a_fault_and_a_silent_database_say_so_and_tell_nothing(enter, store, monkeypatch):
+def test_a_fault_and_a_silent_database_say_so_and_tell_nothing(enter, store, monkeypatch, caplog):
     from keel.votes.database import StoreError
     from keel.votes.store import Store
 
@@ -437,12 +439,14 @@ def test_a_fault_and_a_silent_database_say_so_and_tell_nothing(enter, store, mon
     ada._transport.raise_server_exceptions = False
 
     def full(*_: object, **__: object) -> None:
-        raise StoreError("the disk of the database is full")
+        raise StoreError("/var/lib/labels.db: the disk is full")
 
     ada.see("/projects/pairs/work")
     monkeypatch.setattr(Store, "cast", full)
     refused = ada.submit(ada.action(), {"choice": "a"}, 503)
-    assert "disk of the database is full" in refused.text
+    assert "Nothing was saved" in refused.text
+    assert "/var" not in refused.text
+    assert "/var/lib/labels.db" in caplog.text
     assert refused.headers["retry-after"]
     monkeypatch.setattr(Store, "cast", lambda *_, **__: 1 / 0)
     ada.see("/projects/pairs/work")
@@ -574,6 +578,8 @@ def test_statistics_are_shown_with_and_without_votes(enter, store):
     for name in ("W0", "W1", "W2", f"{SECRET}-a", "Agreement", "Over time", "<svg"):
         assert name in page
     assert "built-in" not in page
+    workers[0].vote("pairs", {"choice": "b"})
+    assert ">28<" in reader.see("/projects/pairs/statistics")  # nothing older is shown
     for project in ("ratings", "ranks", "edits", "thumbs"):
         reader.see(f"/projects/{project}/statistics")
 

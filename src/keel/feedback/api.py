@@ -296,4 +296,5 @@ def statistics(request: Request, project: ProjectName) -> dict[str, Any]:
     from keel.feedback import statistics as of
 
     _mine(request, project)
-    return of.of_project(web.store(request), project)
+    store = web.store(request)
+    return web.web(request).counted("statistics", project, lambda: of.of_project(store, project))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import jinja2
@@ -29,6 +30,7 @@ from keel.votes.answers import scales_of
 from keel.votes.kinds import Person, Project
 from keel.votes.store import Store
 
+T = TypeVar("T")
 HERE = Path(__file__).parent
 THEMES = ("light", "dark")
 YEAR = 365 * 86400
@@ -48,6 +50,16 @@ class Web:
     # codes and tokens that were wrong, by address: guessing one takes longer than the sun will shine
     wrong: Limit = field(default_factory=lambda: Limit(rate=0.2, burst=20))
     templates: jinja2.Environment = field(default_factory=lambda: _environment())
+    _counted: dict[tuple[str, str], tuple[object, Any]] = field(default_factory=dict)
+
+    def counted(self, what: str, project: str, count: Callable[[], T]) -> T:
+        """What is counted over all votes of a project, kept until a vote, a flag, an item or a word of a
+        reviewer changes."""
+        state = (self.store.revision(project), len(self.store.flags(project)))
+        kept = self._counted.get((what, project))
+        if kept is None or kept[0] != state:
+            kept = self._counted[what, project] = (state, count())
+        return cast(T, kept[1])
 
 
 def _environment() -> jinja2.Environment:
@@ -315,9 +327,10 @@ def not_valid(request: Request, error: Exception) -> Response:
 
 
 def no_store(request: Request, error: Exception) -> Response:
-    """The database does not answer, or its disk is full. Nothing was kept; the page's script tries again."""
+    """The database does not answer, or its disk is full. Nothing was kept; the page's script tries again. The
+    log says more: the error may name paths and hosts."""
     LOG.error("%s", error)
-    response = problem(request, 503, "store", str(error))
+    response = problem(request, 503, "store")
     response.headers["Retry-After"] = "2"
     return response
 

@@ -115,20 +115,32 @@ def _generated(run: Path, config: RunConfig, models: Sequence[str], pairs: int, 
     # some prompts get equal replies: a quarter more are asked than pairs are wanted
     order = permutation(len(prompts), derive_seed("from-run prompts", seed), 0)[: pairs + pairs // 4 + 4]
     asked = [prompts[index] for index in order]
-    from keel.api.inference import generate
-
-    sampling: Any = stage.replies
-    settings = (
-        {"max_new_tokens": 64, "temperature": 1.0, "stop": []} if sampling is None else sampling.model_dump()
-    )
     said = {
-        model: generate(folder, asked, seed=derive_seed("from-run", seed, model), **settings)
+        model: _answers(folder, asked, config, stage, derive_seed("from-run", seed, model))
         for model, folder in folders.items()
     }
     return [
         (_turns(prompt), {model: replies[i] for model, replies in said.items()})
         for i, prompt in enumerate(asked)
     ]
+
+
+def _answers(folder: str, prompts: Sequence[Any], config: RunConfig, stage: Stage, seed: int) -> list[str]:
+    """A model's replies, drawn as the stage draws."""
+    from keel.data import chat
+    from keel.models.load import ModelSource, causal_lm, disable_dropout, load_tokenizer
+    from keel.pipeline.device import device_of
+    from keel.rollout import GenerationRequest, KeelEngine
+    from keel.rollout.engine import text_of
+    from keel.types import Sampling
+
+    model = causal_lm(ModelSource(folder), 0).to(device_of(config)).eval().requires_grad_(False)
+    disable_dropout(model)
+    tokenizer = chat.with_chat_template(load_tokenizer(folder))
+    sampling = Sampling() if stage.replies is None else stage.replies.plain()
+    ids = [chat.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    done = KeelEngine(model, 64).generate(GenerationRequest.of(tokenizer, ids, sampling, seed))
+    return [text_of(tokenizer, completion) for completion in done]
 
 
 def _prompts(config: RunConfig, stage: Stage) -> list[Any]:

@@ -22,7 +22,8 @@ def statistics(request: Request, project: str) -> Response:
     from keel.feedback import statistics as of
 
     settings = web.project_of(request, project)
-    numbers = of.of_project(web.store(request), project)
+    store = web.store(request)
+    numbers = web.web(request).counted("statistics", project, lambda: of.of_project(store, project))
     words = web.translator(request)
     return web.page(
         request,

@@ -36,7 +36,9 @@ def _overview(
         tab="overview",
         counts=store.counts(project.name),
         people=len(store.people(project.name)),
-        disputed=len(store.disputed(project.name)),
+        disputed=web.web(request).counted(
+            "disputed", project.name, lambda: len(store.disputed(project.name))
+        ),
         forms=exchange.forms_of(project.task),
         added=added,
         problem=problem,

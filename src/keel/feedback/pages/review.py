@@ -12,6 +12,7 @@ from keel.feedback.pages.overview import parts
 from keel.feedback.wording import said
 
 router = APIRouter()
+SHOWN = 100  # items in the queue that are shown
 
 
 @router.get("/projects/{project}/disputed")
@@ -19,20 +20,29 @@ def disputed(request: Request, project: str) -> Response:
     """Items on which people disagree, or that somebody flagged; the most disputed first."""
     store, words = web.store(request), web.translator(request)
     settings = web.project_of(request, project)
+    found = store.disputed(project)
     rows = [
         {
             "id": one.item,
-            "excerpt": render.excerpt(store.item(project, one.item).prompt),
+            "excerpt": render.excerpt((one.votes[0] if one.votes else store.item(project, one.item)).prompt),
             "why": " · ".join(
                 [words("disputed.apart")] * bool(one.dispute)
                 + [words("disputed.flag", name=flag.person, reason=flag.reason or "–") for flag in one.flags]
             ),
             "answers": [said(settings, vote.answer, None, words) for vote in one.votes],
         }
-        for one in store.disputed(project)
+        for one in found[:SHOWN]
     ]
     saved = request.query_params.get("saved") == "1"
-    return web.page(request, "disputed.html", project=settings, tab="disputed", rows=rows, saved=saved)
+    return web.page(
+        request,
+        "disputed.html",
+        project=settings,
+        tab="disputed",
+        rows=rows,
+        more=len(found) - len(rows),
+        saved=saved,
+    )
 
 
 @router.get("/projects/{project}/disputed/{item}")
