@@ -37,6 +37,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/data.md",
         "docs/diagnosis.md",
         "docs/judging.md",
+        "docs/votes.md",
         "docs/labelling.md",
         "docs/overoptimization.md",
         "docs/human-loop.md",

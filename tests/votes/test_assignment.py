@@ -223,6 +223,11 @@ def test_an_item_comes_to_nobody_who_may_not_have_it(store, fill):
             store.next_item("p", person.id, NOW)
     assert store.next_item("q", guest.id, NOW) is not None
     assert [project.name for project in store.projects(guest.id)] == ["q"]
+    assert store.project_for("q", guest.id).name == "q"
+    for name in ("p", "r"):
+        with pytest.raises(NotFoundError, match=f"no project named '{name}'"):
+            store.project_for(name, guest.id)
+    assert store.project_for("p", p.people[0].id).name == "p"
     with pytest.raises(NotFoundError, match="no project named 'r'"):
         store.next_item("r", p.people[0].id, NOW)
     with pytest.raises(NotFoundError, match="no person number 99"):

@@ -19,6 +19,21 @@ from keel.votes.kinds import NewItem, Project, Reply, Scale
 from keel.votes.store import Store
 
 
+def test_a_server_that_was_started_again_is_found_again(start_postgres):
+    server = start_postgres()
+    with Store.open(server.new_url()) as store:
+        store.create_project(Project("p"), None)
+        server.stop("immediate")
+        with pytest.raises(StoreError, match="does not answer as it should"):
+            store.project("p")
+        server.start()
+        assert store.project("p").name == "p"
+        server.stop()
+        server.start()
+        assert store.project("p").name == "p"  # at once, by a connection that died
+        store.create_project(Project("q"), None)
+
+
 def test_the_migrations_make_the_tables_of_the_schema(any_store):
     def differences(connection):
         return compare_metadata(MigrationContext.configure(connection), schema.metadata)

@@ -25,7 +25,7 @@ from keel.votes.store import Store
 pytestmark = pytest.mark.load
 
 PEOPLE, ITEMS, VOTES = 50, 200, 3
-THINKING = 0.75  # seconds between an answer and the next, on average; people need longer
+THINKING = 0.5  # seconds before a question and before an answer, on average; people need longer
 PAIR = [Reply("one"), Reply("other")]
 
 
@@ -103,6 +103,7 @@ def test_fifty_people_at_once(url):
                     if store.counts("p")["open"] == 0:
                         return
                     continue
+                time.sleep(dice.expovariate(1 / THINKING))
                 choice, start = dice.choice("ab"), time.perf_counter()
                 store.cast("p", person, got.item, Answer(choice), f"c{got.item}", 1.0)
                 votes.append(time.perf_counter() - start)

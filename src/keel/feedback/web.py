@@ -27,7 +27,7 @@ from keel.feedback.auth import VISITOR, Auth, bearer, from_here, new_visitor
 from keel.feedback.forms import letter
 from keel.feedback.wire import LOG, Limit, address
 from keel.votes.answers import scales_of
-from keel.votes.kinds import NotFoundError, Person, Project
+from keel.votes.kinds import Person, Project
 from keel.votes.store import Store
 
 T = TypeVar("T")
@@ -106,10 +106,7 @@ def person(request: Request) -> Person:
 
 def project_of(request: Request, name: str) -> Project:
     """A project's settings. NotFoundError where there is none, and where it is not for this person."""
-    for found in store(request).projects(person(request).id):
-        if found.name == name:
-            return found
-    raise NotFoundError(f"there is no project named {name!r}")
+    return store(request).project_for(name, person(request).id)
 
 
 def translator(request: Request) -> locales.Translator:

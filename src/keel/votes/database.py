@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -21,7 +21,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from sqlalchemy import Connection, Engine, Table, bindparam, create_engine, event, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
 
 from keel.errors import KeelError, UsageError
 from keel.votes import missing
@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 BUSY_SECONDS = 15.0  # how long a transaction waits for another process's
 TRIES = 8
-WRITERS = 2  # transactions that a process has open on PostgreSQL at a time, besides reading ones
+WRITERS, READERS = 2, 3  # transactions that a process has open at a time; on SQLite one writes
+IDLE_SECONDS = 5.0  # after which a connection to a server is tried before it is used
 _BUSY = {"40001", "40P01", "55P03"}  # PostgreSQL: serialization failure, deadlock, lock not available
 _UNIQUE = "23505"  # somebody else was faster: the next time a transaction sees what they did
 _FULL = (
@@ -68,9 +69,10 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         self.is_sqlite = url.drivername == "sqlite"
-        # Threads of one process queue up here: SQLite's own waiting polls, and PostgreSQL's locks would be
-        # held while a thread waits for the interpreter.
+        # Threads of one process queue up here: SQLite's own waiting polls, PostgreSQL's locks would be held
+        # while a thread waits for the interpreter, and many threads that work at once make each other slower.
         self._writer = threading.BoundedSemaphore(1 if self.is_sqlite else WRITERS)
+        self._reader = threading.BoundedSemaphore(READERS)
         try:
             self.engine = _engine(url, self.is_sqlite)
         except ModuleNotFoundError as error:
@@ -88,7 +90,11 @@ class Database:
 
     def read(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` finds, in one snapshot of the database."""
-        return self._attempts(lambda: self._once("read", work, args, kwargs))
+        return self._attempts(lambda: self._once("read", work, args, kwargs), reading=True)
+
+    def glance(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `read`, for what needs no single snapshot: fewer words with a server."""
+        return self._attempts(lambda: self._once("glance", work, args, kwargs), reading=True)
 
     def write(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns, once its changes are on disk. Where it raises, nothing has changed."""
@@ -107,14 +113,15 @@ class Database:
                 yield connection
 
     def _once(self, kind: str, work: Callable[..., T], args: Any, kwargs: Any) -> T:
-        with self._writer if kind != "read" else nullcontext(), self.engine.connect() as connection:
+        gate = self._reader if kind in ("read", "glance") else self._writer
+        with gate, self.engine.connect() as connection:
             self._prepare(connection, kind)
             with connection.begin():
                 return work(connection, *args, **kwargs)
 
     def _prepare(self, connection: Connection, kind: str) -> None:
         """Say what the transaction that `begin` opens will be like."""
-        connection.info["begin"] = "BEGIN" if kind == "read" else "BEGIN IMMEDIATE"
+        connection.info["begin"] = "BEGIN" if kind in ("read", "glance") else "BEGIN IMMEDIATE"
         if self.is_sqlite:
             mode = "NORMAL" if kind == "lease" else "FULL"
             if connection.info.get("synchronous") != mode:
@@ -122,12 +129,16 @@ class Database:
                 assert driver is not None
                 driver.execute(f"PRAGMA synchronous={mode}")
                 connection.info["synchronous"] = mode
+        elif kind == "glance":
+            connection.info["asynchronous"] = False
+            connection.execution_options(isolation_level="AUTOCOMMIT")
         elif kind == "read":
+            connection.info["asynchronous"] = False
             connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         else:
             connection.info["asynchronous"] = kind == "lease"
 
-    def _attempts(self, once: Callable[[], T]) -> T:
+    def _attempts(self, once: Callable[[], T], *, reading: bool = False) -> T:
         with _said(self.shown):
             deadline = time.monotonic() + BUSY_SECONDS
             for attempt in range(TRIES):
@@ -135,7 +146,8 @@ class Database:
                     return once()
                 except DBAPIError as error:
                     full = attempt == 0 and self.is_sqlite and _is_full(error)
-                    again = full or (_may_succeed(error) and time.monotonic() < deadline)
+                    gone = error.connection_invalidated and attempt < 2 and reading
+                    again = full or gone or (_may_succeed(error) and time.monotonic() < deadline)
                     if attempt == TRIES - 1 or not again:
                         raise
                 if full:
@@ -223,6 +235,17 @@ def insert_ignore(connection: Connection, table: Table, values: Any) -> int:
     return connection.execute(dialect.insert(table).values(values).on_conflict_do_nothing()).rowcount
 
 
+def insert_new(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> int:
+    """Insert many rows, leaving out those that are there. How many were new."""
+    return connection.execute(_insert_new(connection.dialect.name, table), rows).rowcount
+
+
+@cache
+def _insert_new(name: str, table: Table) -> Any:
+    statement = (sqlite if name == "sqlite" else postgresql).insert(table).on_conflict_do_nothing()
+    return statement.execution_options(preserve_rowcount=True)
+
+
 def upsert(connection: Connection, table: Table, values: dict[str, Any], changed: tuple[str, ...]) -> None:
     """Insert a row, or change these columns of the one with its primary key."""
     connection.execute(_upsert(connection.dialect.name, table, changed), values)
@@ -242,12 +265,31 @@ def _engine(url: URL, is_sqlite: bool) -> Engine:
     if is_sqlite:
         options["connect_args"] = {"timeout": BUSY_SECONDS, "check_same_thread": False}
     else:
-        options["pool_pre_ping"] = True
+        options["pool_recycle"] = 3600
     engine = create_engine(url, **options)
     event.listen(engine, "begin", _begin)
     if is_sqlite:
         event.listen(engine, "connect", _pragmas)
+    else:
+        event.listen(engine, "checkin", _note_idle)
+        event.listen(engine, "checkout", _try_idle)
     return engine
+
+
+def _note_idle(_connection: object, record: Any) -> None:
+    record.info["idle_since"] = time.monotonic()
+
+
+def _try_idle(connection: Any, record: Any, _proxy: object) -> None:
+    """Whether the server is still there, asked of a connection that was not used for a while. The pool takes
+    another one where it is not."""
+    if time.monotonic() - record.info.get("idle_since", time.monotonic()) < IDLE_SECONDS:
+        return
+    try:
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except Exception as error:
+        raise DisconnectionError from error
 
 
 def _pragmas(connection: sqlite3.Connection, _record: object) -> None:

@@ -21,7 +21,7 @@ from keel.votes.codec import (
     project_of,
     replies_of,
 )
-from keel.votes.database import insert_row
+from keel.votes.database import insert_new, insert_row
 from keel.votes.kinds import Added, ItemRow, NewItem, NotFoundError, Project, Text
 from keel.votes.projects import add_slots, project_row
 
@@ -39,9 +39,6 @@ def add(connection: Connection, name: str, new: Iterable[NewItem], by: int | Non
     """
     row = project_row(connection, name, lock=True)
     project, items = project_of(name, row.settings), schema.items
-    if connection.dialect.name == "postgresql":
-        # without statistics yet, it would read the whole table for each chunk of keys
-        connection.execute(text("SET LOCAL enable_seqscan = off"))
     batch_id = insert_row(
         connection,
         schema.batches,
@@ -55,28 +52,31 @@ def add(connection: Connection, name: str, new: Iterable[NewItem], by: int | Non
     stream = iter(new)
     while chunk := list(islice(stream, _AT_ONCE)):
         values = _distinct(_values(project, item) for item in chunk)
-        keys = [value["key"] for value in values]
-        known_rows = connection.execute(
-            select(items.c.key, items.c.digest).where(items.c.project_id == row.id, items.c.key.in_(keys))
+        fresh = insert_new(
+            connection, items, [{"project_id": row.id, "batch_id": batch_id, **value} for value in values]
         )
-        there = {known_row.key: known_row.digest for known_row in known_rows}
-        for value in values:
-            if there.get(value["key"], value["digest"]) != value["digest"]:
-                raise UsageError(
-                    f"{name} has an item with the key {value['key']!r} already, and it says something else: "
-                    "give this one another key, or make another project"
-                )
-        fresh = [value for value in values if value["key"] not in there]
-        if fresh:
-            connection.execute(
-                items.insert(), [{"project_id": row.id, "batch_id": batch_id, **value} for value in fresh]
-            )
-        added, known = added + len(fresh), known + len(chunk) - len(fresh)
+        if fresh < len(values):
+            _check_known(connection, row, values)
+        added, known = added + fresh, known + len(chunk) - fresh
     if added == 0:
         connection.execute(schema.batches.delete().where(schema.batches.c.id == batch_id))
         return Added(0, known)
     _seal(connection, row.id, batch_id, added, by, now)
     return Added(added, known)
+
+
+def _check_known(connection: Connection, row: Any, values: list[dict[str, Any]]) -> None:
+    """UsageError for a key that was there with another content."""
+    items, said = schema.items, {value["key"]: value["digest"] for value in values}
+    there = connection.execute(
+        select(items.c.key, items.c.digest).where(items.c.project_id == row.id, items.c.key.in_(list(said)))
+    )
+    for known in there:
+        if said[known.key] != known.digest:
+            raise UsageError(
+                f"{row.name} has an item with the key {known.key!r} already, and it says something else: "
+                "give this one another key, or make another project"
+            )
 
 
 def _seal(

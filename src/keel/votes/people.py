@@ -271,16 +271,11 @@ def api_token(connection: Connection, person_id: int, by: int | None, days: floa
 
 def bearer(connection: Connection, token: str, kind: str, now: float) -> Person | None:
     """Who has this session or token; None for nobody, and where it has expired."""
-    table = schema.credentials
-    row = connection.execute(
-        select(schema.people)
-        .join(table, table.c.person_id == schema.people.c.id)
-        .where(
-            table.c.hash == hashed(token), table.c.kind == kind, schema.people.c.removed.is_(None),
-            or_(table.c.expires.is_(None), table.c.expires > now),
-        )
-    ).one_or_none()  # fmt: skip
-    return None if row is None else _person(row)
+    row = row_of(connection, schema.credentials, hash=hashed(token))
+    if row is None or row.kind != kind or (row.expires is not None and row.expires <= now):
+        return None
+    who = row_of(connection, schema.people, id=row.person_id)
+    return _person(who) if who.removed is None else None
 
 
 def sign_out(connection: Connection, token: str, now: float) -> None:

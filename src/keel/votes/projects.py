@@ -108,6 +108,16 @@ def project(connection: Connection, name: str) -> Project:
     return project_of(name, project_row(connection, name).settings)
 
 
+def project_for(connection: Connection, name: str, person_id: int) -> Project:
+    """A project's settings, for a person who may work there. NotFoundError for anybody else."""
+    row = project_row(connection, name)
+    person = row_of(connection, schema.people, id=person_id)
+    seat = row_of(connection, schema.seats, project_id=row.id, person_id=person_id)
+    if person is None or not (person.everywhere or (seat is not None and seat.invited)):
+        raise NotFoundError(f"there is no project named {name!r}")
+    return project_of(name, row.settings)
+
+
 def projects(connection: Connection, person_id: int | None) -> list[Project]:
     """All projects by name, or those that a person may work in."""
     table, seats, people = schema.projects, schema.seats, schema.people

@@ -102,7 +102,11 @@ class Store:
 
     def project(self, name: str) -> Project:
         """NotFoundError where there is none of that name."""
-        return self.database.read(projects.project, name)
+        return self.database.glance(projects.project, name)
+
+    def project_for(self, name: str, person_id: int) -> Project:
+        """A project in which this person may work. NotFoundError for any other."""
+        return self.database.glance(projects.project_for, name, person_id)
 
     def projects(self, person_id: int | None = None) -> list[Project]:
         """All projects, or those that a person may work in."""
@@ -279,7 +283,7 @@ class Store:
 
     def session(self, token: str, now: float | None = None) -> Person | None:
         """Who is signed in by this token."""
-        return self.database.read(people.bearer, token, "session", _at(now))
+        return self.database.glance(people.bearer, token, "session", _at(now))
 
     def sign_out(self, token: str) -> None:
         """End a session, or make an API token worthless."""
@@ -295,7 +299,7 @@ class Store:
 
     def person_of_token(self, token: str, now: float | None = None) -> Person | None:
         """Whose API token this is."""
-        return self.database.read(people.bearer, token, "api", _at(now))
+        return self.database.glance(people.bearer, token, "api", _at(now))
 
     def set_paused(
         self, person_id: int, reason: str | None, by: int | None = None, project: str | None = None,
