@@ -30,7 +30,7 @@ _SAME = (
 )  # fmt: skip
 
 # names in logs of version 0.1 → today's
-_RENAMED = {"policy/pace": "policy/lr_factor", "policy/logp_drift": "policy/logp_mismatch"}
+RENAMED = {"policy/pace": "policy/lr_factor", "policy/logp_drift": "policy/logp_mismatch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         try:
             row: dict[str, Any] = json.loads(line)
-            rows.append({_RENAMED.get(name, name): value for name, value in row.items()})
+            rows.append({RENAMED.get(name, name): value for name, value in row.items()})
         except ValueError as error:
             if not line.endswith("\n"):
                 break
