@@ -117,9 +117,9 @@ class TransformersRun:
     def facts(self) -> Facts:
         """Its training as one stage, and what TensorBoard wrote beside it as further ones."""
         kind = "trl" if (self.path / "completions").is_dir() else "trainer"
-        done = "done" if (self.path / STATE).is_file() else "written"
+        done = "done" if (self.path / STATE).is_file() else "begun"
         stages = [Stage(TRAINING, kind, done, self.path)]
-        stages += [Stage(name, EVENTS, "written", folder) for name, folder in event_folders(self.path)]
+        stages += [Stage(name, EVENTS, "begun", folder) for name, folder in event_folders(self.path)]
         return Facts([stage for stage in stages if stage.name != TRAINING or newest_state(self.path)])
 
 
@@ -131,7 +131,7 @@ class TensorBoardRun:
 
     def facts(self) -> Facts:
         """A stage for each folder that has event files of its own."""
-        return Facts([Stage(name, EVENTS, "written", path) for name, path in event_folders(self.path)])
+        return Facts([Stage(name, EVENTS, "begun", path) for name, path in event_folders(self.path)])
 
 
 def event_folders(path: Path) -> list[tuple[str, Path]]:

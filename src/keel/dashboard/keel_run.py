@@ -104,7 +104,7 @@ class Stage:
 
     name: str
     kind: str
-    status: str  # "running" | "done" | "interrupted" | "not run yet" | "out of date" | "written"
+    status: str  # "running" | "done" | "interrupted" | "not run yet" | "out of date" | "begun"
     directory: Path
     inputs: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)

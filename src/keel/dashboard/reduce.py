@@ -93,8 +93,8 @@ def band(runs: Sequence[Points], most: int) -> Band:
 
 
 def as_json(points: Points, most: int) -> list[list[Any]]:
-    """[steps, values] in at most `most` points, null where a value is no finite number. Where points were left
-    out, two more lists follow: steps and means of pieces of the curve, for the line through its middle."""
+    """[steps, values] in at most `most` points, null where a value is no finite number. Where points were
+    left out, two more lists follow: steps and means of pieces, for the line through the middle."""
     few = extremes(points, most)
     found: list[list[Any]] = [few.steps.tolist(), numbers_json(few.values)]
     if len(few.steps) < len(points.steps):
@@ -104,7 +104,7 @@ def as_json(points: Points, most: int) -> list[list[Any]]:
 
 
 def means(points: Points, pieces: int) -> Points:
-    """The mean of each of `pieces` equal pieces of a curve, at its middle point; NaN where it has no value."""
+    """The mean of each of `pieces` equal pieces of a curve, at its middle point; NaN where it has none."""
     edges = np.linspace(0, len(points.steps), pieces + 1).astype(np.int64)
     starts = edges[:-1]
     finite = np.isfinite(points.values)

@@ -17,11 +17,14 @@ from keel.dashboard.keel_run import Facts, KeelRun, Stage, resident_mib
 from keel.dashboard.samples import LineSamples, ParquetSamples, Samples, groups
 from keel.dashboard.table import LogTable, Table, numbers, parse_object
 from keel.dashboard.tail import Tail, last_lines
+from keel.dashboard.tfevents import MARK
+from keel.pipeline.stage_kinds import Curve
 from keel.report.page import key_result
 from keel.report.reading import StageRun
 from keel.rundir.worker import stop
 
 LOOK_AGAIN = 2.0  # seconds after which the folder is searched for new runs
+ACTIVE = 120.0  # seconds since its last write for which another trainer's run counts as active
 CHECK_AGAIN = 2.0  # seconds after which a stage's findings are brought up to date
 STEPS_FOR_PACE = 20  # last steps that time left is reckoned from
 METRICS, TIMES = "metrics", "times"
@@ -156,12 +159,12 @@ class OpenRun:
                 for name, (_, _, metrics) in QUANTITIES.items()
                 if (metric := next((m for m in metrics if m in latest), None)) is not None
             }
-            changed = max(changed, _changed(stage.directory / "metrics.jsonl"))
+            changed = max(changed, self._written(stage))
         done = sum(one.status == "done" for one in facts.stages)
         return {
             "name": self.name,
             "format": self.place.format,
-            "status": status_of(facts),
+            "status": self._status(facts),
             "stage": stage.name if stage else None,
             "kind": stage.kind if stage else None,
             "done": done,
@@ -191,6 +194,25 @@ class OpenRun:
         values = {name: value for name in table.columns if (value := table.mean_of_last(name, 1)) is not None}
         return {**values, **({"step": table.last_step} if table.last_step else {})}
 
+    def _written(self, stage: Stage) -> float:
+        """When a stage last wrote its metrics, in seconds since 1970; 0 where it has not."""
+        if self.place.format == "keel":
+            return _changed(stage.directory / "metrics.jsonl")
+        if stage.kind == foreign.EVENTS:
+            return max(map(_changed, stage.directory.glob(f"{MARK}*")), default=0.0)
+        state = foreign.newest_state(self.place.path)
+        return _changed(state) if state else 0.0
+
+    def _status(self, facts: Facts) -> str:
+        """A run in one word. Nothing says of another trainer's run whether it is at work, but when it last
+        wrote."""
+        if self.place.format == "keel" or not facts.stages:
+            return status_of(facts)
+        if facts.stages[0].status == "done":
+            return "done"
+        latest = max(map(self._written, facts.stages))
+        return "active" if time.time() - latest < ACTIVE else "idle"
+
     def state(self) -> dict[str, Any]:
         """The run as its page shows it, but for the curves."""
         facts = self.facts()
@@ -201,7 +223,7 @@ class OpenRun:
             "title": str(config.get("name") or self.name)[:200],
             "description": str(config.get("description") or "")[:2000],
             "format": self.place.format,
-            "status": status_of(facts),
+            "status": self._status(facts),
             "seed": facts.seed,
             "created": facts.created,
             "machine": facts.machine,
@@ -238,15 +260,8 @@ class OpenRun:
             "has_steps": kind.has_steps,
             "compares": kind.compares,
             "x_word": kind.x_word,
-            "curves": [
-                {
-                    "title": c.title, "unit": c.unit, "metric": c.metric, "held_out": c.held_out,
-                    "level": _target(stage) if c.metric == "objective/kl" else c.level,
-                    "level_label": "target" if c.metric == "objective/kl" else c.level_label,
-                    "smooth": c.smooth,
-                }
-                for c in kind.curves
-            ],
+            "known": bool(kind.curves),
+            "curves": _curves(stage, table),
             "findings": found.rows() if found is not None else None,
             "note": found.note if found is not None else "",
             "broken_lines": table.broken_lines,
@@ -308,7 +323,7 @@ def focus(stages: list[Stage]) -> Stage | None:
     begun = [
         stage
         for stage in stages
-        if stage.status in ("done", "interrupted", "written") and stage.shown_as.has_steps
+        if stage.status in ("done", "interrupted", "begun") and stage.shown_as.has_steps
     ]
     return (running or begun or [None])[-1]
 
@@ -320,10 +335,31 @@ def status_of(facts: Facts) -> str:
         return "running"
     if not statuses:
         return "waiting"
-    for status in ("interrupted", "out of date", "not run yet", "written"):
+    for status in ("interrupted", "out of date", "not run yet", "begun"):
         if status in statuses:
             return "unfinished" if status in ("not run yet", "out of date") else status
     return "done"
+
+
+def _curves(stage: Stage, table: Table) -> list[dict[str, Any]]:
+    """The curves that a stage's kind names; of an unknown kind those that runs are compared by."""
+    curves = stage.shown_as.curves or tuple(
+        Curve(title, unit, metric, held_out=f"eval_{metric}")
+        for title, unit, metrics in QUANTITIES.values()
+        if (metric := next((m for m in metrics if m in table.columns), None)) is not None
+    )
+    return [
+        {
+            "title": c.title,
+            "unit": c.unit,
+            "metric": c.metric,
+            "held_out": c.held_out,
+            "level": _target(stage) if c.metric == "objective/kl" else c.level,
+            "level_label": "target" if c.metric == "objective/kl" else c.level_label,
+            "smooth": c.smooth,
+        }
+        for c in curves
+    ]
 
 
 def _target(stage: Stage) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from keel.dashboard.table import parse_object
 from keel.dashboard.tail import Tail, open_plain
 
-PAGE = 20  # replies of a page
+PAGE = 8  # replies of a page
 LONGEST_TEXT = 20_000  # characters of one that are sent
 LONGEST_ROW = 8 * 2**20  # bytes
 _STEP = re.compile(r"completions_(\d+)\.parquet$")

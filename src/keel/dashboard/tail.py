@@ -26,8 +26,8 @@ class Tail:
     """Whole new lines of a file, by its length: what was read is not read again.
 
     A file that became shorter, was replaced by another one, or no longer holds what was read from it, is read
-    from its beginning: a run that goes on from a checkpoint cuts its logs back and writes on. The last line is
-    left alone until its end is written.
+    from its beginning: a run that goes on from a checkpoint cuts its logs back and writes on. The last line
+    is left alone until its end is written.
     """
 
     def __init__(self, path: Path) -> None:

@@ -69,13 +69,15 @@ export function curve(spec, series, heldOut) {
 
 export function marks(findings, low, high) {
   const seen = findings.filter((f) => (low === undefined || (f.step >= low && f.step <= high)));
+  const near = (a, b) => a && b && Math.abs(a.step - b.step) < 0.04 * (high - low || 1);
   return {
     shapes: seen.map((f) => ({
       type: "line", x0: f.step, x1: f.step, yref: "paper", y0: 0, y1: 1, layer: "below",
       line: { color: LEVELS[f.level] ?? "--quiet", width: 1.5, dash: f.level === "done" ? "solid" : "dot" },
     })),
-    annotations: seen.map((f) => ({
+    annotations: seen.map((f, i) => ({
       x: f.step, y: 1, yref: "paper", yanchor: "bottom", text: String(f.number), showarrow: false, borderpad: 1,
+      xanchor: near(seen[i - 1], f) ? "left" : near(f, seen[i + 1]) ? "right" : "center",
       font: { color: LEVELS[f.level] ?? "--quiet", size: 11 }, captureevents: true, name: String(f.number),
       hovertext: plain(`${f.number}. ${f.name}, step ${f.step}: ${f.evidence}${f.remedy ? ` – ${f.remedy}` : ""}`).replace(/(.{60,80}?) /g, "$1<br>"),
     })),
@@ -121,7 +123,7 @@ export class Chart {
     this.waiting = null;
     if (!this.stale || !this.element.isConnected) return;
     this.stale = false;
-    const { traces, xTitle, findings = [], level: at, range, height = 200, points } = this.make();
+    const { traces, xTitle, findings = [], level: at, levelLabel = "", range, height = 200, points } = this.make();
     const view = layout(xTitle, height);
     const values = traces.flatMap((trace) => trace.y.filter((v) => v !== null));
     const steps = traces.flatMap((trace) => [trace.x[0], trace.x.at(-1)]).filter((v) => v !== undefined);
@@ -133,14 +135,19 @@ export class Chart {
     view.annotations = found.annotations;
     if (at !== null && at !== undefined) {
       view.shapes.push(level(at));
+      view.annotations.push({ x: 1, xref: "paper", xanchor: "right", y: at, yanchor: "bottom", text: plain(`${levelLabel} ${number(at, 3)}`), showarrow: false, font: { color: "--quiet", size: 10 }, bgcolor: "--paper", borderpad: 1 });
       if (values.length) view.yaxis.range = spread([at, ...extent(values)], 0.08);
     }
+    const [bottom, top] = extent(values);
+    const largest = Math.max(Math.abs(bottom), Math.abs(top));
+    if (values.length && top - bottom <= 1e-6 * largest) view.yaxis.range = spread([bottom, top], 0.08);  // rounding is no curve
+    if (largest >= 1e-3 && largest < 1e6) view.yaxis.exponentformat = "none";
     const style = getComputedStyle(document.documentElement);
     const figure = coloured({ traces, view }, style);
     Plotly.react(this.plot, figure.traces, figure.view, { responsive: true, displayModeBar: false, doubleClick: false });
     this.hear();
     this.drawn = performance.now();
-    this.say(points ?? traces[0]);
+    this.say(points ?? traces[0], points !== undefined);
     this.element.dataset.drawn = String(values.length);
   }
 
@@ -154,9 +161,10 @@ export class Chart {
     });
     this.plot.on("plotly_doubleclick", () => this.onZoom?.());
     this.plot.on("plotly_clickannotation", ({ annotation }) => {
-      const row = document.getElementById(`finding-${annotation.text}`);
-      row?.scrollIntoView({ block: "center" });
-      row?.focus({ preventScroll: true });
+      const row = annotation.name && document.getElementById(`finding-${annotation.name}`);
+      if (!row) return;
+      row.scrollIntoView({ block: "center" });
+      row.focus({ preventScroll: true });
     });
   }
 
@@ -177,7 +185,7 @@ export class Chart {
     event.preventDefault();
   }
 
-  say(trace) {
+  say(trace, alone) {
     const finite = (trace?.y ?? []).map((y, i) => [trace.x[i], y]).filter(([, y]) => y !== null);
     if (!finite.length) {
       this.last.textContent = "";
@@ -186,7 +194,7 @@ export class Chart {
     }
     const [x, y] = finite.at(-1);
     const [low, high] = extent(finite.map((pair) => pair[1]));
-    this.last.textContent = number(y);
+    this.last.textContent = alone ? number(y) : "";
     this.plot.setAttribute("aria-label", `${this.title}: ${number(y)} at ${number(x)}, from ${number(low)} to ${number(high)}`);
   }
 }

@@ -70,7 +70,7 @@ function touched() {
 
 function items() {
   const grouped = new Set(Object.values(groups).flat());
-  return [...Object.keys(groups).map((group) => ({ group, name: `${group}, ${groups[group].length} seeds` })), ...lines.filter((one) => !grouped.has(one.run)).map((one) => ({ run: one.run, name: one.run, stage: one.stage }))];
+  return [...Object.keys(groups).map((group) => ({ group, name: `${group}, ${groups[group].length} runs` })), ...lines.filter((one) => !grouped.has(one.run)).map((one) => ({ run: one.run, name: one.run, stage: one.stage }))];
 }
 
 const key = (item) => item.group ?? item.run;
@@ -127,17 +127,21 @@ function gallery() {
 function made(quantity) {
   const all = items();
   const shown = all.map((item, i) => [item, i]).filter(([item]) => !hidden.has(key(item)));
-  const few = shown.length <= 6;
+  const smoothed = shown.length <= 16;
   const traces = shown.flatMap(([item, i]) => {
     const ink = colour(i);
     if (item.group) return area((zoom?.bands ?? bands)[item.group]?.[quantity], ink, item.name);
     const series = zoom ? zoom.lines[item.run]?.[quantity] : runs.get(item.run)?.curves.get(quantity);
     if (!series) return [];
-    const smooth = few ? middle(series) : null;
-    const raw = line(series[0], series[1], ink, smooth ? 0.75 : 1.25, item.name, { opacity: smooth ? 0.45 : 1 });
-    raw.line.dash = smooth ? "solid" : dash(i);
-    if (!few) raw.hoverinfo = "name+x+y";
-    return smooth ? [raw, line(smooth[0], smooth[1], ink, 2, item.name, { hoverinfo: "skip", hovertemplate: null })] : [raw];
+    const smooth = smoothed ? middle(series) : null;
+    const raw = line(series[0], series[1], ink, smooth ? 0.75 : 1.25, item.name, { opacity: smooth ? (shown.length > 6 ? 0.25 : 0.45) : 1 });
+    if (!smooth) {
+      raw.line.dash = series[0].length < 100 ? dash(i) : "solid";
+      return [raw];
+    }
+    const main = line(smooth[0], smooth[1], ink, 2, item.name, { hoverinfo: "skip", hovertemplate: null });
+    main.line.dash = dash(i);
+    return [raw, main];
   });
   return { traces, xTitle: "step", height: 260, range: zoom ? [zoom.low, zoom.high] : undefined };
 }

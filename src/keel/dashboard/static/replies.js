@@ -1,7 +1,7 @@
 // Replies that a run kept, a page at a time, each beside another step's, model's or run's.
 import { ask, by, el, number, show } from "./format.js";
 
-const PAGE = 20;
+const PAGE = 8;
 
 export class Replies {
   constructor(run) {
@@ -128,7 +128,7 @@ function reply(one, other, title, prompt, position) {
   const values = Object.entries(one.values).map(([key, value]) => {
     const before = other?.values[key];
     const change = typeof before === "number" && typeof value === "number" ? value - before : null;
-    return el("div", {}, el("dt", {}, key), el("dd", {}, el("span", { class: "value" }, value === null ? "does not apply" : number(value)), change ? el("small", {}, `${change > 0 ? "+" : ""}${number(change, 3)}`) : null));
+    return el("div", {}, el("dt", {}, key), el("dd", {}, el("span", { class: "value" }, value === null ? "does not apply" : number(value, 3)), change ? el("small", { title: "against the other one" }, `(${change > 0 ? "+" : ""}${number(change, 3)})`) : null));
   });
   const stop = { eos: "ended by itself", stop: "ended at a stop text", length: "cut off" }[one.stop_reason] ?? one.stop_reason;
   return el("section", { class: "reply" },

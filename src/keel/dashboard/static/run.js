@@ -1,6 +1,6 @@
 // One run: its pipeline, the curves of a stage, what diagnosis says, times, replies, judgement.
 /* global drawArrows, coloured, Plotly */
-import { Chart, curve, line } from "./chart.js";
+import { Chart, curve, line, middle } from "./chart.js";
 import { Feed } from "./feed.js";
 import { ask, by, duration, el, large, memory, number, show } from "./format.js";
 import { Replies } from "./replies.js";
@@ -41,15 +41,16 @@ const feed = new Feed("/events/run", {
   },
 });
 
-function choose(stage, asked = true) {
+function choose(stage, byHand = true) {
   if (stage === shown) return;
   shown = stage;
+  first = null;
   zoom = null;
   curves.metrics.clear();
   curves.times.clear();
   for (const chart of charts.values()) chart.element.remove();
   charts.clear();
-  if (asked) {
+  if (byHand) {
     following = false;
     feed.parameters = [["run", name], ["stage", stage]];
     history.replaceState(null, "", `?${new URLSearchParams(feed.parameters)}${location.hash}`);
@@ -88,6 +89,7 @@ function pipeline() {
   const columns = Math.max(0, ...all.map((stage) => stage.column)) + 1;
   graph.classList.toggle("tall", columns > 6);
   graph.style.setProperty("--columns", columns);
+  graph.style.maxWidth = `${columns * 300}px`;
   const list = graph.querySelector("ol");
   const focused = document.activeElement?.closest("[data-stage]")?.dataset.stage;
   list.replaceChildren(...all.map(box));
@@ -114,19 +116,23 @@ function box(stage) {
 
 // ------------------------------------------------------------ curves
 
+let first = null; // the metrics that were there when the stage was opened
 const HIDDEN = new Set(["epoch", "episode", "num_tokens"]);
 
 function specs(stage) {
   const names = [...curves.metrics.curves.keys()];
+  first ??= new Set(names);
   const known = (stage?.curves ?? []).filter((spec) => names.includes(spec.metric));
   const used = new Set(known.flatMap((spec) => [spec.metric, spec.held_out]));
-  const main = known.length ? known : [];
+  const main = [...known];
   if (stage && names.includes("eval/judge") && !used.has("eval/judge")) {
     main.splice(1, 0, { title: "Judge", unit: "held out", metric: "eval/judge", held_out: "", smooth: false });
     used.add("eval/judge");
   }
   const others = names.filter((metric) => !used.has(metric) && (known.length || !HIDDEN.has(metric))).sort((a, b) => a.localeCompare(b)).map((metric) => ({ title: metric, unit: "", metric, held_out: "" }));
-  return known.length ? [main, others] : [others, []];
+  // what nobody knows of is folded away; not so what is new while one looks, and a kind that names no curves
+  const unfolded = (spec) => !stage?.known || !first.has(spec.metric);
+  return [[...main, ...others.filter(unfolded)], others.filter((spec) => !unfolded(spec))];
 }
 
 function gallery() {
@@ -159,7 +165,8 @@ function gallery() {
 function keys(stage) {
   const heldOut = (stage?.curves ?? []).some((spec) => curves.metrics.curves.has(spec.held_out));
   const key = (mark, colour, text) => el("span", { class: "key" }, el("i", { class: mark, "--colour": `var(${colour})` }), text);
-  by("keys").replaceChildren(key("thin", "--train-faint", `each ${stage?.x_word ?? "step"}`), key("line", "--train", "mean of its surroundings"), ...(heldOut ? [key("dot", "--held-out", "held out")] : []));
+  const smooth = [...curves.metrics.curves.values()].some((series) => middle(series));
+  by("keys").replaceChildren(...(smooth ? [key("thin", "--train-faint", `each ${stage?.x_word ?? "step"}`), key("line", "--train", "mean of its surroundings")] : heldOut ? [key("line", "--train", "training")] : []), ...(heldOut ? [key("dot", "--held-out", "held out")] : []));
 }
 
 function made(spec, file) {
@@ -168,7 +175,7 @@ function made(spec, file) {
   const series = source.get(spec.metric);
   const heldOut = spec.held_out ? source.get(spec.held_out) : null;
   const findings = numbered(stage).filter((f) => file === "metrics" && (!f.curves.length || f.curves.includes(spec.metric)));
-  return { traces: curve(spec, series ?? [[], []], heldOut), xTitle: stage.x_word ?? "step", findings, level: spec.level, range: zoom ? [zoom.low, zoom.high] : range(), points: series && { x: series[0], y: series[1] } };
+  return { traces: curve(spec, series ?? [[], []], heldOut), xTitle: stage.x_word ?? "step", findings, level: spec.level, levelLabel: spec.level_label, range: zoom ? [zoom.low, zoom.high] : range(), points: series && { x: series[0], y: series[1] } };
 }
 
 function range() {
@@ -336,6 +343,6 @@ by("sure").addEventListener("close", async () => {
 
 addEventListener("resize", () => stages.size && drawArrows(by("graph")));
 document.documentElement.classList.add("drawn");
-const first = new URLSearchParams(location.search).get("stage");
-if (first) choose(first);
+const asked = new URLSearchParams(location.search).get("stage");
+if (asked) choose(asked);
 else feed.start([["run", name]]);

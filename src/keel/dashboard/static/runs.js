@@ -7,7 +7,7 @@ const rows = new Map(); // name → its row
 const chosen = new Set();
 let sort = { by: "changed", down: true };
 
-const STATUS = { running: 0, interrupted: 1, unfinished: 2, waiting: 3, written: 4, done: 5 };
+const STATUS = { running: 0, active: 1, interrupted: 2, unfinished: 3, waiting: 4, idle: 5, done: 6 };
 
 function value(run, what) {
   if (what.startsWith("value ")) return run.values[what.slice(6)] ?? null;
@@ -63,7 +63,7 @@ function draw() {
   if (focus?.isConnected) focus.focus();
   show(by("empty"), runs.size === 0);
   show(by("runs"), runs.size > 0);
-  by("count").textContent = shown.length === runs.size ? `${number(runs.size)} runs` : `${number(shown.length)} of ${number(runs.size)} runs`;
+  by("count").textContent = shown.length === runs.size ? `${number(runs.size)} ${runs.size === 1 ? "run" : "runs"}` : `${number(shown.length)} of ${number(runs.size)} runs`;
   for (const head of document.querySelectorAll("th[data-sort]")) {
     head.setAttribute("aria-sort", head.dataset.sort !== sort.by ? "none" : sort.down ? "descending" : "ascending");
     const key = head.dataset.sort;
