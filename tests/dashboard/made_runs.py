@@ -58,7 +58,8 @@ def sample_row(step: int, number: int) -> dict[str, Any]:
     """A reply that was kept."""
     return {
         "step": step, "prompt": PROMPTS[number % len(PROMPTS)],
-        "completion": f" Reply {number} of step {step}.", "rewards": {"reward": number / 4 + step / 1000}, "kl": 1.5, "length": 9, "stop_reason": "eos",
+        "completion": f" Reply {number} of step {step}.", "rewards": {"reward": number / 4 + step / 1000},
+        "kl": 1.5, "length": 9, "stop_reason": "eos",
     }  # fmt: skip
 
 

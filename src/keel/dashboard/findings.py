@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,13 @@ from keel.diagnosis.watch import Watch
 from keel.errors import DataError
 from keel.report import health
 
-MOST_REPLAYED = 64 * 2**20  # bytes of metrics; of a longer file only what the run itself found is shown
+MOST_REPLAYED = 64 * 2**20  # bytes of metrics, and
+MOST_ROWS = (
+    10_000  # steps: of more only what the run itself found is shown, for checks take time over all steps
+)
+SLICE = 0.15  # seconds of checking at a time
+TOO_LONG = "There are too many steps to check them all again: these are the findings of the run itself."
+CHECKING = "The metrics are still being checked."
 LONGEST = 2000  # characters of a text
 
 # check → the curves that show what it found; a check that is not here belongs to all
@@ -54,14 +62,22 @@ class Findings:
         self._again: list[Finding] = []
         self._actions: list[dict[str, Any]] = []
         self._acted: set[int] = set()
+        self._waiting: deque[bytes] = deque()
+        self._skips = False
 
-    def refresh(self) -> None:
-        """Read what is new. Both files are read anew where one of them was cut back."""
+    def refresh(self) -> bool:
+        """Read what is new, and check it for a short while; whether more is left. Both files are read anew
+        where one of them was cut back."""
         if self._read_events() or self._read_metrics():
             self._metrics, self._events = Tail(self._metrics.path), Tail(self._events.path)
             self._start()
             self._read_events()
             self._read_metrics()
+        until = time.monotonic() + SLICE
+        while self._waiting and time.monotonic() < until:
+            self._check(self._waiting.popleft())
+        self.note = TOO_LONG if self._skips else CHECKING if self._waiting else ""
+        return bool(self._waiting)
 
     def _read_events(self) -> bool:
         for piece in self._events.read():
@@ -86,27 +102,33 @@ class Findings:
             self._watch.acted(step)
 
     def _read_metrics(self) -> bool:
-        try:
-            too_long = self._metrics.offset == 0 and self._metrics.path.stat().st_size > MOST_REPLAYED
-        except OSError:
+        if self._skips:
             return False
-        if too_long:
-            self.note = (
-                "The metrics are too long to be checked again: these are the findings of the run itself."
-            )
+        first = self._metrics.offset == 0
+        try:
+            if first and self._metrics.path.stat().st_size > MOST_REPLAYED:
+                self._skips = True
+                return False
+        except OSError:
             return False
         for piece in self._metrics.read():
             if piece.reset:
                 return True
-            for line in piece.data.splitlines():
-                row = parse_object(line)
-                if row is not None:
-                    step = step_of(row, self._watch.history.step + 1)
-                    named = {logs.RENAMED.get(name, name): value for name, value in numbers(row).items()}
-                    self._again += self._watch.see(step, named)
-                    if step in self._acted:
-                        self._watch.acted(step)
+            self._waiting += piece.data.splitlines()
+        if first and len(self._waiting) > MOST_ROWS:
+            self._skips = True
+            self._waiting.clear()
         return False
+
+    def _check(self, line: bytes) -> None:
+        row = parse_object(line)
+        if row is None:
+            return
+        step = step_of(row, self._watch.history.step + 1)
+        named = {logs.RENAMED.get(name, name): value for name, value in numbers(row).items()}
+        self._again += self._watch.see(step, named)
+        if step in self._acted:
+            self._watch.acted(step)
 
     def rows(self) -> list[dict[str, Any]]:
         """Findings and actions by step."""
@@ -123,16 +145,19 @@ class StateFindings:
         self._seen: tuple[Path, int] | None = None
         self._rows: list[dict[str, Any]] = []
 
-    def refresh(self, path: Path | None) -> None:
-        """Check the file again if it changed."""
+    def refresh(self, path: Path | None, rows: int) -> None:
+        """Check the file again if it changed. rows: how many it has."""
         try:
             seen = (path, path.stat().st_mtime_ns) if path else None
-            if path is None or seen == self._seen or path.stat().st_size > MOST_REPLAYED:
+            if path is None or seen == self._seen:
+                return
+            self._seen = seen
+            self.note = TOO_LONG if rows > MOST_ROWS else ""
+            if self.note:
                 return
             found = logs.trainer_state(path)
         except (DataError, OSError, RecursionError, OverflowError, TypeError):
             return
-        self._seen = seen
         self._rows = rows_of(list(found.findings), [dict(action) for action in found.actions])
 
     def rows(self) -> list[dict[str, Any]]:

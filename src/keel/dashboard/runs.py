@@ -25,7 +25,6 @@ from keel.rundir.worker import stop
 
 LOOK_AGAIN = 2.0  # seconds after which the folder is searched for new runs
 ACTIVE = 120.0  # seconds since its last write for which another trainer's run counts as active
-CHECK_AGAIN = 2.0  # seconds after which a stage's findings are brought up to date
 STEPS_FOR_PACE = 20  # last steps that time left is reckoned from
 METRICS, TIMES = "metrics", "times"
 
@@ -61,7 +60,6 @@ class OpenRun:
         self._tables: dict[tuple[str, str], Table] = {}
         self._samples: dict[str, Samples] = {}
         self._findings: dict[str, Findings | StateFindings] = {}
-        self._checked: dict[str, float] = {}
 
     @property
     def name(self) -> str:
@@ -120,12 +118,10 @@ class OpenRun:
         else:
             return None
         self._findings[stage.name] = found
-        if time.monotonic() - self._checked.get(stage.name, -CHECK_AGAIN) >= CHECK_AGAIN:
-            if isinstance(found, StateFindings):
-                found.refresh(foreign.newest_state(self.place.path))
-            else:
-                found.refresh()
-            self._checked[stage.name] = time.monotonic()
+        if isinstance(found, StateFindings):
+            found.refresh(foreign.newest_state(self.place.path), self.table(stage).position.rows)
+        else:
+            found.refresh()
         return found
 
     def steps(self, stage: Stage) -> int | None:
