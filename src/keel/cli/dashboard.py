@@ -85,6 +85,7 @@ def _bound(host: str, port: int) -> socket.socket:
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind((host, port))
+        place.listen(128)  # who opens the link at once waits for the server
     except (OSError, OverflowError) as error:
         place.close()
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
