@@ -17,10 +17,11 @@ from keel.dashboard.security import Security
 
 
 @contextlib.contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[str]:
+def serving(folder: Path, port: int = 0, **settings: Any) -> Iterator[str]:
     """The address of a dashboard of a folder, for as long as the block lasts."""
     place = socket.socket()
-    place.bind(("127.0.0.1", 0))
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", port))
     port = place.getsockname()[1]
     security = Security.of("127.0.0.1", port)
     server: Any = None

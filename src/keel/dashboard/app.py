@@ -144,13 +144,16 @@ class Dashboard:
             grouped = live.by_group(lines) if bands else {}
             in_bands = [line.run.name for group in grouped.values() for line in group]
             curves: dict[str, Any] = {}
+            middle = len(lines) <= live.SMOOTHED
             for line in lines:
                 if line.run.name in in_bands:
                     continue
                 with line.run.lock:
                     table = line.run.table(line.stage)
                     curves[line.run.name] = {
-                        quantity: as_json(within(Points(*table.points(metric)), low, high), most)
+                        quantity: as_json(
+                            within(Points(*table.points(metric)), low, high), most, middle=middle
+                        )
                         for quantity, metric in line.metrics.items()
                     }
             bands_of = {

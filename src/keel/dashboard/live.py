@@ -21,6 +21,7 @@ from keel.report import pictures, reward_models
 BOOT = secrets.token_hex(4)  # of this server: what another one counted means nothing here
 MOST = 1200  # points of a curve of one run
 MOST_TOGETHER = 12_000  # points of all curves in one picture
+SMOOTHED = 16  # curves in one picture that are drawn with a line through their middle
 BANDS_AGAIN = 3.0  # seconds between two reckonings of the bands of runs that are written
 
 
@@ -62,7 +63,13 @@ def table_key(*parts: str) -> str:
 
 
 def news(
-    table: Table, positions: Positions, key: str, names: Iterable[str] | None, most: int
+    table: Table,
+    positions: Positions,
+    key: str,
+    names: Iterable[str] | None,
+    most: int,
+    *,
+    middle: bool = True,
 ) -> dict[str, Any] | None:
     """What is new of a table since a reader's position, which is moved on; None where nothing is.
     {"reset": whether what was read before is void, "rows", "series": {name: [steps, values]}}."""
@@ -75,7 +82,7 @@ def news(
     for name in table.columns if names is None else names:
         points = Points(*table.points(name, since))
         if len(points.steps):
-            series[name] = as_json(points, most)
+            series[name] = as_json(points, most, middle=middle)
     positions.put(key, now)
     return {"reset": reset, "rows": now.rows, "series": series}
 
@@ -187,7 +194,8 @@ class CompareFeed:
             key = table_key(line.run.name, line.stage.name, METRICS)
             with line.run.lock:
                 table = line.run.table(line.stage)
-                new = news(table, self.positions, key, line.metrics.values(), most)
+                middle = len(lines) <= SMOOTHED
+                new = news(table, self.positions, key, line.metrics.values(), most, middle=middle)
             if new is not None:
                 named = {
                     quantity: new["series"][metric]

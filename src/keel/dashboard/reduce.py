@@ -92,14 +92,15 @@ def band(runs: Sequence[Points], most: int) -> Band:
     return Band(ends, np.nanmedian(means, axis=0), low, high, np.isfinite(means).sum(axis=0))
 
 
-def as_json(points: Points, most: int) -> list[list[Any]]:
+def as_json(points: Points, most: int, *, middle: bool = True) -> list[list[Any]]:
     """[steps, values] in at most `most` points, null where a value is no finite number. Where points were
-    left out, two more lists follow: steps and means of pieces, for the line through the middle."""
+    left out, two more lists follow, if `middle`: steps and means of pieces, for the line through
+    the middle."""
     few = extremes(points, most)
     found: list[list[Any]] = [few.steps.tolist(), numbers_json(few.values)]
-    if len(few.steps) < len(points.steps):
-        middle = means(points, MEANS)
-        found += [middle.steps.tolist(), numbers_json(middle.values)]
+    if middle and len(few.steps) < len(points.steps):
+        pieces = means(points, MEANS)
+        found += [pieces.steps.tolist(), numbers_json(pieces.values)]
     return found
 
 

@@ -99,7 +99,7 @@ export class Chart {
   constructor(title, unit, make, onZoom) {
     this.make = make;
     this.onZoom = onZoom;
-    this.plot = el("div", { class: "plot", tabindex: onZoom ? "0" : null, role: "img" });
+    this.plot = el("div", { class: "plot", tabindex: onZoom ? "0" : null, role: "img", "aria-label": title });
     this.caption = el("figcaption", {}, el("b", {}, title), unit ? el("span", { class: "unit" }, ` ${unit}`) : null);
     this.last = el("span", { class: "value" });
     this.caption.append(" ", this.last);

@@ -127,7 +127,7 @@ function gallery() {
 function made(quantity) {
   const all = items();
   const shown = all.map((item, i) => [item, i]).filter(([item]) => !hidden.has(key(item)));
-  const smoothed = shown.length <= 16;
+  const smoothed = lines.length <= 16; // as the server has it
   const traces = shown.flatMap(([item, i]) => {
     const ink = colour(i);
     if (item.group) return area((zoom?.bands ?? bands)[item.group]?.[quantity], ink, item.name);
