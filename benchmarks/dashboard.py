@@ -3,12 +3,13 @@
     python benchmarks/dashboard.py [--runs 50] [--points 2000] [--steps 1000000] [--folder DIR]
 
 Chromium (CHROMIUM, default /usr/bin/chromium) opens the pages of a server in a process of its own, on made-up
-runs of PPO with the 37 metrics that keel writes (2.6 MB of metrics a run of 2,000 updates). `seconds` is by the
-clock, from asking for an address until the page has drawn it; `server_cpu` and `browser_cpu` are the processor's
-seconds that either spent on it, which say more where a machine is shared. `cold`: the first page of a server
-that has read nothing, in a browser that has not seen the scripts; `warm`: the same page again. `latency` is from
-the write of a metric that was never there before until its curve stands on the page; `idle_bytes` is what the
-browser received in 30 s without any news, `step_bytes` for one new step. Prints JSON.
+runs of PPO with the 37 metrics that keel writes (2.6 MB of metrics a run of 2,000 updates). `seconds` is by
+the clock, from asking for an address until the page has drawn it; `server_cpu` and `browser_cpu` are the
+processor's seconds that either spent on it, which say more where a machine is shared. `cold`: the first page
+of a server that has read nothing, in a browser that has not seen the scripts; `warm`: the same page again.
+`latency` is from the write of a metric that was never there before until its curve stands on the page;
+`idle_bytes` is what the browser received in 30 s without any news, `step_bytes` for one new step.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def cpu(pid: int) -> float:
 
 
 def browser_cpu() -> float:
-    """Seconds of processor that the browser's processes have used: all that this one started, but for servers."""
+    """Seconds of processor that the browser's processes have used, all of those that this one started."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

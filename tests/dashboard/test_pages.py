@@ -88,7 +88,7 @@ def test_a_spike_of_one_point_in_a_million_is_seen_and_looked_at_closely(tmp_pat
             "(figure) => figure.chart.onZoom(765400, 765500)"
         )
         page.wait_for_selector("#unzoom:not([hidden])")
-        wait(page, "objective/scores", "x.length == 102")
+        wait(page, "objective/scores", "x.length == 103")
         assert drawn(page, "objective/scores").count(99.5) == 1
         page.get_by_role("button", name="Whole course").click()
         wait(page, "objective/scores", "x.length > 500")

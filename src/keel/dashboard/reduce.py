@@ -45,10 +45,11 @@ def extremes(points: Points, most: int) -> Points:
     count = len(points.steps)
     if count <= most:
         return points
-    pieces = min(max((most - 2) // 3, 1), count)
+    finite = np.isfinite(points.values)
+    of_each = 2 if finite.all() else 3
+    pieces = min(max((most - 2) // of_each, 1), count)
     edges = np.linspace(0, count, pieces + 1).astype(np.int64)
     starts, sizes = edges[:-1], np.diff(edges)
-    finite = np.isfinite(points.values)
     kept = [np.array([0, count - 1])]
     for sign in (1.0, -1.0):
         keys = np.where(finite, sign * points.values, np.inf)
