@@ -22,6 +22,7 @@ BOOT = secrets.token_hex(4)  # of this server: what another one counted means no
 MOST = 1200  # points of a curve of one run
 MOST_TOGETHER = 12_000  # points of all curves in one picture
 SMOOTHED = 16  # curves in one picture that are drawn with a line through their middle
+PIECES = 150  # of a band
 BANDS_AGAIN = 3.0  # seconds between two reckonings of the bands of runs that are written
 
 
@@ -292,7 +293,7 @@ def band_of(group: Sequence[Line], quantity: str, low: float | None = None, high
             with line.run.lock:
                 points = Points(*line.run.table(line.stage).points(line.metrics[quantity]))
             curves.append(within(points, low, high))
-    found = band(curves, 400)
+    found = band(curves, PIECES)
     if not len(found.steps):
         return None
     return {

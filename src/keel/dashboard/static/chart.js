@@ -135,12 +135,12 @@ export class Chart {
     view.annotations = found.annotations;
     if (at !== null && at !== undefined) {
       view.shapes.push(level(at));
-      view.annotations.push({ x: 1, xref: "paper", xanchor: "right", y: at, yanchor: "bottom", text: plain(`${levelLabel} ${number(at, 3)}`), showarrow: false, font: { color: "--quiet", size: 10 }, bgcolor: "--paper", borderpad: 1 });
+      view.annotations.push({ x: 0, xref: "paper", xanchor: "left", y: at, yanchor: "bottom", text: plain(`${levelLabel} ${number(at, 3)}`), showarrow: false, font: { color: "--quiet", size: 10 }, borderpad: 1 });
       if (values.length) view.yaxis.range = spread([at, ...extent(values)], 0.08);
     }
     const [bottom, top] = extent(values);
     const largest = Math.max(Math.abs(bottom), Math.abs(top));
-    if (values.length && top - bottom <= 1e-6 * largest) view.yaxis.range = spread([bottom, top], 0.08);  // rounding is no curve
+    if (values.length && top - bottom <= 1e-6 * largest) view.yaxis.range = spread([top, top], 0.08);  // rounding is no curve
     if (largest >= 1e-3 && largest < 1e6) view.yaxis.exponentformat = "none";
     const style = getComputedStyle(document.documentElement);
     const figure = coloured({ traces, view }, style);

@@ -121,7 +121,7 @@ const HIDDEN = new Set(["epoch", "episode", "num_tokens"]);
 
 function specs(stage) {
   const names = [...curves.metrics.curves.keys()];
-  first ??= new Set(names);
+  if (names.length) first ??= new Set(names);
   const known = (stage?.curves ?? []).filter((spec) => names.includes(spec.metric));
   const used = new Set(known.flatMap((spec) => [spec.metric, spec.held_out]));
   const main = [...known];
@@ -131,7 +131,7 @@ function specs(stage) {
   }
   const others = names.filter((metric) => !used.has(metric) && (known.length || !HIDDEN.has(metric))).sort((a, b) => a.localeCompare(b)).map((metric) => ({ title: metric, unit: "", metric, held_out: "" }));
   // what nobody knows of is folded away; not so what is new while one looks, and a kind that names no curves
-  const unfolded = (spec) => !stage?.known || !first.has(spec.metric);
+  const unfolded = (spec) => !stage?.known || !first?.has(spec.metric);
   return [[...main, ...others.filter(unfolded)], others.filter((spec) => !unfolded(spec))];
 }
 
@@ -158,6 +158,7 @@ function gallery() {
   by("more").querySelector("summary").textContent = `All other metrics (${others.filter(hit).length})`;
   if (wanted && others.some(hit)) by("more").open = true;
   show(by("no-curves"), !some);
+  show(by("metric-filter").closest("label"), some);
   by("no-curves").textContent = stage?.has_steps === false ? "This stage measures once, at its end: see Judgement and Replies." : "No metrics yet.";
   keys(stage);
 }
