@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import random
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def keel_run(
     samples: int = 10,
 ) -> Path:
     """A run of keel with a reward stage and PPO of `steps` updates, of which `done` are done. status: of PPO,
-    as the manifest has it."""
+    "done" or anything else for one that is not."""
     done = steps if done is None else done
     draw = random.Random(seed)
     reward: dict[str, Any] = {"kind": "reward", "model": {"path": "x"}, "data": "world:helpdesk/comparisons"}
@@ -196,13 +197,21 @@ def foul_run(run: Path) -> Path:
     return run
 
 
+@contextlib.contextmanager
+def at_work(run: Path) -> Iterator[None]:
+    """A run whose process is this one, in its stage ppo."""
+    with (run / worker.LOCK).open("a+", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        worker.sign(lock)
+        (run / "stages" / "ppo" / "fingerprint").touch()
+        yield
+
+
 def go_on(run: Path, steps: int, seconds: float) -> None:
     """Work in a run as its process does: a step each `seconds`."""
     draw, folder = random.Random(7), run / "stages" / "ppo"
     done = sum(1 for _ in (folder / "metrics.jsonl").open(encoding="utf-8"))
-    with (run / worker.LOCK).open("a+", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        worker.sign(lock)
+    with at_work(run):
         for step in range(done + 1, steps + 1):
             append(folder / "metrics.jsonl", [ppo_row(step, steps, draw)])
             append(folder / "times.jsonl", [times_row(step, draw)])

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import append, events_run, foul_run, keel_run, ppo_row, sample_row, trl_run
+from made_runs import append, at_work, events_run, foul_run, keel_run, ppo_row, sample_row, trl_run
 from serving import serving
 
-from keel.pipeline.pipeline import locked
 from keel.rundir import worker
 
 pytestmark = pytest.mark.browser
@@ -202,7 +201,7 @@ def test_a_foul_run_does_nothing(tmp_path, browse):
 def test_a_run_is_stopped_by_keyboard(tmp_path, browse, monkeypatch):
     sent: list[int] = []
     run = keel_run(tmp_path / "run", 100, done=50, status="running")
-    with locked(run), serving(tmp_path) as address:
+    with at_work(run), serving(tmp_path) as address:
         monkeypatch.setattr(worker.os, "kill", lambda pid, number: sent.append(number))
         page = browse(f"{address}/run?run=run")
         page.wait_for_selector("#stop:not([hidden])")

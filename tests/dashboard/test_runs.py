@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from made_runs import append, events_run, foul_run, keel_run, ppo_row, trl_run, write_json
+from made_runs import append, at_work, events_run, foul_run, keel_run, ppo_row, trl_run, write_json
 
 from keel.dashboard.discovery import find
 from keel.dashboard.findings import CONCERNS, TOO_LONG
@@ -17,7 +17,6 @@ from keel.dashboard.keel_run import yaml_object
 from keel.dashboard.runs import Runs
 from keel.diagnosis import logs
 from keel.diagnosis.watch import CHECKS
-from keel.pipeline.pipeline import locked
 
 
 def stage(state: dict, name: str) -> dict:
@@ -81,7 +80,7 @@ def _last(run: Path) -> str:
 
 def test_a_run_at_work_says_how_long_it_will_take(tmp_path):
     path = keel_run(tmp_path / "run", 100, done=60, status="running")
-    with locked(path):
+    with at_work(path):
         run = only(tmp_path)
         state = run.state()
         assert (run.summary()["status"], state["can_stop"]) == ("running", True)
@@ -92,6 +91,16 @@ def test_a_run_at_work_says_how_long_it_will_take(tmp_path):
         assert ppo["left"] == pytest.approx(40 * spent, abs=1)
         assert state["memory_mib"] > 10
     assert run.summary()["status"] == "interrupted"
+
+
+def test_only_the_stage_that_was_begun_by_the_process_is_at_work(tmp_path):
+    path = keel_run(tmp_path / "run", 100, done=60, status="running")
+    with at_work(path):
+        (path / "stages/reward/stage.json").unlink()  # cut off by an earlier process
+        os.utime(path / "stages/reward/fingerprint", (1, 1))
+        state = only(tmp_path).state()
+        assert stage(state, "reward")["left"] is None
+    assert [stage(state, name)["status"] for name in ("reward", "ppo")] == ["interrupted", "running"]
 
 
 def test_what_other_settings_made_is_not_shown(tmp_path):

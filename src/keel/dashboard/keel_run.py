@@ -18,7 +18,7 @@ from keel.dashboard.tail import read_text
 from keel.pipeline.stage_kinds import StageKind, shown_as
 from keel.report.reading import StageRun, inputs_of
 from keel.rundir.stage_run import PROGRESS
-from keel.rundir.worker import Worker, worker
+from keel.rundir.worker import LOCK, Worker, worker
 
 LARGEST = 16 * 2**20  # bytes of a file that is read whole
 MOST_STAGES = 200
@@ -176,6 +176,15 @@ class KeelRun:
             worker=working,
         )
 
+    def _is_at_work(self, directory: Path) -> bool:
+        """Whether it is this stage that the run's process works on: it writes a stage's fingerprint when it
+        begins, after it has taken the lock."""
+        try:
+            begun = (directory / "fingerprint").stat().st_mtime_ns
+            return begun >= (self.path / LOCK).stat().st_mtime_ns
+        except OSError:
+            return False
+
     def _object(self, path: Path) -> dict[str, Any]:
         return self._files.setdefault(path, Cached(path, json_object, {})).value
 
@@ -198,7 +207,7 @@ class KeelRun:
             return stage
         if written:
             stage.status = "done"
-        elif working is not None and recorded.get("status") == "running":
+        elif working is not None and self._is_at_work(directory):
             stage.status = "running"
         elif made:
             stage.status = "interrupted"
