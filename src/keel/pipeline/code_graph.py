@@ -30,30 +30,33 @@ class Module:
     package: str  # that its relative imports start from
 
     @cached_property
-    def tree(self) -> ast.Module:
-        return ast.parse(self.path.read_text(encoding="utf-8"))
-
-    @cached_property
-    def code(self) -> str:
-        """A hash of what the file does: comments, docstrings and layout do not count."""
+    def _read(self) -> tuple[str, tuple[Name, ...], dict[str, Name]]:
+        """All that is wanted of the file. Its syntax tree, which is large, is not kept."""
+        tree = ast.parse(self.path.read_text(encoding="utf-8"))
         parts: list[str] = []
-        _write(self.tree, parts)
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-    @cached_property
-    def imports(self) -> tuple[Name, ...]:
-        """What its import statements name. Those for the type checker alone do not count."""
-        return tuple(_imports(self.tree, self.package))
-
-    @cached_property
-    def passed_on(self) -> dict[str, Name]:
-        """Name → where it comes from, for names that the file's own top level imports."""
-        names: dict[str, Name] = {}
-        for statement in self.tree.body:
+        _write(tree, parts)
+        code = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        passed_on: dict[str, Name] = {}
+        for statement in tree.body:
             if isinstance(statement, ast.ImportFrom):
                 source = _absolute(statement, self.package)
-                names |= {alias.asname or alias.name: (source, alias.name) for alias in statement.names}
-        return names
+                passed_on |= {alias.asname or alias.name: (source, alias.name) for alias in statement.names}
+        return code, tuple(_imports(tree, self.package)), passed_on
+
+    @property
+    def code(self) -> str:
+        """A hash of what the file does: comments, docstrings and layout do not count."""
+        return self._read[0]
+
+    @property
+    def imports(self) -> tuple[Name, ...]:
+        """What its import statements name. Those for the type checker alone do not count."""
+        return self._read[1]
+
+    @property
+    def passed_on(self) -> dict[str, Name]:
+        """Name → where it comes from, for names that the file's own top level imports."""
+        return self._read[2]
 
 
 class CodeGraph:
