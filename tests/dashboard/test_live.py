@@ -23,6 +23,11 @@ def points(events: list) -> dict:
     return {event.data["file"]: event.data for event in events if event.name == "points"}
 
 
+def compared(events: list) -> list[dict]:
+    """What came of each of several runs."""
+    return [one for event in events if event.name == "points" for one in event.data["runs"]]
+
+
 def row(step: int) -> dict:
     return ppo_row(step, 100, random.Random(step))
 
@@ -140,12 +145,12 @@ def test_runs_are_compared_by_what_each_calls_it(tmp_path):
         "keel": "objective/scores",
         "trl": "reward",
     }
-    curves = {event.data["run"]: event.data["series"] for event in events if event.name == "points"}
+    curves = {one["run"]: one["series"] for one in compared(events)}
     assert len(curves["trl"]["reward"][0]) == 20
     append(tmp_path / "keel" / "stages" / "ppo" / "metrics.jsonl", [row(31)])
-    new = [event for event in reader.poll() if event.name == "points"]
-    assert [event.data["run"] for event in new] == ["keel"]
-    assert new[0].data["series"]["reward"][0] == [31]
+    new = compared(reader.poll())
+    assert [one["run"] for one in new] == ["keel"]
+    assert new[0]["series"]["reward"][0] == [31]
 
 
 def test_seeds_become_a_band_and_stay_up_to_date(tmp_path, monkeypatch):
@@ -156,7 +161,7 @@ def test_seeds_become_a_band_and_stay_up_to_date(tmp_path, monkeypatch):
     reader = CompareFeed(Runs(tmp_path).all(), ["reward", "kl"], True, Positions())
     events = reader.poll()
     assert events[0].data["groups"] == {"ppo": ["ppo-seed0", "ppo-seed1", "ppo-seed2"]}
-    assert [event.data["run"] for event in events if event.name == "points"] == ["other"]
+    assert [one["run"] for one in compared(events)] == ["other"]
     band = next(event.data for event in events if event.name == "band")["series"]["reward"]
     assert band["steps"] == list(range(1, 31))
     assert band["runs"] == 3

@@ -190,7 +190,7 @@ class CompareFeed:
         grouped = by_group(lines) if self._bands else {}
         single = [line for line in lines if not any(line in group for group in grouped.values())]
         most = max(min(MOST_TOGETHER // max(len(lines), 1), MOST), 60)
-        events = self._legend(lines, grouped)
+        events, curves = self._legend(lines, grouped), []
         for line in single:
             key = table_key(line.run.name, line.stage.name, METRICS)
             with line.run.lock:
@@ -203,7 +203,8 @@ class CompareFeed:
                     for quantity, metric in line.metrics.items()
                     if metric in new["series"]
                 }
-                events.append(Event("points", {"run": line.run.name, "reset": new["reset"], "series": named}))
+                curves.append({"run": line.run.name, "reset": new["reset"], "series": named})
+        events += [Event("points", {"runs": curves})] if curves else []
         for name, group in grouped.items():
             events += self._band(name, group)
         return events

@@ -124,6 +124,7 @@ export class Chart {
     if (!this.stale || !this.element.isConnected) return;
     this.stale = false;
     const { traces, xTitle, findings = [], level: at, levelLabel = "", range, height = 200, points } = this.make();
+    if (!this.drawn && !traces.some((trace) => trace.x.length)) return;  // its points are on their way
     const view = layout(xTitle, height);
     const values = traces.flatMap((trace) => trace.y.filter((v) => v !== null));
     const steps = traces.flatMap((trace) => [trace.x[0], trace.x.at(-1)]).filter((v) => v !== undefined);

@@ -30,9 +30,12 @@ const feed = new Feed("/events/compare", {
     legend(said.missing);
     gallery();
   },
-  points: ({ run, ...news }) => {
-    if (!runs.has(run)) runs.set(run, new Curves());
-    const full = runs.get(run).take(news);
+  points: ({ runs: news }) => {
+    let full = false;
+    for (const { run, ...curves } of news) {
+      if (!runs.has(run)) runs.set(run, new Curves());
+      full = runs.get(run).take(curves) || full;
+    }
     touched();
     if (full) start();
   },
