@@ -11,7 +11,7 @@ from typing import Any
 from keel.dashboard.table import numbers, parse_object, step_of
 from keel.dashboard.tail import Tail
 from keel.diagnosis import logs
-from keel.diagnosis.findings import SEVERITIES, Finding, conditions
+from keel.diagnosis.findings import SEVERITIES, Finding, Severity, conditions
 from keel.diagnosis.watch import Watch
 from keel.errors import DataError
 from keel.report import health
@@ -93,7 +93,8 @@ class Findings:
         step = step_of(row, 0)
         if row.get("event") == "finding":
             texts = {name: str(row.get(name, ""))[:LONGEST] for name in ("evidence", "cause", "remedy")}
-            severity = next((one for one in SEVERITIES if one == row.get("severity")), SEVERITIES[0])
+            known: dict[object, Severity] = {one: one for one in SEVERITIES}
+            severity = known.get(str(row.get("severity")), "note")
             self._logged.append(Finding(str(row.get("check", ""))[:80], severity, step, **texts))
             return
         self._actions.append({**row, "step": step})
