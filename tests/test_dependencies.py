@@ -19,7 +19,7 @@ DISTRIBUTIONS = {  # where the module has another name
     "markdown_it": "markdown-it-py",
     "mdit_py_plugins": "mdit-py-plugins",
 }
-ROOMS = {"votes": "label", "feedback": "label"}  # rooms that need an extra
+ROOMS = {"votes": "label", "feedback": "label", "dashboard": "dashboard"}  # rooms that need an extra
 
 
 def _declared(name: str = "dependencies") -> set[str]:

@@ -36,6 +36,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/rewards.md",
         "docs/data.md",
         "docs/diagnosis.md",
+        "docs/dashboard.md",
         "docs/judging.md",
         "docs/votes.md",
         "docs/labelling.md",

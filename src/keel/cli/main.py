@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -100,6 +101,12 @@ def run(
     trust: TrustOption = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before long work is done again.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for people's votes; else the run ends.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve a dashboard of the run for as long as it lasts.")
+    ] = False,
+    keep_watching: Annotated[
+        bool, typer.Option("--keep-watching", help="As --watch, and leave the dashboard open at the end.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
@@ -111,7 +118,7 @@ def run(
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
     pipeline.wait = wait
-    with progress() as draw:
+    with _watched(pipeline.directory, watch, keep_watching), progress() as draw:
         pipeline.progress = draw
         pipeline.run(only=only, fresh=fresh)
     if as_json:
@@ -275,6 +282,22 @@ def sweep(
         show(f"\npage: {facts['report']}")
     if any(point["status"] == "failed" for point in facts["points"]):
         raise typer.Exit(1)
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; any but this machine's own asks for a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8012,
+    wait: Annotated[bool, typer.Option("--wait", hidden=True)] = False,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
+) -> None:
+    """Watch the runs in RUNS live in a browser: keel's, TRL's and TensorBoard's."""
+    from keel.cli import dashboard as watching
+
+    watching.serve(runs, host, port, lambda link: print(link, flush=True), wait=wait, while_stdin=while_stdin)
 
 
 @app.command()
@@ -446,6 +469,15 @@ def _asked(question: str) -> bool:
 def _agreed(question: str) -> bool:
     """As `_asked`; without a terminal nobody agrees."""
     return sys.stdin.isatty() and sys.stderr.isatty() and _asked(question)
+
+
+def _watched(run: Path, watch: bool, keep: bool) -> contextlib.AbstractContextManager[None]:
+    """A dashboard of a run beside it, where one is asked for."""
+    if not watch and not keep:
+        return contextlib.nullcontext()
+    from keel.cli import dashboard as watching
+
+    return watching.beside(run, say, keep=keep)
 
 
 def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:

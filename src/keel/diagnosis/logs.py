@@ -30,7 +30,7 @@ _SAME = (
 )  # fmt: skip
 
 # names in logs of version 0.1 → today's
-_RENAMED = {"policy/pace": "policy/lr_factor", "policy/logp_drift": "policy/logp_mismatch"}
+RENAMED = {"policy/pace": "policy/lr_factor", "policy/logp_drift": "policy/logp_mismatch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
             row: Any = json.loads(line)
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number} is not a JSON object")
-            rows.append({_RENAMED.get(str(name), str(name)): value for name, value in row.items()})
+            rows.append({RENAMED.get(str(name), str(name)): value for name, value in row.items()})
         except (ValueError, RecursionError) as error:
             if not line.endswith("\n"):
                 break

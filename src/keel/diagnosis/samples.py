@@ -151,12 +151,12 @@ def judge_falls(history: History) -> Alarm | None:
     run of pure noise; warn: 3 (one run in ten of 20 evaluations), act: 4 (one in 300), and only with logged
     errors, since a few evaluations tell their own too roughly."""
     judge = history.columns.get(JUDGE, [])
-    proxy = dict(history.columns.get("eval/objective/scores") or history.columns.get(SCORES, []))
     last = judge[-2:]
     earlier = [judge[:1]] if judge and judge[0][0] == 0 and len(judge) > 2 else []
     earlier += map(list, list(pairwise(judge))[:-2])
     if not earlier or judge[-1][0] != history.step or last[0][0] <= history.since:
         return None
+    proxy = dict(history.columns.get("eval/objective/scores") or history.columns.get(SCORES, []))
 
     def errors(points: Sequence[tuple[int, float]]) -> float:
         """By how many errors the judge has fallen since."""

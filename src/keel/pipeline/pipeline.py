@@ -45,7 +45,7 @@ from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report import rerun_reason
 from keel.report.wording import duration
 from keel.rewards import loading
-from keel.rundir import kept, machine_faults, weights
+from keel.rundir import kept, machine_faults, weights, worker
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.machine_faults import size_in_words
 from keel.rundir.stage_files import read_mark, read_object, read_record
@@ -555,11 +555,12 @@ def _accel_state(config: RunConfig) -> str:
 def locked(directory: Path) -> Iterator[None]:
     """One process a directory; the lock ends with the process, however that ends. KeelError where another has
     it."""
-    with (directory / ".lock").open("w") as handle:
+    with (directory / worker.LOCK).open("a+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise KeelError(f"another process is working in {directory}") from None
+        worker.sign(handle)
         yield
 
 

@@ -154,7 +154,8 @@ def fill(template: str, drawn: list[Picture], **values: object) -> str:
         "duration": duration,
         "large": large,
     }
-    plotly, script = get_plotlyjs(), (_HERE / "page.js").read_text(encoding="utf-8")
+    plotly = get_plotlyjs()
+    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("figures.js", "page.js"))
     return environment.get_template(template).render(
         **values,
         colours=pictures.MODEL_COLOURS,

@@ -144,7 +144,7 @@ def _stage(
     if _out_of_date(directory, written, recorded):
         # what lies there answers another config: none of it may be shown as this one's
         nowhere, kind = directory / "out-of-date", str(settings.get("kind") or recorded.get("kind"))
-        return StageRun(name, kind, "out of date", nowhere, settings, _inputs(settings, names), {}, {}, {})
+        return StageRun(name, kind, "out of date", nowhere, settings, inputs_of(settings, names), {}, {}, {})
     metrics = _metrics(directory / "metrics.jsonl")
     status = "not run yet"
     if written:
@@ -157,7 +157,7 @@ def _stage(
         status=status,
         directory=directory,
         settings=settings,
-        inputs=_inputs(settings, names),
+        inputs=inputs_of(settings, names),
         record={**recorded, **written},
         result=_result(directory / "result.json"),
         metrics=metrics,
@@ -171,7 +171,8 @@ def _out_of_date(directory: Path, written: dict[str, Any], recorded: dict[str, A
     return bool(wanted and made and wanted != made)
 
 
-def _inputs(settings: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+def inputs_of(settings: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+    """The stages that a stage's settings take models, rewards or data from, in the order of the settings."""
     found: list[str] = []
     for key in (*_REFERENCES, "data"):
         value = settings.get(key)

@@ -23,6 +23,7 @@ from keel.rundir.checkpoint import Checkpoint, append, latest, save, write_json
 from keel.types import DataSource, RecordType
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
+PROGRESS = "progress.json"  # how many steps a stage will have, for whoever watches it
 Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
 
 
@@ -47,6 +48,7 @@ class StageRun:
     preparation: Preparation = field(default_factory=Preparation)  # where and how large data are made ready
     _seconds: dict[str, float] = field(default_factory=dict)
     _tokens: dict[str, tuple[int, int]] = field(default_factory=dict)  # by phase: useful, computed
+    _steps: int | None = None  # of the whole stage, as progress.json says
 
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         """NotFiniteError at the first number that is not finite."""
@@ -60,6 +62,9 @@ class StageRun:
     def log(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics. NotFiniteError at the first number that is not finite."""
         self.check_finite(step, metrics)
+        if steps != self._steps:
+            write_json(self.directory / PROGRESS, {"steps": steps})
+            self._steps = steps
         self._append(
             "metrics.jsonl", [{"step": step, **{name: float(value) for name, value in metrics.items()}}]
         )
