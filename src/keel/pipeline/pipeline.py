@@ -238,7 +238,7 @@ class Pipeline:
             except UsageError as error:
                 if isinstance(error, DataError):
                     raise
-                facts = _object(directory / "stage.json").get("facts", {})
+                facts = read_record(directory).get("facts", {})
                 self._heard[name] = facts.get("votes_print")
                 self.say(f"{name}: {error}; the votes that were counted before stand")
         return self._heard[name]
