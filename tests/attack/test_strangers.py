@@ -175,7 +175,11 @@ TEMPLATES: dict[str, tuple[str, str | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+# Open: an SFT stage trains where the template leaves the assistant's turns out.
+NOT_FOUND = {"drops the reply": pytest.mark.xfail(strict=True, reason="is trained on in silence")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_FOUND.get(name, ())) for name in TEMPLATES])
 def test_a_chat_template_is_contained(
     name: str, forked: Any, every_kind: Any, data: Any, write_config: Any, tmp_path: Path
 ) -> None:
