@@ -224,7 +224,7 @@ def _usable(connection: Connection, code: str, now: float, *, lock: bool = False
 
 def accept(connection: Connection, code: str, name: str, days: float, now: float) -> str:
     """A session for whom a code invites; the code is used up. UsageError for one that cannot be used."""
-    row = _usable(connection, code, now)
+    row = _usable(connection, code, now, lock=True)  # who comes at the same time waits, and finds it used
     if row is None:
         raise UsageError("this invitation was used, has expired, or never was: ask for another one")
     if row.person_id is not None:

@@ -112,3 +112,13 @@ def account_token(request: Request) -> Response:
     who = web.person(request)
     token = web.store(request).api_token(who.id, who.id)
     return web.page(request, "account.html", tab="account", token=token)
+
+
+@router.post("/account/sign-out-everywhere")
+def sign_out_everywhere(request: Request) -> Response:
+    """End all of one's sessions and make all of one's API tokens worthless."""
+    who = web.person(request)
+    web.store(request).sign_out_everywhere(who.id, who.id)
+    response = web.to("/sign-in")
+    response.delete_cookie(SESSION)
+    return response
