@@ -16,6 +16,7 @@ from keel.feedback import formats, render, wire
 from keel.feedback.app import create_app
 from keel.feedback.model_annotator import Endpoint
 from keel.stages import people as stage_people
+from keel.votes import commands
 from keel.votes.kinds import Answer, NewItem, Reply
 
 HALF = "half of a character: \ud83d"
@@ -206,16 +207,22 @@ def test_a_path_is_one_line_of_the_log_and_shows_no_code(enter, caplog):
     assert "a-code" not in line
 
 
-def test_who_signs_out_everywhere_ends_sessions_and_tokens(enter, store):
-    ada = enter()
-    token = store.api_token(store.person_named("Ada").id, None)
-    bearer = {"Authorization": f"Bearer {token}"}
-    assert ada.get("/api/projects", headers=bearer).status_code == 200
+def test_who_signs_out_elsewhere_ends_other_sessions_and_all_tokens(enter, store):
+    ada, phone = enter(), enter(None)
+    who = store.person_named("Ada").id
+    path = f"/join/{store.sign_in_link(who, None)}"
+    phone.see(path)
+    phone.submit(path, {"name": "Ada"})
+    bearer = {"Authorization": f"Bearer {store.api_token(who, None)}"}
+    assert phone.get("/api/projects", headers=bearer).status_code == 200
     ada.see("/account")
-    ada.submit("/account/sign-out-everywhere", status=303, follow_redirects=False)
-    assert ada.get("/api/projects", headers=bearer).status_code == 401
-    assert ada.get("/account", follow_redirects=False).status_code == 303
+    assert "have ended" in ada.submit("/account/sign-out-elsewhere").text
+    assert phone.get("/api/projects", headers=bearer).status_code == 401
+    assert phone.get("/account", follow_redirects=False).status_code == 303
+    ada.see("/account")
     assert store.verify().broken is None
+    assert commands.sign_out(str(store.database.path), "Ada") == 1
+    assert ada.get("/account", follow_redirects=False).status_code == 303
 
 
 @pytest.mark.parametrize("piece", ["\\(", "\\(a ", "[", "![", "\\["])

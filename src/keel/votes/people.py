@@ -284,9 +284,13 @@ def sign_out(connection: Connection, token: str, now: float) -> None:
     _revoke(connection, table.c.hash == hashed(token), now)
 
 
-def sign_out_everywhere(connection: Connection, person_id: int, by: int | None, now: float) -> int:
-    """End all of a person's sessions and tokens. How many there were."""
-    return _revoke(connection, schema.credentials.c.person_id == person_id, now, by)
+def sign_out_everywhere(
+    connection: Connection, person_id: int, by: int | None, now: float, but: str | None = None
+) -> int:
+    """End all of a person's sessions and tokens, but one. How many there were."""
+    table = schema.credentials
+    which = table.c.person_id == person_id
+    return _revoke(connection, which if but is None else which & (table.c.hash != hashed(but)), now, by)
 
 
 def _revoke(connection: Connection, which: Any, now: float, by: int | None = None) -> int:
