@@ -23,7 +23,6 @@ DISTRIBUTIONS = {  # where the module has another name
 ROOMS = {  # rooms, and files of commands, that need extras
     "votes": ("label",),
     "feedback": ("label",),
-    "cli/label.py": ("label",),
     "dashboard": ("dashboard",),
     "cli/dashboard.py": ("dashboard",),
     "trackers": ("trackio", "wandb", "tensorboard", "mlflow"),
