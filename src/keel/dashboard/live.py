@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 import zlib
@@ -26,6 +27,9 @@ PIECES = 150  # of a band
 BANDS_AGAIN = 3.0  # seconds between two reckonings of the bands of runs that are written
 
 
+_POSITION = re.compile(r"[0-9a-z]{1,8}:[0-9]{1,11}\.[0-9]{1,17}")  # a table's key, its epoch, its rows
+
+
 class Event(NamedTuple):
     """An event as it is sent."""
 
@@ -45,7 +49,7 @@ class Positions:
         for part in parts:
             key, _, place = part.partition(":")
             epoch, _, rows = place.partition(".")
-            if epoch.isdigit() and rows.isdigit() and len(epoch) < 12 and len(rows) < 18:
+            if _POSITION.fullmatch(part):
                 self._known[key] = Position(int(epoch), int(rows))
 
     def get(self, key: str) -> Position:
