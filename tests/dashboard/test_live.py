@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_runs import append, foul_run, keel_run, ppo_row, trl_run
+from made_runs import append, foul_run, keel_run, ppo_row, sample_row, trl_run
 
 from keel.dashboard import live
 from keel.dashboard.findings import MOST_FOUND, TOO_MANY, UNLIKE
@@ -245,3 +245,28 @@ def test_findings_without_number_are_shown_up_to_one(tmp_path):
     ppo = next(one for one in Runs(tmp_path).all()[0].state()["stages"] if one["name"] == "ppo")
     assert (len(ppo["findings"]), ppo["note"]) == (MOST_FOUND, TOO_MANY)
     assert max(len(one["evidence"]) for one in ppo["findings"]) <= 2000
+
+
+def replied(events: list) -> list[dict]:
+    """What came of replies."""
+    return [event.data for event in events if event.name == "replies"]
+
+
+def test_a_step_costs_as_little_after_ten_thousand_with_replies(tmp_path):
+    folder = keel_run(tmp_path / "run", 50) / "stages" / "ppo"
+    append(folder / "samples.jsonl", (sample_row(step, n) for step in range(100, 10_100) for n in range(2)))
+    reader = feed(tmp_path)
+    [first] = replied(reader.poll())
+    assert (first["stage"], first["reset"], first["groups"][-1]) == ("ppo", True, ["step 10099", 2])
+    assert len(first["groups"]) >= 10_000
+    assert reader.poll() == []
+    append(folder / "metrics.jsonl", [row(51)])
+    append(folder / "samples.jsonl", [sample_row(10_099, 2), sample_row(10_100, 0)])
+    events = reader.poll()
+    assert replied(events) == [
+        {"stage": "ppo", "reset": False, "groups": [["step 10099", 3], ["step 10100", 1]]}
+    ]
+    assert len(json.dumps([event.data for event in events])) < 6000
+    (folder / "samples.jsonl").write_text("")
+    append(folder / "samples.jsonl", [sample_row(1, 0)])  # back to a checkpoint
+    assert replied(reader.poll()) == [{"stage": "ppo", "reset": True, "groups": [["step 1", 1]]}]

@@ -25,7 +25,7 @@ from keel.dashboard.keel_run import Stage
 from keel.dashboard.live import CompareFeed, Event, ListFeed, Positions, RunFeed
 from keel.dashboard.reduce import Points, as_json, within
 from keel.dashboard.runs import METRICS, QUANTITIES, TIMES, OpenRun, Runs
-from keel.dashboard.samples import page
+from keel.dashboard.samples import groups, page
 from keel.dashboard.security import Guard, Security
 
 LOOK = 0.5  # seconds between two looks at the files of a page that is open
@@ -221,9 +221,9 @@ class Dashboard:
         def read() -> list[dict[str, Any]]:
             with run.lock:
                 return [
-                    {"name": one["name"], "samples": one["samples"]}
-                    for one in run.state()["stages"]
-                    if one["samples"]
+                    {"name": stage.name, "samples": [[group.name, group.count] for group in kept]}
+                    for stage in run.facts().stages
+                    if (kept := groups(run.samples(stage)))
                 ]
 
         return answer({"stages": await run_in_threadpool(read)})

@@ -16,6 +16,7 @@ import numpy as np
 from keel.dashboard.keel_run import Stage
 from keel.dashboard.reduce import Points, as_json, band, extremes, numbers_json, within
 from keel.dashboard.runs import METRICS, QUANTITIES, TIMES, OpenRun, Runs, focus, guarded
+from keel.dashboard.samples import groups
 from keel.dashboard.table import Position, Table
 from keel.report import pictures, reward_models
 
@@ -98,6 +99,7 @@ class RunFeed:
     def __init__(self, run: OpenRun, stage: str | None, positions: Positions) -> None:
         self._run, self._stage, self.positions = run, stage, positions
         self._said: dict[str, str] = {}
+        self._replies: dict[str, tuple[int, int, dict[str, int]]] = {}  # stage → epoch, replies, as they were
 
     def poll(self) -> list[Event]:
         """What is new."""
@@ -113,7 +115,20 @@ class RunFeed:
                     new = news(self._run.table(chosen, file), self.positions, key, None, MOST)
                     if new is not None:
                         events.append(Event("points", {"stage": chosen.name, "file": file, **new}))
+            events += [event for stage in stages for event in self._reply_events(stage)]
         return events
+
+    def _reply_events(self, stage: Stage) -> list[Event]:
+        """Of which steps or models a stage has kept replies, and how many: those that changed."""
+        samples = self._run.samples(stage)
+        epoch, count, known = self._replies.get(stage.name, (-1, 0, {}))
+        if (samples.epoch, len(samples.spots)) == (epoch, count) or not (count or samples.spots):
+            return []
+        reset = epoch != samples.epoch
+        found = dict(groups(samples))
+        self._replies[stage.name] = samples.epoch, len(samples.spots), found
+        changed = [[name, n] for name, n in found.items() if reset or known.get(name) != n]
+        return [Event("replies", {"stage": stage.name, "reset": reset, "groups": changed})]
 
     def _state_events(self, state: dict[str, Any]) -> list[Event]:
         """The run's state where it changed: its head, and those stages that did."""

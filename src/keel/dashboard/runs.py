@@ -14,7 +14,7 @@ from keel.dashboard import discovery, foreign
 from keel.dashboard.discovery import Place
 from keel.dashboard.findings import Findings, StateFindings
 from keel.dashboard.keel_run import Facts, KeelRun, Stage, resident_mib, words
-from keel.dashboard.samples import LineSamples, ParquetSamples, Samples, groups
+from keel.dashboard.samples import LineSamples, ParquetSamples, Samples
 from keel.dashboard.table import LogTable, Table, numbers, parse_object
 from keel.dashboard.tail import Tail, last_lines
 from keel.dashboard.tfevents import MARK
@@ -210,7 +210,7 @@ class OpenRun:
         return "active" if time.time() - latest < ACTIVE else "idle"
 
     def state(self) -> dict[str, Any]:
-        """The run as its page shows it, but for the curves."""
+        """The run as its page shows it, but for the curves and the replies."""
         facts = self.facts()
         config = facts.config
         memory = resident_mib(facts.worker.pid) if facts.worker else None
@@ -234,7 +234,6 @@ class OpenRun:
         pace = self.seconds_per_step(stage) if stage.status == "running" else None
         left = pace * (steps - step) if pace is not None and steps and step is not None else None
         found = self.findings(stage)
-        samples = self.samples(stage)
         kind, counted = stage.shown_as, stage.facts.get("facts")
         return {
             "name": stage.name,
@@ -261,7 +260,6 @@ class OpenRun:
             "findings": found.rows() if found is not None else None,
             "note": found.note if found is not None else "",
             "broken_lines": table.broken_lines,
-            "samples": [[group.name, group.count] for group in groups(samples)],
         }  # fmt: skip
 
     def _for_report(self, stage: Stage, table: Table) -> StageRun:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from keel.dashboard.table import parse_object
 from keel.dashboard.tail import Tail, open_plain
@@ -34,8 +34,7 @@ class Spot:
     file: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Replies of one step, or of one model."""
 
     name: str
@@ -53,6 +52,9 @@ class Samples(Protocol):
     @property
     def counts(self) -> Mapping[str, int]: ...
 
+    @property
+    def epoch(self) -> int: ...  # another one where what was found before is void
+
     def read(self, spots: list[Spot]) -> list[dict[str, Any]]: ...
 
 
@@ -64,6 +66,7 @@ class LineSamples:
         self._tail = Tail(path)
         self._spots: list[Spot] = []
         self._counts: Counter[str] = Counter()
+        self.epoch = 0
 
     @property
     def spots(self) -> list[Spot]:
@@ -78,7 +81,7 @@ class LineSamples:
         """Find what is new."""
         for piece in self._tail.read():
             if piece.reset:
-                self._spots, self._counts = [], Counter()
+                self._spots, self._counts, self.epoch = [], Counter(), self.epoch + 1
             at = piece.offset
             for line in piece.data.splitlines(keepends=True):
                 row = parse_object(line) if len(line) <= LONGEST_ROW else None
@@ -108,6 +111,10 @@ class ParquetSamples:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._spots: dict[Path, list[Spot]] = {}
+
+    @property
+    def epoch(self) -> int:
+        return len(self._spots)  # a new file may come before those that were there
 
     @property
     def spots(self) -> list[Spot]:
