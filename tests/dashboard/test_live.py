@@ -12,7 +12,7 @@ import yaml
 from made_runs import append, foul_run, keel_run, ppo_row, sample_row, trl_run
 
 from keel.dashboard import live
-from keel.dashboard.findings import MOST_FOUND, TOO_MANY, UNLIKE
+from keel.dashboard.findings import MOST_FOUND, TOO_MANY
 from keel.dashboard.live import CompareFeed, ListFeed, Positions, RunFeed
 from keel.dashboard.runs import QUANTITIES, Runs
 
@@ -220,7 +220,8 @@ def test_numbers_beyond_all_sums_cost_no_page(tmp_path):
     json.dumps([event.data for event in events], allow_nan=False)
     assert points(events)["metrics"]["series"]["objective/kl"][0][-1] == 59
     state = next(event.data for event in events if event.name == "state")
-    assert next(one["note"] for one in state["stages"] if one["name"] == "ppo") == UNLIKE
+    ppo = next(one for one in state["stages"] if one["name"] == "ppo")
+    assert (ppo["findings"][-1]["name"], ppo["findings"][-1]["step"]) == ("not finite", 6)
 
 
 def test_a_number_that_cannot_be_written_out_costs_no_list(tmp_path):
