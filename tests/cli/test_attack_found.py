@@ -23,9 +23,9 @@ PAIR: dict[str, Any] = {"prompt": "a?", "chosen": " b", "rejected": " c"}
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "a", "completion": "b", "x": ' + "[" * 600 + "]" * 600 + "}", 'deeper than 100'),
-        ('{"prompt": "a", "completion": "b", "x": ' + '{"a":' * 600 + "1" + "}" * 601, "deeper than 100"),
-        ('{"prompt": "a", "prompt": "b", "completion": "c"}', '"prompt" is written twice'),
+        ('{"prompt": "a", "completion": "b", "x": ' + "[" * 600 + "]" * 600 + "}", "more than 100"),
+        ('{"prompt": "a", "completion": "b", "x": ' + '{"a":' * 600 + "1" + "}" * 601, "more than 100"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', 'key "prompt" appears twice'),
         (json.dumps({**GOOD, "label": False}), "an unpaired row may show what not to do"),
     ],
 )  # fmt: skip
@@ -255,10 +255,10 @@ def test_an_empty_chat_template_is_not_taken_for_none() -> None:
     ("name", "content", "said"),
     [
         ("config.yaml", b"\xff\xfe\xff", "config.yaml cannot be read"),
-        ("config.yaml", b"stages: [1]", None),
-        ("manifest.json", b'{"stages": [1]}', None),
+        ("config.yaml", b"stages: [1]", "`stages` is no mapping"),
+        ("manifest.json", b'{"stages": [1]}', "manifest.json: `stages` is no mapping"),
         ("stages/s/metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl:1 is not JSON"),
-        ("stages/s/metrics.jsonl", b'{"step": "x", "loss": 1}\n', None),
+        ("stages/s/metrics.jsonl", b'{"step": "x", "loss": 1}\n', "metrics.jsonl:1"),
         ("stages/s/result.json", b'{"models": [1]}', "result.json"),
         ("stages/s/stage.json", b'{"weights": 3}', None),
         ("stages/s/fingerprint", b"\xff", None),
