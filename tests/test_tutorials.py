@@ -34,7 +34,12 @@ def test_every_script_is_a_tutorial() -> None:
     assert scripts == {*build.TUTORIALS}
 
 
-@pytest.mark.parametrize("name", build.TUTORIALS)
+LONG = ("rlhf_in_ten_minutes", "is_the_improvement_real")  # a minute of two cores each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in build.TUTORIALS]
+)
 def test_a_tutorial_runs_and_shows_what_it_says(name: str, tmp_path: Path) -> None:
     build.build(name, tmp_path)
     page = (tmp_path / f"{name}.md").read_text(encoding="utf-8")

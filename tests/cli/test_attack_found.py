@@ -23,9 +23,9 @@ PAIR: dict[str, Any] = {"prompt": "a?", "chosen": " b", "rejected": " c"}
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "a", "completion": "b", "x": ' + "[" * 600 + "]" * 600 + "}", 'than 100 lists'),
-        ('{"prompt": "a", "completion": "b", "x": ' + '{"a":' * 600 + "1" + "}" * 601, "than 100 lists"),
-        ('{"prompt": "a", "prompt": "b", "completion": "c"}', 'the key "prompt" appears twice'),
+        ('{"prompt": "a", "completion": "b", "x": ' + "[" * 600 + "]" * 600 + "}", "more than 100"),
+        ('{"prompt": "a", "completion": "b", "x": ' + '{"a":' * 600 + "1" + "}" * 601, "more than 100"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', 'key "prompt" appears twice'),
         (json.dumps({**GOOD, "label": False}), "an unpaired row may show what not to do"),
     ],
 )  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_value_that_python_cannot_hold_costs_its_row_alone(odd: Any, tmp_path:
     path = tmp_path / "rows.parquet"
     table = {"prompt": ["a?", "b?"], "completion": [" c", " d"], "odd": odd}
     pyarrow.parquet.write_table(pyarrow.table(table), path)
-    with pytest.raises(DataError, match=r'rows.parquet:row 1: "odd" holds'):
+    with pytest.raises(DataError, match=r'rows.parquet:row 1: "odd" cannot be read'):
         load.load([DataSource(str(path))], ["demonstration"], 0)
     found = load.load([DataSource(str(path), on_bad="skip")], ["demonstration"], 0)
     assert [record.prompt for record in found.records] == ["b?"]
@@ -255,10 +255,10 @@ def test_an_empty_chat_template_is_not_taken_for_none() -> None:
     ("name", "content", "said"),
     [
         ("config.yaml", b"\xff\xfe\xff", "config.yaml cannot be read"),
-        ("config.yaml", b"stages: [1]", "is no mapping from names to settings"),
-        ("manifest.json", b'{"stages": [1]}', "is no mapping from names to settings"),
+        ("config.yaml", b"stages: [1]", "`stages` is no mapping"),
+        ("manifest.json", b'{"stages": [1]}', "manifest.json: `stages` is no mapping"),
         ("stages/s/metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl:1 is not JSON"),
-        ("stages/s/metrics.jsonl", b'{"step": "x", "loss": 1}\n', "`step` is no whole number"),
+        ("stages/s/metrics.jsonl", b'{"step": "x", "loss": 1}\n', "metrics.jsonl:1"),
         ("stages/s/result.json", b'{"models": [1]}', "result.json"),
         ("stages/s/stage.json", b'{"weights": 3}', None),
         ("stages/s/fingerprint", b"\xff", None),

@@ -6,6 +6,8 @@ import http.client
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -94,7 +96,17 @@ def test_other_sites_get_nothing(runs):
     assert site.get("/api/runs", headers={"host": "evil.example"}).status_code == 421  # DNS rebinding
     assert site.get("/", headers={"host": "127.0.0.1.evil.example:8012"}).status_code == 421
     assert site.get("/api/runs", headers={"sec-fetch-site": "cross-site"}).status_code == 403
-    for host in ("localhost:8012", "[::1]:8012", "127.0.0.1:9"):
+    for host in (
+        "[",
+        "[::1",
+        "a@localhost",
+        "localhost#a",
+        "localhost:8012:1",
+        "",
+        "localhost, evil.example",
+    ):
+        assert site.get("/api/runs", headers={"host": host}).status_code == 421, host
+    for host in ("LOCALHOST", "localhost:8012", "[::1]:8012", "127.0.0.1:9"):
         assert site.get("/api/runs", headers={"host": host}).status_code == 200
 
 
@@ -194,6 +206,27 @@ def test_a_run_is_stopped_by_its_own_page_alone(runs, monkeypatch):
         assert not sent
         assert site.post("/api/stop", json={"run": "a"}, headers=right).json() == {"stopped": "a"}
     assert sent == [worker.signal.SIGINT]
+
+
+def test_what_is_read_ahead_has_ended_when_the_server_has(tmp_path, monkeypatch):
+    """A thread inside Arrow when Python ends takes the process down with a core dump."""
+    ended: list[bool] = []
+
+    def read_ahead(self, asked) -> None:
+        while not asked():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        ended.append(True)
+
+    monkeypatch.setattr("keel.dashboard.runs.Runs.warm_up", read_ahead)
+    with TestClient(application(tmp_path, Security.of("127.0.0.1", 8012))):
+        assert not ended
+    assert ended
+
+
+def test_the_dashboard_needs_no_torch():
+    code = "import sys; import keel.dashboard.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---------------------------------------------------------------- events, from a server

@@ -7,9 +7,12 @@ import os
 import random
 from pathlib import Path
 
-from made_runs import append, foul_run, keel_run, ppo_row, trl_run
+import pytest
+import yaml
+from made_runs import append, foul_run, keel_run, ppo_row, sample_row, trl_run
 
 from keel.dashboard import live
+from keel.dashboard.findings import MOST_FOUND, TOO_MANY
 from keel.dashboard.live import CompareFeed, ListFeed, Positions, RunFeed
 from keel.dashboard.runs import QUANTITIES, Runs
 
@@ -64,7 +67,13 @@ def test_a_reader_who_was_cut_off_goes_on(tmp_path):
 
 
 def test_positions_from_anybody():
-    for text in ("", "~", f"{live.BOOT}~~a~b:~c:1~d:x.1~e:9999999999999.1~f:1.", "x" * 10**6):
+    for text in (
+        "",
+        "~",
+        f"{live.BOOT}~~a~b:~c:1~d:x.1~e:9999999999999.1~f:1.",
+        f"{live.BOOT}~a:\u00b2.1~\n\na:1.1",
+        "x" * 10**6,
+    ):
         assert Positions(text)._known == {}
     assert str(Positions(f"{live.BOOT}~a:1.2")) == f"{live.BOOT}~a:1.2"
 
@@ -184,3 +193,81 @@ def test_pictures_of_a_foul_run_are_left_out(tmp_path):
     found = live.drawn(Runs(tmp_path).all()[0])
     assert found["reward_models"] == []
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kl": [1]}, {"kl": {"target": "x", "coef": "y"}}, {"model": 1.5}, {"control": "a"}, {"reward": 7},
+        {"critic_warmup": "x"},
+    ],
+)  # fmt: skip
+def test_settings_that_keel_does_not_write_cost_no_page(tmp_path, odd):
+    run = keel_run(tmp_path / "run", 40)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["stages"]["ppo"] |= odd
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    events = feed(tmp_path).poll()
+    assert len(points(events)["metrics"]["series"]["objective/kl"][0]) == 40
+    json.dumps([event.data for event in events], allow_nan=False)
+
+
+def test_numbers_beyond_all_sums_cost_no_page(tmp_path):
+    run = keel_run(tmp_path / "run", 5)
+    rows = [{**row(step), "objective/kl": -1e308, "objective/scores": 1e308} for step in range(6, 60)]
+    append(run / "stages" / "ppo" / "metrics.jsonl", rows)
+    events = feed(tmp_path).poll()
+    json.dumps([event.data for event in events], allow_nan=False)
+    assert points(events)["metrics"]["series"]["objective/kl"][0][-1] == 59
+    state = next(event.data for event in events if event.name == "state")
+    ppo = next(one for one in state["stages"] if one["name"] == "ppo")
+    assert (ppo["findings"][-1]["name"], ppo["findings"][-1]["step"]) == ("not finite", 6)
+
+
+def test_a_number_that_cannot_be_written_out_costs_no_list(tmp_path):
+    keel_run(tmp_path / "good", 3)
+    config = keel_run(tmp_path / "odd", 3) / "config.yaml"
+    huge = "0x" + "f" * 9000
+    with config.open("a") as handle:
+        handle.write(f"\nseed: {huge}\ndescription: {huge}\n")
+    runs = Runs(tmp_path)
+    [event] = ListFeed(runs).poll()
+    assert [one["name"] for one in event.data["runs"]] == ["good", "odd"]
+    for run in runs.all():
+        json.dumps([event.data for event in RunFeed(run, None, Positions()).poll()], allow_nan=False)
+
+
+def test_findings_without_number_are_shown_up_to_one(tmp_path):
+    events = keel_run(tmp_path / "run", 3) / "stages" / "ppo" / "events.jsonl"
+    append(
+        events, [{"step": n, "event": "finding", "check": "x", "evidence": "e" * 9999} for n in range(3000)]
+    )
+    append(events, [{"step": 1, "event": "lower_rate", "checks": ["y" * 10**6], "to": None, "kl_coef": 1.0}])
+    ppo = next(one for one in Runs(tmp_path).all()[0].state()["stages"] if one["name"] == "ppo")
+    assert (len(ppo["findings"]), ppo["note"]) == (MOST_FOUND, TOO_MANY)
+    assert max(len(one["evidence"]) for one in ppo["findings"]) <= 2000
+
+
+def replied(events: list) -> list[dict]:
+    """What came of replies."""
+    return [event.data for event in events if event.name == "replies"]
+
+
+def test_a_step_costs_as_little_after_ten_thousand_with_replies(tmp_path):
+    folder = keel_run(tmp_path / "run", 50) / "stages" / "ppo"
+    append(folder / "samples.jsonl", (sample_row(step, n) for step in range(100, 10_100) for n in range(2)))
+    reader = feed(tmp_path)
+    [first] = replied(reader.poll())
+    assert (first["stage"], first["reset"], first["groups"][-1]) == ("ppo", True, ["step 10099", 2])
+    assert len(first["groups"]) >= 10_000
+    assert reader.poll() == []
+    append(folder / "metrics.jsonl", [row(51)])
+    append(folder / "samples.jsonl", [sample_row(10_099, 2), sample_row(10_100, 0)])
+    events = reader.poll()
+    assert replied(events) == [
+        {"stage": "ppo", "reset": False, "groups": [["step 10099", 3], ["step 10100", 1]]}
+    ]
+    assert len(json.dumps([event.data for event in events])) < 6000
+    (folder / "samples.jsonl").write_text("")
+    append(folder / "samples.jsonl", [sample_row(1, 0)])  # back to a checkpoint
+    assert replied(reader.poll()) == [{"stage": "ppo", "reset": True, "groups": [["step 1", 1]]}]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,3 +86,9 @@ def test_a_band_keeps_the_spike_of_one_seed():
 def test_bands_of_nothing():
     assert len(band([], 100).steps) == 0
     assert len(band([points([float("nan")])], 100).steps) == 0
+
+
+def test_what_is_beyond_any_number_is_a_gap():
+    few = as_json(points([1e308] * 1000), 10)
+    assert None in few[3]  # the mean of a piece
+    json.dumps(few, allow_nan=False)

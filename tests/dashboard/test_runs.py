@@ -15,6 +15,7 @@ from keel.dashboard.discovery import find
 from keel.dashboard.findings import CONCERNS, TOO_LONG
 from keel.dashboard.keel_run import yaml_object
 from keel.dashboard.runs import Runs
+from keel.dashboard.samples import groups
 from keel.diagnosis import logs
 from keel.diagnosis.watch import CHECKS
 
@@ -108,8 +109,10 @@ def test_what_other_settings_made_is_not_shown(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["stages"]["ppo"]["fingerprint"] = "another"
     write_json(path / "manifest.json", manifest)
-    ppo = stage(only(tmp_path).state(), "ppo")
-    assert (ppo["status"], ppo["step"], ppo["samples"]) == ("out of date", None, [])
+    run = only(tmp_path)
+    ppo = stage(run.state(), "ppo")
+    assert (ppo["status"], ppo["step"]) == ("out of date", None)
+    assert all(not run.samples(one).spots for one in run.facts().stages if one.name == "ppo")
 
 
 def test_a_half_written_run_is_shown_as_far_as_it_is(tmp_path):
@@ -162,7 +165,8 @@ def test_a_run_of_trl(tmp_path):
     training = stage(run.state(), "training")
     assert (training["step"], training["steps"], training["kind"]) == (40, 40, "trl")
     assert [c["metric"] for c in training["curves"]][:2] == ["reward", "kl"]
-    assert training["samples"] == [["step 1", 2], ["step 40", 2]]
+    [samples] = [run.samples(one) for one in run.facts().stages]
+    assert groups(samples) == [("step 1", 2), ("step 40", 2)]
     assert training["findings"] is not None
     assert run.summary()["values"]["length"] == 60.0
     # a further checkpoint: only what is new is added

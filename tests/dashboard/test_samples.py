@@ -24,7 +24,7 @@ def kept(tmp_path: Path, steps: range, a_step: int = 4) -> LineSamples:
 
 def test_the_first_step_is_read_after_ten_thousand(tmp_path, monkeypatch):
     found = kept(tmp_path, range(1, 10_001), 1)
-    assert len(groups(found.spots)) == 10_000
+    assert len(groups(found)) == 10_000
     read, was = [], LineSamples.read
     monkeypatch.setattr(LineSamples, "read", lambda self, spots: read.append(len(spots)) or was(self, spots))
     first = page(found, found, "step 1", "step 10000", 0)
@@ -42,7 +42,7 @@ def test_replies_to_one_prompt_stand_side_by_side(tmp_path):
     append(tmp_path / "samples.jsonl", rows)
     found = LineSamples(tmp_path / "samples.jsonl")
     found.refresh()
-    assert [(group.name, group.count) for group in groups(found.spots)] == [("sft", 3), ("ppo", 2)]
+    assert [(group.name, group.count) for group in groups(found)] == [("sft", 3), ("ppo", 2)]
     pairs = page(found, found, "sft", "ppo", 0)
     beside = [(text(row["a"]), row["b"] and text(row["b"])) for row in pairs["rows"]]
     assert beside == [("sft 0", "ppo 0"), ("sft 1", None), ("sft 2", "ppo 2")]
@@ -69,7 +69,7 @@ def test_new_replies_are_found_and_void_ones_forgotten(tmp_path):
     found = kept(tmp_path, range(1, 3))
     append(tmp_path / "samples.jsonl", [sample_row(3, 0)])
     found.refresh()
-    assert groups(found.spots)[-1].name == "step 3"
+    assert groups(found)[-1].name == "step 3"
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample_row(1, 0)) + "\nbroken\n")
     found.refresh()
     assert len(found.spots) == 1
@@ -95,8 +95,27 @@ def test_parquet_of_trl(tmp_path):
     (run / "completions" / "completions_00021.parquet").write_bytes(b"half written")
     found = ParquetSamples(run / "completions")
     found.refresh()
-    assert [group.name for group in groups(found.spots)] == ["step 1", "step 20"]
+    assert [group.name for group in groups(found)] == ["step 1", "step 20"]
     row = page(found, found, "step 20", "step 1", 0)["rows"][1]
     assert text(row["a"]) == "b20"
     assert text(row["b"]) == "b1"
     assert row["a"]["values"] == {"accuracy_reward": 1.0, "advantage": 1.0}
+
+
+def test_prompts_that_are_nested_as_deeply_as_can_be_read(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    for depth in range(900, 1000):  # somewhere here what is read can no longer be written
+        append(path, [])
+        with path.open("a") as handle:
+            handle.write(f'{{"step": 1, "prompt": {"[" * depth}{"]" * depth}, "completion": "a"}}\n')
+    found = LineSamples(path)
+    found.refresh()
+    assert [group.name for group in groups(found)] == ["step 1"]
+    json.dumps(page(found, found, "step 1", "step 1", 0), allow_nan=False)
+
+
+def test_the_last_of_very_many_steps_can_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr("keel.dashboard.samples.MOST_GROUPS", 5)
+    assert [group.name for group in groups(kept(tmp_path, range(1, 8), 1))] == [
+        f"step {n}" for n in range(3, 8)
+    ]

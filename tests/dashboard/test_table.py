@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
 
 from keel.dashboard.table import LogTable, Position
-from keel.dashboard.tail import Tail, last_lines
+from keel.dashboard.tail import Tail, last_lines, read_text
 
 
 def line(step: int, **values: float) -> str:
@@ -175,3 +176,35 @@ def test_a_log_that_was_cut_back_starts_anew(tmp_path):
     table.refresh()
     assert table.position == Position(1, 1)
     assert table.points("loss")[1].tolist() == [5.0]
+
+
+def test_a_line_without_end_ends_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("keel.dashboard.tail.BLOCK", 1 << 12)
+    monkeypatch.setattr("keel.dashboard.tail.LONGEST_LINE", 1 << 14)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1, a=1.0))
+    with path.open("r+b") as handle:
+        handle.truncate(1 << 40)  # claims a terabyte, and holds a few bytes
+    table = LogTable(Tail(path))
+    before = time.monotonic()
+    for _ in range(3):
+        table.refresh()
+        assert (len(table.columns["a"]), table.broken_lines) == (1, 1)
+    with path.open("r+b") as handle:
+        handle.truncate((1 << 40) + 1)  # nor is it read again when it grows
+    table.refresh()
+    assert time.monotonic() - before < 5
+    path.write_text(line(1, a=1.0) + line(2, a=2.0))  # until it is another one
+    table.refresh()
+    assert (len(table.columns["a"]), table.broken_lines) == (2, 0)
+
+
+def test_a_file_that_is_a_link_is_not_read(tmp_path):
+    (tmp_path / "secret").write_text(line(1, a=1.0))
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "secret")
+    table = LogTable(Tail(tmp_path / "metrics.jsonl"))
+    table.refresh()
+    assert table.columns == {}
+    assert last_lines(tmp_path / "metrics.jsonl") == []
+    assert read_text(tmp_path / "metrics.jsonl", 100) == ""
+    assert read_text(tmp_path / "metrics.jsonl", 100, follow=True)

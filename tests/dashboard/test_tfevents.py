@@ -82,3 +82,12 @@ def test_noise_ends_a_file_and_nothing_else(tmp_path, data):
 def test_a_message_that_ends_too_early_is_none():
     with pytest.raises(BrokenRecord):
         event(b"\x2a\x05abc")
+
+
+def test_zeros_that_a_file_claims_to_hold_are_not_read(tmp_path):
+    path = tmp_path / "events.out.tfevents.1"
+    with path.open("wb") as handle:
+        handle.truncate(1 << 40)
+    file = EventFile(path)
+    assert file.read() == []
+    assert file.broken

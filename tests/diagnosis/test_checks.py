@@ -76,6 +76,7 @@ def test_healthy_runs_raise_nothing_to_act_on(seed):
 ILL: list[tuple[str, str, Series, Conditions]] = [
     ("not_finite", "act", {"loss/policy_avg": after(30, 0.1, math.nan)}, Conditions()),
     ("not_finite", "act", {"grad_norm": after(30, 0.1, math.inf)}, Conditions()),
+    ("not_finite", "act", {"objective/kl": after(30, 0.1, -1e308)}, Conditions()),
     ("kl_too_high", "warn", {"objective/kl_exact": after(30, 4, 13)}, Conditions(kl_target=6.0)),
     ("kl_too_high", "act", {"objective/kl_exact": after(30, 4, 17)}, Conditions(kl_target=6.0)),
     ("kl_too_high", "act", {"objective/kl_exact": after(30, 0.5, 11)}, Conditions(kl_target=1.0)),

@@ -206,6 +206,7 @@ def kill_at_random(config: Path, folder: Path, kills: int, seconds: float, diffe
         shutil.rmtree(runs)
 
 
+@pytest.mark.slow  # the kills before chosen changes above find the same, in less time
 def test_keel_run_killed_at_random_moments_ends_the_same(
     whole: Mapping[str, Any], run: Any, tmp_path: Path, differences: Differences
 ) -> None:

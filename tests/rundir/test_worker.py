@@ -118,3 +118,12 @@ def test_a_second_process_does_not_disturb_the_first(tmp_path):
         with pytest.raises(KeelError), locked(tmp_path):
             pass
         assert (tmp_path / ".lock").read_text() == before
+
+
+def test_a_lock_that_leads_to_another_runs_stops_nothing(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "theirs").mkdir()
+    with locked(tmp_path / "mine"):
+        (tmp_path / "theirs" / ".lock").symlink_to(tmp_path / "mine" / ".lock")
+        assert worker.worker(tmp_path / "mine") is not None
+        assert worker.worker(tmp_path / "theirs") is None

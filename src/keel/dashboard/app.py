@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +25,12 @@ from keel.dashboard.keel_run import Stage
 from keel.dashboard.live import CompareFeed, Event, ListFeed, Positions, RunFeed
 from keel.dashboard.reduce import Points, as_json, within
 from keel.dashboard.runs import METRICS, QUANTITIES, TIMES, OpenRun, Runs
-from keel.dashboard.samples import page
+from keel.dashboard.samples import groups, page
 from keel.dashboard.security import Guard, Security
 
 LOOK = 0.5  # seconds between two looks at the files of a page that is open
 KEEP_ALIVE = 20.0  # seconds after which an idle connection says that it is there
+WARM_UP_ENDS = 30.0  # seconds in which the file that is being read ahead is waited for at the end
 MOST_COMPARED = 300  # runs in one picture
 
 _HERE = Path(__file__).parent
@@ -221,9 +221,9 @@ class Dashboard:
         def read() -> list[dict[str, Any]]:
             with run.lock:
                 return [
-                    {"name": one["name"], "samples": one["samples"]}
-                    for one in run.state()["stages"]
-                    if one["samples"]
+                    {"name": stage.name, "samples": [[group.name, group.count] for group in kept]}
+                    for stage in run.facts().stages
+                    if (kept := groups(run.samples(stage)))
                 ]
 
         return answer({"stages": await run_in_threadpool(read)})
@@ -334,9 +334,16 @@ def application(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        closing = threading.Event()
+        warming = threading.Thread(
+            target=runs.warm_up, args=(lambda: closing.is_set() or ended(),), daemon=True
+        )
         if warm_up:
-            threading.Thread(target=partial(runs.warm_up, ended), daemon=True).start()
+            warming.start()
         yield
+        closing.set()
+        if warm_up:  # a thread that Python's end meets inside Arrow takes the whole process down with a dump
+            await run_in_threadpool(warming.join, WARM_UP_ENDS)
 
     gets = {
         "/": site.home,

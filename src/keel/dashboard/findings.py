@@ -11,7 +11,7 @@ from typing import Any
 from keel.dashboard.table import numbers, parse_object, step_of
 from keel.dashboard.tail import Tail
 from keel.diagnosis import logs
-from keel.diagnosis.findings import SEVERITIES, Finding, Severity, conditions
+from keel.diagnosis.findings import SEVERITIES, Conditions, Finding, Severity, conditions
 from keel.diagnosis.watch import Watch
 from keel.errors import DataError
 from keel.report import health
@@ -20,9 +20,12 @@ MOST_REPLAYED = 64 * 2**20  # bytes of metrics, and
 MOST_ROWS = (
     10_000  # steps: of more only what the run itself found is shown, for checks take time over all steps
 )
+MOST_FOUND = 1000  # findings and actions of a stage that are shown
 SLICE = 0.15  # seconds of checking at a time
 TOO_LONG = "There are too many steps to check them all again: these are the findings of the run itself."
+TOO_MANY = f"There are more than {MOST_FOUND:,} findings: the later ones are left out."
 CHECKING = "The metrics are still being checked."
+UNLIKE = "The checks cannot be made on numbers like these: only what the run itself found is shown."
 LONGEST = 2000  # characters of a text
 
 # check → the curves that show what it found; a check that is not here belongs to all
@@ -57,7 +60,8 @@ class Findings:
         self._start()
 
     def _start(self) -> None:
-        self._watch = Watch(conditions(self._settings))
+        self._watch = Watch(_conditions(self._settings))
+        self._unlike = False  # a run of keel's: its numbers break a check
         self._logged: list[Finding] = []
         self._again: list[Finding] = []
         self._actions: list[dict[str, Any]] = []
@@ -76,7 +80,11 @@ class Findings:
         until = time.monotonic() + SLICE
         while self._waiting and time.monotonic() < until:
             self._check(self._waiting.popleft())
-        self.note = TOO_LONG if self._skips else CHECKING if self._waiting else ""
+        many = len(self._logged) + len(self._again) + len(self._actions) >= MOST_FOUND
+        self.note = (
+            TOO_LONG if self._skips else TOO_MANY if many else UNLIKE if self._unlike
+            else CHECKING if self._waiting else ""
+        )  # fmt: skip
         return bool(self._waiting)
 
     def _read_events(self) -> bool:
@@ -91,6 +99,8 @@ class Findings:
 
     def _event(self, row: dict[str, Any]) -> None:
         step = step_of(row, 0)
+        if len(self._logged) + len(self._actions) >= MOST_FOUND:
+            return
         if row.get("event") == "finding":
             texts = {name: str(row.get(name, ""))[:LONGEST] for name in ("evidence", "cause", "remedy")}
             known: dict[object, Severity] = {one: one for one in SEVERITIES}
@@ -123,11 +133,15 @@ class Findings:
 
     def _check(self, line: bytes) -> None:
         row = parse_object(line)
-        if row is None:
+        if row is None or self._unlike or len(self._again) >= MOST_FOUND:
             return
         step = step_of(row, self._watch.history.step + 1)
         named = {logs.RENAMED.get(name, name): value for name, value in numbers(row).items()}
-        self._again += self._watch.see(step, named)
+        try:
+            self._again += self._watch.see(step, named)
+        except (TypeError, ArithmeticError, ValueError):  # settings of other types, sums beyond any number
+            self._unlike = True
+            return
         if step in self._acted:
             self._watch.acted(step)
 
@@ -135,7 +149,7 @@ class Findings:
         """Findings and actions by step."""
         known = {(f.check, f.severity, f.step) for f in self._logged}
         new = [f for f in self._again if (f.check, f.severity, f.step) not in known]
-        return rows_of([*self._logged, *new], self._actions)
+        return rows_of([*self._logged, *new], self._actions)[:MOST_FOUND]
 
 
 class StateFindings:
@@ -154,12 +168,14 @@ class StateFindings:
                 return
             self._seen = seen
             self.note = TOO_LONG if rows > MOST_ROWS else ""
+            if not self.note and path.stat().st_size > MOST_REPLAYED:
+                self.note = TOO_LONG
             if self.note:
                 return
             found = logs.trainer_state(path)
-        except (DataError, OSError, RecursionError, OverflowError, TypeError):
+        except (DataError, OSError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError):
             return
-        self._rows = rows_of(list(found.findings), [dict(action) for action in found.actions])
+        self._rows = rows_of(list(found.findings), [dict(action) for action in found.actions])[:MOST_FOUND]
 
     def rows(self) -> list[dict[str, Any]]:
         """Findings by step."""
@@ -186,8 +202,16 @@ def rows_of(findings: list[Finding], actions: list[dict[str, Any]]) -> list[dict
     return sorted(rows, key=lambda row: (row["step"], row["level"] == "done"))
 
 
+def _conditions(settings: Mapping[str, Any]) -> Conditions:
+    """What a stage's settings say; nothing, where they have other types than keel writes."""
+    try:
+        return conditions(settings)
+    except (TypeError, AttributeError):
+        return Conditions()
+
+
 def _sentence(action: Mapping[str, Any]) -> str:
     try:
-        return health.action_sentence(action)
-    except (KeyError, TypeError, ValueError):
+        return health.action_sentence(action)[:LONGEST]
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return str(action.get("event", ""))[:80]

@@ -42,11 +42,12 @@ class StateTable(Table):
         seen = (self.path, state.st_size, state.st_mtime_ns)
         if seen == self._seen:
             return
+        self._seen = seen
         found = _state(self.path)
         if found is None:  # half written: read again when it has changed
             self.broken_lines = 1
             return
-        self._seen, self.broken_lines = seen, 0
+        self.broken_lines = 0
         steps = found.get("max_steps")
         self.steps = steps if isinstance(steps, int) and steps > 0 else None
         rows = [row for row in found["log_history"] if isinstance(row, dict)]
@@ -78,7 +79,7 @@ def newest_state(run: Path) -> Path | None:
 
 def _state(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(read_text(path, LARGEST * 8))
+        found = json.loads(read_text(path, LARGEST * 8, follow=True))
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("log_history"), list) else None

@@ -17,7 +17,7 @@ import yaml
 from keel.dashboard.tail import read_text
 from keel.pipeline.stage_kinds import StageKind, shown_as
 from keel.report.reading import StageRun, inputs_of
-from keel.rundir.stage_run import PROGRESS
+from keel.rundir.stage_files import PROGRESS
 from keel.rundir.worker import LOCK, Worker, worker
 
 LARGEST = 16 * 2**20  # bytes of a file that is read whole
@@ -84,6 +84,15 @@ def _is_small(value: object) -> bool:
 def mapping(value: object) -> dict[str, Any]:
     """The value where it is a mapping with names; {} otherwise."""
     return {k: v for k, v in value.items() if isinstance(k, str)} if isinstance(value, dict) else {}
+
+
+def words(value: object, most: int) -> str:
+    """The value as a text of at most `most` characters; "" for nothing, and for a number that Python does not
+    write out."""
+    try:
+        return str(value or "")[:most]
+    except (ValueError, RecursionError):
+        return ""
 
 
 def number(value: object) -> float | None:
@@ -168,10 +177,10 @@ class KeelRun:
         return Facts(
             stages,
             config,
-            created=str(manifest.get("created") or "")[:40],
-            updated=str(manifest.get("updated") or "")[:40],
-            machine=", ".join(str(machine[k])[:80] for k in ("device", "name") if machine.get(k)),
-            seed=seed if isinstance(seed, int) else None,
+            created=words(manifest.get("created"), 40),
+            updated=words(manifest.get("updated"), 40),
+            machine=", ".join(words(machine[k], 80) for k in ("device", "name") if machine.get(k)),
+            seed=seed if isinstance(seed, int) and abs(seed) < 2**63 else None,
             group=self._group.value,
             worker=working,
         )
@@ -198,8 +207,10 @@ class KeelRun:
     ) -> Stage:
         directory = self.path / "stages" / name
         written = self._object(directory / "stage.json")
-        kind = asked.get("kind") or written.get("kind") or recorded.get("kind") or "stage"
-        stage = Stage(name, str(kind)[:80], "not run yet", directory, inputs_of(asked, names), asked)
+        kinds = (words(facts.get("kind"), 80) for facts in (asked, written, recorded))
+        stage = Stage(
+            name, next(filter(None, kinds), "stage"), "not run yet", directory, inputs_of(asked, names), asked
+        )
         wanted = recorded.get("fingerprint")
         made = written.get("fingerprint") or read_text(directory / "fingerprint", 200).strip()
         if wanted and made and wanted != made:

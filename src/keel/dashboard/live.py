@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 import zlib
@@ -15,6 +16,7 @@ import numpy as np
 from keel.dashboard.keel_run import Stage
 from keel.dashboard.reduce import Points, as_json, band, extremes, numbers_json, within
 from keel.dashboard.runs import METRICS, QUANTITIES, TIMES, OpenRun, Runs, focus, guarded
+from keel.dashboard.samples import groups
 from keel.dashboard.table import Position, Table
 from keel.report import pictures, reward_models
 
@@ -24,6 +26,9 @@ MOST_TOGETHER = 12_000  # points of all curves in one picture
 SMOOTHED = 16  # curves in one picture that are drawn with a line through their middle
 PIECES = 150  # of a band
 BANDS_AGAIN = 3.0  # seconds between two reckonings of the bands of runs that are written
+
+
+_POSITION = re.compile(r"[0-9a-z]{1,8}:[0-9]{1,11}\.[0-9]{1,17}")  # a table's key, its epoch, its rows
 
 
 class Event(NamedTuple):
@@ -45,7 +50,7 @@ class Positions:
         for part in parts:
             key, _, place = part.partition(":")
             epoch, _, rows = place.partition(".")
-            if epoch.isdigit() and rows.isdigit() and len(epoch) < 12 and len(rows) < 18:
+            if _POSITION.fullmatch(part):
                 self._known[key] = Position(int(epoch), int(rows))
 
     def get(self, key: str) -> Position:
@@ -94,6 +99,7 @@ class RunFeed:
     def __init__(self, run: OpenRun, stage: str | None, positions: Positions) -> None:
         self._run, self._stage, self.positions = run, stage, positions
         self._said: dict[str, str] = {}
+        self._replies: dict[str, tuple[int, int, dict[str, int]]] = {}  # stage → epoch, replies, as they were
 
     def poll(self) -> list[Event]:
         """What is new."""
@@ -109,7 +115,20 @@ class RunFeed:
                     new = news(self._run.table(chosen, file), self.positions, key, None, MOST)
                     if new is not None:
                         events.append(Event("points", {"stage": chosen.name, "file": file, **new}))
+            events += [event for stage in stages for event in self._reply_events(stage)]
         return events
+
+    def _reply_events(self, stage: Stage) -> list[Event]:
+        """Of which steps or models a stage has kept replies, and how many: those that changed."""
+        samples = self._run.samples(stage)
+        epoch, count, known = self._replies.get(stage.name, (-1, 0, {}))
+        if (samples.epoch, len(samples.spots)) == (epoch, count) or not (count or samples.spots):
+            return []
+        reset = epoch != samples.epoch
+        found = dict(groups(samples))
+        self._replies[stage.name] = samples.epoch, len(samples.spots), found
+        changed = [[name, n] for name, n in found.items() if reset or known.get(name) != n]
+        return [Event("replies", {"stage": stage.name, "reset": reset, "groups": changed})]
 
     def _state_events(self, state: dict[str, Any]) -> list[Event]:
         """The run's state where it changed: its head, and those stages that did."""

@@ -7,6 +7,7 @@ points would give, so a spike of a single point is as high as it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,8 @@ def means(points: Points, pieces: int) -> Points:
     edges = np.linspace(0, len(points.steps), pieces + 1).astype(np.int64)
     starts = edges[:-1]
     finite = np.isfinite(points.values)
-    totals = np.add.reduceat(np.where(finite, points.values, 0.0), starts)
+    with np.errstate(over="ignore"):
+        totals = np.add.reduceat(np.where(finite, points.values, 0.0), starts)
     counts = np.add.reduceat(finite.astype(np.int64), starts)
     found = np.full(pieces, np.nan)
     np.divide(totals, counts, out=found, where=counts > 0)
@@ -118,5 +120,6 @@ def means(points: Points, pieces: int) -> Points:
 
 
 def numbers_json(values: np.ndarray) -> list[float | None]:
-    """Values with eight significant digits, as many as a chart and its labels need."""
-    return [None if value != value else float(f"{value:.8g}") for value in values.tolist()]
+    """Values with eight significant digits, as many as a chart and its labels need; None where one is not
+    finite, as a mean of the largest numbers may be."""
+    return [float(f"{value:.8g}") if math.isfinite(value) else None for value in values.tolist()]

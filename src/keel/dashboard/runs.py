@@ -13,8 +13,8 @@ import numpy as np
 from keel.dashboard import discovery, foreign
 from keel.dashboard.discovery import Place
 from keel.dashboard.findings import Findings, StateFindings
-from keel.dashboard.keel_run import Facts, KeelRun, Stage, resident_mib
-from keel.dashboard.samples import LineSamples, ParquetSamples, Samples, groups
+from keel.dashboard.keel_run import Facts, KeelRun, Stage, resident_mib, words
+from keel.dashboard.samples import LineSamples, ParquetSamples, Samples
 from keel.dashboard.table import LogTable, Table, numbers, parse_object
 from keel.dashboard.tail import Tail, last_lines
 from keel.dashboard.tfevents import MARK
@@ -138,7 +138,7 @@ class OpenRun:
             return None
         columns = [column for name, column in table.columns.items() if "/" not in name]
         total = sum(float(np.nansum(column.since(rows - count)[1])) for column in columns)
-        return total / count
+        return total / count if total < 1e12 else None
 
     # ------------------------------------------------------------ what pages show
 
@@ -210,14 +210,14 @@ class OpenRun:
         return "active" if time.time() - latest < ACTIVE else "idle"
 
     def state(self) -> dict[str, Any]:
-        """The run as its page shows it, but for the curves."""
+        """The run as its page shows it, but for the curves and the replies."""
         facts = self.facts()
         config = facts.config
         memory = resident_mib(facts.worker.pid) if facts.worker else None
         return {
             "name": self.name,
-            "title": str(config.get("name") or self.name)[:200],
-            "description": str(config.get("description") or "")[:2000],
+            "title": words(config.get("name"), 200) or self.name,
+            "description": words(config.get("description"), 2000),
             "format": self.place.format,
             "status": self._status(facts),
             "seed": facts.seed,
@@ -234,7 +234,6 @@ class OpenRun:
         pace = self.seconds_per_step(stage) if stage.status == "running" else None
         left = pace * (steps - step) if pace is not None and steps and step is not None else None
         found = self.findings(stage)
-        samples = self.samples(stage)
         kind, counted = stage.shown_as, stage.facts.get("facts")
         return {
             "name": stage.name,
@@ -251,7 +250,7 @@ class OpenRun:
             "rows": _number(stage.facts.get("rows")),
             "parameters": _number(stage.facts.get("parameters")),
             "memory_mib": _number(counted.get("peak_memory_mib")) if isinstance(counted, dict) else None,
-            "data": str(stage.facts.get("data") or "")[:500],
+            "data": words(stage.facts.get("data"), 500),
             "result": guarded(lambda: key_result(self._for_report(stage, table)), ""),
             "has_steps": kind.has_steps,
             "compares": kind.compares,
@@ -261,7 +260,6 @@ class OpenRun:
             "findings": found.rows() if found is not None else None,
             "note": found.note if found is not None else "",
             "broken_lines": table.broken_lines,
-            "samples": [[group.name, group.count] for group in groups(samples.spots)],
         }  # fmt: skip
 
     def _for_report(self, stage: Stage, table: Table) -> StageRun:

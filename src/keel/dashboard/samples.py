@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from keel.dashboard.table import parse_object
 from keel.dashboard.tail import Tail, open_plain
 
 PAGE = 8  # replies of a page
 LONGEST_TEXT = 20_000  # characters of one that are sent
+MOST_GROUPS = 20_000  # steps or models of a stage that can be chosen
 LONGEST_ROW = 8 * 2**20  # bytes
 _STEP = re.compile(r"completions_(\d+)\.parquet$")
 
@@ -30,8 +34,7 @@ class Spot:
     file: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Replies of one step, or of one model."""
 
     name: str
@@ -46,6 +49,12 @@ class Samples(Protocol):
     @property
     def spots(self) -> list[Spot]: ...
 
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+
+    @property
+    def epoch(self) -> int: ...  # another one where what was found before is void
+
     def read(self, spots: list[Spot]) -> list[dict[str, Any]]: ...
 
 
@@ -56,21 +65,30 @@ class LineSamples:
         self._path = path
         self._tail = Tail(path)
         self._spots: list[Spot] = []
+        self._counts: Counter[str] = Counter()
+        self.epoch = 0
 
     @property
     def spots(self) -> list[Spot]:
         return self._spots
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Step or model → how many replies, in the order in which they come."""
+        return self._counts
+
     def refresh(self) -> None:
         """Find what is new."""
         for piece in self._tail.read():
             if piece.reset:
-                self._spots = []
+                self._spots, self._counts, self.epoch = [], Counter(), self.epoch + 1
             at = piece.offset
             for line in piece.data.splitlines(keepends=True):
                 row = parse_object(line) if len(line) <= LONGEST_ROW else None
                 if row is not None:
-                    self._spots.append(Spot(group_of(row), key_of(row), at, len(line)))
+                    spot = Spot(group_of(row), key_of(row), at, len(line))
+                    self._spots.append(spot)
+                    self._counts[spot.group] += 1
                 at += len(line)
 
     def read(self, spots: list[Spot]) -> list[dict[str, Any]]:
@@ -95,8 +113,17 @@ class ParquetSamples:
         self._spots: dict[Path, list[Spot]] = {}
 
     @property
+    def epoch(self) -> int:
+        return len(self._spots)  # a new file may come before those that were there
+
+    @property
     def spots(self) -> list[Spot]:
         return [spot for path in sorted(self._spots) for spot in self._spots[path]]
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Step → how many replies."""
+        return Counter(spot.group for spot in self.spots)
 
     def refresh(self) -> None:
         """Find files that are new. One that is half written is tried again at the next look."""
@@ -137,7 +164,7 @@ def _columns(path: Path, names: list[str] | None) -> dict[str, list[Any]] | None
     import pyarrow as pa
     from pyarrow import parquet
 
-    handle = open_plain(path)
+    handle = open_plain(path, follow=True)
     if handle is None:
         return None
     try:
@@ -162,16 +189,17 @@ def key_of(row: Mapping[str, Any]) -> int:
 
 
 def _hash(prompt: object) -> int:
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    try:
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    except RecursionError:  # nested as deeply as can just be read
+        return 0
     return zlib.crc32(text.encode("utf-8", "replace"))
 
 
-def groups(spots: list[Spot]) -> list[Group]:
-    """Steps or models in the order in which they come."""
-    counts: dict[str, int] = {}
-    for spot in spots:
-        counts[spot.group] = counts.get(spot.group, 0) + 1
-    return [Group(name, count) for name, count in counts.items()]
+def groups(samples: Samples) -> list[Group]:
+    """Steps or models in the order in which they come, the last ones where there are very many."""
+    first = max(len(samples.counts) - MOST_GROUPS, 0)
+    return [Group(name, count) for name, count in itertools.islice(samples.counts.items(), first, None)]
 
 
 def page(left: Samples, right: Samples | None, of: str, beside: str | None, first: int) -> dict[str, Any]:
@@ -240,7 +268,8 @@ def _content(turn: Mapping[str, Any]) -> str:
         content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     parts = [str(turn.get("reasoning_content") or ""), str(content or "")]
     if turn.get("tool_calls"):
-        parts.append(json.dumps(turn["tool_calls"], ensure_ascii=False, default=str))
+        with contextlib.suppress(RecursionError):
+            parts.append(json.dumps(turn["tool_calls"], ensure_ascii=False, default=str))
     return _cut("\n\n".join(part for part in parts if part))
 
 

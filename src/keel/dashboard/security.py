@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import secrets
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -29,6 +30,10 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+
+_AUTHORITY = re.compile(
+    r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::\d{1,5})?"
+)  # of a Host header: name, port
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +59,15 @@ class Security:
         name into the request."""
         if self.token:
             return True
-        name = urlsplit(f"//{header}").hostname or ""
-        return is_loopback(name) or name == self.host
+        match = _AUTHORITY.fullmatch(header)
+        name = match[1].strip("[]").lower() if match else ""
+        return is_loopback(name) or (name != "" and name == self.host.lower())
 
     def check_origin(self, request: Request) -> None:
         """Refuse what a page of this address did not ask for."""
-        origin = urlsplit(request.headers.get("origin", ""))
+        origin, host = request.headers.get("origin", ""), request.headers.get("host", "")
         sent = request.headers.get("x-keel-csrf", "")
-        same = origin.netloc == request.headers.get("host") and origin.scheme in ("http", "https")
+        same = host != "" and origin in (f"http://{host}", f"https://{host}")
         asked_here = request.headers.get("sec-fetch-site", "same-origin") == "same-origin"
         if not (same and asked_here and hmac.compare_digest(sent.encode(), self.csrf.encode())):
             raise HTTPException(403, "only the dashboard's own page can stop a run: load it again")

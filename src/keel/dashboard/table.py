@@ -150,7 +150,9 @@ class Table:
         _, values = self.points(name)
         last = values[-count:]
         last = last[np.isfinite(last)]
-        return float(last.mean()) if len(last) else None
+        with np.errstate(over="ignore"):
+            mean = float(last.mean()) if len(last) else math.nan
+        return mean if math.isfinite(mean) else None
 
 
 class LogTable(Table):
@@ -160,14 +162,18 @@ class LogTable(Table):
     def __init__(self, tail: Tail) -> None:
         super().__init__()
         self._tail = tail
+        self._cut_off = False  # whether a line without end was counted
 
     def refresh(self) -> None:
         """Read what is new."""
         for piece in self._tail.read():
             if piece.reset:
                 self.clear()
+                self._cut_off = False
             if len(piece.data) < SMALL or not self._add_by_arrow(piece.data):
                 self._add_lines(piece.data)
+        self.broken_lines += self._tail.broken - self._cut_off
+        self._cut_off = self._tail.broken
 
     def _add_lines(self, data: bytes) -> None:
         rows: list[tuple[int, dict[str, float]]] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK = 16 * 2**20  # bytes that are read at once
+LONGEST_LINE = 64 * 2**20  # bytes; a longer line is none that a run writes: the file is read up to there
 _MARK = 64  # bytes before the place up to which a file was read, by which it is known again
 
 
@@ -27,12 +28,14 @@ class Tail:
 
     A file that became shorter, was replaced by another one, or no longer holds what was read from it, is read
     from its beginning: a run that goes on from a checkpoint cuts its logs back and writes on. The last line
-    is left alone until its end is written.
+    is left alone until its end is written. A line without end (of noise, or of a file that claims to be huge)
+    ends the reading: `broken`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0  # bytes of whole lines that were read
+        self.broken = False
         self._file: tuple[int, int] | None = None  # device and inode
         self._mark = b""
         self._seen: tuple[int, int] | None = None  # size and time of change at the last look
@@ -54,6 +57,10 @@ class Tail:
             if reset:
                 self._forget()
             self._file = file
+            self.broken = self.broken and state.st_size - self.offset >= LONGEST_LINE
+            if self.broken:
+                self._seen = seen
+                return
             yield from self._pieces(handle, state.st_size, reset)
             self._seen = seen
 
@@ -67,6 +74,9 @@ class Tail:
             rest += block
             end = rest.rfind(b"\n") + 1
             if not end:
+                self.broken = len(rest) >= LONGEST_LINE
+                if self.broken:
+                    break
                 continue
             data, rest, start = rest[:end], rest[end:], self.offset
             self.offset += end
@@ -84,13 +94,16 @@ class Tail:
 
     def _forget(self) -> None:
         self.offset, self._mark, self._seen, self._file = 0, b"", None, None
+        self.broken = False
 
 
-def open_plain(path: Path) -> BinaryIO | None:
+def open_plain(path: Path, *, follow: bool = False) -> BinaryIO | None:
     """A file opened to read; None where there is none, or something that is no plain file: opening a pipe
-    that nobody writes to would wait for ever."""
+    that nobody writes to would wait for ever, and a link may lead to a file that is none of the run's.
+    follow: take a link all the same."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        number = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     except (OSError, ValueError):
         return None
     if not stat.S_ISREG(os.fstat(number).st_mode):
@@ -99,9 +112,9 @@ def open_plain(path: Path) -> BinaryIO | None:
     return os.fdopen(number, "rb")
 
 
-def read_text(path: Path, most: int) -> str:
-    """A small text file, at most `most` bytes of it; "" where it cannot be read."""
-    handle = open_plain(path)
+def read_text(path: Path, most: int, *, follow: bool = False) -> str:
+    """A small text file, at most `most` bytes of it; "" where it cannot be read, or is a link (`follow`)."""
+    handle = open_plain(path, follow=follow)
     if handle is None:
         return ""
     with handle:

@@ -41,7 +41,7 @@ class EventFile:
     def read(self) -> list[tuple[int, dict[str, float]]]:
         """Step and scalars of the records that are new."""
         self.reset = False
-        handle = open_plain(self.path)
+        handle = open_plain(self.path, follow=True)  # models' hubs keep files as links
         if handle is None:
             return []
         with handle:
@@ -69,6 +69,9 @@ class EventFile:
         while at + _HEAD <= len(data):
             length = struct.unpack_from("<Q", data, at)[0]
             end = at + _HEAD + length
+            if not length:  # zeros, of which a file can claim to hold any number
+                self.broken = True
+                return
             if end + _TAIL > len(data):
                 return
             try:

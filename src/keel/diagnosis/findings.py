@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -11,6 +10,7 @@ from typing import Any, Literal
 WINDOW = 10  # updates that a state must last before it counts: one odd batch is noise
 SUSTAINED = 0.8  # share of a window that must be beyond a limit, besides its last value
 SHORT = 3  # updates in a row that suffice where nothing healthy comes near
+LARGEST = 1e150  # what is beyond it counts as infinite: sums of squares would be
 START = 5  # first updates of a run, whose median is its own measure
 
 Severity = Literal["note", "warn", "act"]
@@ -80,7 +80,7 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
 @dataclass
 class History:
     """The metrics of a run up to its last step, column by column. Values that are not finite are kept
-    apart."""
+    apart, and those whose squares would not be."""
 
     conditions: Conditions = field(default_factory=Conditions)
     step: int = 0
@@ -93,7 +93,7 @@ class History:
         """One more step's metrics."""
         self.step, self.broken = step, {}
         for name, value in metrics.items():
-            if not math.isfinite(value):
+            if not abs(value) < LARGEST:
                 self.broken[name] = value
             elif name != "step":
                 self.columns.setdefault(name, []).append((step, value))

@@ -12,7 +12,7 @@ SETTLING = 20  # updates that a fresh critic is given to learn something
 
 
 def not_finite(history: History) -> Alarm | None:
-    """act: any metric is NaN or infinite, at once. There is no healthy NaN, so nothing is waited for."""
+    """act: any metric is NaN, infinite or beyond 1e150, at once. No NaN is healthy: nothing is waited for."""
     if not history.broken:
         return None
     listed = ", ".join(f"{name} is {value}" for name, value in sorted(history.broken.items())[:3])

@@ -10,6 +10,8 @@ from typing import Any
 
 from keel.errors import UsageError
 
+PROGRESS = "progress.json"  # how many steps a stage will have, for whoever watches it
+
 _NUMBER = (int, float)
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "kind": (str,),

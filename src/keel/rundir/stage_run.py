@@ -20,10 +20,10 @@ import torch
 from keel.data.stored.tokens import Preparation
 from keel.errors import NotFiniteError
 from keel.rundir.checkpoint import Checkpoint, append, latest, save, write_json
+from keel.rundir.stage_files import PROGRESS
 from keel.types import DataSource, RecordType
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
-PROGRESS = "progress.json"  # how many steps a stage will have, for whoever watches it
 Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
 
 

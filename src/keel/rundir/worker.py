@@ -43,7 +43,8 @@ def worker(run: Path) -> Worker | None:
     """The process that works in a run; None where there is none.
 
     A lock stays behind when its process is killed, and a run may come from elsewhere: the process must live
-    on this machine, have begun when the lock says, and, where the system tells, hold that very file open.
+    on this machine, have begun when the lock says, and, where the system tells, hold that very file open. A
+    lock that is a link is none.
     """
     path = run / LOCK
     facts = _facts(path)
@@ -70,11 +71,11 @@ def stop(run: Path) -> int | None:
 
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
+        if path.is_symlink() or not path.is_file():  # a link may lead to the lock of quite another run
             return {}
         with path.open(encoding="utf-8") as handle:
             facts = json.loads(handle.read(_LONGEST))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 

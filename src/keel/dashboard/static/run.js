@@ -8,6 +8,7 @@ import { Curves } from "./series.js";
 
 const name = by("main").dataset.run;
 const stages = new Map(); // name → what the server says of it
+const kept = new Map(); // stage → step or model → how many replies of it were kept
 let run = {};
 let shown = null; // the stage whose curves are here
 let following = true; // whether the stage at work is shown, since nobody chose one
@@ -27,8 +28,14 @@ const feed = new Feed("/events/run", {
     head();
     pipeline();
     if (shown) stageParts();
-    replies.update([...stages.values()]);
+    replies.update(withReplies());
     judgement();
+  },
+  replies: ({ stage, reset, groups }) => {
+    const known = reset ? new Map() : (kept.get(stage) ?? new Map());
+    for (const [name, count] of groups) known.set(name, count);
+    kept.set(stage, known);
+    replies.update(withReplies());
   },
   points: ({ stage, file, ...news }) => {
     if (stage !== shown) return;
@@ -40,6 +47,8 @@ const feed = new Feed("/events/run", {
     if (full) feed.start(feed.parameters);
   },
 });
+
+const withReplies = () => [...stages.values()].map(({ name }) => ({ name, samples: [...(kept.get(name) ?? [])] }));
 
 function choose(stage, byHand = true) {
   if (stage === shown) return;
