@@ -460,7 +460,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def differences() -> Callable[[Path, Path], list[str]]:
     """Files that differ between two run directories, or are in one only; times aside."""
-    of_the_clock = {"times.jsonl", "stage.json", "manifest.json"}
+    of_the_clock = {"times.jsonl", "stage.json", "manifest.json", ".lock"}  # a lock names its process
 
     def contents(directory: Path) -> dict[str, bytes]:
         files = [path for path in directory.rglob("*") if path.is_file() and path.name != "report.html"]

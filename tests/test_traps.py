@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import keel
 from keel import errors, plugins, types
 from keel.config import RewardConfig, RunConfig, parse
+from keel.config.tracking import TRACKERS
 from keel.data.batches import rows_of_step
 from keel.data.formats.labelled import KEYS as PAIR_KEYS
 from keel.errors import UsageError
@@ -791,6 +792,17 @@ def test_trap_every_setting_is_read_by_something(
         expanded |= {"PretrainConfig.stream"}
     if "FunctionTerm.timeout" in read:  # of a process of its own, as a plug-in's is outside of this test
         expanded |= {"PluginTerm.timeout"}
+    sources = {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in (*Path(package, "trackers").glob("to_*.py"), Path(package, "stages", "people.py"))
+    }
+    for kind in TRACKERS:  # a tracker is made with its settings, by name
+        (made_with,) = re.findall(r"def __init__\(self, (.*)\)", sources[f"to_{kind}"])
+        read |= {f"{kind.title()}Config.{key}" for key in re.findall(r"(\w+): ", made_with)}
+    read |= {f"LabelConfig.{key}" for key in re.findall(r"\blabel\.(\w+)", sources["people"])}
+    read |= {"CollectConfig.label"} if "votes_in" in elsewhere else set()
+    expanded |= {f"{kind.title()}Config.kind" for kind in TRACKERS}  # the class that it is read as
+    expanded |= {"PluginTrackerConfig.kind", "PluginTrackerConfig.args"}  # tests/trackers has a plug-in
     left = settings - read - REFUSED.keys() - expanded
     assert not left, sorted(left)
 

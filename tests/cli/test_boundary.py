@@ -19,15 +19,15 @@ from keel.errors import UsageError
     ("error", "said", "code"),
     [
         (UsageError("no such thing"), "no such thing", 2),
-        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space left on device; make", 1),
-        (OSError(errno.EFBIG, "File too large", "w"), "w: File too large: raise the limit", 1),
-        (OSError(errno.EMFILE, "Too many open files"), "raise the limit on open files", 1),
-        (PermissionError(errno.EACCES, "Permission denied", "r"), "r: Permission denied: give yourself", 1),
-        (OSError(errno.EROFS, "Read-only file system", "r"), "choose another folder", 1),
-        (MemoryError(), "memory ran out; a smaller `micro_batch`", 1),
-        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9"), "memory ran out ([enf", 1),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk is full, or a limit", 1),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device", 1),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "no space is left on the disk of /a/b", 1),
+        (OSError(errno.EFBIG, "File too large", "w"), "w: the limit on the size of a file", 1),
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files (ulimit -n): raise the limit", 1),
+        (PermissionError(errno.EACCES, "Permission denied", "r"), "r cannot be written or read", 1),
+        (OSError(errno.EROFS, "Read-only file system", "r"), "name another folder, such as --runs DIR", 1),
+        (MemoryError(), "the memory is used up: set a smaller `micro_batch`", 1),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9"), "the memory is used up", 1),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "no space is left on the disk", 1),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space is left on the disk", 1),
         (RecursionError("maximum recursion depth exceeded"), "unexpected RecursionError: maximum", 1),
         (ZeroDivisionError("division by zero"), "This is a fault of keel, please report it; --traceback", 1),
     ],
@@ -128,5 +128,5 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
             timeout=60,
         )
     assert done.returncode == 1
-    assert done.stderr.startswith("keel: No space left on device; make room")
+    assert done.stderr.startswith("keel: no space is left on the disk")
     assert done.stderr.count("\n") == 1

@@ -446,3 +446,14 @@ def test_a_template_that_leaves_out_the_system_message_is_refused(where):
     assert chat.prompt_ids(tokenizer, (user,))
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"
     assert encode()
+
+
+def test_a_template_that_leaves_replies_out_trains_nothing():
+    tokenizer = make_tokenizer(
+        template="{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    )
+    assert chat.prompt_ids(tokenizer, (USER,))
+    with pytest.raises(UsageError, match="leaves out what the assistant says"):
+        chat.text_rows(tokenizer, TextRecord((USER, REPLY)))
+    with pytest.raises(UsageError, match="leaves out what the assistant says"):
+        chat.completion_ids(tokenizer, (USER,), (REPLY,))

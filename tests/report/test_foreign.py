@@ -49,11 +49,11 @@ def stages(value: Any) -> Callable[[Any], Any]:
         ("config.yaml", stages(lambda s: {**s, "sft": "x"}), "is no mapping"),
         ("manifest.json", stages(3), "`stages` is no mapping"),
         ("manifest.json", lambda whole: [whole], "does not hold a JSON object"),
-        ("stages/judge/result.json", lambda r: {**r, "models": "sft"}, "holds what no run of keel writes"),
+        ("stages/judge/result.json", lambda r: {**r, "models": "sft"}, "is no object of measures"),
         (
             "stages/judge/result.json",
             lambda r: {**r, "models": {"sft": [1]}},
-            "holds what no run of keel writes",
+            "is no object of measures",
         ),
     ],
 )
@@ -79,5 +79,5 @@ def test_steps_that_are_none_are_named_by_their_line(run: Path) -> None:
 
 def test_compare_says_it_too(run: Path) -> None:
     edit(run / "stages" / "judge" / "result.json", lambda r: {**r, "models": {"sft": [1]}})
-    with pytest.raises(DataError, match="holds what no run of keel writes"):
+    with pytest.raises(DataError, match="is no object of measures"):
         compare.compare([run])

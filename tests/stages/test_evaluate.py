@@ -30,6 +30,7 @@ def other_model(tiny_model: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def judge(run: Any, data: Any, tiny_model: Path, other_model: Path, tiny_reward: Path, tmp_path: Path) -> Any:
     def go(name: str, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        directory = tmp_path / "runs" / name  # a model's folder holds nothing that changes
         defaults = {
             "kind": "evaluate",
             "models": [str(tiny_model), str(other_model)],
@@ -37,8 +38,8 @@ def judge(run: Any, data: Any, tiny_model: Path, other_model: Path, tiny_reward:
             "data": str(data.prompts),
             "sampling": {"max_new_tokens": 6},
         }
-        run({"stages": {"judge": defaults | settings}}, tmp_path / name)
-        stage = tmp_path / name / "stages" / "judge"
+        run({"stages": {"judge": defaults | settings}}, directory)
+        stage = directory / "stages" / "judge"
         samples = [json.loads(line) for line in (stage / "samples.jsonl").read_text().splitlines()]
         return json.loads((stage / "result.json").read_text()), samples
 

@@ -56,7 +56,7 @@ def run_dpo(run: Any, stage_of: Any, tmp_path: Path) -> Callable[..., Path]:
     """Run one stage; returns its directory."""
 
     def go(name: str = "run", **settings: Any) -> Path:
-        return run({"stages": {"dpo": stage_of(**settings)}}, tmp_path / name).stage_directory("dpo")
+        return run({"stages": {"dpo": stage_of(**settings)}}, tmp_path / "runs" / name).stage_directory("dpo")
 
     return go
 

@@ -69,7 +69,7 @@ def stages(run: Any, data: Any, tiny_model: Path, rewarded: Path, tmp_path: Path
         }
         said: list[str] = []
         config = {"name": "tiny", "threads": 1, "device": "cpu", "stages": {"one": stage | settings}}
-        pipeline = Pipeline(parse(config), tmp_path / name, said.append)
+        pipeline = Pipeline(parse(config), tmp_path / "runs" / name, said.append)
         pipeline._report = lambda: None
         pipeline.run()
         return pipeline.stage_directory("one"), said

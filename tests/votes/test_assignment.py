@@ -254,3 +254,20 @@ def test_another_number_of_votes_opens_and_closes_items(any_store, fill):
     assert any_store.next_item("p", p.people[2].id, NOW) is None
     with pytest.raises(UsageError, match="`task` cannot be changed"):
         any_store.change_project("p", None, task="rating")
+
+
+def test_skipping_is_no_way_around_gold(any_store, fill):
+    p = fill(any_store, items=4, people=1, gold=2, gold_share=0.5)
+    person, answered = p.people[0].id, []
+    for step in range(40):
+        got = any_store.next_item("p", person, NOW + step)
+        if got is None:
+            break
+        left = any_store.progress("p", person, NOW + step).left_for_me
+        assert left == 6 - len(answered)  # so the count does not tell which it was
+        if got.how == "gold" and step < 20:
+            any_store.skip("p", person, got.item, NOW + step)
+        else:
+            any_store.cast("p", person, got.item, Answer("a"), f"{step}", now=NOW + step)
+            answered.append(got.how)
+    assert (answered.count("gold"), len(answered)) == (2, 6)

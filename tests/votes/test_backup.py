@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from keel.errors import UsageError
-from keel.votes import migrations, schema
+from keel.votes import backup, migrations, schema
 from keel.votes.kinds import Answer, NewItem, Reply
 from keel.votes.store import Store
 
@@ -143,3 +143,19 @@ def test_a_database_that_does_not_verify_gives_no_backup(store, fill, tmp_path):
     with pytest.raises(UsageError, match="does not verify, so nothing was written: versions:1"):
         store.backup(tmp_path / "b.db")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_restore_that_fails_leaves_nothing_and_can_be_done_again(store, fill, tmp_path, monkeypatch):
+    _work(store, fill)
+    good, target = tmp_path / "good.db", tmp_path / "target.db"
+    store.backup(good)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(backup, "_copy_rows", full)
+        with pytest.raises(OSError, match="No space"):
+            Store.restore(good, str(target))
+    assert not list(tmp_path.glob("target.db*"))
+    assert Store.restore(good, str(target)).broken is None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 
 from keel.errors import UsageError
-from keel.votes import schema
+from keel.votes import people, schema
 from keel.votes.kinds import Answer, NotFoundError
 
 NOW, DAY = 1.0e9, 86400.0
@@ -153,3 +155,24 @@ def test_hashes_are_what_is_kept(store):
     store.accept(store.invite("admin", None, None), "Ann")
     hashes = store.database.read(lambda c: c.execute(select(schema.credentials.c.hash)).scalars().all())
     assert len(hashes[0]) == 64
+
+
+def test_of_two_who_use_an_invitation_at_once_one_comes_in(any_store, fill, monkeypatch):
+    fill(any_store, people=0)
+    code, made = any_store.invite("annotator", "p", None), people.add
+
+    def slow(*args):
+        time.sleep(0.15)  # so that both have looked at the code before one of them has used it
+        return made(*args)
+
+    monkeypatch.setattr(people, "add", slow)
+
+    def use(name: str) -> bool:
+        try:
+            return bool(any_store.accept(code, name))
+        except UsageError:
+            return False
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(use, ("Ann", "Eve"))) == [False, True]
+    assert len(any_store.people("p")) == 1

@@ -423,6 +423,19 @@ def restore(
     _print({"rows": report.rows, "head": report.head}, f"restored and verified, head {report.head}", as_json)
 
 
+@app.command("sign-out")
+def sign_out(
+    name: Annotated[str, typer.Argument(help="Whose sessions and tokens to end.")],
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End all sessions and API tokens of a person: for a lost device, or a token that others have seen."""
+    from keel.votes import commands
+
+    ended = commands.sign_out(db, name)
+    _print({"person": name, "ended": ended}, f"{name}: {ended} sessions and tokens ended", as_json)
+
+
 @app.command()
 def forget(
     name: Annotated[str, typer.Argument(help="Whose data to remove.")],

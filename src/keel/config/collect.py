@@ -102,6 +102,10 @@ class CollectConfig(Stage):
     def asks_people(self) -> bool:
         return self.world is None
 
+    @property
+    def votes_in(self) -> LabelConfig | None:
+        return self.label
+
     def gold_judges(self) -> list[tuple[str, DataSetting]]:
         return [] if self.asks_people else [(self.annotators, self.main_data()[0])]
 

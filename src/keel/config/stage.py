@@ -4,7 +4,7 @@ rows."""
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +20,9 @@ from keel.config.parts import (
     as_source,
 )
 from keel.config.settings import Settings
+
+if TYPE_CHECKING:
+    from keel.config.collect import LabelConfig
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Leaves = Literal["language model", "reward model", "classifier", "comparisons", "nothing"]
@@ -63,6 +66,11 @@ class Stage(Settings):
     def asks_people(self) -> bool:
         """Whether the run stops here and waits for people's votes."""
         return False
+
+    @property
+    def votes_in(self) -> LabelConfig | None:
+        """The project of `keel label` in which people vote; None where there is none."""
+        return None
 
     @property
     def outputs(self) -> int:

@@ -225,7 +225,8 @@ def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | DataError]
                 row[column] = values[index].as_py()
             yield row
         except (pyarrow.ArrowException, ValueError, ArithmeticError) as error:
-            yield DataError(f'"{column}" cannot be read: {error}')
+            kind = batch.schema.field(column).type
+            yield DataError(f'"{column}" holds a {kind} that is out of range or broken: {error}')
 
 
 def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Iterator[RawRow]:

@@ -22,6 +22,7 @@ PAGES: Final[dict[str, frozenset[str]]] = {
     "POST /sign-out": SIGNED_IN,
     "GET /account": SIGNED_IN,
     "POST /account/token": SIGNED_IN,
+    "POST /account/sign-out-elsewhere": SIGNED_IN,
     "GET /projects/{project}/work": WORKS,
     "GET /projects/{project}/history": WORKS,
     "GET /projects/{project}/items/{item}": WORKS,

@@ -6,7 +6,6 @@ Answers name shown positions, as on the pages: "a" is the reply that `next` gave
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
 from keel.errors import UsageError
-from keel.feedback import web
+from keel.feedback import render, web
 from keel.feedback.forms import FormError, answer_of
 from keel.feedback.locales import Translator
 from keel.votes.answers import scales_of
@@ -179,14 +178,11 @@ def next_item(request: Request, project: ProjectName) -> ItemOut:
 
 
 def _item_out(found: Assignment) -> ItemOut:
-    def plain(content: Any) -> Any:
-        return content if isinstance(content, str) else [dict(turn) for turn in content]
-
     return ItemOut(
         item=found.item,
         task=found.task,
-        prompt=plain(found.prompt),
-        replies=[plain(reply.content) for reply in found.replies],
+        prompt=render.blind(found.prompt),
+        replies=[render.blind(reply.content) for reply in found.replies],
         leased_until=found.leased_until,
     )
 
@@ -280,12 +276,14 @@ def add(
 )
 def votes(request: Request, project: ProjectName) -> StreamingResponse:
     """Every standing vote as a line of JSON, in the items' own order of replies."""
+    from keel.feedback import formats
+
     _mine(request, project)
     store = web.store(request)
 
     def lines() -> Iterator[str]:
         for row in store.votes(project):
-            yield json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n"
+            yield formats.line_of(dataclasses.asdict(row))
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 

@@ -8,13 +8,15 @@ from typing import Any, cast
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 import keel
 from keel.errors import KeelError, UsageError
 from keel.feedback import api, web
-from keel.feedback.auth import Auth
+from keel.feedback.auth import Auth, bearer
 from keel.feedback.pages import entry, numbers, overview, people, review, settings, work
 from keel.feedback.wire import Limit, Wire
 from keel.votes.database import StoreError
@@ -47,8 +49,30 @@ def create_app(store: Store, *, rate: float = RATE, burst: float = BURST, url: s
     app.get("/api/openapi.json", include_in_schema=False)(_openapi)
     app.mount("/static", StaticFiles(directory=web.HERE / "static"))
     _handle_errors(app)
-    app.add_middleware(cast(Any, Wire), limit=Limit(rate, burst), holder=auth.holder)
+    app.add_middleware(
+        cast(Any, Wire),
+        limit=Limit(rate, burst),
+        holder=auth.holder,
+        may_send_files=_asks_an_admin(store, auth),
+    )
     return app
+
+
+def _asks_an_admin(store: Store, auth: Auth) -> Callable[[Scope], bool]:
+    """Whether a request is an admin's, by its cookie or its token, before anything of it is read."""
+
+    def asks(scope: Scope) -> bool:
+        connection = HTTPConnection(scope)
+        session, token = auth.session(connection), bearer(connection)
+        try:
+            who = (store.session(session) if session else None) or (
+                store.person_of_token(token) if token else None
+            )
+        except KeelError:  # the database does not answer: the handler says so
+            return False
+        return who is not None and who.role == "admin"
+
+    return asks
 
 
 def _openapi(request: Request) -> Response:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections import OrderedDict
 
 from itsdangerous import BadSignature, Signer
 from starlette.requests import HTTPConnection
@@ -19,6 +20,7 @@ from starlette.types import Scope
 SESSION = "keel_label"
 VISITOR = "keel_label_visitor"
 SESSION_DAYS = 30
+MOST_TOKENS = 10_000  # that are remembered, the newest
 
 
 class Auth:
@@ -26,6 +28,7 @@ class Auth:
 
     def __init__(self, secret: bytes) -> None:
         self._signer = Signer(secret, salt="keel.label.session", digest_method=hashlib.sha256)
+        self._known: OrderedDict[str, None] = OrderedDict()  # tokens of programs that were somebody's
         self._csrf_key = hmac.digest(secret, b"keel.label.csrf", "sha256")
 
     def session(self, connection: HTTPConnection) -> str | None:
@@ -39,9 +42,17 @@ class Auth:
             return None
 
     def holder(self, scope: Scope) -> str | None:
-        """Whose request this is, for counting: a session that was signed here, or any bearer token."""
+        """Whose request this is, for counting: a session that was signed here, or a token that was somebody's
+        before. A made-up one counts for its address: else each would have a limit of its own."""
         connection = HTTPConnection(scope)
-        return self.session(connection) or bearer(connection)
+        token = bearer(connection)
+        return self.session(connection) or (token if token in self._known else None)
+
+    def met(self, token: str) -> None:
+        """Remember that a token is somebody's."""
+        self._known[token] = None
+        while len(self._known) > MOST_TOKENS:
+            self._known.popitem(last=False)
 
     def csrf(self, holder: str) -> str:
         """The CSRF token of a session or a visitor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,10 +33,11 @@ def kept(content: IO[bytes], name: str) -> Iterator[Path]:
     read."""
     plain = Path(name.replace("\\", "/")).name
     suffixes = tuple(end + zipped for end in files.SUFFIXES for zipped in ("", ".gz"))
-    if not plain.lower().endswith(suffixes):
+    suffix = next((end for end in suffixes if plain.lower().endswith(end)), None)
+    if suffix is None:
         raise UsageError(f"{plain} is no file that keel reads: {' '.join(files.SUFFIXES)}, each also .gz")
     with tempfile.TemporaryDirectory(prefix="keel-label-") as folder:
-        path = Path(folder) / ("items" + "".join(Path(plain.lower()).suffixes[-2:]))
+        path = Path(folder) / f"items{suffix}"
         with path.open("wb") as out:
             shutil.copyfileobj(content, out)
         try:
@@ -66,4 +66,4 @@ def add(
 def lines(store: Store, project: str, form: str) -> Iterator[str]:
     """A project's items and votes in a format, a line of JSON a row; what is wrong is raised at once."""
     rows = formats.rows_of(formats.of_project(store, project), form)
-    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return map(formats.line_of, rows)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
+from urllib.parse import urlsplit
 
 from keel.errors import KeelError, UsageError
 from keel.feedback.forms import letter
@@ -43,6 +44,12 @@ class Endpoint:
     key: str | None = None
     temperature: float = 0.0
     timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        """UsageError for an address that is none of the web."""
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UsageError(f"{self.url} is no address of a model: give one as http://localhost:8000/v1")
 
     def ask(self, question: str, wait: Callable[[float], None] = time.sleep) -> str:
         """The text that the model answers. ModelError where it does not, after `TRIES` requests."""

@@ -20,11 +20,15 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.texmath import texmath_plugin
 
 LONGEST = 200_000  # characters that are read as Markdown; longer texts are shown as they are
+MOST_WORK = (
+    200_000_000  # openers (of links, of mathematics) times characters: each may be looked for to the end
+)
 BLOCKS = ("p", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "table", "td", "th")
 TAGS = {
     *BLOCKS, "a", "br", "code", "del", "em", "hr", "pre", "s", "span", "strong", "tbody", "thead", "tr",
 }  # fmt: skip
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+TOOLS = ("tool", "function")  # roles of results
 _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 _UNENDED = re.compile(r"\A\s*<think>(.*)\Z", re.DOTALL)
 
@@ -69,8 +73,10 @@ _CLEANER = nh3.Cleaner(
 
 def markdown(text: str) -> Markup:
     """Markdown as HTML without script, style, form, frame, picture or event handler. Each block takes its
-    own direction. Texts over `LONGEST` characters are shown as they are."""
-    if len(text) > LONGEST:
+    own direction. Texts over `LONGEST` characters, and those that would take seconds to read, as a model that
+    repeats itself writes them, are shown as they are."""
+    text = without_surrogates(text)
+    if len(text) > LONGEST or len(text) * (text.count("[") + text.count("\\(")) > MOST_WORK:
         return Markup('<pre dir="auto">{}</pre>').format(text)
     tokens = _PARSER.parse(text)
     for token in tokens:
@@ -128,7 +134,36 @@ def _turn(message: Mapping[str, Any]) -> Turn:
         thought, text = split_thought(text)
     called = message.get("tool_calls")
     calls = tuple(_call(call) for call in called) if isinstance(called, list | tuple) else ()
-    return Turn(role, text, thought, calls, str(message.get("name") or ""))
+    name = str(message.get("name") or "") if role in TOOLS else ""  # others are those of models and people
+    return Turn(role, text, thought, calls, name)
+
+
+def blind(content: str | Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any]]:
+    """A prompt or a reply for who must not know its source: of each turn what the pages show, in the usual
+    shape. Other keys, numbers of calls and names of speakers may say which model wrote it."""
+    return without_surrogates(content) if isinstance(content, str) else [_blind(turn) for turn in content]
+
+
+def _blind(message: Mapping[str, Any]) -> dict[str, Any]:
+    role = str(message.get("role", ""))
+    shown: dict[str, Any] = {"role": role, "content": _text(message.get("content"))}
+    shown |= {key: str(message[key]) for key in THOUGHT_KEYS if message.get(key)}
+    if role in TOOLS and message.get("name"):
+        shown["name"] = str(message["name"])
+    called = message.get("tool_calls")
+    if isinstance(called, list | tuple) and called:
+        calls = (_call(call) for call in called)
+        shown["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    found: dict[str, Any] = json.loads(without_surrogates(json.dumps(shown, ensure_ascii=False)))
+    return found
+
+
+def without_surrogates(text: str) -> str:
+    """A text that can be sent: half of a character, which some models write, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text(content: object) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import jinja2
 from fastapi import HTTPException, Request
+from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
@@ -34,6 +35,7 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 THEMES = ("light", "dark")
 YEAR = 365 * 86400
+Number = Annotated[int, InPath(ge=0, lt=2**31)]  # of an item or a person: a larger one is nobody's
 
 
 class NotSignedIn(Exception):
@@ -152,7 +154,9 @@ def _enter_by_token(request: Request) -> None:
         return
     state = web(request)
     request.state.person = state.store.person_of_token(token)
-    if request.state.person is None and state.wrong.wait(address(request.scope)):
+    if request.state.person is not None:
+        state.auth.met(token)
+    elif state.wrong.wait(address(request.scope)):
         raise HTTPException(429)
 
 
@@ -209,7 +213,8 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
         "project": None,
         **values,
     }
-    response = HTMLResponse(state.templates.get_template(template).render(context), status)
+    text = state.templates.get_template(template).render(context)
+    response = HTMLResponse(render.without_surrogates(text), status)
     if getattr(request.state, "new_visitor", False):
         response.set_cookie(
             VISITOR,

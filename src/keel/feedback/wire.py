@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -66,10 +67,17 @@ class Limit:
 class Wire:
     """The outermost layer of the app."""
 
-    def __init__(self, app: ASGIApp, limit: Limit, holder: Callable[[Scope], str | None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limit: Limit,
+        holder: Callable[[Scope], str | None],
+        may_send_files: Callable[[Scope], bool],
+    ) -> None:
         """limit: requests of one person. holder: whose session or token a request bears, if anybody's; others
-        are counted by their address."""
-        self.app, self.limit, self.holder = app, limit, holder
+        are counted by their address. may_send_files: whether an admin asks; who else sends a file is refused
+        before it is read."""
+        self.app, self.limit, self.holder, self.may_send_files = app, limit, holder, may_send_files
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,11 +112,6 @@ class Wire:
             )
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        most = LARGEST_FILE if scope["path"].endswith("/items") else LARGEST
-        if not length.isdigit() or int(length) > most:
-            await PlainTextResponse("This request is too large.", 413)(scope, receive, send)
-            return
         if not scope["path"].startswith("/static/"):
             wait = self.limit.wait(self.holder(scope) or address(scope))
             if wait:
@@ -116,6 +119,14 @@ class Wire:
                 answer.headers["Retry-After"] = str(math.ceil(wait))
                 await answer(scope, receive, send)
                 return
+        length, most = dict(scope["headers"]).get(b"content-length"), LARGEST
+        small = length is not None and length.isdigit() and int(length) <= LARGEST
+        adds = scope["method"] == "POST" and scope["path"].endswith("/items")
+        if adds and not small and await run_in_threadpool(self.may_send_files, scope):
+            most = LARGEST_FILE
+        if length is not None and (not length.isdigit() or int(length) > most):
+            await PlainTextResponse("This request is too large.", 413)(scope, receive, send)
+            return
         await self.app(scope, _counted(receive, most), send)
 
 
@@ -139,5 +150,7 @@ def _counted(receive: Receive, most: int) -> Receive:
 
 
 def logged_path(scope: Scope) -> str:
-    """The path for the log, without what would let its reader in: codes of invitations, and queries."""
-    return "/join/…" if scope["path"].startswith("/join/") else scope["path"]
+    """The path for the log, without what would let its reader in: codes of invitations, also at a mistyped
+    address, and queries. A path is one line of the log, whatever stands in it."""
+    before, join, _ = scope["path"].partition("/join/")
+    return "".join(c if c.isprintable() else "\ufffd" for c in f"{before}{join}{'…' * bool(join)}")

@@ -28,7 +28,7 @@ import yaml
 
 import keel
 from keel import accel, report
-from keel.config import CollectConfig, RunConfig, Stage, Training
+from keel.config import RunConfig, Stage, Training
 from keel.data import chat, load
 from keel.data.batches import derive_seed
 from keel.data.stored.cache import Cache, keep_digests
@@ -229,12 +229,12 @@ class Pipeline:
         votes that come in while other stages run count in the next run, for all stages alike. Where their
         database is gone, what was counted stands."""
         stage = self.config.stages[name]
-        if not isinstance(stage, CollectConfig) or not stage.asks_people:
+        if not stage.asks_people:
             return None
         if name not in self._heard:
             directory = self.stage_directory(name)
             try:
-                self._heard[name] = collect.votes_print(directory, stage)
+                self._heard[name] = collect.votes_print(directory, stage.votes_in)
             except UsageError as error:
                 if isinstance(error, DataError):
                     raise

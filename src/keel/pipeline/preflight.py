@@ -20,7 +20,7 @@ from transformers import (
 
 from keel import worlds
 from keel.accel.layer_kinds import carries_state
-from keel.config import CollectConfig, ModelConfig, RunConfig, Stage
+from keel.config import ModelConfig, RunConfig, Stage
 from keel.config.parts import FROM_STAGE
 from keel.config.rewards import RULES
 from keel.data import chat, load, stream
@@ -147,8 +147,8 @@ class Sources:
             self._check_rewards(name)
             lines[name] = self.summary(name, ahead=True)
             self._check_held_out(name)
-            if isinstance(stage, CollectConfig) and stage.asks_people:
-                people.check(stage.label)
+            if stage.asks_people:
+                people.check(stage.votes_in)
             for gold, data in stage.gold_judges():
                 if stage.leaves == "comparisons":
                     worlds.annotators(heldout_judge.world_of(gold))

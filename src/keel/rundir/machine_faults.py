@@ -110,7 +110,8 @@ def _of_number(number: int, place: Path | None) -> KeelError | None:
         free = free_bytes(place) if place is not None else None
         left = f" ({size_in_words(free)} free)" if free is not None else ""
         words = (
-            f"no space is left on the disk of {where}{left}: free some (`keel clean RUN` lists kept stages)"
+            f"no space is left on the disk{f' of {place}' if place is not None else ''}{left}: free some "
+            "(`keel clean RUN` lists kept stages)"
         )
     elif number == errno.ENOMEM:
         words = "the memory is used up: set a smaller `micro_batch` (`keel plan` says what a stage needs)"

@@ -33,6 +33,8 @@ from keel.types import Completion, PromptRecord, Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from keel.config.collect import LabelConfig
+
 COMPARISONS = "comparisons.jsonl"  # pairs and votes, as rows of type preference
 TRIES = 4  # draws of a second reply, until it differs from the first
 
@@ -70,11 +72,11 @@ def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def votes_print(directory: Path, config: CollectConfig) -> str | None:
+def votes_print(directory: Path, label: LabelConfig | None) -> str | None:
     """What people have said of a stage's pairs so far, as a short text; None where nobody has said
     anything. UsageError where the database of the pairs' project is not there."""
     pairs = _read(directory / PAIRS)
-    heard = people.hear(directory, config.label, pairs) if pairs else None
+    heard = people.hear(directory, label, pairs) if pairs else None
     return heard.print if heard is not None and (heard.votes or heard.words) else None
 
 

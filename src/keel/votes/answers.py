@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import cast
 
 from keel.errors import UsageError
 from keel.votes.kinds import CHOICES, DEFAULT_SCALES, Answer, Project, Scale
@@ -29,6 +30,9 @@ def check(project: Project, replies: int, answer: Answer) -> None:
     for name in ("choice", "strength", "ratings", "ranking", "text"):
         if name not in wanted and getattr(answer, name) is not None:
             raise UsageError(f"an answer of a {project.task} project has no `{name}`")
+    for name in ("comment", "text"):
+        if not isinstance(getattr(answer, name), str | None):
+            raise UsageError(f"the {name} of an answer is {getattr(answer, name)!r}, not a text")
     if len(answer.comment) > LONGEST_COMMENT:
         raise UsageError(f"the comment is longer than {LONGEST_COMMENT:,} characters")
     if answer.comment and not project.comment:
@@ -61,7 +65,13 @@ def _check_choice(project: Project, answer: Answer) -> None:
         raise UsageError(f"the strength is {answer.strength!r}, not 1, 2 or 3")
 
 
+def _check_mapping(ratings: object) -> None:
+    if not isinstance(ratings, Mapping | None):
+        raise UsageError(f"ratings are numbers by scale, not {ratings!r}")
+
+
 def _check_ratings(scales: Sequence[Scale], answer: Answer) -> None:
+    _check_mapping(answer.ratings)
     ratings = answer.ratings or {}
     names = [scale.name for scale in scales]
     if set(ratings) != set(names):
@@ -79,12 +89,19 @@ def _is_on(scale: Scale, value: object) -> bool:
 
 def _check_ranking(replies: int, answer: Answer) -> None:
     groups = answer.ranking or ()
-    flat: list[object] = [index for group in groups for index in group]
+    flat: list[object] = [index for group in groups for index in _group(group)]
     numbers = [index for index in flat if isinstance(index, int) and not isinstance(index, bool)]
     if len(numbers) != len(flat) or sorted(numbers) != list(range(replies)):
         raise UsageError(f"a ranking names each of the {replies} replies once, ties in one group")
     if not all(groups):
         raise UsageError("a ranking has an empty group")
+
+
+def _group(group: object) -> Sequence[object]:
+    """A group of a ranking. UsageError for what is none."""
+    if not isinstance(group, list | tuple):
+        raise UsageError(f"a ranking is a list of groups, [[1], [0, 2]]; {group!r} is no group")
+    return cast("Sequence[object]", group)
 
 
 def agrees(project: Project, gold: Answer, answer: Answer) -> bool:

@@ -121,12 +121,13 @@ def gold_to_come(connection: Connection, at: Desk, usual: int) -> int:
 
 @cache
 def _leased() -> Any:
+    """What is a person's now, and the gold that they skipped: it comes again."""
     mine = schema.encounters
     return (
         select(mine.c.how, func.count().label("number"))
         .where(
             mine.c.person_id == bindparam("person"), mine.c.project_id == bindparam("project"),
-            mine.c.state == "leased",
+            (mine.c.state == "leased") | ((mine.c.state == "skipped") & (mine.c.how == "gold")),
         )
         .group_by(mine.c.how)
     )  # fmt: skip
@@ -254,21 +255,24 @@ def _remember(
 
 
 def _skipped(connection: Connection, at: Desk, now: float) -> tuple[int, int | None, How] | None:
-    """An item that this person skipped, the one that was skipped longest ago first."""
+    """An item that this person skipped, the one that was skipped longest ago first; gold too: skipping is no
+    way around it."""
     mine, items = schema.encounters, schema.items
     query = (
-        select(mine.c.item_id, mine.c.how)
+        select(mine.c.item_id, mine.c.how, items.c.gold)
         .join(items, items.c.id == mine.c.item_id)
         .where(
             mine.c.person_id == at.person.id, mine.c.project_id == at.project_id,
-            mine.c.state == "skipped", items.c.gold.is_(None),
+            mine.c.state == "skipped",
         )
         .order_by(mine.c.leased_at, mine.c.item_id)
         .limit(200)
     )  # fmt: skip
     if not at.person.is_model:
-        query = query.where(items.c.open_slots > 0)
+        query = query.where((items.c.open_slots > 0) | items.c.gold.is_not(None))
     for row in connection.execute(query).all():
+        if row.gold is not None:
+            return row.item_id, None, row.how
         if (taken := _take(connection, at, row.item_id, now)) is not None:
             return row.item_id, None if at.person.is_model else taken, row.how
     return None

@@ -48,9 +48,14 @@ def backup(database: Database, path: Path) -> AuditReport:
     except (OSError, sqlite3.Error) as error:
         raise UsageError(f"{path} cannot be written: {error}") from None
     finally:
-        for leftover in (part, *(Path(f"{part}{end}") for end in ("-wal", "-shm", "-journal"))):
-            leftover.unlink(missing_ok=True)
+        _remove(part)
     return report
+
+
+def _remove(path: Path) -> None:
+    """Remove a database's file, with what SQLite keeps beside it."""
+    for leftover in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-journal"))):
+        leftover.unlink(missing_ok=True)
 
 
 def restore(path: Path, url: str) -> AuditReport:
@@ -81,13 +86,19 @@ def _restore(path: Path, url: str) -> AuditReport:
     try:
         if target.is_sqlite and target.path.exists() and target.path.stat().st_size:
             raise UsageError(f"{target.path} is there already: a restore replaces nothing; give another name")
-        migrations.upgrade(target)
-        source = Database(parse(str(path)))
         try:
-            with source.snapshot() as reading:
-                target.write(_copy_rows, reading)
-        finally:
-            source.close()
+            migrations.upgrade(target)
+            source = Database(parse(str(path)))
+            try:
+                with source.snapshot() as reading:
+                    target.write(_copy_rows, reading)
+            finally:
+                source.close()
+        except BaseException:
+            if target.is_sqlite:  # half of a restore is in nobody's way the next time
+                target.close()
+                _remove(target.path)
+            raise
         return target.read(audit.verify, report.head)
     finally:
         target.close()

@@ -77,6 +77,12 @@ def pause(url: str | None, name: str, reason: str | None, project: str | None = 
         return store.person(person.id)
 
 
+def sign_out(url: str | None, name: str) -> int:
+    """End all sessions and tokens of the person of this name; how many there were."""
+    with open_store(url, create=False) as store:
+        return store.sign_out_everywhere(store.person_named(name).id, by=None)
+
+
 def forget(url: str | None, name: str) -> Forgotten:
     """Take away a person's name, comments and sessions. Their votes stay, under a number."""
     with open_store(url, create=False) as store:

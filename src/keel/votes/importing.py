@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from sqlalchemy import Connection
 
 from keel.errors import UsageError
-from keel.votes import answers, audit, ballots, order, people, schema
+from keel.votes import answers, audit, ballots, items, order, people, schema
 from keel.votes.assignment import Desk, desk, vote_of
 from keel.votes.codec import dumps, replies_of
 from keel.votes.database import add_to, row_of, upsert
 from keel.votes.kinds import Added, NotFoundError, PastJudgement
+
+_FORGOTTEN = re.compile(r"^(\s*)removed-", re.IGNORECASE)  # in another database: the number is taken here
 
 
 def votes(
@@ -42,10 +45,11 @@ def votes(
 
 def _desk(connection: Connection, name: str, judgement: PastJudgement, by: int | None, now: float) -> Desk:
     """The desk of a judge, who is made where there is nobody of that name."""
+    who = _FORGOTTEN.sub(r"\1forgotten-", judgement.person)
     try:
-        person = people.named(connection, judgement.person)
+        person = people.named(connection, who)
     except NotFoundError:
-        person = people.add(connection, judgement.person, "annotator", name, judgement.is_model, by, now)
+        person = people.add(connection, who, "annotator", name, judgement.is_model, by, now)
     if person.is_model != judgement.is_model:
         raise UsageError(f"{person.name} is {'a model' if person.is_model else 'a person'} here")
     return desk(connection, name, person.id)
@@ -64,7 +68,10 @@ def _one(connection: Connection, at: Desk, judgement: PastJudgement, by: int | N
     slot, change, status = _place(connection, at, item, now)
     at_time = now if judgement.at is None else judgement.at
     given = judgement.shown
-    if given is not None and sorted(given) != list(range(replies)):
+    for name in ("at", "seconds"):
+        if not items.is_number_or_none(value := getattr(judgement, name)):
+            raise UsageError(f"`{name}` is {value!r}, not a number of seconds")
+    if given is not None and not _is_order(given, replies):
         raise UsageError(f"`shown` is {list(given)}, not an order of the {replies} replies")
     shown = order.shown(at.project, item.key, replies, slot or 0) if given is None else given
     row: dict[str, Any] = {
@@ -84,6 +91,11 @@ def _one(connection: Connection, at: Desk, judgement: PastJudgement, by: int | N
     if slot is not None:
         ballots.fill(connection, item.id, slot, at.person.id, vote_id)
     return True
+
+
+def _is_order(given: Sequence[object], replies: int) -> bool:
+    """Whether each reply stands in one place."""
+    return len(given) == replies and all(place in given for place in range(replies))
 
 
 def _place(connection: Connection, at: Desk, item: Any, now: float) -> tuple[int | None, audit.Change, str]:

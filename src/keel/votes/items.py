@@ -129,8 +129,10 @@ def _values(project: Project, item: NewItem) -> dict[str, Any]:
     _check_text(f"{where}: the prompt", item.prompt)
     for number, reply in enumerate(item.replies, 1):
         _check_text(f"{where}: reply {number}", reply.content)
-    if item.priority is not None and not math.isfinite(item.priority):
-        raise UsageError(f"{where}: the priority is {item.priority}, not a finite number")
+        if not isinstance(reply.source, str | None):
+            raise UsageError(f"{where}: the source of reply {number} is {reply.source!r}, not a text")
+    if not is_number_or_none(item.priority):
+        raise UsageError(f"{where}: the priority is {item.priority!r}, not a finite number")
     if item.gold is not None:
         if project.task == "edit":
             raise UsageError(f"{where}: an edited reply has no known answer, so there is no gold")
@@ -159,11 +161,20 @@ def _values(project: Project, item: NewItem) -> dict[str, Any]:
     }
 
 
+def is_number_or_none(value: object) -> bool:
+    """Whether a value of a file can stand where a number may be left out."""
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return -1e300 < value < 1e300
+
+
 def _check_text(where: str, value: Text) -> None:
     if isinstance(value, str):
         if not value.strip():
             raise UsageError(f"{where} is empty")
         return
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"{where} is {value!r}, neither a text nor a list of turns")
     if not value:
         raise UsageError(f"{where} has no turns")
     for number, turn in enumerate(value, 1):

@@ -224,7 +224,7 @@ def _usable(connection: Connection, code: str, now: float, *, lock: bool = False
 
 def accept(connection: Connection, code: str, name: str, days: float, now: float) -> str:
     """A session for whom a code invites; the code is used up. UsageError for one that cannot be used."""
-    row = _usable(connection, code, now)
+    row = _usable(connection, code, now, lock=True)  # who comes at the same time waits, and finds it used
     if row is None:
         raise UsageError("this invitation was used, has expired, or never was: ask for another one")
     if row.person_id is not None:
@@ -284,9 +284,13 @@ def sign_out(connection: Connection, token: str, now: float) -> None:
     _revoke(connection, table.c.hash == hashed(token), now)
 
 
-def sign_out_everywhere(connection: Connection, person_id: int, by: int | None, now: float) -> int:
-    """End all of a person's sessions and tokens. How many there were."""
-    return _revoke(connection, schema.credentials.c.person_id == person_id, now, by)
+def sign_out_everywhere(
+    connection: Connection, person_id: int, by: int | None, now: float, but: str | None = None
+) -> int:
+    """End all of a person's sessions and tokens, but one. How many there were."""
+    table = schema.credentials
+    which = table.c.person_id == person_id
+    return _revoke(connection, which if but is None else which & (table.c.hash != hashed(but)), now, by)
 
 
 def _revoke(connection: Connection, which: Any, now: float, by: int | None = None) -> int:

@@ -289,9 +289,9 @@ class Store:
         """End a session, or make an API token worthless."""
         self.database.write(people.sign_out, token, time.time())
 
-    def sign_out_everywhere(self, person_id: int, by: int | None = None) -> int:
-        """End all of a person's sessions and tokens."""
-        return self.database.write(people.sign_out_everywhere, person_id, by, time.time())
+    def sign_out_everywhere(self, person_id: int, by: int | None = None, but: str | None = None) -> int:
+        """End all of a person's sessions and tokens. but: the one that stays."""
+        return self.database.write(people.sign_out_everywhere, person_id, by, time.time(), but)
 
     def api_token(self, person_id: int, by: int | None, days: float | None = None) -> str:
         """A token for programs, shown once."""

@@ -62,8 +62,12 @@ class Reply:
         self._check_whole(text)
 
     def _check_whole(self, text: str) -> None:
-        """UsageError where what the turn says stands behind the token that ends a rollout."""
+        """UsageError where what the turn says is left out, or stands behind the token that ends a rollout."""
         said = _CLOSED_THOUGHT.split(str(self.turn["content"]))[-1].strip()
+        if said and not self.facts.shows_replies and said not in self.reply:
+            raise UsageError(
+                "the chat template leaves out what the assistant says; give another `chat_template`"
+            )
         if said in self.after and said not in self.reply:
             ending = self.reply[-20:]
             raise UsageError(

@@ -82,6 +82,7 @@ class TemplateFacts:
     as_parts: bool  # contents must be lists of {"type": "text"} parts
     marks: bool  # it marks what the assistant said, by {% generation %}
     writes_bos: bool
+    shows_replies: bool  # False: what the assistant says is left out
     thought_close: str  # what it writes between a thought and the reply to it; "" where it shows no thought
 
     @property
@@ -379,7 +380,8 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
     opened = attempt(_ASKS, generation=True)
     generation = opened.removeprefix(alone) if opened.startswith(alone) else ""
     generation = generation or opened.partition(_ASKS)[2]  # some write it whether asked to or not
-    last = attempt(_ASKS, _SAYS).partition(_SAYS)[2]
+    answered = attempt(_ASKS, _SAYS)
+    last = answered.partition(_SAYS)[2]
     middle = attempt(_ASKS, _SAYS, _ASKS_MORE).partition(_SAYS)[2].partition(_ASKS_MORE)[0]
     end, writes_end = _end_of(tokenizer, alone.partition(_ASKS)[0], last, middle)
     thinking = attempt(_ASKS, _SAYS, thought=_THINKS).partition(_ASKS)[2]
@@ -408,6 +410,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
         as_parts=as_parts,
         marks=_GENERATION.search(source) is not None,
         writes_bos=bool(bos) and opened.startswith(bos),
+        shows_replies=not answered or _SAYS in answered,
         thought_close=thinking.partition(_SAYS)[0].partition(_THINKS)[2],
     )
 

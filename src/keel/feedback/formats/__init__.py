@@ -257,9 +257,9 @@ def _without_sources(labels: Labels) -> Labels:
 
 def _as_bytes(rows: Sequence[Mapping[str, Any]], suffix: str) -> bytes:
     if suffix == ".json":
-        return (json.dumps(rows, ensure_ascii=False, indent=1) + "\n").encode()
+        return (_json(rows, indent=1) + "\n").encode()
     if suffix == ".jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        return "".join(map(line_of, rows)).encode()
     if suffix == ".csv":
         return _csv(rows)
     import pyarrow
@@ -274,6 +274,20 @@ def _as_bytes(rows: Sequence[Mapping[str, Any]], suffix: str) -> bytes:
     return sink.getvalue()
 
 
+def line_of(row: Any) -> str:
+    """A row as a line of JSON that any file and any connection takes."""
+    return _json(row) + "\n"
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character: JSON has a way to write it, UTF-8 has none
+        return json.dumps(value, indent=indent)
+    return text
+
+
 def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     import csv
 
@@ -284,12 +298,15 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     for row in rows:
         writer.writerow(
             {
-                name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                name: value if isinstance(value, str) else _json(value)
                 for name, value in row.items()
                 if value is not None
             }
         )
-    return text.getvalue().encode()
+    try:
+        return text.getvalue().encode()
+    except UnicodeEncodeError:
+        raise UsageError("a text holds half of a character, which CSV cannot; write it as .jsonl") from None
 
 
 def _no_empty(value: Any) -> Any:

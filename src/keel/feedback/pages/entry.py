@@ -103,7 +103,7 @@ def sign_out(request: Request) -> Response:
 @router.get("/account")
 def account(request: Request) -> Response:
     """Name, role, API token."""
-    return web.page(request, "account.html", tab="account", token=None)
+    return web.page(request, "account.html", tab="account", token=None, ended=False)
 
 
 @router.post("/account/token")
@@ -111,4 +111,12 @@ def account_token(request: Request) -> Response:
     """A new API token, shown this once."""
     who = web.person(request)
     token = web.store(request).api_token(who.id, who.id)
-    return web.page(request, "account.html", tab="account", token=token)
+    return web.page(request, "account.html", tab="account", token=token, ended=False)
+
+
+@router.post("/account/sign-out-elsewhere")
+def sign_out_elsewhere(request: Request) -> Response:
+    """End one's other sessions, and all of one's API tokens."""
+    who = web.person(request)
+    web.store(request).sign_out_everywhere(who.id, who.id, but=request.state.session)
+    return web.page(request, "account.html", tab="account", token=None, ended=True)

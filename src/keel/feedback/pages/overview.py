@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
@@ -62,7 +62,7 @@ def add(request: Request, project: str) -> Response:
 
 
 @router.get("/projects/{project}/all-items")
-def items(request: Request, project: str, after: int = 0) -> Response:
+def items(request: Request, project: str, after: Annotated[int, Query(lt=2**31)] = 0) -> Response:
     """Items by the page, with their sources and the number of their votes."""
     store = web.store(request)
     settings = web.project_of(request, project)
@@ -89,7 +89,7 @@ def items(request: Request, project: str, after: int = 0) -> Response:
 
 
 @router.get("/projects/{project}/all-items/{item}")
-def item(request: Request, project: str, item: int) -> Response:
+def item(request: Request, project: str, item: web.Number) -> Response:
     """One item with its sources and everybody's votes."""
     store, words = web.store(request), web.translator(request)
     settings = web.project_of(request, project)

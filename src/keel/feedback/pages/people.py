@@ -51,7 +51,7 @@ def invite(request: Request, project: str) -> Response:
 
 
 @router.post("/projects/{project}/people/{person}/pause")
-def pause(request: Request, project: str, person: int) -> Response:
+def pause(request: Request, project: str, person: web.Number) -> Response:
     """Pause a person in this project, or let them go on."""
     who, store = web.person(request), web.store(request)
     web.project_of(request, project)
@@ -63,7 +63,7 @@ def pause(request: Request, project: str, person: int) -> Response:
 
 
 @router.post("/projects/{project}/people/{person}/link")
-def link(request: Request, project: str, person: int) -> Response:
+def link(request: Request, project: str, person: web.Number) -> Response:
     """A link that signs a person in again, on another device or after their session ended."""
     who, store = web.person(request), web.store(request)
     web.project_of(request, project)

@@ -46,13 +46,13 @@ def disputed(request: Request, project: str) -> Response:
 
 
 @router.get("/projects/{project}/disputed/{item}")
-def decide_form(request: Request, project: str, item: int) -> Response:
+def decide_form(request: Request, project: str, item: web.Number) -> Response:
     """One item with its votes, and the form for the reviewer's word. The reviewer is blind to sources too."""
     return _form(request, project, item, {})
 
 
 @router.post("/projects/{project}/disputed/{item}")
-def decide(request: Request, project: str, item: int) -> Response:
+def decide(request: Request, project: str, item: web.Number) -> Response:
     """Record the reviewer's word."""
     who, store, fields = web.person(request), web.store(request), web.fields(request)
     settings = web.project_of(request, project)

@@ -39,7 +39,7 @@ def work(request: Request, project: str) -> Response:
 
 
 @router.get("/projects/{project}/items/{item}")
-def edit(request: Request, project: str, item: int) -> Response:
+def edit(request: Request, project: str, item: web.Number) -> Response:
     """One of the person's own past votes, to be changed; or the item that is theirs now."""
     who, store = web.person(request), web.store(request)
     settings = web.project_of(request, project)
@@ -85,7 +85,7 @@ def _saved(request: Request) -> str:
 
 
 @router.post("/projects/{project}/items/{item}/vote")
-def vote(request: Request, project: str, item: int) -> Response:
+def vote(request: Request, project: str, item: web.Number) -> Response:
     """A vote by the page. Which reply stood where is the store's word, never the form's."""
     who, store, fields = web.person(request), web.store(request), web.fields(request)
     settings = web.project_of(request, project)
@@ -126,7 +126,7 @@ def _done(request: Request, path: str) -> Response:
 
 
 @router.post("/projects/{project}/items/{item}/skip")
-def skip(request: Request, project: str, item: int) -> Response:
+def skip(request: Request, project: str, item: web.Number) -> Response:
     """Put an item aside: it comes again when nothing else is left."""
     who = web.person(request)
     web.store(request).skip(project, who.id, item)
@@ -134,7 +134,7 @@ def skip(request: Request, project: str, item: int) -> Response:
 
 
 @router.post("/projects/{project}/items/{item}/flag")
-def flag(request: Request, project: str, item: int) -> Response:
+def flag(request: Request, project: str, item: web.Number) -> Response:
     """Say that something is wrong with an item."""
     who = web.person(request)
     web.store(request).flag(project, who.id, item, web.fields(request).get("reason", "").strip()[:2000])
