@@ -26,6 +26,7 @@ from keel.errors import UsageError
 from keel.models import saved_check, ties
 from keel.models.load import ModelSource, causal_lm, load_tokenizer, resized, scorer
 from keel.models.lora import Adapters, add_adapters, files_of
+from keel.models.save import save
 from keel.models.saved_check import NotSavedError, save_checked
 from keel.models.tokenizer import give_own_pad, known_ids, rows_needed, with_own_pad
 from keel.rewards import learned
@@ -352,3 +353,11 @@ def test_an_adapter_on_a_model_of_the_hub_names_it_with_its_revision(tiny_model:
     assert files is not None
     assert files.settings["base_model_name_or_path"] == "somebody/model"
     assert files.settings["revision"] == "abc"
+
+
+def test_how_a_tokenizer_was_called_last_is_not_saved(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer(["the cat sat on the mat"], truncation=True, max_length=2, padding=True)
+    save(causal_lm(ModelSource(str(tiny_model)), 0), tokenizer, tmp_path / "model", "card")
+    written = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    assert (written["truncation"], written["padding"]) == (None, None)

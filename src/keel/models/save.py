@@ -35,6 +35,7 @@ def save(
     _name_ends(model, tokenizer)
     try:
         accel.restore(model).save_pretrained(partial)
+        _forget_calls(tokenizer)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if adapter is not None:
@@ -91,3 +92,12 @@ def _make_valid(model: Any) -> None:
         generation.validate(strict=True)
     except ValueError:
         generation.do_sample = True
+
+
+def _forget_calls(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Truncation and padding of the last call stay in a fast tokenizer, and would be written into
+    tokenizer.json: whoever reads that file without transformers would have every text cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
