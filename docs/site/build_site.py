@@ -146,7 +146,12 @@ def modules(package: Path = PACKAGE) -> Iterator[tuple[str, Path, str]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstring = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
         public = [n for n in tree.body if not getattr(n, "name", "_").startswith("_")]
-        if docstring and parts[-1] != "__main__" and (public or parts[-1] == "__init__"):
+        if (
+            docstring
+            and parts[-1].isidentifier()
+            and parts[-1] != "__main__"
+            and (public or parts[-1] == "__init__")
+        ):
             name = ".".join(part for part in parts if part != "__init__")
             yield name, path, re.split(r"(?<=[.:])\s", docstring, maxsplit=1)[0].rstrip(":")
 
