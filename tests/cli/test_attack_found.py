@@ -65,7 +65,7 @@ def test_a_value_that_python_cannot_hold_costs_its_row_alone(odd: Any, tmp_path:
     path = tmp_path / "rows.parquet"
     table = {"prompt": ["a?", "b?"], "completion": [" c", " d"], "odd": odd}
     pyarrow.parquet.write_table(pyarrow.table(table), path)
-    with pytest.raises(DataError, match=r'rows.parquet:row 1: "odd" cannot be read'):
+    with pytest.raises(DataError, match=r'rows.parquet:row 1: "odd" holds'):
         load.load([DataSource(str(path))], ["demonstration"], 0)
     found = load.load([DataSource(str(path), on_bad="skip")], ["demonstration"], 0)
     assert [record.prompt for record in found.records] == ["b?"]
