@@ -526,3 +526,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def config_of() -> Callable[..., Any]:
     """A configuration of a family that keel knows block by block, small, with settings of one's own."""
     return lambda kind, **more: AutoConfig.for_model(kind, **{**CONFIGS[kind], **more})
+
+
+CHROMIUM_ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Chromium, once for all tests in a browser; every host but this machine's own is out of its reach."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if not Path(path).exists():
+        pytest.skip(f"no Chromium at {path}; CHROMIUM names another place")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=[*CHROMIUM_ARGUMENTS, "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"],
+        )
+        yield browser
+        browser.close()

@@ -21,17 +21,10 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright")
 
-from playwright import sync_api
-
 from keel.feedback.app import create_app
 from keel.votes import open_store
 
 pytestmark = pytest.mark.browser
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 SMALL = [
     "threads=1", "device=cpu", "base.data.rows=1500", "ppo.updates=2", "ppo.batch_size=16",
     "ppo.mini_batch=16", "ppo.micro_batch=16", "judge.data.rows=8", "reward.normalize=16",
@@ -68,13 +61,8 @@ def project_there(tmp_path: Path, name: str) -> bool:
 
 
 @pytest.fixture
-def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium here")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield chromium
-        chromium.close()
+def browser(chromium: Any) -> Any:
+    return chromium
 
 
 class Serving:
