@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keel import types
-from keel.config.settings import LONGEST_NAME, Settings
+from keel.config.settings import LONGEST_PATH, Settings
 from keel.data.formats import FORMATS, PLAIN, known_format
 
 Quantize = Literal["8bit", "4bit"] | None
@@ -50,7 +50,7 @@ class DataConfig(Settings):
     """
 
     source: str = Field(
-        max_length=LONGEST_NAME,
+        max_length=LONGEST_PATH,
         description=(
             "A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, "
             "stage:NAME for the comparisons of a collect stage, or label:PROJECT for what people said in a "
@@ -162,7 +162,7 @@ class ModelConfig(Settings):
     """Which model, and how it is loaded."""
 
     path: str | None = Field(
-        None, max_length=LONGEST_NAME, description="Another stage's name, a local path or a hub id."
+        None, max_length=LONGEST_PATH, description="Another stage's name, a local path or a hub id."
     )
     init: InitConfig | None = Field(
         None, description="Build a new model from this transformers configuration."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LARGEST = 2**31 - 1  # whole numbers that a setting may have
 SEED = 2**63 - 1
 LARGEST_FLOAT = 1e15
-LONGEST_NAME = 4096  # characters of a path or a model's name
+LONGEST_PATH = 4096  # characters of a path or a hub id
 
 
 class Settings(BaseModel):

@@ -21,6 +21,7 @@ from keel.feedback.formats.base import (
     Invalid,
     Row,
     answer_of,
+    circumstances,
     item_json,
     item_of,
     key_of,
@@ -54,7 +55,7 @@ def write(
             for question, value in _answers(vote, names, task):
                 entry = {"value": value, "user_id": vote.person, "status": "submitted"}
                 responses.setdefault(question, []).append(entry)
-        about = {vote.person: _about(vote) for vote in votes if _about(vote)}
+        about = {vote.person: circumstances(vote) for vote in votes if circumstances(vote)}
         yield {
             "id": item.key,
             "fields": {
@@ -74,19 +75,6 @@ def write(
 def _names(item: NewItem) -> list[str]:
     count = len(item.replies)
     return [f"response-{n}" for n in range(1, count + 1)] if count > 1 else ["response"]
-
-
-def _about(vote: PastJudgement) -> dict[str, Any]:
-    about: dict[str, Any] = {}
-    if vote.at is not None:
-        about["at"] = vote.at
-    if vote.seconds is not None:
-        about["seconds"] = vote.seconds
-    if vote.shown is not None:
-        about["shown"] = list(vote.shown)
-    if vote.is_model:
-        about["is_model"] = True
-    return about
 
 
 def _answers(vote: PastJudgement, names: Sequence[str], task: Task) -> Iterator[tuple[str, Any]]:

@@ -220,3 +220,18 @@ def _plain(content: Text) -> str | list[dict[str, Any]]:
 
 def _without(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def circumstances(vote: PastJudgement) -> dict[str, Any]:
+    """When a vote was cast, how long it took, in which order the replies were shown, whether by a model: what
+    is known of it."""
+    known: dict[str, Any] = {}
+    if vote.at is not None:
+        known["at"] = vote.at
+    if vote.seconds is not None:
+        known["seconds"] = vote.seconds
+    if vote.shown is not None:
+        known["shown"] = list(vote.shown)
+    if vote.is_model:
+        known["is_model"] = True
+    return known

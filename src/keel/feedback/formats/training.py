@@ -25,6 +25,7 @@ from keel.feedback.formats.base import (
     Row,
     answer_json,
     answer_of,
+    circumstances,
     key_of,
     name_of_item,
     text_or_turns,
@@ -152,15 +153,7 @@ def _vote(vote: PastJudgement, names: dict[str, str]) -> dict[str, Any]:
     elif choice is not None:
         row["choice"] = choice
     row |= answer
-    if vote.at is not None:
-        row["at"] = vote.at
-    if vote.seconds is not None:
-        row["seconds"] = vote.seconds
-    if vote.shown is not None:
-        row["shown"] = list(vote.shown)
-    if vote.is_model:
-        row["is_model"] = True
-    return row
+    return row | circumstances(vote)
 
 
 def _judgement(vote: Row, key: str, sides: dict[str, str]) -> PastJudgement:
