@@ -59,7 +59,6 @@ def test_what_the_chain_leaves_is_the_same_elsewhere(chain: Path, keel: Any, tmp
     _samples_have_the_scores_of_transformers(chain)
     _peft_puts_the_adapter_on(chain)
     _a_gguf_has_the_weights_and_tokens(chain, keel, tmp_path)
-    _trl_reads_the_models(chain, tmp_path)
 
 
 def _samples_have_the_scores_of_transformers(chain: Path) -> None:
@@ -99,8 +98,6 @@ def _peft_puts_the_adapter_on(chain: Path) -> None:
 
 
 def _a_gguf_has_the_weights_and_tokens(chain: Path, keel: Any, tmp_path: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        return
     import gguf
 
     done = keel("export", chain.parent, "--to", "gguf", "--out", tmp_path / "mine.gguf")
@@ -115,10 +112,9 @@ def _a_gguf_has_the_weights_and_tokens(chain: Path, keel: Any, tmp_path: Path) -
     assert tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
 
 
-def _trl_reads_the_models(chain: Path, folder: Path) -> None:
-    """Trainers of TRL, where it is installed: the same logits, and a step."""
-    if importlib.util.find_spec("trl") is None:
-        return
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is a peer, and no dependency")
+def test_trainers_of_trl_read_what_the_chain_leaves(chain: Path, tmp_path: Path) -> None:
+    """The same logits, and a step."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -132,9 +128,9 @@ def _trl_reads_the_models(chain: Path, folder: Path) -> None:
     texts = Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in rows])
     policy, reward = str(chain / "grpo" / "model"), str(chain / "reward" / "model")
     trainers = {
-        policy: SFTTrainer(policy, SFTConfig(str(folder / "a"), **common), train_dataset=texts),
+        policy: SFTTrainer(policy, SFTConfig(str(tmp_path / "a"), **common), train_dataset=texts),
         reward: RewardTrainer(
-            reward, RewardConfig(str(folder / "b"), **common), train_dataset=Dataset.from_list(rows)
+            reward, RewardConfig(str(tmp_path / "b"), **common), train_dataset=Dataset.from_list(rows)
         ),
     }
     ids = torch.arange(3, 40).unsqueeze(0)
