@@ -21,6 +21,7 @@ from keel.algorithms.masked import masked_mean
 from keel.config import OnPolicy
 from keel.data import chat
 from keel.data.batches import derive_seed, useful_tokens
+from keel.distributed import group
 from keel.errors import UsageError
 from keel.evaluation.measures import Measure, mean_interval
 from keel.models.head import head_of
@@ -31,8 +32,9 @@ from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
 from keel.rl import heldout_judge
+from keel.rl.sampled import Dealt, Sampled, deal, together
 from keel.rollout.engine import text_of
-from keel.rollout.protocol import Engine, GenerationRequest, TokenCount, check_completions
+from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
 from keel.rollout.score_responses import Scored, sampled_logp, score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language
@@ -119,14 +121,19 @@ def seed_of(setup: Setup[OnPolicy], update: int, *more: object) -> int:
 
 
 def sample(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], seed: int, count: TokenCount | None = None
+    setup: Setup[OnPolicy],
+    prompts: Sequence[PromptExample],
+    seed: int,
+    count: TokenCount | None = None,
+    rows: Rows | None = None,
 ) -> list[Completion]:
     """One response a prompt, with what `score_tokens` will need of the sampler's own forwards. count: counts
-    its tokens. UsageError where the engine returns something else."""
+    its tokens. rows: which of all rows of the seed these are. UsageError where the engine returns something
+    else."""
     config = setup.config
     request = GenerationRequest.of(
         setup.tokenizer, [prompt.ids for prompt in prompts], config.sampling.plain(), seed,
-        keep_head_inputs=config.trusts_sampler,
+        keep_head_inputs=config.trusts_sampler, rows=rows,
     )  # fmt: skip
     completions = setup.engine.generate(request, count)
     check_completions(config.engine, request, completions)
@@ -187,11 +194,25 @@ def collect(
 ) -> tuple[Experience, RunningScale]:
     """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scaler that is returned
     has seen their rewards."""
+    dealt = deal(len(prompts), setup.config.samples_per_prompt)
+    own = _collected(setup, [prompts[i] for i in dealt.prompts], dealt, seed, update) if dealt.rows else None
+    made = together(dealt, own, setup.pad_id)
+    done, scored, rated = made.completions, made.scored, made.rated
+    reward_scaler = reward_scaler.update(rated.total)
+    rewards = shaped(setup, rated, done, reward_scaler)
+    return Experience(done, scored, rated, rewards, made.from_sampler), reward_scaler
+
+
+def _collected(
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int, update: int
+) -> Sampled:
+    """Responses to this rank's prompts, scored and rated."""
     config, run = setup.config, setup.run
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
     count = TokenCount()
     with run.timed("rollout"):
-        completions = sample(setup, repeated, seed, count)
+        completions = sample(setup, repeated, seed, count, rows)
     if count.computed:  # an engine need not count
         run.count("rollout", count.useful, count.computed)
     with run.timed("forward"), batch_layout.counting() as read, cast_cache():
@@ -203,9 +224,7 @@ def collect(
         rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     run.count("forward", useful_tokens(sizes), read())
-    reward_scaler = reward_scaler.update(rated.total)
-    rewards = shaped(setup, rated, done, reward_scaler)
-    return Experience(done, scored, rated, rewards, from_sampler), reward_scaler
+    return Sampled(done, scored, rated, from_sampler)
 
 
 def shaped(
@@ -350,15 +369,20 @@ def final_measures(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> 
 def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, Tensor]:
     """(N,) raw and normalised scores, exact KLs, lengths and the judge's scores (0 without one); the same
     random draws at every call."""
-    columns: dict[str, list[Tensor]] = {"scores": [], "normalised": [], "kl": [], "length": [], "judge": []}
-    for number, part in enumerate(micro_batches(prompts, setup.config.batch_size)):
+
+    def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
+        number, part = numbered
         completions = sample(setup, part, derive_seed(setup.run.seed, "held-out", number))
         scored = score_tokens(setup, completions)
         completions = [replace(c, hidden=None) for c in completions]
         rated = rate(setup, part, completions)
-        columns["kl"].append(scored.exact_kl.sum(dim=1))
-        columns["length"].append(scored.mask.sum(dim=1).float())
-        columns["scores"].append(rated.raw)
-        columns["normalised"].append(rated.total)
-        columns["judge"].append(heldout_judge.scores(setup.judge, part, completions, setup.tokenizer))
-    return {name: torch.cat(parts) for name, parts in columns.items()}
+        return {
+            "scores": rated.raw,
+            "normalised": rated.total,
+            "kl": scored.exact_kl.sum(dim=1),
+            "length": scored.mask.sum(dim=1).float(),
+            "judge": heldout_judge.scores(setup.judge, part, completions, setup.tokenizer),
+        }
+
+    parts = group.mapped(list(enumerate(micro_batches(prompts, setup.config.batch_size))), of)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

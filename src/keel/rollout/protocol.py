@@ -16,6 +16,15 @@ from keel.types import Completion, Sampling
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Which prompts of a larger request these are, where several processes share one: each row draws what it
+    would draw there."""
+
+    numbers: Sequence[int]  # of each prompt
+    of: int  # prompts of the whole
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """Prompts to continue, and how. The same request gives the same tokens."""
 
@@ -26,6 +35,7 @@ class GenerationRequest:
     seed: int
     stop_texts: StopTexts | None = None  # strings that end a response, however a tokenizer cuts them
     keep_head_inputs: bool = False  # keep what the head was given, so that nobody has to compute it again
+    rows: Rows | None = None  # None: all rows of the seed
 
     @classmethod
     def of(
@@ -36,6 +46,7 @@ class GenerationRequest:
         seed: int,
         *,
         keep_head_inputs: bool = False,
+        rows: Rows | None = None,
     ) -> GenerationRequest:
         """With the stop ids, the stop strings, the pad id and the vocabulary that a tokenizer and
         `sampling.stop` say."""
@@ -47,6 +58,7 @@ class GenerationRequest:
             seed,
             stop_texts(tokenizer, sampling.stop),
             keep_head_inputs,
+            rows,
         )
 
 

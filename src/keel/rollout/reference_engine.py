@@ -32,7 +32,7 @@ class ReferenceEngine:
         """One completion a prompt, in order. The tokens are those of `KeelEngine`, up to rounding."""
         model, sampling = self.model, request.sampling
         check_context(model, request.prompts, sampling)
-        draws = uniform_draws(len(request.prompts), sampling, request.seed)
+        draws = uniform_draws(len(request.prompts), sampling, request.seed, request.rows)
         device = next(model.parameters()).device
         head = head_of(model) if request.keep_head_inputs else None
         looking = nullcontext() if head is None else capture_head_input(head)

@@ -27,6 +27,7 @@ from keel.data import chat, files
 from keel.data.batches import derive_seed
 from keel.data.holdout import hold_out
 from keel.data.identity import RowKeys, as_keys, shared
+from keel.distributed import group
 from keel.errors import DataError, UsageError
 from keel.evaluation.measures import wilson
 from keel.models.load import ModelSource, model_config, score_head, scorer
@@ -333,12 +334,16 @@ def evaluate(
     model.eval()
     totals: dict[str, float] = {}
     hits, counts = [0] * len(config.labels), [0] * len(config.labels)
+
+    def measures(indices: Sequence[int]) -> tuple[float, list[int]]:
+        value, measured = loss(model, [rows[i] for i in indices], pad_id, len(rows))
+        return float(value), measured["labels"].tolist()
+
+    parts = forward_parts(config, [_size(row) for row in rows])
     with torch.no_grad():
-        for indices in forward_parts(config, [_size(row) for row in rows]):
-            part = [rows[i] for i in indices]
-            value, measured = loss(model, part, pad_id, len(rows))
+        for indices, (value, labels) in zip(parts, group.mapped(parts, measures), strict=True):
             add_metrics(totals, {"loss": value})
-            for row, taken in zip(part, measured["labels"].tolist(), strict=True):
+            for row, taken in zip([rows[i] for i in indices], labels, strict=True):
                 counts[row.label] += 1
                 hits[row.label] += taken == row.label
     accuracy = wilson(sum(hits), len(rows))

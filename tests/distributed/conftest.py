@@ -1,0 +1,120 @@
+"""A config of every kind of stage that several ranks work on, and how one is run on some of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keel.distributed import launch
+
+WORKER = Path(__file__).with_name("worker.py")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def write_config(path: Path, stages: Mapping[str, Any], **more: Any) -> Path:
+    whole = {
+        "name": "tiny",
+        "threads": 1,
+        "device": "cpu",
+        "dtype": "float32",
+        **more,
+        "stages": dict(stages),
+    }
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """An untrained Llama whose head is its embeddings; a number of rows that no 2 or 3 ranks share evenly."""
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + len(tokenizer) % 2 + 1, hidden_size=16, intermediate_size=36,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=48, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def all_kinds(
+    data: Any, tiny_model: Path, tied_model: Path, tiny_bert: Path, tmp_path_factory: Any
+) -> dict[str, Any]:
+    """Two steps of each kind: rows of several lengths, fewer of them than ranks, ties, adapters."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [
+        {"text": f"the {word} is {colour}" + ", so it is" * (number % 4), "label": colour}
+        for number, (word, colour) in enumerate(
+            (word, colour) for word in ("cat", "dog", "fox", "hen") for colour in ("red", "blue")
+        )
+    ]
+    texts = folder / "labelled.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"batch_size": 5, "micro_batch": 2, "max_steps": 2, "lr": 1e-3, "schedule": "constant"}
+    sft = {"kind": "sft", "model": str(tied_model), "data": str(data.demonstrations), **common}
+    reward = {"kind": "reward", "model": str(tiny_model), "data": str(data.pairs), "normalize": 0, **common}
+    dpo = {"kind": "dpo", "model": str(tied_model), "data": str(data.pairs), **common}
+    return {
+        "base": {
+            "kind": "pretrain", "data": str(data.text), "max_length": 16, "eval_every": 1, "patience": 1,
+            "model": {"path": str(tied_model)}, **common,
+        },
+        "tuned": sft,
+        "packed": {**sft, "model": str(tiny_model), "packing": True, "max_length": 40, "loss_on": "all"},
+        "one-row": {**sft, "batch_size": 1, "micro_batch": None},
+        "adapted": {**sft, "model": str(tiny_model), "lora": {"r": 2}, "gradient_checkpointing": True},
+        "reward": {**reward, "eval_every": 1, "center": 0.01},
+        "reward-lora": {**reward, "lora": {"r": 2}},
+        "ensemble": {**reward, "members": 2, "max_steps": 1},
+        "classes": {
+            "kind": "classifier", "model": str(tiny_model), "holdout": 0.25,
+            "data": {"source": str(texts), "label": "label", "text": "text"}, **common,
+        },
+        "encoder": {
+            "kind": "classifier", "model": str(tiny_bert), "holdout": 0.25,
+            "data": {"source": str(texts), "label": "label", "text": "text"}, **common,
+        },
+        "dpo": {**dpo, "eval_every": 1},
+        "dpo-lora": {**dpo, "model": str(tiny_model), "lora": {"r": 2}},
+        "kto": {**dpo, "loss": "kto", "batch_size": 6},
+        "orpo": {**dpo, "loss": "orpo"},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def in_float64(all_kinds: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs of `all_kinds` in float64 on n ranks, each made once: the folder, with one folder a strategy."""
+    made: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+    def go(ranks: int, *strategies: str) -> Path:
+        if (ranks, strategies) not in made:
+            folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
+            config = write_config(folder / "config.yaml", copy.deepcopy(all_kinds))
+            command = [sys.executable, str(WORKER), "float64", str(folder), str(config), *strategies]
+            if ranks == 1:
+                done = subprocess.run(
+                    command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300
+                )
+                assert done.returncode == 0, done.stderr[-3000:]
+            else:
+                outcome = launch.run(command, ranks, {**ENVIRONMENT, "KEEL_TRACEBACK": "1"})
+                assert outcome.code == 0, outcome.line
+            made[ranks, strategies] = folder
+        return made[ranks, strategies]
+
+    return go
