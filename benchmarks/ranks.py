@@ -4,8 +4,8 @@
 
 The untrained Llama of `peers.py` (7.3 M parameters), 64 rows a step, 16 at a time, prompts of 32 tokens and
 responses of 64; float32 on the CPU. The two sides take turns, each in processes of its own; of each run the
-median step counts, the first two left out (they make what is made once). Printed: medians over the pairs, and the
-machine's load before and after, since on a machine that others use the ratio says little.
+median step counts, the first two left out (they make what is made once). Printed: medians over the pairs, and
+the machine's load before and after, since on a machine that others use the ratio says little.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import peers
+import yaml
 
 STEPS, FIRST = 8, 2
 
@@ -79,8 +78,8 @@ def main() -> None:
             one, several = (statistics.median(side) for side in zip(*pairs, strict=True))
             ratios = [a / b for a, b in pairs]
             print(
-                f"{kind} {asked.strategy}: {one:.3f} s a step on 1 process, {several:.3f} s on {asked.ranks}: "
-                f"{statistics.median(ratios):.2f} times as fast (pairs: "
+                f"{kind} {asked.strategy}: {one:.3f} s a step on 1 process, {several:.3f} s on "
+                f"{asked.ranks}: {statistics.median(ratios):.2f} times as fast (pairs: "
                 f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}; load {before:.1f} before, "
                 f"{os.getloadavg()[0]:.1f} after)"
             )

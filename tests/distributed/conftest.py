@@ -97,24 +97,49 @@ def all_kinds(
 
 
 @pytest.fixture(scope="session")
-def in_float64(all_kinds: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Runs of `all_kinds` in float64 on n ranks, each made once: the folder, with one folder a strategy."""
-    made: dict[tuple[int, tuple[str, ...]], Path] = {}
+def on_policy_kinds(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
+    """Three updates of PPO and GRPO, with every way to share models."""
+    common = {
+        "model": str(tiny_model), "data": str(data.prompts), "batch_size": 6, "micro_batch": 4, "updates": 3,
+        "epochs": 2, "mini_batch": 4, "lr": 1e-3, "sampling": {"max_new_tokens": 6}, "eval_every": 2,
+        "eval_data": {"source": str(data.prompts), "rows": 4},
+        "kl": {"coef": 0.1, "target": 0.5, "horizon": 40},
+    }  # fmt: skip
+    ppo = {"kind": "ppo", "reward": str(tiny_reward), **common}
+    return {
+        "ppo": {**ppo, "sharing": "separate", "shaping": {"normalize": "running"}, "patience": 3},
+        "ppo-trunk": {
+            **ppo, "sharing": "trunk", "critic_warmup": 1, "samples_per_prompt": 2,
+            "shaping": {"center": "prompt"}, "ptx": {"data": str(data.text), "batch_size": 2},
+        },
+        "ppo-adapters": {**ppo, "sharing": "adapters", "lora": {"r": 2}},
+        "grpo": {
+            "kind": "grpo", **common, "samples_per_prompt": 2, "resample": 1,
+            "reward": [str(tiny_reward), {"kind": "length", "high": 4, "slack": 4}],
+        },
+    }  # fmt: skip
 
-    def go(ranks: int, *strategies: str) -> Path:
-        if (ranks, strategies) not in made:
-            folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
-            config = write_config(folder / "config.yaml", copy.deepcopy(all_kinds))
-            command = [sys.executable, str(WORKER), "float64", str(folder), str(config), *strategies]
-            if ranks == 1:
-                done = subprocess.run(
-                    command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300
-                )
-                assert done.returncode == 0, done.stderr[-3000:]
-            else:
-                outcome = launch.run(command, ranks, {**ENVIRONMENT, "KEEL_TRACEBACK": "1"})
-                assert outcome.code == 0, outcome.line
-            made[ranks, strategies] = folder
-        return made[ranks, strategies]
+
+@pytest.fixture(scope="session")
+def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs of stages in float64 on n ranks, each made once: the folder, with one folder a strategy."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def go(stages: Mapping[str, Any], ranks: int, *strategies: str) -> Path:
+        key = (tuple(stages), ranks, strategies)
+        if key in made:
+            return made[key]
+        folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        config = write_config(folder / "config.yaml", copy.deepcopy(dict(stages)))
+        command = [sys.executable, str(WORKER), "float64", str(folder), str(config), *strategies]
+        if ranks == 1:
+            environment = {**os.environ, **ENVIRONMENT}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            outcome = launch.run(command, ranks, {**ENVIRONMENT, "KEEL_TRACEBACK": "1"})
+            assert outcome.code == 0, outcome.line
+        made[key] = folder
+        return folder
 
     return go

@@ -128,7 +128,8 @@ def run(
         command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
         command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
         with _watched(pipeline.directory, watch, keep_watching):
-            raise typer.Exit(ranks.run(command, nproc, pipeline.config))
+            code = ranks.run(command, nproc, pipeline.config)
+        raise typer.Exit(code)
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
     pipeline.wait = wait

@@ -26,6 +26,7 @@ from keel.distributed.records import Record
 TRACEBACK = "KEEL_TRACEBACK"  # in the environment: what every rank writes is shown
 LOOK = 0.05  # seconds between looks at the ranks
 FOR_OTHERS = 5.0  # seconds that the others have to say what they met, where nobody knows the cause yet
+FOR_THE_SAME = 0.5  # seconds that they have to say the same, where one has said the cause
 TO_END = 10.0  # seconds that a rank has to end by itself once it is asked to
 FOR_SIGNAL = 2.0  # seconds that ranks have to end by a Ctrl-C that the terminal sent to them, too
 
@@ -154,6 +155,7 @@ def _outcome(ranks: Ranks) -> Outcome:
     until = time.monotonic() + FOR_OTHERS
     while time.monotonic() < until and not _known(ranks):
         time.sleep(LOOK)
+    _wait(ranks, FOR_THE_SAME)
     codes, left = ranks.codes(), records.read(ranks.folder)  # of those that ended by themselves
     _end(ranks)
     return outcome(codes, left, ranks.folder)

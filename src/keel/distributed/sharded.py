@@ -15,6 +15,7 @@ Every forward takes all ranks. Who has fewer rows than others computes on borrow
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -69,7 +70,18 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     names = set(getattr(plain, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
     inside = {id(child) for module in found for child in module.modules() if child is not module}
-    return [module for module in found if id(module) not in inside]
+    uses = _uses(model)
+    return [
+        module
+        for module in found
+        if id(module) not in inside and all(uses[key] == count for key, count in _uses(module).items())
+    ]
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """In how many places inside a module each weight is used: one that is tied to another part of the model
+    stays in the unit of both."""
+    return Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
 
 
 # ---------------------------------------------------------------- whole again

@@ -119,7 +119,9 @@ class StageRun:
     def restore(self, place: group.Place | None = None) -> Checkpoint | None:
         """The checkpoint to go on from, with the logs cut back to where they were then; None for a fresh
         start. Several ranks get the one that the first finds. place: what a rank keeps of its tensors."""
-        found = group.from_first(lambda: _as_values(self._restored()), place)
+        found = group.from_first(
+            lambda: _as_values(self._restored()), place and (lambda path, tensor: place(path[1:], tensor))
+        )
         return None if found is None else Checkpoint(*found)
 
     def _restored(self) -> Checkpoint | None:
