@@ -174,7 +174,8 @@ def _part(tensor: Tensor, like: Any) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     there = tensor.to(like.device)
-    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+    part = distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # no view, which would keep the whole
 
 
 def number(value: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from keel.data.stored.cache import Cache
 from keel.data.stored.tokens import Preparation
 from keel.distributed import group
 from keel.errors import UsageError
+from keel.models.device_info import keep_freed_memory
 from keel.pipeline.device import cores, deterministic
 from keel.pipeline.preflight import Judged, Sources
 from keel.pipeline.stage_kinds import OWN_KINDS, kind_of, resolve
@@ -101,6 +102,7 @@ def follow(sources: Sources, place: Path, stage_run: Callable[[str], StageRun]) 
     """
     config = sources.config
     sources.preparation = Preparation(Cache(place), config.workers or cores())
+    keep_freed_memory()
     with deterministic(config):
         while (told := group.from_first(_nothing)) is not None:
             sources.preparation.cache.snapshots.update(told.snapshots)
