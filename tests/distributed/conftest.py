@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -52,8 +53,19 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
 
 
 @pytest.fixture(scope="session")
+def plain_bert(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """A BERT without dropout, whose masks each rank draws for its own rows."""
+    folder = tmp_path_factory.mktemp("plain") / "bert"
+    shutil.copytree(tiny_bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def all_kinds(
-    data: Any, tiny_model: Path, tied_model: Path, tiny_bert: Path, tmp_path_factory: Any
+    data: Any, tiny_model: Path, tied_model: Path, plain_bert: Path, tmp_path_factory: Any
 ) -> dict[str, Any]:
     """Two steps of each kind: rows of several lengths, fewer of them than ranks, ties, adapters."""
     folder = tmp_path_factory.mktemp("rows")
@@ -86,7 +98,7 @@ def all_kinds(
             "data": {"source": str(texts), "label": "label", "text": "text"}, **common,
         },
         "encoder": {
-            "kind": "classifier", "model": str(tiny_bert), "holdout": 0.25,
+            "kind": "classifier", "model": str(plain_bert), "holdout": 0.25,
             "data": {"source": str(texts), "label": "label", "text": "text"}, **common,
         },
         "dpo": {**dpo, "eval_every": 1},
@@ -94,6 +106,12 @@ def all_kinds(
         "kto": {**dpo, "loss": "kto", "batch_size": 6},
         "orpo": {**dpo, "loss": "orpo"},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def few_kinds(all_kinds: dict[str, Any]) -> dict[str, Any]:
+    """One step each of what is most easily wrong: ties and uneven rows, a rank without rows, adapters."""
+    return {name: {**all_kinds[name], "max_steps": 1} for name in ("tuned", "one-row", "adapted")}
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,8 @@ def test_a_record_is_left_once_and_only_where_somebody_reads_it(tmp_path, monkey
     assert [(number, record.line) for number, record in found.items()] == [(1, "first")]
 
 
-def test_ranks_are_started_with_their_numbers_and_the_first_failure_ends_all(tmp_path):
+def test_ranks_are_started_with_their_numbers_and_the_first_failure_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "FOR_OTHERS", 0.2)  # nobody else knows anything
     script = (
         "import os, pathlib, sys, time\n"
         f"out = pathlib.Path({str(tmp_path)!r}) / os.environ['RANK']\n"
@@ -141,15 +142,26 @@ def test_a_kind_that_runs_on_one_process_is_refused_by_name(monkeypatch):
     config = _config(
         tuned={"kind": "sft", "model": "a/b", "data": "rows.jsonl"},
         rl={"kind": "grpo", "model": "tuned", "data": "rows.jsonl", "reward": {"kind": "length", "high": 9}},
+        best={
+            "kind": "best_of_n",
+            "model": "tuned",
+            "data": "rows.jsonl",
+            "reward": {"kind": "length", "high": 9},
+        },
     )
     monkeypatch.setattr(group, "_group", group.Group(0, 2))
-    following.check_kinds(config, ["tuned"])
+    following.check_kinds(config, ["tuned", "rl"])
     with pytest.raises(UsageError) as caught:
-        following.check_kinds(config, ["tuned", "rl"])
+        following.check_kinds(config, ["tuned", "best"])
     line = str(caught.value)
     assert "\n" not in line
-    assert "'rl' is of kind grpo" in line
+    assert "'best' is of kind best_of_n" in line
     assert ", ".join(name for name, kind in OWN_KINDS.items() if kind.ranks) in line
+    cut = config.model_copy(
+        update={"distributed": config.distributed.model_copy(update={"strategy": "fsdp"})}
+    )
+    with pytest.raises(UsageError, match="'rl' is of kind grpo, which runs with .* ddp only"):
+        following.check_kinds(cut, ["tuned", "rl"])
 
 
 def test_ranks_that_read_other_rows_are_told(monkeypatch):

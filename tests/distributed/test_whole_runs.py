@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,8 +34,13 @@ def keel(*arguments: object, timeout: float = 240) -> subprocess.CompletedProces
 
 
 def with_fault(what: str, rank: int, step: int, *arguments: object) -> launch.Outcome:
+    """A run on two ranks one of which meets a fault; it is over soon afterwards."""
     command = [sys.executable, str(WORKER), "fault", what, str(rank), str(step), *map(str, arguments)]
-    return launch.run(command, 2, ENVIRONMENT)
+    with tempfile.TemporaryDirectory() as folder:
+        met = Path(folder) / "met"
+        outcome = launch.run(command, 2, {**ENVIRONMENT, "KEEL_TEST_FAULT_MET": str(met)})
+        assert time.time() - float(met.read_text()) < WITHIN
+    return outcome
 
 
 def write_config(path: Path, stages: Mapping[str, Any], **more: Any) -> Path:
@@ -50,19 +56,20 @@ def write_config(path: Path, stages: Mapping[str, Any], **more: Any) -> Path:
     return path
 
 
-@pytest.fixture
-def config(tmp_path: Path, all_kinds: dict[str, Any]) -> Path:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, all_kinds: dict[str, Any]) -> Path:
     """Two stages of some steps, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("config")
     more = {"max_steps": 6, "save_every": 1, "eval_every": 2, "batch_size": 4}
     stages = {"tuned": {**all_kinds["tuned"], **more}, "dpo": {**all_kinds["dpo"], **more, "model": "tuned"}}
-    return write_config(tmp_path / "config.yaml", stages, distributed={"timeout": 12})
+    return write_config(folder / "config.yaml", stages, distributed={"timeout": 20})
 
 
-@pytest.fixture
-def undisturbed(config: Path, tmp_path: Path) -> Path:
-    done = keel("run", config, "--runs", tmp_path, "--name", "undisturbed", "--nproc", 2)
+@pytest.fixture(scope="module")
+def undisturbed(config: Path) -> Path:
+    done = keel("run", config, "--runs", config.parent, "--name", "undisturbed", "--nproc", 2)
     assert done.returncode == 0, done.stderr[-3000:]
-    return tmp_path / "undisturbed"
+    return config.parent / "undisturbed"
 
 
 def steps_of(run: Path, stage: str) -> int:
@@ -85,10 +92,8 @@ def test_two_runs_on_two_ranks_are_alike_to_the_byte_and_a_finished_one_stays(
 def test_a_run_one_of_whose_ranks_is_killed_goes_on_by_the_same_command_to_the_same_bytes(
     rank: int, step: int, config: Path, undisturbed: Path, tmp_path: Path, differences: Differences
 ) -> None:
-    started = time.monotonic()
     arguments = ("run", config, "--runs", tmp_path, "--name", "killed")
     outcome = with_fault("kill", rank, step, *arguments)
-    assert time.monotonic() - started < WITHIN
     assert outcome.code == 1
     assert f"rank {rank} of 2" in outcome.line
     assert "SIGKILL" in outcome.line
@@ -128,16 +133,14 @@ def test_cut_weights_are_gone_on_with_to_the_same_bytes(
     ("fault", "words"),
     [
         ("raise", "ValueError: a reward of mine is broken"),
-        ("stop", "has not answered for 6 s"),
+        ("stop", "has not answered for 10 s"),
         ("spin", "did not come to where the others waited"),
     ],
 )
 def test_a_rank_that_raises_stops_or_hangs_ends_the_job_with_one_line(
     fault: str, words: str, config: Path, tmp_path: Path
 ) -> None:
-    started = time.monotonic()
     outcome = with_fault(fault, 1, 3, "run", config, "--runs", tmp_path)
-    assert time.monotonic() - started < WITHIN
     assert outcome.code == 1
     assert words in outcome.line
     assert "rank 1 of 2 on " in outcome.line

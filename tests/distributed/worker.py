@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ import torch
 
 
 def in_float64() -> None:
+    """All weights, and the one place where a Llama would compute in float32 all the same."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
     from keel.models import load
 
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
     load.weights = lambda dtype: torch.float64
+    LlamaRMSNorm.forward = norm
 
 
 def keep_gradients(kept: list[list[torch.Tensor]]) -> None:
@@ -65,6 +73,7 @@ def fault(what: str, rank: str, step: str, *arguments: str) -> None:
         nonlocal steps
         steps += 1
         if steps == int(step) and own == rank:
+            Path(os.environ["KEEL_TEST_FAULT_MET"]).write_text(str(time.time()))
             if what == "raise":
                 raise ValueError("a reward of mine is broken")
             if what == "kill":

@@ -114,7 +114,8 @@ def whole(model: M) -> M:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module._parameters, attribute))
-    pairs = zip(model.named_parameters(), plain.named_parameters(), strict=True)  # pyright: ignore
+    empties = list(plain.named_parameters())  # before any is filled: a tied one would come again
+    pairs = zip(model.named_parameters(), empties, strict=True)  # pyright: ignore
     for (name, own), (empty_name, empty) in pairs:
         assert name == empty_name, (name, empty_name)
         full = _full(own.detach())
