@@ -160,7 +160,7 @@ def test_a_kind_that_runs_on_one_process_is_refused_by_name(monkeypatch):
     cut = config.model_copy(
         update={"distributed": config.distributed.model_copy(update={"strategy": "fsdp"})}
     )
-    with pytest.raises(UsageError, match="'rl' is of kind grpo, which runs with .* ddp only"):
+    with pytest.raises(UsageError, match=r"'rl' is of kind grpo, which runs with .* ddp only"):
         following.check_kinds(cut, ["tuned", "rl"])
 
 

@@ -62,9 +62,12 @@ def _worked(work: Callable[[], object]) -> int:
 def _say(kind: records.Kind, line: str, code: int) -> None:
     """On stderr, of a rank with its place; or in its record, where its launcher says it."""
     records.leave(kind, line, code)
+    where = records.place()
     if not records.is_watched():
-        where = records.place()
         say(f"keel: {where}: {line}" if where else f"keel: {line}")
+    if where:  # at once: the others learn of it by its connections, which Python would take its time to close
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _is_lost(error: BaseException) -> bool:
