@@ -3,6 +3,7 @@ second start is.
 
     python benchmarks/data_size.py --seed hh.jsonl --rows 100000 --model MODEL [--against OTHER_CHECKOUT/src]
         [--peer FOLDER_WITH_TRL]
+    python benchmarks/data_size.py --seed hh.jsonl --model MODEL --text-gb 3
 
 The rows are those of the seed file over and over, each prompt with a number of its own, so that no two are
 the same. A reward stage takes three steps on them, in a process of its own: `ready` are the seconds from the
@@ -81,6 +82,38 @@ RewardTrainer(model=model, args=settings, train_dataset=rows, callbacks=[First()
 print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
 """
 
+TEXT = """
+import json, resource, sys, time
+began = time.time()
+from pathlib import Path
+from keel.config import RunConfig
+from keel.pipeline.pipeline import Pipeline
+model, data, directory, steps, stop = sys.argv[1:6]
+stage = {"kind": "pretrain", "model": model, "data": data, "max_steps": 50, "max_length": 128}
+config = RunConfig.model_validate({"name": "size", "threads": 1, "stages": {"base": stage}})
+imported = time.time()
+def progress(stage, step, steps, metrics):
+    if step == 1 and metrics:
+        print(json.dumps({"ready": time.time() - imported, "imports": imported - began}), flush=True)
+Pipeline(config, Path(directory), lambda line: print(line, file=sys.stderr), progress).run()
+print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+"""
+
+
+def text_folder(seed: Path, size: float, folder: Path) -> None:
+    """`size` GB of the seed file's conversations, each with a number of its own."""
+    folder.mkdir()
+    given = [json.loads(line) for line in seed.read_text(encoding="utf-8").splitlines()]
+    number = 0
+    for file in range(round(size * 10)):
+        with (folder / f"{file:03}.jsonl").open("w", encoding="utf-8") as handle:
+            while handle.tell() < 10**8:
+                for row in given:
+                    number += 1
+                    handle.write(
+                        json.dumps({"text": f"case {number}: {row['prompt']}{row['chosen']}"}) + "\n"
+                    )
+
 
 def rows_file(seed: Path, rows: int, path: Path) -> None:
     """The rows of the seed file over and over, each with a number in its prompt."""
@@ -140,9 +173,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--against", help="src folder of another version of keel")
     parser.add_argument("--peer", help="a folder with TRL 1.16, or nothing where the interpreter has it")
+    parser.add_argument("--text-gb", type=float, help="pretrain on so much text instead")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
+        if asked.text_gb:
+            folder = Path(scratch) / "texts"
+            text_folder(asked.seed, asked.text_gb, folder)
+            source, directory = str(Path(__file__).parents[1] / "src"), Path(scratch) / "run"
+            print(json.dumps(run(source, asked.model, folder, directory, "go on", TEXT)))
+            return
         data = Path(scratch) / "rows.jsonl"
         rows_file(asked.seed, asked.rows, data)
         here = str(Path(__file__).parents[1] / "src")
