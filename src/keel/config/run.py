@@ -157,7 +157,8 @@ class RunConfig(Settings):
         ),
     )
     distributed: DistributedConfig = Field(
-        DistributedConfig(), description="How a run on several processes is computed (docs/scale.md)."
+        default_factory=DistributedConfig,
+        description="How a run on several processes is computed (docs/scale.md).",
     )
     rounds: RoundsConfig | None = Field(
         None,

@@ -157,12 +157,13 @@ def _stores(here: Launched, timeout: float, prefix: str) -> tuple[Any, Any]:
     until = timedelta(seconds=timeout)
     with talking():
         stores = [
-            torch.distributed.TCPStore(
+            torch.distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
                 host, port, None, here.rank == 0 and not held and number == 0, until, wait_for_workers=False
             )
             for number in range(2)
         ]
-    first, second = (torch.distributed.PrefixStore(prefix, store) for store in stores)
+    prefixed: Any = torch.distributed.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    first, second = (prefixed(prefix, store) for store in stores)
     return first, second
 
 

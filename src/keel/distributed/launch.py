@@ -56,7 +56,7 @@ def run(command: Sequence[str], size: int, environment: Mapping[str, str] | None
 
     Whatever ends this process ends the ranks.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="keel-ranks-") as name:
