@@ -58,20 +58,12 @@ def runs(request: Any, in_float64: Callable[..., Path]) -> tuple[dict[str, Any],
     return stages, in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, ranks, "ddp", "fsdp") / strategy
 
 
-@pytest.fixture(params=[2, 3])
-def on_policy_runs(request: Any, in_float64: Any, on_policy_kinds: dict[str, Any]) -> tuple[Path, Path]:
-    """The same of PPO and GRPO."""
-    alone, together = (in_float64(on_policy_kinds, ranks, "ddp") for ranks in (1, request.param))
-    return alone / "ddp", together / "ddp"
-
-
 def compare(alone: Path, together: Path, stages: Iterable[str], gradient: float, number: float) -> None:
     expected, found = (torch.load(run / "gradients.pt") for run in (alone, together))
     assert len(expected) == len(found) > 0
     for step, (one, other) in enumerate(zip(expected, found, strict=True)):
         assert len(one) == len(other), step
         pairs = [(a, b) for a, b in zip(one, other, strict=True) if float(a.abs().max()) > TINY]
-        assert all(a.dtype == torch.float64 for a, _ in pairs)
         worst = max((apart(a, b) for a, b in pairs), default=0.0)
         assert worst < gradient, f"step {step} of all stages: {worst:.1e}"
     for stage in stages:
@@ -98,11 +90,15 @@ def test_gradients_metrics_results_and_weights_are_those_of_one_process(runs) ->
 
 
 @pytest.mark.ranks
-def test_three_updates_of_ppo_and_grpo_are_those_of_one_process(on_policy_runs, on_policy_kinds) -> None:
-    """What is sampled keeps its log-probabilities in float32, which is what is left between the two."""
-    compare(*on_policy_runs, on_policy_kinds, gradient=1e-5, number=1e-5)
-    first, other = (torch.load(run / "gradients.pt")[0] for run in on_policy_runs)
-    assert max(apart(a, b) for a, b in zip(first, other, strict=True) if float(a.abs().max()) > TINY) < 1e-7
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("kinds", "gradient"), [(("ppo", "grpo"), 1e-10), (("ppo-adapters",), 1e-5)])
+def test_three_updates_of_ppo_and_grpo_are_those_of_one_process(
+    kinds: tuple[str, ...], gradient: float, ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any]
+) -> None:
+    """Adapters of a critic on a shared base are in float32 in part, and so is what is left between the two."""
+    stages = {kind: on_policy_kinds[kind] for kind in kinds}
+    alone, together = (in_float64(stages, count, "ddp") / "ddp" for count in (1, ranks))
+    compare(alone, together, stages, gradient=gradient, number=1e-6)
 
 
 def test_files_are_those_that_one_process_leaves(runs) -> None:
