@@ -95,7 +95,7 @@ def test_gradients_metrics_results_and_weights_are_those_of_one_process(runs) ->
 def test_three_updates_of_ppo_and_grpo_are_those_of_one_process(
     kinds: tuple[str, ...], gradient: float, ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any]
 ) -> None:
-    """Adapters of a critic on a shared base are in float32 in part, and so is what is left between the two."""
+    """Adapters of a critic on a shared base are in float32 in part: so is what is left between them."""
     stages = {kind: on_policy_kinds[kind] for kind in kinds}
     alone, together = (in_float64(stages, count, "ddp") / "ddp" for count in (1, ranks))
     compare(alone, together, stages, gradient=gradient, number=1e-6)
