@@ -573,8 +573,8 @@ def likes_red(text: str, number: int = 0) -> Said:
 
 
 class ScriptedJudge:
-    """A server on this machine that speaks OpenAI's chat completions. script: (question, its number) → what is
-    said."""
+    """A server on this machine that speaks OpenAI's chat completions. script: (question, its number) → what
+    is said."""
 
     def __init__(self, script: Callable[[str, int], Said] = likes_red) -> None:
         self.script, self.asked, self.headers = script, list[str](), list[dict[str, str]]()

@@ -150,7 +150,9 @@ def written(
             "kind": "grpo",
             "model": "sft",
             "reward": [
-                "reward", {"kind": "length", "high": 9}, f"python:{logs}:score",
+                "reward",
+                {"kind": "length", "high": 9},
+                f"python:{logs}:score",
                 {"kind": "judge", "mode": "ranking", **judge},
             ],
             "data": rows("prompts"),

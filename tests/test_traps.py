@@ -706,7 +706,8 @@ def test_trap_every_setting_is_read_by_something(
             caller = frame.f_code
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
-                or caller.co_name in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of")
+                or caller.co_name
+                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -744,7 +745,12 @@ def test_trap_every_setting_is_read_by_something(
         {"kind": "python", "function": own},
         {"kind": "plugin", "function": "brief", "isolate": False},  # its package is here alone
         {"kind": "learned", "model": "reward", "combine": "mean"},
-        {"kind": "judge", "model": "scripted", "address": standing_judge.address, "rubric": [{"name": "red"}]},
+        {
+            "kind": "judge",
+            "model": "scripted",
+            "address": standing_judge.address,
+            "rubric": [{"name": "red"}],
+        },
     ]
     alone = {"eval_data": None, "eval_every": None, "patience": None, "judge": None}
     stages["grpo"] = {**stages["grpo"], "judge": {"reward": [{"kind": "length", "high": 3}]}}
@@ -763,7 +769,8 @@ def test_trap_every_setting_is_read_by_something(
         "data": prompts,
         "pairs": 2,
         "annotators": [
-            "world:helpdesk", {"judge": {"model": "scripted", "address": standing_judge.address}},
+            "world:helpdesk",
+            {"judge": {"model": "scripted", "address": standing_judge.address}},
         ],
         "too_long": "truncate",
         "sampling": {"max_new_tokens": 4},

@@ -34,7 +34,8 @@ class WaitingError(KeelError):
 
 
 class BudgetError(KeelError):
-    """What a judge may cost is spent. What was done is kept; the same command goes on with a larger budget."""
+    """What a judge may cost is spent. What was done is kept; the same command goes on with a larger
+    budget."""
 
 
 class MachineError(KeelError):

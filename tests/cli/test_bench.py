@@ -36,7 +36,10 @@ def two(tmp_path: Path) -> Path:
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"the {a}?", "chosen": " it is red.", "rejected": " it is blue."} for a in ("cat", "dog", "hen")]
+    rows = [
+        {"prompt": f"the {a}?", "chosen": " it is red.", "rejected": " it is blue."}
+        for a in ("cat", "dog", "hen")
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -47,11 +50,15 @@ def run(*words: str) -> Any:
 
 def judge_file(folder: Path, **settings: Any) -> str:
     path = folder / "judge.yaml"
-    path.write_text(json.dumps({"kind": "judge", "model": "scripted", "rubric": "red is good", "tries": 2, **settings}))
+    path.write_text(
+        json.dumps({"kind": "judge", "model": "scripted", "rubric": "red is good", "tries": 2, **settings})
+    )
     return str(path)
 
 
-def test_a_reward_model_is_scored_as_its_own_forward_says(two: Path, tiny_reward: Path, tmp_path: Path) -> None:
+def test_a_reward_model_is_scored_as_its_own_forward_says(
+    two: Path, tiny_reward: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     told = run(str(tiny_reward), "--on", str(two), "--out", str(out), "--dtype", "float32", "--json")
     assert told.exit_code == 0
@@ -74,7 +81,9 @@ def test_a_reward_model_is_scored_as_its_own_forward_says(two: Path, tiny_reward
     assert "<b>fox</b>" not in text
 
 
-def test_an_ensemble_is_scored_on_its_members_scales(pairs: Path, tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_an_ensemble_is_scored_on_its_members_scales(
+    pairs: Path, tiny_model: Path, tokenizer: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "two-members"
     for member, (mean, std) in enumerate([(0.5, 2.0), (-1.0, 0.5)], 1):
         place = folder if member == 1 else folder / "members" / "2"
@@ -83,7 +92,10 @@ def test_an_ensemble_is_scored_on_its_members_scales(pairs: Path, tiny_model: Pa
         learned.save_scale(model, mean, std, members=2)
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
-    assert run(str(folder), "--on", str(pairs), "--out", str(tmp_path / "out"), "--dtype", "float32").exit_code == 0
+    assert (
+        run(str(folder), "--on", str(pairs), "--out", str(tmp_path / "out"), "--dtype", "float32").exit_code
+        == 0
+    )
     members = learned.load_members(str(folder), device=torch.device("cpu"))
     row = json.loads((tmp_path / "out" / "scores.jsonl").read_text().splitlines()[0])
     inputs = [learned.encode(members[0], "the cat?", reply) for reply in (" it is red.", " it is blue.")]
@@ -91,7 +103,9 @@ def test_an_ensemble_is_scored_on_its_members_scales(pairs: Path, tiny_model: Pa
     assert row["scores"] == pytest.approx(((scaled[0] + scaled[1]) / 2).tolist(), abs=1e-5)
 
 
-def test_a_judge_is_asked_in_both_orders_and_nothing_twice(pairs: Path, scripted_judge: Any, tmp_path: Path) -> None:
+def test_a_judge_is_asked_in_both_orders_and_nothing_twice(
+    pairs: Path, scripted_judge: Any, tmp_path: Path
+) -> None:
     judge = scripted_judge()
     file = judge_file(tmp_path, address=judge.address, mode="pairwise")
     told = run(file, "--on", str(pairs), "--out", str(tmp_path / "out"))
@@ -121,9 +135,13 @@ def test_a_judge_without_an_answer_is_an_error_or_a_guess(
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     judge = scripted_judge(lambda text, n: scripted_judge.said("?"))
     where = ("--on", str(pairs), "--out", str(tmp_path / "out"))
-    with pytest.raises(RewardError, match=r"judge 'judge' has no verdict on .*pairs\.jsonl:1 \(prompt 'the cat\?'\)"):
+    with pytest.raises(
+        RewardError, match=r"judge 'judge' has no verdict on .*pairs\.jsonl:1 \(prompt 'the cat\?'\)"
+    ):
         run(judge_file(tmp_path, address=judge.address), *where)
-    found = json.loads(run(judge_file(tmp_path, address=judge.address, on_failure="none"), *where, "--json").stdout)
+    found = json.loads(
+        run(judge_file(tmp_path, address=judge.address, on_failure="none"), *where, "--json").stdout
+    )
     assert (found["score"]["mean"], found["unanswered"]) == (0.5, 3)
 
 
@@ -139,12 +157,17 @@ def test_a_rule_or_a_classifier_of_a_config_is_a_reward_too(pairs: Path, tmp_pat
     [
         (["nowhere/at/all", "--on", "PAIRS"], "no model at nowhere/at/all"),
         (["REWARD", "--on", "nowhere.jsonl"], "no file nowhere.jsonl"),
-        (["REWARD", "--on", "PAIRS", "--benchmark", "rewardbench3"], "is not one of rewardbench, rewardbench2"),
+        (
+            ["REWARD", "--on", "PAIRS", "--benchmark", "rewardbench3"],
+            "is not one of rewardbench, rewardbench2",
+        ),
         (["REWARD", "--on", "PAIRS", "--dtype", "int4"], "is not one of auto, float32"),
         (["REWARD", "--on", "PAIRS", "--benchmark", "rewardbench"], "'subset' is NoneType, not text"),
     ],
 )
-def test_bad_input_is_one_line(words: list[str], reason: str, pairs: Path, tiny_reward: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(
+    words: list[str], reason: str, pairs: Path, tiny_reward: Path, tmp_path: Path
+) -> None:
     given = [{"PAIRS": str(pairs), "REWARD": str(tiny_reward)}.get(word, word) for word in words]
     with pytest.raises(UsageError, match=reason):
         run(*given, "--out", str(tmp_path / "out"))
@@ -158,7 +181,9 @@ def test_a_file_with_code_needs_trust_and_two_rewards_are_refused(pairs: Path, t
     with pytest.raises(UsageError, match="--trust runs it"):
         run(str(file), *where)
     assert run(str(file), *where, "--trust").exit_code == 0
-    file.write_text(json.dumps({"reward": [{"kind": "keywords", "words": ["a"]}, {"kind": "length", "high": 3}]}))
+    file.write_text(
+        json.dumps({"reward": [{"kind": "keywords", "words": ["a"]}, {"kind": "length", "high": 3}]})
+    )
     with pytest.raises(UsageError, match="holds 2 rewards"):
         run(str(file), *where)
     file.write_text(json.dumps({"kind": "jugde", "model": "x"}))
@@ -174,7 +199,8 @@ def test_the_folder_is_named_after_both(tmp_path: Path) -> None:
 def test_the_page_says_what_is_missing() -> None:
     measure = {"mean": 0.5, "low": None, "high": None, "n": 3}
     found = {
-        "model": "m", "benchmark": "rewardbench2", "questions": 3, "score": measure, "subsets": {"Math": measure},
+        "model": "m", "benchmark": "rewardbench2", "questions": 3, "score": measure,
+        "subsets": {"Math": measure},
         "length": {}, "missing_subsets": ["Ties"], "unanswered": 2, "cut": 1,
     }  # fmt: skip
     text = page.as_text(found)

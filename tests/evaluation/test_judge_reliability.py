@@ -23,8 +23,8 @@ def of(choices: list[list[str]]) -> list[PreferenceRecord]:
 
 
 def test_where_people_are_certain_the_share_of_agreement_is_the_reliability() -> None:
-    """40 pairs, the truth known; the judge is right on 30: with one added to each cell of the symmetric counts
-    (60 right, 20 wrong of 80 read from both sides, 40 a category), 31/43."""
+    """40 pairs, the truth known; the judge is right on 30: with one added to each cell of the symmetric
+    counts (60 right, 20 wrong of 80 read from both sides, 40 a category), 31/43."""
     truth = np.array([2] * 20 + [0] * 20)
     posterior = np.eye(3)[truth]
     said = [2] * 15 + [0] * 5 + [0] * 15 + [2] * 5
@@ -83,7 +83,9 @@ def test_too_few_pairs_or_a_coin_do_not_count() -> None:
 def test_labels_by_hand() -> None:
     """People: 0.6 for chosen, 0.4 for rejected. A judge of 0.8 for it: 0.48 / (0.48 + 0.08); against it:
     0.12 / (0.12 + 0.32)."""
-    judge: Any = against_people(np.eye(3)[[2] * 4000 + [0] * 4000], [2] * 3200 + [0] * 800 + [0] * 3200 + [2] * 800)
+    judge: Any = against_people(
+        np.eye(3)[[2] * 4000 + [0] * 4000], [2] * 3200 + [0] * 800 + [0] * 3200 + [2] * 800
+    )
     assert judge.right_side["mean"] == pytest.approx(0.8, abs=1e-3)
     people = np.array([[0.4, 0.0, 0.6]] * 3)
     found = weighed(people, [(judge, [2, 0, None])])
@@ -101,7 +103,9 @@ def test_a_reviewers_word_is_the_truth_and_pairs_without_votes_have_the_prior() 
 
 
 @pytest.mark.parametrize("reliability", [0.7, 0.85])
-def test_on_the_help_desk_a_judge_of_known_reliability_is_measured_within_three_points(reliability: float) -> None:
+def test_on_the_help_desk_a_judge_of_known_reliability_is_measured_within_three_points(
+    reliability: float,
+) -> None:
     """1,000 pairs of the world's own replies, each with the votes of three to five of its annotators, who err
     and share a bias. The judge names the better reply by the gold reward with the given probability."""
     records, said, right = [], list[int](), 0

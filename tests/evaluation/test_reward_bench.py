@@ -75,7 +75,13 @@ def test_the_weights_are_those_of_the_published_code() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "points"),
-    [((3, 1, 2, 0), 1.0), ((3, 3, 2, 0), 0.5), ((3, 3, 3, 3), 0.25), ((3, 4, 2, 0), 0.0), ((3, 4, 4, 3), 0.0)],
+    [
+        ((3, 1, 2, 0), 1.0),
+        ((3, 3, 2, 0), 0.5),
+        ((3, 3, 3, 3), 0.25),
+        ((3, 4, 2, 0), 0.0),
+        ((3, 4, 4, 3), 0.0),
+    ],
 )
 def test_best_of_four_shares_the_point_with_its_equals(scores: tuple[float, ...], points: float) -> None:
     assert bench.best_points(Scored(scores)) == points
@@ -92,8 +98,8 @@ def test_rewardbench2_is_the_mean_of_its_subsets_whatever_their_size() -> None:
 
 
 def test_ties_by_hand() -> None:
-    """Number 1: tied scores 5, 4 | 1, 0: gap 3, spread 1; its reference 5 | 3: gap 2. Number 2: tied 6, 2 | 1:
-    gap 1, spread 4; its reference 1 | 2: gap −1. Accurate: tied 2/2, ref 1/2. Gap > spread: 1/2; with the
+    """Number 1: tied scores 5, 4 | 1, 0: gap 3, spread 1; its reference 5 | 3: gap 2. Number 2: tied 6, 2 |
+    1: gap 1, spread 4; its reference 1 | 2: gap −1. Accurate: tied 2/2, ref 1/2. Gap > spread: 1/2; with the
     smaller gap (2 > 1, −1 > 4): 1/2. tanh(2/1 − 1), tanh(−1/4 − 1)."""
     given = {
         "tied:1": ([5.0, 4.0, 1.0, 0.0], 2), "ref:1": ([5.0, 3.0], 1),
@@ -114,7 +120,12 @@ def test_ties_without_a_spread_and_without_a_partner() -> None:
 
 
 def test_ties_in_a_whole_benchmark_are_drawn_with_their_references() -> None:
-    rows = {"tied:1": ((5, 4, 1, 0), 2), "ref:1": ((5, 3, 1, 0), 1), "tied:2": ((6, 2, 1, 0), 2), "ref:2": ((1, 2, 0, 0), 1)}
+    rows = {
+        "tied:1": ((5, 4, 1, 0), 2),
+        "ref:1": ((5, 3, 1, 0), 1),
+        "tied:2": ((6, 2, 1, 0), 2),
+        "ref:2": ((1, 2, 0, 0), 1),
+    }
     questions = [question("Ties", "a", "b", "c", "d", right=r, id=i) for i, (_, r) in rows.items()]
     found = bench.result("rewardbench2", questions, scored(*(s for s, _ in rows.values())), draws=20)
     by_hand = 0.3 + 0.15 + 0.1 + 0.1 + 0.01 * (math.tanh(1) + math.tanh(-1.25)) / 2
@@ -129,10 +140,15 @@ def test_ties_in_a_whole_benchmark_are_drawn_with_their_references() -> None:
 
 
 def test_llmbar_is_the_mean_over_both_orders() -> None:
-    """Natural: right in both, right in its own order alone: (2 + 1)/4 = ¾. Adversarial: Neighbor 0 and GPTInst
-    1: ½. Score (¾ + ½)/2. Both orders agree on three of four."""
+    """Natural: right in both, right in its own order alone: (2 + 1)/4 = ¾. Adversarial: Neighbor 0 and
+    GPTInst 1: ½. Score (¾ + ½)/2. Both orders agree on three of four."""
     questions = [question(s) for s in ("Natural", "Natural", "Neighbor", "GPTInst")]
-    given = [Scored((1, 0), 1.0, 1.0), Scored((0.5, 0.5), 1.0, 0.0), Scored((0, 1), 0.0, 0.0), Scored((1, 0), 1.0, 1.0)]
+    given = [
+        Scored((1, 0), 1.0, 1.0),
+        Scored((0.5, 0.5), 1.0, 0.0),
+        Scored((0, 1), 0.0, 0.0),
+        Scored((1, 0), 1.0, 1.0),
+    ]
     found = bench.result("llmbar", questions, given, judge=True, draws=2)
     assert mean(found["sections"]["Natural"]) == 0.75
     assert mean(found["sections"]["Adversarial"]) == 0.5
@@ -203,7 +219,12 @@ def test_each_question_weighs_the_same_however_many_replies_it_has() -> None:
 
 
 def test_the_surest_errors_come_first_and_subsets_take_turns() -> None:
-    questions = [question("a", id="a1"), question("a", id="a2"), question("b", id="b1"), question("b", id="b2")]
+    questions = [
+        question("a", id="a1"),
+        question("a", id="a2"),
+        question("b", id="b1"),
+        question("b", id="b2"),
+    ]
     found = bench.errors(questions, scored((0, 1), (0, 5), (1, 1), (3, 0)))
     assert [(row["id"], row["margin"]) for row in found] == [("a2", 5), ("b1", 0), ("a1", 1)]
     assert (found[0]["right"], found[0]["wrong"], found[0]["wrong_score"]) == ("good", "bad", 5)
@@ -221,8 +242,9 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 ONE = {"id": 30, "prompt": "p", "chosen": "c", "chosen_model": "m", "rejected": "r", "rejected_model": "n",
        "subset": "donotanswer"}  # fmt: skip
-TWO = {"id": "7", "prompt": "p", "chosen": ["c"], "rejected": ["x", "y", "z"], "num_correct": 1, "num_incorrect": 3,
-       "total_completions": 4, "models": ["a", "b"], "subset": "Focus", "additional_metadata": None}  # fmt: skip
+TWO = {"id": "7", "prompt": "p", "chosen": ["c"], "rejected": ["x", "y", "z"],
+       "num_correct": 1, "num_incorrect": 3, "total_completions": 4, "models": ["a", "b"], "subset": "Focus",
+       "additional_metadata": None}  # fmt: skip
 
 
 def test_rewardbench_is_read_from_parquet_and_json_lines(tmp_path: Path) -> None:
@@ -237,7 +259,14 @@ def test_rewardbench_is_read_from_parquet_and_json_lines(tmp_path: Path) -> None
 
 
 def test_rewardbench2_is_read_with_its_lists(tmp_path: Path) -> None:
-    tied = {**TWO, "id": "tied:3", "chosen": ["c", "d"], "num_correct": 2, "total_completions": 5, "subset": "Ties"}
+    tied = {
+        **TWO,
+        "id": "tied:3",
+        "chosen": ["c", "d"],
+        "num_correct": 2,
+        "total_completions": 5,
+        "subset": "Ties",
+    }
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([TWO, tied]), tmp_path / "test-00000.parquet")
     kind, found = published.read(str(tmp_path))
     assert kind == "rewardbench2"

@@ -17,7 +17,8 @@ RUBRIC = Rubric("longer is better")
 
 
 class Liking:
-    """Answers without a server. likes: how much a reply is liked; first: what is added for the one in front."""
+    """Answers without a server. likes: how much a reply is liked; first: what is added for the one in
+    front."""
 
     def __init__(self, likes: dict[str, float], first: float = 0.0, silent: str = "\0") -> None:
         self.likes, self.first, self.silent, self.asked = likes, first, silent, 0
@@ -65,8 +66,8 @@ def test_a_relative_judge_gives_the_share_of_the_others_that_a_reply_beats(mode:
 
 @pytest.mark.parametrize("mode", ["pairwise", "ranking"])
 def test_what_the_order_decides_is_measured_and_gains_nothing(mode: Any) -> None:
-    """Replies a little apart, and a judge that likes the first one more than that: every answer is for the one
-    in front, so all are equally good, it always disagrees with itself, and the front wins everything."""
+    """Replies a little apart, and a judge that likes the first one more than that: every answer is for the
+    one in front, so all are equally good, it always disagrees with itself, and the front wins everything."""
     asked = Liking({"a": 1, "b": 1.5}, first=1)
     given = batch(["p", "p"], ["a", "b"])
     assert Judge("judge", asked, RUBRIC, mode=mode)(given) == [0.5, 0.5]
@@ -76,7 +77,13 @@ def test_what_the_order_decides_is_measured_and_gains_nothing(mode: Any) -> None
 def test_bias_by_hand() -> None:
     """Pairs: always the front; always the back; the first; a draw that becomes a win in front. Front less
     behind: 1 − 0, 0 − 1, 1 − 1, 1 − ½: (1 − 1 + 0 + ½)/4 = ⅛; three of four differ. One was asked once."""
-    pairs = [Compared(1.0, 0.0), Compared(0.0, 1.0), Compared(1.0, 1.0), Compared(1.0, 0.5), Compared(1.0, None)]
+    pairs = [
+        Compared(1.0, 0.0),
+        Compared(0.0, 1.0),
+        Compared(1.0, 1.0),
+        Compared(1.0, 0.5),
+        Compared(1.0, None),
+    ]
     assert OrderBias.of(pairs) == OrderBias(4, 0.75, 0.125)
     assert OrderBias.of(pairs[4:]) is None
     assert [pair.better for pair in pairs] == [0.5, 0.5, 1.0, 0.75, 1.0]
@@ -111,7 +118,9 @@ def test_a_reference_is_shown_where_there_is_one() -> None:
             texts.extend(question.text for question in questions)
             return super().ask(questions)
 
-    Judge("judge", Listening({"a": 1}), RUBRIC, reference="truth")(batch(["p", "q"], ["a", "a"], truth=["42", None]))
+    Judge("judge", Listening({"a": 1}), RUBRIC, reference="truth")(
+        batch(["p", "q"], ["a", "a"], truth=["42", None])
+    )
     assert ["reference answer\n42\n" in text for text in texts] == [True, False]
 
 
@@ -119,7 +128,9 @@ def test_a_reference_is_shown_where_there_is_one() -> None:
 def test_no_verdict_is_an_error_that_names_the_sample_or_none_and_never_zero(mode: Any) -> None:
     asked = Liking({"a": 1, "b": 2, "c": 3}, silent="b")
     given = batch(["p", "p", "the other cat?", "the other cat?"], ["a", "c", "c", "b"])
-    with pytest.raises(RewardError, match=r"reward 'judge' has no verdict on sample .*'the other cat\?': it said nothing"):
+    with pytest.raises(
+        RewardError, match=r"reward 'judge' has no verdict on sample .*'the other cat\?': it said nothing"
+    ):
         Judge("judge", asked, RUBRIC, mode=mode)(given)
     given = batch(given.prompts, given.completions)
     scores = Judge("judge", asked, RUBRIC, mode=mode, on_failure="none")(given)

@@ -51,6 +51,7 @@ def test_the_answer_is_asked_for_as_a_schema_and_without_other_peoples_keys(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-address")
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "project-secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer of-another-secret")
     judge = scripted_judge()
     remote(judge).ask(asked("red"))
     remote(judge, key="mine").ask(asked("red"))
@@ -62,7 +63,9 @@ def test_the_answer_is_asked_for_as_a_schema_and_without_other_peoples_keys(
     assert not [value for one in headers for value in one.values() if "secret" in value]
 
 
-def test_a_server_without_schemas_is_asked_for_json_and_one_without_that_by_words(scripted_judge: Ask) -> None:
+def test_a_server_without_schemas_is_asked_for_json_and_one_without_that_by_words(
+    scripted_judge: Ask,
+) -> None:
     def script(text: str, number: int) -> Any:
         kind = judge.bodies[number].get("response_format", {}).get("type")
         if kind:
@@ -173,7 +176,9 @@ def test_a_slow_server_is_given_up_on_even_where_it_drips(how: dict[str, float],
         ({"raw": b'{"choices": [{"message": 5}]}'}, "no chat completion"),
     ],
 )
-def test_garbage_is_asked_for_again_and_then_named(said: dict[str, Any], reason: str, scripted_judge: Ask) -> None:
+def test_garbage_is_asked_for_again_and_then_named(
+    said: dict[str, Any], reason: str, scripted_judge: Ask
+) -> None:
     judge = scripted_judge(lambda text, n: scripted_judge.said(**said))
     found = remote(judge, tries=2).ask(asked("red"))[0]
     assert isinstance(found, Unanswered)
@@ -200,7 +205,11 @@ def test_one_unanswered_question_stops_the_others_or_leaves_them(scripted_judge:
 @pytest.mark.parametrize("status", [401, 403, 404, 302])
 def test_a_refusal_ends_the_whole_without_the_key(status: int, scripted_judge: Ask) -> None:
     error = {"error": {"message": "wrong key sk-42secret"}}
-    said = {"status": status, "raw": json.dumps(error).encode(), "headers": {"location": "http://127.0.0.1:1/"}}
+    said = {
+        "status": status,
+        "raw": json.dumps(error).encode(),
+        "headers": {"location": "http://127.0.0.1:1/"},
+    }
     judge = scripted_judge(lambda text, n: scripted_judge.said(**said))
     with pytest.raises(RewardError, match=f"refuses to answer: status {status}") as raised:
         remote(judge, key="sk-42secret", stop=False).ask(asked("red", "blue"))
@@ -252,7 +261,9 @@ def test_a_torn_or_changed_line_is_passed_over_and_asked_again(scripted_judge: A
     assert len(Ledger(file, "s/judge").answers) == 3  # what follows a torn line begins on its own
 
 
-@pytest.mark.parametrize("content", [b"\x00\xff\n", b"[1]\n", b'{"sum": 1}\n', b"nonsense", b'{"key": 1}\n\n\n'])
+@pytest.mark.parametrize(
+    "content", [b"\x00\xff\n", b"[1]\n", b'{"sum": 1}\n', b"nonsense", b'{"key": 1}\n\n\n']
+)
 def test_a_strange_ledger_is_no_ledger(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "judge.jsonl").write_bytes(content)
     ledger = Ledger(tmp_path / "judge.jsonl", "s/judge")
@@ -288,7 +299,7 @@ def test_an_interrupt_ends_the_wait(scripted_judge: Ask, monkeypatch: pytest.Mon
     waited = client.threading.Thread.join
 
     def interrupted(self: Any, timeout: float | None = None) -> None:
-        if timeout is not None:
+        if timeout is not None or self.name != "keel-judge":
             return waited(self, timeout)
         waited(self, 0.2)
         raise KeyboardInterrupt

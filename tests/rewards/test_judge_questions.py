@@ -58,7 +58,8 @@ def test_the_answer_is_the_whole_or_its_end(told: str) -> None:
     "told",
     [
         "", "A", "The better one is A.", '{"better": "C"}', '{"better": "a"}', '{"better": ["A"]}',
-        '{"better": "A", "more": 1}', '{"better": "A", "better": "B"}', '[{"better": "A"}]', '{"verdict": "A"}',
+        '{"better": "A", "more": 1}', '{"better": "A", "better": "B"}', '[{"better": "A"}]',
+        '{"verdict": "A"}',
         '{"better": "A"} and that is final', '{"reason": 3, "better": "A"}', '{"better": null}',
         '{"better": "A"', '"A"', "null", "[" * 5000, '{"better": "A"}\nNo, B.',
     ],
@@ -81,7 +82,9 @@ def test_scores_off_the_scale_or_of_other_criteria_are_none(scores: str) -> None
         questions.pointwise(CRITERIA, "p", "r").read(f'{{"reason": "x", "scores": {scores}}}')
 
 
-@pytest.mark.parametrize("ranking", ['["A"]', '["A", "A", "B"]', '["A", "B", "D"]', '"ABC"', '[["A", "B"], "C", "C"]'])
+@pytest.mark.parametrize(
+    "ranking", ['["A"]', '["A", "A", "B"]', '["A", "B", "D"]', '"ABC"', '[["A", "B"], "C", "C"]']
+)
 def test_a_ranking_holds_each_reply_once(ranking: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         questions.ranking(TEXT, "p", ["a", "b", "c"]).read(f'{{"ranking": {ranking}}}')
@@ -116,7 +119,8 @@ def test_a_conversation_is_shown_turn_by_turn_with_its_reference() -> None:
     )
     found = sections(questions.pointwise(TEXT, prompt, "so", reference="because").text)
     assert list(found) == [
-        "turn 1, system", "turn 2, user", "turn 3, assistant", "turn 4, user", "reference answer", "reply", "end",
+        "turn 1, system", "turn 2, user", "turn 3, assistant", "turn 4, user", "reference answer", "reply",
+        "end",
     ]  # fmt: skip
     assert json.loads(found["turn 3, assistant"]) == [{"name": "look"}]
 
@@ -133,4 +137,12 @@ def test_the_schema_is_that_of_what_is_read() -> None:
 
 
 def test_letters_go_on_after_z() -> None:
-    assert [questions.label(i) for i in (0, 25, 26, 51, 52, 701, 702)] == ["A", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]
+    assert [questions.label(i) for i in (0, 25, 26, 51, 52, 701, 702)] == [
+        "A",
+        "Z",
+        "AA",
+        "AZ",
+        "BA",
+        "ZZ",
+        "AAA",
+    ]

@@ -1,4 +1,5 @@
-"""A language model as the reward of a run and as an annotator: end to end, cut off, resumed, out of budget."""
+"""A language model as the reward of a run and as an annotator: end to end, cut off, resumed, out of
+budget."""
 
 from __future__ import annotations
 
@@ -41,11 +42,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def stage(config: dict[str, Any], directory: Path) -> Pipeline:
-    return Pipeline(parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": {"grpo": config}}), directory, str)
+    return Pipeline(
+        parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": {"grpo": config}}), directory, str
+    )
 
 
 @pytest.mark.parametrize("mode", ["pointwise", "pairwise", "ranking"])
-def test_a_judge_rewards_grpo_end_to_end(mode: str, grpo: Any, run: Any, scripted_judge: Any, tmp_path: Path) -> None:
+def test_a_judge_rewards_grpo_end_to_end(
+    mode: str, grpo: Any, run: Any, scripted_judge: Any, tmp_path: Path
+) -> None:
     # a letter that an untrained model writes now and then
     judge = scripted_judge(lambda text, n: scripted_judge.likes_red(text.replace("e", "red")))
     run({"stages": {"grpo": grpo(judge.address, mode=mode)}}, tmp_path / "run")
@@ -72,12 +77,16 @@ def test_a_run_whose_judge_is_killed_goes_on_and_asks_nothing_twice(
         return scripted_judge.said(hang_up=True) if number > 11 else scripted_judge.likes_red(text)
 
     first = scripted_judge(dies)
-    with pytest.raises(RewardError, match=r"reward 'judge' has no verdict on sample \d+, prompt '.*cannot be reached"):
+    with pytest.raises(
+        RewardError, match=r"reward 'judge' has no verdict on sample \d+, prompt '.*cannot be reached"
+    ):
         run({"stages": {"grpo": grpo(first.address, concurrency=1)}}, tmp_path / "run")
     folder = tmp_path / "run" / "stages" / "grpo"
     done = len(lines(folder / "metrics.jsonl"))
     assert 0 < done < 3
-    assert (folder / "checkpoints" / f"step-{done:06d}").is_dir()  # what was done is kept, whatever save_every
+    assert (
+        folder / "checkpoints" / f"step-{done:06d}"
+    ).is_dir()  # what was done is kept, whatever save_every
     second = scripted_judge()  # the same model, served elsewhere: nothing is done again
     run({"stages": {"grpo": grpo(second.address)}}, tmp_path / "run")
     answered = first.asked[:12]
@@ -109,15 +118,24 @@ def test_a_spent_budget_ends_a_run_and_a_larger_one_goes_on(
 
 def test_what_changes_no_result_is_in_no_fingerprint(grpo: Any, tmp_path: Path) -> None:
     def print_of(**judge: Any) -> str:
-        return stage(grpo(judge.pop("address", "http://localhost:1/v1"), **judge), tmp_path).fingerprint("grpo")
+        return stage(grpo(judge.pop("address", "http://localhost:1/v1"), **judge), tmp_path).fingerprint(
+            "grpo"
+        )
 
     before = print_of()
     idle = {
-        "address": "https://elsewhere/v1", "concurrency": 3, "timeout": 5.0, "tries": 9, "budget": {"calls": 5},
+        "address": "https://elsewhere/v1", "concurrency": 3, "timeout": 5.0, "tries": 9,
+        "budget": {"calls": 5},
         "api_key_env": "KEY",
     }  # fmt: skip
     assert {print_of(**{name: value}) for name, value in idle.items()} == {before}
-    decisive = {"model": "other", "rubric": "blue is good", "scale": [1, 5], "temperature": 0.5, "reasons": False}
+    decisive = {
+        "model": "other",
+        "rubric": "blue is good",
+        "scale": [1, 5],
+        "temperature": 0.5,
+        "reasons": False,
+    }
     changed = [print_of(**{name: value}) for name, value in decisive.items()]
     assert len({before, *changed}) == len(decisive) + 1
 
@@ -129,7 +147,9 @@ def test_the_key_is_written_nowhere(
     judge = scripted_judge()
     told: list[str] = []
     config = {"stages": {"grpo": grpo(judge.address, api_key_env="JUDGE_KEY")}}
-    pipeline = Pipeline(parse({"name": "tiny", "threads": 1, "device": "cpu", **config}), tmp_path / "run", told.append)
+    pipeline = Pipeline(
+        parse({"name": "tiny", "threads": 1, "device": "cpu", **config}), tmp_path / "run", told.append
+    )
     pipeline.run()
     assert {one["authorization"] for one in judge.headers} == {"Bearer sk-secret-4711"}
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -141,7 +161,9 @@ def test_a_missing_key_or_client_is_said_before_anything_runs(
     grpo: Any, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(UsageError, match=r"grpo: judge 'judge': the environment variable JUDGE_KEY .*is not set"):
+    with pytest.raises(
+        UsageError, match=r"grpo: judge 'judge': the environment variable JUDGE_KEY .*is not set"
+    ):
         run({"stages": {"grpo": grpo("http://localhost:1/v1", api_key_env="JUDGE_KEY")}}, tmp_path / "run")
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(UsageError, match=r"judge 'judge':.*pip install 'keel-rlhf\[judge\]'"):
@@ -166,7 +188,9 @@ def test_a_missing_key_or_client_is_said_before_anything_runs(
         ({"against": "best"}, "`against` has no effect with `mode: pointwise`"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(change: dict[str, Any], reason: str, grpo: Any, tmp_path: Path) -> None:
+def test_settings_that_cannot_be_are_refused(
+    change: dict[str, Any], reason: str, grpo: Any, tmp_path: Path
+) -> None:
     config = grpo("http://localhost:1/v1", tries=6)
     config["reward"] |= change
     with pytest.raises(UsageError, match=reason):
@@ -180,7 +204,9 @@ def test_settings_that_cannot_be_are_refused(change: dict[str, Any], reason: str
         {"judge": {"reward": {"kind": "judge", "model": "m", "mode": "ranking"}}, "eval_every": 1},
     ],
 )
-def test_replies_are_not_ranked_where_a_prompt_has_one(more: dict[str, Any], grpo: Any, tmp_path: Path) -> None:
+def test_replies_are_not_ranked_where_a_prompt_has_one(
+    more: dict[str, Any], grpo: Any, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="has one reply a prompt: set `mode: pointwise`"):
         stage(grpo("http://localhost:1/v1", more=more, mode="ranking"), tmp_path)
 
@@ -192,7 +218,8 @@ def test_a_column_that_no_row_has_is_said_before_anything_runs(grpo: Any, run: A
 
 
 def test_a_model_in_this_process_judges_too(grpo: Any, run: Any, tiny_model: Path, tmp_path: Path) -> None:
-    """An untrained one says nothing that can be read: an error with the sample, or None beside another reward."""
+    """An untrained one says nothing that can be read: an error with the sample, or None beside another
+    reward."""
     local = {"address": None, "model": str(tiny_model), "tries": 6, "max_new_tokens": 8}
     long = "the question takes .* tokens, and its context has room for 40"
     with pytest.raises(RewardError, match=f"no verdict on sample 0, prompt '.*': {long}"):
@@ -227,10 +254,13 @@ def test_a_model_in_this_process_is_read_as_a_server_is(
 @pytest.fixture
 def collect(roomy_model: Path) -> Any:
     def make(*judges: dict[str, Any], **more: Any) -> dict[str, Any]:
-        entries = [{"judge": {"model": "scripted", "rubric": "red is good", "tries": 2, **one}} for one in judges]
+        entries = [
+            {"judge": {"model": "scripted", "rubric": "red is good", "tries": 2, **one}} for one in judges
+        ]
         return {
-            "kind": "collect", "model": str(roomy_model), "data": {"source": "world:helpdesk/prompts", "rows": 30},
-            "pairs": 26, "annotators": ["world:helpdesk", *entries], "sampling": {"max_new_tokens": 8}, **more,
+            "kind": "collect", "model": str(roomy_model), "pairs": 26, "sampling": {"max_new_tokens": 8},
+            "data": {"source": "world:helpdesk/prompts", "rows": 30},
+            "annotators": ["world:helpdesk", *entries], **more,
         }  # fmt: skip
 
     return make
@@ -239,7 +269,8 @@ def collect(roomy_model: Path) -> Any:
 def test_judges_vote_beside_others_and_count_only_where_they_are_reliable(
     collect: Any, run: Any, scripted_judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The world's annotators prefer the longer reply here; one judge does too, the other the reply in front."""
+    """The world's annotators prefer the longer reply here; one judge does too, the other the reply in
+    front."""
     from keel.worlds import helpdesk
 
     def votes(prompt: str, a: str, b: str, columns: Any, rng: Any) -> list[tuple[str, str]]:
@@ -296,7 +327,9 @@ def test_an_annotator_without_a_verdict_is_named_or_left_out(
     collect: Any, run: Any, scripted_judge: Any, tmp_path: Path
 ) -> None:
     judge = scripted_judge(lambda text, n: scripted_judge.said("hm"))
-    with pytest.raises(RewardError, match=r"annotator 'scripted' has no verdict on pair \d+ .*cannot be read: 'hm'"):
+    with pytest.raises(
+        RewardError, match=r"annotator 'scripted' has no verdict on pair \d+ .*cannot be read: 'hm'"
+    ):
         run({"stages": {"asked": collect({"address": judge.address})}}, tmp_path / "run")
     silent = {"address": judge.address, "on_failure": "none", "tries": 1}
     run({"stages": {"asked": collect(silent)}}, tmp_path / "run")
@@ -310,7 +343,10 @@ def test_an_annotator_without_a_verdict_is_named_or_left_out(
     [
         ({"annotators": [{"judge": {"model": "m"}}]}, "language models alone"),
         ({"annotators": ["people", "world:helpdesk"]}, "names people and world:helpdesk"),
-        ({"annotators": ["people", {"judge": {"model": "m"}}, {"judge": {"model": "o/m"}}]}, "two judges are called 'm'"),
+        (
+            {"annotators": ["people", {"judge": {"model": "m"}}, {"judge": {"model": "o/m"}}]},
+            "two judges are called 'm'",
+        ),
         ({"annotators": "people", "voted_pairs": 3}, "`voted_pairs` has no effect without a judge"),
         ({"voted_pairs": 27}, "is more than the 26 `pairs`"),
         ({"annotators": "kim"}, "annotators"),

@@ -66,8 +66,8 @@ class Bench:
         return Path("bench") / "-on-".join(names)
 
     def run(self) -> dict[str, Any]:
-        """1. the reward  2. the questions  3. scores  4. the rule  5. files. What is wrong with the first two is
-        found before any model is loaded."""
+        """1. the reward  2. the questions  3. scores  4. the rule  5. files. What is wrong with the first
+        two is found before any model is loaded."""
         term = term_of(self.model, self.trust)
         kind: Benchmark
         kind, questions = reward_bench_files.read(self.on, self.benchmark)  # pyright: ignore[reportArgumentType]
@@ -178,7 +178,9 @@ def place_of(model: str) -> str:
     """A folder, or a hub id; of a stage's folder the model in it. UsageError for what is not there."""
     place = Path(model).expanduser()
     if not place.exists() and (model.count("/") > 1 or not may_be_on_hub(model)):
-        raise UsageError(f"no model at {model}: give a folder, a hub id (OWNER/NAME) or runs/NAME/stages/STAGE")
+        raise UsageError(
+            f"no model at {model}: give a folder, a hub id (OWNER/NAME) or runs/NAME/stages/STAGE"
+        )
     inside = place / "model"
     return str(inside) if (inside / "config.json").exists() else str(place) if place.exists() else model
 
@@ -248,8 +250,6 @@ def _check(judge: Judge, asked: Sequence[Question], why: Sequence[tuple[str, boo
         i, reason, _ = next((one for one in missing if one[2]), missing[0])
         shown = functions.sample([q.prompt for q in asked], i).partition(", ")[2]
         raise RewardError(
-            f"judge {judge.name!r} has no verdict on {asked[i].id} ({shown}): {reason}; what it said is kept, "
-            "and the same command goes on (on_failure: none counts such questions as a draw)"
+            f"judge {judge.name!r} has no verdict on {asked[i].id} ({shown}): {reason}; what it said is "
+            "kept, and the same command goes on (on_failure: none counts such questions as a draw)"
         )
-
-

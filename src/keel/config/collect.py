@@ -34,7 +34,9 @@ def _judges_of(annotators: str | list[str | JudgeEntry]) -> list[AnnotatorJudge]
 
 def _voters_of(annotators: str | list[str | JudgeEntry]) -> str:
     """`people`, or world:NAME. ValueError where there are none, or both."""
-    named = [annotators] if isinstance(annotators, str) else [one for one in annotators if isinstance(one, str)]
+    named = (
+        [annotators] if isinstance(annotators, str) else [one for one in annotators if isinstance(one, str)]
+    )
     if len(named) == 1:
         return named[0]
     if named:

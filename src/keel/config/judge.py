@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from keel.config.settings import LONGEST_PATH, Settings
 
 RUBRIC = (
-    "Is the reply right, does it do what was asked for, and is it honest about what it does not know? A reply "
-    "that is longer than it needs to be is worse."
+    "Is the reply right, does it do what was asked for, and is it honest about what it does not know? A "
+    "reply that is longer than it needs to be is worse."
 )
 
 
@@ -82,8 +82,8 @@ class JudgeSettings(Settings):
     on_failure: Literal["error", "none"] = Field(
         "error",
         description=(
-            "Where no usable answer comes: an error that names the sample, or None (the reward does not apply "
-            "to it; the annotator did not vote)."
+            "Where no usable answer comes: an error that names the sample, or None (the reward does not "
+            "apply to it; the annotator did not vote)."
         ),
     )
     tries: int = Field(
@@ -136,7 +136,9 @@ class JudgeSettings(Settings):
         if self.address is None:
             remote = sorted(type(self).idle - {"address"})
             if idle := next((name for name in remote if self.changes(name)), None):
-                raise ValueError(f"`{idle}` has no effect without `address`: the model runs in keel's process")
+                raise ValueError(
+                    f"`{idle}` has no effect without `address`: the model runs in keel's process"
+                )
         return self
 
     @property

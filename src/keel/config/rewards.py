@@ -187,8 +187,8 @@ class JudgeTerm(JudgeSettings, RewardSettings):
         "pointwise",
         description=(
             "pointwise: each reply by itself, on `scale`; pairwise: every two replies to a prompt, or each "
-            "with the one in `against`; ranking: all replies to a prompt at once. The last two give the share "
-            "of the others that a reply is better than."
+            "with the one in `against`; ranking: all replies to a prompt at once. The last two give the "
+            "share of the others that a reply is better than."
         ),
     )
     scale: tuple[int, int] = Field(
@@ -198,7 +198,9 @@ class JudgeTerm(JudgeSettings, RewardSettings):
         None, min_length=1, description="Column with a reply that each reply is compared with (pairwise)."
     )
     reference: str | None = Field(
-        None, min_length=1, description="Column with a right answer that the judge is shown, where a row has one."
+        None,
+        min_length=1,
+        description="Column with a right answer that the judge is shown, where a row has one.",
     )
 
     @property
@@ -362,8 +364,8 @@ def check_several(terms: Sequence[RewardTerm], where: str) -> None:
     for term in terms:
         if isinstance(term, JudgeTerm) and term.compares:
             raise ValueError(
-                f"reward {term.log_name!r}: `mode: {term.mode}` compares the replies to one prompt, and {where} "
-                "has one reply a prompt: set `mode: pointwise`, or pairwise with `against`"
+                f"reward {term.log_name!r}: `mode: {term.mode}` compares the replies to one prompt, and "
+                f"{where} has one reply a prompt: set `mode: pointwise`, or pairwise with `against`"
             )
 
 

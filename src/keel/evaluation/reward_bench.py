@@ -1,7 +1,8 @@
 """Published benchmarks of reward models: the rules by which scores of replies become a result.
 
 A question is a prompt with replies, of which the first `right` ones are right. Rules are those of the
-published code; where it differs from the text about it, the code is followed and docs/reward-bench.md says so.
+published code; where it differs from the text about it, the code is followed and docs/reward-bench.md says
+so.
 
 RewardBench (2403.13787): a pair is won where the right reply scores strictly higher. A section is the mean of
 its subsets, weighted by `PROMPTS`; the score is the mean of the sections.
@@ -110,8 +111,8 @@ def best_points(scored: Scored) -> float:
 
 
 def order_points(scored: Scored) -> tuple[float, float, float]:
-    """(right with its own order, right with the other, both orders agree) of an LLMBar pair. Scores without an
-    order are read as LLMBar reads ratings: of two equal ones the first shown loses."""
+    """(right with its own order, right with the other, both orders agree) of an LLMBar pair. Scores without
+    an order are read as LLMBar reads ratings: of two equal ones the first shown loses."""
     if not scored.answered:
         return 0.0, 0.0, 0.0
     if scored.in_front is None or scored.behind is None:
@@ -361,7 +362,9 @@ def check(benchmark: Benchmark, questions: Sequence[Question]) -> None:
         if known is not None and question.subset not in known:
             raise DataError(f"{question.origin}: {question.subset!r} is no subset of {benchmark}")
         if not 0 < question.right < len(question.replies):
-            raise DataError(f"{question.origin}: it has {question.right} right replies of {len(question.replies)}")
+            raise DataError(
+                f"{question.origin}: it has {question.right} right replies of {len(question.replies)}"
+            )
         in_ties = benchmark == "rewardbench2" and question.subset == TIES
         if in_ties and question.id.partition(":")[0] not in ("ref", "tied"):
             raise DataError(f"{question.origin}: the id of a question of Ties is ref:NUMBER or tied:NUMBER")
@@ -384,8 +387,8 @@ def _mean(values: Sequence[float]) -> float:
 def length(
     questions: Sequence[Question], scored: Sequence[Scored], *, seed: int = 0, draws: int = LENGTH_DRAWS
 ) -> dict[str, Any]:
-    """What length does to the result. Every right reply is compared with every wrong one of its question; each
-    question weighs the same.
+    """What length does to the result. Every right reply is compared with every wrong one of its question;
+    each question weighs the same.
 
     `accuracy`: share of these pairs won, ½ for equal scores. `controlled`: the same at equal length, σ(a) of
 

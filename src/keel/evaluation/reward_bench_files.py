@@ -1,8 +1,8 @@
 """Benchmarks of reward models as their authors publish them, read from files: nothing is downloaded.
 
-    RewardBench      rows with prompt, chosen, rejected, subset, id (the split `filtered` of allenai/reward-bench)
-    RewardBench 2    rows with prompt, lists chosen and rejected, num_correct, subset, id
-    LLMBar           dataset.json with input, output_1, output_2, label; its folder's name is the subset
+    RewardBench      rows with prompt, chosen, rejected, subset, id (the split `filtered` of
+    allenai/reward-bench) RewardBench 2    rows with prompt, lists chosen and rejected, num_correct, subset,
+    id LLMBar           dataset.json with input, output_1, output_2, label; its folder's name is the subset
     pairs            any preference data that keel reads; a column `subset` names kinds of pairs
 
 Which one it is, the columns say.
@@ -26,8 +26,8 @@ _KINDS = (".parquet", ".jsonl", ".json")
 def read(place: str, benchmark: Benchmark | None = None) -> tuple[Benchmark, list[Question]]:
     """The questions of a file or a folder (with the folders in it), and of which benchmark they are.
 
-    benchmark: None: by the columns. UsageError for a place without data; DataError, with the row, for one that
-    is not of the benchmark's form.
+    benchmark: None: by the columns. UsageError for a place without data; DataError, with the row, for one
+    that is not of the benchmark's form.
     """
     path = Path(place).expanduser()
     found = _files(path) if path.exists() else []

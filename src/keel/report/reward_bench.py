@@ -12,7 +12,12 @@ from keel.report.wording import number, short
 NAMES = {"rewardbench": "RewardBench", "rewardbench2": "RewardBench 2", "llmbar": "LLMBar", "pairs": "Pairs"}
 SHOWN = 40  # errors on the page
 LONGEST = 1500  # characters of a text on the page
-_PARTS = (("sections", "Sections"), ("subsets", "Subsets"), ("position", "In both orders"), ("length", "Length"))
+_PARTS = (
+    ("sections", "Sections"),
+    ("subsets", "Subsets"),
+    ("position", "In both orders"),
+    ("length", "Length"),
+)
 _LENGTH = {
     "accuracy": ("Pairs won", "every right reply against every wrong one of its question"),
     "controlled": ("Pairs won at equal length", "what a regression on the difference in length leaves"),

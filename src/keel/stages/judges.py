@@ -128,7 +128,8 @@ class Local:
         room = None if self.context is None else self.context - self.sampling.max_new_tokens
         fitting = [i for i, own in enumerate(ids) if room is None or len(own) <= room]
         found: list[Verdict | Unanswered] = [
-            Unanswered(f"the question takes {len(own)} tokens, and its context has room for {room}") for own in ids
+            Unanswered(f"the question takes {len(own)} tokens, and its context has room for {room}")
+            for own in ids
         ]
         if fitting:
             prompts = [ids[i] for i in fitting]

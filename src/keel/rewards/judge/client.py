@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import re
 import threading
@@ -149,6 +150,7 @@ class Remote:
             base_url=endpoint.address.rstrip("/"),
             organization="",  # else those of the environment, which are meant for another address
             project="",
+            default_headers={"Authorization": f"Bearer {endpoint.key or 'none'}"},
             max_retries=0,
             timeout=endpoint.timeout,
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
@@ -165,7 +167,7 @@ class Remote:
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-        return {key: answer for key, answer in zip(missing, answers, strict=True)}  # pyright: ignore[reportReturnType]
+        return dict(zip(missing, answers, strict=True))  # pyright: ignore[reportReturnType]
 
     async def _answer(self, client: Any, key: str, question: Question) -> Verdict | Unanswered:
         """Ask until there is an answer that can be read."""
@@ -297,10 +299,10 @@ class Remote:
 
     def _why(self, error: BaseException) -> str:
         """An error in a few words, without the key."""
-        cause = error.__cause__ if type(error).__name__ == "APIConnectionError" else None
+        cause = _of_system(error) or error.__cause__
         body = getattr(error, "body", None)
         told = body.get("message") if isinstance(body, Mapping) else None
-        text = str(told or cause or error) or type(error).__name__
+        text = str(told or cause or "") or str(error) or type(error).__name__
         if self.endpoint.key:
             text = text.replace(self.endpoint.key, "…")
         return _short(text)
@@ -364,6 +366,18 @@ def _read(question: Question, told: str) -> Verdict | None:
         return question.read(told)
     except ValueError:
         return None
+
+
+def _of_system(error: BaseException) -> str:
+    """What the system says of a connection, in the errors that an error came of."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        if isinstance(one, OSError) and one.errno is not None:
+            return os.strerror(one.errno) if one.errno > 0 else str(one.strerror)
+        one = one.__cause__ or one.__context__
+    return ""
 
 
 def _short(text: object) -> str:

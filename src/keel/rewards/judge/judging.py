@@ -108,8 +108,8 @@ class Judge:
     # ------------------------------------------------------------ a reward
 
     def __call__(self, batch: Batch) -> list[float | None]:
-        """The rewards of B samples, as a mixture asks for them. RewardError, with the sample, where one has no
-        verdict and `on_failure` is error. What is measured goes into `batch.logged`."""
+        """The rewards of B samples, as a mixture asks for them. RewardError, with the sample, where one has
+        no verdict and `on_failure` is error. What is measured goes into `batch.logged`."""
         groups = list(self._groups(batch))
         references = [self._cell(batch, self.reference, rows[0]) for rows in groups]
         replies = [[batch.completions[i] for i in rows] for rows in groups]
@@ -121,7 +121,9 @@ class Judge:
         scores: list[float | None] = [None] * len(batch.prompts)
         reasons = [""] * len(scores)
         why: list[Unanswered | None] = [None] * len(scores)
-        for rows, values, said, missing in zip(groups, judged.scores, judged.reasons, judged.why, strict=True):
+        for rows, values, said, missing in zip(
+            groups, judged.scores, judged.reasons, judged.why, strict=True
+        ):
             for row, value, reason, gone in zip(rows, values, said, missing, strict=True):
                 scores[row], reasons[row], why[row] = value, reason, gone
         self._check(batch.prompts, why)
@@ -145,7 +147,9 @@ class Judge:
         if column not in batch.columns:
             raise UsageError(f"reward {self.name!r}: the data have no column {column!r}")
         value = batch.columns[column][row]
-        return None if value is None else _text(value) if isinstance(value, str | list | tuple) else str(value)
+        return (
+            None if value is None else _text(value) if isinstance(value, str | list | tuple) else str(value)
+        )
 
     def _against(self, batch: Batch, groups: Sequence[Sequence[int]]) -> Judged:
         """Each reply compared with the one in the column; None for a row without."""
@@ -163,8 +167,9 @@ class Judge:
         if missing and self.on_failure == "error":
             row, gone = next(((row, gone) for row, gone in missing if gone.asked), missing[0])
             raise RewardError(
-                f"reward {self.name!r} has no verdict on {functions.sample(prompts, row)}: {gone.reason}; what "
-                "is done is kept, and the same command goes on (on_failure: none leaves such samples out)"
+                f"reward {self.name!r} has no verdict on {functions.sample(prompts, row)}: {gone.reason}; "
+                "what is done is kept, and the same command goes on (on_failure: none leaves such samples "
+                "out)"
             )
 
     def _log(
@@ -208,8 +213,8 @@ class Judge:
     def compare(
         self, pairs: Sequence[tuple[Prompt, Reply, Reply]], references: Sequence[str | None] | None = None
     ) -> list[Compared]:
-        """Each pair in both orders; with `both_orders` False in one, which its texts decide. Equal replies are
-        equally good."""
+        """Each pair in both orders; with `both_orders` False in one, which its texts decide. Equal replies
+        are equally good."""
         references = references or [None] * len(pairs)
         asked: list[Question] = []
         wanted: list[tuple[int, bool]] = []  # which pair, and whether its first reply stands in front

@@ -79,8 +79,8 @@ class Ledger:
         ]
         if over:
             raise BudgetError(
-                f"{self.who}: its budget is spent ({' and '.join(over)}); what is done is kept: raise `budget` "
-                "and the same command goes on"
+                f"{self.who}: its budget is spent ({' and '.join(over)}); what is done is kept: raise "
+                "`budget` and the same command goes on"
             )
         self.waiting += 1
 
