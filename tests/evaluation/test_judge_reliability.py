@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keel.data.batches import derive_seed
 from keel.evaluation.judge_reliability import FEWEST, against_people, people_posterior, weighed
 from keel.types import PreferenceRecord, Vote
 from keel.worlds import helpdesk
@@ -24,12 +23,12 @@ def of(choices: list[list[str]]) -> list[PreferenceRecord]:
 
 def test_where_people_are_certain_the_share_of_agreement_is_the_reliability() -> None:
     """40 pairs, the truth known; the judge is right on 30: with one added to each cell of the symmetric
-    counts (60 right, 20 wrong of 80 read from both sides, 40 a category), 31/43."""
+    counts (of 40 in a category 30 right, 10 wrong, no tie), (31 + ½)/43."""
     truth = np.array([2] * 20 + [0] * 20)
     posterior = np.eye(3)[truth]
     said = [2] * 15 + [0] * 5 + [0] * 15 + [2] * 5
     found = against_people(posterior, said)
-    assert found.right_side["mean"] == pytest.approx(31 / 43)
+    assert found.right_side["mean"] == pytest.approx(31.5 / 43)
     assert found.right_side["n"] == 40
     assert found.counts
 
@@ -102,27 +101,31 @@ def test_a_reviewers_word_is_the_truth_and_pairs_without_votes_have_the_prior() 
     assert people_posterior([PreferenceRecord("", "", "")]).tolist() == [[1 / 3, 1 / 3, 1 / 3]]
 
 
+@pytest.fixture(scope="module")
+def compared() -> list[tuple[PreferenceRecord, int]]:
+    """1,000 pairs of the help desk, one side of which is better by the gold reward: the votes of three to
+    five annotators, who err and share a bias, and which side it is, 2 or 0."""
+    found: list[tuple[PreferenceRecord, int]] = []
+    for row in helpdesk.rows("comparisons", 4000, 5):
+        prompt = row["prompt"][-1]["content"]
+        chosen, rejected = (
+            helpdesk.gold(prompt, row[side][-1]["content"], row)["total"] for side in ("chosen", "rejected")
+        )
+        if chosen != rejected:
+            votes = tuple(Vote(vote["annotator"], vote["choice"]) for vote in row["votes"])
+            found.append((PreferenceRecord("", "", "", votes=votes), 2 if chosen > rejected else 0))
+        if len(found) == 1000:
+            return found
+    raise AssertionError("too few pairs")
+
+
 @pytest.mark.parametrize("reliability", [0.7, 0.85])
 def test_on_the_help_desk_a_judge_of_known_reliability_is_measured_within_three_points(
-    reliability: float,
+    reliability: float, compared: list[tuple[PreferenceRecord, int]]
 ) -> None:
-    """1,000 pairs of the world's own replies, each with the votes of three to five of its annotators, who err
-    and share a bias. The judge names the better reply by the gold reward with the given probability."""
-    records, said, right = [], list[int](), 0
-    rows = helpdesk.rows("comparisons", 4000, 5)
-    for row in rows:
-        prompt = row["prompt"][-1]["content"]
-        sides = [row[side][-1]["content"] for side in ("chosen", "rejected")]
-        gold = [helpdesk.gold(prompt, side, row)["total"] for side in sides]
-        if gold[0] == gold[1]:
-            continue
-        votes = tuple(Vote(vote["annotator"], vote["choice"]) for vote in row["votes"])
-        records.append(PreferenceRecord("", "", "", votes=votes))
-        is_right = random.Random(derive_seed("judge", len(said))).random() < reliability
-        right += is_right
-        said.append(2 if (gold[0] > gold[1]) == is_right else 0)
-        if len(said) == 1000:
-            break
-    assert len(said) == 1000
-    found = against_people(people_posterior(records), said)
-    assert found.right_side["mean"] == pytest.approx(right / 1000, abs=0.03)
+    rng = random.Random(7)
+    right = [rng.random() < reliability for _ in compared]
+    said = [better if is_right else 2 - better for (_, better), is_right in zip(compared, right)]
+    found = against_people(people_posterior([record for record, _ in compared]), said)
+    assert found.right_side["n"] == 1000
+    assert found.right_side["mean"] == pytest.approx(sum(right) / 1000, abs=0.03)

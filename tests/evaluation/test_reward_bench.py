@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -183,39 +182,36 @@ def test_intervals_are_those_of_questions_drawn_within_their_subset() -> None:
 
 
 def test_a_model_that_reads_length_alone_is_a_coin_at_equal_length() -> None:
-    """The right reply is longer in 80 of 100 pairs. Who always takes the longer one wins 0.8, and σ(a) ½."""
+    """The right reply is longer in 80 of 100 pairs. Who always takes the longer one wins all of those and
+    none of the others: 0.8, and ½ with length controlled. Who is right in 60 of the 80 and in 5 of the 20:
+    0.65, and (¾ + ¼)/2."""
     long, short = "x" * 80, "y" * 20
     questions = [question("all", *((long, short) if i < 80 else (short, long))) for i in range(100)]
-    by_length = scored(*((float(len(q.replies[0])), float(len(q.replies[1]))) for q in questions))  # type: ignore[misc]
+    by_length = scored(*[(1.0, 0.0)] * 80 + [(0.0, 1.0)] * 20)
     found = bench.length(questions, by_length, draws=20)
-    assert mean(found["accuracy"]) == mean(found["longer_right"]) == 0.8
-    assert mean(found["controlled"]) == pytest.approx(0.5, abs=0.02)
-    assert mean(found["slope"]) > 3
-    right = scored(*[(1.0, 0.0)] * 90 + [(0.0, 1.0)] * 10)
-    fair = [question("all", *((long, short) if i % 2 else (short, long))) for i in range(100)]
-    found = bench.length(fair, right, draws=20)
-    assert mean(found["controlled"]) == pytest.approx(0.9, abs=0.02)
-    assert abs(mean(found["slope"])) < 0.05
+    assert {name: mean(m) for name, m in found.items()} == pytest.approx({
+        "accuracy": 0.8, "right longer": 1.0, "right shorter": 0.0, "controlled": 0.5, "longer right": 0.8,
+    })  # fmt: skip
+    by_half = scored(*[(1, 0)] * 60 + [(0, 1)] * 20 + [(1, 0)] * 5 + [(0, 1)] * 15)
+    found = bench.length(questions, by_half, draws=200)
+    assert (mean(found["accuracy"]), mean(found["controlled"])) == pytest.approx((0.65, 0.5))
+    assert found["controlled"]["low"] < 0.5 < found["controlled"]["high"]
 
 
-def test_the_regression_is_the_maximum_of_its_penalised_likelihood() -> None:
-    rng = np.random.default_rng(0)
-    x, y, weight = rng.uniform(-1, 1, 300), (rng.random(300) < 0.6) * 1.0, rng.random(300)
-    a, b = bench._logistic(x, y, weight)
-
-    def penalised(a: float, b: float) -> float:
-        z = a + b * x
-        return float(weight @ (y * z - np.log1p(np.exp(z)))) - bench.RIDGE * (a * a + b * b) / 2
-
-    best = penalised(a, b)
-    assert all(penalised(a + d, b + e) < best for d, e in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3)))
+def test_equal_lengths_count_half_in_either_part() -> None:
+    """Lengths equal and won; right longer and lost; right shorter and won: 0.5/1.5 and 1.5/1.5."""
+    questions = [question("a", "good", "evil"), question("a", "longer", "x"), question("a", "x", "longer")]
+    found = bench.length(questions, scored((1, 0), (0, 1), (1, 0)), draws=2)
+    assert mean(found["right longer"]) == pytest.approx(1 / 3)
+    assert mean(found["controlled"]) == pytest.approx(2 / 3)
+    assert "controlled" not in bench.length(questions[1:2], scored((0, 1)), draws=2)
 
 
 def test_each_question_weighs_the_same_however_many_replies_it_has() -> None:
     questions = [question("a", "g", "xx", "yyy", "zzzz"), question("a", "good", "b")]
     found = bench.length(questions, scored((0, 1, 1, 1), (1, 0)), draws=2)
     assert mean(found["accuracy"]) == 0.5
-    assert bench.length([question("a", "good", "evil")], scored((1, 0))) == {}
+    assert bench.length([question("a", "good", "evil")], [Scored((None, None))]) == {}
 
 
 def test_the_surest_errors_come_first_and_subsets_take_turns() -> None:

@@ -23,8 +23,8 @@ def reward(
     model: Annotated[
         str,
         typer.Argument(
-            help="A reward model (folder, hub id, runs/NAME/stages/STAGE), or a YAML file with one reward as
-            in " "a config: a judge, a classifier."
+            help="A reward model (folder, hub id, runs/NAME/stages/STAGE), or a YAML file with one reward as "
+            "in a config: a judge, a classifier."
         ),
     ],
     on: Annotated[

@@ -164,7 +164,7 @@ def term_of(model: str, trust: bool) -> RewardTerm:
         return LearnedTerm(kind="learned", model=model)
     tree = read_mapping(Path(model))
     tree = tree.get("reward", tree)  # a config's own line, `reward: {…}`, will do
-    stage = {"kind": "best_of_n", "model": "bench", "data": "bench.jsonl", "reward": tree}
+    stage = {"kind": "best_of_n", "model": "./policy", "data": "prompts.jsonl", "reward": tree}
     terms = parse({"name": "bench", "stages": {"bench": stage}}, model).stages["bench"].reward_terms()
     if len(terms) != 1:
         raise UsageError(f"{model} holds {len(terms)} rewards: give one")

@@ -3,9 +3,9 @@ which its word counts as far as that.
 
 People's votes come first: by Dawid and Skene's model they say how probable it is of each pair that one side
 is better (`reliability.dawid_skene`). The judge has a confusion matrix too, found by EM with what people say
-of a pair as the pair's prior. So judges who agree with each other cannot outvote people about what is true. What
-is measured is whether a judge sides with people. Where all people share a bias, a judge that has it looks
-reliable.
+of a pair as the pair's prior. So judges who agree with each other cannot outvote people about what is true.
+What is measured is whether a judge sides with people. Where all people share a bias, a judge that has it
+looks reliable.
 """
 
 from __future__ import annotations

@@ -31,10 +31,8 @@ from keel.types import Conversation, Prompt
 Array = np.ndarray[Any, Any]
 Benchmark = Literal["rewardbench", "rewardbench2", "llmbar", "pairs"]
 DRAWS = 1000  # of the bootstrap
-LENGTH_DRAWS = 200  # of that of the length-controlled accuracy, which fits a regression each time
 FEWEST = 10  # questions, below which there is too little to draw from
 TIES = "Ties"
-RIDGE = 0.01  # precision of the normal prior on the coefficients of a regression
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
@@ -385,36 +383,36 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def length(
-    questions: Sequence[Question], scored: Sequence[Scored], *, seed: int = 0, draws: int = LENGTH_DRAWS
+    questions: Sequence[Question], scored: Sequence[Scored], *, seed: int = 0, draws: int = DRAWS
 ) -> dict[str, Any]:
     """What length does to the result. Every right reply is compared with every wrong one of its question;
     each question weighs the same.
 
-    `accuracy`: share of these pairs won, ½ for equal scores. `controlled`: the same at equal length, σ(a) of
-
-        P(right wins) = σ(a + b·x)        x = tanh((length of the right − of the wrong) / s)
-
-    with lengths in characters and s the root mean square of their differences, as in length-controlled
-    AlpacaEval (2404.04475). `longer_right`: share of the pairs whose right reply is the longer one. Intervals
-    by the bootstrap over questions. {} where nothing was answered, or lengths do not vary.
+    `accuracy`: share of these pairs won, ½ for equal scores. `right longer`, `right shorter`: the same of the
+    pairs whose right reply is the longer one, in characters, or the shorter; equal lengths count half in
+    either. `controlled`: the mean of the two, which no taste for length can raise: who always takes the
+    longer reply has ½. `longer right`: share of the pairs whose right reply is longer, what length alone
+    would win. Intervals by the bootstrap over questions. A part that no pair is in is left out, and
+    `controlled` with it; {} where nothing was answered.
     """
     pairs = [pair for i in range(len(questions)) for pair in _pairs(i, questions[i], scored[i])]
     if not pairs:
         return {}
     question, won, longer, weight = (np.array(column) for column in zip(*pairs, strict=True))
-    scale = math.sqrt(float(np.mean(np.square(longer))))
-    if scale == 0:
-        return {}
-    x = np.tanh(longer / scale)
     names, index = np.unique(question, return_inverse=True)
+    side = (np.sign(longer) + 1) / 2  # 1: the right reply is longer
+    sums = {  # (questions,) each: of weights, and of what was won
+        name: [np.bincount(index, weight * part * value) for value in (np.ones_like(won), won)]
+        for name, part in (("all", np.ones_like(side)), ("right longer", side), ("right shorter", 1 - side))
+    }
     rng = np.random.default_rng(seed)
     samples: dict[str, list[float]] = {}
     for _ in range(draws):
         times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))
-        for name, value in _length_measures(x, won, longer, weight * times[index]).items():
+        for name, value in _length_measures(sums, times).items():
             samples.setdefault(name, []).append(value)
-    once = _length_measures(x, won, longer, weight)
-    return {name: _interval(value, samples[name], len(names)) for name, value in once.items()}
+    once = _length_measures(sums, np.ones(len(names)))
+    return {name: _interval(value, samples.get(name, []), len(names)) for name, value in once.items()}
 
 
 def _pairs(number: int, question: Question, scored: Scored) -> list[tuple[int, float, float, float]]:
@@ -432,30 +430,15 @@ def _pairs(number: int, question: Question, scored: Scored) -> list[tuple[int, f
     return [(number, won, longer, 1 / len(found)) for won, longer in found]
 
 
-def _length_measures(x: Array, won: Array, longer: Array, weight: Array) -> dict[str, float]:
-    total = float(weight.sum())
-    a, b = _logistic(x, won, weight)
-    return {
-        "accuracy": float(weight @ won) / total,
-        "controlled": 1 / (1 + math.exp(-a)),
-        "slope": b,
-        "longer_right": float(weight @ (longer > 0)) / total,
+def _length_measures(sums: Mapping[str, Sequence[Array]], times: Array) -> dict[str, float]:
+    totals = {name: [float(times @ column) for column in columns] for name, columns in sums.items()}
+    shares = {name: won / of for name, (of, won) in totals.items() if of > 0}
+    found = {"accuracy": shares["all"]} | {
+        n: shares[n] for n in ("right longer", "right shorter") if n in shares
     }
-
-
-def _logistic(x: Array, y: Array, weight: Array) -> tuple[float, float]:
-    """a and b of P(y) = σ(a + b·x), by Newton's method with a weak normal prior that keeps them finite."""
-    design = np.stack([np.ones_like(x), x], axis=1)
-    beta = np.zeros(2)
-    for _ in range(60):
-        p = 1 / (1 + np.exp(-np.clip(design @ beta, -30, 30)))
-        gradient = design.T @ (weight * (y - p)) - RIDGE * beta
-        curvature = design.T @ (design * (weight * p * (1 - p))[:, None]) + RIDGE * np.eye(2)
-        step = np.clip(np.linalg.solve(curvature, gradient), -2, 2)
-        beta = beta + step
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(beta[0]), float(beta[1])
+    if len(found) == 3:
+        found["controlled"] = (found["right longer"] + found["right shorter"]) / 2
+    return found | {"longer right": totals["right longer"][0] / totals["all"][0]}
 
 
 def _text(reply: str | Conversation) -> str:

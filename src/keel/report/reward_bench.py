@@ -20,9 +20,10 @@ _PARTS = (
 )
 _LENGTH = {
     "accuracy": ("Pairs won", "every right reply against every wrong one of its question"),
-    "controlled": ("Pairs won at equal length", "what a regression on the difference in length leaves"),
-    "slope": ("Pull of length", "log-odds for a much longer right reply; 0: none"),
-    "longer_right": ("Right reply is longer", "share of the pairs: what length alone would win"),
+    "right longer": ("Right reply longer", "of the pairs whose right reply is the longer one"),
+    "right shorter": ("Right reply shorter", "of those whose right reply is the shorter one"),
+    "controlled": ("Length-controlled", "mean of the two: who always takes the longer reply has ½"),
+    "longer right": ("What length would win", "share of the pairs whose right reply is longer"),
 }
 
 
@@ -34,9 +35,6 @@ class Line(NamedTuple):
     interval: str
     n: str
     explanation: str
-    low: float | None  # on a strip from 0 to 1, in percent
-    high: float | None
-    mean: float | None
 
 
 def lines(found: Mapping[str, Any]) -> list[tuple[str, list[Line]]]:
@@ -53,20 +51,14 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, list[Line]]]:
 
 def _named(part: str, name: str, measure: Mapping[str, Any]) -> Line:
     label, explanation = _LENGTH.get(name, (name, "")) if part == "length" else (name, "")
-    return _line(label, measure, explanation, share=name != "slope")
+    return _line(label, measure, explanation)
 
 
-def _line(label: str, measure: Mapping[str, Any], explanation: str = "", *, share: bool = True) -> Line:
+def _line(label: str, measure: Mapping[str, Any], explanation: str = "") -> Line:
     low, high, mean = (measure.get(end) for end in ("low", "high", "mean"))
     interval = "" if low is None or high is None else f"{number(low, 3)} to {number(high, 3)}"
 
-    def place(value: float | None) -> float | None:
-        return round(100 * min(max(value, 0.0), 1.0), 2) if value is not None and share else None
-
-    return Line(
-        label, number(mean, 3), interval, f"{int(measure['n']):,}", explanation, place(low), place(high),
-        place(mean),
-    )  # fmt: skip
+    return Line(label, number(mean, 3), interval, f"{int(measure['n']):,}", explanation)
 
 
 def _about(found: Mapping[str, Any]) -> str:
