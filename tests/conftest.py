@@ -557,10 +557,10 @@ def shown_to_judge(text: str) -> dict[str, str]:
     return {name: content.strip("\n") for name, content in zip(parts[1::2], parts[2::2])}
 
 
-def likes_red(text: str, number: int = 0) -> Said:
-    """A judge that likes "red", and else nothing."""
+def likes_red(text: str, number: int = 0, liked: str = "red") -> Said:
+    """A judge that likes "red", or another text, and else nothing."""
     replies = {n.removeprefix("reply "): r for n, r in shown_to_judge(text).items() if n.startswith("reply")}
-    likes = {name: "red" in reply for name, reply in replies.items()}
+    likes = {name: liked in reply for name, reply in replies.items()}
     if '"scores"' in text:
         names = re.findall(r'"(\w+)": a number', text)
         score = 10 if likes["reply"] else 1

@@ -13,6 +13,10 @@ from keel.config import parse
 from keel.errors import BudgetError, RewardError, UsageError
 from keel.pipeline.pipeline import Pipeline
 from keel.rewards.judge import client
+from keel.stages import collect as collect_stage
+from keel.stages import judged_pairs
+from keel.stages.judged_pairs import JudgeVotes
+from keel.stages.people import Voted
 
 pytest.importorskip("openai")
 
@@ -26,7 +30,7 @@ def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def grpo(tiny_model: Path, data: Any) -> Any:
     """A tiny GRPO stage that a judge rewards."""
 
-    def make(address: str, *, more: Any = None, **judge: Any) -> dict[str, Any]:
+    def make(address: str | None, *, more: Any = None, **judge: Any) -> dict[str, Any]:
         term = {"kind": "judge", "model": "scripted", "address": address, "rubric": "red is good", "tries": 2}
         return {
             "kind": "grpo", "model": str(tiny_model), "data": str(data.prompts), "reward": {**term, **judge},
@@ -49,22 +53,31 @@ def stage(config: dict[str, Any], directory: Path) -> Pipeline:
 
 @pytest.mark.parametrize("mode", ["pointwise", "pairwise", "ranking"])
 def test_a_judge_rewards_grpo_end_to_end(
-    mode: str, grpo: Any, run: Any, scripted_judge: Any, tmp_path: Path
+    mode: str, grpo: Any, scripted_judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """And the key is written nowhere."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-4711")
     # a letter that an untrained model writes now and then
-    judge = scripted_judge(lambda text, n: scripted_judge.likes_red(text.replace("e", "red")))
-    run({"stages": {"grpo": grpo(judge.address, mode=mode)}}, tmp_path / "run")
+    judge = scripted_judge(lambda text, n: scripted_judge.likes_red(text, liked="e"))
+    config = grpo(judge.address, mode=mode, api_key_env="JUDGE_KEY", more={"updates": 2})
+    told: list[str] = []
+    settings = parse({"name": "tiny", "threads": 1, "device": "cpu", "stages": {"grpo": config}})
+    pipeline = Pipeline(settings, tmp_path / "run", told.append)
+    pipeline._report = lambda: None
+    pipeline.run()
     folder = tmp_path / "run" / "stages" / "grpo"
     metrics = lines(folder / "metrics.jsonl")
-    means = [row["rewards/judge/mean"] for row in metrics]
-    assert all(0 <= mean <= 1 for mean in means)
+    assert all(0 <= row["rewards/judge/mean"] <= 1 and row["rewards/judge/applies"] == 1 for row in metrics)
     assert any(row["rewards/judge/std"] > 0 for row in metrics)
-    assert all(row["rewards/judge/applies"] == 1 for row in metrics)
     relative = {"rewards/logged/judge/position_bias", "rewards/logged/judge/disagreement"}
     assert (relative <= metrics[0].keys()) == (mode != "pointwise")
     sample = lines(folder / "samples.jsonl")[0]
     assert sample.get("extra", {}).get("judge/reason") == ("by colour" if mode == "pointwise" else None)
     assert len(judge.asked) == len(set(judge.asked)) == len(lines(tmp_path / "run" / "judge.jsonl"))
+    assert {one["authorization"] for one in judge.headers} == {"Bearer sk-secret-4711"}
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"sk-secret" in path.read_bytes()]
+    assert "sk-secret" not in "".join(told)
 
 
 def test_a_run_whose_judge_is_killed_goes_on_and_asks_nothing_twice(
@@ -98,22 +111,20 @@ def test_a_run_whose_judge_is_killed_goes_on_and_asks_nothing_twice(
 
 
 def test_a_spent_budget_ends_a_run_and_a_larger_one_goes_on(
-    grpo: Any, run: Any, scripted_judge: Any, differences: Any, tmp_path: Path
+    grpo: Any, run: Any, scripted_judge: Any, tmp_path: Path
 ) -> None:
     judge = scripted_judge()
-    run({"stages": {"grpo": grpo(judge.address)}}, tmp_path / "whole")
-    needed = len(judge.asked)
-    judge.asked.clear()
-    with pytest.raises(BudgetError, match=r"grpo/judge: its budget is spent \(12 of 12 calls\)") as raised:
-        run({"stages": {"grpo": grpo(judge.address, budget={"calls": 12})}}, tmp_path / "run")
-    assert raised.value.exit_code == 1
-    assert list((tmp_path / "run" / "stages" / "grpo" / "checkpoints").glob("step-*"))
-    with pytest.raises(BudgetError):
-        run({"stages": {"grpo": grpo(judge.address, budget={"calls": 12})}}, tmp_path / "run")
-    assert len(judge.asked) == 12
+    for _ in range(2):  # the second time nothing is asked
+        spent = r"grpo/judge: its budget is spent \(12 of 12 calls\)"
+        with pytest.raises(BudgetError, match=spent) as raised:
+            run({"stages": {"grpo": grpo(judge.address, budget={"calls": 12})}}, tmp_path / "run")
+        assert raised.value.exit_code == 1
+        assert len(judge.asked) == 12
+    folder = tmp_path / "run" / "stages" / "grpo"
+    assert list((folder / "checkpoints").glob("step-*"))
     run({"stages": {"grpo": grpo(judge.address, budget={"calls": 1000})}}, tmp_path / "run")
-    assert len(judge.asked) == needed
-    assert set(differences(tmp_path / "run", tmp_path / "whole")) <= {"judge.jsonl", "config.yaml"}
+    assert len(lines(folder / "metrics.jsonl")) == 3
+    assert len(judge.asked) == len(set(judge.asked)) > 12
 
 
 def test_what_changes_no_result_is_in_no_fingerprint(grpo: Any, tmp_path: Path) -> None:
@@ -138,23 +149,6 @@ def test_what_changes_no_result_is_in_no_fingerprint(grpo: Any, tmp_path: Path) 
     }
     changed = [print_of(**{name: value}) for name, value in decisive.items()]
     assert len({before, *changed}) == len(decisive) + 1
-
-
-def test_the_key_is_written_nowhere(
-    grpo: Any, scripted_judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "sk-secret-4711")
-    judge = scripted_judge()
-    told: list[str] = []
-    config = {"stages": {"grpo": grpo(judge.address, api_key_env="JUDGE_KEY")}}
-    pipeline = Pipeline(
-        parse({"name": "tiny", "threads": 1, "device": "cpu", **config}), tmp_path / "run", told.append
-    )
-    pipeline.run()
-    assert {one["authorization"] for one in judge.headers} == {"Bearer sk-secret-4711"}
-    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert not [path for path in written if b"sk-secret" in path.read_bytes()]
-    assert "sk-secret" not in "".join(told)
 
 
 def test_a_missing_key_or_client_is_said_before_anything_runs(
@@ -220,11 +214,11 @@ def test_a_column_that_no_row_has_is_said_before_anything_runs(grpo: Any, run: A
 def test_a_model_in_this_process_judges_too(grpo: Any, run: Any, tiny_model: Path, tmp_path: Path) -> None:
     """An untrained one says nothing that can be read: an error with the sample, or None beside another
     reward."""
-    local = {"address": None, "model": str(tiny_model), "tries": 6, "max_new_tokens": 8}
+    local = {"model": str(tiny_model), "tries": 6, "max_new_tokens": 8}
     long = "the question takes .* tokens, and its context has room for 40"
     with pytest.raises(RewardError, match=f"no verdict on sample 0, prompt '.*': {long}"):
-        run({"stages": {"grpo": grpo("", **local)}}, tmp_path / "run")
-    config = grpo("", **local, on_failure="none")
+        run({"stages": {"grpo": grpo(None, **local)}}, tmp_path / "run")
+    config = grpo(None, **local, on_failure="none", more={"updates": 1})
     config["reward"] = [config["reward"], {"kind": "length", "high": 4}]
     run({"stages": {"grpo": config}}, tmp_path / "other")
     metrics = lines(tmp_path / "other" / "stages" / "grpo" / "metrics.jsonl")
@@ -286,7 +280,7 @@ def test_judges_vote_beside_others_and_count_only_where_they_are_reliable(
 
     good = scripted_judge(longer)
     front = scripted_judge(lambda text, n: scripted_judge.said('{"better": "A"}'))
-    judges = [{"address": good.address, "name": "good"}, {"address": front.address, "name": "front"}]
+    judges = [{"address": good.address, "name": "good"}, {"address": front.address, "model": "o/front"}]
     run({"stages": {"asked": collect(*judges, voted_pairs=22)}}, tmp_path / "run")
     folder = tmp_path / "run" / "stages" / "asked"
     result = json.loads((folder / "result.json").read_text())
@@ -311,16 +305,33 @@ def test_judges_vote_beside_others_and_count_only_where_they_are_reliable(
     assert len(good.asked) == before  # another number of votes, and not a question more
 
 
-def test_a_judge_that_shares_few_pairs_with_people_does_not_count(
-    collect: Any, run: Any, scripted_judge: Any, tmp_path: Path
-) -> None:
-    judge = scripted_judge()
-    run({"stages": {"asked": collect({"address": judge.address}, voted_pairs=5)}}, tmp_path / "run")
-    folder = tmp_path / "run" / "stages" / "asked"
-    rows = lines(folder / "comparisons.jsonl")
-    assert json.loads((folder / "result.json").read_text())["judges"]["scripted"]["counts"] is False
-    assert len(rows) == 5
-    assert all("votes" in row and "p_chosen" not in row and row["judge_votes"] for row in rows)
+def test_a_judge_that_shares_few_pairs_with_people_does_not_count(stage_run: Any) -> None:
+    """Nor are pairs that it alone has seen compared."""
+    told: list[str] = []
+    stage_run.say = told.append
+    pairs = [{"pair": i, "prompt": "p", "a": "one", "b": "two"} for i in range(30)]
+    votes = [Voted(i, who, "a") for i in range(19) for who in ("kim", "lee")]
+    judged = [JudgeVotes("judge", ("a",) * 30, None)]
+    labels, measures = judged_pairs.weigh(stage_run, pairs, votes, {}, judged)
+    assert labels == {}
+    assert measures["judge"]["counts"] is False
+    shared = "stage: judge and people both compared 19 pairs, and 20 are needed"
+    assert told == [f"{shared}: its word does not count"]
+    rows = collect_stage.comparisons(pairs, votes, {}, labels, judged)
+    assert len(rows) == 19
+    assert all("votes" in row and "p_chosen" not in row and len(row["judge_votes"]) == 1 for row in rows)
+
+
+def test_a_reviewers_word_stays_the_label_and_counts_as_the_truth(stage_run: Any) -> None:
+    pairs = [{"pair": i, "prompt": "p", "a": "one", "b": "two"} for i in range(40)]
+    words = dict.fromkeys(range(30), "a")
+    judged = [JudgeVotes("judge", ("a",) * 29 + ("b",) * 11, None)]
+    labels, _ = judged_pairs.weigh(stage_run, pairs, [], words, judged)
+    rows = collect_stage.comparisons(pairs, [], words, labels, judged)
+    assert [row["p_chosen"] for row in rows[:30]] == [1.0] * 30
+    assert [row["chosen"] for row in rows[30:]] == ["two"] * 10
+    assert all(0.8 < row["p_chosen"] < 1 for row in rows[30:])
+    assert rows[29]["judge_votes"] == [{"annotator": "judge", "choice": "rejected"}]
 
 
 def test_an_annotator_without_a_verdict_is_named_or_left_out(
