@@ -24,7 +24,6 @@ ROOMS = {  # rooms, and files of commands, that need extras
     "votes": ("label",),
     "feedback": ("label",),
     "dashboard": ("dashboard",),
-    "rewards/judge": ("judge",),
     "cli/dashboard.py": ("dashboard",),
     "trackers": ("trackio", "wandb", "tensorboard", "mlflow"),
 }

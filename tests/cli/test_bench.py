@@ -81,6 +81,7 @@ def test_a_reward_model_is_scored_as_its_own_forward_says(
     assert "<b>fox</b>" not in text
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_scored_on_its_members_scales(
     pairs: Path, tiny_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -51,7 +51,14 @@ def stage(config: dict[str, Any], directory: Path) -> Pipeline:
     )
 
 
-@pytest.mark.parametrize("mode", ["pointwise", "pairwise", "ranking"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "pointwise",
+        pytest.param("pairwise", marks=pytest.mark.slow),
+        pytest.param("ranking", marks=pytest.mark.slow),
+    ],
+)
 def test_a_judge_rewards_grpo_end_to_end(
     mode: str, grpo: Any, scripted_judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -211,6 +218,7 @@ def test_a_column_that_no_row_has_is_said_before_anything_runs(grpo: Any, run: A
         run({"stages": {"grpo": config}}, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_model_in_this_process_judges_too(grpo: Any, run: Any, tiny_model: Path, tmp_path: Path) -> None:
     """An untrained one says nothing that can be read: an error with the sample, or None beside another
     reward."""
@@ -334,6 +342,7 @@ def test_a_reviewers_word_stays_the_label_and_counts_as_the_truth(stage_run: Any
     assert rows[29]["judge_votes"] == [{"annotator": "judge", "choice": "rejected"}]
 
 
+@pytest.mark.slow
 def test_an_annotator_without_a_verdict_is_named_or_left_out(
     collect: Any, run: Any, scripted_judge: Any, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from keel.rewards.mixture import Batch, from_function
 from keel.rundir.checkpoint import write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import build_rewards, judges
+from keel.types import StopReason
 
 AT_ONCE = 64  # questions between two steps of the progress
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -161,7 +162,7 @@ def term_of(model: str, trust: bool) -> RewardTerm:
     """The reward that MODEL names: a reward model, or what a YAML file says. UsageError for a file that is no
     reward, and for code without --trust."""
     if Path(model).suffix.lower() not in _FILES:
-        return LearnedTerm(kind="learned", model=model)
+        return LearnedTerm.model_validate({"kind": "learned", "model": model})
     tree = read_mapping(Path(model))
     tree = tree.get("reward", tree)  # a config's own line, `reward: {…}`, will do
     stage = {"kind": "best_of_n", "model": "./policy", "data": "prompts.jsonl", "reward": tree}
@@ -214,10 +215,9 @@ def _grouped(asked: Sequence[Question], values: Sequence[float | None]) -> list[
 def _by_function(rewarder: Any, asked: Sequence[Question]) -> list[Scored]:
     """By a reward that judges one reply at a time."""
     rows = [(q, reply) for q in asked for reply in q.replies]
-    batch = Batch(
-        [q.prompt for q, _ in rows], [reply for _, reply in rows], [[0]] * len(rows), ["eos"] * len(rows),
-        [[0]] * len(rows), {},
-    )  # fmt: skip
+    ended: list[StopReason] = ["eos"] * len(rows)
+    ids = [[0]] * len(rows)
+    batch = Batch([q.prompt for q, _ in rows], [reply for _, reply in rows], ids, ended, ids, {})
     return _grouped(asked, rewarder(batch))
 
 
