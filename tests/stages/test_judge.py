@@ -132,6 +132,8 @@ def test_a_spent_budget_ends_a_run_and_a_larger_one_goes_on(
     run({"stages": {"grpo": grpo(judge.address, budget={"calls": 1000})}}, tmp_path / "run")
     assert len(lines(folder / "metrics.jsonl")) == 3
     assert len(judge.asked) == len(set(judge.asked)) > 12
+    facts = json.loads((folder / "stage.json").read_text())["facts"]
+    assert facts["judges"] == {"judge": {"calls": len(judge.asked), "tokens": 7 * len(judge.asked)}}
 
 
 def test_what_changes_no_result_is_in_no_fingerprint(grpo: Any, tmp_path: Path) -> None:

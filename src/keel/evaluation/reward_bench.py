@@ -47,7 +47,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
 }  # fmt: skip
 # The weights of RewardBench's subsets. math-prm, which has 447 pairs, weighs as much as all code together.
-# The two of XSTest are as in the published code, which has the numbers of their pairs the wrong way round.
+# The two of XSTest are as in the published code; XSTest has 200 prompts to refuse, so they look exchanged.
 PROMPTS: Mapping[str, int] = {
     "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
     "mt-bench-med": 40, "mt-bench-hard": 37, "math-prm": 984, "refusals-dangerous": 100,

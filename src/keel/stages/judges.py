@@ -102,7 +102,11 @@ def _asked(
         tokens=settings.budget.tokens, say=lambda line: stage_run.say(f"{stage_run.name}: {line}"),
     )  # fmt: skip
     library()
-    return Remote(endpoint, ledger, stop_at_failure=settings.on_failure == "error")
+
+    def spent(calls: int, tokens: int) -> None:
+        stage_run.facts.setdefault("judges", {})[name] = {"calls": calls, "tokens": tokens}
+
+    return Remote(endpoint, ledger, stop_at_failure=settings.on_failure == "error", spent=spent)
 
 
 class Local:

@@ -104,11 +104,20 @@ def library() -> Any:
 class Remote:
     """Asks an endpoint; what it was told before, it takes from the ledger.
 
-    stop_at_failure: whether one unanswered question is enough, so that no others are asked.
+    stop_at_failure: whether one unanswered question is enough, so that no others are asked. spent: told the
+    calls and tokens so far, after questions.
     """
 
-    def __init__(self, endpoint: Endpoint, ledger: Ledger, *, stop_at_failure: bool = True) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        ledger: Ledger,
+        *,
+        stop_at_failure: bool = True,
+        spent: Callable[[int, int], None] = lambda calls, tokens: None,
+    ) -> None:
         self.endpoint, self.ledger, self.stop_at_failure = endpoint, ledger, stop_at_failure
+        self.spent = spent
         self._form = 0  # of _FORMATS, the first that the server takes
         self._form_works = False
         self._limit = "max_tokens"
@@ -140,6 +149,7 @@ class Remote:
             found |= in_thread(lambda: self._ask_all(missing))
             if self._ended is not None:
                 raise self._ended
+        self.spent(self.ledger.calls, self.ledger.tokens)
         return [found[key] for key in keys]
 
     async def _ask_all(self, missing: Mapping[str, Question]) -> dict[str, Verdict | Unanswered]:
