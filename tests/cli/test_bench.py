@@ -122,7 +122,7 @@ def test_a_judge_is_asked_in_both_orders_and_nothing_twice(
     assert len(judge.asked) == 6
 
 
-@pytest.mark.parametrize("mode", ["pointwise", "ranking", "pairwise"])
+@pytest.mark.parametrize("mode", ["pointwise", pytest.param("ranking", marks=pytest.mark.slow), "pairwise"])
 def test_a_judge_finds_the_best_of_four(mode: str, two: Path, scripted_judge: Any, tmp_path: Path) -> None:
     file = judge_file(tmp_path, address=scripted_judge().address, mode=mode)
     found = json.loads(run(file, "--on", str(two), "--out", str(tmp_path / "out"), "--json").stdout)
@@ -174,6 +174,7 @@ def test_bad_input_is_one_line(
         run(*given, "--out", str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_file_with_code_needs_trust_and_two_rewards_are_refused(pairs: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     (tmp_path / "mine.py").write_text("def score(completions):\n    return [len(c) for c in completions]\n")
