@@ -89,7 +89,8 @@ from pathlib import Path
 from keel.config import RunConfig
 from keel.pipeline.pipeline import Pipeline
 model, data, directory, steps, stop = sys.argv[1:6]
-stage = {"kind": "pretrain", "model": model, "data": data, "max_steps": 50, "max_length": 128}
+size = {"max_steps": 50, "batch_size": 4, "max_length": 128}
+stage = {"kind": "pretrain", "model": model, "data": data, **size}
 config = RunConfig.model_validate({"name": "size", "threads": 1, "stages": {"base": stage}})
 imported = time.time()
 def progress(stage, step, steps, metrics):

@@ -157,7 +157,7 @@ class RunConfig(Settings):
         ),
     )
     distributed: DistributedConfig = Field(
-        default_factory=DistributedConfig,
+        default_factory=lambda: DistributedConfig.model_validate({}),
         description="How a run on several processes is computed (docs/scale.md).",
     )
     rounds: RoundsConfig | None = Field(
