@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from keel.config import RunConfig, SFTConfig, parse, read
+from keel.config.settings import Settings
 from keel.errors import DeprecationNote, UsageError
 
 NEW = {"init": {"model_type": "llama"}}
@@ -691,6 +693,35 @@ def test_what_no_setting_can_mean_is_refused(setting, value, message):
         parse({"name": "x", "stages": {"sft": stage}})
     assert message in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def _groups():
+    waiting = [Settings]
+    while waiting:
+        group = waiting.pop()
+        waiting += group.__subclasses__()
+        yield group
+
+
+def test_a_truth_value_is_no_number_in_any_setting():
+    """pydantic alone would read true as 1; also within lists and mappings of numbers."""
+    asked = 0
+    for group in _groups():
+        for name, field in group.model_fields.items():
+            try:
+                taken = TypeAdapter(field.annotation).validate_python(1)
+            except ValidationError:
+                continue
+            if isinstance(taken, bool) or field.annotation is Any:
+                continue
+            with pytest.raises(ValidationError, match=rf"`{name}`: true is no number"):
+                group.model_validate({name: True})
+            asked += 1
+    assert asked > 100
+    stage = {"kind": "evaluate", "models": ["a"], "reward": "r", "data": "d", "best_of": [2, True]}
+    assert "`best_of`: true is no number" in _refusal({"name": "x", "stages": {"s": stage}})
+    made = parse({"name": "x", "stages": {"s": {**_sft(), "lr": "1e-5"}}})  # as YAML 1.1 reads 1e-5
+    assert made.stages["s"].lr == 1e-5  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_seed_may_be_large():

@@ -43,8 +43,10 @@ class Settings(BaseModel):
     def _no_truth_value_for_a_number(cls, values: object) -> object:
         """pydantic would read true as 1."""
         for name, value in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(value, bool) and name in cls.model_fields and _only_numbers(cls, name):
-                raise ValueError(f"`{name}`: {str(value).lower()} is no number")
+            if name in cls.model_fields and _only_numbers(cls, name):
+                truth = _truth_value_in(value)
+                if truth is not None:
+                    raise ValueError(f"`{name}`: {str(truth).lower()} is no number")
         return values
 
     @classmethod
@@ -91,9 +93,20 @@ class Settings(BaseModel):
 
 @cache
 def _only_numbers(group: type[BaseModel], name: str) -> bool:
-    """Whether a setting takes numbers and no truth value."""
+    """Whether a setting takes numbers, alone or in lists, and neither truth values nor groups of settings."""
     kinds = set(_kinds_in(group.model_fields[name].annotation))
-    return bool(kinds & {int, float}) and not kinds & {bool, Any}
+    groups = any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+    return bool(kinds & {int, float}) and not kinds & {bool, Any} and not groups
+
+
+def _truth_value_in(value: object) -> bool | None:
+    """The first truth value in a setting, in lists and mappings too."""
+    if isinstance(value, bool):
+        return value
+    inner: Any = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, (list, tuple, Mapping)):
+        return None
+    return next((found for one in inner if (found := _truth_value_in(one)) is not None), None)
 
 
 def _kinds_in(annotation: object) -> Iterator[Any]:

@@ -126,13 +126,13 @@ def model_config(source: ModelSource) -> Any:
             raise UsageError(f"model.init: {fault}")
         with _explained(kind, "model type"):
             config = AutoConfig.for_model(kind, **values)
-        unknown = [
-            key
-            for key in values
-            if key not in AutoConfig.for_model(kind).to_dict() and not hasattr(type(config), key)
-        ]
+        defaults = AutoConfig.for_model(kind).to_dict()
+        unknown = [key for key in values if key not in defaults and not hasattr(type(config), key)]
         if unknown:
             raise UsageError(f"model.init: {kind} has no setting {unknown[0]!r}")
+        for key, value in values.items():
+            if isinstance(value, bool) and type(defaults.get(key)) in (int, float):
+                raise UsageError(f"model.init: `{key}`: {str(value).lower()} is no number")
         return config
     with _explained(str(source.path), "model"):
         place = Path(str(source.path)) / "config.json"
