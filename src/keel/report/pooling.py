@@ -201,6 +201,6 @@ def scores(judged: Judged, by: str) -> dict[tuple[int, str], float]:
             value = (row.get("gold") or {}).get("total") if by == "gold" else row.get("proxy")
             if value is None:
                 return {}
-            found[row["index"], row["prompt"]] = float(value)
+            found[row["index"], json.dumps(row["prompt"], sort_keys=True)] = float(value)
     whole = bound(judged.measures, by, "n")
     return found if whole is None or len(found) == whole else {}

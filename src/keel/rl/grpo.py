@@ -165,6 +165,7 @@ def _with_groups(experience: Experience, fresh: Experience, groups: Sequence[int
     for position, row in enumerate(rows):
         source[row] = len(experience.completions) + position
     index = torch.tensor(source)
+    prompts = [*experience.prompts, *fresh.prompts]
     completions = [*experience.completions, *fresh.completions]
     by_name = {
         name: [[*values, *fresh.rated.by_name[name]][i] for i in source]
@@ -185,6 +186,7 @@ def _with_groups(experience: Experience, fresh: Experience, groups: Sequence[int
     rated = Rated(sums[0], sums[1], sums[2], by_name, logged)
     return replace(
         experience,
+        prompts=tuple(prompts[i] for i in source),
         completions=tuple(completions[i] for i in source),
         scored=_joined(experience.scored, fresh.scored, index),
         rated=rated,

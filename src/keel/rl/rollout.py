@@ -101,6 +101,7 @@ class LoopState:
 class Experience:
     """A batch of responses with what they earned."""
 
+    prompts: tuple[Prompt, ...]  # of each response
     completions: tuple[Completion, ...]
     scored: Scored
     rated: Rated  # what each reward says, and their weighted sum
@@ -205,7 +206,8 @@ def collect(
     run.count("forward", useful_tokens(sizes), read())
     reward_scaler = reward_scaler.update(rated.total)
     rewards = shaped(setup, rated, done, reward_scaler)
-    return Experience(done, scored, rated, rewards, from_sampler), reward_scaler
+    asked = tuple(prompt.prompt for prompt in repeated)
+    return Experience(asked, done, scored, rated, rewards, from_sampler), reward_scaler
 
 
 def shaped(
@@ -312,7 +314,7 @@ def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> 
     return [
         {
             "step": update,
-            "prompt": setup.tokenizer.decode(list(c.prompt_ids), skip_special_tokens=True),
+            "prompt": experience.prompts[i],
             "completion": text_of(setup.tokenizer, c),
             "rewards": {name: values[i] for name, values in experience.rated.by_name.items()},
             **_extra_of(experience, i),
