@@ -316,6 +316,8 @@ def chat(
     from keel.cli.chat import Talk
 
     talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
+    if talk.note:
+        show(talk.note, sys.stderr)
     if prompt is not None:
         answer = talk.answer(prompt)
         show(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)

@@ -236,6 +236,9 @@ def _ensemble(
     reads_ids = [learned.reads_ids_of(model, tokenizer) for model in one.models]
 
     def scores(model: learned.RewardModel, ids: bool, batch: Batch) -> Tensor:
+        for conversational in {not isinstance(prompt, str) for prompt in batch.prompts}:
+            if said := learned.other_form(model, conversational):
+                stage_run.note(f"the reward model {one.term.model} {said}")
         rows, cut = _rows(model, ids, batch)
         if cut and not stage_run.facts.get("responses_cut_for_reward"):
             stage_run.say(
