@@ -21,7 +21,7 @@ from keel.data.stored.tokens import Preparation
 from keel.models.load import load_tokenizer
 from keel.pipeline.pipeline import PREPARED, Pipeline
 from keel.rewards import learned
-from keel.stages import classifier, evaluate, judged_pairs, lazy_rows, prepare
+from keel.stages import classifier, evaluate, lazy_rows, prepare, scored_pairs
 from keel.types import PreferenceRecord
 
 TURN: Any = ({"role": "assistant", "content": "it is."},)
@@ -96,7 +96,7 @@ def test_a_classifiers_rows_are_the_same_from_files_and_found_again(
 def test_comparisons_are_scored_the_same_from_files(
     stage_run: Any, tiny_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judged_pairs, "AT_ONCE", 3)
+    monkeypatch.setattr(scored_pairs, "AT_ONCE", 3)
     rows = [
         PreferenceRecord(
             asked, " red.", f" so{' so' * (9 * i)}.", 0.25 * (i % 5), votes=(), columns={"kind": "a"}
@@ -112,7 +112,7 @@ def test_comparisons_are_scored_the_same_from_files(
     stage_run.preparation = Preparation(Cache(tmp_path / "cache"))
 
     def made(records: Any) -> dict[str, Any]:
-        found = judged_pairs.compared(stage_run, config, [reward], records)
+        found = scored_pairs.compared(stage_run, config, [reward], records)
         return {
             field.name: value.tolist()
             if hasattr(value := getattr(found, field.name), "tolist")
@@ -186,7 +186,7 @@ def test_evaluate_classifier_and_encoders_end_with_the_same_bytes(
     stages: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "AT_ONCE", 5)  # in parts, the last of which is smaller
-    monkeypatch.setattr(judged_pairs, "AT_ONCE", 3)
+    monkeypatch.setattr(scored_pairs, "AT_ONCE", 3)
     config = parse({"name": "twins", "threads": 1, "device": "cpu", "stages": stages})
 
     def made(directory: Path) -> dict[str, bytes]:

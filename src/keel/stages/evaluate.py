@@ -26,7 +26,7 @@ from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rollout.score_responses import score
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, judged_pairs, prepare
+from keel.stages import build_rewards, prepare, scored_pairs
 from keel.stages.loop_utils import micro_batches
 from keel.types import Completion, PromptRecord, Record
 
@@ -70,7 +70,7 @@ def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
         result["models"][name] = measures(judged[name], against)
     models = [one.models for one in loaded if one.models]
     if models and len(comparisons):
-        compared = judged_pairs.compared(stage_run, config, models[0], comparisons)
+        compared = scored_pairs.compared(stage_run, config, models[0], comparisons)
         result["reward_model"] = reward_models.judge(compared)
     stage_run.facts |= {"rows": len(records)}
     return result
