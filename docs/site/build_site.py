@@ -34,6 +34,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "docs/python.md", "docs/tutorials", "docs/recipes.md"),
     "Guides": (
         "docs/rewards.md",
+        "docs/tools.md",
         "docs/data.md",
         "docs/diagnosis.md",
         "docs/dashboard.md",

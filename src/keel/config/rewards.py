@@ -178,6 +178,20 @@ class ClassifierTerm(RewardSettings):
     reads: Literal["completion", "prompt+completion"] = Field("completion", description="What it judges.")
 
 
+class EnvironmentTerm(RewardSettings):
+    """What the stage's environment says of an episode: its `get_reward()`."""
+
+    kind: Literal["environment"] = Field(description="What the stage's `environment` says.")
+    at: Literal["end", "turn"] = Field(
+        "end",
+        description=(
+            "When it is paid. end: at the last token of the episode; turn: the environment is asked after "
+            "each turn, and what changed since the last one is paid at the turn's last token. The sum is the "
+            "same."
+        ),
+    )
+
+
 class CodeSettings(RewardSettings):
     """How a reward that is code of somebody's is run."""
 
@@ -244,6 +258,7 @@ RewardTerm = Annotated[
     | OverlongTerm
     | SimilarityTerm
     | ClassifierTerm
+    | EnvironmentTerm
     | FunctionTerm
     | PluginTerm,
     Field(discriminator="kind"),
@@ -258,6 +273,7 @@ RULES = (
     "overlong",
     "similarity",
     "classifier",
+    "environment",
 )
 
 
