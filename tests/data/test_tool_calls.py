@@ -1,4 +1,5 @@
-"""How templates write calls is found by having them write one, and read back; those that cannot are refused."""
+"""How templates write calls is found by having them write one, and read back; those that cannot are
+refused."""
 
 from __future__ import annotations
 
@@ -30,12 +31,20 @@ def _tool(name: str, **arguments: str) -> dict[str, Any]:
 TOOLS = [_tool("now"), _tool("add", number="integer", label="string", exact="boolean")]
 
 
-def _chatml(call: str, tool: str = "<|start|>user\n<res>{{ m.content }}</res><|stop|>\n", more: str = "") -> str:
+def _chatml(
+    call: str, tool: str = "<|start|>user\n<res>{{ m.content }}</res><|stop|>\n", more: str = ""
+) -> str:
     """A template with a form of calls and of answers."""
     return (
         "{% if tools %}<|start|>system\n{{ tools | tojson }}<|stop|>\n{% endif %}{% for m in messages %}"
-        "{% if m.role == 'tool' %}" + tool + "{% elif m.role == 'assistant' %}<|start|>assistant\n{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}{% set f = c.function %}" + call + "{% endfor %}" + more + "<|stop|>\n"
+        "{% if m.role == 'tool' %}"
+        + tool
+        + "{% elif m.role == 'assistant' %}<|start|>assistant\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{% set f = c.function %}"
+        + call
+        + "{% endfor %}"
+        + more
+        + "<|stop|>\n"
         "{% else %}<|start|>{{ m.role }}\n{{ m.content }}<|stop|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
     )

@@ -16,8 +16,8 @@ from keel.config import GRPOConfig, PPOConfig, parse
 from keel.errors import DataError, KeelError, UsageError
 from keel.models.tokenizer import train_tokenizer
 from keel.pipeline.trust import code_of
-from keel.report.replies import during
 from keel.report.reading import read as read_run
+from keel.report.replies import during
 from keel.rewards.shaping import RunningScale
 from keel.rl import loop, rollout
 from keel.rl.grpo import GRPO
@@ -226,7 +226,11 @@ def test_a_run_learns_from_its_own_tokens_alone_and_shows_whole_episodes(
     seen: list[Any] = []
     of = loop.MicroBatch.of
     monkeypatch.setattr(loop.MicroBatch, "of", lambda *a, **k: seen.append(of(*a, **k)) or seen[-1])
-    judged = {"judge": "world:shop", "eval_every": 1, "eval_data": {"source": "world:shop/test_prompts", "rows": 4}}
+    judged = {
+        "judge": "world:shop",
+        "eval_every": 1,
+        "eval_data": {"source": "world:shop/test_prompts", "rows": 4},
+    }
     run({"stages": {"grpo": settings | judged | {"kl": {"coef": 0.0}}}}, tmp_path / "run")
     stage = tmp_path / "run" / "stages" / "grpo"
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
@@ -269,9 +273,10 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         update(self, number)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(loop.OnPolicyLoop, "update", cut)
-        run(stages, tmp_path / "cut")
+        with pytest.raises(KeyboardInterrupt):
+            run(stages, tmp_path / "cut")
     run(stages, tmp_path / "cut")
     assert differences(tmp_path / "whole", tmp_path / "cut") == []
     shutil.rmtree(tmp_path / "cut")
@@ -297,7 +302,8 @@ def test_environments_begin_with_their_rows_and_samples_of_a_prompt_alike(
         {"kind": "python", "function": f"{code}:by_environment", "isolate": False, "weight": 0.0},
     ]
     config = GRPOConfig.model_validate(
-        settings | {"environment": f"{code}:Counter", "tools": [f"{code}:shout"], "data": str(data), "reward": reward}
+        settings
+        | {"environment": f"{code}:Counter", "tools": [f"{code}:shout"], "data": str(data), "reward": reward}
     )
     call = ' <tool_call>{"name": "add", "arguments": {"amount": 3}}</tool_call><|end|>'
     scripted(monkeypatch, lambda text, number: call if "Tool:" not in text else " Done.<|end|>")
@@ -380,9 +386,7 @@ def test_the_gradient_does_not_know_what_tools_said(
         for parameter in setup.roles.policy.parameters():
             parameter.grad = None
         sizes = loop.Sizes.of(episodes)
-        loop.backward(
-            GRPO(setup, tasks), episodes, range(8), 0.1, sizes, first=False, policy_learns=True
-        )
+        loop.backward(GRPO(setup, tasks), episodes, range(8), 0.1, sizes, first=False, policy_learns=True)
         found.append([p.grad.clone() for p in setup.roles.policy.parameters() if p.grad is not None])
     assert found[0]
     assert any(grad.abs().sum() > 0 for grad in found[0])

@@ -1,5 +1,5 @@
-"""An environment written for TRL 1.16 with a tokenizer, a template and scripted replies: what keel and TRL play
-the same episodes with. Run as a script, with TRL 1.16 on the path, it prints TRL's episodes as JSON."""
+"""An environment written for TRL 1.16 with a tokenizer, a template and scripted replies: what keel and TRL
+play the same episodes with. Run as a script, with TRL 1.16 on the path, it prints TRL's episodes as JSON."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ def of_trl() -> list[dict[str, Any]]:
         ),
         state=types.SimpleNamespace(num_input_tokens_seen=0),
         rollout_func=None, use_vllm=False, vllm_mode="", num_generations=1, num_generations_eval=1,
-        processing_class=tokens, _tokenizer=tokens, _is_vlm=False, chat_template=None, chat_template_kwargs={},
+        processing_class=tokens, _tokenizer=tokens, _is_vlm=False, chat_template=None,
+        chat_template_kwargs={},
         tools=[double, *methods], environment_factories={None: Till}, _env_tools={None: [double, *methods]},
         _batch_environments=[None] * len(EPISODES), max_completion_length=MOST,
         max_tool_calling_iterations=TURNS - 1, _sync_tool_dicts=bound,

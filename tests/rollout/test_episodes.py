@@ -164,7 +164,9 @@ _SAYS = st.lists(_WORDS | _MARKS, min_size=1, max_size=4).map("".join)
 
 @st.composite
 def _templates(draw: Any) -> str:
-    header = draw(st.sampled_from(["<|start|>{role}<|message|>", "{role}: ", "<|header|>{role}<|/header|>\n\n"]))
+    header = draw(
+        st.sampled_from(["<|start|>{role}<|message|>", "{role}: ", "<|header|>{role}<|/header|>\n\n"])
+    )
     end = draw(st.sampled_from(["<|stop|>", "<eos>"]))
     line = draw(st.sampled_from(["", "\n", "\n\n"]))
     opening = draw(st.sampled_from(["<tool_call>", "<tool_call>\n", "CALL ", "[go]"]))
@@ -179,17 +181,16 @@ def _templates(draw: Any) -> str:
         "{% for m in messages %}{% if m.role == 'assistant' %}" + header.format(role="assistant")
         + "{{ m.content }}" + calls + "{% endfor %}" + end + line
         + "{% elif m.role == 'tool' %}" + header.format(role=role) + "<<{{ m.content }}>>" + end + line
-        + "{% else %}" + header.format(role="user") + "{{ m.content }}" + end + line + "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}" + header.format(role="assistant") + "{% endif %}"
+        + "{% else %}" + header.format(role="user") + "{{ m.content }}" + end + line
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + header.format(role="assistant") + "{% endif %}"
     )  # fmt: skip
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_the_trained_tokens_are_exactly_the_models(data: Any) -> None:
-    """On any template, turn and answer: the counted tokens are those that were sampled, in order; the model is
-    asked with all that came before; and what a tool answers, special tokens in it or not, is one stretch of
-    context that holds its text."""
+    """On any template, turn and answer: the counted tokens are those that were sampled, in order; the model
+    is asked with all that came before; and the loss is given these tokens and no other."""
     tokenizer = clerks.tokenizer()
     tokenizer.response_template = None
     tokenizer.chat_template = data.draw(_templates())
@@ -264,7 +265,15 @@ def _micro_batch(tokenizer: Any, done: Sequence[Completion]) -> MicroBatch:
     scored = score(done, model, model, temperature=1.0, pad_id=3, device=torch.device("cpu"))
     zeros = torch.zeros_like(scored.logp)
     episodes = Episodes(
-        scored.ids, scored.prompt_lengths, scored.mask, scored.logp, scored.ref_logp, zeros, zeros, zeros, zeros
+        scored.ids,
+        scored.prompt_lengths,
+        scored.mask,
+        scored.logp,
+        scored.ref_logp,
+        zeros,
+        zeros,
+        zeros,
+        zeros,
     )
     return MicroBatch.of(
         episodes, range(len(done)), torch.device("cpu"), denominator=1.0, kl_coef=0.0, on_policy=True
@@ -320,7 +329,7 @@ def test_an_episode_ends_where_its_turns_do(tokenizer: Any) -> None:
 
 
 def test_the_response_bounds_all_tokens_of_an_episode(tokenizer: Any) -> None:
-    """Where nothing would be left for an answer, what the tool said is left out, and the episode is cut off."""
+    """Where nothing would be left for an answer, what the tool said is left out, and it is cut off."""
     turn = f"{clerks.call('double', number=1)}{STOP}"
     size = len(tokenizer(turn, add_special_tokens=False)["input_ids"])
     context = len(play(tokenizer, [[turn, f"y{STOP}"]])[0].ids) - size - 2
@@ -397,11 +406,13 @@ def test_an_environment_that_says_no_number_is_an_error_that_names_it(tokenizer:
             return float("nan")
 
     with pytest.raises(RewardError, match=r"Odd\.get_reward returned nan"):
-        play(tokenizer, [[f"Fine.{STOP}"]], rules=Rules(2, "show", reward=True), tools=[], environments=[Odd()])
+        play(
+            tokenizer, [[f"Fine.{STOP}"]], rules=Rules(2, "show", reward=True), tools=[], environments=[Odd()]
+        )
 
 
 def test_tools_need_hints_a_docstring_and_names_of_their_own() -> None:
-    def bare(x):  # noqa: ANN001, ANN202
+    def bare(x):
         return x
 
     with pytest.raises(UsageError, match="'bare' needs type hints, and a docstring"):
@@ -453,12 +464,14 @@ def test_log_probabilities_of_the_sampler_are_those_of_a_forward_over_the_episod
     from keel.types import Dialogue
 
     dialogue = Dialogue(tuple(own), (), ())
-    kept = Completion((5, 6, 7), tuple(pieces), "eos", tuple(logp), hidden=torch.cat(hidden), dialogue=dialogue)
+    kept = Completion(
+        (5, 6, 7), tuple(pieces), "eos", tuple(logp), hidden=torch.cat(hidden), dialogue=dialogue
+    )
     plain = Completion((8, 9), (10, 11), "eos", (-1.0, -1.0))
     settings = {"temperature": 1.0, "pad_id": 0, "device": torch.device("cpu"), "vocab": 300}
     by_sampler = score([kept], policy, policy, **settings)
-    by_forward = score([Completion((5, 6, 7), tuple(pieces), "eos", dialogue=dialogue), plain], policy, policy,
-                       **settings)  # fmt: skip
+    bare = Completion((5, 6, 7), tuple(pieces), "eos", dialogue=dialogue)
+    by_forward = score([bare, plain], policy, policy, **settings)
     width = len(pieces)
     assert by_sampler.mask[0].tolist() == own
     torch.testing.assert_close(by_sampler.logp[0], by_forward.logp[0, :width], rtol=0, atol=1e-5)
@@ -472,11 +485,11 @@ def test_advantages_step_over_what_tools_said() -> None:
     mask = torch.tensor([[True, True, False, False, True, False, True, False]])
     values = torch.tensor([[0.1, 0.2, 9.0, 9.0, 0.3, 9.0, 0.4, 9.0]])
     rewards = token_rewards(torch.tensor([2.0]), mask, torch.full((1, 8), 0.5), 0.1)
-    assert rewards.tolist() == [
-        pytest.approx([-0.05, -0.05, 0.0, 0.0, -0.05, 0.0, 1.95, 0.0])
-    ]
+    assert rewards.tolist() == [pytest.approx([-0.05, -0.05, 0.0, 0.0, -0.05, 0.0, 1.95, 0.0])]
     found, returns = gae(rewards, values, mask, 0.9, 0.8)
-    dense, dense_returns = gae(rewards[mask][None], values[mask][None], torch.ones(1, 4, dtype=torch.bool), 0.9, 0.8)
+    dense, dense_returns = gae(
+        rewards[mask][None], values[mask][None], torch.ones(1, 4, dtype=torch.bool), 0.9, 0.8
+    )
     assert torch.equal(found[mask], dense[0])
     assert torch.equal(returns[mask], dense_returns[0])
     assert not found[~mask].any()

@@ -1,5 +1,5 @@
-"""shop: what is due is due by the rules, the environment and the gold reward agree, and the template of a run is
-the form of its text."""
+"""shop: what is due is due by the rules, the environment and the gold reward agree, and the template of a run
+is the form of its text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from keel.worlds import shop
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {
-        "order": "A12", "item": "lamp", "price": 45, "state": "delivered", "days": 14, "wants": "refund", **changes
-    }  # fmt: skip
+    known = {"order": "A12", "item": "lamp", "price": 45, "state": "delivered", "days": 14}
+    return {**known, "wants": "refund", **changes}
 
 
 @pytest.mark.parametrize(

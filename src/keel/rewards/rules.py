@@ -3,7 +3,8 @@
 Each function here takes settings and returns a reward of TRL's signature, `reward(prompts, completions,
 **columns) -> list[float | None]`, with one value a completion; None: it does not apply to that row. A
 completion is text or a conversation, of which the assistant's turns are judged; lengths in tokens come from
-`completion_ids`, which count the stop token. Settings that make no sense raise UsageError when the reward is built.
+`completion_ids`, which count the stop token. Settings that make no sense raise UsageError when the reward is
+built.
 """
 
 from __future__ import annotations
@@ -243,8 +244,8 @@ def repetition(n: int = 3) -> Reward:
 
 
 def overlong(max_length: int, buffer: int) -> Reward:
-    """DAPO's soft overlong punishment (2503.14476, eq. 13), |y| in tokens, which `max_new_tokens` bounds (of an
-    episode with tools the context's too). Range [−1, 0].
+    """DAPO's soft overlong punishment (2503.14476, eq. 13), |y| in tokens, which `max_new_tokens` bounds (of
+    an episode with tools the context's too). Range [−1, 0].
 
     0 for |y| ≤ L_max − L_buffer; (L_max − L_buffer − |y|)/L_buffer up to L_max; −1 beyond it. The paper calls
     the buffer L_cache.

@@ -253,8 +253,8 @@ def shaped(
 
 
 def paid_early(setup: Setup[OnPolicy], completions: Sequence[Completion], mask: Tensor) -> Tensor | None:
-    """(B, T) what the environment's rewards `at: turn` pay for each turn but the last, at its last token; None
-    where there is no such reward."""
+    """(B, T) what the environment's rewards `at: turn` pay for each turn but the last, at its last token;
+    None where there is no such reward."""
     weight = sum(t.weight for t in setup.config.reward if t.kind == "environment" and t.at == "turn")
     if not weight:
         return None

@@ -40,8 +40,8 @@ class ToolUse:
         """A prompt whose template is told of the tools. UsageError for one that is plain text."""
         if isinstance(prompt, str):
             raise UsageError(
-                f"{self.stage}: `tools` and `environment` need prompts that are conversations: a chat template "
-                "shows a model its tools"
+                f"{self.stage}: `tools` and `environment` need prompts that are conversations: a chat "
+                "template shows a model its tools"
             )
         return self.player.template.with_tools(prompt)
 
@@ -169,4 +169,6 @@ def _check(environment: Any, rewards: bool) -> None:
     if not callable(getattr(environment, "reset", None)):
         raise UsageError(f"environment {kind} has no method `reset`")
     if rewards and not callable(getattr(environment, "get_reward", None)):
-        raise UsageError(f"`reward: {{kind: environment}}`, but environment {kind} has no method `get_reward`")
+        raise UsageError(
+            f"`reward: {{kind: environment}}`, but environment {kind} has no method `get_reward`"
+        )

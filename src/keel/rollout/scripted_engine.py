@@ -16,7 +16,7 @@ class ScriptedEngine:
     or unknown where that is None.
 
     responses: token ids, one or more a response. A response is cut after its first stop token and after
-    `max_new_tokens`, or its limit. `requests`: what was asked so far. ValueError for no responses, or an empty one.
+    its limit. `requests`: what was asked so far. ValueError for no responses, or an empty one.
     """
 
     def __init__(self, responses: Sequence[Sequence[int]], *, logp: float | None = -1.0) -> None:

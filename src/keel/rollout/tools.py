@@ -33,7 +33,8 @@ def schema_of(tool: Tool) -> dict[str, Any]:
     except Exception as error:  # DocstringParsingException, TypeHintParsingException, and what a hint raises
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"tool {name_of(tool)!r} needs type hints, and a docstring with a line for each argument: {reason}"
+            f"tool {name_of(tool)!r} needs type hints, and a docstring with a line for each argument: "
+            f"{reason}"
         ) from None
 
 
@@ -63,7 +64,9 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
     return found
 
 
-def accepted(function: Callable[..., Any], given: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(
+    function: Callable[..., Any], given: Mapping[str, Any], named: Mapping[str, Any]
+) -> dict[str, Any]:
     """The arguments that a function takes: of `given` all that it names, or everything where it has
     **kwargs; of `named` only what it names."""
     parameters = inspect.signature(function).parameters.values()

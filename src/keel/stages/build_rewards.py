@@ -12,7 +12,6 @@ from torch import Tensor
 from keel import plugins
 from keel.config.rewards import (
     ClassifierTerm,
-    EnvironmentTerm,
     FunctionTerm,
     LearnedTerm,
     PluginTerm,
@@ -24,10 +23,10 @@ from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
 from keel.rewards import functions, learned, loading, on_base, rules
-from keel.rewards.rules import OWN_LENGTHS
 from keel.rewards.classifier import Classifier
 from keel.rewards.isolated import IsolatedFunction
 from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
+from keel.rewards.rules import OWN_LENGTHS
 from keel.rewards.similarity import Similarity
 from keel.rewards.trainer import TrainingState
 from keel.rollout.engine import text_of

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from keel.errors import DataError
@@ -193,7 +194,7 @@ def gold_of_turns(turns: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]
         environment.reset(**{str(key): value for key, value in columns.items()})
     except (TypeError, ValueError) as error:
         raise DataError(f"world:{name}: the row says nothing of the order: {error}") from None
-    for turn, following in zip(turns, turns[1:]):
+    for turn, following in pairwise(turns):
         if turn.get("tool_calls") and following["role"] == "tool":
             for call in turn["tool_calls"]:
                 _run(environment, call.get("function", call))
@@ -299,7 +300,9 @@ def as_text(turns: Sequence[Mapping[str, Any]]) -> str:
     for turn in turns:
         words = turn["content"]
         if turn["role"] == "assistant":
-            calls = (json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls") or ())
+            calls = (
+                json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls") or ()
+            )
             words += "".join(f"<tool_call>{call}</tool_call>" for call in calls) + END
         speaker = {"assistant": "Assistant", "tool": "Tool"}.get(turn["role"], "User")
         lines.append(f"{speaker}: {words}")

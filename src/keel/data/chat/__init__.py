@@ -29,8 +29,8 @@ from keel.data.chat.template import (
 )
 from keel.data.chat.text import (
     completion_text,
-    own_text,
     opened_thought,
+    own_text,
     prompt_tags,
     prompt_text,
     reply_text,

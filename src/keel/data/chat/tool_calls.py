@@ -349,11 +349,12 @@ def _reader(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any
         readers.append(TemplateReader(tokenizer, own, tools, own=True))
     if (found := _json_reader(written[0][2], written[0][0])) is not None:
         readers.append(found)
-    fields: dict[str, Any] = {"content": {"close_pattern": r"$", "content": "text"}}
+    rest: dict[str, Any] = {"content": {"content": "text"}}
+    base = {"defaults": {"role": "assistant"}, "start_anchor": "\n"}  # which is looked for in no prompt
     readers += [
         TemplateReader(
             tokenizer,
-            {"defaults": {"role": "assistant"}, "fields": {"tool_calls": form, **fields}},
+            {**base, "fields": {"tool_calls": form, **rest}},
             tools,
             own=False,
         )
