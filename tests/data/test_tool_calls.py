@@ -64,8 +64,8 @@ FORMS = {  # as the families write them
         "{{ v if v is string else v | tojson }}\n</parameter>\n{% endfor %}</function>\n</tool_call>"
     ),
     "GLM": (
-        "<tool_call>{{ f.name }}\n{% for k, v in f.arguments.items() %}<arg_key>{{ k }}</arg_key>\n<arg_value>"
-        "{{ v if v is string else v | tojson }}</arg_value>\n{% endfor %}</tool_call>"
+        "<tool_call>{{ f.name }}\n{% for k, v in f.arguments.items() %}<arg_key>{{ k }}</arg_key>\n"
+        "<arg_value>{{ v if v is string else v | tojson }}</arg_value>\n{% endfor %}</tool_call>"
     ),
 }
 

@@ -106,6 +106,7 @@ EPISODES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("Be odd.", {"start": 6, "told": False}, [f"{call('add', money=1)}{STOP}", f"Hm.{STOP}"]),
     ("Go on and on.", {"start": 7, "told": False}, [f"{call('add', amount=1)}{STOP}"] * 9),
     ("Write much.", {"start": 8, "told": False}, [f"{call('add', amount=1)}{'x' * 220}{STOP}", f"y{STOP}"]),
+    ("Write more.", {"start": 1, "told": False}, [f"{call('add', amount=1)}{'x' * 262}{STOP}", f"y{STOP}"]),
     ("Be cut off.", {"start": 9, "told": False}, [f"{call('add', amount=1)}{STOP}", "z" * 400]),
 ]
 MOST, TURNS = 330, 4  # tokens and turns of an episode
@@ -170,7 +171,7 @@ def of_trl() -> list[dict[str, Any]]:
         max_tool_calling_iterations=TURNS - 1, _sync_tool_dicts=bound,
         _async_tool_dicts=[{"count": e.count} for e in environments],
         _metrics=defaultdict(lambda: defaultdict(list)),
-        pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id,
+        eos_token_ids=[tokens.eos_token_id],
     )  # fmt: skip
     for name in ("_tokenize_prompts", "_get_tool_suffix_ids", "_tool_call_loop", "_generate"):
         setattr(trainer, name, types.MethodType(getattr(GRPOTrainer, name), trainer))

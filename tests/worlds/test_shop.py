@@ -4,6 +4,7 @@ is the form of its text."""
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_orders_of_the_test_occur_nowhere_else() -> None:
 
 def test_the_recipes_template_writes_what_the_text_says() -> None:
     """Pretraining, SFT and rollouts see one form."""
-    template = read("recipes/tools.yaml").stages["base"].model.chat_template  # pyright: ignore
+    template = read(Path(__file__).parents[2] / "recipes" / "tools.yaml").stages["base"].model.chat_template  # pyright: ignore
     texts = [given["text"] for given in shop.rows("text", 300, 0)]
     tokenizer = train_tokenizer(texts, 384, 256)
     for source in (shop.CHAT_TEMPLATE, template):

@@ -116,7 +116,7 @@ class JsonReader:
         start = text.find(self.opening) if self.opening else 0 if text.lstrip()[:1] in ("{", "[") else -1
         if start < 0:
             return Said(text.strip(), thought=thought)
-        content, at, calls = text[:start].strip(), start, list[Call]()
+        parts, at, calls = [text[:start]], start, list[Call]()
         try:
             while at >= 0:
                 value, at = _decoded(text, at + len(self.opening))
@@ -125,15 +125,17 @@ class JsonReader:
                 at = len(text) - len(rest)
                 if self.closing and not rest.startswith(self.closing):
                     raise ValueError(f"the call does not end with {self.closing}")
-                at += len(self.closing)
+                done = at + len(self.closing)
                 if self.opening:
-                    at = text.find(self.opening, at)
+                    at = text.find(self.opening, done)
                 else:  # Llama's: one after the other
-                    at = at if text[at:].lstrip()[:1] == "{" else -1
+                    at = done if text[done:].lstrip()[:1] == "{" else -1
+                parts.append(text[done:] if at < 0 else text[done:at])
         except (ValueError, RecursionError) as error:
             if not self.opening and not calls:  # JSON that is no call is a reply
                 return Said(text.strip(), thought=thought)
             return Said(text.strip(), problem=f"the call cannot be read: {error}", thought=thought)
+        content = "\n".join(filter(None, map(str.strip, parts)))
         return Said(content, tuple(calls), thought=thought)
 
     def _call(self, value: object) -> Call:
@@ -295,7 +297,7 @@ class ToolTemplate:
         ]
         transcript = Transcript(self.tokenizer, tuple(turns))
         before = transcript.render(2)
-        ends = list(end_pattern(transcript).finditer(before))
+        ends = list(end_pattern(transcript).finditer(before, _asked(transcript)))
         cut = ends[-1].end() if ends else len(before)
         after = transcript.render(len(turns), generation=True)
         if after[:cut] != before[:cut]:
@@ -380,17 +382,22 @@ def _written(
     function = {"name": call.name, "arguments": call.arguments}
     turns = _calling(tools, [{"type": "function", "id": _ID, "function": function}])
     transcript = Transcript(tokenizer, turns)
-    asked, whole = transcript.render(1, generation=True), transcript.render(2)
-    if not whole.startswith(asked):  # as an open thought, which the rendered turn has closed
-        asked = transcript.render(1)
-        if not whole.startswith(asked):
-            raise UsageError(
-                "the chat template writes what came before otherwise once a reply calls a tool; give "
-                "another `chat_template`"
-            )
-    text = whole[len(asked) :]
-    ends = list(end_pattern(transcript).finditer(text))
-    return asked, text[: ends[-1].start()] if ends else text
+    whole, start = transcript.render(2), _asked(transcript)
+    ends = list(end_pattern(transcript).finditer(whole, start))
+    return whole[:start], whole[start : ends[-1].start() if ends else len(whole)]
+
+
+def _asked(transcript: Transcript) -> int:
+    """Where in a rendered conversation of two turns the second begins. UsageError where that cannot be
+    told."""
+    whole = transcript.render(2)
+    for generation in (True, False):  # without: as an open thought, which the rendered turn has closed
+        if whole.startswith(asked := transcript.render(1, generation=generation)):
+            return len(asked)
+    raise UsageError(
+        "the chat template writes what came before otherwise once a reply calls a tool; give another "
+        "`chat_template`"
+    )
 
 
 def _some_call(tool: Mapping[str, Any]) -> Call:
