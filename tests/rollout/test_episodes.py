@@ -407,9 +407,7 @@ def test_an_environment_that_says_no_number_is_an_error_that_names_it(marked: An
             return float("nan")
 
     with pytest.raises(RewardError, match=r"Odd\.get_reward returned nan"):
-        play(
-            marked, [[f"Fine.{STOP}"]], rules=Rules(2, "show", reward=True), tools=[], environments=[Odd()]
-        )
+        play(marked, [[f"Fine.{STOP}"]], rules=Rules(2, "show", reward=True), tools=[], environments=[Odd()])
 
 
 def test_tools_need_hints_a_docstring_and_names_of_their_own() -> None:

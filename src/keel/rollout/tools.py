@@ -155,9 +155,10 @@ class Caller:
 def text_of_result(value: Any) -> str:
     """What a tool returned as the text that the model is shown: as TRL has it, str() of it; of a list of text
     parts their text."""
-    parts = value if isinstance(value, list) and value else [None]
-    if all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
-        return _clean("".join(str(part.get("text", "")) for part in parts))
+    if isinstance(value, list) and value:
+        parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
+        if len(parts) == len(value):
+            return _clean("".join(str(part.get("text", "")) for part in parts))
     return _clean(str(value))
 
 

@@ -27,7 +27,10 @@ __all__ = ["CHAT_TEMPLATE", "TOOLS", "Environment", "gold", "gold_of_turns", "na
 
 name = "shop"
 splits: Mapping[str, str] = {
-    "text": "dialogues of hasty clerks with their calls and what tools answered, as text, for pretraining",
+    "text": (
+        "dialogues of hasty clerks with their calls and what tools answered, as text, and calls without a "
+        "dialogue, for pretraining"
+    ),
     "demonstrations": "the same as conversations with tools (messages, tools)",
     "prompts": "what customers ask, with their order (prompt, order, item, price, state, days, wants)",
     "test_prompts": "the same of orders that no other split has",
@@ -35,6 +38,7 @@ splits: Mapping[str, str] = {
 DEFAULT_ROWS = {"text": 12000, "demonstrations": 2000, "prompts": 4000, "test_prompts": 256}
 WINDOW = 14  # days after delivery within which money is paid back
 TEST_SHARE = 0.15  # of all orders are in test_prompts only
+DIALOGUES, CALLS_OF_A_ROW = 0.6, 3  # share of rows of text, and orders in each of the others
 LOOKS, DECIDES = 0.6, 0.55  # shares of clerks who look an order up, and of those who then decide rightly
 
 # Tools and calls in plain words, an end of turn behind each reply: what a model with a tokenizer of its own
@@ -291,7 +295,21 @@ def _demonstration_row(rng: random.Random, order: Order) -> dict[str, Any]:
 
 
 def _text_row(rng: random.Random, order: Order) -> dict[str, Any]:
-    return {"text": as_text(_dialogue(rng, order))}
+    """A dialogue, or calls by themselves: how a number or a price goes from words into a call, and nothing of
+    when to call."""
+    if rng.random() < DIALOGUES:
+        return {"text": as_text(_dialogue(rng, order))}
+    lines: list[str] = []
+    for one in (order, *(_order(rng, False) for _ in range(CALLS_OF_A_ROW - 1))):
+        words = rng.choice(_REFUNDS + _QUESTIONS).format(order=one.number)
+        lines.append(words + _call_text("look_up", order=one.number))
+        lines.append(f"{one.number}: {one.line}" + _call_text("refund", order=one.number, amount=one.price))
+    return {"text": "\n".join(lines)}
+
+
+def _call_text(tool: str, **arguments: Any) -> str:
+    """A call as `CHAT_TEMPLATE` writes it, in a dialogue behind a space."""
+    return f" <tool_call>{json.dumps({'name': tool, 'arguments': arguments})}</tool_call>"
 
 
 def as_text(turns: Sequence[Mapping[str, Any]]) -> str:
