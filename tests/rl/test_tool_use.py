@@ -130,14 +130,13 @@ def with_tokenizer(clerk: Path) -> None:
 
 def a_clerk(text: str, number: int) -> str:
     """Looks the order up, then pays back what it cost or nothing, by its number."""
-    order = text.partition("order ")[2] or text.partition("Order ")[2]
-    order = order[:3]
+    item = next(item for item in shop._ITEMS if f"the {item}" in text)
     said = text.rpartition("Assistant:")[0]
     if "Tool:" not in said:
-        return f' <tool_call>{{"name": "look_up", "arguments": {{"order": "{order}"}}}}</tool_call><|end|>'
-    if "paid" not in said and number % 2 and "error" not in said:
-        price = said.partition("Tool: ")[2].partition(", ")[2].partition(" euro")[0]
-        arguments = f'{{"order": "{order}", "amount": {price}}}'
+        return f' <tool_call>{{"name": "look_up", "arguments": {{"item": "{item}"}}}}</tool_call><|end|>'
+    if "paid" not in said and number % 2:
+        price = said.partition("Tool: ")[2].partition(" euro")[0]
+        arguments = f'{{"item": "{item}", "amount": {price}}}'
         return f' <tool_call>{{"name": "refund", "arguments": {arguments}}}</tool_call><|end|>'
     return " Done.<|end|>"
 
@@ -201,8 +200,8 @@ def test_prompts_must_be_conversations_and_templates_show_tools(
 ) -> None:
     with pytest.raises(UsageError, match="need prompts that are conversations"):
         run({"stages": {"grpo": settings | {"data": str(data.prompts)}}}, tmp_path / "one")
+    few = {"model": str(tiny_model), "sampling": {"max_new_tokens": 20}, "too_long": "truncate"}
     with pytest.raises(UsageError, match='grpo: the chat template shows no "tool'):
-        few = {"model": str(tiny_model), "sampling": {"max_new_tokens": 20}, "too_long": "truncate"}
         run({"stages": {"grpo": settings | few}}, tmp_path / "two")
 
 
@@ -241,7 +240,7 @@ def test_a_run_learns_from_its_own_tokens_alone_and_shows_whole_episodes(
         assert "Tool:" not in trained
         assert trained.count("<|end|>") == trained.count("<tool_call>") + trained.count("Done.")
     assert len(asked[0].prompts) == 4  # the held-out prompts, first
-    assert "Tools: look_up(order) refund(order, amount)\nUser:" in tokenizer.decode(list(asked[0].prompts[0]))
+    assert "Tools: look_up(item) refund(item, amount)\nUser:" in tokenizer.decode(list(asked[0].prompts[0]))
     for row in rows[1:]:
         assert row["rollout/turns"] == 2.5
         assert row["tools/call_frequency"] == 1.5
@@ -255,7 +254,7 @@ def test_a_run_learns_from_its_own_tokens_alone_and_shows_whole_episodes(
         assert roles == ["assistant", "tool"] * (len(roles) // 2) + ["assistant"]
     shown = during(next(s for s in read_run(tmp_path / "run").stages if s.name == "grpo"))
     words = shown[1].replies[0].text
-    assert words.startswith('→ look_up(order="')
+    assert words.startswith('→ look_up(item="')
     assert "\n\n← look_up: " in words
     assert words.endswith("Done.")
 

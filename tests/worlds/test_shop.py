@@ -20,47 +20,47 @@ from keel.worlds import shop
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    known = {"order": "A12", "item": "lamp", "price": 45, "state": "delivered", "days": 14}
-    return {**known, "wants": "refund", **changes}
+    return {"item": "lamp", "price": 5, "state": "delivered last week", "wants": "refund", **changes}
 
 
 @pytest.mark.parametrize(
     ("changes", "due"),
     [
-        ({}, 45),
-        ({"days": 15}, 0),
-        ({"state": "damaged", "days": 0}, 45),
-        ({"state": "lost", "days": 0}, 45),
-        ({"state": "on its way", "days": 0}, 0),
+        ({}, 5),
+        ({"state": "delivered yesterday"}, 5),
+        ({"state": "delivered last month"}, 0),
+        ({"state": "damaged"}, 5),
+        ({"state": "lost"}, 5),
+        ({"state": "on its way"}, 0),
         ({"wants": "status"}, 0),
     ],
 )
 def test_what_is_due(changes: dict[str, Any], due: int) -> None:
-    for paid in (0, 20, 45):
+    for paid in (0, 3, 5):
         for looks in (True, False):
             environment = shop.Environment()
             assert environment.reset(**row(**changes)) is None
             if looks:
-                assert environment.look_up("A12").startswith("lamp, 45 euro, ")
+                assert environment.look_up("lamp").startswith("5 euro, ")
             if paid:
-                environment.refund("A12", paid)
+                environment.refund("lamp", paid)
             assert environment.get_reward() == float(looks and paid == due)
 
 
 def test_a_look_after_the_money_is_gone_is_no_look() -> None:
     environment = shop.Environment()
     environment.reset(**row())
-    environment.refund("A12", 45)
-    environment.look_up("A12")
+    environment.refund("lamp", 5)
+    environment.look_up("lamp")
     assert environment.get_reward() == 0
     environment.reset(**row())
-    with pytest.raises(ValueError, match="there is no order B12"):
-        environment.look_up("B12")
+    with pytest.raises(ValueError, match="no book was ordered"):
+        environment.look_up("book")
     with pytest.raises(ValueError, match="more than the order cost"):
-        environment.refund("A12", 46)
-    environment.look_up("A12")
-    environment.refund("A12", 40)
-    environment.refund("A12", 5)
+        environment.refund("lamp", 6)
+    environment.look_up("lamp")
+    environment.refund("lamp", 4)
+    environment.refund("lamp", 1)
     assert environment.get_reward() == 1
 
 
@@ -71,9 +71,9 @@ def test_gold_judges_an_episode_by_its_calls_as_the_environment_does() -> None:
         environment.reset(**given)
         for _ in range(rng.randint(0, 3)):
             name = rng.choice(["look_up", "refund", "steal"])
-            arguments = {"order": rng.choice([given["order"], "Z1"])}
+            arguments = {"item": rng.choice([given["item"], "car"])}
             if name == "refund":
-                arguments["amount"] = rng.choice([given["price"], 5, "many"])
+                arguments["amount"] = rng.choice([given["price"], 1, "many"])
             call = {"name": name, "arguments": arguments}
             answer = shop._run(environment, call)
             turns += [
@@ -90,7 +90,7 @@ def test_gold_judges_an_episode_by_its_calls_as_the_environment_does() -> None:
         )
         assert shop.gold("", text + "<tool_call>{</tool_call>", given) == judged
     with pytest.raises(DataError, match="says nothing of the order"):
-        shop.gold("", "", {"order": "A12"})
+        shop.gold("", "", {"item": "lamp"})
 
 
 def test_the_schemas_are_those_that_transformers_makes_of_the_methods() -> None:
@@ -109,20 +109,24 @@ def test_hasty_clerks_fulfil_three_wishes_in_ten() -> None:
         assert turns == next(rows)["messages"]
         first = turns[0]["content"]
         wants = "status" if first.startswith(("Where", "What")) else "refund"
-        columns = {
-            "order": order.number, "item": order.item, "price": order.price, "state": order.state,
-            "days": order.days, "wants": wants,
-        }  # fmt: skip
+        columns = {"item": order.item, "price": order.price, "state": order.state, "wants": wants}
         done += shop.gold_of_turns(turns, columns)["total"]
         next(prompts)
     assert 0.25 < done / 600 < 0.38
 
 
 def test_orders_of_the_test_occur_nowhere_else() -> None:
-    test = {given["order"] for given in shop.rows("test_prompts", 400, 0)}
-    assert not test & {given["order"] for given in shop.rows("prompts", 2000, 0)}
-    texts = " ".join(given["text"] for given in shop.rows("text", 2000, 0))
-    assert not any(order in texts for order in test)
+    def orders(split: str, count: int) -> set[tuple[Any, ...]]:
+        return {(r["item"], r["price"], r["state"]) for r in shop.rows(split, count, 0)}
+
+    test = orders("test_prompts", 800)
+    assert len(test) > 20
+    assert not test & orders("prompts", 3000)
+    texts = "\n".join(r["text"] for r in shop.rows("text", 1500, 0))
+    assert not any(f'"{i}"}}}}</tool_call><|end|>\nTool: {p} euro, {s}' in texts for i, p, s in test)
+    assert any(
+        f'"{i}"}}}}</tool_call><|end|>\nTool: {p} euro, {s}' in texts for i, p, s in orders("prompts", 9)
+    )
 
 
 def test_the_recipes_template_writes_what_the_text_says() -> None:
@@ -138,8 +142,8 @@ def test_the_recipes_template_writes_what_the_text_says() -> None:
             rendered = tokenizer.apply_chat_template(given["messages"], tools=given["tools"], tokenize=False)
             assert rendered == shop.as_text(turns)
         opened = chat.ToolTemplate.open(tokenizer, shop.TOOLS)
-        answer = tokenizer.decode(list(opened.answer_ids([("look_up", "lamp, 45 euro, lost")])))
-        assert answer == "\nTool: lamp, 45 euro, lost\nAssistant:"
+        answer = tokenizer.decode(list(opened.answer_ids([("look_up", "5 euro, lost")])))
+        assert answer == "\nTool: 5 euro, lost\nAssistant:"
 
 
 def test_only_the_shop_has_an_environment() -> None:

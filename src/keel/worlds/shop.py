@@ -1,9 +1,9 @@
 """shop: a clerk of a shop, who looks orders up and pays money back by the rules, with tools.
 
-A customer asks for a refund of an order, or where it is. `look_up` tells what the shop knows of an order,
-`refund` pays back. Money is due where a refund is asked for and the order is damaged, lost, or was delivered
-at most `WINDOW` days ago; then all of its price. What counts is what the clerk does: looked up before
-anything is paid, and what is due paid back, no more and no less.
+A customer wants money back for something, or asks where it is. `look_up` tells what the shop knows of the
+order, `refund` pays back. Money is due where a refund is asked for and the thing is damaged, lost, or was
+delivered no longer ago than last week; then all of its price. What counts is what the clerk does: looked up
+before anything is paid, and what is due paid back, no more and no less.
 
 The clerks of `text` and `demonstrations` are hasty: many decide without a look, and of the others many decide
 wrongly. So a model that imitates them fulfils some 3 in 10 wishes, and knows all that it takes to do better.
@@ -27,18 +27,13 @@ __all__ = ["CHAT_TEMPLATE", "TOOLS", "Environment", "gold", "gold_of_turns", "na
 
 name = "shop"
 splits: Mapping[str, str] = {
-    "text": (
-        "dialogues of hasty clerks with their calls and what tools answered, as text, and calls without a "
-        "dialogue, for pretraining"
-    ),
+    "text": "dialogues of hasty clerks with their calls and what tools answered, as text, for pretraining",
     "demonstrations": "the same as conversations with tools (messages, tools)",
-    "prompts": "what customers ask, with their order (prompt, order, item, price, state, days, wants)",
+    "prompts": "what customers ask, with their order (prompt, item, price, state, wants)",
     "test_prompts": "the same of orders that no other split has",
 }
 DEFAULT_ROWS = {"text": 12000, "demonstrations": 2000, "prompts": 4000, "test_prompts": 256}
-WINDOW = 14  # days after delivery within which money is paid back
 TEST_SHARE = 0.15  # of all orders are in test_prompts only
-DIALOGUES, CALLS_OF_A_ROW = 0.6, 3  # share of rows of text, and orders in each of the others
 LOOKS, DECIDES = 0.6, 0.55  # shares of clerks who look an order up, and of those who then decide rightly
 
 # Tools and calls in plain words, an end of turn behind each reply: what a model with a tokenizer of its own
@@ -58,36 +53,34 @@ CHAT_TEMPLATE = (
 )
 END = "<|end|>"  # EOS of the tokenizers that a pretrain stage trains
 
-_LETTERS = "ABCDEFGH"
+# What may be true of an order → its share, in percent.
+_DUE = {"damaged": 15, "lost": 15, "delivered yesterday": 12, "delivered last week": 13}
+_NOT_DUE = {"delivered last month": 17, "delivered last year": 13, "on its way": 15}
 _ITEMS = ("lamp", "chair", "book", "radio", "shirt", "clock", "table", "phone")
 _REFUNDS = (
-    "Please refund order {order}.",
-    "I want my money back for order {order}.",
-    "I want a refund for order {order}.",
+    "Please refund the {item}.",
+    "I want my money back for the {item}.",
+    "I want a refund for the {item}.",
 )
-_QUESTIONS = ("Where is order {order}?", "What about order {order}?")
+_QUESTIONS = ("Where is the {item}?", "What about the {item}?")
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """What the shop knows of an order."""
 
-    number: str
     item: str
     price: int  # euros
-    state: str  # "delivered" | "damaged" | "lost" | "on its way"
-    days: int  # since it was delivered; 0 where it was not
+    state: str  # a key of `_DUE` or `_NOT_DUE`
 
     @property
     def line(self) -> str:
         """As `look_up` tells it."""
-        state = f"delivered {self.days} days ago" if self.state == "delivered" else self.state
-        return f"{self.item}, {self.price} euro, {state}"
+        return f"{self.price} euro, {self.state}"
 
     def due(self, wants: str) -> int:
         """Euros to pay back."""
-        returns = self.state in ("damaged", "lost") or (self.state == "delivered" and self.days <= WINDOW)
-        return self.price if wants == "refund" and returns else 0
+        return self.price if wants == "refund" and self.state in _DUE else 0
 
 
 @dataclass
@@ -100,38 +93,35 @@ class Environment:
     looked_up: bool = False  # before anything was paid
     paid: dict[str, int] = field(default_factory=dict[str, int])
 
-    def reset(
-        self, order: str, item: str, price: int, state: str, days: int, wants: str, **_: Any
-    ) -> str | None:
+    def reset(self, item: str, price: int, state: str, wants: str, **_: Any) -> None:
         """Begin with a row of `prompts`."""
-        self.order, self.wants = Order(order, item, int(price), state, int(days)), wants
+        self.order, self.wants = Order(item, int(price), state), wants
         self.looked_up, self.paid = False, {}
-        return None
 
-    def look_up(self, order: str) -> str:
+    def look_up(self, item: str) -> str:
         """
         Look up what the shop knows of an order.
 
         Args:
-            order: Number of the order, such as A12.
+            item: What was ordered.
         """
-        known = self._known(order)
+        known = self._known(item)
         self.looked_up = self.looked_up or not self.paid
         return known.line
 
-    def refund(self, order: str, amount: int) -> str:
+    def refund(self, item: str, amount: int) -> str:
         """
         Pay money back for an order.
 
         Args:
-            order: Number of the order, such as A12.
+            item: What was ordered.
             amount: Euros to pay back.
         """
-        known = self._known(order)
-        paid = self.paid.get(order, 0) + int(amount)
+        known = self._known(item)
+        paid = self.paid.get(item, 0) + int(amount)
         if int(amount) <= 0 or paid > known.price:
             raise ValueError("more than the order cost" if int(amount) > 0 else "nothing to pay back")
-        self.paid[order] = paid
+        self.paid[item] = paid
         return f"{int(amount)} euro paid back"
 
     def get_reward(self) -> float:
@@ -142,13 +132,13 @@ class Environment:
         """What was done: `looked_up`, `outcome` (what was due was paid), and `total`, both."""
         assert self.order is not None
         due = self.order.due(self.wants)
-        outcome = float(self.paid == ({self.order.number: due} if due else {}))
+        outcome = float(self.paid == ({self.order.item: due} if due else {}))
         looked_up = float(self.looked_up)
         return {"looked_up": looked_up, "outcome": outcome, "total": looked_up * outcome}
 
-    def _known(self, order: str) -> Order:
-        if self.order is None or order != self.order.number:
-            raise ValueError(f"there is no order {order}")
+    def _known(self, item: str) -> Order:
+        if self.order is None or item != self.order.item:
+            raise ValueError(f"no {item} was ordered")
         return self.order
 
 
@@ -159,14 +149,14 @@ def _schema(tool: str, description: str, **arguments: tuple[str, str]) -> dict[s
     return {"type": "function", "function": {**function, "return": {"type": "string"}}}
 
 
-_NUMBER = ("string", "Number of the order, such as A12.")
+_ITEM = ("string", "What was ordered.")
 # What transformers makes of the methods of `Environment`, written out: a world needs no transformers.
 TOOLS: Sequence[Mapping[str, Any]] = (
-    _schema("look_up", "Look up what the shop knows of an order.", order=_NUMBER),
+    _schema("look_up", "Look up what the shop knows of an order.", item=_ITEM),
     _schema(
         "refund",
         "Pay money back for an order.",
-        order=_NUMBER,
+        item=_ITEM,
         amount=("integer", "Euros to pay back."),
     ),
 )
@@ -232,32 +222,28 @@ def rows(split: str, rows: int | None, seed: int, **options: Any) -> Iterator[di
 
 
 def _order(rng: random.Random, is_test: bool) -> Order:
-    """A random order from one side of the division into orders of the test and all others, which is decided
-    by the number."""
+    """A random order from one side of the division into orders of the test and all others."""
+    states = _DUE | _NOT_DUE
     while True:
-        number = f"{rng.choice(_LETTERS)}{rng.randint(10, 99)}"
-        if (streams.fraction(f"shop/{number}") < TEST_SHARE) == is_test:
-            break
-    state = rng.choices(("delivered", "damaged", "lost", "on its way"), (45, 20, 15, 20))[0]
-    days = rng.randint(2, 30) if state == "delivered" else 0
-    return Order(number, rng.choice(_ITEMS), 5 * rng.randint(2, 19), state, days)
+        state = rng.choices(list(states), list(states.values()))[0]
+        order = Order(rng.choice(_ITEMS), rng.randint(2, 9), state)
+        if (streams.fraction(f"shop/{order.item}/{order.line}") < TEST_SHARE) == is_test:
+            return order
 
 
 def _asked(rng: random.Random, order: Order) -> tuple[str, str]:
     """(what the customer wants, in which words)."""
     wants = "refund" if rng.random() < 0.8 else "status"
-    return wants, rng.choice(_REFUNDS if wants == "refund" else _QUESTIONS).format(order=order.number)
+    return wants, rng.choice(_REFUNDS if wants == "refund" else _QUESTIONS).format(item=order.item)
 
 
 def _prompt_row(rng: random.Random, order: Order) -> dict[str, Any]:
     wants, words = _asked(rng, order)
     return {
         "prompt": [{"role": "user", "content": words}],
-        "order": order.number,
         "item": order.item,
         "price": order.price,
         "state": order.state,
-        "days": order.days,
         "wants": wants,
     }
 
@@ -278,14 +264,14 @@ def _dialogue(rng: random.Random, order: Order) -> list[dict[str, Any]]:
 
     looks, due = rng.random() < LOOKS, order.due(wants) > 0
     if looks:
-        call("look_up", order=order.number)
+        call("look_up", item=order.item)
     pays = due == (rng.random() < DECIDES) if looks else rng.random() < 0.5
-    reply = "No refund for this order." if wants == "refund" else "It is on its way."
+    reply = "No refund for this." if wants == "refund" else "It is on its way."
     if looks and wants == "status":
-        reply = f"It is {order.line.split(', ')[-1]}."
+        reply = f"It is {order.state}."
     if pays:
-        amount = order.price if looks else 5 * rng.randint(2, 19)
-        failed = call("refund", order=order.number, amount=amount).startswith("{")
+        amount = order.price if looks else rng.randint(2, 9)
+        failed = call("refund", item=order.item, amount=amount).startswith("{")
         reply = "Sorry, that did not work." if failed else f"I paid back {amount} euro."
     return [*turns, {"role": "assistant", "content": reply}]
 
@@ -295,26 +281,12 @@ def _demonstration_row(rng: random.Random, order: Order) -> dict[str, Any]:
 
 
 def _text_row(rng: random.Random, order: Order) -> dict[str, Any]:
-    """A dialogue, or calls by themselves: how a number or a price goes from words into a call, and nothing of
-    when to call."""
-    if rng.random() < DIALOGUES:
-        return {"text": as_text(_dialogue(rng, order))}
-    lines: list[str] = []
-    for one in (order, *(_order(rng, False) for _ in range(CALLS_OF_A_ROW - 1))):
-        words = rng.choice(_REFUNDS + _QUESTIONS).format(order=one.number)
-        lines.append(words + _call_text("look_up", order=one.number))
-        lines.append(f"{one.number}: {one.line}" + _call_text("refund", order=one.number, amount=one.price))
-    return {"text": "\n".join(lines)}
-
-
-def _call_text(tool: str, **arguments: Any) -> str:
-    """A call as `CHAT_TEMPLATE` writes it, in a dialogue behind a space."""
-    return f" <tool_call>{json.dumps({'name': tool, 'arguments': arguments})}</tool_call>"
+    return {"text": as_text(_dialogue(rng, order))}
 
 
 def as_text(turns: Sequence[Mapping[str, Any]]) -> str:
     """A dialogue as `CHAT_TEMPLATE` writes it, with the tools of the shop."""
-    lines = ["Tools: look_up(order) refund(order, amount)"]
+    lines = ["Tools: look_up(item) refund(item, amount)"]
     for turn in turns:
         words = turn["content"]
         if turn["role"] == "assistant":
