@@ -35,6 +35,8 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
     "Guides": (
         "docs/rewards.md",
         "docs/tools.md",
+        "docs/judge.md",
+        "docs/reward-bench.md",
         "docs/data.md",
         "docs/diagnosis.md",
         "docs/dashboard.md",
