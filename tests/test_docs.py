@@ -18,6 +18,7 @@ from keel.cli import main
 from keel.config import RunConfig, parse
 from keel.diagnosis.watch import CHECKS
 from keel.pipeline.pipeline import Pipeline
+from keel.worlds.shop import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -161,6 +162,17 @@ def written(
             "updates": 2,
             "sampling": short,
             "resample": 1,
+        },
+        "clerk": {
+            "kind": "grpo",
+            "model": {"path": "sft", "chat_template": CHAT_TEMPLATE},
+            "environment": "world:shop",
+            "reward": {"kind": "environment"},
+            "data": {"source": "world:shop/prompts", "rows": 4},
+            "batch_size": 2,
+            "samples_per_prompt": 2,
+            "updates": 1,
+            "sampling": short,
         },
         "best": {
             "kind": "best_of_n",

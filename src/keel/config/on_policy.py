@@ -11,7 +11,7 @@ from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as
 from keel.config.rewards import LearnedTerm, check_several, check_source_filters, models_of
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
-from keel.config.watching import Watched
+from keel.config.tools import ToolUse
 from keel.errors import UsageError
 from keel.plugins import Group
 
@@ -97,7 +97,7 @@ class PtxConfig(Settings):
     _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
 
 
-class OnPolicy(Watched):
+class OnPolicy(ToolUse):
     """What the stages have in common that learn from their own samples."""
 
     on_policy = True

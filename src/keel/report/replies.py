@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -10,7 +11,13 @@ from keel.report.wording import number
 
 SHOWN = 6  # prompts of an evaluation
 DURING = 2  # replies at the first and at the last recorded step of PPO
-_STOPS = {"eos": "ended by itself", "stop": "ended at a stop token", "length": "cut off"}
+_STOPS = {
+    "eos": "ended by itself",
+    "stop": "ended at a stop token",
+    "length": "cut off",
+    "turns": "out of turns",
+    "tool": "ended by a tool that failed",
+}
 
 
 class Reply(NamedTuple):
@@ -106,8 +113,24 @@ def _turns(prompt: object) -> list[tuple[str, str]]:
 
 def _text(completion: object) -> str:
     if isinstance(completion, list):
-        return "\n\n".join(str(turn.get("content", "")) for turn in completion).strip()
+        return "\n\n".join(filter(None, map(_turn, completion))).strip()
     return str(completion).strip()
+
+
+def _turn(turn: dict[str, Any]) -> str:
+    """A turn in words: what is said, what is called (→), what a tool answers (←)."""
+    said = str(turn.get("content") or "").strip()
+    if turn.get("role") == "tool":
+        return f"← {turn.get('name') or 'tool'}: {said}"
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or () if isinstance(call, dict)]
+    lines = [f"→ {call.get('name')}({_arguments(call.get('arguments'))})" for call in calls]
+    return "\n".join(filter(None, [said, *lines]))
+
+
+def _arguments(value: object) -> str:
+    if not isinstance(value, dict):
+        return "" if value is None else str(value)
+    return ", ".join(f"{name}={json.dumps(one, ensure_ascii=False)}" for name, one in value.items())
 
 
 def _is_number(value: object) -> bool:

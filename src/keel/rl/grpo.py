@@ -97,7 +97,7 @@ class GRPO:
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:
         """(B, T) advantages, the same at every token of a response unless the KL is paid token by token."""
-        config, scored = self.config, experience.scored
+        config, scored, early = self.config, experience.scored, experience.early
         rewards, advantages = self._advantages(experience, kl_coef)
         mask = scored.mask
         if config.mask_truncated:
@@ -105,7 +105,7 @@ class GRPO:
         zeros = torch.zeros_like(scored.logp)  # there is no critic
         episodes = Episodes(
             scored.ids, scored.prompt_lengths, mask, scored.logp, scored.ref_logp, zeros,
-            token_rewards(rewards, scored.mask, None, 0.0), advantages, zeros,
+            token_rewards(rewards, scored.mask, None, 0.0, early), advantages, zeros,
             rollout.importance(self.setup, experience), experience.logp_from_sampler,
         )  # fmt: skip
         return episodes, {}
@@ -124,7 +124,8 @@ class GRPO:
         config, scored, rewards = self.config, experience.scored, experience.rewards
         penalty = kl_coef * kl.estimate(scored.logp, scored.ref_logp, config.kl.estimator, scored.mask)
         in_reward = config.kl.where == "reward" and kl_coef > 0
-        per_token = token_rewards(rewards, scored.mask, penalty if in_reward else None, 1.0)
+        paid = penalty if in_reward else None
+        per_token = token_rewards(rewards, scored.mask, paid, 1.0, experience.early)
         if config.advantage is not None:
             made = estimated(self.setup, config.advantage, per_token, None, scored.mask)
             return rewards, made.advantages

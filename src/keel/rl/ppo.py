@@ -72,7 +72,8 @@ class PPO:
         config, scored = self.config, experience.scored
         penalty = kl.estimate(scored.logp, scored.ref_logp, config.kl.estimator)
         in_reward = config.kl.where == "reward"
-        rewards = token_rewards(experience.rewards, scored.mask, penalty if in_reward else None, kl_coef)
+        paid = penalty if in_reward else None
+        rewards = token_rewards(experience.rewards, scored.mask, paid, kl_coef, experience.early)
         made = estimated(self.setup, config.advantage or "gae", rewards, scored.values, scored.mask)
         advantages, returns = made.advantages, made.returns
         if config.whiten_advantages:
