@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -176,3 +177,18 @@ def enter(app: Any, store: Store) -> Enter:
         return visitor
 
     return go
+
+
+FILE_PAIRS = "".join(
+    json.dumps({"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"}) + "\n" for i in range(4)
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a file of pairs and one of rules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KEEL_LABEL_DB", raising=False)
+    (tmp_path / "My Pairs.jsonl").write_text(FILE_PAIRS)
+    (tmp_path / "rules.md").write_text("Be *fair*.")
+    return tmp_path
