@@ -7,13 +7,22 @@ import re
 from typing import Any
 
 import pytest
-from test_command import RUNNER, keel
+from typer.testing import CliRunner
 
+from keel.cli.main import app as program
 from keel.errors import UsageError
 from keel.feedback import formats, serving
 from keel.votes import open_store
 
 PEOPLE = "/projects/pairs/people"
+RUNNER = CliRunner()
+
+
+def keel(*arguments: str, code: int = 0) -> str:
+    """What `keel label` prints."""
+    result = RUNNER.invoke(program, ["label", *arguments])
+    assert result.exit_code == code, (arguments, result.output, result.exception)
+    return result.stdout
 
 
 def _actions(store: Any) -> list[str]:
@@ -167,18 +176,14 @@ def test_management_by_command(place, tmp_path):
     ],
 )
 def test_management_that_cannot_be_is_said_in_one_line(place, arguments, word):
-    from keel.cli.main import app
-
     keel("create", "help")
-    result = RUNNER.invoke(app, ["label", *arguments])
+    result = RUNNER.invoke(program, ["label", *arguments])
     assert isinstance(result.exception, UsageError), (result.output, result.exception)
     assert word in str(result.exception)
 
 
 def test_the_help_shows_every_command_of_management():
-    from keel.cli.main import app
-
-    shown = RUNNER.invoke(app, ["label", "--help"]).output
+    shown = RUNNER.invoke(program, ["label", "--help"]).output
     for command in ("invite", "invitations", "withdraw", "role", "pause", "resume", "sign-out", "forget"):
         assert re.search(rf"\b{command} ", shown), command
 
