@@ -114,13 +114,11 @@ def test_a_form_that_is_sent_twice_skips_flags_and_undoes_once(enter, store):
     for _ in range(2):
         assert "taken back" in ada.submit("/projects/pairs/undo", fields).text
     assert len(list(store.votes("pairs"))) == 2
-    other = enter(name="Bo")
-    other.see("/projects/edits/work")
-    while "/vote" in other.text:
-        last = other.action().replace("/vote", "")
-        other.submit(f"{last}/skip", {"client_id": other.field("client_id")})
-        if other.action().startswith(last):
-            break
+    own = ada.action().replace("/vote", "")
+    fields = {"client_id": ada.field("client_id")}
+    for _ in range(2):
+        ada.submit(f"{own}/skip", fields)
+    assert len(list(store.votes("pairs"))) == 2
 
 
 def test_an_annotator_of_several_projects_is_not_told_the_votes_of_all(enter, store):

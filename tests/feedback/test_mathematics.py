@@ -45,7 +45,7 @@ def test_a_displayed_formula_wherever_models_write_it(text):
         ("\\boxed{42}", '<mrow class="boxed"><mrow><mn>42</mn></mrow></mrow>'),
         ("\\begin{aligned} a &= b \\\\ &= c \\end{aligned}", '<mtd class="right"><mi>a</mi></mtd>'),
         ("\\begin{cases} a & b \\end{cases}", '<mtd class="left"><mi>a</mi></mtd>'),
-        ("\\text{if } x", "<mtext>if\xa0</mtext>"),
+        ("\\text{if } x", "<mtext>if&nbsp;</mtext>"),
         ("a \\not= b", "<mo>≠</mo>"),
         ("\\textbf{so}", '<mtext class="bold">so</mtext>'),
     ],

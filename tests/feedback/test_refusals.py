@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from html import unescape
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def test_each_refusal_is_a_page_in_the_readers_language(app, enter, store, langu
 
 
 def _check(answer: Any, status: int, text: str, language: str, name: str) -> None:
-    page = answer.text
+    page = unescape(answer.text)
     assert answer.status_code == status, (name, answer.status_code, page[:300])
     assert answer.headers["content-type"].startswith("text/html"), name
     assert f'<html lang="{language}"' in page, name
