@@ -31,7 +31,7 @@ ELEMENTS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(
         ("mrow", "mn", "msub", "msup", "msubsup", "msqrt", "mroot", "mtr", "mphantom"), frozenset[str]()
     ),
-    "math": frozenset({"display"}),
+    "math": frozenset({"display", "tabindex"}),
     "mi": frozenset({"mathvariant"}),
     "mtext": frozenset({"class"}),
     "mo": frozenset(
@@ -68,6 +68,11 @@ _SPACES = {
     "thinmathspace": "0.167em", "mediummathspace": "0.222em", "thickmathspace": "0.278em",
     "negativethinmathspace": "-0.167em", "negativemediummathspace": "-0.222em",
     "negativethickmathspace": "-0.278em",
+}  # fmt: skip
+_LIMITS = {"msub": "munder", "msup": "mover", "msubsup": "munderover"}
+_WITH_LIMITS = {
+    "lim", "max", "min", "sup", "inf", "lim\u2006sup", "lim\u2006inf", "arg\u2009max", "arg\u2009min", "Pr",
+    "det", "gcd", *"∑∏∐⋃⋂⨁⨂⋁⋀",
 }  # fmt: skip
 _SLASH = "\u29f8"  # of \not: the next sign is written over it
 # what defines, repeats without end, or stands for something outside of the formula
@@ -113,7 +118,8 @@ def _prepared(tex: str) -> str:
             raise _NotRead
         return f"\\{match[1]}{{{new}}}" if new else ""
 
-    return re.sub(r"\\not\s*=", r"\\neq ", _ENVIRONMENT.sub(renamed, tex))
+    named = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", _ENVIRONMENT.sub(renamed, tex))
+    return re.sub(r"\\not\s*=", r"\\neq ", named)
 
 
 def _written(element: Any, depth: int) -> str:
@@ -130,8 +136,13 @@ def _written(element: Any, depth: int) -> str:
         tag, attributes = ("mpadded", {"class": "slash"}) if over else ("mrow", {})
     elif tag not in ELEMENTS:
         raise _NotRead
+    tag = _LIMITS.get(tag, tag) if len(element) and _text(element[0]) in _WITH_LIMITS else tag
     if _CHILDREN.get(tag, len(element)) != len(element):
         raise _NotRead
+    if element.tag == "mo" and text in _WITH_LIMITS:
+        attributes["movablelimits"] = "true"  # below and above on a line of its own, else beside
+    if tag == "math" and attributes.get("display") == "block":
+        attributes["tabindex"] = "0"  # a wide one scrolls, by keyboard too
     variant = element.get("mathvariant")
     if variant and tag == "mtext":
         attributes |= _named_class(variant)
