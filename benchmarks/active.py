@@ -19,9 +19,9 @@ drawn at random the next hundred are drawn
     members     the same with the five heads in the place of the posterior: it needs their scores alone
                 (`keel.feedback.priorities.together`)
 
---truth gives each vote to the better side, so that there are no errors of annotators: what is left is the
-learner. Accuracy is that of the heads' mean on test pairs, by the gold reward. Printed are the accuracies by
-votes, their differences with Student's interval over seeds (of the votes, first draws and bootstraps; the
+The second time each vote is for the better side, so that there are no errors of annotators: what is left is
+the learner. Accuracy is that of the heads' mean on test pairs, by the gold reward. Printed are the accuracies
+by votes, their differences with Student's interval over seeds (of the votes, first draws and bootstraps; the
 pool is one), and how many votes each order needed for the accuracy that the random one has after 400, 800
 and 1,200, on curves made monotone (isotonic regression); and the accuracy with the whole pool.
 """
@@ -49,7 +49,7 @@ from keel.pipeline.pipeline import Pipeline
 from keel.worlds import helpdesk
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "helpdesk.yaml"
-BATCH, LAST, HEADS, RIDGE = 100, 1600, 5, 10.0
+BATCH, HEADS, RIDGE = 100, 5, 10.0
 SHOWN, TARGETS = (200, 400, 800, 1200, 1600), (400, 800, 1200)
 
 
@@ -78,7 +78,8 @@ def main() -> None:
     parser.add_argument("--model", help="an SFT model of the help desk; default: the recipe's, trained here")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--orders", default=",".join(ORDERS))
-    parser.add_argument("--truth", action="store_true", help="votes without errors")
+    parser.add_argument("--labels", default="votes,truth", help="votes of annotators, and without errors")
+    parser.add_argument("--last", type=int, default=1600, help="votes up to which it goes")
     parser.add_argument("--pool", type=int, default=2200)
     parser.add_argument("--test", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("active.json"))
@@ -87,21 +88,24 @@ def main() -> None:
     states = States(settings.model or sft())
     test = list(helpdesk.rows("test_comparisons", settings.test, 7))
     judged, gold = states.differences(test), np.array([gold_difference(row) for row in test])
-    curves: dict[str, dict[str, list[float]]] = {}
     pool = list(helpdesk.rows("comparisons", settings.pool, 100))
     features = states.differences(pool)
-    whole: list[float] = []
-    for seed in range(settings.seeds):
-        said = truths(pool) if settings.truth else votes(pool, seed)
-        found = Pool(features, said, judged, gold)
-        orders = {name: ORDERS[name] for name in settings.orders.split(",")}
-        curves[str(seed)] = {name: found.curve(order, seed) for name, order in orders.items()}
-        whole.append(found.accuracy(found.heads(range(len(said)), HEADS, seed)))
-        settings.out.write_text(json.dumps({"curves": curves, "whole": whole}))
-        last = ", ".join(f"{name} {curve[-1]:.3f}" for name, curve in curves[str(seed)].items())
-        print(f"seed {seed}: {last}; the whole pool {whole[-1]:.3f}", flush=True)
-    print(as_text(curves))
-    print(f"accuracy with all {len(pool)} votes: {np.mean(whole):.3f}")
+    found: dict[str, Any] = {}
+    for labels in settings.labels.split(","):
+        curves: dict[str, dict[str, list[float]]] = {}
+        whole: list[float] = []
+        for seed in range(settings.seeds):
+            said = truths(pool) if labels == "truth" else votes(pool, seed)
+            waiting = Pool(features, said, judged, gold, settings.last)
+            orders = {name: ORDERS[name] for name in settings.orders.split(",")}
+            curves[str(seed)] = {name: waiting.curve(order, seed) for name, order in orders.items()}
+            whole.append(waiting.accuracy(waiting.heads(range(len(said)), HEADS, seed)))
+            found[labels] = {"curves": curves, "whole": whole}
+            settings.out.write_text(json.dumps(found))
+            last = ", ".join(f"{name} {curve[-1]:.3f}" for name, curve in curves[str(seed)].items())
+            print(f"{labels}, seed {seed}: {last}; the whole pool {whole[-1]:.3f}", flush=True)
+        print(f"{labels}; accuracy with all {len(pool)}: {np.mean(whole):.3f}")
+        print(as_text(curves, settings.last), flush=True)
 
 
 def sft() -> str:
@@ -171,7 +175,8 @@ def gold_difference(row: Any) -> float:
 class Pool:
     """Pairs that wait for votes, and test pairs to be right about."""
 
-    def __init__(self, features: Array, said: Array, judged: Array, gold: Array) -> None:
+    def __init__(self, features: Array, said: Array, judged: Array, gold: Array, last: int) -> None:
+        self.last = last
         scale = features.std(axis=0) + 1e-6
         self.features, self.judged = features / scale, (judged / scale)[gold != 0]
         self.said, self.better = said, gold[gold != 0] > 0
@@ -185,11 +190,12 @@ class Pool:
         rng = random.Random(seed)  # the first hundred are the same for every order
         shuffled = rng.sample(range(len(self.said)), len(self.said))
         taken, found = shuffled[:BATCH], list[float]()
+        heads: Array | None = None
         while True:
-            heads = self.heads(taken, order.heads, seed)
+            heads = self.heads(taken, order.heads, seed, heads)
             if len(taken) % BATCH == 0:
                 found.append(self.accuracy(heads))
-            if len(taken) == LAST:
+            if len(taken) == self.last:
                 return found
             there = set(taken)
             left = [i for i in shuffled if i not in there]
@@ -212,21 +218,26 @@ class Pool:
         told = information(apart) if order.by == "information" else apart.std(axis=0)
         return [left[k] for k in np.argsort(-told, kind="stable")[:count]]
 
-    def heads(self, taken: Sequence[int], count: int, seed: int) -> Array:
-        """(M, d) heads by the penalised likelihood. A single one learns from every vote once."""
+    def heads(self, taken: Sequence[int], count: int, seed: int, start: Array | None = None) -> Array:
+        """(M, d) heads by the penalised likelihood, found from `start` on. A single one learns from every
+        vote once."""
         features, said = self.features[list(taken)], self.said[list(taken)]
         rng = np.random.default_rng([seed, len(taken)])
         times = rng.multinomial(len(taken), np.full(len(taken), 1 / len(taken)), size=count)
-        return np.stack([fitted(features, said, t if count > 1 else np.ones(len(taken))) for t in times])
+        given = [t if count > 1 else np.ones(len(taken)) for t in times]
+        first = np.zeros((count, features.shape[1])) if start is None else start
+        return np.stack([fitted(features, said, t, f) for t, f in zip(given, first, strict=True)])
 
 
-def fitted(features: Array, said: Array, times: Array) -> Array:
-    """(d,) by Newton's method."""
-    head = np.zeros(features.shape[1])
-    for _ in range(6):  # it has converged to four digits
+def fitted(features: Array, said: Array, times: Array, head: Array) -> Array:
+    """(d,) by Newton's method, to three digits."""
+    for _ in range(8):
         p = 1 / (1 + np.exp(-np.clip(features @ head, -30, 30)))
         curvature = features.T @ (features * (times * p * (1 - p))[:, None]) + RIDGE * np.eye(len(head))
-        head = head + np.linalg.solve(curvature, features.T @ (times * (said - p)) - RIDGE * head)
+        step = np.linalg.solve(curvature, features.T @ (times * (said - p)) - RIDGE * head)
+        head = head + step
+        if np.abs(step).max() < 1e-3 * max(np.abs(head).max(), 1e-9):
+            break
     return head
 
 
@@ -260,16 +271,16 @@ def votes_needed(curve: Sequence[float], target: float) -> float | None:
     return None
 
 
-def as_text(curves: dict[str, dict[str, list[float]]]) -> str:
+def as_text(curves: dict[str, dict[str, list[float]]], last: int) -> str:
     orders = list(curves["0"])
     lines = ["accuracy, and its difference to random"]
-    for size in SHOWN:
+    for size in (size for size in SHOWN if size <= last):
         at = {order: [curve[order][size // BATCH - 1] for curve in curves.values()] for order in orders}
         apart = {o: interval(np.subtract(at[o], at["random"]).tolist()) for o in orders if o != "random"}
         cells = [f"random {np.mean(at['random']):.3f}"]
         cells += [f"{order} {np.mean(at[order]):.3f} {said}" for order, said in apart.items()]
         lines.append(f"{size:>6}  " + "; ".join(cells))
-    for target in TARGETS:
+    for target in (target for target in TARGETS if target < last):
         for order in orders[1:]:
             lines.append(
                 f"{order}: votes for the accuracy of random after {target}: {needed(curves, order, target)}"
@@ -288,7 +299,7 @@ def needed(curves: dict[str, dict[str, list[float]]], order: str, target: int) -
         found.append(votes_)
         if votes_ is not None and own is not None:
             ratios.append(math.log(votes_ / own))
-    listed = ", ".join(f"{v:.0f}" if v is not None else f"more than {LAST}" for v in found)
+    listed = ", ".join(f"{v:.0f}" if v is not None else f"more than {BATCH * len(by_random)}" for v in found)
     if len(ratios) < len(found) or len(ratios) < 2:
         return listed
     measure = across_runs(ratios)
