@@ -190,9 +190,8 @@ class Pool:
         rng = random.Random(seed)  # the first hundred are the same for every order
         shuffled = rng.sample(range(len(self.said)), len(self.said))
         taken, found = shuffled[:BATCH], list[float]()
-        heads: Array | None = None
         while True:
-            heads = self.heads(taken, order.heads, seed, heads)
+            heads = self.heads(taken, order.heads, seed)
             if len(taken) % BATCH == 0:
                 found.append(self.accuracy(heads))
             if len(taken) == self.last:
@@ -218,19 +217,19 @@ class Pool:
         told = information(apart) if order.by == "information" else apart.std(axis=0)
         return [left[k] for k in np.argsort(-told, kind="stable")[:count]]
 
-    def heads(self, taken: Sequence[int], count: int, seed: int, start: Array | None = None) -> Array:
-        """(M, d) heads by the penalised likelihood, found from `start` on. A single one learns from every
-        vote once."""
+    def heads(self, taken: Sequence[int], count: int, seed: int) -> Array:
+        """(M, d) heads by the penalised likelihood. A single one learns from every vote once."""
         features, said = self.features[list(taken)], self.said[list(taken)]
         rng = np.random.default_rng([seed, len(taken)])
         times = rng.multinomial(len(taken), np.full(len(taken), 1 / len(taken)), size=count)
         given = [t if count > 1 else np.ones(len(taken)) for t in times]
-        first = np.zeros((count, features.shape[1])) if start is None else start
-        return np.stack([fitted(features, said, t, f) for t, f in zip(given, first, strict=True)])
+        return np.stack([fitted(features, said, t) for t in given])
 
 
-def fitted(features: Array, said: Array, times: Array, head: Array) -> Array:
-    """(d,) by Newton's method, to three digits."""
+def fitted(features: Array, said: Array, times: Array) -> Array:
+    """(d,) by Newton's method, to three digits. It begins at zero: from elsewhere its first step may be too
+    long."""
+    head = np.zeros(features.shape[1])
     for _ in range(8):
         p = 1 / (1 + np.exp(-np.clip(features @ head, -30, 30)))
         curvature = features.T @ (features * (times * p * (1 - p))[:, None]) + RIDGE * np.eye(len(head))
