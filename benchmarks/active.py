@@ -17,7 +17,6 @@ drawn at random the next hundred are drawn
     diverse     80 % so that together they tell most: one after the other by the variance that is left of the
                 head's forecast (Laplace's approximation) when those chosen before are known
     members     the same with the five heads in the place of the posterior: it needs their scores alone
-                (`keel.feedback.priorities.together`)
 
 The second time each vote is for the better side, so that there are no errors of annotators: what is left is
 the learner. Accuracy is that of the heads' mean on test pairs, by the gold reward. Printed are the accuracies
@@ -43,7 +42,7 @@ from transformers import AutoModelForCausalLM
 from keel.config import read
 from keel.data.batches import by_length
 from keel.evaluation.measures import across_runs
-from keel.feedback.priorities import greedy, information, together
+from keel.feedback.priorities import information
 from keel.models.load import load_tokenizer
 from keel.pipeline.pipeline import Pipeline
 from keel.worlds import helpdesk
@@ -244,6 +243,36 @@ def posterior(features: Array, head: Array) -> Array:
     """(d, d) the covariance of a head after votes on these pairs, by Laplace's approximation."""
     p = 1 / (1 + np.exp(-np.clip(features @ head, -30, 30)))
     return np.linalg.inv(features.T @ (features * (p * (1 - p))[:, None]) + RIDGE * np.eye(len(head)))
+
+
+def together(differences: Array, count: int) -> list[int]:
+    """(M, N) scores of M heads → the pairs that together tell most about which of several models is right:
+    one after the other, each by the variance that is left of the models' scores when those before it are
+    known. So no second pair is asked that says what the first does.
+    """
+    centred = (differences - differences.mean(axis=0)).T / np.sqrt(max(len(differences) - 1, 1))
+    return greedy(centred, np.eye(len(differences)), differences.mean(axis=0), count)
+
+
+def greedy(features: Array, covariance: Array, scores: Array, count: int) -> list[int]:
+    """(N, k) features, (k, k) covariance of what they are multiplied by, (N,) mean scores → `count` rows, by
+    the information gain of a vote on each, ½ log(1 + v·p(1 − p)), v its variance given votes on those before.
+    """
+    p = 1 / (1 + np.exp(-np.clip(scores, -30, 30)))
+    weight = p * (1 - p)
+    spread = features @ covariance
+    variance = (spread * features).sum(axis=1)
+    chosen: list[int] = []
+    for _ in range(min(count, len(features))):
+        gain = variance * weight
+        gain[chosen] = -1.0
+        best = int(gain.argmax())
+        chosen.append(best)
+        row = spread[best] / np.sqrt(1 / weight[best] + variance[best])
+        along = features @ row
+        spread -= along[:, None] * row[None, :]
+        variance -= along * along
+    return chosen
 
 
 # ---------------------------------------------------------------- what came out

@@ -77,36 +77,6 @@ def information(differences: Array) -> Array:
     return _entropy(p.mean(axis=0)) - _entropy(p).mean(axis=0)
 
 
-def together(differences: Array, count: int) -> list[int]:
-    """(M, N) as of `information` → the pairs that together tell most about which of several models is right:
-    one after the other, each by the variance that is left of the models' scores when those before it are
-    known. So no second pair is asked that says what the first does.
-    """
-    centred = (differences - differences.mean(axis=0)).T / np.sqrt(max(len(differences) - 1, 1))
-    return greedy(centred, np.eye(len(differences)), differences.mean(axis=0), count)
-
-
-def greedy(features: Array, covariance: Array, scores: Array, count: int) -> list[int]:
-    """(N, k) features, (k, k) covariance of what they are multiplied by, (N,) mean scores → `count` rows, by
-    the information gain of a vote on each, ½ log(1 + v·p(1 − p)), v its variance given votes on those before.
-    """
-    p = 1 / (1 + np.exp(-np.clip(scores, -30, 30)))
-    weight = p * (1 - p)
-    spread = features @ covariance
-    variance = (spread * features).sum(axis=1)
-    chosen: list[int] = []
-    for _ in range(min(count, len(features))):
-        gain = variance * weight
-        gain[chosen] = -1.0
-        best = int(gain.argmax())
-        chosen.append(best)
-        row = spread[best] / np.sqrt(1 / weight[best] + variance[best])
-        along = features @ row
-        spread -= along[:, None] * row[None, :]
-        variance -= along * along
-    return chosen
-
-
 def _entropy(p: Array) -> Array:
     p = np.clip(p, 1e-12, 1 - 1e-12)
     return -(p * np.log(p) + (1 - p) * np.log1p(-p))
