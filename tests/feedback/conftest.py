@@ -72,7 +72,11 @@ def odd_pairs() -> list[NewItem]:
         ("long", LONG, "short"),
         ("请解释光合作用。", CHINESE, "植物吃阳光。"),
         ("ما هي عاصمة المغرب؟", ARABIC, "العاصمة هي الدار البيضاء."),
-        ("sum?", WIDE + "It is $\\sum_i x_i < 3$ and\n\n```python\nprint('<b>')\n```", "\\[ y = 2 \\]\n\n> quoted"),
+        (
+            "sum?",
+            WIDE + "It is $\\sum_i x_i < 3$ and\n\n```python\nprint('<b>')\n```",
+            "\\[ y = 2 \\]\n\n> quoted",
+        ),
     ]
     return [
         NewItem(f"{SECRET}-odd-{i}", prompt, [Reply(a, f"{SECRET}-a"), Reply(b, f"{SECRET}-b")])

@@ -30,7 +30,10 @@ def test_a_formula_in_a_line(text):
     ],
 )  # fmt: skip
 def test_a_displayed_formula_wherever_models_write_it(text):
-    assert '<math display="block" tabindex="0"><mrow><mi>x</mi><mo>&lt;</mo><mi>y</mi></mrow></math>' in shown(text)
+    assert (
+        '<math display="block" tabindex="0"><mrow><mi>x</mi><mo>&lt;</mo><mi>y</mi></mrow></math>'
+        in shown(text)
+    )
 
 
 @pytest.mark.parametrize(
