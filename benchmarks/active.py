@@ -1,4 +1,4 @@
-"""Uncertain pairs first, against random order: `python benchmarks/active.py [--model SFT] [--seeds 10]`.
+"""Uncertain pairs first, against random order: `python benchmarks/active.py [--model SFT] [--seeds 5]`.
 
 On the help desk, whose truth is known. A pool of pairs waits for votes: one a pair, by one of its annotators,
 with their biases and errors. The reward model is a small one that can be trained again after each batch of
@@ -75,7 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="an SFT model of the help desk; default: the recipe's, trained here")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--orders", default=",".join(ORDERS))
     parser.add_argument("--labels", default="votes,truth", help="votes of annotators, and without errors")
     parser.add_argument("--last", type=int, default=1600, help="votes up to which it goes")
