@@ -292,13 +292,19 @@ def dashboard(
         str, typer.Option(help="Address to serve on; any but this machine's own asks for a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8012,
+    most_pages: Annotated[
+        int, typer.Option(min=1, max=1000, help="Pages that may be open at a time; others wait.")
+    ] = 64,
     wait: Annotated[bool, typer.Option("--wait", hidden=True)] = False,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Watch the runs in RUNS live in a browser: keel's, TRL's and TensorBoard's."""
     from keel.cli import dashboard as watching
 
-    watching.serve(runs, host, port, lambda link: print(link, flush=True), wait=wait, while_stdin=while_stdin)
+    watching.serve(
+        runs, host, port, lambda link: print(link, flush=True),
+        wait=wait, while_stdin=while_stdin, most_pages=most_pages,
+    )  # fmt: skip
 
 
 @app.command()
