@@ -177,7 +177,7 @@ def read_run(content: bytes, folder: Path) -> None:
     path.write_bytes(content[1:])
     try:
         found = reading.read(run, Notes(strict=False))
-        text, lines = page.render(found), summary.summary(run)
+        text, lines = page.render(found), summary(run)
         assert len(text) < 10_000_000, "the page is too long"
         assert len(lines) < 2_000_000, "the summary is too long"
         text.encode("utf-8", "backslashreplace")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from keel.diagnosis import logs
 from keel.diagnosis.findings import SEVERITIES, Finding
 from keel.diagnosis.logs import Diagnosis
+from keel.errors import DataError
 from keel.report.notes import short
 from keel.report.reading import Run, StageRun
 
@@ -50,7 +51,11 @@ def _diagnosis(stage: StageRun) -> Diagnosis | None:
             if handle is None:
                 return None
             handle.close()
-    return logs.stage(stage.directory, stage.settings)
+    try:
+        return logs.stage(stage.directory, stage.settings)
+    except DataError as error:  # which names the whole path: see RunFiles.name
+        folder = f"{stage.directory.parent.parent}{os.sep}"
+        raise DataError(str(error).replace(folder, "", 1)) from None
 
 
 def said(diagnosis: Diagnosis) -> str:

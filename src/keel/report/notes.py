@@ -58,7 +58,7 @@ class Notes:
         except DataError as error:
             if self.strict:
                 raise
-            self.add(str(error))
+            self.add(f"{what}: {error}")
         except BROKEN as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())[:150]
             self.add(f"{what}: here is what no run of keel writes ({words})", error)

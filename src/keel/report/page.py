@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -232,6 +232,26 @@ def _judgement_title(results: Sequence[Mapping[str, Any]]) -> str:
 
 def fill(template: str, drawn: list[Picture], **values: object) -> str:
     """A page of this folder with its pictures, style and scripts in it, so that it opens offline."""
+    plotly = get_plotlyjs()
+    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("figures.js", "page.js"))
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            **values,
+            colours=pictures.MODEL_COLOURS,
+            css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+            plotly=Markup(plotly),
+            script=Markup(script),
+            figures=_figures(drawn),
+            hashes=" ".join(f"'sha256-{_digest(source)}'" for source in (plotly, script)),
+        )
+    )
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    """The pages of this folder; each is compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -248,17 +268,7 @@ def fill(template: str, drawn: list[Picture], **values: object) -> str:
         "large": large,
         "truncated": partial(short, most=LONGEST_FACT),
     }
-    plotly = get_plotlyjs()
-    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("figures.js", "page.js"))
-    return environment.get_template(template).render(
-        **values,
-        colours=pictures.MODEL_COLOURS,
-        css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        plotly=Markup(plotly),
-        script=Markup(script),
-        figures=_figures(drawn),
-        hashes=" ".join(f"'sha256-{_digest(source)}'" for source in (plotly, script)),
-    )
+    return environment
 
 
 def verdicts(run: Run, diagnoses: Mapping[str, Diagnosis]) -> list[tuple[str, Verdict]]:
