@@ -326,7 +326,7 @@ def fuzz(target: str, minutes: float, out: Path) -> None:
     """Fuzz one target; does not return."""
     import atheris  # pyright: ignore[reportMissingImports]
 
-    with atheris.instrument_imports(include=["keel"], enable_loader_override=False):
+    with atheris.instrument_imports(include=["keel", "yaml"], enable_loader_override=False):
         for warm in seeds(target):  # imports what it needs, and shows that the good ones pass
             with tempfile.TemporaryDirectory() as folder:
                 TARGETS[target](warm, Path(folder))

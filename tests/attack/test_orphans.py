@@ -65,7 +65,7 @@ def test_the_points_of_a_sweep_end_with_it(
             time.sleep(0.02)
         _, said = sweep.communicate(timeout=ENDS_WITHIN)
         assert waited(ENDS_WITHIN, lambda: all(worker(point) is None for point in points))
-        assert waited(1, lambda: not any(is_alive(one.pid) for one in found))
+        assert waited(ENDS_WITHIN, lambda: not any(is_alive(one.pid) for one in found))
         assert "Traceback" not in said
         assert sweep.returncode == (-signal.SIGKILL if how == "SIGKILL" else 130)
     finally:
