@@ -90,22 +90,25 @@ tutorials: $(VENV)/.installed-dev  ## run the tutorials and write their pages
 
 build: $(VENV)/.installed-dev $(SUPPLY)/.installed  ## wheel, sdist and bill of materials in dist/
 	$(BIN)/python -m hatchling build
-	$(SUPPLY)/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type library \
-	  --output-reproducible --of JSON -o dist/keel.cdx.json
+	$(SUPPLY)/bin/python -W ignore -m cyclonedx_py requirements requirements.lock --pyproject pyproject.toml \
+	  --mc-type library --output-reproducible --of JSON -o dist/keel.cdx.json
 
 # Tools that look at what keel is built on have an environment of their own: they bring older versions of it.
-$(SUPPLY)/.installed: constraints.txt
+SUPPLY_TOOLS = pip-audit==2.10.1 cyclonedx-bom==7.5.0 uv==0.13.9
+$(SUPPLY)/.installed:
 	$(PYTHON) -m venv $(SUPPLY)
-	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check $$(sed -n 's/^# supply: //p' constraints.txt)
+	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check $(SUPPLY_TOOLS)
 	touch $@
 
 audit: $(SUPPLY)/.installed        ## known advisories on the tested versions; fails where nobody can be asked
-	$(SUPPLY)/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r constraints.txt || { echo \
-	  "make audit: an advisory stands above, or the advisory database could not be reached: nothing is known then" >&2; exit 1; }
+	@$(SUPPLY)/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r constraints.txt || { \
+	  echo "make audit: not passed. Either advisories are listed above, or the advisory database could not be asked" \
+	  "about a package (an error is shown then), and nothing is known." >&2; exit 1; }
 
 lock: $(SUPPLY)/.installed         ## requirements.lock again: the default install with hashes, in the tested versions
-	$(SUPPLY)/bin/uv pip compile --quiet --generate-hashes --universal --no-emit-package torch -c constraints.txt \
-	  --no-header -o requirements.lock pyproject.toml
+	echo torch > $(SUPPLY)/excluded.txt
+	$(SUPPLY)/bin/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header --no-annotate \
+	  --excludes $(SUPPLY)/excluded.txt -c constraints.txt -o requirements.lock pyproject.toml
 
 # Peers live in an environment of their own: TRL 1.16, and beside it 1.12, the last release that has PPO.
 $(PEERS)/.installed: constraints.txt
