@@ -22,7 +22,8 @@ FOUND: dict[str, tuple[str, bytes]] = {
         "data",
         b'\0\0{"prompt":"a","chosen":"b","rejected":"c","margin":1' + b"0" * 400 + b"}\n",
     ),
-}  # fmt: skip
+    "a config of a run in its short form": ("run", bytes([0]) + fuzz_readers.CONFIG.encode()),
+}
 
 
 @pytest.mark.parametrize("name", FOUND)

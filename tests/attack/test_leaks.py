@@ -22,7 +22,9 @@ from keel.rewards.rules import regex
 pytestmark = pytest.mark.attack
 
 UPDATES = 200
-EVALUATIONS = int(os.environ.get("KEEL_EVALUATIONS", "2000"))
+CALLS = 2000
+# of a whole evaluate stage: 2000 take twenty minutes of a processor, more than the suite may
+EVALUATIONS = int(os.environ.get("KEEL_EVALUATIONS", "300"))
 SETTLED = 0.3  # of the run: caches are full, allocators have taken what they keep
 MAY_GROW = 0.01
 
@@ -72,17 +74,18 @@ def evaluation(every_kind: dict[str, Any], model: Path) -> dict[str, Any]:
     return {**judge, "models": [str(model), every_kind["sft"]["model"]], "reward": rewards, "data": data}
 
 
-def test_2000_evaluations_hold_what_600_did(
-    every_kind: dict[str, Any], roomy_model: Path, tmp_path: Path
+def test_evaluations_hold_what_a_third_of_them_did(
+    every_kind: dict[str, Any], roomy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`keel.run` of an evaluate stage, again and again in one process, as a notebook would."""
+    """`keel.run` of an evaluate stage again and again, in one process, as a notebook would; without its page."""
+    monkeypatch.setattr(Pipeline, "_report", lambda self: None)
     stages, seen = {"judge": evaluation(every_kind, roomy_model)}, list[dict[str, float]]()
     config = {"name": "r", "threads": 1, "device": "cpu", "dtype": "float32", "stages": stages}
     for number in range(EVALUATIONS):
         run = keel.run({**config, "seed": number}, runs=tmp_path, progress=False)
         assert set(run.stages["judge"].result["models"]) == set(stages["judge"]["models"])
         shutil.rmtree(run.path)
-        if number % 10 == 9:
+        if number % 3 == 2:
             seen.append(held())
     assert_flat(seen)
 
@@ -93,7 +96,7 @@ def test_2000_calls_of_an_isolated_function_hold_what_600_did(tmp_path: Path) ->
     function, rule = IsolatedFunction(f"{tmp_path}/mine.py:f", "r", "mine"), regex("red")
     seen: list[dict[str, float]] = []
     try:
-        for number in range(EVALUATIONS):
+        for number in range(CALLS):
             arguments = {"prompts": ["the cat?"] * 4, "completions": [f" it is red {number}."] * 4}
             assert function.ask(arguments, 4)["values"] == [1.0] * 4
             assert rule(arguments["prompts"], arguments["completions"]) == [1.0] * 4
