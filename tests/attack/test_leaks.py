@@ -77,7 +77,7 @@ def evaluation(every_kind: dict[str, Any], model: Path) -> dict[str, Any]:
 def test_evaluations_hold_what_a_third_of_them_did(
     every_kind: dict[str, Any], roomy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`keel.run` of an evaluate stage again and again, in one process, as a notebook would; without its page."""
+    """`keel.run` of an evaluate stage, again and again in one process, as a notebook would. No page."""
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
     stages, seen = {"judge": evaluation(every_kind, roomy_model)}, list[dict[str, float]]()
     config = {"name": "r", "threads": 1, "device": "cpu", "dtype": "float32", "stages": stages}

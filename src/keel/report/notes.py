@@ -4,7 +4,7 @@ made of what is sound, and a line says what is missing."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from keel.errors import DataError
 
@@ -68,7 +68,7 @@ class Notes:
 # ---------------------------------------------------------------- single values
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of JSON is a number that can be reckoned with: finite, and no truth value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
