@@ -164,7 +164,7 @@ def test_a_trick_in_yaml_is_a_line_with_the_file(text: str, said: str, tmp_path:
         ("lr", 10**400, "stages.s.lr"),
         ("batch_size", 2**64, "`batch_size` is too large: at most 2,147,483,647"),
         ("batch_size", 10**4000, "stages.s"),
-        ("data", {"source": "d.jsonl", "options": {"a": [float("nan")]}}, "`options` is nan"),
+        ("data", {"source": "d.jsonl", "options": {"a": [float("nan")]}}, "`options.a.0` is nan"),
         ("batch_size", True, "`batch_size`: true is no number"),
         ("model", "x" * 100_000, "stages.s.model: 100,000 characters"),
     ],
