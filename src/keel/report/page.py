@@ -232,7 +232,7 @@ def _judgement_title(results: Sequence[Mapping[str, Any]]) -> str:
 
 def fill(template: str, drawn: list[Picture], **values: object) -> str:
     """A page of this folder with its pictures, style and scripts in it, so that it opens offline."""
-    plotly = get_plotlyjs()
+    plotly = get_plotlyjs() if drawn else ""  # 4 MB
     script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("figures.js", "page.js"))
     return (
         _templates()
