@@ -468,7 +468,7 @@ def _grpo(**settings: Any) -> dict[str, Any]:
 
 def test_a_constant_length_is_finite():
     for length in (float("inf"), float("nan")):
-        assert "is no number that a setting can be" in _refusal(_config(s=_grpo(reduce=length)))
+        assert "s.reduce.float: must be a finite number" in _refusal(_config(s=_grpo(reduce=length)))
     assert "must be a positive, finite length" in _refusal(_config(s=_grpo(reduce=0.0)))
 
 
@@ -670,18 +670,18 @@ def test_a_file_of_rows_is_no_config(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("lr", float("inf"), "lr: inf is no number that a setting can be"),
+        ("lr", float("inf"), "lr: must be a finite number, not inf"),
         ("lr", 1e308, "`lr` is 1e+308"),
-        ("epochs", float("inf"), "epochs: inf is no number"),
+        ("epochs", float("inf"), "epochs: must be a finite number"),
         ("weight_decay", float("nan"), "weight_decay"),
-        ("max_grad_norm", float("inf"), "max_grad_norm: inf is no number"),
-        ("lora", {"r": 2**64}, "lora.r: the number is beyond what 64 bits hold"),
+        ("max_grad_norm", float("inf"), "max_grad_norm: must be a finite number"),
+        ("lora", {"r": 2**64}, "`r` is too large: at most 2,147,483,647"),
         ("lora", {"r": 2**40}, "`r` is too large: at most 2,147,483,647"),
         ("batch_size", 2**31, "`batch_size` is too large"),
         (
             "model",
             {"init": {"model_type": "llama", "x": float("inf")}, "tokenizer": "t"},
-            "init.x: inf is no",
+            "`init.x` is inf: it must be a finite number",
         ),
         ("model", "m" * 100_000, "at most 4,000 may stand"),
         ("data", "d" * 100_000, "at most 4,000 may stand"),

@@ -374,3 +374,15 @@ def test_a_list_begins_after_an_empty_line(page):
         lines = block.strip("\n").splitlines()
         items = [number for number, line in enumerate(lines) if re.match(r"([-*]|\d+\.) ", line)]
         assert not items or lines[0].startswith("#") or items[0] == 0, f"{page.name}: {lines[items[0]]}"
+
+
+def test_each_boundary_names_tests_that_exist() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    section = text.partition("## What keel trusts")[2].partition("\n`make fuzz`")[0]
+    boundaries = re.findall(r"^- (?:\*\*)?(.*?)\n(?=- |\Z)", section + "\n", re.DOTALL | re.MULTILINE)
+    assert len(boundaries) == 12
+    for boundary in boundaries:
+        named = re.findall(r"`(tests/[^`]+)`", boundary)
+        if not boundary.startswith("Network"):
+            assert named, boundary
+        assert [path for path in named if not (ROOT / path).exists()] == []

@@ -15,7 +15,7 @@ import typer
 
 import keel
 from keel.api.terminal import show, show_json
-from keel.cli import bench, boundary, label
+from keel.cli import bench, boundary, interrupts, label
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, UsageError
 from keel.rundir import run_status
@@ -108,12 +108,15 @@ def run(
     keep_watching: Annotated[
         bool, typer.Option("--keep-watching", help="As --watch, and leave the dashboard open at the end.")
     ] = False,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
     from keel import report
     from keel.cli import consent
 
+    if while_stdin:
+        interrupts.end_with_stdin()
     pipeline = _pipeline(config, overrides, runs, name)
     consent.to_run(_place(config), pipeline.config, trust)
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
@@ -196,19 +199,21 @@ def report(
     """Write the run's report.html again and print its verdict."""
     from keel import report as reports
 
-    if not (run / "config.yaml").exists():
+    if not any((run / name).exists() for name in ("config.yaml", "manifest.json", "stages")):
         raise UsageError(f"no run at {run}: there is no config.yaml in it")
-    page = reports.write(run)
+    made = reports.report(run)
     if as_json:
         stages = {
             name: {"status": run_status.status(run, name, facts)}
             for name, facts in run_status.manifest(run).items()
         }
-        facts = {"report": str(page), "stages": stages, "results": run_status.results(run)}
-        show_json(facts)
+        results = run_status.results(run)
+        show_json({"report": str(made.page), "stages": stages, "results": results, "notes": made.notes})
     else:
-        show(reports.summary(run))
-        show(f"report: {page}")
+        show(made.text)
+        for note in made.notes:
+            show(reports.unshown(note))
+        show(f"report: {made.page}")
 
 
 @app.command()

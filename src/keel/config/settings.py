@@ -82,8 +82,8 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _of_this_world(self) -> Settings:
         for name, value in self:
-            if (problem := _beyond(value, SEED if name == "seed" else LARGEST)) is not None:
-                raise ValueError(f"`{name}` {problem}")
+            if (found := _beyond(value, SEED if name == "seed" else LARGEST, name)) is not None:
+                raise ValueError("`{}` {}".format(*found))
         return self
 
     def decisive(self) -> dict[str, Any]:
@@ -157,21 +157,22 @@ def other_names(group: object, key: object) -> set[str]:
     return names
 
 
-def _beyond(value: object, largest: int) -> str | None:
-    """What is wrong with a number in a setting, in lists and mappings too: infinite, NaN, or larger than
-    anything that it could mean."""
+def _beyond(value: object, largest: int, key: str) -> tuple[str, str] | None:
+    """The key and what is wrong there with a number in a setting, in lists and mappings too: infinite, NaN,
+    or larger than anything that it could mean. This is the one guard, for YAML and for Python."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int) and abs(value) > largest:
-        return f"is too large: at most {largest:,}"
+        return key, f"is too large: at most {largest:,}"
     if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
-        return f"is {value}: it must be a finite number, at most {LARGEST_FLOAT:g}"
+        return key, f"is {value}: it must be a finite number, at most {LARGEST_FLOAT:g}"
     if isinstance(value, (list, tuple)):
-        inner: Any = value
+        inner: Any = enumerate(value)
     elif isinstance(value, Mapping):
-        inner = value.values()
+        inner = value.items()
     elif isinstance(value, BaseModel) and not isinstance(value, Settings):  # which looks after itself
-        inner = dict(value).values()
+        inner = dict(value).items()
     else:
         return None
-    return next((found for one in inner if (found := _beyond(one, largest)) is not None), None)
+    below = (_beyond(one, largest, f"{key}.{name}") for name, one in inner)
+    return next((found for found in below if found is not None), None)
