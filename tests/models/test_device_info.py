@@ -55,3 +55,26 @@ def test_freed_memory_is_taken_again_without_asking_the_system_for_it() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, kept, after = map(int, done.stdout.split())
     assert not kept or after < before / 100
+
+
+KEPT = """
+import torch
+from keel.models.device_info import give_back_freed_memory, keep_freed_memory
+def resident():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS:"))
+kept = keep_freed_memory()
+x = [torch.ones(2**20) for _ in range(64)]  # 256 MiB
+last = torch.ones(2**10)  # at the end of the heap
+del x
+before = resident()
+give_back_freed_memory()
+print(int(kept), before, resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a matter of glibc")
+def test_what_is_kept_of_freed_memory_can_be_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    kept, before, after = map(int, done.stdout.split())
+    assert not kept or after < before - 200

@@ -60,9 +60,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 def keep_freed_memory() -> bool:
     """Let glibc keep what tensors on the CPU leave behind instead of giving it back to the system and asking
     for it again at every step, page by page. For the rest of the process; False where there is no glibc.
-    `forget_peak` gives it back."""
+    `give_back_freed_memory` gives back what there is."""
     mallopt = getattr(_libc(), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what `keep_freed_memory` kept so far, for what does not come from the heap: a file
+    of weights that is mapped."""
+    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _libc() -> ctypes.CDLL | None:
@@ -100,8 +107,7 @@ def _left_to_container() -> int:
 def forget_peak(device: torch.device) -> None:
     """Let `peak_memory_mib` begin anew at what is in use now, where the system can do that: on cuda, and on
     Linux. What is kept of freed memory goes back to the system."""
-    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
-        trim(0)
+    give_back_freed_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
