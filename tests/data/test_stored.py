@@ -11,6 +11,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from keel.data.stored import records as stored
 from keel.data.stored import tokens as token_rows
 from keel.data.stored.cache import Cache, digest_of, keep_digests
 from keel.data.stored.records import PickedRows, RecordSink, Rows, StoredRows, numbers_of, picked
-from keel.data.stored.tokens import Preparation, each, tokenised
+from keel.data.stored.tokens import Preparation, Tokens, each, tokenised
 from keel.data.stored.worker import Shown, do
 from keel.errors import DataError, KeelError, UsageError
 from keel.pipeline.pipeline import PREPARED, Pipeline
-from keel.stages.lazy_rows import entries_of
+from keel.stages.lazy_rows import encode, entries_of
+from keel.stages.prepare import TooLong
 from keel.types import (
     DataSource,
     DemonstrationRecord,
@@ -326,6 +328,34 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
     assert kinds.count("tokens") == 3  # all stages on pairs read the same
     shutil.rmtree(tmp_path / "files" / "stages" / "rm")
     assert made(tmp_path / "files") == plain  # once more, from what was kept
+
+
+@pytest.mark.parametrize("policy", ["skip", "truncate"])
+def test_rows_that_are_too_long_are_left_out_or_cut_alike_and_skipped_ones_are_not_read(
+    policy: str, few: None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pairs_file(tmp_path / "pairs.jsonl", 70)
+    stage_run: Any = SimpleNamespace(name="x", preparation=Preparation(Cache(tmp_path / "cache")))
+    records = load([DataSource(str(path))], ("preference",), 0, stage_run.preparation).records
+    assert isinstance(records, StoredRows)
+    seen: list[int] = []
+
+    def encoded(rows: Any) -> tuple[list[Tokens], TooLong]:
+        too_long = TooLong(stage_run, policy, limit=20)
+
+        def fits(record: Record, tokens: Tokens) -> bool:
+            seen.append(len(tokens[0]) + max(map(len, tokens[1:])))
+            return too_long.fits(record, seen[-1])
+
+        return list(encode(rows, tokenizer, too_long, fits, lambda number, tokens: tokens)), too_long
+
+    plain, counts = encoded(tuple(records))
+    asked, seen = seen, []
+    large, counts_of_files = encoded(records)
+    assert large == plain
+    assert (counts_of_files.left_out, counts_of_files.cut) == (counts.left_out, counts.cut)
+    assert max(asked) > 20 > min(asked)  # some are, some are not
+    assert any(size > 20 for size in seen) == (policy == "truncate")
 
 
 # ---------------------------------------------------------------- progress

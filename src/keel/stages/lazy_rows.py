@@ -56,7 +56,7 @@ def encode(
 
     fits: whether a record's tokens are kept. Where records are read from a file, it is asked only for entries
     that are longer than `too_long.limit`, have fewer than two tokens, or two replies of the same length: all
-    others it must keep.
+    others it must keep, and those that are too long where such rows are skipped it must leave out.
     build: the row, its tokens within the limit; called again each time that a row is asked for.
     """
     rows: Sequence[RowT]
@@ -86,9 +86,14 @@ def _stored(
     entries, numbers = entries_of(tokens.record(), taken)
     lengths = sizes_of(tokens, isinstance(records[0], TextRecord))[entries]
     doubtful = (lengths < 2) | alike_of(tokens)[entries]
-    if too_long.limit is not None:
-        doubtful |= lengths > too_long.limit
     kept = np.ones(len(entries), dtype=bool)
+    if too_long.limit is not None:
+        long = lengths > too_long.limit
+        if too_long.policy == "skip":  # no need to read what is left out whatever it holds
+            kept, doubtful = ~long, doubtful & ~long
+            too_long.left_out += int(long.sum())
+        else:
+            doubtful |= long
     for index in np.flatnonzero(doubtful).tolist():
         kept[index] = fits(records[int(numbers[index])], tokens[entries[index]])
     tokens.release()
