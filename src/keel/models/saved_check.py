@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from keel import accel
 from keel.errors import KeelError
-from keel.models.device_info import give_back_freed_memory
+from keel.models.freed_memory import give_back_freed_memory
 from keel.models.load import context_length, score_head
 from keel.models.logprobs import backbone, head_dtype
 from keel.models.lora import merged, with_own_weights

@@ -31,7 +31,8 @@ from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
 from keel.errors import KeelError, MachineError, UsageError
 from keel.models import lora
-from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
+from keel.models.device_info import forget_peak, peak_memory_mib
+from keel.models.freed_memory import keep_freed_memory
 from keel.pipeline import lengths
 from keel.pipeline.device import cores, deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, versions
