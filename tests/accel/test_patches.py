@@ -188,7 +188,8 @@ def test_samples_and_scores_of_a_changed_transformers_are_its_own(
 ) -> None:
     """Drawn, not only likeliest, tokens; and what a reward model or a critic says, with its gradient."""
     CHANGES[change][0](monkeypatch)
-    model, config = plain_model(), LlamaConfig(**SIZES, num_labels=1, pad_token_id=0)
+    model, config = plain_model(), LlamaConfig(**SIZES, pad_token_id=0)
+    config.num_labels = 1
     request = GenerationRequest(PROMPTS, Sampling(6), [99], 0, 3)
     with accel.disabled():
         drawn = ReferenceEngine(copy.deepcopy(model)).generate(request)
