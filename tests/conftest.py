@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -526,6 +530,134 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def config_of() -> Callable[..., Any]:
     """A configuration of a family that keel knows block by block, small, with settings of one's own."""
     return lambda kind, **more: AutoConfig.for_model(kind, **{**CONFIGS[kind], **more})
+
+
+# ---------------------------------------------------------------- a language model that judges, by a script
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a scripted judge does with a request."""
+
+    content: str = ""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    raw: bytes | None = None  # the body, in place of a chat completion
+    wait: float = 0.0  # seconds before the answer
+    drip: float = 0.0  # seconds between two bytes of it
+    hang_up: bool = False
+    finish: str = "stop"
+
+
+def shown_to_judge(text: str) -> dict[str, str]:
+    """What a question shows as data: its name → the text."""
+    mark = re.search(r"the mark (\[[0-9a-f]{12}\])", text)
+    assert mark
+    parts = re.split(rf"^{re.escape(mark[1])} (.+)$", text, flags=re.MULTILINE)
+    return {name: content.strip("\n") for name, content in zip(parts[1::2], parts[2::2])}
+
+
+def likes_red(text: str, number: int = 0, liked: str = "red") -> Said:
+    """A judge that likes "red", or another text, and else nothing."""
+    replies = {n.removeprefix("reply "): r for n, r in shown_to_judge(text).items() if n.startswith("reply")}
+    likes = {name: liked in reply for name, reply in replies.items()}
+    if '"scores"' in text:
+        names = re.findall(r'"(\w+)": a number', text)
+        score = 10 if likes["reply"] else 1
+        return Said(json.dumps({"reason": "by colour", "scores": dict.fromkeys(names, score)}))
+    if '"better"' in text:
+        better = "tie" if likes["A"] == likes["B"] else "A" if likes["A"] else "B"
+        return Said(json.dumps({"reason": "by colour", "better": better}))
+    groups = [[n for n in likes if likes[n]], [n for n in likes if not likes[n]]]
+    return Said(json.dumps({"reason": "by colour", "ranking": [group for group in groups if group]}))
+
+
+class ScriptedJudge:
+    """A server on this machine that speaks OpenAI's chat completions. script: (question, its number) → what
+    is said."""
+
+    def __init__(self, script: Callable[[str, int], Said] = likes_red) -> None:
+        self.script, self.asked, self.headers = script, list[str](), list[dict[str, str]]()
+        self.bodies: list[dict[str, Any]] = []
+        lock, judge = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(judge.asked)
+                    judge.asked.append(body["messages"][0]["content"])
+                    judge.bodies.append(body)
+                    judge.headers.append({k.lower(): v for k, v in self.headers.items()})
+                judge._say(self, judge.script(judge.asked[number], number), number)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def _say(self, handler: BaseHTTPRequestHandler, said: Said, number: int) -> None:
+        time.sleep(said.wait)
+        if said.hang_up:
+            handler.close_connection = True
+            return
+        choice = {
+            "index": 0, "finish_reason": said.finish,
+            "message": {"role": "assistant", "content": said.content},
+        }  # fmt: skip
+        whole = {
+            "id": str(number), "object": "chat.completion", "created": 0, "model": "scripted",
+            "choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+        }  # fmt: skip
+        body = json.dumps(whole).encode() if said.raw is None else said.raw
+        try:
+            handler.send_response(said.status)
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **said.headers}
+            for name, value in headers.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            for byte in [bytes([b]) for b in body] if said.drip else [body]:
+                handler.wfile.write(byte)
+                time.sleep(said.drip)
+        except OSError:  # nobody listens any more
+            handler.close_connection = True
+
+    def kill(self) -> None:
+        """The server is gone, and its port with it."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def scripted_judge() -> Iterator[Callable[..., ScriptedJudge]]:
+    """Judges by a script, which end with the test."""
+    started: list[ScriptedJudge] = []
+
+    def start(script: Callable[[str, int], Said] = likes_red) -> ScriptedJudge:
+        started.append(ScriptedJudge(script))
+        return started[-1]
+
+    start.said, start.shown, start.likes_red = Said, shown_to_judge, likes_red  # pyright: ignore[reportFunctionMemberAccess]
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture(scope="session")
+def standing_judge() -> Iterator[ScriptedJudge]:
+    """A judge that likes red, for as long as there are tests."""
+    judge = ScriptedJudge()
+    yield judge
+    judge.kill()
 
 
 CHROMIUM_ARGUMENTS = (

@@ -53,7 +53,9 @@ def _defined() -> dict[tuple[str, str], set[str]]:
 
 
 @pytest.fixture(scope="module")
-def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], set[str]]:
+def written(
+    tiny_reward: Path, standing_judge: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], set[str]]:
     """(section, file) → names, of a tiny run over all stages with every optional measure switched on."""
     gc.freeze()
     experts = {
@@ -83,6 +85,7 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "    log_extra('size', [len(c) for c in completions])\n    return [len(c) for c in completions]\n"
     )
     short = {"max_new_tokens": 6}
+    judge = {"model": "scripted", "address": standing_judge.address}
     stages = {
         "base": {
             "kind": "pretrain",
@@ -146,7 +149,12 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "grpo": {
             "kind": "grpo",
             "model": "sft",
-            "reward": ["reward", {"kind": "length", "high": 9}, f"python:{logs}:score"],
+            "reward": [
+                "reward",
+                {"kind": "length", "high": 9},
+                f"python:{logs}:score",
+                {"kind": "judge", "mode": "ranking", **judge},
+            ],
             "data": rows("prompts"),
             "batch_size": 4,
             "samples_per_prompt": 2,
@@ -169,7 +177,7 @@ def written(tiny_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
             "model": "sft",
             "data": rows("prompts", 4),
             "pairs": 3,
-            "annotators": "world:helpdesk",
+            "annotators": ["world:helpdesk", {"judge": judge}],
             "sampling": short,
         },
         "judge": {

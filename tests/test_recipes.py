@@ -65,6 +65,7 @@ class StandIns:
 
     model: Path
     encoder: Path  # for classifiers to start from, and for similarity
+    judge: str  # an address
     pairs: Path
     files: Mapping[str, Path]  # what a recipe names → rows of the same columns
 
@@ -82,7 +83,9 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory, model: Path, tiny_bert: Path) -> StandIns:
+def stand_ins(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, tiny_bert: Path, standing_judge: Any
+) -> StandIns:
     """For each data set of the hub a file with its columns: HH-RLHF's one string a side, GSM8K's worked
     solutions, UltraFeedback's conversations, TL;DR's posts; for texts a book of some paragraphs."""
     folder = tmp_path_factory.mktemp("recipes")
@@ -120,7 +123,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, model: Path, tiny_bert: 
         "trl-lib/tldr": _write(folder / "posts.jsonl", posts),
         ".txt": book,
     }
-    return StandIns(model, tiny_bert, files["Anthropic/hh-rlhf"], files)
+    return StandIns(model, tiny_bert, standing_judge.address, files["Anthropic/hh-rlhf"], files)
 
 
 def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
@@ -182,6 +185,8 @@ def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
 
 def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     changes: dict[str, Any] = {"model": str(stand_ins.encoder)} if term.kind == "similarity" else {}
+    if term.kind == "judge":
+        changes["address"] = stand_ins.judge
     if term.source_filter is not None:
         changes["source_filter"] = stand_ins.file(term.source_filter)
     return {**term.model_dump(exclude_none=True), **changes}

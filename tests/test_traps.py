@@ -682,7 +682,12 @@ REFUSED = {  # inherited settings that a stage has no use for: giving one is an 
 
 
 def test_trap_every_setting_is_read_by_something(
-    run: Any, whole: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    whole: Any,
+    tiny_bert: Path,
+    standing_judge: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Settings that are validated, documented and read by nothing: each is watched during a run over all
     stages.
@@ -701,7 +706,8 @@ def test_trap_every_setting_is_read_by_something(
             caller = frame.f_code
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
-                or caller.co_name in ("inputs", "references", "log_name", "trusts_sampler", "world")
+                or caller.co_name
+                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -739,6 +745,12 @@ def test_trap_every_setting_is_read_by_something(
         {"kind": "python", "function": own},
         {"kind": "plugin", "function": "brief", "isolate": False},  # its package is here alone
         {"kind": "learned", "model": "reward", "combine": "mean"},
+        {
+            "kind": "judge",
+            "model": "scripted",
+            "address": standing_judge.address,
+            "rubric": [{"name": "red"}],
+        },
     ]
     alone = {"eval_data": None, "eval_every": None, "patience": None, "judge": None}
     stages["grpo"] = {**stages["grpo"], "judge": {"reward": [{"kind": "length", "high": 3}]}}
@@ -756,7 +768,10 @@ def test_trap_every_setting_is_read_by_something(
         "model": "sft",
         "data": prompts,
         "pairs": 2,
-        "annotators": "world:helpdesk",
+        "annotators": [
+            "world:helpdesk",
+            {"judge": {"model": "scripted", "address": standing_judge.address}},
+        ],
         "too_long": "truncate",
         "sampling": {"max_new_tokens": 4},
     }

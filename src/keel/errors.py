@@ -4,6 +4,7 @@ KeelError             1   one clear message; the command ends with `exit_code`
 ├─ UsageError         2   the command, the config or a model is not what it must be; nothing was trained
 │  └─ DataError       2   a row or a file of data is unusable; names file, line and reason
 ├─ RewardError        1   a reward function failed; names it
+├─ BudgetError        1   what a judge may cost is spent: what was done is kept, a larger budget goes on
 ├─ NotFiniteError     1   a loss, a gradient or a metric is NaN or infinite
 ├─ MachineError       1   no space, no memory, no rights: what was done is kept, and gone on with
 └─ WaitingError       3   the stage has done its part and waits for people
@@ -30,6 +31,11 @@ class WaitingError(KeelError):
     """A stage has done its part and waits for people; the message says for what. Nothing failed."""
 
     exit_code = 3
+
+
+class BudgetError(KeelError):
+    """What a judge may cost is spent. What was done is kept; the same command goes on with a larger
+    budget."""
 
 
 class MachineError(KeelError):

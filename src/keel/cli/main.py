@@ -15,7 +15,7 @@ import typer
 
 import keel
 from keel.api.terminal import show, show_json
-from keel.cli import boundary, label
+from keel.cli import bench, boundary, label
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, UsageError
 from keel.rundir import run_status
@@ -29,6 +29,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(invoke_without_command=True, help="Complete configs, one per known use.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(label.app, name="label")
+app.add_typer(bench.app, name="bench")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a recipe's name.")]
 OverridesArgument = Annotated[

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from keel.config.judge import AnnotatorJudge, JudgeEntry
 from keel.config.parts import AsSource, DataConfig, FilteredSamplingConfig, SamplingConfig, as_list, as_source
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting, Stage
@@ -15,8 +16,35 @@ MOST_ROUNDS = 100  # three stages each
 ANNOTATORS = r"^(world:[A-Za-z0-9_-]+|people)$"
 _WHO = (
     "Who compares: world:NAME, whose annotators vote at once; or people, for whose votes the run stops and "
-    "waits."
+    "waits. In a list also language models, {judge: {model: …, address: …}}: how reliable one is, is "
+    "estimated against the others' votes before its own count."
 )
+Voters = Annotated[str, Field(pattern=ANNOTATORS)]
+Annotators = Voters | list[Voters | JudgeEntry]
+
+
+def _judges_of(annotators: str | list[str | JudgeEntry]) -> list[AnnotatorJudge]:
+    """The language models among the annotators."""
+    found: list[AnnotatorJudge] = []
+    for entry in [] if isinstance(annotators, str) else annotators:
+        if isinstance(entry, JudgeEntry):
+            found.append(entry.judge)
+    return found
+
+
+def _voters_of(annotators: str | list[str | JudgeEntry]) -> str:
+    """`people`, or world:NAME. ValueError where there are none, or both."""
+    named = (
+        [annotators] if isinstance(annotators, str) else [one for one in annotators if isinstance(one, str)]
+    )
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise ValueError(f"`annotators` names {' and '.join(named)}: give one of them beside the judges")
+    raise ValueError(
+        "`annotators` names language models alone: nobody is there whom their reliability could be measured "
+        "against. Name people or world:NAME, too; a reward by a model alone is reward: {kind: judge}"
+    )
 
 
 class LabelConfig(Settings):
@@ -48,7 +76,15 @@ class CollectConfig(Stage):
     pairs: int = Field(
         ge=1, description="Prompts to draw, each once and by the seed: as many pairs are compared at most."
     )
-    annotators: str = Field(pattern=ANNOTATORS, description=_WHO)
+    annotators: Annotators = Field(description=_WHO)
+    voted_pairs: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "With a judge: as many of the pairs, the first, are given to people (or the world's annotators); "
+            "of the others the judges' word counts alone, as far as they are reliable. null: all."
+        ),
+    )
     label: LabelConfig | None = Field(
         None,
         description=(
@@ -81,18 +117,34 @@ class CollectConfig(Stage):
     def _sound(self) -> CollectConfig:
         if self.sampling.temperature == 0:
             raise ValueError("`sampling.temperature` 0 (greedy) draws the same reply twice")
+        _voters_of(self.annotators)
+        names = [judge.log_name for judge in self.judges]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two judges are called {twice!r}; give each a `name`")
+        if self.voted_pairs is not None and not self.judges:
+            raise ValueError("`voted_pairs` has no effect without a judge among `annotators`")
+        if self.voted_pairs is not None and self.voted_pairs > self.pairs:
+            raise ValueError(f"`voted_pairs` {self.voted_pairs} is more than the {self.pairs} `pairs`")
         if self.label is not None and not self.asks_people:
-            raise ValueError(f"`label` has no effect with `annotators: {self.annotators}`, who vote at once")
+            voters = _voters_of(self.annotators)
+            raise ValueError(f"`label` has no effect with `annotators: {voters}`, who vote at once")
         return self
 
     def references(self) -> list[tuple[str, str]]:
-        """As of `Stage`: the model that answers."""
-        return [("model", self.model)]
+        """As of `Stage`: the model that answers, and judges that run in keel's process."""
+        judges = [("judge", judge.model) for judge in self.judges if judge.in_process]
+        return [("model", self.model), *judges]
+
+    @property
+    def judges(self) -> list[AnnotatorJudge]:
+        """The language models among the annotators."""
+        return _judges_of(self.annotators)
 
     @property
     def world(self) -> str | None:
         """The world whose annotators vote; None for people."""
-        return None if self.annotators == "people" else self.annotators.removeprefix("world:")
+        voters = _voters_of(self.annotators)
+        return None if voters == "people" else voters.removeprefix("world:")
 
     @property
     def replies(self) -> SamplingConfig | None:
@@ -107,7 +159,7 @@ class CollectConfig(Stage):
         return self.label
 
     def gold_judges(self) -> list[tuple[str, DataSetting]]:
-        return [] if self.asks_people else [(self.annotators, self.main_data()[0])]
+        return [] if self.asks_people else [(_voters_of(self.annotators), self.main_data()[0])]
 
 
 class RoundsConfig(Settings):
@@ -118,7 +170,7 @@ class RoundsConfig(Settings):
     n: int = Field(ge=1, le=MOST_ROUNDS, description="Rounds in all; with 1 nothing is collected.")
     reward: str = Field(description="The reward stage that is trained again in each round.")
     policy: str = Field(description="The stage, ppo or grpo, that goes on in each round.")
-    annotators: str = Field(pattern=ANNOTATORS, description=_WHO)
+    annotators: Annotators = Field(description=_WHO)
     pairs: int = Field(ge=1, description="Pairs that each round after the first collects at most.")
     label: LabelConfig | None = Field(None, description="As of a collect stage: where people compare.")
 
@@ -209,7 +261,8 @@ def _renamed(terms: object, old: str, new: str) -> Any:
     if isinstance(terms, list):
         return [_renamed(term, old, new) for term in terms]
     if isinstance(terms, Mapping):
-        return {**terms, "model": new} if terms.get("model") == old else terms
+        elsewhere = terms.get("address") is not None  # a judge's model is no stage
+        return {**terms, "model": new} if terms.get("model") == old and not elsewhere else terms
     return new if terms == old else terms
 
 

@@ -12,6 +12,7 @@ from keel.config.rewards import (
     RewardTerm,
     as_terms,
     check_log_names,
+    check_several,
     check_source_filters,
     models_of,
 )
@@ -88,6 +89,7 @@ class EvaluateConfig(Stage):
     @model_validator(mode="after")
     def _sound(self) -> EvaluateConfig:
         check_source_filters(self.reward or [], self.data, "`data`")
+        check_several(self.reward or [], "an evaluation")
         learned = [term for term in self.reward or [] if term.kind == "learned"]
         if self.comparisons is not None and len(learned) != 1:
             raise ValueError("`comparisons` has no effect without one reward model in `reward`")

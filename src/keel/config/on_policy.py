@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from keel.config import methods
 from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as_source
-from keel.config.rewards import LearnedTerm, check_source_filters, models_of
+from keel.config.rewards import LearnedTerm, check_several, check_source_filters, models_of
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
 from keel.config.watching import Watched
@@ -299,6 +299,8 @@ class OnPolicy(Watched):
                 "the sampler's"
             )
         check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
+        if self.samples_per_prompt < 2:
+            check_several(self.reward, "training with `samples_per_prompt: 1`")
         self._check_methods()
         limits = ("max_approx_kl", "desired_kl", "dual_clip")
         idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]

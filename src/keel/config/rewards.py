@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from keel.config.judge import JudgeSettings
 from keel.config.parts import DataConfig, Quantize, as_list
 from keel.config.settings import Settings
 
@@ -178,6 +179,48 @@ class ClassifierTerm(RewardSettings):
     reads: Literal["completion", "prompt+completion"] = Field("completion", description="What it judges.")
 
 
+class JudgeTerm(JudgeSettings, RewardSettings):
+    """A language model that judges by a rubric: 0 for the worst, 1 for the best."""
+
+    kind: Literal["judge"] = Field(description="A language model that judges by a rubric.")
+    mode: Literal["pointwise", "pairwise", "ranking"] = Field(
+        "pointwise",
+        description=(
+            "pointwise: each reply by itself, on `scale`; pairwise: every two replies to a prompt, or each "
+            "with the one in `against`; ranking: all replies to a prompt at once. The last two give the "
+            "share of the others that a reply is better than."
+        ),
+    )
+    scale: tuple[int, int] = Field(
+        (1, 10), description="Ends of the pointwise scale, of which the worst becomes 0 and the best 1."
+    )
+    against: str | None = Field(
+        None, min_length=1, description="Column with a reply that each reply is compared with (pairwise)."
+    )
+    reference: str | None = Field(
+        None,
+        min_length=1,
+        description="Column with a right answer that the judge is shown, where a row has one.",
+    )
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares the replies to a prompt with each other, and says nothing of a single one."""
+        return self.mode != "pointwise" and self.against is None
+
+    @model_validator(mode="after")
+    def _sound_mode(self) -> JudgeTerm:
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"`scale` {list(self.scale)}: the second end must be above the first")
+        if self.mode != "pointwise" and self.changes("scale"):
+            raise ValueError(f"`scale` has no effect with `mode: {self.mode}`")
+        if self.mode == "pointwise" and self.changes("both_orders"):
+            raise ValueError("`both_orders` has no effect with `mode: pointwise`, which shows one reply")
+        if self.mode != "pairwise" and self.against is not None:
+            raise ValueError(f"`against` has no effect with `mode: {self.mode}`: set `mode: pairwise`")
+        return self
+
+
 class CodeSettings(RewardSettings):
     """How a reward that is code of somebody's is run."""
 
@@ -244,6 +287,7 @@ RewardTerm = Annotated[
     | OverlongTerm
     | SimilarityTerm
     | ClassifierTerm
+    | JudgeTerm
     | FunctionTerm
     | PluginTerm,
     Field(discriminator="kind"),
@@ -258,6 +302,7 @@ RULES = (
     "overlong",
     "similarity",
     "classifier",
+    "judge",
 )
 
 
@@ -313,8 +358,20 @@ def check_source_filters(
         )
 
 
+def check_several(terms: Sequence[RewardTerm], where: str) -> None:
+    """ValueError for a judge that compares replies with each other, in a place where a prompt has one reply.
+    where: that place."""
+    for term in terms:
+        if isinstance(term, JudgeTerm) and term.compares:
+            raise ValueError(
+                f"reward {term.log_name!r}: `mode: {term.mode}` compares the replies to one prompt, and "
+                f"{where} has one reply a prompt: set `mode: pointwise`, or pairwise with `against`"
+            )
+
+
 def models_of(terms: Sequence[RewardTerm]) -> list[tuple[str, str]]:
     """(setting, model) of the terms that read a model, as `Stage.references` has them."""
-    settings = {"learned": "reward", "classifier": "classifier", "similarity": "similarity"}
-    reading = [t for t in terms if isinstance(t, LearnedTerm | ClassifierTerm | SimilarityTerm)]
-    return [(settings[term.kind], term.model) for term in reading]
+    settings = {"learned": "reward", "classifier": "classifier", "similarity": "similarity", "judge": "judge"}
+    reading = [t for t in terms if isinstance(t, LearnedTerm | ClassifierTerm | SimilarityTerm | JudgeTerm)]
+    here = [t for t in reading if not isinstance(t, JudgeTerm) or t.in_process]
+    return [(settings[term.kind], term.model) for term in here]

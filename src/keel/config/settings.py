@@ -32,6 +32,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     renamed: ClassVar[Mapping[str, str]] = {}  # former key → key
+    idle: ClassVar[frozenset[str]] = frozenset()  # settings on which no result depends
 
     @model_validator(mode="before")
     @classmethod
@@ -83,10 +84,31 @@ class Settings(BaseModel):
                 raise ValueError(f"`{name}` {problem}")
         return self
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that results depend on, as JSON has them: without those in `idle`, in groups inside,
+        too."""
+        return _decisive(self, self.model_dump(mode="json"))
+
     def changes(self, name: str) -> bool:
         """Whether a setting differs from its default. A value that is written out and equals the default is
         no change: a run's resolved config, which writes every value, can be read again."""
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+
+
+def _decisive(value: Any, dumped: Any) -> Any:
+    """What was dumped of a value, without settings on which no result depends."""
+    if isinstance(value, Settings):
+        return {
+            name: _decisive(getattr(value, name), inside)
+            for name, inside in dumped.items()
+            if name not in type(value).idle
+        }
+    if isinstance(value, (list, tuple)):
+        return [_decisive(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, Mapping):
+        items = zip(value.values(), dumped.items(), strict=True)
+        return {key: _decisive(inside, shown) for inside, (key, shown) in items}
+    return dumped
 
 
 @cache

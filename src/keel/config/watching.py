@@ -7,7 +7,14 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config.parts import AsSource, DataConfig, as_source
-from keel.config.rewards import AsTerms, LearnedTerm, RewardTerm, as_terms, check_log_names
+from keel.config.rewards import (
+    AsTerms,
+    LearnedTerm,
+    RewardTerm,
+    as_terms,
+    check_log_names,
+    check_several,
+)
 from keel.config.settings import Settings
 from keel.config.stage import Training
 
@@ -31,6 +38,7 @@ class JudgeConfig(Settings):
     def _one_judge(self) -> JudgeConfig:
         if (self.gold is None) == (self.reward is None):
             raise ValueError("`judge` takes either `gold` or `reward`, one of them")
+        check_several(self.reward or [], "a held-out judge")
         return self
 
 
@@ -154,6 +162,8 @@ class Watched(Training):
             raise ValueError("`eval_every` and `eval_data` work together: give both or neither")
         if self.patience is not None and self.eval_data is None:
             raise ValueError("`patience` has no effect without `eval_every` and `eval_data`")
+        if self.eval_data is not None:
+            check_several(self.reward, "an evaluation on `eval_data`")
         trained = {term.model for term in self.reward if isinstance(term, LearnedTerm)}
         judges = [t.model for t in (self.judge and self.judge.reward) or [] if isinstance(t, LearnedTerm)]
         if same := next((model for model in judges if model in trained), None):

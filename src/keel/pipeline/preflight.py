@@ -34,7 +34,7 @@ from keel.pipeline import held_out, reward_rows
 from keel.pipeline.device import device_of
 from keel.rewards import answers, learned
 from keel.rl import heldout_judge
-from keel.stages import build_rewards, people
+from keel.stages import build_rewards, judges, people
 from keel.stages.collect import COMPARISONS
 from keel.types import DataSource, PromptRecord, RecordType
 
@@ -229,6 +229,8 @@ class Sources:
                 learned.check_config(config, place)
                 if Path(place).exists():
                     learned.other_members(config, place)
+            elif setting == "judge":
+                _check_writes(config, place)
             elif setting not in ("classifier", "similarity"):  # these write nothing
                 _check_family(stage, config, place)
 
@@ -358,6 +360,9 @@ class Sources:
                 quantize.check()
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
+        asking = [term for term in stage.reward_terms() if term.kind == "judge"]
+        for judge in [*asking, *getattr(stage, "judges", [])]:
+            judges.check_machine(judge, f"{name}: judge {judge.log_name!r}")
         if getattr(stage, "offload", False) and device_of(self.config).type == "cpu":
             raise UsageError(
                 f"{name}: `offload` has no effect on a CPU, where all models lie anyway; leave it out"
@@ -448,7 +453,19 @@ def _check_family(stage: Stage, config: PreTrainedConfig, place: str) -> None:
     if type(config) not in family._model_mapping and not remote:
         lack = "can have no score head" if scores else "is no language model that can write"
         raise UsageError(f"{place!r} {lack}: its type is {config.model_type}")
-    if not scores and reads_both_ways(config):
+    if not scores:
+        _check_direction(config, place)
+
+
+def _check_writes(config: PreTrainedConfig, place: str) -> None:
+    """UsageError for a judge's model that is no language model."""
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise UsageError(f"{place!r} is no language model that can write: its type is {config.model_type}")
+    _check_direction(config, place)
+
+
+def _check_direction(config: PreTrainedConfig, place: str) -> None:
+    if reads_both_ways(config):
         raise UsageError(
             f"{place!r} is no language model that can write: it is an encoder (its type is "
             f"{config.model_type}, "

@@ -27,6 +27,7 @@ from keel.types import Record
 AT_ONCE = 64  # rows in a call
 BUDGET = 20.0  # seconds that the functions of one reward are asked for
 _COMPARES = {"answer": "column", "similarity": "to"}  # kind → its setting that names a column
+_JUDGE_READS = ("against", "reference")  # settings of a judge that name columns, which a row may lack
 _CODE = ("python", "plugin")
 Shown = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -57,14 +58,15 @@ def functions_of(terms: Sequence[Any], stage: str) -> Iterator[dict[str, Any]]:
 
 
 def check_columns(stage: str, terms: Sequence[Any], records: Sequence[Record]) -> None:
-    """DataError for a rule that compares with a column that no row has."""
+    """DataError for a rule or a judge that compares with a column that no row has."""
     for term in terms:
-        setting = _COMPARES.get(term.kind)
-        wanted = setting and getattr(term, setting)
-        if wanted and not any(wanted in record.columns for record in records):
-            raise DataError(
-                f"{stage}: reward {term.log_name!r}: the data have no column {wanted!r} (`{setting}`)"
-            )
+        settings = _JUDGE_READS if term.kind == "judge" else [_COMPARES.get(term.kind)]
+        for setting in (one for one in settings if one):
+            wanted = getattr(term, setting)
+            if wanted and not any(wanted in record.columns for record in records):
+                raise DataError(
+                    f"{stage}: reward {term.log_name!r}: the data have no column {wanted!r} (`{setting}`)"
+                )
 
 
 def faults(
@@ -117,6 +119,8 @@ def without(dataset: Dataset, found: Sequence[RowFault], names: Sequence[str]) -
 def required_columns(terms: Sequence[Any], code: Mapping[str, Any]) -> list[str]:
     """Columns that rules compare with or functions insist on."""
     names = [getattr(term, _COMPARES[term.kind]) for term in terms if term.kind in _COMPARES]
+    of_judges = [getattr(term, one) for term in terms if term.kind == "judge" for one in _JUDGE_READS]
+    names += [name for name in of_judges if name is not None]
     for function in code.values():
         names += functions.signature_of(function).required
     return [name for name in dict.fromkeys(names) if name not in RESERVED]

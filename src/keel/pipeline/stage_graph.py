@@ -80,7 +80,7 @@ class StageGraph:
             made_here = {s: self.input_print(s) for s in stage.inputs() if s in self.config.stages}
             parts = {
                 "name": name,  # the stage's own seed is derived from it
-                "settings": stage.model_dump(mode="json"),
+                "settings": stage.decisive(),
                 "seed": self.config.seed,
                 "threads": self.config.threads,
                 "device": device_of(self.config).type,

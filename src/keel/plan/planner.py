@@ -367,7 +367,12 @@ def _reward_models(pipeline: Pipeline, name: str) -> dict[str, ModelRef] | None:
     stage = pipeline.config.stages[name]
     rewards: dict[str, ModelRef] = {}
     for term in getattr(stage, "reward", None) or []:
-        if term.kind in ("learned", "classifier", "similarity"):
+        if term.kind == "judge" and term.in_process:
+            ref = _shape(pipeline, term.model, "lm", judges=True)
+            if ref is None:
+                return None
+            rewards[term.log_name] = ref
+        elif term.kind in ("learned", "classifier", "similarity"):
             # an adapter alone has the shape of its base
             on = name if pipeline.sources.is_bare(term.model) else term.model
             ref = _shape(pipeline, on, "score", judges=term.kind != "learned")

@@ -154,7 +154,7 @@ def fill(template: str, drawn: list[Picture], **values: object) -> str:
         "duration": duration,
         "large": large,
     }
-    plotly = get_plotlyjs()
+    plotly = get_plotlyjs() if drawn else ""  # 4 MB
     script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("figures.js", "page.js"))
     return environment.get_template(template).render(
         **values,

@@ -20,7 +20,7 @@ from keel.algorithms.control import adaptive_kl, kl_adaptive_lr
 from keel.algorithms.masked import count
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
-from keel.errors import NotFiniteError
+from keel.errors import BudgetError, NotFiniteError, RewardError
 from keel.models import optim
 from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
@@ -77,7 +77,7 @@ class OnPolicyLoop:
         config, run, state = self.config, self.run, self.state
         try:
             # 1. rollout: a response to each prompt, scored by every model   2. advantages
-            batch = collect(self.algorithm, self._prompts_of(update), state, update)
+            batch = self._collected(update)
             # 3. epochs of mini-batches: loss, backward, step
             with run.timed("train"):
                 learned = learn(self.algorithm, self.optimizers, batch.episodes, update, state)
@@ -110,6 +110,16 @@ class OnPolicyLoop:
         self.state = self.monitor.see(update, metrics, state)
         if due(update, config.updates, config.save_every) or self._over:
             self._save(update)
+
+    def _collected(self, update: int) -> Batch:
+        """What an update learns from. Where a reward cannot be had, the updates before it are kept first."""
+        try:
+            return collect(self.algorithm, self._prompts_of(update), self.state, update)
+        except (BudgetError, RewardError):
+            done = update - 1
+            if done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():
+                self._save(done)
+            raise
 
     @property
     def _over(self) -> bool:

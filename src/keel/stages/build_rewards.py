@@ -13,6 +13,7 @@ from keel import plugins
 from keel.config.rewards import (
     ClassifierTerm,
     FunctionTerm,
+    JudgeTerm,
     LearnedTerm,
     PluginTerm,
     RewardTerm,
@@ -30,6 +31,7 @@ from keel.rewards.similarity import Similarity
 from keel.rewards.trainer import TrainingState
 from keel.rollout.engine import text_of
 from keel.rundir.stage_run import StageRun
+from keel.stages import judges
 from keel.types import Completion, Conversation, Prompt
 
 if TYPE_CHECKING:
@@ -38,11 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadedReward:
-    """A term of the config with what it needs in memory: reward models, or a function of TRL's signature."""
+    """A term of the config with what it needs in memory: reward models, a function of TRL's signature, or a
+    judge."""
 
     term: Any  # of keel.config.rewards
     models: tuple[learned.RewardModel, ...] = ()
     function: Callable[..., Any] | IsolatedFunction | None = None
+    judge: Rewarder | None = None
 
 
 def function_of(term: FunctionTerm | PluginTerm, where: str) -> Callable[..., Any] | IsolatedFunction:
@@ -102,7 +106,7 @@ def load_rewards(
                 )
                 loaded.append(LoadedReward(term, function=similarity))
             case ClassifierTerm():
-                judge = Classifier(
+                classifier = Classifier(
                     stage_run.resolve(term.model),
                     term.label,
                     output=term.output,
@@ -110,7 +114,10 @@ def load_rewards(
                     device=stage_run.device,
                     trust_remote_code=trust_remote_code,
                 )
-                loaded.append(LoadedReward(term, function=judge))
+                loaded.append(LoadedReward(term, function=classifier))
+            case JudgeTerm():
+                judge = judges.of_reward(term, stage_run, dtype=dtype, trust_remote_code=trust_remote_code)
+                loaded.append(LoadedReward(term, judge=judge))
             case _:
                 loaded.append(LoadedReward(term, function=_rule(term)))
     return loaded
@@ -127,7 +134,7 @@ def check(terms: Sequence[RewardTerm], where: str) -> None:
                 plugins.point_of("keel.rewards", term.function)
             except UsageError as error:
                 raise UsageError(f"{where}: reward: {error}") from None
-        elif not isinstance(term, LearnedTerm | SimilarityTerm | ClassifierTerm):
+        elif not isinstance(term, LearnedTerm | SimilarityTerm | ClassifierTerm | JudgeTerm):
             try:
                 _rule(term)
             except UsageError as error:
@@ -172,8 +179,9 @@ def mixture(
     for one in loaded:
         term = one.term
         if not one.models:
-            assert one.function is not None
-            rewarder = _for_its_source(term, from_function(term.log_name, one.function))
+            assert one.judge is not None or one.function is not None
+            plain = one.judge or from_function(term.log_name, one.function)  # pyright: ignore[reportArgumentType]
+            rewarder = _for_its_source(term, plain)
             terms.append(WeightedReward(term.log_name, term.weight, rewarder))
             continue
         if normalize or len(one.models) > 1:

@@ -26,7 +26,8 @@ from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
-from keel.stages import lazy_rows, people, prepare
+from keel.stages import judged_pairs, lazy_rows, people, prepare
+from keel.stages.judged_pairs import JudgeVotes
 from keel.stages.people import CHOICES, PAIRS, VOTES, Heard, Voted
 from keel.types import Completion, PromptRecord, Record
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from keel.config.collect import LabelConfig
 
 COMPARISONS = "comparisons.jsonl"  # pairs and votes, as rows of type preference
+_WORDS = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what a reviewer said, as P(a is better)
 TRIES = 4  # draws of a second reply, until it differs from the first
 
 
@@ -51,12 +53,17 @@ def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
         raise DataError(
             f"{stage_run.name}: the model gave no two different replies to any of {len(tasks)} prompts"
         )
+    shown = pairs[: config.voted_pairs]  # to people, or the world's annotators
     if config.world is None:
-        heard = _votes_of_people(config, stage_run, pairs)
+        heard = _votes_of_people(config, stage_run, shown)
         stage_run.facts["votes_print"] = heard.print
-        rows = comparisons(pairs, heard.votes, heard.words)
     else:
-        rows = comparisons(pairs, _votes_of_world(config.world, stage_run, pairs, [r for r, _ in tasks]))
+        heard = Heard(tuple(_votes_of_world(config.world, stage_run, shown, [r for r, _ in tasks])), {}, 0, 0)
+    judged = judged_pairs.ask(config, stage_run, pairs)
+    labels, of_judges = (
+        judged_pairs.weigh(stage_run, pairs, heard.votes, heard.words, judged) if judged else ({}, {})
+    )
+    rows = comparisons(pairs, heard.votes, heard.words, labels, judged)
     if not rows:
         raise DataError(f"{stage_run.name}: every pair was skipped: no comparison is left")
     write_text(stage_run.directory / COMPARISONS, _lines(rows))
@@ -67,8 +74,9 @@ def run(config: CollectConfig, stage_run: StageRun) -> dict[str, Any]:
     )
     return {
         "comparisons": len(rows), "same": len(tasks) - len(pairs), "skipped": len(pairs) - len(rows),
-        "votes": sum(len(row.get("votes") or row["people_votes"]) for row in rows),
+        "votes": sum(len(row["votes"] if "votes" in row else row["people_votes"]) for row in rows),
         "truncated": sum(pair["cut"] for pair in pairs) / (2 * len(pairs)),
+        **({"judges": of_judges} if judged else {}),
     }  # fmt: skip
 
 
@@ -81,35 +89,46 @@ def votes_print(directory: Path, label: LabelConfig | None) -> str | None:
 
 
 def comparisons(
-    pairs: Sequence[Mapping[str, Any]], votes: Sequence[Voted], words: Mapping[int, str] | None = None
+    pairs: Sequence[Mapping[str, Any]],
+    votes: Sequence[Voted],
+    words: Mapping[int, str] | None = None,
+    labels: Mapping[int, float] | None = None,
+    judged: Sequence[JudgeVotes] = (),
 ) -> list[dict[str, Any]]:
     """Rows of type preference: what more votes prefer is chosen, the first reply where none does. Pairs that
     somebody skipped, or on which nobody decided, are left out.
 
     words: pair → what a reviewer said, a, b or tie; that is the pair's label then, as `p_chosen`, and the
-    votes are kept as `people_votes`.
+    votes are kept as `people_votes`. labels: pair → P(a is better) by people and judges together, a label in
+    the same way. judged: what judges said, pair by pair, kept as `judge_votes`.
     """
     by_pair: dict[int, list[Voted]] = {}
     for vote in votes:
         if vote.choice != "abstain":
             by_pair.setdefault(vote.pair, []).append(vote)
     rows: list[dict[str, Any]] = []
-    for pair in pairs:
+    for place, pair in enumerate(pairs):
         votes_on_pair, word = by_pair.get(pair["pair"], []), (words or {}).get(pair["pair"])
         choices = [vote.choice for vote in votes_on_pair]
-        if word is None and (not votes_on_pair or "skip" in choices):
+        p_a = _WORDS[word] if word is not None else (labels or {}).get(pair["pair"])
+        if word is None and ("skip" in choices or (not votes_on_pair and p_a is None)):
             continue
-        a_wins = choices.count("a") >= choices.count("b") if word is None else word != "b"
+        a_wins = choices.count("a") >= choices.count("b") if p_a is None else p_a >= 0.5
         names = {"a": "chosen", "b": "rejected"} if a_wins else {"a": "rejected", "b": "chosen"}
         sides = {names[side]: _reply(pair["prompt"], pair[side]) for side in ("a", "b")}
         named = [
             {"annotator": vote.annotator, "choice": names.get(vote.choice, "tie")} for vote in votes_on_pair
         ]
         row = {"prompt": pair["prompt"], "chosen": sides["chosen"], "rejected": sides["rejected"]}
-        if word is None:
+        if p_a is None:
             row["votes"] = named
         else:
-            row |= {"p_chosen": 0.5 if word == "tie" else 1.0, "people_votes": named}
+            row |= {"p_chosen": p_a if a_wins else round(1 - p_a, 6), "people_votes": named}
+        if judged:
+            said = [(one.name, one.choices[place]) for one in judged]
+            row["judge_votes"] = [
+                {"annotator": name, "choice": names.get(choice, "tie")} for name, choice in said if choice
+            ]
         rows.append(row)
     return rows
 

@@ -1,0 +1,166 @@
+"""Settings of a language model as judge: of a reward (`kind: judge`), and of an annotator of `collect`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from keel.config.settings import LONGEST_PATH, Settings
+
+RUBRIC = (
+    "Is the reply right, does it do what was asked for, and is it honest about what it does not know? A "
+    "reply that is longer than it needs to be is worse."
+)
+
+
+class CriterionConfig(Settings):
+    """One thing that a judge judges by."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,39}$", description="Its name in the answer.")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Its part in the score.")
+    description: str = Field("", description="What it means, in the words that the judge reads.")
+
+
+class BudgetConfig(Settings):
+    """What a judge may cost in one stage, over all attempts at the run."""
+
+    calls: int | None = Field(None, ge=1, description="Requests, those that brought nothing included.")
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "Tokens of questions and answers, as the server counts them (else a quarter of the characters). "
+            "The requests under way when it is spent are still paid for."
+        ),
+    )
+
+
+class JudgeSettings(Settings):
+    """A language model, where it is, and what it judges by."""
+
+    # where a model answers, and how patiently it is asked, is no part of what it says
+    idle: ClassVar[frozenset[str]] = frozenset(
+        {"address", "api_key_env", "concurrency", "timeout", "tries", "budget"}
+    )
+
+    model: str = Field(
+        min_length=1,
+        max_length=LONGEST_PATH,
+        description="Its name at `address`; without one, a stage, a path or a hub id, run by keel's engine.",
+    )
+    address: str | None = Field(
+        None,
+        description=(
+            "Where it answers OpenAI's chat completions, up to /v1: http://localhost:8000/v1 (vLLM, Ollama, "
+            "llama.cpp and most providers). null: the model runs in keel's own process."
+        ),
+    )
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="The environment variable that holds the key. The key itself is written nowhere.",
+    )
+    rubric: str | list[CriterionConfig] = Field(
+        RUBRIC, min_length=1, description="What it judges by: a text, or criteria with weights."
+    )
+    reasons: bool = Field(
+        True, description="It says why in a sentence or two before its verdict: better, and more tokens."
+    )
+    both_orders: bool = Field(
+        True,
+        description=(
+            "Pairs and rankings are asked in both orders: twice the requests, no gain by position, and what "
+            "the order alone decides is measured. false: one order, which the texts decide."
+        ),
+    )
+    temperature: float | None = Field(
+        0.0, ge=0, le=2, description="Of the answer; null: the server's own, for models that take no other."
+    )
+    max_new_tokens: int = Field(1024, ge=8, description="Tokens of an answer, its thoughts included.")
+    on_failure: Literal["error", "none"] = Field(
+        "error",
+        description=(
+            "Where no usable answer comes: an error that names the sample, or None (the reward does not "
+            "apply to it; the annotator did not vote)."
+        ),
+    )
+    tries: int = Field(
+        6,
+        ge=1,
+        description=(
+            "Requests for one answer, with pauses that double from 1 s to 60 s between them; a server's "
+            "Retry-After is honoured."
+        ),
+    )
+    timeout: float = Field(
+        120.0, gt=0, allow_inf_nan=False, description="Seconds that one request may take, to its end."
+    )
+    concurrency: int = Field(8, ge=1, le=1024, description="Requests at the same time.")
+    budget: BudgetConfig = Field(
+        default_factory=lambda: BudgetConfig.model_validate({}),
+        description=(
+            "What it may cost; null in both: any number. A run whose budget is spent ends with a checkpoint, "
+            "and goes on with a larger one."
+        ),
+    )
+
+    @field_validator("address", mode="after")
+    @classmethod
+    def _plain_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            raise ValueError(f"{value!r} is no address; write http://localhost:8000/v1") from None
+        if not sound:
+            raise ValueError(f"{value!r} is no address; write http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "an address holds no key: a run writes its settings down. Name a variable in `api_key_env`"
+            )
+        if parts.path.rstrip("/").endswith("/chat/completions"):
+            raise ValueError(f"leave /chat/completions out of {value!r}: it is added")
+        return value
+
+    @model_validator(mode="after")
+    def _sound_judge(self) -> JudgeSettings:
+        if isinstance(self.rubric, str) and not self.rubric.strip():
+            raise ValueError("`rubric` is blank: say what to judge by")
+        names = [one.name for one in self.rubric] if isinstance(self.rubric, list) else []
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"`rubric` has two criteria {twice!r}")
+        if self.address is None:
+            remote = sorted(type(self).idle - {"address"})
+            if idle := next((name for name in remote if self.changes(name)), None):
+                raise ValueError(
+                    f"`{idle}` has no effect without `address`: the model runs in keel's process"
+                )
+        return self
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the model runs in keel's own process."""
+        return self.address is None
+
+
+class AnnotatorJudge(JudgeSettings):
+    """A language model that compares replies beside people."""
+
+    name: str | None = Field(
+        None, min_length=1, description="Its name among the annotators; null: from the model."
+    )
+
+    @property
+    def log_name(self) -> str:
+        """Its name among the annotators."""
+        return self.name or self.model.rstrip("/").rpartition("/")[2]
+
+
+class JudgeEntry(Settings):
+    """One entry of `annotators`."""
+
+    judge: AnnotatorJudge = Field(description="A language model.")

@@ -1,0 +1,126 @@
+"""What a judge has said and what it cost, in a file of the run: a run that goes on asks nothing twice.
+
+`judge.jsonl` in the run's directory has a line an answer: the hash of the question (model, text, sampling),
+the answer, who asked, the tokens. A request that brought no answer is a line too, since it may have cost
+something. Each line ends with a sum of itself; one that was cut off or changed is passed over, and asked
+again. Equal questions have one answer, also at a temperature above 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from keel.errors import BudgetError
+
+FILE = "judge.jsonl"
+
+
+def key_of(about: Mapping[str, Any]) -> str:
+    """The hash of a question and of who is asked how."""
+    text = json.dumps(about, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class Ledger:
+    """The answers in a file, and what `who` has spent. path: None keeps them in memory alone."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        who: str,
+        *,
+        calls: int | None = None,
+        tokens: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.path, self.who, self.most_calls, self.most_tokens = path, who, calls, tokens
+        self.answers: dict[str, str] = {}
+        self.calls = self.tokens = 0  # that `who` has spent, in all attempts at this run
+        self.waiting = 0  # requests that are under way
+        if path is not None and path.exists():
+            self._read(path, say)
+
+    def _read(self, path: Path, say: Callable[[str], None]) -> None:
+        content = path.read_bytes()
+        broken = 0
+        for line in content.split(b"\n"):
+            row = _row(line) if line else {}
+            if row is None:
+                broken += 1
+            elif row:
+                self._take(row)
+        if not content.endswith(b"\n") and content:  # the next line begins on its own
+            with path.open("ab") as handle:
+                handle.write(b"\n")
+        if broken:
+            say(f"{path}: {broken} broken lines are passed over; what they held is asked again")
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        if row["told"] is not None:
+            self.answers[row["key"]] = row["told"]
+        if row["who"] == self.who:
+            self.calls += 1
+            self.tokens += row["tokens"]
+
+    def begin(self) -> None:
+        """Before a request. BudgetError where it would be one too many."""
+        over = [
+            f"{spent:,} of {most:,} {what}"
+            for what, spent, most in (
+                ("calls", self.calls + self.waiting, self.most_calls),
+                ("tokens", self.tokens, self.most_tokens),
+            )
+            if most is not None and spent >= most
+        ]
+        if over:
+            raise BudgetError(
+                f"{self.who}: its budget is spent ({' and '.join(over)}); what is done is kept: raise "
+                "`budget` and the same command goes on"
+            )
+        self.waiting += 1
+
+    def end(self, key: str, told: str | None, tokens: int) -> None:
+        """After a request: keep what was told, or that nothing usable was."""
+        self.waiting -= 1
+        row = {"key": key, "told": told, "who": self.who, "tokens": tokens}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _append(self.path, _line(row))
+        self._take(row)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    text = json.dumps(row, ensure_ascii=True)
+    return f'{text[:-1]}, "sum": "{_sum(text)}"}}\n'.encode()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None for a broken one."""
+    try:
+        row = json.loads(line)
+        sum_ = row.pop("sum")
+        if _sum(json.dumps(row, ensure_ascii=True)) != sum_:
+            return None
+        sound = isinstance(row["key"], str) and isinstance(row["told"], str | None)
+        return row if sound and isinstance(row["tokens"], int) and "who" in row else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _append(path: Path, line: bytes) -> None:
+    """A line at the end of the file, in one write where the disk takes it."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        while line:
+            line = line[os.write(handle, line) :]
+    finally:
+        os.close(handle)

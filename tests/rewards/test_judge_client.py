@@ -1,0 +1,311 @@
+"""Servers that are killed, slow, overloaded, confused or strange; what was said and what it cost, kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keel.errors import BudgetError, RewardError
+from keel.rewards.judge import client, questions
+from keel.rewards.judge.client import Endpoint, Remote, Unanswered, retry_after
+from keel.rewards.judge.ledger import Ledger
+from keel.rewards.judge.questions import Rubric, Verdict
+
+pytest.importorskip("openai")
+RUBRIC = Rubric("red is good")
+RED = '{"reason": "r", "scores": {"score": 10}}'
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+
+
+def asked(*replies: str) -> list[questions.Question]:
+    return [questions.pointwise(RUBRIC, "the cat?", reply) for reply in replies]
+
+
+def remote(judge: Any, ledger: Ledger | None = None, *, stop: bool = True, **settings: Any) -> Remote:
+    address = judge if isinstance(judge, str) else judge.address
+    endpoint = Endpoint(address, "scripted", **{"tries": 3, "timeout": 2.0, **settings})
+    return Remote(endpoint, ledger or Ledger(None, "s/judge"), stop_at_failure=stop)
+
+
+def test_verdicts_come_in_the_order_of_the_questions(scripted_judge: Ask) -> None:
+    judge = scripted_judge()
+    replies = ["it is red.", "it is blue.", "red", "no"] * 3 + [f"red {i}" for i in range(20)]
+    said = remote(judge, concurrency=5).ask(asked(*replies))
+    assert [v.value for v in said] == [float("red" in reply) for reply in replies]
+    assert len(judge.asked) == len(set(replies))  # equal questions are asked once
+
+
+def test_the_answer_is_asked_for_as_a_schema_and_without_other_peoples_keys(
+    scripted_judge: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-address")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer of-another-secret")
+    judge = scripted_judge()
+    remote(judge).ask(asked("red"))
+    remote(judge, key="mine").ask(asked("red"))
+    body, headers = judge.bodies[0], judge.headers
+    assert body["response_format"]["json_schema"]["schema"]["required"] == ["reason", "scores"]
+    assert (body["temperature"], body["max_tokens"], body["model"]) == (0.0, 1024, "scripted")
+    assert headers[0]["authorization"] == "Bearer none"
+    assert headers[1]["authorization"] == "Bearer mine"
+    assert not [value for one in headers for value in one.values() if "secret" in value]
+
+
+def test_a_server_without_schemas_is_asked_for_json_and_one_without_that_by_words(
+    scripted_judge: Ask,
+) -> None:
+    def script(text: str, number: int) -> Any:
+        kind = judge.bodies[number].get("response_format", {}).get("type")
+        if kind:
+            return scripted_judge.said(status=400, raw=json.dumps({"error": {"message": kind}}).encode())
+        return scripted_judge.likes_red(text)
+
+    judge = scripted_judge(script)
+    asking = remote(judge, tries=1)
+    assert [v.value for v in asking.ask(asked("red", "blue"))] == [1.0, 0.0]
+    before = len(judge.asked)
+    asking.ask(asked("pink"))
+    assert len(judge.asked) == before + 1  # what works is remembered
+
+
+def test_a_model_with_another_name_for_the_limit_is_asked_by_it(scripted_judge: Ask) -> None:
+    def script(text: str, number: int) -> Any:
+        if "max_tokens" in judge.bodies[number]:
+            error = {"error": {"message": "use max_completion_tokens instead"}}
+            return scripted_judge.said(status=400, raw=json.dumps(error).encode())
+        return scripted_judge.likes_red(text)
+
+    judge = scripted_judge(script)
+    assert remote(judge, tries=1).ask(asked("red"))[0].value == 1.0
+    assert judge.bodies[-1]["max_completion_tokens"] == 1024
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503, 529])
+def test_a_status_that_passes_is_waited_for(status: int, scripted_judge: Ask) -> None:
+    def script(text: str, number: int) -> Any:
+        return scripted_judge.said(status=status) if number < 2 else scripted_judge.likes_red(text)
+
+    judge = scripted_judge(script)
+    ledger = Ledger(None, "s/judge")
+    assert remote(judge, ledger).ask(asked("red"))[0].value == 1.0
+    assert (len(judge.asked), ledger.calls) == (3, 3)  # those that brought nothing count, too
+
+
+def test_retry_after_holds_for_all_questions(scripted_judge: Ask) -> None:
+    times: list[float] = []
+
+    def script(text: str, number: int) -> Any:
+        times.append(time.monotonic())
+        if number == 0:
+            return scripted_judge.said(status=429, headers={"retry-after": "0.4"})
+        return scripted_judge.likes_red(text)
+
+    judge = scripted_judge(script)
+    said = remote(judge, concurrency=1).ask(asked("red", "blue", "pink"))
+    assert [v.value for v in said] == [1.0, 0.0, 0.0]
+    assert min(t - times[0] for t in times[1:]) >= 0.4
+
+
+def test_retry_after_is_a_number_or_a_date() -> None:
+    assert retry_after({}) == 0.0
+    assert retry_after({"retry-after": "7"}) == 7.0
+    assert retry_after({"retry-after-ms": "250", "retry-after": "7"}) == 0.25
+    assert retry_after({"retry-after": "-3"}) == 0.0
+    assert retry_after({"retry-after": "soon"}) == 0.0
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert retry_after({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}) > 1e9
+
+
+def test_who_asks_to_be_left_alone_for_hours_is_down(scripted_judge: Ask) -> None:
+    judge = scripted_judge(lambda text, n: scripted_judge.said(status=429, headers={"retry-after": "7200"}))
+    said = remote(judge).ask(asked("red"))[0]
+    assert isinstance(said, Unanswered)
+    assert "status 429, and it asks to be left alone for 7200 s" in said.reason
+    assert len(judge.asked) == 1
+
+
+def test_a_killed_server_is_an_end_that_says_so(scripted_judge: Ask) -> None:
+    judge = scripted_judge()
+    asking = remote(judge)
+    asking.ask(asked("red"))
+    judge.kill()
+    said = asking.ask(asked("blue", "pink"))
+    assert all(isinstance(one, Unanswered) and "cannot be reached" in one.reason for one in said)
+    assert "refused" in said[0].reason.lower()
+
+
+def test_a_server_that_hangs_up_is_asked_again(scripted_judge: Ask) -> None:
+    def script(text: str, number: int) -> Any:
+        return scripted_judge.said(hang_up=True) if number == 0 else scripted_judge.likes_red(text)
+
+    assert remote(scripted_judge(script)).ask(asked("red"))[0].value == 1.0
+
+
+@pytest.mark.parametrize("how", [{"wait": 5.0}, {"drip": 0.05}])
+def test_a_slow_server_is_given_up_on_even_where_it_drips(how: dict[str, float], scripted_judge: Ask) -> None:
+    judge = scripted_judge(lambda text, n: scripted_judge.said(RED, **how))
+    begun = time.monotonic()
+    said = remote(judge, timeout=0.3, tries=2).ask(asked("red"))[0]
+    assert isinstance(said, Unanswered)
+    assert "no answer within 0.3 s" in said.reason
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"content": "Nice one!"}, "its answer cannot be read: 'Nice one!'"),
+        ({"content": ""}, "its answer has no text"),
+        ({"content": RED, "finish": "length"}, "cut off at `max_new_tokens` 1024"),
+        ({"raw": b"<html>hello</html>"}, "no chat completion"),
+        ({"raw": b"{}"}, "no chat completion"),
+        ({"raw": b'{"choices": []}'}, "no chat completion"),
+        ({"raw": b"\xff\xfe{"}, "no chat completion"),
+        ({"raw": b'{"choices": [{"message": 5}]}'}, "no chat completion"),
+    ],
+)
+def test_garbage_is_asked_for_again_and_then_named(
+    said: dict[str, Any], reason: str, scripted_judge: Ask
+) -> None:
+    judge = scripted_judge(lambda text, n: scripted_judge.said(**said))
+    found = remote(judge, tries=2).ask(asked("red"))[0]
+    assert isinstance(found, Unanswered)
+    assert reason in found.reason
+    assert len(judge.asked) == 2
+    assert judge.asked[1].endswith("give the JSON object alone.") == ("content" in said)
+
+
+def test_one_unanswered_question_stops_the_others_or_leaves_them(scripted_judge: Ask) -> None:
+    def script(text: str, number: int) -> Any:
+        return scripted_judge.said("?") if "bad" in text else scripted_judge.likes_red(text)
+
+    replies = ["bad", *(f"red {i}" for i in range(12))]
+    judge = scripted_judge(script)
+    said = remote(judge, concurrency=1, stop=False).ask(asked(*replies))
+    assert isinstance(said[0], Unanswered)
+    assert [v.value for v in said[1:]] == [1.0] * 12
+    judge = scripted_judge(script)
+    said = remote(judge, concurrency=1).ask(asked(*replies))
+    assert len(judge.asked) == 3
+    assert [one.asked for one in said] == [True] + [False] * 12
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 302])
+def test_a_refusal_ends_the_whole_without_the_key(status: int, scripted_judge: Ask) -> None:
+    error = {"error": {"message": "wrong key sk-42secret"}}
+    said = {
+        "status": status,
+        "raw": json.dumps(error).encode(),
+        "headers": {"location": "http://127.0.0.1:1/"},
+    }
+    judge = scripted_judge(lambda text, n: scripted_judge.said(**said))
+    with pytest.raises(RewardError, match=f"refuses to answer: status {status}") as raised:
+        remote(judge, key="sk-42secret", stop=False).ask(asked("red", "blue"))
+    assert "sk-42secret" not in str(raised.value)
+    assert "sk-42secret" not in repr(remote(judge, key="sk-42secret").endpoint)
+
+
+def test_a_question_that_a_server_will_not_take_ends_alone(scripted_judge: Ask) -> None:
+    def script(text: str, number: int) -> Any:
+        error = json.dumps({"error": {"message": "too many tokens"}}).encode()
+        return scripted_judge.said(status=413, raw=error) if "bad" in text else scripted_judge.likes_red(text)
+
+    judge = scripted_judge(script)
+    said = remote(judge, stop=False).ask(asked("bad", "red"))
+    assert isinstance(said[0], Unanswered)
+    assert said[0].reason == "status 413: too many tokens"
+    assert said[1].value == 1.0
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def test_what_was_said_is_not_asked_again(scripted_judge: Ask, tmp_path: Path) -> None:
+    judge, file = scripted_judge(), tmp_path / "run" / "judge.jsonl"
+    remote(judge, Ledger(file, "grpo/judge")).ask(asked("red", "blue"))
+    again = Ledger(file, "grpo/judge")
+    assert (again.calls, again.tokens) == (2, 14)
+    judge.kill()
+    elsewhere = "http://127.0.0.1:9/v1"  # who serves the model is no part of what it says
+    assert [v.value for v in remote(elsewhere, again).ask(asked("blue", "red"))] == [0.0, 1.0]
+    assert Ledger(file, "evaluate/judge").calls == 0  # a budget is a stage's
+    changed = remote(elsewhere, again, temperature=0.5).ask(asked("red"))[0]
+    assert isinstance(changed, Unanswered)
+
+
+def test_a_torn_or_changed_line_is_passed_over_and_asked_again(scripted_judge: Ask, tmp_path: Path) -> None:
+    judge, file = scripted_judge(), tmp_path / "judge.jsonl"
+    remote(judge, Ledger(file, "s/judge"), concurrency=1).ask(asked("red", "blue", "pink"))
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'\\"score\\": 1', b'\\"score\\": 9')
+    file.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    told: list[str] = []
+    ledger = Ledger(file, "s/judge", say=told.append)
+    assert told == [f"{file}: 2 broken lines are passed over; what they held is asked again"]
+    assert len(ledger.answers) == 1
+    before = len(judge.asked)
+    assert [v.value for v in remote(judge, ledger).ask(asked("red", "blue", "pink"))] == [1.0, 0.0, 0.0]
+    assert len(judge.asked) == before + 2
+    assert len(Ledger(file, "s/judge").answers) == 3  # what follows a torn line begins on its own
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x00\xff\n", b"[1]\n", b'{"sum": 1}\n', b"nonsense", b'{"key": 1}\n\n\n']
+)
+def test_a_strange_ledger_is_no_ledger(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "judge.jsonl").write_bytes(content)
+    ledger = Ledger(tmp_path / "judge.jsonl", "s/judge")
+    ledger.begin()
+    ledger.end("k", "told", 3)
+    assert Ledger(tmp_path / "judge.jsonl", "s/judge").answers == {"k": "told"}
+
+
+def test_a_budget_of_calls_is_kept_to_the_call(scripted_judge: Ask, tmp_path: Path) -> None:
+    judge, file = scripted_judge(), tmp_path / "judge.jsonl"
+    replies = [f"red {i}" for i in range(20)]
+    with pytest.raises(BudgetError, match=r"s/judge: its budget is spent \(6 of 6 calls\).*raise `budget`"):
+        remote(judge, Ledger(file, "s/judge", calls=6), concurrency=4).ask(asked(*replies))
+    assert len(judge.asked) == 6
+    with pytest.raises(BudgetError):
+        remote(judge, Ledger(file, "s/judge", calls=6)).ask(asked(*replies))
+    assert len(judge.asked) == 6
+    said = remote(judge, Ledger(file, "s/judge", calls=20)).ask(asked(*replies))
+    assert all(isinstance(one, Verdict) for one in said)
+    assert len(judge.asked) == 20  # none twice
+
+
+def test_a_budget_of_tokens_ends_after_what_is_under_way(scripted_judge: Ask) -> None:
+    judge, ledger = scripted_judge(), Ledger(None, "s/judge", tokens=20)
+    with pytest.raises(BudgetError, match="21 of 20 tokens"):
+        remote(judge, ledger, concurrency=1).ask(asked("a", "b", "c", "d", "e"))
+    assert len(judge.asked) == 3
+
+
+def test_an_interrupt_ends_the_wait(scripted_judge: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the thread that waits, whatever the event loop does."""
+    judge = scripted_judge(lambda text, n: scripted_judge.said(RED, wait=30))
+    waited = client.threading.Thread.join
+
+    def interrupted(self: Any, timeout: float | None = None) -> None:
+        if timeout is not None or self.name != "keel-judge":
+            return waited(self, timeout)
+        waited(self, 0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client.threading.Thread, "join", interrupted)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        remote(judge, timeout=60.0).ask(asked("red"))
+    assert time.monotonic() - begun < 5
