@@ -50,8 +50,10 @@ from keel.types import Episodes
 def run(config: GRPOConfig, stage: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy."""
     prompts, held_out, setup = open_stage(config, stage, sharing="none")
-    optimizers = make_optimizers(config, setup.roles)
-    result = loop.OnPolicyLoop(GRPO(setup, prompts), prompts, held_out, optimizers).train()
+    # nobody else holds the optimisers: they, and the weights by them, would be kept while the policy is saved
+    result = loop.OnPolicyLoop(
+        GRPO(setup, prompts), prompts, held_out, make_optimizers(config, setup.roles)
+    ).train()
     prepare.save_model(
         stage, setup.roles.policy, setup.tokenizer, config, "A policy trained without a critic"
     )

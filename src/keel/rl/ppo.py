@@ -48,8 +48,10 @@ def run(config: PPOConfig, stage: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy and what valued
     it."""
     prompts, held_out, setup = open_stage(config, stage, sharing=config.sharing)
-    optimizers = make_optimizers(config, setup.roles, config.value_lr)
-    result = loop.OnPolicyLoop(PPO(setup), prompts, held_out, optimizers).train()
+    # nobody else holds the optimisers: they, and the weights by them, would be kept while models are saved
+    result = loop.OnPolicyLoop(
+        PPO(setup), prompts, held_out, make_optimizers(config, setup.roles, config.value_lr)
+    ).train()
     _save(setup)
     return result
 

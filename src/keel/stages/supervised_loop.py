@@ -84,19 +84,13 @@ def fit(
     held_out: Sequence[RowT],
     objective: Objective[RowT],
 ) -> None:
-    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep.
-
-    The gradient of a step is summed over micro-batches, each divided by the denominator of the whole step, so
-    that the split does not change it.
-    """
+    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep."""
     steps, optimizer = total_steps(config, len(rows)), optimizer_for(config, ([model], config.lr))
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
     stage_run.facts |= {
-        "rows": len(rows),
-        "held_out_rows": len(held_out),
-        "parameters": count_parameters(model),
-    }
-    stage_run.facts |= {"steps": steps, "trained_parameters": count_parameters(model, trainable=True)}
+        "rows": len(rows), "held_out_rows": len(held_out), "parameters": count_parameters(model),
+        "steps": steps, "trained_parameters": count_parameters(model, trainable=True),
+    }  # fmt: skip
     if checkpoint := stage_run.restore():
         put_back(model, checkpoint.tensors["model"])
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
@@ -108,24 +102,13 @@ def fit(
     for step in range(first + 1, steps + 1):
         if stopping.stop:
             break
-        # 1. the rows of this step, and what counts in them
-        if isinstance(rows, Stream):
-            chosen = rows.take(config.batch_size)
-        else:
-            chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, stage_run.seed)]
-        denominator = sum(objective.weight(row) for row in chosen)
+        # 1. the rows of this step
+        chosen = _rows_of(rows, config.batch_size, step, stage_run.seed)
         # 2. the gradient, micro-batch by micro-batch
         model.train()
         seed_step(stage_run.seed, step)
-        sums: dict[str, float] = {}
         with stage_run.timed("train"):
-            if objective.begin is not None:
-                objective.begin(chosen)
-            with cast_cache():
-                for part in parts_of(config, chosen, objective.size):
-                    value, measured = objective.loss(part, denominator)
-                    optim.backward(value)
-                    add_metrics(sums, {"loss": value.detach(), **measured})
+            sums = _gradient(config, objective, chosen)
             # 3. the optimiser's step
             scale, where = lr_scale(config, step - 1, steps), f"{stage_run.name}, step {step}"
             stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
@@ -147,9 +130,30 @@ def fit(
         if due(step, steps, config.save_every) or stopping.stop:
             tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
             values = {"stopping": stopping.values(), "seen": seen}
-            stage_run.save(
-                step, tensors, {**values, "cursor": rows.cursor()} if isinstance(rows, Stream) else values
-            )
+            values |= {"cursor": rows.cursor()} if isinstance(rows, Stream) else {}
+            stage_run.save(step, tensors, values)
 
     if best is not None:
         put_back(model, best)
+
+
+def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: int) -> list[RowT]:
+    """The rows of a step, the first of which is 1."""
+    if isinstance(rows, Stream):
+        return rows.take(count)
+    return [rows[i] for i in rows_of_step(len(rows), count, step - 1, seed)]
+
+
+def _gradient(config: Supervised, objective: Objective[RowT], rows: Sequence[RowT]) -> dict[str, float]:
+    """Add the gradient of a step's loss. It is summed over micro-batches, each divided by the denominator of
+    the whole step, so that the split does not change it. Returns the loss and what else was measured, summed
+    alike."""
+    denominator, sums = sum(objective.weight(row) for row in rows), dict[str, float]()
+    if objective.begin is not None:
+        objective.begin(rows)
+    with cast_cache():
+        for part in parts_of(config, rows, objective.size):
+            value, measured = objective.loss(part, denominator)
+            optim.backward(value)
+            add_metrics(sums, {"loss": value.detach(), **measured})
+    return sums
