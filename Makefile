@@ -5,8 +5,9 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 PEERS  ?= .venv-peers
 LATEST ?= .venv-latest
+SUPPLY ?= .venv-supply
 
-.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks check check-latest docs tutorials build bench bench-data bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks fuzz audit lock check check-latest docs tutorials build bench bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -51,6 +52,14 @@ test-load: $(VENV)/.installed-dev  ## 50 people at once on SQLite and PostgreSQL
 test-attack: $(VENV)/.installed-dev  ## kills, fuzzing, corrupt files; under 40 minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m attack
 
+$(VENV)/.installed-fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	touch $@
+
+MINUTES ?= 10
+fuzz: $(VENV)/.installed-fuzz      ## coverage-guided, MINUTES for each reader; what is learnt stays in build/fuzz
+	$(BIN)/python tests/attack/fuzz_readers.py --minutes $(MINUTES)
+
 test-evening: $(VENV)/.installed-dev  ## a new user's evening, scripted
 	$(BIN)/python -m pytest -n $(WORKERS) -m evening
 
@@ -82,8 +91,27 @@ docs: $(VENV)/.installed-dev       ## the docs site in build/site; no warning pa
 tutorials: $(VENV)/.installed-dev  ## run the tutorials and write their pages
 	$(BIN)/python docs/tutorials/build.py
 
-build: $(VENV)/.installed-dev      ## wheel and sdist in dist/
+build: $(VENV)/.installed-dev $(SUPPLY)/.installed  ## wheel, sdist and bill of materials in dist/
 	$(BIN)/python -m hatchling build
+	$(SUPPLY)/bin/python -W ignore -m cyclonedx_py requirements requirements.lock --pyproject pyproject.toml \
+	  --mc-type library --output-reproducible --of JSON -o dist/keel.cdx.json
+
+# Tools that look at what keel is built on have an environment of their own: they bring older versions of it.
+SUPPLY_TOOLS = pip-audit==2.10.1 cyclonedx-bom==7.5.0 uv==0.13.9
+$(SUPPLY)/.installed:
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check $(SUPPLY_TOOLS)
+	touch $@
+
+audit: $(SUPPLY)/.installed        ## known advisories on the tested versions; fails where nobody can be asked
+	@$(SUPPLY)/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r constraints.txt || { \
+	  echo "make audit: not passed. Either advisories are listed above, or the advisory database could not be asked" \
+	  "about a package (an error is shown then), and nothing is known." >&2; exit 1; }
+
+lock: $(SUPPLY)/.installed         ## requirements.lock again: the default install with hashes, in the tested versions
+	echo torch > $(SUPPLY)/excluded.txt
+	$(SUPPLY)/bin/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header --no-annotate \
+	  --excludes $(SUPPLY)/excluded.txt -c constraints.txt -o requirements.lock pyproject.toml
 
 # Peers live in an environment of their own: TRL 1.16, and beside it 1.12, the last release that has PPO.
 $(PEERS)/.installed: constraints.txt
@@ -112,4 +140,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(LATEST) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(LATEST) $(SUPPLY) runs build dist .pytest_cache .ruff_cache

@@ -52,7 +52,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.1,
     },
 }  # fmt: skip
-# llama.cpp looks GELU up in a table of 16-bit numbers, which alone makes 1.1e-3 here
+# llama.cpp looks GELU up in a table of 16-bit numbers. Beside transformers with such a GELU the gap is within
+# the limit of other types, a line of its own; what is left are arguments that rounding puts on another 16-bit
+# step: 1e-6 of noise on them moves the logits by 1e-4 to 5e-4
 LIMITS = {"gpt2": 5e-3}
 COLOURS = ("red", "blue", "green", "pink")
 TEXTS = [
@@ -162,7 +164,7 @@ def with_llama_cpp(report: Report, name: str, folder: Path, ids: torch.Tensor) -
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
     )  # fmt: skip
     tokenizer = load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         for what, row in (
             ("as it is", ids[0].tolist()),
@@ -176,11 +178,28 @@ def with_llama_cpp(report: Report, name: str, folder: Path, ids: torch.Tensor) -
             ours = model(torch.tensor([row])).logits[0]
             said = f"{name}: float32 logits of a prompt {what}"
             report.line("llama.cpp", said, largest(theirs, ours), LIMITS.get(name, 1e-3))
+            if model.config.model_type == "gpt2":
+                acts = [block.mlp.act for block in model.transformer.h]
+                for block in model.transformer.h:
+                    block.mlp.act = _GeluOfATable()
+                said += ", GELU by a table in both"
+                report.line("llama.cpp", said, largest(theirs, model(torch.tensor([row])).logits[0]), 1e-3)
+                for block, act in zip(model.transformer.h, acts, strict=True):
+                    block.mlp.act = act
     wrong = 0
     for prompt in PROMPTS:
         expected = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         wrong += llama.tokenize(prompt.encode(), add_bos=False, special=False) != expected
     report.line("llama.cpp", f"{name}: prompts cut otherwise, of {len(PROMPTS)}", float(wrong), 0)
+
+
+class _GeluOfATable(torch.nn.Module):
+    """GELU (tanh) as `ggml_vec_gelu_f32` has it: between −10 and 10 its argument and its value are 16-bit
+    numbers, below 0 and above x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, value))
 
 
 def with_trl(report: Report, folder: Path, stages: Path) -> None:
@@ -326,7 +345,7 @@ def _against_its_class(judge: Path, folder: Path, chat_like: bool) -> tuple[floa
             continue
         if chat_like:
             said = _turns(row["completion"].strip(), True, "assistant")
-            text = tokenizer.apply_chat_template([*_turns(row["prompt"], True), *said], tokenize=False)
+            text = tokenizer.apply_chat_template([*row["prompt"], *said], tokenize=False)
         else:
             text = row["prompt"] + row["completion"] + tokenizer.eos_token
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -348,7 +367,7 @@ def with_lm_eval(report: Report, stages: Path) -> None:
     folder = str(stages / "sft/model")
     judge = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=1)
     asked = Instance("loglikelihood", {}, ("the cat is", " red."), 0)
-    found = judge.loglikelihood([asked])[0][0]
+    found = judge.loglikelihood([asked], disable_tqdm=True)[0][0]
     tokenizer = load_tokenizer(folder)
     context, whole = tokenizer("the cat is")["input_ids"], tokenizer("the cat is red.")["input_ids"]
     logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([whole])).logits[

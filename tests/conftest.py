@@ -30,6 +30,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import keel
 from keel.accel import batch_layout, patches
 from keel.config import PPOConfig, parse
 from keel.data import chat
@@ -47,6 +48,17 @@ from keel.rundir.stage_run import StageRun
 from keel.types import Episodes
 
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """In a second working tree the installed keel may be that of another one: its tests would pass or fail by
+    what stands there."""
+    root, tested = Path(__file__).resolve().parents[1], Path(keel.__file__).resolve()
+    if not tested.is_relative_to(root):
+        raise pytest.UsageError(
+            f"these tests are of {root}, the keel that is imported is {tested}: set PYTHONPATH={root / 'src'}"
+        )
+
 
 ANIMALS = ("cat", "dog", "fox", "hen", "owl", "pig")
 COLOURS = ("red", "blue", "green", "pink")

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from keel.config import RunConfig, SFTConfig, parse, read
+from keel.config.settings import Settings
 from keel.errors import DeprecationNote, UsageError
 
 NEW = {"init": {"model_type": "llama"}}
@@ -466,7 +468,7 @@ def _grpo(**settings: Any) -> dict[str, Any]:
 
 def test_a_constant_length_is_finite():
     for length in (float("inf"), float("nan")):
-        assert "is no number that a setting can be" in _refusal(_config(s=_grpo(reduce=length)))
+        assert "s.reduce.float: must be a finite number" in _refusal(_config(s=_grpo(reduce=length)))
     assert "must be a positive, finite length" in _refusal(_config(s=_grpo(reduce=0.0)))
 
 
@@ -668,18 +670,18 @@ def test_a_file_of_rows_is_no_config(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("lr", float("inf"), "lr: inf is no number that a setting can be"),
+        ("lr", float("inf"), "lr: must be a finite number, not inf"),
         ("lr", 1e308, "`lr` is 1e+308"),
-        ("epochs", float("inf"), "epochs: inf is no number"),
+        ("epochs", float("inf"), "epochs: must be a finite number"),
         ("weight_decay", float("nan"), "weight_decay"),
-        ("max_grad_norm", float("inf"), "max_grad_norm: inf is no number"),
-        ("lora", {"r": 2**64}, "lora.r: the number is beyond what 64 bits hold"),
+        ("max_grad_norm", float("inf"), "max_grad_norm: must be a finite number"),
+        ("lora", {"r": 2**64}, "`r` is too large: at most 2,147,483,647"),
         ("lora", {"r": 2**40}, "`r` is too large: at most 2,147,483,647"),
         ("batch_size", 2**31, "`batch_size` is too large"),
         (
             "model",
             {"init": {"model_type": "llama", "x": float("inf")}, "tokenizer": "t"},
-            "init.x: inf is no",
+            "`init.x` is inf: it must be a finite number",
         ),
         ("model", "m" * 100_000, "at most 4,000 may stand"),
         ("data", "d" * 100_000, "at most 4,000 may stand"),
@@ -691,6 +693,35 @@ def test_what_no_setting_can_mean_is_refused(setting, value, message):
         parse({"name": "x", "stages": {"sft": stage}})
     assert message in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def _groups():
+    waiting = [Settings]
+    while waiting:
+        group = waiting.pop()
+        waiting += group.__subclasses__()
+        yield group
+
+
+def test_a_truth_value_is_no_number_in_any_setting():
+    """pydantic alone would read true as 1; also within lists and mappings of numbers."""
+    asked = 0
+    for group in _groups():
+        for name, field in group.model_fields.items():
+            try:
+                taken = TypeAdapter(field.annotation).validate_python(1)
+            except ValidationError:
+                continue
+            if isinstance(taken, bool) or field.annotation is Any:
+                continue
+            with pytest.raises(ValidationError, match=rf"`{name}`: true is no number"):
+                group.model_validate({name: True})
+            asked += 1
+    assert asked > 100
+    stage = {"kind": "evaluate", "models": ["a"], "reward": "r", "data": "d", "best_of": [2, True]}
+    assert "`best_of`: true is no number" in _refusal({"name": "x", "stages": {"s": stage}})
+    made = parse({"name": "x", "stages": {"s": {**_sft(), "lr": "1e-5"}}})  # as YAML 1.1 reads 1e-5
+    assert made.stages["s"].lr == 1e-5  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_seed_may_be_large():

@@ -87,3 +87,23 @@ def test_what_is_declared_is_tested_in_a_known_version():
         re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     )
     assert _declared() - {name.lower() for name in tested} == set()
+
+
+def test_the_lock_has_hashes_and_the_tested_versions():
+    """`make lock` makes it. torch, whose builds differ, is left to its own index."""
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.findall(r"^([\w.-]+)==([\w.]+)(.*(?:\n    .*)*)", lock, re.MULTILINE)
+    tested = re.findall(
+        r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    versions = {name.lower().replace("_", "-"): version for name, version in tested}
+    assert (
+        _declared()
+        - {"torch"}
+        - {name.replace("-", "_") for name, _, _ in entries}
+        - {name for name, _, _ in entries}
+        == set()
+    )
+    assert [name for name, version, _ in entries if versions.get(name, version) != version] == []
+    assert [name for name, _, rest in entries if "--hash=sha256:" not in rest] == []
+    assert "torch" not in {name for name, _, _ in entries}

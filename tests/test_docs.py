@@ -18,6 +18,7 @@ from keel.cli import main
 from keel.config import RunConfig, parse
 from keel.diagnosis.watch import CHECKS
 from keel.pipeline.pipeline import Pipeline
+from keel.worlds.shop import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -161,6 +162,17 @@ def written(
             "updates": 2,
             "sampling": short,
             "resample": 1,
+        },
+        "clerk": {
+            "kind": "grpo",
+            "model": {"path": "sft", "chat_template": CHAT_TEMPLATE},
+            "environment": "world:shop",
+            "reward": {"kind": "environment"},
+            "data": {"source": "world:shop/prompts", "rows": 4},
+            "batch_size": 2,
+            "samples_per_prompt": 2,
+            "updates": 1,
+            "sampling": short,
         },
         "best": {
             "kind": "best_of_n",
@@ -362,3 +374,15 @@ def test_a_list_begins_after_an_empty_line(page):
         lines = block.strip("\n").splitlines()
         items = [number for number, line in enumerate(lines) if re.match(r"([-*]|\d+\.) ", line)]
         assert not items or lines[0].startswith("#") or items[0] == 0, f"{page.name}: {lines[items[0]]}"
+
+
+def test_each_boundary_names_tests_that_exist() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    section = text.partition("## What keel trusts")[2].partition("\n`make fuzz`")[0]
+    boundaries = re.findall(r"^- (?:\*\*)?(.*?)\n(?=- |\Z)", section + "\n", re.DOTALL | re.MULTILINE)
+    assert len(boundaries) == 12
+    for boundary in boundaries:
+        named = re.findall(r"`(tests/[^`]+)`", boundary)
+        if not boundary.startswith("Network"):
+            assert named, boundary
+        assert [path for path in named if not (ROOT / path).exists()] == []

@@ -87,12 +87,12 @@ LIMITS = {"policy loss": 3, "reward": 1, "engine": 2, "stage kind": 2, "where a 
 HOLDS = {  # file → what a newcomer looks for in it
     "algorithms/policy.py": r"^LOSSES\b.*clipped",
     "rl/ppo.py": r"^    def loss\(",
-    "rl/loop.py": r"optim\.backward\(",
+    "rl/algorithm.py": r"^class Surrogate",
     "rewards/rules.py": r"^def repetition\(.*-> Reward:",
     "rollout/protocol.py": r"^class Engine\(Protocol\)",
     "rollout/scripted_engine.py": r"^class ScriptedEngine",
     "pipeline/stage_kinds.py": r"^class StageKind\b",
-    "stages/best_of_n.py": r"^def run\(config: BestOfNConfig, stage_run: StageRun\)",
+    "config/stage.py": r"^class Stage\(Settings\)",
     "docs/metrics.md": r"^\| `objective/kl` \|",
 }
 

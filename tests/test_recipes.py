@@ -270,10 +270,11 @@ def _behind(config: RunConfig, names: Iterable[str]) -> set[str]:
 
 
 def _sources(config: RunConfig, *, judging: bool) -> set[tuple[str, str]]:
-    """(source, split) that judged models come from, or that they are judged on. (A judge may know what they
-    may not.)"""
+    """(source, split) that judged models come from, or that they are judged on: by an evaluate stage, or by
+    the judge of the stage that trains them. (A judge may know what they may not.)"""
     judges = [stage for stage in config.stages.values() if isinstance(stage, EvaluateConfig)]
-    judged = _behind(config, {name for stage in judges for name in stage.models})
+    own = {n: stage for n, stage in config.stages.items() if getattr(stage, "judge", None)}
+    judged = _behind(config, {*own, *(name for stage in judges for name in stage.models)})
     found: list[DataConfig] = []
     for name, stage in config.stages.items():
         if isinstance(stage, Training | CollectConfig) and name in judged and not judging:
@@ -281,6 +282,8 @@ def _sources(config: RunConfig, *, judging: bool) -> set[tuple[str, str]]:
             found += [one for own in data.values() for one in own] if isinstance(data, dict) else data
         elif isinstance(stage, EvaluateConfig) and judging:
             found += _all_sources(stage)
+        elif name in own and judging:
+            found += getattr(stage, "eval_data", None) or []
     return {(one.source, one.split) for one in found}
 
 

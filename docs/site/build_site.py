@@ -34,6 +34,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "docs/python.md", "docs/tutorials", "docs/recipes.md"),
     "Guides": (
         "docs/rewards.md",
+        "docs/tools.md",
         "docs/judge.md",
         "docs/reward-bench.md",
         "docs/data.md",

@@ -41,7 +41,9 @@ class Message(_Turn, total=False):
 Conversation = tuple[Message, ...]
 Prompt = str | Conversation  # what the model is given: plain text, or turns that end with the user's
 RecordType = Literal["text", "prompt", "demonstration", "preference", "unpaired"]
-StopReason = Literal["eos", "stop", "length"]
+StopReason = Literal["eos", "stop", "length", "turns", "tool"]
+"""What ended a response: EOS; another stop token or string; its most tokens; of an episode with tools, its
+most turns; a tool that failed (`on_tool_error: end`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,19 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Dialogue:
+    """What happened in a response of several turns with tools: who wrote which token, and what was said."""
+
+    own: tuple[bool, ...]  # (T,) True at the model's own tokens; what tools answered is context
+    ends: tuple[int, ...]  # where in (T,) the last token of each of the model's turns stands
+    turns: Conversation  # the model's, with their tool_calls, and the tools' answers, in order
+    calls: int = 0  # of tools that were run, or could not be
+    failures: int = 0  # of those that raised, took too long, were unknown or could not be read
+    reward: float | None = None  # what the environment said at the end, where it was asked
+    turn_rewards: tuple[float, ...] = ()  # what it said after each turn, where it was asked
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled response as the engine saw it: token ids, never text."""
 
@@ -157,13 +172,22 @@ class Completion:
         float, ...
     ] = ()  # log of the probability each response token was drawn with, by the sampler's own logits
     stop: str = ""  # the string in its text that ended it, where it was no token of its own
-    # (T, d) what the sampler's head was given for each of them, while it is of use
+    # (N, d) what the sampler's head was given for each of the model's own tokens, while it is of use
     hidden: Tensor | None = field(default=None, compare=False, repr=False)
+    dialogue: Dialogue | None = None  # of an episode with tools; None: every token is the model's own
 
     @property
     def ended(self) -> bool:
-        """Whether it ended by itself, with a stop token; False for one that was cut off."""
-        return self.stop_reason != "length"
+        """Whether it ended by itself, with a stop token; False for one that was cut off, which had no tokens
+        or no turns left."""
+        return self.stop_reason not in ("length", "turns")
+
+    @property
+    def own_ids(self) -> tuple[int, ...]:
+        """(N,) the tokens that the model itself wrote, in order."""
+        if self.dialogue is None:
+            return self.ids
+        return tuple(token for token, own in zip(self.ids, self.dialogue.own, strict=True) if own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +196,8 @@ class Episodes:
 
     ids: Tensor  # (B, S) prompt + response, right-padded
     prompt_lengths: Tensor  # (B,) tokens of each prompt
-    mask: Tensor  # (B, T) True at response tokens, the stop token included
+    # (B, T) True at response tokens, the stop token included; of an episode with tools at the model's own
+    mask: Tensor
     logp: Tensor  # (B, T) log π_old(a_t | s_t)
     ref_logp: Tensor  # (B, T) log π_ref(a_t | s_t)
     values: Tensor  # (B, T) V_old(s_t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama import modeling_llama
 
 from keel import accel
@@ -34,7 +35,9 @@ from keel.accel.cpu_linear import cast_cache, grads_in_place, patch_linears
 from keel.models import logprobs, optim, precision
 from keel.models.load import ModelSource, causal_lm
 from keel.models.save import save
+from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import generate
+from keel.rollout.reference_engine import ReferenceEngine
 from keel.types import Sampling
 
 CPU = torch.device("cpu")
@@ -161,6 +164,58 @@ def test_a_changed_transformers_is_noticed_and_its_own_numbers_are_used(
     assert_agree(ours, theirs)
     assert not torch.allclose(ours[0], unchanged[0], atol=1e-2)  # the change is one that shows
     keels(model)  # nothing is said again: a warning would be an error
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_a_changed_layer_of_another_family_is_noticed(
+    family: str, config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config_of(family, vocab_size=60, sliding_window=None)).eval()
+    layer: Any = type(model.model.layers[-1])
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, *given, **more: 1.1 * forward(self, *given, **more))
+    theirs = transformers_own(copy.deepcopy(model))
+    with pytest.warns(AccelWarning) as said:
+        ours = keels(model)
+    assert {str(line.message).split()[1] for line in said} == {"last_layer", "decode_step"}
+    assert_agree(ours, theirs)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_samples_and_scores_of_a_changed_transformers_are_its_own(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn, not only likeliest, tokens; and what a reward model or a critic says, with its gradient."""
+    CHANGES[change][0](monkeypatch)
+    model, config = plain_model(), LlamaConfig(**SIZES, pad_token_id=0)
+    config.num_labels = 1
+    request = GenerationRequest(PROMPTS, Sampling(6), [99], 0, 3)
+    with accel.disabled():
+        drawn = ReferenceEngine(copy.deepcopy(model)).generate(request)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccelWarning)
+        ours = KeelEngine(model).generate(request)
+    assert [c.ids for c in ours] == [c.ids for c in drawn]
+    for one, other in zip(ours, drawn, strict=True):
+        assert one.logp == pytest.approx(other.logp, abs=1e-4)
+    scorer = LlamaForSequenceClassification(config).eval()
+    twin: Any = copy.deepcopy(scorer)
+    with pytest.warns(AccelWarning):
+        scores = logprobs.scores_at(scorer, IDS, INDEX)
+    optim.backward(scores.sum())
+    theirs = torch.stack(
+        [
+            twin.score(twin.model(input_ids=IDS[i // 7 : i // 7 + 1, : i % 7 + 1]).last_hidden_state[0, -1])
+            for i in INDEX.tolist()
+        ]
+    ).squeeze(-1)
+    theirs.sum().backward()
+    torch.testing.assert_close(scores, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(scorer.parameters(), twin.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * float(b.grad.abs().max()) + 1e-6)
 
 
 def test_a_trial_that_passes_says_nothing_and_the_paths_are_used() -> None:
@@ -448,12 +503,20 @@ def test_each_path_can_be_off_by_itself(name: str) -> None:
         assert_agree(keels(plain_model()), on)
 
 
-def test_a_run_without_agrees_and_is_another_run(whole: dict[str, Any], run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_without_agrees_and_is_another_run(
+    changed: bool, whole: dict[str, Any], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """changed: also where transformers is not what the paths were written for."""
+    if changed:
+        scaled_layer(monkeypatch)
     names = ("base", "sft", "reward", "ppo")
     stages = copy.deepcopy({name: whole["stages"][name] for name in names})
     for name in names:
         stages[name] |= {"updates": 1} if name == "ppo" else {"max_steps": 1}
-    on, off = (run({"stages": stages, "accel": value}, tmp_path / str(value)) for value in (True, False))
+    with pytest.warns(AccelWarning, match="last_layer") if changed else contextlib.nullcontext():
+        on = run({"stages": stages, "accel": True}, tmp_path / "on")
+    off = run({"stages": stages, "accel": False}, tmp_path / "off")
     assert on.config.accel == "on"
     assert off.config.accel == "off"
     assert on.fingerprint("base") != off.fingerprint("base")

@@ -187,7 +187,7 @@ FILES: dict[str, tuple[bytes, int | str]] = {
     "p-text.jsonl": (jsonl({**PAIR, "p_chosen": "1"}), "p-text.jsonl:1"),
     "margin.jsonl": (jsonl({**PAIR, "margin": []}), "margin.jsonl:1"),
     "huge-margin.jsonl": (
-        b'{**PAIR, "margin": 1' + b"0" * 400 + b"}\n",
+        jsonl({**PAIR, "margin": 10**400}),
         "huge-margin.jsonl:1",
     ),
     "votes.jsonl": (jsonl({**PAIR, "votes": [1]}), "votes.jsonl:1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,18 @@ from typing import Any
 import psutil
 import pytest
 
+import keel
 from keel.config import parse
 from keel.pipeline.pipeline import Pipeline
+from keel.rewards.isolated import IsolatedFunction
+from keel.rewards.rules import regex
 
 pytestmark = pytest.mark.attack
 
 UPDATES = 200
-EVALUATIONS = 2000
+CALLS = 2000
+# of a whole evaluate stage: 2000 take twenty minutes of a processor, more than the suite may
+EVALUATIONS = int(os.environ.get("KEEL_EVALUATIONS", "300"))
 SETTLED = 0.3  # of the run: caches are full, allocators have taken what they keep
 MAY_GROW = 0.01
 
@@ -60,20 +66,41 @@ def test_200_updates_of_ppo_hold_what_20_did(every_kind: dict[str, Any], tmp_pat
     assert_flat(seen)
 
 
-def test_2000_evaluations_hold_what_200_did(every_kind: dict[str, Any], tmp_path: Path) -> None:
-    """Scores of a reward model, a rule and a function of one's own, as an evaluation asks for them."""
-    from keel.rewards.isolated import IsolatedFunction
-    from keel.rewards.rules import regex
+def evaluation(every_kind: dict[str, Any], model: Path) -> dict[str, Any]:
+    """A whole evaluate stage: two models, sampled and judged by a reward model and a rule."""
+    judge = every_kind["judge"]
+    data = {**judge["data"], "rows": 2}
+    rewards = [{"kind": "learned", "model": judge["reward"]}, {"kind": "regex", "pattern": "red"}]
+    return {**judge, "models": [str(model), every_kind["sft"]["model"]], "reward": rewards, "data": data}
 
+
+def test_evaluations_hold_what_a_third_of_them_did(
+    every_kind: dict[str, Any], roomy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`keel.run` of an evaluate stage, again and again in one process, as a notebook would. No page."""
+    monkeypatch.setattr(Pipeline, "_report", lambda self: None)
+    stages, seen = {"judge": evaluation(every_kind, roomy_model)}, list[dict[str, float]]()
+    config = {"name": "r", "threads": 1, "device": "cpu", "dtype": "float32", "stages": stages}
+    for number in range(EVALUATIONS):
+        run = keel.run({**config, "seed": number}, runs=tmp_path, progress=False)
+        assert set(run.stages["judge"].result["models"]) == set(stages["judge"]["models"])
+        shutil.rmtree(run.path)
+        if number % 3 == 2:
+            seen.append(held())
+    assert_flat(seen)
+
+
+def test_2000_calls_of_an_isolated_function_hold_what_600_did(tmp_path: Path) -> None:
+    """The process of a function of one's own is asked again and again."""
     (tmp_path / "mine.py").write_text("def f(completions, **_): return [1.0] * len(completions)\n")
     function, rule = IsolatedFunction(f"{tmp_path}/mine.py:f", "r", "mine"), regex("red")
     seen: list[dict[str, float]] = []
     try:
-        for number in range(EVALUATIONS):
+        for number in range(CALLS):
             arguments = {"prompts": ["the cat?"] * 4, "completions": [f" it is red {number}."] * 4}
             assert function.ask(arguments, 4)["values"] == [1.0] * 4
             assert rule(arguments["prompts"], arguments["completions"]) == [1.0] * 4
-            if number % 10 == 0:
+            if number % 10 == 9:
                 seen.append(held())
     finally:
         function.process.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,60 @@ def test_a_value_that_python_cannot_hold_costs_its_row_alone(odd: Any, tmp_path:
     assert [record.prompt for record in found.records] == ["b?"]
 
 
+ANSWERS = {"response_1": "b", "response_2": "c"}
+# columns that become a label, a score, a margin or a strength → a row, and the columns that hold the number
+READ = {
+    "margin": ({**PAIR, "margin": 1.0}, ["preference"]),
+    "p_chosen": ({**PAIR, "p_chosen": 1.0}, ["preference"]),
+    "label": ({**GOOD, "label": 1.0}, ["unpaired"]),
+    "ranks": ({"prompt": "a", "completions": ["b", "c"], "ranks": [1.0, 2.0]}, ["preference"]),
+    "score_0": (
+        {"question": "a", "answer_0": "b", "answer_1": "c", "score_0": 1.0, "score_1": 0.0}, ["preference"]
+    ),
+    "preference_strength": ({"prompt": "a", **ANSWERS, "preference_strength": 1.0}, ["preference"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", READ)
+def test_a_number_that_is_none_is_refused_where_it_says_what_is_better(
+    column: str, odd: float, tmp_path: Path
+) -> None:
+    """In tables it can stand anywhere; where nobody reads it, it does no harm."""
+    row, kinds = READ[column]
+    bad = {**row, column: [odd, 1.0] if isinstance(row[column], list) else odd}
+    path = tmp_path / "rows.parquet"
+
+    def read(*rows: dict[str, Any], **more: Any) -> Any:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**one, "other": odd} for one in rows]), path)
+        return load.load([DataSource(str(path), **more)], kinds, 0)
+
+    assert len(read(row, row).records) == 2
+    with pytest.raises(DataError, match=rf'rows.parquet:row 2: .*"{column}"'):
+        read(row, bad)
+    kept = read(row, bad, on_bad="skip")
+    assert (len(kept.records), kept.skipped) == (1, 1)
+
+
+def test_a_margin_beyond_all_floats_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**PAIR, "margin": 10**400}) + "\n")
+    with pytest.raises(DataError, match=r'rows.jsonl:1: "margin" is a number beyond all reason') as refused:
+        load.load([DataSource(str(path))], ["preference"], 0)
+    assert len(str(refused.value)) < 300
+
+
+def test_long_cells_of_two_open_files_are_read(tmp_path: Path) -> None:
+    """Python's limit on cells is one for the whole process; sources of a mixture are open at once."""
+    long = "x " * 2**17
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(f"prompt,completion\n{name}?,b\nc?,{long}\n")
+    before = csv.field_size_limit()
+    found = load.load([DataSource(str(tmp_path / name)) for name in ("a.csv", "b.csv")], ["demonstration"], 0)
+    assert len(found.records) == 4
+    assert csv.field_size_limit() == before
+
+
 # ---------------------------------------------------------------- configs
 
 SFT = {"kind": "sft", "model": "m", "data": "d.jsonl"}
@@ -83,6 +138,10 @@ SFT = {"kind": "sft", "model": "m", "data": "d.jsonl"}
         ("name: " + "[" * 1200, "nested too deep"),
         ("date: 2026-13-45", "month must be in 1..12"),
         ("seed: " + "9" * 5000, "cannot be read as YAML"),
+        *((f"seed: !!{tag}", "not what its tag") for tag in ("int ''", "float ''", "bool x", "timestamp x")),
+        ("a: &a !!pairs [b: [x, x]]\n" + "".join(
+            f"{chr(c)}: &{chr(c)} !!pairs [{', '.join([f'k: *{chr(c - 1)}'] * 9)}]\n" for c in range(98, 108)
+        ), "more than 100,000 values"),
         ("a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
             f"{chr(c)}: &{chr(c)} [{','.join([f'*{chr(c - 1)}'] * 9)}]\n" for c in range(98, 108)
         ), "more than 100,000 values"),
@@ -99,9 +158,13 @@ def test_a_trick_in_yaml_is_a_line_with_the_file(text: str, said: str, tmp_path:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("lr", float("inf"), "stages.s.lr: inf is no number"),
-        ("lr", "inf", "finite number"),
-        ("batch_size", 2**64, "stages.s.batch_size: the number is beyond what 64 bits hold"),
+        ("lr", float("inf"), "stages.s.lr: must be a finite number"),
+        ("lr", "inf", "stages.s.lr: must be a finite number"),
+        ("lr", 1e300, "`lr` is 1e+300: it must be a finite number, at most 1e+15"),
+        ("lr", 10**400, "stages.s.lr"),
+        ("batch_size", 2**64, "`batch_size` is too large: at most 2,147,483,647"),
+        ("batch_size", 10**4000, "stages.s"),
+        ("data", {"source": "d.jsonl", "options": {"a": [float("nan")]}}, "`options.a.0` is nan"),
         ("batch_size", True, "`batch_size`: true is no number"),
         ("model", "x" * 100_000, "stages.s.model: 100,000 characters"),
     ],

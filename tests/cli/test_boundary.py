@@ -130,3 +130,47 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("keel: no space is left on the disk")
     assert done.stderr.count("\n") == 1
+
+
+ORPHAN = """
+import signal, sys, time
+from keel.cli import boundary, interrupts
+
+interrupts.PATIENCE = 0.2
+{before}
+
+def work():
+    interrupts.end_with_stdin()
+    print("at work", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except interrupts.Interrupted:
+            {once}
+
+sys.exit(boundary.guarded(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "once", "code"),
+    [
+        ("", "raise", interrupts.CODE),
+        ("", "pass", interrupts.CODE),  # it does not end in order: at once then
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "raise", -signal.SIGKILL),  # it hears nothing
+    ],
+    ids=["in order", "at once", "in any case"],
+)
+def test_a_command_ends_with_whoever_started_it(before: str, once: str, code: int, tmp_path: Path) -> None:
+    """Nobody sends it anything: its standard input closes, as when its parent is killed."""
+    script = tmp_path / "script.py"
+    script.write_text(ORPHAN.format(before=before, once=once))
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(script)], text=True, **pipes)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    assert process.poll() is None
+    _, said = process.communicate(timeout=30)  # closes its input
+    assert process.returncode == code
+    assert said == ("" if code < 0 else f"keel: {interrupts.SAID}\n")

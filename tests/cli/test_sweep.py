@@ -226,6 +226,21 @@ def test_a_sweep_runs_its_points_as_processes(keel: Any, write: Any, sft: Any, t
     assert (tmp_path / "runs/tiny-sweep/points/seed-4/report.html").exists()
 
 
+def test_a_point_is_tied_to_the_sweep(
+    write: Any, sft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process holds on to a pipe of the sweep's, which closes however that ends: see `tests/attack`."""
+    path = write("tiny.yaml", {"sft": sft()})
+    directory, points = sweep.points(path, [], [0, 1], tmp_path / "runs", None, str)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        sweep.subprocess, "Popen", lambda command, **more: given.update(more, command=command)
+    )
+    sweep.start(points[0], path, directory / "logs" / "one.log")
+    assert given["stdin"] is sweep.subprocess.PIPE
+    assert "--while-stdin" in given["command"]
+
+
 def test_two_sweeps_do_not_work_in_one_directory(write: Any, sft: Any, tmp_path: Path) -> None:
     path = write("tiny.yaml", {"sft": sft()})
     directory, points = sweep.points(path, [], [0, 1], tmp_path / "runs", None, str)

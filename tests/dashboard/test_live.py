@@ -12,9 +12,11 @@ import yaml
 from made_runs import append, foul_run, keel_run, ppo_row, sample_row, trl_run
 
 from keel.dashboard import live
+from keel.dashboard import runs as runs_module
 from keel.dashboard.findings import MOST_FOUND, TOO_MANY
 from keel.dashboard.live import CompareFeed, ListFeed, Positions, RunFeed
 from keel.dashboard.runs import QUANTITIES, Runs
+from keel.dashboard.table import LogTable
 
 
 def feed(folder: Path, position: str = "") -> RunFeed:
@@ -271,3 +273,30 @@ def test_a_step_costs_as_little_after_ten_thousand_with_replies(tmp_path):
     (folder / "samples.jsonl").write_text("")
     append(folder / "samples.jsonl", [sample_row(1, 0)])  # back to a checkpoint
     assert replied(reader.poll()) == [{"stage": "ppo", "reset": True, "groups": [["step 1", 1]]}]
+
+
+def test_pages_share_what_one_of_them_has_read(tmp_path, monkeypatch):
+    """Of twenty pages of a run one looks at its files, and each is sent everything."""
+    metrics = keel_run(tmp_path / "run", 50) / "stages" / "ppo" / "metrics.jsonl"
+    runs = Runs(tmp_path, fresh=60.0)
+    looked: list[str] = []
+    made, refreshed = runs_module.OpenRun._made_state, LogTable.refresh
+    monkeypatch.setattr(runs_module.OpenRun, "_made_state", lambda self: looked.append("state") or made(self))
+    monkeypatch.setattr(LogTable, "refresh", lambda self: looked.append("table") or refreshed(self))
+    readers = [RunFeed(runs.all()[0], None, Positions()) for _ in range(20)]
+    first = [[event.name for event in reader.poll()] for reader in readers]
+    assert all(names == first[0] for names in first)
+    assert "points" in first[0]
+    before = list(looked)
+    assert before.count("state") == 1
+    append(metrics, [row(51)])
+    assert [reader.poll() for reader in readers] == [[]] * 20  # what was read is still fresh
+    assert looked == before
+    runs.all()[0]._looked.clear()  # a moment later
+    for reader in readers:
+        assert points(reader.poll())["metrics"]["series"]["objective/kl"][0] == [51]
+    assert looked.count("state") == 2
+    tables = len(before) - 1
+    assert looked.count("table") == 2 * tables
+    lists = [ListFeed(runs) for _ in range(3)]
+    assert all(one.poll()[0].data["runs"] for one in lists)

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from made_runs import append, sample_row, trl_run
+from pyarrow import parquet
 
 from keel.dashboard.samples import PAGE, LineSamples, ParquetSamples, groups, page, shown
 
@@ -100,6 +102,45 @@ def test_parquet_of_trl(tmp_path):
     assert text(row["a"]) == "b20"
     assert text(row["b"]) == "b1"
     assert row["a"]["values"] == {"accuracy_reward": 1.0, "advantage": 1.0}
+
+
+def test_a_small_file_of_much_text_is_not_expanded(tmp_path):
+    """60,000 rows of one prompt of 100 kB: 6 GB, in a file of a few hundred kilobytes."""
+    rows, prompt = 60_000, "long " * 20_000
+    prompts = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([prompt]))
+    table = pa.table({
+        "step": [1] * rows, "prompt": prompts, "completion": [f"c{row}" for row in range(rows)],
+        "reward": [float(row) for row in range(rows)],
+    })  # fmt: skip
+    path = tmp_path / "completions" / "completions_00001.parquet"
+    path.parent.mkdir()
+    parquet.write_table(table, path, row_group_size=20_000)
+    assert path.stat().st_size < 2**21
+    before = pa.default_memory_pool().max_memory()
+    found = ParquetSamples(path.parent)
+    found.refresh()
+    assert len(found.spots) == rows
+    last = page(found, None, "step 1", None, rows - 3)["rows"]
+    assert [text(row["a"]) for row in last] == [f"c{row}" for row in range(rows - 3, rows)]
+    assert last[0]["a"]["values"] == {"reward": rows - 3.0}
+    assert last[0]["a"]["prompt"][0]["text"].startswith("long long")
+    assert pa.default_memory_pool().max_memory() - before < 2**27
+
+
+def test_conversations_and_missing_values_of_parquet(tmp_path):
+    path = tmp_path / "completions_00002.parquet"
+    turns = [{"role": "user", "content": "hi"}]
+    rows = [
+        {"step": 2, "prompt": turns, "completion": "a"}, {"step": 2, "prompt": None, "completion": None},
+        {"step": 2, "prompt": turns, "completion": "c"},
+    ]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    found = ParquetSamples(tmp_path)
+    found.refresh()
+    assert found.spots[0].key == found.spots[2].key != found.spots[1].key
+    shown_rows = page(found, None, "step 2", None, 0)["rows"]
+    assert shown_rows[0]["a"]["prompt"] == [{"role": "user", "text": "hi"}]
+    assert [text(row["a"]) for row in shown_rows] == ["a", "", "c"]
 
 
 def test_prompts_that_are_nested_as_deeply_as_can_be_read(tmp_path):

@@ -32,9 +32,7 @@ def lift(rng: np.random.Generator) -> Measure:
     prompts = rng.normal(0, 3, 60)
 
     def judged(rewards: Any) -> list[JudgedCompletion]:
-        return [
-            JudgedCompletion("q", "a", 0.0, 1, "eos", gold={"total": float(reward)}) for reward in rewards
-        ]
+        return [JudgedCompletion("a", 0.0, 1, "eos", gold={"total": float(reward)}) for reward in rewards]
 
     before, after = prompts + rng.normal(0, 1, 60), prompts + 0.3 + rng.normal(0, 1, 60)
     return measures(judged(after), judged(before))["gold_lift"]
@@ -43,10 +41,8 @@ def lift(rng: np.random.Generator) -> Measure:
 def won(rng: np.random.Generator) -> Measure:
     """A win rate with many draws, as `measures` makes it: the truth is 0.4 + 0.4/2."""
     steps = points(rng, 80, 0.4, 0.4)
-    before = [JudgedCompletion("q", "a", 0.0, 1, "eos", proxy=0.5) for _ in steps]
-    return measures([JudgedCompletion("q", "a", 0.0, 1, "eos", proxy=step) for step in steps], before)[
-        "win_rate"
-    ]
+    before = [JudgedCompletion("a", 0.0, 1, "eos", proxy=0.5) for _ in steps]
+    return measures([JudgedCompletion("a", 0.0, 1, "eos", proxy=step) for step in steps], before)["win_rate"]
 
 
 def ranked(rng: np.random.Generator) -> Measure:

@@ -14,6 +14,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from keel.data import chat
+from keel.models.load import ModelSource, causal_lm, load_tokenizer
+from keel.stages import preference_rows
+
 sys.path.insert(0, str(Path(__file__).parent))
 from shapes import blank_completions, label_studio
 
@@ -71,8 +75,7 @@ def _samples_have_the_scores_of_transformers(chain: Path) -> None:
     for row in rows:
         if "\ufffd" in row["completion"]:  # bytes of half a letter: the text has lost them
             continue
-        asked = [{"role": "user", "content": row["prompt"]}]
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(prompt)["input_ids"] + tokenizer(row["completion"])["input_ids"]
         ids += [tokenizer.eos_token_id] * (row["stop_reason"] == "eos")
         with torch.no_grad():
@@ -110,6 +113,47 @@ def _a_gguf_has_the_weights_and_tokens(chain: Path, keel: Any, tmp_path: Path) -
     tokenizer: Any = AutoTokenizer.from_pretrained(chain / "grpo" / "model")
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     assert tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None,
+    reason="lm-eval is a peer, and no dependency: pip install lm-eval -c constraints.txt",
+)
+def test_lm_eval_finds_the_log_likelihoods_of_keel(chain: Path) -> None:
+    """Of replies to texts and to conversations, by the policy with its adapter merged in; several at once, so
+    that they are padded."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = str(chain / "grpo" / "model")
+    judge = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=3)
+    talk: Any = ({"role": "user", "content": "the dog?"},)
+    asked: list[tuple[Any, str]] = [
+        (prompt, reply)
+        for prompt in ("the cat is", "so the owl is blue, so", talk)
+        for reply in (" red.", " so it is, so it is.")
+    ]
+    written = [
+        p if isinstance(p, str) else judge.apply_chat_template([dict(turn) for turn in p]) for p, _ in asked
+    ]
+    requests = [
+        Instance("loglikelihood", {}, (prompt, reply), number)
+        for number, (prompt, (_, reply)) in enumerate(zip(written, asked, strict=True))
+    ]
+    theirs = [value for value, _ in judge.loglikelihood(requests, disable_tqdm=True)]
+
+    tokenizer = load_tokenizer(folder)
+    responses = [
+        preference_rows.Response(
+            tuple(chat.prompt_ids(tokenizer, prompt)),
+            tuple(tokenizer(reply, add_special_tokens=False)["input_ids"]),
+        )
+        for prompt, reply in asked
+    ]
+    model = causal_lm(ModelSource(folder, dtype="float32"), 0).eval()
+    ours = preference_rows.scores(model, responses, chat.ensure_pad(tokenizer), torch.device("cpu"))
+    assert theirs == pytest.approx(ours, abs=1e-4)
+    assert len({round(value, 3) for value in ours}) == len(asked)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is a peer, and no dependency")

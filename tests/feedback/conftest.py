@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ LONG = (
     + "w" * 300
     + " | 2 |"
 )
+WIDE = f"${'a_1 + ' * 60}b$, $5 and $10\n\n\\[ {'x^2 + ' * 60} y \\]\n\n"
 CHINESE = "光合作用是植物利用阳光，把二氧化碳和水转化为葡萄糖和氧气的过程。"
 ARABIC = "عاصمة المغرب هي **الرباط**، وهي مدينة على ساحل المحيط الأطلسي."
 
@@ -70,7 +72,11 @@ def odd_pairs() -> list[NewItem]:
         ("long", LONG, "short"),
         ("请解释光合作用。", CHINESE, "植物吃阳光。"),
         ("ما هي عاصمة المغرب؟", ARABIC, "العاصمة هي الدار البيضاء."),
-        ("sum?", "It is $\\sum_i x_i < 3$ and\n\n```python\nprint('<b>')\n```", "\\[ y = 2 \\]\n\n> quoted"),
+        (
+            "sum?",
+            WIDE + "It is $\\sum_i x_i < 3$ and\n\n```python\nprint('<b>')\n```",
+            "\\[ y = 2 \\]\n\n> quoted",
+        ),
     ]
     return [
         NewItem(f"{SECRET}-odd-{i}", prompt, [Reply(a, f"{SECRET}-a"), Reply(b, f"{SECRET}-b")])
@@ -176,3 +182,18 @@ def enter(app: Any, store: Store) -> Enter:
         return visitor
 
     return go
+
+
+FILE_PAIRS = "".join(
+    json.dumps({"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"}) + "\n" for i in range(4)
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a file of pairs and one of rules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KEEL_LABEL_DB", raising=False)
+    (tmp_path / "My Pairs.jsonl").write_text(FILE_PAIRS)
+    (tmp_path / "rules.md").write_text("Be *fair*.")
+    return tmp_path

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from keel.feedback.wire import Limit
+from keel.votes.kinds import Answer, NewItem, Reply
 
 
 @pytest.fixture
@@ -32,14 +33,52 @@ def test_a_program_works_as_a_person_does(program, store):
     changed = program.post(path, json={**vote, "client_id": "two", "choice": "tie"})
     assert changed.json()["status"] == "counted"
     assert program.get("/api/projects/pairs/progress").json()["done"] == 1
-    assert program.post("/api/projects/pairs/undo").json() == {"item": item["item"]}
-    assert program.post("/api/projects/pairs/undo").json() == {"item": None}
-    assert program.post(f"/api/projects/pairs/items/{item['item']}/skip").status_code == 204
-    assert (
-        program.post(f"/api/projects/pairs/items/{item['item']}/flag", json={"reason": "odd"}).status_code
-        == 204
-    )
+    for client_id, undone in (("u", item["item"]), ("u", item["item"]), ("v", None)):
+        undo = program.post("/api/projects/pairs/undo", json={"client_id": client_id})
+        assert undo.json() == {"item": undone}
+    own = f"/api/projects/pairs/items/{item['item']}"
+    assert program.post(f"{own}/skip", json={"client_id": "s"}).status_code == 204
+    for _ in range(2):
+        flagged = program.post(f"{own}/flag", json={"client_id": "f", "reason": "odd"})
+        assert flagged.status_code == 204
     assert [flag.reason for flag in store.flags("pairs")] == ["odd"]
+    for deed in ("skip", "flag"):
+        assert program.post(f"{own}/{deed}").status_code == 422
+    assert program.post("/api/projects/pairs/undo", json={}).status_code == 422
+
+
+def test_an_id_that_was_used_for_another_item_is_a_conflict(program, store):
+    for deed, more in (("skip", {}), ("flag", {}), ("vote", {"choice": "a"})):
+        answers = []
+        for _ in range(2):
+            item = program.get("/api/projects/pairs/next").json()["item"]
+            path = f"/api/projects/pairs/items/{item}"
+            answers.append(program.post(f"{path}/{deed}", json={"client_id": "x", **more}))
+            if deed == "flag":
+                program.post(f"{path}/skip", json={"client_id": f"next {item}"})
+        assert [answer.status_code for answer in answers] in ([204, 409], [200, 409]), deed
+        assert "another item" in answers[1].json()["problem"]
+
+
+def test_an_annotator_is_told_nothing_that_gives_a_check_away(program, store):
+    """The project's counts leave checks out: a vote after which they stand still was on one."""
+    store.change_project("empty", None, gold_share=1.0)
+    gold = NewItem("check", "1 + 1?", [Reply("2"), Reply("3")], gold=Answer("a"))
+    usual = NewItem("usual", "?", [Reply("x"), Reply("y")])
+    store.add_items("empty", [gold, usual], by=None)
+    seen = []
+    for number in range(2):
+        item = program.get("/api/projects/empty/next").json()
+        vote = {"client_id": f"{number}", "choice": "tie"}
+        cast = program.post(f"/api/projects/empty/items/{item['item']}/vote", json=vote).json()
+        progress = program.get("/api/projects/empty/progress").json()
+        seen.append((set(item), cast, set(progress), progress["done"] + progress["left_for_me"]))
+    assert seen[0] == seen[1]
+    assert seen[0][2] == {"done", "left_for_me", "today", "pace_per_hour", "paused"}
+    eve = store.add_person("Eve", "admin")
+    headers = {"Authorization": f"Bearer {store.api_token(eve.id, None)}"}
+    whole = program.get("/api/projects/empty/progress", headers=headers).json()
+    assert (whole["total"], whole["wanted"], whole["counted"]) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -21,18 +20,6 @@ from keel.feedback.scales import line_of, scales_of_text
 from keel.votes import open_store
 
 RUNNER = CliRunner()
-PAIRS = "".join(
-    json.dumps({"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"}) + "\n" for i in range(4)
-)
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("KEEL_LABEL_DB", raising=False)
-    (tmp_path / "My Pairs.jsonl").write_text(PAIRS)
-    (tmp_path / "rules.md").write_text("Be *fair*.")
-    return tmp_path
 
 
 def keel(*arguments: str, code: int = 0) -> str:

@@ -40,7 +40,7 @@ def finished(run: Any, roomy_model: Path, tmp_path_factory: pytest.TempPathFacto
 def test_samples_of_an_evaluate_stage_become_pairs(finished: Path) -> None:
     labels = from_run.read(finished, ["sft", "other"], 5)
     rows = [json.loads(line) for line in (finished / "stages/judge/samples.jsonl").read_text().splitlines()]
-    said = {(row["model"], row["prompt"]): row["completion"].strip() for row in rows}
+    said = {(row["model"], row["prompt"][-1]["content"]): row["completion"].strip() for row in rows}
     assert 0 < len(labels.items) <= 5
     for item in labels.items:
         assert [reply.source for reply in item.replies] == ["sft", "other"]

@@ -222,9 +222,11 @@ def test_an_invitation_works_once(enter, store):
     second.see(f"/join/{code}")
     assert first.field("name") == "Grace" or 'value="Grace"' in first.text
     assert "Grace" in first.submit(f"/join/{code}", {"name": "Grace"}).text
-    refused = second.submit(f"/join/{code}", {"name": "Mallory"}, 404)
-    assert "was used, has expired, or never was" in refused.text
-    second.see(f"/join/{code}", 404)
+    refused = second.submit(f"/join/{code}", {"name": "Mallory"}, 410)
+    assert "was used already" in refused.text
+    second.see(f"/join/{code}", 410)
+    second.see("/join/never-was", 404)
+    assert "How do I change" in first.see(f"/join/{code}")  # who kept the link is at home
     assert second.get("/account", follow_redirects=False).headers["location"] == "/sign-in"
     assert "Mallory" not in [person.name for person in store.people()]
 
@@ -234,7 +236,8 @@ def test_a_name_that_is_taken_uses_nothing_up(enter, store):
     code = store.invite("annotator", None, by=None)
     other = enter(None)
     other.see(f"/join/{code}")
-    assert "already" in other.submit(f"/join/{code}", {"name": "ada"}, 422).text
+    assert "already" in other.submit(f"/join/{code}", {"name": "ada"}, 409).text
+    assert "at most 80" in other.submit(f"/join/{code}", {"name": "removed-7"}, 422).text
     other.submit(f"/join/{code}", {"name": " "}, 422)
     assert "Ada Two" in other.submit(f"/join/{code}", {"name": "Ada Two"}).text
 

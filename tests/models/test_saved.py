@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +26,15 @@ from transformers import (
 from keel.data import chat
 from keel.errors import UsageError
 from keel.models import saved_check, ties
-from keel.models.load import ModelSource, causal_lm, load_tokenizer, resized, scorer
+from keel.models.embeddings import resized
+from keel.models.load import ModelSource, causal_lm, load_tokenizer, scorer
 from keel.models.lora import Adapters, add_adapters, files_of
 from keel.models.save import save
 from keel.models.saved_check import NotSavedError, save_checked
 from keel.models.tokenizer import give_own_pad, known_ids, rows_needed, with_own_pad
 from keel.rewards import learned
+from keel.rl import grpo, ppo
+from keel.stages import prepare
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -157,6 +162,56 @@ def test_a_stage_whose_model_cannot_be_saved_is_not_done_and_keeps_its_checkpoin
     run({"stages": {"sft": stage}}, tmp_path)  # which goes on from there
     assert (folder / "stage.json").exists()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_check_has_the_memory_that_training_freed(
+    tiny_model: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights go, and what the heap kept of freed memory, before the saved ones are read."""
+    order: list[Any] = []
+    model = causal_lm(ModelSource(str(tiny_model)), 0)
+    monkeypatch.setattr(
+        saved_check,
+        "give_back_freed_memory",
+        lambda: order.append({p.device.type for p in model.parameters()}),
+    )
+    monkeypatch.setattr(saved_check, "compare", lambda *given: order.append("compared"))
+    save_checked(model, tokenizer, tmp_path / "out", "card")
+    assert order == [{"meta"}, "compared"]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_what_training_needed_is_gone_while_models_are_saved(
+    kind: str, tiny_model: Path, tiny_reward: Path, data: Any, run: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Optimisers hold the weights, and twice as much of their own."""
+    module: Any = {"ppo": ppo, "grpo": grpo}[kind]
+    made, alive = list[weakref.ref[Any]](), list[Any]()
+    make, save_model = module.make_optimizers, prepare.save_model
+
+    def noted(*given: Any) -> Any:
+        optimizers = make(*given)
+        made.extend(map(weakref.ref, optimizers))
+        return optimizers
+
+    def saved(*given: Any, **more: Any) -> None:
+        alive.extend(one() for one in made)
+        save_model(*given, **more)
+
+    monkeypatch.setattr(module, "make_optimizers", noted)
+    monkeypatch.setattr(prepare, "save_model", saved)
+    stage = {
+        "kind": kind, "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts),
+        "updates": 1, "batch_size": 4, "samples_per_prompt": 2, "sampling": {"max_new_tokens": 4},
+    }  # fmt: skip
+    gc.disable()  # nothing may wait for the collector
+    try:
+        run({"stages": {kind: stage}}, tmp_path)
+    finally:
+        gc.enable()
+    assert alive == [None] * len(made)
+    assert made
 
 
 # ---------------------------------------------------------------- ids, and rows for them

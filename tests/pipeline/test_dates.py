@@ -15,7 +15,7 @@ from keel.cli import sweep
 from keel.config import parse
 from keel.data.chat import rendering
 from keel.errors import UsageError
-from keel.pipeline import dates, pipeline
+from keel.pipeline import dates, stage_graph
 from keel.pipeline.pipeline import Pipeline
 
 FIRST, NEXT = datetime.date(2026, 11, 28), datetime.date(2026, 11, 29)
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
             def now(cls, tz: Any = None) -> Now:
                 return cls(day.year, day.month, day.day, 12, tzinfo=tz)
 
-        monkeypatch.setattr(pipeline, "date", Day)
+        monkeypatch.setattr(stage_graph, "date", Day)
         monkeypatch.setattr(rendering.datetime, "datetime", Now)
         monkeypatch.setattr(rendering.chat_template_utils, "datetime", Now)
 

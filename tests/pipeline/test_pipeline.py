@@ -20,6 +20,7 @@ from keel.config import parse, read
 from keel.errors import DataError, KeelError, MachineError, UsageError
 from keel.models.load import ModelSource, causal_lm
 from keel.pipeline import pipeline as pipelines
+from keel.pipeline import stage_graph
 from keel.pipeline.pipeline import Pipeline, locked
 
 STAGES = ("base", "sft", "reward", "ppo", "judge")
@@ -220,7 +221,7 @@ def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
     assert again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}}) == [
         "judge: run again, since 'ppo' changed, which it starts from"
     ]
-    monkeypatch.setattr(pipelines, "code_prints", lambda kind: {"rl/loop.py": "other code"})
+    monkeypatch.setattr(stage_graph, "code_prints", lambda kind: {"rl/loop.py": "other code"})
     first = again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0]
     assert first.startswith(
         "base: run again, since keel's code changed (accel/__init__.py, accel/attention.py, "

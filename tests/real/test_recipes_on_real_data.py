@@ -98,7 +98,7 @@ def test_gsm8k_grpo(run_recipe, policy, problems):
     assert len(rows) == 2
     assert {"rewards/answer/mean", "rewards/format/mean", "rewards/tags/mean"} <= rows[0].keys()
     asked = {json.loads(line)["question"] for line in problems.read_text().splitlines()}
-    assert {sample["prompt"] for sample in samples(stages / "grpo")} <= asked
+    assert {sample["prompt"][-1]["content"] for sample in samples(stages / "grpo")} <= asked
     assert measures(stages)["grpo"]["reward/answer"]["n"] > 4
 
 

@@ -293,7 +293,8 @@ def test_a_broken_line_is_named(tmp_path):
     lines[2] = "oops\n"
     (run / "stages/base/metrics.jsonl").write_text("".join(lines))
     with pytest.raises(DataError, match=r"metrics\.jsonl:3 is not JSON"):
-        report.write(run)
+        read(run)
+    assert "metrics.jsonl:3 is not JSON" in report.write(run).read_text()
 
 
 def test_results_of_other_settings_are_not_shown(tmp_path):

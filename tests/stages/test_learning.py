@@ -80,7 +80,8 @@ def learned_twice(run: Any, data: Any, tmp_path_factory: pytest.TempPathFactory)
             "holdout": 0.2,
         },
         "ppo": ppo,
-        "ppo-trunk": {**ppo, "sharing": "trunk"},
+        # at 0.1 the value loss pulls at the trunk: see docs/notes.md
+        "ppo-trunk": {**ppo, "sharing": "trunk", "value_coef": 0.01},
         "judge": {
             "kind": "evaluate",
             "models": ["base", "sft", "ppo", "ppo-trunk"],

@@ -109,6 +109,20 @@ def test_a_pair_that_is_too_long_is_an_error_or_left_out_or_loses_its_prompts_st
         encoded(long, tiny_model, stage_run, loss="kto", max_length=12, too_long="truncate")
 
 
+def test_trap_26_a_row_that_is_cut_keeps_its_whole_reply(
+    tiny_model: Path, stage_run: Any, tokenizer: Any
+) -> None:
+    """[trl PR 3398] Truncation that keeps the end made samples of nothing: whatever is cut, each token of
+    both replies stays."""
+    for owls in (2, 9, 30):
+        record = PreferenceRecord("the owl? " * owls + "the cat?", " it is red.", " so", origin="r.jsonl:1")
+        whole = encoded(PreferenceRecord("a", record.chosen, record.rejected), tiny_model, stage_run)
+        pair = encoded(record, tiny_model, stage_run, max_length=12, too_long="truncate")
+        assert (pair.chosen.ids, pair.rejected.ids) == (whole.chosen.ids, whole.rejected.ids)
+        assert pair.chosen.prompt
+        assert tokenizer.pad_token_id not in (*pair.chosen.prompt, *pair.chosen.ids, *pair.rejected.ids)
+
+
 def test_the_side_that_most_votes_prefer_is_the_chosen_one(
     tiny_model: Path, stage_run: Any, tokenizer: Any
 ) -> None:

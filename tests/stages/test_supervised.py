@@ -22,7 +22,7 @@ from keel.models import optim
 from keel.models.load import ModelSource, load_tokenizer
 from keel.rewards import learned
 from keel.rollout import KeelEngine
-from keel.stages import language, prepare, sft
+from keel.stages import language, prepare, reward_pairs, sft
 from keel.stages import reward as reward_stage
 from keel.stages.loop_utils import copy_state
 from keel.types import DemonstrationRecord, PreferenceRecord, TextRecord, Vote
@@ -241,7 +241,7 @@ def test_votes_are_kept_as_shares_or_collapsed_as_the_config_says(
     too_long = prepare.TooLong(stage_run, "error", 48)
     records = [_record(None), _record(0.75, margin=1.5), _record(0.5), _record(0.25)]
     for found_labels in reward_stage._labelled(config, stage_run, records, records):  # to train on, held out
-        found = reward_stage.encode(records, found_labels, reward, too_long, prepare.EqualPairs(stage_run))
+        found = reward_pairs.encode(records, found_labels, reward, too_long, prepare.EqualPairs(stage_run))
         assert [pair.p_chosen for pair in found] == shares
         assert [pair.margin for pair in found] == [0.0, 1.5, 0.0, 0.0]
         assert reward.tokenizer.decode(found[0].chosen["input_ids"]) == "the cat? it is red.<|end|>"

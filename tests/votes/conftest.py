@@ -193,7 +193,7 @@ NEXT = '''"""One more column."""
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0002", "0001"
+revision, down_revision = "0003", "0002"
 
 
 def upgrade():
@@ -206,5 +206,5 @@ def newer(tmp_path) -> Path:
     """The migrations of a keel to come."""
     folder = tmp_path / "migrations"
     shutil.copytree(migrations.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions" / "0002_motto.py").write_text(NEXT)
+    (folder / "versions" / "0003_motto.py").write_text(NEXT)
     return folder

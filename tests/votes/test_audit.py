@@ -54,6 +54,8 @@ def _do(store, statement):
         ("UPDATE people SET role = 'admin' WHERE id = 1", "people:1 was changed"),
         ("UPDATE people SET name = 'Eve' WHERE id = 1", "the text of people:1 was changed"),
         ("UPDATE seats SET paused = NULL WHERE paused = 'tired'", "was changed"),
+        ("UPDATE invitations SET withdrawn = 5", "invitations:1 was changed"),
+        ("UPDATE invitations SET origin = 'first'", "invitations:1 was changed"),
         ("UPDATE credentials SET person_id = 3", "credentials:1 was changed"),
         ("INSERT INTO credentials (id, hash, kind, person_id, created) VALUES (9, 'x', 'api', 3, 0)",
          "credentials:9 is not in the log"),

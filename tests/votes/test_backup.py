@@ -125,7 +125,7 @@ def test_a_backup_of_an_older_keel_is_upgraded_and_one_of_a_newer_refused(
     store.backup(old)
     content = old.read_bytes()
     with monkeypatch.context() as later:
-        later.setattr(schema, "HEAD", "0002")
+        later.setattr(schema, "HEAD", "0003")
         later.setattr(migrations, "FOLDER", newer)
         assert Store.restore(old, str(new)).broken is None
         assert old.read_bytes() == content

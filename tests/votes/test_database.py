@@ -11,9 +11,11 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 
 from keel.errors import UsageError
-from keel.votes import migrations, open_store, schema
+from keel.votes import audit, migrations, open_store, schema
+from keel.votes.codec import digest
 from keel.votes.database import Database, StoreError, parse
 from keel.votes.kinds import NewItem, Project, Reply, Scale
 from keel.votes.store import Store
@@ -45,25 +47,51 @@ def test_the_migrations_make_the_tables_of_the_schema(any_store):
 def test_an_older_schema_is_upgraded_and_keeps_its_rows(any_new_store, fill, newer):
     fill(any_new_store, people=2)
     assert not any_new_store.upgrade()
-    assert migrations.upgrade(any_new_store.database, "0002", newer)
-    assert not migrations.upgrade(any_new_store.database, "0002", newer)
+    assert migrations.upgrade(any_new_store.database, "0003", newer)
+    assert not migrations.upgrade(any_new_store.database, "0003", newer)
     assert [person.name for person in any_new_store.people()] == ["person 0", "person 1"]
     assert any_new_store.verify().broken is None
 
 
+def test_a_database_of_the_first_schema_is_read_on(tmp_path):
+    """What was logged before there were columns for it holds: they count where they say something."""
+    database = Database(parse(str(tmp_path / "old.db")))
+    assert migrations.upgrade(database, "0001")
+
+    def invite(connection):
+        row = {
+            "id": 1, "hash": "h", "role": "admin", "project_id": None, "person_id": None, "created_by": None,
+            "created": 1.0, "expires": 9e9, "used": None,
+        }  # fmt: skip
+        names = ", ".join(row)
+        values = ", ".join(f":{name}" for name in row)
+        connection.execute(text(f"INSERT INTO invitations ({names}, name) VALUES ({values}, '')"), row)
+        audit.append_digest(connection, "invitations:1", digest(row), "invite", at=1.0, by=None)
+
+    database.write(invite)
+    database.close()
+    with Store.open(str(tmp_path / "old.db"), create=False) as store:
+        assert store.verify().broken is None
+        assert [one.state for one in store.invitations(now=2.0)] == ["open"]
+        store.withdraw_invitation(1)
+        assert store.verify().broken is None
+        store.database.write(lambda c: c.execute(text("UPDATE invitations SET withdrawn = NULL")))
+        assert "invitations:1 was changed" in store.verify().reason
+
+
 def test_a_newer_schema_is_refused_in_one_line(any_new_store, newer):
-    migrations.upgrade(any_new_store.database, "0002", newer)
+    migrations.upgrade(any_new_store.database, "0003", newer)
     url = any_new_store.database.url.render_as_string(hide_password=False)
-    with pytest.raises(UsageError, match=r"written by a newer keel \(schema 0002, this one knows 0001\)"):
+    with pytest.raises(UsageError, match=r"written by a newer keel \(schema 0003, this one knows 0002\)"):
         Store.open(url)
 
 
 def test_a_migration_that_fails_changes_nothing(store, newer):
-    file = newer / "versions" / "0002_motto.py"
+    file = newer / "versions" / "0003_motto.py"
     file.write_text(file.read_text() + "    raise RuntimeError('half way')\n")
     with pytest.raises(RuntimeError, match="half way"):
-        migrations.upgrade(store.database, "0002", newer)
-    assert store.database.read(migrations.revision_of) == "0001"
+        migrations.upgrade(store.database, "0003", newer)
+    assert store.database.read(migrations.revision_of) == "0002"
     columns = store.database.read(
         lambda c: [row[1] for row in c.exec_driver_sql("PRAGMA table_info(people)")]
     )

@@ -74,6 +74,14 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return keep(whitened if shift_mean else whitened + mean, mask)
 
 
+def extent(mask: Tensor) -> Tensor:
+    """(B, T) → (B,): the columns up to and with the last counted one of each row; 0 where none counts. Of a
+    mask without holes it is the number that counts."""
+    if not mask.shape[1]:
+        return torch.zeros(len(mask), dtype=torch.long, device=mask.device)
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+
+
 def count(mask: Tensor, reduce: Reduction = "token") -> Tensor:
     """What a micro-batch adds to the denominator of `reduced`: counted positions, or sequences that have any.
 

@@ -79,8 +79,10 @@ class RewardModel:
         An ensemble gives what `combine` makes of its members' scores, each on the scale of its SFT samples:
         their mean, the worst case, or mean − std_penalty·std (2310.02743).
 
-        A prompt is text or messages; a completion is text, or messages where the prompt is. Each counts as a
-        whole response, its end of sequence included. Sequences longer than the model's context lose the start
+        A prompt is text or messages; a completion is text, or messages where the prompt is. To a model that
+        keel trained on conversations alone, a text is the user's turn: "Hello" scores as
+        [{"role": "user", "content": "Hello"}] does. Each counts as a whole response, its end of sequence
+        included. Sequences longer than the model's context lose the start
         of their prompt. UsageError for lists of different lengths, and for a completion too long by itself.
         """
         if self.members == 1 and (combine != "mean" or std_penalty != 1.0):
@@ -109,7 +111,8 @@ class RewardModel:
         scores: list[torch.Tensor] = []
         for member in self._members:
             chat.with_chat_template(member.tokenizer)
-            encoded = [learned.encode(member, prompt, completion) for prompt, completion in pairs]
+            asked = (learned.as_trained(member, *pair) for pair in pairs)
+            encoded = [learned.encode(member, prompt, completion) for prompt, completion in asked]
             raw = learned.score(member, encoded, batch_size=batch_size)
             scores.append(raw if self.members == 1 else (raw - member.mean) / member.std)
         return torch.stack(scores)

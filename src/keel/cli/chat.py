@@ -9,8 +9,14 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, load_tokenizer
+from keel.models.tokenizer import knows_conversations
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.types import Message, Sampling
+
+_UNTAUGHT = (
+    "this model was trained on plain text, and turns reach it in keel's default template, a form that it has "
+    "not seen: keel.generate asks it with plain text; a stage of kind sft teaches it conversations"
+)
 
 
 class Talk:
@@ -23,8 +29,10 @@ class Talk:
         UsageError for what is no day."""
         self.date = _day(date)
         self.tokenizer: Any = load_tokenizer(model)
-        chat.with_chat_template(self.tokenizer)
         self.model = causal_lm(ModelSource(model), 0).eval()
+        known = knows_conversations(self.model.config, self.tokenizer)
+        self.note = "" if known else _UNTAUGHT  # for whoever talks
+        chat.with_chat_template(self.tokenizer)
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
         self.seed = seed
         self.turns: list[Message] = []

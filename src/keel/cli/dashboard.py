@@ -34,10 +34,12 @@ def serve(
     *,
     wait: bool = False,
     while_stdin: bool = False,
+    most_pages: int = 64,
 ) -> None:
     """Serve the dashboard until it is interrupted, or, `while_stdin`, until standard input ends.
 
-    wait: the folder is that of one run, and may not be there yet. UsageError for a folder that is not there
+    wait: the folder is that of one run, and may not be there yet. most_pages: that may be open at a time.
+    UsageError for a folder that is not there
     and an address that cannot be had.
     """
     check_installed()
@@ -54,7 +56,10 @@ def serve(
     security = Security.of(host, port)
     server: Any = None
     alone = wait or [run.path for run in find(folder)] == [folder]
-    app = application(folder, security, ended=lambda: server is not None and server.should_exit, alone=alone)
+    app = application(
+        folder, security, ended=lambda: server is not None and server.should_exit, alone=alone,
+        most_pages=most_pages,
+    )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, server_header=False,
         date_header=False,

@@ -19,7 +19,12 @@ from keel.report.health import action_sentence, said
 
 def diagnose(path: Path) -> dict[str, Diagnosis]:
     """Stage → its diagnosis. UsageError for a path that is none of the three, DataError for a file that
-    cannot be read."""
+    cannot be read, and for one that keel has not written."""
+    with reading.readable(path):
+        return _diagnose(path)
+
+
+def _diagnose(path: Path) -> dict[str, Diagnosis]:
     if path.is_file():
         return {path.name: logs.trainer_state(path)}
     if (path / "config.yaml").exists():

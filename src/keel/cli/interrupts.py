@@ -1,16 +1,21 @@
 """Ctrl-C and SIGTERM: the first ends the command in order, the second at once. Neither leaves a word of
 Python's on the terminal.
 
+A command that another one started ends with it (`end_with_stdin`), however that ends: a second Ctrl-C or
+SIGKILL leaves nobody to tell it.
+
 An exception raised by a signal can be lost: what a `__del__` or the callback of a weak reference raises is
 printed and forgotten. A lost one is raised again from a thread, a moment later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -20,6 +25,7 @@ CODE = 130
 SAID = "interrupted; the same command goes on from the last checkpoint"
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _LATER = 0.02  # seconds
+PATIENCE = 10.0  # seconds for a command to end in order, when whoever started it is gone
 _others: list[Any] = []  # the hook of before
 
 
@@ -34,6 +40,21 @@ def catch() -> None:
     if sys.unraisablehook is not _unraisable:
         _others.append(sys.unraisablehook)
         sys.unraisablehook = _unraisable
+
+
+def end_with_stdin() -> None:
+    """From here on the process ends with whoever holds the other end of standard input: in order, then at
+    once, then in any case."""
+    threading.Thread(target=_wait_for_end, daemon=True).start()
+
+
+def _wait_for_end() -> None:
+    with contextlib.suppress(OSError):  # closed
+        while os.read(0, 4096):
+            pass
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        os.kill(os.getpid(), number)
+        time.sleep(PATIENCE)
 
 
 def leave_quietly() -> None:

@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from keel.cli.label_common import (
+    SAFETY,
+    VOTES,
+    WORK,
+    DbOption,
+    JsonOption,
+    ProjectArgument,
+    TaskOption,
+    VotesOption,
+    app,
+    link_to,
+    opened,
+    print_result,
+    say_note,
+    table,
+)
 from keel.cli.progress import say
 from keel.errors import UsageError
-
-if TYPE_CHECKING:
-    from keel.votes.store import Store
-
-app = typer.Typer(
-    no_args_is_help=True, help="Where people compare, rate, rank and edit replies, and what they said."
-)
-
-DbOption = Annotated[
-    str | None,
-    typer.Option(
-        "--db", help="Database: sqlite:///FILE or postgresql://…; else KEEL_LABEL_DB, keel-label.db."
-    ),
-]
-ProjectArgument = Annotated[str, typer.Argument(help="The project's name.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-TaskOption = Annotated[
-    str | None,
-    typer.Option("--task", help="pairwise, rating, ranking, edit or thumbs; default: by the items."),
-]
-VotesOption = Annotated[int, typer.Option("--votes", min=1, max=100, help="People who judge each item.")]
-
-
-def _print(value: Any, text: str, as_json: bool) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2) if as_json else text)
-
-
-def _note(note: str) -> None:
-    say(f"keel label: {note}")
-
-
-def _open(db: str | None, *, create: bool = False) -> Store:
-    from keel.votes import open_store
-
-    return open_store(db, create=create)
 
 
 def _web() -> None:
@@ -54,6 +34,7 @@ def _web() -> None:
     try:
         import fastapi  # noqa: F401
         import itsdangerous  # noqa: F401
+        import latex2mathml  # noqa: F401
         import markdown_it  # noqa: F401
         import mdit_py_plugins  # noqa: F401
         import nh3  # noqa: F401
@@ -71,7 +52,7 @@ def _task(task: str | None) -> Any:
     return task
 
 
-@app.command()
+@app.command(rich_help_panel=WORK)
 def serve(
     file: Annotated[
         Path | None, typer.Argument(help="A file of pairs: a project of its name is made of it.")
@@ -96,11 +77,11 @@ def serve(
 
     listener = serving.listen(host, port)
     base = (url or serving.address_of(listener, host)).rstrip("/")
-    with _open(db, create=True) as store:
+    with opened(db, create=True) as store:
         if file is not None:
-            name, added, known = serving.quick_project(store, file, _task(task), votes)
+            name, added, known = serving.quick_project(store, file, _task(task), votes, say_note)
             say(f"keel label: project {name}: {added} items added, {known} were there")
-        link = serving.first_link(store, base)
+        link = serving.first_link(store, base, say_note)
         say(f"keel label: {store.database.shown}")
         print(f"Open this link once, as the admin: {link}" if link else base, flush=True)
         if not link:
@@ -108,7 +89,7 @@ def serve(
         serving.serve(store, listener, say=say, requests=log, rate=rate, url=url)
 
 
-@app.command()
+@app.command(rich_help_panel=WORK)
 def create(
     project: ProjectArgument,
     task: TaskOption = "pairwise",
@@ -152,8 +133,8 @@ def create(
     )
     text = f"{made.name}: {made.task}, {made.votes_per_item} votes an item"
     if code:
-        text += f"\nadmin's one-time link: {_link(code)}"
-    _print({"project": made.name, "task": made.task, "admin_code": code}, text, as_json)
+        text += f"\nadmin's one-time link: {link_to(code)}"
+    print_result({"project": made.name, "task": made.task, "admin_code": code}, text, as_json)
 
 
 def _read(path: Path | None) -> str:
@@ -171,11 +152,7 @@ def _scales(lines: list[str]) -> Any:
     return scales_of_text("\n".join(lines))
 
 
-def _link(code: str, url: str | None = None) -> str:
-    return f"{(url or 'http://127.0.0.1:8011').rstrip('/')}/join/{code}"
-
-
-@app.command()
+@app.command(rich_help_panel=WORK)
 def add(
     project: ProjectArgument,
     file: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV or parquet; or a folder of Potato's.")],
@@ -188,12 +165,12 @@ def add(
     """Add a file's items, with the votes it brings. What is there stays as it is."""
     from keel.feedback import exchange
 
-    with _open(db) as store:
-        added = exchange.add(store, project, file, format=format, say=_note)
-    _print(dataclasses.asdict(added), f"{added.added} items added, {added.known} were there", as_json)
+    with opened(db) as store:
+        added = exchange.add(store, project, file, format=format, say=say_note)
+    print_result(dataclasses.asdict(added), f"{added.added} items added, {added.known} were there", as_json)
 
 
-@app.command("from-run")
+@app.command("from-run", rich_help_panel=WORK)
 def from_run(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     models: Annotated[str, typer.Option("--models", help="Its models between commas: sft,ppo")],
@@ -210,85 +187,37 @@ def from_run(
 
     labels = runs.read(run, [name.strip() for name in models.split(",")], pairs)
     for note in labels.notes:
-        _note(note)
+        say_note(note)
     name = project or run.resolve().name
-    with _open(db, create=True) as store:
-        if name not in {one.name for one in store.projects()}:
-            store.create_project(Project(name, task=labels.task, votes_per_item=votes), by=None)
-        added = formats.into_project(store, name, labels)
-    _print({"project": name, **dataclasses.asdict(added)}, f"{name}: {added.added} items added", as_json)
-
-
-@app.command()
-def invite(
-    role: Annotated[str, typer.Option("--role", help="annotator, viewer or admin.")] = "annotator",
-    project: Annotated[
-        str | None, typer.Option("--project", help="The only project they may see; default: every one.")
-    ] = None,
-    name: Annotated[str, typer.Option("--name", help="Their name; default: they choose.")] = "",
-    again: Annotated[
-        bool, typer.Option("--again", help="Sign the person of this name in once more.")
-    ] = False,
-    days: Annotated[float, typer.Option("--days", min=0.01, help="How long the link works.")] = 7.0,
-    url: Annotated[str | None, typer.Option("--url", help="Where people find the pages.")] = None,
-    db: DbOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Print a one-time link for one person."""
-    from keel.votes import commands
-
-    wanted: Any = role
-    link = _link(commands.invite(db, wanted, project, name, days, again), url)
-    _print({"link": link, "role": role, "project": project, "days": days}, link, as_json)
-
-
-@app.command()
-def people(
-    project: Annotated[str | None, typer.Argument(help="Only who may work in it.")] = None,
-    db: DbOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List people, with how far each has come in a project."""
-    from keel.votes import commands
-
-    rows = [
-        {**dataclasses.asdict(person), **({"done": done.done, "today": done.today} if done else {})}
-        for person, done in commands.people(db, project)
-    ]
-    _print(
-        rows, _table(rows, ("name", "role", "done", "today", "paused", "is_model")) or "nobody yet", as_json
+    with opened(db, create=True) as store:
+        made = Project(name, task=labels.task, votes_per_item=votes)
+        added = formats.into_project(store, name, labels, make=made)
+    print_result(
+        {"project": name, **dataclasses.asdict(added)}, f"{name}: {added.added} items added", as_json
     )
 
 
-@app.command()
+@app.command(rich_help_panel=WORK)
 def projects(db: DbOption = None, as_json: JsonOption = False) -> None:
     """List projects with their counts."""
     from keel.votes import commands
 
     rows = commands.projects(db)
-    _print(
-        rows, _table(rows, ("name", "task", "items", "counted", "wanted", "title")) or "no project", as_json
+    print_result(
+        rows,
+        table(rows, ("name", "task", "items", "counted", "wanted", "paused", "title")) or "no project",
+        as_json,
     )
 
 
-def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
-    """Rows as text under their headings; columns that no row has are left out."""
-    if not rows:
-        return ""
-    named = [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
-    cells = [named, *[["" if row.get(c) is None else str(row[c]) for c in named] for row in rows]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(named))]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)).rstrip() for line in cells)
-
-
-@app.command()
+@app.command(rich_help_panel=VOTES)
 def stats(project: ProjectArgument, db: DbOption = None, as_json: JsonOption = False) -> None:
     """Say how far people agree, who is reliable, and what is still open."""
     from keel.feedback import statistics
 
-    with _open(db) as store:
+    with opened(db) as store:
         numbers = statistics.of_project(store, project)
-    _print(numbers, _numbers(numbers), as_json)
+    print_result(numbers, _numbers(numbers), as_json)
 
 
 def _numbers(numbers: dict[str, Any]) -> str:
@@ -306,10 +235,10 @@ def _numbers(numbers: dict[str, Any]) -> str:
         }
         for one in numbers["people"]
     ]
-    return "\n".join([*lines, *([_table(rows, ("name", "reliability", "votes", "model"))] if rows else [])])
+    return "\n".join([*lines, *([table(rows, ("name", "reliability", "votes", "model"))] if rows else [])])
 
 
-@app.command()
+@app.command(rich_help_panel=WORK)
 def rank(
     project: ProjectArgument,
     reward: Annotated[str, typer.Option("--reward", help="Reward models between commas; more is better.")],
@@ -319,12 +248,12 @@ def rank(
     """Put first what reward models are unsure of, for projects with the order "uncertain"."""
     from keel.feedback import priorities
 
-    with _open(db) as store:
+    with opened(db) as store:
         count = priorities.rank(store, project, [name.strip() for name in reward.split(",")])
-    _print({"project": project, "ranked": count}, f"{count} items have a priority", as_json)
+    print_result({"project": project, "ranked": count}, f"{count} items have a priority", as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=VOTES)
 def ask(
     project: ProjectArgument,
     url: Annotated[str, typer.Option("--url", help="OpenAI-compatible address: http://localhost:8000/v1")],
@@ -347,14 +276,14 @@ def ask(
     if key_env and not key:
         raise UsageError(f"--key-env: the environment has no {key_env}")
     endpoint = model_annotator.Endpoint(url, model, key, timeout=timeout)
-    with _open(db) as store:
+    with opened(db) as store:
         person = model_annotator.annotator(store, name or model, project)
         asked = model_annotator.annotate(store, project, person.id, endpoint, most=most, say=say)
     text = f"{asked.judged} judged, {asked.undecided} undecided between both orders, {asked.skipped} left out"
-    _print(dataclasses.asdict(asked), text, as_json)
+    print_result(dataclasses.asdict(asked), text, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=VOTES)
 def export(
     project: ProjectArgument,
     to: Annotated[str, typer.Option("--to", help="keel, preference, unpaired, ranked, …")] = "preference",
@@ -369,12 +298,14 @@ def export(
     from keel.feedback import formats
 
     path = out or Path(f"{project}-{to}.jsonl")
-    with _open(db) as store:
+    with opened(db) as store:
         count = formats.write(formats.of_project(store, project), path, to, sources=sources)
-    _print({"project": project, "to": to, "out": str(path), "rows": count}, f"{path}: {count} rows", as_json)
+    print_result(
+        {"project": project, "to": to, "out": str(path), "rows": count}, f"{path}: {count} rows", as_json
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=SAFETY)
 def verify(
     head: Annotated[
         str | None,
@@ -392,12 +323,12 @@ def verify(
         if report.broken is None
         else f"row {report.broken} of the log does not hold: {report.reason}"
     )
-    _print(dataclasses.asdict(report), text, as_json)
+    print_result(dataclasses.asdict(report), text, as_json)
     if report.broken is not None:
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(rich_help_panel=SAFETY)
 def backup(
     file: Annotated[Path, typer.Argument(help="A file that is not there yet.")],
     db: DbOption = None,
@@ -407,10 +338,10 @@ def backup(
     from keel.votes import commands
 
     report = commands.backup(db, file)
-    _print({"out": str(file), "rows": report.rows, "head": report.head}, f"{file}: verified", as_json)
+    print_result({"out": str(file), "rows": report.rows, "head": report.head}, f"{file}: verified", as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=SAFETY)
 def restore(
     file: Annotated[Path, typer.Argument(help="A file that backup wrote.")],
     db: DbOption = None,
@@ -420,34 +351,9 @@ def restore(
     from keel.votes import commands
 
     report = commands.restore(file, db)
-    _print({"rows": report.rows, "head": report.head}, f"restored and verified, head {report.head}", as_json)
+    print_result(
+        {"rows": report.rows, "head": report.head}, f"restored and verified, head {report.head}", as_json
+    )
 
 
-@app.command("sign-out")
-def sign_out(
-    name: Annotated[str, typer.Argument(help="Whose sessions and tokens to end.")],
-    db: DbOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """End all sessions and API tokens of a person: for a lost device, or a token that others have seen."""
-    from keel.votes import commands
-
-    ended = commands.sign_out(db, name)
-    _print({"person": name, "ended": ended}, f"{name}: {ended} sessions and tokens ended", as_json)
-
-
-@app.command()
-def forget(
-    name: Annotated[str, typer.Argument(help="Whose data to remove.")],
-    db: DbOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Remove a person's name, comments and sessions for good. Their votes stay, under a number."""
-    from keel.votes import commands
-
-    if not yes and not typer.confirm(f"Remove {name}'s name, comments and sessions for good?", err=True):
-        raise typer.Exit(1)
-    found = commands.forget(db, name)
-    text = f"{name} is {found.name} now: {found.votes} votes stay, {found.comments} comments are gone"
-    _print(dataclasses.asdict(found), text, as_json)
+from keel.cli import label_people  # noqa: E402, F401 - its commands come after these

@@ -15,7 +15,7 @@ import typer
 
 import keel
 from keel.api.terminal import show, show_json
-from keel.cli import bench, boundary, label
+from keel.cli import bench, boundary, interrupts, label
 from keel.cli.progress import progress, say
 from keel.errors import DeprecationNote, UsageError
 from keel.rundir import run_status
@@ -111,6 +111,7 @@ def run(
     nproc: Annotated[
         int | None, typer.Option("--nproc", min=1, help="Ranks to run on, on this machine; default: 1.")
     ] = None,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
@@ -118,6 +119,8 @@ def run(
     from keel.cli import consent, ranks
     from keel.distributed import records
 
+    if while_stdin:
+        interrupts.end_with_stdin()
     pipeline = _pipeline(config, overrides, runs, name)
     if not records.is_watched():  # else whoever started this rank has asked
         consent.to_run(_place(config), pipeline.config, trust)
@@ -213,19 +216,21 @@ def report(
     """Write the run's report.html again and print its verdict."""
     from keel import report as reports
 
-    if not (run / "config.yaml").exists():
+    if not any((run / name).exists() for name in ("config.yaml", "manifest.json", "stages")):
         raise UsageError(f"no run at {run}: there is no config.yaml in it")
-    page = reports.write(run)
+    made = reports.report(run)
     if as_json:
         stages = {
             name: {"status": run_status.status(run, name, facts)}
             for name, facts in run_status.manifest(run).items()
         }
-        facts = {"report": str(page), "stages": stages, "results": run_status.results(run)}
-        show_json(facts)
+        results = run_status.results(run)
+        show_json({"report": str(made.page), "stages": stages, "results": results, "notes": made.notes})
     else:
-        show(reports.summary(run))
-        show(f"report: {page}")
+        show(made.text)
+        for note in made.notes:
+            show(reports.unshown(note))
+        show(f"report: {made.page}")
 
 
 @app.command()
@@ -309,13 +314,19 @@ def dashboard(
         str, typer.Option(help="Address to serve on; any but this machine's own asks for a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8012,
+    most_pages: Annotated[
+        int, typer.Option(min=1, max=1000, help="Pages that may be open at a time; others wait.")
+    ] = 64,
     wait: Annotated[bool, typer.Option("--wait", hidden=True)] = False,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Watch the runs in RUNS live in a browser: keel's, TRL's and TensorBoard's."""
     from keel.cli import dashboard as watching
 
-    watching.serve(runs, host, port, lambda link: print(link, flush=True), wait=wait, while_stdin=while_stdin)
+    watching.serve(
+        runs, host, port, lambda link: print(link, flush=True),
+        wait=wait, while_stdin=while_stdin, most_pages=most_pages,
+    )  # fmt: skip
 
 
 @app.command()
@@ -334,6 +345,8 @@ def chat(
     from keel.cli.chat import Talk
 
     talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
+    if talk.note:
+        show(talk.note, sys.stderr)
     if prompt is not None:
         answer = talk.answer(prompt)
         show(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) if as_json else answer)

@@ -320,7 +320,8 @@ class Sweep:
 
 
 def start(point: Point, config: Path, log: Path) -> Process:
-    """A run of the point in a process of its own, whose words go to `log`."""
+    """A run of the point in a process of its own, whose words go to `log`. It ends with this process, however
+    that ends: this one holds the other end of its standard input."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -333,6 +334,7 @@ def start(point: Point, config: Path, log: Path) -> Process:
         str(point.directory.parent),
         "--name",
         point.name,
+        "--while-stdin",
     ]
     with log.open("w", encoding="utf-8") as words:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=words)

@@ -97,6 +97,9 @@ WORDS: tuple[Word, ...] = (
     Word(("top_k",), "sampling.top_k"),
     Word(("min_p",), "sampling.min_p"),
     Word(("stop_token", "stop_sequences", "stop_strings"), "sampling.stop"),
+    Word(("environment_factory",), "environment", "the class itself", ON_POLICY),
+    Word(("max_tool_calling_iterations", "max_assistant_turns"), "max_turns",
+         "turns of the model: one more than TRL's rounds of calls", ON_POLICY),
     Word(("num_generations", "n_samples_per_prompt", "group_size", "num_samples"), "samples_per_prompt"),
     # rewards and the KL
     Word(("reward_model", "reward_model_path", "reward_pretrain", "reward_funcs", "remote_rm_url",

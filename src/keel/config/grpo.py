@@ -140,6 +140,12 @@ class GRPOConfig(OnPolicy):
             raise ValueError("`scale` has no effect with `baseline: leave_one_out`: set `scale: none`")
         if self.baseline == "none" and self.resample:
             raise ValueError("`resample` has no effect with `baseline: none`: no group is compared")
+        whole = self.advantage in (None, "group_relative", "leave_one_out") and self.baseline != "none"
+        if whole and any(term.kind == "environment" and term.at == "turn" for term in self.reward):
+            raise ValueError(
+                "`at: turn` has no effect where whole episodes are compared: set `baseline: none` or "
+                "`advantage: gae`"
+            )
         if isinstance(self.reduce, float) and not 0 < self.reduce < math.inf:
             raise ValueError(f"`reduce` {self.reduce} must be a positive, finite length")
         self._of_one_length()

@@ -11,7 +11,7 @@ from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as
 from keel.config.rewards import LearnedTerm, check_several, check_source_filters, models_of
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
-from keel.config.watching import Watched
+from keel.config.tools import ToolUse
 from keel.errors import UsageError
 from keel.plugins import Group
 
@@ -97,7 +97,7 @@ class PtxConfig(Settings):
     _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
 
 
-class OnPolicy(Watched):
+class OnPolicy(ToolUse):
     """What the stages have in common that learn from their own samples."""
 
     on_policy = True
@@ -292,6 +292,27 @@ class OnPolicy(Watched):
             raise ValueError(
                 f"{name} starts from a trained model: give `model` as a stage, a path or a hub id"
             )
+        self._check_frozen_models()
+        if self.importance_cap is not None and self.changes("old_logp") and self.old_logp == "sampler":
+            raise ValueError(
+                "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with "
+                "the sampler's"
+            )
+        check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
+        if self.samples_per_prompt < 2:
+            check_several(self.reward, "training with `samples_per_prompt: 1`")
+        self._check_methods()
+        limits = ("max_approx_kl", "desired_kl", "dual_clip")
+        idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
+        if idle and self.one_step:
+            raise ValueError(
+                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): "
+                "its ratio is 1"
+            )
+        return self
+
+    def _check_frozen_models(self) -> None:
+        """ValueError for settings of the reference and the reward models that contradict each other."""
         own_reference = self.lora is None or self.reference is not None
         idle = [key for key in ("reference_dtype", "reference_quantize") if self.changes(key)]
         if idle and not own_reference:
@@ -312,23 +333,6 @@ class OnPolicy(Watched):
             )
         if self.offload and (self.reference_quantize or any(term.quantize for term in learned)):
             raise ValueError("`offload` is for models in full precision: leave it out, or `quantize`")
-        if self.importance_cap is not None and self.changes("old_logp") and self.old_logp == "sampler":
-            raise ValueError(
-                "`old_logp: sampler` has no effect with `importance_cap`: it compares the trainer's with "
-                "the sampler's"
-            )
-        check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
-        if self.samples_per_prompt < 2:
-            check_several(self.reward, "training with `samples_per_prompt: 1`")
-        self._check_methods()
-        limits = ("max_approx_kl", "desired_kl", "dual_clip")
-        idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
-        if idle and self.one_step:
-            raise ValueError(
-                f"`{idle[0]}` has no effect with one gradient step an update (`epochs` 1, no `mini_batch`): "
-                "its ratio is 1"
-            )
-        return self
 
     def _check_methods(self) -> None:
         """ValueError where the policy loss, the advantage estimator or the engine cannot be what is named."""

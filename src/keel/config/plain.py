@@ -3,7 +3,6 @@ filling the memory or the terminal before any setting is looked at."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from keel.errors import UsageError
 DEEPEST = 40  # groups within groups
 MOST = 100_000  # values of a whole config
 LONGEST = 4000  # characters, the longest path that a system takes; texts aside
-LARGEST = 2**63 - 1
+_OF_TAGS = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
 TEXTS = ("chat_template", "description", "pattern", "system", "rewrite", "prompts", "options", "init")
 
 
@@ -28,13 +27,18 @@ def read_yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
         raise ValueError(_reason(error)) from None
     except ValueError as error:  # a day 31 of June, a number of five thousand digits
         raise ValueError(" ".join(str(error).split())) from None
+    except _OF_TAGS as error:  # a tag on what it does not fit: !!int "", !!bool maybe, !!timestamp soon
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"a value is not what its tag (!!…) says ({' '.join(reason.split())[:100]})"
+        ) from None
 
 
 def plain_copy(value: object) -> Any:
     """A copy in which what YAML aliases made one is separate, so that an override changes one place only.
 
-    UsageError, with the key, for what no setting can be: numbers that are infinite or beyond 64 bits, texts
-    as long as a book where a name belongs, groups that hold themselves.
+    UsageError, with the key, for texts as long as a book where a name belongs, and groups that hold
+    themselves. Which numbers a setting may be is said by `settings.Settings`, for Python as for YAML.
     """
     return _Copy().of(value, ())
 
@@ -50,12 +54,8 @@ class _Copy:
             raise UsageError(f"{_name(place[:3])} is {many}; an alias (*name) perhaps stands within itself")
         if isinstance(value, Mapping):
             return {key: self.of(item, (*place, key)) for key, item in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, list | tuple | set):  # a tuple is what !!pairs makes
             return [self.of(item, (*place, number)) for number, item in enumerate(value)]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{_name(place)}: {value} is no number that a setting can be")
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise UsageError(f"{_name(place)}: the number is beyond what 64 bits hold")
         if isinstance(value, str) and len(value) > LONGEST and not any(part in TEXTS for part in place):
             raise UsageError(
                 f"{_name(place)}: {len(value):,} characters, where at most {LONGEST:,} may stand"

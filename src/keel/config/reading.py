@@ -161,9 +161,14 @@ def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         return f"{dotted}: missing{_MEANT.get(place[-1], '')}"
     if message.startswith("Input should be "):
         given = item["input"]
-        given = given if type(given) in (int, float) else shown(given)
+        given = _number_shown(given) if type(given) in (int, float) else shown(given)
         message = f"{_plain(message)}, not {given}{_FORMS.get(place[-1], '')}"
     return f"{dotted}: {message}" if dotted else message
+
+
+def _number_shown(given: float) -> str:
+    text = str(given)
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text):,} digits)"
 
 
 _MEANT = {  # what a setting that is missing is

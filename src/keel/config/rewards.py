@@ -179,6 +179,20 @@ class ClassifierTerm(RewardSettings):
     reads: Literal["completion", "prompt+completion"] = Field("completion", description="What it judges.")
 
 
+class EnvironmentTerm(RewardSettings):
+    """What the stage's environment says of an episode: its `get_reward()`."""
+
+    kind: Literal["environment"] = Field(description="What the stage's `environment` says.")
+    at: Literal["end", "turn"] = Field(
+        "end",
+        description=(
+            "When it is paid. end: at the last token of the episode; turn: the environment is asked after "
+            "each turn, and what changed since the last one is paid at the turn's last token. The sum is the "
+            "same."
+        ),
+    )
+
+
 class JudgeTerm(JudgeSettings, RewardSettings):
     """A language model that judges by a rubric: 0 for the worst, 1 for the best."""
 
@@ -287,6 +301,7 @@ RewardTerm = Annotated[
     | OverlongTerm
     | SimilarityTerm
     | ClassifierTerm
+    | EnvironmentTerm
     | JudgeTerm
     | FunctionTerm
     | PluginTerm,
@@ -302,6 +317,7 @@ RULES = (
     "overlong",
     "similarity",
     "classifier",
+    "environment",
     "judge",
 )
 

@@ -44,8 +44,10 @@ class Settings(BaseModel):
     def _no_truth_value_for_a_number(cls, values: object) -> object:
         """pydantic would read true as 1."""
         for name, value in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(value, bool) and name in cls.model_fields and _only_numbers(cls, name):
-                raise ValueError(f"`{name}`: {str(value).lower()} is no number")
+            if name in cls.model_fields and _only_numbers(cls, name):
+                truth = _truth_value_in(value)
+                if truth is not None:
+                    raise ValueError(f"`{name}`: {str(truth).lower()} is no number")
         return values
 
     @classmethod
@@ -80,8 +82,8 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _of_this_world(self) -> Settings:
         for name, value in self:
-            if (problem := _beyond(value, SEED if name == "seed" else LARGEST)) is not None:
-                raise ValueError(f"`{name}` {problem}")
+            if (found := _beyond(value, SEED if name == "seed" else LARGEST, name)) is not None:
+                raise ValueError("`{}` {}".format(*found))
         return self
 
     def decisive(self) -> dict[str, Any]:
@@ -113,9 +115,20 @@ def _decisive(value: Any, dumped: Any) -> Any:
 
 @cache
 def _only_numbers(group: type[BaseModel], name: str) -> bool:
-    """Whether a setting takes numbers and no truth value."""
+    """Whether a setting takes numbers, alone or in lists, and neither truth values nor groups of settings."""
     kinds = set(_kinds_in(group.model_fields[name].annotation))
-    return bool(kinds & {int, float}) and not kinds & {bool, Any}
+    groups = any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+    return bool(kinds & {int, float}) and not kinds & {bool, Any} and not groups
+
+
+def _truth_value_in(value: object) -> bool | None:
+    """The first truth value in a setting, in lists and mappings too."""
+    if isinstance(value, bool):
+        return value
+    inner: Any = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, (list, tuple, Mapping)):
+        return None
+    return next((found for one in inner if (found := _truth_value_in(one)) is not None), None)
 
 
 def _kinds_in(annotation: object) -> Iterator[Any]:
@@ -144,21 +157,22 @@ def other_names(group: object, key: object) -> set[str]:
     return names
 
 
-def _beyond(value: object, largest: int) -> str | None:
-    """What is wrong with a number in a setting, in lists and mappings too: infinite, NaN, or larger than
-    anything that it could mean."""
+def _beyond(value: object, largest: int, key: str) -> tuple[str, str] | None:
+    """The key and what is wrong there with a number in a setting, in lists and mappings too: infinite, NaN,
+    or larger than anything that it could mean. This is the one guard, for YAML and for Python."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int) and abs(value) > largest:
-        return f"is too large: at most {largest:,}"
+        return key, f"is too large: at most {largest:,}"
     if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
-        return f"is {value}: it must be a finite number, at most {LARGEST_FLOAT:g}"
+        return key, f"is {value}: it must be a finite number, at most {LARGEST_FLOAT:g}"
     if isinstance(value, (list, tuple)):
-        inner: Any = value
+        inner: Any = enumerate(value)
     elif isinstance(value, Mapping):
-        inner = value.values()
+        inner = value.items()
     elif isinstance(value, BaseModel) and not isinstance(value, Settings):  # which looks after itself
-        inner = dict(value).values()
+        inner = dict(value).items()
     else:
         return None
-    return next((found for one in inner if (found := _beyond(one, largest)) is not None), None)
+    below = (_beyond(one, largest, f"{key}.{name}") for name, one in inner)
+    return next((found for found in below if found is not None), None)

@@ -47,6 +47,15 @@ class Stage(Settings):
 
     kind: str  # each stage narrows this to its own name
 
+    @model_validator(mode="after")
+    def _environment_is_there(self) -> Stage:
+        asked = any(term.kind == "environment" for term in self.reward_terms())
+        if asked and getattr(self, "environment", None) is None:
+            raise ValueError(
+                "`reward: {kind: environment}` has no meaning without `environment`, which ppo and grpo have"
+            )
+        return self
+
     @property
     def starts_from(self) -> ModelConfig | None:
         """The model whose weights it trains; None for a stage that trains nothing."""
@@ -119,6 +128,10 @@ class Stage(Settings):
     def reward_terms(self) -> list[Any]:
         """The terms of its rewards, a judge's included."""
         return list(getattr(self, "reward", None) or [])
+
+    def tool_code(self) -> list[str]:
+        """The functions and the class of a person's own that its model may call."""
+        return []
 
     def gold_judges(self) -> list[tuple[str, DataSetting]]:
         """(world:NAME, prompts) for each world that will judge replies to these prompts."""

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 import keel
 from keel.dashboard import live
@@ -29,6 +30,9 @@ from keel.dashboard.samples import groups, page
 from keel.dashboard.security import Guard, Security
 
 LOOK = 0.5  # seconds between two looks at the files of a page that is open
+FRESH = 0.4  # seconds in which what one page has looked at will do for the others
+MOST_PAGES = 64  # that are open at a time
+COME_BACK = 10  # seconds after which a page for which there was no room asks again
 KEEP_ALIVE = 20.0  # seconds after which an idle connection says that it is there
 WARM_UP_ENDS = 30.0  # seconds in which the file that is being read ahead is waited for at the end
 MOST_COMPARED = 300  # runs in one picture
@@ -52,11 +56,30 @@ class Feed(Protocol):
     def poll(self) -> list[Event]: ...
 
 
-class Dashboard:
-    """The answers to what a browser asks, of one folder of runs."""
+class Stream(StreamingResponse):
+    """Events, until the page is closed."""
 
-    def __init__(self, runs: Runs, security: Security, ended: Callable[[], bool], alone: bool) -> None:
+    def __init__(self, events: AsyncIterator[bytes], closed: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._closed = closed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._closed()
+
+
+class Dashboard:
+    """The answers to what a browser asks, of one folder of runs. most_pages: that are open at a time."""
+
+    def __init__(
+        self, runs: Runs, security: Security, ended: Callable[[], bool], alone: bool, most_pages: int
+    ) -> None:
         self.runs, self.security, self.ended, self.alone = runs, security, ended, alone
+        self.most_pages, self._open_pages = most_pages, 0
         self._pages = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_HERE / "templates"),
             autoescape=True,
@@ -265,8 +288,14 @@ class Dashboard:
         return self._stream(CompareFeed(runs, quantities, bands, _positions(request)))
 
     def _stream(self, feed: Feed) -> Response:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._events(feed), media_type="text/event-stream", headers=headers)
+        if self._open_pages >= self.most_pages:
+            said = f"{self.most_pages} pages are open already: close one, or give keel dashboard --most-pages"
+            return answer({"error": said}, 503, {"Retry-After": str(COME_BACK)})
+        self._open_pages += 1  # on the loop's one thread
+        return Stream(self._events(feed), self._closed)
+
+    def _closed(self) -> None:
+        self._open_pages -= 1
 
     async def _events(self, feed: Feed) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
@@ -290,12 +319,12 @@ def dumped(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def answer(value: object, status: int = 200) -> Response:
+def answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """An answer in JSON."""
     return Response(
         dumped(value).encode("utf-8", "replace"),
         status,
-        {"Cache-Control": "no-store"},
+        {"Cache-Control": "no-store", **(headers or {})},
         media_type="application/json",
     )
 
@@ -327,10 +356,12 @@ def application(
     ended: Callable[[], bool] = lambda: False,
     alone: bool = False,
     warm_up: bool = True,
+    most_pages: int = MOST_PAGES,
 ) -> Starlette:
-    """The dashboard of a folder of runs as an ASGI application. alone: the folder is one run, or will be."""
-    runs = Runs(folder)
-    site = Dashboard(runs, security, ended, alone)
+    """The dashboard of a folder of runs as an ASGI application. alone: the folder is one run, or will be.
+    most_pages: that may be open at a time; further ones are told to come back."""
+    runs = Runs(folder, FRESH)
+    site = Dashboard(runs, security, ended, alone, most_pages)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

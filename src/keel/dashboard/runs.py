@@ -46,10 +46,18 @@ QUANTITIES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 class OpenRun:
-    """One run: its facts, and the files of its stages. For one thread at a time: `lock`."""
+    """One run: its facts, and the files of its stages. For one thread at a time: `lock`.
 
-    def __init__(self, place: Place) -> None:
+    All pages share it. fresh: seconds in which files are not looked at again, so that many pages cost hardly
+    more than one.
+    """
+
+    def __init__(self, place: Place, fresh: float = 0.0) -> None:
         self.place = place
+        self._fresh = fresh
+        self._looked: dict[tuple[str, ...], float] = {}
+        self._state: dict[str, Any] = {}
+        self._summary: dict[str, Any] = {}
         self.lock = threading.RLock()
         kinds = {
             "keel": KeelRun,
@@ -64,6 +72,14 @@ class OpenRun:
     @property
     def name(self) -> str:
         return self.place.name
+
+    def _is_due(self, *what: str) -> bool:
+        """Whether something is to be looked at again; then it is."""
+        now = time.monotonic()
+        if now - self._looked.get(what, -1e9) < self._fresh:
+            return False
+        self._looked[what] = now
+        return True
 
     def facts(self) -> Facts:
         """The run but for its numbers."""
@@ -82,8 +98,10 @@ class OpenRun:
             else:
                 table = LogTable(Tail(stage.directory / f"{file}.jsonl"))
             self._tables[key] = table
-        if stage.status != "out of date" and isinstance(
-            table, LogTable | foreign.StateTable | foreign.EventTable
+        if (
+            stage.status != "out of date"
+            and isinstance(table, LogTable | foreign.StateTable | foreign.EventTable)
+            and self._is_due(*key)
         ):
             table.refresh()
         return table
@@ -102,7 +120,7 @@ class OpenRun:
                 else LineSamples(stage.directory / "samples.jsonl")
             )
         found = self._samples[stage.name]
-        if stage.status != "out of date":
+        if stage.status != "out of date" and self._is_due(stage.name, "samples"):
             found.refresh()
         return found
 
@@ -144,6 +162,11 @@ class OpenRun:
 
     def summary(self) -> dict[str, Any]:
         """The run as a line of the list: read from the ends of its files, so that it costs little."""
+        if self._is_due("summary"):
+            self._summary = self._summed_up()
+        return self._summary
+
+    def _summed_up(self) -> dict[str, Any]:
         facts = self.facts()
         stage = focus(facts.stages)
         step, values, changed = None, {}, _changed(self.place.path / "manifest.json")
@@ -210,7 +233,12 @@ class OpenRun:
         return "active" if time.time() - latest < ACTIVE else "idle"
 
     def state(self) -> dict[str, Any]:
-        """The run as its page shows it, but for the curves and the replies."""
+        """The run as its page shows it, but for the curves and the replies. A copy."""
+        if self._is_due("state"):
+            self._state = self._made_state()
+        return dict(self._state)
+
+    def _made_state(self) -> dict[str, Any]:
         facts = self.facts()
         config = facts.config
         memory = resident_mib(facts.worker.pid) if facts.worker else None
@@ -276,8 +304,10 @@ class OpenRun:
 class Runs:
     """All runs of a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fresh: float = 0.0) -> None:
+        """fresh: as of `OpenRun`."""
         self.folder = folder
+        self._fresh = fresh
         self._lock = threading.Lock()
         self._open: dict[str, OpenRun] = {}
         self._looked: float | None = None
@@ -291,7 +321,7 @@ class Runs:
                 self._open = {
                     place.name: known
                     if (known := self._open.get(place.name)) is not None and known.place == place
-                    else OpenRun(place)
+                    else OpenRun(place, self._fresh)
                     for place in places
                 }
                 self._looked = now

@@ -20,6 +20,7 @@ PAGE = 8  # replies of a page
 LONGEST_TEXT = 20_000  # characters of one that are sent
 MOST_GROUPS = 20_000  # steps or models of a stage that can be chosen
 LONGEST_ROW = 8 * 2**20  # bytes
+ROWS = 64  # of a Parquet file that are read together
 _STEP = re.compile(r"completions_(\d+)\.parquet$")
 
 
@@ -134,44 +135,92 @@ class ParquetSamples:
             match = _STEP.search(path.name)
             if path in self._spots or match is None:
                 continue
-            prompts = _columns(path, ["prompt"])
-            if prompts is None:
+            keys = _keys(path)
+            if keys is None:
                 continue
             mode = "" if path.parent == self._folder else f" ({path.parent.name})"
             self._spots[path] = [
-                Spot(f"step {int(match[1])}{mode}", _hash(prompt), row, 1, path)
-                for row, prompt in enumerate(prompts["prompt"])
+                Spot(f"step {int(match[1])}{mode}", key, row, 1, path) for row, key in enumerate(keys)
             ]
 
     def read(self, spots: list[Spot]) -> list[dict[str, Any]]:
         """The rows at these spots; what is no prompt, reply or step is a reward."""
+        wanted: dict[Path, set[int]] = {}
+        for spot in spots:
+            if spot.file is not None:
+                wanted.setdefault(spot.file, set()).add(spot.offset)
+        held = {path: _rows(path, numbers) for path, numbers in wanted.items()}
         rows: list[dict[str, Any]] = []
-        held: dict[Path, dict[str, list[Any]] | None] = {}
         for spot in spots:
             if spot.file is None:
                 continue
-            if spot.file not in held:
-                held[spot.file] = _columns(spot.file, None)
-            columns = held[spot.file] or {}
-            row = {name: values[spot.offset] for name, values in columns.items()}
+            row = dict(held[spot.file].get(spot.offset, {}))
             known = {name: row.pop(name) for name in ("step", "prompt", "completion") if name in row}
             rewards = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
             rows.append({**known, "rewards": rewards})
         return rows
 
 
-def _columns(path: Path, names: list[str] | None) -> dict[str, list[Any]] | None:
+def _parquet(handle: Any) -> Any:
+    """A Parquet file of which texts that are written once are held once, however many rows have them: a file
+    of a few kilobytes may stand for as many gigabytes."""
     import pyarrow as pa
     from pyarrow import parquet
+
+    fields = parquet.ParquetFile(handle).schema_arrow
+    texts = [one.name for one in fields if pa.types.is_string(one.type) or pa.types.is_large_string(one.type)]
+    return parquet.ParquetFile(handle, read_dictionary=texts)
+
+
+def _keys(path: Path) -> list[int] | None:
+    """The key of each row's prompt, a few rows in memory at a time; None for a file that cannot be read."""
+    import pyarrow as pa
 
     handle = open_plain(path, follow=True)
     if handle is None:
         return None
+    keys: list[int] = []
     try:
         with handle:
-            return parquet.read_table(handle, columns=names).to_pydict()
-    except (pa.ArrowException, OSError, ValueError):
+            for batch in _parquet(handle).iter_batches(ROWS, columns=["prompt"]):
+                column = batch.column("prompt")
+                if isinstance(column, pa.DictionaryArray):
+                    places = column.indices.to_pylist()
+                    texts = {p: _hash(p if p is None else column.dictionary[p].as_py()) for p in set(places)}
+                    keys += [texts[place] for place in places]
+                else:
+                    keys += [_hash(value.as_py()) for value in column]
+    except (pa.ArrowException, OSError, ValueError, KeyError):
         return None
+    return keys
+
+
+def _rows(path: Path, wanted: set[int]) -> dict[int, dict[str, Any]]:
+    """Number of a row → the row, of those that are wanted; only they are taken apart."""
+    import pyarrow as pa
+
+    found: dict[int, dict[str, Any]] = {}
+    handle = open_plain(path, follow=True)
+    if handle is None:
+        return found
+    try:
+        with handle:
+            file, first = _parquet(handle), 0
+            for group in range(file.num_row_groups):
+                end = first + file.metadata.row_group(group).num_rows
+                own = {row for row in wanted if first <= row < end}
+                at = first
+                for batch in file.iter_batches(ROWS, row_groups=[group]) if own else ():
+                    for row in own:
+                        if at <= row < at + batch.num_rows:
+                            found[row] = batch.slice(row - at, 1).to_pylist()[0]
+                    at += batch.num_rows
+                    if at > max(own):
+                        break
+                first = end
+    except (pa.ArrowException, OSError, ValueError):
+        pass  # what was read is shown
+    return found
 
 
 def group_of(row: Mapping[str, Any]) -> str:

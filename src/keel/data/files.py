@@ -231,15 +231,14 @@ def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | DataError]
 
 def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Iterator[RawRow]:
     decoded = (_decoded(line, f"{name}:{number}", number == 1) for number, line in enumerate(lines, 1))
-    before = csv.field_size_limit(1 << 30)  # a cell may hold a whole document; Python's limit is 128 KiB
+    first = next(decoded, "")
+    reader = csv.reader(itertools.chain([first], decoded), delimiter=_delimiter(first), strict=True)
     try:
-        first = next(decoded, "")
-        reader = csv.reader(itertools.chain([first], decoded), delimiter=_delimiter(first), strict=True)
-        header = next(reader, [])
+        header = next(_cells(reader), [])
         if len(set(header)) < len(header):
             raise DataError(f"{name}:1: a column name appears twice in the header")
         start = reader.line_num + 1
-        for cells in reader:
+        for cells in _cells(reader):
             origin, start = f"{name}:{start}", reader.line_num + 1  # a quoted cell may span lines
             if not cells:
                 continue
@@ -254,8 +253,20 @@ def _csv(lines: Iterable[bytes], name: str, renamed: Mapping[str, str]) -> Itera
                 )
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num}: not CSV: {error}") from None
-    finally:
-        csv.field_size_limit(before)
+
+
+def _cells(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows of a CSV reader. A cell may hold a whole document: Python's limit of 128 KiB, which is one for
+    the whole process, is raised while a row is read, and no longer: several files may be open at a time."""
+    while True:
+        before = csv.field_size_limit(1 << 30)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        yield row
 
 
 def _delimiter(header: str) -> str:

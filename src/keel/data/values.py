@@ -13,6 +13,7 @@ from keel.types import Vote
 
 CHOICES = ("chosen", "rejected", "tie")
 MOST_VOTES = 10_000  # on one pair: more are a slip, and would fill the memory
+MOST_SHOWN = 10**40  # a whole number beyond it is not written out
 _VOTE_TOLERANCE = 0.005  # a share rounded to two decimals still agrees with its votes
 
 
@@ -56,11 +57,24 @@ def parse_json(name: str, value: str) -> Any:
         raise Invalid(f'"{name}" is text that is no JSON: {error}') from None
 
 
+def as_finite(value: object) -> float | None:
+    """The value as a float where it is a finite number, which true and false are not; None otherwise. A whole
+    number beyond all floats counts as infinite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def number_value(name: str, value: object) -> float:
     """The value as a float; it must be finite."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    number = as_finite(value)
+    if number is None:
         raise Invalid(f'"{name}" is {shown(value)}, not a finite number')
-    return float(value)
+    return number
 
 
 def label_value(value: object) -> bool:
@@ -135,6 +149,8 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Real):
+        if isinstance(value, int) and abs(value) > MOST_SHOWN:
+            return "a number beyond all reason"
         return "NaN" if math.isnan(value) else f"the number {value}"
     if isinstance(value, Mapping):
         return "an object"

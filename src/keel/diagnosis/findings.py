@@ -57,9 +57,9 @@ class Conditions:
 
 
 def conditions(settings: Mapping[str, Any]) -> Conditions:
-    """Those of a stage's resolved settings, as config.yaml has them."""
-    kl, control = settings.get("kl") or {}, settings.get("control") or {}
-    terms, model = settings.get("reward"), settings.get("model") or {}
+    """Those of a stage's resolved settings, as config.yaml has them; a short form says nothing."""
+    kl, control, model = (_group(settings, name) for name in ("kl", "control", "model"))
+    terms = settings.get("reward")
     kinds = (
         [term.get("kind") for term in terms if isinstance(term, Mapping)] if isinstance(terms, list) else []
     )
@@ -75,6 +75,11 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
         length_rewarded="length" in kinds or "overlong" in kinds,
         sequence_ratios=settings.get("level") == "sequence",
     )
+
+
+def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = settings.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 @dataclass

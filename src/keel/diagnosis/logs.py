@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -97,9 +98,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1
-    ):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         try:
             row: Any = json.loads(line)
             if not isinstance(row, dict):

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keel.evaluation.measures import Measure, distinct, mean_interval, points_share, wilson
+from keel.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedCompletion:
     """One completion and everything said about it."""
 
-    prompt: str
     completion: str
     kl: float  # Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the response, in nats
     length: int  # tokens, the stop token included
@@ -95,12 +95,12 @@ def _golds(judged: Sequence[JudgedCompletion]) -> list[Mapping[str, float]] | No
     return golds if len(golds) == len(judged) else None
 
 
-def sample_row(model: str, index: int, judged: JudgedCompletion) -> dict[str, Any]:
+def sample_row(model: str, index: int, prompt: Prompt, judged: JudgedCompletion) -> dict[str, Any]:
     """A completion as a line of samples.jsonl; the same index is the same prompt for every model."""
     row: dict[str, Any] = {
         "model": model,
         "index": index,
-        "prompt": judged.prompt,
+        "prompt": prompt,
         "completion": judged.completion,
     }
     if judged.proxy is not None:

@@ -30,7 +30,7 @@ class Compared:
     stds: Array  # (M,)
     p_chosen: Sequence[float | None]  # share of the votes; None when nobody's votes are known
     votes: Sequence[int]  # how many votes are known of each pair
-    prompts: Sequence[str]  # equal prompts are one prompt
+    prompts: Sequence[str] | Sequence[int]  # texts or hashes: equal ones are one prompt
     lengths: Array  # (2, P) of the chosen and of the rejected replies, in characters
     subsets: Sequence[str | None] = ()  # kinds of pairs; None for a pair without
     chosen_first: Sequence[bool | None] = ()  # whether the chosen reply stood first when people voted
@@ -221,7 +221,7 @@ def auroc(signal: Array, positive: Array) -> float | None:
     return (float(ranks(signal)[positive].sum()) - n * (n + 1) / 2) / (n * rest)
 
 
-def offset(chosen: Array, rejected: Array, prompts: Sequence[str]) -> dict[str, float | None]:
+def offset(chosen: Array, rejected: Array, prompts: Sequence[str] | Sequence[int]) -> dict[str, float | None]:
     """How much of the scores' variance lies between prompts, where it means nothing: Bradley–Terry learns
     differences within a prompt alone, so each prompt has an arbitrary offset.
 

@@ -84,7 +84,15 @@ class VoteOut(BaseModel):
     paused: bool = Field(description="Whether the person is paused now.")
 
 
-class FlagIn(_Body):
+class RequestIn(_Body):
+    """A request that is done once, however often it arrives."""
+
+    client_id: str = Field(
+        min_length=1, max_length=100, description="The same id again is the same request: retry with it."
+    )
+
+
+class FlagIn(RequestIn):
     """Why an item is flagged."""
 
     reason: str = Field("", max_length=2000)
@@ -97,16 +105,23 @@ class UndoOut(BaseModel):
 
 
 class ProgressOut(BaseModel):
-    """How far the token's owner and the project have come."""
+    """How far the token's owner has come. The project's counts are for admins: checks are not among them, so
+    they would say which items are."""
 
+    model_config = ConfigDict(extra="forbid")
     done: int
     left_for_me: int
-    total: int
-    wanted: int
-    counted: int
     today: int
     pace_per_hour: float
     paused: str | None
+
+
+class ProjectProgressOut(ProgressOut):
+    """How far the token's owner and the project have come."""
+
+    total: int
+    wanted: int
+    counted: int
 
 
 class ReplyIn(_Body):
@@ -137,9 +152,10 @@ _NO: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "No bearer token, or one that is not known."},
     403: {"model": Problem, "description": "The token's owner has another role."},
     404: {"model": Problem, "description": "No such project or item, or it is not the token owner's."},
-    413: {"description": "The request is too large."},
+    409: {"model": Problem, "description": "The client_id was used for another item."},
+    413: {"model": Problem, "description": "The request is too large."},
     422: {"model": Problem, "description": "The answer does not fit the item."},
-    429: {"description": "Too many requests; Retry-After says for how long."},
+    429: {"model": Problem, "description": "Too many requests; Retry-After says for how long."},
     503: {"model": Problem, "description": "The database does not answer; nothing was kept."},
 }
 router = APIRouter(prefix="", tags=["labelling"], responses=_NO)
@@ -219,31 +235,38 @@ def _fields(project: Project, body: VoteIn) -> dict[str, str]:
 
 
 @router.post("/api/projects/{project}/items/{item}/skip", status_code=204)
-def skip(request: Request, project: ProjectName, item: ItemNumber) -> None:
+def skip(request: Request, project: ProjectName, item: ItemNumber, body: RequestIn) -> None:
     """Put an item aside: it comes again when nothing else is left."""
     _mine(request, project)
-    web.store(request).skip(project, web.person(request).id, item)
+    web.store(request).skip(project, web.person(request).id, item, client_id=body.client_id)
 
 
 @router.post("/api/projects/{project}/items/{item}/flag", status_code=204)
 def flag(request: Request, project: ProjectName, item: ItemNumber, body: FlagIn) -> None:
     """Say that something is wrong with an item."""
     _mine(request, project)
-    web.store(request).flag(project, web.person(request).id, item, body.reason.strip())
+    web.store(request).flag(
+        project, web.person(request).id, item, body.reason.strip(), client_id=body.client_id
+    )
 
 
 @router.post("/api/projects/{project}/undo")
-def undo(request: Request, project: ProjectName) -> UndoOut:
+def undo(request: Request, project: ProjectName, body: RequestIn) -> UndoOut:
     """Take the last vote back."""
     _mine(request, project)
-    return UndoOut(item=web.store(request).undo(project, web.person(request).id))
+    found = web.store(request).undo(project, web.person(request).id, client_id=body.client_id)
+    return UndoOut(item=found)
 
 
 @router.get("/api/projects/{project}/progress")
-def progress(request: Request, project: ProjectName) -> ProgressOut:
-    """How far the token's owner and the project have come."""
+def progress(request: Request, project: ProjectName) -> ProjectProgressOut | ProgressOut:
+    """How far the token's owner has come; for an admin also the project."""
     _mine(request, project)
-    return ProgressOut(**dataclasses.asdict(web.store(request).progress(project, web.person(request).id)))
+    who = web.person(request)
+    values = dataclasses.asdict(web.store(request).progress(project, who.id))
+    if who.role == "admin":
+        return ProjectProgressOut(**values)
+    return ProgressOut(**{name: values[name] for name in ProgressOut.model_fields})
 
 
 @router.post("/api/projects/{project}/items")

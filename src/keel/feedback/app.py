@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -20,7 +21,7 @@ from keel.feedback.auth import Auth, bearer
 from keel.feedback.pages import entry, numbers, overview, people, review, settings, work
 from keel.feedback.wire import Limit, Wire
 from keel.votes.database import StoreError
-from keel.votes.kinds import NotFoundError
+from keel.votes.kinds import GoneError, NotFoundError, TakenError, UsedError
 from keel.votes.store import Store
 
 RATE, BURST = 50.0, 150.0  # requests a second of one person, and at once
@@ -42,7 +43,7 @@ def create_app(store: Store, *, rate: float = RATE, burst: float = BURST, url: s
         telemetry=_QUIET,
     )
     auth = Auth(store.secret())
-    app.state.web = web.Web(store, auth, url.rstrip("/") if url else None)
+    app.state.web = state = web.Web(store, auth, url.rstrip("/") if url else None)
     for part in (entry, work, overview, review, people, settings, numbers):
         app.include_router(part.router, include_in_schema=False)
     app.include_router(api.router)
@@ -54,6 +55,7 @@ def create_app(store: Store, *, rate: float = RATE, burst: float = BURST, url: s
         limit=Limit(rate, burst),
         holder=auth.holder,
         may_send_files=_asks_an_admin(store, auth),
+        refusal=partial(web.refusal, state),
     )
     return app
 
@@ -89,6 +91,9 @@ def _handle_errors(app: FastAPI) -> None:
     handlers: dict[type[Exception], Callable[[Request, Exception], Response | Awaitable[Response]]] = {
         web.NotSignedIn: web.not_signed_in,
         NotFoundError: web.not_found,
+        UsedError: web.conflict,
+        TakenError: web.conflict,
+        GoneError: web.gone,
         UsageError: web.usage_error,
         KeelError: web.usage_error,
         StoreError: web.no_store,

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from keel.data import files
 from keel.errors import UsageError
@@ -59,8 +59,7 @@ def add(
     labels = formats.read(path, task=store.project(project).task, format=format)
     for note in labels.notes:
         say(note)
-    result: Any = formats.into_project(store, project, labels, by)
-    return result
+    return formats.into_project(store, project, labels, by)
 
 
 def lines(store: Store, project: str, form: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from keel.errors import KeelError
-from keel.votes.answers import check, scales_of
+from keel.votes.answers import LONGEST_COMMENT, LONGEST_TEXT, check, scales_of
 from keel.votes.kinds import Answer, Project
 
 SIDES = ("a", "b")
@@ -28,6 +28,8 @@ def letter(position: int) -> str:
 def answer_of(project: Project, shown: Sequence[int], fields: Mapping[str, str]) -> Answer:
     """The answer that a form's fields give. FormError where a field is missing or holds no such value."""
     comment = fields.get("comment", "").strip().replace("\r\n", "\n") if project.comment else ""
+    if len(comment) > LONGEST_COMMENT:
+        raise FormError("problem.comment_long")
     if project.task in ("pairwise", "thumbs"):
         choice, strength = _choice(project, shown, fields.get("choice", ""))
         answer = Answer(choice=choice, strength=strength, comment=comment)
@@ -43,6 +45,8 @@ def answer_of(project: Project, shown: Sequence[int], fields: Mapping[str, str])
         text = fields.get("text", "").replace("\r\n", "\n")
         if not text.strip():
             raise FormError("problem.text")
+        if len(text) > LONGEST_TEXT:
+            raise FormError("problem.text_long")
         answer = Answer(text=text, comment=comment)
     check(project, len(shown), answer)
     return answer

@@ -123,6 +123,8 @@ def annotate(
     settings = store.project(project)
     if settings.task == "edit":
         raise UsageError("a model is not asked to edit replies: that would train a model on a model")
+    if settings.paused:
+        raise UsageError(f"{project} is paused ({settings.paused}): keel label resume {project}")
     judged = undecided = 0
     skipped: set[int] = set()
     for number in count():

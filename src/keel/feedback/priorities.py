@@ -101,7 +101,10 @@ def scorer(rewards: Sequence[str]) -> Scorer:
 
     def score(prompts: Sequence[Text], replies: Sequence[Text]) -> Array:
         rows = [_typed(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
-        scores = [learned.score(m, [learned.encode(m, *row) for row in rows]) for m in members]
+        scores = [
+            learned.score(m, [learned.encode(m, *learned.as_trained(m, *row)) for row in rows])
+            for m in members
+        ]
         return torch.stack(scores).double().numpy()
 
     return score

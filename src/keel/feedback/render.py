@@ -1,7 +1,8 @@
 """What a model wrote, as HTML that can do nothing.
 
 Markdown without raw HTML (markdown-it), then an allow-list of tags and attributes (nh3). Images are named,
-not loaded: a page asks no other host for anything. Mathematics stays readable TeX in `<code class="math">`.
+not loaded: a page asks no other host for anything. Mathematics is MathML (`mathematics`), and readable TeX in
+`<code class="math">` where it is not understood.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from typing import Any
 import nh3
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
+from markdown_it.rules_inline import StateInline
 from markupsafe import Markup, escape
+from mdit_py_plugins.amsmath import amsmath_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.texmath import texmath_plugin
 
+from keel.feedback import mathematics
+
 LONGEST = 200_000  # characters that are read as Markdown; longer texts are shown as they are
-MOST_WORK = (
-    200_000_000  # openers (of links, of mathematics) times characters: each may be looked for to the end
-)
+MOST_WORK = 200_000_000  # openers times characters: the end of each may be looked for to the last one
+OPENERS = ("[", "\\(", "\\begin{")  # of links, of mathematics
 BLOCKS = ("p", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "table", "td", "th")
 TAGS = {
     *BLOCKS, "a", "br", "code", "del", "em", "hr", "pre", "s", "span", "strong", "tbody", "thead", "tr",
@@ -33,10 +37,21 @@ _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 _UNENDED = re.compile(r"\A\s*<think>(.*)\Z", re.DOTALL)
 
 
-def _math(self: object, tokens: Sequence[Any], index: int, options: object, env: object) -> str:
-    block = tokens[index].type not in ("math_inline", "math_single")
+# a sum of money and what is said after it, between two signs of dollars
+_MONEY = re.compile(r"\d[\d.,]*\s[^\\^_{}=<>+*/|]*[^\W\d_]{2}[^\\^_{}=<>+*/|]*")
+
+
+def _math(self: object, tokens: Sequence[Any], index: int, options: object, env: dict[str, Any]) -> str:
+    token = tokens[index]
+    tex, block = token.content.strip(), token.type not in ("math_inline", "math_single")
+    if token.markup == "$" and len(token.content) < 200 and _MONEY.fullmatch(token.content):
+        return escapeHtml(f"${token.content}$")
+    budget: mathematics.Budget = env.setdefault("mathematics", mathematics.Budget())
+    found = budget.typeset(tex, block)
+    if found is not None:
+        return f"<p>{found}</p>" if block and token.block else str(found)
     kind = "math block" if block else "math"
-    return f'<code class="{kind}">{escapeHtml(tokens[index].content.strip())}</code>'
+    return f'<code class="{kind}">{escapeHtml(tex)}</code>'
 
 
 def _image(self: object, tokens: Sequence[Any], index: int, options: object, env: object) -> str:
@@ -44,12 +59,35 @@ def _image(self: object, tokens: Sequence[Any], index: int, options: object, env
     return f'<span class="image">{escapeHtml(token.content)} ({escapeHtml(str(token.attrs["src"]))})</span>'
 
 
+MATHEMATICS = (
+    "math_inline", "math_single", "math_block", "math_block_eqno", "math_inline_double", "amsmath",
+)  # fmt: skip
+
+
+def _displayed(state: StateInline, silent: bool) -> bool:
+    r"""Mathematics between \[ and \] within a paragraph, as models write it below a line of text."""
+    if not state.src.startswith("\\[", state.pos):
+        return False
+    end = state.src.find("\\]", state.pos + 2, state.posMax)
+    if end < 0:
+        return False
+    if not silent:
+        token = state.push("math_inline_double", "math", 0)
+        token.content, token.markup = state.src[state.pos + 2 : end], "\\["
+    state.pos = end + 2
+    return True
+
+
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "maxNesting": 40})
     parser.enable(["table", "strikethrough"])
-    parser.use(dollarmath_plugin, allow_space=False, allow_digits=False, allow_labels=False)
+    parser.use(
+        dollarmath_plugin, allow_space=False, allow_digits=False, allow_labels=False, double_inline=True
+    )
     parser.use(texmath_plugin, delimiters="brackets")
-    for name in ("math_inline", "math_single", "math_block", "math_block_eqno", "math_inline_double"):
+    parser.use(amsmath_plugin)
+    parser.inline.ruler.before("escape", "displayed", _displayed)
+    for name in MATHEMATICS:
         parser.add_render_rule(name, _math)
     parser.add_render_rule("image", _image)
     return parser
@@ -57,9 +95,15 @@ def _parser() -> MarkdownIt:
 
 _PARSER = _parser()
 _CLEANER = nh3.Cleaner(
-    tags=TAGS,
-    attributes={"a": {"href", "title"}, "ol": {"start"}, "td": {"align"}, "th": {"align"}},
-    allowed_classes={"code": {"math", "block"}, "span": {"image"}},
+    tags=TAGS | {*mathematics.ELEMENTS, "mpadded"},
+    attributes={
+        "a": {"href", "title"},
+        "ol": {"start"},
+        "td": {"align"},
+        "th": {"align"},
+        **{tag: set(names - {"class"}) for tag, names in mathematics.ELEMENTS.items() if names - {"class"}},
+    },
+    allowed_classes={"code": {"math", "block"}, "span": {"image"}, **mathematics.CLASSES},
     url_schemes={"http", "https", "mailto"},
     url_relative="deny",
     link_rel="noopener noreferrer nofollow",
@@ -76,7 +120,7 @@ def markdown(text: str) -> Markup:
     own direction. Texts over `LONGEST` characters, and those that would take seconds to read, as a model that
     repeats itself writes them, are shown as they are."""
     text = without_surrogates(text)
-    if len(text) > LONGEST or len(text) * (text.count("[") + text.count("\\(")) > MOST_WORK:
+    if len(text) > LONGEST or len(text) * sum(map(text.count, OPENERS)) > MOST_WORK:
         return Markup('<pre dir="auto">{}</pre>').format(text)
     tokens = _PARSER.parse(text)
     for token in tokens:

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from keel.errors import UsageError
-from keel.feedback import exchange, formats
+from keel.feedback import formats
 from keel.feedback.app import create_app
 from keel.votes.kinds import Project, Task
 from keel.votes.store import Store
@@ -20,22 +20,34 @@ from keel.votes.store import Store
 HOST, PORT = "127.0.0.1", 8011
 
 
-def quick_project(store: Store, path: Path, task: Task | None, votes_per_item: int) -> tuple[str, int, int]:
+def quick_project(
+    store: Store,
+    path: Path,
+    task: Task | None,
+    votes_per_item: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[str, int, int]:
     """A project named after a file, with its items: name, new items, items that were there. A project that is
-    there keeps its settings."""
+    there keeps its settings. A file that does not fit leaves nothing. say: is told what was left out."""
     name = re.sub(r"[^a-z0-9_-]+", "-", path.name.split(".")[0].lower()).strip("-_") or "pairs"
     labels = formats.read(path, task=task)
-    if name not in {project.name for project in store.projects()}:
-        store.create_project(Project(name, task=labels.task, votes_per_item=votes_per_item), by=None)
-    added = exchange.add(store, name, path)
+    for note in labels.notes:
+        say(note)
+    made = Project(name, task=labels.task, votes_per_item=votes_per_item)
+    added = formats.into_project(store, name, labels, make=made)
     return name, added.added, added.known
 
 
-def first_link(store: Store, base: str) -> str | None:
-    """A one-time link for an admin; None where there is an admin."""
-    if any(person.role == "admin" for person in store.people()):
+def first_link(store: Store, base: str, say: Callable[[str], None] = lambda line: None) -> str | None:
+    """A one-time link for an admin; None where there is an admin. One that was printed before and not used
+    works no longer, which is said."""
+    found = store.first_admin_link()
+    if found is None:
         return None
-    return f"{base}/join/{store.invite('admin', None, by=None)}"
+    code, replaced = found
+    if replaced:
+        say("the admin's link that was printed before works no longer")
+    return f"{base}/join/{code}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -18,7 +18,9 @@ from fastapi.exceptions import RequestValidationError
 from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
+from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.types import Scope
 
 import keel
 from keel.errors import KeelError
@@ -26,7 +28,7 @@ from keel.feedback import difference, locales, render
 from keel.feedback.access import ACCESS
 from keel.feedback.auth import VISITOR, Auth, bearer, from_here, new_visitor
 from keel.feedback.forms import letter
-from keel.feedback.wire import LOG, Limit, address
+from keel.feedback.wire import LOG, Limit, address, safe_headers
 from keel.votes.answers import scales_of
 from keel.votes.kinds import Person, Project
 from keel.votes.store import Store
@@ -53,6 +55,7 @@ class Web:
     wrong: Limit = field(default_factory=lambda: Limit(rate=0.2, burst=20))
     templates: jinja2.Environment = field(default_factory=lambda: _environment())
     _counted: dict[tuple[str, str], tuple[object, Any]] = field(default_factory=dict)
+    _refusals: dict[tuple[str, str | None, str], str] = field(default_factory=dict)
 
     def counted(self, what: str, project: str, count: Callable[[], T]) -> T:
         """What is counted over all votes of a project, kept until a vote, a flag, an item or a word of a
@@ -62,6 +65,16 @@ class Web:
         if kept is None or kept[0] != state:
             kept = self._counted[what, project] = (state, count())
         return cast(T, kept[1])
+
+    def refusal_page(self, language: str, theme: str | None, key: str) -> str:
+        """A page without forms, for who is refused before it is known who asks. Made once: refusing is
+        cheap."""
+        found = self._refusals.get((language, theme, key))
+        if found is None:
+            template = self.templates.get_template("refused.html")
+            words = locales.Translator(language)
+            found = self._refusals[language, theme, key] = template.render(_=words, theme=theme, key=key)
+        return found
 
 
 def _environment() -> jinja2.Environment:
@@ -111,10 +124,16 @@ def project_of(request: Request, name: str) -> Project:
     return store(request).project_for(name, person(request).id)
 
 
-def translator(request: Request) -> locales.Translator:
+def translator(request: HTTPConnection) -> locales.Translator:
     """Words in the language that the person chose, else the browser's."""
     accept = request.headers.get("accept-language", "")
     return locales.Translator(locales.best(accept, request.cookies.get("keel_label_language")))
+
+
+def theme_of(request: HTTPConnection) -> str | None:
+    """The theme that the person chose; None for the system's."""
+    theme = request.cookies.get("keel_label_theme")
+    return theme if theme in THEMES else None
 
 
 # ---------------------------------------------------------------- who may enter
@@ -199,14 +218,13 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
     who: Person | None = getattr(request.state, "person", None)
     request.state.session = getattr(request.state, "session", None)
     token = state.auth.csrf(_holder(request))
-    theme = request.cookies.get("keel_label_theme")
     project: Project | None = values.get("project")
     context = {
         "_": translator(request),
         "person": who,
         "tab": "",
         "tabs": tabs(who) if project and who else (),
-        "theme": theme if theme in THEMES else None,
+        "theme": theme_of(request),
         "nonce": request.state.nonce,
         "back": _back(request),
         "csrf": partial(Markup('<input type="hidden" name="csrf" value="{}">').format, token),
@@ -272,9 +290,18 @@ def when(at: float) -> str:
 # ---------------------------------------------------------------- errors
 
 
-def wants_json(request: Request) -> bool:
+def wants_json(request: HTTPConnection) -> bool:
     """Whether a program asks, or a page's script."""
     return request.url.path.startswith("/api/") or request.headers.get("accept", "") == "application/json"
+
+
+def refusal(state: Web, scope: Scope, status: int, key: str) -> Response:
+    """An answer to who is refused before it is known who asks."""
+    request = HTTPConnection(scope)
+    words = translator(request)
+    if wants_json(request):
+        return JSONResponse({"problem": words(f"error.{key}_text")}, status)
+    return HTMLResponse(state.refusal_page(words.language, theme_of(request), key), status)
 
 
 def problem(request: Request, status: int, key: str, text: str | None = None) -> Response:
@@ -300,7 +327,7 @@ def not_signed_in(request: Request, error: Exception) -> Response:
 def http_error(request: Request, error: Exception) -> Response:
     """404, 403, 405 and their kin."""
     status = getattr(error, "status_code", 500)
-    key = {403: "forbidden", 404: "missing", 429: "rate"}.get(status, "bad")
+    key = {403: "forbidden", 404: "missing", 413: "large", 429: "rate"}.get(status, "bad")
     if status == 403 and getattr(error, "detail", "") == "csrf":
         key = "csrf"
     response = problem(request, status, key)
@@ -312,6 +339,16 @@ def http_error(request: Request, error: Exception) -> Response:
 def not_found(request: Request, error: Exception) -> Response:
     """No such project, item or person, or it is not for this person's eyes: the same answer."""
     return problem(request, 404, "missing")
+
+
+def conflict(request: Request, error: Exception) -> Response:
+    """What was sent bears a name or an id that belongs to something else."""
+    return problem(request, 409, "conflict", str(error) if request.url.path.startswith("/api/") else None)
+
+
+def gone(request: Request, error: Exception) -> Response:
+    """An invitation that can no longer be used."""
+    return problem(request, 410, "gone")
 
 
 def usage_error(request: Request, error: Exception) -> Response:
@@ -326,9 +363,11 @@ def not_valid(request: Request, error: Exception) -> Response:
     api = request.url.path.startswith("/api/")
     if any(part["loc"][0] == "path" for part in error.errors()):
         return problem(request, 404, "missing")
+    if not api:
+        return problem(request, 400, "bad")
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return problem(request, 422 if api else 400, "bad", f"{place}: {first['msg']}")
+    return problem(request, 422, "bad", f"{place}: {first['msg']}")
 
 
 def no_store(request: Request, error: Exception) -> Response:
@@ -342,4 +381,6 @@ def no_store(request: Request, error: Exception) -> Response:
 
 def failed(request: Request, error: Exception) -> Response:
     """A fault of keel's own: the log has it, the page says that nothing else is known."""
-    return problem(request, 500, "failed")
+    response = problem(request, 500, "failed")
+    response.headers.update(safe_headers(request.state.nonce))  # it goes past the layer that sets them
+    return response

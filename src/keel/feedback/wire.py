@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG = logging.getLogger("keel.label")
@@ -38,6 +39,11 @@ def content_policy(nonce: str) -> str:
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self'; img-src 'self'; "
         "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
+
+
+def safe_headers(nonce: str) -> dict[str, str]:
+    """The headers that every answer has."""
+    return {**HEADERS, "Content-Security-Policy": content_policy(nonce)}
 
 
 @dataclass
@@ -73,11 +79,13 @@ class Wire:
         limit: Limit,
         holder: Callable[[Scope], str | None],
         may_send_files: Callable[[Scope], bool],
+        refusal: Callable[[Scope, int, str], Response],
     ) -> None:
         """limit: requests of one person. holder: whose session or token a request bears, if anybody's; others
         are counted by their address. may_send_files: whether an admin asks; who else sends a file is refused
-        before it is read."""
+        before it is read. refusal: the answer for a status, by the name of its sentence."""
         self.app, self.limit, self.holder, self.may_send_files = app, limit, holder, may_send_files
+        self.refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,9 +99,7 @@ class Wire:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
-                headers["Content-Security-Policy"] = content_policy(nonce)
+                headers.update(safe_headers(nonce))
                 if not scope["path"].startswith("/static/"):
                     headers["Cache-Control"] = "no-store"
                 if scope["scheme"] == "https":
@@ -115,7 +121,7 @@ class Wire:
         if not scope["path"].startswith("/static/"):
             wait = self.limit.wait(self.holder(scope) or address(scope))
             if wait:
-                answer = PlainTextResponse("Too many requests; wait a moment.", 429)
+                answer = self.refusal(scope, 429, "rate")
                 answer.headers["Retry-After"] = str(math.ceil(wait))
                 await answer(scope, receive, send)
                 return
@@ -125,7 +131,7 @@ class Wire:
         if adds and not small and await run_in_threadpool(self.may_send_files, scope):
             most = LARGEST_FILE
         if length is not None and (not length.isdigit() or int(length) > most):
-            await PlainTextResponse("This request is too large.", 413)(scope, receive, send)
+            await self.refusal(scope, 413, "large")(scope, receive, send)
             return
         await self.app(scope, _counted(receive, most), send)
 
@@ -137,14 +143,16 @@ def address(scope: Scope) -> str:
 
 
 def _counted(receive: Receive, most: int) -> Receive:
-    """`receive` that ends a body that is larger than it said, or says nothing of its size."""
+    """`receive` that refuses a body that is larger than it said, or says nothing of its size."""
     seen = 0
 
     async def counted() -> Message:
         nonlocal seen
         message = await receive()
         seen += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if seen > most else message
+        if seen > most:
+            raise HTTPException(413)
+        return message
 
     return counted
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from keel.models.freed_memory import give_back_freed_memory
 from keel.models.load import size_of
 
 SIDE, TRIES = (
@@ -53,24 +53,6 @@ def forward_flops(model: nn.Module) -> float:
     return 2.0 * sum(size_of(p) for p in model.parameters() if p.dim() > 1 and id(p) not in idle)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
-
-
-@cache
-def keep_freed_memory() -> bool:
-    """Let glibc keep what tensors on the CPU leave behind instead of giving it back to the system and asking
-    for it again at every step, page by page. For the rest of the process; False where there is no glibc.
-    `forget_peak` gives it back."""
-    mallopt = getattr(_libc(), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def _libc() -> ctypes.CDLL | None:
-    with contextlib.suppress(OSError, TypeError):  # there is no such thing on other systems
-        return ctypes.CDLL(None)
-    return None
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that nobody uses: on the card, or in this machine's memory as Linux reckons it (elsewhere half of
     what there is)."""
@@ -100,8 +82,7 @@ def _left_to_container() -> int:
 def forget_peak(device: torch.device) -> None:
     """Let `peak_memory_mib` begin anew at what is in use now, where the system can do that: on cuda, and on
     Linux. What is kept of freed memory goes back to the system."""
-    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
-        trim(0)
+    give_back_freed_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -18,6 +18,7 @@ from keel.accel.layer_kinds import carries_state
 from keel.data import chat
 from keel.errors import UsageError
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.models.tokenizer import knows_conversations
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class ModelFacts:
     template_error: str  # why the template cannot be used; "" where it can
     tags: tuple[str, ...]  # special tokens that stand within replies, as <think>
     carries_state: bool  # some layers hand a state from token to token
+    knows_conversations: bool = True  # False: keel trained it on plain text alone
 
     def describe(self) -> list[str]:
         """Lines for people: each fact, and what keel does about it where that is not plain."""
@@ -87,6 +89,8 @@ class ModelFacts:
         if self.template is None:
             return ["chat template: none; conversations are given keel's own"]
         facts, lines = self.template, ["chat template: its own"]
+        if not self.knows_conversations:
+            lines.append("it was trained on plain text, and has seen no conversation in this template")
         if facts.refuses:
             lines.append(f"it refuses a plain conversation: {facts.refuses}")
         if not facts.end:
@@ -164,7 +168,7 @@ def facts_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
         bos=next(iter(_with_text(tokenizer, _given(bos))), None),
         tokenizer_adds_bos=bool(added) and added[0] == bos,
         template=template, template_error=error, tags=tuple(sorted(template.tags)) if template else (),
-        carries_state=carries_state(config),
+        carries_state=carries_state(config), knows_conversations=knows_conversations(config, tokenizer),
     )  # fmt: skip
 
 

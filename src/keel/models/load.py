@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
@@ -35,8 +31,11 @@ from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import experts, quantize
 from keel.models.causality import require_causal
-from keel.models.checkpoint_files import fault_in, fault_of_sizes, json_object, without_place
+from keel.models.checkpoint_files import fault_of_sizes, json_object, without_place
+from keel.models.embeddings import adopt_vocabulary, resized, with_whole_embeddings
+from keel.models.load_errors import NO_TOKENIZER, explained
 from keel.models.precision import mark_precision, weights
+from keel.models.seeding import seed_head, seeded
 
 COUNT_FROM_PAD = (
     "roberta",
@@ -51,11 +50,6 @@ GENERIC = (
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
 )  # classes of tokenizers that are what their file says
-NO_TOKENIZER = (
-    "it has no token for any text: put the tokenizer's files (tokenizer.json and tokenizer_config.json) into "
-    "the folder, or name another one as `model.tokenizer`"
-)
-EXPECTED = (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, StrictDataclassError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +69,7 @@ class ModelSource:
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The tokenizer of a model directory or hub id, which also knows what the model's files name as EOS
     (`chat.eos_ids`). UsageError if there is none."""
-    with _explained(path, "tokenizer"):
+    with explained(path, "tokenizer"):
         if _says_all(Path(path)):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         else:
@@ -124,17 +118,17 @@ def model_config(source: ModelSource) -> Any:
         kind = values.pop("model_type")
         if fault := fault_of_sizes(values):
             raise UsageError(f"model.init: {fault}")
-        with _explained(kind, "model type"):
+        with explained(kind, "model type"):
             config = AutoConfig.for_model(kind, **values)
-        unknown = [
-            key
-            for key in values
-            if key not in AutoConfig.for_model(kind).to_dict() and not hasattr(type(config), key)
-        ]
+        defaults = AutoConfig.for_model(kind).to_dict()
+        unknown = [key for key in values if key not in defaults and not hasattr(type(config), key)]
         if unknown:
             raise UsageError(f"model.init: {kind} has no setting {unknown[0]!r}")
+        for key, value in values.items():
+            if isinstance(value, bool) and type(defaults.get(key)) in (int, float):
+                raise UsageError(f"model.init: `{key}`: {str(value).lower()} is no number")
         return config
-    with _explained(str(source.path), "model"):
+    with explained(str(source.path), "model"):
         place = Path(str(source.path)) / "config.json"
         if place.is_file() and (fault := fault_of_sizes(json_object(place))):
             raise UsageError(f"{place}: {fault}")
@@ -150,7 +144,7 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase 
     config = model_config(source)
     dtype = weights(source.dtype)
     if source.init is None:
-        with _explained(str(source.path), "model"):
+        with explained(str(source.path), "model"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(source.path),
                 config=config,
@@ -174,7 +168,7 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase 
         require_causal(model, str(source.path))
         return mark_precision(with_whole_embeddings(model), source.dtype)
     if vocab is not None:
-        _adopt_vocabulary(config, vocab, source.init)
+        adopt_vocabulary(config, vocab, source.init)
     with seeded(derive_seed("init", seed)):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     experts.mark(model, source.router_coef)
@@ -202,11 +196,11 @@ def scorer(
     dtype, new_head = weights(source.dtype), True
     if source.init is not None:
         if vocab is not None:
-            _adopt_vocabulary(config, vocab, source.init)
+            adopt_vocabulary(config, vocab, source.init)
         with seeded(derive_seed("init", seed)):
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     else:
-        with _explained(str(source.path), "model"), seeded(derive_seed("init", seed)):
+        with explained(str(source.path), "model"), seeded(derive_seed("init", seed)):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(source.path),
                 config=config,
@@ -312,54 +306,10 @@ def _in_head(key: str, backbone: str) -> bool:
     return not key.startswith(f"{backbone}.") or key.startswith(f"{backbone}.pooler.")
 
 
-def with_whole_embeddings(model: nn.Module) -> Any:
-    """The model with every row of its embeddings trained. Torch keeps a pad token's row from learning, and
-    the pad token may be EOS [trl PR 5303]; real pads get no gradient in any case, since masks here come from
-    lengths. Embeddings whose own forward counts from the pad's id (ProphetNet's positions) stay as they
-    are."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            forward = type(module).forward
-            if forward is nn.Embedding.forward or "padding_idx" not in forward.__code__.co_names:
-                module.padding_idx = None
-    return model
-
-
-def resized(model: Any, rows: int | None) -> Any:
-    """The model with at least so many rows in its embeddings, and in its head where it has one. New rows are
-    the mean of the old ones with a hundredth of their spread as noise, the same whenever and by whomever the
-    model is opened. None: as it is."""
-    had = model.config.get_text_config().vocab_size
-    if rows is None or rows <= had:
-        return model
-    with seeded(derive_seed("new rows", rows)), torch.no_grad():
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        parts = (model.get_input_embeddings(), model.get_output_embeddings())
-        tensors = {id(part.weight): part.weight for part in parts if part is not None}
-        biases = [part.bias for part in parts if getattr(part, "bias", None) is not None]
-        for weight in tensors.values():
-            old = weight[:had].float()
-            noise = torch.randn(rows - had, old.shape[1]).to(old) * old.std(dim=0) / 100
-            weight[had:rows] = (old.mean(dim=0) + noise).to(weight)
-        for bias in biases:
-            bias[had:rows] = bias[:had].float().mean().to(bias)
-    return model
-
-
 def score_head(model: nn.Module) -> nn.Linear | None:
     """The head that scores every position of a decoder; None for an encoder (BERT-type), which pools by
     itself."""
     return getattr(model, "score", None)
-
-
-def seed_head(head: nn.Linear, seed: int) -> None:
-    """Initialise a head from its own seed, so that nothing before it can change it."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    with torch.no_grad():
-        values = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
-        head.weight.copy_(values.to(head.weight))
-        if head.bias is not None:
-            head.bias.zero_()
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -440,68 +390,3 @@ def size_of(parameter: nn.Parameter) -> int:
     """Numbers in it; of a 4-bit one, which is stored two in a byte, as many as it stands for."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
-
-
-def _adopt_vocabulary(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, init: Mapping[str, Any]
-) -> None:
-    size = len(tokenizer)
-    if init.get("vocab_size", size) < size:
-        raise UsageError(f"model.init.vocab_size {init['vocab_size']} is smaller than the tokenizer's {size}")
-    config.get_text_config().vocab_size = init.get("vocab_size", size)
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    config.pad_token_id = (
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    )
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run with a global seed of its own and leave the caller's random state untouched."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed % 2**63)
-        yield
-
-
-def _no_model_at(path: str) -> str | None:
-    """What is wrong with a path that holds no model at all; None where there is more to say. transformers
-    takes such a path for a hub id, and a folder for one of a tokenizer that it cannot convert."""
-    folder = Path(path)
-    if folder.is_dir():
-        if any(
-            (folder / name).exists() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
-        ):
-            return None
-        inside = folder / "model"
-        return f"the model is in {inside}" if inside.is_dir() else "there is no config.json in this folder"
-    looks_like_a_path = path.count("/") > 1 or path.startswith((".", "/", "~"))
-    return "there is no such folder" if looks_like_a_path and not folder.exists() else None
-
-
-@contextlib.contextmanager
-def _explained(what: str, kind: str) -> Iterator[None]:
-    """Turn transformers' many load errors into one message; keep its progress bars off a user's terminal."""
-    transformers.utils.logging.disable_progress_bar()
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except UsageError as error:  # of a file, with its remedy
-        raise UsageError(f"{kind} {what!r} cannot be loaded: {error}") from None
-    except Exception as error:
-        fault = fault_in(what) if kind in ("model", "tokenizer") else None
-        if fault is not None:
-            raise UsageError(f"{kind} {what!r} cannot be loaded: {fault}") from error
-        if not isinstance(error, EXPECTED):
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = _no_model_at(what) if kind in ("model", "tokenizer") else None
-        if kind == "tokenizer" and "instantiate the backend tokenizer" in lines[0]:
-            reason = reason or NO_TOKENIZER
-        reason = reason or " ".join(line.strip() for line in lines[: 1 + lines[0].rstrip().endswith(":")])
-        if "trust_remote_code" in str(error):
-            reason += " Set `trust_remote_code` if you trust its author"
-        raise UsageError(f"{kind} {what!r} cannot be loaded: {reason}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(level)

@@ -25,7 +25,8 @@ from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import lora_targets, ties
 from keel.models.checkpoint_files import fault_in, json_object
-from keel.models.load import ModelSource, seeded
+from keel.models.load import ModelSource
+from keel.models.seeding import seeded
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

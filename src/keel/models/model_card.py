@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from keel.data import chat
 from keel.errors import UsageError
 from keel.models.load import score_head
+from keel.models.tokenizer import knows_conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,21 +91,30 @@ def usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         "",
         f"tokenizer = AutoTokenizer.{HERE}",
         f"model = {auto}.{HERE}",
-        *(asks if scores else _generates(tokenizer)),
+        *(asks if scores else _generates(_template(model, tokenizer))),
     ]
     parts = ["## Usage\n\n```python\n" + "\n".join(code) + "\n```"]
-    if not (scores and config.num_labels > 1) and (shown := _format(tokenizer)):
+    classifies = scores and config.num_labels > 1
+    if not classifies and _template(model, tokenizer) and (shown := _format(tokenizer)):
         parts.append(f"## Prompt format\n\nThe chat template writes a conversation so:\n\n```\n{shown}\n```")
     if scores and config.num_labels == 1:
         parts.append(_reading(config))
     return "\n\n".join(parts)
 
 
-def _generates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts are to go through the chat template: a model that has seen plain text alone is asked
+    with plain text."""
+    config: Any = model.config
+    of_reward = (getattr(config, "keel_reward", None) or {}).get("prompts")
+    return knows_conversations(config, tokenizer) and of_reward != "text" and bool(tokenizer.chat_template)
+
+
+def _generates(template: bool) -> list[str]:
     asked = (
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], '
         'add_generation_prompt=True, return_dict=True, return_tensors="pt")'
-        if tokenizer.chat_template
+        if template
         else 'inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)'
     )
     return [
@@ -119,7 +129,7 @@ def _scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     if score_head(model) is None:
         return ['inputs = tokenizer("Hello", "Hi", return_tensors="pt")', *_asked("float(logits)")]
     end = chat.eos_id(tokenizer)
-    if not tokenizer.chat_template:
+    if not _template(model, tokenizer):
         lines = ['ids = tokenizer("Hello Hi", return_tensors="pt")["input_ids"]', _with(end)]
     else:
         lines = [

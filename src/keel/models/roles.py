@@ -23,9 +23,9 @@ from keel.models.load import (
     disable_dropout,
     model_config,
     scorer,
-    seed_head,
 )
 from keel.models.lora import Adapters, add_adapters
+from keel.models.seeding import seed_head
 from keel.models.shared_base import Base, open_base
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
 """Whether a saved folder holds the model that was trained: a few tokens are read by both, before it takes its
 place. What merging, ties, conversions or a config lose on the way is found here and not by a user.
 
-The trained model is asked before its adapters are merged, then its weights are freed, so that the check needs
-no more memory than training did. All is computed by transformers' own forward, in the precision of the
+The trained model is asked before its adapters are merged, then its weights are freed and what training freed
+goes back to the system, so that the check needs no more memory than training did: the saved weights are
+mapped from their file, beside the heap. All is computed by transformers' own forward, in the precision of the
 weights.
 """
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from keel import accel
 from keel.errors import KeelError
+from keel.models.freed_memory import give_back_freed_memory
 from keel.models.load import context_length, score_head
 from keel.models.logprobs import backbone, head_dtype
 from keel.models.lora import merged, with_own_weights
@@ -73,6 +75,7 @@ def save_checked(
 
     def check(folder: Path) -> None:
         plain.to("meta")
+        give_back_freed_memory()
         if probe is None:
             return
         if not bool(torch.isfinite(probe.expected).all()):

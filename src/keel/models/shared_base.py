@@ -17,6 +17,7 @@ from torch import nn
 
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
+from keel.models.embeddings import with_whole_embeddings
 from keel.models.load import (
     ModelSource,
     causal_lm,
@@ -24,10 +25,9 @@ from keel.models.load import (
     score_head,
     scorer,
     scorer_without_weights,
-    seed_head,
-    with_whole_embeddings,
 )
 from keel.models.precision import mark_precision, weights
+from keel.models.seeding import seed_head
 
 # by which transformers and peft know a quantised model
 QUANTISED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")

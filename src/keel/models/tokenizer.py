@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from keel.data import chat
 from keel.errors import UsageError
@@ -149,3 +149,10 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return set(chat.stop_ids(tokenizer, ()))
     except UsageError:  # its template cannot be used
         return set(chat.eos_ids(tokenizer))
+
+
+def knows_conversations(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model has seen conversations in its chat template. keel writes it into the configs of what it
+    trains (`keel_conversations`); of others' models those that bring a template are taken to know it."""
+    said = getattr(config, "keel_conversations", None)
+    return bool(tokenizer.chat_template) if said is None else bool(said)

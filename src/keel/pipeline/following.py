@@ -8,7 +8,7 @@ them call the stage's run function together. What they share in it is in `keel.d
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ from keel.data.stored.cache import Cache
 from keel.data.stored.tokens import Preparation
 from keel.distributed import group
 from keel.errors import UsageError
-from keel.models.device_info import keep_freed_memory
+from keel.models.freed_memory import keep_freed_memory
 from keel.pipeline.device import cores, deterministic
 from keel.pipeline.preflight import Judged, Sources
+from keel.pipeline.stage_graph import accel_switched
 from keel.pipeline.stage_kinds import OWN_KINDS, kind_of, resolve
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def follow(sources: Sources, place: Path, stage_run: Callable[[str], StageRun]) 
     with deterministic(config):
         while (told := group.from_first(_nothing)) is not None:
             sources.preparation.cache.snapshots.update(told.snapshots)
-            off = accel.disabled() if config.accel == "off" else nullcontext()
-            with chat.on_date(told.day, given=config.date is not None), off:
+            with chat.on_date(told.day, given=config.date is not None), accel_switched(config):
                 sources.take_judged(told.name, told.judged)
                 _worked(told.stage, stage_run(told.name))
 

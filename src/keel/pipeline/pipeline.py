@@ -1,8 +1,6 @@
-"""The stage graph: joined by artifacts, cached by content, resumable anywhere.
+"""Running the stages of a config: what is done stays, what was begun is gone on with, the rest is run.
 
-A stage is done when its `stage.json` is there and carries the fingerprint of what it would be run with now:
-its settings, its inputs' fingerprints, its data's content, the seed, the device, the code; and when its model
-is still there. Everything else is run, or gone on with.
+What each stage would be run with, and whether it is done, `pipeline/stage_graph.py` says.
 """
 
 from __future__ import annotations
@@ -10,15 +8,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import hashlib
-import json
 import math
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import date, datetime, timezone
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,30 +23,27 @@ import torch
 import yaml
 
 import keel
-from keel import accel, report
+from keel import report
 from keel.config import RunConfig, Stage, Training
-from keel.data import chat, load
 from keel.data.batches import derive_seed
 from keel.data.stored.cache import Cache, keep_digests
 from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
 from keel.distributed import group
-from keel.errors import DataError, KeelError, MachineError, UsageError
+from keel.errors import KeelError, MachineError, UsageError
 from keel.models import lora
-from keel.models.device_info import forget_peak, keep_freed_memory, peak_memory_mib
-from keel.pipeline import dates, following, lengths
+from keel.models.device_info import forget_peak, peak_memory_mib
+from keel.models.freed_memory import keep_freed_memory
+from keel.pipeline import following, lengths
 from keel.pipeline.device import cores, deterministic, device_of, hardware
-from keel.pipeline.fingerprint import code_print, code_prints, model_print, plugin_prints, versions
-from keel.pipeline.preflight import Sources, from_outside, functions_of
-from keel.report import rerun_reason
+from keel.pipeline.fingerprint import code_print, versions
+from keel.pipeline.stage_graph import StageGraph, accel_switched
 from keel.report.wording import duration
-from keel.rewards import loading
 from keel.rundir import kept, machine_faults, weights, worker
 from keel.rundir.checkpoint import discard, write_json, write_text
 from keel.rundir.machine_faults import size_in_words
 from keel.rundir.stage_files import read_mark, read_object, read_record
 from keel.rundir.stage_run import Progress, StageRun
-from keel.stages import collect
 from keel.trackers import process as tracking
 
 PREPARED = "prepared"  # in the run's directory: rows of large data sets, validated and as tokens
@@ -78,194 +71,21 @@ class Room(Protocol):
 
 
 @dataclass
-class Pipeline:
-    """A config bound to a run directory."""
+class Pipeline(StageGraph):
+    """A config bound to a run directory, and run there."""
 
-    config: RunConfig
-    directory: Path
-    say: Callable[[str], None] = print
     progress: Progress = lambda stage, step, steps, metrics: None
     fit: Callable[[Pipeline, str], int | None] | None = None  # what `micro_batch: auto` of a stage comes to
     room: Callable[[Pipeline, Sequence[str]], Room | None] | None = None  # what stages need of the disk
-    sources: Sources = field(init=False)  # where models lie and what data hold
     confirm: Callable[[str], bool] = lambda question: True  # asked before hours of work are done again
     wait: bool = False  # for people's votes, in place of ending with a WaitingError
-    _parts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _asks: dict[str, bool] = field(default_factory=dict)  # stage → whether a template of it writes the date
-    _date: date | None = None  # once it has been found
-    _heard: dict[str, str | None] = field(default_factory=dict)  # stage → print of people's votes
-
-    def __post_init__(self) -> None:
-        self.sources = Sources(self.config, self.directory, lambda line: self.say(line))
-
-    def stage_directory(self, name: str) -> Path:
-        return self.sources.stage_directory(name)
-
-    # ------------------------------------------------------------ what day it is
-
-    def asks_for_date(self, name: str, *, hub: bool = False) -> bool:
-        """Whether a template that the stage renders with writes the date. hub: templates may be fetched."""
-        if name not in self._asks:
-            self._asks[name] = dates.asks(self.sources, name, hub=hub)
-        return self._asks[name]
-
-    def day(self, *, fresh: bool = False, hub: bool = False) -> date | None:
-        """The day that templates write: the config's, else the one kept from the run's first start, else
-        today. None where no template asks. fresh: no day is kept."""
-        asking = [name for name in self.config.stages if self.asks_for_date(name, hub=hub)]
-        if self._date is None and asking:
-            before = None if fresh else dates.kept(self.directory)
-            self._date = self.config.date or before or date.today()
-        return self.config.date or self._date
-
-    def dated(self) -> contextlib.AbstractContextManager[None]:
-        """Templates write the run's day for as long as it lasts."""
-        return chat.on_date(self.day(), given=self.config.date is not None)
-
-    # ------------------------------------------------------------ what a stage is made of
-
-    def parts(self, name: str) -> dict[str, Any]:
-        """What this stage would be run with, part by part, as JSON has it."""
-        if name not in self._parts:
-            stage, outside = self.config.stages[name], self._outside(name)
-            made_here = {s: self.input_print(s) for s in stage.inputs() if s in self.config.stages}
-            parts = {
-                "name": name,  # the stage's own seed is derived from it
-                "settings": stage.decisive(),
-                "seed": self.config.seed,
-                "threads": self.config.threads,
-                "device": device_of(self.config).type,
-                "accel": _accel_state(self.config),
-                **outside,
-                "inputs": {**outside["inputs"], **made_here},
-                "code": code_prints(stage.kind),
-                "versions": versions(),
-            }
-            if self.asks_for_date(name):
-                parts["date"] = str(self.day())
-            self._parts[name] = json.loads(json.dumps(parts))
-        return self._parts[name]
-
-    def _outside(self, name: str) -> dict[str, Any]:
-        """Of its parts those that lie in files of the user's, which may be edited at any time."""
-        stage, cache = self.config.stages[name], self.sources.preparation.cache
-        tokenizer = stage.starts_from and stage.starts_from.tokenizer
-        models = [source for source in stage.inputs() if source not in self.config.stages]
-        return {
-            "inputs": {
-                **({tokenizer: model_print(tokenizer)} if tokenizer else {}),
-                **{source: self.input_print(source) for source in models},
-            },
-            "data": [
-                load.fingerprint(from_outside(sources), cache)
-                for sources, _ in [*stage.all_data(), *stage.streamed_data()]
-            ],
-            "rewards": {function: loading.source_print(function) for function in functions_of(stage)},
-            "plugins": plugin_prints(stage),
-        }
-
-    def _check_unedited(self, name: str, *, streamed: bool = False) -> None:
-        """KeelError where what a stage reads from outside was edited since its fingerprint was taken: what is
-        recorded of a stage is what it was made of. streamed: only what it reads while it trains."""
-        if streamed and not self.config.stages[name].streamed_data():
-            return
-        self.sources.check_unedited(name)
-        now = json.loads(json.dumps(self._outside(name)))
-        changed = {key: now[key] for key in ("data",) if streamed} or now
-        before = {key: self.parts(name)[key] for key in changed}
-        if "inputs" in before:
-            before["inputs"] = {key: before["inputs"].get(key) for key in now["inputs"]}
-        if changed != before:
-            raise KeelError(
-                f"{name}: {rerun_reason.reason(before, changed)} since this run began; what is done is kept, "
-                "and the same command goes on with what is there now"
-            )
-
-    def fingerprint(self, name: str) -> str:
-        """What this stage would be run with, as a hash."""
-        return hashlib.sha256(json.dumps(self.parts(name), sort_keys=True).encode()).hexdigest()
-
-    def input_print(self, name: str) -> str:
-        """A model's identity: its stage's fingerprint, its files' content, or its hub id. Of comparisons by
-        people their votes are part of it."""
-        if name in self.config.stages:
-            votes = self._votes(name)
-            return self.fingerprint(name) + (f"+{votes}" if votes else "")
-        return model_print(self.sources.resolve(name))
-
-    def is_done(self, name: str) -> bool:
-        """Whether the stage was run to its end with what it would be run with now, and what it made is still
-        there."""
-        return self._is_current(name) and self._is_whole(name)
-
-    def _is_current(self, name: str) -> bool:
-        return read_record(self.stage_directory(name)).get("fingerprint") == self.fingerprint(name)
-
-    def _is_whole(self, name: str) -> bool:
-        """Whether its model is there, or its comparisons, made of the votes that are there now."""
-        directory, leaves = self.stage_directory(name), self.config.stages[name].leaves
-        if leaves == "comparisons":
-            counted = (read_record(directory).get("facts") or {}).get("votes_print")
-            return (directory / collect.COMPARISONS).exists() and counted == self._votes(name)
-        folder = directory / "model"
-        whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
-        return (whole and self._edited(name) is None) or leaves == "nothing"
-
-    def _edited(self, name: str) -> str | None:
-        """A weight file of a done stage that is not what the stage left; None where all are."""
-        directory = self.stage_directory(name)
-        return weights.differs(directory, read_record(directory).get("weights") or {})
-
-    def is_kept(self, name: str) -> bool:
-        """Whether the stage was run with what it would be run with now, before it was run with other
-        settings, and is brought back by `run`."""
-        return not self._is_current(name) and self._kept(name) is not None
-
-    def _kept(self, name: str) -> Path | None:
-        return kept.find(self.directory, name, self.fingerprint(name))
-
-    def _votes(self, name: str) -> str | None:
-        """What people's votes on a stage's pairs hold; None for a stage that asks no people. Looked up once:
-        votes that come in while other stages run count in the next run, for all stages alike. Where their
-        database is gone, what was counted stands."""
-        stage = self.config.stages[name]
-        if not stage.asks_people:
-            return None
-        if name not in self._heard:
-            directory = self.stage_directory(name)
-            try:
-                self._heard[name] = collect.votes_print(directory, stage.votes_in)
-            except UsageError as error:
-                if isinstance(error, DataError):
-                    raise
-                facts = read_record(directory).get("facts", {})
-                self._heard[name] = facts.get("votes_print")
-                self.say(f"{name}: {error}; the votes that were counted before stand")
-        return self._heard[name]
-
-    def _why_again(self, name: str) -> str | None:
-        """Why a stage that was run before, or begun, cannot stay as it is; None for a new one and one to go
-        on with."""
-        directory = self.stage_directory(name)
-        if self._is_current(name) and not self._is_whole(name):
-            if self.config.stages[name].leaves == "comparisons":
-                return "its votes or comparisons changed"
-            edited = self._edited(name) if (directory / "model" / "config.json").exists() else None
-            return f"{edited} is not what it left" if edited else "its model is no longer there"
-        mark = read_mark(directory)
-        if mark is None or mark == self.fingerprint(name):
-            return None
-        before = read_object(directory / "fingerprint.json")
-        return rerun_reason.reason(before, self.parts(name)) if before else "settings, inputs or code changed"
-
-    # ------------------------------------------------------------ running
 
     def run(self, *, only: str | None = None, fresh: bool = False) -> None:
         """Run what is not done. UsageError before anything is touched if a setting, a model or a row is
         unusable; MachineError where the disk is full, or the like."""
         with machine_faults.explained(self.directory), following.joined(self.config):
             if not group.is_first():
-                self.say = self.sources.say = lambda line: None
+                self.say = lambda line: None
                 self.progress = lambda stage, step, steps, metrics: None
                 following.follow(self.sources, self.directory / PREPARED, self._stage_run)
                 return
@@ -304,7 +124,7 @@ class Pipeline:
             self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
         keep_digests(preparation.cache)
-        with locked(self.directory), deterministic(self.config), switched(self.config), self.dated():
+        with locked(self.directory), deterministic(self.config), accel_switched(self.config), self.dated():
             if fresh:
                 for name in names:
                     discard(self.stage_directory(name))
@@ -393,11 +213,6 @@ class Pipeline:
         kept.bring_back(place, self.stage_directory(name))
         self._forget_votes()
         self.say(f"{name}: made before with these settings, brought back")
-
-    def _forget_votes(self) -> None:
-        """Votes of people, which are part of what follows, may be others now."""
-        self._heard.clear()
-        self._parts.clear()
 
     def _run_stage(self, name: str, trackers: tracking.Trackers) -> None:
         """1. a directory of this fingerprint  2. the stage  3. its mark of being done, last."""
@@ -549,21 +364,6 @@ class Pipeline:
             "stages": stages,
         }
         write_json(path, manifest)
-
-
-def switched(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """`accel: off` for as long as it lasts; otherwise as the environment says."""
-    return accel.disabled() if config.accel == "off" else contextlib.nullcontext()
-
-
-def _accel_state(config: RunConfig) -> str:
-    """Which of keel's faster paths a run uses: it changes rounding. UsageError for a `KEEL_ACCEL` that says
-    nothing."""
-    try:
-        with switched(config):
-            return accel.state()
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from keel.models.tokenizer import rows_needed
 from keel.pipeline import held_out, reward_rows
 from keel.pipeline.device import device_of
 from keel.rewards import answers, learned
-from keel.rl import heldout_judge
+from keel.rl import heldout_judge, tool_use
 from keel.stages import build_rewards, judges, people
 from keel.stages.collect import COMPARISONS
 from keel.types import DataSource, PromptRecord, RecordType
@@ -149,6 +149,7 @@ class Sources:
             self._reach_hub(names)
         for name in names:
             self._check_models(name, hub)
+            tool_use.check(self.config.stages[name], name)
         lines: dict[str, str] = {}
         for name in names:
             stage = self.config.stages[name]
@@ -463,8 +464,9 @@ def from_outside(sources: Sequence[DataSource]) -> list[DataSource]:
 
 
 def functions_of(stage: Stage) -> list[str]:
-    """The Python functions that a stage's rewards name."""
-    return [term.function for term in stage.reward_terms() if term.kind == "python"]
+    """The Python code of a person's that a stage names: functions of rewards, tools, an environment."""
+    named = [term.function for term in stage.reward_terms() if term.kind == "python"]
+    return [*named, *stage.tool_code()]
 
 
 def _check_family(stage: Stage, config: PreTrainedConfig, place: str) -> None:

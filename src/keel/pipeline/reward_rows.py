@@ -49,7 +49,11 @@ def functions_of(terms: Sequence[Any], stage: str) -> Iterator[dict[str, Any]]:
         for term in terms:
             if term.kind in _CODE:
                 found[term.log_name] = build_rewards.function_of(term, f"{stage}: reward")
-                functions.signature_of(found[term.log_name])
+                names = functions.signature_of(found[term.log_name]).names
+                if functions.ENVIRONMENTS in names:  # there are none before an episode
+                    asked = found.pop(term.log_name)
+                    if isinstance(asked, functions.IsolatedFunction):
+                        asked.process.close()
         yield found
     finally:
         for function in found.values():

@@ -28,6 +28,9 @@ def code_of(config: RunConfig) -> list[str]:
             if term.kind == "python":
                 file = loading.source_file(term.function)
                 lines.append(f"{name}: reward {term.function}" + (f" ({file})" if file else ""))
+        for code in stage.tool_code():
+            file = loading.source_file(code)
+            lines.append(f"{name}: tool or environment {code}" + (f" ({file})" if file else ""))
         if stage.trusts_remote_code:
             models = [model for _, model in stage.references() if model not in config.stages]
             lines += [f"{name}: Python that comes with {model} (trust_remote_code)" for model in models]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from keel.diagnosis import logs
-from keel.diagnosis.findings import SEVERITIES
+from keel.diagnosis.findings import SEVERITIES, Finding
 from keel.diagnosis.logs import Diagnosis
-from keel.report.reading import Run
+from keel.errors import DataError
+from keel.report.notes import short
+from keel.report.reading import Run, StageRun
 
 _TIMES = {1: "once", 2: "twice", 3: "three times"}
 _DONE = {"rollback": "rolled back", "adjust": "adjusted", "stop": "stopped"}
 _KEPT = "kept the best"
+MOST_LINES, LONGEST = 500, 1000  # of a stage's findings, and characters of one's text
 
 
 class Line(NamedTuple):
@@ -27,12 +31,31 @@ class Line(NamedTuple):
 
 
 def diagnoses(run: Run) -> dict[str, Diagnosis]:
-    """Stage → its diagnosis, for each that learns from its own samples and has metrics."""
-    return {
-        stage.name: logs.stage(stage.directory, stage.settings)
-        for stage in run.stages
-        if stage.shown_as.on_policy and (stage.metrics or (stage.directory / "events.jsonl").exists())
-    }
+    """Stage → its diagnosis, for each that learns from its own samples and has metrics. One whose logs are
+    broken has none."""
+    found: dict[str, Diagnosis] = {}
+    for stage in run.stages:
+        if stage.shown_as.on_policy and (stage.metrics or (stage.directory / "events.jsonl").exists()):
+            what = f"what was found while {stage.name} trained is not known"
+            one = run.notes.of(what, lambda stage=stage: _diagnosis(stage), None)
+            found |= {} if one is None else {stage.name: one}
+    return found
+
+
+def _diagnosis(stage: StageRun) -> Diagnosis | None:
+    """None where a log is nothing that may be read."""
+    for name in ("metrics.jsonl", "events.jsonl"):
+        path = stage.directory / name
+        if stage.files is not None and os.path.lexists(path):
+            handle = stage.files.open(path)
+            if handle is None:
+                return None
+            handle.close()
+    try:
+        return logs.stage(stage.directory, stage.settings)
+    except DataError as error:  # which names the whole path: see RunFiles.name
+        folder = f"{stage.directory.parent.parent}{os.sep}"
+        raise DataError(str(error).replace(folder, "", 1)) from None
 
 
 def said(diagnosis: Diagnosis) -> str:
@@ -68,14 +91,19 @@ def _times(count: int) -> str:
 def lines(diagnosis: Diagnosis) -> list[Line]:
     """Findings and actions by step; an action after what led to it."""
     rows = [
-        Line(f.step, f.severity, f.check.replace("_", " "), f.evidence, f.cause, f.remedy)
-        for f in diagnosis.findings
+        Line(f.step, *(short(text, LONGEST) for text in _texts(f))) for f in diagnosis.findings[:MOST_LINES]
     ]
     rows += [
         Line(int(a["step"]), "done", _DONE.get(a["event"], _KEPT), action_sentence(a), "", "")
-        for a in diagnosis.actions
+        for a in diagnosis.actions[:MOST_LINES]
     ]
     return sorted(rows, key=lambda row: (row.step, row.level == "done"))
+
+
+def _texts(finding: Finding) -> tuple[str, ...]:
+    """As they stand in a line, after the step."""
+    name = finding.check.replace("_", " ")
+    return finding.severity, name, finding.evidence, finding.cause, finding.remedy
 
 
 def action_sentence(action: Mapping[str, Any]) -> str:

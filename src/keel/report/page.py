@@ -8,9 +8,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 from markupsafe import Markup
@@ -19,6 +20,7 @@ from plotly.offline import get_plotlyjs
 from keel.diagnosis.logs import Diagnosis
 from keel.pipeline.stage_kinds import KeyNumber
 from keel.report import health, overoptimization, pictures, replies, reward_models, rounds, wording
+from keel.report.notes import Notes, mapping, short
 from keel.report.pictures import Picture
 from keel.report.reading import Run, StageRun, read, readable
 from keel.report.verdict import Verdict, kl_target, unjudged, verdict
@@ -26,6 +28,9 @@ from keel.report.wording import bound, decimals, duration, large, mean, number
 
 _HERE = Path(__file__).parent
 FEW = 2  # measures that stand for a stage of a kind that names none
+MOST_FACTS, LONGEST_FACT = 200, 500  # of a manifest, and characters of one
+LONGEST_TEXT = 200_000  # characters of the config, as it is shown
+T = TypeVar("T")
 
 
 class Cell(NamedTuple):
@@ -49,22 +54,31 @@ class Row(NamedTuple):
 
 
 def write(run: Path) -> Path:
-    """Write `run/report.html` from what `run` holds so far and return its path.
+    """Write `run/report.html` from what `run` holds so far and return its path. What cannot be read or shown
+    is said in the page.
 
     The file appears at once, by an atomic rename; the same run directory gives the same bytes.
-    Raises UsageError when there is no run, DataError when one of its files cannot be parsed.
+    Raises UsageError when there is no run, or nothing of it can be read.
     """
+    return write_read(run, read(run, Notes(strict=False)))
+
+
+def write_read(run: Path, found: Run) -> Path:
+    """Write the page of a run that was read."""
     path = run / "report.html"
     with readable(run):
-        put(path, render(read(run)))
+        put(path, render(found))
     return path
 
 
 def put(path: Path, page: str) -> None:
     """Write a page at once, by an atomic rename."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
+    half.unlink(missing_ok=True)  # of a former process of this number, or a link that somebody left there
     try:
-        half.write_text(page, encoding="utf-8", newline="\n")
+        # a lone surrogate, which JSON can hold, is written out
+        with half.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(page)
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
@@ -85,50 +99,129 @@ def _is_alive(process: int) -> bool:
 
 
 def render(run: Run) -> str:
-    """The whole page."""
-    judged = run.judged
-    curves = {stage.name: pictures.curves(stage) for stage in run.stages if stage.shown_as.has_steps}
+    """The whole page. What of the run cannot be shown is noted in `run.notes`, and left out."""
+    of, judged, trained = run.notes.of, run.judged, [s for s in run.stages if s.shown_as.has_steps]
+    learned = [stage for stage in run.stages if stage.shown_as.on_policy]
+    curves = _each(run, trained, "the curves of", lambda s: _drawable(run, pictures.curves(s)), list)
     diagnoses = health.diagnoses(run)
-    path = pictures.trajectories(
-        [stage for stage in run.stages if stage.shown_as.on_policy], _colours(judged)
-    )
-    paths = [path] if path else []
-    if (refreshed := rounds.picture(run)) is not None:
-        paths.append(refreshed)
-    ways = overoptimization.by_name([run])
-    paths += overoptimization.drawn(ways)
-    points = {stage.name: pictures.judgement(stage.name, stage.result, run.config) for stage in judged}
-    rewards = {stage.name: stage.result.get("reward_model") or {} for stage in judged}
-    for name, found in rewards.items():
-        if (diagram := reward_models.reliability_diagram(name, found)) is not None:
-            points[name].append(diagram)
+    findings = {
+        name: of(f"the findings of {name}", lambda d=one: health.lines(d), [])
+        for name, one in diagnoses.items()
+    }
+    ways = of("ways of over-optimisation", lambda: overoptimization.by_name([run]), {})
+    paths = _drawable(run, of("pictures of the whole run", lambda: _paths(run, learned, ways), []))
+    points = _each(run, judged, "the pictures of", lambda s: _drawable(run, _points(s, run)), list)
     drawn = [*(p for group in (*curves.values(), *points.values()) for p in group), *paths]
     return fill(
         "page.html",
         drawn,
         run=run,
-        trained=[stage for stage in run.stages if stage.shown_as.has_steps],
+        head=_head(run),
+        environment=_environment(run),
+        trained=trained,
         verdicts=verdicts(run, diagnoses),
-        findings={name: health.lines(one) for name, one in diagnoses.items()},
-        facts={(s.name, v.model): _facts(s, v, run) for s in judged for v in verdict(s.result, run.config)},
+        findings=findings,
+        facts={
+            (s.name, model): rows
+            for s in judged
+            for model, rows in of(f"the numbers of {s.name}", lambda s=s: _facts_of(s, run), {}).items()
+        },
         done=sum(stage.status in ("done", "cached") for stage in run.stages),
         seconds=sum(stage.record.get("seconds") or 0 for stage in run.stages),
         columns=_columns(run.stages),
-        results={stage.name: key_result(stage) for stage in run.stages},
+        results=_each(run, run.stages, "the result of", key_result, str),
         curves=curves,
-        keys={stage.name: pictures.curve_keys(stage) for stage in run.stages},
+        keys=_each(run, run.stages, "the curves of", pictures.curve_keys, tuple),
         broken={stage.name: _broken(stage) for stage in run.stages},
         last={stage.name: _last(stage) for stage in run.stages},
         judged=judged,
-        tables={stage.name: measures(stage.result) for stage in judged},
+        tables=_each(run, judged, "the measures of", lambda s: measures(s.result), list),
         judgement_title=_judgement_title([stage.result for stage in judged]),
-        rm_lines={name: reward_models.lines(found) for name, found in rewards.items()},
+        rm_lines=_each(
+            run, judged, "the reward model in", lambda s: reward_models.lines(_of_reward(s)), list
+        ),
         points=points,
         paths=paths,
-        ways=(overoptimization.HEAD, [line.cells for line in overoptimization.lines(ways)]),
-        replies={stage.name: replies.side_by_side(stage) for stage in judged},
-        during={stage.name: replies.during(stage) for stage in run.stages if stage.shown_as.on_policy},
+        ways=(overoptimization.HEAD, of("ways of over-optimisation", lambda: _cells(ways), [])),
+        replies=_each(run, judged, "the replies of", replies.side_by_side, list),
+        during=_each(run, learned, "the replies of", replies.during, list),
+        notes=run.notes.lines,
     )
+
+
+def _each(
+    run: Run, stages: Sequence[StageRun], what: str, work: Callable[[StageRun], T], empty: Callable[[], T]
+) -> dict[str, T]:
+    """Stage → what `work` makes of it; empty, with a note, where the stage's files are broken."""
+    return {
+        stage.name: run.notes.of(f"{what} {stage.name}", lambda stage=stage: work(stage), empty())
+        for stage in stages
+    }
+
+
+def _drawable(run: Run, drawn: Sequence[Picture]) -> list[Picture]:
+    """The pictures without those of values that are none: each can be written as JSON, and drawn."""
+    return [
+        picture
+        for picture in drawn
+        if run.notes.of(
+            f"the picture {picture.title!r}", lambda picture=picture: _is_drawable(picture), False
+        )
+    ]
+
+
+def _is_drawable(picture: Picture) -> bool:
+    json.dumps(picture.figure, allow_nan=False)
+    picture.still()
+    return True
+
+
+def _paths(
+    run: Run, learned: Sequence[StageRun], ways: Mapping[str, Sequence[overoptimization.Path]]
+) -> list[Picture]:
+    """The pictures of the whole run: score against KL, rounds, over-optimisation."""
+    path = pictures.trajectories(learned, _colours(run.judged))
+    paths = [path] if path else []
+    if (refreshed := rounds.picture(run)) is not None:
+        paths.append(refreshed)
+    return paths + overoptimization.drawn(ways)
+
+
+def _points(stage: StageRun, run: Run) -> list[Picture]:
+    """The pictures of an evaluate stage."""
+    found = pictures.judgement(stage.name, stage.result, run.config)
+    diagram = reward_models.reliability_diagram(stage.name, _of_reward(stage))
+    return found if diagram is None else [*found, diagram]
+
+
+def _of_reward(stage: StageRun) -> Mapping[str, Any]:
+    return mapping(stage.result.get("reward_model"))
+
+
+def _cells(ways: Mapping[str, Sequence[overoptimization.Path]]) -> list[list[str]]:
+    return [line.cells for line in overoptimization.lines(ways)]
+
+
+def _facts_of(stage: StageRun, run: Run) -> dict[str, list[tuple[str, str, str]]]:
+    return {one.model: _facts(stage, one, run) for one in verdict(stage.result, run.config)}
+
+
+def _head(run: Run) -> dict[str, str]:
+    """What stands above the verdict, and below the page."""
+    versions, seed = mapping(run.manifest.get("versions")), run.config.get("seed")
+    return {
+        "seed": "" if seed is None else short(seed, 30),
+        "created": short(run.manifest.get("created") or "", 60),
+        "description": short(run.config.get("description") or "", 5000),
+        "keel": short(versions.get("keel") or "", 60),
+        "config": short(run.config_text, LONGEST_TEXT),
+    }
+
+
+def _environment(run: Run) -> list[tuple[str, str]]:
+    """Versions and hardware, as the manifest names them."""
+    facts = [item for group in ("versions", "hardware") for item in mapping(run.manifest.get(group)).items()]
+    return [(short(name, 100), short(value, LONGEST_FACT)) for name, value in facts[:MOST_FACTS]]
 
 
 def _judgement_title(results: Sequence[Mapping[str, Any]]) -> str:
@@ -139,6 +232,26 @@ def _judgement_title(results: Sequence[Mapping[str, Any]]) -> str:
 
 def fill(template: str, drawn: list[Picture], **values: object) -> str:
     """A page of this folder with its pictures, style and scripts in it, so that it opens offline."""
+    plotly = get_plotlyjs() if drawn else ""  # 4 MB
+    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("figures.js", "page.js"))
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            **values,
+            colours=pictures.MODEL_COLOURS,
+            css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+            plotly=Markup(plotly),
+            script=Markup(script),
+            figures=_figures(drawn),
+            hashes=" ".join(f"'sha256-{_digest(source)}'" for source in (plotly, script)),
+        )
+    )
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    """The pages of this folder; each is compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -153,31 +266,28 @@ def fill(template: str, drawn: list[Picture], **values: object) -> str:
         "number": number,
         "duration": duration,
         "large": large,
+        "truncated": partial(short, most=LONGEST_FACT),
     }
-    plotly = get_plotlyjs() if drawn else ""  # 4 MB
-    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("figures.js", "page.js"))
-    return environment.get_template(template).render(
-        **values,
-        colours=pictures.MODEL_COLOURS,
-        css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        plotly=Markup(plotly),
-        script=Markup(script),
-        figures=_figures(drawn),
-        hashes=" ".join(f"'sha256-{_digest(source)}'" for source in (plotly, script)),
-    )
+    return environment
 
 
 def verdicts(run: Run, diagnoses: Mapping[str, Diagnosis]) -> list[tuple[str, Verdict]]:
     """The name of each `evaluate` stage with each of its verdicts; at least one. diagnoses: of the stages
     that have any."""
-    said = {name: health.said(one) for name, one in diagnoses.items()}
+    of = run.notes.of
+    said = {
+        name: of(f"the findings of {name}", lambda d=one: health.said(d), "")
+        for name, one in diagnoses.items()
+    }
     judged = run.judged
     if not judged:
         return [("", unjudged("run an evaluate stage"))]
     found: list[tuple[str, Verdict]] = []
     for stage in judged:
         if stage.result:
-            found += [(stage.name, one) for one in verdict(stage.result, run.config, said)]
+            broken = [unjudged(f"the result of the evaluate stage {stage.name} cannot be read")]
+            judge = partial(verdict, stage.result, run.config, said)
+            found += [(stage.name, one) for one in of(f"the verdict of {stage.name}", judge, broken)]
         else:
             found.append((stage.name, unjudged(f"the evaluate stage {stage.name} has not finished")))
     return found

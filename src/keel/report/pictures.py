@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from keel.pipeline.stage_kinds import Curve
+from keel.report.notes import is_number
 from keel.report.reading import StageRun
 from keel.report.still import still
 from keel.report.verdict import kl_target
@@ -69,7 +70,11 @@ def curves(stage: StageRun) -> list[Picture]:
 def _chosen(stage: StageRun) -> Picture | None:
     """A point a prompt: the reward of the response that was chosen against the mean of all that were
     sampled. None for a stage that chose none."""
-    found = [(row["mean"], row["reward"]) for row in stage.chosen() if {"mean", "reward"} <= row.keys()]
+    found = [
+        (row["mean"], row["reward"])
+        for row in stage.chosen()
+        if is_number(row.get("mean")) and is_number(row.get("reward"))
+    ]
     found = found[:: -(-len(found) // MOST_POINTS) or 1]
     if not found:
         return None

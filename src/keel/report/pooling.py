@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel.errors import UsageError
+from keel.errors import DataError, UsageError
 from keel.evaluation.measures import Measure, across_runs
 from keel.report.comparison import COLUMNS, Model
-from keel.report.reading import Run, StageRun, read
+from keel.report.notes import Notes, is_number, mapping
+from keel.report.reading import Run, StageRun, read, readable
 from keel.report.wording import bound, mean
 
 NOT_THE_MODELS = (
@@ -61,9 +62,8 @@ class Entry:
     @property
     def model(self) -> Model:
         seconds = [s for j in self.judged if (s := j.record.get("seconds")) is not None]
-        memory = [
-            m for j in self.judged if (m := (j.record.get("facts") or {}).get("peak_memory_mib")) is not None
-        ]
+        facts = [mapping(j.record.get("facts")) for j in self.judged]
+        memory = [m for one in facts if is_number(m := one.get("peak_memory_mib"))]
         first = self.judged[0]
         return Model(
             self.name, len(self.judged), first.model == first.reference, self.measures,
@@ -79,8 +79,12 @@ def entries(runs: Sequence[Path]) -> tuple[list[Entry], list[str]]:
     """
     groups: dict[tuple[str, str], list[Judged]] = {}
     twice: dict[str, list[str]] = {}
+    unread: list[str] = []
     for path in {path.resolve(): path for path in runs}.values():
-        for judged, label in _judged(path):
+        with readable(path):
+            of_run = _judged(path)
+        unread += [f"{path}, not shown: {line}" for line in of_run[0][0].run.notes.lines]
+        for judged, label in of_run:
             seeds = groups.setdefault((label, _settings(judged)), [])
             same = next((other for other in seeds if other.seed == judged.seed), None)
             if same is None:
@@ -97,9 +101,12 @@ def entries(runs: Sequence[Path]) -> tuple[list[Entry], list[str]]:
         for (label, _), own in groups.items()
     ]
     return found, [
-        f"{label} has the same settings and seed in {', '.join(dict.fromkeys(paths))}: it is counted once "
-        "for a seed."
-        for label, paths in twice.items()
+        *unread,
+        *(
+            f"{label} has the same settings and seed in {', '.join(dict.fromkeys(paths))}: it is counted "
+            "once for a seed."
+            for label, paths in twice.items()
+        ),
     ]
 
 
@@ -110,7 +117,10 @@ def _judged(path: Path) -> list[tuple[Judged, str]]:
         raise UsageError(
             f"no run at {path}: there is no config.yaml in it; give the path of a run, such as runs/NAME"
         )
-    run = read(path)
+    run = read(path, Notes(strict=False))
+    broken = next((line for line in run.notes.lines if line.startswith("config.yaml")), None)
+    if broken is not None:  # the settings say which runs are seeds of one
+        raise DataError(f"{path}/{broken}")
     stages, done = run.judged, run.with_models
     if not done:
         what = (
@@ -198,9 +208,10 @@ def scores(judged: Judged, by: str) -> dict[tuple[int, str], float]:
     found: dict[tuple[int, str], float] = {}
     for row in judged.stage.samples():
         if row.get("model") == judged.model:
-            value = (row.get("gold") or {}).get("total") if by == "gold" else row.get("proxy")
-            if value is None:
+            value = mapping(row.get("gold")).get("total") if by == "gold" else row.get("proxy")
+            index = row.get("index")
+            if not is_number(value) or not isinstance(index, int):
                 return {}
-            found[row["index"], row["prompt"]] = float(value)
+            found[index, json.dumps(row.get("prompt"), sort_keys=True)] = float(value)
     whole = bound(judged.measures, by, "n")
     return found if whole is None or len(found) == whole else {}

@@ -10,6 +10,7 @@ from keel.report import pictures
 from keel.report.pictures import Key, Picture
 from keel.report.wording import bound, mean, number, signed
 
+_MOST_BINS = 200
 _INSIDE = {"calibration", "length", "position", "disagreement", "offset", "by_margin", "by_subset"}
 
 
@@ -86,13 +87,13 @@ def reliability_diagram(name: str, found: Mapping[str, Any]) -> Picture | None:
     """Share of the votes against how sure the model is, bin by bin, with intervals; on the dashed line it
     means what it says. None where it was not measured."""
     bins = (found.get("calibration") or {}).get("bins") or []
-    if not bins:
+    if not 0 < len(bins) <= _MOST_BINS:
         return None
     shares = [one["share"] for one in bins]
     points = {
         "type": "scatter",
         "mode": "lines+markers",
-        "x": [one["confidence"] for one in bins],
+        "x": [float(one["confidence"]) for one in bins],
         "y": [share["mean"] for share in shares],
         "error_y": {
             "type": "data",

@@ -7,17 +7,20 @@ from typing import Any
 
 from keel.config.collect import round_name
 from keel.report import pictures
+from keel.report.notes import mapping
 from keel.report.pictures import Picture
 from keel.report.reading import Run
 from keel.report.wording import mean, measure
+
+MOST = 100  # rounds that a config may have
 
 
 def by_round(run: Run) -> tuple[str, list[tuple[int, Mapping[str, float]]]]:
     """The reward that rounds are judged by, "gold" or else "proxy", and (round, its measure) for each that is
     judged; 0 is the reference. The first evaluate stage that knows two rounds decides. ("", []) for a run
     without rounds or such a stage."""
-    rounds = run.config.get("rounds") or {}
-    policy, n = rounds.get("policy"), rounds.get("n") or 0
+    rounds = mapping(run.config.get("rounds"))
+    policy, n = rounds.get("policy"), min(int(rounds.get("n") or 0), MOST)
     for stage in run.stages:
         models: Mapping[str, Any] = stage.result.get("models") or {}
         names = {

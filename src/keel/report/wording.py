@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from keel.report.notes import is_number
+
+LARGE = 1e15  # from here on numbers are written in powers of ten
+
 
 class Measure(NamedTuple):
     """How a measure of `evaluate` is presented."""
@@ -77,6 +81,8 @@ def number(value: float | int | None, places: int | None = None) -> str:
     """`value` for reading: thousands separated, tiny ones in powers of ten, a dash when there is none."""
     if value is None or value != value:
         return "–"
+    if abs(value) >= LARGE:
+        return f"{float(value):.2e}" if is_number(value) else "–"
     if isinstance(value, int):
         return f"{value:,}"
     if places is None:
@@ -128,6 +134,4 @@ def bound(measures: Mapping[str, Any], name: str, key: str) -> float | None:
         value = value.get(key)
     elif key != "mean":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < float("inf") else None
+    return float(value) if is_number(value) else None

@@ -114,7 +114,7 @@ class Classifier:
         return log_p if self.output == "log_probability" else log_p.exp()
 
     def _text(self, prompt: Prompt, completion: str | Conversation) -> str:
-        reply = chat.completion_text(completion)
+        reply = chat.own_text(completion)
         if self.reads == "completion":
             return reply
         if isinstance(prompt, str):

@@ -23,6 +23,7 @@ from keel.rewards.loading import Signature, kind
 from keel.rewards.trainer import EXTRAS, Logged, TrainingState, extras
 from keel.types import Conversation, Prompt
 
+ENVIRONMENTS = "environments"  # as TRL names the objects of episodes with tools: for functions that name it
 RESERVED = ("prompts", "completions", "completion_ids")  # arguments that a data's column gives way to
 
 
@@ -48,14 +49,21 @@ def call(
     for a result that is not B finite numbers or Nones.
     """
     arguments: dict[str, list[Any]] = {
-        **{key: list(values) for key, values in columns.items() if key not in EXTRAS},
+        **{key: list(values) for key, values in columns.items() if key not in (*EXTRAS, ENVIRONMENTS)},
         "prompts": [p if isinstance(p, str) else [dict(turn) for turn in p] for p in prompts],
         "completions": [_reply(*pair) for pair in zip(prompts, completions, strict=True)],
         "completion_ids": [list(ids) for ids in completion_ids],
     }
     state, logged = state or TrainingState(), Logged() if logged is None else logged
     signature = signature_of(function)
-    accepted = signature.accepted(name, arguments)
+    environments = {
+        key: list(columns[key]) for key in (ENVIRONMENTS,) if key in columns and key in signature.names
+    }
+    accepted = signature.accepted(name, {**arguments, **environments})
+    if environments and isinstance(function, IsolatedFunction):
+        raise UsageError(
+            f"reward {name!r} asks for `environments`, which live in keel's own process: set `isolate: false`"
+        )
     if isinstance(function, IsolatedFunction):
         answer = function.ask({**accepted, worker.EXTRA: (signature.extras(), state.plain())}, len(prompts))
         logged.add(answer.get("logged") or Logged().dump())
@@ -63,7 +71,8 @@ def call(
     more = {key: value for key, value in extras(state.plain(), logged).items() if key in signature.extras()}
     silent = {**more, **{k: v for k, v in extras(state.plain(), Logged()).items() if k in more}}
     try:
-        values = worker.run(function, {**copy.deepcopy(accepted), **more})
+        copied = copy.deepcopy({key: v for key, v in accepted.items() if key not in environments})
+        values = worker.run(function, {**copied, **environments, **more})
     except UsageError as error:
         raise UsageError(f"reward {name!r}: {error}") from error
     except BaseException as error:
@@ -115,7 +124,8 @@ def _is_a_persons(error: BaseException) -> bool:
 
 
 def _one(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    return {key: copy.deepcopy(values[index : index + 1]) for key, values in arguments.items()}
+    parts = {key: values[index : index + 1] for key, values in arguments.items()}
+    return {key: part if key == ENVIRONMENTS else copy.deepcopy(part) for key, part in parts.items()}
 
 
 def _raised(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _TRIED, _TOLERANCE = 8, 2e-2  # tokens of the trial; what half precision may round
 # What a model reads for one text: input_ids, and token_type_ids for some encoders.
 Inputs = dict[str, list[int]]
+Form = Literal["text", "conversations", "both"]  # of the comparisons that a reward model was trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class RewardModel:
     std: float = 1.0
     scaled: bool = False  # whether it was given a scale; without one, mean 0 and std 1 say nothing
     reading: Reading | None = None  # None: as keel trains one, read at the token that ends a reply
+    prompts: Form | None = None  # what it was trained on; None: nothing says it
 
     @property
     def is_encoder(self) -> bool:
@@ -185,7 +187,8 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RewardMo
         reward = RewardModel(model, tokenizer, reading=Reading(chat.ending(tokenizer), pad))
         _check_reading(reward)
         return reward
-    return RewardModel(model, tokenizer, float(scale["mean"]), float(scale["std"]), scaled=True)
+    mean, std, prompts = float(scale["mean"]), float(scale["std"]), scale.get("prompts")
+    return RewardModel(model, tokenizer, mean, std, scaled=True, prompts=prompts)
 
 
 def _check_reading(reward: RewardModel) -> None:
@@ -414,8 +417,33 @@ def _context(reward: RewardModel) -> int | None:
     return context_length(reward.model.config)
 
 
-def save_scale(model: PreTrainedModel, mean: float, std: float, members: int = 1) -> None:
-    """Leave the scale in the model's config, where `wrap` finds it again, with where the model is read; and
-    of an ensemble its size, for `other_members`."""
-    size = {"members": members} if members > 1 else {}
-    model.config.keel_reward = {"mean": mean, "std": std, "read_at": "end of the reply", **size}
+def as_trained(reward: RewardModel, prompt: Prompt, completion: str | Conversation) -> Any:
+    """Prompt and completion in the form that the model was trained on: where that is conversations alone, a
+    text is the user's turn, and its completion the reply."""
+    if reward.prompts != "conversations" or not isinstance(prompt, str):
+        return prompt, completion
+    asked: Prompt = ({"role": "user", "content": prompt},)
+    said = completion if not isinstance(completion, str) else ({"role": "assistant", "content": completion},)
+    return asked, said
+
+
+def other_form(reward: RewardModel, conversational: bool) -> str:
+    """What is to be said where a reward model is asked about conversations, or about text, and was trained on
+    the other; "" where it was not."""
+    if reward.prompts in (None, "both", "conversations" if conversational else "text"):
+        return ""
+    trained, asked = ("plain text", "conversations") if conversational else ("conversations", "plain text")
+    return (
+        f"was trained on {trained}, and these prompts are {asked}, a form that it has not seen: its scores "
+        f"say less of them. Train it on comparisons that are {asked}, or give prompts that are {trained}"
+    )
+
+
+def save_scale(
+    model: PreTrainedModel, mean: float, std: float, members: int = 1, prompts: Form | None = None
+) -> None:
+    """Leave the scale in the model's config, where `wrap` finds it again, with where the model is read and
+    what it was trained on; and of an ensemble its size, for `other_members`."""
+    more: dict[str, Any] = {"members": members} if members > 1 else {}
+    more |= {"prompts": prompts} if prompts else {}
+    model.config.keel_reward = {"mean": mean, "std": std, "read_at": "end of the reply", **more}

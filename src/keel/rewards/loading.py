@@ -68,8 +68,8 @@ class Signature:
         return {key: arguments[key] for key in kept}
 
 
-def load(name: str, where: str) -> Callable[..., Any]:
-    """The function that `name` stands for: "module.function", "module:function" or
+def load(name: str, where: str, *, classes: bool = False) -> Callable[..., Any]:
+    """The function (classes: or class) that `name` stands for: "module.function", "module:function" or
     "path/to/file.py:function".
 
     where: the setting that names it, for messages. While it is imported the current directory (and a file's
@@ -86,8 +86,9 @@ def load(name: str, where: str) -> Callable[..., Any]:
     function = getattr(module, attribute, None)
     if function is None:
         raise _no_function(where, module_name, attribute, list(vars(module)))
-    if not callable(function) or isinstance(function, type):
-        raise UsageError(f"{where}: {name} is a {kind(function)}, not a function")
+    if not callable(function) or (isinstance(function, type) and not classes):
+        wanted = "class" if classes else "function"
+        raise UsageError(f"{where}: {name} is a {kind(function)}, not a {wanted}")
     return function
 
 

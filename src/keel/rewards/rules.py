@@ -2,8 +2,9 @@
 
 Each function here takes settings and returns a reward of TRL's signature, `reward(prompts, completions,
 **columns) -> list[float | None]`, with one value a completion; None: it does not apply to that row. A
-completion is text or a conversation with one assistant turn; lengths in tokens come from `completion_ids`,
-which count the stop token. Settings that make no sense raise UsageError when the reward is built.
+completion is text or a conversation, of which the assistant's turns are judged; lengths in tokens come from
+`completion_ids`, which count the stop token. Settings that make no sense raise UsageError when the reward is
+built.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from keel.data.chat import completion_text
+from keel.data.chat import completion_text, own_text
 from keel.errors import UsageError
 from keel.rewards import answers
 from keel.rewards.answers import same_answer
 from keel.rewards.isolated import Process
 
 Reward = Callable[..., list[float | None]]
+OWN_LENGTHS = "own_lengths"  # column of episodes with tools: how many tokens are the model's own
 
 
 # ---------------------------------------------------------------- answers
@@ -41,7 +43,7 @@ def final_answer(column: str = "answer", from_: Literal["marker", "last_number"]
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         return [
-            None if reference is None else _is_right(reference, completion_text(completion), from_)
+            None if reference is None else _is_right(reference, own_text(completion), from_)
             for reference, completion in zip(column_of(columns, column), completions, strict=True)
         ]
 
@@ -110,7 +112,7 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
             _begun(end or (prompt if isinstance(prompt, str) else ""), marks)
             for prompt, end in zip(prompts, ends, strict=True)
         ]
-        texts = [completion_text(completion) for completion in completions]
+        texts = [own_text(completion) for completion in completions]
         return [score(start + text) for start, text in zip(begun, texts, strict=True)]
 
     return reward
@@ -162,7 +164,7 @@ def regex(pattern: str, full: bool = False, timeout: float = 10.0, name: str = "
                 f"{pattern!r} backtracks without end; write it with less choice, as [^<]* for .*"
             )
 
-        texts = [completion_text(completion) for completion in completions]
+        texts = [own_text(completion) for completion in completions]
         return [float(answer["found"]) for answer in process.stream(texts, late)]
 
     return reward
@@ -206,7 +208,8 @@ def length_band(
     """1 while low ≤ |y| ≤ high, else max(0, 1 − d/slack) at a distance d from the band; 0 with no slack.
     Range [0, 1].
 
-    |y| counts tokens (the stop token too), words between white space, or characters.
+    |y| counts tokens (the stop token too), words between white space, or characters; of an episode with tools
+    the model's own.
     """
     _one_of("unit", unit, ("tokens", "words", "characters"))
     if not 0 <= low <= high:
@@ -219,7 +222,7 @@ def length_band(
         return 1.0 if distance == 0 else max(0.0, 1 - distance / slack) if slack > 0 else 0.0
 
     if unit == "tokens":
-        return _of_token_count(score)
+        return _of_token_count(score, own=True)
     return _of_text(lambda text: score(len(text.split()) if unit == "words" else len(text)))
 
 
@@ -241,7 +244,8 @@ def repetition(n: int = 3) -> Reward:
 
 
 def overlong(max_length: int, buffer: int) -> Reward:
-    """DAPO's soft overlong punishment (2503.14476, eq. 13), |y| in tokens. Range [−1, 0].
+    """DAPO's soft overlong punishment (2503.14476, eq. 13), |y| in tokens, which `max_new_tokens` bounds (of
+    an episode with tools the context's too). Range [−1, 0].
 
     0 for |y| ≤ L_max − L_buffer; (L_max − L_buffer − |y|)/L_buffer up to L_max; −1 beyond it. The paper calls
     the buffer L_cache.
@@ -264,19 +268,22 @@ def overlong(max_length: int, buffer: int) -> Reward:
 
 def _of_text(score: Callable[[str], float]) -> Reward:
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return [score(completion_text(completion)) for completion in completions]
+        return [score(own_text(completion)) for completion in completions]
 
     return reward
 
 
-def _of_token_count(score: Callable[[int], float]) -> Reward:
+def _of_token_count(score: Callable[[int], float], *, own: bool = False) -> Reward:
+    """own: of an episode with tools, the model's own tokens alone."""
+
     def reward(
         prompts: Sequence[Any],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[float | None]:
-        return [score(len(ids)) for ids in completion_ids]
+        lengths = columns.get(OWN_LENGTHS) if own else None
+        return [score(n) for n in lengths or map(len, completion_ids)]
 
     return reward
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from keel.algorithms.advantages import leave_one_out
+from keel.algorithms.masked import extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,21 @@ def terminal_rewards(
     return leave_one_out(rewards, group_size) if center == "prompt" else rewards
 
 
-def token_rewards(terminal: Tensor, mask: Tensor, kl: Tensor | None, coef: float) -> Tensor:
+def token_rewards(
+    terminal: Tensor, mask: Tensor, kl: Tensor | None, coef: float, early: Tensor | None = None
+) -> Tensor:
     """(B,) → (B, T): the terminal reward at the last response token, −coef·kl at each; 0 where the mask is
-    False."""
+    False.
+
+    early: (B, T) the part of `terminal` that is paid before the end, where it is paid; 0 elsewhere.
+    """
     rewards = torch.zeros(mask.shape, dtype=terminal.dtype, device=terminal.device)
     if kl is not None:
         rewards = torch.where(mask, -coef * kl.to(terminal.dtype), 0.0)
-    last = (mask.sum(dim=1) - 1).clamp(min=0)
+    if early is not None:
+        rewards = rewards + early
+        terminal = terminal - early.sum(dim=1)
+    last = (extent(mask) - 1).clamp(min=0)
     rows = torch.arange(mask.shape[0], device=mask.device)
     rewards[rows, last] += terminal
     return torch.where(mask, rewards, 0.0)

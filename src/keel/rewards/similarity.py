@@ -77,7 +77,7 @@ class Similarity:
         """One reward a completion."""
         references = column_of(columns, self.to)
         pairs = [
-            (chat.completion_text(completion), reference)
+            (chat.own_text(completion), reference)
             for completion, reference in zip(completions, references, strict=True)
             if reference is not None
         ]

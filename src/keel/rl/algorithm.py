@@ -54,7 +54,7 @@ class MicroBatch:
     kl_coef: float  # β
     on_policy: bool  # the weights are those that sampled, so π_old is π itself
     policy_learns: bool  # False while only the critic learns
-    lengths: Tensor  # (B,) tokens of each row: its prompt, and its response where that counts
+    lengths: Tensor  # (B,) tokens of each row: its prompt, and its response up to the last that counts
 
     @classmethod
     def of(
@@ -71,11 +71,12 @@ class MicroBatch:
         """The rows of some episodes."""
         chosen = list(rows)
         mask = episodes.mask[chosen].to(device)
-        width = max(1, int(mask.sum(dim=1).max()))
+        width = max(1, int(masked.extent(mask).max()))
         mask = mask[:, :width]
         starts = episodes.prompt_lengths[chosen].to(device)
+        ends = starts + masked.extent(mask)
         # one column more where nothing counts, so that no row is empty
-        reach = int((starts + mask.sum(dim=1)).max()) + int(not mask.any())
+        reach = int(ends.max()) + int(not mask.any())
         ids = episodes.ids[chosen].to(device)[:, :reach]
         index = response_index(mask, starts, ids.shape[1])
 
@@ -86,7 +87,7 @@ class MicroBatch:
             ids, mask, index, ids.flatten()[index + 1], part(episodes.logp), part(episodes.ref_logp),
             part(episodes.values), part(episodes.returns), part(episodes.advantages),
             None if episodes.weights is None else part(episodes.weights),
-            denominator, kl_coef, on_policy, policy_learns, starts + mask.sum(dim=1),
+            denominator, kl_coef, on_policy, policy_learns, ends,
         )  # fmt: skip
 
 

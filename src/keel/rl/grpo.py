@@ -50,8 +50,10 @@ from keel.types import Episodes
 def run(config: GRPOConfig, stage: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy."""
     prompts, held_out, setup = open_stage(config, stage, sharing="none")
-    optimizers = make_optimizers(config, setup.roles)
-    result = loop.OnPolicyLoop(GRPO(setup, prompts), prompts, held_out, optimizers).train()
+    # nobody else holds the optimisers: they, and the weights by them, would be kept while the policy is saved
+    result = loop.OnPolicyLoop(
+        GRPO(setup, prompts), prompts, held_out, make_optimizers(config, setup.roles)
+    ).train()
     prepare.save_model(
         stage, setup.roles.policy, setup.tokenizer, config, "A policy trained without a critic"
     )
@@ -97,7 +99,7 @@ class GRPO:
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:
         """(B, T) advantages, the same at every token of a response unless the KL is paid token by token."""
-        config, scored = self.config, experience.scored
+        config, scored, early = self.config, experience.scored, experience.early
         rewards, advantages = self._advantages(experience, kl_coef)
         mask = scored.mask
         if config.mask_truncated:
@@ -105,7 +107,7 @@ class GRPO:
         zeros = torch.zeros_like(scored.logp)  # there is no critic
         episodes = Episodes(
             scored.ids, scored.prompt_lengths, mask, scored.logp, scored.ref_logp, zeros,
-            token_rewards(rewards, scored.mask, None, 0.0), advantages, zeros,
+            token_rewards(rewards, scored.mask, None, 0.0, early), advantages, zeros,
             rollout.importance(self.setup, experience), experience.logp_from_sampler,
         )  # fmt: skip
         return episodes, {}
@@ -124,7 +126,8 @@ class GRPO:
         config, scored, rewards = self.config, experience.scored, experience.rewards
         penalty = kl_coef * kl.estimate(scored.logp, scored.ref_logp, config.kl.estimator, scored.mask)
         in_reward = config.kl.where == "reward" and kl_coef > 0
-        per_token = token_rewards(rewards, scored.mask, penalty if in_reward else None, 1.0)
+        paid = penalty if in_reward else None
+        per_token = token_rewards(rewards, scored.mask, paid, 1.0, experience.early)
         if config.advantage is not None:
             made = estimated(self.setup, config.advantage, per_token, None, scored.mask)
             return rewards, made.advantages
@@ -165,6 +168,7 @@ def _with_groups(experience: Experience, fresh: Experience, groups: Sequence[int
     for position, row in enumerate(rows):
         source[row] = len(experience.completions) + position
     index = torch.tensor(source)
+    prompts = [*experience.prompts, *fresh.prompts]
     completions = [*experience.completions, *fresh.completions]
     by_name = {
         name: [[*values, *fresh.rated.by_name[name]][i] for i in source]
@@ -185,6 +189,7 @@ def _with_groups(experience: Experience, fresh: Experience, groups: Sequence[int
     rated = Rated(sums[0], sums[1], sums[2], by_name, logged)
     return replace(
         experience,
+        prompts=tuple(prompts[i] for i in source),
         completions=tuple(completions[i] for i in source),
         scored=_joined(experience.scored, fresh.scored, index),
         rated=rated,

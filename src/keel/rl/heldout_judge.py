@@ -89,11 +89,19 @@ def scores(
         batch = build_rewards.batch_of([task.prompt for task in tasks], completions, columns, tokenizer)
         return judge.rewards.score(batch).total
     assert judge.gold is not None
-    found = [
-        judge.gold.gold(chat.user_text(task.prompt), text_of(tokenizer, completion), task.columns)["total"]
-        for task, completion in zip(tasks, completions, strict=True)
-    ]
-    return torch.tensor(found)
+    pairs = zip(tasks, completions, strict=True)
+    return torch.tensor([_gold(judge.gold, task, completion, tokenizer) for task, completion in pairs])
+
+
+def _gold(
+    world: worlds.World, task: Asked, completion: Completion, tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """What a world says of a response; of a whole episode, where it knows of tools."""
+    of_turns: Any = getattr(world, "gold_of_turns", None)
+    if completion.dialogue is not None and of_turns is not None:
+        return of_turns(completion.dialogue.turns, task.columns)["total"]
+    text = text_of(tokenizer, completion)
+    return world.gold(chat.user_text(task.prompt), text, task.columns)["total"]
 
 
 def error(judged: Tensor) -> float:

@@ -17,7 +17,7 @@ import torch
 from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
 from keel.algorithms.control import adaptive_kl, kl_adaptive_lr
-from keel.algorithms.masked import count
+from keel.algorithms.masked import count, extent
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
 from keel.distributed import gradients, group
@@ -274,12 +274,12 @@ class Sizes:
     """What decides which rows share a micro-batch."""
 
     prompts: list[tuple[int, ...]]  # of each row
-    tokens: list[int]  # of each row's prompt and counted response
+    tokens: list[int]  # of each row's prompt and its response up to the last that counts
 
     @staticmethod
     def of(episodes: Episodes) -> Sizes:
         rows = zip(episodes.ids.tolist(), episodes.prompt_lengths.tolist(), strict=True)
-        tokens = (episodes.prompt_lengths + episodes.mask.sum(dim=1)).tolist()
+        tokens = (episodes.prompt_lengths + extent(episodes.mask)).tolist()
         return Sizes([tuple(ids[:length]) for ids, length in rows], tokens)
 
 

@@ -49,8 +49,10 @@ def run(config: PPOConfig, stage: StageRun) -> dict[str, Any]:
     """1. prompts and models  2. updates: sample, score, advantages, learn  3. save the policy and what valued
     it."""
     prompts, held_out, setup = open_stage(config, stage, sharing=config.sharing)
-    optimizers = make_optimizers(config, setup.roles, config.value_lr)
-    result = loop.OnPolicyLoop(PPO(setup), prompts, held_out, optimizers).train()
+    # nobody else holds the optimisers: they, and the weights by them, would be kept while models are saved
+    result = loop.OnPolicyLoop(
+        PPO(setup), prompts, held_out, make_optimizers(config, setup.roles, config.value_lr)
+    ).train()
     group.only_first(lambda: _save_values(setup))
     prepare.save_model(
         stage, setup.roles.policy, setup.tokenizer, config, "A policy trained by PPO under a KL constraint"
@@ -76,7 +78,8 @@ class PPO:
         config, scored = self.config, experience.scored
         penalty = kl.estimate(scored.logp, scored.ref_logp, config.kl.estimator)
         in_reward = config.kl.where == "reward"
-        rewards = token_rewards(experience.rewards, scored.mask, penalty if in_reward else None, kl_coef)
+        paid = penalty if in_reward else None
+        rewards = token_rewards(experience.rewards, scored.mask, paid, kl_coef, experience.early)
         made = estimated(self.setup, config.advantage or "gae", rewards, scored.values, scored.mask)
         advantages, returns = made.advantages, made.returns
         if config.whiten_advantages:

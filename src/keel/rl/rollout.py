@@ -28,11 +28,13 @@ from keel.models.head import head_of
 from keel.models.offload import on_device
 from keel.models.roles import Roles
 from keel.models.tokenizer import known_ids
+from keel.rewards.functions import ENVIRONMENTS
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
 from keel.rl import heldout_judge
 from keel.rl.sampled import Dealt, Sampled, deal, together
+from keel.rl.tool_use import ToolUse
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
 from keel.rollout.score_responses import Scored, sampled_logp, score
@@ -49,6 +51,7 @@ class PromptExample:
     prompt: Prompt
     ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
+    environment: Any = None  # of the episode that begins with it, where there are tools
 
 
 C = TypeVar("C", bound=OnPolicy, covariant=True)
@@ -68,6 +71,7 @@ class Setup(Generic[C]):
     run: StageRun
     ptx: tuple[language.LanguageRow, ...]
     judge: heldout_judge.Judge | None = None  # held out: nothing is trained on it
+    tool_use: ToolUse | None = None  # what responses are episodes with
 
     @property
     def pad_id(self) -> int:
@@ -103,11 +107,13 @@ class LoopState:
 class Experience:
     """A batch of responses with what they earned."""
 
+    prompts: tuple[Prompt, ...]  # of each response
     completions: tuple[Completion, ...]
     scored: Scored
     rated: Rated  # what each reward says, and their weighted sum
     rewards: Tensor  # (B,) shaped rewards of whole responses, before any KL
     logp_from_sampler: bool = False  # whether `scored.logp` are the numbers that the tokens were drawn with
+    early: Tensor | None = None  # (B, T) the part of `rewards` that is paid before a response ends
 
     @property
     def kl(self) -> float:
@@ -120,6 +126,18 @@ def seed_of(setup: Setup[OnPolicy], update: int, *more: object) -> int:
     return derive_seed(setup.run.seed, "rollout", update, *more)
 
 
+def begin(
+    setup: Setup[OnPolicy],
+    prompts: Sequence[PromptExample],
+    seed: int,
+    samples: int = 1,
+    rows: Rows | None = None,
+) -> Sequence[PromptExample]:
+    """The prompts as responses to them begin: with tools, each with an environment that was reset. samples:
+    of one prompt, which stand side by side. rows: which of all rows of the seed these are."""
+    return prompts if setup.tool_use is None else setup.tool_use.begin(prompts, seed, samples, rows)
+
+
 def sample(
     setup: Setup[OnPolicy],
     prompts: Sequence[PromptExample],
@@ -127,16 +145,22 @@ def sample(
     count: TokenCount | None = None,
     rows: Rows | None = None,
 ) -> list[Completion]:
-    """One response a prompt, with what `score_tokens` will need of the sampler's own forwards. count: counts
-    its tokens. rows: which of all rows of the seed these are. UsageError where the engine returns something
-    else."""
-    config = setup.config
-    request = GenerationRequest.of(
-        setup.tokenizer, [prompt.ids for prompt in prompts], config.sampling.plain(), seed,
-        keep_head_inputs=config.trusts_sampler, rows=rows,
-    )  # fmt: skip
-    completions = setup.engine.generate(request, count)
-    check_completions(config.engine, request, completions)
+    """One response a prompt, with what `score_tokens` will need of the sampler's own forwards; with tools an
+    episode on each of the prompts of `begin`. count: counts its tokens. rows: which of all rows of the seed
+    these are. UsageError where the engine returns something else."""
+    config, sampling = setup.config, setup.config.sampling.plain()
+    if setup.tool_use is not None:
+        completions = setup.tool_use.play(
+            setup.engine, prompts, sampling, seed, keep_head_inputs=config.trusts_sampler, count=count,
+            rows=rows,
+        )  # fmt: skip
+    else:
+        request = GenerationRequest.of(
+            setup.tokenizer, [prompt.ids for prompt in prompts], sampling, seed,
+            keep_head_inputs=config.trusts_sampler, rows=rows,
+        )  # fmt: skip
+        completions = setup.engine.generate(request, count)
+        check_completions(config.engine, request, completions)
     if config.importance_cap is not None and not all(c.logp for c in completions):
         raise UsageError(
             "`importance_cap` needs the log-probabilities of the sampler,"
@@ -171,6 +195,10 @@ def rate(
 ) -> Rated:
     """What the rewards say of each response. update: the one that they are sampled for; 0: none."""
     columns = [dict(prompt.columns) for prompt in prompts]
+    if any(prompt.environment is not None for prompt in prompts):
+        columns = [
+            {**row, ENVIRONMENTS: prompt.environment} for row, prompt in zip(columns, prompts, strict=True)
+        ]
     batch = build_rewards.batch_of(
         [prompt.prompt for prompt in prompts], completions, columns, setup.tokenizer, as_text=setup.as_text,
         state=_state(setup, update),
@@ -199,8 +227,9 @@ def collect(
     made = together(dealt, own, setup.pad_id)
     done, scored, rated = made.completions, made.scored, made.rated
     reward_scaler = reward_scaler.update(rated.total)
-    rewards = shaped(setup, rated, done, reward_scaler)
-    return Experience(done, scored, rated, rewards, made.from_sampler), reward_scaler
+    rewards, early = shaped(setup, rated, done, reward_scaler), paid_early(setup, done, scored.mask)
+    found = Experience(made.prompts, done, scored, rated, rewards, made.from_sampler, early)
+    return found, reward_scaler
 
 
 def _collected(
@@ -212,6 +241,7 @@ def _collected(
     rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
     count = TokenCount()
     with run.timed("rollout"):
+        repeated = begin(setup, repeated, seed, config.samples_per_prompt, rows)
         completions = sample(setup, repeated, seed, count, rows)
     if count.computed:  # an engine need not count
         run.count("rollout", count.useful, count.computed)
@@ -224,7 +254,8 @@ def _collected(
         rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     run.count("forward", useful_tokens(sizes), read())
-    return Sampled(done, scored, rated, from_sampler)
+    asked = tuple(prompt.prompt for prompt in repeated)
+    return Sampled(asked, done, scored, rated, from_sampler)
 
 
 def shaped(
@@ -244,6 +275,21 @@ def shaped(
         scores, ended, mean=mean, std=std, clip=clip, missing_stop_penalty=shaping.missing_stop_penalty,
         center=shaping.center, group_size=setup.config.samples_per_prompt, unclipped=rest,
     )  # fmt: skip
+
+
+def paid_early(setup: Setup[OnPolicy], completions: Sequence[Completion], mask: Tensor) -> Tensor | None:
+    """(B, T) what the environment's rewards `at: turn` pay for each turn but the last, at its last token;
+    None where there is no such reward."""
+    weight = sum(t.weight for t in setup.config.reward if t.kind == "environment" and t.at == "turn")
+    if not weight:
+        return None
+    early = torch.zeros(mask.shape)
+    for row, completion in enumerate(completions):
+        assert completion.dialogue is not None
+        before = 0.0
+        for end, said in list(zip(completion.dialogue.ends, completion.dialogue.turn_rewards))[:-1]:
+            early[row, end], before = weight * (said - before), said
+    return early
 
 
 def measured(experience: Experience, kl_coef: float) -> dict[str, float]:
@@ -266,6 +312,7 @@ def measured(experience: Experience, kl_coef: float) -> dict[str, float]:
         "rollout/truncated": sum(not c.ended for c in completions) / len(completions),
         **_sampler_mismatch(experience),
         **_shape(experience),
+        **_of_tools(experience),
     } | _by_name(experience.rated)
 
 
@@ -287,7 +334,7 @@ def _shape(experience: Experience) -> dict[str, float]:
     """How much responses repeat themselves, and how far their length tells their reward (0 where either is
     constant)."""
     repeated = []
-    for ids in (c.ids for c in experience.completions):
+    for ids in (c.own_ids for c in experience.completions):
         runs = list(zip(ids, ids[1:], ids[2:], strict=False))
         repeated.append(1 - len(set(runs)) / len(runs) if runs else 0.0)
     both = torch.stack([experience.rated.raw.double(), experience.scored.mask.sum(dim=1).double()])
@@ -295,6 +342,21 @@ def _shape(experience: Experience) -> dict[str, float]:
     return {
         "rollout/repetition": sum(repeated) / len(repeated),
         "rollout/length_correlation": torch.corrcoef(both)[0, 1].item() if varied else 0.0,
+    }
+
+
+def _of_tools(experience: Experience) -> dict[str, float]:
+    """What episodes with tools did; nothing for responses without."""
+    found = [(c, c.dialogue) for c in experience.completions if c.dialogue is not None]
+    if not found:
+        return {}
+    calls = sum(dialogue.calls for _, dialogue in found)
+    return {
+        "tools/call_frequency": calls / len(found),
+        "tools/failure_frequency": sum(dialogue.failures for _, dialogue in found) / max(calls, 1),
+        "rollout/turns": sum(len(dialogue.ends) for _, dialogue in found) / len(found),
+        "rollout/context_length": sum(len(c.ids) - len(c.own_ids) for c, _ in found) / len(found),
+        "rollout/out_of_turns": sum(c.stop_reason == "turns" for c, _ in found) / len(found),
     }
 
 
@@ -331,12 +393,12 @@ def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> 
     return [
         {
             "step": update,
-            "prompt": setup.tokenizer.decode(list(c.prompt_ids), skip_special_tokens=True),
-            "completion": text_of(setup.tokenizer, c),
+            "prompt": experience.prompts[i],
+            "completion": text_of(setup.tokenizer, c) if c.dialogue is None else list(c.dialogue.turns),
             "rewards": {name: values[i] for name, values in experience.rated.by_name.items()},
             **_extra_of(experience, i),
             "kl": kls[i],
-            "length": len(c.ids),
+            "length": len(c.own_ids),
             "stop_reason": c.stop_reason,
         }
         for i, c in enumerate(experience.completions[:SAMPLES_KEPT])
@@ -371,8 +433,10 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
     random draws at every call."""
 
     def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
-        number, part = numbered
-        completions = sample(setup, part, derive_seed(setup.run.seed, "held-out", number))
+        number, some = numbered
+        seed = derive_seed(setup.run.seed, "held-out", number)
+        part = begin(setup, some, seed)
+        completions = sample(setup, part, seed)
         scored = score_tokens(setup, completions)
         completions = [replace(c, hidden=None) for c in completions]
         rated = rate(setup, part, completions)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +18,16 @@ from keel.distributed import group
 from keel.rewards.mixture import Rated
 from keel.rewards.trainer import Logged
 from keel.rollout.score_responses import Scored
-from keel.types import Completion
+from keel.types import Completion, Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """Some responses, scored by every model and rated by every reward."""
 
+    prompts: tuple[Prompt, ...]  # of each response
     completions: tuple[Completion, ...]
     scored: Scored
     rated: Rated
@@ -53,9 +57,9 @@ def together(dealt: Dealt, made: Sampled | None, pad_id: int) -> Sampled:
         return found[0][1]
     parts = [sampled for _, sampled in found]
     order = torch.tensor([row for rows, _ in found for row in rows]).argsort().tolist()
-    completions = [completion for part in parts for completion in part.completions]
     return Sampled(
-        tuple(completions[i] for i in order),
+        tuple(_picked([part.prompts for part in parts], order)),
+        tuple(_picked([part.completions for part in parts], order)),
         _scored([part.scored for part in parts], order, pad_id),
         _rated([part.rated for part in parts], order),
         all(part.from_sampler for part in parts),
@@ -96,6 +100,7 @@ def _rated(parts: Sequence[Rated], order: Sequence[int]) -> Rated:
     return Rated(total, raw, learned, by_name, logged)
 
 
-def _picked(columns: Sequence[list], order: Sequence[int]) -> list:
+def _picked(columns: Sequence[Sequence[T]], order: Sequence[int]) -> list[T]:
+    """The values of all parts, put in order."""
     whole = [value for column in columns for value in column]
     return [whole[i] for i in order]

@@ -24,13 +24,15 @@ from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import open_base
-from keel.rl import heldout_judge
+from keel.rewards import learned
+from keel.rl import heldout_judge, tool_use
 from keel.rl.rollout import PromptExample, Setup
+from keel.rl.tool_use import ToolUse
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, lazy_rows, prepare
 from keel.stages.loop_utils import optimizer_for, put_back, state_of
-from keel.types import PromptRecord, Record, TextRecord
+from keel.types import Prompt, PromptRecord, Record, TextRecord
 
 C = TypeVar("C", bound=OnPolicy)
 
@@ -42,9 +44,10 @@ def read_prompts(
     Sequence[PromptExample],
     tuple[language.LanguageRow, ...],
     PreTrainedTokenizerBase,
+    ToolUse | None,
 ]:
-    """Prompts to learn on, held-out prompts, rows of the pretraining mix, and the tokenizer; no weights are
-    read."""
+    """Prompts to learn on, held-out prompts, rows of the pretraining mix, the tokenizer, and the tools that
+    episodes are played with; no weights are read."""
     dataset = prepare.read(run, config.data, ("prompt",))
     held_out = prepare.read(run, config.eval_data, ("prompt",)) if config.eval_data else None
     mix = prepare.read(run, config.ptx.data, ("text",)) if config.ptx else None
@@ -57,12 +60,16 @@ def read_prompts(
     room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = prepare.TooLong(run, config.too_long, room)
+    tools = tool_use.open_tools(config, run.name, tokenizer)
+    render = tools.render if tools else _as_it_is
+    if tools:
+        tools.room = room
 
     def task(record: PromptRecord, ids: tuple[int, ...]) -> PromptExample:
         return PromptExample(record.prompt, ids, record.columns)
 
-    tasks = lazy_rows.of_prompts(dataset.records, tokenizer, too_long, task)
-    held = lazy_rows.of_prompts(held_out.records, tokenizer, too_long, task) if held_out else ()
+    tasks = lazy_rows.of_prompts(dataset.records, tokenizer, too_long, task, render)
+    held = lazy_rows.of_prompts(held_out.records, tokenizer, too_long, task, render) if held_out else ()
     ptx: list[language.LanguageRow] = []
     if mix:
         text_limit = prepare.TooLong(run, config.too_long, limit)
@@ -79,7 +86,11 @@ def read_prompts(
             too_long.left_out + text_limit.left_out,
         )
     too_long.report()
-    return tasks, held, tuple(ptx), tokenizer
+    return tasks, held, tuple(ptx), tokenizer, tools
+
+
+def _as_it_is(prompt: Prompt) -> Prompt:
+    return prompt
 
 
 def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> ModelSource | None:
@@ -141,7 +152,7 @@ def open_stage(
     """Prompts, held-out prompts, and the models; sharing "none": without a critic. Data and tokens come
     first, so that a bad row is found before any weights are read."""
     source = prepare.source_of(config.model, run)
-    tasks, held, ptx, tokenizer = read_prompts(config, run, source)
+    tasks, held, ptx, tokenizer, tools = read_prompts(config, run, source)
     reference = _reference_of(config, run, source)
     seed = derive_seed(run.seed, "model")
     base = open_base(source, seed, run.device) if config.sharing == "adapters" else None
@@ -152,6 +163,11 @@ def open_stage(
         trust_remote_code=config.model.trust_remote_code,
         base=base,
     )
+    if tools and not all(learned.reads_ids_of(model, tokenizer) for one in opened for model in one.models):
+        raise UsageError(
+            f"{run.name}: a reward model with another tokenizer than the policy's cannot read episodes with "
+            "tools; use one that was trained from the same model"
+        )
     lengths = (lazy_rows.sizes(rows, lambda task: len(task.ids)) for rows in (tasks, held))
     longest = max(itertools.chain.from_iterable(lengths)) + config.sampling.max_new_tokens
     rewards = build_rewards.mixture(
@@ -191,6 +207,7 @@ def open_stage(
             run,
             ptx,
             heldout_judge.open_judge(config, run, tokenizer, longest, base),
+            tools,
         ),
     )
 

@@ -27,11 +27,13 @@ class Asked:
     pad_id: int
     seen: list[Tensor] | None  # where `models.head.capture_head_input` puts what the head is given
     work: TokenCount
+    limits: Tensor  # (N,) the most tokens of each response, on the model's device
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and a response."""
-        return max(map(len, self.prompts), default=0) + self.sampling.max_new_tokens
+        """Tokens of the longest prompt and its response."""
+        whole = (len(p) + n for p, n in zip(self.prompts, self.limits.tolist(), strict=True))
+        return max(whole, default=0)
 
 
 @dataclass
@@ -92,12 +94,19 @@ def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
     return last if source is None else last[source]
 
 
-def completions_of(prompts: Sequence[Sequence[int]], drawn: Drawn) -> list[Completion]:
-    """Each row up to its first stop token."""
+def limits_of(limits: Sequence[int] | None, draws: Tensor) -> Tensor:
+    """(N,) the most tokens of each response, on the device of (N, max_new_tokens) draws."""
+    most = [draws.shape[1]] * len(draws) if limits is None else list(limits)
+    return torch.tensor(most, dtype=torch.long, device=draws.device)
+
+
+def completions_of(prompts: Sequence[Sequence[int]], drawn: Drawn, limits: Tensor) -> list[Completion]:
+    """Each row up to its first stop token, or to its limit: (N,)."""
     tokens, logps, hidden, stops = drawn.tokens, drawn.logps, drawn.hidden, drawn.stop_ids
-    ends = torch.isin(tokens, stops)
+    within = torch.arange(tokens.shape[1], device=tokens.device) < limits[:, None]
+    ends = torch.isin(tokens, stops) & within  # behind its limit a row has zeros, which are no tokens
     ended = ends.any(dim=1).tolist()
-    lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1]).tolist()
+    lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, limits).tolist()
     eos = int(stops[0]) if len(stops) else None
     done = []
     for i, (prompt, ids, logp, length, stopped) in enumerate(

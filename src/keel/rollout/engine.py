@@ -14,12 +14,12 @@ from keel.accel import decode_graphs, decode_static, decode_step, own_cache
 from keel.accel.kv_slots import Slots
 from keel.accel.last_layer import last_layer_at
 from keel.accel.modules import evaluating, logits_of_last, with_cache
-from keel.data.chat import reply_text
+from keel.data.chat import own_text, reply_text
 from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
 from keel.models.precision import autocast_on, computing, keep_bf16_copies
 from keel.rollout import even_rows, reference_engine
-from keel.rollout.drawn import Asked, Drawn, completions_of, last_given
+from keel.rollout.drawn import Asked, Drawn, completions_of, last_given, limits_of
 from keel.rollout.protocol import GenerationRequest, Rows, TokenCount
 from keel.rollout.sampling import check_context, pick, uniform_draws
 from keel.types import Completion, Sampling
@@ -44,7 +44,7 @@ class KeelEngine:
         return generate(
             self.model, request.prompts, request.sampling, stop_ids=request.stop_ids, pad_id=request.pad_id,
             seed=request.seed, stop_texts=request.stop_texts, batch_size=self.batch_size,
-            hidden=request.keep_head_inputs, work=count, rows=request.rows,
+            hidden=request.keep_head_inputs, work=count, rows=request.rows, limits=request.limits,
         )  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def generate(
     hidden: bool = False,
     work: TokenCount | None = None,
     rows: Rows | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once;
     a row that has ended leaves at once, and a waiting prompt takes its slot. A model that keeps something
@@ -70,10 +71,11 @@ def generate(
     response, too. Each row draws its own random numbers, so what else is in the batch does not change what it
     is given. hidden: keep what the head was given for each token, so that nobody has to compute it again (not
     for a model whose head keel does not know). work: counts. rows: which of all rows of the seed the prompts
-    are. UsageError if a prompt and its response cannot
+    are. limits: (N,) the most tokens of each response, where that is less than max_new_tokens. UsageError if
+    a prompt and its response cannot
     fit the context, or the model's forward fails.
     """
-    check_context(model, prompts, sampling)
+    check_context(model, prompts, sampling, limits)
     draws = uniform_draws(len(prompts), sampling, seed, rows)
     device = next(model.parameters()).device
     head = head_of(model) if hidden else None
@@ -87,7 +89,9 @@ def generate(
         decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
     ):
         work = work or TokenCount()
-        asked = Asked(model, prompts, draws.to(device), sampling, stop_ids, stop_texts, pad_id, seen, work)
+        draws = draws.to(device)
+        most = limits_of(limits, draws)
+        asked = Asked(model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, seen, work, most)
         done = _sampled(asked, batch_size, steps)
     work.useful += sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(len(c.ids) - 1 for c in done)
     return done
@@ -95,7 +99,10 @@ def generate(
 
 def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
     """The response as rewards and reports see it: without the token or the string that ended it, with the
-    tags that belong to a reply (`<think>`), special tokens or not."""
+    tags that belong to a reply (`<think>`), special tokens or not. Of an episode with tools: what the model
+    itself said."""
+    if completion.dialogue is not None:
+        return own_text(completion.dialogue.turns)
     ids = completion.ids[:-1] if completion.ended and not completion.stop else completion.ids
     text = reply_text(tokenizer, ids)
     return text[: text.find(completion.stop)] if completion.stop else text
@@ -166,11 +173,11 @@ def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None)
         newest[part] = chosen
         made[part] += 1
         # 4. rows that have ended leave
-        going = (made < sampling.max_new_tokens) & ~drawn.ended(rows, newest, made, part)
+        going = (made < asked.limits[rows]) & ~drawn.ended(rows, newest, made, part)
         if not bool(going.all()):
             order = slots.keep(going)
             rows, newest, made = rows[order], newest[order], made[order]
-    return completions_of(prompts, drawn)
+    return completions_of(prompts, drawn, asked.limits)
 
 
 def _read(

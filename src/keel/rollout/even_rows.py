@@ -25,7 +25,7 @@ def sample(asked: Asked, batch_size: int) -> list[Completion]:
     drawn = Drawn.open(asked.draws, asked.stop_ids, asked.stop_texts)
     for group in groups(asked.prompts, batch_size, asked.sampling.max_new_tokens):
         _sample_group(asked, group, drawn)
-    return completions_of(asked.prompts, drawn)
+    return completions_of(asked.prompts, drawn, asked.limits)
 
 
 def groups(prompts: Sequence[Sequence[int]], batch_size: int, new: int) -> Iterator[list[int]]:
@@ -62,7 +62,7 @@ def _sample_group(asked: Asked, group: list[int], drawn: Drawn) -> None:
         # 2. rows that have ended leave
         count = (read - lengths + 1).clamp(min=0)
         ended = drawn.ended(rows, newest, count, due) & (lengths <= read)
-        going = (~ended & (count < asked.sampling.max_new_tokens)).nonzero().flatten()
+        going = (~ended & (count < asked.limits[rows])).nonzero().flatten()
         if not len(going):
             return
         if len(going) < len(rows):

@@ -36,6 +36,9 @@ class GenerationRequest:
     stop_texts: StopTexts | None = None  # strings that end a response, however a tokenizer cuts them
     keep_head_inputs: bool = False  # keep what the head was given, so that nobody has to compute it again
     rows: Rows | None = None  # None: all rows of the seed
+    # (N,) the most tokens of each response, max_new_tokens or less; None: max_new_tokens for all. An engine
+    # that does not look at it returns what is cut afterwards
+    limits: Sequence[int] | None = None
 
     @classmethod
     def of(
@@ -47,6 +50,7 @@ class GenerationRequest:
         *,
         keep_head_inputs: bool = False,
         rows: Rows | None = None,
+        limits: Sequence[int] | None = None,
     ) -> GenerationRequest:
         """With the stop ids, the stop strings, the pad id and the vocabulary that a tokenizer and
         `sampling.stop` say."""
@@ -59,6 +63,7 @@ class GenerationRequest:
             stop_texts(tokenizer, sampling.stop),
             keep_head_inputs,
             rows,
+            limits,
         )
 
 

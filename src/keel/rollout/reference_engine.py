@@ -16,7 +16,7 @@ from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
 from keel.models.precision import computing, keep_bf16_copies
 from keel.models.row_trial import check_rows
-from keel.rollout.drawn import Asked
+from keel.rollout.drawn import Asked, limits_of
 from keel.rollout.protocol import GenerationRequest, TokenCount
 from keel.rollout.sampling import check_context, pick, uniform_draws
 from keel.types import Completion, Sampling, StopReason
@@ -31,8 +31,9 @@ class ReferenceEngine:
     def generate(self, request: GenerationRequest, count: TokenCount | None = None) -> list[Completion]:
         """One completion a prompt, in order. The tokens are those of `KeelEngine`, up to rounding."""
         model, sampling = self.model, request.sampling
-        check_context(model, request.prompts, sampling)
+        check_context(model, request.prompts, sampling, request.limits)
         draws = uniform_draws(len(request.prompts), sampling, request.seed, request.rows)
+        most = limits_of(request.limits, draws).tolist()
         device = next(model.parameters()).device
         head = head_of(model) if request.keep_head_inputs else None
         looking = nullcontext() if head is None else capture_head_input(head)
@@ -41,8 +42,8 @@ class ReferenceEngine:
             looking as seen,
         ):  # fmt: skip
             completions = [
-                complete(model, prompt, row, sampling, request.stop_ids, seen, request.stop_texts)
-                for prompt, row in zip(request.prompts, draws, strict=True)
+                complete(model, prompt, row[:limit], sampling, request.stop_ids, seen, request.stop_texts)
+                for prompt, row, limit in zip(request.prompts, draws, most, strict=True)
             ]
         if count is not None:
             prompts = {tuple(prompt) for prompt in request.prompts}
@@ -56,8 +57,10 @@ def sample(asked: Asked) -> list[Completion]:
     type, where its forward fails or looks ahead."""
     check_rows(asked.model)
     done = [
-        complete(asked.model, prompt, draws, asked.sampling, asked.stop_ids, asked.seen, asked.stop_texts)
-        for prompt, draws in zip(asked.prompts, asked.draws, strict=True)
+        complete(
+            asked.model, prompt, draws[:limit], asked.sampling, asked.stop_ids, asked.seen, asked.stop_texts
+        )
+        for prompt, draws, limit in zip(asked.prompts, asked.draws, asked.limits.tolist(), strict=True)
     ]
     asked.work.computed += sum(map(tokens_read, done))
     return done

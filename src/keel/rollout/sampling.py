@@ -15,13 +15,19 @@ from keel.rollout.protocol import Rows
 from keel.types import Sampling
 
 
-def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    """UsageError where the longest of (N,) prompts and its response cannot fit the model's context."""
-    limit, longest = context_length(model.config), max(len(prompt) for prompt in prompts)
-    if limit is not None and longest + sampling.max_new_tokens > limit:
+def check_context(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limits: Sequence[int] | None = None,
+) -> None:
+    """UsageError where one of (N,) prompts and its response cannot fit the model's context. limits: (N,) the
+    most tokens of each response; None: max_new_tokens."""
+    context, new = context_length(model.config), limits or [sampling.max_new_tokens] * len(prompts)
+    length, most = max(((len(p), n) for p, n in zip(prompts, new, strict=True)), key=sum)
+    if context is not None and length + most > context:
         raise UsageError(
-            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens}"
-            f" exceed the model's context of {limit}"
+            f"a prompt of {length} tokens and max_new_tokens {most} exceed the model's context of {context}"
         )
 
 

@@ -25,7 +25,8 @@ class Scored:
 
     ids: Tensor  # (B, S) prompt + response, right-padded
     prompt_lengths: Tensor  # (B,)
-    mask: Tensor  # (B, T) True at response tokens, the stop token included
+    # (B, T) True at response tokens, the stop token included; of an episode with tools at the model's own
+    mask: Tensor
     logp: Tensor  # (B, T) log π(a_t | s_t)
     ref_logp: Tensor  # (B, T) log π_ref(a_t | s_t)
     exact_kl: Tensor  # (B, T) KL(π(·|s_t) ‖ π_ref(·|s_t)) over the whole vocabulary, in nats
@@ -58,7 +59,7 @@ def score(
     prompt_lengths = torch.tensor([len(c.prompt_ids) for c in completions])
     lengths = torch.tensor([len(c.ids) for c in completions])
     ends = prompt_lengths + lengths
-    mask = length_mask(lengths, int(lengths.max()))
+    mask = own_mask(completions, length_mask(lengths, int(lengths.max())))
     known = all(c.hidden is not None for c in completions) and head_of(policy) is not None
     order: list[int] = []
     parts: list[tuple[Tensor, ...]] = []
@@ -101,6 +102,15 @@ def compared(
         found.append((*(x.gather(-1, ids[:, None]).squeeze(-1) for x in (y, z)), kl.between(y, z)))
     logp, ref_logp, exact = (torch.cat(column) for column in zip(*found, strict=True))
     return logp, ref_logp, exact
+
+
+def own_mask(completions: Sequence[Completion], mask: Tensor) -> Tensor:
+    """The (B, T) mask of responses without what tools and templates wrote in them."""
+    mask = mask.clone()
+    for row, completion in enumerate(completions):
+        if completion.dialogue is not None:
+            mask[row, : len(completion.ids)] = torch.tensor(completion.dialogue.own)
+    return mask
 
 
 def sampled_logp(completions: Sequence[Completion], mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class ScriptedEngine:
     or unknown where that is None.
 
     responses: token ids, one or more a response. A response is cut after its first stop token and after
-    `max_new_tokens`. `requests`: what was asked so far. ValueError for no responses, or an empty one.
+    its limit. `requests`: what was asked so far. ValueError for no responses, or an empty one.
     """
 
     def __init__(self, responses: Sequence[Sequence[int]], *, logp: float | None = -1.0) -> None:
@@ -29,14 +29,18 @@ class ScriptedEngine:
     def generate(self, request: GenerationRequest, count: TokenCount | None = None) -> list[Completion]:
         """The next of the responses for each prompt, in order."""
         self.requests.append(request)
-        completions = [self._complete(tuple(prompt), request) for prompt in request.prompts]
+        most = request.limits or [request.sampling.max_new_tokens] * len(request.prompts)
+        completions = [
+            self._complete(tuple(prompt), request, limit)
+            for prompt, limit in zip(request.prompts, most, strict=True)
+        ]
         if count is not None:
             tokens = sum(len(c.prompt_ids) + len(c.ids) - 1 for c in completions)
             count.useful, count.computed = count.useful + tokens, count.computed + tokens
         return completions
 
-    def _complete(self, prompt: tuple[int, ...], request: GenerationRequest) -> Completion:
-        ids = next(self._script)[: request.sampling.max_new_tokens]
+    def _complete(self, prompt: tuple[int, ...], request: GenerationRequest, limit: int) -> Completion:
+        ids = next(self._script)[:limit]
         end = next((i for i, token in enumerate(ids) if token in request.stop_ids), None)
         reason: StopReason = "length"
         if end is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import keel
 from keel.rundir.stage_files import read_mark, read_object
+
+_VERSION = re.compile(r"\d+\.\d+")
 
 
 def manifest(run: Path) -> dict[str, dict[str, Any]]:
@@ -14,6 +18,19 @@ def manifest(run: Path) -> dict[str, dict[str, Any]]:
     stages = read_object(run / "manifest.json").get("stages")
     known = stages.items() if isinstance(stages, dict) else ()
     return {name: facts for name, facts in known if isinstance(facts, dict)}
+
+
+def newer_keel(whole: Mapping[str, Any]) -> str | None:
+    """The version of keel in a manifest, where it is newer than this one; None for any other, or none."""
+    versions = whole.get("versions")
+    found = versions.get("keel") if isinstance(versions, Mapping) else None
+    if not isinstance(found, str) or not _VERSION.match(found) or len(found) > 40:
+        return None
+    return found if _order(found) > _order(keel.__version__) else None
+
+
+def _order(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d{1,9}", version)[:3]]
 
 
 def status(run: Path, name: str, facts: Mapping[str, Any]) -> str:

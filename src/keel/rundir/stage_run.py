@@ -88,6 +88,13 @@ class StageRun:
         if rows:
             self._append("events.jsonl", rows)
 
+    def note(self, text: str) -> None:
+        """Say once what a reader of the report must know too: it is kept in the stage's facts."""
+        notes: list[str] = self.facts.setdefault("notes", [])
+        if text not in notes:
+            notes.append(text)
+            self.say(f"{self.name}: {text}")
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Count the seconds of a phase (rollout, score, train …) of the current step."""

@@ -139,7 +139,7 @@ def _chosen(
     record: PromptRecord, completion: Completion, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     return {
-        "prompt": chat.user_text(record.prompt), "completion": text_of(tokenizer, completion),
+        "prompt": record.prompt, "completion": text_of(tokenizer, completion),
         "prompt_ids": completion.prompt_ids, "ids": completion.ids, "length": len(completion.ids),
         "stop_reason": completion.stop_reason,
     }  # fmt: skip

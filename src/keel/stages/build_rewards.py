@@ -27,6 +27,7 @@ from keel.rewards import functions, learned, loading, on_base, rules
 from keel.rewards.classifier import Classifier
 from keel.rewards.isolated import IsolatedFunction
 from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
+from keel.rewards.rules import OWN_LENGTHS
 from keel.rewards.similarity import Similarity
 from keel.rewards.trainer import TrainingState
 from keel.rollout.engine import text_of
@@ -143,6 +144,8 @@ def check(terms: Sequence[RewardTerm], where: str) -> None:
 
 def _rule(term: RewardTerm) -> Callable[..., Any]:
     match term.kind:
+        case "environment":
+            return _of_environment
         case "answer":
             return rules.final_answer(term.column, term.where)
         case "format":
@@ -158,6 +161,13 @@ def _rule(term: RewardTerm) -> Callable[..., Any]:
         case "overlong":
             return rules.overlong(term.max_length, term.buffer)
     raise AssertionError(term.kind)
+
+
+def _of_environment(
+    prompts: Sequence[Any], completions: Sequence[Any], environment_reward: Sequence[float | None], **_: Any
+) -> list[float | None]:
+    """What the environments of episodes said of them."""
+    return list(environment_reward)
 
 
 def mixture(
@@ -244,6 +254,9 @@ def _ensemble(
     reads_ids = [learned.reads_ids_of(model, tokenizer) for model in one.models]
 
     def scores(model: learned.RewardModel, ids: bool, batch: Batch) -> Tensor:
+        for conversational in {not isinstance(prompt, str) for prompt in batch.prompts}:
+            if said := learned.other_form(model, conversational):
+                stage_run.note(f"the reward model {one.term.model} {said}")
         rows, cut = _rows(model, ids, batch)
         if cut and not stage_run.facts.get("responses_cut_for_reward"):
             stage_run.say(
@@ -291,10 +304,12 @@ def batch_of(
     texts = [text_of(tokenizer, c) if as_text else "" for c in completions]
     names = dict.fromkeys(name for row in columns for name in row)
     tags = [prompt_tags(tokenizer, c.prompt_ids) if as_text else "" for c in completions]
-    more = {"prompt_tags": tags} if any(tags) else {}
+    more: dict[str, Sequence[Any]] = {"prompt_tags": tags} if any(tags) else {}
+    if any(c.dialogue is not None for c in completions):
+        more |= _of_episodes(completions)
     return Batch(
         prompts,
-        [_reply(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+        [_reply(*pair) for pair in zip(prompts, texts, completions, strict=True)],
         [c.ids for c in completions],
         [c.stop_reason for c in completions],
         [c.prompt_ids for c in completions],
@@ -303,5 +318,14 @@ def batch_of(
     )
 
 
-def _reply(prompt: Prompt, text: str) -> str | Conversation:
+def _of_episodes(completions: Sequence[Completion]) -> dict[str, Sequence[Any]]:
+    """Columns of episodes with tools: what the environment said, and how many tokens are the model's own."""
+    rewards = [None if c.dialogue is None else c.dialogue.reward for c in completions]
+    asked = {"environment_reward": rewards} if any(reward is not None for reward in rewards) else {}
+    return {OWN_LENGTHS: [len(c.own_ids) for c in completions], **asked}
+
+
+def _reply(prompt: Prompt, text: str, completion: Completion) -> str | Conversation:
+    if completion.dialogue is not None:
+        return completion.dialogue.turns
     return text if isinstance(prompt, str) else ({"role": "assistant", "content": text.strip()},)

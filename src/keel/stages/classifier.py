@@ -8,15 +8,14 @@ encodes it by itself, special tokens included.
 from __future__ import annotations
 
 import math
-from array import array
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -26,7 +25,12 @@ from keel.config import ClassifierConfig, DataConfig
 from keel.data import chat, files
 from keel.data.batches import derive_seed
 from keel.data.holdout import hold_out
-from keel.data.identity import RowKeys, as_keys, shared
+from keel.data.identity import RowKeys, as_keys
+from keel.data.stored.cache import name_of
+from keel.data.stored.inputs import Inputs, InputSink, StoredInputs
+from keel.data.stored.plain import plain_texts
+from keel.data.stored.records import Rows, joined, keys_of_rows, picked, release
+from keel.data.stored.tokens import BATCH, folders_of, rows_print, tokenizer_print
 from keel.distributed import group
 from keel.errors import DataError, UsageError
 from keel.evaluation.measures import wilson
@@ -34,15 +38,16 @@ from keel.models.load import ModelSource, model_config, score_head, scorer
 from keel.models.tokenizer import EOS, train_tokenizer, with_own_pad
 from keel.rewards.classifier import encoded, forward, longest_input
 from keel.rundir.stage_run import StageRun
-from keel.stages import prepare, supervised_loop
+from keel.stages import lazy_rows, prepare, supervised_loop
 from keel.stages.loop_utils import add_metrics, forward_parts
 from keel.stages.pretrain import DEFAULT_VOCABULARY
-from keel.types import TextRecord
+from keel.types import Record, TextRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CLS = "<|cls|>"
+Keys = NDArray[np.uint64]  # of texts, as in `data.identity`
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +69,7 @@ def run(config: ClassifierConfig, stage_run: StageRun) -> dict[str, Any]:
     """
     texts, held_out = _texts(config, stage_run)
     source = prepare.source_of(config.model, stage_run)
-    tokenizer, limit = _tokenizer(
-        config, stage_run, source, [text for texts_of_label in texts.values() for text in texts_of_label]
-    )
+    tokenizer, limit = _tokenizer(config, stage_run, source, joined([*texts.values()]))
     source, tokenizer = with_own_pad(source, tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     rows, held_out_rows = (_rows(config, stage_run, tokenizer, part, too_long) for part in (texts, held_out))
@@ -88,73 +91,69 @@ def run(config: ClassifierConfig, stage_run: StageRun) -> dict[str, Any]:
 
 def _texts(
     config: ClassifierConfig, stage_run: StageRun
-) -> tuple[dict[str, list[TextRecord]], dict[str, list[TextRecord]]]:
+) -> tuple[dict[str, Sequence[Record]], dict[str, Sequence[Record]]]:
     """label → texts to train on, and to evaluate on. UsageError if a label has too few to hold one out.
 
     A text that stands under two labels is on one side under both, and is held out only where a label has no
     other texts: nobody knows which label is right.
     """
     texts = {label: _read(config, stage_run, config.data[label]) for label in config.labels}
-    keys = {label: RowKeys.of(texts_of_label) for label, texts_of_label in texts.items()}
-    contradicting = _contradicting(stage_run, keys)
+    row_keys = {label: keys_of_rows(of_label) for label, of_label in texts.items()}
+    keys = {label: as_keys(of_label.prompts) for label, of_label in row_keys.items()}
+    contradicting = _contradicting(stage_run, keys, row_keys)
     if config.eval_data is not None:
         evaluated = {label: _read(config, stage_run, config.eval_data[label]) for label in config.labels}
-        every = array("Q", [key for of_label in keys.values() for key in of_label.prompts])
-        seen = sum(shared(RowKeys.of(of_label).prompts, every) for of_label in evaluated.values())
+        every = np.concatenate([*keys.values()])
+        asked = (as_keys(keys_of_rows(of_label).prompts) for of_label in evaluated.values())
+        seen = sum(int(np.isin(of_label, every).sum()) for of_label in asked)
         stage_run.facts["held_out_seen"] = seen
         if seen:
             stage_run.say(f"{stage_run.name}: {seen:,} texts of eval_data are trained on")
         return texts, evaluated
     stage_run.facts["held_out_seen"] = 0  # by the way they are chosen
-    apart: set[int] = set()  # the keys of what is held out
-    for label, texts_of_label in texts.items():
-        if len(texts_of_label) < 2 and config.holdout > 0:
-            joined = " (the paragraphs of a .txt file are one text)" if config.passages else ""
+    apart = np.zeros(0, dtype=np.uint64)  # the keys of what is held out
+    for label, of_label in texts.items():
+        if len(of_label) < 2 and config.holdout > 0:
+            whole = " (the paragraphs of a .txt file are one text)" if config.passages else ""
             raise UsageError(
-                f"{stage_run.name}: label {label!r} has one text{joined}, of which none can be held "
+                f"{stage_run.name}: label {label!r} has one text{whole}, of which none can be held "
                 "out; give more, `eval_data`, or `holdout: 0`"
             )
-        of_label = keys[label].prompts
-        clear = [text for text, key in zip(texts_of_label, of_label, strict=True) if key not in contradicting]
-        if len(clear) > 1 or not apart & {*of_label}:
-            chosen = clear if len(clear) > 1 else texts_of_label
-            apart |= {*RowKeys.of(_held_out(config, stage_run, label, chosen)).prompts}
+        clear = np.flatnonzero(~np.isin(keys[label], contradicting))
+        if len(clear) > 1 or not np.isin(keys[label], apart).any():
+            among = clear if len(clear) > 1 else np.arange(len(of_label))
+            held = among[_held_out(config, stage_run, label, picked(of_label, among))]
+            apart = np.union1d(apart, keys[label][held])
+    sides = {label: np.isin(keys[label], apart) for label in texts}
     trained, held_out = (
-        {
-            label: [
-                text
-                for text, key in zip(texts_of_label, keys[label].prompts, strict=True)
-                if (key in apart) is wanted
-            ]
-            for label, texts_of_label in texts.items()
-        }
+        {label: picked(texts[label], np.flatnonzero(side == wanted)) for label, side in sides.items()}
         for wanted in (False, True)
     )
     return trained, held_out
 
 
 def _held_out(
-    config: ClassifierConfig, stage_run: StageRun, label: str, texts: Sequence[TextRecord]
-) -> list[TextRecord]:
-    """The texts of one label to evaluate on: equal ones, and those of one `group`, stay together."""
+    config: ClassifierConfig, stage_run: StageRun, label: str, texts: Sequence[Record]
+) -> list[int]:
+    """The numbers of one label's texts to evaluate on: equal ones, and those of one `group`, stay
+    together."""
     where = f"{stage_run.name}: label {label!r}: "
     seed = derive_seed(stage_run.seed, label)
-    split = hold_out(texts, RowKeys.of(texts), config.holdout, seed, config.group, where)
-    return [texts[i] for i in split.held_out]
+    return hold_out(texts, keys_of_rows(texts), config.holdout, seed, config.group, where).held_out
 
 
-def _contradicting(stage_run: StageRun, keys: Mapping[str, RowKeys]) -> set[int]:
+def _contradicting(stage_run: StageRun, keys: Mapping[str, Keys], row_keys: Mapping[str, RowKeys]) -> Keys:
     """The keys of texts under two labels or more; counted, with the repeated ones, and said."""
-    each = [np.unique(as_keys(of_label.prompts)) for of_label in keys.values()]
+    each = [np.unique(of_label) for of_label in keys.values()]
     texts, labels = np.unique(np.concatenate(each), return_counts=True)
-    twice = {int(key) for key in texts[labels > 1]}
-    duplicates = sum(of_label.repeats().duplicates for of_label in keys.values())
+    twice = texts[labels > 1]
+    duplicates = sum(of_label.repeats().duplicates for of_label in row_keys.values())
     stage_run.facts |= {
         "distinct_prompts": len(texts),
         "duplicate_rows": duplicates,
         "contradictions": len(twice),
     }
-    if twice or duplicates:
+    if len(twice) or duplicates:
         stage_run.say(
             f"{stage_run.name}: {duplicates:,} texts repeat earlier ones of their label, {len(twice):,} "
             "stand under two labels"
@@ -162,24 +161,25 @@ def _contradicting(stage_run: StageRun, keys: Mapping[str, RowKeys]) -> set[int]
     return twice
 
 
-def _read(config: ClassifierConfig, stage_run: StageRun, sources: Sequence[DataConfig]) -> list[TextRecord]:
+def _read(config: ClassifierConfig, stage_run: StageRun, sources: Sequence[DataConfig]) -> Sequence[Record]:
     """The texts of one label. With `passages` the paragraphs of a .txt file are one text, which they are in a
     book."""
-    texts: list[TextRecord] = []
+    parts: list[Sequence[Record]] = []
     for source in sources:
-        records = [
-            replace(record, text=chat.prompt_text(None, record.text))
-            for record in prepare.read(stage_run, [source], ("text",)).records
-            if isinstance(record, TextRecord)
-        ]
+        records = plain_texts(prepare.read(stage_run, [source], ("text",)).records)
         if config.passages and files.suffix_of(Path(source.source)) == ".txt":
-            records = [TextRecord("\n\n".join(str(record.text) for record in records), origin=source.source)]
-        texts += records
-    return texts
+            records = [TextRecord("\n\n".join(map(_text, records)), origin=source.source)]
+        parts.append(records)
+    return joined(parts)
+
+
+def _text(record: Record) -> str:
+    assert isinstance(record, TextRecord)
+    return str(record.text)
 
 
 def _tokenizer(
-    config: ClassifierConfig, stage_run: StageRun, source: ModelSource, texts: Sequence[TextRecord]
+    config: ClassifierConfig, stage_run: StageRun, source: ModelSource, texts: Sequence[Record]
 ) -> tuple[Any, int | None]:
     """The tokenizer, and the longest row in tokens. A new one is trained on the texts trained on, never on
     those held out.
@@ -195,7 +195,7 @@ def _tokenizer(
             shape = AutoModelForSequenceClassification.from_config(model_config(source))
         encoder = score_head(shape) is None
         size = (config.model.vocab_size or DEFAULT_VOCABULARY) - encoder  # CLS takes one
-        tokenizer = train_tokenizer((str(text.text) for text in texts), size, limit or 512)
+        tokenizer = train_tokenizer(map(_text, texts), size, limit or 512)
         if encoder:
             tokenizer.add_special_tokens({"cls_token": CLS, "sep_token": EOS})
             ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (CLS, EOS)]
@@ -211,47 +211,95 @@ def _rows(
     config: ClassifierConfig,
     stage_run: StageRun,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, Sequence[TextRecord]],
+    texts: Mapping[str, Sequence[Record]],
     too_long: prepare.TooLong,
-) -> list[ClassifierRow]:
+) -> Sequence[ClassifierRow]:
     """All labels' rows, weighted so that every label counts the same; DataError for a label without any.
 
     Texts of one label stand together: the loop draws them in an order of its own.
     """
-    if not any(texts.values()):
+    if not any(map(len, texts.values())):
         return []
-    rows: list[ClassifierRow] = []
-    for index, label in enumerate(config.labels):
-        rows_of_label = [
-            ClassifierRow(row, index)
-            for text in texts[label]
-            for row in (
-                _passages(tokenizer, text, too_long.limit, stage_run)
-                if config.passages
-                else _whole(tokenizer, text, too_long)
-            )
-        ]
-        if not rows_of_label:
-            raise DataError(
-                f"{stage_run.name}: label {label!r} has no usable text left of {len(texts[label])}"
-            )
-        rows += rows_of_label
-    counts = Counter(row.label for row in rows)
-    return [replace(row, weight=len(rows) / (len(counts) * counts[row.label])) for row in rows]
+    inputs, counts = group.first_then_all(lambda: _inputs(config, stage_run, tokenizer, texts, too_long))
+    weights = [len(inputs) / (len(counts) * count) for count in counts]
+    ends = np.cumsum(counts)
+
+    def row(number: int) -> ClassifierRow:
+        label = int(np.searchsorted(ends, number, side="right"))
+        return ClassifierRow(inputs[number], label, weights[label])
+
+    if isinstance(inputs, StoredInputs):
+        return lazy_rows.LazyRows(len(inputs), row, inputs.sizes())
+    return [row(number) for number in range(len(inputs))]
 
 
-def _whole(
-    tokenizer: PreTrainedTokenizerBase, text: TextRecord, too_long: prepare.TooLong
-) -> list[dict[str, list[int]]]:
-    """A text as one row; what is too long is an error, left out, or keeps its start (`too_long`)."""
-    (row,) = encoded(tokenizer, [str(text.text)], None)
-    if not too_long.fits(text, len(row["input_ids"])):
-        return []
-    return encoded(tokenizer, [str(text.text)], too_long.limit)
+def _inputs(
+    config: ClassifierConfig,
+    stage_run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[Record]],
+    too_long: prepare.TooLong,
+) -> tuple[Sequence[Inputs], list[int]]:
+    """What the model reads, label by label, and how many rows each label has. Many are made once, and found
+    again by the next start."""
+    cache = stage_run.preparation.cache
+
+    def name() -> str:
+        every = [(label, rows_print(texts[label])) for label in config.labels]
+        settings = (too_long.limit, too_long.policy, config.passages)
+        return name_of("inputs", *every, tokenizer_print(tokenizer), *settings)
+
+    of_files = any(isinstance(of_label, Rows) for of_label in texts.values())
+    if of_files and (folder := cache.find(name())) is not None:
+        known = StoredInputs(folder, cache)
+        too_long.cut += known.facts["cut"]
+        too_long.left_out += known.facts["left_out"]
+        return known, known.facts["counts"]
+    counts: list[int] = []
+    before = too_long.cut, too_long.left_out
+    with InputSink(cache, name) as sink:
+        for label in config.labels:
+            first = sink.count
+            for inputs in _of_label(config, stage_run, tokenizer, texts[label], too_long):
+                sink.add(inputs)
+            counts.append(sink.count - first)
+            if not counts[-1]:
+                raise DataError(
+                    f"{stage_run.name}: label {label!r} has no usable text left of {len(texts[label])}"
+                )
+            release(texts[label])
+        cut, left_out = too_long.cut - before[0], too_long.left_out - before[1]
+        made_from = sorted({folder for of_label in texts.values() for folder in folders_of(of_label)})
+        known = {"counts": counts, "cut": cut, "left_out": left_out, "made_from": made_from}
+        return sink.done(known), counts
+
+
+def _of_label(
+    config: ClassifierConfig,
+    stage_run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Record],
+    too_long: prepare.TooLong,
+) -> Iterator[Inputs]:
+    """The rows of one label's texts. A text that is too long as a whole is an error, left out, or keeps its
+    start (`too_long`)."""
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        stage_run.preparation.progress(f"{stage_run.name}: tokenising", start + len(batch), len(texts))
+        if config.passages:
+            for text in batch:
+                yield from _passages(tokenizer, text, too_long.limit, stage_run)
+            continue
+        for text, row in zip(batch, encoded(tokenizer, [*map(_text, batch)], None), strict=True):
+            length = len(row["input_ids"])
+            if not too_long.fits(text, length):
+                continue
+            longer = too_long.limit is not None and length > too_long.limit
+            yield encoded(tokenizer, [_text(text)], too_long.limit)[0] if longer else row
 
 
 def _passages(
-    tokenizer: PreTrainedTokenizerBase, text: TextRecord, limit: int | None, stage_run: StageRun
+    tokenizer: PreTrainedTokenizerBase, text: Record, limit: int | None, stage_run: StageRun
 ) -> list[dict[str, list[int]]]:
     """The text cut into the fewest passages of at most `limit` tokens, as equal as can be: no scrap is left
     at its end."""
@@ -268,11 +316,11 @@ def _passages(
             else f"max_length {limit} leaves no room for text"
         )
         raise UsageError(f"{stage_run.name}: `passages` cannot be cut: {why}")
-    whole = tokenizer(str(text.text), add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer(_text(text), add_special_tokens=False, verbose=False)["input_ids"]
     count = max(1, math.ceil(len(whole) / (limit - special)))
     size = math.ceil(len(whole) / count) + special
     columns = tokenizer(
-        str(text.text), truncation=True, max_length=size, return_overflowing_tokens=True, verbose=False
+        _text(text), truncation=True, max_length=size, return_overflowing_tokens=True, verbose=False
     )
     keys = [key for key in ("input_ids", "token_type_ids") if key in columns]
     return [{key: list(columns[key][i]) for key in keys} for i in range(len(columns["input_ids"]))]
@@ -339,7 +387,7 @@ def evaluate(
         value, measured = loss(model, [rows[i] for i in indices], pad_id, len(rows))
         return float(value), measured["labels"].tolist()
 
-    parts = forward_parts(config, [_size(row) for row in rows])
+    parts = forward_parts(config, lazy_rows.sizes(rows, _size))
     with torch.no_grad():
         for indices, (value, labels) in zip(parts, group.mapped(parts, measures), strict=True):
             add_metrics(totals, {"loss": value})

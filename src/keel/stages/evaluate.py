@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from keel import worlds
@@ -16,32 +14,33 @@ from keel.config import EvaluateConfig, ModelConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.load import Dataset
+from keel.data.stored.records import picked, release
+from keel.data.stored.tokens import each
 from keel.errors import DataError, UsageError
 from keel.evaluation import reward_models
 from keel.evaluation.policies import JudgedCompletion, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.models.tokenizer import known_ids
-from keel.rewards import learned
 from keel.rewards.mixture import Mixture, Rated
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rollout.score_responses import score
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, prepare
+from keel.stages import build_rewards, prepare, scored_pairs
 from keel.stages.loop_utils import micro_batches
-from keel.types import Completion, PreferenceRecord, PromptRecord, Record
+from keel.types import Completion, PromptRecord, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MOST_SUBSETS = 50  # more kinds than this are not kinds: every row has its own
+AT_ONCE = 8_192  # prompts that are answered and scored together
 
 
 def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. prompts  2. the reference's completions  3. each other model's, on the same random draws  4.
     measures."""
     dataset = prepare.read(stage_run, config.data, ("prompt",))
-    records, room = _that_fit(stage_run, config, dataset)
+    records, room, longest = _that_fit(stage_run, config, dataset)
     comparisons = (
         prepare.read(stage_run, config.comparisons, ("preference",)).records if config.comparisons else ()
     )
@@ -50,7 +49,7 @@ def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
     loaded = build_rewards.load_rewards(
         config.reward or [], stage_run, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
-    bench = Bench(config, stage_run, records, room, reference, loaded, dataset.conversational)
+    bench = Bench(config, stage_run, records, room, longest, reference, loaded, dataset.conversational)
     judged: dict[str, list[JudgedCompletion]] = {}
     stage_run.restore()
     for name in [reference_name, *(m for m in config.models if m != reference_name)]:
@@ -64,14 +63,15 @@ def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
         judged |= {f"{reference_name} best of {n}": best[n] for n in config.best_of}
     names = [*config.models, *(name for name in judged if name not in config.models)]
     for name in names:
-        stage_run.samples([sample_row(name, index, row) for index, row in enumerate(judged[name])])
+        _write_samples(bench, name, judged[name])
     result: dict[str, Any] = {"reference": reference_name, "models": {}}
     for name in names:
         against = None if name == reference_name else judged[reference_name]
         result["models"][name] = measures(judged[name], against)
     models = [one.models for one in loaded if one.models]
-    if models and comparisons:
-        result["reward_model"] = reward_models.judge(_compared(stage_run, config, models[0], comparisons))
+    if models and len(comparisons):
+        compared = scored_pairs.compared(stage_run, config, models[0], comparisons)
+        result["reward_model"] = reward_models.judge(compared)
     stage_run.facts |= {"rows": len(records)}
     return result
 
@@ -82,8 +82,9 @@ class Bench:
 
     config: EvaluateConfig
     stage_run: StageRun
-    records: Sequence[PromptRecord]
+    records: Sequence[Record]  # prompts
     room: int | None  # tokens of the longest prompt that every model has room for
+    longest: Mapping[str, int]  # model → tokens of its longest prompt
     reference: PreTrainedModel
     loaded: Sequence[build_rewards.LoadedReward]
     conversational: bool
@@ -91,24 +92,32 @@ class Bench:
 
 def _that_fit(
     stage_run: StageRun, config: EvaluateConfig, dataset: Dataset
-) -> tuple[list[PromptRecord], int | None]:
-    """The prompts that every model has room for, and that room in tokens: all models answer the same ones."""
+) -> tuple[Sequence[Record], int | None, dict[str, int]]:
+    """The prompts that every model has room for, that room in tokens, and the longest of them as each model
+    reads it: all models answer the same ones."""
     contexts = [context_length(model_config(_source(stage_run, config, name))) for name in config.models]
     context = min((c for c in contexts if c is not None), default=None)
     room = prepare.room_of(stage_run, context, config.sampling.max_new_tokens)
-    tokenizers = [
-        _tokenizer(stage_run, config, name, dataset.conversational, dataset.records) for name in config.models
-    ]
+    tokenizers = {
+        name: _tokenizer(stage_run, config, name, dataset.conversational, dataset.records)
+        for name in config.models
+    }
     too_long = prepare.TooLong(stage_run, config.too_long, room)
-
-    def fitting(record: Record) -> PromptRecord | None:
-        assert isinstance(record, PromptRecord)
-        length = max(len(chat.prompt_ids(tokenizer, record.prompt)) for tokenizer in tokenizers)
-        return record if too_long.fits(record, length) else None
-
-    records = prepare.encode_all(stage_run, dataset.records, fitting)
+    longest = dict.fromkeys(tokenizers, 0)
+    kept: list[int] = []
+    for rows in zip(*(each(tokenizer, dataset.records) for tokenizer in tokenizers.values()), strict=True):
+        lengths = [len(tokens[0]) for _, _, tokens in rows]
+        number, record, _ = rows[0]
+        if too_long.fits(record, max(lengths)):
+            kept.append(number)
+            for name, length in zip(tokenizers, lengths, strict=True):
+                longest[name] = max(longest[name], length if room is None else min(length, room))
     too_long.report()
-    return records, room
+    if not kept:
+        raise DataError(f"stage {stage_run.name!r}: no usable row is left of {len(dataset.records)}")
+    release(dataset.records)
+    records = dataset.records if len(kept) == len(dataset.records) else picked(dataset.records, kept)
+    return records, room, longest
 
 
 def _source(stage_run: StageRun, config: EvaluateConfig, name: str) -> ModelSource:
@@ -138,30 +147,50 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     """n → one model's completions of all prompts, in order: for each prompt the best of its first n samples
     by the rewards. The samples are shared: the best of 4 is chosen among those that the best of 2 had, and 2
     more."""
-    config, stage_run, records = bench.config, bench.stage_run, bench.records
+    config, stage_run = bench.config, bench.stage_run
     tokenizer = _tokenizer(stage_run, config, name, bench.conversational)
     model = _open(stage_run, config, name)
-    sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
     vocabularies = [one.config.get_text_config().vocab_size for one in (model, bench.reference)]
     if vocabularies[0] != vocabularies[1]:
         raise UsageError(
             f"{stage_run.name}: {name!r} has a vocabulary of {vocabularies[0]}, the reference "
             f"{vocabularies[1]}; their KL is not defined"
         )
-    prompts = [chat.prompt_ids(tokenizer, record.prompt)[-(bench.room or 0) :] for record in records]
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
     rewards = None
     if bench.loaded:
-        several = len(bench.loaded) > 1
+        several, longest = len(bench.loaded) > 1, bench.longest[name] + config.sampling.max_new_tokens
         rewards = build_rewards.mixture(
             bench.loaded, stage_run, tokenizer, longest, normalize=several, batch_size=config.batch_size
         )
+    judged: dict[int, list[JudgedCompletion]] = {n: [] for n in sorted(best_of)}
+    for start in range(0, len(bench.records), AT_ONCE):
+        part = _judge_part(bench, model, tokenizer, rewards, best_of, start)
+        for n, completions in part.items():
+            judged[n] += completions
+        release(bench.records)
+    return judged
+
+
+def _judge_part(
+    bench: Bench,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: Mixture | None,
+    best_of: Sequence[int],
+    start: int,
+) -> dict[int, list[JudgedCompletion]]:
+    """As `_judge`, of the prompts from number `start` on, as many as are answered at once."""
+    config, stage_run = bench.config, bench.stage_run
+    records = bench.records[start : start + AT_ONCE]
+    sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
+    prompts = [tokens[0][-(bench.room or 0) :] for _, _, tokens in each(tokenizer, records)]
     engine = KeelEngine(model, config.batch_size)
     best: list[Completion] = []
     rated: Rated | None = None
     judged: dict[int, list[JudgedCompletion]] = {}
     for round_ in range(max(best_of)):
-        seed = derive_seed(stage_run.seed, "evaluate", *([round_] if round_ else []))
+        draw = [*([round_] if round_ else []), *(["from", start] if start else [])]
+        seed = derive_seed(stage_run.seed, "evaluate", *draw)
         done = engine.generate(GenerationRequest.of(tokenizer, prompts, sampling, seed))
         new = _rated(rewards, records, done, tokenizer)
         if rated is None or new is None:
@@ -176,29 +205,30 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
                 if n == 1
                 else [best_of_n_kl(n)] * len(best)
             )
-            judged[n] = _all_judged(bench, tokenizer, best, rated, kls)
+            judged[n] = _all_judged(bench, tokenizer, records, best, rated, kls)
     return judged
 
 
 def _all_judged(
     bench: Bench,
     tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
     kept: Sequence[Completion],
     rated: Rated | None,
     kls: Sequence[float],
 ) -> list[JudgedCompletion]:
     """All measures of one completion of each prompt, the gold reward included."""
-    config, records = bench.config, bench.records
+    config = bench.config
     gold = worlds.load(config.gold.removeprefix("world:").partition("/")[0]) if config.gold else None
     judged: list[JudgedCompletion] = []
     for index, (record, completion) in enumerate(zip(records, kept, strict=True)):
-        prompt, text = chat.user_text(record.prompt), text_of(tokenizer, completion)
-        parts = gold.gold(prompt, text, record.columns) if gold else None
+        assert isinstance(record, PromptRecord)
+        text = text_of(tokenizer, completion)
+        parts = gold.gold(chat.user_text(record.prompt), text, record.columns) if gold else None
         proxy = None if rated is None else float(rated.total[index])
         terms = {} if rated is None else {term: values[index] for term, values in rated.by_name.items()}
         judged.append(
             JudgedCompletion(
-                prompt,
                 text,
                 kls[index],
                 len(completion.ids),
@@ -213,14 +243,15 @@ def _all_judged(
 
 def _rated(
     rewards: Mixture | None,
-    records: Sequence[PromptRecord],
+    records: Sequence[Record],
     done: Sequence[Completion],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rated | None:
     if rewards is None:
         return None
+    prompts = [record.prompt for record in records if isinstance(record, PromptRecord)]
     columns = [dict(record.columns) for record in records]
-    return rewards.score(build_rewards.batch_of([r.prompt for r in records], done, columns, tokenizer))
+    return rewards.score(build_rewards.batch_of(prompts, done, columns, tokenizer))
 
 
 def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
@@ -249,84 +280,11 @@ def _kls(
     return kls
 
 
-def _compared(
-    stage_run: StageRun,
-    config: EvaluateConfig,
-    members: Sequence[learned.RewardModel],
-    records: Sequence[Any],
-) -> reward_models.Compared:
-    """The comparisons with the scores of the reward model, or of all members of an ensemble. All pairs that
-    the reward model can read; others are an error, or left out and counted (`too_long`)."""
-    pairs, sides, left_out = [], [], 0
-    for pair in (record for record in records if isinstance(record, PreferenceRecord)):
-        try:
-            encoded = [learned.encode(members[0], pair.prompt, side) for side in (pair.chosen, pair.rejected)]
-        except UsageError as error:
-            if config.too_long == "error":
-                raise UsageError(f"{pair.origin}: {error}; set too_long: skip") from None
-            left_out += 1
-            continue
-        pairs.append(pair)
-        sides += encoded
-    if left_out:
-        stage_run.say(
-            f"{stage_run.name}: {left_out} comparisons left out, longer than the reward model reads"
+def _write_samples(bench: Bench, name: str, judged: Sequence[JudgedCompletion]) -> None:
+    """One model's completions, with what was said of them, to samples.jsonl."""
+    for start in range(0, len(judged), AT_ONCE):
+        records = bench.records[start : start + AT_ONCE]
+        prompts = [record.prompt for record in records if isinstance(record, PromptRecord)]
+        bench.stage_run.samples(
+            [sample_row(name, number, prompt, judged[number]) for number, prompt in enumerate(prompts, start)]
         )
-    if not pairs:
-        raise UsageError(f"{stage_run.name}: the reward model can read none of {len(records)} comparisons")
-    pair_of_side = [i // 2 for i in range(len(sides))]
-    scores = torch.stack(
-        [
-            learned.score(m, sides, batch_size=config.batch_size, together=pair_of_side).double()
-            for m in members
-        ]
-    )
-    lengths = [[len(chat.completion_text(side)) for side in (p.chosen, p.rejected)] for p in pairs]
-    return reward_models.Compared(
-        chosen=scores[:, 0::2].numpy(),
-        rejected=scores[:, 1::2].numpy(),
-        means=np.array([member.mean for member in members]),
-        stds=np.array([member.std for member in members]),
-        p_chosen=[pair.p_chosen for pair in pairs],
-        votes=[len(pair.votes) for pair in pairs],
-        prompts=[json.dumps(pair.prompt) for pair in pairs],
-        lengths=np.array(lengths, dtype=np.float64).T,
-        subsets=_column(stage_run, "subset", config.subset, pairs),
-        chosen_first=[
-            _is_first(stage_run, config, pair, value)
-            for pair, value in zip(pairs, _column(stage_run, "position", config.position, pairs))
-        ],
-    )
-
-
-def _column(
-    stage_run: StageRun, setting: str, name: str | None, pairs: Sequence[PreferenceRecord]
-) -> list[str | None]:
-    """A column of the pairs as text, None where a pair lacks it; empty without a `name`. UsageError if all
-    lack it."""
-    if name is None:
-        return []
-    values = [None if (value := pair.columns.get(name)) is None else str(value) for pair in pairs]
-    if not any(value is not None for value in values):
-        known = sorted({column for pair in pairs for column in pair.columns})
-        raise UsageError(
-            f"{stage_run.name}: {setting}: no comparison has a column {name!r}; they have "
-            f"{', '.join(known) or 'none besides the pair'}"
-        )
-    if setting == "subset" and len(set(values)) > MOST_SUBSETS:
-        raise UsageError(
-            f"{stage_run.name}: subset: {name!r} has {len(set(values))} values in {len(pairs)} comparisons; "
-            f"name a column of at most {MOST_SUBSETS} kinds"
-        )
-    return values
-
-
-def _is_first(
-    stage_run: StageRun, config: EvaluateConfig, pair: PreferenceRecord, value: str | None
-) -> bool | None:
-    if value not in (None, "chosen", "rejected"):
-        raise DataError(
-            f"{pair.origin}: {config.position!r} is {value!r}; stage {stage_run.name!r} takes it for "
-            "`position`, chosen or rejected"
-        )
-    return None if value is None else value == "chosen"

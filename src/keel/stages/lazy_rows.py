@@ -17,7 +17,7 @@ from keel.data.stored.tokens import TokenRows, Tokens, each, tokenised
 from keel.distributed import group
 from keel.errors import DataError
 from keel.stages.prepare import TooLong
-from keel.types import PromptRecord, Record, TextRecord
+from keel.types import Prompt, PromptRecord, Record, TextRecord
 
 RowT = TypeVar("RowT")
 Build = Callable[[int, Tokens], RowT]  # the number of a record among those given, and its tokens → a row
@@ -111,13 +111,15 @@ def of_prompts(
     tokenizer: PreTrainedTokenizerBase,
     too_long: TooLong,
     build: Callable[[PromptRecord, tuple[int, ...]], RowT],
+    render: Callable[[Prompt], Prompt] = lambda prompt: prompt,
 ) -> Sequence[RowT]:
     """A row for each prompt that fits, made of the record and its ids, cut from their start; of records in a
-    file when it is asked for. DataError when nothing is left."""
+    file when it is asked for. render: what of a prompt is shown to the template. DataError when nothing is
+    left."""
     stored, limit = isinstance(records, Rows), too_long.limit
 
     def ids_of(record: PromptRecord) -> tuple[int, ...]:
-        return tuple(chat.prompt_ids(tokenizer, record.prompt))
+        return tuple(chat.prompt_ids(tokenizer, render(record.prompt)))
 
     def cut(ids: tuple[int, ...]) -> tuple[int, ...]:
         return ids if limit is None else ids[-limit:]

@@ -25,7 +25,7 @@ from keel.models.load import ModelSource, checkpoint_activations, context_length
 from keel.models.lora import Adapters, add_adapters, files_of
 from keel.models.lora_targets import notes
 from keel.models.saved_check import save_checked
-from keel.models.tokenizer import check_reads, rows_needed
+from keel.models.tokenizer import check_reads, knows_conversations, rows_needed
 from keel.rundir.stage_run import StageRun
 from keel.types import DemonstrationRecord, PreferenceRecord, Record, RecordType, TextRecord, UnpairedRecord
 
@@ -61,23 +61,44 @@ def source_without_rows(config: ModelConfig, stage_run: StageRun) -> ModelSource
 
 
 def open_tokenizer(
-    config: ModelConfig, stage_run: StageRun, *, conversational: bool = False, reads: Sequence[Record] = ()
+    config: ModelConfig,
+    stage_run: StageRun,
+    *,
+    conversational: bool = False,
+    reads: Sequence[Record] = (),
+    teaches: bool = False,
 ) -> Any:
     """The model's tokenizer, with the config's chat template, or keel's default one where conversations need
-    one. reads: rows, of which it must know the words (`check_reads`)."""
+    one. reads: rows, of which it must know the words (`check_reads`). teaches: whether the stage is there to
+    teach the template; others note where conversations meet a model that has seen none."""
     path = config.tokenizer or (stage_run.resolve(config.path) if config.path else None)
     if path is None:
         raise UsageError(f"{stage_run.name}: a new model needs `tokenizer`; only a pretrain stage trains one")
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    known = False
     if config.path:
-        rows_needed(source_without_rows(config, stage_run), tokenizer, resize=config.resize)
+        source = source_without_rows(config, stage_run)
+        rows_needed(source, tokenizer, resize=config.resize)
+        known = knows_conversations(model_config(source), tokenizer)
     if config.chat_template:
         tokenizer.chat_template = config.chat_template
     elif conversational:
+        if config.path and not known and not teaches:
+            stage_run.note(_untaught(config.path, tokenizer))
         chat.with_chat_template(tokenizer)
+    tokenizer.keel_conversations = known or conversational  # for `save_model`
     chat.ensure_pad(tokenizer)
     check_reads(tokenizer, first_words(_words(reads)), path)
     return tokenizer
+
+
+def _untaught(model: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    template = "its chat template" if tokenizer.chat_template else "keel's default template"
+    return (
+        f"the model {model} was trained on plain text; these rows are conversations, and reach it in "
+        f"{template}, a form that it has not seen. Train it on conversations first (a stage of kind sft), "
+        "give rows as text, or name the template that its texts had (model.chat_template)"
+    )
 
 
 def first_words(texts: Iterable[str]) -> Iterator[str]:
@@ -164,8 +185,8 @@ def look_for_marks(
         if tokenizer.chat_template
         else "keel's chat template, for want of another,"
     )
-    stage_run.say(
-        f"{stage_run.name}: the texts write turns as {marks[0]!r} and {marks[1]!r}, {has} does not: prompts "
+    stage_run.note(
+        f"the texts write turns as {marks[0]!r} and {marks[1]!r}, {has} does not: prompts "
         "that go through it have a form that is not trained on. Give the model the template of the texts: "
         f'model.chat_template: "{_escaped(chat.template_for(marks))}"'
     )
@@ -279,15 +300,20 @@ def encode_all(
     return rows
 
 
-def _form(stage_run: StageRun) -> str:
+def _form(stage_run: StageRun, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the card says of a form of prompts that is not the chat template's."""
     marks = stage_run.facts.get("turn_marks")
-    if not marks:
-        return ""
-    return (
-        f"\nTurns were written as `{marks[0]!r}` and `{marks[1]!r}` in what it was trained on. Its chat\n"
-        "template writes them otherwise: give it prompts as text with these marks, not as messages.\n"
-    )
+    if marks:
+        return (
+            f"\nTurns were written as `{marks[0]!r}` and `{marks[1]!r}` in what it was trained on. Its chat\n"
+            "template writes them otherwise: give it prompts as text with these marks, not as messages.\n"
+        )
+    if tokenizer.chat_template and getattr(tokenizer, "keel_conversations", None) is False:
+        return (
+            "\nIt was trained on plain text alone, and has seen no conversation in its chat template, which\n"
+            "is keel's default: give it prompts as text, not as messages.\n"
+        )
+    return ""
 
 
 def save_model(
@@ -323,12 +349,15 @@ def _save(
     about = (
         f"{what}, trained by keel {keel.__version__} ({config.kind}) from {named} on "
         f"{', '.join(source.source for source in data)}. `keel export RUN/{stage_run.name} --to hub` writes "
-        "a card with settings, measures and diagnosis." + _form(stage_run)
+        "a card with settings, measures and diagnosis." + _form(stage_run, tokenizer)
     )
     head = {"library_name": "transformers", "tags": ["keel", "rlhf", config.kind]}
     base = stage_run.resolve(config.model.path) if config.model.path else None
     plain: Any = model
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    knows = getattr(tokenizer, "keel_conversations", None)
+    if knows is not None and config.kind != "classifier":
+        plain.config.keel_conversations = knows
     card = model_card.saved(head, stage_run.name, about, base, plain, tokenizer, called=config.model.path)
     adapter = files_of(model, source_of(config.model, stage_run))
     save_checked(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from keel.config import PretrainConfig
 from keel.data import chat, stream
 from keel.data.batches import pack_stream
+from keel.data.stored.records import facts_of
 from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
 from keel.models.tokenizer import check_reads, train_tokenizer
@@ -64,14 +65,15 @@ def _tokenizer(
     """The model's tokenizer; for a new model without one, one that is trained on the texts. Those held out
     are not among them."""
     if config.model.init is None or config.model.tokenizer is not None:
-        opened = prepare.open_tokenizer(config.model, stage_run, conversational=conversational)
+        opened = prepare.open_tokenizer(config.model, stage_run, conversational=conversational, teaches=True)
         check_reads(opened, prepare.first_words(texts), config.model.tokenizer or str(source.path))
         return opened
     limit = context_length(model_config(source)) or config.max_length or 512
-    tokenizer = train_tokenizer(texts, config.model.vocab_size or DEFAULT_VOCABULARY, limit)
+    tokenizer: Any = train_tokenizer(texts, config.model.vocab_size or DEFAULT_VOCABULARY, limit)
     chat.with_chat_template(tokenizer)
     if config.model.chat_template:
         tokenizer.chat_template = config.model.chat_template
+    tokenizer.keel_conversations = conversational  # for `prepare.save_model`
     return tokenizer
 
 
@@ -112,7 +114,8 @@ def _streamed(
     else:
         held_out = stream.held_out(texts, config.holdout)
         texts = replace(texts, left_out=frozenset(map(stream.text_key, held_out)))
-    tokenizer = _tokenizer(config, stage_run, source, texts.texts(_TOKENIZER_READS), True)
+    talks = not held_out or "conversational" in facts_of(held_out)["forms"]  # the rest is like them
+    tokenizer = _tokenizer(config, stage_run, source, texts.texts(_TOKENIZER_READS), talks)
     length = _length(config, stage_run, source)
     tokens = stream.estimated_tokens(texts.shards, tokenizer)
     rows = math.ceil(tokens / max(length - 1, 1))

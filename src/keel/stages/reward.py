@@ -17,8 +17,8 @@ from keel.algorithms.masked import at_least_float32
 from keel.config import RewardConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
+from keel.data.load import Dataset
 from keel.data.stored.records import Rows, joined, numbers_of
-from keel.data.stored.tokens import Tokens
 from keel.distributed import group
 from keel.errors import DataError, UsageError
 from keel.evaluation import reliability
@@ -35,21 +35,12 @@ from keel.models.tokenizer import with_own_pad
 from keel.rewards import learned
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rundir.stage_run import StageRun
-from keel.stages import lazy_rows, prepare, supervised_loop
+from keel.stages import prepare, reward_pairs, supervised_loop
+from keel.stages.reward_pairs import RewardPair
 from keel.types import PreferenceRecord, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class RewardPair:
-    """A comparison as the model reads it."""
-
-    chosen: learned.Inputs
-    rejected: learned.Inputs
-    p_chosen: float  # what `labels` makes of the votes for `chosen`; 1 when nobody's votes are known
-    margin: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +52,7 @@ class Prepared:
     pairs: Sequence[RewardPair]
     held_out: Sequence[RewardPair]
     samples: Sequence[learned.Inputs]  # to fix the scale on
+    form: learned.Form  # of the comparisons
 
 
 def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
@@ -83,10 +75,10 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     equal = prepare.EqualPairs(stage_run)
-    pairs = encode(records, labels, reader, too_long, equal)
-    held_out_pairs = (
-        encode(held_out, held_out_labels, reader, too_long, equal, needed=False) if held_out else []
-    )
+    pairs = reward_pairs.encode(records, labels, reader, too_long, equal)
+    held_out_pairs: Sequence[RewardPair] = ()
+    if held_out:
+        held_out_pairs = reward_pairs.encode(held_out, held_out_labels, reader, too_long, equal, needed=False)
     too_long.report()
     equal.report()
     samples = (
@@ -94,7 +86,7 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
         if sampled
         else []
     )
-    prepared = Prepared(source, tokenizer, pairs, held_out_pairs, samples)
+    prepared = Prepared(source, tokenizer, pairs, held_out_pairs, samples, _form(dataset))
 
     if config.members == 1:
         reward, result = _train(config, stage_run, prepared)
@@ -110,6 +102,12 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     first = _member(config, stage_run, prepared, "The first member of a reward ensemble", folders)
     results, scores = zip(first, *done)
     return {**_of_ensemble(scores, held_out_pairs), "members": list(results), **voters}
+
+
+def _form(dataset: Dataset) -> learned.Form:
+    if len(dataset.forms) > 1:
+        return "both"
+    return "conversations" if dataset.conversational else "text"
 
 
 def _voters(records: Sequence[Record]) -> dict[str, Any]:
@@ -203,7 +201,7 @@ def _train(
             f"{stage_run.name}: the reward model gives every sample the same score ({mean:.3g}); it has "
             "learned nothing to optimise"
         )
-    learned.save_scale(model, mean, std, members)
+    learned.save_scale(model, mean, std, members, prepared.form)
     return replace(reward, mean=mean, std=std, scaled=True), {
         **result, "mean": mean, "std": std, "normalized_on": len(scores),
     }  # fmt: skip
@@ -300,67 +298,6 @@ def evaluate(
         }
         metrics["eval_accuracy"] = result["accuracy"]["mean"]
     return metrics, result
-
-
-def encode(
-    records: Sequence[Record],
-    labels: Sequence[float],
-    reward: learned.RewardModel,
-    too_long: prepare.TooLong,
-    equal: prepare.EqualPairs,
-    *,
-    needed: bool = True,
-) -> Sequence[RewardPair]:
-    """The comparisons as the model reads them, with these labels. A pair whose response alone is too long is
-    an error, or left out: cutting it would change what was judged."""
-    limit, margins = too_long.limit, np.nan_to_num(numbers_of(records, "margin"))
-    if reward.is_encoder:
-        return prepare.encode_all(
-            too_long.stage_run,
-            [replace(r, p_chosen=p) for r, p in zip(records, labels) if isinstance(r, PreferenceRecord)],
-            lambda record: _encode_texts(reward, record, too_long, equal),
-            needed=needed,
-        )
-
-    def fits(record: Record, tokens: Tokens) -> bool:
-        prompt, *sides = tokens
-        longest = max(map(len, sides))
-        if not too_long.fits(record, len(prompt) + longest):
-            return False
-        if limit is not None and longest >= limit:
-            too_long.fits(record, len(prompt) + longest, truncatable=False)
-            return False
-        return equal.differ(*sides)
-
-    def build(number: int, tokens: Tokens) -> RewardPair:
-        chosen, rejected = ({"input_ids": learned.fit(tokens[0], side, limit)} for side in tokens[1:])
-        return RewardPair(chosen, rejected, labels[number], float(margins[number]))
-
-    return lazy_rows.encode(records, reward.tokenizer, too_long, fits, build, needed=needed)
-
-
-def _encode_texts(
-    reward: learned.RewardModel, record: Record, too_long: prepare.TooLong, equal: prepare.EqualPairs
-) -> RewardPair | None:
-    """As `encode`, for a model that reads prompt and response as two texts."""
-    assert isinstance(record, PreferenceRecord)
-    whole = [learned.encode(reward, record.prompt, side, 10**9) for side in (record.chosen, record.rejected)]
-    longest = max(len(side["input_ids"]) for side in whole)
-    if not too_long.fits(record, longest):
-        return None
-    if too_long.limit is not None and longest > too_long.limit:
-        try:
-            whole = [
-                learned.encode(reward, record.prompt, side, too_long.limit)
-                for side in (record.chosen, record.rejected)
-            ]
-        except UsageError:  # the response alone is longer: cutting it would change what was judged
-            too_long.fits(record, longest, truncatable=False)
-            return None
-    if not equal.differ(whole[0]["input_ids"], whole[1]["input_ids"]):
-        return None
-    p = 1.0 if record.p_chosen is None else record.p_chosen
-    return RewardPair(whole[0], whole[1], p, record.margin or 0.0)
 
 
 def _named(metrics: dict[str, float]) -> dict[str, float]:

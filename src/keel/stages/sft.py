@@ -28,7 +28,11 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
     dataset, records, held_out = prepare.train_and_eval(config, stage_run, ("demonstration", "text"))
     source = prepare.source_of(config.model, stage_run)
     tokenizer = prepare.open_tokenizer(
-        config.model, stage_run, conversational=dataset.conversational, reads=dataset.records
+        config.model,
+        stage_run,
+        conversational=dataset.conversational,
+        reads=dataset.records,
+        teaches=True,
     )
     prepare.look_for_marks(stage_run, tokenizer, dataset.records)
     limit = prepare.limit_of(config, stage_run, source)

@@ -88,22 +88,15 @@ def fit(
     held_out: Sequence[RowT],
     objective: Objective[RowT],
 ) -> None:
-    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep.
-
-    The gradient of a step is summed over micro-batches, each divided by the denominator of the whole step, so
-    that the split does not change it; so is the one over several ranks.
-    """
+    """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep."""
     parameters, trained = count_parameters(model), count_parameters(model, trainable=True)
     among_ranks(model)
     steps, optimizer = total_steps(config, len(rows)), optimizer_for(config, ([model], config.lr))
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
     stage_run.facts |= {
-        "rows": len(rows),
-        "held_out_rows": len(held_out),
-        "parameters": parameters,
-        "steps": steps,
+        "rows": len(rows), "held_out_rows": len(held_out), "parameters": parameters, "steps": steps,
         "trained_parameters": trained,
-    }
+    }  # fmt: skip
     group.agree("the rows of a stage", (len(rows), len(held_out), steps))
     if checkpoint := stage_run.restore(sharded.placing(model, optimizer)):
         put_back(model, checkpoint.tensors["model"])
@@ -116,29 +109,15 @@ def fit(
     for step in range(first + 1, steps + 1):
         if stopping.stop:
             break
-        # 1. the rows of this step, and what counts in them
-        if isinstance(rows, Stream):
-            chosen = rows.take(config.batch_size)
-        else:
-            chosen = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step - 1, stage_run.seed)]
-        denominator = sum(objective.weight(row) for row in chosen)
+        # 1. the rows of this step
+        chosen = _rows_of(rows, config.batch_size, step, stage_run.seed)
         if step == first + 1:
             group.agree(f"the rows of step {step}", [objective.size(row) for row in chosen])
         # 2. the gradient, micro-batch by micro-batch
         model.train()
         seed_step(stage_run.seed, step)
-        sums: dict[str, float] = {}
         with stage_run.timed("train"):
-            if objective.begin is not None:
-                objective.begin(chosen)
-            share = share_of(config, chosen, objective.size)
-            with cast_cache():
-                for part in share.parts:
-                    value, measured = objective.loss(part, denominator)
-                    optim.backward(value)
-                    add_metrics(sums, {"loss": value.detach(), **measured})
-                for part in share.borrowed:
-                    optim.backward(0.0 * objective.loss(part, denominator)[0])
+            sums = _gradient(config, objective, chosen)
             # 3. the optimiser's step
             scale, where = lr_scale(config, step - 1, steps), f"{stage_run.name}, step {step}"
             stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
@@ -164,9 +143,8 @@ def fit(
                 {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
             )
             values = {"stopping": stopping.values(), "seen": seen}
-            stage_run.save(
-                step, tensors, {**values, "cursor": rows.cursor()} if isinstance(rows, Stream) else values
-            )
+            values |= {"cursor": rows.cursor()} if isinstance(rows, Stream) else {}
+            stage_run.save(step, tensors, values)
 
     if best is not None:
         put_back(model, best)
@@ -188,3 +166,28 @@ def among_ranks(model: PreTrainedModel) -> None:
         check_rows(model)  # while its weights are whole: a trial does without hooks
     # a scorer is never called itself: its trunk and its head are
     sharded.shard(model, None if head is None else [backbone(model), head])
+
+
+def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: int) -> list[RowT]:
+    """The rows of a step, the first of which is 1."""
+    if isinstance(rows, Stream):
+        return rows.take(count)
+    return [rows[i] for i in rows_of_step(len(rows), count, step - 1, seed)]
+
+
+def _gradient(config: Supervised, objective: Objective[RowT], rows: Sequence[RowT]) -> dict[str, float]:
+    """Add the gradient of this rank's share of a step's loss. It is summed over micro-batches, each divided
+    by the denominator of the whole step, so that the split does not change it; so is the one over several
+    ranks. Returns the loss and what else was measured, summed alike."""
+    denominator, sums = sum(objective.weight(row) for row in rows), dict[str, float]()
+    if objective.begin is not None:
+        objective.begin(rows)
+    share = share_of(config, rows, objective.size)
+    with cast_cache():
+        for part in share.parts:
+            value, measured = objective.loss(part, denominator)
+            optim.backward(value)
+            add_metrics(sums, {"loss": value.detach(), **measured})
+        for part in share.borrowed:
+            optim.backward(0.0 * objective.loss(part, denominator)[0])
+    return sums

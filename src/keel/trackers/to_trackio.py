@@ -91,6 +91,6 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(value: object) -> Any:
-    if isinstance(value, str):
-        return html.escape(value, quote=False)
-    return str(value) if isinstance(value, dict | list) else value  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, str | dict | list):
+        return html.escape(str(value), quote=False)  # pyright: ignore[reportUnknownArgumentType]
+    return value

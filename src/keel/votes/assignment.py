@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, literal, select, update
 
-from keel.votes import audit, ballots, order, schema
+from keel.votes import audit, ballots, order, requests, schema
 from keel.votes.codec import answer_of, clean, dumps, loads, new_salt, project_of, replies_of, salted
 from keel.votes.database import add_to, change_rows, insert_row, row_of, upsert
 from keel.votes.kinds import Assignment, How, NotFoundError, PausedError, Project, Reply
@@ -31,6 +31,11 @@ class Desk:
 
     @property
     def paused(self) -> str | None:
+        """Why nothing is handed out here: to this person, or to anybody."""
+        return self.own_pause or self.project.paused or None
+
+    @property
+    def own_pause(self) -> str | None:
         return self.person.paused or self.seat.paused
 
 
@@ -44,7 +49,7 @@ def desk(connection: Connection, name: str, person_id: int, *, lock: bool = True
 
 
 def next_item(connection: Connection, name: str, person_id: int, now: float) -> Assignment | None:
-    """A person's next item, leased to them; None where nothing is left, and for one who is paused.
+    """A person's next item, leased to them; None where nothing is left, and where they or all are paused.
 
     An item whose lease still runs comes first, the newest of several.
     """
@@ -361,10 +366,16 @@ def vote_of(connection: Connection, item_id: int, person_id: int) -> Any:
     return row_of(connection, schema.votes, item_id=item_id, person_id=person_id)
 
 
-def skip(connection: Connection, name: str, person_id: int, item_id: int, now: float) -> None:
-    """A person does not want to judge an item: its slot is free again. One that they judged stays judged."""
+def skip(
+    connection: Connection, name: str, person_id: int, item_id: int, client_id: str | None, now: float
+) -> None:
+    """A person does not want to judge an item: its slot is free again. One that they judged stays judged.
+    The same client_id again is the same skip, also when the item has come back meanwhile."""
     at = desk(connection, name, person_id)
     met, slots = encounter(connection, at, item_id), schema.slots
+    if requests.known(connection, at.person.id, at.project_id, "skip", client_id, item_id) is not None:
+        return
+    requests.note(connection, at.person.id, at.project_id, "skip", client_id, item_id, now)
     if met.state == "judged":
         return
     mine = {"item_id": item_id, "person_id": at.person.id}
@@ -376,10 +387,17 @@ def skip(connection: Connection, name: str, person_id: int, item_id: int, now: f
         ballots.promote(connection, at.project_id, item_id, now)
 
 
-def flag(connection: Connection, name: str, person_id: int, item_id: int, reason: str, now: float) -> None:
-    """Note that something is wrong with an item. It stays leased."""
+def flag(
+    connection: Connection, name: str, person_id: int, item_id: int, reason: str, client_id: str | None,
+    now: float,
+) -> None:  # fmt: skip
+    """Note that something is wrong with an item. It stays leased. The same client_id again is the same
+    remark."""
     at = desk(connection, name, person_id)
     encounter(connection, at, item_id)
+    if requests.known(connection, at.person.id, at.project_id, "flag", client_id, item_id) is not None:
+        return
+    requests.note(connection, at.person.id, at.project_id, "flag", client_id, item_id, now)
     salt, said = new_salt(), clean(reason)[:10_000]
     row_id = insert_row(
         connection, schema.flags,
@@ -392,7 +410,7 @@ def flag(connection: Connection, name: str, person_id: int, item_id: int, reason
     )  # fmt: skip
 
 
-def refuse_paused(at: Desk) -> None:
-    """PausedError for a desk whose person is paused."""
-    if at.paused:
-        raise PausedError(f"{at.person.name} is paused in {at.project.name}: {at.paused}")
+def refuse_paused(at: Desk, *, project: bool) -> None:
+    """PausedError for a desk whose person is paused; project: also where the whole project is."""
+    if reason := at.paused if project else at.own_pause:
+        raise PausedError(f"{at.person.name} is paused in {at.project.name}: {reason}")

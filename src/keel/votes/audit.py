@@ -45,6 +45,17 @@ def _columns(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     return lambda row: {name: row[name] for name in names}
 
 
+_INVITATION = _columns(
+    "id", "hash", "role", "project_id", "person_id", "created_by", "created", "expires", "used"
+)
+
+
+def _invitation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns that came with a later schema count where they say something: what was logged before holds."""
+    later = {name: row[name] for name in ("withdrawn", "origin") if row[name] is not None}
+    return {**_INVITATION(row), **later}
+
+
 # What of each table's row the log covers.
 COVERED: dict[str, tuple[Table, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "people": (
@@ -66,10 +77,7 @@ COVERED: dict[str, tuple[Table, Callable[[Mapping[str, Any]], dict[str, Any]]]] 
     ),
     "flags": (schema.flags, _columns("id", "project_id", "item_id", "person_id", "reason_digest", "at")),
     "seats": (schema.seats, _columns("id", "project_id", "person_id", "invited", "paused", "gold_since")),
-    "invitations": (
-        schema.invitations,
-        _columns("id", "hash", "role", "project_id", "person_id", "created_by", "created", "expires", "used"),
-    ),
+    "invitations": (schema.invitations, _invitation),
     "credentials": (
         schema.credentials, _columns("id", "hash", "kind", "person_id", "created", "expires"),
     ),

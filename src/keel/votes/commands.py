@@ -16,6 +16,7 @@ from keel.votes.kinds import (
     Added,
     AuditReport,
     Forgotten,
+    Invitation,
     NewItem,
     Person,
     Progress,
@@ -28,8 +29,8 @@ def create(url: str | None, project: Project) -> tuple[Project, str | None]:
     """Make a project, and the database with it. Where nobody is an admin yet, also a code that makes one."""
     with open_store(url) as store:
         made = store.create_project(project, by=None)
-        admins = any(person.role == "admin" for person in store.people())
-        return made, None if admins else store.invite("admin", None, by=None)
+        first = store.first_admin_link()
+        return made, first and first[0]
 
 
 def add(url: str | None, project: str, items: Iterable[NewItem]) -> Added:
@@ -39,10 +40,10 @@ def add(url: str | None, project: str, items: Iterable[NewItem]) -> Added:
 
 
 def projects(url: str | None) -> list[dict[str, Any]]:
-    """All projects with their counts: name, task, items, votes (counted), wanted."""
+    """All projects with their counts: name, task, why it is paused, items, votes (counted), wanted."""
     with open_store(url, create=False) as store:
         return [
-            {"name": p.name, "task": p.task, "title": p.title, **store.counts(p.name)}
+            {"name": p.name, "task": p.task, "title": p.title, "paused": p.paused, **store.counts(p.name)}
             for p in store.projects()
         ]
 
@@ -69,8 +70,32 @@ def invite(
         return store.invite(role, project, by=None, name=name, days=days)
 
 
+def invitations(url: str | None, project: str | None = None, *, closed: bool = False) -> list[Invitation]:
+    """Links that can still be used, the newest first; closed: also those that cannot any more."""
+    with open_store(url, create=False) as store:
+        return [one for one in store.invitations(project) if closed or one.state == "open"]
+
+
+def withdraw(url: str | None, number: int) -> Invitation:
+    """Make an open invitation worthless."""
+    with open_store(url, create=False) as store:
+        return store.withdraw_invitation(number)
+
+
+def pause_project(url: str | None, project: str, reason: str) -> Project:
+    """Hand out nothing of a project any more; an empty reason: hand out again."""
+    with open_store(url, create=False) as store:
+        return store.pause_project(project, reason)
+
+
+def set_role(url: str | None, name: str, role: Role) -> Person:
+    """Give the person of this name another role."""
+    with open_store(url, create=False) as store:
+        return store.set_role(store.person_named(name).id, role)
+
+
 def pause(url: str | None, name: str, reason: str | None, project: str | None = None) -> Person:
-    """Pause the person of this name; reason None: let them go on."""
+    """Pause the person of this name, in a project or everywhere; reason None: let them go on."""
     with open_store(url, create=False) as store:
         person = store.person_named(name)
         store.set_paused(person.id, reason, by=None, project=project)

@@ -10,11 +10,11 @@ from typing import Any
 from sqlalchemy import Connection
 
 from keel.errors import UsageError
-from keel.votes import answers, audit, ballots, items, order, people, schema
+from keel.votes import answers, audit, ballots, items, order, people, projects, schema
 from keel.votes.assignment import Desk, desk, vote_of
 from keel.votes.codec import dumps, replies_of
 from keel.votes.database import add_to, row_of, upsert
-from keel.votes.kinds import Added, NotFoundError, PastJudgement
+from keel.votes.kinds import Added, NewItem, NotFoundError, PastJudgement, Project
 
 _FORGOTTEN = re.compile(r"^(\s*)removed-", re.IGNORECASE)  # in another database: the number is taken here
 
@@ -41,6 +41,19 @@ def votes(
         except UsageError as error:
             raise UsageError(f"vote {number} (item {judgement.key!r}): {error}") from None
     return Added(added, known)
+
+
+def both(
+    connection: Connection, name: str, new: Sequence[NewItem], judgements: Sequence[PastJudgement],
+    by: int | None, now: float, make: Project | None,
+) -> tuple[Added, Added]:  # fmt: skip
+    """Items and the votes on them, all or none. make: the project, where there is none of this name."""
+    if make is not None and row_of(connection, schema.projects, name=name) is None:
+        projects.create(connection, make, by, now)
+    if judgements:  # items lock the log first, votes a seat: nobody may hold one and wait for the other
+        projects.keep_others_out(connection)
+    added = items.add(connection, name, new, by, now)
+    return added, votes(connection, name, judgements, by, now)
 
 
 def _desk(connection: Connection, name: str, judgement: PastJudgement, by: int | None, now: float) -> Desk:

@@ -18,6 +18,7 @@ Order = Literal["random", "uncertain"]
 Role = Literal["admin", "annotator", "viewer"]
 How = Literal["random", "uncertain", "gold", "edit"]
 Status = Literal["counted", "surplus", "repeated"]
+InvitationState = Literal["open", "used", "withdrawn", "expired"]
 Turn = Mapping[str, Any]
 Text = str | Sequence[Turn]  # plain text, or the turns of a conversation
 
@@ -35,7 +36,19 @@ class NotFoundError(UsageError):
 
 
 class PausedError(UsageError):
-    """This person is paused and cannot vote."""
+    """This person, or the project, is paused."""
+
+
+class TakenError(UsageError):
+    """Somebody else has this name."""
+
+
+class UsedError(UsageError):
+    """A client's id was used for something else."""
+
+
+class GoneError(UsageError):
+    """This invitation was used or withdrawn, or has expired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,7 @@ class Project:
     gold_min: int = 5  # but not before so many gold answers
     lease_minutes: float = 20  # how long an item is a person's own
     seed: int = 0
+    paused: str = ""  # why nobody is given anything now; empty: people are
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +202,21 @@ class Person:
     role: Role
     is_model: bool = False
     paused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """A link that lets one person in, once. Its code is kept by nobody: `id` names it."""
+
+    id: int
+    role: Role
+    project: str | None  # the only one that it lets into; None: all
+    name: str  # that was suggested, of who is signed in again, or of who took it; may be empty
+    again: bool  # it signs in somebody who was there before
+    by: str | None  # who made it; None: at the machine itself
+    created: float
+    expires: float
+    state: InvitationState
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from keel.votes.kinds import CHOICES, ORDERS, TASKS, NotFoundError, Project
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 _FIXED = ("name", "task", "seed", "scales")  # what votes that are there depend on
 MOST_VOTES = 100  # people an item
+LONGEST_REASON = 500  # characters of why a project is paused
 
 
 def checked(project: Project) -> Project:
@@ -50,7 +51,7 @@ def checked(project: Project) -> Project:
     if not 0 < project.lease_minutes <= 60 * 24 * 7:
         raise UsageError(f"`lease_minutes` is {project.lease_minutes:g}, not between 0 and a week")
     _check_scales(project)
-    texts = {name: clean(getattr(project, name)) for name in ("title", "instructions", "examples")}
+    texts = {name: clean(getattr(project, name)) for name in ("title", "instructions", "examples", "paused")}
     return replace(project, scales=tuple(project.scales), allow=tuple(project.allow), **texts)
 
 
@@ -157,6 +158,19 @@ def change(
     )  # fmt: skip
     if after.votes_per_item > before.votes_per_item:
         _fill_with_surplus(connection, row.id, now)
+    return after
+
+
+def set_paused(connection: Connection, name: str, reason: str, by: int | None, now: float) -> Project:
+    """Pause a project, for a reason that its people are told; an empty one: it goes on."""
+    keep_others_out(connection)
+    row = project_row(connection, name)
+    after = checked(replace(project_of(name, row.settings), paused=reason.strip()[:LONGEST_REASON]))
+    connection.execute(
+        update(schema.projects).where(schema.projects.c.id == row.id).values(settings=project_json(after))
+    )
+    action = "paused" if after.paused else "goes_on"
+    audit.append(connection, "projects", row.id, action, at=now, by=by, project_id=row.id)
     return after
 
 

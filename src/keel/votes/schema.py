@@ -7,6 +7,7 @@
               ├─ adjudications, flags   beside the votes
               └─ seats          person × project: who may work there, pauses, where they stand in the order
     people ── credentials, invitations          secrets are kept as hashes
+           └─ requests                          skips, flags and undos by their client's id: a retry is known
     audit, audit_head                           the hash-chained log of changes
 
 Text that belongs to a person (names, comments, notes) has a salted digest beside it. The log holds digests
@@ -31,7 +32,7 @@ from sqlalchemy import (
     text,
 )
 
-HEAD = "0001"  # the newest revision in migrations/versions
+HEAD = "0002"  # the newest revision in migrations/versions
 
 metadata = MetaData(
     naming_convention={
@@ -215,6 +216,8 @@ invitations = Table(
     Column("created", Double, nullable=False),
     Column("expires", Double, nullable=False),
     Column("used", Double),
+    Column("withdrawn", Double),
+    Column("origin", String(16)),  # first: made by a server that had no admin yet
 )  # fmt: skip
 
 credentials = Table(
@@ -225,6 +228,15 @@ credentials = Table(
     Column("created", Double, nullable=False),
     Column("expires", Double),
     Index("ix_credentials_person_id", "person_id"),
+)  # fmt: skip
+
+requests = Table(
+    "requests", metadata, _to("people", "person_id", primary_key=True),
+    Column("deed", String(16), primary_key=True),  # skip, flag, undo; votes have theirs in versions
+    Column("client_id", String(200), primary_key=True),
+    _to("projects", "project_id"),
+    _to("items", "item_id", nullable=True),  # that it was about; of an undo the one that came back
+    Column("at", Double, nullable=False),
 )  # fmt: skip
 
 audit = Table(

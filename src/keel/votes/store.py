@@ -17,15 +17,19 @@ from keel.votes import (
     assignment,
     audit,
     backup,
+    forgetting,
     importing,
+    invitations,
     items,
     listing,
     migrations,
     people,
     projects,
+    sessions,
     voting,
 )
 from keel.votes.database import Database, parse
+from keel.votes.invitations import INVITATION_DAYS
 from keel.votes.kinds import (
     Added,
     Adjudication,
@@ -36,6 +40,8 @@ from keel.votes.kinds import (
     Disputed,
     Flag,
     Forgotten,
+    Invitation,
+    InvitationState,
     ItemRow,
     NewItem,
     PastJudgement,
@@ -46,7 +52,7 @@ from keel.votes.kinds import (
     Role,
     VoteRow,
 )
-from keel.votes.people import INVITATION_DAYS, SESSION_DAYS
+from keel.votes.sessions import SESSION_DAYS
 
 _PAGE = 1000  # items
 
@@ -118,6 +124,13 @@ class Store:
         """Change settings that no vote depends on; `votes_per_item` adds or takes away slots."""
         return self.database.write(projects.change, name, by, fields, _at(now))
 
+    def pause_project(
+        self, name: str, reason: str, by: int | None = None, now: float | None = None
+    ) -> Project:
+        """Hand out nothing of a project any more; an empty reason: hand out again. What people hold they may
+        still judge."""
+        return self.database.write(projects.set_paused, name, reason, by, _at(now))
+
     def revision(self, project: str) -> str:
         """A text that changes whenever an item, a vote or an adjudication does."""
         return self.database.read(projects.revision, project)
@@ -179,17 +192,27 @@ class Store:
             voting.cast, project, person_id, item, answer, client_id, seconds, _at(now)
         )
 
-    def skip(self, project: str, person_id: int, item: int, now: float | None = None) -> None:
-        """Give an item back: it comes to this person again only when nothing else is left."""
-        self.database.lease(assignment.skip, project, person_id, item, _at(now))
+    def skip(
+        self, project: str, person_id: int, item: int, now: float | None = None, *,
+        client_id: str | None = None,
+    ) -> None:  # fmt: skip
+        """Give an item back: it comes to this person again only when nothing else is left. The same
+        `client_id` again is the same skip."""
+        self.database.lease(assignment.skip, project, person_id, item, client_id, _at(now))
 
-    def flag(self, project: str, person_id: int, item: int, reason: str, now: float | None = None) -> None:
-        """Note that something is wrong with an item."""
-        self.database.write(assignment.flag, project, person_id, item, reason, _at(now))
+    def flag(
+        self, project: str, person_id: int, item: int, reason: str, now: float | None = None, *,
+        client_id: str | None = None,
+    ) -> None:  # fmt: skip
+        """Note that something is wrong with an item. The same `client_id` again is the same remark."""
+        self.database.write(assignment.flag, project, person_id, item, reason, client_id, _at(now))
 
-    def undo(self, project: str, person_id: int, now: float | None = None) -> int | None:
-        """Withdraw this person's newest vote; its item is leased to them again. None for no vote."""
-        return self.database.write(voting.undo, project, person_id, _at(now))
+    def undo(
+        self, project: str, person_id: int, now: float | None = None, *, client_id: str | None = None
+    ) -> int | None:
+        """Withdraw this person's newest vote; its item is leased to them again. None for no vote. The same
+        `client_id` again is the same undo."""
+        return self.database.write(voting.undo, project, person_id, client_id, _at(now))
 
     def history(self, project: str, person_id: int, limit: int = 50) -> list[PastVote]:
         """This person's votes, the newest first."""
@@ -239,6 +262,15 @@ class Store:
         """Bring in votes that were cast elsewhere, all or none; people are made by name."""
         return self.database.write(importing.votes, project, list(judgements), by, _at(now))
 
+    def bring_in(
+        self, project: str, items_: Iterable[NewItem], judgements: Iterable[PastJudgement], by: int | None,
+        now: float | None = None, *, make: Project | None = None,
+    ) -> tuple[Added, Added]:  # fmt: skip
+        """Items and the votes on them in one transaction: all or none. make: the project as it is made where
+        there is none of this name. What became of items, and of votes."""
+        given = list(items_), list(judgements)  # it may be run twice
+        return self.database.write(importing.both, project, *given, by, _at(now), make)
+
     # ------------------------------------------------------------ people
 
     def add_person(
@@ -265,41 +297,64 @@ class Store:
         days: float = INVITATION_DAYS, now: float | None = None,
     ) -> str:  # fmt: skip
         """A code that makes one person, once. project: the only one they may work in."""
-        return self.database.write(people.invite, role, project, by, name, days, _at(now))
+        return self.database.write(invitations.invite, role, project, by, name, days, _at(now))
 
     def sign_in_link(
         self, person_id: int, by: int | None, days: float = INVITATION_DAYS, now: float | None = None
     ) -> str:
         """A code that signs a person in again, once."""
-        return self.database.write(people.sign_in_link, person_id, by, days, _at(now))
+        return self.database.write(invitations.sign_in_link, person_id, by, days, _at(now))
+
+    def first_admin_link(
+        self, days: float = INVITATION_DAYS, now: float | None = None
+    ) -> tuple[str, int] | None:
+        """A code for the first admin, and how many such codes it replaces: those work no longer. None where
+        there is an admin."""
+        return self.database.write(invitations.first_admin, days, _at(now))
+
+    def invitations(self, project: str | None = None, now: float | None = None) -> list[Invitation]:
+        """All invitations, the newest first; or those that let into a project, or all of them."""
+        return self.database.read(invitations.invitations, project, _at(now))
+
+    def withdraw_invitation(self, number: int, by: int | None = None, now: float | None = None) -> Invitation:
+        """Make an open invitation worthless. UsageError for one that is not open, NotFoundError for none."""
+        return self.database.write(invitations.withdraw, number, by, _at(now))
+
+    def invitation_state(self, code: str, now: float | None = None) -> InvitationState | None:
+        """What has become of a code; None for one that never was."""
+        return self.database.read(invitations.state_of_code, code, _at(now))
+
+    def set_role(self, person_id: int, role: Role, by: int | None = None, now: float | None = None) -> Person:
+        """Give a person another role, at once. An admin may work in every project."""
+        return self.database.write(people.set_role, person_id, role, by, _at(now))
 
     def invitation(self, code: str, now: float | None = None) -> str | None:
         """The name that a code suggests, which may be empty; None for a code that cannot be used."""
-        return self.database.read(people.invitation, code, _at(now))
+        return self.database.read(invitations.invitation, code, _at(now))
 
     def accept(self, code: str, name: str = "", days: float = SESSION_DAYS, now: float | None = None) -> str:
         """A session token for whom a code invites. UsageError for a code that cannot be used."""
-        return self.database.write(people.accept, code, name, days, _at(now))
+        return self.database.write(invitations.accept, code, name, days, _at(now))
 
     def session(self, token: str, now: float | None = None) -> Person | None:
         """Who is signed in by this token."""
-        return self.database.glance(people.bearer, token, "session", _at(now))
+        return self.database.glance(sessions.bearer, token, "session", _at(now))
 
     def sign_out(self, token: str) -> None:
         """End a session, or make an API token worthless."""
-        self.database.write(people.sign_out, token, time.time())
+        self.database.write(sessions.sign_out, token, time.time())
 
     def sign_out_everywhere(self, person_id: int, by: int | None = None, but: str | None = None) -> int:
         """End all of a person's sessions and tokens. but: the one that stays."""
-        return self.database.write(people.sign_out_everywhere, person_id, by, time.time(), but)
+        return self.database.write(sessions.sign_out_everywhere, person_id, by, time.time(), but)
 
     def api_token(self, person_id: int, by: int | None, days: float | None = None) -> str:
         """A token for programs, shown once."""
-        return self.database.write(people.api_token, person_id, by, days, time.time())
+        return self.database.write(sessions.api_token, person_id, by, days, time.time())
 
     def person_of_token(self, token: str, now: float | None = None) -> Person | None:
         """Whose API token this is."""
-        return self.database.glance(people.bearer, token, "api", _at(now))
+        return self.database.glance(sessions.bearer, token, "api", _at(now))
 
     def set_paused(
         self, person_id: int, reason: str | None, by: int | None = None, project: str | None = None,
@@ -310,7 +365,7 @@ class Store:
 
     def forget(self, person_id: int, by: int | None) -> Forgotten:
         """Take away a person's name, comments and sessions. Their votes stay, under a number."""
-        forgotten = self.database.write(people.forget, person_id, by, time.time())
+        forgotten = self.database.write(forgetting.forget, person_id, by, time.time())
         self.database.scrub()
         return forgotten
 

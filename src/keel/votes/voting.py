@@ -9,12 +9,11 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, false, func, select
 
-from keel.errors import UsageError
-from keel.votes import answers, audit, ballots, schema
+from keel.votes import answers, audit, ballots, requests, schema
 from keel.votes.assignment import Desk, desk, encounter, gold_to_come, refuse_paused, vote_of
 from keel.votes.codec import answer_of, loads, replies_of
 from keel.votes.database import add_to, change_rows, row_of
-from keel.votes.kinds import Answer, CastResult, PastVote, Progress
+from keel.votes.kinds import Answer, CastResult, PastVote, Progress, UsedError
 from keel.votes.people import pause_in
 
 GOLD_PAUSE = "too many answers on items with a known answer were wrong"
@@ -29,18 +28,18 @@ def cast(
     """A person's answer on an item that they were given. A second answer on it is an edit.
 
     client_id: chosen by the client, once for each answer: the same one again is the same answer.
+    A vote on what was handed out before the project was paused counts: nobody's work is lost.
     NotFoundError for an item that is none of theirs, PausedError, UsageError for an answer that does not fit.
     """
-    if not client_id or len(client_id) > 200 or "\x00" in client_id:
-        raise UsageError("a client's id is a text of 1 to 200 characters, another one for each answer")
+    requests.check(client_id)
     at = desk(connection, name, person_id)
     met = encounter(connection, at, item_id)
     known = _known(connection, person_id, client_id)
     if known is not None:
         if known.item_id != item_id:
-            raise UsageError("this client's id was used for another item: choose a new one for each answer")
-        return CastResult("repeated", known.id, bool(at.paused))
-    refuse_paused(at)
+            raise UsedError("this client's id was used for another item: choose a new one for each answer")
+        return CastResult("repeated", known.id, bool(at.own_pause))
+    refuse_paused(at, project=False)
     item = row_of(connection, schema.items, id=item_id)
     answers.check(at.project, len(replies_of(item.replies)), answer)
     vote, took = vote_of(connection, item_id, at.person.id), _seconds(seconds)
@@ -142,10 +141,20 @@ def gold_score(connection: Connection, at: Desk) -> tuple[int, int]:
     return right, len(rows)
 
 
-def undo(connection: Connection, name: str, person_id: int, now: float) -> int | None:
-    """Withdraw a person's newest vote, and lease its item to them again. Its number; None for no vote."""
+def undo(connection: Connection, name: str, person_id: int, client_id: str | None, now: float) -> int | None:
+    """Withdraw a person's newest vote, and lease its item to them again. Its number; None for no vote. The
+    same client_id again is the same undo: no further vote is withdrawn."""
     at = desk(connection, name, person_id)
-    refuse_paused(at)
+    known = requests.known(connection, at.person.id, at.project_id, "undo", client_id)
+    if known is not None:
+        return known.item_id
+    refuse_paused(at, project=True)
+    item = _withdraw_newest(connection, at, now)
+    requests.note(connection, at.person.id, at.project_id, "undo", client_id, item, now)
+    return item
+
+
+def _withdraw_newest(connection: Connection, at: Desk, now: float) -> int | None:
     votes = schema.votes
     vote = connection.execute(
         select(votes)

@@ -7,11 +7,12 @@ trains on. Each world is a module with the attributes of `World`. Same split and
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from keel.errors import UsageError
-from keel.worlds import arithmetic, helpdesk
+from keel.types import Conversation
+from keel.worlds import arithmetic, helpdesk, shop
 from keel.worlds.streams import unknown
 
 
@@ -50,7 +51,15 @@ class Annotators(Protocol):
         ...
 
 
-_WORLDS: dict[str, World] = {"helpdesk": helpdesk, "arithmetic": arithmetic}
+_WORLDS: dict[str, World] = {"helpdesk": helpdesk, "arithmetic": arithmetic, "shop": shop}
+
+
+class Dialogues(Protocol):
+    """What a world offers besides that has an environment with tools."""
+
+    def gold_of_turns(self, turns: Conversation, columns: Mapping[str, Any]) -> dict[str, float]:
+        """As `gold`, of a whole episode: the model's turns with their calls, and the tools' answers."""
+        ...
 
 
 def load(name: str) -> World:
@@ -67,3 +76,13 @@ def annotators(name: str) -> Annotators:
         able = ", ".join(f"world:{other}" for other, one in _WORLDS.items() if hasattr(one, "votes"))
         raise UsageError(f"world:{name} has no annotators; these have some: {able}")
     return world
+
+
+def environment(name: str) -> Callable[[], Any]:
+    """What makes the environment of the world called `name`; UsageError where there is no such world, or it
+    has none."""
+    world: Any = load(name)
+    if not hasattr(world, "Environment"):
+        able = ", ".join(f"world:{other}" for other, one in _WORLDS.items() if hasattr(one, "Environment"))
+        raise UsageError(f"world:{name} has no environment; these have one: {able}")
+    return world.Environment

@@ -28,11 +28,10 @@ export class Feed {
     this.source = source;
     source.onopen = () => said("live");
     source.onerror = () => {
-      said(source.readyState === EventSource.CLOSED ? "lost" : "reconnecting");
-      if (source.readyState === EventSource.CLOSED && this.source === source) {
-        this.source = null;
-        setTimeout(() => this.open(), 2000);
-      }
+      if (source.readyState !== EventSource.CLOSED) return said("reconnecting");
+      if (this.source !== source) return;
+      this.source = null;
+      this.refused(source.url);
     };
     for (const [name, handle] of Object.entries(this.handlers)) {
       source.addEventListener(name, (event) => {
@@ -43,15 +42,31 @@ export class Feed {
     }
   }
 
+  // A browser does not tell why the server would not: it is asked once more, without waiting for events
+  async refused(url) {
+    let seconds = 2, word = "lost", why = "";
+    const asking = new AbortController();
+    try {
+      const answer = await fetch(url, { signal: asking.signal });
+      if (answer.status === 503) {
+        [word, seconds, why] = ["full", Number(answer.headers.get("retry-after")) || 10, (await answer.json()).error];
+      } else if (answer.ok) seconds = 0.1;
+    } catch { /* nobody answers */ }
+    asking.abort();
+    said(word, why);
+    setTimeout(() => this.open(), seconds * 1000);
+  }
+
   close() {
     this.source?.close();
     this.source = null;
   }
 }
 
-function said(word) {
+function said(word, why = "") {
   const place = by("link");
-  if (place.textContent === word) return;
-  place.textContent = word;
+  const text = why ? `${word}: ${why}` : word;
+  if (place.textContent === text) return;
+  place.textContent = text;
   place.dataset.state = word;
 }

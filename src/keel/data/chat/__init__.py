@@ -30,11 +30,13 @@ from keel.data.chat.template import (
 from keel.data.chat.text import (
     completion_text,
     opened_thought,
+    own_text,
     prompt_tags,
     prompt_text,
     reply_text,
     user_text,
 )
+from keel.data.chat.tool_calls import Call, Said, ToolTemplate
 from keel.data.chat.turns import (
     TextRow,
     completion_ids,
@@ -50,8 +52,11 @@ from keel.data.chat.turns import (
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "Call",
+    "Said",
     "TemplateFacts",
     "TextRow",
+    "ToolTemplate",
     "added_vocab",
     "asks_for_date",
     "batched",
@@ -69,6 +74,7 @@ __all__ = [
     "on_date",
     "opened_tag",
     "opened_thought",
+    "own_text",
     "prompt_ids",
     "prompt_tags",
     "prompt_text",

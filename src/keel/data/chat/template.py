@@ -342,14 +342,21 @@ def _covered(turn: Message, words: Placeholders, people: re.Pattern[str], reply:
     return cast(Message, mapped(turn, lambda text: words.put(text, pattern)))
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> TemplateFacts:
-    source = cast(str, tokenizer.get_chat_template(tools=more.get("tools")))
-    refuses, as_parts, settings = "", False, dict(more)
+class _Trial:
+    """A template, asked with conversations of known words."""
 
-    def attempt(*contents: str, generation: bool = False, thought: str = "", call: bool = False) -> str:
-        nonlocal refuses
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> None:
+        """more: `tools` and what else it is given."""
+        self.tokenizer, self.settings = tokenizer, dict(more)
+        self.refuses = ""  # the first error
+        self.as_parts = False  # contents are lists of parts
+        self.alone = self._ask_alone()  # what it makes of one question
+
+    def ask(self, *contents: str, generation: bool = False, thought: str = "", call: bool = False) -> str:
+        """What it makes of a question, a reply, and so on; "" where it refuses. thought, call: of the last
+        turn."""
         turns: list[dict[str, Any]] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+            {"role": role, "content": [{"type": "text", "text": text}] if self.as_parts else text}
             for role, text in zip(("user", "assistant") * 2, contents)
         ]
         if thought:
@@ -358,37 +365,50 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
             function = {"name": _SOME_TOOL["function"]["name"], "arguments": {}}
             turns[-1]["tool_calls"] = [{"type": "function", "id": "call00001", "function": function}]
         try:
-            return _apply(tokenizer, turns, generation, settings)
+            return _apply(self.tokenizer, turns, generation, self.settings)
         except UsageError as error:
-            refuses = refuses or str(error)
+            self.refuses = self.refuses or str(error)
             return ""
 
-    alone = attempt(_ASKS)
-    if _ASKS not in alone:
-        as_parts = True
-        alone = attempt(_ASKS)
-        alone = "" if "'type'" in alone else alone  # a list as Python shows it is no content
-    if (
-        _ASKS not in alone and "tools" not in settings
-    ):  # written for tools: what ends a turn is asked with one
-        as_parts, settings["tools"] = False, [_SOME_TOOL]
-        alone = attempt(_ASKS)
-    elif as_parts and _ASKS in alone:
-        refuses = ""
-    if not refuses and _ASKS not in alone:
-        raise UsageError("the chat template shows nothing of what a turn says")
-    opened = attempt(_ASKS, generation=True)
+    def ask_call(self) -> str:
+        """What it makes of a reply that calls a tool. Many templates know no tools: that is told where data
+        have some."""
+        self.settings |= {} if "tools" in self.settings else {"tools": [_SOME_TOOL]}
+        refused = self.refuses
+        calling = self.ask(_ASKS, "", call=True)
+        self.refuses = refused
+        return calling
+
+    def _ask_alone(self) -> str:
+        """One question, as text, else as parts, else with a tool, which some are written for. UsageError
+        where nothing of it is shown."""
+        alone = self.ask(_ASKS)
+        if _ASKS not in alone:
+            self.as_parts = True
+            alone = self.ask(_ASKS)
+            alone = "" if "'type'" in alone else alone  # a list as Python shows it is no content
+        if _ASKS not in alone and "tools" not in self.settings:
+            self.as_parts, self.settings["tools"] = False, [_SOME_TOOL]
+            alone = self.ask(_ASKS)
+        elif self.as_parts and _ASKS in alone:
+            self.refuses = ""
+        if not self.refuses and _ASKS not in alone:
+            raise UsageError("the chat template shows nothing of what a turn says")
+        return alone
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> TemplateFacts:
+    source, trial = cast(str, tokenizer.get_chat_template(tools=more.get("tools"))), _Trial(tokenizer, more)
+    alone = trial.alone
+    opened = trial.ask(_ASKS, generation=True)
     generation = opened.removeprefix(alone) if opened.startswith(alone) else ""
     generation = generation or opened.partition(_ASKS)[2]  # some write it whether asked to or not
-    answered = attempt(_ASKS, _SAYS)
+    answered = trial.ask(_ASKS, _SAYS)
     last = answered.partition(_SAYS)[2]
-    middle = attempt(_ASKS, _SAYS, _ASKS_MORE).partition(_SAYS)[2].partition(_ASKS_MORE)[0]
+    middle = trial.ask(_ASKS, _SAYS, _ASKS_MORE).partition(_SAYS)[2].partition(_ASKS_MORE)[0]
     end, writes_end = _end_of(tokenizer, alone.partition(_ASKS)[0], last, middle)
-    thinking = attempt(_ASKS, _SAYS, thought=_THINKS).partition(_ASKS)[2]
-    settings |= {} if "tools" in settings else {"tools": [_SOME_TOOL]}
-    refused = refuses
-    calling = attempt(_ASKS, "", call=True).partition(_ASKS)[2]
-    refuses = refused  # many templates know no tools: that is told where data have some
+    thinking = trial.ask(_ASKS, _SAYS, thought=_THINKS).partition(_ASKS)[2]
+    calling = trial.ask_call().partition(_ASKS)[2]
     special = special_pattern(tokenizer)
     headers = {match[0] for match in special.finditer(alone)}
     headers |= {m[0] for m in special.finditer(generation) if not _THOUGHT.search(m[0])}
@@ -399,7 +419,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
     tags = frozenset((inside | _paired(strings)) - structure)
     return TemplateFacts(
         source=source,
-        refuses=refuses,
+        refuses=trial.refuses,
         end=end,
         writes_end=writes_end,
         generation=generation,
@@ -407,7 +427,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any]) -> Templ
         structure=structure,
         tags=tags,
         written=pattern_of(strings - tags),
-        as_parts=as_parts,
+        as_parts=trial.as_parts,
         marks=_GENERATION.search(source) is not None,
         writes_bos=bool(bos) and opened.startswith(bos),
         shows_replies=not answered or _SAYS in answered,

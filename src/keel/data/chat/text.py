@@ -34,6 +34,13 @@ def completion_text(completion: str | Conversation) -> str:
     return completion if isinstance(completion, str) else "\n".join(turn["content"] for turn in completion)
 
 
+def own_text(completion: str | Conversation) -> str:
+    """What the model itself said, as text: of an episode with tools without what these answered."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(turn["content"] for turn in completion if turn["role"] != "tool")
+
+
 def user_text(prompt: Prompt) -> str:
     """What the user said last."""
     if isinstance(prompt, str):

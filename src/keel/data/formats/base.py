@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-from keel.data.values import is_list, json_value, shown
+from keel.data.values import as_finite, is_list, json_value, shown
 from keel.types import RecordType
 
 Row = Mapping[str, Any]
@@ -69,13 +68,14 @@ def text_of(row: Row, name: str) -> str:
 
 
 def number_of(row: Row, name: str) -> float:
-    """A column that must be a number; CSV cells write it as text."""
+    """A column that must be a finite number; CSV cells write it as text."""
     value = value_of(row, name)
     if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+(\.\d*)?\s*", value):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f'"{name}" is {shown(value)}, not a number')
-    return float(value)
+    number = as_finite(value)
+    if number is None:
+        raise ValueError(f'"{name}" is {shown(value)}, not a finite number')
+    return number
 
 
 def choice_of(row: Row, name: str, choices: Sequence[Any]) -> Any:

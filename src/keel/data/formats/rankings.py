@@ -26,7 +26,7 @@ from keel.data.formats.base import (
     text_of,
 )
 from keel.data.formats.pairs import helpsteer_prompt
-from keel.data.values import is_list, shown
+from keel.data.values import as_finite, is_list, shown
 
 _Scored = tuple[str, float, Mapping[str, Any]]  # a reply, how good it is, columns of its own
 
@@ -129,8 +129,10 @@ def _messages(rows: Sequence[Row]) -> Iterable[Made]:
 def _ranked(row: Row) -> Iterable[Made]:
     """completions, and ranks of as many numbers: 1 is the best reply, and equal ones share a rank."""
     replies, ranks = list_of(row, "completions"), list_of(row, "ranks")
-    if len(replies) != len(ranks) or not all(_is_number(rank) for rank in ranks):
-        raise ValueError(f'"ranks" are {len(ranks)} for {len(replies)} completions; give each a number')
+    if len(replies) != len(ranks) or any(as_finite(rank) is None for rank in ranks):
+        raise ValueError(
+            f'"ranks" are {len(ranks)} for {len(replies)} completions; give each a finite number'
+        )
     for (first, high), (second, low) in combinations(zip(replies, ranks, strict=True), 2):
         yield pair(row["prompt"], first, second, low - high, columns=rest(row, "completions", "ranks"))
 

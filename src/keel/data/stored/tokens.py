@@ -23,6 +23,7 @@ from keel.data import chat
 from keel.data.chat import rendering
 from keel.data.stored.arrow import BLOCK, Array, Blocks, BlockWriter, list_of, offsets_of
 from keel.data.stored.cache import FACTS, Cache, name_of
+from keel.data.stored.plain import PlainRows
 from keel.data.stored.records import FilledRows, JoinedRows, PickedRows, Rows, StoredRows, release
 from keel.types import PreferenceRecord, PromptRecord, Record, TextRecord
 
@@ -31,7 +32,7 @@ BATCH = 512  # records whose texts are tokenised in one call
 Tokens = tuple[list[int], ...]
 # (prompt, reply) or (prompt, chosen, rejected); of a text (ids, mask of what counts), the mask as 0 and 1
 _TOKEN_LISTS = pyarrow.list_(pyarrow.int32())
-_SCHEMA = pyarrow.schema(
+SCHEMA = pyarrow.schema(
     [("record", pyarrow.int64()), *((name, _TOKEN_LISTS) for name in ("first", "second", "third"))]
 )
 
@@ -132,7 +133,7 @@ def work(
     rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, task: Task, folder: Path
 ) -> tuple[int, int]:
     """Do one task. Returns how many entries it has made, and how many lists each has."""
-    writer, entries, parts = BlockWriter(folder / task.file, _SCHEMA), 0, 0
+    writer, entries, parts = BlockWriter(folder / task.file, SCHEMA), 0, 0
     waiting: list[tuple[int, Tokens]] = []
     try:
         for start in range(task.start, task.stop, BLOCK):
@@ -141,17 +142,18 @@ def work(
                 waiting.append((start + number, tokens))
                 entries, parts = entries + 1, max(parts, len(tokens))
             while len(waiting) >= BLOCK:
-                _write(writer, waiting[:BLOCK])
+                write_block(writer, waiting[:BLOCK])
                 waiting = waiting[BLOCK:]
         if waiting:
-            _write(writer, waiting)
+            write_block(writer, waiting)
     finally:
         writer.close()
         release(rows)
     return entries, parts
 
 
-def _write(writer: BlockWriter, entries: Sequence[tuple[int, Tokens]]) -> None:
+def write_block(writer: BlockWriter, entries: Sequence[tuple[int, Tokens]]) -> None:
+    """One block of entries, each the number of its record and at most three lists."""
     lists = [
         list_of([tokens[part] if part < len(tokens) else [] for _, tokens in entries], pyarrow.int32())
         for part in range(3)
@@ -207,6 +209,8 @@ def rows_print(rows: Sequence[Record]) -> str:
             return f"{rows_print(rows.rows)}+{list(rows.names)}"
         case JoinedRows():
             return "+".join(map(rows_print, rows.parts))
+        case PlainRows():
+            return f"{rows_print(rows.rows)}:plain"
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
@@ -218,7 +222,7 @@ def folders_of(rows: Sequence[Record]) -> list[str]:
     match rows:
         case StoredRows():
             return [rows.folder.name]
-        case PickedRows() | FilledRows():
+        case PickedRows() | FilledRows() | PlainRows():
             return folders_of(rows.rows)
         case JoinedRows():
             return sorted({name for part in rows.parts for name in folders_of(part)})

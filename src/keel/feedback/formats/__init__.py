@@ -22,7 +22,7 @@ from keel.feedback.formats import arena, argilla, label_studio, plain, potato, t
 from keel.feedback.formats.base import Invalid, Labels, Row, as_task
 from keel.types import DataSource
 from keel.votes.answers import scales_of
-from keel.votes.kinds import NewItem, PastJudgement, Task
+from keel.votes.kinds import Added, NewItem, PastJudgement, Project, Task
 
 if TYPE_CHECKING:
     from keel.votes.store import Store
@@ -336,13 +336,15 @@ def of_project(store: Store, name: str) -> Labels:
     return Labels(project.task, items, votes, (), words, scales_of(project))
 
 
-def into_project(store: Store, name: str, labels: Labels, by: int | None = None) -> Any:
-    """Add items, and their votes, to a project; for one of another task as `as_task` makes them. Reviewers'
-    words stay out: only an admin adjudicates. UsageError for an answer that the project does not ask for."""
-    project = store.project(name)
+def into_project(
+    store: Store, name: str, labels: Labels, by: int | None = None, *, make: Project | None = None
+) -> Added:
+    """Add items, and their votes, to a project: all or nothing. For one of another task they are as `as_task`
+    makes them. make: the project, where there is none of this name. Reviewers' words stay out: only an admin
+    adjudicates. UsageError for an answer that the project does not ask for."""
+    there = next((project for project in store.projects() if project.name == name), make)
+    project = there or store.project(name)
     if project.task != labels.task:
         labels = as_task(labels, project.task)
-    added = store.add_items(name, labels.items, by)
-    if labels.votes:
-        store.import_votes(name, labels.votes, by)
+    added, _ = store.bring_in(name, labels.items, labels.votes, by, make=make)
     return added

@@ -70,23 +70,27 @@ def _samples(run: Path, config: RunConfig, models: Sequence[str]) -> Said:
         if stage.kind != "evaluate" or not path.exists():
             continue
         by_index: dict[int, dict[str, str]] = {}
-        texts: dict[int, str] = {}
+        prompts: dict[int, Text] = {}
         for line in path.read_text(encoding="utf-8").split("\n"):
             row = json.loads(line) if line else {}
             if row.get("model") in models:
                 by_index.setdefault(row["index"], {})[row["model"]] = row["completion"]
-                texts[row["index"]] = row["prompt"]
+                prompts[row["index"]] = row["prompt"]
         whole = [index for index, replies in by_index.items() if set(models) <= replies.keys()]
         if len(whole) > len(found):
-            turns = _as_written(config, stage, texts)
-            found = [(turns.get(index, texts[index]), by_index[index]) for index in whole]
+            turns = _as_written(config, stage, prompts)
+            found = [(turns.get(index, prompts[index]), by_index[index]) for index in whole]
     return found
 
 
-def _as_written(config: RunConfig, stage: Stage, texts: Mapping[int, str]) -> dict[int, Text]:
-    """Index → the prompt as its data has it: samples hold what the user said last. Those that the data, as
-    they are now, do not have are left out."""
+def _as_written(config: RunConfig, stage: Stage, asked: Mapping[int, Text]) -> dict[int, Text]:
+    """Index → the prompt as its data has it, of prompts that are text: samples of version 0.1 hold what the
+    user said last. Those that the data, as they are now, do not have are left out."""
     from keel.data import chat
+
+    texts = {index: prompt for index, prompt in asked.items() if isinstance(prompt, str)}
+    if not texts:
+        return {}
 
     try:
         prompts = _prompts(config, stage)

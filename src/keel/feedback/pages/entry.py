@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response
 
@@ -11,6 +13,8 @@ from keel.feedback.auth import SESSION, VISITOR
 from keel.feedback.locales import LANGUAGES
 from keel.feedback.web import THEMES, YEAR
 from keel.feedback.wire import address
+from keel.votes.kinds import GoneError, Person, TakenError
+from keel.votes.store import Store
 
 router = APIRouter()
 LONGEST_NAME = 80
@@ -20,11 +24,21 @@ LONGEST_NAME = 80
 def home(request: Request) -> Response:
     """The projects that this person may see; straight to work where there is one and nothing else to do."""
     who, store = web.person(request), web.store(request)
-    names = store.projects(who.id)
-    if who.role == "annotator" and len(names) == 1:
-        return web.to(f"/projects/{names[0].name}/work")
-    cards = [{"project": project, "counts": store.counts(project.name)} for project in names]
+    found = store.projects(who.id)
+    if who.role == "annotator" and len(found) == 1:
+        return web.to(f"/projects/{found[0].name}/work")
+    cards = [{"project": project, **_counts(store, who, project.name)} for project in found]
     return web.page(request, "home.html", cards=cards)
+
+
+def _counts(store: Store, who: Person, project: str) -> dict[str, Any]:
+    """How far a project has come; for an annotator, how far they have: whether the votes of all grew with one
+    of theirs would say which items are checks."""
+    if who.role != "annotator":
+        counts = store.counts(project)
+        return {"mine": False, "done": counts["counted"], "all": counts["wanted"]}
+    own = store.progress(project, who.id)
+    return {"mine": True, "done": own.done, "all": own.done + own.left_for_me}
 
 
 @router.get("/sign-in")
@@ -38,7 +52,7 @@ def join_form(request: Request, code: str) -> Response:
     """The form of an invitation. Looking does not use it up: programs look at links too."""
     suggested = web.store(request).invitation(code)
     if suggested is None:
-        return _no_code(request)
+        return _no_code(request, code)
     return _entry(request, "join", "join.heading", name=suggested)
 
 
@@ -47,27 +61,40 @@ def join(request: Request, code: str) -> Response:
     """Use an invitation: a session begins."""
     state, name = web.web(request), web.fields(request).get("name", "").strip()
     if state.store.invitation(code) is None:
-        return _no_code(request)
+        return _no_code(request, code)
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
-        problem = web.translator(request)("join.bad_name")
-        return _entry(request, "join", "join.heading", problem=problem, name=name, status=422)
+        return _again(request, "join.bad_name", name, 422)
     try:
         token = state.store.accept(code, name)
-    except UsageError as error:  # the name is taken, or the code was used in this very moment
-        return _entry(request, "join", "join.heading", problem=str(error), name=name, status=422)
+    except TakenError:
+        return _again(request, "join.taken", name, 409)
+    except GoneError:  # somebody was faster by a moment
+        return _no_code(request, code)
+    except UsageError:
+        return _again(request, "join.bad_name", name, 422)
     response = web.to("/")
     state.auth.remember(response, token, secure=web.secure(request))
     response.delete_cookie(VISITOR)
     return response
 
 
-def _no_code(request: Request) -> Response:
-    """The same for codes that were used, have expired or never were."""
-    if web.web(request).wrong.wait(address(request.scope)):
+def _again(request: Request, problem: str, name: str, status: int) -> Response:
+    """The form of an invitation with what is wrong with the name."""
+    said = web.translator(request)(problem)
+    return _entry(request, "join", "join.heading", problem=said, name=name, status=status)
+
+
+def _no_code(request: Request, code: str) -> Response:
+    """What became of an invitation that cannot be used. Whoever came in by it and kept the link goes home.
+    Codes that never were are not found, and cannot be guessed at leisure."""
+    state = web.store(request).invitation_state(code)
+    if state is not None and request.state.person is not None:
+        return web.to("/")
+    if state is None and web.web(request).wrong.wait(address(request.scope)):
         raise HTTPException(429)
-    return _entry(
-        request, "sign-in", "sign_in.heading", problem=web.translator(request)("join.bad_code"), status=404
-    )
+    text = web.translator(request)("join.bad_code" if state is None else f"join.{state}")
+    status = 404 if state is None else 410
+    return _entry(request, "sign-in", "sign_in.heading", problem=text, status=status)
 
 
 def _entry(

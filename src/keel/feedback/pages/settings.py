@@ -64,6 +64,16 @@ def change(request: Request, project: str) -> Response:
     return web.to(f"/projects/{project}/settings?saved=1")
 
 
+@router.post("/projects/{project}/pause")
+def pause(request: Request, project: str) -> Response:
+    """Hand out nothing of a project any more, or hand out again."""
+    who, store, fields = web.person(request), web.store(request), web.fields(request)
+    web.project_of(request, project)
+    reason = fields.get("reason", "").strip() or "by an admin"
+    store.pause_project(project, reason if fields.get("paused") else "", who.id)
+    return web.to(f"/projects/{project}/settings?saved=1")
+
+
 def _form(
     request: Request,
     project: Project | None,

@@ -15,7 +15,7 @@ from keel.errors import UsageError
 from keel.feedback import render, web
 from keel.feedback.forms import FormError, answer_of, fields_of
 from keel.feedback.wording import said
-from keel.votes.kinds import Assignment, PausedError, Project
+from keel.votes.kinds import Assignment, NotFoundError, PausedError, Project, UsedError
 
 router = APIRouter()
 VIEWS = ("read", "difference", "raw")
@@ -33,7 +33,7 @@ def work(request: Request, project: str) -> Response:
     if item is None:
         return web.page(
             request, "nothing.html", project=settings, tab="work",
-            progress=store.progress(project, who.id), saved=_saved(request),
+            progress=store.progress(project, who.id), saved=_saved(request), client_id=_new_id(),
         )  # fmt: skip
     return _show(request, settings, item, {})
 
@@ -74,9 +74,19 @@ def _show(
         editing=editing,
         problem=problem,
         saved=_saved(request),
-        client_id=secrets.token_urlsafe(12),
+        client_id=_new_id(),
         begun=f"{time.time():.2f}",
     )
+
+
+def _new_id() -> str:
+    return secrets.token_urlsafe(12)
+
+
+def _client_id(fields: Mapping[str, str]) -> str:
+    """The id that the page was given, the same when a form is sent twice; a new one where it has none."""
+    given = fields.get("client_id", "")[:100]
+    return given if given and "\x00" not in given else _new_id()
 
 
 def _saved(request: Request) -> str:
@@ -92,12 +102,13 @@ def vote(request: Request, project: str, item: web.Number) -> Response:
     found = store.assignment(project, who.id, item)
     try:
         answer = answer_of(settings, found.shown, fields)
-        client = fields.get("client_id", "")[:100] or secrets.token_urlsafe(12)
-        cast = store.cast(project, who.id, item, answer, client, _seconds(fields))
+        cast = store.cast(project, who.id, item, answer, _client_id(fields), _seconds(fields))
     except PausedError:
         return _done(request, f"/projects/{project}/work")
+    except (NotFoundError, UsedError):
+        raise
     except (FormError, UsageError) as error:
-        text = web.translator(request)(error.key) if isinstance(error, FormError) else str(error)
+        text = web.translator(request)(error.key if isinstance(error, FormError) else "error.bad_text")
         if web.wants_json(request):
             return JSONResponse({"problem": text}, 422)
         return _show(request, settings, found, fields, text, 422)
@@ -128,24 +139,28 @@ def _done(request: Request, path: str) -> Response:
 @router.post("/projects/{project}/items/{item}/skip")
 def skip(request: Request, project: str, item: web.Number) -> Response:
     """Put an item aside: it comes again when nothing else is left."""
-    who = web.person(request)
-    web.store(request).skip(project, who.id, item)
+    who, client = web.person(request), _client_id(web.fields(request))
+    web.store(request).skip(project, who.id, item, client_id=client)
     return web.to(f"/projects/{project}/work?saved=skipped")
 
 
 @router.post("/projects/{project}/items/{item}/flag")
 def flag(request: Request, project: str, item: web.Number) -> Response:
     """Say that something is wrong with an item."""
-    who = web.person(request)
-    web.store(request).flag(project, who.id, item, web.fields(request).get("reason", "").strip()[:2000])
+    who, fields = web.person(request), web.fields(request)
+    reason = fields.get("reason", "").strip()[:2000]
+    web.store(request).flag(project, who.id, item, reason, client_id=_client_id(fields))
     return web.to(f"/projects/{project}/work?saved=flagged")
 
 
 @router.post("/projects/{project}/undo")
 def undo(request: Request, project: str) -> Response:
     """Take the last vote back; its item is shown again."""
-    who = web.person(request)
-    item = web.store(request).undo(project, who.id)
+    who, client = web.person(request), _client_id(web.fields(request))
+    try:
+        item = web.store(request).undo(project, who.id, client_id=client)
+    except PausedError:  # the page says so
+        return web.to(f"/projects/{project}/work")
     return web.to(f"/projects/{project}/work?saved={'nothing' if item is None else 'undone'}")
 
 

@@ -1,0 +1,195 @@
+"""Episodes of several turns with tools: the model writes, tools answer, the model goes on.
+
+An episode is one stream of tokens. What the model wrote stays as it was sampled; behind each of its turns
+stand the tokens in which the chat template shows what tools answered and begins the next turn. Nothing is
+decoded and tokenised again. Only the model's own tokens are trained.
+
+Episodes go in rounds: all whose turn it is are sampled together, by one request to the engine; those that
+call leave it, their tools run one after the other, and the next round takes them up again. What that costs:
+each turn reads its episode so far again, which k turns do k times (no keys and values are kept between
+rounds), and a round waits for its longest turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from keel.data.batches import derive_seed
+from keel.data.chat import Call, Said, ToolTemplate
+from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
+from keel.rollout.tools import Caller, Tool, reward_of, text_of_error, text_of_result
+from keel.types import Completion, Dialogue, Message, Sampling, StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What bounds an episode besides its tokens."""
+
+    max_turns: int  # of the model; what the last one calls is not run
+    on_error: Literal["show", "end"]  # what a failed call does
+    reward: bool = False  # whether the environment is asked at the end
+    by_turn: bool = False  # and after each turn
+
+
+@dataclass
+class Episode:
+    """One episode on its way."""
+
+    prompt_ids: tuple[int, ...]
+    tools: Mapping[str, Tool]
+    environment: Any = None
+    ids: list[int] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)
+    logp: list[float] | None = field(default_factory=list)  # None: the engine does not know them
+    hidden: list[Tensor] | None = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
+    stop: str = ""
+    stop_reason: StopReason | None = None  # None while it goes on
+    calls: int = 0
+    failures: int = 0
+    late: bool = False  # a call did not come back, which may still change the environment
+    turn_rewards: list[float] = field(default_factory=list)
+    reward: float | None = None
+
+    def says(self, turn: Completion, limit: int) -> None:
+        """One more turn of the model, cut to `limit` tokens."""
+        ids = turn.ids[:limit]
+        cut = len(ids) < len(turn.ids)
+        self.ids += ids
+        self.own += [True] * len(ids)
+        self.ends.append(len(self.ids) - 1)
+        self.logp = None if self.logp is None or not turn.logp else [*self.logp, *turn.logp[: len(ids)]]
+        if self.hidden is not None:
+            self.hidden = None if turn.hidden is None else [*self.hidden, turn.hidden[: len(ids)]]
+        self.stop = "" if cut else turn.stop
+        self.stop_reason = "length" if cut else turn.stop_reason
+
+    def hears(self, context: Sequence[int]) -> None:
+        """What stands before the model's next turn."""
+        self.ids += context
+        self.own += [False] * len(context)
+        if self.logp is not None:
+            self.logp += [0.0] * len(context)
+        self.stop_reason = None
+
+    def completion(self) -> Completion:
+        """The episode as a response."""
+        assert self.stop_reason is not None
+        dialogue = Dialogue(
+            tuple(self.own), tuple(self.ends), tuple(self.turns), self.calls, self.failures, self.reward,
+            tuple(self.turn_rewards),
+        )  # fmt: skip
+        hidden = torch.cat(self.hidden) if self.hidden else None
+        return Completion(
+            self.prompt_ids, tuple(self.ids), self.stop_reason, tuple(self.logp or ()), self.stop, hidden,
+            dialogue,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Player:
+    """What every episode of a stage is played with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ToolTemplate
+    caller: Caller
+    rules: Rules
+    engine_name: str = "keel"  # for messages
+
+    def play(
+        self,
+        engine: Engine,
+        episodes: Sequence[Episode],
+        sampling: Sampling,
+        seed: int,
+        *,
+        keep_head_inputs: bool = False,
+        count: TokenCount | None = None,
+        rows: Rows | None = None,
+    ) -> list[Completion]:
+        """The episodes to their ends, in order. sampling.max_new_tokens bounds all tokens of an episode
+        behind its prompt, those of the context included. The same seed gives the same tokens, where the
+        tools answer the same, whatever other episodes are played and when they end. rows: which of all rows
+        of the seed these are.
+
+        RewardError where `get_reward` fails or too many tools are stuck, UsageError where the engine returns
+        something else than was asked of it."""
+        turn, all_rows = 0, rows or Rows(range(len(episodes)), len(episodes))
+        number_of = dict(zip(map(id, episodes), all_rows.numbers, strict=True))
+        while waiting := [episode for episode in episodes if episode.stop_reason is None]:
+            # 1. those whose turn it is go on, each within what is left to it
+            limits = [sampling.max_new_tokens - len(episode.ids) for episode in waiting]
+            request = GenerationRequest.of(
+                self.tokenizer, [(*episode.prompt_ids, *episode.ids) for episode in waiting], sampling,
+                derive_seed(seed, "turn", turn) if turn else seed, keep_head_inputs=keep_head_inputs,
+                rows=Rows([number_of[id(episode)] for episode in waiting], all_rows.of), limits=limits,
+            )  # fmt: skip
+            completions = engine.generate(request, count)
+            check_completions(self.engine_name, request, completions)
+            # 2. tools answer, or the episode is over
+            turn += 1
+            for episode, completion, limit in zip(waiting, completions, limits, strict=True):
+                before = (*episode.prompt_ids, *episode.ids)
+                episode.says(completion, limit)
+                said = self.template.said(before, completion.ids[:limit])
+                episode.turns.append(said.message())
+                self._answered(episode, said, turn, sampling.max_new_tokens)
+                if self.rules.by_turn:
+                    episode.turn_rewards.append(self._reward(episode))
+        for episode in episodes:
+            if self.rules.reward:
+                last = episode.turn_rewards[-1:]
+                episode.reward = last[0] if last else self._reward(episode)
+        return [episode.completion() for episode in episodes]
+
+    def _answered(self, episode: Episode, said: Said, turn: int, most: int) -> None:
+        """Run what a turn calls and put the answers behind it; or leave the episode ended."""
+        if episode.stop_reason == "length" or not (said.calls or said.problem):
+            return
+        if turn >= self.rules.max_turns:
+            episode.stop_reason = "turns"
+            return
+        failures = episode.failures
+        answers = [self._answer(episode, call) for call in said.calls]
+        if said.problem:
+            episode.calls, episode.failures = episode.calls + 1, episode.failures + 1
+            answers = [("unknown", text_of_error(said.problem))]
+        messages = [{"role": "tool", "name": name, "content": text} for name, text in answers]
+        if self.rules.on_error == "end" and episode.failures > failures:
+            episode.turns += cast(Any, messages)  # for people to see; the model is not shown them
+            episode.stop_reason = "tool"
+            return
+        context = self.template.answer_ids(answers)
+        if len(episode.ids) + len(context) >= most:  # no token would be left for an answer
+            episode.stop_reason = "length"
+            return
+        episode.turns += cast(Any, messages)
+        episode.hears(context)
+
+    def _answer(self, episode: Episode, call: Call) -> tuple[str, str]:
+        """(name, text) of what a call came to."""
+        episode.calls += 1
+        tool = episode.tools.get(call.name)
+        if tool is None:
+            episode.failures += 1
+            return call.name, text_of_error(f"Tool {call.name} not found.")
+        outcome = self.caller.call(tool, call.arguments)
+        if outcome.raised is not None:
+            episode.failures += 1
+            episode.late = episode.late or isinstance(outcome.raised, TimeoutError)
+            return call.name, text_of_error(outcome.error)
+        return call.name, text_of_result(outcome.value)
+
+    def _reward(self, episode: Episode) -> float:
+        environment = episode.environment
+        function: Callable[[], Any] = environment.get_reward
+        first = next((turn["content"] for turn in episode.turns), "")
+        where = f"an episode that begins {' '.join(str(first).split())[:60]!r}"
+        return reward_of(self.caller.call(function, {}), environment, where)
