@@ -148,9 +148,9 @@ def shown(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and abs(value) > MOST_SHOWN:
+        return "a number beyond all reason"
     if isinstance(value, Real):
-        if isinstance(value, int) and abs(value) > MOST_SHOWN:
-            return "a number beyond all reason"
         return "NaN" if math.isnan(value) else f"the number {value}"
     if isinstance(value, Mapping):
         return "an object"

@@ -145,9 +145,8 @@ def _turn(turn: Mapping[str, Any]) -> str:
     said = "" if content is None else short(content, LONGEST).strip()
     if turn.get("role") == "tool":
         return f"← {short(turn.get('name') or 'tool', 40)}: {said}"
-    calls = (
-        [mapping(mapping(call).get("function", call)) for call in asked] if isinstance(asked, list) else []
-    )
+    asked = asked if isinstance(asked, list) else []
+    calls = [mapping(mapping(call).get("function", call)) for call in asked]
     lines = [f"→ {short(call.get('name'), 80)}({_arguments(call.get('arguments'))})" for call in calls]
     return "\n".join(filter(None, [said, *lines[:MOST_PARTS]]))
 
