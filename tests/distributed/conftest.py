@@ -18,6 +18,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keel.distributed import launch
+from keel.models.tokenizer import train_tokenizer
+from keel.worlds import shop
 
 WORKER = Path(__file__).with_name("worker.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -137,18 +139,68 @@ def on_policy_kinds(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str,
     }  # fmt: skip
 
 
+COUNTER = '''
+class Counter:
+    def reset(self, seed, **columns):
+        self.total = seed % 5
+        return f" From {self.total}."
+
+    def add(self, amount: int) -> str:
+        """
+        Add.
+
+        Args:
+            amount: How much.
+        """
+        self.total += amount
+        return str(self.total)
+
+    def get_reward(self) -> float:
+        return self.total / 10
+'''
+
+
+@pytest.fixture(scope="session")
+def episode_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two updates of GRPO and PPO with an environment. A turn ends at the first "e", so that there are
+    several; how many differs from episode to episode."""
+    folder = tmp_path_factory.mktemp("clerk")
+    tokenizer = train_tokenizer((row["text"] for row in shop.rows("text", 300, 0)), 384, 256)
+    tokenizer.chat_template = shop.CHAT_TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=256, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "counter.py").write_text(COUNTER, encoding="utf-8")
+    common = {
+        "model": str(folder / "model"), "environment": f"{folder / 'counter.py'}:Counter", "max_turns": 4,
+        "data": {"source": "world:shop/prompts", "rows": 5}, "updates": 2, "epochs": 1, "lr": 1e-3,
+        "eval_data": {"source": "world:shop/test_prompts", "rows": 4}, "eval_every": 1, "batch_size": 10,
+        "sampling": {"max_new_tokens": 90, "stop": ["e"]}, "kl": {"coef": 0.1},
+    }  # fmt: skip
+    paid = {"kind": "environment"}
+    return {
+        "grpo": {"kind": "grpo", **common, "samples_per_prompt": 2, "reward": paid},
+        "ppo": {"kind": "ppo", **common, "sharing": "separate", "reward": {**paid, "at": "turn"}},
+    }
+
+
 @pytest.fixture(scope="session")
 def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Runs of stages in float64 on n ranks, each made once: the folder, with one folder a strategy."""
     made: dict[tuple[Any, ...], Path] = {}
 
-    def go(stages: Mapping[str, Any], ranks: int, *strategies: str) -> Path:
+    def go(stages: Mapping[str, Any], ranks: int, *strategies: str, how: str = "float64") -> Path:
         key = (tuple(stages), ranks, strategies)
         if key in made:
             return made[key]
         folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
         config = write_config(folder / "config.yaml", copy.deepcopy(dict(stages)))
-        command = [sys.executable, str(WORKER), "float64", str(folder), str(config), *strategies]
+        command = [sys.executable, str(WORKER), how, str(folder), str(config), *strategies]
         if ranks == 1:
             environment = {**os.environ, **ENVIRONMENT}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

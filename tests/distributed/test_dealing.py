@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,11 @@ from keel.distributed.records import Record
 from keel.errors import LostRankError, UsageError
 from keel.pipeline import following
 from keel.pipeline.stage_kinds import OWN_KINDS
+from keel.rewards.mixture import Rated
+from keel.rewards.trainer import Logged
+from keel.rl import sampled
+from keel.rollout.score_responses import Scored
+from keel.types import Completion
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 6))
@@ -129,6 +135,37 @@ def test_ranks_are_started_with_their_numbers_and_the_first_failure_ends_all(tmp
     assert outcome.code == 1
     assert "rank 1 of 2" in outcome.line
     assert "code 4" in outcome.line
+
+
+# ---------------------------------------------------------------- responses of several ranks
+
+
+def _sampled(rows: list[int]) -> sampled.Sampled:
+    """Responses number `rows`, each of as many tokens as its number tells, all 100 + its number."""
+    lengths = [1 + row % 3 for row in rows]
+    width = max(lengths)
+    of_token = torch.tensor([[float(row)] * n + [0.0] * (width - n) for row, n in zip(rows, lengths)])
+    ids = torch.tensor([[7] + [100 + row] * n + [0] * (width - n) for row, n in zip(rows, lengths)])
+    scored = Scored(ids, torch.ones(len(rows)), of_token > 0, *[of_token] * 4)
+    of_row = torch.tensor([float(row) for row in rows])
+    rated = Rated(of_row, of_row, of_row, {"mine": of_row.tolist()}, Logged({}, {"note": list(rows)}))
+    completions = tuple(Completion((7,), (100 + row,) * n, "eos") for row, n in zip(rows, lengths))
+    return sampled.Sampled(tuple(f"prompt {row}" for row in rows), completions, scored, rated, True)
+
+
+def test_responses_of_three_ranks_stand_in_the_order_of_their_prompts(monkeypatch):
+    shares = [sampled.Dealt([1], [2, 3], 6), sampled.Dealt([0, 2], [0, 1, 4, 5], 6), sampled.Dealt([], [], 6)]
+    made = [(share.rows, _sampled(share.rows) if share.rows else None) for share in shares]
+    monkeypatch.setattr(group, "gathered", lambda own: made)
+    whole, expected = sampled.together(shares[0], made[0][1], 0), _sampled(list(range(6)))
+    assert whole.prompts == expected.prompts
+    assert whole.completions == expected.completions
+    assert whole.rated.by_name == expected.rated.by_name
+    assert whole.rated.logged == expected.rated.logged
+    for name in ("ids", "mask", "logp"):
+        assert getattr(whole.scored, name).equal(getattr(expected.scored, name))
+    for name in ("total", "raw", "learned"):
+        assert getattr(whole.rated, name).equal(getattr(expected.rated, name))
 
 
 # ---------------------------------------------------------------- kinds

@@ -101,6 +101,30 @@ def test_three_updates_of_ppo_and_grpo_are_those_of_one_process(
     compare(alone, together, stages, gradient=gradient, number=1e-6)
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_episodes_with_tools_are_those_of_one_process(
+    ranks: int, in_float64: Any, episode_kinds: dict[str, Any]
+) -> None:
+    """Environments begin alike, every turn draws alike whatever other episodes have ended, and each prompt
+    stands beside its own response."""
+    alone, together = (
+        in_float64(episode_kinds, count, "ddp", how="episodes") / "ddp" for count in (1, ranks)
+    )
+    compare(alone, together, episode_kinds, gradient=1e-10, number=1e-6)
+    for kind in episode_kinds:
+        numbers_of = logged(alone, kind)
+        assert 1 < numbers_of["/0/rollout/turns"] < 4
+        assert numbers_of["/0/rewards/environment/std"] > 0
+        expected, found = (
+            [json.loads(line) for line in (run / "stages" / kind / "samples.jsonl").read_text().splitlines()]
+            for run in (alone, together)
+        )
+        assert len({row["prompt"][-1]["content"] for row in expected}) > 1
+        for one, other in zip(expected, found, strict=True):
+            assert all(one[key] == other[key] for key in ("prompt", "completion", "stop_reason", "length"))
+
+
 def test_files_are_those_that_one_process_leaves(runs) -> None:
     stages, alone, together = runs
     for stage in stages:

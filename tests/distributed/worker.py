@@ -1,8 +1,10 @@
 """One rank of a test, or a process alone.
 
 `python worker.py float64 OUT CONFIG STRATEGY …` runs CONFIG in float64 with each strategy, into OUT/STRATEGY,
-and keeps the gradient of every optimiser step. `python worker.py fault FAULT RANK STEP ARGS …` is `keel
-ARGS`, where RANK meets FAULT in its optimiser step number STEP: raise, kill, stop, spin, nan.
+and keeps the gradient of every optimiser step. `python worker.py episodes …` does so where turns call tools
+by what their tokens add up to, since a model that has learnt nothing calls none. `python worker.py fault
+FAULT RANK STEP ARGS …` is `keel ARGS`, where RANK meets FAULT in its optimiser step number STEP: raise, kill,
+stop, spin, nan.
 """
 
 from __future__ import annotations
@@ -62,6 +64,18 @@ def float64(out: Path, config: Path, *strategies: str) -> None:
             torch.save(list(kept), out / strategy / "gradients.pt")
 
 
+def call_by_tokens() -> None:
+    """Two turns in three call the environment's `add`."""
+    from keel.data import chat
+    from keel.data.chat.tool_calls import Call, Said
+
+    def said(self: Any, prompt_ids: Any, ids: Any) -> Said:
+        total = sum(ids)
+        return Said("enough") if total % 3 == 0 else Said("", (Call("add", {"amount": total % 7}),))
+
+    chat.ToolTemplate.said = said
+
+
 def fault(what: str, rank: str, step: str, *arguments: str) -> None:
     from keel.cli.main import main
     from keel.models import optim
@@ -96,7 +110,9 @@ def fault(what: str, rank: str, step: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "float64":
+    if sys.argv[1] == "episodes":
+        call_by_tokens()
+    if sys.argv[1] in ("float64", "episodes"):
         float64(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
     else:
         fault(*sys.argv[2:])

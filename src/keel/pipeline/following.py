@@ -87,7 +87,7 @@ def call(stage: Stage, run: StageRun, day: date | None, sources: Sources) -> dic
     if group.size() > 1:
         snapshots, judged = sources.preparation.cache.snapshots, sources.judged(run.name)
         group.from_first(lambda: Call(run.name, stage, day, snapshots, judged))
-    return _worked(stage, run)
+    return run_stage(stage, run)
 
 
 def dismiss() -> None:
@@ -109,7 +109,7 @@ def follow(sources: Sources, place: Path, stage_run: Callable[[str], StageRun]) 
             sources.preparation.cache.snapshots.update(told.snapshots)
             with chat.on_date(told.day, given=config.date is not None), accel_switched(config):
                 sources.take_judged(told.name, told.judged)
-                _worked(told.stage, stage_run(told.name))
+                run_stage(told.stage, stage_run(told.name))
 
 
 def _nothing() -> Call | None:
@@ -117,9 +117,11 @@ def _nothing() -> Call | None:
     raise AssertionError("the first rank follows nobody")
 
 
-def _worked(stage: Stage, run: StageRun) -> dict[str, Any]:
-    """The stage's run function. Weights that are cut over ranks are computed with by the models' own code:
-    keel's faster paths reach for them whole."""
+def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
+    """Run a stage of any kind on this rank; what it returns becomes its result.json.
+
+    Weights that are cut over ranks are computed with by the models' own code: keel's faster paths reach for
+    them whole."""
     function = resolve(kind_of(stage.kind).run)
     if not group.is_sharded():
         return function(stage, run)

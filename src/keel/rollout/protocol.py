@@ -35,10 +35,10 @@ class GenerationRequest:
     seed: int
     stop_texts: StopTexts | None = None  # strings that end a response, however a tokenizer cuts them
     keep_head_inputs: bool = False  # keep what the head was given, so that nobody has to compute it again
-    rows: Rows | None = None  # None: all rows of the seed
     # (N,) the most tokens of each response, max_new_tokens or less; None: max_new_tokens for all. An engine
     # that does not look at it returns what is cut afterwards
     limits: Sequence[int] | None = None
+    rows: Rows | None = None  # None: all rows of the seed
 
     @classmethod
     def of(
@@ -49,8 +49,8 @@ class GenerationRequest:
         seed: int,
         *,
         keep_head_inputs: bool = False,
-        rows: Rows | None = None,
         limits: Sequence[int] | None = None,
+        rows: Rows | None = None,
     ) -> GenerationRequest:
         """With the stop ids, the stop strings, the pad id and the vocabulary that a tokenizer and
         `sampling.stop` say."""
@@ -62,8 +62,8 @@ class GenerationRequest:
             seed,
             stop_texts(tokenizer, sampling.stop),
             keep_head_inputs,
-            rows,
             limits,
+            rows,
         )
 
 
