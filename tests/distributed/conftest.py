@@ -112,8 +112,8 @@ def all_kinds(
 
 @pytest.fixture(scope="session")
 def few_kinds(all_kinds: dict[str, Any]) -> dict[str, Any]:
-    """One step each of what is most easily wrong: ties and uneven rows, a rank without rows, adapters."""
-    return {name: {**all_kinds[name], "max_steps": 1} for name in ("tuned", "one-row", "adapted")}
+    """One step each of what is most easily wrong: ties and uneven rows, a rank without rows."""
+    return {name: {**all_kinds[name], "max_steps": 1} for name in ("tuned", "one-row")}
 
 
 @pytest.fixture(scope="session")
