@@ -46,6 +46,7 @@ from keel.rl.measures import StepMeasures
 from keel.rl.setup import open_stage
 from keel.rundir.stage_run import StageRun
 from keel.types import Episodes
+from keel.worlds import shop
 
 torch.set_num_threads(1)
 
@@ -692,3 +693,20 @@ def chromium() -> Iterator[Any]:
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def clerk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with the shop's template, untrained."""
+    folder = tmp_path_factory.mktemp("clerk") / "model"
+    tokenizer = train_tokenizer((row["text"] for row in shop.rows("text", 300, 0)), 384, 256)
+    tokenizer.chat_template = shop.CHAT_TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=256, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -686,6 +686,7 @@ def test_trap_every_setting_is_read_by_something(
     whole: Any,
     tiny_bert: Path,
     standing_judge: Any,
+    clerk: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -778,6 +779,18 @@ def test_trap_every_setting_is_read_by_something(
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "the cat " * 9}) + "\n" for _ in rows))
     streamed = {"data": str(tmp_path / "texts.jsonl"), "stream": True, "shuffle_buffer": 4, "max_steps": 1}
     stages["streamed"] = {**stages["base"], **streamed}
+    stages["tools"] = {
+        "kind": "grpo",
+        "model": str(clerk),
+        "environment": "world:shop",
+        "reward": {"kind": "environment"},
+        "data": {"source": "world:shop/prompts", "rows": 4},
+        "batch_size": 4,
+        "samples_per_prompt": 2,
+        "updates": 1,
+        "max_turns": 2,
+        "sampling": {"max_new_tokens": 40},
+    }
     names = stages.keys()
     with monkeypatch.context() as watching:
         watching.setattr(BaseModel, "__getattribute__", watch)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from keel.api.results import load_run as load_run
     from keel.api.running import plan_run as plan_run
     from keel.api.running import run as run
+    from keel.errors import BudgetError as BudgetError
     from keel.errors import DataError as DataError
     from keel.errors import KeelError as KeelError
     from keel.errors import MachineError as MachineError
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "BudgetError",
     "Comparison",
     "DataError",
     "KeelError",
@@ -62,6 +64,7 @@ __all__ = [
 
 # public name → the module that defines it
 _HOMES = {
+    "BudgetError": "keel.errors",
     "Comparison": "keel.api.results",
     "DataError": "keel.errors",
     "KeelError": "keel.errors",

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from keel.config import GRPOConfig, PPOConfig, parse
 from keel.errors import DataError, KeelError, UsageError
-from keel.models.tokenizer import train_tokenizer
 from keel.pipeline.trust import code_of
 from keel.report.reading import read as read_run
 from keel.report.replies import during
@@ -63,23 +61,6 @@ def shout(word: str) -> str:
 def by_environment(completions, environments, **kwargs):
     return [environment.total / 10 for environment in environments]
 '''
-
-
-@pytest.fixture(scope="module")
-def clerk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with the shop's template, untrained."""
-    folder = tmp_path_factory.mktemp("clerk") / "model"
-    tokenizer = train_tokenizer((row["text"] for row in shop.rows("text", 300, 0)), 384, 256)
-    tokenizer.chat_template = shop.CHAT_TEMPLATE
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=256, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
