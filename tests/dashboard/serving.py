@@ -15,6 +15,8 @@ import uvicorn
 from keel.dashboard.app import application
 from keel.dashboard.security import Security
 
+ended: list[str] = []  # addresses of servers that were told to end
+
 
 @contextlib.contextmanager
 def serving(folder: Path, port: int = 0, **settings: Any) -> Iterator[str]:
@@ -35,5 +37,6 @@ def serving(folder: Path, port: int = 0, **settings: Any) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
+        ended.append(f"http://127.0.0.1:{port}")
         server.should_exit = True
         thread.join(10)

@@ -104,12 +104,15 @@ def test_every_task_takes_its_answer(program, store, project, answer, check):
 @pytest.mark.parametrize(
     ("project", "answer", "word"),
     [
-        ("pairs", {}, "Choose one of the answers"),
-        ("pairs", {"choice": "c"}, "Choose one of the answers"),
+        ("pairs", {}, "choice is None; it is one of a, b, tie, both_bad, cannot_judge"),
+        ("pairs", {"choice": "c"}, "choice is 'c'; it is one of a, b, tie"),
         ("pairs", {"choice": "a", "odd": 1}, "odd"),
         ("ratings", {"ratings": {"helpful": 3}}, "every scale"),
         ("ratings", {"ratings": {"kind": 3}}, "no scale 'kind'"),
-        ("ranks", {"ranking": [[0], [1]]}, "every reply"),
+        ("ranks", {"ranking": [[0], [1]]}, "from 0 to 2 once"),
+        ("ranks", {"ranking": [[0], [1], [2, 7]]}, "from 0 to 2 once"),
+        ("ranks", {"ranking": [[0, 2], [1], [2]]}, "from 0 to 2 once"),
+        ("ranks", {}, "every reply"),
         ("edits", {"text": " "}, "improved reply"),
     ],
 )

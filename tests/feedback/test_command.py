@@ -62,6 +62,16 @@ def test_a_project_from_its_making_to_its_backup(place):
     keel("invite", "--again", "--name", "Eve")
 
 
+def test_a_link_that_another_one_replaces_is_said(place):
+    first = RUNNER.invoke(app, ["label", "create", "one"])
+    again = RUNNER.invoke(app, ["label", "create", "two"])
+    links = [re.findall(r"/join/(\S+)", result.stdout)[0] for result in (first, again)]
+    assert "works no longer" not in first.stderr
+    assert "the admin's link that was printed before works no longer" in again.stderr
+    with open_store("sqlite:///keel-label.db") as store:
+        assert [store.invitation_state(link) for link in links] == ["withdrawn", "open"]
+
+
 def test_a_changed_row_is_named_with_exit_code_3(place):
     keel("create", "help")
     keel("add", "help", "My Pairs.jsonl")

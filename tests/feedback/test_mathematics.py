@@ -62,7 +62,7 @@ def test_what_models_write_is_set(tex, part):
     [
         "\\foo x", "x^", "\\frac{1}", "a & b", "\\begin{cases} a", "\\left( x", "{" * 200 + "}" * 200,
         "x" * (mathematics.LONGEST + 1), "\\href{https://x.example}{y}", "\\newcommand{\\a}{b} \\a",
-        "\\unicode{xD800}", "\\sqrt{" * 60 + "x" + "}" * 60,
+        "\\unicode{xD800}", "50% of x = y", "a \\\\% b", "\\sqrt{" * 60 + "x" + "}" * 60,
     ],
 )  # fmt: skip
 def test_what_is_not_understood_stays_tex(tex):

@@ -88,9 +88,15 @@ def test_a_classifiers_rows_are_the_same_from_files_and_found_again(
     of_files(monkeypatch)
     assert [made(**kind) for kind in kinds] == plain
     assert len(list((tmp_path / "cache").glob("inputs-*"))) >= 3
-    monkeypatch.setattr(classifier, "encoded", None)  # what is found again does not need it
-    monkeypatch.setattr(classifier, "_passages", None)
-    assert [made(**kind) for kind in kinds] == plain
+    with monkeypatch.context() as without:
+        without.setattr(classifier, "encoded", None)  # what is found again does not need it
+        without.setattr(classifier, "_passages", None)
+        assert [made(**kind) for kind in kinds] == plain
+    edited = tmp_path / "edited.py"  # after an edit of the code that makes rows, none of before are taken
+    edited.write_text(Path(str(classifier.__file__)).read_text() + "\n")
+    monkeypatch.setattr(classifier, "__file__", str(edited))
+    monkeypatch.setattr(classifier, "_passages", lambda *_: [{"input_ids": [1]}])
+    assert {len(row.inputs["input_ids"]) for row in made(passages=True)[0]} == {1}
 
 
 def test_comparisons_are_scored_the_same_from_files(
@@ -125,6 +131,14 @@ def test_comparisons_are_scored_the_same_from_files(
     of_files(monkeypatch)
     assert made(in_file(rows, Cache(tmp_path / "rows"), "rows-x")) == plain
     assert list((tmp_path / "cache").glob("inputs-*"))
+    edited = tmp_path / "edited.py"  # another way to read a reply, and the folder of before is there
+    edited.write_text(Path(str(learned.__file__)).read_text() + "\n")
+    monkeypatch.setattr(learned, "__file__", str(edited))
+    read = learned.encode
+    monkeypatch.setattr(learned, "encode", lambda *a: {k: v[-3:] for k, v in read(*a).items()})
+    other = made(in_file(rows, Cache(tmp_path / "again"), "rows-x"))
+    assert other["votes"] == plain["votes"]
+    assert other["chosen"] != plain["chosen"]
 
 
 @pytest.fixture

@@ -121,6 +121,42 @@ def test_a_role_changes_at_once(any_store, fill):
     assert any_store.verify().broken is None
 
 
+def test_who_is_no_longer_admin_sees_again_what_they_were_let_into(any_store, fill):
+    fill(any_store, people=0)
+    fill(any_store, name="q", people=0)
+    root = any_store.add_person("root", "admin")
+    any_store.accept(any_store.invite("annotator", "p", root.id), "Ann")
+    ann = any_store.person_named("Ann")
+    any_store.set_role(ann.id, "admin", root.id)
+    assert [one.name for one in any_store.projects(ann.id)] == ["p", "q"]
+    assert any_store.next_item("q", ann.id, NOW) is not None
+    assert any_store.project_for("q", ann.id).name == "q"
+    any_store.set_role(ann.id, "annotator", root.id)
+    assert [one.name for one in any_store.projects(ann.id)] == ["p"]
+    assert "Ann" not in [one.name for one in any_store.people("q")]
+    with pytest.raises(NotFoundError):
+        any_store.next_item("q", ann.id, NOW)
+    with pytest.raises(NotFoundError):
+        any_store.project_for("q", ann.id)
+    assert any_store.next_item("p", ann.id, NOW) is not None
+    assert any_store.verify().broken is None
+
+
+def test_a_link_for_somebody_who_is_forgotten_works_no_longer(any_store, fill):
+    p = fill(any_store, people=2)
+    gone, other = p.people
+    code = any_store.sign_in_link(gone.id, None)
+    kept = any_store.sign_in_link(other.id, None)
+    any_store.forget(gone.id, None)
+    states = {one.id: one.state for one in any_store.invitations()}
+    assert states == {1: "withdrawn", 2: "open"}
+    assert any_store.invitation(code) is None
+    with pytest.raises(GoneError):
+        any_store.accept(code)
+    assert any_store.accept(kept)
+    assert any_store.verify().broken is None
+
+
 def test_roles_that_cannot_be_are_refused(store):
     root = store.add_person("root", "admin")
     model = store.add_person("gpt", is_model=True)

@@ -115,7 +115,7 @@ def create(
     from keel.votes.kinds import Project
 
     wanted: Any = order
-    made, code = commands.create(
+    made, code, replaced = commands.create(
         db,
         Project(
             project,
@@ -134,6 +134,8 @@ def create(
     text = f"{made.name}: {made.task}, {made.votes_per_item} votes an item"
     if code:
         text += f"\nadmin's one-time link: {link_to(code)}"
+        if replaced:
+            say_note("the admin's link that was printed before works no longer")
     print_result({"project": made.name, "task": made.task, "admin_code": code}, text, as_json)
 
 

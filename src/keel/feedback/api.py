@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 
 from keel.errors import UsageError
 from keel.feedback import render, web
-from keel.feedback.forms import FormError, answer_of
+from keel.feedback.forms import SIDES, FormError, answer_of
 from keel.feedback.locales import Translator
 from keel.votes.answers import scales_of
 from keel.votes.kinds import Assignment, NewItem, Project, Reply
@@ -209,14 +209,22 @@ def vote(request: Request, project: ProjectName, item: ItemNumber, body: VoteIn)
     who, store, settings = web.person(request), web.store(request), _mine(request, project)
     found = store.assignment(project, who.id, item)
     try:
-        answer = answer_of(settings, found.shown, _fields(settings, body))
+        answer = answer_of(settings, found.shown, _fields(settings, len(found.shown), body))
     except FormError as error:
-        raise UsageError(_ENGLISH(error.key)) from None
+        raise UsageError(_words(settings, error, body)) from None
     cast = store.cast(project, who.id, item, answer, body.client_id, body.seconds)
     return VoteOut(status=cast.status, paused=cast.paused)
 
 
-def _fields(project: Project, body: VoteIn) -> dict[str, str]:
+def _words(project: Project, error: FormError, body: VoteIn) -> str:
+    """What is wrong with an answer, for who writes a program."""
+    if error.key == "problem.choice":
+        sides = SIDES if project.task == "pairwise" else ("up", "down")
+        return f"choice is {body.choice!r}; it is one of {', '.join((*sides, *project.allow))}"
+    return _ENGLISH(error.key)
+
+
+def _fields(project: Project, replies: int, body: VoteIn) -> dict[str, str]:
     """The form's fields that say the same."""
     fields: dict[str, str] = {"comment": body.comment}
     if body.choice is not None:
@@ -227,6 +235,9 @@ def _fields(project: Project, body: VoteIn) -> dict[str, str]:
             if name not in numbers:
                 raise UsageError(f"there is no scale {name!r} in this project; it has {', '.join(numbers)}")
             fields[f"rating-{numbers[name]}"] = str(value)
+    given = [position for group in body.ranking or () for position in group]
+    if body.ranking is not None and sorted(given) != list(range(replies)):
+        raise UsageError(f"ranking has each shown position from 0 to {replies - 1} once")
     for place, group in enumerate(body.ranking or (), 1):
         fields |= {f"place-{position}": str(place) for position in group}
     if body.text is not None:

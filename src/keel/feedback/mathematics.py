@@ -5,6 +5,9 @@ as markup (`\\text{<script>}`), and its tree has links, styles and colours. So t
 with the elements and attributes of MathML Core that say how a formula looks, every text escaped. TeX that is
 not understood whole stays TeX: `typeset` gives None.
 
+A sign of per cent without its backslash begins a comment in TeX, and the rest of the line would be missing:
+such a formula stays TeX too.
+
 A reply may be meant to cost time or room. Formulas that are long, deep, or define or double things are left
 as TeX, and lengths are held to a few em, so that nothing leaves its place.
 """
@@ -80,6 +83,7 @@ _REFUSED = re.compile(
     r"\\(?:def|[gex]def|let|(?:re)?newcommand|providecommand|(?:re)?newenvironment|DeclareMathOperator"
     r"|sideset|href|class|style|unicode|rule|includegraphics|input|label|ref)(?![a-zA-Z])"
 )
+_COMMENT = re.compile(r"(?<!\\)(?:\\\\)*%")  # TeX drops what follows: models write it for per cent
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([a-zA-Z]+\*?)\}")
 _RENAMED = {
     "aligned": "align*", "align": "align*", "alignedat": None, "alignat": None, "alignat*": None,
@@ -97,7 +101,7 @@ class _NotRead(Exception):
 @lru_cache(maxsize=2048)
 def typeset(tex: str, block: bool) -> Markup | None:
     """A formula as MathML; None for one that stays TeX. block: on a line of its own."""
-    if len(tex) > LONGEST or _REFUSED.search(tex):
+    if len(tex) > LONGEST or _REFUSED.search(tex) or _COMMENT.search(tex):
         return None
     display = "block" if block else "inline"
     try:

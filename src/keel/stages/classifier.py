@@ -8,6 +8,7 @@ encodes it by itself, special tokens included.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,7 @@ from keel.data import chat, files
 from keel.data.batches import derive_seed
 from keel.data.holdout import hold_out
 from keel.data.identity import RowKeys, as_keys
-from keel.data.stored.cache import name_of
-from keel.data.stored.inputs import Inputs, InputSink, StoredInputs
+from keel.data.stored.inputs import Inputs, InputSink, StoredInputs, name_of_inputs
 from keel.data.stored.plain import plain_texts
 from keel.data.stored.records import Rows, joined, keys_of_rows, picked, release
 from keel.data.stored.tokens import BATCH, folders_of, rows_print, tokenizer_print
@@ -36,6 +36,7 @@ from keel.errors import DataError, UsageError
 from keel.evaluation.measures import wilson
 from keel.models.load import ModelSource, model_config, score_head, scorer
 from keel.models.tokenizer import EOS, train_tokenizer, with_own_pad
+from keel.rewards import classifier as reader
 from keel.rewards.classifier import encoded, forward, longest_input
 from keel.rundir.stage_run import StageRun
 from keel.stages import lazy_rows, prepare, supervised_loop
@@ -247,7 +248,8 @@ def _inputs(
     def name() -> str:
         every = [(label, rows_print(texts[label])) for label in config.labels]
         settings = (too_long.limit, too_long.policy, config.passages)
-        return name_of("inputs", *every, tokenizer_print(tokenizer), *settings)
+        makers = [sys.modules[__name__], reader]
+        return name_of_inputs(makers, *every, tokenizer_print(tokenizer), *settings)
 
     of_files = any(isinstance(of_label, Rows) for of_label in texts.values())
     if of_files and (folder := cache.find(name())) is not None:

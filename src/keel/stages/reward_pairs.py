@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from keel.data.stored.cache import name_of
-from keel.data.stored.inputs import InputSink, StoredInputs
+from keel.data.stored.inputs import InputSink, StoredInputs, name_of_inputs
 from keel.data.stored.records import numbers_of, release
 from keel.data.stored.tokens import Tokens, folders_of, rows_print, tokenizer_print
 from keel.errors import DataError, UsageError
@@ -74,7 +74,8 @@ def _encode_texts(
 
     def name() -> str:
         settings = (too_long.limit, too_long.policy)
-        return name_of("inputs", rows_print(records), tokenizer_print(reward.tokenizer), "pairs", *settings)
+        parts = (rows_print(records), tokenizer_print(reward.tokenizer), "pairs", *settings)
+        return name_of_inputs([sys.modules[__name__], learned], *parts)
 
     with InputSink(too_long.stage_run.preparation.cache, name) as sink:
         for number, record in enumerate(records):

@@ -6,6 +6,7 @@ All that is kept of a comparison is a few numbers. Its tokens wait in a file whe
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,7 @@ import torch
 
 from keel.config import EvaluateConfig
 from keel.data import chat
-from keel.data.stored.cache import name_of
-from keel.data.stored.inputs import Inputs, InputSink
+from keel.data.stored.inputs import Inputs, InputSink, name_of_inputs
 from keel.data.stored.records import facts_of, release
 from keel.data.stored.tokens import rows_print, tokenizer_print
 from keel.errors import DataError, UsageError
@@ -167,9 +167,8 @@ def _sides(
 
     def name() -> str:
         model = reward.model.config.to_json_string()  # its context, and how it is read
-        return name_of(
-            "inputs", rows_print(records), tokenizer_print(reward.tokenizer), model, repr(reward.reading)
-        )
+        parts = (rows_print(records), tokenizer_print(reward.tokenizer), model, repr(reward.reading))
+        return name_of_inputs([sys.modules[__name__], learned], *parts)
 
     with InputSink(stage_run.preparation.cache, name) as sink:
         for number, pair in enumerate(records, 1):

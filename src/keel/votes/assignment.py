@@ -43,7 +43,7 @@ def desk(connection: Connection, name: str, person_id: int, *, lock: bool = True
     """The desk of a person. NotFoundError for nobody, and for a project that they may not work in."""
     row, person = project_row(connection, name), person_row(connection, person_id)
     seat = seat_row(connection, row.id, person.id, lock=lock)
-    if person.role == "viewer" or not (person.everywhere or seat.invited):
+    if person.role == "viewer" or not (schema.sees_all(person) or seat.invited):
         raise NotFoundError(f"there is no project named {name!r} for {person.name} to vote in")
     return Desk(row.id, project_of(name, row.settings), person, seat)
 

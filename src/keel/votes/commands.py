@@ -25,12 +25,13 @@ from keel.votes.kinds import (
 )
 
 
-def create(url: str | None, project: Project) -> tuple[Project, str | None]:
-    """Make a project, and the database with it. Where nobody is an admin yet, also a code that makes one."""
+def create(url: str | None, project: Project) -> tuple[Project, str | None, int]:
+    """Make a project, and the database with it. Where nobody is an admin yet, also a code that makes one, and
+    how many such codes it replaces: those work no longer."""
     with open_store(url) as store:
         made = store.create_project(project, by=None)
-        first = store.first_admin_link()
-        return made, first and first[0]
+        code, replaced = store.first_admin_link() or (None, 0)
+        return made, code, replaced
 
 
 def add(url: str | None, project: str, items: Iterable[NewItem]) -> Added:

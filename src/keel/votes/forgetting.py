@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
 
-from keel.votes import audit, people, schema, sessions
+from keel.votes import audit, invitations, people, schema, sessions
 from keel.votes.kinds import Forgotten
 
 
@@ -22,6 +22,7 @@ def forget(connection: Connection, person_id: int, by: int | None, now: float) -
         people.keep_an_admin(connection, row)
     projects = _projects_of(connection, person_id)
     credentials = sessions.sign_out_everywhere(connection, person_id, by, now)
+    invitations.withdraw_of(connection, person_id, by, now)
     comments = _blank(connection, schema.versions, "comment", person_id)
     comments += _blank(connection, schema.adjudications, "note", person_id)
     comments += _blank(connection, schema.flags, "reason", person_id)

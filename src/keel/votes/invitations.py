@@ -133,7 +133,7 @@ def invitations(
     if project is not None:
         project_id, seats = project_row(connection, project).id, schema.seats
         there = select(seats.c.person_id).where(seats.c.project_id == project_id, seats.c.invited)
-        everybodys = people_.c.id.is_(None) | people_.c.everywhere | people_.c.id.in_(there)
+        everybodys = people_.c.id.is_(None) | schema.sees_all(people_.c) | people_.c.id.in_(there)
         query = query.where((table.c.project_id == project_id) | (table.c.project_id.is_(None) & everybodys))
     return [
         Invitation(
@@ -157,6 +157,17 @@ def withdraw(connection: Connection, number: int, by: int | None, now: float) ->
     connection.execute(update(table).where(table.c.id == number).values(withdrawn=now))
     audit.append(connection, "invitations", number, "withdraw", at=now, by=by, project_id=row.project_id)
     return invitations(connection, None, now, number)[0]
+
+
+def withdraw_of(connection: Connection, person_id: int, by: int | None, now: float) -> None:
+    """Make the links that sign a person in again worthless."""
+    table = schema.invitations
+    own = select(table.c.id).where(
+        table.c.person_id == person_id, table.c.used.is_(None), table.c.withdrawn.is_(None),
+        table.c.expires > now,
+    )  # fmt: skip
+    for number in connection.execute(own.order_by(table.c.id)).scalars().all():
+        withdraw(connection, number, by, now)
 
 
 def accept(connection: Connection, code: str, name: str, days: float, now: float) -> str:

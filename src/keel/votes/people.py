@@ -87,7 +87,7 @@ def people(connection: Connection, project: str | None) -> list[Person]:
     rows = connection.execute(
         select(table, seats.c.paused.label("paused_here"))
         .select_from(joined)
-        .where(here, or_(table.c.everywhere, seats.c.invited))
+        .where(here, or_(schema.sees_all(table.c), seats.c.invited))
         .order_by(table.c.id)
     )
     return [person_of(row, row.paused_here) for row in rows]
@@ -160,8 +160,8 @@ def pause_in(
 
 
 def set_role(connection: Connection, person_id: int, role: Role, by: int | None, now: float) -> Person:
-    """Another role for a person, in every request from now on. Who becomes an admin may work in every
-    project; who becomes a viewer gives back what they hold.
+    """Another role for a person, in every request from now on. An admin may work in every project, and who is
+    one no longer in those that they were let into before; who becomes a viewer gives back what they hold.
 
     UsageError for a model, and for the only admin where a person asks (the machine's owner can make another).
     """
@@ -175,9 +175,8 @@ def set_role(connection: Connection, person_id: int, role: Role, by: int | None,
     if by is not None:
         keep_an_admin(connection, row)
     table = schema.people
-    values: dict[str, Any] = {"role": role, **({"everywhere": True} if role == "admin" else {})}
-    connection.execute(update(table).where(table.c.id == row.id).values(**values))
-    if role == "viewer":
+    connection.execute(update(table).where(table.c.id == row.id).values(role=role))
+    if role == "viewer" or (row.role == "admin" and not row.everywhere):
         give_back(connection, row.id)
     audit.append(connection, "people", row.id, f"role:{role}", at=now, by=by)
     return person_of(person_row(connection, row.id))

@@ -114,7 +114,7 @@ def project_for(connection: Connection, name: str, person_id: int) -> Project:
     row = project_row(connection, name)
     person = row_of(connection, schema.people, id=person_id)
     seat = row_of(connection, schema.seats, project_id=row.id, person_id=person_id)
-    if person is None or not (person.everywhere or (seat is not None and seat.invited)):
+    if person is None or not (schema.sees_all(person) or (seat is not None and seat.invited)):
         raise NotFoundError(f"there is no project named {name!r}")
     return project_of(name, row.settings)
 
@@ -125,7 +125,7 @@ def projects(connection: Connection, person_id: int | None) -> list[Project]:
     query = select(table.c.name, table.c.settings).order_by(table.c.name)
     if person_id is not None:
         mine = select(seats.c.project_id).where(seats.c.person_id == person_id, seats.c.invited)
-        everywhere = select(literal(1)).where(people.c.id == person_id, people.c.everywhere)
+        everywhere = select(literal(1)).where(people.c.id == person_id, schema.sees_all(people.c))
         query = query.where(or_(table.c.id.in_(mine), everywhere.exists()))
     return [project_of(row.name, row.settings) for row in connection.execute(query)]
 

@@ -16,6 +16,8 @@ alone, so that the text can be removed and the log still be checked.
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -264,3 +266,9 @@ secrets = Table(
     Column("name", String(32), primary_key=True),
     Column("value", String(64), nullable=False),  # what a server signs its cookies with
 )  # fmt: skip
+
+
+def sees_all(row: Any) -> Any:
+    """Whether a person may work in every project: of a row of people, or of its columns. An admin may for as
+    long as they are one."""
+    return row.everywhere | (row.role == "admin")

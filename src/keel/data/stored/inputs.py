@@ -3,18 +3,27 @@ while they are few, in a file from then on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, overload
 
 from keel.data.stored import records
 from keel.data.stored.arrow import BLOCK, Array, BlockWriter
-from keel.data.stored.cache import FACTS, Cache
+from keel.data.stored.cache import FACTS, Cache, name_of
 from keel.data.stored.tokens import SCHEMA, TokenRows, write_block
 
 Inputs = dict[str, list[int]]
 _FILE = "inputs.arrow"
+
+
+def name_of_inputs(makers: Sequence[ModuleType], *parts: object) -> str:
+    """A name for inputs that are made from these parts by the code of these modules, which stand outside of
+    `keel.data`: after an edit of it they are others."""
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in makers]
+    return name_of("inputs", code, *parts)
 
 
 class StoredInputs(Sequence[Inputs]):
