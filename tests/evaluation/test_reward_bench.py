@@ -323,3 +323,16 @@ def test_pairs_of_ones_own_are_any_preference_data(tmp_path: Path) -> None:
 def test_what_a_rule_has_no_use_for_is_named(kind: Any, asked: Question, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         bench.check(kind, [asked])
+
+
+def test_position_is_of_the_pairs_that_a_judge_answered_in_both_orders() -> None:
+    """RewardBench: one right in front alone, one in both, one that was not answered."""
+    questions = [question("alpacaeval-easy")] * 3
+    given = [Scored((0.5, 0.5), 1.0, 0.0), Scored((1.0, 0.0), 1.0, 1.0), Scored((None, None))]
+    for benchmark in ("rewardbench", "pairs"):
+        found = bench.result(benchmark, questions, given, judge=True, draws=2)
+        assert {name: (mean(m), m["n"]) for name, m in found["position"].items()} == {
+            "right in front": (1.0, 2), "right behind": (0.5, 2), "agreement": (0.5, 2),
+        }  # fmt: skip
+        alone = bench.result(benchmark, questions, scored((1, 0), (1, 0), (0, 1)), draws=2)
+        assert "position" not in alone

@@ -249,6 +249,9 @@ class _Rule:
                 0.0 if q.subset == TIES and benchmark == "rewardbench2" else single(one)
                 for q, one in zip(questions, scored, strict=True)
             ])  # fmt: skip
+        sides = [(one.in_front, one.behind) for one in scored]
+        self.both = np.array([None not in pair for pair in sides], dtype=np.float64)
+        self.sides = np.array([(a or 0.0, b or 0.0) for a, b in sides], dtype=np.float64).reshape(-1, 2).T
         of_ties = self.rows.get(TIES, []) if benchmark == "rewardbench2" else []
         self.ties = {questions[i].id: self._margins(i) for i in of_ties}
         # what is drawn together: a tied question and its reference
@@ -277,6 +280,7 @@ class _Rule:
             sections = self._sections(subsets)
             found |= {f"sections/{name}": value for name, value in sections.items()}
             found["score"] = _mean(list(sections.values()))
+            found |= self._position_of_pairs(times)
         elif self.benchmark == "llmbar":
             hard = [subsets[name] for name in ADVERSARIAL if name in subsets]
             parts = {"Natural": [subsets[NATURAL]] if NATURAL in subsets else [], "Adversarial": hard}
@@ -322,13 +326,16 @@ class _Rule:
         return {**found, "position/right in both": self._all(both, times)}
 
     def _position_of_pairs(self, times: Mapping[str, Array]) -> dict[str, float]:
-        """Of pairs that a judge saw in both orders."""
-        known = [(one.in_front, one.behind) for one in self.scored]
-        if any(front is None or behind is None for front, behind in known):
+        """Over the pairs that a judge answered in both orders; nothing where there are none."""
+        if not self.both.any():
             return {}
-        front, behind = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+        front, behind = self.sides
         columns = {"right in front": front, "right behind": behind, "agreement": (front == behind) * 1.0}
-        return {f"position/{name}": self._all(values, times) for name, values in columns.items()}
+        share = self._all(self.both, times)
+        return {
+            f"position/{name}": self._all(self.both * values, times) / share if share else 0.0
+            for name, values in columns.items()
+        }
 
     def sizes(self) -> dict[str, int]:
         """Questions behind each measure."""
@@ -340,6 +347,8 @@ class _Rule:
         if self.benchmark == "llmbar":
             own["sections/Natural"] = len(self.rows.get(NATURAL, []))
             own["sections/Adversarial"] = sum(len(self.rows.get(s, [])) for s in ADVERSARIAL)
+        if self.benchmark != "llmbar":
+            own |= {name: int(self.both.sum()) for name in names if name.startswith("position/")}
         return {name: own.get(name, len(self.questions)) for name in names}
 
     def missing(self) -> list[str]:
