@@ -27,7 +27,6 @@ from keel.models.head import head_of
 from keel.models.offload import on_device
 from keel.models.roles import Roles
 from keel.models.tokenizer import known_ids
-from keel.rewards.functions import ENVIRONMENTS
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
@@ -183,14 +182,9 @@ def rate(
     update: int = 0,
 ) -> Rated:
     """What the rewards say of each response. update: the one that they are sampled for; 0: none."""
-    columns = [dict(prompt.columns) for prompt in prompts]
-    if any(prompt.environment is not None for prompt in prompts):
-        columns = [
-            {**row, ENVIRONMENTS: prompt.environment} for row, prompt in zip(columns, prompts, strict=True)
-        ]
     batch = build_rewards.batch_of(
-        [prompt.prompt for prompt in prompts], completions, columns, setup.tokenizer, as_text=setup.as_text,
-        state=_state(setup, update),
+        [prompt.prompt for prompt in prompts], completions, build_rewards.columns_of(prompts),
+        setup.tokenizer, as_text=setup.as_text, state=_state(setup, update),
     )  # fmt: skip
     return setup.rewards.score(batch)
 
@@ -231,7 +225,7 @@ def collect(
     reward_scaler = reward_scaler.update(rated.total)
     rewards = shaped(setup, rated, done, reward_scaler)
     asked = tuple(prompt.prompt for prompt in repeated)
-    early = paid_early(setup, done, scored.mask)
+    early = paid_early(setup, done, rated, scored.mask)
     return Experience(asked, done, scored, rated, rewards, from_sampler, early), reward_scaler
 
 
@@ -254,15 +248,18 @@ def shaped(
     )  # fmt: skip
 
 
-def paid_early(setup: Setup[OnPolicy], completions: Sequence[Completion], mask: Tensor) -> Tensor | None:
+def paid_early(
+    setup: Setup[OnPolicy], completions: Sequence[Completion], rated: Rated, mask: Tensor
+) -> Tensor | None:
     """(B, T) what the environment's rewards `at: turn` pay for each turn but the last, at its last token;
-    None where there is no such reward."""
-    weight = sum(t.weight for t in setup.config.reward if t.kind == "environment" and t.at == "turn")
-    if not weight:
+    nothing to a row that they are not for. None where there is no such reward."""
+    terms = [t for t in setup.config.reward if t.kind == "environment" and t.at == "turn" and t.weight]
+    if not terms:
         return None
     early = torch.zeros(mask.shape)
     for row, completion in enumerate(completions):
         assert completion.dialogue is not None
+        weight = sum(t.weight for t in terms if rated.by_name[t.log_name][row] is not None)
         before = 0.0
         for end, said in list(zip(completion.dialogue.ends, completion.dialogue.turn_rewards))[:-1]:
             early[row, end], before = weight * (said - before), said
