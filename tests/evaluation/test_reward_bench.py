@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,7 @@ def test_llmbar_is_read_by_its_folders(tmp_path: Path) -> None:
         ("GPTOut", ("one", "two")), ("GPTOut", ("two", "one")),
         ("Natural", ("one", "two")), ("Natural", ("two", "one")),
     ]  # fmt: skip
+    assert [q.right_shown_second for q in found] == [False, True, False, True]
     (tmp_path / "Natural" / "dataset.json").write_text(json.dumps([{**rows[0], "label": 3}]))
     with pytest.raises(DataError, match="label is 3, neither 1 nor 2"):
         published.read(str(tmp_path))
@@ -336,3 +338,16 @@ def test_position_is_of_the_pairs_that_a_judge_answered_in_both_orders() -> None
         }  # fmt: skip
         alone = bench.result(benchmark, questions, scored((1, 0), (1, 0), (0, 1)), draws=2)
         assert "position" not in alone
+
+
+def test_llmbars_own_order_is_the_published_one() -> None:
+    """Who always takes the first has every question whose label is 1 in its own order, and of label 2 in the
+    exchanged one. Its code, of equal ratings: winner 2 as published, 1 exchanged."""
+    questions = [question("Natural"), replace(question("Natural"), right_shown_second=True)]
+    first = [Scored((0.5, 0.5), 1.0, 0.0)] * 2
+    found = bench.result("llmbar", questions, first, judge=True, draws=2)
+    assert {name: mean(m) for name, m in found["position"].items()} == {
+        "own order": 0.5, "exchanged": 0.5, "agreement": 0.0, "right in both": 0.0,
+    }  # fmt: skip
+    assert bench.order_points(Scored((1.0, 1.0)), True) == (1.0, 0.0, 0.0)
+    assert bench.order_points(Scored((0.5, 0.5), 1.0, 0.0), True) == (0.0, 1.0, 0.0)

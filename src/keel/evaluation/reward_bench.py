@@ -70,6 +70,7 @@ class Question:
     right: int
     subset: str
     origin: str = ""
+    right_shown_second: bool = False  # in the order in which the question is published (LLMBar's label 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +109,15 @@ def best_points(scored: Scored) -> float:
     return 1 / scores.count(best) if scores[0] == best else 0.0
 
 
-def order_points(scored: Scored) -> tuple[float, float, float]:
-    """(right with its own order, right with the other, both orders agree) of an LLMBar pair. Scores without
+def order_points(scored: Scored, right_shown_second: bool = False) -> tuple[float, float, float]:
+    """(right in the published order, right in the other, both orders agree) of an LLMBar pair. Scores without
     an order are read as LLMBar reads ratings: of two equal ones the first shown loses."""
+    front, behind, agree = _sides_points(scored)
+    return (behind, front, agree) if right_shown_second else (front, behind, agree)
+
+
+def _sides_points(scored: Scored) -> tuple[float, float, float]:
+    """(right where the right reply is shown first, right where it is shown second, both agree)."""
     if not scored.answered:
         return 0.0, 0.0, 0.0
     if scored.in_front is None or scored.behind is None:
@@ -236,7 +243,9 @@ class _Rule:
         for i, question in enumerate(questions):
             self.rows.setdefault(question.subset, []).append(i)
         if benchmark == "llmbar":
-            columns = np.array([order_points(one) for one in scored])
+            columns = np.array(
+                [order_points(one, q.right_shown_second) for q, one in zip(questions, scored, strict=True)]
+            )
             self.points = columns[:, :2].mean(axis=1)
             self.orders = columns
         else:
