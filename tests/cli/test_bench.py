@@ -232,3 +232,17 @@ def test_a_pairwise_penalty_keeps_its_position(pairs: Path, scripted_judge: Any,
     file = judge_file(tmp_path, address=scripted_judge().address, mode="pairwise", weight=-1)
     found = json.loads(run(file, "--on", str(pairs), "--out", str(tmp_path / "out"), "--json").stdout)
     assert found["score"]["mean"] == found["position"]["right in front"]["mean"] == 0.0
+
+
+def test_llmbar_needs_both_orders(scripted_judge: Any, tmp_path: Path) -> None:
+    """One order would be counted as both."""
+    folder = tmp_path / "Natural"
+    folder.mkdir()
+    row = {"input": "the cat?", "output_1": "red", "output_2": "blue", "label": 1}
+    (folder / "dataset.json").write_text(json.dumps([row]))
+    judge = scripted_judge()
+    where = ("--on", str(tmp_path), "--out", str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="LLMBar is judged in both orders"):
+        run(judge_file(tmp_path, address=judge.address, mode="pairwise", both_orders=False), *where)
+    assert judge.asked == []
+    assert run(judge_file(tmp_path, address=judge.address, mode="pairwise"), *where).exit_code == 0

@@ -74,6 +74,13 @@ class Bench:
         kind: Benchmark
         kind, questions = reward_bench_files.read(self.on, self.benchmark)  # pyright: ignore[reportArgumentType]
         reward_bench.check(kind, questions)
+        if (
+            kind == "llmbar"
+            and isinstance(term, JudgeTerm)
+            and term.mode == "pairwise"
+            and not term.both_orders
+        ):
+            raise UsageError("LLMBar is judged in both orders: leave out `both_orders: false`")
         self.directory.mkdir(parents=True, exist_ok=True)
         stage_run = self._stage_run()
         if isinstance(term, JudgeTerm):
