@@ -7,7 +7,7 @@ PEERS  ?= .venv-peers
 LATEST ?= .venv-latest
 SUPPLY ?= .venv-supply
 
-.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening fuzz audit lock check check-latest docs tutorials build bench bench-data bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks fuzz audit lock check check-latest docs tutorials build bench bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -62,6 +62,9 @@ fuzz: $(VENV)/.installed-fuzz      ## coverage-guided, MINUTES for each reader; 
 
 test-evening: $(VENV)/.installed-dev  ## a new user's evening, scripted
 	$(BIN)/python -m pytest -n $(WORKERS) -m evening
+
+test-ranks: $(VENV)/.installed-dev  ## runs on 2 and 3 processes: same numbers, kills, hangs
+	$(BIN)/python -m pytest -m ranks
 
 check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
 	$(BIN)/ruff format --check .

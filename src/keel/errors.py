@@ -7,6 +7,7 @@ KeelError             1   one clear message; the command ends with `exit_code`
 ├─ BudgetError        1   what a judge may cost is spent: what was done is kept, a larger budget goes on
 ├─ NotFiniteError     1   a loss, a gradient or a metric is NaN or infinite
 ├─ MachineError       1   no space, no memory, no rights: what was done is kept, and gone on with
+├─ LostRankError      1   another process of this run is gone, or does not answer
 └─ WaitingError       3   the stage has done its part and waits for people
 
 DeprecationNote is a warning, no error: something works for this version and has a new name.
@@ -41,6 +42,11 @@ class BudgetError(KeelError):
 class MachineError(KeelError):
     """The machine refuses what is needed: space, memory, open files, rights. Nothing is half-written; the
     same command goes on once it is there."""
+
+
+class LostRankError(KeelError):
+    """Another process of a run on several ranks is gone, hangs, or computes something else. The same command
+    goes on from the checkpoint."""
 
 
 class NotFiniteError(KeelError):

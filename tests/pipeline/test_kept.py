@@ -13,7 +13,7 @@ import pytest
 from keel.cli import clean as cleaning
 from keel.config import parse
 from keel.errors import UsageError
-from keel.pipeline import pipeline as pipelines
+from keel.pipeline import following
 from keel.pipeline.pipeline import Pipeline
 from keel.rundir import kept
 
@@ -25,9 +25,9 @@ def go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Any, tiny_model: P
     """Run two stages of SFT, one after the other; returns what was worked on, and what was said."""
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
     worked: list[str] = []
-    dispatch = pipelines.run_stage
+    dispatch = following.run_stage
     monkeypatch.setattr(
-        pipelines, "run_stage", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
+        following, "run_stage", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
     )
     source = {"source": str(data.demonstrations), "rows": 8}
     common = {"kind": "sft", "data": source, "max_steps": 2, "batch_size": 2, "holdout": 0.0, "save_every": 1}

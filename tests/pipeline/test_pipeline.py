@@ -19,8 +19,8 @@ import keel
 from keel.config import parse, read
 from keel.errors import DataError, KeelError, MachineError, UsageError
 from keel.models.load import ModelSource, causal_lm
+from keel.pipeline import following, stage_graph
 from keel.pipeline import pipeline as pipelines
-from keel.pipeline import stage_graph
 from keel.pipeline.pipeline import Pipeline, locked
 
 STAGES = ("base", "sft", "reward", "ppo", "judge")
@@ -62,9 +62,9 @@ Go = Callable[..., list[str]]
 def go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Go:
     """Run a config in the same directory; returns the names of the stages that were worked on."""
     worked: list[str] = []
-    dispatch = pipelines.run_stage
+    dispatch = following.run_stage
     monkeypatch.setattr(
-        pipelines, "run_stage", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
+        following, "run_stage", lambda stage, run: (worked.append(run.name), dispatch(stage, run))[1]
     )
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
 
@@ -418,7 +418,7 @@ def _auto(chain: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 def _tries(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Stages that run out of memory with more than `most` examples at a time; the numbers that are tried."""
-    tried, dispatch = list[int](), pipelines.run_stage
+    tried, dispatch = list[int](), following.run_stage
 
     def go(stage: Any, run: Any) -> Any:
         tried.append(stage.micro_batch)
@@ -426,7 +426,7 @@ def _tries(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError("no room")
         return dispatch(stage, run)
 
-    monkeypatch.setattr(pipelines, "run_stage", go)
+    monkeypatch.setattr(following, "run_stage", go)
     return tried
 
 

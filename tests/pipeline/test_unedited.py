@@ -12,7 +12,7 @@ import pytest
 from keel.config import parse
 from keel.data import load as loading_data
 from keel.errors import DataError, KeelError
-from keel.pipeline import pipeline as pipelines
+from keel.pipeline import following
 from keel.pipeline.pipeline import Pipeline
 from keel.rewards import loading
 
@@ -85,7 +85,7 @@ def test_what_is_edited_while_an_earlier_stage_trains_ends_the_run_and_loses_not
         worked.append(run.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines, "run_stage", work)
+    monkeypatch.setattr(following, "run_stage", work)
     with pytest.raises(KeyboardInterrupt):
         go(config, files / "run")  # the same command goes on with what is there now
     assert worked == ["grpo"]

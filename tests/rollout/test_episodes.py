@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM
 from keel.algorithms.advantages import gae
 from keel.algorithms.masked import extent
 from keel.data import chat
+from keel.data.chat.tool_calls import Call, Said
 from keel.errors import RewardError, UsageError
 from keel.rewards.shaping import token_rewards
 from keel.rl.algorithm import MicroBatch
 from keel.rollout import GenerationRequest, KeelEngine, ReferenceEngine
 from keel.rollout.episodes import Episode, Player, Rules
+from keel.rollout.protocol import Rows
 from keel.rollout.score_responses import score
 from keel.rollout.tools import Caller, accepted, by_name, methods_of, schema_of
 from keel.types import Completion, Episodes, Sampling
@@ -443,6 +445,33 @@ def test_an_engine_draws_no_more_than_each_prompt_is_left(make: Any, policy: Any
     free = GenerationRequest(prompts[:3], Sampling(max_new_tokens=20, vocab=300), (1,), 0, 4)
     for cut, whole in zip(done, make(policy).generate(free)):
         assert cut.ids == whole.ids[: len(cut.ids)]
+
+
+def test_episodes_played_in_shares_are_those_played_together(
+    marked: Any, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn draws an episode's own numbers, whoever else still plays: two processes play what one does."""
+
+    def said(self: Any, prompt_ids: Any, ids: Sequence[int]) -> Said:
+        return Said("enough") if sum(ids) % 3 == 0 else Said("", (Call("double", {"number": sum(ids)}),))
+
+    box = by_name([clerks.double])
+    template = chat.ToolTemplate.open(marked, [schema_of(tool) for tool in box.values()])
+    monkeypatch.setattr(chat.ToolTemplate, "said", said)
+    monkeypatch.setattr(chat.ToolTemplate, "answer_ids", lambda self, answers: (len(answers[0][1]), 3))
+    player = Player(marked, template, Caller(5.0), Rules(4, "show"))
+    sampling = Sampling(max_new_tokens=40, stop=(*"aeiourst",))
+
+    def played(numbers: Sequence[int], rows: Rows | None) -> list[Completion]:
+        episodes = [Episode((5, 6, 7 + number // 2), box) for number in numbers]
+        return player.play(KeelEngine(policy), episodes, sampling, 3, rows=rows)
+
+    whole = played(range(8), None)
+    assert len({len(c.dialogue.ends) for c in whole if c.dialogue}) > 2  # they end in different rounds
+    for share in ([0, 1, 6], [2, 3, 4, 5, 7]):
+        for number, found in zip(share, played(share, Rows(share, 8)), strict=True):
+            assert found.ids == whole[number].ids
+            assert found.dialogue == whole[number].dialogue
 
 
 def test_log_probabilities_of_the_sampler_are_those_of_a_forward_over_the_episode(policy: Any) -> None:

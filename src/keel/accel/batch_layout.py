@@ -10,6 +10,7 @@ out on it once; whether it pays is reckoned from its sizes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -88,8 +89,24 @@ def best_rows(kind: str, window: int | None, *, kernels: bool = True, draws: boo
     return MANY if kind in UNPADDED and window is None and kernels and not draws else FEW
 
 
+_one_forward: ContextVar[bool] = ContextVar("one_forward", default=False)
+
+
+@contextmanager
+def one_forward() -> Iterator[None]:
+    """Within it `best_rows_of` knows no limit: whoever asks reads all rows in one forward. For weights that
+    are cut over processes: each of these has to make as many forwards as the others."""
+    token = _one_forward.set(True)
+    try:
+        yield
+    finally:
+        _one_forward.reset(token)
+
+
 def best_rows_of(model: HasConfig) -> int:
     """`best_rows` of a model at work."""
+    if _one_forward.get():
+        return sys.maxsize
     config = model.config.get_text_config()
     kernels = (
         config._attn_implementation in attention.KERNELS

@@ -311,18 +311,23 @@ def _added(weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
 
 
 _in_place: ContextVar[bool] = ContextVar("in_place", default=False)
+_among_processes: ContextVar[bool] = ContextVar("among_processes", default=False)
 
 
 @contextlib.contextmanager
-def grads_in_place() -> Iterator[None]:
+def grads_in_place(*, among_processes: bool = False) -> Iterator[None]:
     """Within it a backward may add gradients of weights where they are kept, without going through autograd:
     to be entered around `loss.backward()` alone, by whoever wants the gradients of all weights and nothing
-    else. What `torch.autograd.grad` or `backward(inputs=...)` would return is not there within it."""
-    token = _in_place.set(True)
+    else. What `torch.autograd.grad` or `backward(inputs=...)` would return is not there within it.
+
+    among_processes: also in one of several processes of a group. Whoever says so sums the gradients over them
+    after the backward; a wrapper that does it while torch adds them (DDP) would not see these."""
+    token, other = _in_place.set(True), _among_processes.set(among_processes)
     try:
         yield
     finally:
         _in_place.reset(token)
+        _among_processes.reset(other)
 
 
 def _awaited(weight: Tensor) -> bool:
@@ -331,7 +336,9 @@ def _awaited(weight: Tensor) -> bool:
     hooked = (
         not weight.is_leaf or weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
     )
-    return bool(hooked) or (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if hooked or _among_processes.get():
+        return bool(hooked)
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:

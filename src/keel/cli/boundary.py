@@ -2,7 +2,8 @@
 
 What keel raises for its user has its words already. What the system raises (a full disk, a limit, a file
 that may not be read) and what runs out of memory is put into words here. Anything else is a fault of keel,
-and says so. `--traceback` on any command, or KEEL_TRACEBACK=1, shows where an error was raised.
+and says so. A rank of a run leaves a record of its error to whoever started it, which says one for all.
+`--traceback` on any command, or KEEL_TRACEBACK=1, shows where an error was raised.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Callable
 
 from keel.cli import interrupts
 from keel.cli.progress import say
-from keel.errors import KeelError
+from keel.distributed import records
+from keel.errors import KeelError, LostRankError
 from keel.rundir import machine_faults
 
 OPTION = "--traceback"
+_shows: list[bool] = []  # of the command at work
 
 
 def guarded(work: Callable[[], object]) -> int:
@@ -28,13 +31,14 @@ def guarded(work: Callable[[], object]) -> int:
         interrupts.leave_quietly()
     except interrupts.Interrupted:  # once at most: see `interrupts`
         interrupts.leave_quietly()
-        say(f"keel: {interrupts.SAID}")
+        _say("interrupted", interrupts.SAID, interrupts.CODE)
         return interrupts.CODE
     return code
 
 
 def _worked(work: Callable[[], object]) -> int:
     shown = _shown_whole()
+    _shows[:] = [shown]
     try:
         try:
             work()
@@ -49,10 +53,31 @@ def _worked(work: Callable[[], object]) -> int:
         if shown:
             traceback.print_exc()
         line, code = explain(error)
-        say(f"keel: {line}")
+        _say("lost" if isinstance(error, LostRankError) or _is_lost(error) else "own", line, code)
         _forget_stdout()
         return code
     return 0
+
+
+def _say(kind: records.Kind, line: str, code: int) -> None:
+    """On stderr, of a rank with its place; or in its record, where its launcher says it."""
+    records.leave(kind, line, code)
+    where = records.place()
+    if not records.is_watched():
+        say(f"keel: {where}: {line}" if where else f"keel: {line}")
+    if where:  # at once: the others learn of it by its connections, which Python would take its time to close
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether what was raised inside torch says that another rank is gone. Without ranks nothing is
+    imported."""
+    if not records.place():
+        return False
+    from keel.distributed import group
+
+    return group.says_lost(error)
 
 
 def _forget_stdout() -> None:
@@ -70,6 +95,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if (told := machine_faults.explain(error)) is not None:
         return str(told), told.exit_code
+    if _is_lost(error):
+        from keel.distributed import group
+
+        return group.lost_words(error), 1
     if isinstance(error, OSError) and error.strerror:
         names = [
             os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, str | bytes)
@@ -90,6 +119,11 @@ def _shown_whole() -> bool:
     if asked:
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != OPTION)]
     return asked or os.environ.get("KEEL_TRACEBACK", "0") not in ("", "0")
+
+
+def shows_tracebacks() -> bool:
+    """Whether this command shows where an error was raised."""
+    return any(_shows)
 
 
 def _place(error: BaseException) -> str:

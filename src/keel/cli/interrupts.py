@@ -19,6 +19,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from keel.distributed import records
+
 CODE = 130
 SAID = "interrupted; the same command goes on from the last checkpoint"
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -74,7 +76,8 @@ def _first(number: int, frame: FrameType | None) -> None:
 
 
 def _second(number: int, frame: FrameType | None) -> None:
-    os.write(2, f"keel: {SAID}\n".encode())
+    if not records.is_watched():  # else its launcher says so
+        os.write(2, f"keel: {SAID}\n".encode())
     os._exit(CODE)
 
 

@@ -108,23 +108,40 @@ def run(
     keep_watching: Annotated[
         bool, typer.Option("--keep-watching", help="As --watch, and leave the dashboard open at the end.")
     ] = False,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Ranks to run on, on this machine; default: 1.")
+    ] = None,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
     from keel import report
-    from keel.cli import consent
+    from keel.cli import consent, ranks
+    from keel.distributed import records
 
     if while_stdin:
         interrupts.end_with_stdin()
     pipeline = _pipeline(config, overrides, runs, name)
-    consent.to_run(_place(config), pipeline.config, trust)
+    if not records.is_watched():  # else whoever started this rank has asked
+        consent.to_run(_place(config), pipeline.config, trust)
+    if nproc is not None:
+        ranks.check(nproc)
+    if nproc is not None and nproc > 1:
+        flags = {"--fresh": fresh, "--yes": yes, "--wait": wait, "--json": as_json}
+        named = {"--runs": str(runs), "--name": name, "--only": only}
+        command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
+        command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
+        with _watched(pipeline.directory, watch, keep_watching):
+            code = ranks.run(command, nproc, pipeline.config)
+        raise typer.Exit(code)
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
     pipeline.wait = wait
     with _watched(pipeline.directory, watch, keep_watching), progress() as draw:
         pipeline.progress = draw
         pipeline.run(only=only, fresh=fresh)
+    if records.rank():
+        return  # the first one shows what came of it
     if as_json:
         show_json(run_status.outcome(pipeline))
     else:

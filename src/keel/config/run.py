@@ -13,6 +13,7 @@ from keel import plugins
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig, RoundsConfig, expanded
+from keel.config.distributed import DistributedConfig
 from keel.config.evaluate import EvaluateConfig
 from keel.config.grpo import GRPOConfig
 from keel.config.ppo import PPOConfig
@@ -154,6 +155,10 @@ class RunConfig(Settings):
             "Experiment trackers that metrics, samples and findings are sent to as well: trackio, wandb, "
             "tensorboard, mlflow, or one of another package; a name, a mapping with its `kind`, or a list."
         ),
+    )
+    distributed: DistributedConfig = Field(
+        default_factory=lambda: DistributedConfig.model_validate({}),
+        description="How a run on several processes is computed (docs/scale.md).",
     )
     rounds: RoundsConfig | None = Field(
         None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.accel.cpu_linear import grads_in_place
+from keel.distributed import gradients, sharded
 from keel.errors import NotFiniteError
 
 
@@ -35,20 +36,26 @@ def adamw(
 def backward(loss: Tensor) -> None:
     """Add the gradients of a scalar loss to those of all weights, as a training loop wants them: what is made
     of linear layers on the CPU is added where it is kept (`keel.accel.cpu_linear.grads_in_place`)."""
-    with grads_in_place():
+    with grads_in_place(among_processes=gradients.all_reduced()):
         loss.backward()
 
 
 def step(
     optimizer: torch.optim.Optimizer, scale: float, max_grad_norm: float | None, where: str
 ) -> Mapping[str, float]:
-    """Clip, set the learning rates to peak × scale, step, and clear the gradients.
+    """Sum the gradients over ranks, clip, set the learning rates to peak × scale, step, and clear the
+    gradients.
 
-    Returns the gradient's norm before clipping. NotFiniteError if it is none: the weights stay as they were.
+    Returns the gradient's norm before clipping. NotFiniteError if it is none, on every rank: the weights stay
+    as they were.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(
-        parameters, max_grad_norm if max_grad_norm is not None else float("inf")
+    whole = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients.sum_gradients(whole)
+    parameters = [p for p in whole if p.grad is not None]
+    norm = sharded.number(
+        torch.nn.utils.clip_grad_norm_(
+            parameters, max_grad_norm if max_grad_norm is not None else float("inf")
+        )
     )
     if not torch.isfinite(norm):
         raise NotFiniteError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from keel.distributed import group
 from keel.errors import UsageError
 
 if TYPE_CHECKING:  # what a run's config looks like changes no number here
@@ -20,10 +21,12 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "meta")
 
 
 def device_of(config: RunConfig) -> torch.device:
-    """The device the config means. UsageError if it is not there."""
+    """The device the config means; of several ranks each one's own card. UsageError if it is not there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # sampling needs float64, which mps lacks
+    if name == "cuda" and group.size() > 1:
+        name = f"cuda:{torch.cuda.current_device()}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

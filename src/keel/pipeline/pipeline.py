@@ -29,15 +29,15 @@ from keel.data.batches import derive_seed
 from keel.data.stored.cache import Cache, keep_digests
 from keel.data.stored.tokens import Preparation
 from keel.data.stored.worker import Shown
+from keel.distributed import group
 from keel.errors import KeelError, MachineError, UsageError
 from keel.models import lora
 from keel.models.device_info import forget_peak, peak_memory_mib
 from keel.models.freed_memory import keep_freed_memory
-from keel.pipeline import lengths
+from keel.pipeline import following, lengths
 from keel.pipeline.device import cores, deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, versions
 from keel.pipeline.stage_graph import StageGraph, accel_switched
-from keel.pipeline.stage_kinds import kind_of, resolve
 from keel.report.wording import duration
 from keel.rundir import kept, machine_faults, weights, worker
 from keel.rundir.checkpoint import discard, write_json, write_text
@@ -83,14 +83,22 @@ class Pipeline(StageGraph):
     def run(self, *, only: str | None = None, fresh: bool = False) -> None:
         """Run what is not done. UsageError before anything is touched if a setting, a model or a row is
         unusable; MachineError where the disk is full, or the like."""
-        with machine_faults.explained(self.directory):
+        with machine_faults.explained(self.directory), following.joined(self.config):
+            if not group.is_first():
+                self.say = lambda line: None
+                self.progress = lambda stage, step, steps, metrics: None
+                following.follow(self.sources, self.directory / PREPARED, self._stage_run)
+                return
             self._run(only, fresh)
+            following.dismiss()
 
     def _run(self, only: str | None, fresh: bool) -> None:
         stages = self.config.stages
         if only is not None and only not in stages:
             raise UsageError(f"no stage {only!r}; the config has {', '.join(stages)}")
         names = [only] if only else list(stages)
+        if group.size() > 1:
+            following.check_kinds(self.config, [name for name in names if fresh or not self.is_done(name)])
         tracking.check([tracker.kind for tracker in self.config.track])
         for source in (s for s in (stages[only].inputs() if only else ()) if s in stages):
             if not self.is_done(source) and not self.is_kept(source):
@@ -265,31 +273,38 @@ class Pipeline(StageGraph):
         with half of it."""
         directory, asked = self.stage_directory(name), self.config.stages[name]
         while True:
-            run = StageRun(
-                name,
-                directory,
-                derive_seed(self.config.seed, name),
-                device_of(self.config),
-                self.sources.resolve,
-                partial(self.sources.load_data, stage=name),
-                self.say,
-                self.progress,
-                preparation=self.sources.preparation,
-                waits=self.wait,
-            )
+            run = self._stage_run(name)
             if getattr(asked, "micro_batch", None) != "auto":
-                return run, run_stage(asked, run)
+                return run, self._called(asked, run)
             rows = self._micro_batch(name, asked)
             run.facts["micro_batch"] = rows
             try:
-                return run, run_stage(asked.model_copy(update={"micro_batch": rows}), run)
+                return run, self._called(asked.model_copy(update={"micro_batch": rows}), run)
             except torch.OutOfMemoryError:
-                if rows == 1:
+                if rows == 1 or group.size() > 1:
                     raise
                 write_json(directory / MICRO_BATCH, {"micro_batch": math.ceil(rows / 2)})
             gc.collect()
             torch.cuda.empty_cache()
             self.say(f"{name}: {rows} examples at a time do not fit; half as many from here")
+
+    def _stage_run(self, name: str) -> StageRun:
+        return StageRun(
+            name,
+            self.stage_directory(name),
+            derive_seed(self.config.seed, name),
+            device_of(self.config),
+            self.sources.resolve,
+            partial(self.sources.load_data, stage=name),
+            self.say,
+            self.progress,
+            preparation=self.sources.preparation,
+            waits=self.wait,
+        )
+
+    def _called(self, stage: Stage, run: StageRun) -> dict[str, Any]:
+        """What a stage returns, on all ranks that there are."""
+        return following.call(stage, run, self.day(), self.sources)
 
     def _micro_batch(self, name: str, stage: Stage) -> int:
         """What `micro_batch: auto` comes to: what the stage began with, so that it goes on alike after a
@@ -362,11 +377,6 @@ def locked(directory: Path) -> Iterator[None]:
             raise KeelError(f"another process is working in {directory}") from None
         worker.sign(handle)
         yield
-
-
-def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
-    """Run a stage of any kind; what it returns becomes its result.json."""
-    return resolve(kind_of(stage.kind).run)(stage, run)
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

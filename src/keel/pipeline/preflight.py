@@ -39,6 +39,16 @@ from keel.stages.collect import COMPARISONS
 from keel.types import DataSource, PromptRecord, RecordType
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a stage's rewards said of the rows of one data set."""
+
+    sources: list[DataSource]
+    accept: tuple[RecordType, ...]
+    faults: list[reward_rows.RowFault]  # rows on which one fails
+    columns: Any  # that the rewards need: see `reward_rows.without`
+
+
 @dataclass
 class Sources:
     """Where a config's models lie and what its data hold; rows are read once a run."""
@@ -52,6 +62,7 @@ class Sources:
     _judged: dict[tuple[str | None, str], load.Dataset] = field(
         default_factory=dict  # (stage, data) → without the rows on which its rewards fail
     )
+    _asked: dict[str, list[Judged]] = field(default_factory=dict)  # by stage, what `_judged` was made of
     _read_files: dict[str, str] = field(default_factory=dict)  # file → SHA-256 of what was read of it
     _said: bool = False  # that math-verify is missing
 
@@ -303,7 +314,19 @@ class Sources:
             lost = f"{len(found):,} rows are left out, since a reward fails on them"
             self.say(f"{name}: {lost}; the first: {found[0].reason}")
         names = reward_rows.required_columns(terms, functions)
-        self._judged[name, self._key(sources, accept)] = reward_rows.without(dataset, found, names)
+        self.take_judged(name, [Judged(list(sources), tuple(accept), found, names)])
+
+    def judged(self, name: str) -> list[Judged]:
+        """What came of asking a stage's rewards about its rows, for other processes."""
+        return self._asked.get(name, [])
+
+    def take_judged(self, name: str, judged: Sequence[Judged]) -> None:
+        """Leave out the rows of a stage on which its rewards fail."""
+        for one in judged:
+            dataset = self.load_data(one.sources, one.accept)
+            left = reward_rows.without(dataset, one.faults, one.columns)
+            self._judged[name, self._key(one.sources, one.accept)] = left
+        self._asked.setdefault(name, []).extend(judged)
 
     def _say_what_compares(self, name: str) -> None:
         """Once a run: formulas are compared without math-verify where that is not installed."""

@@ -81,6 +81,9 @@ class StageKind:
     key_numbers: tuple[KeyNumber, ...] = ()  # without any, the first measures of result.json
     has_steps: bool = True  # whether it logs metrics over steps
     compares: bool = False  # whether its result holds models side by side, as `evaluate` writes them
+    ranks: tuple[
+        str, ...
+    ] = ()  # strategies by which several processes work on it: "ddp", "fsdp" (docs/scale.md)
 
     @property
     def on_policy(self) -> bool:
@@ -123,6 +126,7 @@ _OWN_KINDS = (
         "pretrain",
         PretrainConfig,
         run="keel.stages.pretrain:run",
+        ranks=("ddp", "fsdp"),
         memory="keel.plan.stage_memory:language",
         curves=_LANGUAGE,
         key_numbers=_HELD_OUT_LOSS,
@@ -131,6 +135,7 @@ _OWN_KINDS = (
         "sft",
         SFTConfig,
         run="keel.stages.sft:run",
+        ranks=("ddp", "fsdp"),
         memory="keel.plan.stage_memory:language",
         curves=_LANGUAGE,
         key_numbers=_HELD_OUT_LOSS,
@@ -139,6 +144,7 @@ _OWN_KINDS = (
         "reward",
         RewardConfig,
         run="keel.stages.reward:run",
+        ranks=("ddp", "fsdp"),
         memory="keel.plan.stage_memory:reward_model",
         key_numbers=_ACCURACY,
         curves=(
@@ -154,6 +160,7 @@ _OWN_KINDS = (
         "classifier",
         ClassifierConfig,
         run="keel.stages.classifier:run",
+        ranks=("ddp", "fsdp"),
         memory="keel.plan.stage_memory:classifier",
         key_numbers=_ACCURACY,
         curves=(
@@ -166,6 +173,7 @@ _OWN_KINDS = (
         "ppo",
         PPOConfig,
         run="keel.rl.ppo:run",
+        ranks=("ddp",),
         memory="keel.plan.stage_memory:on_policy",
         x_word="update",
         savings=(("first", {"sharing": "trunk"}), _REFERENCE_IN_16_BIT, ("last", {"sharing": "adapters"})),
@@ -176,6 +184,7 @@ _OWN_KINDS = (
         "grpo",
         GRPOConfig,
         run="keel.rl.grpo:run",
+        ranks=("ddp",),
         memory="keel.plan.stage_memory:on_policy",
         x_word="update",
         savings=(_REFERENCE_IN_16_BIT,),
@@ -197,6 +206,7 @@ _OWN_KINDS = (
         "dpo",
         DPOConfig,
         run="keel.stages.preference:run",
+        ranks=("ddp", "fsdp"),
         memory="keel.plan.stage_memory:preferences",
         examples="keel.stages.preference_rows:count",
         key_numbers=(

@@ -3,7 +3,7 @@ text."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -294,14 +294,21 @@ def score(
     *,
     batch_size: int = 64,
     together: Sequence[Hashable] | None = None,
+    each: Callable[[Sequence[list[int]], Callable[[list[int]], Tensor]], list[Tensor]] | None = None,
 ) -> Tensor:
     """(B,) raw scores, float32 on the CPU, in the order given. Batches are made of similar lengths, and of
-    rows with the same value of `together`, which begin alike."""
-    scores = torch.zeros(len(inputs))
-    for part in by_length([len(item["input_ids"]) for item in inputs], batch_size, together=together):
+    rows with the same value of `together`, which begin alike. each: calls a function with each batch, as
+    `distributed.group.mapped` does on several ranks; by default one after the other."""
+
+    def of(part: list[int]) -> Tensor:
         alike = None if together is None else [together[i] for i in part]
         with torch.no_grad():
-            scores[part] = forward(reward, [inputs[i] for i in part], alike).float().cpu()
+            return forward(reward, [inputs[i] for i in part], alike).float().cpu()
+
+    scores = torch.zeros(len(inputs))
+    parts = by_length([len(item["input_ids"]) for item in inputs], batch_size, together=together)
+    for part, found in zip(parts, each(parts, of) if each else map(of, parts), strict=True):
+        scores[part] = found
     return scores
 
 

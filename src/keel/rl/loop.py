@@ -20,6 +20,7 @@ from keel.algorithms.control import adaptive_kl, kl_adaptive_lr
 from keel.algorithms.masked import count, extent
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
+from keel.distributed import gradients, group
 from keel.errors import BudgetError, NotFiniteError, RewardError
 from keel.models import optim
 from keel.rewards.shaping import RunningScale
@@ -35,8 +36,8 @@ from keel.stages.loop_utils import (
     copy_state,
     due,
     lr_scale,
-    parts_of,
     put_back,
+    share_of,
 )
 from keel.types import Episodes
 
@@ -117,7 +118,8 @@ class OnPolicyLoop:
             return collect(self.algorithm, self._prompts_of(update), self.state, update)
         except (BudgetError, RewardError):
             done = update - 1
-            if done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():
+            alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
+            if alone and done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():
                 self._save(done)
             raise
 
@@ -131,6 +133,9 @@ class OnPolicyLoop:
 
     def _begin(self) -> int:
         """From the checkpoint, if there is one; the last update that was done."""
+        group.agree("the prompts of a stage", (len(self.prompts), len(self.held_out)))
+        for module in (self.setup.roles.policy, *self.setup.roles.value_modules):
+            gradients.same_weights(module)
         if checkpoint := self.run.restore():
             restore_training(self.setup, self.optimizers, checkpoint.tensors)
             values, self.best = checkpoint.values, checkpoint.tensors["best"]
@@ -162,6 +167,9 @@ class OnPolicyLoop:
     def _save(self, update: int) -> None:
         tensors = training_state(self.setup, self.optimizers)
         tensors |= {"best": self.best, "snapshots": self.monitor.snapshots}
+        group.agree(
+            f"the weights after update {update}", gradients.checksum(self.setup.roles.policy, trained=True)
+        )
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values()}
         self.run.save(update, tensors, {**self.state.values(), **values})
 
@@ -285,12 +293,15 @@ def backward(
     first: bool,
     policy_learns: bool,
 ) -> StepMeasures:
-    """The gradients of a mini-batch, added up over its micro-batches. first: no step was taken yet."""
+    """The gradients of a mini-batch, added up over its micro-batches (of several ranks each has those of its
+    share, which the optimiser's step adds up), and the measures of all of it. first: no step was taken
+    yet."""
     setup, total = algorithm.setup, StepMeasures()
     denominator = float(count(episodes.mask[list(rows)], setup.config.reduction))
     # rows of one prompt, and of similar length, share a micro-batch: less is read, the same sum
+    share = share_of(setup.config, sorted(rows), sizes.tokens.__getitem__, sizes.prompts.__getitem__)
     with batch_layout.counting() as read, cast_cache():
-        for part in parts_of(setup.config, sorted(rows), sizes.tokens.__getitem__, sizes.prompts.__getitem__):
+        for part in share.parts:
             batch = MicroBatch.of(
                 episodes, part, setup.run.device, denominator=denominator, kl_coef=kl_coef, on_policy=first,
                 policy_learns=policy_learns,
@@ -303,8 +314,9 @@ def backward(
             if output.loss.requires_grad:
                 optim.backward(output.loss)
             total.add(output)
-    setup.run.count("train", useful_tokens([(sizes.prompts[i], sizes.tokens[i]) for i in rows]), read())
-    return total
+    mine = [i for part in share.parts for i in part]
+    setup.run.count("train", useful_tokens([(sizes.prompts[i], sizes.tokens[i]) for i in mine]), read())
+    return total.over_ranks()
 
 
 def _lr_factor(lr_factor: float, largest_kl: float, desired_kl: float | None) -> float:
@@ -331,8 +343,8 @@ def _ptx_gradient(setup: Setup[Any], update: int, step: int) -> float:
     seed = derive_seed(setup.run.seed, "ptx", update)
     rows = [setup.ptx[i] for i in rows_of_step(len(setup.ptx), ptx.batch_size, step, seed)]
     tokens, total = sum(row.counted for row in rows), 0.0
-    for part in parts_of(setup.config, rows, lambda row: len(row.ids)):
+    for part in share_of(setup.config, rows, lambda row: len(row.ids)).parts:
         value, _ = language.loss(setup.roles.policy, part, setup.pad_id, tokens)
         optim.backward(ptx.coef * value)
         total += float(value.detach())
-    return total
+    return group.summed({"loss": total})["loss"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from keel.distributed import group
 from keel.rl.algorithm import CriticLoss, LogprobMismatch, LossOutput
 from keel.stages.loop_utils import add_metrics
+
+_SUMS = ("policy_loss", "approx_kl", "approx_kl_k3", "entropy", "ratio", "ratio_var")
+_MAYBE = ("clip_fraction", "value_loss", "value_clip_fraction")
 
 
 @dataclass
@@ -34,12 +38,26 @@ class StepMeasures:
         """One more micro-batch of the policy."""
         if output.critic is not None:
             self.add_critic(output.critic)
-        for name in ("policy_loss", "approx_kl", "approx_kl_k3", "entropy", "ratio", "ratio_var"):
+        for name in _SUMS:
             setattr(self, name, getattr(self, name) + float(getattr(output, name)))
         if output.clip_fraction is not None:
             self.clip_fraction = (self.clip_fraction or 0.0) + float(output.clip_fraction)
         self.mismatch += output.mismatch
         add_metrics(self.extra, output.extra)
+
+    def over_ranks(self) -> StepMeasures:
+        """Of the whole step, where each rank has measured its share of it."""
+        parts = group.gathered(self)
+        if len(parts) == 1:
+            return self
+        total = StepMeasures()
+        for part in parts:
+            for name in (*_SUMS, *_MAYBE):
+                own, more = getattr(total, name), getattr(part, name)
+                setattr(total, name, own if more is None else (own or 0.0) + more)
+            total.mismatch += part.mismatch
+            add_metrics(total.extra, part.extra)
+        return total
 
     def metrics(self) -> dict[str, float]:
         """By the names that are logged (docs/metrics.md)."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from keel.algorithms import kl, value
 from keel.algorithms.masked import at_least_float32, whiten
 from keel.config import PPOConfig
+from keel.distributed import group
 from keel.models.logprobs import scatter_to_mask, scores_at
 from keel.models.lora import files_of
 from keel.models.saved_check import save_checked
@@ -52,7 +53,10 @@ def run(config: PPOConfig, stage: StageRun) -> dict[str, Any]:
     result = loop.OnPolicyLoop(
         PPO(setup), prompts, held_out, make_optimizers(config, setup.roles, config.value_lr)
     ).train()
-    _save(setup)
+    group.only_first(lambda: _save_values(setup))
+    prepare.save_model(
+        stage, setup.roles.policy, setup.tokenizer, config, "A policy trained by PPO under a KL constraint"
+    )
     return result
 
 
@@ -125,8 +129,8 @@ class PPO:
         return CriticLoss(self.config.value_coef * value_loss, value_loss.detach(), measured["clipfrac"])
 
 
-def _save(setup: Setup[PPOConfig]) -> None:
-    """The policy, and what valued it: users ask for the critic too."""
+def _save_values(setup: Setup[PPOConfig]) -> None:
+    """What valued the policy: users ask for the critic too."""
     config, run, roles = setup.config, setup.run, setup.roles
     if roles.critic is not None:
         card = (
@@ -143,6 +147,3 @@ def _save(setup: Setup[PPOConfig]) -> None:
         partial = target.with_name(f".{target.name}.partial")
         save_file({name: value.contiguous() for name, value in head.state_dict().items()}, partial)
         partial.replace(target)
-    prepare.save_model(
-        run, roles.policy, setup.tokenizer, config, "A policy trained by PPO under a KL constraint"
-    )

@@ -21,6 +21,7 @@ from keel.algorithms.masked import masked_mean
 from keel.config import OnPolicy
 from keel.data import chat
 from keel.data.batches import derive_seed, useful_tokens
+from keel.distributed import group
 from keel.errors import UsageError
 from keel.evaluation.measures import Measure, mean_interval
 from keel.models.head import head_of
@@ -31,9 +32,10 @@ from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
 from keel.rl import heldout_judge
+from keel.rl.sampled import Dealt, Sampled, deal, together
 from keel.rl.tool_use import ToolUse
 from keel.rollout.engine import text_of
-from keel.rollout.protocol import Engine, GenerationRequest, TokenCount, check_completions
+from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
 from keel.rollout.score_responses import Scored, sampled_logp, score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language
@@ -124,28 +126,37 @@ def seed_of(setup: Setup[OnPolicy], update: int, *more: object) -> int:
 
 
 def begin(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], seed: int, group: int = 1
+    setup: Setup[OnPolicy],
+    prompts: Sequence[PromptExample],
+    seed: int,
+    samples: int = 1,
+    rows: Rows | None = None,
 ) -> Sequence[PromptExample]:
-    """The prompts as responses to them begin: with tools, each with an environment that was reset. group:
-    samples of one prompt, which stand side by side."""
-    return prompts if setup.tool_use is None else setup.tool_use.begin(prompts, seed, group)
+    """The prompts as responses to them begin: with tools, each with an environment that was reset. samples:
+    of one prompt, which stand side by side. rows: which of all rows of the seed these are."""
+    return prompts if setup.tool_use is None else setup.tool_use.begin(prompts, seed, samples, rows)
 
 
 def sample(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], seed: int, count: TokenCount | None = None
+    setup: Setup[OnPolicy],
+    prompts: Sequence[PromptExample],
+    seed: int,
+    count: TokenCount | None = None,
+    rows: Rows | None = None,
 ) -> list[Completion]:
     """One response a prompt, with what `score_tokens` will need of the sampler's own forwards; with tools an
-    episode on each of the prompts of `begin`. count: counts its tokens. UsageError where the engine returns
-    something else."""
+    episode on each of the prompts of `begin`. count: counts its tokens. rows: which of all rows of the seed
+    these are. UsageError where the engine returns something else."""
     config, sampling = setup.config, setup.config.sampling.plain()
     if setup.tool_use is not None:
         completions = setup.tool_use.play(
-            setup.engine, prompts, sampling, seed, keep_head_inputs=config.trusts_sampler, count=count
-        )
+            setup.engine, prompts, sampling, seed, keep_head_inputs=config.trusts_sampler, count=count,
+            rows=rows,
+        )  # fmt: skip
     else:
         request = GenerationRequest.of(
             setup.tokenizer, [prompt.ids for prompt in prompts], sampling, seed,
-            keep_head_inputs=config.trusts_sampler,
+            keep_head_inputs=config.trusts_sampler, rows=rows,
         )  # fmt: skip
         completions = setup.engine.generate(request, count)
         check_completions(config.engine, request, completions)
@@ -205,12 +216,28 @@ def collect(
 ) -> tuple[Experience, RunningScale]:
     """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scaler that is returned
     has seen their rewards."""
+    dealt = deal(len(prompts), setup.config.samples_per_prompt)
+    own = _collected(setup, [prompts[i] for i in dealt.prompts], dealt, seed, update) if dealt.rows else None
+    made = together(dealt, own, setup.pad_id)
+    done, scored, rated = made.completions, made.scored, made.rated
+    reward_scaler = reward_scaler.update(rated.total)
+    rewards = shaped(setup, rated, done, reward_scaler)
+    early = paid_early(setup, done, rated, scored.mask)
+    found = Experience(made.prompts, done, scored, rated, rewards, made.from_sampler, early)
+    return found, reward_scaler
+
+
+def _collected(
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int, update: int
+) -> Sampled:
+    """Responses to this rank's prompts, scored and rated."""
     config, run = setup.config, setup.run
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
     count = TokenCount()
     with run.timed("rollout"):
-        repeated = begin(setup, repeated, seed, config.samples_per_prompt)
-        completions = sample(setup, repeated, seed, count)
+        repeated = begin(setup, repeated, seed, config.samples_per_prompt, rows)
+        completions = sample(setup, repeated, seed, count, rows)
     if count.computed:  # an engine need not count
         run.count("rollout", count.useful, count.computed)
     with run.timed("forward"), batch_layout.counting() as read, cast_cache():
@@ -222,11 +249,8 @@ def collect(
         rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     run.count("forward", useful_tokens(sizes), read())
-    reward_scaler = reward_scaler.update(rated.total)
-    rewards = shaped(setup, rated, done, reward_scaler)
     asked = tuple(prompt.prompt for prompt in repeated)
-    early = paid_early(setup, done, rated, scored.mask)
-    return Experience(asked, done, scored, rated, rewards, from_sampler, early), reward_scaler
+    return Sampled(asked, done, scored, rated, from_sampler)
 
 
 def shaped(
@@ -405,17 +429,22 @@ def final_measures(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> 
 def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, Tensor]:
     """(N,) raw and normalised scores, exact KLs, lengths and the judge's scores (0 without one); the same
     random draws at every call."""
-    columns: dict[str, list[Tensor]] = {"scores": [], "normalised": [], "kl": [], "length": [], "judge": []}
-    for number, some in enumerate(micro_batches(prompts, setup.config.batch_size)):
+
+    def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
+        number, some = numbered
         seed = derive_seed(setup.run.seed, "held-out", number)
         part = begin(setup, some, seed)
         completions = sample(setup, part, seed)
         scored = score_tokens(setup, completions)
         completions = [replace(c, hidden=None) for c in completions]
         rated = rate(setup, part, completions)
-        columns["kl"].append(scored.exact_kl.sum(dim=1))
-        columns["length"].append(scored.mask.sum(dim=1).float())
-        columns["scores"].append(rated.raw)
-        columns["normalised"].append(rated.total)
-        columns["judge"].append(heldout_judge.scores(setup.judge, part, completions, setup.tokenizer))
-    return {name: torch.cat(parts) for name, parts in columns.items()}
+        return {
+            "scores": rated.raw,
+            "normalised": rated.total,
+            "kl": scored.exact_kl.sum(dim=1),
+            "length": scored.mask.sum(dim=1).float(),
+            "judge": heldout_judge.scores(setup.judge, part, completions, setup.tokenizer),
+        }
+
+    parts = group.mapped(list(enumerate(micro_batches(prompts, setup.config.batch_size))), of)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -18,7 +18,7 @@ from keel.errors import DataError, RewardError, UsageError
 from keel.rewards import loading
 from keel.rollout import tools as called
 from keel.rollout.episodes import Episode, Player, Rules
-from keel.rollout.protocol import Engine, TokenCount
+from keel.rollout.protocol import Engine, Rows, TokenCount
 from keel.types import Completion, Conversation, Message, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -45,18 +45,22 @@ class ToolUse:
             )
         return self.player.template.with_tools(prompt)
 
-    def begin(self, prompts: Sequence[PromptExample], seed: int, group: int) -> list[PromptExample]:
+    def begin(
+        self, prompts: Sequence[PromptExample], seed: int, samples: int, rows: Rows | None = None
+    ) -> list[PromptExample]:
         """The prompts with environments that were reset to their rows, and with what `reset` returned behind
-        the last of the user's turns. group: samples of one prompt, which stand side by side and begin alike.
+        the last of the user's turns. samples: of one prompt, which stand side by side and begin alike. rows:
+        which of all rows of the seed these are.
 
         RewardError for a `reset` that fails, DataError for a prompt that becomes too long by it."""
         if self.make is None:
             return list(prompts)
         while len(self.pool) < len(prompts):
             self.pool.append(_made(self.make, self.player.caller, self.stage))
+        numbers = range(len(prompts)) if rows is None else rows.numbers
         return [
-            self._begun(prompt, self.pool[i], derive_seed(seed, "environment", i // group))
-            for i, prompt in enumerate(prompts)
+            self._begun(prompt, environment, derive_seed(seed, "environment", number // samples))
+            for prompt, environment, number in zip(prompts, self.pool, numbers)
         ]
 
     def play(
@@ -68,13 +72,14 @@ class ToolUse:
         *,
         keep_head_inputs: bool,
         count: TokenCount | None,
+        rows: Rows | None = None,
     ) -> list[Completion]:
-        """Episodes on prompts that `begin` gave."""
+        """Episodes on prompts that `begin` gave. rows: which of all rows of the seed these are."""
         episodes = [
             Episode(prompt.ids, self.tools_of(prompt.environment), prompt.environment) for prompt in prompts
         ]
         completions = self.player.play(
-            engine, episodes, sampling, seed, keep_head_inputs=keep_head_inputs, count=count
+            engine, episodes, sampling, seed, keep_head_inputs=keep_head_inputs, count=count, rows=rows
         )
         late = {id(episode.environment) for episode in episodes if episode.late}
         self.pool = [environment for environment in self.pool if id(environment) not in late]

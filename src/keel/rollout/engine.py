@@ -20,7 +20,7 @@ from keel.models.head import capture_head_input, head_of
 from keel.models.precision import autocast_on, computing, keep_bf16_copies
 from keel.rollout import even_rows, reference_engine
 from keel.rollout.drawn import Asked, Drawn, completions_of, last_given, limits_of
-from keel.rollout.protocol import GenerationRequest, TokenCount
+from keel.rollout.protocol import GenerationRequest, Rows, TokenCount
 from keel.rollout.sampling import check_context, pick, uniform_draws
 from keel.types import Completion, Sampling
 
@@ -44,7 +44,7 @@ class KeelEngine:
         return generate(
             self.model, request.prompts, request.sampling, stop_ids=request.stop_ids, pad_id=request.pad_id,
             seed=request.seed, stop_texts=request.stop_texts, batch_size=self.batch_size,
-            hidden=request.keep_head_inputs, work=count, limits=request.limits,
+            hidden=request.keep_head_inputs, work=count, rows=request.rows, limits=request.limits,
         )  # fmt: skip
 
 
@@ -60,6 +60,7 @@ def generate(
     batch_size: int = 64,
     hidden: bool = False,
     work: TokenCount | None = None,
+    rows: Rows | None = None,
     limits: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once;
@@ -69,12 +70,13 @@ def generate(
     stop_ids: the EOS id first; without any, rows run to max_new_tokens. stop_texts: strings that end a
     response, too. Each row draws its own random numbers, so what else is in the batch does not change what it
     is given. hidden: keep what the head was given for each token, so that nobody has to compute it again (not
-    for a model whose head keel does not know). work: counts. limits: (N,) the most tokens of each response,
-    where that is less than max_new_tokens. UsageError if a prompt and its response cannot
+    for a model whose head keel does not know). work: counts. rows: which of all rows of the seed the prompts
+    are. limits: (N,) the most tokens of each response, where that is less than max_new_tokens. UsageError if
+    a prompt and its response cannot
     fit the context, or the model's forward fails.
     """
     check_context(model, prompts, sampling, limits)
-    draws = uniform_draws(len(prompts), sampling, seed)
+    draws = uniform_draws(len(prompts), sampling, seed, rows)
     device = next(model.parameters()).device
     head = head_of(model) if hidden else None
     looking = nullcontext() if head is None else capture_head_input(head)

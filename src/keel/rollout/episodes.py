@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.chat import Call, Said, ToolTemplate
-from keel.rollout.protocol import Engine, GenerationRequest, TokenCount, check_completions
+from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
 from keel.rollout.tools import Caller, Tool, reward_of, text_of_error, text_of_result
 from keel.types import Completion, Dialogue, Message, Sampling, StopReason
 
@@ -113,21 +113,24 @@ class Player:
         *,
         keep_head_inputs: bool = False,
         count: TokenCount | None = None,
+        rows: Rows | None = None,
     ) -> list[Completion]:
         """The episodes to their ends, in order. sampling.max_new_tokens bounds all tokens of an episode
         behind its prompt, those of the context included. The same seed gives the same tokens, where the
-        tools answer the same.
+        tools answer the same, whatever other episodes are played and when they end. rows: which of all rows
+        of the seed these are.
 
         RewardError where `get_reward` fails or too many tools are stuck, UsageError where the engine returns
         something else than was asked of it."""
-        turn = 0
+        turn, all_rows = 0, rows or Rows(range(len(episodes)), len(episodes))
+        number_of = dict(zip(map(id, episodes), all_rows.numbers, strict=True))
         while waiting := [episode for episode in episodes if episode.stop_reason is None]:
             # 1. those whose turn it is go on, each within what is left to it
             limits = [sampling.max_new_tokens - len(episode.ids) for episode in waiting]
             request = GenerationRequest.of(
                 self.tokenizer, [(*episode.prompt_ids, *episode.ids) for episode in waiting], sampling,
                 derive_seed(seed, "turn", turn) if turn else seed, keep_head_inputs=keep_head_inputs,
-                limits=limits,
+                rows=Rows([number_of[id(episode)] for episode in waiting], all_rows.of), limits=limits,
             )  # fmt: skip
             completions = engine.generate(request, count)
             check_completions(self.engine_name, request, completions)

@@ -16,6 +16,15 @@ from keel.types import Completion, Sampling
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Which prompts of a larger request these are, where several processes share one: each row draws what it
+    would draw there."""
+
+    numbers: Sequence[int]  # of each prompt
+    of: int  # prompts of the whole
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """Prompts to continue, and how. The same request gives the same tokens."""
 
@@ -29,6 +38,7 @@ class GenerationRequest:
     # (N,) the most tokens of each response, max_new_tokens or less; None: max_new_tokens for all. An engine
     # that does not look at it returns what is cut afterwards
     limits: Sequence[int] | None = None
+    rows: Rows | None = None  # None: all rows of the seed
 
     @classmethod
     def of(
@@ -40,6 +50,7 @@ class GenerationRequest:
         *,
         keep_head_inputs: bool = False,
         limits: Sequence[int] | None = None,
+        rows: Rows | None = None,
     ) -> GenerationRequest:
         """With the stop ids, the stop strings, the pad id and the vocabulary that a tokenizer and
         `sampling.stop` say."""
@@ -52,6 +63,7 @@ class GenerationRequest:
             stop_texts(tokenizer, sampling.stop),
             keep_head_inputs,
             limits,
+            rows,
         )
 
 

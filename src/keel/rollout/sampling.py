@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from keel.algorithms.masked import at_least_float32
 from keel.errors import UsageError
 from keel.models.load import context_length
+from keel.rollout.protocol import Rows
 from keel.types import Sampling
 
 
@@ -30,10 +31,13 @@ def check_context(
         )
 
 
-def uniform_draws(rows: int, sampling: Sampling, seed: int) -> Tensor:
-    """(rows, max_new_tokens) numbers in [0, 1), float64: a row's own, whatever else is sampled with it."""
+def uniform_draws(count: int, sampling: Sampling, seed: int, rows: Rows | None = None) -> Tensor:
+    """(count, max_new_tokens) numbers in [0, 1), float64: a row's own, whatever else is sampled with it.
+    rows: which of all rows of the seed these are."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, sampling.max_new_tokens, dtype=torch.float64, generator=generator)
+    all_rows = count if rows is None else rows.of
+    draws = torch.rand(all_rows, sampling.max_new_tokens, dtype=torch.float64, generator=generator)
+    return draws if rows is None else draws[list(rows.numbers)]
 
 
 def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The run directory: what a stage is given to work with, and what it leaves behind.
 
 `metrics.jsonl` and `samples.jsonl` hold nothing that depends on the clock, so that two runs of one config can
-be compared byte by byte; seconds go to `times.jsonl`.
+be compared byte by byte; seconds go to `times.jsonl`. Of several ranks the first alone writes; all call the
+same methods.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from keel.data.stored.tokens import Preparation
+from keel.distributed import group
 from keel.errors import NotFiniteError
 from keel.rundir.checkpoint import Checkpoint, append, latest, save, write_json
 from keel.rundir.stage_files import PROGRESS
@@ -62,7 +64,7 @@ class StageRun:
     def log(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics. NotFiniteError at the first number that is not finite."""
         self.check_finite(step, metrics)
-        if steps != self._steps:
+        if steps != self._steps and group.is_first():
             write_json(self.directory / PROGRESS, {"steps": steps})
             self._steps = steps
         self._append(
@@ -121,9 +123,15 @@ class StageRun:
                 rates[f"{phase}/mfu"] = speed * self.flops[phase] / self.fastest
         return rates
 
-    def restore(self) -> Checkpoint | None:
+    def restore(self, place: group.Place | None = None) -> Checkpoint | None:
         """The checkpoint to go on from, with the logs cut back to where they were then; None for a fresh
-        start."""
+        start. Several ranks get the one that the first finds. place: what a rank keeps of its tensors."""
+        found = group.from_first(
+            lambda: _as_values(self._restored()), place and (lambda path, tensor: place(path[1:], tensor))
+        )
+        return None if found is None else Checkpoint(*found)
+
+    def _restored(self) -> Checkpoint | None:
         checkpoint = latest(self.directory / "checkpoints", lambda line: self.say(f"{self.name}: {line}"))
         for log in LOGS:
             path, length = self.directory / log, checkpoint.logs.get(log, 0) if checkpoint else 0
@@ -135,14 +143,28 @@ class StageRun:
         return checkpoint
 
     def save(self, step: int, tensors: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> None:
-        """Checkpoint after `step` steps."""
-        logs = {log: path.stat().st_size for log in LOGS if (path := self.directory / log).exists()}
-        save(self.directory / "checkpoints", Checkpoint(step, tensors, values or {}, logs))
+        """Checkpoint after `step` steps. tensors: whole, on the rank that writes."""
+
+        def write() -> None:
+            logs = {log: path.stat().st_size for log in LOGS if (path := self.directory / log).exists()}
+            save(self.directory / "checkpoints", Checkpoint(step, tensors, values or {}, logs))
+
+        group.only_first(write)
 
     def result(self, value: Mapping[str, Any]) -> None:
         """Write the stage's final measures."""
-        write_json(self.directory / "result.json", value)
+        if group.is_first():
+            write_json(self.directory / "result.json", value)
 
     def _append(self, log: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not group.is_first():
+            return
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         append(self.directory / log, "".join(lines))
+
+
+def _as_values(checkpoint: Checkpoint | None) -> tuple[Any, ...] | None:
+    """A checkpoint as what can be sent to other ranks."""
+    if checkpoint is None:
+        return None
+    return checkpoint.step, checkpoint.tensors, checkpoint.values, checkpoint.logs

@@ -31,6 +31,7 @@ from keel.data.stored.inputs import Inputs, InputSink, StoredInputs
 from keel.data.stored.plain import plain_texts
 from keel.data.stored.records import Rows, joined, keys_of_rows, picked, release
 from keel.data.stored.tokens import BATCH, folders_of, rows_print, tokenizer_print
+from keel.distributed import group
 from keel.errors import DataError, UsageError
 from keel.evaluation.measures import wilson
 from keel.models.load import ModelSource, model_config, score_head, scorer
@@ -219,7 +220,7 @@ def _rows(
     """
     if not any(map(len, texts.values())):
         return []
-    inputs, counts = _inputs(config, stage_run, tokenizer, texts, too_long)
+    inputs, counts = group.first_then_all(lambda: _inputs(config, stage_run, tokenizer, texts, too_long))
     weights = [len(inputs) / (len(counts) * count) for count in counts]
     ends = np.cumsum(counts)
 
@@ -381,12 +382,16 @@ def evaluate(
     model.eval()
     totals: dict[str, float] = {}
     hits, counts = [0] * len(config.labels), [0] * len(config.labels)
+
+    def measures(indices: Sequence[int]) -> tuple[float, list[int]]:
+        value, measured = loss(model, [rows[i] for i in indices], pad_id, len(rows))
+        return float(value), measured["labels"].tolist()
+
+    parts = forward_parts(config, lazy_rows.sizes(rows, _size))
     with torch.no_grad():
-        for indices in forward_parts(config, lazy_rows.sizes(rows, _size)):
-            part = [rows[i] for i in indices]
-            value, measured = loss(model, part, pad_id, len(rows))
+        for indices, (value, labels) in zip(parts, group.mapped(parts, measures), strict=True):
             add_metrics(totals, {"loss": value})
-            for row, taken in zip(part, measured["labels"].tolist(), strict=True):
+            for row, taken in zip([rows[i] for i in indices], labels, strict=True):
                 counts[row.label] += 1
                 hits[row.label] += taken == row.label
     accuracy = wilson(sum(hits), len(rows))

@@ -14,6 +14,7 @@ from keel.accel.cpu_linear import cast_cache
 from keel.algorithms import lm
 from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
+from keel.distributed import group
 from keel.evaluation.measures import mean_interval
 from keel.models import experts
 from keel.models.logprobs import head_inputs, token_logprobs
@@ -111,10 +112,14 @@ def evaluate(
     tokens = sum(row.counted for row in rows)
     totals: dict[str, float] = {}
     model.eval()
+
+    def measures(part: Sequence[int]) -> dict[str, float]:
+        value, measured = loss(model, [rows[i] for i in part], pad_id, tokens)
+        return {"eval_loss": float(value), "eval_mean_token_accuracy": float(measured["accuracy"])}
+
     with torch.no_grad():
-        for part in forward_parts(config, [_size(row) for row in rows]):
-            value, measured = loss(model, [rows[i] for i in part], pad_id, tokens)
-            add_metrics(totals, {"eval_loss": value, "eval_mean_token_accuracy": measured["accuracy"]})
+        for found in group.mapped(forward_parts(config, [_size(row) for row in rows]), measures):
+            add_metrics(totals, found)
     return totals
 
 
@@ -126,10 +131,9 @@ def summary(
     if not rows:
         return {}
     totals = evaluate(model, rows, pad_id, config)
-    per_row, tokens = [], sum(row.counted for row in rows)
+    tokens = sum(row.counted for row in rows)
     with torch.no_grad():
-        for row in rows:
-            per_row.append(float(loss(model, [row], pad_id, tokens / len(rows))[0]))
+        per_row = group.mapped(rows, lambda row: float(loss(model, [row], pad_id, tokens / len(rows))[0]))
     interval = mean_interval(per_row)
     accuracy = {"mean": totals["eval_mean_token_accuracy"], "n": tokens}
     return {

@@ -14,6 +14,7 @@ from keel.data import chat
 from keel.data.stored.arrow import Array
 from keel.data.stored.records import Rows, base_of, release
 from keel.data.stored.tokens import TokenRows, Tokens, each, tokenised
+from keel.distributed import group
 from keel.errors import DataError
 from keel.stages.prepare import TooLong
 from keel.types import Prompt, PromptRecord, Record, TextRecord
@@ -82,7 +83,9 @@ def _stored(
 ) -> LazyRows[RowT]:
     run = too_long.stage_run
     whole, taken = base_of(records)  # all rows of the files: the same for every stage and split
-    tokens = tokenised(whole, tokenizer, run.preparation, f"{run.name}: tokenising")
+    tokens = group.first_then_all(
+        lambda: tokenised(whole, tokenizer, run.preparation, f"{run.name}: tokenising")
+    )
     entries, numbers = entries_of(tokens.record(), taken)
     lengths = sizes_of(tokens, isinstance(records[0], TextRecord))[entries]
     doubtful = (lengths < 2) | alike_of(tokens)[entries]

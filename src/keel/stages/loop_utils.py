@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from keel.algorithms.control import schedule
 from keel.config import Supervised, Training
 from keel.data.batches import by_length, derive_seed
+from keel.distributed import group
 from keel.models import optim
 
 T = TypeVar("T")
@@ -67,9 +68,37 @@ def parts_of(
     return [[rows[i] for i in part] for part in parts]
 
 
+@dataclass(frozen=True, slots=True)
+class Share(Generic[T]):
+    """What one rank computes of a step."""
+
+    parts: list[list[T]]  # its micro-batches
+    borrowed: list[list[T]]  # micro-batches that it computes for nothing, so that all make as many forwards
+
+
+def share_of(
+    config: Training,
+    rows: Sequence[T],
+    size: Callable[[T], int],
+    start: Callable[[T], Hashable] | None = None,
+) -> Share[T]:
+    """This rank's part of a step's rows, in micro-batches of similar length; all of it for a process alone.
+    Every rank knows all rows, so that what is dealt to whom needs no word between them. size, start: as of
+    `parts_of`."""
+    if group.size() == 1:
+        return Share(parts_of(config, rows, size, start), [])
+    shares = group.deal([size(row) for row in rows], group.size())
+    parts = [parts_of(config, [rows[i] for i in share], size, start) for share in shares]
+    mine = parts[group.rank()]
+    missing = max(map(len, parts)) - len(mine) if group.is_sharded() else 0
+    return Share(mine, missing * [[min(rows, key=size)]])
+
+
 def seed_step(seed: int, step: int) -> None:
-    """Make dropout a function of (seed, step), so that a resumed run draws what an undisturbed one drew."""
-    torch.manual_seed(derive_seed("step", seed, step))
+    """Make dropout a function of (seed, step), so that a resumed run draws what an undisturbed one drew; each
+    rank draws its own."""
+    of_rank = ("rank", group.rank()) if group.rank() else ()
+    torch.manual_seed(derive_seed("step", seed, step, *of_rank))
 
 
 def add_metrics(total: dict[str, float], part: Mapping[str, Any], weight: float = 1.0) -> None:

@@ -20,6 +20,7 @@ from keel.algorithms import preference
 from keel.algorithms.masked import masked_sum
 from keel.config import DPOConfig
 from keel.data import chat
+from keel.distributed import group
 from keel.evaluation.measures import Measure, accuracy, mean_interval, wilson
 from keel.models import experts
 from keel.models.load import causal_lm, disable_dropout
@@ -147,12 +148,17 @@ def _measured(setup: PreferenceSetup, pairs: Sequence[Pair]) -> dict[str, list[f
     """Every metric, and `loss`, of every pair."""
     setup.model.eval()
     by_metric: dict[str, list[float]] = {}
+    parts = forward_parts(setup.config, [preference_rows.size(pair) for pair in pairs])
+
+    def of(part: Sequence[int]) -> dict[str, list[float]]:
+        value, metrics = losses(setup, [pairs[i] for i in part])
+        return {name: x.tolist() for name, x in {"loss": value, **metrics}.items()}
+
     with torch.no_grad():
-        for part in forward_parts(setup.config, [preference_rows.size(pair) for pair in pairs]):
-            value, metrics = losses(setup, [pairs[i] for i in part])
-            for name, x in {"loss": value, **metrics}.items():
+        for part, found in zip(parts, group.mapped(parts, of), strict=True):
+            for name, values in found.items():
                 column = by_metric.setdefault(name, [0.0] * len(pairs))
-                for i, measured in zip(part, x.tolist(), strict=True):
+                for i, measured in zip(part, values, strict=True):
                     column[i] = measured
     return by_metric
 
@@ -235,10 +241,15 @@ def evaluate_unpaired(setup: PreferenceSetup, rows: Sequence[Example]) -> dict[s
     """Held-out metrics, with the KL of all held-out rows."""
     setup.model.eval()
     kl, sums = mismatched_kl(setup, rows), dict[str, float]()
+
+    def of(part: Sequence[int]) -> dict[str, float]:
+        value, measured = unpaired_loss(setup, [rows[i] for i in part], kl, len(rows))
+        return {name: float(x) for name, x in {"loss": value, **measured}.items()}
+
     with torch.no_grad():
-        for part in forward_parts(setup.config, [preference_rows.size(row) for row in rows]):
-            value, measured = unpaired_loss(setup, [rows[i] for i in part], kl, len(rows))
-            add_metrics(sums, {"loss": value, **measured})
+        parts = forward_parts(setup.config, [preference_rows.size(row) for row in rows])
+        for found in group.mapped(parts, of):
+            add_metrics(sums, found)
     return {EVALUATED[name]: value for name, value in _unpaired_metrics(sums).items()}
 
 

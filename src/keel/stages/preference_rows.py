@@ -23,6 +23,7 @@ from keel.config.preference import REFERENCE_FREE
 from keel.data.batches import by_length, length_mask, pad, rows_of_step
 from keel.data.stored.records import Rows, numbers_of, picked
 from keel.data.stored.tokens import Tokens
+from keel.distributed import group
 from keel.errors import DataError, KeelError, UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
 from keel.models.logprobs import (
@@ -316,7 +317,7 @@ def reference_logps(
     """
     path, model, in_order = stage_run.directory / REFERENCE_FILE, None, array("d")
     reference: dict[Response, float] | Reference = Reference() if compact else {}
-    known: list[float] | None = read_own(path) if path.exists() else None
+    known: list[float] | None = group.from_first(lambda: read_own(path) if path.exists() else None)
     for responses in filter(None, asked):
         if known is not None:
             found, known = known[: len(responses)], known[len(responses) :]
@@ -337,13 +338,14 @@ def reference_logps(
     if model is not None:
         del model  # `policy` lives on; another one ends here
         gc.collect()
-        write_json(path, in_order.tolist())
+        group.only_first(lambda: write_json(path, in_order.tolist()))
     return reference
 
 
 def forget_reference(stage_run: StageRun) -> None:
     """Remove what `reference_logps` left for a run that is cut off."""
-    (stage_run.directory / REFERENCE_FILE).unlink(missing_ok=True)
+    if group.is_first():
+        (stage_run.directory / REFERENCE_FILE).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- log-probabilities
@@ -359,12 +361,15 @@ def scores(
 ) -> list[float]:
     """log π of each response, without gradient; so many rows or tokens a forward."""
     logps_found = [0.0] * len(responses)
+    prompts = [response.prompt for response in responses]
+    parts = by_length([size(r) for r in responses], micro_batch, micro_tokens, together=prompts)
+
+    def of(part: list[int]) -> list[float]:
+        return logps(model, [responses[i] for i in part], pad_id, device).tolist()
+
     with torch.no_grad():
-        prompts = [response.prompt for response in responses]
-        sizes = [size(response) for response in responses]
-        for part in by_length(sizes, micro_batch, micro_tokens, together=prompts):
-            logp = logps(model, [responses[i] for i in part], pad_id, device)
-            for i, value in zip(part, logp.tolist(), strict=True):
+        for part, found in zip(parts, group.mapped(parts, of), strict=True):
+            for i, value in zip(part, found, strict=True):
                 logps_found[i] = value
     return logps_found
 

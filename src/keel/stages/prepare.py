@@ -18,6 +18,7 @@ from keel.data.holdout import hold_out
 from keel.data.identity import shared
 from keel.data.load import Dataset
 from keel.data.stored.records import picked
+from keel.distributed import group, sharded
 from keel.errors import DataError, UsageError
 from keel.models import model_card
 from keel.models.load import ModelSource, checkpoint_activations, context_length, load_tokenizer, model_config
@@ -324,7 +325,21 @@ def save_model(
     members: Sequence[Path] = (),
 ) -> None:
     """Save to the stage's `model/`, adapters merged in and beside it in adapter/; copies of `members` go with
-    it, as members/2, 3 … The model is used up. NotSavedError unless the saved model is the trained one."""
+    it, as members/2, 3 … The model is used up. NotSavedError unless the saved model is the trained one.
+
+    Of several ranks the first writes, and the others wait for it."""
+    plain = sharded.whole(model)
+    group.only_first(lambda: _save(stage_run, plain, tokenizer, config, what, members))
+
+
+def _save(
+    stage_run: StageRun,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Training,
+    what: str,
+    members: Sequence[Path],
+) -> None:
     data = (
         [source for sources in config.data.values() for source in sources]
         if isinstance(config.data, dict)

@@ -19,6 +19,7 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.load import Dataset
 from keel.data.stored.records import Rows, joined, numbers_of
+from keel.distributed import group
 from keel.errors import DataError, UsageError
 from keel.evaluation import reliability
 from keel.evaluation.annotators import agreement
@@ -80,7 +81,11 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
         held_out_pairs = reward_pairs.encode(held_out, held_out_labels, reader, too_long, equal, needed=False)
     too_long.report()
     equal.report()
-    samples = _sample(config, stage_run, language_model, replies, limit, records) if sampled else []
+    samples = (
+        group.from_first(lambda: _sample(config, stage_run, language_model, replies, limit, records))
+        if sampled
+        else []
+    )
     prepared = Prepared(source, tokenizer, pairs, held_out_pairs, samples, _form(dataset))
 
     if config.members == 1:
@@ -189,7 +194,7 @@ def _train(
     result = _fit(stage_run, config, reward, prepared.pairs, prepared.held_out)
     model.eval()
     sides = [side for pair in prepared.pairs[:500] for side in (pair.chosen, pair.rejected)]
-    scores = learned.score(reward, prepared.samples or sides)
+    scores = learned.score(reward, prepared.samples or sides, each=group.mapped)
     mean, std = float(scores.mean()), float(scores.std())
     if not std > 0:
         raise UsageError(
@@ -269,7 +274,8 @@ def _scores(reward: learned.RewardModel, pairs: Sequence[RewardPair], config: Re
     """(2, N) raw scores of chosen and rejected."""
     sides, pair_of_side = [p.chosen for p in pairs] + [p.rejected for p in pairs], 2 * list(range(len(pairs)))
     size = config.rows_at_once or config.batch_size
-    return learned.score(reward, sides, batch_size=size, together=pair_of_side).view(2, -1)
+    scores = learned.score(reward, sides, batch_size=size, together=pair_of_side, each=group.mapped)
+    return scores.view(2, -1)
 
 
 def evaluate(

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
+from keel import accel
 from keel.accel.cpu_linear import cast_cache
 from keel.config import Supervised
 from keel.data.batches import rows_of_step
+from keel.distributed import gradients, group, sharded
 from keel.models import optim
-from keel.models.load import count_parameters
+from keel.models.load import count_parameters, score_head
+from keel.models.logprobs import backbone
+from keel.models.row_trial import check_rows
 from keel.rundir.stage_run import StageRun
 from keel.stages.loop_utils import (
     EarlyStop,
@@ -22,9 +26,9 @@ from keel.stages.loop_utils import (
     due,
     lr_scale,
     optimizer_for,
-    parts_of,
     put_back,
     seed_step,
+    share_of,
     state_of,
     total_steps,
 )
@@ -85,13 +89,16 @@ def fit(
     objective: Objective[RowT],
 ) -> None:
     """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep."""
+    parameters, trained = count_parameters(model), count_parameters(model, trainable=True)
+    among_ranks(model)
     steps, optimizer = total_steps(config, len(rows)), optimizer_for(config, ([model], config.lr))
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
     stage_run.facts |= {
-        "rows": len(rows), "held_out_rows": len(held_out), "parameters": count_parameters(model),
-        "steps": steps, "trained_parameters": count_parameters(model, trainable=True),
+        "rows": len(rows), "held_out_rows": len(held_out), "parameters": parameters, "steps": steps,
+        "trained_parameters": trained,
     }  # fmt: skip
-    if checkpoint := stage_run.restore():
+    group.agree("the rows of a stage", (len(rows), len(held_out), steps))
+    if checkpoint := stage_run.restore(sharded.placing(model, optimizer)):
         put_back(model, checkpoint.tensors["model"])
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
         stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
@@ -104,6 +111,8 @@ def fit(
             break
         # 1. the rows of this step
         chosen = _rows_of(rows, config.batch_size, step, stage_run.seed)
+        if step == first + 1:
+            group.agree(f"the rows of step {step}", [objective.size(row) for row in chosen])
         # 2. the gradient, micro-batch by micro-batch
         model.train()
         seed_step(stage_run.seed, step)
@@ -112,7 +121,7 @@ def fit(
             # 3. the optimiser's step
             scale, where = lr_scale(config, step - 1, steps), f"{stage_run.name}, step {step}"
             stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
-        metrics = objective.named(sums)
+        metrics = objective.named(group.summed(sums))
         metrics |= {"grad_norm": stepped["grad_norm"], "learning_rate": stepped["lr"]}
         metrics["epoch"] = step * config.batch_size / len(rows)
         if objective.length is not None:
@@ -128,13 +137,35 @@ def fit(
         # 5. what happened, and where to go on from
         stage_run.log(step, steps, metrics)
         if due(step, steps, config.save_every) or stopping.stop:
-            tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
+            if not group.is_sharded():
+                group.agree(f"the weights after step {step}", gradients.checksum(model, trained=True))
+            tensors = sharded.gathered(
+                {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
+            )
             values = {"stopping": stopping.values(), "seen": seen}
             values |= {"cursor": rows.cursor()} if isinstance(rows, Stream) else {}
             stage_run.save(step, tensors, values)
 
     if best is not None:
         put_back(model, best)
+
+
+def among_ranks(model: PreTrainedModel) -> None:
+    """Make the model one of all ranks: the first one's weights on each, or cut over them, as the config asks.
+    Nothing for a process alone."""
+    if group.size() == 1:
+        return
+    gradients.same_weights(model)
+    if not group.is_sharded():
+        return
+    accel.restore(model)  # torch's own classes are what is cut
+    plain: Any = model
+    plain = plain.get_base_model() if hasattr(model, "peft_config") else model
+    head = score_head(plain)
+    if head is None and plain.can_generate():
+        check_rows(model)  # while its weights are whole: a trial does without hooks
+    # a scorer is never called itself: its trunk and its head are
+    sharded.shard(model, None if head is None else [backbone(model), head])
 
 
 def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: int) -> list[RowT]:
@@ -145,15 +176,18 @@ def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: i
 
 
 def _gradient(config: Supervised, objective: Objective[RowT], rows: Sequence[RowT]) -> dict[str, float]:
-    """Add the gradient of a step's loss. It is summed over micro-batches, each divided by the denominator of
-    the whole step, so that the split does not change it. Returns the loss and what else was measured, summed
-    alike."""
+    """Add the gradient of this rank's share of a step's loss. It is summed over micro-batches, each divided
+    by the denominator of the whole step, so that the split does not change it; so is the one over several
+    ranks. Returns the loss and what else was measured, summed alike."""
     denominator, sums = sum(objective.weight(row) for row in rows), dict[str, float]()
     if objective.begin is not None:
         objective.begin(rows)
+    share = share_of(config, rows, objective.size)
     with cast_cache():
-        for part in parts_of(config, rows, objective.size):
+        for part in share.parts:
             value, measured = objective.loss(part, denominator)
             optim.backward(value)
             add_metrics(sums, {"loss": value.detach(), **measured})
+        for part in share.borrowed:
+            optim.backward(0.0 * objective.loss(part, denominator)[0])
     return sums

@@ -1,0 +1,31 @@
+"""Settings of a run on several processes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from keel.config.settings import Settings
+
+
+class DistributedConfig(Settings):
+    """How a run on several ranks (`keel run --nproc`, torchrun) is computed. On one process it says nothing,
+    and no result depends on it but for rounding."""
+
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description=(
+            "ddp: every rank has the weights whole, gradients are summed; fsdp: weights, gradients and "
+            "optimiser states are cut over the ranks (FSDP2); auto: ddp."
+        ),
+    )
+    timeout: float = Field(
+        60.0,
+        ge=5,
+        le=86_400,
+        description=(
+            "Seconds that a rank may keep the others waiting before the run ends. A rank that does not "
+            "answer at all is given up after half of it."
+        ),
+    )

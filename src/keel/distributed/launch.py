@@ -1,0 +1,227 @@
+"""Start n ranks of a command on this machine, watch them, and say in one line why they ended early.
+
+The ranks meet in a store that this process holds, on the loopback interface, at a port that the system
+chooses. The first one has this process's terminal; what the others write goes to a file. Where one fails, the
+others are given a moment to say so themselves, then ended: a rank alone cannot go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keel.distributed import records
+from keel.distributed.records import Record
+
+TRACEBACK = "KEEL_TRACEBACK"  # in the environment: what every rank writes is shown
+LOOK = 0.05  # seconds between looks at the ranks
+FOR_OTHERS = 5.0  # seconds that the others have to say what they met, where nobody knows the cause yet
+FOR_THE_SAME = 0.5  # seconds that they have to say the same, where one has said the cause
+TO_END = 10.0  # seconds that a rank has to end by itself once it is asked to
+FOR_SIGNAL = 2.0  # seconds that ranks have to end by a Ctrl-C that the terminal sent to them, too
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the ranks ended together."""
+
+    code: int  # 0: all came to their end
+    line: str = ""  # what went wrong, and where
+    interrupted: bool = False
+
+
+@dataclass
+class Ranks:
+    """Ranks at work, in a folder for their records and logs."""
+
+    folder: Path
+    processes: list[subprocess.Popen[bytes]]
+
+    def codes(self) -> list[int | None]:
+        return [process.poll() for process in self.processes]
+
+
+def run(command: Sequence[str], size: int, environment: Mapping[str, str] | None = None) -> Outcome:
+    """Run a command on `size` ranks of this machine to its end. environment: added to this process's own.
+
+    Whatever ends this process ends the ranks.
+    """
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="keel-ranks-") as name:
+        folder = Path(name)
+        with _started(command, size, {**os.environ, **(environment or {})}, folder, store.port) as ranks:
+            while True:
+                codes = ranks.codes()
+                if all(code == 0 for code in codes):
+                    return Outcome(0)
+                if any(code for code in codes):
+                    return _outcome(ranks)
+                time.sleep(LOOK)
+
+
+@contextlib.contextmanager
+def _started(
+    command: Sequence[str], size: int, environment: Mapping[str, str], folder: Path, port: int
+) -> Iterator[Ranks]:
+    ranks = Ranks(folder, [])
+    try:
+        for number in range(size):
+            of_rank = {**environment, **_of_rank(number, size, folder, port)}
+            ranks.processes.append(_start(command, number, of_rank, folder))
+        yield ranks
+    except BaseException:
+        _wait(ranks, FOR_SIGNAL)
+        raise
+    finally:
+        _end(ranks)
+
+
+def _of_rank(number: int, size: int, folder: Path, port: int) -> dict[str, str]:
+    """What a rank finds in its environment, by torchrun's names."""
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    return {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process holds it
+        records.FOLDER: str(folder),
+        **({"GLOO_SOCKET_IFNAME": loopback} if loopback else {}),
+    }
+
+
+def _start(
+    command: Sequence[str], number: int, environment: Mapping[str, str], folder: Path
+) -> subprocess.Popen[bytes]:
+    if number == 0:
+        return subprocess.Popen(command, env=environment)
+    if environment.get(TRACEBACK, "0") not in ("", "0"):
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    with (folder / f"rank-{number}.log").open("wb") as log:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def _wait(ranks: Ranks, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(code is None for code in ranks.codes()):
+        time.sleep(LOOK)
+
+
+def _end(ranks: Ranks) -> None:
+    """End what still runs: asked first, then made to. A stopped process cannot hear, and is killed."""
+    asked = [i for i, process in enumerate(ranks.processes) if process.poll() is None]
+    for number in asked:
+        with contextlib.suppress(ProcessLookupError):
+            ranks.processes[number].send_signal(signal.SIGTERM)
+    until = time.monotonic() + TO_END
+    for number in asked:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            stopped = _is_stopped(ranks.processes[number].pid)
+            ranks.processes[number].wait(0.2 if stopped else max(0.0, until - time.monotonic()))
+    for number in asked:
+        if ranks.processes[number].poll() is None:
+            ranks.processes[number].kill()
+            ranks.processes[number].wait()
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+
+
+# ---------------------------------------------------------------- why they ended
+
+
+def _outcome(ranks: Ranks) -> Outcome:
+    """Wait for whoever knows the cause, end the rest, and say it."""
+    until = time.monotonic() + FOR_OTHERS
+    while time.monotonic() < until and not _known(ranks):
+        time.sleep(LOOK)
+    _wait(ranks, FOR_THE_SAME)
+    codes, left = ranks.codes(), records.read(ranks.folder)  # of those that ended by themselves
+    _end(ranks)
+    return outcome(codes, left, ranks.folder)
+
+
+def _known(ranks: Ranks) -> bool:
+    left = records.read(ranks.folder)
+    if any(record.kind in ("own", "hung", "interrupted") for record in left.values()):
+        return True
+    return all(code is not None for code in ranks.codes())
+
+
+def outcome(codes: Sequence[int | None], left: Mapping[int, Record], folder: Path) -> Outcome:
+    """What is said of ranks that ended with these codes (None: they had to be ended) and left these
+    records."""
+    size = len(codes)
+    for kind in ("interrupted", "own"):
+        found = sorted((r for r in left.values() if r.kind == kind), key=lambda record: record.time)
+        if found:
+            return _of_record(found[0], size, everywhere=_said_by_all(found, size))
+    silent = [i for i, code in enumerate(codes) if code and i not in left]
+    killed = next((i for i in silent if (codes[i] or 0) < 0), next(iter(silent), None))
+    if killed is not None:
+        return _of_code(killed, size, codes[killed] or 1, folder)
+    hung = next((record for record in left.values() if record.kind == "hung"), None)
+    if hung is not None:
+        return _of_record(hung, size)
+    absent = next((i for i, code in enumerate(codes) if code is None), None)
+    if absent is not None:
+        where = f"rank {absent} of {size} on {socket.gethostname()}"
+        return Outcome(
+            1, f"{where}: it did not come to where the others waited for it (distributed.timeout); {_GOES_ON}"
+        )
+    return _of_record(next(iter(left.values())), size)
+
+
+_GOES_ON = "what is done is kept, and the same command goes on"
+
+
+def _said_by_all(found: Sequence[Record], size: int) -> bool:
+    return len(found) == size and len({record.line for record in found}) == 1
+
+
+def _of_record(record: Record, size: int, *, everywhere: bool = False) -> Outcome:
+    """A command that is wrong is wrong on every rank; anything else names its place."""
+    if record.kind == "interrupted":
+        return Outcome(record.code, record.line, interrupted=True)
+    if everywhere or record.code == 2:
+        return Outcome(record.code, record.line)
+    return Outcome(record.code, f"rank {record.rank} of {size} on {record.host}: {record.line}")
+
+
+def _of_code(number: int, size: int, code: int, folder: Path) -> Outcome:
+    """Of a rank that ended without a word of its own."""
+    where = f"rank {number} of {size} on {socket.gethostname()}"
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return Outcome(1, f"{where} was killed ({name}{hint}); {_GOES_ON}")
+    last = _last_line(folder / f"rank-{number}.log")
+    return Outcome(1, f"{where} ended with code {code}{f': {last}' if last else ''}; {_GOES_ON}")
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines: list[Any] = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    return lines[-1].strip()[:300] if lines else ""

@@ -1,0 +1,75 @@
+"""What a rank leaves of its end, for whoever started it: one file a rank, in the folder that `KEEL_RANKS`
+names. Without torch: it is written when nothing else may work any more."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+FOLDER = "KEEL_RANKS"  # in the environment of a rank that keel started
+# own: what it raised itself; lost: others were gone; hung: another did not answer; interrupted: by a signal
+Kind = Literal["own", "lost", "hung", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a rank ended."""
+
+    rank: int  # that is to blame: another one where it is `hung`
+    host: str
+    kind: Kind
+    line: str
+    code: int  # exit code
+    time: float
+
+
+def is_watched() -> bool:
+    """Whether keel's launcher started this process: it says what went wrong, so the rank does not."""
+    return FOLDER in os.environ
+
+
+def rank() -> int:
+    """The number of this process among the ranks, by its environment; 0 for a process alone."""
+    number = os.environ.get("RANK", "0")
+    return int(number) if number.isdigit() and os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+
+def place() -> str:
+    """ "rank 1 of 2 on HOST"; "" for a process alone."""
+    number, count = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    return f"rank {number} of {count} on {socket.gethostname()}" if number and count != "1" else ""
+
+
+def leave(kind: Kind, line: str, code: int, *, rank: int | None = None, host: str | None = None) -> None:
+    """Leave a record, where there is a folder for it; the first one stays. rank, host: of the one to blame,
+    this one by default."""
+    folder, own = os.environ.get(FOLDER), os.environ.get("RANK", "0")
+    if folder is None:
+        return
+    path = Path(folder) / f"rank-{own}.json"
+    if path.exists():
+        return
+    blamed = int(own) if rank is None else rank
+    record = Record(blamed, host or socket.gethostname(), kind, line, code, time.time())
+    try:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        partial.replace(path)
+    except OSError:  # a full disk: the exit code still tells that it failed
+        return
+
+
+def read(folder: Path) -> dict[int, Record]:
+    """Rank → what it left."""
+    found: dict[int, Record] = {}
+    for path in sorted(folder.glob("rank-*.json")):
+        try:
+            found[int(path.stem.removeprefix("rank-"))] = Record(**json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found

@@ -1,0 +1,184 @@
+"""Weights that no rank has whole: torch's FSDP2, each decoder layer a unit of its own, the rest another one.
+
+A forward gathers a layer's weights, computes, and lets them go; the backward does so again and leaves each
+rank its part of the summed gradient. Optimiser states are of that part, too. So a rank keeps 1/n of weights,
+gradients and states, and at a time one layer whole.
+
+Rounding aside the numbers are those of one process: gradients are summed, not averaged, in the weights' own
+dtype, which for weights that learn is float32 or more. What is left out so far: CPU offload, and loading a
+model in parts: each rank opens it whole before it is cut.
+
+Every forward takes all ranks. Who has fewer rows than others computes on borrowed ones for nothing
+(`stages.loop_utils.in_step`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from keel.distributed import group
+from keel.errors import UsageError
+
+M = TypeVar("M")
+_NEEDED = (
+    "set_force_sum_reduction_for_comms",
+    "set_gradient_divide_factor",
+    "set_reduce_scatter_unused_params",
+)
+
+
+def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
+    """Cut a model's weights over the ranks, in place. Optimisers are made afterwards.
+
+    roots: the modules that are called from outside, where that is not the model itself: a scorer's trunk and
+    head. UsageError for quantised weights.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not all(hasattr(FSDPModule, name) for name in _NEEDED):
+        raise UsageError(
+            f"distributed.strategy: fsdp needs a newer torch than {torch.__version__} (2.13 is tested)"
+        )
+    if getattr(model, "is_quantized", False) or any(hasattr(p, "quant_state") for p in model.parameters()):
+        raise UsageError("quantised weights cannot be sharded: set distributed.strategy: ddp")
+    device = next(model.parameters()).device
+    model.keel_whole = _skeleton(model)  # pyright: ignore[reportArgumentType]
+    mesh = init_device_mesh(device.type, (group.size(),))
+    units = [*_layers(model), *(roots or [model])]
+    for unit in units:
+        if any(True for _ in unit.parameters()):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # a factor alone would be multiplied on the way, which gloo cannot
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+            # experts that one rank has no tokens for: all ranks sum the same weights
+            module.set_reduce_scatter_unused_params(True)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, by the names that transformers gives to what must stay in one piece."""
+    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    names = set(getattr(plain, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {id(child) for module in found for child in module.modules() if child is not module}
+    uses = _uses(model)
+    return [
+        module
+        for module in found
+        if id(module) not in inside and all(uses[key] == count for key, count in _uses(module).items())
+    ]
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """In how many places inside a module each weight is used: one that is tied to another part of the model
+    stays in the unit of both."""
+    return Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
+
+
+# ---------------------------------------------------------------- whole again
+
+
+def _skeleton(model: nn.Module) -> Any:
+    """A copy of the modules with nothing in place of weights, in a tuple, which is no child of a module.
+    Buffers and configs are the model's own, so that what is written into a config later is in both."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            if (config := vars(module).get(name)) is not None:
+                memo[id(config)] = config
+    return (copy.deepcopy(model, memo),)
+
+
+def whole(model: M) -> M:
+    """The plain model with all of its weights, on the CPU of the first rank; elsewhere one without any
+    numbers. A model that is not sharded as it is. Every rank has to ask."""
+    skeleton: tuple[Any] | None = getattr(model, "keel_whole", None)
+    if skeleton is None:
+        return model
+    plain = skeleton[0]
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in plain.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    empties = list(plain.named_parameters())  # before any is filled: a tied one would come again
+    pairs = zip(model.named_parameters(), empties, strict=True)  # pyright: ignore
+    for (name, own), (empty_name, empty) in pairs:
+        assert name == empty_name, (name, empty_name)
+        full = _full(own.detach())
+        if group.is_first():
+            filled = nn.Parameter(full.cpu(), requires_grad=empty.requires_grad)
+            for parameters, attribute in places[id(empty)]:
+                parameters[attribute] = filled
+    return plain
+
+
+def gathered(state: Any) -> Any:
+    """A state (mappings and lists, as `state_dict` gives them) with every tensor whole, on the CPU of the
+    first rank; other ranks get one without tensors. A run alone, and one whose ranks all have the weights,
+    gets what it gave."""
+    if not group.is_sharded():
+        return state
+    if isinstance(state, Tensor):
+        full = _full(state.detach())
+        return full.cpu() if group.is_first() else None
+    if isinstance(state, Mapping):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(gathered(value) for value in state)  # pyright: ignore[reportCallIssue]
+    return state
+
+
+def _full(tensor: Tensor) -> Tensor:
+    full = getattr(tensor, "full_tensor", None)  # of a DTensor
+    if full is None:
+        return tensor
+    with group.talking():
+        return full()
+
+
+def placing(model: nn.Module, optimizer: torch.optim.Optimizer) -> group.Place:
+    """What a rank keeps of a checkpoint's whole tensors: its part, where the weights are sharded. They stand
+    under `model` and `best` by a weight's name, under `optimizer` by its number."""
+    if not group.is_sharded():
+        return lambda path, tensor: tensor
+    named: Mapping[str, Any] = model.state_dict()
+    numbered = [p for one in optimizer.param_groups for p in one["params"]]
+
+    def place(path: group.Path, tensor: Tensor) -> Tensor:
+        like: Any = None
+        if path[0] in ("model", "best"):
+            like = named.get(path[1])
+        elif path[:2] == ("optimizer", "state") and tensor.dim():
+            like = numbered[path[2]]
+        return tensor if like is None else _part(tensor, like)
+
+    return place
+
+
+def _part(tensor: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return tensor
+    there = tensor.to(like.device)
+    part = distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # no view, which would keep the whole
+
+
+def number(value: Tensor) -> Tensor:
+    """A result over sharded tensors, such as a norm, as every rank can read it."""
+    return _full(value)

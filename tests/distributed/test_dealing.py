@@ -1,0 +1,216 @@
+"""What needs no second process: how rows are dealt, and what is said of ranks that ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keel.config import parse
+from keel.distributed import group, launch, records
+from keel.distributed.records import Record
+from keel.errors import LostRankError, UsageError
+from keel.pipeline import following
+from keel.pipeline.stage_kinds import OWN_KINDS
+from keel.rewards.mixture import Rated
+from keel.rewards.trainer import Logged
+from keel.rl import sampled
+from keel.rollout.score_responses import Scored
+from keel.types import Completion
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 6))
+def test_every_row_is_dealt_once_and_no_rank_has_a_rows_worth_more_than_another(sizes, ranks):
+    shares = group.deal(sizes, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(sizes)))
+    assert len(shares) == ranks
+    tokens = [sum(sizes[i] for i in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(sizes, default=0)
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_rows_of_equal_length_are_dealt_in_equal_numbers_and_few_rows_leave_ranks_without():
+    assert [len(share) for share in group.deal([7] * 9, 3)] == [3, 3, 3]
+    assert sorted(map(len, group.deal([5, 9], 4))) == [0, 0, 1, 1]
+    assert group.deal([], 2) == [[], []]
+
+
+def test_a_process_alone_waits_for_nobody():
+    assert group.size() == 1
+    assert group.is_first()
+    assert group.mapped([3, 4], lambda x: x + 1) == [4, 5]
+    assert group.from_first(lambda: {"a": 1}) == {"a": 1}
+    assert group.summed({"a": 1.5}) == {"a": 1.5}
+    assert group.gathered("x") == ["x"]
+    group.agree("anything", object())
+
+
+def test_an_environment_that_says_nothing_is_named(monkeypatch):
+    monkeypatch.setenv("RANK", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE"):
+        group.launched()
+    monkeypatch.setenv("RANK", "1")
+    assert group.launched() == (1, 2, 0)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert group.launched() is None
+
+
+# ---------------------------------------------------------------- what is said of ranks that ended
+
+
+def left(
+    rank: int, kind: records.Kind, line: str, code: int = 1, time: float = 0.0, host: str = "h"
+) -> Record:
+    return Record(rank, host, kind, line, code, time)
+
+
+def said(folder: Path, codes: list[int | None], *found: tuple[int, Record]) -> launch.Outcome:
+    return launch.outcome(codes, dict(found), folder)
+
+
+def test_the_rank_that_raised_first_is_named_and_not_those_that_lost_it(tmp_path):
+    lost = left(0, "lost", "the others do not answer", time=1.0)
+    own = left(1, "own", "the disk is full", time=2.0)
+    outcome = said(tmp_path, [1, 1], (0, lost), (1, own))
+    assert outcome == launch.Outcome(1, "rank 1 of 2 on h: the disk is full")
+
+
+def test_what_is_wrong_on_every_rank_and_what_is_bad_usage_names_no_place(tmp_path):
+    both = [(i, left(i, "own", "the gradient is not finite", time=i)) for i in range(2)]
+    assert said(tmp_path, [1, 1], *both).line == "the gradient is not finite"
+    usage = left(0, "own", "no stage 'x'", code=2)
+    assert said(tmp_path, [2, None], (0, usage)) == launch.Outcome(2, "no stage 'x'")
+
+
+def test_a_rank_that_was_killed_is_named_with_its_signal(tmp_path):
+    lost = left(0, "lost", "the others do not answer")
+    outcome = said(tmp_path, [1, -9], (0, lost))
+    assert outcome.code == 1
+    assert "rank 1 of 2" in outcome.line
+    assert "SIGKILL" in outcome.line
+
+
+def test_a_rank_that_ended_without_a_word_is_named_with_its_last_line(tmp_path):
+    (tmp_path / "rank-1.log").write_text("starting\nFatal Python error: Segmentation fault\n\n")
+    line = said(tmp_path, [None, 3]).line
+    assert "ended with code 3: Fatal Python error" in line
+
+
+def test_a_rank_that_hangs_is_named_by_who_looked_for_it(tmp_path):
+    hung = left(1, "hung", "has not answered for 30 s", host="there")
+    assert said(tmp_path, [1, None], (0, hung)).line == "rank 1 of 2 on there: has not answered for 30 s"
+    late = left(0, "lost", "timed out")
+    assert "did not come to where the others waited" in said(tmp_path, [1, None], (0, late)).line
+
+
+def test_a_record_is_left_once_and_only_where_somebody_reads_it(tmp_path, monkeypatch):
+    records.leave("own", "nobody reads this", 1)
+    monkeypatch.setenv(records.FOLDER, str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    records.leave("own", "first", 1)
+    records.leave("lost", "second", 1)
+    (tmp_path / "rank-7.json").write_text("{")
+    found = records.read(tmp_path)
+    assert [(number, record.line) for number, record in found.items()] == [(1, "first")]
+
+
+def test_ranks_are_started_with_their_numbers_and_the_first_failure_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "FOR_OTHERS", 0.2)  # nobody else knows anything
+    script = (
+        "import os, pathlib, sys, time\n"
+        f"out = pathlib.Path({str(tmp_path)!r}) / os.environ['RANK']\n"
+        "out.write_text(' '.join(os.environ[n] for n in ('WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')))\n"
+        "sys.exit(4) if os.environ['RANK'] == '1' else time.sleep(60 if len(sys.argv) > 1 else 0)\n"
+    )
+    outcome = launch.run([sys.executable, "-c", script, "wait"], 2)
+    assert (tmp_path / "0").read_text() == "2 0 127.0.0.1"
+    assert (tmp_path / "1").read_text() == "2 1 127.0.0.1"
+    assert outcome.code == 1
+    assert "rank 1 of 2" in outcome.line
+    assert "code 4" in outcome.line
+
+
+# ---------------------------------------------------------------- responses of several ranks
+
+
+def _sampled(rows: list[int]) -> sampled.Sampled:
+    """Responses number `rows`, each of as many tokens as its number tells, all 100 + its number."""
+    lengths = [1 + row % 3 for row in rows]
+    width = max(lengths)
+    of_token = torch.tensor([[float(row)] * n + [0.0] * (width - n) for row, n in zip(rows, lengths)])
+    ids = torch.tensor([[7] + [100 + row] * n + [0] * (width - n) for row, n in zip(rows, lengths)])
+    scored = Scored(ids, torch.ones(len(rows)), of_token > 0, *[of_token] * 4)
+    of_row = torch.tensor([float(row) for row in rows])
+    rated = Rated(of_row, of_row, of_row, {"mine": of_row.tolist()}, Logged({}, {"note": list(rows)}))
+    completions = tuple(Completion((7,), (100 + row,) * n, "eos") for row, n in zip(rows, lengths))
+    return sampled.Sampled(tuple(f"prompt {row}" for row in rows), completions, scored, rated, True)
+
+
+def test_responses_of_three_ranks_stand_in_the_order_of_their_prompts(monkeypatch):
+    shares = [sampled.Dealt([1], [2, 3], 6), sampled.Dealt([0, 2], [0, 1, 4, 5], 6), sampled.Dealt([], [], 6)]
+    made = [(share.rows, _sampled(share.rows) if share.rows else None) for share in shares]
+    monkeypatch.setattr(group, "gathered", lambda own: made)
+    whole, expected = sampled.together(shares[0], made[0][1], 0), _sampled(list(range(6)))
+    assert whole.prompts == expected.prompts
+    assert whole.completions == expected.completions
+    assert whole.rated.by_name == expected.rated.by_name
+    assert whole.rated.logged == expected.rated.logged
+    for name in ("ids", "mask", "logp"):
+        assert getattr(whole.scored, name).equal(getattr(expected.scored, name))
+    for name in ("total", "raw", "learned"):
+        assert getattr(whole.rated, name).equal(getattr(expected.rated, name))
+
+
+# ---------------------------------------------------------------- kinds
+
+
+def _config(**stages: Any) -> Any:
+    return parse({"name": "tiny", "stages": stages})
+
+
+def test_a_kind_that_runs_on_one_process_is_refused_by_name(monkeypatch):
+    config = _config(
+        tuned={"kind": "sft", "model": "a/b", "data": "rows.jsonl"},
+        rl={"kind": "grpo", "model": "tuned", "data": "rows.jsonl", "reward": {"kind": "length", "high": 9}},
+        best={
+            "kind": "best_of_n",
+            "model": "tuned",
+            "data": "rows.jsonl",
+            "reward": {"kind": "length", "high": 9},
+        },
+    )
+    monkeypatch.setattr(group, "_group", group.Group(0, 2))
+    following.check_kinds(config, ["tuned", "rl"])
+    with pytest.raises(UsageError) as caught:
+        following.check_kinds(config, ["tuned", "best"])
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "'best' is of kind best_of_n" in line
+    assert ", ".join(name for name, kind in OWN_KINDS.items() if kind.ranks) in line
+    cut = config.model_copy(
+        update={"distributed": config.distributed.model_copy(update={"strategy": "fsdp"})}
+    )
+    with pytest.raises(UsageError, match=r"'rl' is of kind grpo, which runs with .* ddp only"):
+        following.check_kinds(cut, ["tuned", "rl"])
+
+
+def test_ranks_that_read_other_rows_are_told(monkeypatch):
+    monkeypatch.setattr(group, "_group", group.Group(0, 2))
+    monkeypatch.setattr(group, "gathered", lambda value: [value, [3]])
+    with pytest.raises(LostRankError, match="ranks 0 and 1 differ in the rows"):
+        group.agree("the rows", [2])
+
+
+def test_settings_of_ranks_are_read_and_change_no_fingerprint():
+    config = parse({"name": "t", "distributed": {"strategy": "fsdp"}, "stages": json.loads(
+        '{"s": {"kind": "sft", "model": "a/b", "data": "rows.jsonl"}}')})  # fmt: skip
+    assert config.distributed.strategy == "fsdp"
+    with pytest.raises(UsageError, match="strategy"):
+        parse({"name": "t", "distributed": {"strategy": "zero"}, "stages": {"s": {"kind": "sft"}}})

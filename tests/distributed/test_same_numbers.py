@@ -1,0 +1,135 @@
+"""What is computed does not depend on how many ranks compute it: gradients, metrics, results and weights of
+every kind of stage in float64, on 1, 2 and 3 processes, with whole weights (ddp) and with cut ones (fsdp)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WEIGHT = 1e-6  # of a weight, after all steps
+SCORED_IN_FLOAT32, IN_FLOAT32 = ("reward", "reward-lora", "ensemble"), 1e-6  # scores of held-out pairs
+TINY = 1e-9  # a gradient that is nothing but rounding: of a bias of keys, say
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    assert one.shape == other.shape
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
+
+
+def numbers(value: Any, path: str = "") -> dict[str, float]:
+    """Every number in JSON, by where it stands."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in numbers(item, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, item in enumerate(value) for k, v in numbers(item, f"{path}/{i}").items()}
+    return {path: float(value)} if isinstance(value, (int, float)) else {}
+
+
+def logged(run: Path, stage: str) -> dict[str, float]:
+    folder = run / "stages" / stage
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return numbers([*lines, json.loads((folder / "result.json").read_text())])
+
+
+TOGETHER = [
+    ("few_kinds", 2, "ddp"),
+    ("few_kinds", 2, "fsdp"),
+    *(
+        pytest.param(("all_kinds", ranks, strategy), marks=pytest.mark.ranks)
+        for ranks in (2, 3)
+        for strategy in ("ddp", "fsdp")
+    ),
+]
+
+
+@pytest.fixture(params=TOGETHER, ids=lambda case: f"{case[0]}-{case[2]}-{case[1]}")
+def runs(request: Any, in_float64: Callable[..., Path]) -> tuple[dict[str, Any], Path, Path]:
+    """Stages; their run on one process, and on several."""
+    kinds, ranks, strategy = request.param
+    stages = request.getfixturevalue(kinds)
+    return stages, in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, ranks, "ddp", "fsdp") / strategy
+
+
+def compare(alone: Path, together: Path, stages: Iterable[str], gradient: float, number: float) -> None:
+    expected, found = (torch.load(run / "gradients.pt") for run in (alone, together))
+    assert len(expected) == len(found) > 0
+    for step, (one, other) in enumerate(zip(expected, found, strict=True)):
+        assert len(one) == len(other), step
+        pairs = [(a, b) for a, b in zip(one, other, strict=True) if float(a.abs().max()) > TINY]
+        worst = max((apart(a, b) for a, b in pairs), default=0.0)
+        assert worst < gradient, f"step {step} of all stages: {worst:.1e}"
+    for stage in stages:
+        before, after = logged(alone, stage), logged(together, stage)
+        assert before.keys() == after.keys(), stage
+        for name, value in before.items():
+            if name == "/0/rewards/accuracies":
+                continue  # at its start a policy is its reference: the sign of what is rounding alone
+            within = max(number, IN_FLOAT32 if stage in SCORED_IN_FLOAT32 else 0.0)
+            close = math.isclose(value, after[name], rel_tol=within, abs_tol=within)
+            assert close, f"{stage}{name}: {value} and {after[name]}"
+        for path in sorted((alone / "stages" / stage / "model").rglob("*.safetensors")):
+            weights, others = load_file(path), load_file(together / path.relative_to(alone))
+            assert weights.keys() == others.keys()
+            for name, tensor in weights.items():
+                gap = float((tensor - others[name]).abs().max())
+                assert gap < WEIGHT, f"{stage}, {name}: {gap:.1e}"
+
+
+def test_gradients_metrics_results_and_weights_are_those_of_one_process(runs) -> None:
+    stages, alone, together = runs
+    assert len(torch.load(alone / "gradients.pt")) >= len(stages)
+    compare(alone, together, stages, gradient=1e-10, number=1e-9)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("kinds", "gradient"), [(("ppo", "grpo"), 1e-10), (("ppo-adapters",), 1e-5)])
+def test_three_updates_of_ppo_and_grpo_are_those_of_one_process(
+    kinds: tuple[str, ...], gradient: float, ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any]
+) -> None:
+    """Adapters of a critic on a shared base are in float32 in part: so is what is left between them."""
+    stages = {kind: on_policy_kinds[kind] for kind in kinds}
+    alone, together = (in_float64(stages, count, "ddp") / "ddp" for count in (1, ranks))
+    compare(alone, together, stages, gradient=gradient, number=1e-6)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_episodes_with_tools_are_those_of_one_process(
+    ranks: int, in_float64: Any, episode_kinds: dict[str, Any]
+) -> None:
+    """Environments begin alike, every turn draws alike whatever other episodes have ended, and each prompt
+    stands beside its own response."""
+    alone, together = (
+        in_float64(episode_kinds, count, "ddp", how="episodes") / "ddp" for count in (1, ranks)
+    )
+    compare(alone, together, episode_kinds, gradient=1e-10, number=1e-6)
+    for kind in episode_kinds:
+        numbers_of = logged(alone, kind)
+        assert 1 < numbers_of["/0/rollout/turns"] < 4
+        assert numbers_of["/0/rewards/environment/std"] > 0
+        expected, found = (
+            [json.loads(line) for line in (run / "stages" / kind / "samples.jsonl").read_text().splitlines()]
+            for run in (alone, together)
+        )
+        assert len({row["prompt"][-1]["content"] for row in expected}) > 1
+        for one, other in zip(expected, found, strict=True):
+            assert all(one[key] == other[key] for key in ("prompt", "completion", "stop_reason", "length"))
+
+
+def test_files_are_those_that_one_process_leaves(runs) -> None:
+    stages, alone, together = runs
+    for stage in stages:
+        left, other = (
+            {str(p.relative_to(run)) for p in (run / "stages" / stage).rglob("*") if p.is_file()}
+            for run in (alone, together)
+        )
+        assert left == other

@@ -1,0 +1,205 @@
+"""`keel run --nproc` as a person uses it: killed, stopped and failing ranks, and what the same command makes
+of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from keel.distributed import launch
+
+pytestmark = pytest.mark.ranks
+WORKER = Path(__file__).with_name("worker.py")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+WITHIN = 60.0  # seconds in which a job ends once a rank is gone
+Differences = Callable[[Path, Path], list[str]]
+
+
+def keel(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "keel", *map(str, arguments)]
+    environment = {**os.environ, **ENVIRONMENT}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def with_fault(what: str, rank: int, step: int, *arguments: object) -> launch.Outcome:
+    """A run on two ranks one of which meets a fault; it is over soon afterwards."""
+    command = [sys.executable, str(WORKER), "fault", what, str(rank), str(step), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        met = Path(folder) / "met"
+        outcome = launch.run(command, 2, {**ENVIRONMENT, "KEEL_TEST_FAULT_MET": str(met)})
+        assert time.time() - float(met.read_text()) < WITHIN
+    return outcome
+
+
+def write_config(path: Path, stages: Mapping[str, Any], **more: Any) -> Path:
+    whole = {
+        "name": "tiny",
+        "threads": 1,
+        "device": "cpu",
+        "dtype": "float32",
+        **more,
+        "stages": dict(stages),
+    }
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, all_kinds: dict[str, Any]) -> Path:
+    """Two stages of some steps, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("config")
+    more = {"max_steps": 6, "save_every": 1, "eval_every": 2, "batch_size": 4}
+    stages = {"tuned": {**all_kinds["tuned"], **more}, "dpo": {**all_kinds["dpo"], **more, "model": "tuned"}}
+    return write_config(folder / "config.yaml", stages, distributed={"timeout": 20})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path) -> Path:
+    done = keel("run", config, "--runs", config.parent, "--name", "undisturbed", "--nproc", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return config.parent / "undisturbed"
+
+
+def steps_of(run: Path, stage: str) -> int:
+    log = run / "stages" / stage / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_two_runs_on_two_ranks_are_alike_to_the_byte_and_a_finished_one_stays(
+    config: Path, undisturbed: Path, tmp_path: Path, differences: Differences
+) -> None:
+    again = keel("run", config, "--runs", tmp_path, "--name", "again", "--nproc", 2, "--json")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert differences(undisturbed, tmp_path / "again") == ["config.yaml"]  # which holds its name
+    assert {s["status"] for s in json.loads(again.stdout)["stages"].values()} == {"done"}
+    third = keel("run", config, "--runs", tmp_path, "--name", "again", "--json")
+    assert {s["status"] for s in json.loads(third.stdout)["stages"].values()} == {"done before"}
+
+
+@pytest.mark.parametrize(("rank", "step"), [(1, 3), (0, 4), (1, 9)])
+def test_a_run_one_of_whose_ranks_is_killed_goes_on_by_the_same_command_to_the_same_bytes(
+    rank: int, step: int, config: Path, undisturbed: Path, tmp_path: Path, differences: Differences
+) -> None:
+    arguments = ("run", config, "--runs", tmp_path, "--name", "killed")
+    outcome = with_fault("kill", rank, step, *arguments)
+    assert outcome.code == 1
+    assert f"rank {rank} of 2" in outcome.line
+    assert "SIGKILL" in outcome.line
+    assert keel(*arguments, "--nproc", 2).returncode == 0
+    assert differences(undisturbed, tmp_path / "killed") == ["config.yaml"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_begun_on_two_ranks_and_ended_on_one_differs_by_rounding(
+    strategy: str, config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    arguments = ("run", config, f"distributed.strategy={strategy}", "--runs", tmp_path, "--name", "changed")
+    assert with_fault("kill", 1, 4, *arguments).code == 1
+    begun = steps_of(tmp_path / "changed", "tuned")
+    assert 0 < begun < 6
+    done = keel(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on after step {begun}" in done.stderr
+    for path in undisturbed.glob("stages/*/model/*.safetensors"):
+        one, other = load_file(path), load_file(tmp_path / "changed" / path.relative_to(undisturbed))
+        for name, tensor in one.items():
+            assert float((tensor - other[name]).abs().max()) < 1e-5, name
+
+
+def test_cut_weights_are_gone_on_with_to_the_same_bytes(
+    config: Path, tmp_path: Path, differences: Differences
+) -> None:
+    arguments = ("run", config, "distributed.strategy=fsdp", "--runs", tmp_path, "--nproc", 2, "--name")
+    assert keel(*arguments, "whole").returncode == 0
+    killed = ("run", config, "distributed.strategy=fsdp", "--runs", tmp_path, "--name", "killed")
+    assert with_fault("kill", 0, 5, *killed).code == 1
+    assert keel(*arguments, "killed").returncode == 0
+    assert differences(tmp_path / "whole", tmp_path / "killed") == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise", "ValueError: a reward of mine is broken"),
+        ("stop", "has not answered for 10 s"),
+        ("spin", "did not come to where the others waited"),
+    ],
+)
+def test_a_rank_that_raises_stops_or_hangs_ends_the_job_with_one_line(
+    fault: str, words: str, config: Path, tmp_path: Path
+) -> None:
+    outcome = with_fault(fault, 1, 3, "run", config, "--runs", tmp_path)
+    assert outcome.code == 1
+    assert words in outcome.line
+    assert "rank 1 of 2 on " in outcome.line
+    assert "\n" not in outcome.line
+    left = [p.name for p in (tmp_path / "tiny").rglob("*") if "partial" in p.name or p.name.endswith(".gone")]
+    assert left == []
+    assert keel("run", config, "--runs", tmp_path, "--nproc", 2).returncode == 0
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(
+    config: Path, tmp_path: Path
+) -> None:
+    outcome = with_fault("nan", 1, 3, "run", config, "--runs", tmp_path)
+    assert outcome.code == 1
+    assert outcome.line.startswith("tuned, step 3: the gradient is not finite")
+    assert steps_of(tmp_path / "tiny", "tuned") == 2
+
+
+def test_a_kind_that_runs_on_one_process_is_refused_before_anything_is_made(
+    data: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    stages = {"judge": {"kind": "evaluate", "models": [str(tiny_model)], "data": str(data.prompts)}}
+    path = write_config(tmp_path / "config.yaml", stages)
+    done = keel("run", path, "--runs", tmp_path, "--nproc", 2)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("keel: ")]
+    assert len(said) == 1
+    assert "kind evaluate" in said[0]
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_torchrun_starts_the_ranks_as_well(
+    config: Path, undisturbed: Path, tmp_path: Path, differences: Differences
+) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [sys.executable, *launcher, "keel", "run", str(config), "--runs", str(tmp_path)]
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert differences(undisturbed, tmp_path / "tiny") == ["config.yaml"]
+    twice = subprocess.run(
+        [*command, "--nproc", "2"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert twice.returncode != 0
+    assert "--nproc has no effect under torchrun" in twice.stderr
+
+
+def test_an_interrupted_run_ends_its_ranks_and_says_one_line(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "keel", "run", str(config), "--runs", str(tmp_path), "--nproc", "2"]
+    process = subprocess.Popen(
+        command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 120
+    while steps_of(tmp_path / "tiny", "tuned") < 1 and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if line.startswith("keel: ")] == [
+        "keel: interrupted; the same command goes on from the last checkpoint"
+    ]
+    assert keel("run", config, "--runs", tmp_path, "--nproc", 2).returncode == 0

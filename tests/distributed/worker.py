@@ -1,0 +1,118 @@
+"""One rank of a test, or a process alone.
+
+`python worker.py float64 OUT CONFIG STRATEGY …` runs CONFIG in float64 with each strategy, into OUT/STRATEGY,
+and keeps the gradient of every optimiser step. `python worker.py episodes …` does so where turns call tools
+by what their tokens add up to, since a model that has learnt nothing calls none. `python worker.py fault
+FAULT RANK STEP ARGS …` is `keel ARGS`, where RANK meets FAULT in its optimiser step number STEP: raise, kill,
+stop, spin, nan.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def in_float64() -> None:
+    """All weights, and the one place where a Llama would compute in float32 all the same."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from keel.models import load
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    load.weights = lambda dtype: torch.float64
+    LlamaRMSNorm.forward = norm
+
+
+def keep_gradients(kept: list[list[torch.Tensor]]) -> None:
+    """The gradients that every step clips: summed over micro-batches and ranks, whole."""
+    from keel.distributed import sharded
+
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def keeping(parameters: list[Any], *more: Any, **options: Any) -> torch.Tensor:
+        full = [sharded.number(p.grad.detach()).clone() for p in parameters]
+        kept.append(full)
+        return clip(parameters, *more, **options)
+
+    torch.nn.utils.clip_grad_norm_ = keeping  # pyright: ignore
+
+
+def float64(out: Path, config: Path, *strategies: str) -> None:
+    from keel.config import read
+    from keel.distributed import records
+    from keel.pipeline.pipeline import Pipeline
+
+    in_float64()
+    kept: list[list[torch.Tensor]] = []
+    keep_gradients(kept)
+    for strategy in strategies:
+        kept.clear()
+        settings = read(config, [f"distributed.strategy={strategy}", "distributed.timeout=50"])
+        pipeline = Pipeline(settings, out / strategy, lambda line: print(line, file=sys.stderr))
+        pipeline._report = lambda: None
+        pipeline.run()
+        if records.rank() == 0:
+            torch.save(list(kept), out / strategy / "gradients.pt")
+
+
+def call_by_tokens() -> None:
+    """Two turns in three call the environment's `add`."""
+    from keel.data import chat
+    from keel.data.chat.tool_calls import Call, Said
+
+    def said(self: Any, prompt_ids: Any, ids: Any) -> Said:
+        total = sum(ids)
+        return Said("enough") if total % 3 == 0 else Said("", (Call("add", {"amount": total % 7}),))
+
+    chat.ToolTemplate.said = said
+
+
+def fault(what: str, rank: str, step: str, *arguments: str) -> None:
+    from keel.cli.main import main
+    from keel.models import optim
+
+    own, steps = os.environ.get("RANK", "0"), 0
+    before = optim.step
+
+    def stepping(*given: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == int(step) and own == rank:
+            Path(os.environ["KEEL_TEST_FAULT_MET"]).write_text(str(time.time()))
+            if what == "raise":
+                raise ValueError("a reward of mine is broken")
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            while what == "spin":
+                pass
+            if what == "nan":
+                for group in given[0].param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.grad.fill_(float("nan"))
+        return before(*given)
+
+    optim.step = stepping
+    sys.argv = ["keel", *arguments]
+    main()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "episodes":
+        call_by_tokens()
+    if sys.argv[1] in ("float64", "episodes"):
+        float64(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
+    else:
+        fault(*sys.argv[2:])
