@@ -40,7 +40,7 @@ def _resolved(name: str) -> Any:
     """What a dotted name of docs/papers.md stands for, below `keel.algorithms` or `keel`; None: nothing."""
     for base in ("keel.algorithms", "keel"):
         parts = f"{base}.{name}".split(".")
-        for cut in range(len(parts) - 1, 1, -1):
+        for cut in range(len(parts), 1, -1):  # a module itself, too
             try:
                 value = importlib.import_module(".".join(parts[:cut]))
                 for part in parts[cut:]:

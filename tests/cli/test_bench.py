@@ -209,3 +209,40 @@ def test_the_page_says_what_is_missing() -> None:
     assert "no questions of Ties" in text
     assert "2 questions have no answer" in text
     assert "only the beginning" in text
+
+
+def test_a_penalty_is_read_the_other_way_round_and_tokens_cannot_be_counted(
+    pairs: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "rule.yaml"
+    for weight, score in ((1.0, 0.0), (-0.5, 1.0)):
+        file.write_text(json.dumps({"kind": "keywords", "words": ["blue"], "weight": weight}))
+        told = run(str(file), "--on", str(pairs), "--out", str(tmp_path / "out"), "--json")
+        assert json.loads(told.stdout)["score"]["mean"] == score
+    for term, words in (
+        ({"kind": "length", "high": 3}, "counts the tokens of a policy.*`unit: words`"),
+        ({"kind": "overlong", "max_length": 9, "buffer": 3}, "counts the tokens of a policy"),
+    ):
+        file.write_text(json.dumps(term))
+        with pytest.raises(UsageError, match=words):
+            run(str(file), "--on", str(pairs), "--out", str(tmp_path / "out"))
+
+
+def test_a_pairwise_penalty_keeps_its_position(pairs: Path, scripted_judge: Any, tmp_path: Path) -> None:
+    file = judge_file(tmp_path, address=scripted_judge().address, mode="pairwise", weight=-1)
+    found = json.loads(run(file, "--on", str(pairs), "--out", str(tmp_path / "out"), "--json").stdout)
+    assert found["score"]["mean"] == found["position"]["right in front"]["mean"] == 0.0
+
+
+def test_llmbar_needs_both_orders(scripted_judge: Any, tmp_path: Path) -> None:
+    """One order would be counted as both."""
+    folder = tmp_path / "Natural"
+    folder.mkdir()
+    row = {"input": "the cat?", "output_1": "red", "output_2": "blue", "label": 1}
+    (folder / "dataset.json").write_text(json.dumps([row]))
+    judge = scripted_judge()
+    where = ("--on", str(tmp_path), "--out", str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="LLMBar is judged in both orders"):
+        run(judge_file(tmp_path, address=judge.address, mode="pairwise", both_orders=False), *where)
+    assert judge.asked == []
+    assert run(judge_file(tmp_path, address=judge.address, mode="pairwise"), *where).exit_code == 0

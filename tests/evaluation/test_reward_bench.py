@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,7 @@ def test_llmbar_is_read_by_its_folders(tmp_path: Path) -> None:
         ("GPTOut", ("one", "two")), ("GPTOut", ("two", "one")),
         ("Natural", ("one", "two")), ("Natural", ("two", "one")),
     ]  # fmt: skip
+    assert [q.right_shown_second for q in found] == [False, True, False, True]
     (tmp_path / "Natural" / "dataset.json").write_text(json.dumps([{**rows[0], "label": 3}]))
     with pytest.raises(DataError, match="label is 3, neither 1 nor 2"):
         published.read(str(tmp_path))
@@ -323,3 +325,29 @@ def test_pairs_of_ones_own_are_any_preference_data(tmp_path: Path) -> None:
 def test_what_a_rule_has_no_use_for_is_named(kind: Any, asked: Question, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         bench.check(kind, [asked])
+
+
+def test_position_is_of_the_pairs_that_a_judge_answered_in_both_orders() -> None:
+    """RewardBench: one right in front alone, one in both, one that was not answered."""
+    questions = [question("alpacaeval-easy")] * 3
+    given = [Scored((0.5, 0.5), 1.0, 0.0), Scored((1.0, 0.0), 1.0, 1.0), Scored((None, None))]
+    for benchmark in ("rewardbench", "pairs"):
+        found = bench.result(benchmark, questions, given, judge=True, draws=2)
+        assert {name: (mean(m), m["n"]) for name, m in found["position"].items()} == {
+            "right in front": (1.0, 2), "right behind": (0.5, 2), "agreement": (0.5, 2),
+        }  # fmt: skip
+        alone = bench.result(benchmark, questions, scored((1, 0), (1, 0), (0, 1)), draws=2)
+        assert "position" not in alone
+
+
+def test_llmbars_own_order_is_the_published_one() -> None:
+    """Who always takes the first has every question whose label is 1 in its own order, and of label 2 in the
+    exchanged one. Its code, of equal ratings: winner 2 as published, 1 exchanged."""
+    questions = [question("Natural"), replace(question("Natural"), right_shown_second=True)]
+    first = [Scored((0.5, 0.5), 1.0, 0.0)] * 2
+    found = bench.result("llmbar", questions, first, judge=True, draws=2)
+    assert {name: mean(m) for name, m in found["position"].items()} == {
+        "own order": 0.5, "exchanged": 0.5, "agreement": 0.0, "right in both": 0.0,
+    }  # fmt: skip
+    assert bench.order_points(Scored((1.0, 1.0)), True) == (1.0, 0.0, 0.0)
+    assert bench.order_points(Scored((0.5, 0.5), 1.0, 0.0), True) == (0.0, 1.0, 0.0)

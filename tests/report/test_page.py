@@ -371,13 +371,17 @@ def test_lines_of_the_same_step_are_one_step(tmp_path):
 
 def test_conversations_are_shown_turn_by_turn(tmp_path):
     run = write_run(tmp_path / "run")
-    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    turns = [
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Yes.", "reasoning_content": "A greeting."},
+    ]
     rows = [
         {"model": model, "index": 0, "prompt": turns, "completion": turns[1:]} for model in ("sft", "ppo")
     ]
     (run / "stages/judge/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = Page(report.write(run).read_text()).text
     assert "user Hello?" in text
+    assert "A greeting." in text  # what an episode's model thought
     assert "{'role'" not in text
 
 

@@ -242,3 +242,20 @@ def test_keels_own_rewards_keep_their_message() -> None:
 
     with pytest.raises(UsageError, match=r"^reward 'mine': the data have no column 'x'$"):
         call(mine)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_column_of_the_data_may_be_called_environments(isolate: bool, tmp_path: Path) -> None:
+    """Where there are no episodes it is a column as any other, in a process of its own, too."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def score(completions, environments, **columns):\n    return [len(name) for name in environments]\n"
+    )
+    name = f"{path}:score"
+    function: Any = (
+        functions.IsolatedFunction(name, "reward", "score") if isolate else loading.load(name, "reward")
+    )
+    values = functions.call(
+        function, "score", ["p", "p"], ["a", "b"], [[7], [7]], {"environments": ["sea", "desert"]}
+    )
+    assert values == [3, 6]

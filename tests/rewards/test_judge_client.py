@@ -309,3 +309,15 @@ def test_an_interrupt_ends_the_wait(scripted_judge: Ask, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         remote(judge, timeout=60.0).ask(asked("red"))
     assert time.monotonic() - begun < 5
+
+
+def test_a_key_that_a_server_gives_back_is_kept_nowhere(scripted_judge: Ask, tmp_path: Path) -> None:
+    key = "sk-4711-secret"
+    judge = scripted_judge(
+        lambda text, n: scripted_judge.said(json.dumps({"reason": f"you are {key}", "scores": {"score": 10}}))
+    )
+    file = tmp_path / "judge.jsonl"
+    (verdict,) = remote(judge, ledger=Ledger(file, "judge"), key=key).ask(asked("red"))
+    assert isinstance(verdict, Verdict)
+    assert (verdict.value, verdict.reason) == (1.0, "you are …")
+    assert key not in file.read_text()

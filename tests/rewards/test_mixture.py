@@ -149,3 +149,21 @@ def test_a_batch_of_uneven_lists_is_refused() -> None:
         batch_of("x", "y", answer=["1"])
     with pytest.raises(ValueError, match="1 prompts has stop_reasons 2"):
         Batch(["p"], ["x"], [[1]], ["eos", "eos"], [[1]], {})
+
+
+def test_a_silent_judge_neither_gains_nor_loses() -> None:
+    """Prompt 3 has 1, None and ½: None counts as ¾. Of prompt 4 nothing is known, so the other term is all
+    there is. What was said stays as it was said."""
+    batch = Batch(list("pppqq"), list("abcde"), [[7]] * 5, ["eos"] * 5, [[3]] * 3 + [[4]] * 2, {})
+    said = [1.0, None, 0.5, None, None]
+    other = WeightedReward("other", 1.0, precomputed([0.25] * 5))
+    judge = WeightedReward("judge", 2.0, precomputed(said), neutral=True)
+    rated = Mixture([judge, other]).score(batch)
+    assert rated.total.tolist() == rated.raw.tolist() == [2.25, 1.75, 1.25, 0.25, 0.25]
+    assert rated.by_name["judge"] == said
+    with pytest.raises(RewardError, match="no reward applies to sample 3"):
+        Mixture([judge]).score(batch)
+    sources = Batch(list("ppp"), list("abc"), [[7]] * 3, ["eos"] * 3, [[3]] * 3, {"source": ["x", "y", "x"]})
+    three = [WeightedReward(t.name, t.weight, precomputed(v[:3]), neutral=t.neutral) for t, v in
+             ((judge, said), (other, [0.25] * 5))]  # fmt: skip
+    assert Mixture(three).score(sources).total.tolist() == [2.25, 0.25, 1.25]  # of another source

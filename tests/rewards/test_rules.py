@@ -322,3 +322,19 @@ def test_a_heading_of_markdown_is_no_answer(completion: str, expected: float) ->
 def test_a_dot_of_a_pattern_matches_newlines() -> None:
     assert rules.regex("<a>.*</a>")(["q"], ["<a>\n1\n</a>"]) == [1.0]
     assert rules.regex("<a>(?-s:.*)</a>")(["q"], ["<a>\n1\n</a>"]) == [0.0]
+
+
+def test_of_an_episode_its_own_words_are_judged_with_its_thought_and_without_empty_turns() -> None:
+    """As of a reply that is text, whether the prompt's template has opened the thought or not."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    episode = (
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "look", "content": "<think>a tool's</think>"},
+        {"role": "assistant", "content": "<answer>7</answer>", "reasoning_content": "so"},
+    )
+    assert rate(rules.format_tags(), episode) == [1.0]
+    assert rate(rules.regex(r"<think>\nso\n</think>\n<answer>7</answer>", full=True), episode) == [1.0]
+    alone = episode[2:]
+    assert rate(rules.format_tags(), alone, prompt_tags=["<think>"]) == [1.0]
+    assert rate(rules.format_tags(), alone, prompt_tags=[""]) == [1.0]
+    assert rate(rules.format_tags(), "<think>so</think><answer>7</answer>", prompt_tags=["<think>"]) == [0.0]

@@ -374,3 +374,103 @@ def test_the_gradient_does_not_know_what_tools_said(
     assert any(grad.abs().sum() > 0 for grad in found[0])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_groups_that_are_replaced_are_paid_by_their_own_turns(
+    settings: Any, code: Path, clerk: Path, stage_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": f"Count {n}."}], "silent": True} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = GRPOConfig.model_validate(
+        settings
+        | {
+            "environment": f"{code}:Counter", "data": str(data), "advantage": "gae", "resample": 1,
+            "reward": {"kind": "environment", "at": "turn"}, "kl": {"coef": 0.0},
+        }
+    )  # fmt: skip
+    rounds: list[int] = []
+
+    def says(text: str, number: int) -> str:
+        """In the first sampling all of a group do the same; in the second each another thing, in more
+        tokens."""
+        if "Tool:" in text:
+            return " Done.<|end|>"
+        amount = 100 + number if rounds[-1] else 3
+        return f' <tool_call>{{"name": "add", "arguments": {{"amount": {amount}}}}}</tool_call><|end|>'
+
+    collect = rollout.collect
+
+    def counted(*args: Any, **more: Any) -> Any:
+        rounds.append(len(rounds))
+        return collect(*args, **more)
+
+    monkeypatch.setattr(rollout, "collect", counted)
+    scripted(monkeypatch, says)
+    with_tokenizer(clerk)
+    tasks, _, setup = open_stage(config, stage_run, sharing="none")
+    method = GRPO(setup, tasks)
+    collected = method.collect(tasks[:2], LoopState(0.0, RunningScale()), 1)
+    assert rounds == [0, 1]
+    batch = collected.experience
+    episodes, _ = method.advantages(batch, 0.0)
+    for row, completion in enumerate(batch.completions):
+        dialogue = completion.dialogue
+        assert dialogue is not None
+        first, last = dialogue.turn_rewards
+        paid = {dialogue.ends[0]: first, dialogue.ends[1]: last - first}
+        expected = [paid.get(place, 0.0) for place in range(episodes.mask.shape[1])]
+        assert episodes.rewards[row].tolist() == pytest.approx(expected)
+
+
+def test_a_row_that_the_environments_reward_is_not_for_is_paid_nothing_by_turn(
+    settings: Any, code: Path, clerk: Path, stage_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / f"{name}.jsonl" for name in ("counted", "other")]
+    for file in files:
+        file.write_text(
+            json.dumps({"prompt": [{"role": "user", "content": "Count."}], "silent": True}) + "\n"
+        )
+    reward = [
+        {"kind": "environment", "at": "turn", "source_filter": str(files[0])},
+        {"kind": "repetition", "n": 2, "weight": 0.5, "source_filter": str(files[1])},
+    ]
+    config = GRPOConfig.model_validate(
+        settings
+        | {
+            "environment": f"{code}:Counter", "data": [str(file) for file in files], "baseline": "none",
+            "scale": "none", "reward": reward, "kl": {"coef": 0.0},
+        }
+    )  # fmt: skip
+    call = ' <tool_call>{"name": "add", "arguments": {"amount": 3}}</tool_call><|end|>'
+    scripted(monkeypatch, lambda text, number: call if "Tool:" not in text else " Done.<|end|>")
+    with_tokenizer(clerk)
+    tasks, _, setup = open_stage(config, stage_run, sharing="none")
+    batch, _ = rollout.collect(setup, list(tasks), RunningScale(), 5)
+    episodes, _ = GRPO(setup, tasks).advantages(batch, 0.0)
+    for row, said in enumerate(batch.rated.by_name["environment"]):
+        paid = episodes.rewards[row].nonzero().flatten().tolist()
+        dialogue = batch.completions[row].dialogue
+        assert dialogue is not None
+        assert (dialogue.ends[0] in paid) == (said is not None)
+        assert episodes.rewards[row].sum() == pytest.approx(batch.rewards[row])
+    assert {said is None for said in batch.rated.by_name["environment"]} == {True, False}
+
+
+def test_a_held_out_judge_knows_of_episodes_too(
+    settings: Any, code: Path, clerk: Path, tiny_reward: Path, stage_run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A function that names `environments` is given them; a reward model that reads text, which would see the
+    first turn alone, is refused before anything is sampled."""
+    judge = {"reward": {"kind": "python", "function": f"{code}:by_environment", "isolate": False}}
+    more = {"environment": f"{code}:Counter", "judge": judge, "eval_every": 1}
+    call = ' <tool_call>{"name": "add", "arguments": {"amount": 3}}</tool_call><|end|>'
+    scripted(monkeypatch, lambda text, number: call if "Tool:" not in text else " Done.<|end|>")
+    with_tokenizer(clerk)
+    tasks, _, setup = open_stage(GRPOConfig.model_validate(settings | more), stage_run, sharing="none")
+    measures = rollout.final_measures(setup, tasks[:4])
+    assert measures["judge"]["mean"] == pytest.approx(measures["scores"]["mean"] / 10)
+    other = {"judge": {"reward": str(tiny_reward)}, "eval_every": 1}
+    with pytest.raises(UsageError, match="judge: a reward model with another tokenizer than the policy's"):
+        open_stage(GRPOConfig.model_validate(settings | other), stage_run, sharing="none")

@@ -529,3 +529,45 @@ def test_a_part_of_the_reward_may_be_paid_before_the_end() -> None:
     mask = torch.tensor([[True, False, True, True]])
     early = torch.tensor([[0.5, 0.0, 0.0, 0.0]])
     assert token_rewards(torch.tensor([2.0]), mask, None, 0.0, early).tolist() == [[0.5, 0.0, 0.0, 1.5]]
+
+
+def test_a_turn_that_ends_at_a_stop_string_is_ended_and_read_without_it(marked: Any) -> None:
+    """The string may be the end of a call. Behind it stands the token that ends a turn, as context."""
+    plain = clerks.tokenizer()
+    plain.response_template = None
+    for one in (marked, plain):
+        template = chat.ToolTemplate.open(one, [schema_of(clerks.double)])
+        prompt = tuple(chat.prompt_ids(one, template.with_tools(({"role": "user", "content": "q"},))))
+        said = [(clerks.call("double", number=3), "</tool_call>"), ("It is 6.###", "###")]
+        turns = iter([(one(text, add_special_tokens=False)["input_ids"], stop) for text, stop in said])
+
+        class Stopping:
+            def generate(self, request: GenerationRequest, count: Any = None) -> list[Completion]:
+                ids, stop = next(turns)  # noqa: B023
+                return [Completion(tuple(request.prompts[0]), tuple(ids), "stop", (-1.0,) * len(ids), stop)]
+
+        player = Player(one, template, Caller(5.0), Rules(4, "show"), "script")
+        sampling = Sampling(max_new_tokens=200, stop=("###", "</tool_call>"))
+        (done,) = player.play(Stopping(), [Episode(prompt, by_name([clerks.double]))], sampling, 0)
+        assert done.dialogue is not None
+        assert shown(one, done) == (
+            f"{said[0][0]}{STOP}\n<|user|><tool>6</tool>{STOP}\n<|assistant|>It is 6.###"
+        )
+        assert one.decode(list(done.own_ids)) == said[0][0] + "It is 6.###"
+        assert [turn["content"] for turn in done.dialogue.turns] == ["", "6", "It is 6."]
+
+
+def test_a_turn_that_ends_at_a_stop_token_is_read_without_it(marked: Any) -> None:
+    template = chat.ToolTemplate.open(marked, [schema_of(clerks.double)])
+    ids = marked("Fine.<|user|>", add_special_tokens=False)["input_ids"]
+
+    class Stopping:
+        def generate(self, request: GenerationRequest, count: Any = None) -> list[Completion]:
+            return [Completion(tuple(request.prompts[0]), tuple(ids), "stop", (-1.0,) * len(ids))]
+
+    player = Player(marked, template, Caller(5.0), Rules(4, "show"), "script")
+    sampling = Sampling(max_new_tokens=50, stop=("<|user|>",))
+    prompt = tuple(chat.prompt_ids(marked, template.with_tools(({"role": "user", "content": "q"},))))
+    (done,) = player.play(Stopping(), [Episode(prompt, by_name([clerks.double]))], sampling, 0)
+    assert done.dialogue is not None
+    assert [turn["content"] for turn in done.dialogue.turns] == ["Fine."]

@@ -379,3 +379,34 @@ def test_an_annotator_without_a_verdict_is_named_or_left_out(
 def test_annotators_that_cannot_be_are_refused(change: dict[str, Any], reason: str, collect: Any) -> None:
     with pytest.raises(UsageError, match=reason):
         parse({"name": "x", "stages": {"asked": {**collect({"address": "http://localhost:1/v1"}), **change}}})
+
+
+def test_a_judge_that_may_be_silent_takes_nothing_from_a_sample(
+    grpo: Any, scripted_judge: Any, tmp_path: Path
+) -> None:
+    """Of a run with another reward beside it: where one reply got no verdict, its sum has the mean of its
+    group's others in it."""
+    silent = iter([True] * 2)  # both tries of one question
+
+    def says(text: str, number: int) -> Any:
+        if next(silent, False):
+            return scripted_judge.said("?")
+        return scripted_judge.likes_red(text, liked="e")
+
+    more = {"updates": 1, "batch_size": 4, "samples_per_prompt": 4}
+    config = grpo(scripted_judge(says).address, on_failure="none", concurrency=1, more=more)
+    config["reward"] = [
+        config["reward"],
+        {"kind": "length", "unit": "characters", "high": 9999, "name": "one"},
+    ]
+    pipeline = stage(config, tmp_path / "run")
+    pipeline._report = lambda: None
+    pipeline.run()
+    folder = tmp_path / "run" / "stages" / "grpo"
+    (row,) = lines(folder / "metrics.jsonl")
+    assert row["rewards/judge/applies"] == 0.75
+    assert row["rewards/logged/judge/unanswered"] == 0.25
+    assert row["objective/scores"] == pytest.approx(1 + row["rewards/judge/mean"])
+    assert sorted(r["rewards"]["judge"] is None for r in lines(folder / "samples.jsonl")) == [False] * 3 + [
+        True
+    ]

@@ -70,9 +70,17 @@ class Bench:
         """1. the reward  2. the questions  3. scores  4. the rule  5. files. What is wrong with the first
         two is found before any model is loaded."""
         term = term_of(self.model, self.trust)
+        _check_term(term)
         kind: Benchmark
         kind, questions = reward_bench_files.read(self.on, self.benchmark)  # pyright: ignore[reportArgumentType]
         reward_bench.check(kind, questions)
+        if (
+            kind == "llmbar"
+            and isinstance(term, JudgeTerm)
+            and term.mode == "pairwise"
+            and not term.both_orders
+        ):
+            raise UsageError("LLMBar is judged in both orders: leave out `both_orders: false`")
         self.directory.mkdir(parents=True, exist_ok=True)
         stage_run = self._stage_run()
         if isinstance(term, JudgeTerm):
@@ -80,7 +88,8 @@ class Bench:
         score = self._scorer(term, stage_run, kind)
         scored: list[Scored] = []
         for start in range(0, len(questions), AT_ONCE):
-            scored += score(questions[start : start + AT_ONCE])
+            some = score(questions[start : start + AT_ONCE])
+            scored += [_turned(one) for one in some] if term.weight < 0 else some
             self.progress("bench", len(scored), len(questions), {})
         found = {
             "model": self.model,
@@ -173,6 +182,22 @@ def term_of(model: str, trust: bool) -> RewardTerm:
         raise UsageError(f"{model} names Python of its own: --trust runs it")
     build_rewards.check(terms, model)
     return terms[0]
+
+
+def _check_term(term: RewardTerm) -> None:
+    """UsageError for a reward that says nothing of a benchmark's replies."""
+    if term.kind == "overlong" or (term.kind == "length" and term.unit == "tokens"):
+        hint = "; set `unit: words`" if term.kind == "length" else ""
+        raise UsageError(
+            f"`kind: {term.kind}` counts the tokens of a policy, and a benchmark's replies are text{hint}"
+        )
+
+
+def _turned(one: Scored) -> Scored:
+    """What a reward of negative weight, a penalty, says: the other way round."""
+    scores = tuple(None if score is None else -score for score in one.scores)
+    sides = (None if side is None else 1 - side for side in (one.in_front, one.behind))
+    return Scored(scores, *sides)
 
 
 def place_of(model: str) -> str:

@@ -70,6 +70,7 @@ class Question:
     right: int
     subset: str
     origin: str = ""
+    right_shown_second: bool = False  # in the order in which the question is published (LLMBar's label 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +109,15 @@ def best_points(scored: Scored) -> float:
     return 1 / scores.count(best) if scores[0] == best else 0.0
 
 
-def order_points(scored: Scored) -> tuple[float, float, float]:
-    """(right with its own order, right with the other, both orders agree) of an LLMBar pair. Scores without
+def order_points(scored: Scored, right_shown_second: bool = False) -> tuple[float, float, float]:
+    """(right in the published order, right in the other, both orders agree) of an LLMBar pair. Scores without
     an order are read as LLMBar reads ratings: of two equal ones the first shown loses."""
+    front, behind, agree = _sides_points(scored)
+    return (behind, front, agree) if right_shown_second else (front, behind, agree)
+
+
+def _sides_points(scored: Scored) -> tuple[float, float, float]:
+    """(right where the right reply is shown first, right where it is shown second, both agree)."""
     if not scored.answered:
         return 0.0, 0.0, 0.0
     if scored.in_front is None or scored.behind is None:
@@ -236,7 +243,9 @@ class _Rule:
         for i, question in enumerate(questions):
             self.rows.setdefault(question.subset, []).append(i)
         if benchmark == "llmbar":
-            columns = np.array([order_points(one) for one in scored])
+            columns = np.array(
+                [order_points(one, q.right_shown_second) for q, one in zip(questions, scored, strict=True)]
+            )
             self.points = columns[:, :2].mean(axis=1)
             self.orders = columns
         else:
@@ -249,6 +258,9 @@ class _Rule:
                 0.0 if q.subset == TIES and benchmark == "rewardbench2" else single(one)
                 for q, one in zip(questions, scored, strict=True)
             ])  # fmt: skip
+        sides = [(one.in_front, one.behind) for one in scored]
+        self.both = np.array([None not in pair for pair in sides], dtype=np.float64)
+        self.sides = np.array([(a or 0.0, b or 0.0) for a, b in sides], dtype=np.float64).reshape(-1, 2).T
         of_ties = self.rows.get(TIES, []) if benchmark == "rewardbench2" else []
         self.ties = {questions[i].id: self._margins(i) for i in of_ties}
         # what is drawn together: a tied question and its reference
@@ -277,6 +289,7 @@ class _Rule:
             sections = self._sections(subsets)
             found |= {f"sections/{name}": value for name, value in sections.items()}
             found["score"] = _mean(list(sections.values()))
+            found |= self._position_of_pairs(times)
         elif self.benchmark == "llmbar":
             hard = [subsets[name] for name in ADVERSARIAL if name in subsets]
             parts = {"Natural": [subsets[NATURAL]] if NATURAL in subsets else [], "Adversarial": hard}
@@ -322,13 +335,16 @@ class _Rule:
         return {**found, "position/right in both": self._all(both, times)}
 
     def _position_of_pairs(self, times: Mapping[str, Array]) -> dict[str, float]:
-        """Of pairs that a judge saw in both orders."""
-        known = [(one.in_front, one.behind) for one in self.scored]
-        if any(front is None or behind is None for front, behind in known):
+        """Over the pairs that a judge answered in both orders; nothing where there are none."""
+        if not self.both.any():
             return {}
-        front, behind = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+        front, behind = self.sides
         columns = {"right in front": front, "right behind": behind, "agreement": (front == behind) * 1.0}
-        return {f"position/{name}": self._all(values, times) for name, values in columns.items()}
+        share = self._all(self.both, times)
+        return {
+            f"position/{name}": self._all(self.both * values, times) / share if share else 0.0
+            for name, values in columns.items()
+        }
 
     def sizes(self) -> dict[str, int]:
         """Questions behind each measure."""
@@ -340,6 +356,8 @@ class _Rule:
         if self.benchmark == "llmbar":
             own["sections/Natural"] = len(self.rows.get(NATURAL, []))
             own["sections/Adversarial"] = sum(len(self.rows.get(s, [])) for s in ADVERSARIAL)
+        if self.benchmark != "llmbar":
+            own |= {name: int(self.both.sum()) for name in names if name.startswith("position/")}
         return {name: own.get(name, len(self.questions)) for name in names}
 
     def missing(self) -> list[str]:

@@ -97,7 +97,7 @@ def _llmbar(row: dict[str, Any], origin: str, file: Path) -> Question:
     if subset is None:
         raise DataError(f"{origin}: its folder is none of LLMBar's: {', '.join((NATURAL, *ADVERSARIAL))}")
     replies = (one, other) if label == 1 else (other, one)
-    return Question(origin, asked, replies, 1, subset, origin)
+    return Question(origin, asked, replies, 1, subset, origin, right_shown_second=label == 2)
 
 
 def _pairs(place: str) -> list[Question]:

@@ -140,7 +140,7 @@ def _text(completion: object) -> str:
 
 
 def _turn(turn: Mapping[str, Any]) -> str:
-    """A turn in words: what is said, what is called (→), what a tool answers (←)."""
+    """A turn in words: what is thought, what is said, what is called (→), what a tool answers (←)."""
     content, asked = turn.get("content"), turn.get("tool_calls")
     said = "" if content is None else short(content, LONGEST).strip()
     if turn.get("role") == "tool":
@@ -148,7 +148,9 @@ def _turn(turn: Mapping[str, Any]) -> str:
     asked = asked if isinstance(asked, list) else []
     calls = [mapping(mapping(call).get("function", call)) for call in asked]
     lines = [f"→ {short(call.get('name'), 80)}({_arguments(call.get('arguments'))})" for call in calls]
-    return "\n".join(filter(None, [said, *lines[:MOST_PARTS]]))
+    thought = short(turn.get("reasoning_content") or "", LONGEST).strip()
+    thought = f"<think>\n{thought}\n</think>" if thought else ""
+    return "\n".join(filter(None, [thought, said, *lines[:MOST_PARTS]]))
 
 
 def _arguments(value: object) -> str:

@@ -24,6 +24,7 @@ from keel.rewards.trainer import EXTRAS, Logged, TrainingState, extras
 from keel.types import Conversation, Prompt
 
 ENVIRONMENTS = "environments"  # as TRL names the objects of episodes with tools: for functions that name it
+OF_EPISODES = "environments of episodes"  # the column that holds them, which no column of data is called
 RESERVED = ("prompts", "completions", "completion_ids")  # arguments that a data's column gives way to
 
 
@@ -49,16 +50,15 @@ def call(
     for a result that is not B finite numbers or Nones.
     """
     arguments: dict[str, list[Any]] = {
-        **{key: list(values) for key, values in columns.items() if key not in (*EXTRAS, ENVIRONMENTS)},
+        **{key: list(values) for key, values in columns.items() if key not in (*EXTRAS, OF_EPISODES)},
         "prompts": [p if isinstance(p, str) else [dict(turn) for turn in p] for p in prompts],
         "completions": [_reply(*pair) for pair in zip(prompts, completions, strict=True)],
         "completion_ids": [list(ids) for ids in completion_ids],
     }
     state, logged = state or TrainingState(), Logged() if logged is None else logged
     signature = signature_of(function)
-    environments = {
-        key: list(columns[key]) for key in (ENVIRONMENTS,) if key in columns and key in signature.names
-    }
+    there = OF_EPISODES in columns and ENVIRONMENTS in signature.names
+    environments = {ENVIRONMENTS: list(columns[OF_EPISODES])} if there else {}
     accepted = signature.accepted(name, {**arguments, **environments})
     if environments and isinstance(function, IsolatedFunction):
         raise UsageError(
@@ -78,7 +78,9 @@ def call(
     except BaseException as error:
         if _is_a_persons(error):
             raise
-        at = worker.blamed(lambda i: worker.run(function, {**_one(accepted, i), **silent}), len(prompts))
+        at = worker.blamed(
+            lambda i: worker.run(function, {**_one(accepted, i, environments), **silent}), len(prompts)
+        )
         place = worker.place_of(error, function)
         raise _raised(name, type(error).__name__, str(error), at, prompts, place) from error
     return checked(values, name, prompts)
@@ -123,9 +125,9 @@ def _is_a_persons(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) and python_s and main
 
 
-def _one(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _one(arguments: Mapping[str, Any], index: int, as_they_are: Mapping[str, Any]) -> dict[str, Any]:
     parts = {key: values[index : index + 1] for key, values in arguments.items()}
-    return {key: part if key == ENVIRONMENTS else copy.deepcopy(part) for key, part in parts.items()}
+    return {key: part if key in as_they_are else copy.deepcopy(part) for key, part in parts.items()}
 
 
 def _raised(

@@ -61,6 +61,7 @@ class WeightedReward:
     mean: float = 0.0  # its values are normalised, (r − mean) / std, before they are weighted …
     std: float = 1.0  # … which gives a learned reward, whose scale is arbitrary, one to be weighed on
     learned: bool = False  # a reward model's, which may be wrong without bound
+    neutral: bool = False  # where it gives None, the mean of what it gave the prompt's other samples counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,9 @@ class Mixture:
     """R(x, y) = Σ_k w_k · (r_k(x, y) − mean_k) / std_k over the terms k that apply (r_k is not None).
 
     As in TRL, weights are not renormalised: a term that does not apply adds nothing, and the others keep
-    their weight. UsageError for no terms, a name twice, a weight that is not finite.
+    their weight. Of a term that is `neutral` (a judge that may be silent) a sample without a value has the
+    mean of its prompt's others, since no value would count as a 0 beside theirs. UsageError for no terms, a
+    name twice, a weight that is not finite.
     """
 
     def __init__(self, terms: Sequence[WeightedReward]) -> None:
@@ -103,9 +106,12 @@ class Mixture:
         """The weighted sum and the raw values. RewardError, with the reward and the sample, for a term that
         fails, a sample to which no term applies, and a sum that is too large for a float32."""
         by_name = {term.name: _values(term, batch) for term in self.terms}
+        counted = {
+            t.name: _filled(by_name[t.name], batch) if t.neutral else by_name[t.name] for t in self.terms
+        }
         total, raw, learned = torch.zeros(3, len(batch.prompts), dtype=torch.float64)
         for term in self.terms:
-            values = by_name[term.name]
+            values = counted[term.name]
             applies = torch.tensor([value is not None for value in values], dtype=torch.bool)
             r = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
             raw += term.weight * r
@@ -113,7 +119,7 @@ class Mixture:
             total += part
             learned += part if term.learned else 0.0
         for index in range(len(batch.prompts)):
-            if all(values[index] is None for values in by_name.values()):
+            if all(values[index] is None for values in counted.values()):
                 raise RewardError(
                     f"no reward applies to {functions.sample(batch.prompts, index)}: each of "
                     f"{', '.join(by_name)} returned None"
@@ -126,6 +132,19 @@ class Mixture:
                 f"the rewards of {functions.sample(batch.prompts, index)} do not add up: {parts}"
             )
         return Rated(rewards, raw.float(), learned.float(), by_name, batch.logged)
+
+
+def _filled(values: Sequence[float | None], batch: Batch) -> list[float | None]:
+    """The values, with the mean of those of the same prompt (and source) in the place of None, where there
+    are some."""
+    sources = batch.columns.get("source") or [None] * len(values)
+    keys = [(tuple(ids), str(source)) for ids, source in zip(batch.prompt_ids, sources, strict=True)]
+    known: dict[Any, list[float]] = {}
+    for key, value in zip(keys, values, strict=True):
+        if value is not None:
+            known.setdefault(key, []).append(value)
+    means = {key: math.fsum(some) / len(some) for key, some in known.items()}
+    return [means.get(key) if value is None else value for key, value in zip(keys, values, strict=True)]
 
 
 def from_function(name: str, function: Callable[..., Any] | IsolatedFunction) -> Rewarder:

@@ -113,9 +113,18 @@ def format_tags(tags: Sequence[str] = ("think", "answer"), partial: bool = False
             for prompt, end in zip(prompts, ends, strict=True)
         ]
         texts = [own_text(completion) for completion in completions]
-        return [score(start + text) for start, text in zip(begun, texts, strict=True)]
+        of_turns = [_thinks(completion) for completion in completions]  # which have the opening tag already
+        return [
+            score(start + text.removeprefix(start if thinks else ""))
+            for start, text, thinks in zip(begun, texts, of_turns, strict=True)
+        ]
 
     return reward
+
+
+def _thinks(completion: Any) -> bool:
+    """Whether a thought stands beside the first turn of an episode, and not in its text."""
+    return not isinstance(completion, str) and bool(completion and completion[0].get("reasoning_content"))
 
 
 def _begun(prompt: str, marks: Sequence[str]) -> str:

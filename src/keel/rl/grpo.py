@@ -195,15 +195,21 @@ def _with_groups(experience: Experience, fresh: Experience, groups: Sequence[int
         rated=rated,
         rewards=torch.cat([experience.rewards, fresh.rewards])[index],
         logp_from_sampler=experience.logp_from_sampler and fresh.logp_from_sampler,
+        early=None
+        if experience.early is None or fresh.early is None
+        else _join(experience.early, fresh.early, index),
     )
 
 
 def _joined(one: Scored, other: Scored, index: Tensor) -> Scored:
+    """Rows `index` of both."""
+    return Scored(
+        **{f.name: _join(getattr(one, f.name), getattr(other, f.name), index) for f in fields(Scored)}
+    )
+
+
+def _join(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of both, padded to one width."""
-
-    def join(a: Tensor, b: Tensor) -> Tensor:
-        width = max(a.shape[-1], b.shape[-1])
-        a, b = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.dim() > 1 else x for x in (a, b))
-        return torch.cat([a, b])[index]
-
-    return Scored(**{f.name: join(getattr(one, f.name), getattr(other, f.name)) for f in fields(Scored)})
+    width = max(a.shape[-1], b.shape[-1])
+    a, b = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.dim() > 1 else x for x in (a, b))
+    return torch.cat([a, b])[index]

@@ -58,6 +58,8 @@ def open_judge(
     opened = build_rewards.load_rewards(
         terms, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, base=base
     )
+    if config.uses_tools:
+        build_rewards.check_episodes(opened, tokenizer, f"{run.name}: judge")
     rewards = build_rewards.mixture(
         opened,
         run,
@@ -85,7 +87,7 @@ def scores(
     if judge is None:
         return torch.zeros(len(tasks))
     if judge.rewards is not None:
-        columns = [dict(task.columns) for task in tasks]
+        columns = build_rewards.columns_of(tasks)
         batch = build_rewards.batch_of([task.prompt for task in tasks], completions, columns, tokenizer)
         return judge.rewards.score(batch).total
     assert judge.gold is not None

@@ -28,7 +28,6 @@ from keel.models.head import head_of
 from keel.models.offload import on_device
 from keel.models.roles import Roles
 from keel.models.tokenizer import known_ids
-from keel.rewards.functions import ENVIRONMENTS
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
@@ -194,14 +193,9 @@ def rate(
     update: int = 0,
 ) -> Rated:
     """What the rewards say of each response. update: the one that they are sampled for; 0: none."""
-    columns = [dict(prompt.columns) for prompt in prompts]
-    if any(prompt.environment is not None for prompt in prompts):
-        columns = [
-            {**row, ENVIRONMENTS: prompt.environment} for row, prompt in zip(columns, prompts, strict=True)
-        ]
     batch = build_rewards.batch_of(
-        [prompt.prompt for prompt in prompts], completions, columns, setup.tokenizer, as_text=setup.as_text,
-        state=_state(setup, update),
+        [prompt.prompt for prompt in prompts], completions, build_rewards.columns_of(prompts),
+        setup.tokenizer, as_text=setup.as_text, state=_state(setup, update),
     )  # fmt: skip
     return setup.rewards.score(batch)
 
@@ -227,7 +221,8 @@ def collect(
     made = together(dealt, own, setup.pad_id)
     done, scored, rated = made.completions, made.scored, made.rated
     reward_scaler = reward_scaler.update(rated.total)
-    rewards, early = shaped(setup, rated, done, reward_scaler), paid_early(setup, done, scored.mask)
+    rewards = shaped(setup, rated, done, reward_scaler)
+    early = paid_early(setup, done, rated, scored.mask)
     found = Experience(made.prompts, done, scored, rated, rewards, made.from_sampler, early)
     return found, reward_scaler
 
@@ -277,15 +272,18 @@ def shaped(
     )  # fmt: skip
 
 
-def paid_early(setup: Setup[OnPolicy], completions: Sequence[Completion], mask: Tensor) -> Tensor | None:
+def paid_early(
+    setup: Setup[OnPolicy], completions: Sequence[Completion], rated: Rated, mask: Tensor
+) -> Tensor | None:
     """(B, T) what the environment's rewards `at: turn` pay for each turn but the last, at its last token;
-    None where there is no such reward."""
-    weight = sum(t.weight for t in setup.config.reward if t.kind == "environment" and t.at == "turn")
-    if not weight:
+    nothing to a row that they are not for. None where there is no such reward."""
+    terms = [t for t in setup.config.reward if t.kind == "environment" and t.at == "turn" and t.weight]
+    if not terms:
         return None
     early = torch.zeros(mask.shape)
     for row, completion in enumerate(completions):
         assert completion.dialogue is not None
+        weight = sum(t.weight for t in terms if rated.by_name[t.log_name][row] is not None)
         before = 0.0
         for end, said in list(zip(completion.dialogue.ends, completion.dialogue.turn_rewards))[:-1]:
             early[row, end], before = weight * (said - before), said

@@ -24,7 +24,6 @@ from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import open_base
-from keel.rewards import learned
 from keel.rl import heldout_judge, tool_use
 from keel.rl.rollout import PromptExample, Setup
 from keel.rl.tool_use import ToolUse
@@ -163,11 +162,8 @@ def open_stage(
         trust_remote_code=config.model.trust_remote_code,
         base=base,
     )
-    if tools and not all(learned.reads_ids_of(model, tokenizer) for one in opened for model in one.models):
-        raise UsageError(
-            f"{run.name}: a reward model with another tokenizer than the policy's cannot read episodes with "
-            "tools; use one that was trained from the same model"
-        )
+    if tools:
+        build_rewards.check_episodes(opened, tokenizer, run.name)
     lengths = (lazy_rows.sizes(rows, lambda task: len(task.ids)) for rows in (tasks, held))
     longest = max(itertools.chain.from_iterable(lengths)) + config.sampling.max_new_tokens
     rewards = build_rewards.mixture(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.chat import Call, Said, ToolTemplate
 from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
@@ -138,7 +139,7 @@ class Player:
             for episode, completion, limit in zip(waiting, completions, limits, strict=True):
                 before = (*episode.prompt_ids, *episode.ids)
                 episode.says(completion, limit)
-                said = self.template.said(before, completion.ids[:limit])
+                said = self._said(episode, before, completion.ids[:limit])
                 episode.turns.append(said.message())
                 self._answered(episode, said, turn, sampling.max_new_tokens)
                 if self.rules.by_turn:
@@ -148,6 +149,14 @@ class Player:
                 last = episode.turn_rewards[-1:]
                 episode.reward = last[0] if last else self._reward(episode)
         return [episode.completion() for episode in episodes]
+
+    def _said(self, episode: Episode, before: Sequence[int], ids: Sequence[int]) -> Said:
+        """What a turn says, without the token or the string that ended it. Calls are read before that is cut
+        off, since the string may be their closing mark."""
+        by_token = episode.stop_reason == "stop" and not episode.stop
+        said = self.template.said(before, ids[:-1] if by_token else ids)
+        cut = said.content.find(episode.stop) if episode.stop else -1
+        return said if cut < 0 else said._replace(content=said.content[:cut].rstrip())
 
     def _answered(self, episode: Episode, said: Said, turn: int, most: int) -> None:
         """Run what a turn calls and put the answers behind it; or leave the episode ended."""
@@ -167,6 +176,8 @@ class Player:
             episode.stop_reason = "tool"
             return
         context = self.template.answer_ids(answers)
+        if episode.stop:  # a string ended the turn, so that its end is still to come
+            context = (chat.reply_end(self.tokenizer), *context)
         if len(episode.ids) + len(context) >= most:  # no token would be left for an answer
             episode.stop_reason = "length"
             return

@@ -192,7 +192,8 @@ def mixture(
             assert one.judge is not None or one.function is not None
             plain = one.judge or from_function(term.log_name, one.function)  # pyright: ignore[reportArgumentType]
             rewarder = _for_its_source(term, plain)
-            terms.append(WeightedReward(term.log_name, term.weight, rewarder))
+            silent = isinstance(term, JudgeTerm) and term.on_failure == "none"
+            terms.append(WeightedReward(term.log_name, term.weight, rewarder, neutral=silent))
             continue
         if normalize or len(one.models) > 1:
             for model in one.models:
@@ -236,6 +237,15 @@ def read_text(loaded: Sequence[LoadedReward], tokenizer: PreTrainedTokenizerBase
         not one.models or not all(learned.reads_ids_of(model, tokenizer) for model in one.models)
         for one in loaded
     )
+
+
+def check_episodes(loaded: Sequence[LoadedReward], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """UsageError for a reward model that cannot read episodes with tools. where: the stage, for messages."""
+    if not all(learned.reads_ids_of(model, tokenizer) for one in loaded for model in one.models):
+        raise UsageError(
+            f"{where}: a reward model with another tokenizer than the policy's cannot read episodes with "
+            "tools; use one that was trained from the same model"
+        )
 
 
 def _check_scale(stage_run: StageRun, term: LearnedTerm, model: learned.RewardModel) -> None:
@@ -288,6 +298,16 @@ def _rows(model: learned.RewardModel, ids: bool, batch: Batch) -> tuple[list[lea
     texts = [y if isinstance(y, str) else y[0]["content"] for y in batch.completions]
     ended = [reason != "length" for reason in batch.stop_reasons]
     return learned.encode_samples(model, batch.prompts, texts, ended)
+
+
+def columns_of(examples: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of each prompt the other columns of its row, and its environment where it has one."""
+    environments = [getattr(example, "environment", None) for example in examples]
+    some = any(environment is not None for environment in environments)
+    return [
+        {**example.columns, **({functions.OF_EPISODES: environment} if some else {})}
+        for example, environment in zip(examples, environments, strict=True)
+    ]
 
 
 def batch_of(

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat.special import eos_ids, id_of, named_specials, special_ids
 from keel.data.chat.template import Transcript, opened_tag, template_facts
-from keel.types import Conversation, Prompt
+from keel.types import Conversation, Message, Prompt
 
 _TAGS = re.compile(r"(?:</?[\w.:-]+>\s*)+$")
 _TAIL = 24  # tokens at a prompt's end that hold the tag of an open thought, however it is cut
@@ -35,10 +35,17 @@ def completion_text(completion: str | Conversation) -> str:
 
 
 def own_text(completion: str | Conversation) -> str:
-    """What the model itself said, as text: of an episode with tools without what these answered."""
+    """What the model itself said, as text: of an episode with tools without what these answered, and without
+    turns that only call. A thought that stands beside a turn is put before it, in <think> tags."""
     if isinstance(completion, str):
         return completion
-    return "\n".join(turn["content"] for turn in completion if turn["role"] != "tool")
+    own = (turn for turn in completion if turn["role"] != "tool")
+    return "\n".join(filter(None, map(_with_thought, own)))
+
+
+def _with_thought(turn: Message) -> str:
+    thought = turn.get("reasoning_content")
+    return f"<think>\n{thought}\n</think>\n{turn['content']}".rstrip() if thought else turn["content"]
 
 
 def user_text(prompt: Prompt) -> str:

@@ -29,6 +29,7 @@ from keel.rewards.judge.questions import Question, Verdict
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second request, and between any two
 LONGEST_WAIT = 900.0  # seconds of `Retry-After`; who asks for more is down
+SHORTEST_KEY = 8  # characters of a key that is taken out of what a server says
 SHOWN = 120  # characters of an answer or a status that an error shows
 _AGAIN = (408, 409, 425, 429)
 _REFUSED = (401, 403, 404, 405, 407)
@@ -262,7 +263,7 @@ class Remote:
         except (AttributeError, LookupError, TypeError):
             raise _Passing("its answer is no chat completion") from None
         usage = getattr(getattr(whole, "usage", None), "total_tokens", None)
-        text = content if isinstance(content, str) else ""
+        text = self._without_key(content) if isinstance(content, str) else ""
         tokens = usage if isinstance(usage, int) else (len(question.text) + len(text)) // _CHARACTERS
         self._form_works = True
         if ended == "length":
@@ -316,6 +317,12 @@ class Remote:
         if self.endpoint.key:
             text = text.replace(self.endpoint.key, "…")
         return _short(text)
+
+    def _without_key(self, told: str) -> str:
+        """An answer without the key: a server may give back what it was sent. A key of a few letters, as is
+        made up for servers that want none, may be part of any answer."""
+        key = self.endpoint.key or ""
+        return told.replace(key, "…") if len(key) >= SHORTEST_KEY else told
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

@@ -146,10 +146,12 @@ class Judge:
             return None
         if column not in batch.columns:
             raise UsageError(f"reward {self.name!r}: the data have no column {column!r}")
-        value = batch.columns[column][row]
-        return (
-            None if value is None else _text(value) if isinstance(value, str | list | tuple) else str(value)
-        )
+        value: Any = batch.columns[column][row]
+        if value is None:
+            return None
+        if isinstance(value, list | tuple):
+            return completion_text(tuple(value))
+        return str(value)
 
     def _against(self, batch: Batch, groups: Sequence[Sequence[int]]) -> Judged:
         """Each reply compared with the one in the column; None for a row without."""
@@ -352,7 +354,7 @@ def _missing(pair: Compared) -> Unanswered | None:
 
 
 def _text(reply: Any) -> str:
-    return reply if isinstance(reply, str) else completion_text(reply)
+    return reply if isinstance(reply, str) else questions.same_to_a_judge(reply)
 
 
 def _heads(prompt: Prompt, one: Reply, other: Reply) -> bool:

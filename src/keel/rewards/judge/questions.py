@@ -159,7 +159,7 @@ def _text(
     parts = _turns(prompt)
     if reference is not None:
         parts.append(("reference answer", reference))
-    parts += [(name, _reply(reply)) for name, reply in replies.items()]
+    parts += [part for name, reply in replies.items() for part in _parts(name, reply)]
     mark = _mark(parts)
     data = "\n".join(f"{mark} {name}\n{text}" for name, text in parts)
     return "\n\n".join([
@@ -184,10 +184,17 @@ def _said(turn: Mapping[str, Any]) -> str:
     return content + ("\n" + json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
-def _reply(reply: str | Conversation) -> str:
-    if isinstance(reply, str) or len(reply) == 1:
-        return completion_text(reply)
-    return "\n".join(f"[{turn['role']}] {_said(turn)}" for turn in reply)
+def _parts(name: str, reply: str | Conversation) -> list[tuple[str, str]]:
+    """A reply, or each turn of an episode with tools by itself, so that no turn can pass for another's."""
+    if isinstance(reply, str) or (len(reply) == 1 and not reply[0].get("tool_calls")):
+        return [(name, completion_text(reply))]
+    return [(f"{name}, turn {n}, {turn['role']}", _said(turn)) for n, turn in enumerate(reply, 1)]
+
+
+def same_to_a_judge(reply: str | Conversation) -> str:
+    """A text that two replies share exactly where a judge is shown the same of them."""
+    parts = _parts("", reply)
+    return parts[0][1] if parts[0][0] == "" else json.dumps(parts, ensure_ascii=False)
 
 
 def _mark(parts: Sequence[tuple[str, str]]) -> str:
