@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import keel
 from keel import errors, plugins, types
 from keel.config import RewardConfig, RunConfig, parse
+from keel.config.tools import ToolUse
 from keel.config.tracking import TRACKERS
 from keel.data.batches import rows_of_step
 from keel.data.formats.labelled import KEYS as PAIR_KEYS
@@ -805,6 +806,10 @@ def test_trap_every_setting_is_read_by_something(
     for name, value in plain.items():  # handed on whole, by plain(): all its fields are read somewhere
         read |= {f"{name}.{field.name}" for field in dataclasses.fields(value) if field.name in elsewhere}
     read |= {f"PairsConfig.{key}" for key in PAIR_KEYS}  # handed on as a mapping
+    read |= {f"PPOConfig.{key}" for key in ToolUse.model_fields if f"GRPOConfig.{key}" in read}  # by one code
+    # by several processes alone: tests/distributed
+    read |= {f"DistributedConfig.{key}" for key in ("strategy", "timeout") if key in elsewhere}
+    read |= {"RunConfig.distributed"} & {f"RunConfig.{name}" for name in elsewhere}
     read |= {"ControlConfig.reward_bound"} & {
         f"ControlConfig.{name}" for name in elsewhere
     }  # of `Conditions`
