@@ -192,7 +192,14 @@ def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     return {**term.model_dump(exclude_none=True), **changes}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+LONG = ("overoptimization", "rounds", "showdown")  # by `make test-slow`
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else []) for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_recipe_runs(path, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "_report", lambda self: None)
     config = read(path, _tiny(read(path), stand_ins))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from keel.errors import BudgetError as BudgetError
     from keel.errors import DataError as DataError
     from keel.errors import KeelError as KeelError
+    from keel.errors import LostRankError as LostRankError
     from keel.errors import MachineError as MachineError
     from keel.errors import NotFiniteError as NotFiniteError
     from keel.errors import RewardError as RewardError
@@ -44,6 +45,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "KeelError",
+    "LostRankError",
     "MachineError",
     "NotFiniteError",
     "RewardError",
@@ -68,6 +70,7 @@ _HOMES = {
     "Comparison": "keel.api.results",
     "DataError": "keel.errors",
     "KeelError": "keel.errors",
+    "LostRankError": "keel.errors",
     "MachineError": "keel.errors",
     "NotFiniteError": "keel.errors",
     "RewardError": "keel.errors",

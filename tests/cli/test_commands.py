@@ -116,7 +116,7 @@ def test_report_of_a_run_that_was_cut_off(keel, write, chain, monkeypatch):
     failed = keel("run", write("tiny.yaml", chain))
     assert failed.code == 1
     line = failed.err.splitlines()[-1]
-    assert line.startswith("keel: unexpected RuntimeError: out of luck (pipeline/pipeline.py:")
+    assert line.startswith("keel: unexpected RuntimeError: out of luck (pipeline/following.py:")
     assert "This is a fault of keel, please report it; --traceback shows the whole" in line
     assert "Traceback" not in failed.err
     cut = keel("report", "runs/tiny", "--json")
