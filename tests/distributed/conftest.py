@@ -18,8 +18,6 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keel.distributed import launch
-from keel.models.tokenizer import train_tokenizer
-from keel.worlds import shop
 
 WORKER = Path(__file__).with_name("worker.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -36,6 +34,12 @@ def write_config(path: Path, stages: Mapping[str, Any], **more: Any) -> Path:
     }
     path.write_text(yaml.safe_dump(whole, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def config_file() -> Callable[..., Path]:
+    """`write_config`, for tests."""
+    return write_config
 
 
 @pytest.fixture(scope="session")
@@ -161,23 +165,13 @@ class Counter:
 
 
 @pytest.fixture(scope="session")
-def episode_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def episode_kinds(tmp_path_factory: pytest.TempPathFactory, clerk: Path) -> dict[str, Any]:
     """Two updates of GRPO and PPO with an environment. A turn ends at the first "e", so that there are
     several; how many differs from episode to episode."""
-    folder = tmp_path_factory.mktemp("clerk")
-    tokenizer = train_tokenizer((row["text"] for row in shop.rows("text", 300, 0)), 384, 256)
-    tokenizer.chat_template = shop.CHAT_TEMPLATE
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=256, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    folder = tmp_path_factory.mktemp("counter")
     (folder / "counter.py").write_text(COUNTER, encoding="utf-8")
     common = {
-        "model": str(folder / "model"), "environment": f"{folder / 'counter.py'}:Counter", "max_turns": 4,
+        "model": str(clerk), "environment": f"{folder / 'counter.py'}:Counter", "max_turns": 4,
         "data": {"source": "world:shop/prompts", "rows": 5}, "updates": 2, "epochs": 1, "lr": 1e-3,
         "eval_data": {"source": "world:shop/test_prompts", "rows": 4}, "eval_every": 1, "batch_size": 10,
         "sampling": {"max_new_tokens": 90, "stop": ["e"]}, "kl": {"coef": 0.1},

@@ -10,12 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from keel.distributed import launch
@@ -43,26 +42,15 @@ def with_fault(what: str, rank: int, step: int, *arguments: object) -> launch.Ou
     return outcome
 
 
-def write_config(path: Path, stages: Mapping[str, Any], **more: Any) -> Path:
-    whole = {
-        "name": "tiny",
-        "threads": 1,
-        "device": "cpu",
-        "dtype": "float32",
-        **more,
-        "stages": dict(stages),
-    }
-    path.write_text(yaml.safe_dump(whole, sort_keys=False))
-    return path
-
-
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, all_kinds: dict[str, Any]) -> Path:
+def config(
+    tmp_path_factory: pytest.TempPathFactory, all_kinds: dict[str, Any], config_file: Callable[..., Path]
+) -> Path:
     """Two stages of some steps, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("config")
     more = {"max_steps": 6, "save_every": 1, "eval_every": 2, "batch_size": 4}
     stages = {"tuned": {**all_kinds["tuned"], **more}, "dpo": {**all_kinds["dpo"], **more, "model": "tuned"}}
-    return write_config(folder / "config.yaml", stages, distributed={"timeout": 20})
+    return config_file(folder / "config.yaml", stages, distributed={"timeout": 20})
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +148,10 @@ def test_a_gradient_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(
 
 
 def test_a_kind_that_runs_on_one_process_is_refused_before_anything_is_made(
-    data: Any, tiny_model: Path, tmp_path: Path
+    data: Any, tiny_model: Path, tmp_path: Path, config_file: Callable[..., Path]
 ) -> None:
     stages = {"judge": {"kind": "evaluate", "models": [str(tiny_model)], "data": str(data.prompts)}}
-    path = write_config(tmp_path / "config.yaml", stages)
+    path = config_file(tmp_path / "config.yaml", stages)
     done = keel("run", path, "--runs", tmp_path, "--nproc", 2)
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("keel: ")]

@@ -185,10 +185,9 @@ def open_stage(
     if config.offload:
         _offload(run, roles, opened)
     _rate(run, config, roles)
+    trained = sum(count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules))
     run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
-    run.facts["trained_parameters"] = sum(
-        count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules)
-    )
+    run.facts["trained_parameters"] = trained
     return (
         tasks,
         held,

@@ -75,25 +75,8 @@ def load_rewards(
     for term in terms:
         match term:
             case LearnedTerm():
-                path = stage_run.resolve(term.model)
-                if base is None:
-                    models = learned.load_members(
-                        path,
-                        device=stage_run.device,
-                        dtype=dtype,
-                        trust_remote_code=trust_remote_code,
-                        quantize=term.quantize,
-                    )
-                else:
-                    models = on_base.load_members_on_base(
-                        path, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
-                        say=lambda line: stage_run.say(f"{stage_run.name}: {line}"),
-                    )  # fmt: skip
-                if term.combine is not None and len(models) == 1:
-                    raise UsageError(
-                        f"{where}: `combine` has no effect: {term.model!r} is a single reward model"
-                    )
-                loaded.append(LoadedReward(term, tuple(models)))
+                models = _learned(term, stage_run, where, dtype, trust_remote_code, base)
+                loaded.append(LoadedReward(term, models))
             case FunctionTerm() | PluginTerm():
                 function = function_of(term, where)
                 functions.signature_of(function)  # imported now, so that its memory is there from the start
@@ -122,6 +105,26 @@ def load_rewards(
             case _:
                 loaded.append(LoadedReward(term, function=_rule(term)))
     return loaded
+
+
+def _learned(
+    term: LearnedTerm, stage_run: StageRun, where: str, dtype: str, trust_remote_code: bool, base: Base | None
+) -> tuple[learned.RewardModel, ...]:
+    """The members of a reward model. UsageError where `combine` is given and there is one."""
+    path = stage_run.resolve(term.model)
+    if base is None:
+        models = learned.load_members(
+            path, device=stage_run.device, dtype=dtype, trust_remote_code=trust_remote_code,
+            quantize=term.quantize,
+        )  # fmt: skip
+    else:
+        models = on_base.load_members_on_base(
+            path, base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=term.quantize,
+            say=lambda line: stage_run.say(f"{stage_run.name}: {line}"),
+        )  # fmt: skip
+    if term.combine is not None and len(models) == 1:
+        raise UsageError(f"{where}: `combine` has no effect: {term.model!r} is a single reward model")
+    return tuple(models)
 
 
 def check(terms: Sequence[RewardTerm], where: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from keel import accel
 from keel.accel.cpu_linear import cast_cache
@@ -137,17 +138,27 @@ def fit(
         # 5. what happened, and where to go on from
         stage_run.log(step, steps, metrics)
         if due(step, steps, config.save_every) or stopping.stop:
-            if not group.is_sharded():
-                group.agree(f"the weights after step {step}", gradients.checksum(model, trained=True))
-            tensors = sharded.gathered(
-                {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
-            )
             values = {"stopping": stopping.values(), "seen": seen}
             values |= {"cursor": rows.cursor()} if isinstance(rows, Stream) else {}
-            stage_run.save(step, tensors, values)
+            _save(stage_run, step, model, optimizer, best, values)
 
     if best is not None:
         put_back(model, best)
+
+
+def _save(
+    stage_run: StageRun,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    best: Any,
+    values: dict[str, Any],
+) -> None:
+    """A checkpoint after `step`, with the same weights on all ranks."""
+    if not group.is_sharded():
+        group.agree(f"the weights after step {step}", gradients.checksum(model, trained=True))
+    tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
+    stage_run.save(step, sharded.gathered(tensors), values)
 
 
 def among_ranks(model: PreTrainedModel) -> None:

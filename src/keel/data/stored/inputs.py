@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Any, overload
 
 from keel.data.stored import records
-from keel.data.stored.arrow import BLOCK, Array, BlockWriter
+from keel.data.stored.arrow import Array, BlockWriter
 from keel.data.stored.cache import FACTS, Cache, name_of
+from keel.data.stored.sink import Sink
 from keel.data.stored.tokens import SCHEMA, TokenRows, write_block
 
 Inputs = dict[str, list[int]]
-_FILE = "inputs.arrow"
 
 
 def name_of_inputs(makers: Sequence[ModuleType], *parts: object) -> str:
@@ -57,59 +57,25 @@ class StoredInputs(Sequence[Inputs]):
         self._rows.release()
 
 
-class InputSink:
+class InputSink(Sink[Inputs]):
     """Takes inputs one by one: a list of them in the end, or from `records.IN_MEMORY` on a file. All have the
     same keys."""
 
+    file, schema = "inputs.arrow", SCHEMA
+
     def __init__(self, cache: Cache, name: Callable[[], str]) -> None:
-        """name: of the folder, asked for when there is to be one."""
-        self.cache, self._name, self.name = cache, name, ""
-        self.count = 0
-        self._waiting: list[Inputs] = []
-        self._making: Any = None
-        self._writer: BlockWriter | None = None
+        super().__init__(cache, name, records.IN_MEMORY)
         self._keys: list[str] = []
 
-    def __enter__(self) -> InputSink:
-        return self
+    def write(self, writer: BlockWriter, rows: list[Inputs], first: int) -> None:
+        self._keys = self._keys or list(rows[0])
+        entries = [(first + i, tuple(row[key] for key in self._keys)) for i, row in enumerate(rows)]
+        write_block(writer, entries)
 
-    def __exit__(self, *error: Any) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._making.__exit__(*error)
-
-    def add(self, inputs: Inputs) -> None:
-        """One more."""
-        self.count += 1
-        self._waiting.append(inputs)
-        if self._writer is not None and len(self._waiting) == BLOCK:
-            self._write(BLOCK)
-        elif self._writer is None and self.count > records.IN_MEMORY:
-            self._keys = list(inputs)
-            self.name = self._name()
-            self._making = self.cache.making(self.name)
-            self._folder: Path = self._making.__enter__()
-            self._writer = BlockWriter(self._folder / _FILE, SCHEMA)
-            while len(self._waiting) >= BLOCK:
-                self._write(BLOCK)
+    def facts(self) -> Mapping[str, Any]:
+        return {"keys": self._keys, "files": [self.file], "entries": [self.count], "parts": len(self._keys)}
 
     def done(self, more: Mapping[str, Any] | None = None) -> Sequence[Inputs]:
         """All of them. more: facts that are kept with a file of them."""
-        if self._writer is None:
-            return self._waiting
-        if self._waiting:
-            self._write(len(self._waiting))
-        self._writer.close()
-        self._writer = None
-        facts = {"keys": self._keys, "files": [_FILE], "entries": [self.count], "parts": len(self._keys)}
-        (self._folder / FACTS).write_text(json.dumps({**(more or {}), **facts}), encoding="utf-8")
-        self._making.__exit__(None, None, None)
-        return StoredInputs(self.cache.place / self.name, self.cache)
-
-    def _write(self, count: int) -> None:
-        block, self._waiting = self._waiting[:count], self._waiting[count:]
-        assert self._writer is not None
-        first = self.count - len(self._waiting) - count
-        entries = [(first + i, tuple(row[key] for key in self._keys)) for i, row in enumerate(block)]
-        write_block(self._writer, entries)
+        folder = self.finished(more or {})
+        return self._waiting if folder is None else StoredInputs(folder, self.cache)

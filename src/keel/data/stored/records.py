@@ -17,6 +17,7 @@ import pyarrow
 from keel.data.identity import RowKeys, keys_of
 from keel.data.stored.arrow import BLOCK, Array, Blocks, BlockWriter
 from keel.data.stored.cache import FACTS, Cache
+from keel.data.stored.sink import Sink
 from keel.types import (
     DemonstrationRecord,
     PreferenceRecord,
@@ -260,69 +261,32 @@ def form_of(record: Record) -> str:
     return "standard" if isinstance(value, str) else "conversational"
 
 
-class RecordSink:
+class RecordSink(Sink[Record]):
     """Takes records one by one: a tuple of them in the end, or from `IN_MEMORY` on a file."""
 
+    file, schema = _FILE, _SCHEMA
+
     def __init__(self, cache: Cache, name: Callable[[], str]) -> None:
-        """name: of the folder, asked for when there is to be one."""
-        self.cache, self._name, self.name = cache, name, ""
-        self.count = 0
-        self._waiting: list[Record] = []
-        self._making: Any = None
-        self._writer: BlockWriter | None = None
+        super().__init__(cache, name, IN_MEMORY)
         self._forms: set[str] = set()
         self._columns: set[str] = set()
 
-    def __enter__(self) -> RecordSink:
-        return self
+    def write(self, writer: BlockWriter, rows: list[Record], first: int) -> None:
+        keys = np.array([keys_of(record) for record in rows], dtype=np.uint64).T
+        numbers = {name: _column(rows, name) for name in (*_NUMBERS, "votes")}
+        written = [_written(record) for record in rows]
+        writer.write({"row": written, **numbers, **dict(zip(_KEYS, keys, strict=True))})
+        facts = facts_of(rows)
+        self._forms |= {*facts["forms"]}
+        self._columns |= {*facts["columns"]}
 
-    def __exit__(self, *error: Any) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._making.__exit__(*error)
-
-    def add(self, record: Record) -> None:
-        """One more record."""
-        self.count += 1
-        self._waiting.append(record)
-        if self._writer is not None and len(self._waiting) == BLOCK:
-            self._write(BLOCK)
-        elif self._writer is None and self.count > IN_MEMORY:
-            self.name = self._name()
-            self._making = self.cache.making(self.name)
-            self._folder = self._making.__enter__()
-            self._writer = BlockWriter(self._folder / _FILE, _SCHEMA)
-            while len(self._waiting) >= BLOCK:
-                self._write(BLOCK)
+    def facts(self) -> Mapping[str, Any]:
+        return {"rows": self.count, "forms": sorted(self._forms), "columns": sorted(self._columns)}
 
     def done(self, more: Mapping[str, Any]) -> Sequence[Record]:
         """All of them. more: facts that are kept with them."""
-        if self._writer is None:
-            return tuple(self._waiting)
-        if self._waiting:
-            self._write(len(self._waiting))
-        self._writer.close()
-        self._writer = None
-        facts = {
-            "rows": self.count,
-            "forms": sorted(self._forms),
-            "columns": sorted(self._columns),
-        }
-        (self._folder / FACTS).write_text(json.dumps({**more, **facts}), encoding="utf-8")
-        self._making.__exit__(None, None, None)
-        return StoredRows(self.cache.place / self.name, self.cache)
-
-    def _write(self, count: int) -> None:
-        block, self._waiting = self._waiting[:count], self._waiting[count:]
-        assert self._writer is not None
-        keys = np.array([keys_of(record) for record in block], dtype=np.uint64).T
-        numbers = {name: _column(block, name) for name in (*_NUMBERS, "votes")}
-        rows = [_written(record) for record in block]
-        self._writer.write({"row": rows, **numbers, **dict(zip(_KEYS, keys, strict=True))})
-        facts = facts_of(block)
-        self._forms |= {*facts["forms"]}
-        self._columns |= {*facts["columns"]}
+        folder = self.finished(more)
+        return tuple(self._waiting) if folder is None else StoredRows(folder, self.cache)
 
 
 def _column(rows: Sequence[Record], name: str) -> list[Any]:
