@@ -140,6 +140,10 @@ def on_policy_kinds(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str,
             "kind": "grpo", **common, "samples_per_prompt": 2, "resample": 1,
             "reward": [str(tiny_reward), {"kind": "length", "high": 4, "slack": 4}],
         },
+        "grpo-ahead": {
+            "kind": "grpo", **common, "samples_per_prompt": 2, "rollout": {"ahead": 1}, "importance_cap": 1.5,
+            "reward": str(tiny_reward),
+        },
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from keel.config import methods
 from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_several, check_source_filters, models_of
+from keel.config.rollout import RolloutConfig, check_ahead
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
 from keel.config.tools import ToolUse
@@ -143,6 +144,9 @@ class OnPolicy(ToolUse):
         default_factory=lambda: SamplingConfig.model_validate({}),
         description="How responses are drawn. No top-p or top-k: cutting the distribution biases the ratio.",
     )
+    rollout: RolloutConfig = Field(
+        default_factory=lambda: RolloutConfig.model_validate({}), description="When responses are sampled."
+    )
     kl: KLConfig = Field(
         default_factory=lambda: KLConfig.model_validate({}), description="The KL constraint."
     )
@@ -191,7 +195,7 @@ class OnPolicy(ToolUse):
         gt=0,
         description=(
             "Truncated importance sampling: weigh each token by min(π_trainer/π_sampler, this), for a "
-            "sampler whose numbers differ from the trainer's."
+            "sampler whose numbers or weights differ from the trainer's."
         ),
     )
     old_logp: Literal["sampler", "trainer"] = Field(
@@ -302,6 +306,7 @@ class OnPolicy(ToolUse):
         if self.samples_per_prompt < 2:
             check_several(self.reward, "training with `samples_per_prompt: 1`")
         self._check_methods()
+        check_ahead(self)
         limits = ("max_approx_kl", "desired_kl", "dual_clip")
         idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
         if idle and self.one_step:

@@ -19,7 +19,7 @@ from keel.errors import NotFiniteError, UsageError
 from keel.models import experts
 from keel.models.logprobs import HeadInputs, head_inputs, response_index, scatter_to_mask, token_logprobs
 from keel.rewards.shaping import RunningScale
-from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
+from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.types import Episodes
 
 # ---------------------------------------------------------------- what travels
@@ -149,8 +149,11 @@ class Algorithm(Protocol):
     setup: Setup[Any]
     warmup: int  # updates at the start during which the policy stands still
 
-    def collect(self, prompts: Sequence[PromptExample], state: LoopState, update: int) -> Collected:
-        """Sample and score responses to the prompts of an update."""
+    def collect(
+        self, prompts: Sequence[PromptExample], state: LoopState, update: int, drawn: Drawn | None = None
+    ) -> Collected:
+        """Sample and score responses to the prompts of an update. drawn: the responses, where they were
+        sampled already."""
         ...
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:

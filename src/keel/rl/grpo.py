@@ -39,7 +39,7 @@ from keel.rl.algorithm import (
     policy_forward,
     policy_output,
 )
-from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
+from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.rl.setup import make_optimizers, open_stage
 from keel.rollout.score_responses import Scored
 from keel.rundir.stage_run import StageRun
@@ -70,11 +70,13 @@ class GRPO:
         self.setup, self.config, self.prompts = setup, setup.config, prompts
         self.surrogate = Surrogate(self.config, setup.run.name)
 
-    def collect(self, prompts: Sequence[PromptExample], state: LoopState, update: int) -> Collected:
+    def collect(
+        self, prompts: Sequence[PromptExample], state: LoopState, update: int, drawn: Drawn | None = None
+    ) -> Collected:
         """Groups of responses; those of equal rewards are replaced first, where the config says so."""
         setup, size = self.setup, self.config.samples_per_prompt
         seed = rollout.seed_of(setup, update)
-        experience, reward_scaler = rollout.collect(setup, prompts, state.reward_scaler, seed, update)
+        experience, reward_scaler = rollout.collect(setup, prompts, state.reward_scaler, seed, update, drawn)
         rounds, replaced, first_score = 0, 0, experience.rated.raw.mean().item()
         for round_ in range(1, self.config.resample + 1):
             groups = _all_equal(_compared(self.config, experience), size).nonzero().flatten().tolist()

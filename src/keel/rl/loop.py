@@ -25,10 +25,11 @@ from keel.errors import BudgetError, NotFiniteError, RewardError
 from keel.models import optim
 from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
+from keel.rl.ahead import Ahead
 from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
 from keel.rl.measures import Means, StepMeasures
 from keel.rl.monitor import Monitor
-from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
+from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.rl.setup import restore_training, training_state
 from keel.stages import language
 from keel.stages.loop_utils import (
@@ -60,6 +61,7 @@ class OnPolicyLoop:
         self.stopping = EarlyStop(self.config.patience)
         self.monitor = Monitor.open(self.setup, optimizers)
         self.best: dict[str, Any] | None = None  # the policy at its best evaluation, for `patience`
+        self.ahead = Ahead(self.setup)
 
     def train(self) -> dict[str, Any]:
         """Updates until there are enough, or a reason to stop. Where there is a judge, or weights may be put
@@ -79,12 +81,15 @@ class OnPolicyLoop:
         try:
             # 1. rollout: a response to each prompt, scored by every model   2. advantages
             batch = self._collected(update)
+            self._sample_ahead(update + 1)
             # 3. epochs of mini-batches: loss, backward, step
             with run.timed("train"):
                 learned = learn(self.algorithm, self.optimizers, batch.episodes, update, state)
+            self.ahead.finish()
             metrics = batch.metrics | learned.metrics
             run.check_finite(update, metrics)
         except NotFiniteError as error:
+            self.ahead.drop()
             self.state = self.monitor.failed(update, error, state)
             run.log(update, config.updates, {"episode": state.episodes})
             return
@@ -108,20 +113,31 @@ class OnPolicyLoop:
         if update == 1 or due(update, config.updates, max(1, config.updates // 10)):
             run.samples(rollout.sample_rows(self.setup, update, batch.experience))
         run.log(update, config.updates, metrics)
+        rollbacks = self.monitor.rollbacks
         self.state = self.monitor.see(update, metrics, state)
+        if self.monitor.rollbacks > rollbacks:  # sampled by weights that are no more
+            self.ahead.drop()
         if due(update, config.updates, config.save_every) or self._over:
             self._save(update)
 
     def _collected(self, update: int) -> Batch:
         """What an update learns from. Where a reward cannot be had, the updates before it are kept first."""
         try:
-            return collect(self.algorithm, self._prompts_of(update), self.state, update)
+            prompts, drawn = self._prompts_of(update), self.ahead.of(update)
+            return collect(self.algorithm, prompts, self.state, update, drawn)
         except (BudgetError, RewardError):
             done = update - 1
             alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
             if alone and done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():
                 self._save(done)
             raise
+
+    def _sample_ahead(self, update: int) -> None:
+        """Begin what an update will learn from, where it is sampled before its turn (`rollout.ahead`)."""
+        if self.config.rollout.ahead and update <= self.config.updates:
+            self.ahead.begin(update, self._prompts_of(update))
+        else:
+            self.ahead.drop()
 
     @property
     def _over(self) -> bool:
@@ -142,6 +158,9 @@ class OnPolicyLoop:
             self.state = LoopState.restored(values)
             self.stopping = self.stopping.restored(values["stopping"])
             self.monitor.restored(values["monitor"], checkpoint.tensors["snapshots"])
+            if ahead := values.get("ahead"):
+                prompts = self._prompts_of(ahead["update"])
+                self.ahead.restored(checkpoint.tensors["ahead"], ahead, prompts)
             return checkpoint.step
         if self.judged and (self.setup.judge or self.config.control.goes_back):
             before = self._evaluate()
@@ -166,11 +185,12 @@ class OnPolicyLoop:
 
     def _save(self, update: int) -> None:
         tensors = training_state(self.setup, self.optimizers)
-        tensors |= {"best": self.best, "snapshots": self.monitor.snapshots}
+        in_flight, about_it = self.ahead.state()
+        tensors |= {"best": self.best, "snapshots": self.monitor.snapshots, **in_flight}
         group.agree(
             f"the weights after update {update}", gradients.checksum(self.setup.roles.policy, trained=True)
         )
-        values = {"stopping": self.stopping.values(), "monitor": self.monitor.values()}
+        values = {"stopping": self.stopping.values(), "monitor": self.monitor.values(), **about_it}
         self.run.save(update, tensors, {**self.state.values(), **values})
 
 
@@ -188,11 +208,19 @@ class Batch:
     metrics: dict[str, float]
 
 
-def collect(algorithm: Algorithm, prompts: Sequence[PromptExample], state: LoopState, update: int) -> Batch:
-    """Responses to the prompts of an update, scored, with their advantages."""
-    collected = algorithm.collect(prompts, state, update)
+def collect(
+    algorithm: Algorithm,
+    prompts: Sequence[PromptExample],
+    state: LoopState,
+    update: int,
+    drawn: Drawn | None = None,
+) -> Batch:
+    """Responses to the prompts of an update, scored, with their advantages. drawn: the responses, where they
+    were sampled already."""
+    collected = algorithm.collect(prompts, state, update, drawn)
     episodes, of_advantages = algorithm.advantages(collected.experience, state.kl_coef)
     metrics = rollout.measured(collected.experience, state.kl_coef)
+    metrics |= rollout.of_staleness(algorithm.setup, collected.experience)
     metrics |= {**collected.metrics, "rollout/episodes": float(collected.episodes), **of_advantages}
     return Batch(collected.experience, episodes, collected.reward_scaler, collected.episodes, metrics)
 

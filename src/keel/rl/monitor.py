@@ -38,6 +38,7 @@ class Monitor:
     lr_factor: float = 1.0
     best: float | None = None
     stopped: bool = False
+    rollbacks: int = 0  # of this process
 
     @classmethod
     def open(cls, setup: Setup[Any], optimizers: Sequence[torch.optim.Optimizer]) -> Monitor:
@@ -163,6 +164,7 @@ class Monitor:
         if action.kind == "rollback":
             snapshot = self.snapshots[self._refuge]
             self._put_back(snapshot)
+            self.rollbacks += 1
             self.snapshots.pop("fresh", None)  # it may have been ill already
             state = replace(state, reward_scaler=RunningScale(**snapshot["reward_scaler"]))
             to = snapshot["update"]

@@ -38,7 +38,7 @@ from keel.rl.algorithm import (
     policy_forward,
     policy_output,
 )
-from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
+from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.rl.setup import make_optimizers, open_stage
 from keel.rundir.stage_run import StageRun
 from keel.stages import prepare
@@ -67,10 +67,14 @@ class PPO:
         self.setup, self.config, self.warmup = setup, setup.config, setup.config.critic_warmup
         self.surrogate = Surrogate(self.config, setup.run.name)
 
-    def collect(self, prompts: Sequence[PromptExample], state: LoopState, update: int) -> Collected:
+    def collect(
+        self, prompts: Sequence[PromptExample], state: LoopState, update: int, drawn: Drawn | None = None
+    ) -> Collected:
         """Responses to the prompts, with what every model makes of them."""
         seed = rollout.seed_of(self.setup, update)
-        experience, reward_scaler = rollout.collect(self.setup, prompts, state.reward_scaler, seed, update)
+        experience, reward_scaler = rollout.collect(
+            self.setup, prompts, state.reward_scaler, seed, update, drawn
+        )
         return Collected(experience, reward_scaler, len(experience.completions))
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:

@@ -6,6 +6,7 @@ The stages that learn from their own samples share it; they differ in what they 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -35,7 +36,14 @@ from keel.rl import heldout_judge
 from keel.rl.sampled import Dealt, Sampled, deal, together
 from keel.rl.tool_use import ToolUse
 from keel.rollout.engine import text_of
-from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
+from keel.rollout.protocol import (
+    Engine,
+    GenerationRequest,
+    HoldsWeights,
+    Rows,
+    TokenCount,
+    check_completions,
+)
 from keel.rollout.score_responses import Scored, sampled_logp, score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language
@@ -113,11 +121,26 @@ class Experience:
     rewards: Tensor  # (B,) shaped rewards of whole responses, before any KL
     logp_from_sampler: bool = False  # whether `scored.logp` are the numbers that the tokens were drawn with
     early: Tensor | None = None  # (B, T) the part of `rewards` that is paid before a response ends
+    staleness: int = 0  # updates that the weights have learned from since they sampled
 
     @property
     def kl(self) -> float:
         """Mean over responses of the exact KL summed over their tokens, in nats."""
         return self.scored.exact_kl.sum(dim=1).mean().item()
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """This rank's responses to the prompts of an update, as they were sampled."""
+
+    prompts: Sequence[PromptExample]  # of each response
+    completions: Sequence[Completion]
+
+
+def take_weights(setup: Setup[OnPolicy]) -> None:
+    """What samples next does so by the weights as they are now."""
+    if isinstance(setup.engine, HoldsWeights):
+        setup.engine.take_weights()
 
 
 def seed_of(setup: Setup[OnPolicy], update: int, *more: object) -> int:
@@ -213,33 +236,53 @@ def collect(
     reward_scaler: RunningScale,
     seed: int,
     update: int = 0,
+    drawn: Drawn | None = None,
 ) -> tuple[Experience, RunningScale]:
     """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scaler that is returned
-    has seen their rewards."""
+    has seen their rewards. drawn: the responses, where they were sampled an update ago."""
     dealt = deal(len(prompts), setup.config.samples_per_prompt)
-    own = _collected(setup, [prompts[i] for i in dealt.prompts], dealt, seed, update) if dealt.rows else None
+    if drawn is None:
+        take_weights(setup)
+    own = _collected(setup, prompts, dealt, seed, update, drawn) if dealt.rows else None
     made = together(dealt, own, setup.pad_id)
     done, scored, rated = made.completions, made.scored, made.rated
     reward_scaler = reward_scaler.update(rated.total)
     rewards = shaped(setup, rated, done, reward_scaler)
     early = paid_early(setup, done, rated, scored.mask)
-    found = Experience(made.prompts, done, scored, rated, rewards, made.from_sampler, early)
+    stale = 0 if drawn is None else 1
+    found = Experience(made.prompts, done, scored, rated, rewards, made.from_sampler, early, stale)
     return found, reward_scaler
 
 
-def _collected(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int, update: int
-) -> Sampled:
-    """Responses to this rank's prompts, scored and rated."""
+def draw(setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int) -> Drawn:
+    """Sample the responses to those of the prompts that are this rank's."""
     config, run = setup.config, setup.run
-    repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    repeated = [prompts[i] for i in dealt.prompts for _ in range(config.samples_per_prompt)]
+    if not repeated:
+        return Drawn((), ())
     rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
     count = TokenCount()
     with run.timed("rollout"):
-        repeated = begin(setup, repeated, seed, config.samples_per_prompt, rows)
-        completions = sample(setup, repeated, seed, count, rows)
+        begun = begin(setup, repeated, seed, config.samples_per_prompt, rows)
+        completions = sample(setup, begun, seed, count, rows)
     if count.computed:  # an engine need not count
         run.count("rollout", count.useful, count.computed)
+    return Drawn(begun, completions)
+
+
+def _collected(
+    setup: Setup[OnPolicy],
+    prompts: Sequence[PromptExample],
+    dealt: Dealt,
+    seed: int,
+    update: int,
+    drawn: Drawn | None,
+) -> Sampled:
+    """Responses to this rank's prompts, scored and rated."""
+    run = setup.run
+    drawn = drawn or draw(setup, prompts, dealt, seed)
+    repeated, completions = drawn.prompts, drawn.completions
+    del drawn
     with run.timed("forward"), batch_layout.counting() as read, cast_cache():
         scored = score_tokens(setup, completions)
     from_sampler = head_of(setup.roles.policy) is not None and all(c.hidden is not None for c in completions)
@@ -367,10 +410,24 @@ def importance(setup: Setup[OnPolicy], experience: Experience) -> Tensor | None:
     return policy.importance_weights(experience.scored.logp, sampled, mask, cap)
 
 
+def of_staleness(setup: Setup[OnPolicy], experience: Experience) -> dict[str, float]:
+    """How far the weights that sampled are from those that learn; nothing without `rollout.ahead`."""
+    cap, mask = setup.config.importance_cap, experience.scored.mask
+    if not setup.config.rollout.ahead or cap is None:
+        return {}
+    now, then = experience.scored.logp, sampled_logp(experience.completions, mask)
+    far = policy.divergence(now, then, mask, "token", float(mask.sum()))
+    return {
+        "rollout/staleness": float(experience.staleness),
+        "rollout/staleness_kl": far["approxkl_k3"].item(),
+        "rollout/importance_capped": masked_mean((now - then > math.log(cap)).float(), mask).item(),
+    }
+
+
 def _sampler_mismatch(experience: Experience) -> dict[str, float]:
-    """Mean |scored log π − log π of the sampler| per token; nothing where an engine does not give the
-    latter."""
-    if not all(c.logp for c in experience.completions):
+    """Mean |scored log π − log π of the sampler| per token; nothing where an engine does not give the latter,
+    or has sampled by other weights."""
+    if experience.staleness or not all(c.logp for c in experience.completions):
         return {}
     mask = experience.scored.mask
     gap = (experience.scored.logp - sampled_logp(experience.completions, mask)).abs()
@@ -429,6 +486,7 @@ def final_measures(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> 
 def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, Tensor]:
     """(N,) raw and normalised scores, exact KLs, lengths and the judge's scores (0 without one); the same
     random draws at every call."""
+    take_weights(setup)
 
     def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
         number, some = numbered

@@ -1,7 +1,7 @@
 """Rollouts: sampling completions, and scoring them token by token."""
 
 from keel.rollout.engine import KeelEngine
-from keel.rollout.protocol import Engine, GenerationRequest, TokenCount
+from keel.rollout.protocol import Engine, GenerationRequest, HoldsWeights, TokenCount
 from keel.rollout.reference_engine import ReferenceEngine
 from keel.rollout.scripted_engine import ScriptedEngine
 from keel.types import Completion
@@ -10,6 +10,7 @@ __all__ = [
     "Completion",
     "Engine",
     "GenerationRequest",
+    "HoldsWeights",
     "KeelEngine",
     "ReferenceEngine",
     "ScriptedEngine",

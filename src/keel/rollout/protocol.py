@@ -93,6 +93,17 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsWeights(Engine, Protocol):
+    """An engine that samples with weights of its own, in another process or on other cards. With
+    `rollout.ahead` it samples while the trainer trains."""
+
+    def take_weights(self) -> None:
+        """Take the model's weights as they are now. Until the next call `generate` samples with these, and
+        reads nothing of the model: it may be called in another thread, while the model is trained."""
+        ...
+
+
 def check_completions(name: str, request: GenerationRequest, completions: Sequence[Completion]) -> None:
     """UsageError where an engine called `name` did not return what was asked of it."""
     if len(completions) != len(request.prompts):

@@ -1,0 +1,50 @@
+"""Settings of how responses are sampled, and when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from keel.config.settings import Settings
+
+if TYPE_CHECKING:
+    from keel.config.on_policy import OnPolicy
+
+
+class RolloutConfig(Settings):
+    """How the responses of an update are sampled, and when."""
+
+    ahead: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description=(
+            "1: the responses of the next update are sampled before this one trains (with an engine that "
+            "holds weights of its own, while it trains), by weights one update old; `importance_cap` "
+            "corrects for them. 0: each update samples with the weights that it trains."
+        ),
+    )
+
+
+def check_ahead(config: OnPolicy) -> None:
+    """ValueError where `rollout.ahead` cannot work with a stage's other settings."""
+    if not config.rollout.ahead:
+        return
+    if config.importance_cap is None:
+        raise ValueError(
+            "`rollout.ahead` learns from responses of older weights, which importance weights correct for: "
+            "set `importance_cap` (2 is usual)"
+        )
+    if config.uses_tools:
+        raise ValueError(
+            "`rollout.ahead` does not go with `tools` or `environment`: an environment plays one episode at "
+            "a time, which has to be rated before the next"
+        )
+    if getattr(config, "resample", 0):
+        raise ValueError(
+            "`rollout.ahead` does not go with `resample`: which groups are replaced is known only once they "
+            "are rated"
+        )
+    if config.updates == 1:
+        raise ValueError("`rollout.ahead` has no effect with one update: nothing comes after it")

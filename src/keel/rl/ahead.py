@@ -1,0 +1,143 @@
+"""`rollout.ahead`: the responses of the next update are sampled before this one trains, by weights one
+update old (one-step-off-policy sampling, 2410.18252).
+
+The order is fixed, so that the same config gives the same bytes: an update is collected; the next one's
+responses are begun; the update trains; what was begun is finished, before anything is evaluated or kept. An
+engine that reads the trainer's own weights samples at once, and the loop gains nothing but the knowledge of
+what old samples cost. One that holds weights of its own (`HoldsWeights`) samples in a thread while the
+update trains. Either way responses are scored and rated when their turn comes, by the weights of then, and
+`importance_cap` weighs each token by what has changed since it was drawn.
+
+A checkpoint holds what is in flight, of all ranks. Where weights are put back, what they had been going to
+learn from is dropped, and sampled again by the weights that are there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keel.config import OnPolicy
+from keel.distributed import group
+from keel.rl import rollout
+from keel.rl.rollout import Drawn, PromptExample, Setup
+from keel.rl.sampled import deal
+from keel.rollout.protocol import HoldsWeights
+from keel.types import Completion
+
+
+@dataclass
+class Ahead:
+    """What is sampled for an update to come."""
+
+    setup: Setup[OnPolicy]
+    update: int = 0  # that it is for; 0: there is nothing
+    drawn: Drawn | None = None
+    working: _Work | None = None  # that will be `drawn`
+
+    def of(self, update: int) -> Drawn | None:
+        """What was sampled for an update; None: nothing was."""
+        return self.drawn if update == self.update else None
+
+    def begin(self, update: int, prompts: Sequence[PromptExample]) -> None:
+        """Sample the responses to the prompts of an update by the weights as they are now."""
+        setup = self.setup
+        rollout.take_weights(setup)
+        self.update, self.drawn = update, None
+        seed = rollout.seed_of(setup, update)
+        dealt = deal(len(prompts), setup.config.samples_per_prompt)
+
+        def draw() -> Drawn:
+            return rollout.draw(setup, prompts, dealt, seed)
+
+        if isinstance(setup.engine, HoldsWeights):
+            self.working = _Work(draw)
+        else:
+            self.drawn = draw()
+
+    def finish(self) -> None:
+        """Wait for what was begun; what failed there is raised here."""
+        if self.working is not None:
+            working, self.working = self.working, None
+            self.drawn = working.result()
+
+    def drop(self) -> None:
+        """Forget what was sampled, once the engine has come to its end."""
+        if self.working is not None:
+            self.working.join()
+        self.update, self.drawn, self.working = 0, None, None
+
+    # ------------------------------------------------------------ for a checkpoint
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The responses of all ranks, as tensors and as plain values; both empty where there are none. Every
+        rank has to ask."""
+        if self.drawn is None:
+            return {}, {}
+        dealt = deal(self._prompts, self.setup.config.samples_per_prompt)
+        parts = group.gathered((dealt.rows, list(self.drawn.completions)))
+        rows = dict(pair for numbers, found in parts for pair in zip(numbers, found, strict=True))
+        found = [rows[number] for number in sorted(rows)]
+        tensors = {
+            "ids": torch.tensor([token for c in found for token in c.ids]),
+            "logp": torch.tensor([value for c in found for value in c.logp], dtype=torch.float64),
+            "lengths": torch.tensor([len(c.ids) for c in found]),
+        }
+        values = {
+            "update": self.update,
+            "stop_reasons": [c.stop_reason for c in found],
+            "stops": [c.stop for c in found],
+        }
+        return {"ahead": tensors}, {"ahead": values}
+
+    def restored(
+        self, tensors: Mapping[str, Any], values: Mapping[str, Any], prompts: Sequence[PromptExample]
+    ) -> None:
+        """This rank's part of what `state` gave, for the prompts of that update."""
+        samples = self.setup.config.samples_per_prompt
+        lengths = tensors["lengths"].tolist()
+        ids, logp = (tensors[name].split(lengths) for name in ("ids", "logp"))
+        dealt = deal(len(prompts), samples)
+        asked = [prompts[number] for number in dealt.prompts for _ in range(samples)]
+        completions = [
+            Completion(
+                prompt.ids, tuple(ids[row].tolist()), values["stop_reasons"][row],
+                tuple(logp[row].tolist()), values["stops"][row],
+            )
+            for prompt, row in zip(asked, dealt.rows, strict=True)
+        ]  # fmt: skip
+        self.update, self.drawn = values["update"], Drawn(asked, completions)
+
+    @property
+    def _prompts(self) -> int:
+        """Prompts of an update."""
+        return self.setup.config.batch_size // self.setup.config.samples_per_prompt
+
+
+class _Work(threading.Thread):
+    """Something that is done in a thread. It does not outlive the process."""
+
+    def __init__(self, work: Callable[[], Drawn]) -> None:
+        super().__init__(name="keel-ahead", daemon=True)
+        self.work = work
+        self.found: Drawn | None = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.found = self.work()
+        except BaseException as error:
+            self.error = error
+
+    def result(self) -> Drawn:
+        """What came of it, once it is done."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+        assert self.found is not None
+        return self.found
