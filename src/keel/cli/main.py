@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -41,6 +42,17 @@ TrustOption = Annotated[
     bool, typer.Option("--trust", help="Run code that CONFIG brings; its folder is trusted from now on.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+NodeOption = Annotated[
+    str | None,
+    typer.Option("--node", help="With --nproc: which ranks these are, FIRST/OF@HOST:PORT of all machines."),
+]
+RestartsOption = Annotated[
+    int, typer.Option("--max-restarts", min=0, max=1000, help="Start again so often where a rank fails.")
+]
+PortOption = Annotated[
+    int, typer.Option("--port", min=1, max=65535, help="Where the first machine listens for the others.")
+]
+WhileStdinOption = Annotated[bool, typer.Option("--while-stdin", hidden=True)]
 
 
 def main() -> None:
@@ -111,7 +123,9 @@ def run(
     nproc: Annotated[
         int | None, typer.Option("--nproc", min=1, help="Ranks to run on, on this machine; default: 1.")
     ] = None,
-    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
+    node: NodeOption = None,
+    max_restarts: RestartsOption = 0,
+    while_stdin: WhileStdinOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
@@ -124,15 +138,16 @@ def run(
     pipeline = _pipeline(config, overrides, runs, name)
     if not records.is_watched():  # else whoever started this rank has asked
         consent.to_run(_place(config), pipeline.config, trust)
+    place = ranks.place_of(node, nproc, max_restarts)
     if nproc is not None:
         ranks.check(nproc)
-    if nproc is not None and nproc > 1:
+    if nproc is not None and (nproc > 1 or place):
         flags = {"--fresh": fresh, "--yes": yes, "--wait": wait, "--json": as_json}
         named = {"--runs": str(runs), "--name": name, "--only": only}
         command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
         command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
         with _watched(pipeline.directory, watch, keep_watching):
-            code = ranks.run(command, nproc, pipeline.config)
+            code = ranks.run(command, nproc, pipeline.config, place, max_restarts)
         raise typer.Exit(code)
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         pipeline.confirm = _asked
@@ -147,6 +162,50 @@ def run(
     else:
         show(report.summary(pipeline.directory))
         show(f"report: {pipeline.directory / 'report.html'}")
+
+
+@app.command()
+def launch(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="A file with one host a line; with --slurm how many machines.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on each machine.")] = None,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
+    trust: TrustOption = False,
+    port: PortOption = 29500,
+    ssh: Annotated[str, typer.Option(help="What reaches a host, in place of ssh; with its options.")] = "",
+    max_restarts: RestartsOption = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands and run none of them.")
+    ] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Print a script for sbatch in place of ssh.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run CONFIG on several machines: by ssh, from here, or as a job of SLURM."""
+    from keel.cli import consent
+    from keel.cli import launch as launching
+
+    pipeline = _pipeline(config, overrides, runs, name)
+    flags = {"--fresh": fresh, "--json": as_json, "--trust": trust}
+    named = {"--runs": str(runs), "--name": name, "--only": only}
+    command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
+    command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
+    if slurm:
+        show(launching.slurm(command, pipeline.config.name, nodes, nproc, max_restarts), end="")
+        return
+    found, chosen = launching.parts(launching.hosts_of(nodes), nproc, port), shlex.split(ssh)
+    if dry_run:
+        show("\n".join(shlex.join(line) for _, line in launching.commands(found, command, chosen)))
+        return
+    consent.to_run(_place(config), pipeline.config, trust)
+    raise typer.Exit(launching.ended(launching.run(found, command, chosen, max_restarts, plain=as_json)))
 
 
 @app.command()
@@ -471,9 +530,34 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(help="A model to look at: a folder, a hub id, or runs/NAME/stages/STAGE.")
     ] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Try several ranks: whether they can work together.")
+    ] = False,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="With --distributed: ranks on each machine.")
+    ] = None,
+    shared: Annotated[
+        Path | None, typer.Option("--shared", help="With --distributed: a folder that all should see.")
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="With --distributed: a file with one host a line, to try them all.")
+    ] = None,
+    port: PortOption = 29500,
+    ssh: Annotated[str, typer.Option(help="What reaches a host, in place of ssh; with its options.")] = "",
+    node: NodeOption = None,
+    while_stdin: WhileStdinOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the environment and whether keel can work in it; or what a model's own files say of it."""
+    if while_stdin:
+        interrupts.end_with_stdin()
+    if distributed:
+        from keel.cli import doctor_ranks
+
+        asked = doctor_ranks.Asked(nproc, shared, nodes, port, shlex.split(ssh), node, as_json)
+        raise typer.Exit(doctor_ranks.command(asked, model))
+    if nproc or shared or nodes or node:
+        raise UsageError("--nproc, --shared, --nodes and --node have no effect without --distributed")
     if model is not None:
         from keel.models.facts import read_facts
 

@@ -1,14 +1,17 @@
 """Start n ranks of a command on this machine, watch them, and say in one line why they ended early.
 
-The ranks meet in a store that this process holds, on the loopback interface, at a port that the system
-chooses. The first one has this process's terminal; what the others write goes to a file. Where one fails, the
-others are given a moment to say so themselves, then ended: a rank alone cannot go on.
+The ranks meet in a store that this process holds, at a port that the system chooses. Where several machines
+share a run (`Node`), each has a launcher of its own; the first one's holds the store, at a port that all know
+(`nodes` starts them). The first rank has this process's terminal; what the others write goes to a file. Where
+one fails, the others are given a moment to say so themselves, then ended: a rank alone cannot go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,12 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from keel.distributed import records
 from keel.distributed.records import Record
+from keel.errors import UsageError
 
 TRACEBACK = "KEEL_TRACEBACK"  # in the environment: what every rank writes is shown
 LOOK = 0.05  # seconds between looks at the ranks
@@ -38,6 +42,39 @@ class Outcome:
     code: int  # 0: all came to their end
     line: str = ""  # what went wrong, and where
     interrupted: bool = False
+    lost: bool = False  # these ranks only know that others are gone
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The part of a run's ranks that this machine runs."""
+
+    first: int  # number of its first rank
+    of: int  # ranks on all machines
+    host: str  # of the first rank, as all machines reach it
+    port: int  # where its launcher holds the store
+
+    @classmethod
+    def parse(cls, text: str) -> Node:
+        """FIRST/OF@HOST:PORT. UsageError for anything else."""
+        found = re.fullmatch(r"(\d+)/(\d+)@(\S+):(\d+)", text)
+        node = found and cls(int(found[1]), int(found[2]), found[3].strip("[]"), int(found[4]))
+        if not node or node.first >= node.of or not 0 < node.port < 65536:
+            raise UsageError(
+                f"--node {text}: write FIRST/OF@HOST:PORT: the first rank of this machine, how many there "
+                "are on all, and where the first machine listens (8/16@node-a:29500)"
+            )
+        return node
+
+    def __str__(self) -> str:
+        return f"{self.first}/{self.of}@{self.host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all machines are this one."""
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
 
 @dataclass
@@ -46,22 +83,31 @@ class Ranks:
 
     folder: Path
     processes: list[subprocess.Popen[bytes]]
+    node: Node
 
     def codes(self) -> list[int | None]:
         return [process.poll() for process in self.processes]
 
 
-def run(command: Sequence[str], size: int, environment: Mapping[str, str] | None = None) -> Outcome:
+def run(
+    command: Sequence[str],
+    size: int,
+    environment: Mapping[str, str] | None = None,
+    node: Node | None = None,
+) -> Outcome:
     """Run a command on `size` ranks of this machine to its end. environment: added to this process's own.
+    node: which ranks these are, where other machines run others.
 
-    Whatever ends this process ends the ranks.
+    Whatever ends this process ends the ranks. UsageError where the store cannot be held, or there are not so
+    many ranks.
     """
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    if node is not None and node.first + size > node.of:
+        raise UsageError(f"--node {node}: {size} ranks from {node.first} on are more than {node.of}")
+    store: Any = None if node and node.first else _store(node.port if node else 0)  # held by this process
+    node = node or Node(0, size, "127.0.0.1", store.port)
     with tempfile.TemporaryDirectory(prefix="keel-ranks-") as name:
         folder = Path(name)
-        with _started(command, size, {**os.environ, **(environment or {})}, folder, store.port) as ranks:
+        with _started(command, size, {**os.environ, **(environment or {})}, folder, node) as ranks:
             while True:
                 codes = ranks.codes()
                 if all(code == 0 for code in codes):
@@ -71,15 +117,29 @@ def run(command: Sequence[str], size: int, environment: Mapping[str, str] | None
                 time.sleep(LOOK)
 
 
+def _store(port: int) -> Any:
+    """What the ranks meet in, held by this process; at a port that the system chooses, for 0."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    except RuntimeError as error:
+        if not port:
+            raise
+        raise UsageError(
+            f"port {port} of {socket.gethostname()} is taken: choose another (keel launch --port)"
+        ) from error
+
+
 @contextlib.contextmanager
 def _started(
-    command: Sequence[str], size: int, environment: Mapping[str, str], folder: Path, port: int
+    command: Sequence[str], size: int, environment: Mapping[str, str], folder: Path, node: Node
 ) -> Iterator[Ranks]:
-    ranks = Ranks(folder, [])
+    ranks = Ranks(folder, [], node)
     try:
-        for number in range(size):
-            of_rank = {**environment, **_of_rank(number, size, folder, port)}
-            ranks.processes.append(_start(command, number, of_rank, folder))
+        for local in range(size):
+            of_rank = {**environment, **_of_rank(local, size, folder, node)}
+            ranks.processes.append(_start(command, node.first + local, of_rank, folder))
         yield ranks
     except BaseException:
         _wait(ranks, FOR_SIGNAL)
@@ -88,17 +148,17 @@ def _started(
         _end(ranks)
 
 
-def _of_rank(number: int, size: int, folder: Path, port: int) -> dict[str, str]:
+def _of_rank(local: int, size: int, folder: Path, node: Node) -> dict[str, str]:
     """What a rank finds in its environment, by torchrun's names."""
-    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform) if node.is_local else None
     return {
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(size),
+        "RANK": str(node.first + local),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(node.of),
         "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process holds it
+        "MASTER_ADDR": node.host,
+        "MASTER_PORT": str(node.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # a launcher holds it
         records.FOLDER: str(folder),
         **({"GLOO_SOCKET_IFNAME": loopback} if loopback else {}),
     }
@@ -158,7 +218,7 @@ def _outcome(ranks: Ranks) -> Outcome:
     _wait(ranks, FOR_THE_SAME)
     codes, left = ranks.codes(), records.read(ranks.folder)  # of those that ended by themselves
     _end(ranks)
-    return outcome(codes, left, ranks.folder)
+    return outcome(codes, left, ranks.folder, ranks.node)
 
 
 def _known(ranks: Ranks) -> bool:
@@ -168,28 +228,30 @@ def _known(ranks: Ranks) -> bool:
     return all(code is not None for code in ranks.codes())
 
 
-def outcome(codes: Sequence[int | None], left: Mapping[int, Record], folder: Path) -> Outcome:
-    """What is said of ranks that ended with these codes (None: they had to be ended) and left these
-    records."""
-    size = len(codes)
+def outcome(
+    codes: Sequence[int | None], left: Mapping[int, Record], folder: Path, node: Node | None = None
+) -> Outcome:
+    """What is said of ranks that ended with these codes (None: they had to be ended) and left these records.
+    node: which ranks they are; None: all there are."""
+    first, size = (0, len(codes)) if node is None else (node.first, node.of)
     for kind in ("interrupted", "own"):
         found = sorted((r for r in left.values() if r.kind == kind), key=lambda record: record.time)
         if found:
-            return _of_record(found[0], size, everywhere=_said_by_all(found, size))
-    silent = [i for i, code in enumerate(codes) if code and i not in left]
+            return _of_record(found[0], size, everywhere=_said_by_all(found, len(codes)))
+    silent = [i for i, code in enumerate(codes) if code and first + i not in left]
     killed = next((i for i in silent if (codes[i] or 0) < 0), next(iter(silent), None))
     if killed is not None:
-        return _of_code(killed, size, codes[killed] or 1, folder)
+        return _of_code(first + killed, size, codes[killed] or 1, folder)
     hung = next((record for record in left.values() if record.kind == "hung"), None)
     if hung is not None:
         return _of_record(hung, size)
     absent = next((i for i, code in enumerate(codes) if code is None), None)
     if absent is not None:
-        where = f"rank {absent} of {size} on {socket.gethostname()}"
-        return Outcome(
-            1, f"{where}: it did not come to where the others waited for it (distributed.timeout); {_GOES_ON}"
-        )
-    return _of_record(next(iter(left.values())), size)
+        where = f"rank {first + absent} of {size} on {socket.gethostname()}"
+        line = f"{where}: it did not come to where the others waited for it (distributed.timeout); {_GOES_ON}"
+        return Outcome(1, line, lost=len(codes) < size)
+    lost = _of_record(next(iter(left.values())), size)
+    return replace(lost, lost=len(codes) < size)
 
 
 _GOES_ON = "what is done is kept, and the same command goes on"

@@ -1,0 +1,377 @@
+"""Several machines: what is run on each, what is said of one that fails, and two that are really one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from keel.cli import doctor_ranks, ranks
+from keel.cli import launch as launching
+from keel.cli.main import app
+from keel.distributed import launch, nodes
+from keel.distributed.launch import Node, Outcome
+from keel.distributed.nodes import Host
+from keel.distributed.records import Record
+from keel.errors import UsageError
+
+Differences = Callable[[Path, Path], list[str]]
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    return path
+
+
+# ---------------------------------------------------------------- what is run where
+
+
+def test_a_file_of_hosts(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.txt"
+    path.write_text("# ours\nann@node-a slots=8\n\nnode-b   # without slots\n10.0.0.7 slots=4\n")
+    assert nodes.read_hosts(path) == [Host("ann@node-a", 8), Host("node-b"), Host("10.0.0.7", 4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node-a 8\n", r"hosts.txt:1: write \[user@\]host"),
+        ("node-a slots=0\n", r"hosts.txt:1: write"),
+        ("-oProxyCommand=x\n", r"hosts.txt:1: write"),
+        ("node-a;rm\n", r"hosts.txt:1: write"),
+        ("node-a\nann@node-a\n", "hosts.txt:2: ann@node-a stands there twice"),
+        ("# none\n", "no host in it"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_is_none_of_hosts_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        nodes.read_hosts(path)
+
+
+def test_each_machine_has_its_ranks_and_all_know_where_they_meet() -> None:
+    found = launching.parts([Host("ann@node-a", 8), Host("node-b"), Host("node-c")], 4, 29512)
+    assert [str(part.node) for part in found] == [
+        "0/16@node-a:29512", "8/16@node-a:29512", "12/16@node-a:29512",
+    ]  # fmt: skip
+    assert [part.ranks for part in found] == [8, 4, 4]
+    assert Node.parse("8/16@node-a:29512") == found[1].node
+    with pytest.raises(UsageError, match="how many ranks on node-b"):
+        launching.parts([Host("node-a", 8), Host("node-b")], None, 29500)
+    for wrong in ("8/8@a:1", "0/2@a", "0/2@a:70000", "a"):
+        with pytest.raises(UsageError, match="write FIRST/OF@HOST:PORT"):
+            Node.parse(wrong)
+
+
+def test_a_dry_run_prints_what_would_be_run(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_file: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth 1")
+    monkeypatch.setenv("OPENAI_API_KEY", "hush")
+    stage = {"kind": "sft", "model": "a/b", "data": str(data.demonstrations)}
+    config_file(tmp_path / "c.yaml", {"tuned": stage})
+    (tmp_path / "hosts.txt").write_text("node-a\nann@node-b\n")
+    line = "launch c.yaml seed=3 --nodes hosts.txt --nproc 8 --name x --dry-run"
+    one, other = CliRunner().invoke(app, line.split(), catch_exceptions=False).stdout.splitlines()
+    assert one.startswith("ssh -o BatchMode=yes ")
+    assert " node-a 'cd " in one
+    assert " ann@node-b 'cd " in other
+    assert "--nproc 8 --node 8/16@node-a:29500 --while-stdin" in other
+    assert "-m keel run c.yaml seed=3 --runs runs --name x" in one
+    assert "eth 1" in one
+    assert "hush" not in one + other
+
+
+def test_options_that_have_no_effect_are_refused() -> None:
+    for line, message in (
+        ("run c.yaml --node 0/2@a:1", "--node needs --nproc"),
+        ("run c.yaml --max-restarts 2", "--max-restarts needs --nproc"),
+        ("run c.yaml --nproc 2 --node 0/2@a:1 --max-restarts 2", "whoever starts all machines"),
+    ):
+        words = line.split()
+        at = {words[i]: words[i + 1] for i in range(2, len(words), 2)}
+        with pytest.raises(UsageError, match=message):
+            ranks.place_of(
+                at.get("--node"), int(at["--nproc"]) if "--nproc" in at else None,
+                int(at.get("--max-restarts", 0)),
+            )  # fmt: skip
+    for line, message in (
+        ("doctor --nproc 2", "no effect without --distributed"),
+        ("doctor m --distributed", "looks at machines, not at a model"),
+        ("doctor --distributed --nproc 1", "nothing to try with one rank"),
+        ("doctor --distributed --shared /no/such", "there is no such folder"),
+    ):
+        outcome = CliRunner().invoke(app, line.split())
+        assert isinstance(outcome.exception, UsageError), line
+        assert message in str(outcome.exception)
+
+
+def test_a_run_that_fails_is_started_again_and_nothing_is_forgotten_twice() -> None:
+    given: list[list[str]] = []
+
+    def start(arguments: Any) -> Outcome:
+        given.append(list(arguments))
+        return Outcome(1, "rank 1 of 2 on h was killed") if len(given) < 3 else Outcome(0)
+
+    assert ranks.again(start, ["run", "c.yaml", "--fresh"], 5) == Outcome(0)
+    assert given == [["run", "c.yaml", "--fresh"], ["run", "c.yaml"], ["run", "c.yaml"]]
+    for code, interrupted in ((2, False), (130, True), (3, False)):
+        given.clear()
+        ended = Outcome(code, "x", interrupted)
+        assert ranks.again(lambda arguments, ended=ended: given.append(arguments) or ended, [], 5) == ended
+        assert len(given) == 1
+    given.clear()
+    assert ranks.again(lambda arguments: given.append([]) or Outcome(1, "x"), [], 2).code == 1
+    assert len(given) == 3
+
+
+# ---------------------------------------------------------------- what is said of one that fails
+
+
+def test_ranks_of_one_machine_are_named_by_their_numbers_among_all(tmp_path: Path) -> None:
+    node = Node(2, 4, "node-a", 29500)
+    killed = launch.outcome([1, -9], {2: Record(2, "b", "lost", "gone", 1, 0.0)}, tmp_path, node)
+    assert killed.line.startswith("rank 3 of 4 on ")
+    assert not killed.lost
+    lost = {number: Record(number, "b", "lost", "the others do not answer", 1, 0.0) for number in (2, 3)}
+    assert launch.outcome([1, 1], lost, tmp_path, node).lost
+    assert not launch.outcome([1, 1], {n - 2: r for n, r in lost.items()}, tmp_path).lost
+
+
+def local(name: str, text: str) -> tuple[Host, list[str]]:
+    return Host(name), ["bash", "-c", text]
+
+
+def test_the_machine_that_failed_first_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose ranks only lost the others is not to blame, though it ended before."""
+    shown: list[tuple[str, str, bool]] = []
+    waiting = local("c", "trap '' TERM; cat; echo over")  # ends with its standard input
+    lost = local("a", f"echo 'keel: rank 0 of 6 on a: the others do not answer' >&2; exit {nodes.LOST}")
+    own = local("b", "sleep 0.3; echo 'keel: rank 3 of 6 on b: the disk is full' >&2; exit 1")
+    started = time.monotonic()
+    outcome = nodes.run([lost, own, waiting], lambda host, line, out: shown.append((host.name, line, out)))
+    assert outcome == Outcome(1, "rank 3 of 6 on b: the disk is full")
+    assert time.monotonic() - started < 5
+    assert ("b", "keel: rank 3 of 6 on b: the disk is full", False) in shown
+    assert nodes.run([local("a", "echo 1"), local("b", "true")], lambda *_: None) == Outcome(0)
+    unreachable = nodes.run([local("a", "exit 255"), waiting], lambda *_: None)
+    assert unreachable == Outcome(1, "a: ssh did not get there, or lost the connection: try `ssh a`")
+    usage = nodes.run([local("a", "echo 'keel: no stage' >&2; exit 2"), waiting], lambda *_: None)
+    assert usage == Outcome(2, "no stage")
+    with pytest.raises(UsageError, match="there is no nossh here"):
+        nodes.run([(Host("a"), ["nossh", "a"])], lambda *_: None)
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+def test_a_script_for_slurm_starts_one_launcher_a_machine_and_starts_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stand-ins for srun and scontrol: the first attempt fails, the second does not."""
+    monkeypatch.chdir(tmp_path)
+    text = launching.slurm(["run", "my config.yaml", "--fresh"], "demo", "2", 4, 1)
+    job, stand_ins = script(tmp_path / "job.sh", text), tmp_path / "bin"
+    subprocess.run(["bash", "-n", str(job)], check=True)
+    assert "#SBATCH --nodes=2" in text
+    assert "#SBATCH --job-name=keel-demo" in text
+    stand_ins.mkdir()
+    script(stand_ins / "scontrol", "#!/bin/sh\nprintf 'node-a\\nnode-b\\n'\n")
+    script(
+        stand_ins / "srun",
+        "#!/bin/bash\n"
+        "while [[ $1 == --* ]]; do shift; done\n"
+        'for node in 0 1; do SLURM_NODEID=$node "$@" >> said; done\n'
+        "echo >> attempts; exit $(( $(wc -l < attempts) == 1 ))\n",
+    )
+    python = script(stand_ins / "python", '#!/bin/sh\nprintf "%s|" "$@"; echo\n')
+    job.write_text(text.replace(sys.executable, str(python)))
+    environment = {
+        **os.environ, "PATH": f"{stand_ins}:{os.environ['PATH']}", "SLURM_JOB_ID": "20007",
+        "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]",
+    }  # fmt: skip
+    done = subprocess.run(["bash", str(job)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "keel: starting again, 1 of at most 1 times" in done.stderr
+    of_first, of_second, *again = (tmp_path / "said").read_text().splitlines()
+    start = "-m|keel|run|my config.yaml|"
+    assert of_first == f"{start}--fresh|--nproc|4|--node|0/8@node-a:20007|"
+    assert of_second == f"{start}--fresh|--nproc|4|--node|4/8@node-a:20007|"
+    assert again == [f"{start}--nproc|4|--node|{first}/8@node-a:20007|" for first in (0, 4)]
+    for wrong in ({"count": "hosts.txt", "nproc": 1}, {"count": "2", "nproc": None}):
+        with pytest.raises(UsageError, match="--slurm"):
+            launching.slurm([], "demo", restarts=0, **wrong)
+
+
+# ---------------------------------------------------------------- what the doctor makes of it
+
+
+def measured(**more: Any) -> dict[str, Any]:
+    rank = {
+        "python": "3.11", "torch": "2.13", "keel": "0.2", "cards": 0, "interface": None, "time": 100.0,
+        "address": "10.0.0.1",
+    }  # fmt: skip
+    return {
+        "backend": "gloo", "seconds_to_join": 0.5, "shared": None,
+        "ranks": [{**rank, "rank": 0, "host": "a"}, {**rank, "rank": 1, "host": "b"}],
+        "reductions": [{"bytes": 2**25, "seconds": 0.03, "bytes_per_second": 1e9, "wrong": 0}],
+        **more,
+    }  # fmt: skip
+
+
+def test_the_doctor_says_what_to_mend() -> None:
+    assert all(check.ok for check in doctor_ranks.of_measured(measured()))
+    ill = measured(
+        reductions=[{"bytes": 2**25, "seconds": 9.0, "bytes_per_second": 4e6, "wrong": 0}],
+        shared={"folder": "/s", "failed": {"1": "it does not see the file of rank 0"}, "seconds": 10.0,
+                "locks": True, "free_bytes": 0},
+    )  # fmt: skip
+    ill["ranks"][1] |= {"torch": "2.6", "time": 400.0, "address": "127.0.1.1"}
+    found = {check.name: check for check in doctor_ranks.of_measured(ill) if not check.ok}
+    assert set(found) == {"versions", "clocks", "names", "all-reduce of 32 MiB", "shared folder"}
+    assert all(check.mend for check in found.values())
+    assert "torch 2.13 on a, 2.6 on b" in found["versions"].found
+    assert "GLOO_SOCKET_IFNAME" in found["names"].mend
+    assert "/s, rank 1: it does not see" in found["shared folder"].found
+    unlocked = measured(
+        shared={"folder": "/s", "failed": {}, "seconds": 0.0, "locks": False, "free_bytes": 2**40}
+    )
+    assert [c.name for c in doctor_ranks.of_measured(unlocked) if not c.ok] == ["locks"]
+
+
+# ---------------------------------------------------------------- two machines that are one
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    """Options of two machines, both this one, reached by a stand-in for ssh."""
+    (tmp_path / "hosts.txt").write_text("localhost\nann@127.0.0.1\n")
+    ssh = script(tmp_path / "ssh", '#!/bin/sh\nshift\nexec sh -c "$*"\n')
+    return ["--nodes", str(tmp_path / "hosts.txt"), "--ssh", str(ssh)]
+
+
+def keel(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "keel", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def config(tmp_path: Path, all_kinds: dict[str, Any], config_file: Callable[..., Path]) -> Path:
+    stage = {**all_kinds["tuned"], "max_steps": 6, "save_every": 1, "batch_size": 4}
+    return config_file(tmp_path / "config.yaml", {"tuned": stage}, distributed={"timeout": 20})
+
+
+@pytest.mark.ranks
+def test_two_machines_leave_the_bytes_of_one_with_as_many_ranks(
+    config: Path, two: list[str], tmp_path: Path, differences: Differences
+) -> None:
+    done = keel("launch", config, *two, "--nproc", 1, "--port", 29611, "--runs", tmp_path, "--name", "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "localhost | report: " in done.stdout
+    assert "ann@127.0.0.1 | " not in done.stdout  # the first rank alone speaks
+    one = keel("run", config, "--nproc", 2, "--runs", tmp_path, "--name", "one")
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert differences(tmp_path / "one", tmp_path / "two") == ["config.yaml"]  # which holds its name
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_killed_on_one_machine_ends_both_and_the_restart_goes_on(
+    config: Path, two: list[str], tmp_path: Path, differences: Differences
+) -> None:
+    command = [sys.executable, "-m", "keel", "launch", str(config), *two, "--nproc", "1", "--port", "29612"]
+    command += ["--runs", str(tmp_path), "--name", "killed", "--max-restarts", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    log, until = tmp_path / "killed" / "stages" / "tuned" / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(_rank_of("killed", "1"), signal.SIGKILL)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    assert "keel: rank 1 of 2 on " in said
+    assert "SIGKILL" in said
+    assert "keel: starting again, 1 of at most 1 times" in said
+    assert "going on after step" in said
+    one = keel("run", config, "--nproc", 2, "--runs", tmp_path, "--name", "one")
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert differences(tmp_path / "one", tmp_path / "killed") == ["config.yaml"]
+
+
+def _rank_of(name: str, rank: str) -> int:
+    """The process of a run that has this rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if name.encode() in words and f"RANK={rank}".encode() in environment:
+            return int(folder.name)
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.ranks
+def test_the_doctor_tries_both_machines(two: list[str], tmp_path: Path) -> None:
+    found = keel(
+        "doctor", "--distributed", "--nproc", 1, *two, "--port", 29613, "--shared", tmp_path, "--json"
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    facts = json.loads(found.stdout)
+    assert facts["ok"]
+    assert len(facts["measured"]["ranks"]) == 2
+    assert {c["name"] for c in facts["checks"]} >= {"process group", "all-reduce of 32 MiB", "shared folder"}
+    assert facts["measured"]["reductions"][-1]["bytes_per_second"] > 0
+    assert not list(tmp_path.glob(".keel-doctor-*"))
+
+
+@pytest.mark.ranks
+def test_the_doctor_tells_of_ranks_that_do_not_meet_and_of_a_port_that_is_taken(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = keel("doctor", "--distributed", "--port", port, "--json")
+        assert found.returncode == 1
+        bad = [check for check in json.loads(found.stdout)["checks"] if not check["ok"]]
+        assert [check["name"] for check in bad] == ["port"]
+        assert "--port" in bad[0]["mend"]
+        refused = keel("run", tmp_path / "c.yaml", "--nproc", 1, "--node", f"0/2@localhost:{port}")
+        assert refused.returncode == 2
+
+
+@pytest.mark.ranks
+def test_ranks_on_one_machine_are_started_again(
+    config: Path, tmp_path: Path, differences: Differences
+) -> None:
+    command = [sys.executable, "-m", "keel", "run", str(config), "--nproc", "2", "--runs", str(tmp_path)]
+    command += ["--name", "again", "--max-restarts", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    log, until = tmp_path / "again" / "stages" / "tuned" / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(_rank_of("again", "0"), signal.SIGKILL)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    assert said.count("keel: starting again") == 1
+    one = keel("run", config, "--nproc", 2, "--runs", tmp_path, "--name", "one")
+    assert one.returncode == 0
+    assert differences(tmp_path / "one", tmp_path / "again") == ["config.yaml"]
