@@ -4,13 +4,17 @@
 and keeps the gradient of every optimiser step. `python worker.py episodes …` does so where turns call tools
 by what their tokens add up to, since a model that has learnt nothing calls none. `python worker.py fault
 FAULT RANK STEP ARGS …` is `keel ARGS`, where RANK meets FAULT in its optimiser step number STEP: raise, kill,
-stop, spin, nan.
+stop, spin, nan. `python worker.py bytes OUT ARGS …` is `keel ARGS`, and the first rank keeps what it had sent
+over the network at each optimiser step.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -108,11 +112,46 @@ def fault(what: str, rank: str, step: str, *arguments: str) -> None:
     main()
 
 
+def sent() -> int:
+    """Bytes that this process has sent by TCP, as its kernel counts them (tcp_info's tcpi_bytes_sent)."""
+    total = 0
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(number))) as one:
+                info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:
+            continue
+        total += struct.unpack_from("<Q", info, 200)[0]
+    return total
+
+
+def count_bytes(out: str, *arguments: str) -> None:
+    from keel.cli.main import main
+    from keel.models import optim
+
+    before, found = optim.step, list[int]()
+
+    def stepping(*given: Any) -> Any:
+        done = before(*given)
+        found.append(sent())
+        if os.environ["RANK"] == "0":
+            Path(out).write_text(json.dumps(found))
+        return done
+
+    optim.step = stepping
+    sys.argv = ["keel", *arguments]
+    main()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "episodes":
         call_by_tokens()
     if sys.argv[1] in ("float64", "episodes"):
         float64(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
+    elif sys.argv[1] == "bytes":
+        count_bytes(*sys.argv[2:])
     else:
         fault(*sys.argv[2:])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import keel
 from keel.api.terminal import show, show_json
 from keel.cli import launch as launching
 from keel.cli import ranks
@@ -44,6 +45,7 @@ def examine(nproc: int | None, port: int, shared: Path | None, node: Node | None
     with tempfile.TemporaryDirectory(prefix="keel-doctor-") as name:
         out = Path(name) / "found.json"
         command = [sys.executable, "-m", "keel.distributed.trial", str(out)]
+        command += ["--version", keel.__version__]
         command += ["--shared", str(shared.resolve())] if shared else []
         outcome = launch.run(command, count, {"OMP_NUM_THREADS": "1"}, node)
         measured = json.loads(out.read_text(encoding="utf-8")) if out.exists() else None

@@ -236,6 +236,16 @@ def plan(
     method: Annotated[
         str | None, typer.Option("--method", help="With --model: sft, reward, dpo, grpo or ppo (default).")
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=2, max=65536, help="Say it of so many ranks, too.")
+    ] = None,
+    card: Annotated[str, typer.Option("--card", help="With --nproc: the size of each card.")] = "80GB",
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            "--bandwidth", min=0.001, help="With --nproc: GB/s in and out of a rank (doctor --distributed)."
+        ),
+    ] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -245,8 +255,12 @@ def plan(
     totals.
     """
     from keel.cli import consent
-    from keel.plan import disk, planner, rule_of_thumb, text
+    from keel.plan import disk, planner, rank_memory, rule_of_thumb, text
 
+    if nproc is not None and model is not None:
+        raise UsageError("--nproc needs a config: with --model the cards are counted already")
+    if nproc is None and (card != "80GB" or bandwidth is not None):
+        raise UsageError(f"{'--card' if bandwidth is None else '--bandwidth'} has no effect without --nproc")
     if (config is None) == (model is None):
         raise UsageError(
             "give a config or recipe to plan, or --model with the hub id of a model: one of them"
@@ -259,7 +273,10 @@ def plan(
         raise UsageError("--method has no effect without --model: a config names its methods itself")
     pipeline = _pipeline(config, overrides, runs, name)
     pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
-    entries = planner.plan(pipeline)
+    of_ranks = nproc and rank_memory.Asked(
+        nproc, rank_memory.card_of(card), bandwidth and bandwidth * rank_memory.GB
+    )
+    entries = planner.plan(pipeline, of_ranks or None)
     if as_json:
         for entry in entries:
             entry["disk"] = disk.as_dict(disk.need(pipeline, entry["stage"]))

@@ -1,6 +1,6 @@
 """Whether ranks can work together, and how fast: `keel doctor --distributed` runs this on each of them.
 
-    python -m keel.distributed.trial OUT [--shared FOLDER] [--timeout SECONDS]
+    python -m keel.distributed.trial OUT [--shared FOLDER] [--timeout SECONDS] [--version OF_KEEL]
 
 All ranks say who they are, add up tensors of a few sizes, and look at files that the others write. The first
 one writes what was found to OUT, as JSON.
@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 
 import torch
 
-import keel
 from keel.distributed import group, records
 from keel.errors import KeelError
 
@@ -36,22 +35,18 @@ REPEATS = 5
 SEEN_WITHIN = 10.0  # seconds in which a file of one machine must be seen by the others
 
 
-def facts() -> dict[str, Any]:
-    """Who this rank is."""
-    name = socket.gethostname()
+def facts(version: str) -> dict[str, Any]:
+    """Who this rank is. version: of keel."""
+    name, address = socket.gethostname(), None
     with contextlib.suppress(OSError):
         address = socket.gethostbyname(name)
-        return {**_own(name), "address": address}
-    return {**_own(name), "address": None}
-
-
-def _own(name: str) -> dict[str, Any]:
     return {
         "rank": group.rank(),
         "host": name,
+        "address": address,
+        "keel": version,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "keel": keel.__version__,
         "cards": torch.cuda.device_count(),
         "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "time": time.time(),
@@ -164,7 +159,7 @@ def _tried(work: Callable[[], object]) -> str | None:
     return None
 
 
-def run(folder: Path | None, timeout: float) -> dict[str, Any]:
+def run(folder: Path | None, timeout: float, version: str) -> dict[str, Any]:
     """Try all of it, as a rank; every one gets what was found."""
     started = time.monotonic()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,7 +169,7 @@ def run(folder: Path | None, timeout: float) -> dict[str, Any]:
         return {
             "backend": "nccl" if kind == "cuda" else "gloo",
             "seconds_to_join": seconds,
-            "ranks": group.gathered(facts()),
+            "ranks": group.gathered(facts(version)),
             "reductions": [reduced(size, device) for size in SIZES],
             "shared": None if folder is None else shared(folder),
         }
@@ -185,9 +180,10 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shared", type=Path)
     parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--version", default="")
     asked = parser.parse_args()
     try:
-        found = run(asked.shared, asked.timeout)
+        found = run(asked.shared, asked.timeout, asked.version)
     except Exception as error:
         line = str(error) if isinstance(error, KeelError) else f"{type(error).__name__}: {error}"
         kind: records.Kind = "lost" if group.says_lost(error) or "ranks do not answer" in line else "own"

@@ -33,11 +33,14 @@ class Fit:
 
 def fits(stage: Stage, peak: Peak, longest: int) -> list[Fit]:
     """One entry a card. longest: tokens of the longest sequence, which `max_length` would shorten."""
-    needed = peak(stage)
-    return [
-        Fit(gb, True, {}) if needed <= gb * GB else Fit(gb, False, _settings(stage, peak, longest, gb * GB))
-        for gb in CARDS
-    ]
+    return [fit(stage, peak, longest, gb) for gb in CARDS]
+
+
+def fit(stage: Stage, peak: Peak, longest: int, gb: int) -> Fit:
+    """Of one card."""
+    if peak(stage) <= gb * GB:
+        return Fit(gb, True, {})
+    return Fit(gb, False, _settings(stage, peak, longest, gb * GB))
 
 
 def _settings(stage: Stage, peak: Peak, longest: int, room: float) -> dict[str, Any] | None:
@@ -151,8 +154,13 @@ def as_text(found: Sequence[Fit]) -> str:
         if fit.settings is None:
             parts.append(f"{fit.gb} GB: not by any setting")
             break  # nor does it fit a smaller one
-        parts.append(f"{fit.gb} GB with {' '.join(f'{k}={_plain(v)}' for k, v in fit.settings.items())}")
+        parts.append(f"{fit.gb} GB with {settings_text(fit.settings)}")
     return "; ".join(parts)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """As overrides on a command line."""
+    return " ".join(f"{key}={_plain(value)}" for key, value in settings.items())
 
 
 def _plain(value: object) -> str:

@@ -26,7 +26,7 @@ from keel.pipeline import held_out, lengths, stage_kinds
 from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
 from keel.pipeline.preflight import from_outside
-from keel.plan import card_fit, model_shapes, stage_memory
+from keel.plan import card_fit, model_shapes, rank_memory, stage_memory
 from keel.plan.model_memory import Lora
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 from keel.stages import prepare
@@ -39,21 +39,22 @@ USABLE = 0.85  # of the memory that is free: `plan` is within 15 % of what was m
 CANDIDATES = 20  # rows, the longest in characters, among which the longest in tokens is looked for
 
 
-def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
+def plan(pipeline: Pipeline, ranks: rank_memory.Asked | None = None) -> list[dict[str, Any]]:
     """One entry a stage: kind, inputs, data, rows, type, tokens (None where unknown), steps, parameters,
     state, memory.
 
     `tokens_measured`: every row was tokenised; otherwise the tokens are an estimate. `memory`: see `_memory`;
-    None where the shape of one of its models is unknown.
+    None where the shape of one of its models is unknown. ranks: the entry has what `rank_memory.as_dict` says
+    of them, too; None where nothing can be said.
     """
     pipeline.sources.check(list(pipeline.config.stages))
     with pipeline.dated():
         for name in pipeline.config.stages:
             lengths.check(pipeline.sources, name)
-        return [_stage(pipeline, name) for name in pipeline.config.stages]
+        return [_stage(pipeline, name, ranks) for name in pipeline.config.stages]
 
 
-def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
+def _stage(pipeline: Pipeline, name: str, ranks: rank_memory.Asked | None = None) -> dict[str, Any]:
     stage = pipeline.config.stages[name]
     datasets = _datasets(pipeline, name)
     rows = sum(len(dataset.records) for dataset in datasets) + _collected(pipeline, stage)
@@ -76,12 +77,24 @@ def _stage(pipeline: Pipeline, name: str) -> dict[str, Any]:
     entry |= stage.planned_steps(_examples(pipeline, name, datasets, rows, tokens))
     if getattr(stage, "micro_batch", None) == "auto" and datasets:
         entry["micro_batch"] = micro_batch(pipeline, name)
-    entry["memory"] = (
-        _memory(pipeline, name, _longest(pipeline, name, tokenizer, datasets), entry.get("micro_batch"))
-        if datasets or stage.streams
-        else None
-    )
+    known = _longest(pipeline, name, tokenizer, datasets) if datasets or stage.streams else None
+    at_once = entry.get("micro_batch")
+    entry["memory"] = None if known is None else _memory(pipeline, name, known, at_once)
+    if ranks is not None:
+        entry["ranks"] = None if known is None else _on_ranks(pipeline, name, known, at_once, ranks)
     return entry
+
+
+def _on_ranks(
+    pipeline: Pipeline, name: str, lengths: Lengths, micro_batch: int | None, asked: rank_memory.Asked
+) -> dict[str, Any] | None:
+    """See `rank_memory.as_dict`; None where the shape of one of its models is unknown."""
+    stage, refs = pipeline.config.stages[name], models(pipeline, name)
+    if refs is None or stage_kinds.kind_of(stage.kind).memory is None:
+        return None
+    if micro_batch is not None:
+        stage = stage.model_copy(update={"micro_batch": micro_batch})
+    return rank_memory.as_dict(rank_memory.on_ranks(stage, refs, lengths, asked), asked)
 
 
 def micro_batch(pipeline: Pipeline, name: str) -> int | None:

@@ -8,7 +8,10 @@ computed everywhere, which takes more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -17,6 +20,19 @@ from keel.accel.batch_layout import BatchLayout, ReadStrategy
 from keel.accel.last_layer import weight_of
 from keel.data.batches import by_length
 from keel.plan.model_memory import Forward, Model
+
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within it rows are read as the model's own code reads them, all in one forward: weights that are cut
+    over ranks are computed with that way."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +65,14 @@ def parts(rows: Sequence[Row], at_once: int | None, tokens: int | None = None) -
 
 def forward(model: Model, rows: Sequence[Row]) -> Forward:
     """One forward of these rows."""
+    if _plain.get():
+        return Forward(len(rows), max(row.length for row in rows))
     return _forward(model, _renumbered(rows))
 
 
 def best_rows(model: Model) -> int:
+    if _plain.get():
+        return sys.maxsize
     return batch_layout.best_rows(model.shape.kind, model.shape.window, draws=model.draws)
 
 

@@ -122,11 +122,21 @@ def _trained(stage: Training, found: ModelRef, device: Device, *, dropout: bool 
     )
 
 
+def learners(stage: Training, refs: StageModels, device: Device) -> dict[str, Model]:
+    """What a stage trains, by the roles of its phases."""
+    if isinstance(stage, OnPolicy):
+        return {role: model for role, model in roles(stage, refs, device).items() if model.trained}
+    model = _trained(stage, refs.model, device)
+    if isinstance(stage, (RewardConfig, ClassifierConfig)):
+        return {"model": replace(model, head="score", labels=stage.outputs)}
+    return {"policy" if isinstance(stage, DPOConfig) else "model": model}
+
+
 def _frozen(found: ModelRef, dtype: str, device: Device, head: Head = "lm") -> Model:
     return Model(found.shape, dtype, head=head, device=device, counted=found.counted)
 
 
-def _rows(stage: Training, whole: int, length: int) -> int:
+def rows_at_once(stage: Training, whole: int, length: int) -> int:
     """Rows of one forward and backward, if all take `length` tokens."""
     if stage.micro_tokens is not None:
         return min(max(1, stage.micro_tokens // max(1, length)), whole)
@@ -146,7 +156,7 @@ def _with_best(phase: Phase, models: Mapping[str, Model], role: str, patience: i
 def language(stage: Supervised, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     """Language modelling with the model's own dropout."""
     model = _trained(stage, refs.model, device, dropout=True)
-    rows = _rows(stage, stage.batch_size, lengths.total)
+    rows = rows_at_once(stage, stage.batch_size, lengths.total)
     if getattr(stage, "loss_on", None) == "all" or stage.cuts_texts:
         lengths = Lengths(0, lengths.total)
     read = predicted_layout.forward(
@@ -185,7 +195,7 @@ def _working(model: Model, reads: Sequence[Forward]) -> float:
 def reward_model(stage: RewardConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     """A head on the last token, which reads both sides of a pair; before, samples to scale the scores by."""
     model = replace(_trained(stage, refs.model, device, dropout=True), head="score")
-    rows = _rows(stage, stage.batch_size, lengths.total * 2)
+    rows = rows_at_once(stage, stage.batch_size, lengths.total * 2)
     reads = _read(model, _sides(predicted_layout.scored, rows, lengths))
     steps = _scored_steps(stage, model, reads, rows)
     if not stage.normalize or model.shape.is_encoder:
@@ -200,7 +210,7 @@ def classifier(stage: ClassifierConfig, refs: StageModels, lengths: Lengths, dev
     """A head with an output for each label."""
     trained = _trained(stage, refs.model, device, dropout=True)
     model = replace(trained, head="score", labels=stage.outputs)
-    rows = _rows(stage, stage.batch_size, lengths.total)
+    rows = rows_at_once(stage, stage.batch_size, lengths.total)
     return [_scored_steps(stage, model, [Forward(rows, lengths.total)], rows)]
 
 
@@ -219,7 +229,7 @@ def preferences(stage: DPOConfig, refs: StageModels, lengths: Lengths, device: D
     if stage.loss not in REFERENCE_FREE:
         found.append(_reference(stage, refs, lengths, device))
     sides = 1 if stage.loss == "kto" else 2
-    count = _rows(stage, stage.batch_size, sides * lengths.total)
+    count = rows_at_once(stage, stage.batch_size, sides * lengths.total)
     rows = _responses(stage, count, lengths)
     tokens = sum(row.asked for row in rows)
     # `joined` copies them
@@ -244,7 +254,7 @@ def _reference(stage: DPOConfig, refs: StageModels, lengths: Lengths, device: De
         held["reference"] = _frozen(refs.reference, stage.model.dtype, device)
     role = "reference" if refs.reference else "policy"
     model = replace(held[role], trained=False)
-    rows = _rows(stage, stage.batch_size, lengths.total)
+    rows = rows_at_once(stage, stage.batch_size, lengths.total)
     part = max(predicted_layout.parts(_responses(stage, rows, lengths), rows), key=len)
     tokens = sum(row.asked for row in part)
     logits = model_memory.loss_logits(model, tokens) + model_memory.kept_states(model, tokens)
@@ -280,7 +290,7 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     policy, whole = models["policy"], stage.batch_size
     kept = whole * lengths.answer * policy.shape.hidden * policy.bytes if stage.trusts_sampler else 0
     sampled = _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
-    judged = _judging(models, _rows(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
+    judged = _judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
     found = [
         Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
     ]
@@ -294,7 +304,7 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     found.append(Phase("forward", parts))
     found.append(_steps(stage, models, lengths))
     if stage.ptx:  # after the policy's gradient is there
-        rows = _rows(stage, stage.ptx.batch_size, lengths.total)
+        rows = rows_at_once(stage, stage.ptx.batch_size, lengths.total)
         read = predicted_layout.forward(
             policy, [predicted_layout.answer(i, 0, lengths.total) for i in range(rows)]
         )

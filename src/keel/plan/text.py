@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from keel.pipeline import stage_kinds
-from keel.plan import card_fit
+from keel.plan import card_fit, rank_memory
 
 
 def as_text(entries: list[dict[str, Any]]) -> str:
@@ -42,6 +42,7 @@ def as_text(entries: list[dict[str, Any]]) -> str:
                 if entry["memory"]
                 else [f"    {_without_memory(entry['kind'])}"]
             ),
+            *(f"    {line}" for line in (rank_memory.as_lines(entry["ranks"]) if entry.get("ranks") else [])),
         ]
     return "\n".join(lines)
 

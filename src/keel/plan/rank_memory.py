@@ -1,0 +1,263 @@
+"""A stage on n ranks, by strategy: the memory of the fullest rank, whether it fits a card, and the bytes that
+a rank sends and receives.
+
+ddp: every rank has weights, gradients and optimiser whole, and 1/n of the rows. fsdp: 1/n of weights,
+gradients and optimiser, and whole at a time the embeddings with the head and two layers: the one that
+computes and the next, whose weights are on their way. Each rank opens the model whole before it is cut.
+
+Bytes are those of ring algorithms, which NCCL and gloo use: a sum of S bytes over n ranks (all-reduce) makes
+each send 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from keel.config import OnPolicy, Stage, Training
+from keel.distributed.gradients import BUCKET
+from keel.errors import UsageError
+from keel.pipeline import stage_kinds
+from keel.plan import card_fit, model_memory, predicted_layout, stage_memory
+from keel.plan.model_memory import TRAINED, Model
+from keel.plan.peaks import Parts, Phase
+from keel.plan.stage_memory import Lengths, StageModels
+
+Strategy = Literal["ddp", "fsdp"]
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
+LAYERS_AT_ONCE = 2
+GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `keel plan --nproc` asks."""
+
+    ranks: int
+    card: int = 80  # GB of each
+    bandwidth: float | None = None  # bytes a second in and out of a rank
+
+
+@dataclass(frozen=True, slots=True)
+class OnRanks:
+    """A stage on n ranks by one strategy."""
+
+    runs: bool  # whether keel can
+    peak: float = 0.0  # bytes, of the fullest rank
+    peak_phase: str = ""
+    phases: Mapping[str, float] = field(default_factory=dict)
+    fits: bool = False  # the card that was asked about
+    settings: Mapping[str, Any] | None = None  # dotted, that would make it fit; None: none of them does
+    sent: float = 0.0  # bytes that a rank sends for an optimiser step, and receives
+    steps: int = 1  # optimiser steps of an update; 1 where a step is one
+
+
+def card_of(text: str) -> int:
+    """ "80GB", "80" → 80. UsageError for anything else."""
+    found = re.fullmatch(r"\s*([1-9]\d{0,4})\s*(gb)?\s*", text.lower())
+    if not found:
+        raise UsageError(f"--card {text}: write the size of a card in GB: 80GB")
+    return int(found[1])
+
+
+def on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked) -> dict[str, OnRanks]:
+    """By strategy. refs, lengths: as of `stage_memory.phases`."""
+    return {strategy: _on_ranks(stage, refs, lengths, asked, strategy) for strategy in STRATEGIES}
+
+
+def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, strategy: Strategy) -> OnRanks:
+    if strategy not in stage_kinds.kind_of(stage.kind).ranks or not isinstance(stage, Training):
+        return OnRanks(False)
+
+    def peak(stage: Stage) -> float:
+        limit = getattr(stage, "max_length", None)
+        own = lengths.within(limit)
+        return max(phase.total for phase in phases(_training(stage), refs, own, asked.ranks, strategy))
+
+    if strategy == "fsdp" and stage.model.quantize is not None:
+        return OnRanks(False)
+    found = phases(stage, refs, lengths, asked.ranks, strategy)
+    fullest = max(found, key=lambda phase: phase.total)
+    fit = card_fit.fit(stage, peak, lengths.total, asked.card)
+    settings = fit.settings
+    if strategy == "fsdp" and settings and "model.quantize" in settings:
+        settings = None  # which cannot be cut
+    steps = stage.epochs * math.ceil(stage.batch_size / (stage.mini_batch or stage.batch_size)) if (
+        isinstance(stage, OnPolicy)
+    ) else 1  # fmt: skip
+    return OnRanks(
+        True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits, settings,
+        sum(bytes_of_step(stage, refs, lengths, asked.ranks, strategy).values()), steps,
+    )  # fmt: skip
+
+
+def _training(stage: Stage) -> Training:
+    assert isinstance(stage, Training)
+    return stage
+
+
+def share(stage: Training, ranks: int) -> Training:
+    """The stage with the rows that one rank has of a step, at most."""
+
+    def part(rows: int, whole: int = 1) -> int:
+        return math.ceil(rows / whole / ranks) * whole
+
+    samples = stage.samples_per_prompt if isinstance(stage, OnPolicy) else 1
+    update: dict[str, Any] = {"batch_size": part(stage.batch_size, samples)}
+    if isinstance(stage, OnPolicy) and stage.mini_batch is not None:
+        update["mini_batch"] = part(stage.mini_batch)
+    return stage.model_copy(update=update)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def phases(
+    stage: Training, refs: StageModels, lengths: Lengths, ranks: int, strategy: Strategy
+) -> list[Phase]:
+    """What each phase holds on the fullest rank, on CUDA."""
+    own, models = share(stage, ranks), stage_memory.learners(stage, refs, "cuda")
+    if strategy == "ddp":
+        found = stage_memory.phases(own, refs, lengths, "cuda") or []
+        return [*found, _summing(found[-1], models)]
+    with predicted_layout.plain():
+        found = stage_memory.phases(own, refs, lengths, "cuda") or []
+    cut = [Phase(phase.name, _cut(phase.parts, models, ranks)) for phase in found]
+    return [_opening(models), *cut, _last_gradients(cut[-1], models, ranks)]
+
+
+def _summing(train: Phase, models: Mapping[str, Model]) -> Phase:
+    """ddp: gradients that are summed in buckets, each a copy; one larger than a bucket is one by itself."""
+    parts = _after_backward(train.parts)
+    for role, model in models.items():
+        whole = model_memory.gradients(model)
+        largest = model_memory.embedding_gradient(model)
+        parts[role] |= {"gradients": whole, "bucket": max(largest, min(whole, BUCKET))}
+    return Phase("sum of gradients", parts)
+
+
+def _after_backward(parts: Parts) -> Parts:
+    gone = ("activations", "logits", "gradients")
+    return {role: {k: v for k, v in kinds.items() if k not in gone} for role, kinds in parts.items()}
+
+
+def _opening(models: Mapping[str, Model]) -> Phase:
+    """fsdp: the model whole, before it is cut."""
+    return Phase("open", {role: {"weights": model_memory.weights(model)} for role, model in models.items()})
+
+
+def _cut(parts: Parts, models: Mapping[str, Model], ranks: int) -> Parts:
+    """What a rank keeps of the roles that learn, and what is whole at a time."""
+    found: Parts = {}
+    for role, kinds in parts.items():
+        model = models.get(role)
+        if model is None:
+            found[role] = dict(kinds)
+            continue
+        per_weight = model_memory.weights(model) / max(1, model.parameters)
+        root, layer = _units(model)
+        own = {k: v / ranks if k in ("weights", "optimizer", "copy") else v for k, v in kinds.items()}
+        own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
+        if "gradients" in kinds:
+            own["gradients"] = model_memory.gradients(model) / ranks + TRAINED * (
+                _trained(model, root) + LAYERS_AT_ONCE * _trained(model, layer)
+            )
+        found[role] = own
+    return found
+
+
+def _last_gradients(train: Phase, models: Mapping[str, Model], ranks: int) -> Phase:
+    """fsdp: the end of a backward, where the gradient of embeddings and head is there twice, as it is and as
+    it is sent."""
+    parts = _after_backward(train.parts)
+    for role, model in models.items():
+        whole = model_memory.gradients(model) / ranks
+        parts[role]["gradients"] = whole + TRAINED * 2 * _trained(model, _units(model)[0])
+    return Phase("end of backward", parts)
+
+
+def _units(model: Model) -> tuple[float, float]:
+    """Weights of what is no layer, and of a layer."""
+    layer = sum(x.parameters for x in model.shape.linears()) + model.shape.norms * model.shape.hidden
+    return max(0, model.parameters - model.shape.layers * layer), layer
+
+
+def _trained(model: Model, weights: float) -> float:
+    """Of so many weights of a unit those that learn, at most."""
+    return weights if model.lora is None else min(weights, model.trained_parameters / model.shape.layers)
+
+
+# ---------------------------------------------------------------- communication
+
+
+def bytes_of_step(
+    stage: Training, refs: StageModels, lengths: Lengths, ranks: int, strategy: Strategy
+) -> dict[str, float]:
+    """What a rank sends for an optimiser step, and receives, by what it is; the fewer bytes of metrics and,
+    in RL, of sampled responses left out."""
+    models = stage_memory.learners(stage, refs, "cuda").values()
+    trained = sum(model_memory.gradients(model) for model in models)
+    way = (ranks - 1) / ranks  # of what is gathered or scattered
+    if strategy == "ddp":
+        return {"gradients": 2 * way * trained}
+    own = share(stage, ranks)
+    rows = getattr(own, "mini_batch", None) or own.batch_size
+    parts = math.ceil(rows / stage_memory.rows_at_once(own, rows, lengths.total))
+    weights = sum(model_memory.weights(model) for model in models)
+    return {"weights": parts * 2 * way * weights, "gradients": parts * way * trained}
+
+
+# ---------------------------------------------------------------- as it is shown
+
+
+def as_dict(found: Mapping[str, OnRanks], asked: Asked) -> dict[str, Any]:
+    """For JSON: bytes."""
+    strategies: dict[str, Any] = {}
+    for name, one in found.items():
+        if not one.runs:
+            strategies[name] = {"runs": False}
+            continue
+        strategies[name] = {
+            "runs": True,
+            "peak": round(one.peak),
+            "peak_phase": one.peak_phase,
+            "phases": {phase: round(value) for phase, value in one.phases.items()},
+            "fits": one.fits,
+            "with": one.settings if one.settings is None else dict(one.settings),
+            "sent_a_step": round(one.sent),
+            "steps_an_update": one.steps,
+            "seconds_a_step": None if asked.bandwidth is None else one.sent / asked.bandwidth,
+        }
+    return {"nproc": asked.ranks, "card_gb": asked.card, "strategies": strategies}
+
+
+def as_lines(ranks: Mapping[str, Any]) -> list[str]:
+    """Of `as_dict`, for people."""
+    lines, where = [], f"{ranks['nproc']} × {ranks['card_gb']} GB"
+    for name, one in ranks["strategies"].items():
+        if not one["runs"]:
+            lines.append(f"{where}, {name}: not for this stage")
+            continue
+        settings = one["with"]
+        if one["fits"]:
+            fits = "fits"
+        elif settings is None:
+            fits = "does not fit by any setting"
+        else:
+            fits = f"fits with {card_fit.settings_text(settings)}"
+        sent = f"a rank sends {_gb(one['sent_a_step'])} GB a gradient step, and receives as much"
+        if one["steps_an_update"] > 1:
+            sent += f" ({one['steps_an_update']} steps an update)"
+        if one["seconds_a_step"] is not None:
+            sent += f": {one['seconds_a_step']:.2g} s"
+        lines.append(
+            f"{where}, {name}: {_gb(one['peak'])} GB a rank at its peak, {one['peak_phase']}; {fits}; {sent}"
+        )
+    return lines
+
+
+def _gb(value: float) -> str:
+    return f"{value / GB:.3g}"

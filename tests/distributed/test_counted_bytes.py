@@ -1,0 +1,65 @@
+"""What ranks send is what a plan says: by the kernel's own count of a process's bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keel.config import read
+from keel.distributed import launch
+from keel.pipeline.pipeline import Pipeline
+from keel.plan import planner
+from keel.plan.rank_memory import Asked
+
+pytestmark = pytest.mark.ranks
+WORKER = Path(__file__).with_name("worker.py")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="module")
+def broad_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """An untrained Llama of 1.3 million weights, beside which what is said of a step is little."""
+    folder = tmp_path_factory.mktemp("broad") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=64, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 8}])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_sends_what_the_plan_says(
+    strategy: str, lora: Any, broad_model: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    rows = "".join(json.dumps({"prompt": "the cat is", "completion": " red"}) + "\n" for _ in range(8))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    stage = {
+        "kind": "sft", "model": {"path": str(broad_model), "dtype": "float32"}, "holdout": 0,
+        "data": str(tmp_path / "rows.jsonl"), "batch_size": 8, "micro_batch": 2, "epochs": 6,
+        "save_every": 100, "lora": lora,
+    }  # fmt: skip
+    path = config_file(tmp_path / "config.yaml", {"sft": stage}, distributed={"strategy": strategy})
+    planned = planner.plan(Pipeline(read(path), tmp_path / "planned"), Asked(2))
+    expected = planned[0]["ranks"]["strategies"][strategy]["sent_a_step"]
+    out = tmp_path / "sent.json"
+    command = [sys.executable, str(WORKER), "bytes", str(out), "run", str(path), "--runs", str(tmp_path)]
+    outcome = launch.run(command, 2, ENVIRONMENT)
+    assert outcome.code == 0, outcome.line
+    totals = json.loads(out.read_text())
+    counted = statistics.median(b - a for a, b in itertools.pairwise(totals[1:]))
+    print(f"{strategy}, lora {lora}: {expected} planned, {counted} counted")
+    assert counted == pytest.approx(expected, rel=0.05, abs=8192)

@@ -1,0 +1,161 @@
+"""A stage on several ranks: memory by strategy, cards, bytes that are sent."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from keel.cli.main import app
+from keel.config import Training, parse
+from keel.errors import UsageError
+from keel.plan import model_shapes, rank_memory
+from keel.plan.rank_memory import Asked
+from keel.plan.stage_memory import Lengths, ModelRef, StageModels
+
+DOCS = Path(__file__).parents[2] / "docs" / "scale.md"
+LENGTHS = Lengths(1024, 1024)
+COMMON = {"data": "d", "batch_size": 64, "micro_batch": 1, "gradient_checkpointing": True}
+
+
+def stage(kind: str, model: str = "meta-llama/Llama-3.1-8B", **more: Any) -> Training:
+    on_policy = {"reward": "r", "mini_batch": 32, "sampling": {"max_new_tokens": 1024}}
+    settings = {
+        "kind": kind,
+        "model": model,
+        **COMMON,
+        **(on_policy if kind in ("ppo", "grpo") else {}),
+        **more,
+    }
+    found = parse({"name": "x", "stages": {kind: settings}}).stages[kind]
+    assert isinstance(found, Training)
+    return found
+
+
+def refs(model: str = "meta-llama/Llama-3.1-8B", *, rewards: bool = False) -> StageModels:
+    ref = ModelRef(model_shapes.KNOWN[model])
+    return StageModels(ref, None, {"reward": ref} if rewards else {})
+
+
+def phases(settings: Training, ranks: int, strategy: rank_memory.Strategy) -> dict[str, Any]:
+    rewards = settings.kind in ("ppo", "grpo")
+    found = rank_memory.phases(settings, refs(rewards=rewards), LENGTHS, ranks, strategy)
+    return {phase.name: phase.parts for phase in found}
+
+
+def test_weights_gradients_and_optimiser_are_whole_by_ddp_and_cut_by_fsdp() -> None:
+    count = model_shapes.KNOWN["meta-llama/Llama-3.1-8B"].parameters()
+    sft = stage("sft")
+    whole = phases(sft, 8, "ddp")
+    assert whole["train"]["model"]["weights"] == 4 * count
+    assert whole["train"]["model"]["optimizer"] == 8 * count
+    # the embedding is larger than a bucket, and is one by itself
+    assert whole["sum of gradients"]["model"]["bucket"] == 4 * 128256 * 4096
+    cut = phases(sft, 8, "fsdp")
+    assert cut["train"]["model"]["weights"] == 4 * count / 8
+    assert cut["train"]["model"]["optimizer"] == 8 * count / 8
+    assert cut["open"]["model"] == {"weights": 4 * count}
+    layer = 4096 * (4096 + 1024 + 1024 + 4096 + 3 * 14336) + 2 * 4096
+    embeddings_and_head = 2 * 128256 * 4096 + 4096
+    assert cut["train"]["model"]["gathered"] == 4 * (embeddings_and_head + 2 * layer)
+    assert cut["end of backward"]["model"]["gradients"] == 4 * count / 8 + 8 * embeddings_and_head
+    more = phases(sft, 64, "fsdp")["train"]["model"]
+    assert sum(more.values()) < sum(cut["train"]["model"].values())
+
+
+def test_the_rows_of_a_step_are_shared_whole_prompts_in_rl() -> None:
+    sft = rank_memory.share(stage("sft"), 8)
+    assert sft.batch_size == 8
+    grpo = rank_memory.share(stage("grpo", samples_per_prompt=8), 3)
+    assert (grpo.batch_size, grpo.mini_batch) == (24, 11)  # 8 prompts, of which one rank has 3
+    many = {"batch_size": 64, "micro_batch": None, "gradient_checkpointing": False}
+    one, eight = (phases(stage("sft", **many), ranks, "ddp")["train"]["model"] for ranks in (1, 8))
+    assert eight["activations"] < one["activations"] / 7
+
+
+def test_bytes_are_those_of_rings() -> None:
+    count = model_shapes.KNOWN["meta-llama/Llama-3.1-8B"].parameters()
+    ddp = rank_memory.bytes_of_step(stage("sft"), refs(), LENGTHS, 8, "ddp")
+    assert ddp == {"gradients": 2 * 7 / 8 * 4 * count}
+    # eight rows a rank, one at a time: weights come twice for each, gradients go once
+    fsdp = rank_memory.bytes_of_step(stage("sft"), refs(), LENGTHS, 8, "fsdp")
+    assert fsdp == {"weights": 8 * 2 * 7 / 8 * 4 * count, "gradients": 8 * 7 / 8 * 4 * count}
+    larger = rank_memory.bytes_of_step(stage("sft", micro_batch=8), refs(), LENGTHS, 8, "fsdp")
+    assert sum(larger.values()) == sum(fsdp.values()) / 8
+    lora = rank_memory.bytes_of_step(stage("sft", lora={"r": 8}), refs(), LENGTHS, 8, "ddp")
+    assert 0 < lora["gradients"] < ddp["gradients"] / 100
+
+
+def test_a_card_is_a_number_of_gb() -> None:
+    assert [rank_memory.card_of(text) for text in ("80GB", "80", " 141 gb")] == [80, 80, 141]
+    for wrong in ("80GiB", "0", "-1GB", "h100"):
+        with pytest.raises(UsageError, match="write the size of a card in GB"):
+            rank_memory.card_of(wrong)
+
+
+def test_the_command_says_it_of_each_stage(data: Any, tiny_model: Path, tmp_path: Path) -> None:
+    reward = {"kind": "length", "high": 9}
+    stages = {
+        "sft": {"kind": "sft", "model": str(tiny_model), "data": str(data.demonstrations)},
+        "best": {
+            "kind": "best_of_n",
+            "model": "sft",
+            "data": str(data.prompts),
+            "reward": reward,
+            "sampling": {"max_new_tokens": 6},
+        },
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({"name": "x", "device": "cpu", "stages": stages}))
+    command = [
+        "plan",
+        str(path),
+        "--runs",
+        str(tmp_path),
+        "--nproc",
+        "4",
+        "--card",
+        "24GB",
+        "--bandwidth",
+        "10",
+    ]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    assert re.search(r"4 × 24 GB, ddp: \S+ GB a rank at its peak, .*; fits; a rank sends .*: \S+ s\n", shown)
+    assert "4 × 24 GB, fsdp: not for this stage" in shown  # of best_of_n
+    facts = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
+    of_sft = facts["stages"][0]["ranks"]
+    assert (of_sft["nproc"], of_sft["card_gb"]) == (4, 24)
+    one = of_sft["strategies"]["fsdp"]
+    assert one["runs"]
+    assert one["peak"] == max(one["phases"].values())
+    assert one["seconds_a_step"] == pytest.approx(one["sent_a_step"] / 1e10, rel=1e-3)
+    for options in (["--card", "24GB"], ["--bandwidth", "3"]):
+        outcome = CliRunner().invoke(app, ["plan", str(path), *options])
+        assert "no effect without --nproc" in str(outcome.exception)
+
+
+@pytest.mark.slow
+def test_what_fits_on_eight_cards_is_what_the_page_says() -> None:
+    table = re.findall(
+        r"^\| (8|70) B \| `(\w+)` \| `(ddp|fsdp)` \| (.+?) \| (.+?) \| (.+?) \|$", DOCS.read_text(), re.M
+    )
+    assert len(table) == 10
+    for size, kind, strategy, peak, fits, sent in table:
+        model = f"meta-llama/Llama-3.1-{size}B"
+        settings = stage(kind, model)
+        found = rank_memory.on_ranks(settings, refs(model, rewards=kind == "ppo"), LENGTHS, Asked(8))[
+            strategy
+        ]
+        assert peak == f"{found.peak / 1e9:,.0f} GB", (size, kind, strategy)
+        if found.fits:
+            assert fits == "yes"
+        elif found.settings is None:
+            assert fits == "no"
+        else:
+            told = rank_memory.card_fit.settings_text(found.settings)
+            assert fits == f"with `{told}`", (size, kind, strategy)
+        assert sent == f"{found.sent / 1e9:,.0f} GB", (size, kind, strategy)
