@@ -197,8 +197,12 @@ def test_a_kind_that_runs_on_one_process_is_refused_by_name(monkeypatch):
     cut = config.model_copy(
         update={"distributed": config.distributed.model_copy(update={"strategy": "fsdp"})}
     )
-    with pytest.raises(UsageError, match=r"'rl' is of kind grpo, which runs with .* ddp only"):
-        following.check_kinds(cut, ["tuned", "rl"])
+    following.check_kinds(cut, ["tuned", "rl"])
+    adapters = cut.stages["rl"].model_validate(cut.stages["rl"].model_dump() | {"lora": {"r": 2}})
+    with pytest.raises(
+        UsageError, match=r"'rl': `lora` does not go with distributed.strategy: fsdp; set ddp"
+    ):
+        following.check_kinds(cut.model_copy(update={"stages": {"rl": adapters}}), ["rl"])
 
 
 def test_ranks_that_read_other_rows_are_told(monkeypatch):

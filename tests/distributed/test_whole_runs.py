@@ -117,6 +117,28 @@ def test_cut_weights_are_gone_on_with_to_the_same_bytes(
     assert differences(tmp_path / "whole", tmp_path / "killed") == ["config.yaml"]
 
 
+def test_cut_policies_are_gone_on_with_to_the_same_bytes(
+    tmp_path: Path,
+    on_policy_kinds: dict[str, Any],
+    config_file: Callable[..., Path],
+    differences: Differences,
+) -> None:
+    """The critic learns from the first update on, the policy from the second, with a batch in flight."""
+    more = {"save_every": 1, "rollout": {"ahead": 1}, "importance_cap": 2.0}
+    path = config_file(
+        tmp_path / "config.yaml", {"ppo": {**on_policy_kinds["ppo"], **more}}, distributed={"timeout": 20}
+    )
+    arguments = ("run", path, "distributed.strategy=fsdp", "--runs", tmp_path, "--nproc", 2, "--name")
+    whole = keel(*arguments, "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = ("run", path, "distributed.strategy=fsdp", "--runs", tmp_path, "--name", "killed")
+    assert with_fault("kill", 1, 12, *killed).code == 1
+    again = keel(*arguments, "killed")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on after step 1" in again.stderr
+    assert differences(tmp_path / "whole", tmp_path / "killed") == ["config.yaml"]
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [

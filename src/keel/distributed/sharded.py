@@ -9,14 +9,16 @@ dtype, which for weights that learn is float32 or more. What is left out so far:
 model in parts: each rank opens it whole before it is cut.
 
 Every forward takes all ranks. Who has fewer rows than others computes on borrowed ones for nothing
-(`stages.loop_utils.in_step`).
+(`stages.loop_utils.share_of`). Only sampling, whose forwards nobody can count beforehand, has the weights
+whole on every rank for as long as it lasts (`whole_here`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ _NEEDED = (
     "set_force_sum_reduction_for_comms",
     "set_gradient_divide_factor",
     "set_reduce_scatter_unused_params",
+    "reset_iter_state",
 )
 
 
@@ -62,6 +65,29 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
             module.set_gradient_divide_factor(1.0)
             # experts that one rank has no tokens for: all ranks sum the same weights
             module.set_reduce_scatter_unused_params(True)
+
+
+@contextmanager
+def whole_here(model: Any) -> Iterator[None]:
+    """Within it every rank has a model's weights whole, and makes as many forwards as it likes; none of them
+    takes a gradient. Every rank has to enter, and to leave. Nothing for a model that is not sharded."""
+    if getattr(model, "keel_whole", None) is None:
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        with group.talking():
+            unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+        # each rank made another number of forwards, by whose order the next backward would gather
+        model.reset_iter_state()
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -150,20 +176,23 @@ def _full(tensor: Tensor) -> Tensor:
         return full()
 
 
-def placing(model: nn.Module, optimizer: torch.optim.Optimizer) -> group.Place:
+def placing(models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> group.Place:
     """What a rank keeps of a checkpoint's whole tensors: its part, where the weights are sharded. They stand
-    under `model` and `best` by a weight's name, under `optimizer` by its number."""
+    under the names of `models` by a weight's name, under those of `optimizers` by its number."""
     if not group.is_sharded():
         return lambda path, tensor: tensor
-    named: Mapping[str, Any] = model.state_dict()
-    numbered = [p for one in optimizer.param_groups for p in one["params"]]
+    named: dict[str, Mapping[str, Any]] = {name: model.state_dict() for name, model in models.items()}
+    numbered = {
+        name: [p for one in optimizer.param_groups for p in one["params"]]
+        for name, optimizer in optimizers.items()
+    }
 
     def place(path: group.Path, tensor: Tensor) -> Tensor:
         like: Any = None
-        if path[0] in ("model", "best"):
-            like = named.get(path[1])
-        elif path[:2] == ("optimizer", "state") and tensor.dim():
-            like = numbered[path[2]]
+        if path[0] in named:
+            like = named[path[0]].get(path[1])
+        elif path[0] in numbered and path[1] == "state" and tensor.dim():
+            like = numbered[path[0]][path[2]]
         return tensor if like is None else _part(tensor, like)
 
     return place

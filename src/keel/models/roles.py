@@ -8,6 +8,7 @@ the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,12 +79,14 @@ def open_roles(
     device: torch.device,
     seed: int,
     base: Base | None = None,
+    cut: Callable[[Any], None] = lambda model: None,
 ) -> Roles:
     """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from.
     Dropout is off in all of them.
 
     base: the frozen weights to put adapters on, where they are open already; opened here if needed for
-    `sharing: adapters`.
+    `sharing: adapters`. cut: is given each model that has weights of its own as soon as it is on the device,
+    where they are cut over ranks.
 
     UsageError for a reference with another vocabulary than the policy's: their KL is not defined.
     """
@@ -103,6 +106,7 @@ def open_roles(
     else:
         frozen = causal_lm(reference or source, seed).to(device).requires_grad_(False)
         disable_dropout(frozen.eval())
+        cut(frozen)
     critic, head = None, None
     if sharing == "trunk":
         head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
@@ -115,7 +119,6 @@ def open_roles(
             raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")
         if adapters is not None:
             critic = add_adapters(critic, adapters, derive_seed("value", seed), train_head=True)
-        critic.to(device)
     for model in (policy, critic):
         if model is None:
             continue
@@ -125,6 +128,7 @@ def open_roles(
             checkpoint_activations(model)
             # recomputation only happens in train mode; with dropout at 0 the numbers are the same
             model.train()
+        cut(model)
     return Roles(policy, frozen, critic, head)
 
 

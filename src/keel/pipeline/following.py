@@ -17,7 +17,7 @@ import torch
 
 from keel import accel
 from keel.accel import batch_layout
-from keel.config import RunConfig, Stage
+from keel.config import OnPolicy, RunConfig, Stage
 from keel.data import chat
 from keel.data.stored.cache import Cache
 from keel.data.stored.tokens import Preparation
@@ -70,6 +70,10 @@ def check_kinds(config: RunConfig, names: Sequence[str]) -> None:
         kind = config.stages[name].kind
         ways = kind_of(kind).ranks
         if strategy in ways:
+            if strategy == "fsdp" and (why := _uncut(config.stages[name])) is not None:
+                raise UsageError(
+                    f"stage {name!r}: {why} does not go with distributed.strategy: fsdp; set ddp"
+                )
             continue
         if ways:
             raise UsageError(
@@ -80,6 +84,21 @@ def check_kinds(config: RunConfig, names: Sequence[str]) -> None:
             f"stage {name!r} is of kind {kind}, which runs on one process so far (on several: {able}): run "
             f"the others with --only STAGE --nproc {group.size()}, then the whole config without --nproc"
         )
+
+
+def _uncut(stage: Stage) -> str | None:
+    """The setting of a stage with which its weights cannot be cut over ranks; None: they can."""
+    if not isinstance(stage, OnPolicy):
+        return None
+    wrong = {
+        f"`sharing: {stage.sharing}`": stage.sharing != "separate",
+        "`lora`": stage.lora is not None,
+        "`offload`": stage.offload,
+        "`reference_quantize`": stage.reference_quantize is not None,
+        f"`control: {stage.control.on_finding}`": stage.control.goes_back,
+        f"`engine: {stage.engine}`": stage.engine not in ("keel", "reference"),
+    }
+    return next((setting for setting, is_so in wrong.items() if is_so), None)
 
 
 def call(stage: Stage, run: StageRun, day: date | None, sources: Sources) -> dict[str, Any]:

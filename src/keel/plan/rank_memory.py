@@ -3,7 +3,8 @@ a rank sends and receives.
 
 ddp: every rank has weights, gradients and optimiser whole, and 1/n of the rows. fsdp: 1/n of weights,
 gradients and optimiser, and whole at a time the embeddings with the head and two layers: the one that
-computes and the next, whose weights are on their way. Each rank opens the model whole before it is cut.
+computes and the next, whose weights are on their way. Each rank opens each model whole before it is cut, and
+has the policy whole while it samples.
 
 Bytes are those of ring algorithms, which NCCL and gloo use: a sum of S bytes over n ranks (all-reduce) makes
 each send 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it.
@@ -73,30 +74,37 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
         return OnRanks(False)
 
     def peak(stage: Stage) -> float:
-        limit = getattr(stage, "max_length", None)
-        own = lengths.within(limit)
-        return max(phase.total for phase in phases(_training(stage), refs, own, asked.ranks, strategy))
+        stage, own = _training(stage), lengths.within(getattr(stage, "max_length", None))
+        if strategy == "fsdp" and not _can_be_cut(stage):
+            return math.inf
+        return max(phase.total for phase in phases(stage, refs, own, asked.ranks, strategy))
 
-    if strategy == "fsdp" and stage.model.quantize is not None:
+    if strategy == "fsdp" and not _can_be_cut(stage):
         return OnRanks(False)
     found = phases(stage, refs, lengths, asked.ranks, strategy)
     fullest = max(found, key=lambda phase: phase.total)
     fit = card_fit.fit(stage, peak, lengths.total, asked.card)
-    settings = fit.settings
-    if strategy == "fsdp" and settings and "model.quantize" in settings:
-        settings = None  # which cannot be cut
     steps = stage.epochs * math.ceil(stage.batch_size / (stage.mini_batch or stage.batch_size)) if (
         isinstance(stage, OnPolicy)
     ) else 1  # fmt: skip
     return OnRanks(
-        True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits, settings,
-        sum(bytes_of_step(stage, refs, lengths, asked.ranks, strategy).values()), steps,
+        True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
+        fit.settings, sum(bytes_of_step(stage, refs, lengths, asked.ranks, strategy).values()), steps,
     )  # fmt: skip
 
 
 def _training(stage: Stage) -> Training:
     assert isinstance(stage, Training)
     return stage
+
+
+def _can_be_cut(stage: Training) -> bool:
+    """Whether a stage's weights can be cut over ranks (`pipeline.following` refuses the others)."""
+    if isinstance(stage, OnPolicy) and (
+        stage.lora or stage.offload or stage.reference_quantize or stage.sharing != "separate"
+    ):
+        return False
+    return stage.model.quantize is None
 
 
 def share(stage: Training, ranks: int) -> Training:
@@ -125,8 +133,11 @@ def phases(
         return [*found, _summing(found[-1], models)]
     with predicted_layout.plain():
         found = stage_memory.phases(own, refs, lengths, "cuda") or []
-    cut = [Phase(phase.name, _cut(phase.parts, models, ranks)) for phase in found]
-    return [_opening(models), *cut, _last_gradients(cut[-1], models, ranks)]
+    shared = stage_memory.cut_over_ranks(stage, refs, "cuda")
+    # dpo asks its reference before the model is cut
+    before = {"reference"} if not isinstance(stage, OnPolicy) else set[str]()
+    cut = [p if p.name in before else Phase(p.name, _cut(p, shared, ranks)) for p in found]
+    return [_opening(cut[-1].parts, shared), *cut, _last_gradients(cut[-1], models, ranks)]
 
 
 def _summing(train: Phase, models: Mapping[str, Model]) -> Phase:
@@ -144,15 +155,19 @@ def _after_backward(parts: Parts) -> Parts:
     return {role: {k: v for k, v in kinds.items() if k not in gone} for role, kinds in parts.items()}
 
 
-def _opening(models: Mapping[str, Model]) -> Phase:
-    """fsdp: the model whole, before it is cut."""
-    return Phase("open", {role: {"weights": model_memory.weights(model)} for role, model in models.items()})
+def _opening(cut: Parts, models: Mapping[str, Model]) -> Phase:
+    """fsdp: the largest model whole before it is cut, the others cut. cut: of another phase."""
+    largest = max(models, key=lambda role: model_memory.weights(models[role]))
+    parts: Parts = {role: {"weights": kinds["weights"]} for role, kinds in cut.items()}
+    return Phase("open", {**parts, largest: {"weights": model_memory.weights(models[largest])}})
 
 
-def _cut(parts: Parts, models: Mapping[str, Model], ranks: int) -> Parts:
-    """What a rank keeps of the roles that learn, and what is whole at a time."""
+def _cut(phase: Phase, models: Mapping[str, Model], ranks: int) -> Parts:
+    """What a rank keeps of the roles that are cut, and what is whole at a time: of one role, since they
+    compute one after the other, and of all of the policy while it samples."""
     found: Parts = {}
-    for role, kinds in parts.items():
+    working = next(iter(models))
+    for role, kinds in phase.parts.items():
         model = models.get(role)
         if model is None:
             found[role] = dict(kinds)
@@ -160,7 +175,10 @@ def _cut(parts: Parts, models: Mapping[str, Model], ranks: int) -> Parts:
         per_weight = model_memory.weights(model) / max(1, model.parameters)
         root, layer = _units(model)
         own = {k: v / ranks if k in ("weights", "optimizer", "copy") else v for k, v in kinds.items()}
-        own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
+        if role == working and phase.name in ("rollout", "samples"):
+            own["gathered"] = model_memory.weights(model) * (1 - 1 / ranks)
+        elif role == working:
+            own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
         if "gradients" in kinds:
             own["gradients"] = model_memory.gradients(model) / ranks + TRAINED * (
                 _trained(model, root) + LAYERS_AT_ONCE * _trained(model, layer)

@@ -132,6 +132,14 @@ def learners(stage: Training, refs: StageModels, device: Device) -> dict[str, Mo
     return {"policy" if isinstance(stage, DPOConfig) else "model": model}
 
 
+def cut_over_ranks(stage: Training, refs: StageModels, device: Device) -> dict[str, Model]:
+    """What a stage cuts by `fsdp`, by the roles of its phases: reward models stay whole."""
+    if isinstance(stage, OnPolicy):
+        found = roles(stage, refs, device)
+        return {role: found[role] for role in ("policy", "reference", "critic") if role in found}
+    return learners(stage, refs, device)
+
+
 def _frozen(found: ModelRef, dtype: str, device: Device, head: Head = "lm") -> Model:
     return Model(found.shape, dtype, head=head, device=device, counted=found.counted)
 

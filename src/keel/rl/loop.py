@@ -20,7 +20,7 @@ from keel.algorithms.control import adaptive_kl, kl_adaptive_lr
 from keel.algorithms.masked import count, extent
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
-from keel.distributed import gradients, group
+from keel.distributed import gradients, group, sharded
 from keel.errors import BudgetError, NotFiniteError, RewardError
 from keel.models import optim
 from keel.rewards.shaping import RunningScale
@@ -30,7 +30,7 @@ from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
 from keel.rl.measures import Means, StepMeasures
 from keel.rl.monitor import Monitor
 from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
-from keel.rl.setup import restore_training, training_state
+from keel.rl.setup import placing, restore_training, training_state
 from keel.stages import language
 from keel.stages.loop_utils import (
     EarlyStop,
@@ -150,9 +150,10 @@ class OnPolicyLoop:
     def _begin(self) -> int:
         """From the checkpoint, if there is one; the last update that was done."""
         group.agree("the prompts of a stage", (len(self.prompts), len(self.held_out)))
-        for module in (self.setup.roles.policy, *self.setup.roles.value_modules):
-            gradients.same_weights(module)
-        if checkpoint := self.run.restore():
+        if not group.is_sharded():  # else they were alike when they were cut
+            for module in (self.setup.roles.policy, *self.setup.roles.value_modules):
+                gradients.same_weights(module)
+        if checkpoint := self.run.restore(placing(self.setup, self.optimizers)):
             restore_training(self.setup, self.optimizers, checkpoint.tensors)
             values, self.best = checkpoint.values, checkpoint.tensors["best"]
             self.state = LoopState.restored(values)
@@ -187,11 +188,11 @@ class OnPolicyLoop:
         tensors = training_state(self.setup, self.optimizers)
         in_flight, about_it = self.ahead.state()
         tensors |= {"best": self.best, "snapshots": self.monitor.snapshots, **in_flight}
-        group.agree(
-            f"the weights after update {update}", gradients.checksum(self.setup.roles.policy, trained=True)
-        )
+        if not group.is_sharded():
+            trained = gradients.checksum(self.setup.roles.policy, trained=True)
+            group.agree(f"the weights after update {update}", trained)
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values(), **about_it}
-        self.run.save(update, tensors, {**self.state.values(), **values})
+        self.run.save(update, sharded.gathered(tensors), {**self.state.values(), **values})
 
 
 # ---------------------------------------------------------------- 1, 2: rollout, score, advantages
@@ -342,9 +343,27 @@ def backward(
             if output.loss.requires_grad:
                 optim.backward(output.loss)
             total.add(output)
+        for part in share.borrowed:
+            _for_nothing(algorithm, episodes, part, denominator, policy_learns=policy_learns)
     mine = [i for part in share.parts for i in part]
     setup.run.count("train", useful_tokens([(sizes.prompts[i], sizes.tokens[i]) for i in mine]), read())
     return total.over_ranks()
+
+
+def _for_nothing(
+    algorithm: Algorithm, episodes: Episodes, rows: list[int], denominator: float, *, policy_learns: bool
+) -> None:
+    """The forwards and backwards of a micro-batch that changes nothing: where weights are cut over ranks all
+    of them make as many."""
+    batch = MicroBatch.of(
+        episodes, rows, algorithm.setup.run.device, denominator=denominator, kl_coef=0.0, on_policy=False,
+        policy_learns=policy_learns,
+    )  # fmt: skip
+    if (critic := algorithm.critic_loss(batch)) is not None:
+        optim.backward(0.0 * critic.loss)
+    loss = algorithm.loss(batch).loss
+    if loss.requires_grad:
+        optim.backward(0.0 * loss)
 
 
 def _lr_factor(lr_factor: float, largest_kl: float, desired_kl: float | None) -> float:
@@ -371,8 +390,11 @@ def _ptx_gradient(setup: Setup[Any], update: int, step: int) -> float:
     seed = derive_seed(setup.run.seed, "ptx", update)
     rows = [setup.ptx[i] for i in rows_of_step(len(setup.ptx), ptx.batch_size, step, seed)]
     tokens, total = sum(row.counted for row in rows), 0.0
-    for part in share_of(setup.config, rows, lambda row: len(row.ids)).parts:
+    share = share_of(setup.config, rows, lambda row: len(row.ids))
+    for part in share.parts:
         value, _ = language.loss(setup.roles.policy, part, setup.pad_id, tokens)
         optim.backward(ptx.coef * value)
         total += float(value.detach())
+    for part in share.borrowed:
+        optim.backward(0.0 * language.loss(setup.roles.policy, part, setup.pad_id, tokens)[0])
     return group.summed({"loss": total})["loss"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from keel.algorithms import kl, value
 from keel.algorithms.masked import at_least_float32, whiten
 from keel.config import PPOConfig
-from keel.distributed import group
+from keel.distributed import group, sharded
 from keel.models.logprobs import scatter_to_mask, scores_at
 from keel.models.lora import files_of
 from keel.models.saved_check import save_checked
@@ -53,7 +53,8 @@ def run(config: PPOConfig, stage: StageRun) -> dict[str, Any]:
     result = loop.OnPolicyLoop(
         PPO(setup), prompts, held_out, make_optimizers(config, setup.roles, config.value_lr)
     ).train()
-    group.only_first(lambda: _save_values(setup))
+    critic = setup.roles.critic and sharded.whole(setup.roles.critic)
+    group.only_first(lambda: _save_values(setup, critic))
     prepare.save_model(
         stage, setup.roles.policy, setup.tokenizer, config, "A policy trained by PPO under a KL constraint"
     )
@@ -133,16 +134,17 @@ class PPO:
         return CriticLoss(self.config.value_coef * value_loss, value_loss.detach(), measured["clipfrac"])
 
 
-def _save_values(setup: Setup[PPOConfig]) -> None:
-    """What valued the policy: users ask for the critic too."""
+def _save_values(setup: Setup[PPOConfig], critic: Any) -> None:
+    """What valued the policy: users ask for the critic too. critic: with all of its weights; None: there is
+    none."""
     config, run, roles = setup.config, setup.run, setup.roles
-    if roles.critic is not None:
+    if critic is not None:
         card = (
             f"The critic of stage {run.name}: a sequence classifier whose score at each position is V(s_t).\n"
         )
-        adapter = files_of(roles.critic, prepare.source_of(config.model, run))
+        adapter = files_of(critic, prepare.source_of(config.model, run))
         save_checked(
-            roles.critic, setup.tokenizer, run.directory / "critic", card, adapter=adapter,
+            critic, setup.tokenizer, run.directory / "critic", card, adapter=adapter,
             trust_remote_code=config.model.trust_remote_code, say=run.say,
         )  # fmt: skip
     elif roles.value_head is not None:

@@ -22,7 +22,7 @@ from keel.algorithms.masked import masked_mean
 from keel.config import OnPolicy
 from keel.data import chat
 from keel.data.batches import derive_seed, useful_tokens
-from keel.distributed import group
+from keel.distributed import group, sharded
 from keel.errors import UsageError
 from keel.evaluation.measures import Measure, mean_interval
 from keel.models.head import head_of
@@ -244,6 +244,8 @@ def collect(
     if drawn is None:
         take_weights(setup)
     own = _collected(setup, prompts, dealt, seed, update, drawn) if dealt.rows else None
+    if own is None and group.is_sharded():
+        _lend(setup, prompts, dealt, seed, drawn)
     made = together(dealt, own, setup.pad_id)
     done, scored, rated = made.completions, made.scored, made.rated
     reward_scaler = reward_scaler.update(rated.total)
@@ -258,11 +260,11 @@ def draw(setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt,
     """Sample the responses to those of the prompts that are this rank's."""
     config, run = setup.config, setup.run
     repeated = [prompts[i] for i in dealt.prompts for _ in range(config.samples_per_prompt)]
-    if not repeated:
-        return Drawn((), ())
     rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
     count = TokenCount()
-    with run.timed("rollout"):
+    with run.timed("rollout"), sharded.whole_here(setup.roles.policy):
+        if not repeated:
+            return Drawn((), ())
         begun = begin(setup, repeated, seed, config.samples_per_prompt, rows)
         completions = sample(setup, begun, seed, count, rows)
     if count.computed:  # an engine need not count
@@ -294,6 +296,16 @@ def _collected(
     run.count("forward", useful_tokens(sizes), read())
     asked = tuple(prompt.prompt for prompt in repeated)
     return Sampled(asked, done, scored, rated, from_sampler)
+
+
+def _lend(
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int, drawn: Drawn | None
+) -> None:
+    """What a rank without prompts does where weights are cut over ranks: its part in the others' forwards, on
+    a row that is nobody's."""
+    if drawn is None:
+        draw(setup, prompts, dealt, seed)
+    score_tokens(setup, [Completion(prompts[0].ids, (setup.pad_id,), "length", (0.0,))])
 
 
 def shaped(
@@ -491,8 +503,9 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
     def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
         number, some = numbered
         seed = derive_seed(setup.run.seed, "held-out", number)
-        part = begin(setup, some, seed)
-        completions = sample(setup, part, seed)
+        with sharded.whole_here(setup.roles.policy):
+            part = begin(setup, some, seed)
+            completions = sample(setup, part, seed)
         scored = score_tokens(setup, completions)
         completions = [replace(c, hidden=None) for c in completions]
         rated = rate(setup, part, completions)

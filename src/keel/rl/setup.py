@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keel.config import OnPolicy, methods
 from keel.data import chat
 from keel.data.batches import derive_seed
+from keel.distributed import group, sharded
 from keel.errors import UsageError
 from keel.models.device_info import fastest, forward_flops
 from keel.models.load import ModelSource, count_parameters
@@ -29,7 +30,7 @@ from keel.rl.rollout import PromptExample, Setup
 from keel.rl.tool_use import ToolUse
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, language, lazy_rows, prepare
+from keel.stages import build_rewards, language, lazy_rows, prepare, supervised_loop
 from keel.stages.loop_utils import optimizer_for, put_back, state_of
 from keel.types import Prompt, PromptRecord, Record, TextRecord
 
@@ -179,6 +180,7 @@ def open_stage(
         device=run.device,
         seed=seed,
         base=base,
+        cut=_cut if group.is_sharded() else lambda model: None,
     )
     for line in notes(roles.policy) if config.lora else ():
         run.say(f"{run.name}: {line}")
@@ -207,6 +209,15 @@ def open_stage(
     )
 
 
+def _cut(model: Any) -> None:
+    """Cut a model over the ranks. A first forward of all of them makes torch's streams, without which nobody
+    has it whole again (`sharded.whole_here`)."""
+    supervised_loop.among_ranks(model)
+    if model.can_generate():
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+
+
 def make_optimizers(
     config: OnPolicy, roles: Roles, value_lr: float | None = None
 ) -> list[torch.optim.Optimizer]:
@@ -230,6 +241,15 @@ def training_state(setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Opti
     return {name: state_of(m) for name, m in modules.items()} | {
         f"optimizer{i}": o.state_dict() for i, o in enumerate(optimizers)
     }
+
+
+def placing(setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Optimizer]) -> group.Place:
+    """What a rank keeps of a checkpoint's tensors."""
+    policy = setup.roles.policy
+    values = {f"value{i}": m for i, m in enumerate(setup.roles.value_modules)}
+    return sharded.placing(
+        {"policy": policy, "best": policy, **values}, {f"optimizer{i}": o for i, o in enumerate(optimizers)}
+    )
 
 
 def restore_training(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from keel.algorithms import kl
 from keel.algorithms.masked import at_least_float32, log_softmax
 from keel.data.batches import by_length, length_mask, pad
+from keel.distributed import group
 from keel.models.head import head_of
 from keel.models.logprobs import HeadInputs, head_inputs, response_index, scatter_to_mask, scores_at
 from keel.types import Completion
@@ -65,8 +66,8 @@ def score(
     parts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
         prompts = [c.prompt_ids for c in completions]
-        for rows in by_length(ends.tolist(), micro_batch, micro_tokens, together=prompts):
-            order += rows
+        found = list(by_length(ends.tolist(), micro_batch, micro_tokens, together=prompts))
+        for number, rows in enumerate([*found, *_borrowed(found, ends)]):
             reach, width = int(ends[rows].max()), int(lengths[rows].max())
             x, starts = ids[rows, :reach].to(device), prompt_lengths[rows].to(device)
             own = mask[rows, :width].to(device)
@@ -82,12 +83,23 @@ def score(
                 values = scatter_to_mask(value_head(at_least_float32(ours.hidden)).squeeze(-1), own)
             elif critic is not None:
                 values = scatter_to_mask(scores_at(critic, x, index), own)
-            parts.append((*(scatter_to_mask(column, own) for column in columns), values))
+            if number < len(found):
+                order += rows
+                parts.append((*(scatter_to_mask(column, own) for column in columns), values))
     logp, ref_logp, exact_kl, values = (
         torch.where(mask, _in_order(column, order, mask.shape[1]), 0.0) for column in zip(*parts, strict=True)
     )
     logp = sampled_logp(completions, mask).to(logp) if known else logp
     return Scored(ids, prompt_lengths, mask, logp, ref_logp, exact_kl, values)
+
+
+def _borrowed(parts: Sequence[Sequence[int]], ends: Tensor) -> list[list[int]]:
+    """Parts that are computed for nothing where weights are cut over ranks, so that all make as many
+    forwards: of the shortest row. ends: (B,) tokens of each row."""
+    if not group.is_sharded():
+        return []
+    most = max(group.gathered(len(parts)))
+    return [[int(ends.argmin())]] * (most - len(parts))
 
 
 def compared(

@@ -99,7 +99,9 @@ def fit(
         "trained_parameters": trained,
     }  # fmt: skip
     group.agree("the rows of a stage", (len(rows), len(held_out), steps))
-    if checkpoint := stage_run.restore(sharded.placing(model, optimizer)):
+    if checkpoint := stage_run.restore(
+        sharded.placing({"model": model, "best": model}, {"optimizer": optimizer})
+    ):
         put_back(model, checkpoint.tensors["model"])
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
         stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
