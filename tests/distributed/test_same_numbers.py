@@ -108,11 +108,13 @@ def test_three_updates_of_ppo_and_grpo_are_those_of_one_process(
 def test_updates_of_policies_critics_and_references_that_are_cut_are_those_of_one_process(
     ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any]
 ) -> None:
-    """With three ranks one has no prompts of what grpo samples again."""
-    stages = {kind: on_policy_kinds[kind] for kind in ("ppo", "grpo", "grpo-ahead")}
+    """With three ranks one has no prompts of what grpo samples again. The sampler's own log π, which one
+    process takes for π_old where nothing else is asked for, are kept in float32."""
+    kinds = ("ppo", "grpo", "grpo-ahead")
+    stages = {f"cut-{kind}": {**on_policy_kinds[kind], "old_logp": "trainer"} for kind in kinds}
     alone, together = (in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, ranks, "fsdp") / "fsdp")
     compare(alone, together, stages, gradient=1e-10, number=1e-6)
-    critics = [load_file(run / "stages/ppo/critic/model.safetensors") for run in (alone, together)]
+    critics = [load_file(run / "stages/cut-ppo/critic/model.safetensors") for run in (alone, together)]
     assert all(float((critics[0][n] - critics[1][n]).abs().max()) < WEIGHT for n in critics[0])
 
 
