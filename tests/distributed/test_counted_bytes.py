@@ -54,7 +54,10 @@ def test_a_rank_sends_what_the_plan_says(
     }  # fmt: skip
     path = config_file(tmp_path / "config.yaml", {"sft": stage}, distributed={"strategy": strategy})
     planned = planner.plan(Pipeline(read(path), tmp_path / "planned"), Asked(2))
-    expected = planned[0]["ranks"]["strategies"][strategy]["sent_a_step"]
+    sent = planned[0]["ranks"]["strategies"][strategy]["sent_by"]
+    if strategy == "fsdp":  # gloo scatters sums by an all-reduce
+        sent["gradients"] *= 2
+    expected = sum(sent.values())
     out = tmp_path / "sent.json"
     command = [sys.executable, str(WORKER), "bytes", str(out), "run", str(path), "--runs", str(tmp_path)]
     outcome = launch.run(command, 2, ENVIRONMENT)
@@ -62,4 +65,4 @@ def test_a_rank_sends_what_the_plan_says(
     totals = json.loads(out.read_text())
     counted = statistics.median(b - a for a, b in itertools.pairwise(totals[1:]))
     print(f"{strategy}, lora {lora}: {expected} planned, {counted} counted")
-    assert counted == pytest.approx(expected, rel=0.05, abs=8192)
+    assert 1 <= counted / expected < 1.01  # the rest: metrics, heartbeats

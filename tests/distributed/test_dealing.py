@@ -175,34 +175,44 @@ def _config(**stages: Any) -> Any:
     return parse({"name": "tiny", "stages": stages})
 
 
-def test_a_kind_that_runs_on_one_process_is_refused_by_name(monkeypatch):
+def test_what_cannot_be_cut_over_ranks_is_refused_by_its_setting(monkeypatch):
+    length = {"kind": "length", "high": 9}
     config = _config(
         tuned={"kind": "sft", "model": "a/b", "data": "rows.jsonl"},
-        rl={"kind": "grpo", "model": "tuned", "data": "rows.jsonl", "reward": {"kind": "length", "high": 9}},
-        best={
-            "kind": "best_of_n",
-            "model": "tuned",
-            "data": "rows.jsonl",
-            "reward": {"kind": "length", "high": 9},
+        rl={"kind": "grpo", "model": "tuned", "data": "rows.jsonl", "reward": length},
+        best={"kind": "best_of_n", "model": "tuned", "data": "rows.jsonl", "reward": length},
+        pairs={
+            "kind": "collect", "model": "tuned", "data": "rows.jsonl", "pairs": 4, "annotators": "people",
         },
-    )
-    monkeypatch.setattr(group, "_group", group.Group(0, 2))
-    following.check_kinds(config, ["tuned", "rl"])
-    with pytest.raises(UsageError) as caught:
-        following.check_kinds(config, ["tuned", "best"])
-    line = str(caught.value)
-    assert "\n" not in line
-    assert "'best' is of kind best_of_n" in line
-    assert ", ".join(name for name, kind in OWN_KINDS.items() if kind.ranks) in line
+    )  # fmt: skip
     cut = config.model_copy(
         update={"distributed": config.distributed.model_copy(update={"strategy": "fsdp"})}
     )
-    following.check_kinds(cut, ["tuned", "rl"])
-    adapters = cut.stages["rl"].model_validate(cut.stages["rl"].model_dump() | {"lora": {"r": 2}})
-    with pytest.raises(
-        UsageError, match=r"'rl': `lora` does not go with distributed.strategy: fsdp; set ddp"
-    ):
-        following.check_kinds(cut.model_copy(update={"stages": {"rl": adapters}}), ["rl"])
+    for one in (config, cut):
+        following.check_kinds(one, list(one.stages))
+    grpo = cut.stages["rl"]
+    for more, setting in (
+        ({"lora": {"r": 2}}, "`lora`"), ({"control": "stop"}, "`control: stop`"),
+        ({"offload": True}, "`offload`"), ({"sharing": "adapters", "lora": {"r": 2}}, "`sharing: adapters`"),
+    ):  # fmt: skip
+        other = type(grpo).model_validate(grpo.model_dump() | more)
+        with pytest.raises(UsageError, match=rf"'rl': {setting} does not go with .* fsdp; set ddp"):
+            following.check_kinds(cut.model_copy(update={"stages": {"rl": other}}), ["rl"])
+
+
+def test_a_kind_that_knows_nothing_of_ranks_runs_on_the_first_alone(monkeypatch):
+    monkeypatch.setattr(group, "_group", group.Group(0, 2, "fsdp"))
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        following, "run_stage", lambda stage, run: seen.append((group.size(), group.is_sharded())) or {}
+    )
+    stage = _config(
+        pairs={"kind": "collect", "model": "a/b", "data": "r.jsonl", "pairs": 4, "annotators": "people"}
+    ).stages["pairs"]
+    assert not OWN_KINDS["collect"].ranks
+    assert following.call(stage, Any, None, Any) == {}
+    assert seen == [(1, False)]
+    assert group.size() == 2
 
 
 def test_ranks_that_read_other_rows_are_told(monkeypatch):

@@ -119,6 +119,21 @@ def test_updates_of_policies_critics_and_references_that_are_cut_are_those_of_on
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_best_of_n_are_those_that_one_process_finds(
+    strategy: str, in_float64: Any, data: Any, tiny_model: Path, tiny_reward: Path
+) -> None:
+    stage = {
+        "kind": "best_of_n", "model": str(tiny_model), "reward": str(tiny_reward), "data": str(data.prompts),
+        "samples_per_prompt": 3, "batch_size": 5, "micro_batch": 2, "max_steps": 2, "lr": 1e-3,
+        "sampling": {"max_new_tokens": 6},
+    }  # fmt: skip
+    stages = {"best": stage}
+    alone, together = (in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, 2, strategy) / strategy)
+    compare(alone, together, stages, gradient=1e-10, number=1e-6)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_episodes_with_tools_are_those_of_one_process(
     ranks: int, in_float64: Any, episode_kinds: dict[str, Any]

@@ -169,17 +169,34 @@ def test_a_gradient_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(
     assert steps_of(tmp_path / "tiny", "tuned") == 2
 
 
-def test_a_kind_that_runs_on_one_process_is_refused_before_anything_is_made(
-    data: Any, tiny_model: Path, tmp_path: Path, config_file: Callable[..., Path]
+def test_pairs_are_collected_and_models_judged_as_by_one_process(
+    data: Any, tiny_model: Path, tiny_reward: Path, tmp_path: Path, config_file: Callable[..., Path]
 ) -> None:
-    stages = {"judge": {"kind": "evaluate", "models": [str(tiny_model)], "data": str(data.prompts)}}
-    path = config_file(tmp_path / "config.yaml", stages)
-    done = keel("run", path, "--runs", tmp_path, "--nproc", 2)
-    assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith("keel: ")]
-    assert len(said) == 1
-    assert "kind evaluate" in said[0]
-    assert not (tmp_path / "tiny").exists()
+    """`collect` is the first rank's work alone; it ends the run where it waits for people."""
+    common = {"data": str(data.prompts), "sampling": {"max_new_tokens": 6}}
+    judge = {
+        "kind": "evaluate", "models": [str(tiny_model)], "reward": str(tiny_reward), "best_of": [2],
+        "batch_size": 8, **common,
+    }  # fmt: skip
+    pairs = {"kind": "collect", "model": str(tiny_model), "pairs": 4, "annotators": "people", **common}
+    path = config_file(tmp_path / "config.yaml", {"judge": judge, "pairs": pairs})
+    one, two = (keel("run", path, "--runs", tmp_path, "--name", f"on-{n}", "--nproc", n) for n in (1, 2))
+    assert one.returncode == two.returncode == 3, two.stderr[-3000:]
+    waits = [[line for line in done.stderr.splitlines() if "wait for people" in line] for done in (one, two)]
+    assert waits[0][0].replace("on-1", "on-2") == waits[1][0]
+    alone, together = (tmp_path / f"on-{n}" / "stages" for n in (1, 2))
+    assert (alone / "pairs/pairs.jsonl").read_bytes() == (together / "pairs/pairs.jsonl").read_bytes()
+    results = [json.loads((run / "judge/result.json").read_text()) for run in (alone, together)]
+    samples = [
+        [json.loads(line) for line in (run / "judge/samples.jsonl").read_text().splitlines()]
+        for run in (alone, together)
+    ]
+    assert [row["completion"] for row in samples[0]] == [row["completion"] for row in samples[1]]
+    means = [result["models"][str(tiny_model)] for result in results]
+    assert means[0].keys() == means[1].keys()
+    for name, value in means[0].items():
+        if isinstance(value, dict) and "mean" in value:
+            assert value["mean"] == pytest.approx(means[1][name]["mean"], rel=1e-5, abs=1e-5), name
 
 
 def test_torchrun_starts_the_ranks_as_well(

@@ -167,6 +167,18 @@ def _stores(here: Launched, timeout: float, prefix: str) -> tuple[Any, Any]:
     return first, second
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this rank, the first, is a process alone: what knows nothing of ranks may run. The others
+    wait for its word."""
+    global _group
+    before, _group = _group, Group()
+    try:
+        yield
+    finally:
+        _group = before
+
+
 # ---------------------------------------------------------------- what the first rank does alone
 
 

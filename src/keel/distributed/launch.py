@@ -265,7 +265,7 @@ def _of_record(record: Record, size: int, *, everywhere: bool = False) -> Outcom
     """A command that is wrong is wrong on every rank; anything else names its place."""
     if record.kind == "interrupted":
         return Outcome(record.code, record.line, interrupted=True)
-    if everywhere or record.code == 2:
+    if everywhere or record.code in (2, 3):  # 3: it waits for people
         return Outcome(record.code, record.line)
     return Outcome(record.code, f"rank {record.rank} of {size} on {record.host}: {record.line}")
 

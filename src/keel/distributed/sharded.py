@@ -67,11 +67,16 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
             module.set_reduce_scatter_unused_params(True)
 
 
+def is_cut(model: Any) -> bool:
+    """Whether no rank has this model's weights whole."""
+    return getattr(model, "keel_whole", None) is not None
+
+
 @contextmanager
 def whole_here(model: Any) -> Iterator[None]:
     """Within it every rank has a model's weights whole, and makes as many forwards as it likes; none of them
     takes a gradient. Every rank has to enter, and to leave. Nothing for a model that is not sharded."""
-    if getattr(model, "keel_whole", None) is None:
+    if not is_cut(model):
         yield
         return
     from torch.distributed.fsdp import FSDPModule

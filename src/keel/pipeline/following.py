@@ -2,7 +2,8 @@
 
 The first rank does all that is done once: it checks, reads, decides what runs, writes. Where a stage that
 several ranks can work on begins, it tells the others which, with the settings that it has come to, and all of
-them call the stage's run function together. What they share in it is in `keel.distributed.group`.
+them call the stage's run function together. What they share in it is in `keel.distributed.group`. A stage of
+a kind that knows nothing of ranks it runs as a process alone, while the others wait.
 """
 
 from __future__ import annotations
@@ -63,26 +64,24 @@ def joined(config: RunConfig) -> Generator[None]:
 
 
 def check_kinds(config: RunConfig, names: Sequence[str]) -> None:
-    """UsageError where several ranks cannot work on one of these stages, which are to run."""
+    """UsageError where several ranks cannot work on one of these stages, which are to run, though they can
+    on others of its kind or by another strategy."""
     strategy = "fsdp" if config.distributed.strategy == "fsdp" else "ddp"
     able = ", ".join(kind.name for kind in OWN_KINDS.values() if strategy in kind.ranks)
     for name in names:
         kind = config.stages[name].kind
         ways = kind_of(kind).ranks
+        if not ways:  # the first rank runs it alone
+            continue
         if strategy in ways:
             if strategy == "fsdp" and (why := _uncut(config.stages[name])) is not None:
                 raise UsageError(
                     f"stage {name!r}: {why} does not go with distributed.strategy: fsdp; set ddp"
                 )
             continue
-        if ways:
-            raise UsageError(
-                f"stage {name!r} is of kind {kind}, which runs with distributed.strategy {' or '.join(ways)} "
-                f"only (with {strategy}: {able})"
-            )
         raise UsageError(
-            f"stage {name!r} is of kind {kind}, which runs on one process so far (on several: {able}): run "
-            f"the others with --only STAGE --nproc {group.size()}, then the whole config without --nproc"
+            f"stage {name!r} is of kind {kind}, which runs with distributed.strategy {' or '.join(ways)} "
+            f"only (with {strategy}: {able})"
         )
 
 
@@ -103,6 +102,9 @@ def _uncut(stage: Stage) -> str | None:
 
 def call(stage: Stage, run: StageRun, day: date | None, sources: Sources) -> dict[str, Any]:
     """Run a stage on this rank and, where there are others, have them run it too."""
+    if not kind_of(stage.kind).ranks:
+        with group.alone():
+            return run_stage(stage, run)
     if group.size() > 1:
         snapshots, judged = sources.preparation.cache.snapshots, sources.judged(run.name)
         group.from_first(lambda: Call(run.name, stage, day, snapshots, judged))

@@ -83,7 +83,7 @@ class StageKind:
     compares: bool = False  # whether its result holds models side by side, as `evaluate` writes them
     ranks: tuple[
         str, ...
-    ] = ()  # strategies by which several processes work on it: "ddp", "fsdp" (docs/scale.md)
+    ] = ()  # strategies by which several processes work on it: "ddp", "fsdp"; none: the first does, alone
 
     @property
     def on_policy(self) -> bool:
@@ -241,6 +241,7 @@ _OWN_KINDS = (
         "best_of_n",
         BestOfNConfig,
         run="keel.stages.best_of_n:run",
+        ranks=("ddp", "fsdp"),
         memory="keel.plan.stage_memory:best_of_n",
         curves=_LANGUAGE,
         key_numbers=(KeyNumber("reward", "reward_best", before="reward_mean"),),
@@ -257,6 +258,7 @@ _OWN_KINDS = (
         "evaluate",
         EvaluateConfig,
         run="keel.stages.evaluate:run",
+        ranks=("ddp", "fsdp"),
         memory="keel.plan.stage_memory:evaluate",
         has_steps=False,
         compares=True,

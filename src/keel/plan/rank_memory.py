@@ -6,8 +6,9 @@ gradients and optimiser, and whole at a time the embeddings with the head and tw
 computes and the next, whose weights are on their way. Each rank opens each model whole before it is cut, and
 has the policy whole while it samples.
 
-Bytes are those of ring algorithms, which NCCL and gloo use: a sum of S bytes over n ranks (all-reduce) makes
-each send 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it.
+Bytes are those of ring algorithms: a sum of S bytes over n ranks (all-reduce) makes each send
+2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does; gloo scatters by
+an all-reduce, and sends the gradients of fsdp twice.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class OnRanks:
     phases: Mapping[str, float] = field(default_factory=dict)
     fits: bool = False  # the card that was asked about
     settings: Mapping[str, Any] | None = None  # dotted, that would make it fit; None: none of them does
-    sent: float = 0.0  # bytes that a rank sends for an optimiser step, and receives
+    sent: Mapping[str, float] = field(default_factory=dict)  # bytes of an optimiser step: `bytes_of_step`
     steps: int = 1  # optimiser steps of an update; 1 where a step is one
 
 
@@ -89,7 +90,7 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
     ) else 1  # fmt: skip
     return OnRanks(
         True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
-        fit.settings, sum(bytes_of_step(stage, refs, lengths, asked.ranks, strategy).values()), steps,
+        fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), steps,
     )  # fmt: skip
 
 
@@ -245,9 +246,10 @@ def as_dict(found: Mapping[str, OnRanks], asked: Asked) -> dict[str, Any]:
             "phases": {phase: round(value) for phase, value in one.phases.items()},
             "fits": one.fits,
             "with": one.settings if one.settings is None else dict(one.settings),
-            "sent_a_step": round(one.sent),
+            "sent_a_step": round(sum(one.sent.values())),
+            "sent_by": {what: round(value) for what, value in one.sent.items()},
             "steps_an_update": one.steps,
-            "seconds_a_step": None if asked.bandwidth is None else one.sent / asked.bandwidth,
+            "seconds_a_step": asked.bandwidth and sum(one.sent.values()) / asked.bandwidth,
         }
     return {"nproc": asked.ranks, "card_gb": asked.card, "strategies": strategies}
 

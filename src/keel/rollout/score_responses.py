@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from keel.algorithms import kl
 from keel.algorithms.masked import at_least_float32, log_softmax
 from keel.data.batches import by_length, length_mask, pad
-from keel.distributed import group
+from keel.distributed import group, sharded
 from keel.models.head import head_of
 from keel.models.logprobs import HeadInputs, head_inputs, response_index, scatter_to_mask, scores_at
 from keel.types import Completion
@@ -67,7 +67,7 @@ def score(
     with torch.no_grad():
         prompts = [c.prompt_ids for c in completions]
         found = list(by_length(ends.tolist(), micro_batch, micro_tokens, together=prompts))
-        for number, rows in enumerate([*found, *_borrowed(found, ends)]):
+        for number, rows in enumerate([*found, *_borrowed(policy, found, ends)]):
             reach, width = int(ends[rows].max()), int(lengths[rows].max())
             x, starts = ids[rows, :reach].to(device), prompt_lengths[rows].to(device)
             own = mask[rows, :width].to(device)
@@ -93,10 +93,10 @@ def score(
     return Scored(ids, prompt_lengths, mask, logp, ref_logp, exact_kl, values)
 
 
-def _borrowed(parts: Sequence[Sequence[int]], ends: Tensor) -> list[list[int]]:
+def _borrowed(policy: object, parts: Sequence[Sequence[int]], ends: Tensor) -> list[list[int]]:
     """Parts that are computed for nothing where weights are cut over ranks, so that all make as many
     forwards: of the shortest row. ends: (B,) tokens of each row."""
-    if not group.is_sharded():
+    if not sharded.is_cut(policy):
         return []
     most = max(group.gathered(len(parts)))
     return [[int(ends.argmin())]] * (most - len(parts))

@@ -15,6 +15,7 @@ from keel.config import BestOfNConfig
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.holdout import Split, split_holdout
+from keel.distributed import group
 from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
@@ -52,10 +53,11 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     tasks = lazy_rows.of_prompts(dataset.records, tokenizer, too_long, lambda record, ids: (record, ids))
     too_long.report()
     chosen = stage_run.directory / CHOSEN
-    if not chosen.exists():
+    if not group.from_first(chosen.exists):
         best_rows = _sample(config, stage_run, source, tokenizer, tasks)
-        write_text(chosen, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best_rows))
-    best = read_own(chosen, lines=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best_rows)
+        group.only_first(lambda: write_text(chosen, lines))
+    best = group.from_first(lambda: read_own(chosen, lines=True))
     kept = [row for row in best if config.min_reward is None or row["reward"] >= config.min_reward]
     if not kept:
         raise DataError(
@@ -90,7 +92,7 @@ def _sample(
     tasks: Sequence[tuple[PromptRecord, tuple[int, ...]]],
 ) -> list[dict[str, Any]]:
     """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only
-    where none ended."""
+    where none ended. Several ranks share the prompts."""
     sampling, n = config.sampling.plain(), config.samples_per_prompt
     model = causal_lm(source, 0).to(stage_run.device).eval().requires_grad_(False)
     loaded = build_rewards.load_rewards(
@@ -101,8 +103,10 @@ def _sample(
         loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
     engine = KeelEngine(model, batch_size=PROMPTS_AT_ONCE * n)
-    best_rows: list[dict[str, Any]] = []
-    for number, part in enumerate(micro_batches(tasks, PROMPTS_AT_ONCE)):
+
+    def answered(numbered: tuple[int, Sequence[tuple[PromptRecord, tuple[int, ...]]]]) -> list[Any]:
+        number, part = numbered
+        best_rows: list[dict[str, Any]] = []
         repeated = [task for task in part for _ in range(n)]
         seed = derive_seed(stage_run.seed, "samples", number)
         done = engine.generate(GenerationRequest.of(tokenizer, [ids for _, ids in repeated], sampling, seed))
@@ -112,14 +116,19 @@ def _sample(
         )
         totals = rated.total.tolist()
         for start in range(0, len(done), n):
-            group = range(start, start + n)
-            best = max(group, key=lambda i: (done[i].ended, totals[i], -i))
+            of_prompt = range(start, start + n)
+            best = max(of_prompt, key=lambda i: (done[i].ended, totals[i], -i))
             best_rows.append(_chosen(repeated[best][0], done[best], tokenizer) | {
-                "reward": totals[best], "mean": sum(totals[i] for i in group) / n,
+                "reward": totals[best], "mean": sum(totals[i] for i in of_prompt) / n,
                 "rewards": {name: values[best] for name, values in rated.by_name.items()},
             })  # fmt: skip
-        stage_run.say(f"{stage_run.name}: {len(best_rows)} of {len(tasks)} prompts answered {n} times")
-    return best_rows
+        if group.size() == 1:
+            so_far = number * PROMPTS_AT_ONCE + len(part)
+            stage_run.say(f"{stage_run.name}: {so_far} of {len(tasks)} prompts answered {n} times")
+        return best_rows
+
+    parts = group.mapped(list(enumerate(micro_batches(tasks, PROMPTS_AT_ONCE))), answered)
+    return [row for rows in parts for row in rows]
 
 
 def _split(config: BestOfNConfig, stage_run: StageRun, prompts: Sequence[Sequence[int]]) -> Split:

@@ -16,6 +16,7 @@ from keel.data.batches import derive_seed
 from keel.data.load import Dataset
 from keel.data.stored.records import picked, release
 from keel.data.stored.tokens import each
+from keel.distributed import group
 from keel.errors import DataError, UsageError
 from keel.evaluation import reward_models
 from keel.evaluation.policies import JudgedCompletion, best_of_n_kl, measures, sample_row
@@ -24,6 +25,7 @@ from keel.models.tokenizer import known_ids
 from keel.rewards.mixture import Mixture, Rated
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
+from keel.rollout.protocol import Rows
 from keel.rollout.score_responses import score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, prepare, scored_pairs
@@ -179,9 +181,15 @@ def _judge_part(
     best_of: Sequence[int],
     start: int,
 ) -> dict[int, list[JudgedCompletion]]:
-    """As `_judge`, of the prompts from number `start` on, as many as are answered at once."""
+    """As `_judge`, of the prompts from number `start` on, as many as are answered at once. Several ranks
+    share them."""
     config, stage_run = bench.config, bench.stage_run
-    records = bench.records[start : start + AT_ONCE]
+    records, of = bench.records[start : start + AT_ONCE], min(AT_ONCE, len(bench.records) - start)
+    mine = group.deal([1] * of, group.size())[group.rank()]
+    if not mine:
+        return _of_all_ranks({n: [] for n in best_of}, mine)
+    rows = Rows(mine, of) if len(mine) < of else None
+    records = records if rows is None else [records[i] for i in mine]
     sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
     prompts = [tokens[0][-(bench.room or 0) :] for _, _, tokens in each(tokenizer, records)]
     engine = KeelEngine(model, config.batch_size)
@@ -191,7 +199,7 @@ def _judge_part(
     for round_ in range(max(best_of)):
         draw = [*([round_] if round_ else []), *(["from", start] if start else [])]
         seed = derive_seed(stage_run.seed, "evaluate", *draw)
-        done = engine.generate(GenerationRequest.of(tokenizer, prompts, sampling, seed))
+        done = engine.generate(GenerationRequest.of(tokenizer, prompts, sampling, seed, rows=rows))
         new = _rated(rewards, records, done, tokenizer)
         if rated is None or new is None:
             best, rated = done, new
@@ -206,7 +214,24 @@ def _judge_part(
                 else [best_of_n_kl(n)] * len(best)
             )
             judged[n] = _all_judged(bench, tokenizer, records, best, rated, kls)
-    return judged
+    return _of_all_ranks(judged, mine)
+
+
+def _of_all_ranks(
+    judged: Mapping[int, list[JudgedCompletion]], mine: Sequence[int]
+) -> dict[int, list[JudgedCompletion]]:
+    """n → the completions of all ranks, in the order of the prompts. mine: the numbers of this one's."""
+    parts = group.gathered((list(mine), dict(judged)))
+    return {
+        n: [
+            one
+            for _, one in sorted(
+                (pair for numbers, found in parts for pair in zip(numbers, found[n], strict=True)),
+                key=lambda pair: pair[0],
+            )
+        ]
+        for n in judged
+    }
 
 
 def _all_judged(
