@@ -98,17 +98,13 @@ def test_a_card_is_a_number_of_gb() -> None:
 
 
 def test_the_command_says_it_of_each_stage(data: Any, tiny_model: Path, tmp_path: Path) -> None:
-    reward = {"kind": "length", "high": 9}
     stages = {
         "sft": {"kind": "sft", "model": str(tiny_model), "data": str(data.demonstrations)},
-        "best": {
-            "kind": "best_of_n",
-            "model": "sft",
-            "data": str(data.prompts),
-            "reward": reward,
+        "pairs": {
+            "kind": "collect", "model": "sft", "data": str(data.prompts), "pairs": 2, "annotators": "people",
             "sampling": {"max_new_tokens": 6},
         },
-    }
+    }  # fmt: skip
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({"name": "x", "device": "cpu", "stages": stages}))
     command = [
@@ -125,7 +121,7 @@ def test_the_command_says_it_of_each_stage(data: Any, tiny_model: Path, tmp_path
     ]
     shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert re.search(r"4 × 24 GB, ddp: \S+ GB a rank at its peak, .*; fits; a rank sends .*: \S+ s\n", shown)
-    assert "4 × 24 GB, fsdp: not for this stage" in shown  # of best_of_n
+    assert "4 × 24 GB, fsdp: not for this stage" in shown  # of collect
     facts = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
     of_sft = facts["stages"][0]["ranks"]
     assert (of_sft["nproc"], of_sft["card_gb"]) == (4, 24)
