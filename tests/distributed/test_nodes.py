@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -177,6 +178,29 @@ def test_the_machine_that_failed_first_ends_all_and_is_named(monkeypatch: pytest
         nodes.run([(Host("a"), ["nossh", "a"])], lambda *_: None)
 
 
+def test_the_store_listens_where_the_other_ranks_are_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's own listens on all interfaces."""
+
+    def listens_at(port: int) -> list[str]:
+        names = ("tcp", "tcp6")
+        rows = [line.split() for name in names for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+        return [
+            row[1].rpartition(":")[0] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"
+        ]
+
+    store = launch._store(None)
+    assert listens_at(store.port) == ["0100007F"]
+    with pytest.raises(UsageError, match=r"cannot be listened at .* choose another"):
+        launch._store(Node(0, 2, "127.0.0.1", store.port))
+    # a name that leads to the loopback interface here leads others to another one
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    elsewhere = launch._listening(Node(0, 2, "node-a", 1024 + store.port % 60000))
+    assert elsewhere.getsockname()[0] == "0.0.0.0"
+    elsewhere.close()
+
+
 # ---------------------------------------------------------------- SLURM
 
 
@@ -342,8 +366,6 @@ def test_the_doctor_tries_both_machines(two: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.ranks
 def test_the_doctor_tells_of_ranks_that_do_not_meet_and_of_a_port_that_is_taken(tmp_path: Path) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()

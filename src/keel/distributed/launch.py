@@ -1,6 +1,6 @@
 """Start n ranks of a command on this machine, watch them, and say in one line why they ended early.
 
-The ranks meet in a store that this process holds, at a port that the system chooses. Where several machines
+The ranks meet in a store that this process holds, on the loopback interface. Where several machines
 share a run (`Node`), each has a launcher of its own; the first one's holds the store, at a port that all know
 (`nodes` starts them). The first rank has this process's terminal; what the others write goes to a file. Where
 one fails, the others are given a moment to say so themselves, then ended: a rank alone cannot go on.
@@ -9,6 +9,7 @@ one fails, the others are given a moment to say so themselves, then ended: a ran
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import re
@@ -103,7 +104,7 @@ def run(
     """
     if node is not None and node.first + size > node.of:
         raise UsageError(f"--node {node}: {size} ranks from {node.first} on are more than {node.of}")
-    store: Any = None if node and node.first else _store(node.port if node else 0)  # held by this process
+    store: Any = None if node and node.first else _store(node)  # held by this process
     node = node or Node(0, size, "127.0.0.1", store.port)
     with tempfile.TemporaryDirectory(prefix="keel-ranks-") as name:
         folder = Path(name)
@@ -117,18 +118,46 @@ def run(
                 time.sleep(LOOK)
 
 
-def _store(port: int) -> Any:
-    """What the ranks meet in, held by this process; at a port that the system chooses, for 0."""
+def _store(node: Node | None) -> Any:
+    """What the ranks meet in, held by this process: on the loopback interface, at a port that the system
+    chooses; with other machines at their port, on the interface that the host's name leads to.
+
+    torch's own socket would listen on all interfaces, whatever its host, and its store asks nobody who he is.
+    """
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    try:
-        return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    except RuntimeError as error:
-        if not port:
-            raise
-        raise UsageError(
-            f"port {port} of {socket.gethostname()} is taken: choose another (keel launch --port)"
-        ) from error
+    listening = _listening(node)
+    address, port = listening.getsockname()
+    host = "127.0.0.1" if address == "0.0.0.0" else address
+    return TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def _listening(node: Node | None) -> socket.socket:
+    """A socket that listens. UsageError where the port of several machines is taken."""
+    places: list[tuple[str, int]] = [("127.0.0.1", 0)]
+    if node is not None:
+        found = ""
+        with contextlib.suppress(OSError):
+            found = socket.gethostbyname(node.host)
+        # a name that leads to the loopback interface here is one that others know by another address
+        everywhere = not found or (found.startswith("127.") and not node.is_local)
+        places = [*([] if everywhere else [(found, node.port)]), ("", node.port)]
+    for place in places:
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(place)
+            listening.listen(1024)
+        except OSError as error:
+            listening.close()
+            if error.errno == errno.EADDRNOTAVAIL and place is not places[-1]:
+                continue
+            raise UsageError(
+                f"port {place[1]} of {socket.gethostname()} cannot be listened at ({error.strerror}): choose "
+                "another (keel launch --port)"
+            ) from None
+        return listening
+    raise AssertionError("the last place was tried")
 
 
 @contextlib.contextmanager
