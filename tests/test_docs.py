@@ -144,6 +144,8 @@ def written(
             "judge": "world:helpdesk",
             "control": {"on_finding": "adjust", "reward_bound": -1e6},
             "ptx": {"data": rows("text"), "batch_size": 2},
+            "rollout": {"ahead": 1},
+            "importance_cap": 2.0,
             "eval_every": 1,
             "eval_data": rows("prompts", 4),
         },
