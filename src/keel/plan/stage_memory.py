@@ -127,9 +127,9 @@ def learners(stage: Training, refs: StageModels, device: Device) -> dict[str, Mo
     if isinstance(stage, OnPolicy):
         return {role: model for role, model in roles(stage, refs, device).items() if model.trained}
     model = _trained(stage, refs.model, device)
-    if isinstance(stage, (RewardConfig, ClassifierConfig)):
+    if stage.leaves in ("reward model", "classifier"):
         return {"model": replace(model, head="score", labels=stage.outputs)}
-    return {"policy" if isinstance(stage, DPOConfig) else "model": model}
+    return {"policy" if hasattr(stage, "reference") else "model": model}  # what has a reference is a policy
 
 
 def cut_over_ranks(stage: Training, refs: StageModels, device: Device) -> dict[str, Model]:
