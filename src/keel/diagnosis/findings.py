@@ -64,6 +64,7 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
         [term.get("kind") for term in terms if isinstance(term, Mapping)] if isinstance(terms, list) else []
     )
     of_keel = settings.get("engine", "keel") in ("keel", "reference")  # another's numbers are its own
+    of_keel = of_keel and _group(settings, "rollout").get("engine", "keel") == "keel"
     return Conditions(
         kl_target=kl.get("target"),
         constrained=kl.get("coef", 1.0) > 0,

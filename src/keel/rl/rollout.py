@@ -159,11 +159,11 @@ def sample(
             keep_head_inputs=config.trusts_sampler, rows=rows,
         )  # fmt: skip
         completions = setup.engine.generate(request, count)
-        check_completions(config.engine, request, completions)
+        check_completions(config.engine_name, request, completions)
     if config.importance_cap is not None and not all(c.logp for c in completions):
         raise UsageError(
             "`importance_cap` needs the log-probabilities of the sampler,"
-            f" which engine {config.engine!r} does not give"
+            f" which engine {config.engine_name!r} does not give"
         )
     return completions
 
@@ -364,7 +364,7 @@ def importance(setup: Setup[OnPolicy], experience: Experience) -> Tensor | None:
     if cap is None:
         return None
     sampled = sampled_logp(experience.completions, mask)
-    return policy.importance_weights(experience.scored.logp, sampled, mask, cap)
+    return policy.importance_weights(experience.scored.logp, sampled, mask, cap, setup.config.importance_mode)
 
 
 def _sampler_mismatch(experience: Experience) -> dict[str, float]:

@@ -19,13 +19,14 @@ from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
 from keel.models.load import ModelSource, causal_lm
-from keel.rollout import GenerationRequest, KeelEngine
+from keel.rollout import GenerationRequest
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, lazy_rows, prepare
 from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
+from keel.stages.samplers import open_sampler
 from keel.types import Completion, PromptRecord
 
 if TYPE_CHECKING:
@@ -100,7 +101,10 @@ def _sample(
     rewards = build_rewards.mixture(
         loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
-    engine = KeelEngine(model, batch_size=PROMPTS_AT_ONCE * n)
+    engine = open_sampler(
+        config.rollout, model, stage_run, tokenizer, batch_size=PROMPTS_AT_ONCE * n, length=longest,
+        trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
     best_rows: list[dict[str, Any]] = []
     for number, part in enumerate(micro_batches(tasks, PROMPTS_AT_ONCE)):
         repeated = [task for task in part for _ in range(n)]
