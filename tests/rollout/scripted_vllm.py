@@ -45,7 +45,8 @@ class ScriptedVllm:
 
     def start(self) -> None:
         """Begin, or begin again with the weights of the start."""
-        self.model = AutoModelForCausalLM.from_pretrained(self.place).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(self.place).eval()
+        self.room = self.model.config.max_position_embeddings
         self.version, self.adapters = "default", dict[str, Any]()
         server = self
 
@@ -117,7 +118,7 @@ class ScriptedVllm:
             case "/version":
                 return 200, {"version": "0.32.0"}
             case "/v1/models":
-                base = {"id": str(self.place), "parent": None, "max_model_len": 48}
+                base = {"id": str(self.place), "parent": None, "max_model_len": self.room}
                 return 200, {"data": [base, *({"id": name, "parent": base["id"]} for name in self.adapters)]}
             case "/server_info":
                 lora = {"max_lora_rank": 16} if self.lora else None

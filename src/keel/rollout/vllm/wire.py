@@ -196,8 +196,9 @@ class Wire:
                 raise RefusedError(response.status, f"an answer of more than {LARGEST // 2**20} MiB")
             if time.monotonic() > until:
                 raise TimeoutError
-        if not response.isclosed() and response.length:  # it ends before it said
+        if response.length:  # it ends before it said
             raise http.client.IncompleteRead(b"".join(parts), response.length)
+        response.close()  # which `read1` leaves open at its end: the connection takes the next request then
         return b"".join(parts)
 
     def _said(self, raw: bytes) -> str:
