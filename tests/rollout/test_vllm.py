@@ -25,7 +25,7 @@ from keel.rollout import GenerationRequest, TokenCount
 from keel.rollout.protocol import Rows
 from keel.rollout.reference_engine import ReferenceEngine
 from keel.rollout.score_responses import score
-from keel.rollout.vllm import ServerSettings, VllmEngine, engine, server
+from keel.rollout.vllm import ServerSettings, VllmEngine, holding, server, wire
 from keel.types import Sampling
 
 _spec = importlib.util.spec_from_file_location("scripted_vllm", Path(__file__).with_name("scripted_vllm.py"))
@@ -105,7 +105,7 @@ def test_weights_are_pushed_when_they_have_changed_and_only_then(
         for seed in (0, 1):  # the second time the weights are the same
             done = sampler.generate(asked(seed))
             assert drift(model, done) < 1e-6
-            assert one.count(route) == sampler.pushes == pushes
+            assert one.count(route) == sampler.server.pushes == pushes
         before = [p.detach().clone() for p in model.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         moved(model)
@@ -115,7 +115,7 @@ def test_weights_are_pushed_when_they_have_changed_and_only_then(
         assert len(one.adapters) == 1
         assert one.count("/collective_rpc") == 0
     sampler.close()
-    assert not list(sampler.folder.glob("keel-*"))
+    assert not list(sampler.server.folder.glob("keel-*"))
     assert not one.adapters
 
 
@@ -132,7 +132,7 @@ def test_a_response_of_other_weights_is_never_taken(start: Any, opened: Any, pol
 
     one.change = between
     done = sampler.generate(asked())
-    assert sampler.pushes == 2
+    assert sampler.server.pushes == 2
     assert sampler.asked_again > 0
     assert [c.ids for c in done] == [c.ids for c in opened(one.address).generate(asked())]
 
@@ -151,8 +151,8 @@ def test_a_response_of_other_weights_is_never_taken(start: Any, opened: Any, pol
 def test_a_push_that_fails_is_noticed_and_nothing_is_sampled(
     route: str, answer: Any, said: str, start: Any, opened: Any, policy: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(engine, "PAUSE", 0.0)
-    monkeypatch.setattr(engine, "CLEARING", 2)
+    monkeypatch.setattr(holding, "PAUSE", 0.0)
+    monkeypatch.setattr(holding, "CLEARING", 2)
     one = start()
     sampler = opened(one.address)
     sampler.generate(asked())
@@ -165,6 +165,24 @@ def test_a_push_that_fails_is_noticed_and_nothing_is_sampled(
     assert all(body["sampling_params"].get("prompt_logprobs") is not None for body in bodies)
 
 
+def test_weights_that_were_taken_are_sampled_with_while_the_model_is_trained(
+    start: Any, opened: Any, policy: Any, monkeypatch: Any
+) -> None:
+    """Also where the server has to be given them a second time."""
+    monkeypatch.setattr(holding, "PAUSE", 0.0)
+    one = start()
+    sampler = opened(one.address)
+    sampler.take_weights()
+    expected = sampler.generate(asked())
+    moved(policy, 0.3)
+    assert sampler.generate(asked()) == expected
+    one.version = "of somebody else"
+    assert sampler.generate(asked()) == expected
+    assert sampler.server.pushes == 2
+    sampler.take_weights()
+    assert sampler.generate(asked()) != expected
+
+
 # ---------------------------------------------------------------- a server that fails
 
 
@@ -173,7 +191,7 @@ def test_a_server_that_dies_is_waited_for_and_nothing_is_lost_or_doubled(
 ) -> None:
     """It dies while it answers, and comes back with the weights of its start: they are pushed again, the rows
     without an answer are asked for by the same seeds, and all is as without the death."""
-    monkeypatch.setattr(engine, "PAUSE", 0.0)
+    monkeypatch.setattr(holding, "PAUSE", 0.0)
     one = start()
     sampler = opened(one.address, concurrency=1)
     expected = sampler.generate(asked(3))
@@ -185,10 +203,10 @@ def test_a_server_that_dies_is_waited_for_and_nothing_is_lost_or_doubled(
 
     deadly = one.count(GENERATE) + 2
     one.script = script
-    sampler.say = lambda line: one.start() if "keel waits" in line else None
+    sampler.server.say = lambda line: one.start() if "keel waits" in line else None
     done = sampler.generate(asked(3))
     assert [(c.prompt_ids, c.ids) for c in done] == [(c.prompt_ids, c.ids) for c in expected]
-    assert (sampler.restarts, sampler.pushes) == (1, 2)
+    assert (sampler.server.restarts, sampler.server.pushes) == (1, 2)
     seeds = [
         body["sampling_params"]["seed"]
         for at, body in one.calls
@@ -212,7 +230,7 @@ def test_a_server_that_stays_away_ends_with_one_line(start: Any, opened: Any) ->
     ("wrong", "said"),
     [
         (lambda choice: choice | {"token_ids": ["cat"]}, "'cat' among the token ids"),
-        (lambda choice: choice | {"token_ids": [5] * 99}, "99 tokens, where 1 to 5"),
+        (lambda choice: choice | {"token_ids": [5] * 99}, "99 tokens, where 1 to 3"),
         (lambda choice: choice | {"token_ids": []}, "0 tokens"),
         (lambda choice: choice | {"logprobs": None}, "no completion"),
         (lambda choice: choice | {"finish_reason": "abort"}, "ended by 'abort'"),
@@ -224,10 +242,11 @@ def test_a_server_that_stays_away_ends_with_one_line(start: Any, opened: Any) ->
 )
 def test_garbage_is_no_response(wrong: Any, said: str, start: Any, opened: Any, monkeypatch: Any) -> None:
     """Once, it is asked again; always, it ends with what was wrong."""
-    monkeypatch.setattr(engine, "PAUSE", 0.0)
+    monkeypatch.setattr(holding, "PAUSE", 0.0)
     one = start()
-    sampler, times = opened(one.address), [1]
-    expected = [c.ids for c in sampler.generate(asked())]
+    sampler, times = opened(one.address), [0]
+    request = GenerationRequest(PROMPTS[:1], Sampling(3), [1], 0, 0)
+    expected = sampler.generate(request)
 
     def change(answer: Any) -> Any:
         if answer["prompt_logprobs"] is None and times[0]:
@@ -236,10 +255,11 @@ def test_garbage_is_no_response(wrong: Any, said: str, start: Any, opened: Any, 
         return answer
 
     one.change = change
-    assert [c.ids for c in sampler.generate(asked())] == expected
+    times[0] = 1
+    assert sampler.generate(request) == expected
     times[0] = 1_000
     with pytest.raises(EngineError, match=f"gives no responses: .*{re.escape(said)}"):
-        sampler.generate(asked())
+        sampler.generate(request)
 
 
 def _with_logp(choice: Any, value: float) -> dict[str, Any]:
@@ -248,16 +268,16 @@ def _with_logp(choice: Any, value: float) -> dict[str, Any]:
 
 
 def test_a_request_that_takes_too_long_is_given_up(start: Any, opened: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine, "PAUSE", 0.0)
+    monkeypatch.setattr(holding, "PAUSE", 0.0)
     one = start()
-    sampler = opened(one.address, timeout=0.3)
+    sampler = opened(one.address, timeout=0.15)
     sampler.generate(asked())
 
     def slow(route: str, body: Any, number: int) -> Any:
-        return time.sleep(0.5) if route == GENERATE and body["sampling_params"].get("seed") else None
+        return time.sleep(0.2) if route == GENERATE and body["sampling_params"].get("seed") else None
 
     one.script = slow
-    with pytest.raises(EngineError, match=r"no answer within 0.3 s"):
+    with pytest.raises(EngineError, match=r"no answer within 0.15 s"):
         sampler.generate(asked())
 
 
@@ -403,13 +423,14 @@ def until(what: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_started_server_ends_with_all_that_it_started(fake: Any, tmp_path: Path, monkeypatch: Any) -> None:
     program, pids = fake
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     one = server.Server(server.Launch(program, "m", "float32", 64, rank=8, devices="1"), tmp_path / "log")
     one.start()
-    wire = engine.Wire(one.address)
-    server.wait_until_ready(wire, 10.0, lambda: one.alive, one.last_words)
+    asking = wire.Wire(one.address)
+    server.wait_until_ready(asking, 10.0, lambda: one.alive, one.last_words)
     main, child, argv, variables = json.loads(pids.read_text())
     assert (alive(main), alive(child)) == (True, True)
     assert argv[1:3] == ["serve", "m"]
@@ -417,19 +438,20 @@ def test_a_started_server_ends_with_all_that_it_started(fake: Any, tmp_path: Pat
     assert (variables["CUDA_VISIBLE_DEVICES"], variables["VLLM_API_KEY"]) == ("1", one.key)
     assert "PYTHONPATH" not in variables
     assert one.key not in argv
-    with pytest.raises(engine.DownError):
-        wire.get("/die")
+    with pytest.raises(wire.DownError):
+        asking.get("/die")
     until(lambda: not one.alive)
     assert not alive(child)
     assert re.match(r"RuntimeError: no memory \(its log: ", one.last_words())
     with pytest.raises(EngineError, match="ended while it started: RuntimeError"):
-        server.wait_until_ready(wire, 10.0, lambda: one.alive, one.last_words)
+        server.wait_until_ready(asking, 10.0, lambda: one.alive, one.last_words)
     one.start()
-    server.wait_until_ready(engine.Wire(one.address), 10.0, lambda: one.alive, one.last_words)
+    server.wait_until_ready(wire.Wire(one.address), 10.0, lambda: one.alive, one.last_words)
     one.stop()
     assert not any(map(alive, json.loads(pids.read_text())[:2]))
 
 
+@pytest.mark.slow
 def test_a_started_server_ends_with_its_owner_however_that_ends(fake: Any, tmp_path: Path) -> None:
     """SIGKILL leaves keel no word to say."""
     program, pids = fake
@@ -472,52 +494,63 @@ def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a run
 
 
-def test_grpo_through_a_server_that_dies_in_between(
-    start: Any, run: Any, data: Any, tiny_model: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    """Three updates: weights pushed for each, drift of rounding, the death costs no update and changes no
-    number; a second run is the same."""
-    monkeypatch.setattr(engine, "PAUSE", 0.0)
-    stages = {
-        "grpo": {
-            "kind": "grpo", "model": str(tiny_model), "reward": SHORT, "data": str(data.prompts),
-            "batch_size": 4, "samples_per_prompt": 2, "updates": 3, "lr": 1e-2, "importance_cap": 2.0,
-            "importance_mode": "sequence_mask", "sampling": {"max_new_tokens": 4, "temperature": 0.8},
-            "rollout": {"engine": "vllm", "folder": str(tmp_path / "shm"), "concurrency": 2},
-        }
-    }  # fmt: skip
-    found: list[list[dict[str, float]]] = []
-    for name in ("steady", "killed"):
+@pytest.fixture
+def run_grpo(start: Any, run: Any, data: Any, tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> Any:
+    """Updates through a server, which dies at one of its calls and comes back: metrics, and what the stage
+    says of the server."""
+    monkeypatch.setattr(holding, "PAUSE", 0.0)
+    wait = server.wait_until_ready
+
+    def go(updates: int, deadly: int | None) -> tuple[list[dict[str, float]], dict[str, Any]]:
         one = start()
-        stages["grpo"]["rollout"]["address"] = one.address
-        if name == "killed":
-            # the second update's, or so: whatever is in flight then
-            one.script = lambda route, body, number: "die" if route == GENERATE and number == 7 else None
-            wait = server.wait_until_ready
 
-            def revived(wire: Any, *more: Any, one: Any = one, wait: Any = wait) -> None:
-                if one.count(GENERATE) > 7 and not one.count("/revived"):
-                    one.calls.append(("/revived", None))
-                    time.sleep(0.1)
-                    one.start()
-                wait(wire, *more)
+        def script(route: str, body: Any, number: int) -> Any:
+            return "die" if route == GENERATE and number == deadly else None
 
-            monkeypatch.setattr(engine, "wait_until_ready", revived)
-        pipeline = run({"stages": stages}, tmp_path / name)
+        def revived(to: Any, *more: Any) -> None:
+            if deadly is not None and one.count(GENERATE) > deadly and not one.count("/revived"):
+                one.calls.append(("/revived", None))
+                time.sleep(0.1)
+                one.start()
+            wait(to, *more)
+
+        one.script = script
+        monkeypatch.setattr(holding, "wait_until_ready", revived)
+        stage = {
+            "kind": "grpo", "model": str(tiny_model), "reward": SHORT, "data": str(data.prompts),
+            "batch_size": 4, "samples_per_prompt": 2, "updates": updates, "lr": 1e-2, "importance_cap": 2.0,
+            "importance_mode": "sequence_mask", "sampling": {"max_new_tokens": 3, "temperature": 0.8},
+            "rollout": {
+                "engine": "vllm", "folder": str(tmp_path / "shm"), "concurrency": 2, "address": one.address,
+            },
+        }  # fmt: skip
+        pipeline = run({"stages": {"grpo": stage}}, tmp_path / f"{updates}-{deadly}")
         place = pipeline.stage_directory("grpo")
-        found.append([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()])
-        facts = json.loads((place / "stage.json").read_text())["facts"]["engines"][0]
-        assert facts["engine"] == "vllm 0.32.0"
-        assert facts["restarts"] == (name == "killed")
-        # one for each state of the policy that is sampled from: three updates, and the end
-        assert facts["pushes"] == 4 + (name == "killed")
+        rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         assert not list((tmp_path / "shm").rglob("*.safetensors"))
-    steady, killed = found
-    assert [row["step"] for row in steady] == [1, 2, 3]
-    assert all(0 < row["rollout/sampler_drift"] < 1e-5 for row in steady)
-    assert steady == killed
+        return rows, json.loads((place / "stage.json").read_text())["facts"]["engines"][0]
+
+    return go
 
 
+def test_grpo_through_a_server_that_dies_in_between(run_grpo: Any) -> None:
+    """Weights are pushed for each update, the drift is rounding, the death costs no update."""
+    rows, facts = run_grpo(2, 6)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["rollout/sampler_drift"] < 1e-5 for row in rows)
+    assert facts["engine"] == "vllm 0.32.0"
+    assert facts["restarts"] == 1
+    # one for each state of the policy that is sampled from (two updates, and the end), and one for the death
+    assert facts["pushes"] == 3 + 1
+    assert facts["asked_again"] > 0
+
+
+@pytest.mark.slow
+def test_a_death_changes_no_number(run_grpo: Any) -> None:
+    assert run_grpo(3, 7)[0] == run_grpo(3, None)[0]
+
+
+@pytest.mark.slow
 def test_evaluate_best_of_n_and_collect_sample_by_the_same_setting(
     start: Any, run: Any, roomy_model: Path, tmp_path: Path
 ) -> None:

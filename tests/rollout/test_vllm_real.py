@@ -97,7 +97,7 @@ def test_weights_after_a_push_give_the_log_probabilities_of_transformers(
             assert found.max() < 1e-4
         moved(model)
         assert gaps(model, done, 0.7).mean() > 1e-2  # the weights did change
-    assert sampler.pushes == 3
+    assert sampler.server.pushes == 3
     assert sampler.asked_again == 0
 
 
@@ -156,7 +156,7 @@ def test_grpo_by_a_server_that_is_killed(run: Any, model_folder: Path, data: Any
     original = VllmEngine.generate
 
     def generate(self: VllmEngine, request: Any, count: Any = None) -> Any:
-        if self.pushes == 2 and not killed:
+        if self.server.pushes == 2 and not killed:
             killed.append(_server_of(self))
             os.kill(killed[0], signal.SIGKILL)
         return original(self, request, count)
@@ -177,8 +177,8 @@ def test_grpo_by_a_server_that_is_killed(run: Any, model_folder: Path, data: Any
 
 def _server_of(engine: VllmEngine) -> int:
     """The process that serves."""
-    assert engine._server is not None
-    port = str(engine._server.port)
+    assert engine.server._server is not None
+    port = str(engine.server._server.port)
     told = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     found = [line.split() for line in told.splitlines() if "vllm serve" in line and port in line]
     return next(int(words[0]) for words in found if "guard.py" not in " ".join(words))

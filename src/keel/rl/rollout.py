@@ -360,11 +360,12 @@ def _of_tools(experience: Experience) -> dict[str, float]:
 
 def importance(setup: Setup[OnPolicy], experience: Experience) -> Tensor | None:
     """(B, T) truncated importance weights of trainer against sampler, where the config asks for them."""
-    cap, mask = setup.config.importance_cap, experience.scored.mask
+    config, mask = setup.config, experience.scored.mask
+    cap, mode = config.importance_cap, config.importance_mode
     if cap is None:
         return None
     sampled = sampled_logp(experience.completions, mask)
-    return policy.importance_weights(experience.scored.logp, sampled, mask, cap, setup.config.importance_mode)
+    return policy.importance_weights(experience.scored.logp, sampled, mask, cap, mode)
 
 
 def _sampler_mismatch(experience: Experience) -> dict[str, float]:

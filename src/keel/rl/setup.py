@@ -107,10 +107,14 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
 
 
 def open_engine(
-    config: OnPolicy, policy: PreTrainedModel, run: StageRun, tokenizer: PreTrainedTokenizerBase, length: int
+    config: OnPolicy,
+    policy: PreTrainedModel,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None,
 ) -> Engine:
-    """What samples from the policy. length: tokens of the longest prompt and its response. UsageError where
-    the config names no engine, or something else."""
+    """What samples from the policy. length: tokens of the longest prompt and its response; None where nobody
+    knows. UsageError where the config names no engine, or something else."""
     if config.rollout.vllm:
         return open_sampler(
             config.rollout, policy, run, tokenizer, length=length,
@@ -204,7 +208,7 @@ def open_stage(
         Setup(
             config,
             roles,
-            open_engine(config, roles.policy, run, tokenizer, longest),
+            open_engine(config, roles.policy, run, tokenizer, None if tools else longest),
             rewards,
             opened,
             build_rewards.read_text(opened, tokenizer),

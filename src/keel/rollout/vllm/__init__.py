@@ -5,9 +5,11 @@ asking.py    what a request says, and a completion from an answer
 weights.py   what a server is given: adapters, or all weights
 server.py    the environment that vLLM is installed in, and a server that keel starts
 guard.py     ends that server with the process that started it
+holding.py   a server that holds the trainer's weights
 engine.py    the engine
 """
 
-from keel.rollout.vllm.engine import ServerSettings, VllmEngine
+from keel.rollout.vllm.engine import VllmEngine
+from keel.rollout.vllm.holding import ServerSettings
 
 __all__ = ["ServerSettings", "VllmEngine"]

@@ -39,7 +39,7 @@ def print_of(model: nn.Module) -> tuple[int, ...]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether adapters are what is trained."""
-    return hasattr(model, "peft_config")
+    return hasattr(model, "get_base_model")
 
 
 def rank_of(model: Any) -> int:
