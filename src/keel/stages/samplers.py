@@ -60,7 +60,10 @@ def open_sampler(
     longest prompt and its response. A server that is started for it ends with the stage."""
     if not settings.vllm:
         return KeelEngine(model, batch_size)
-    shared = Path(settings.folder).expanduser() / run.name if settings.folder else run.directory / FOLDER
+    shared = run.directory / FOLDER
+    if settings.folder:  # which other runs may use, too
+        whose = run.directory.resolve().parts[-3:]  # NAME, stages, STAGE
+        shared = Path(settings.folder).expanduser() / f"{whose[0]}-{run.name}"
     engine = VllmEngine(
         model,
         ServerSettings(

@@ -114,6 +114,9 @@ class Holder:
         now = weights.print_of(self.model)
         if self._taken is not None and self._taken.bits == now:
             return
+        if self._taken is None:
+            for left in self.folder.glob("keel-*"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         place, before = self.folder / f"keel-{self._token}-{time.monotonic_ns()}", self._taken
         if self.settings.address is None and self._server is None:
             self._server = self._prepared()
