@@ -508,7 +508,8 @@ def test_a_server_is_started_by_hand_with_what_keel_needs(
     shown = keel("serve", "m", "--at", place, "--lora-rank", "9", "--dry-run", "--", "--seed", "3")
     for part in (
         "VLLM_SERVER_DEV_MODE=1 ", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 ",
-        " serve m --host 127.0.0.1 --port 8000", " --logprobs-mode processed_logprobs", " --max-lora-rank 16", " --seed 3",
+        " serve m --host 127.0.0.1 --port 8000", " --logprobs-mode processed_logprobs",
+        " --max-lora-rank 16", " --seed 3",
     ):  # fmt: skip
         assert part in shown
     with pytest.raises(UsageError, match="KEEL_TEST_KEY"):

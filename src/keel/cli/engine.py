@@ -33,7 +33,7 @@ def install(
     ] = None,
     index: Annotated[
         list[str] | None,
-        typer.Option("--index", help="A further package index; for cpu PyTorch's own is one."),
+        typer.Option("--index", help='A further package index in place of PyTorch\'s for cpu; "": none.'),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be installed, and where.")
@@ -51,7 +51,8 @@ def install(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = (at or server.default_place()).expanduser().resolve()
-    indexes = index if index is not None else [server.TORCH_INDEX] if device == "cpu" else []
+    pytorch = [server.TORCH_INDEX] if device == "cpu" else []
+    indexes = pytorch if index is None else [one for one in index if one]
     if dry_run:
         show(f"{server.PINS[device]} in {place}" + "".join(f", also from {one}" for one in indexes))
         return

