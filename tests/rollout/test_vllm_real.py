@@ -180,5 +180,5 @@ def _server_of(engine: VllmEngine) -> int:
     assert engine.server._server is not None
     port = str(engine.server._server.port)
     told = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    found = [line.split() for line in told.splitlines() if "vllm serve" in line and port in line]
+    found = [line.split() for line in told.splitlines() if "vllm.entrypoints" in line and port in line]
     return next(int(words[0]) for words in found if "guard.py" not in " ".join(words))

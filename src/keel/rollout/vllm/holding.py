@@ -97,6 +97,7 @@ class Holder:
         self._base = ""  # the name of the served model
         self._taken: Taken | None = None  # what is sampled with
         self._held: tuple[Taken, Weights] | None = None  # what the server was given last
+        self._untied = False  # whether a head that shares its weights is written with its own
         self._at_start = False  # whether it has the weights that it was started on
         self._adapters_there: list[str] = []
         self._token = secrets.token_hex(4)
@@ -124,7 +125,7 @@ class Holder:
         if self.adapters:
             weights.write_adapter(self.model, place)
         elif place != self._start:
-            weights.write_whole(self.model, place, self._dtype())
+            weights.write_whole(self.model, place, self._dtype(), untied=self._untied)
         self._taken = Taken(now, place, _logps_of(self.model, self._text))
         if before is not None and before.place != self._start and not self.adapters:
             shutil.rmtree(before.place, ignore_errors=True)
@@ -209,7 +210,9 @@ class Holder:
         try:
             told = self.wire.post(asking.ROUTE, asking.probe(self._text, new))
         except RefusedError as refused:
-            raise EngineError(f"{self.where()} does not answer for new weights: {refused}") from None
+            raise EngineError(
+                f"{self.where()} does not answer for new weights: {refused}{self.hint(refused)}"
+            ) from None
         theirs = torch.tensor(asking.probed(told, self._text), dtype=torch.float64)
         self.gap = (taken.logps - theirs).abs().mean().item()
         widths = {self._dtype(), compute_dtype(self.model, next(self.model.parameters()).device)}
@@ -218,7 +221,8 @@ class Holder:
             raise EngineError(
                 f"{self.where()} does not hold the policy's weights: its log-probabilities of a text differ "
                 f"by {self.gap:.3g} nats a token (at most {most} is rounding); nothing was sampled. It "
-                "serves another model, or cannot load this one in place"
+                "serves another model, or cannot load this one in place (vLLM's CPU package: one whose head "
+                "shares its weights with the embeddings, unless keel starts the server)"
             )
 
     def _dtype(self) -> torch.dtype:
@@ -270,7 +274,11 @@ class Holder:
         program, dtype = program_of(self.settings.environment), self._dtype()
         if self.settings.sleep and is_cpu(program):
             raise UsageError("`rollout.sleep` needs CUDA: the CPU package of vLLM cannot sleep; leave it out")
-        weights.write_start(self.model, self.tokenizer, self._start, dtype, folded=not self.adapters)
+        # the CPU package packs a head's weights anew only where they come under its own name (0.32.0)
+        self._untied = is_cpu(program) and not self.adapters and weights.is_tied(self.model)
+        weights.write_start(
+            self.model, self.tokenizer, self._start, dtype, folded=not self.adapters, untied=self._untied
+        )
         most = context_length(self.model.config)
         length = most if self.length is None else min(self.length + 1, most or self.length + 1)
         launch = Launch(
@@ -352,15 +360,15 @@ class Holder:
 
     def hint(self, refused: RefusedError) -> str:
         """What a user can do about a refusal."""
-        if refused.status in (401, 403):
+        if refused.status == 401:
             named = self.settings.key_named
             return (
                 "; the key in the variable of rollout.api_key_env is not its own"
                 if named
                 else "; set rollout.api_key_env to the variable with its key"
             )
-        if refused.status in (404, 405):
-            return "; start it by `keel engine serve`, which opens the routes that weights are pushed by"
+        if refused.status in (403, 404, 405):
+            return "; start it by `keel engine serve`, which opens the routes that keel needs"
         return ""
 
     # ------------------------------------------------------------ sleep, and the end

