@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from keel.cli import main
 from keel.config import parse
@@ -26,7 +27,7 @@ from keel.rollout import GenerationRequest, TokenCount
 from keel.rollout.protocol import Rows
 from keel.rollout.reference_engine import ReferenceEngine
 from keel.rollout.score_responses import score
-from keel.rollout.vllm import ServerSettings, VllmEngine, holding, server, wire
+from keel.rollout.vllm import ServerSettings, VllmEngine, holding, server, weights, wire
 from keel.types import Sampling
 
 _spec = importlib.util.spec_from_file_location("scripted_vllm", Path(__file__).with_name("scripted_vllm.py"))
@@ -164,6 +165,35 @@ def test_a_push_that_fails_is_noticed_and_nothing_is_sampled(
         sampler.generate(asked())
     bodies = [body for at, body in one.calls if at == GENERATE][drawn:]
     assert all(body["sampling_params"].get("prompt_logprobs") is not None for body in bodies)
+
+
+def test_a_head_with_the_embeddings_weights_can_be_written_with_its_own(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    """vLLM's CPU package packs a head anew only where its weights come under its own name."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=1, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    assert weights.is_tied(model)
+    for untied in (False, True):
+        place = tmp_path / str(untied)
+        weights.write_start(model, tokenizer, place, torch.bfloat16, folded=True, untied=untied)
+        found, config = (
+            load_file(place / "model.safetensors"),
+            json.loads((place / "config.json").read_text()),
+        )
+        assert ("lm_head.weight" in found) == untied
+        assert config["tie_word_embeddings"] == (not untied)
+        assert {value.dtype for value in found.values()} == {torch.bfloat16}
+        assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
+        again = AutoModelForCausalLM.from_pretrained(place)
+        assert torch.equal(again.lm_head.weight.float(), model.lm_head.weight.bfloat16().float())
+    assert model.dtype == torch.float32
+    assert model.config.tie_word_embeddings
 
 
 def test_weights_that_were_taken_are_sampled_with_while_the_model_is_trained(
