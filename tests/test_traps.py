@@ -709,7 +709,7 @@ def test_trap_every_setting_is_read_by_something(
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
                 or caller.co_name
-                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of")
+                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of", "vllm")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
