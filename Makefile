@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 PEERS  ?= .venv-peers
 LATEST ?= .venv-latest
+VLLM   ?= .venv-vllm
 SUPPLY ?= .venv-supply
 
-.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks fuzz audit lock check check-latest docs tutorials build bench bench-data bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks test-vllm fuzz audit lock check check-latest docs tutorials build bench bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -65,6 +66,10 @@ test-evening: $(VENV)/.installed-dev  ## a new user's evening, scripted
 
 test-ranks: $(VENV)/.installed-dev  ## runs on 2 and 3 processes: same numbers, kills, hangs
 	$(BIN)/python -m pytest -m ranks
+
+test-vllm: $(VENV)/.installed-dev  ## vLLM's CPU package in an environment of its own (1 GB), driven by real runs
+	$(BIN)/keel engine install vllm --device cpu --at $(VLLM) $(VLLM_ARGS)
+	KEEL_TEST_VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest -m vllm
 
 check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
 	$(BIN)/ruff format --check .
@@ -140,4 +145,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(LATEST) $(SUPPLY) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(LATEST) $(SUPPLY) $(VLLM) runs build dist .pytest_cache .ruff_cache

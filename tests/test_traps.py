@@ -709,7 +709,7 @@ def test_trap_every_setting_is_read_by_something(
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
                 or caller.co_name
-                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of")
+                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of", "vllm")
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -833,6 +833,11 @@ def test_trap_every_setting_is_read_by_something(
         (made_with,) = re.findall(r"def __init__\(self, (.*)\)", sources[f"to_{kind}"])
         read |= {f"{kind.title()}Config.{key}" for key in re.findall(r"(\w+): ", made_with)}
     read |= {f"LabelConfig.{key}" for key in re.findall(r"\blabel\.(\w+)", sources["people"])}
+    sampler = Path(package, "stages", "samplers.py").read_text(encoding="utf-8")  # tests/rollout/test_vllm.py
+    read |= {
+        f"{name}.{key}" for name in ("SamplerConfig", "RolloutConfig")
+        for key in re.findall(r"\bsettings\.(\w+)", sampler)
+    }  # fmt: skip
     read |= {"CollectConfig.label"} if "votes_in" in elsewhere else set()
     expanded |= {f"{kind.title()}Config.kind" for kind in TRACKERS}  # the class that it is read as
     expanded |= {"PluginTrackerConfig.kind", "PluginTrackerConfig.args"}  # tests/trackers has a plug-in

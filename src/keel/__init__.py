@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from keel.api.running import run as run
     from keel.errors import BudgetError as BudgetError
     from keel.errors import DataError as DataError
+    from keel.errors import EngineError as EngineError
     from keel.errors import KeelError as KeelError
     from keel.errors import LostRankError as LostRankError
     from keel.errors import MachineError as MachineError
@@ -44,6 +45,7 @@ __all__ = [
     "BudgetError",
     "Comparison",
     "DataError",
+    "EngineError",
     "KeelError",
     "LostRankError",
     "MachineError",
@@ -69,6 +71,7 @@ _HOMES = {
     "BudgetError": "keel.errors",
     "Comparison": "keel.api.results",
     "DataError": "keel.errors",
+    "EngineError": "keel.errors",
     "KeelError": "keel.errors",
     "LostRankError": "keel.errors",
     "MachineError": "keel.errors",

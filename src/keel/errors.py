@@ -4,6 +4,7 @@ KeelError             1   one clear message; the command ends with `exit_code`
 ├─ UsageError         2   the command, the config or a model is not what it must be; nothing was trained
 │  └─ DataError       2   a row or a file of data is unusable; names file, line and reason
 ├─ RewardError        1   a reward function failed; names it
+├─ EngineError        1   a rollout engine outside of keel is not there, or is not what it must be
 ├─ BudgetError        1   what a judge may cost is spent: what was done is kept, a larger budget goes on
 ├─ NotFiniteError     1   a loss, a gradient or a metric is NaN or infinite
 ├─ MachineError       1   no space, no memory, no rights: what was done is kept, and gone on with
@@ -37,6 +38,11 @@ class WaitingError(KeelError):
 class BudgetError(KeelError):
     """What a judge may cost is spent. What was done is kept; the same command goes on with a larger
     budget."""
+
+
+class EngineError(KeelError):
+    """A rollout engine outside of keel cannot be reached, does not take the weights, or answers what nobody
+    asked. What was done is kept; the same command goes on once it is there."""
 
 
 class MachineError(KeelError):

@@ -340,5 +340,8 @@ def test_conditions_come_from_a_stages_settings():
         same_numbers=True,
     )
     assert conditions({"model": {"dtype": "auto"}}) == Conditions(near_numbers=True)
+    server = {"rollout": {"engine": "vllm", "dtype": None}}
+    assert conditions({"model": {"dtype": "auto"}, **server}) == Conditions()
+    assert conditions({"model": {"dtype": "float32"}, **server}) == Conditions(near_numbers=True)
     assert conditions({"kl": {"coef": 0.0, "target": None}}) == Conditions(constrained=False)
     assert conditions({}) == Conditions()

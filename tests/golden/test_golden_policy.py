@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -227,6 +228,22 @@ def test_importance_weights_are_cut_above_and_only_there() -> None:
     assert found.tolist() == approx([[1.0, 2.0, math.exp(-1)], [2.0, math.exp(0.5), 1.0]])
     with pytest.raises(ValueError, match="cap"):
         policy.importance_weights(trainer, sampler, MASK, cap=0.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_mask", [[1.0, 0.0, math.exp(-1)], [0.0, math.exp(0.5), 1.0]]),
+        ("sequence_truncate", [[1.0, 1.0, 1.0], [2.0, 2.0, 1.0]]),  # e^0 and e^9.5
+        ("sequence_mask", [[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]),
+    ],
+)
+def test_importance_weights_of_whole_responses_and_masks(mode: Any, expected: list[list[float]]) -> None:
+    trainer = f64([[-1.0, -1.0, -2.0], [0.0, -5.0, NAN]])
+    sampler = f64([[-1.0, -2.0, -1.0], [-9.0, -5.5, NAN]])
+    assert policy.importance_weights(trainer, sampler, MASK, 2.0, mode).tolist() == approx(expected)
+    with pytest.raises(ValueError, match="sequence_mask, not 'row'"):
+        policy.importance_weights(trainer, sampler, MASK, 2.0, "row")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("loss", [policy.clipped, policy.cispo])

@@ -115,7 +115,7 @@ def test_a_whole_ppo_stage_on_a_script(
 ) -> None:
     """Two updates in which no token is sampled: what is learned from is what the script says."""
     script = ScriptedEngine([[7, 8, 1], [9, 10, 11, 12]])
-    monkeypatch.setattr(setup, "open_engine", lambda config, policy: script)
+    monkeypatch.setattr(setup, "open_engine", lambda *_: script)
     stage = {
         "kind": "ppo",
         "model": str(tiny_model),

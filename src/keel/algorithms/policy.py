@@ -7,7 +7,7 @@ it there; or leave it in a package of your own (docs/extending.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from keel.algorithms.masked import Reduction, keep, masked_mean, reduced
 
 MAX_LOG_RATIO = 20.0  # e^20 ≈ 5e8; beyond it a float32 product overflows, and 0 · inf makes the gradient NaN
+
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 PolicyLoss = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 """`f(logp, old_logp, advantages, mask, *, denominator, ref_logp=None, weights=None, **settings)`
@@ -123,19 +125,29 @@ def cispo(
     return loss, _metrics(log_ratio, ratio, {"clipfrac": weight != ratio}, mask, reduce, denominator)
 
 
-def importance_weights(logp: Tensor, sampler_logp: Tensor, mask: Tensor, cap: float) -> Tensor:
+def importance_weights(
+    logp: Tensor, sampler_logp: Tensor, mask: Tensor, cap: float, mode: ImportanceMode = "token_truncate"
+) -> Tensor:
     """Truncated importance sampling (Ionides 2008; for RL of language models, Yao et al. 2025, "Your
     efficient RL framework secretly brings you off-policy training"): min(π_trainer(a|s) / π_sampler(a|s),
     cap), (B, T).
 
     For a sampler whose arithmetic differs from the trainer's though the weights are the same. logp: the
-    trainer's, before the first gradient step. Positions that do not count get 1. No gradient. Raises
-    ValueError unless cap > 0.
+    trainer's, before the first gradient step. mode: the ratio of each token, or of a whole sequence, the
+    product over its counted tokens, at all of them; `truncate` lowers a ratio above the cap to it, `mask`
+    makes it 0, so that what the trainer finds much likelier than the sampler did leaves the loss.
+    Positions that do not count get 1. No gradient. Raises ValueError unless cap > 0, and for another mode.
     """
     if not cap > 0:
         raise ValueError(f"cap must be above 0, not {cap}")
+    if mode not in get_args(ImportanceMode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(ImportanceMode))}, not {mode!r}")
     log_ratio = keep(logp.detach(), mask) - keep(sampler_logp.detach(), mask)
-    return torch.where(mask, log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap), 1.0)
+    if mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(dim=-1, keepdim=True).expand(mask.shape)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    capped = ratio.clamp(max=cap) if mode.endswith("truncate") else torch.where(ratio > cap, 0.0, ratio)
+    return torch.where(mask, capped, 1.0)
 
 
 def divergence(

@@ -16,7 +16,7 @@ import typer
 
 import keel
 from keel.api.terminal import show, show_json
-from keel.cli import bench, boundary, interrupts, label
+from keel.cli import bench, boundary, engine, interrupts, label
 from keel.cli.progress import progress, say
 from keel.errors import UsageError
 from keel.rundir import run_status
@@ -31,6 +31,7 @@ recipes_app = typer.Typer(invoke_without_command=True, help="Complete configs, o
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(label.app, name="label")
 app.add_typer(bench.app, name="bench")
+app.add_typer(engine.app, name="engine")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a recipe's name.")]
 OverridesArgument = Annotated[

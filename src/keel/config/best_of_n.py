@@ -15,6 +15,7 @@ from keel.config.rewards import (
     check_source_filters,
     models_of,
 )
+from keel.config.sampler import SamplerConfig
 from keel.config.stage import Supervised
 
 
@@ -36,6 +37,10 @@ class BestOfNConfig(Supervised):
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),
         description="How responses are drawn.",
+    )
+    rollout: SamplerConfig = Field(
+        default_factory=lambda: SamplerConfig.model_validate({}),
+        description="What samples: keel's own engine, or a vLLM server.",
     )
     lr: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from keel.config.judge import AnnotatorJudge, JudgeEntry
 from keel.config.parts import AsSource, DataConfig, FilteredSamplingConfig, SamplingConfig, as_list, as_source
+from keel.config.sampler import SamplerConfig
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting, Stage
 
@@ -95,6 +96,10 @@ class CollectConfig(Stage):
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),
         description="How replies are drawn.",
+    )
+    rollout: SamplerConfig = Field(
+        default_factory=lambda: SamplerConfig.model_validate({}),
+        description="What samples: keel's own engine, or a vLLM server.",
     )
     too_long: Literal["error", "skip", "truncate"] = Field(
         "error",

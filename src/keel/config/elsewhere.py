@@ -87,7 +87,7 @@ WORDS: tuple[Word, ...] = (
          "`keel plan` says what fits; adapters on one base (`sharing: adapters`) and `offload` save memory"),
     Word(("ref_offload", "colocate_all_models", "enable_sleep"), "offload", kinds=ON_POLICY),
     Word(("disable_dropout",), "", "dropout is off wherever ratios are taken"),
-    Word(("use_vllm", "vllm_mode", "rollout_engine"), "engine", kinds=ON_POLICY),
+    Word(("use_vllm", "vllm_mode", "rollout_engine"), "rollout.engine", "vllm", ON_POLICY),
     # sampling
     Word(("max_completion_length", "response_length", "max_response_length", "generate_max_len",
           "max_new_tokens"), "sampling.max_new_tokens"),

@@ -16,6 +16,7 @@ from keel.config.rewards import (
     check_source_filters,
     models_of,
 )
+from keel.config.sampler import SamplerConfig
 from keel.config.stage import DataSetting, Stage
 
 
@@ -58,6 +59,10 @@ class EvaluateConfig(Stage):
     sampling: FilteredSamplingConfig = Field(
         default_factory=lambda: FilteredSamplingConfig.model_validate({}),
         description="How completions are drawn.",
+    )
+    rollout: SamplerConfig = Field(
+        default_factory=lambda: SamplerConfig.model_validate({}),
+        description="What samples: keel's own engine, or a vLLM server.",
     )
     too_long: Literal["error", "skip", "truncate"] = Field(
         "error",

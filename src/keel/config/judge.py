@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from typing import ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from keel.config.addresses import plain_address
 from keel.config.settings import LONGEST_PATH, Settings
 
 RUBRIC = (
@@ -111,20 +111,7 @@ class JudgeSettings(Settings):
     def _plain_address(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        try:
-            parts = urlsplit(value)
-            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            raise ValueError(f"{value!r} is no address; write http://localhost:8000/v1") from None
-        if not sound:
-            raise ValueError(f"{value!r} is no address; write http://localhost:8000/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                "an address holds no key: a run writes its settings down. Name a variable in `api_key_env`"
-            )
-        if parts.path.rstrip("/").endswith("/chat/completions"):
-            raise ValueError(f"leave /chat/completions out of {value!r}: it is added")
-        return value
+        return plain_address(value, "http://localhost:8000/v1", "/chat/completions")
 
     @model_validator(mode="after")
     def _sound_judge(self) -> JudgeSettings:

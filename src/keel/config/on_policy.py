@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from keel.config import methods
 from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_several, check_source_filters, models_of
-from keel.config.rollout import RolloutConfig, check_ahead
+from keel.config.rollout import RolloutConfig, check_ahead, check_sampler
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
 from keel.config.tools import ToolUse
@@ -145,7 +145,8 @@ class OnPolicy(ToolUse):
         description="How responses are drawn. No top-p or top-k: cutting the distribution biases the ratio.",
     )
     rollout: RolloutConfig = Field(
-        default_factory=lambda: RolloutConfig.model_validate({}), description="When responses are sampled."
+        default_factory=lambda: RolloutConfig.model_validate({}),
+        description="What samples responses, keel's own engine or a vLLM server, and when.",
     )
     kl: KLConfig = Field(
         default_factory=lambda: KLConfig.model_validate({}), description="The KL constraint."
@@ -179,9 +180,9 @@ class OnPolicy(ToolUse):
         "keel",
         min_length=1,
         description=(
-            "What samples responses. keel: its own engine; reference: one forward over the whole text for "
-            "each token, slow and plain, to compare with; or the name of a rollout engine that an installed "
-            "package adds."
+            "Which engine in keel's process samples responses. keel: its own; reference: one forward over "
+            "the whole text for each token, slow and plain, to compare with; or the name of a rollout engine "
+            "that an installed package adds."
         ),
     )
     engine_args: dict[str, Any] = Field(
@@ -196,6 +197,14 @@ class OnPolicy(ToolUse):
         description=(
             "Truncated importance sampling: weigh each token by min(π_trainer/π_sampler, this), for a "
             "sampler whose numbers or weights differ from the trainer's."
+        ),
+    )
+    importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        "token_truncate",
+        description=(
+            "What `importance_cap` caps: the ratio of each token, or of a whole response (the product of its "
+            "tokens'); and how: truncate lowers a ratio to the cap, mask takes what is above it out of the "
+            "loss."
         ),
     )
     old_logp: Literal["sampler", "trainer"] = Field(
@@ -252,6 +261,11 @@ class OnPolicy(ToolUse):
         return [(group, name) for group, name in named if name and methods.is_plugin(group, name)]
 
     @property
+    def engine_name(self) -> str:
+        """What samples, for messages."""
+        return "vllm" if self.rollout.vllm else self.engine
+
+    @property
     def trusts_sampler(self) -> bool:
         """Whether log π_old is the sampler's."""
         return self.old_logp == "sampler" and self.importance_cap is None
@@ -305,6 +319,9 @@ class OnPolicy(ToolUse):
         check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
         if self.samples_per_prompt < 2:
             check_several(self.reward, "training with `samples_per_prompt: 1`")
+        if self.importance_cap is None and self.changes("importance_mode"):
+            raise ValueError("`importance_mode` has no effect without `importance_cap`")
+        check_sampler(self)
         self._check_methods()
         check_ahead(self)
         limits = ("max_approx_kl", "desired_kl", "dual_clip")

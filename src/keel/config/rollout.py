@@ -1,4 +1,4 @@
-"""Settings of how responses are sampled, and when."""
+"""Settings of how the responses of an update are sampled, and when."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from keel.config.settings import Settings
+from keel.config.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from keel.config.on_policy import OnPolicy
 
 
-class RolloutConfig(Settings):
+class RolloutConfig(SamplerConfig):
     """How the responses of an update are sampled, and when."""
 
     ahead: int = Field(
@@ -48,3 +48,23 @@ def check_ahead(config: OnPolicy) -> None:
         )
     if config.updates == 1:
         raise ValueError("`rollout.ahead` has no effect with one update: nothing comes after it")
+
+
+def check_sampler(config: OnPolicy) -> None:
+    """ValueError where `rollout.engine` does not go with a stage's other settings."""
+    if not config.rollout.vllm:
+        return
+    if config.changes("engine"):
+        raise ValueError(
+            f"`engine: {config.engine}` and `rollout.engine: vllm` both say what samples: give one of them"
+        )
+    if config.model.quantize is not None:
+        raise ValueError(
+            "`rollout.engine: vllm` holds weights of 16 or 32 bit, and `model.quantize` trains on others: "
+            "leave one of them out"
+        )
+    if config.lora is not None and config.lora.target_parameters is not None:
+        raise ValueError(
+            "`rollout.engine: vllm` takes no adapters on experts (`lora.target_parameters`): leave them out, "
+            "or sample with keel's engine"
+        )

@@ -53,7 +53,7 @@ class Conditions:
     length_rewarded: bool = False  # a reward is about length, as the user wants it
     sequence_ratios: bool = False  # one ratio a response (GSPO), clipped within a much narrower range
     same_numbers: bool = False  # sampler and trainer compute alike, in float32
-    near_numbers: bool = False  # … in float32 but for their matrix products (`dtype: auto`)
+    near_numbers: bool = False  # … but for matrix products (`dtype: auto`), or kernels (a server in float32)
 
 
 def conditions(settings: Mapping[str, Any]) -> Conditions:
@@ -64,14 +64,18 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
         [term.get("kind") for term in terms if isinstance(term, Mapping)] if isinstance(terms, list) else []
     )
     of_keel = settings.get("engine", "keel") in ("keel", "reference")  # another's numbers are its own
+    sampler = _group(settings, "rollout")
+    server = sampler.get("engine", "keel") == "vllm"
+    exact = model.get("dtype") == "float32" and model.get("quantize") is None
+    auto = model.get("dtype") == "auto" and model.get("quantize") is None
     return Conditions(
         kl_target=kl.get("target"),
         constrained=kl.get("coef", 1.0) > 0,
         learned="learned" in kinds or "classifier" in kinds,
         warmup=settings.get("critic_warmup") or 0,
         reward_bound=control.get("reward_bound"),
-        same_numbers=model.get("dtype") == "float32" and model.get("quantize") is None and of_keel,
-        near_numbers=model.get("dtype") == "auto" and model.get("quantize") is None and of_keel,
+        same_numbers=exact and of_keel and not server,
+        near_numbers=(exact and sampler.get("dtype") in (None, "float32")) if server else auto and of_keel,
         length_rewarded="length" in kinds or "overlong" in kinds,
         sequence_ratios=settings.get("level") == "sequence",
     )

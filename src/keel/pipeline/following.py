@@ -144,8 +144,11 @@ def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
     Weights that are cut over ranks are computed with by the models' own code: keel's faster paths reach for
     them whole."""
     function = resolve(kind_of(stage.kind).run)
-    if not group.is_sharded():
-        return function(stage, run)
-    run.say(f"{run.name}: weights are cut over {group.size()} ranks; keel's faster paths are off")
-    with accel.disabled(), batch_layout.one_forward():
-        return function(stage, run)
+    try:
+        if not group.is_sharded():
+            return function(stage, run)
+        run.say(f"{run.name}: weights are cut over {group.size()} ranks; keel's faster paths are off")
+        with accel.disabled(), batch_layout.one_forward():
+            return function(stage, run)
+    finally:
+        run.end()

@@ -34,7 +34,7 @@ from keel.pipeline import held_out, reward_rows
 from keel.pipeline.device import device_of
 from keel.rewards import answers, learned
 from keel.rl import heldout_judge, tool_use
-from keel.stages import build_rewards, judges, people
+from keel.stages import build_rewards, judges, people, samplers
 from keel.stages.collect import COMPARISONS
 from keel.types import DataSource, PromptRecord, RecordType
 
@@ -387,6 +387,8 @@ class Sources:
         asking = [term for term in stage.reward_terms() if term.kind == "judge"]
         for judge in [*asking, *getattr(stage, "judges", [])]:
             judges.check_machine(judge, f"{name}: judge {judge.log_name!r}")
+        if (sampler := getattr(stage, "rollout", None)) is not None:
+            samplers.check_machine(sampler, name)
         if getattr(stage, "offload", False) and device_of(self.config).type == "cpu":
             raise UsageError(
                 f"{name}: `offload` has no effect on a CPU, where all models lie anyway; leave it out"

@@ -21,7 +21,7 @@ from keel.algorithms.masked import count, extent
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
 from keel.distributed import gradients, group, sharded
-from keel.errors import BudgetError, NotFiniteError, RewardError
+from keel.errors import BudgetError, EngineError, NotFiniteError, RewardError
 from keel.models import optim
 from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
@@ -121,11 +121,12 @@ class OnPolicyLoop:
             self._save(update)
 
     def _collected(self, update: int) -> Batch:
-        """What an update learns from. Where a reward cannot be had, the updates before it are kept first."""
+        """What an update learns from. Where a reward or a response cannot be had, the updates before it are
+        kept first."""
         try:
             prompts, drawn = self._prompts_of(update), self.ahead.of(update)
             return collect(self.algorithm, prompts, self.state, update, drawn)
-        except (BudgetError, RewardError):
+        except (BudgetError, EngineError, RewardError):
             done = update - 1
             alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
             if alone and done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():

@@ -182,11 +182,11 @@ def sample(
             keep_head_inputs=config.trusts_sampler, rows=rows,
         )  # fmt: skip
         completions = setup.engine.generate(request, count)
-        check_completions(config.engine, request, completions)
+        check_completions(config.engine_name, request, completions)
     if config.importance_cap is not None and not all(c.logp for c in completions):
         raise UsageError(
             "`importance_cap` needs the log-probabilities of the sampler,"
-            f" which engine {config.engine!r} does not give"
+            f" which engine {config.engine_name!r} does not give"
         )
     return completions
 
@@ -415,11 +415,12 @@ def _of_tools(experience: Experience) -> dict[str, float]:
 
 def importance(setup: Setup[OnPolicy], experience: Experience) -> Tensor | None:
     """(B, T) truncated importance weights of trainer against sampler, where the config asks for them."""
-    cap, mask = setup.config.importance_cap, experience.scored.mask
+    config, mask = setup.config, experience.scored.mask
+    cap, mode = config.importance_cap, config.importance_mode
     if cap is None:
         return None
     sampled = sampled_logp(experience.completions, mask)
-    return policy.importance_weights(experience.scored.logp, sampled, mask, cap)
+    return policy.importance_weights(experience.scored.logp, sampled, mask, cap, mode)
 
 
 def of_staleness(setup: Setup[OnPolicy], experience: Experience) -> dict[str, float]:

@@ -32,6 +32,7 @@ from keel.rollout import Engine, KeelEngine, ReferenceEngine
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, lazy_rows, prepare, supervised_loop
 from keel.stages.loop_utils import optimizer_for, put_back, state_of
+from keel.stages.samplers import open_sampler
 from keel.types import Prompt, PromptRecord, Record, TextRecord
 
 C = TypeVar("C", bound=OnPolicy)
@@ -106,8 +107,20 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
     return replace(source, dtype=dtype, quantize=quantize)
 
 
-def open_engine(config: OnPolicy, policy: PreTrainedModel) -> Engine:
-    """What samples from the policy. UsageError where the config names no engine, or something else."""
+def open_engine(
+    config: OnPolicy,
+    policy: PreTrainedModel,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None,
+) -> Engine:
+    """What samples from the policy. length: tokens of the longest prompt and its response; None where nobody
+    knows. UsageError where the config names no engine, or something else."""
+    if config.rollout.vllm:
+        return open_sampler(
+            config.rollout, policy, run, tokenizer, length=length,
+            trust_remote_code=config.model.trust_remote_code,
+        )  # fmt: skip
     opener = methods.engine(config.engine, config.engine_args)
     if opener is None:
         return KeelEngine(policy) if config.engine == "keel" else ReferenceEngine(policy)
@@ -140,7 +153,8 @@ def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
     policy = forward_flops(roles.policy)
     critic = sum(forward_flops(module) for module in roles.value_modules)
     passes = 2 if config.lora else 3  # a backward is two forwards, or one where no weight has a gradient
-    as_sampled = config.trusts_sampler and not methods.is_plugin("keel.engines", config.engine)
+    elsewhere = config.rollout.vllm or methods.is_plugin("keel.engines", config.engine)
+    as_sampled = config.trusts_sampler and not elsewhere
     scoring = policy + critic + (0.0 if as_sampled else policy)
     run.flops = {"rollout": policy, "forward": scoring, "train": passes * (policy + critic)}
     run.fastest = fastest(run.device, compute_dtype(roles.policy, run.device))
@@ -196,7 +210,7 @@ def open_stage(
         Setup(
             config,
             roles,
-            open_engine(config, roles.policy),
+            open_engine(config, roles.policy, run, tokenizer, None if tools else longest),
             rewards,
             opened,
             build_rewards.read_text(opened, tokenizer),

@@ -140,7 +140,7 @@ def open_tools(config: OnPolicy, stage: str, tokenizer: PreTrainedTokenizerBase)
         template = chat.ToolTemplate.open(tokenizer, schemas)
     except UsageError as error:
         raise UsageError(f"{stage}: {error}") from None
-    return ToolUse(stage, Player(tokenizer, template, caller, rules, config.engine), tools, make, pool)
+    return ToolUse(stage, Player(tokenizer, template, caller, rules, config.engine_name), tools, make, pool)
 
 
 def check(config: Stage, stage: str) -> None:

@@ -48,9 +48,23 @@ class StageRun:
     flops: dict[str, float] = field(default_factory=dict)  # of a useful token, by phase
     fastest: float | None = None  # FLOP/s that the machine reaches, where it has been measured
     preparation: Preparation = field(default_factory=Preparation)  # where and how large data are made ready
+    _at_end: list[Callable[[], None]] = field(default_factory=list)
     _seconds: dict[str, float] = field(default_factory=dict)
     _tokens: dict[str, tuple[int, int]] = field(default_factory=dict)  # by phase: useful, computed
     _steps: int | None = None  # of the whole stage, as progress.json says
+
+    def at_end(self, work: Callable[[], None]) -> None:
+        """Have something done once the stage has ended, however it ends: the last first."""
+        self._at_end.append(work)
+
+    def end(self) -> None:
+        """The stage has ended. Each work of `at_end` is done, whatever becomes of the others."""
+        try:
+            if self._at_end:
+                self._at_end.pop()()
+        finally:
+            if self._at_end:
+                self.end()
 
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         """NotFiniteError at the first number that is not finite."""

@@ -20,13 +20,14 @@ from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
 from keel.models.load import ModelSource, causal_lm
-from keel.rollout import GenerationRequest, KeelEngine
+from keel.rollout import GenerationRequest
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language, lazy_rows, prepare
 from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
+from keel.stages.samplers import open_sampler
 from keel.types import Completion, PromptRecord
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def _sample(
     rewards = build_rewards.mixture(
         loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
-    engine = KeelEngine(model, batch_size=PROMPTS_AT_ONCE * n)
+    engine = open_sampler(
+        config.rollout, model, stage_run, tokenizer, batch_size=PROMPTS_AT_ONCE * n, length=longest,
+        trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
 
     def answered(numbered: tuple[int, Sequence[tuple[PromptRecord, tuple[int, ...]]]]) -> list[Any]:
         number, part = numbered

@@ -21,7 +21,7 @@ from keel.data import chat
 from keel.data.batches import derive_seed, permutation
 from keel.errors import DataError, WaitingError
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
-from keel.rollout import GenerationRequest, KeelEngine
+from keel.rollout import GenerationRequest
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_files import read_own
@@ -29,6 +29,7 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import judged_pairs, lazy_rows, people, prepare
 from keel.stages.judged_pairs import JudgeVotes
 from keel.stages.people import CHOICES, PAIRS, VOTES, Heard, Voted
+from keel.stages.samplers import open_sampler
 from keel.types import Completion, PromptRecord, Record
 
 if TYPE_CHECKING:
@@ -176,7 +177,11 @@ def _pairs(
     left out."""
     model = causal_lm(_source(config, stage_run), 0).to(stage_run.device).eval().requires_grad_(False)
     disable_dropout(model)
-    engine = KeelEngine(model, config.batch_size)
+    length = max(len(ids) for _, ids in tasks) + config.sampling.max_new_tokens
+    engine = open_sampler(
+        config.rollout, model, stage_run, tokenizer, batch_size=config.batch_size, length=length,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
 
     def sample(indices: Sequence[int], *what: object) -> list[Completion]:
         prompts, seed = [tasks[i][1] for i in indices], derive_seed(stage_run.seed, *what)

@@ -23,13 +23,14 @@ from keel.evaluation.policies import JudgedCompletion, best_of_n_kl, measures, s
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.models.tokenizer import known_ids
 from keel.rewards.mixture import Mixture, Rated
-from keel.rollout import GenerationRequest, KeelEngine
+from keel.rollout import Engine, GenerationRequest
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import Rows
 from keel.rollout.score_responses import score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, prepare, scored_pairs
 from keel.stages.loop_utils import micro_batches
+from keel.stages.samplers import open_sampler
 from keel.types import Completion, PromptRecord, Record
 
 if TYPE_CHECKING:
@@ -164,18 +165,25 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         rewards = build_rewards.mixture(
             bench.loaded, stage_run, tokenizer, longest, normalize=several, batch_size=config.batch_size
         )
+    engine = open_sampler(
+        config.rollout, model, stage_run, tokenizer, batch_size=config.batch_size,
+        length=bench.longest[name] + config.sampling.max_new_tokens,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
     judged: dict[int, list[JudgedCompletion]] = {n: [] for n in sorted(best_of)}
     for start in range(0, len(bench.records), AT_ONCE):
-        part = _judge_part(bench, model, tokenizer, rewards, best_of, start)
+        part = _judge_part(bench, model, engine, tokenizer, rewards, best_of, start)
         for n, completions in part.items():
             judged[n] += completions
         release(bench.records)
+    stage_run.end()  # a server of this model's makes room for the next one's
     return judged
 
 
 def _judge_part(
     bench: Bench,
     model: PreTrainedModel,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     rewards: Mixture | None,
     best_of: Sequence[int],
@@ -192,7 +200,6 @@ def _judge_part(
     records = records if rows is None else [records[i] for i in mine]
     sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
     prompts = [tokens[0][-(bench.room or 0) :] for _, _, tokens in each(tokenizer, records)]
-    engine = KeelEngine(model, config.batch_size)
     best: list[Completion] = []
     rated: Rated | None = None
     judged: dict[int, list[JudgedCompletion]] = {}

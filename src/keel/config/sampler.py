@@ -1,0 +1,129 @@
+"""Settings of what samples responses: keel's own engine, or a vLLM server."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from keel.config.addresses import plain_address
+from keel.config.settings import LONGEST_PATH, Settings
+
+EXAMPLE = "http://localhost:8000"
+
+
+class SamplerConfig(Settings):
+    """What samples responses."""
+
+    # where a server is, and how patiently it is asked, is no part of what it draws
+    idle: ClassVar[frozenset[str]] = frozenset(
+        {
+            "address", "api_key_env", "environment", "devices", "folder", "concurrency", "timeout",
+            "patience", "restarts", "sleep",
+        }
+    )  # fmt: skip
+    started_only: ClassVar[tuple[str, ...]] = ("environment", "devices", "dtype", "args", "restarts")
+
+    engine: Literal["keel", "vllm"] = Field(
+        "keel",
+        description=(
+            "keel: its own engine, in its own process. vllm: a vLLM server, which is given the weights "
+            "whenever they have changed."
+        ),
+    )
+    address: str | None = Field(
+        None,
+        description=(
+            "vllm: where a server answers, without /v1: http://localhost:8000. `keel engine serve` starts "
+            "one that fits. null: keel starts one for the stage, and ends it with the stage."
+        ),
+    )
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="vllm: the environment variable that holds the server's key, which is written nowhere.",
+    )
+    environment: str | None = Field(
+        None,
+        max_length=LONGEST_PATH,
+        description=(
+            "vllm: the virtual environment that vLLM is installed in; null: the one that `keel engine "
+            "install vllm` makes."
+        ),
+    )
+    devices: str | None = Field(
+        None,
+        pattern=r"^\d+(,\d+)*$",
+        description=(
+            "vllm: the cards of a started server, by number, as 1 or 2,3; with several set "
+            "--tensor-parallel-size in `args`. null: those that keel sees."
+        ),
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="vllm: precision of a started server; null: what the trainer multiplies in."
+    )
+    args: list[str] = Field(
+        [],
+        description=(
+            "vllm: further arguments of `vllm serve` for a started server, as "
+            '["--gpu-memory-utilization", "0.4"].'
+        ),
+    )
+    push: Literal["auto", "whole"] = Field(
+        "auto",
+        description=(
+            "vllm: what the server is given after an update. auto: the adapters alone where `lora` is "
+            "trained, else all weights. whole: all weights, adapters folded in."
+        ),
+    )
+    folder: str | None = Field(
+        None,
+        max_length=LONGEST_PATH,
+        description=(
+            "vllm: a folder that keel and the server both see, through which weights go; null: the stage's "
+            "own. On one machine one in memory (/dev/shm) is fastest."
+        ),
+    )
+    concurrency: int = Field(256, ge=1, le=4096, description="vllm: requests at the same time.")
+    timeout: float = Field(600.0, gt=0, description="vllm: seconds that one request may take, to its end.")
+    patience: float = Field(
+        900.0,
+        gt=0,
+        description=(
+            "vllm: seconds that a server may take to start, or to come back at `address` when it is gone."
+        ),
+    )
+    restarts: int = Field(
+        3, ge=0, description="vllm: how often a started server that has died is started again in a stage."
+    )
+    sleep: bool = Field(
+        False,
+        description=(
+            "vllm: let the server sleep while keel trains: its weights wait in host memory and its cache is "
+            "given back, so that both fit one card. For servers on CUDA."
+        ),
+    )
+
+    @field_validator("address", mode="after")
+    @classmethod
+    def _plain_address(cls, value: str | None) -> str | None:
+        return None if value is None else plain_address(value, EXAMPLE, "/v1")
+
+    @model_validator(mode="after")
+    def _sound_sampler(self) -> SamplerConfig:
+        own = [name for name in SamplerConfig.model_fields if name != "engine"]
+        if self.engine == "keel" and (idle := next((name for name in own if self.changes(name)), None)):
+            raise ValueError(f"`rollout.{idle}` has no effect with `rollout.engine: keel`; set engine: vllm")
+        if self.address is not None:
+            if idle := next((name for name in self.started_only if self.changes(name)), None):
+                raise ValueError(
+                    f"`rollout.{idle}` has no effect with `rollout.address`: that server is started elsewhere"
+                )
+        elif self.api_key_env is not None:
+            raise ValueError("`rollout.api_key_env` has no effect without `rollout.address`")
+        return self
+
+    @property
+    def vllm(self) -> bool:
+        """Whether a vLLM server samples."""
+        return self.engine == "vllm"

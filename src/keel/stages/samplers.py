@@ -1,0 +1,84 @@
+"""What a stage samples with, as its `rollout` says: keel's own engine, or a vLLM server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keel.config.sampler import SamplerConfig
+from keel.distributed import group
+from keel.errors import UsageError
+from keel.rollout import Engine, KeelEngine
+from keel.rollout.vllm import ServerSettings, VllmEngine
+from keel.rollout.vllm.server import program_of
+from keel.rundir.stage_run import StageRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FOLDER = "engine"  # of a stage: the server's log, and weights on their way to it
+
+
+def check_machine(settings: SamplerConfig, where: str) -> None:
+    """UsageError where vLLM or the key of its server is missing. where: the stage, for messages."""
+    if not settings.vllm:
+        return
+    if group.size() > 1:
+        raise UsageError(f"{where}: `rollout.engine: vllm` runs on one process so far: leave --nproc out")
+    try:
+        key_of(settings)
+        if settings.address is None:
+            program_of(settings.environment)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def key_of(settings: SamplerConfig) -> str | None:
+    """The key of the server, from the environment; None where it needs none. UsageError for an empty one."""
+    if settings.api_key_env is None:
+        return None
+    key = os.environ.get(settings.api_key_env, "").strip()
+    if not key:
+        raise UsageError(
+            f"the environment variable {settings.api_key_env} (`rollout.api_key_env`) is not set"
+        )
+    return key
+
+
+def open_sampler(
+    settings: SamplerConfig,
+    model: PreTrainedModel,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 64,
+    length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """The engine on a model. batch_size: rows that keel's own samples at the same time. length: tokens of the
+    longest prompt and its response. A server that is started for it ends with the stage."""
+    if not settings.vllm:
+        return KeelEngine(model, batch_size)
+    shared = run.directory / FOLDER
+    if settings.folder:  # which other runs may use, too
+        whose = run.directory.resolve().parts[-3:]  # NAME, stages, STAGE
+        shared = Path(settings.folder).expanduser() / f"{whose[0]}-{run.name}"
+    engine = VllmEngine(
+        model,
+        ServerSettings(
+            address=settings.address, key=key_of(settings), key_named=settings.api_key_env is not None,
+            environment=settings.environment, devices=settings.devices, dtype=settings.dtype,
+            args=tuple(settings.args), whole=settings.push == "whole", concurrency=settings.concurrency,
+            timeout=settings.timeout, patience=settings.patience, restarts=settings.restarts,
+            sleep=settings.sleep, trust_remote_code=trust_remote_code,
+        ),
+        shared, tokenizer, length, lambda line: run.say(f"{run.name}: {line}"),
+    )  # fmt: skip
+
+    def end() -> None:
+        engine.close()
+        run.facts.setdefault("engines", []).append(engine.facts())
+
+    run.at_end(end)
+    return engine
