@@ -144,6 +144,7 @@ def written(
             "judge": "world:helpdesk",
             "control": {"on_finding": "adjust", "reward_bound": -1e6},
             "ptx": {"data": rows("text"), "batch_size": 2},
+            "curriculum": {"by": "source"},
             "eval_every": 1,
             "eval_data": rows("prompts", 4),
         },
@@ -240,6 +241,7 @@ def _plain(names: set[str]) -> set[str]:
         (r"^gold/.+", "gold/PART"),
         (r"^reward/.+", "reward/NAME"),
         (r"^rewards/logged/.+", "rewards/logged/NAME"),
+        (r"^curriculum/rate/.+", "curriculum/rate/VALUE"),
         (r"^rewards/.+/(mean|std|applies)$", r"rewards/NAME/\1"),
     )
     for pattern, name in open_parts:
@@ -380,7 +382,7 @@ def test_each_boundary_names_tests_that_exist() -> None:
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     section = text.partition("## What keel trusts")[2].partition("\n`make fuzz`")[0]
     boundaries = re.findall(r"^- (?:\*\*)?(.*?)\n(?=- |\Z)", section + "\n", re.DOTALL | re.MULTILINE)
-    assert len(boundaries) == 12
+    assert len(boundaries) == 13
     for boundary in boundaries:
         named = re.findall(r"`(tests/[^`]+)`", boundary)
         if not boundary.startswith("Network"):

@@ -26,6 +26,7 @@ from keel.models import optim
 from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
 from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
+from keel.rl.curriculum import PROMPT, Curriculum
 from keel.rl.measures import Means, StepMeasures
 from keel.rl.monitor import Monitor
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
@@ -59,6 +60,7 @@ class OnPolicyLoop:
         self.state = LoopState(self.config.kl.coef, RunningScale())
         self.stopping = EarlyStop(self.config.patience)
         self.monitor = Monitor.open(self.setup, optimizers)
+        self.curriculum = _curriculum(self.config, prompts, self.run.seed)
         self.best: dict[str, Any] | None = None  # the policy at its best evaluation, for `patience`
 
     def train(self) -> dict[str, Any]:
@@ -78,7 +80,8 @@ class OnPolicyLoop:
         config, run, state = self.config, self.run, self.state
         try:
             # 1. rollout: a response to each prompt, scored by every model   2. advantages
-            batch = self._collected(update)
+            rows = self._rows_of(update)
+            batch = self._collected(update, rows)
             # 3. epochs of mini-batches: loss, backward, step
             with run.timed("train"):
                 learned = learn(self.algorithm, self.optimizers, batch.episodes, update, state)
@@ -88,6 +91,10 @@ class OnPolicyLoop:
             self.state = self.monitor.failed(update, error, state)
             run.log(update, config.updates, {"episode": state.episodes})
             return
+        if self.curriculum is not None:
+            metrics |= self.curriculum.see(
+                rows, config.samples_per_prompt, _compared(config, batch.experience)
+            )
         # 4. β follows the KL of these samples, the learning rate that of this update
         kl_coef, lr_factor = state.kl_coef, state.lr_factor
         if config.kl.target is not None and update > self.algorithm.warmup:
@@ -112,10 +119,10 @@ class OnPolicyLoop:
         if due(update, config.updates, config.save_every) or self._over:
             self._save(update)
 
-    def _collected(self, update: int) -> Batch:
+    def _collected(self, update: int, rows: Sequence[int]) -> Batch:
         """What an update learns from. Where a reward cannot be had, the updates before it are kept first."""
         try:
-            return collect(self.algorithm, self._prompts_of(update), self.state, update)
+            return collect(self.algorithm, [self.prompts[i] for i in rows], self.state, update)
         except (BudgetError, RewardError):
             done = update - 1
             alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
@@ -127,9 +134,12 @@ class OnPolicyLoop:
     def _over(self) -> bool:
         return self.stopping.stop or self.monitor.stopped
 
-    def _prompts_of(self, update: int) -> list[PromptExample]:
+    def _rows_of(self, update: int) -> list[int]:
+        """The prompts of an update, by number."""
         prompts = self.config.batch_size // self.config.samples_per_prompt
-        return [self.prompts[i] for i in rows_of_step(len(self.prompts), prompts, update - 1, self.run.seed)]
+        if self.curriculum is not None:
+            return self.curriculum.draw(update, prompts)
+        return rows_of_step(len(self.prompts), prompts, update - 1, self.run.seed)
 
     def _begin(self) -> int:
         """From the checkpoint, if there is one; the last update that was done."""
@@ -142,6 +152,8 @@ class OnPolicyLoop:
             self.state = LoopState.restored(values)
             self.stopping = self.stopping.restored(values["stopping"])
             self.monitor.restored(values["monitor"], checkpoint.tensors["snapshots"])
+            if self.curriculum is not None:
+                self.curriculum.restore(checkpoint.tensors["curriculum"])
             return checkpoint.step
         if self.judged and (self.setup.judge or self.config.control.goes_back):
             before = self._evaluate()
@@ -167,11 +179,28 @@ class OnPolicyLoop:
     def _save(self, update: int) -> None:
         tensors = training_state(self.setup, self.optimizers)
         tensors |= {"best": self.best, "snapshots": self.monitor.snapshots}
+        if self.curriculum is not None:
+            tensors |= {"curriculum": self.curriculum.state()}
         group.agree(
             f"the weights after update {update}", gradients.checksum(self.setup.roles.policy, trained=True)
         )
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values()}
         self.run.save(update, tensors, {**self.state.values(), **values})
+
+
+def _curriculum(config: OnPolicy, prompts: Sequence[PromptExample], seed: int) -> Curriculum | None:
+    if config.curriculum is None:
+        return None
+    by_prompt = config.curriculum.by == PROMPT
+    return Curriculum(
+        config.curriculum, [{}] * len(prompts) if by_prompt else [p.columns for p in prompts], seed
+    )
+
+
+def _compared(config: OnPolicy, experience: Experience) -> Sequence[float | None]:
+    """The reward of each response by which the curriculum says that it passes."""
+    named = config.curriculum and config.curriculum.reward
+    return experience.rated.raw.tolist() if named is None else experience.rated.by_name[named]
 
 
 # ---------------------------------------------------------------- 1, 2: rollout, score, advantages
