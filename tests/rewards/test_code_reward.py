@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import stat
 import time
 from pathlib import Path
@@ -175,13 +176,12 @@ CANNOT = {
     "write to the system": "open('/usr/written', 'w')",
     "write to the root": "open('/written', 'w')",
     "write to devices": "open('/dev/shm/written', 'w')",
-    "use the network": "import socket; socket.create_connection(('127.0.0.1', 22), 1)",
     "write a large file": "open('/tmp/large', 'wb').write(b'x' * (20 << 20))",
     "fill its folder": "for i in range(9): open(f'/tmp/{i}', 'wb').write(b'x' * (15 << 20))",
     "see other processes": f"import os; os.kill({os.getpid()}, 0)",
     "speak for the driver": "import os; os.write(os.open(f'/proc/{os.getppid()}/fd/3', os.O_WRONLY), b'x')",
     "be root": "import os; os.setuid(0)",
-    "start many processes": "import os\nfor _ in range(40):\n    if not os.fork(): __import__('time').sleep(9)",
+    "start many processes": "import os, time\nfor _ in range(40):\n    if not os.fork(): time.sleep(9)",
 }
 
 
@@ -190,8 +190,16 @@ def test_a_program_in_bubblewrap_cannot(what, walls):
     assert rewards([f"{CANNOT[what]}\n{RIGHT}"], TESTS[:1], walls) == [0.0]
 
 
+def test_a_program_in_bubblewrap_has_no_network(walls):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)\n{RIGHT}"
+        assert rewards([program], TESTS[:1]) == [1.0]
+        assert rewards([program], TESTS[:1], walls) == [0.0]
+
+
 def test_a_program_in_bubblewrap_can_do_its_work(walls):
-    program = f"import json, threading, os\nopen('mine', 'w').write('x')\nassert os.getuid() or True\n{RIGHT}"
+    program = f"import json, threading, os\nopen('mine', 'w').write('x')\n{RIGHT}"
     assert rewards([program, "import numpy\n" + RIGHT], TESTS, walls) == [1.0, 0.0]
     able = sandbox.find("bubblewrap", "", True, "reward")
     wide = Limits(seconds=3.0, memory=2048)

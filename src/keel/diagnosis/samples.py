@@ -144,9 +144,9 @@ def groups_all_equal(history: History) -> Alarm | None:
 
 
 def curriculum_spent(history: History) -> Alarm | None:
-    """note: more than 0.9 of the prompts that were seen are passed always or never, for a window: what is left
-    is too little to sample by. warn: more than 0.9 are never passed, which no curriculum mends. Never act: a
-    stage that has solved its data ends here, and that is no illness."""
+    """note: more than 0.9 of the prompts that were seen are passed always or never, for a window: what is
+    left is too little to sample by. warn: more than 0.9 are never passed, which no curriculum mends. Never
+    act: a stage that has solved its data ends here, and that is no illness."""
     seen = history.now("curriculum/seen") or 0.0
     if seen < 0.5:  # most are still unknown
         return None

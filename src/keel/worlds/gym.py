@@ -27,7 +27,7 @@ from importlib.metadata import version
 from typing import Any
 
 from keel.errors import DataError, KeelError, UsageError
-from keel.worlds import streams
+from keel.worlds import gym_process, streams
 
 PREFIX = "gym:"
 COLUMN = "gym"  # of a row: what scoring an answer to it needs, as JSON
@@ -43,7 +43,7 @@ TEST_SHARE = 0.15  # of all questions are in test_prompts only
 _CHUNK = 50  # rows that share a seed: some tasks make all of their questions at once
 _MOST_MISSES = 2000  # questions of the other side in a row, after which there are no more of this one
 _ROW_TIMEOUT, _START_TIMEOUT = 120.0, 300.0  # seconds
-_START = "import sys; from keel.worlds.gym_process import main; main(int(sys.argv[1]))"
+_START = f"import sys; from {gym_process.__name__} import main; main(int(sys.argv[1]))"
 
 
 def name_and_split(source: str) -> tuple[str, str]:
