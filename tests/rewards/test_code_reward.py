@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from keel.config import parse
-from keel.errors import DataError, UsageError
+from keel.errors import DataError, RewardError, UsageError
 from keel.pipeline import trust
 from keel.rewards import code_tests, sandbox
 from keel.rewards.code_reward import CodeColumns, code_reward
@@ -238,6 +238,14 @@ def test_a_sandbox_that_does_not_work_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UsageError, match="setting up uid map: Permission denied"):
         sandbox.find("bubblewrap", "", False, "reward")
+
+
+def test_a_sandbox_that_fails_later_is_no_programs_fault(walls, tmp_path):
+    gone = Sandbox("bubblewrap", str(tmp_path / "bwrap"))
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    with pytest.raises(RewardError, match=r"the sandbox \(bubblewrap\) did not start: no space left"):
+        rewards([RIGHT], TESTS, gone)
 
 
 def test_a_container_is_started_with_its_limits(monkeypatch, tmp_path):

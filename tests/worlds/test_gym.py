@@ -163,6 +163,22 @@ def test_a_column_that_is_no_tasks_is_found():
         scored(strange, "5")
 
 
+UNANSWERED = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # they score alone
+
+
+@pytest.mark.slow
+def test_every_task_gives_its_own_answer_all_there_is():
+    known = gym.process().tasks()
+    assert len(known) > 100
+    wrong: dict[str, Any] = {}
+    for name in known:
+        (row,) = rows(f"gym:{name}", 1)
+        assert ("answer" in row) == (name not in UNANSWERED), name
+        if "answer" in row and scored(row, row["answer"], reads="whole", timeout=60.0) != [1.0]:
+            wrong[name] = row["answer"]
+    assert not wrong
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _ended():
     yield

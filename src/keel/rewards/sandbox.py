@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from keel.errors import UsageError
+from keel.errors import RewardError, UsageError
 from keel.rewards import sandbox_driver
 
 Kind = Literal["bubblewrap", "podman", "docker", "none"]
@@ -126,17 +126,19 @@ def _missing(sandbox: Sandbox) -> str:
     if not sandbox.tool:
         return "is not installed"
     if sandbox.kind in ("podman", "docker"):
-        asked = subprocess.run(
-            [sandbox.tool, "image", "inspect", sandbox.image], capture_output=True, text=True, check=False
-        )
+        command = [sandbox.tool, "image", "inspect", sandbox.image]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        except subprocess.TimeoutExpired:
+            return "does not answer"
         if asked.returncode:
             return _last_line(asked.stderr) or f"has no image {sandbox.image}"
-    said: list[str] = []
     test = {"kind": "python", "code": "assert f() == 3", "token": "tried"}
-    ended = run(sandbox, "def f(): return 3", [test], Limits(), said)
-    if ended and ended[0].get("value") == "tried":
-        return ""
-    return said[0] if said else "does not run Python"
+    try:
+        ended = run(sandbox, "def f(): return 3", [test], Limits())
+    except RewardError as error:
+        return str(error)
+    return "" if ended and ended[0].get("value") == "tried" else "does not run Python"
 
 
 def run(
@@ -144,10 +146,9 @@ def run(
     program: str,
     tests: Sequence[Mapping[str, Any]],
     limits: Limits,
-    said: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """How each test of a program ended, as the driver says; fewer than there are tests where it was stopped.
-    said: takes the last line of what a failed start wrote."""
+    RewardError where the sandbox did not start, which is no program's fault."""
     alone = sandbox.kind == "bubblewrap" and os.geteuid() == 0
     number = (os.getpid() * 1000 + next(_numbers)) % _UIDS
     job = {
@@ -166,9 +167,11 @@ def run(
             out, err = child.communicate()
             if sandbox.kind in ("podman", "docker"):
                 subprocess.run([sandbox.tool, "rm", "-f", name], capture_output=True, check=False)
-    if said is not None and err.strip():
-        said.append(_last_line(err.decode("utf-8", "replace")))
-    return list(_answers(out, len(tests)))
+    answers = list(_answers(out, len(tests) + 1))
+    if not answers or "ready" not in answers[0]:
+        said = _last_line(err.decode("utf-8", "replace")) or "it said nothing"
+        raise RewardError(f"the sandbox ({sandbox.kind}) did not start: {said}")
+    return answers[1:]
 
 
 def _answers(out: bytes, most: int) -> Iterator[dict[str, Any]]:

@@ -160,7 +160,7 @@ class GymProcess:
     """Makes and scores tasks in a process of its own, started at the first request and after a stop."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._owner = threading.Lock(), os.getpid()
         self._child: subprocess.Popen[bytes] | None = None
         self._read = b""
         self._end = lambda: None
@@ -203,6 +203,8 @@ class GymProcess:
 
     def ask(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any] | None:
         """The answer to a request; None where none came in time or the process ended, which is stopped."""
+        if self._owner != os.getpid():  # a fork of keel's: the process is its parent's
+            self.__init__()
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._start()
