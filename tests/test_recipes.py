@@ -192,7 +192,7 @@ def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     return {**term.model_dump(exclude_none=True), **changes}
 
 
-LONG = ("overoptimization", "rounds", "showdown")  # by `make test-slow`
+LONG = ("gym", "overoptimization", "rounds", "showdown")  # by `make test-slow`
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_recipe_introduces_itself(path):
     assert path.stem in re.findall(r"[\w-]+", " ".join(re.findall(r"^## (.+)", page, re.MULTILINE)))
 
 
-EMBEDDED = [p for p in RECIPES if "world:" in p.read_text(encoding="utf-8")]
+EMBEDDED = [p for p in RECIPES if re.search(r"\b(world|gym):\w", p.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p not in EMBEDDED], ids=lambda path: path.stem)

@@ -770,7 +770,6 @@ def test_trap_every_setting_is_read_by_something(
         "reward": terms,
         "data": str(tmp_path / "rows.jsonl"),
         "advantage": "group_relative",
-        "curriculum": {"by": "source", "reward": "length"},
     }
     stages["reward"]["members"] = 2
     prompts = {"source": "world:helpdesk/prompts", "rows": 4}
@@ -800,6 +799,7 @@ def test_trap_every_setting_is_read_by_something(
         "updates": 1,
         "max_turns": 2,
         "sampling": {"max_new_tokens": 40},
+        "curriculum": {"by": "wants"},
     }
     names = stages.keys()
     with monkeypatch.context() as watching:
