@@ -185,6 +185,7 @@ CANNOT = {
 }
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("what", CANNOT)
 def test_a_program_in_bubblewrap_cannot(what, walls):
     assert rewards([f"{CANNOT[what]}\n{RIGHT}"], TESTS[:1], walls) == [0.0]
@@ -206,6 +207,7 @@ def test_a_program_in_bubblewrap_can_do_its_work(walls):
     assert rewards(["import numpy\n" + RIGHT], TESTS, able, limits=wide) == [1.0]
 
 
+@pytest.mark.attack
 def test_a_bomb_and_a_kill_leave_nothing_behind(walls):
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     kill = "import os; os.kill(os.getppid(), 9)"
@@ -248,6 +250,7 @@ def test_a_sandbox_that_fails_later_is_no_programs_fault(walls, tmp_path):
         rewards([RIGHT], TESTS, gone)
 
 
+@pytest.mark.slow
 def test_a_container_is_started_with_its_limits(monkeypatch, tmp_path):
     """A stand-in for podman, which notes what it is asked and runs the driver itself."""
     tool = tmp_path / "podman"

@@ -117,8 +117,8 @@ def stage(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "kind": "grpo", "model": str(tiny_model), "data": str(tmp_path / "rows.jsonl"), "batch_size": 8,
         "reward": [{"kind": "keywords", "words": ["red"]}, {"kind": "length", "high": 4, "weight": 0.1}],
-        "samples_per_prompt": 4, "updates": 4, "lr": 1e-3, "sampling": {"max_new_tokens": 5},
-        "curriculum": {"by": "level", "threshold": 0.5, "reward": "keywords", "memory": 8}, "save_every": 2,
+        "samples_per_prompt": 4, "updates": 3, "lr": 1e-3, "sampling": {"max_new_tokens": 5},
+        "curriculum": {"by": "level", "threshold": 0.5, "reward": "keywords", "memory": 8}, "save_every": 1,
     }  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_a_run_keeps_its_rates_over_a_stop(run, stage, tmp_path, monkeypatch):
     update = OnPolicyLoop.update
 
     def stopped(self: Any, number: int) -> None:
-        if number == 3:
+        if number == 2:
             raise KeyboardInterrupt
         update(self, number)
 

@@ -145,6 +145,7 @@ def test_a_reply_that_is_code_does_nothing(tmp_path):
     assert not written.exists()
 
 
+@pytest.mark.attack
 def test_a_reply_that_never_ends_costs_only_itself():
     (row,) = rows("gym:countdown", 1)
     logged: dict[str, float] = {}
