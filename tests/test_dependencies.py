@@ -19,12 +19,14 @@ DISTRIBUTIONS = {  # where the module has another name
     "markdown_it": "markdown-it-py",
     "mdit_py_plugins": "mdit-py-plugins",
     "mlflow": "mlflow-skinny",
+    "reasoning_gym": "reasoning-gym",
 }
 ROOMS = {  # rooms, and files of commands, that need extras
     "votes": ("label",),
     "feedback": ("label",),
     "dashboard": ("dashboard",),
     "cli/dashboard.py": ("dashboard",),
+    "worlds/gym_process.py": ("gym",),
     "trackers": ("trackio", "wandb", "tensorboard", "mlflow"),
 }
 

@@ -170,6 +170,7 @@ def written(
             "model": {"path": "sft", "chat_template": CHAT_TEMPLATE},
             "environment": "world:shop",
             "reward": {"kind": "environment"},
+            "curriculum": {},
             "data": {"source": "world:shop/prompts", "rows": 4},
             "batch_size": 2,
             "samples_per_prompt": 2,
@@ -242,6 +243,7 @@ def _plain(names: set[str]) -> set[str]:
         (r"^gold/.+", "gold/PART"),
         (r"^reward/.+", "reward/NAME"),
         (r"^rewards/logged/.+", "rewards/logged/NAME"),
+        (r"^curriculum/rate/.+", "curriculum/rate/VALUE"),
         (r"^rewards/.+/(mean|std|applies)$", r"rewards/NAME/\1"),
     )
     for pattern, name in open_parts:
@@ -382,7 +384,7 @@ def test_each_boundary_names_tests_that_exist() -> None:
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     section = text.partition("## What keel trusts")[2].partition("\n`make fuzz`")[0]
     boundaries = re.findall(r"^- (?:\*\*)?(.*?)\n(?=- |\Z)", section + "\n", re.DOTALL | re.MULTILINE)
-    assert len(boundaries) == 12
+    assert len(boundaries) == 13
     for boundary in boundaries:
         named = re.findall(r"`(tests/[^`]+)`", boundary)
         if not boundary.startswith("Network"):

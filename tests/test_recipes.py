@@ -70,7 +70,7 @@ class StandIns:
     files: Mapping[str, Path]  # what a recipe names → rows of the same columns
 
     def file(self, source: str) -> str:
-        if source.startswith("world:"):
+        if source.startswith(("world:", "gym:")):
             return source
         found = self.files.get(source) or (self.files[".txt"] if source.endswith(".txt") else None)
         assert found, f"a stand-in for {source} is needed here"
@@ -136,7 +136,7 @@ def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
 
         def source(one: DataConfig, rows: int = rows) -> dict[str, Any]:
             kept = one.model_dump(exclude_defaults=True, exclude={"rows", "split"})
-            if not one.source.startswith("world:"):
+            if not one.source.startswith(("world:", "gym:")):
                 kept.pop("options", None)
             return {**kept, "source": stand_ins.file(one.source), "rows": rows}
 
@@ -192,7 +192,7 @@ def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     return {**term.model_dump(exclude_none=True), **changes}
 
 
-LONG = ("overoptimization", "rounds", "showdown")  # by `make test-slow`
+LONG = ("gym", "overoptimization", "rounds", "showdown")  # by `make test-slow`
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_recipe_introduces_itself(path):
     assert path.stem in re.findall(r"[\w-]+", " ".join(re.findall(r"^## (.+)", page, re.MULTILINE)))
 
 
-EMBEDDED = [p for p in RECIPES if "world:" in p.read_text(encoding="utf-8")]
+EMBEDDED = [p for p in RECIPES if re.search(r"\b(world|gym):\w", p.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p not in EMBEDDED], ids=lambda path: path.stem)

@@ -45,6 +45,7 @@ from keel.rollout import GenerationRequest, KeelEngine
 from keel.stages import language, reward
 from keel.stages.language import LanguageRow
 from keel.types import Completion
+from keel.worlds import gym
 
 START = LoopState(0.0, RunningScale())
 QUIET = {"kl": {"coef": 0.0}, "shaping": {"normalize": "none", "clip": None, "missing_stop_penalty": 0.0}}
@@ -717,7 +718,12 @@ def test_trap_every_setting_is_read_by_something(
     stages = copy.deepcopy(whole["stages"])
     stages["sft"]["lora"] = {"r": 2}
     stages["sft"]["model"] = {"path": "base"}
-    rows = [{"prompt": "the cat?", "answer": "red"}, {"prompt": "so the dog?", "answer": "blue"}]
+    (task,) = gym.rows("gym:gcd", 1, 0, {})
+    checked = {"tests": ["assert True"], "gym": task["gym"]}
+    rows = [
+        {"prompt": "the cat?", "answer": "red", **checked},
+        {"prompt": "so the dog?", "answer": "blue", **checked},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages["genre"] = {
         "kind": "classifier",
@@ -744,6 +750,8 @@ def test_trap_every_setting_is_read_by_something(
         {"kind": "overlong", "max_length": 6, "buffer": 2},
         {"kind": "similarity", "model": str(tiny_bert), "to": "answer"},
         {"kind": "classifier", "model": "genre", "label": "a"},
+        {"kind": "gym"},
+        {"kind": "code", "sandbox": "none"},
         {"kind": "python", "function": own},
         {"kind": "plugin", "function": "brief", "isolate": False},  # its package is here alone
         {"kind": "learned", "model": "reward", "combine": "mean"},
@@ -791,6 +799,7 @@ def test_trap_every_setting_is_read_by_something(
         "updates": 1,
         "max_turns": 2,
         "sampling": {"max_new_tokens": 40},
+        "curriculum": {"by": "wants"},
     }
     names = stages.keys()
     with monkeypatch.context() as watching:
@@ -806,7 +815,8 @@ def test_trap_every_setting_is_read_by_something(
     for name, value in plain.items():  # handed on whole, by plain(): all its fields are read somewhere
         read |= {f"{name}.{field.name}" for field in dataclasses.fields(value) if field.name in elsewhere}
     read |= {f"PairsConfig.{key}" for key in PAIR_KEYS}  # handed on as a mapping
-    read |= {f"PPOConfig.{key}" for key in ToolUse.model_fields if f"GRPOConfig.{key}" in read}  # by one code
+    by_one_code = (*ToolUse.model_fields, "curriculum")
+    read |= {f"PPOConfig.{key}" for key in by_one_code if f"GRPOConfig.{key}" in read}
     # by several processes alone: tests/distributed
     read |= {f"DistributedConfig.{key}" for key in ("strategy", "timeout") if key in elsewhere}
     read |= {"RunConfig.distributed"} & {f"RunConfig.{name}" for name in elsewhere}

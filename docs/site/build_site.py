@@ -35,6 +35,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
     "Guides": (
         "docs/rewards.md",
         "docs/tools.md",
+        "docs/tasks.md",
         "docs/judge.md",
         "docs/reward-bench.md",
         "docs/data.md",

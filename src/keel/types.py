@@ -115,7 +115,7 @@ Record = TextRecord | PromptRecord | DemonstrationRecord | PreferenceRecord | Un
 class DataSource:
     """One source of rows, in plain values: what `config.py` validates and `data/load.py` reads."""
 
-    source: str  # a path, a hub id, world:NAME/SPLIT or label:PROJECT
+    source: str  # a path, a hub id, world:NAME/SPLIT, gym:NAME or label:PROJECT
     rows: int | None = None  # at most this many rows (how many to make, for a world)
     weight: float | None = None  # share in a mixture; None: as many rows as the source has
     split: str = "train"  # split of a hub data set

@@ -152,6 +152,26 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("truncated_rising", "act", {"rollout/truncated": after(30, 0.02, 0.97)}, Conditions()),
     ("repetition", "warn", {"rollout/repetition": after(30, 0.05, 0.3)}, Conditions()),
     ("repetition", "act", {"rollout/repetition": after(30, 0.05, 0.7)}, Conditions()),
+    (
+        "curriculum_spent",
+        "note",
+        {
+            "curriculum/seen": lambda u: 1.0,
+            "curriculum/solved": after(30, 0.3, 0.6),
+            "curriculum/hopeless": lambda u: 0.35,
+        },
+        Conditions(),
+    ),
+    (
+        "curriculum_spent",
+        "warn",
+        {
+            "curriculum/seen": lambda u: 0.8,
+            "curriculum/solved": lambda u: 0.0,
+            "curriculum/hopeless": after(30, 0.3, 0.78),
+        },
+        Conditions(),
+    ),
     ("groups_all_equal", "warn", {"frac_reward_zero_std": after(30, 0.3, 0.9)}, Conditions()),
     ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, 0.85)}, Conditions()),
     ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, -0.85)}, Conditions()),

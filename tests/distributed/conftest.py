@@ -132,7 +132,7 @@ def on_policy_kinds(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str,
     ppo = {"kind": "ppo", "reward": str(tiny_reward), **common}
     return {
         "ppo": {
-            **ppo, "sharing": "separate", "critic_warmup": 1, "patience": 3,
+            **ppo, "sharing": "separate", "critic_warmup": 1, "patience": 3, "curriculum": {"threshold": 0.0},
             "shaping": {"normalize": "running"}, "ptx": {"data": str(data.text), "batch_size": 2},
         },
         "ppo-adapters": {**ppo, "sharing": "adapters", "lora": {"r": 2}},

@@ -180,6 +180,7 @@ def test_weights_that_are_put_back_sample_again(
     [
         ({"importance_cap": None}, "set `importance_cap`"),
         ({"resample": 1}, "`rollout.ahead` does not go with `resample`"),
+        ({"curriculum": {}}, "`rollout.ahead` does not go with `curriculum`"),
         ({"environment": "world:shop"}, "`rollout.ahead` does not go with `tools` or `environment`"),
         ({"updates": 1}, "`rollout.ahead` has no effect with one update"),
         ({"rollout": {"ahead": 2}}, "rollout.ahead: must be at most 1, not 2"),

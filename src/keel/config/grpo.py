@@ -140,6 +140,11 @@ class GRPOConfig(OnPolicy):
             raise ValueError("`scale` has no effect with `baseline: leave_one_out`: set `scale: none`")
         if self.baseline == "none" and self.resample:
             raise ValueError("`resample` has no effect with `baseline: none`: no group is compared")
+        if self.curriculum is not None and self.resample:
+            raise ValueError(
+                "`resample` replaces prompts that teach nothing, `curriculum` leaves them out: give one of "
+                "them"
+            )
         whole = self.advantage in (None, "group_relative", "leave_one_out") and self.baseline != "none"
         if whole and any(term.kind == "environment" and term.at == "turn" for term in self.reward):
             raise ValueError(

@@ -12,6 +12,7 @@ from keel.config.rewards import LearnedTerm, check_several, check_source_filters
 from keel.config.rollout import RolloutConfig, check_ahead, check_sampler
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
+from keel.config.tasks import CurriculumConfig
 from keel.config.tools import ToolUse
 from keel.errors import UsageError
 from keel.plugins import Group
@@ -140,6 +141,9 @@ class OnPolicy(ToolUse):
     samples_per_prompt: int = Field(1, ge=1, description="Responses sampled for each prompt.")
     epochs: int = Field(4, ge=1, description="Passes over each batch of episodes.")
     updates: int = Field(100, ge=1, description="Batches of episodes to sample and learn from.")
+    curriculum: CurriculumConfig | None = Field(
+        None, description="Which prompts are sampled: those that are passed sometimes. null: all in turn."
+    )
     sampling: SamplingConfig = Field(
         default_factory=lambda: SamplingConfig.model_validate({}),
         description="How responses are drawn. No top-p or top-k: cutting the distribution biases the ratio.",
@@ -317,6 +321,7 @@ class OnPolicy(ToolUse):
                 "the sampler's"
             )
         check_source_filters(self.reward, [*self.data, *(self.eval_data or [])], "`data` or `eval_data`")
+        self._check_curriculum()
         if self.samples_per_prompt < 2:
             check_several(self.reward, "training with `samples_per_prompt: 1`")
         if self.importance_cap is None and self.changes("importance_mode"):
@@ -355,6 +360,15 @@ class OnPolicy(ToolUse):
             )
         if self.offload and (self.reference_quantize or any(term.quantize for term in learned)):
             raise ValueError("`offload` is for models in full precision: leave it out, or `quantize`")
+
+    def _check_curriculum(self) -> None:
+        """ValueError for a curriculum by a reward that there is not."""
+        named = self.curriculum and self.curriculum.reward
+        names = [term.log_name for term in self.reward]
+        if named is not None and named not in names:
+            raise ValueError(
+                f"`curriculum.reward` is {named!r}, which no reward is called: {', '.join(names)}"
+            )
 
     def _check_methods(self) -> None:
         """ValueError where the policy loss, the advantage estimator or the engine cannot be what is named."""

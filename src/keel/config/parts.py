@@ -53,11 +53,13 @@ class DataConfig(Settings):
         max_length=LONGEST_PATH,
         description=(
             "A path (.jsonl .json .parquet .csv .txt, each also .gz), a hub id, world:NAME/SPLIT, "
-            "stage:NAME for the comparisons of a collect stage, or label:PROJECT for what people said in a "
-            "project of keel label."
+            "gym:NAME for a task of reasoning-gym, stage:NAME for the comparisons of a collect stage, or "
+            "label:PROJECT for what people said in a project of keel label."
         ),
     )
-    rows: int | None = Field(None, ge=1, description="At most this many rows; for a world, how many to make.")
+    rows: int | None = Field(
+        None, ge=1, description="At most this many rows; for a world or task, how many to make."
+    )
     weight: float | None = Field(None, gt=0, description="Share of this source in a mixture.")
     split: str = Field("train", description="Split of a hub data set.")
     columns: dict[str, str] = Field({}, description="Rename columns: keel's name → the file's.")
@@ -106,7 +108,8 @@ class DataConfig(Settings):
     options: dict[str, Any] = Field(
         {},
         description=(
-            "A world's own settings; of a hub data set `name`, `revision` or `data_dir`; of label:PROJECT "
+            "A world's or task's own settings; of a hub data set `name`, `revision` or `data_dir`; of "
+            "label:PROJECT "
             "`db` (the database's address), `models` and `surplus` (take these votes, too) and "
             "`adjudicated` (label: "
             "a reviewer's word is the label; beside: the votes are)."

@@ -192,7 +192,7 @@ _MEANT = {  # what a setting that is missing is
     "name": "; what the run is called",
     "stages": "; a mapping from the names of stages to their settings",
     "model": "; a stage, a folder or a hub id",
-    "data": "; a file, a folder, a hub id or world:NAME/SPLIT",
+    "data": "; a file, a folder, a hub id, world:NAME/SPLIT or gym:NAME",
     "models": "; a list of stages, folders or hub ids",
     "reward": "; a reward stage, python:FILE.py:FUNCTION or a list of terms",
 }

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from keel.config.judge import JudgeSettings
 from keel.config.parts import DataConfig, Quantize, as_list
 from keel.config.settings import Settings
+from keel.config.tasks import CodeRunSettings, GymSettings
 
 
 class RewardSettings(Settings):
@@ -235,6 +236,18 @@ class JudgeTerm(JudgeSettings, RewardSettings):
         return self
 
 
+class GymTerm(GymSettings, RewardSettings):
+    """A task's own score, for rows of gym:NAME."""
+
+    kind: Literal["gym"] = Field(description="What the task of a row of gym:NAME says.")
+
+
+class CodeTerm(CodeRunSettings, RewardSettings):
+    """Programs, run against their tests in a sandbox."""
+
+    kind: Literal["code"] = Field(description="Python that the reply holds, run against a row's tests.")
+
+
 class CodeSettings(RewardSettings):
     """How a reward that is code of somebody's is run."""
 
@@ -303,6 +316,8 @@ RewardTerm = Annotated[
     | ClassifierTerm
     | EnvironmentTerm
     | JudgeTerm
+    | GymTerm
+    | CodeTerm
     | FunctionTerm
     | PluginTerm,
     Field(discriminator="kind"),
@@ -319,6 +334,8 @@ RULES = (
     "classifier",
     "environment",
     "judge",
+    "gym",
+    "code",
 )
 
 

@@ -46,6 +46,11 @@ def check_ahead(config: OnPolicy) -> None:
             "`rollout.ahead` does not go with `resample`: which groups are replaced is known only once they "
             "are rated"
         )
+    if config.curriculum is not None:
+        raise ValueError(
+            "`rollout.ahead` does not go with `curriculum`: which prompts come next is known only once the "
+            "responses of this update are rated"
+        )
     if config.updates == 1:
         raise ValueError("`rollout.ahead` has no effect with one update: nothing comes after it")
 

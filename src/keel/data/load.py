@@ -34,8 +34,10 @@ from keel.data.stored.tokens import Preparation
 from keel.data.unread import UnreadKeys
 from keel.errors import DataError, UsageError
 from keel.types import DataSource, Record, RecordType
+from keel.worlds import gym
 
 _WORLD = "world:"
+_MADE = (_WORLD, gym.PREFIX)  # what begins sources whose rows are made, and lie in no file
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_OPTIONS = ("name", "revision", "data_dir")
 _REASONS_KEPT = 5
@@ -145,7 +147,7 @@ def forms(dataset: Dataset) -> frozenset[str]:
 
 def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None) -> str:
     """sha256 of what `sources` hold: the files' bytes, a world's settings, the rows that votes make, a hub
-    data set's own fingerprint.
+    data set's own fingerprint, and of tasks of reasoning-gym its version.
 
     The settings that choose rows (rows, weight, columns, rewrite, …) count; where a file lies does not. A
     world's code is not part of it. cache: knows the digests of files that have not changed, and what votes
@@ -168,6 +170,8 @@ def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None
         )
         if source.source.startswith(_WORLD):
             add("world", *_world_and_split(source.source))
+        elif source.source.startswith(gym.PREFIX):
+            add("gym", *gym.name_and_split(source.source), gym.package_version())
         elif labels.is_label(source.source):
             add("label", labels.read(source, cache).digest)
         elif (paths := files.locate(source.source)) is not None:
@@ -188,7 +192,7 @@ def digests(sources: Sequence[DataSource], cache: caches.Cache | None = None) ->
     `fingerprint`."""
     found: dict[str, str] = {}
     for source in sources:
-        if not source.source.startswith(_WORLD):
+        if not source.source.startswith(_MADE):
             for path in files.locate(source.source) or ():
                 found[str(path)] = caches.digest_of(path, cache).hex()
     return found
@@ -217,6 +221,9 @@ def _rows(source: DataSource, seed: int, preparation: Preparation) -> Iterator[f
     on_hub = False
     if name.startswith(_WORLD):
         rows = _world_rows(source, seed)
+    elif name.startswith(gym.PREFIX):
+        made = gym.rows(name, source.rows, seed, source.options)
+        rows = ((f"{name}:{number}", row) for number, row in enumerate(made, 1))
     elif labels.is_label(name):
         held = labels.read(source, preparation.cache)
         rows = ((f"{labels.shown(name)}:{number}", dict(row)) for number, row in enumerate(held.rows, 1))
@@ -237,7 +244,7 @@ def _rows(source: DataSource, seed: int, preparation: Preparation) -> Iterator[f
         )
     if source.split != "train" and not on_hub:
         raise UsageError(f"{name}: `split` has no effect here; it belongs to data sets of the hub")
-    if source.options and not on_hub and not name.startswith((_WORLD, labels.PREFIX)):
+    if source.options and not on_hub and not name.startswith((*_MADE, labels.PREFIX)):
         raise UsageError(f"{name}: `options` have no effect on a file")
     return rows
 
@@ -364,10 +371,11 @@ def _name(
     if not many:
         if labels.is_label(source.source):
             return ""
-        paths = None if source.source.startswith(_WORLD) else files.locate(source.source)
+        made = source.source.startswith(_MADE)
+        paths = None if made else files.locate(source.source)
         if not cache.keeps or (paths is not None and sum(path.stat().st_size for path in paths) < _LARGE):
             return ""
-        if paths is None and (source.source.startswith(_WORLD) and (source.rows or 0) <= IN_MEMORY):
+        if made and (source.rows or 0) <= IN_MEMORY:
             return ""
     content = fingerprint([source], cache)
     return caches.name_of("rows", content, source.source, source.split, kind, started.natural, seed)

@@ -66,7 +66,7 @@ class UnreadKeys:
         return (
             self.kind != "prompt"
             and name not in wanted
-            and not self.source.source.startswith(("world:", PREFIX))
+            and not self.source.source.startswith(("world:", "gym:", PREFIX))
         )
 
 

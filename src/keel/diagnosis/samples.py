@@ -143,6 +143,23 @@ def groups_all_equal(history: History) -> Alarm | None:
     return "warn", f"all rewards are equal in {shown(history.now(name) or 0.0)} of the groups"
 
 
+def curriculum_spent(history: History) -> Alarm | None:
+    """note: more than 0.9 of the prompts that were seen are passed always or never, for a window: what is
+    left is too little to sample by. warn: more than 0.9 are never passed, which no curriculum mends. Never
+    act: a stage that has solved its data ends here, and that is no illness."""
+    seen = history.now("curriculum/seen") or 0.0
+    if seen < 0.5:  # most are still unknown
+        return None
+    hopeless, solved = (history.recent(f"curriculum/{name}") for name in ("hopeless", "solved"))
+    never = [value / seen for value in hopeless]
+    spent = [(a + b) / seen for a, b in zip(hopeless, solved, strict=False)]
+    if never and min(never) > 0.9:
+        return "warn", f"{shown(never[-1])} of the prompts seen are never passed"
+    if spent and min(spent) > 0.9:
+        return "note", f"{shown(spent[-1])} of the prompts seen are passed always or never"
+    return None
+
+
 def judge_falls(history: History) -> Alarm | None:
     """The held-out judge is below its best while the reward trained on is above what it was then. Two
     successive evaluations count as one, that of the start (step 0) by itself, in units of the error of a
@@ -263,6 +280,12 @@ CHECKS = (
         groups_all_equal,
         "the prompts are too easy or too hard for the policy",
         "take prompts of medium difficulty, more samples per prompt, or set resample",
+    ),
+    Check(
+        "curriculum_spent",
+        curriculum_spent,
+        "the data have no prompts left that this policy passes sometimes",
+        "add easier rows where few are passed, harder ones where most are, or end the stage here",
     ),
     Check(
         "judge_falls",

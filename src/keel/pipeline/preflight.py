@@ -34,6 +34,7 @@ from keel.pipeline import held_out, reward_rows
 from keel.pipeline.device import device_of
 from keel.rewards import answers, learned
 from keel.rl import heldout_judge, tool_use
+from keel.rl.curriculum import PROMPT
 from keel.stages import build_rewards, judges, people, samplers
 from keel.stages.collect import COMPARISONS
 from keel.types import DataSource, PromptRecord, RecordType
@@ -157,6 +158,7 @@ class Sources:
                 if there := from_outside(sources):
                     self._read(name, there, accept)
             self._check_rewards(name)
+            self._check_curriculum(name)
             lines[name] = self.summary(name, ahead=True)
             self._check_held_out(name)
             if stage.asks_people:
@@ -328,6 +330,20 @@ class Sources:
             self._judged[name, self._key(one.sources, one.accept)] = left
         self._asked.setdefault(name, []).extend(judged)
 
+    def _check_curriculum(self, name: str) -> None:
+        """The column that pass rates are kept by has a value in every row."""
+        curriculum = getattr(self.config.stages[name], "curriculum", None)
+        if curriculum is None or curriculum.by == PROMPT:
+            return
+        for sources, accept in self.config.stages[name].main_data()[:1]:
+            there = from_outside(sources)
+            for record in self.load_data(there, accept).records if there else ():
+                if record.columns.get(curriculum.by) is None:
+                    raise DataError(
+                        f"{name}: {record.origin}: it has no value in the column {curriculum.by!r}, which "
+                        "`curriculum.by` names"
+                    )
+
     def _say_what_compares(self, name: str) -> None:
         """Once a run: formulas are compared without math-verify where that is not installed."""
         compares = any(term.kind == "answer" for term in self.config.stages[name].reward_terms())
@@ -384,6 +400,9 @@ class Sources:
                 quantize.check()
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
+        for term in stage.reward_terms():
+            if term.kind == "code":
+                build_rewards.sandbox_of(term, f"{name}: reward {term.log_name!r}")
         asking = [term for term in stage.reward_terms() if term.kind == "judge"]
         for judge in [*asking, *getattr(stage, "judges", [])]:
             judges.check_machine(judge, f"{name}: judge {judge.log_name!r}")

@@ -19,14 +19,19 @@ from keel.data.chat import completion_text
 from keel.data.load import Dataset
 from keel.data.stored.records import FilledRows, Rows, filled, picked
 from keel.errors import DataError, RewardError, UsageError
-from keel.rewards import answers, functions
+from keel.rewards import answers, code_tests, functions
 from keel.rewards.functions import RESERVED
 from keel.stages import build_rewards
 from keel.types import Record
+from keel.worlds import gym
 
 AT_ONCE = 64  # rows in a call
 BUDGET = 20.0  # seconds that the functions of one reward are asked for
-_COMPARES = {"answer": "column", "similarity": "to"}  # kind → its setting that names a column
+_COMPARES = {
+    "answer": "column",
+    "similarity": "to",
+    "code": "tests",
+}  # kind → its setting that names a column
 _JUDGE_READS = ("against", "reference")  # settings of a judge that name columns, which a row may lack
 _CODE = ("python", "plugin")
 Shown = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -65,6 +70,8 @@ def check_columns(stage: str, terms: Sequence[Any], records: Sequence[Record]) -
     """DataError for a rule or a judge that compares with a column that no row has."""
     for term in terms:
         settings = _JUDGE_READS if term.kind == "judge" else [_COMPARES.get(term.kind)]
+        if term.kind == "gym" and not any(gym.COLUMN in record.columns for record in records):
+            raise DataError(f"{stage}: reward {term.log_name!r} is for rows of gym:NAME, and there are none")
         for setting in (one for one in settings if one):
             wanted = getattr(term, setting)
             if wanted and not any(wanted in record.columns for record in records):
@@ -122,12 +129,29 @@ def without(dataset: Dataset, found: Sequence[RowFault], names: Sequence[str]) -
 
 def required_columns(terms: Sequence[Any], code: Mapping[str, Any]) -> list[str]:
     """Columns that rules compare with or functions insist on."""
-    names = [getattr(term, _COMPARES[term.kind]) for term in terms if term.kind in _COMPARES]
+    names = [column for term in terms if (column := _column_of(term))]
     of_judges = [getattr(term, one) for term in terms if term.kind == "judge" for one in _JUDGE_READS]
     names += [name for name in of_judges if name is not None]
     for function in code.values():
         names += functions.signature_of(function).required
     return [name for name in dict.fromkeys(names) if name not in RESERVED]
+
+
+def _column_of(term: Any) -> str | None:
+    """The column that a rule compares with; None for one that compares with none."""
+    if term.kind == "gym":
+        return gym.COLUMN
+    return getattr(term, _COMPARES[term.kind]) if term.kind in _COMPARES else None
+
+
+def _problem(term: Any, record: Record, value: Any) -> str:
+    """Why a reference cannot be compared with; "" where it can."""
+    if term.kind == "gym":
+        return gym.problem(value)
+    if term.kind == "code":
+        return code_tests.problem(value, record.columns.get(term.entry_point))
+    text = str(value) if isinstance(value, str | int | float) else completion_text(value)
+    return answers.problem(text) if term.kind == "answer" else "is blank" if not text.strip() else ""
 
 
 def _is_for(term: Any, record: Record) -> bool:
@@ -139,18 +163,17 @@ def _reference_fault(terms: Sequence[Any], record: Record, without: dict[str, in
     another reward applies, are counted in `without`."""
     meant = [term for term in terms if _is_for(term, record)]
     absent: list[Any] = []
-    for term in (t for t in meant if t.kind in _COMPARES):
-        column = getattr(term, _COMPARES[term.kind])
+    for term in meant:
+        column = _column_of(term)
+        if column is None:
+            continue
         value = record.columns.get(column)
         if value is None:
             absent.append(term)
-            continue
-        text = str(value) if isinstance(value, str | int | float) else completion_text(value)
-        problem = answers.problem(text) if term.kind == "answer" else "is blank" if not text.strip() else ""
-        if problem:
+        elif problem := _problem(term, record, value):
             return f"reward {term.log_name!r}: its reference, column {column!r}, {problem}"
     if absent and len(absent) == len(meant):
-        columns = ", ".join(repr(getattr(term, _COMPARES[term.kind])) for term in absent)
+        columns = ", ".join(repr(_column_of(term)) for term in absent)
         return f"no reward applies to it: it has no {columns}"
     for term in absent:
         without[term.log_name] = without.get(term.log_name, 0) + 1

@@ -28,6 +28,8 @@ def code_of(config: RunConfig) -> list[str]:
             if term.kind == "python":
                 file = loading.source_file(term.function)
                 lines.append(f"{name}: reward {term.function}" + (f" ({file})" if file else ""))
+            if term.kind == "code" and term.sandbox == "none":
+                lines.append(f"{name}: programs that the model writes, as you (reward code, sandbox: none)")
         for code in stage.tool_code():
             file = loading.source_file(code)
             lines.append(f"{name}: tool or environment {code}" + (f" ({file})" if file else ""))

@@ -56,6 +56,16 @@ def column_of(columns: Mapping[str, Any], name: str) -> list[str | None]:
     UsageError if there is no such column, since a name mistyped would otherwise switch the reward off in
     silence.
     """
+    check_column(columns, name)
+    texts = [
+        None if v is None else v if isinstance(v, (str, int, float)) else completion_text(v)
+        for v in columns[name]
+    ]
+    return [None if text is None or not str(text).strip() else str(text) for text in texts]
+
+
+def check_column(columns: Mapping[str, Any], name: str) -> None:
+    """UsageError, with the nearest name, if there is no such column."""
     if name not in columns:
         nearest = difflib.get_close_matches(name, list(columns), n=1)
         hint = (
@@ -64,11 +74,6 @@ def column_of(columns: Mapping[str, Any], name: str) -> list[str | None]:
             else f"there are {', '.join(sorted(columns)) or 'none'}"
         )
         raise UsageError(f"the data have no column {name!r}; {hint}")
-    texts = [
-        None if v is None else v if isinstance(v, (str, int, float)) else completion_text(v)
-        for v in columns[name]
-    ]
-    return [None if text is None or not str(text).strip() else str(text) for text in texts]
 
 
 _DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)"

@@ -27,6 +27,7 @@ from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
 from keel.rl.ahead import Ahead
 from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
+from keel.rl.curriculum import PROMPT, Curriculum
 from keel.rl.measures import Means, StepMeasures
 from keel.rl.monitor import Monitor
 from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
@@ -60,6 +61,7 @@ class OnPolicyLoop:
         self.state = LoopState(self.config.kl.coef, RunningScale())
         self.stopping = EarlyStop(self.config.patience)
         self.monitor = Monitor.open(self.setup, optimizers)
+        self.curriculum = _curriculum(self.config, prompts, self.run.seed)
         self.best: dict[str, Any] | None = None  # the policy at its best evaluation, for `patience`
         self.ahead = Ahead(self.setup)
 
@@ -80,7 +82,8 @@ class OnPolicyLoop:
         config, run, state = self.config, self.run, self.state
         try:
             # 1. rollout: a response to each prompt, scored by every model   2. advantages
-            batch = self._collected(update)
+            rows = self._rows_of(update)
+            batch = self._collected(update, rows)
             self._sample_ahead(update + 1)
             # 3. epochs of mini-batches: loss, backward, step
             with run.timed("train"):
@@ -93,6 +96,10 @@ class OnPolicyLoop:
             self.state = self.monitor.failed(update, error, state)
             run.log(update, config.updates, {"episode": state.episodes})
             return
+        if self.curriculum is not None:
+            metrics |= self.curriculum.see(
+                rows, config.samples_per_prompt, _compared(config, batch.experience)
+            )
         # 4. β follows the KL of these samples, the learning rate that of this update
         kl_coef, lr_factor = state.kl_coef, state.lr_factor
         if config.kl.target is not None and update > self.algorithm.warmup:
@@ -120,11 +127,11 @@ class OnPolicyLoop:
         if due(update, config.updates, config.save_every) or self._over:
             self._save(update)
 
-    def _collected(self, update: int) -> Batch:
+    def _collected(self, update: int, rows: Sequence[int]) -> Batch:
         """What an update learns from. Where a reward or a response cannot be had, the updates before it are
         kept first."""
         try:
-            prompts, drawn = self._prompts_of(update), self.ahead.of(update)
+            prompts, drawn = [self.prompts[i] for i in rows], self.ahead.of(update)
             return collect(self.algorithm, prompts, self.state, update, drawn)
         except (BudgetError, EngineError, RewardError):
             done = update - 1
@@ -136,7 +143,7 @@ class OnPolicyLoop:
     def _sample_ahead(self, update: int) -> None:
         """Begin what an update will learn from, where it is sampled before its turn (`rollout.ahead`)."""
         if self.config.rollout.ahead and update <= self.config.updates:
-            self.ahead.begin(update, self._prompts_of(update))
+            self.ahead.begin(update, [self.prompts[i] for i in self._rows_of(update)])
         else:
             self.ahead.drop()
 
@@ -144,9 +151,12 @@ class OnPolicyLoop:
     def _over(self) -> bool:
         return self.stopping.stop or self.monitor.stopped
 
-    def _prompts_of(self, update: int) -> list[PromptExample]:
+    def _rows_of(self, update: int) -> list[int]:
+        """The prompts of an update, by number."""
         prompts = self.config.batch_size // self.config.samples_per_prompt
-        return [self.prompts[i] for i in rows_of_step(len(self.prompts), prompts, update - 1, self.run.seed)]
+        if self.curriculum is not None:
+            return self.curriculum.draw(update, prompts)
+        return rows_of_step(len(self.prompts), prompts, update - 1, self.run.seed)
 
     def _begin(self) -> int:
         """From the checkpoint, if there is one; the last update that was done."""
@@ -160,8 +170,10 @@ class OnPolicyLoop:
             self.state = LoopState.restored(values)
             self.stopping = self.stopping.restored(values["stopping"])
             self.monitor.restored(values["monitor"], checkpoint.tensors["snapshots"])
+            if self.curriculum is not None:
+                self.curriculum.restore(checkpoint.tensors["curriculum"])
             if ahead := values.get("ahead"):
-                prompts = self._prompts_of(ahead["update"])
+                prompts = [self.prompts[i] for i in self._rows_of(ahead["update"])]
                 self.ahead.restored(checkpoint.tensors["ahead"], ahead, prompts)
             return checkpoint.step
         if self.judged and (self.setup.judge or self.config.control.goes_back):
@@ -189,11 +201,28 @@ class OnPolicyLoop:
         tensors = training_state(self.setup, self.optimizers)
         in_flight, about_it = self.ahead.state()
         tensors |= {"best": self.best, "snapshots": self.monitor.snapshots, **in_flight}
+        if self.curriculum is not None:
+            tensors |= {"curriculum": self.curriculum.state()}
         if not group.is_sharded():
             trained = gradients.checksum(self.setup.roles.policy, trained=True)
             group.agree(f"the weights after update {update}", trained)
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values(), **about_it}
         self.run.save(update, sharded.gathered(tensors), {**self.state.values(), **values})
+
+
+def _curriculum(config: OnPolicy, prompts: Sequence[PromptExample], seed: int) -> Curriculum | None:
+    if config.curriculum is None:
+        return None
+    by_prompt = config.curriculum.by == PROMPT
+    return Curriculum(
+        config.curriculum, [{}] * len(prompts) if by_prompt else [p.columns for p in prompts], seed
+    )
+
+
+def _compared(config: OnPolicy, experience: Experience) -> Sequence[float | None]:
+    """The reward of each response by which the curriculum says that it passes."""
+    named = config.curriculum and config.curriculum.reward
+    return experience.rated.raw.tolist() if named is None else experience.rated.by_name[named]
 
 
 # ---------------------------------------------------------------- 1, 2: rollout, score, advantages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from keel import plugins
 from keel.config.rewards import (
     ClassifierTerm,
+    CodeTerm,
     FunctionTerm,
     JudgeTerm,
     LearnedTerm,
@@ -23,8 +25,9 @@ from keel.data.chat import prompt_tags
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
-from keel.rewards import functions, learned, loading, on_base, rules
+from keel.rewards import functions, gym, learned, loading, on_base, rules, sandbox
 from keel.rewards.classifier import Classifier
+from keel.rewards.code_reward import CodeColumns, code_reward
 from keel.rewards.isolated import IsolatedFunction
 from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
 from keel.rewards.rules import OWN_LENGTHS
@@ -163,7 +166,27 @@ def _rule(term: RewardTerm) -> Callable[..., Any]:
             return rules.keywords(term.words, term.mode, term.ignore_case)
         case "overlong":
             return rules.overlong(term.max_length, term.buffer)
+        case "gym":
+            return gym.gym_score(term.reads, term.partial, term.timeout)
+        case "code":
+            return _code(term)
     raise AssertionError(term.kind)
+
+
+def _code(term: CodeTerm) -> Callable[..., Any]:
+    return code_reward(
+        CodeColumns(term.tests, term.setup, term.entry_point),
+        partial(sandbox_of, term, f"reward {term.log_name!r}"),
+        sandbox.Limits(term.timeout, term.memory, term.processes),
+        score=term.score,
+        unfenced=term.unfenced,
+        at_once=term.at_once or min(sandbox.cores(), 8),
+    )
+
+
+def sandbox_of(term: CodeTerm, where: str) -> sandbox.Sandbox:
+    """What a term's programs are run in. where: for messages. UsageError where there is none here."""
+    return sandbox.find(term.sandbox, term.image, term.packages, where)
 
 
 def _of_environment(
