@@ -78,6 +78,7 @@ def open_roles(
     device: torch.device,
     seed: int,
     base: Base | None = None,
+    same_vocabulary: bool = True,
 ) -> Roles:
     """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from.
     Dropout is off in all of them.
@@ -85,9 +86,10 @@ def open_roles(
     base: the frozen weights to put adapters on, where they are open already; opened here if needed for
     `sharing: adapters`.
 
-    UsageError for a reference with another vocabulary than the policy's: their KL is not defined.
+    UsageError for a reference with another vocabulary than the policy's, where `same_vocabulary`: their KL
+    is not defined.
     """
-    if reference is not None:
+    if reference is not None and same_vocabulary:
         _check_vocabularies(source, reference)
     if sharing == "adapters" and base is None:
         base = open_base(source, seed, device)

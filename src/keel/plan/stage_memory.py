@@ -305,6 +305,29 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     return [_with_best(phase, models, "policy", stage.patience) for phase in found]
 
 
+def distillation(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """Every update: rollout, scores of rewards that are logged, the student's log-probabilities, and gradient
+    steps in which the teacher reads the same rows first."""
+    models = roles(stage, refs, device)
+    student, teacher, whole = models["policy"], models["reference"], stage.batch_size
+    kept = whole * lengths.answer * student.shape.hidden * student.bytes
+    before = [
+        _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths),
+        *_judging(models, _rows(stage, whole, lengths.total), lengths, stage.samples_per_prompt),
+    ]
+    found = [Phase(p.name, with_parts(p.parts, "policy", activations=kept)) for p in before]
+    mini = stage.mini_batch or whole
+    part = _fullest_part(stage, student, mini, lengths)
+    tokens, read = sum(row.asked for row in part), predicted_layout.forward(student, part)
+    asked = activation_memory.working(teacher, predicted_layout.forward(teacher, part))
+    logits = model_memory.divergence_logits(student, teacher, tokens)
+    step = training(models, [Pass("policy", [read], logits)], accumulates=len(part) < mini)
+    moments = [with_parts(step.parts, "reference", casts=model_memory.casts(teacher))]
+    alone = with_parts(resident(models), "reference", activations=asked, casts=model_memory.casts(teacher))
+    found.append(fullest("train", [*moments, alone]))
+    return [_with_best(phase, models, "policy", stage.patience) for phase in found]
+
+
 def _steps(stage: OnPolicy, models: Mapping[str, Model], lengths: Lengths) -> Phase:
     """The gradient steps of critic and policy, which read the same rows."""
     policy, mini = models["policy"], stage.mini_batch or stage.batch_size

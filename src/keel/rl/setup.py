@@ -24,7 +24,7 @@ from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import open_base
-from keel.rl import heldout_judge, tool_use
+from keel.rl import heldout_judge, teacher, tool_use
 from keel.rl.rollout import PromptExample, Setup
 from keel.rl.tool_use import ToolUse
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
@@ -99,7 +99,8 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
         dtype = rest_in(dtype)
     if config.reference is not None:
         path, remote = run.resolve(config.reference), config.model.trust_remote_code
-        return ModelSource(path, None, dtype, remote, quantize=quantize, rows=source.rows)
+        rows = None if config.imitates else source.rows  # a teacher is nothing of the policy's
+        return ModelSource(path, None, dtype, remote, quantize=quantize, rows=rows)
     if config.reference_dtype is None and quantize is None:
         return None
     return replace(source, dtype=dtype, quantize=quantize)
@@ -141,7 +142,8 @@ def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
     passes = 2 if config.lora else 3  # a backward is two forwards, or one where no weight has a gradient
     as_sampled = config.trusts_sampler and not methods.is_plugin("keel.engines", config.engine)
     scoring = policy + critic + (0.0 if as_sampled else policy)
-    run.flops = {"rollout": policy, "forward": scoring, "train": passes * (policy + critic)}
+    teaching = forward_flops(roles.reference) if config.imitates else 0.0
+    run.flops = {"rollout": policy, "forward": scoring, "train": passes * (policy + critic) + teaching}
     run.fastest = fastest(run.device, compute_dtype(roles.policy, run.device))
 
 
@@ -166,10 +168,14 @@ def open_stage(
         build_rewards.check_episodes(opened, tokenizer, run.name)
     lengths = (lazy_rows.sizes(rows, lambda task: len(task.ids)) for rows in (tasks, held))
     longest = max(itertools.chain.from_iterable(lengths)) + config.sampling.max_new_tokens
-    rewards = build_rewards.mixture(
-        opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
-        batch_size=config.rows_at_once or config.batch_size,
-    )  # fmt: skip
+    rewards = None
+    if opened:  # a stage that imitates need not have any
+        rewards = build_rewards.mixture(
+            opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
+            batch_size=config.rows_at_once or config.batch_size,
+        )  # fmt: skip
+    if config.imitates:
+        teacher.check(reference, tokenizer, longest, run)
     roles = open_roles(
         source,
         reference,
@@ -179,6 +185,7 @@ def open_stage(
         device=run.device,
         seed=seed,
         base=base,
+        same_vocabulary=not config.imitates,  # a head may have more rows than its tokenizer has tokens
     )
     for line in notes(roles.policy) if config.lora else ():
         run.say(f"{run.name}: {line}")

@@ -1,0 +1,49 @@
+"""Whether a teacher can be asked about a student's tokens."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from keel.errors import UsageError
+from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.models.tokenizer import known_ids
+from keel.rundir.stage_run import StageRun
+
+
+def difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    """Where two tokenizers differ in what the student's ids stand for; None where the teacher can be given
+    them as they are. Tokens that the teacher alone has do not matter."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    pad = student.pad_token if student.pad_token_id == known_ids(student) - 1 else None
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != number and token != pad:  # a pad of its own is drawn by nobody
+            there = theirs.get(token)
+            has = "has no such token" if there is None else f"calls it {there}"
+            return f"{token!r} is {number} to the student, and the teacher {has}"
+    return None
+
+
+def check(
+    source: ModelSource | None, tokenizer: PreTrainedTokenizerBase, longest: int, stage_run: StageRun
+) -> None:
+    """UsageError for a teacher that cannot say anything of the student's tokens, or not of so many. No
+    weights are read. longest: tokens of a prompt and its reply at most."""
+    assert source is not None
+    assert source.path is not None
+    theirs = load_tokenizer(source.path, trust_remote_code=source.trust_remote_code)
+    where = f"{stage_run.name}: teacher {source.path}"
+    if (differs := difference(tokenizer, theirs)) is not None:
+        raise UsageError(
+            f"{where} has another tokenizer ({differs}), so their distributions cannot be compared; take a "
+            "teacher of the student's family, or train on its replies as demonstrations (kind: sft)"
+        )
+    config = model_config(source)
+    if (rows := config.get_text_config().vocab_size) < known_ids(tokenizer):
+        raise UsageError(f"{where} has {rows} rows for the {known_ids(tokenizer)} tokens of its tokenizer")
+    if (room := context_length(config)) is not None and longest > room:
+        raise UsageError(
+            f"{where} reads {room} tokens, and a prompt and its reply take up to {longest}: lower max_length "
+            "or sampling.max_new_tokens"
+        )
+    if theirs.chat_template is not None and theirs.chat_template != tokenizer.chat_template:
+        stage_run.note("the teacher reads prompts in the student's chat template, which is not its own")
