@@ -23,6 +23,21 @@ class CriterionConfig(Settings):
     description: str = Field("", description="What it means, in the words that the judge reads.")
 
 
+class VerdictsConfig(Settings):
+    """Comparisons as questions which of two replies is better, in the words of a judge of pairs."""
+
+    rubric: str | list[CriterionConfig] = Field(
+        RUBRIC, min_length=1, description="What to judge by, as of the judge that the model will be."
+    )
+    reasons: bool = Field(
+        False,
+        description=(
+            "The question asks for a sentence of reasons before the verdict, as of the judge that the model "
+            "will be. Such questions are prompts: comparisons hold no reasons to learn from."
+        ),
+    )
+
+
 class BudgetConfig(Settings):
     """What a judge may cost in one stage, over all attempts at the run."""
 

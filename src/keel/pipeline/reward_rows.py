@@ -17,6 +17,7 @@ from typing import Any
 
 from keel.data.chat import completion_text
 from keel.data.load import Dataset
+from keel.data.questions import VERDICTS
 from keel.data.stored.records import FilledRows, Rows, filled, picked
 from keel.errors import DataError, RewardError, UsageError
 from keel.rewards import answers, functions
@@ -26,7 +27,8 @@ from keel.types import Record
 
 AT_ONCE = 64  # rows in a call
 BUDGET = 20.0  # seconds that the functions of one reward are asked for
-_COMPARES = {"answer": "column", "similarity": "to"}  # kind → its setting that names a column
+# kind → its setting that names a column
+_COMPARES = {"answer": "column", "verdict": "column", "similarity": "to"}
 _JUDGE_READS = ("against", "reference")  # settings of a judge that name columns, which a row may lack
 _CODE = ("python", "plugin")
 Shown = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -146,8 +148,7 @@ def _reference_fault(terms: Sequence[Any], record: Record, without: dict[str, in
             absent.append(term)
             continue
         text = str(value) if isinstance(value, str | int | float) else completion_text(value)
-        problem = answers.problem(text) if term.kind == "answer" else "is blank" if not text.strip() else ""
-        if problem:
+        if problem := _problem(term.kind, text):
             return f"reward {term.log_name!r}: its reference, column {column!r}, {problem}"
     if absent and len(absent) == len(meant):
         columns = ", ".join(repr(getattr(term, _COMPARES[term.kind])) for term in absent)
@@ -155,6 +156,15 @@ def _reference_fault(terms: Sequence[Any], record: Record, without: dict[str, in
     for term in absent:
         without[term.log_name] = without.get(term.log_name, 0) + 1
     return ""
+
+
+def _problem(kind: str, text: str) -> str:
+    """Why a rule of this kind cannot compare with a reference; "" where it can."""
+    if kind == "answer":
+        return answers.problem(text)
+    if not text.strip():
+        return "is blank"
+    return "" if kind != "verdict" or text in VERDICTS else f"is {text[:40]!r}, no verdict (A, B, tie)"
 
 
 # ---------------------------------------------------------------- functions
