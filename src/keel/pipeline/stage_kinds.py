@@ -227,7 +227,7 @@ _OWN_KINDS = (
         ranks=("ddp",),
         memory="keel.plan.stage_memory:distillation",
         x_word="update",
-        savings=(("last", {"teacher_dtype": "bfloat16"}), ("last", {"teacher_quantize": "4bit"})),
+        savings=(("first", {"teacher_dtype": "bfloat16"}), ("first", {"teacher_quantize": "4bit"})),
         key_numbers=(
             KeyNumber("KL from the teacher", "kl", places=1, unit="nats", late="eval/objective/kl"),
         ),

@@ -305,7 +305,8 @@ def _memory(
     pipeline: Pipeline, name: str, lengths: Lengths, micro_batch: int | None = None
 ) -> dict[str, Any] | None:
     """`longest`: `prompt` and `answer` of a row as long as the longest, whose answer is as long as any, in
-    tokens; `phases`: phase → role → kind → bytes on this machine's device; `peak` and `peak_phase`; `cards`:
+    tokens; `phases`: phase → role → kind → bytes on this machine's device; `peak` and `peak_phase`;
+    `card_peak`: bytes at the peak on a GPU; `cards`:
     size in GB → whether the stage fits, and settings that would make it fit; `estimated`: a model is of a
     type that keel does not know block by block."""
     stage = pipeline.config.stages[name]
@@ -330,6 +331,7 @@ def _memory(
         "phases": {phase.name: _whole(phase.parts) for phase in phases},
         "peak": round(fullest.total),
         "peak_phase": fullest.name,
+        "card_peak": round(peak(stage)),
         "cards": {str(fit.gb): {"fits": fit.fits, "with": fit.settings} for fit in cards},
         "estimated": not all(model.shape.known for model in shown),
     }
@@ -368,10 +370,10 @@ def _reward_models(pipeline: Pipeline, name: str) -> dict[str, ModelRef] | None:
     rewards: dict[str, ModelRef] = {}
     for term in getattr(stage, "reward", None) or []:
         if term.kind == "judge" and term.in_process:
-            ref = _shape(pipeline, term.model, "lm", judges=True)
+            ref = _shape(pipeline, term.model, "lm")
             if ref is None:
                 return None
-            rewards[term.log_name] = ref
+            rewards[term.log_name] = replace(ref, writes=True)
         elif term.kind in ("learned", "classifier", "similarity"):
             # an adapter alone has the shape of its base
             on = name if pipeline.sources.is_bare(term.model) else term.model

@@ -34,6 +34,8 @@ from keel.plan.peaks import Pass, Phase, fullest, resident, training, with_parts
 from keel.stages.best_of_n import PROMPTS_AT_ONCE
 
 SAMPLED_AT_ONCE = 64  # rows of a batch of rollout.engine.generate
+# tokens of a question to a judge, besides prompt and replies; its answer is taken to be as long as a reply
+QUESTION = 200
 CLASSIFIED_AT_ONCE = 64  # rows of a forward of a reward that is a classifier or measures similarity
 Device = Literal["cpu", "cuda"]
 
@@ -77,6 +79,7 @@ class ModelRef:
     judges: bool = False  # a classifier or a sentence embedder, in float32 and with batches of its own
     adapter: Lora | None = None  # as which a reward model was trained on the stage's own base
     quantize: str | None = None  # a reward model of its own: 8bit, 4bit
+    writes: bool = False  # a language model that judges in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,9 +395,8 @@ def _rewards(refs: StageModels, dtype: str, device: Device, base: Model | None =
             role = ("reward" if name == "reward" else f"reward {name}") + (
                 f" {member}" if found.members > 1 else ""
             )
-            model = _frozen(
-                found, "float32" if found.judges else held_in, device, "none" if found.judges else "score"
-            )
+            head: Head = "lm" if found.writes else "none" if found.judges else "score"
+            model = _frozen(found, "float32" if found.judges else held_in, device, head)
             models[role] = replace(model, lora=found.adapter, base=False) if on_base else model
     return models
 
@@ -427,7 +429,11 @@ def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int
     """The rewards' forwards, one after the other. samples: rows of one prompt."""
     found: list[Phase] = []
     for role, model in models.items():
-        if role.startswith("reward"):
+        if role.startswith("reward") and model.head == "lm":
+            question = lengths.prompt + 2 * lengths.answer + QUESTION
+            asked = Lengths(question, lengths.answer).within(model.shape.context)
+            found.append(_rollout(models, role, min(SAMPLED_AT_ONCE, rows), asked, name="score"))
+        elif role.startswith("reward"):
             own = lengths.within(model.shape.context)
             reads = [Forward(CLASSIFIED_AT_ONCE, own.total)]
             if model.head != "none":
