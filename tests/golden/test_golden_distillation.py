@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,42 @@ from keel.algorithms.distillation import Compared, compare
 def _inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Those that TRL was given."""
     spec = importlib.util.spec_from_file_location("of_trl", Path(__file__).parent / "distillation_of_trl.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.inputs()
 
 
-# beta, temperature; the loss of TRL's GKDTrainer, in float64; those of its DistillationTrainer, in float32: the loss, the
-# sum of the student's entropies; the gradient of the first to the logits at position 1 of row 0.
+# beta, temperature; the loss of TRL's GKDTrainer, in float64; of its DistillationTrainer, in float32: the loss
+# and the sum of the student's entropies; the gradient of the first to the logits at position 1 of row 0.
 # PYTHONPATH=FOLDER_WITH_TRL python tests/golden/distillation_of_trl.py, TRL 1.16.0
 # fmt: off
 OF_TRL = [
     (0.0, 1.0, 1.64257306658697, 1.642573, 6.96347475,
-     [-0.0754378731502, 0.0557946731313, 0.0250183319396, 0.00141277593123, 0.00757456096625, 0.0718328557188, -0.0861953245369]),
+     [-0.0754378731502, 0.0557946731313, 0.0250183319396, 0.00141277593123,
+      0.00757456096625, 0.0718328557188, -0.0861953245369]),
     (0.0, 0.7, 2.46072619013261, 2.46072626, 5.7658,
-     [-0.114968430606, 0.093090447782, 0.0261286908651, 0.000503454435002, 0.00527349755307, 0.137079558088, -0.147107218117]),
+     [-0.114968430606, 0.093090447782, 0.0261286908651, 0.000503454435002,
+      0.00527349755307, 0.137079558088, -0.147107218117]),
     (0.1, 1.0, 0.130039195501578, 0.1300392, 6.96347475,
-     [-0.00367513662512, 0.00325426406066, 0.00157695611563, 8.03897117379e-05, 0.000447655978309, 0.00410635210407, -0.00579048134529]),
+     [-0.00367513662512, 0.00325426406066, 0.00157695611563, 8.03897117379e-05,
+      0.000447655978309, 0.00410635210407, -0.00579048134529]),
     (0.1, 0.7, 0.173730801158128, 0.173730791, 5.7658,
-     [-0.00292968013967, 0.00358259739047, 0.00108453891437, 1.88120575731e-05, 0.000206016680575, 0.00515107962366, -0.00711336452698]),
+     [-0.00292968013967, 0.00358259739047, 0.00108453891437, 1.88120575731e-05,
+      0.000206016680575, 0.00515107962366, -0.00711336452698]),
     (0.5, 1.0, 0.327989333280602, 0.32798934, 6.96347475,
-     [-0.00491518951024, 0.00500787398841, 0.00331872676102, 0.000109558129319, 0.000731114630151, 0.00573118856998, -0.00998327256864]),
+     [-0.00491518951024, 0.00500787398841, 0.00331872676102, 0.000109558129319,
+      0.000731114630151, 0.00573118856998, -0.00998327256864]),
     (0.5, 0.7, 0.420113167050525, 0.420113176, 5.7658,
-     [-0.00307639043432, 0.00460784638177, 0.00185595653967, 2.10227837316e-05, 0.000282479620451, 0.00592324964475, -0.00961416453605]),
+     [-0.00307639043432, 0.00460784638177, 0.00185595653967, 2.10227837316e-05,
+      0.000282479620451, 0.00592324964475, -0.00961416453605]),
     (1.0, 1.0, 2.17287164713643, 2.17287135, 6.96347475,
-     [-0.0167755267892, 0.00965414266071, 0.0443346389023, -6.97790249589e-05, 0.00238226142344, -0.000801944994195, -0.0387237921781]),
+     [-0.0167755267892, 0.00965414266071, 0.0443346389023, -6.97790249589e-05,
+      0.00238226142344, -0.000801944994195, -0.0387237921781]),
     (1.0, 0.7, 3.55924137978177, 3.55924153, 5.7658,
-     [-0.0104348033214, 0.00750850371867, 0.0610033821248, -0.000105498807785, 0.0014220668818, -0.0219753184795, -0.0374183321166]),
+     [-0.0104348033214, 0.00750850371867, 0.0610033821248, -0.000105498807785,
+      0.0014220668818, -0.0219753184795, -0.0374183321166]),
 ]
 # fmt: on
 
@@ -87,7 +97,7 @@ def test_by_hand() -> None:
 
 
 def test_two_outcomes_of_top_1_by_hand() -> None:
-    """The teacher's likeliest is the second: p = (½ | ½), π = (¼ | ¾), and the rest keeps its proportions 2 : 1."""
+    """The teacher's likeliest is the second: p = (½ | ½), π = (¼ | ¾), and the rest keeps its 2 : 1."""
     logits = PI.log().requires_grad_()
     found = compare(logits, P.log(), torch.tensor([0]), 1.0, top_k=1)
     assert found.loss.item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
@@ -103,7 +113,7 @@ def test_top_k_is_a_lower_bound_that_grows_into_the_whole(beta: float, temperatu
     student, teacher = (2 * torch.randn(9, 11, dtype=torch.float64) for _ in range(2))
     tokens = torch.zeros(9, dtype=torch.long)
     found = [compare(student, teacher, tokens, beta, temperature, k).loss for k in (1, 2, 4, 8, 9, 10, None)]
-    for smaller, larger in zip(found, found[1:]):
+    for smaller, larger in pairwise(found):
         assert (smaller <= larger + 1e-12).all()
     assert torch.equal(found[-2], found[-1])
     assert (found[0] >= 0).all()

@@ -49,8 +49,11 @@ def compare(
 
     logits: (N, V) of the student. teacher_logits: (N, V), constants. tokens: (N,) in [0, V). beta: 0 forward
     KL, 1 reverse KL, between them JSD_β. temperature: of both distributions. top_k: see above; None, or
-    k ≥ V − 1, tells all tokens apart. Raises ValueError for a beta outside [0, 1] and a top_k below 1.
+    k ≥ V − 1, tells all tokens apart. Raises ValueError for a beta outside [0, 1], a top_k below 1 and
+    logits of two shapes.
     """
+    if logits.shape != teacher_logits.shape:
+        raise ValueError(f"logits of {tuple(logits.shape)} and of {tuple(teacher_logits.shape)} differ")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], not {beta}")
     if top_k is not None and top_k < 1:
