@@ -677,6 +677,8 @@ REFUSED = {  # inherited settings that a stage has no use for: giving one is an 
     "PretrainConfig.too_long": {"kind": "pretrain", "too_long": "skip"},
     "PPOConfig.max_steps": {"kind": "ppo", "reward": "r", "max_steps": 3},
     "GRPOConfig.max_steps": {"kind": "grpo", "reward": "r", "max_steps": 3},
+    "DistillConfig.max_steps": {"kind": "distill", "teacher": "t", "max_steps": 3},
+    "OnlineDPOConfig.max_steps": {"kind": "online_dpo", "reward": "r", "max_steps": 3},
     "BestOfNConfig.group": {"kind": "best_of_n", "reward": "r", "group": "user"},
     "BestOfNConfig.eval_data": {"kind": "best_of_n", "reward": "r", "eval_data": "other.jsonl"},
 }
@@ -709,7 +711,16 @@ def test_trap_every_setting_is_read_by_something(
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
                 or caller.co_name
-                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of")
+                in (
+                    "inputs",
+                    "references",
+                    "log_name",
+                    "trusts_sampler",
+                    "world",
+                    "_judges_of",
+                    "interpolation",
+                    "demonstrated",
+                )
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -717,7 +728,10 @@ def test_trap_every_setting_is_read_by_something(
     stages = copy.deepcopy(whole["stages"])
     stages["sft"]["lora"] = {"r": 2}
     stages["sft"]["model"] = {"path": "base"}
-    rows = [{"prompt": "the cat?", "answer": "red"}, {"prompt": "so the dog?", "answer": "blue"}]
+    rows = [
+        {"prompt": "the cat?", "answer": "red", "better": "A"},
+        {"prompt": "so the dog?", "answer": "blue", "better": "tie"},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages["genre"] = {
         "kind": "classifier",
@@ -736,6 +750,7 @@ def test_trap_every_setting_is_read_by_something(
     monkeypatch.setattr(plugins, "entry_points", lambda group: [added] if group == added.group else [])
     terms = [
         {"kind": "answer", "source_filter": None},
+        {"kind": "verdict"},
         {"kind": "format"},
         {"kind": "regex", "pattern": "r"},
         {"kind": "length", "high": 3},
@@ -764,6 +779,15 @@ def test_trap_every_setting_is_read_by_something(
         "advantage": "group_relative",
     }
     stages["reward"]["members"] = 2
+    direct = {key: stages["grpo"][key] for key in ("model", "data", "sampling", "eval_data", "eval_every")}
+    direct |= {"batch_size": 4, "updates": 2, "patience": 3}
+    stages["distilled"] = {
+        "kind": "distill",
+        "teacher": "base",
+        "demonstrations": {"data": stages["sft"]["data"], "share": 0.5},
+        **direct,
+    }
+    stages["online"] = {"kind": "online_dpo", "reward": "reward", **direct}
     prompts = {"source": "world:helpdesk/prompts", "rows": 4}
     stages["collected"] = {
         "kind": "collect",
@@ -806,7 +830,11 @@ def test_trap_every_setting_is_read_by_something(
     for name, value in plain.items():  # handed on whole, by plain(): all its fields are read somewhere
         read |= {f"{name}.{field.name}" for field in dataclasses.fields(value) if field.name in elsewhere}
     read |= {f"PairsConfig.{key}" for key in PAIR_KEYS}  # handed on as a mapping
-    read |= {f"PPOConfig.{key}" for key in ToolUse.model_fields if f"GRPOConfig.{key}" in read}  # by one code
+    for kind in ("PPOConfig", "OnlineDPOConfig", "DistillConfig"):  # by one code
+        read |= {f"{kind}.{key}" for key in ToolUse.model_fields if f"GRPOConfig.{key}" in read}
+    of_teacher = {key for key in ("dtype", "quantize") if f"PPOConfig.reference_{key}" in read}
+    read |= {f"DistillConfig.teacher_{key}" for key in of_teacher}  # in the reference's place, by one code
+    read |= {f"VerdictsConfig.{key}" for key in ("rubric", "reasons")}  # handed on as a mapping
     # by several processes alone: tests/distributed
     read |= {f"DistributedConfig.{key}" for key in ("strategy", "timeout") if key in elsewhere}
     read |= {"RunConfig.distributed"} & {f"RunConfig.{name}" for name in elsewhere}

@@ -26,8 +26,8 @@ def _inputs() -> tuple[Tensor, Tensor, Tensor]:
     return module.inputs()
 
 
-# beta, temperature; the loss of TRL's GKDTrainer, in float64; of its DistillationTrainer, in float32: the loss
-# and the sum of the student's entropies; the gradient of the first to the logits at position 1 of row 0.
+# beta, temperature; the loss of TRL's GKDTrainer, in float64; of its DistillationTrainer, in float32: the
+# loss and the sum of the student's entropies; the gradient of the first to the logits at position 1 of row 0.
 # PYTHONPATH=FOLDER_WITH_TRL python tests/golden/distillation_of_trl.py, TRL 1.16.0
 # fmt: off
 OF_TRL = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -76,9 +77,9 @@ class DistillConfig(OwnLoss):
     epochs: int = Field(1, ge=1, description="Passes over each batch of replies.")
 
     # The teacher is in the reference's place. The KL from it is what held-out prompts are judged by.
-    reference: ClassVar[Any] = property(lambda self: self.teacher)
-    reference_dtype: ClassVar[Any] = property(lambda self: self.teacher_dtype)
-    reference_quantize: ClassVar[Any] = property(lambda self: self.teacher_quantize)
+    reference: ClassVar[Any] = property(attrgetter("teacher"))
+    reference_dtype: ClassVar[Any] = property(attrgetter("teacher_dtype"))
+    reference_quantize: ClassVar[Any] = property(attrgetter("teacher_quantize"))
     kl: ClassVar[KLConfig] = KLConfig.model_validate({"coef": 1.0})  # pyright: ignore[reportIncompatibleVariableOverride]
     shaping: ClassVar[ShapingConfig] = ShapingConfig.model_validate(  # pyright: ignore[reportIncompatibleVariableOverride]
         {"normalize": "none", "clip": None, "missing_stop_penalty": 0.0}

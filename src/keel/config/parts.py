@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keel import types
-from keel.config.judge import VerdictsConfig
+from keel.config.rubric import VerdictsConfig
 from keel.config.settings import LONGEST_PATH, Settings
 from keel.data.formats import FORMATS, PLAIN, known_format
 
