@@ -126,5 +126,6 @@ class DistillConfig(OwnLoss):
 
     def other_data(self) -> list[DataSetting]:
         taught = self.demonstrations
-        more = [([source.plain() for source in taught.data], ("demonstration",))] if taught else []
-        return [*super().other_data(), *more]
+        if taught is None:
+            return super().other_data()
+        return [*super().other_data(), ([source.plain() for source in taught.data], ("demonstration",))]
