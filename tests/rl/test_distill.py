@@ -167,16 +167,55 @@ def test_rewards_are_logged_and_change_nothing(run: Any, settings: Any, tmp_path
     assert weights[0] == weights[1]
 
 
-def test_a_teacher_with_other_tokens_is_refused_before_anything_is_loaded(
-    settings: Any, stage_run: Any, tmp_path: Path, monkeypatch: Any
+@pytest.fixture(scope="module")
+def other_teacher(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose tokenizer cuts words otherwise."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    texts = ["it is red, so the cat is", "the fox is blue and the owl is green"] * 9
+    tokenizer = train_tokenizer(texts, 290, 48)
+    config = AutoModelForCausalLM.from_pretrained(tiny_model).config
+    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ({"divergence": "jsd"}, "set reverse_kl"),
+        ({"top_k": 5}, "leave it out"),
+        ({"demonstrations": {"data": "DATA"}}, "leave `demonstrations` out"),
+    ],
+)
+def test_what_a_teacher_of_other_tokens_cannot_say_is_refused_before_anything_is_loaded(
+    more: Any, remedy: str, settings: Any, other_teacher: Path, data: Any, stage_run: Any, monkeypatch: Any
 ) -> None:
-    train_tokenizer(["other words altogether"] * 3, 290, 48).save_pretrained(tmp_path / "other")
-    model = AutoModelForCausalLM.from_pretrained(settings["teacher"])
-    model.save_pretrained(tmp_path / "other")
-    config = DistillConfig.model_validate({**settings, "teacher": str(tmp_path / "other")})
+    more = {
+        key: {"data": str(data.demonstrations)} if key == "demonstrations" else v for key, v in more.items()
+    }
+    config = DistillConfig.model_validate({**settings, "teacher": str(other_teacher), **more})
     monkeypatch.setattr("keel.rl.setup.open_roles", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(UsageError, match=r"another tokenizer \('.+' is \d+ to the student, .*kind: sft"):
+    with pytest.raises(UsageError, match=rf"another tokenizer \('.+' is \d+ to the student, .*{remedy}"):
         open_stage(config, stage_run, sharing="none")
+
+
+def test_a_teacher_of_other_tokens_is_asked_through_text(
+    run: Any, settings: Any, other_teacher: Path, data: Any, tmp_path: Path
+) -> None:
+    held = {"eval_data": {"source": str(data.prompts), "rows": 4}, "eval_every": 1, "patience": 2}
+    stage = {**settings, **held, "teacher": str(other_teacher), "mini_batch": 2, "micro_batch": 1}
+    run({"stages": {"distill": stage}}, tmp_path)
+    folder = tmp_path / "stages" / "distill"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["loss/policy_avg"] == row["policy/teacher_kl"]
+        assert row["val/ratio_first"] == 1.0
+        assert {"eval/objective/kl", "policy/entropy_avg"} <= row.keys()
+        assert not {"policy/teacher_entropy", "policy/teacher_agreement"} & row.keys()
+    notes = json.loads((folder / "stage.json").read_text())["facts"]["notes"]
+    assert any("asked through text" in note for note in notes)
 
 
 def test_a_teacher_that_reads_too_little_is_refused(settings: Any, stage_run: Any, tmp_path: Path) -> None:

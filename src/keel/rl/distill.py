@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from keel.algorithms import distillation, policy
 from keel.algorithms.distillation import Compared
-from keel.algorithms.masked import count, reduced
+from keel.algorithms.masked import count, masked_mean, reduced
 from keel.config import DistillConfig
 from keel.data import chat
 from keel.data.batches import derive_seed, length_mask, pad, rows_of_step
@@ -30,7 +30,7 @@ from keel.data.stored.tokens import Tokens
 from keel.models import experts
 from keel.models.logprobs import HeadInputs, head_inputs, scatter_to_mask
 from keel.rl import loop, rollout
-from keel.rl.algorithm import Collected, CriticLoss, LogprobMismatch, LossOutput, MicroBatch
+from keel.rl.algorithm import Collected, CriticLoss, LogprobMismatch, LossOutput, MicroBatch, policy_forward
 from keel.rl.rollout import Experience, LoopState, PromptExample, Setup
 from keel.rl.setup import make_optimizers, open_stage
 from keel.rollout.score_responses import Scored
@@ -113,6 +113,8 @@ class Distillation:
         """The replies to learn from: the student's, whose `advantages` are 1, and those of the data, 0 there:
         of these nobody knows the log-probabilities that they were drawn with."""
         scored = experience.scored
+        if self.setup.teacher_tokenizer is not None:
+            return self._asked(experience), {}
         own = scored.mask.to(scored.logp)
         if self.of_data:
             scored, own = with_demonstrations(
@@ -125,12 +127,27 @@ class Distillation:
         )  # fmt: skip
         return episodes, {}
 
+    def _asked(self, experience: Experience) -> Episodes:
+        """As a teacher sees replies that it is asked about through text: `advantages` are its gaps less their
+        mean, `returns` each token's share of the sampled KL."""
+        scored = experience.scored
+        with self.setup.run.timed("forward"):
+            found = rollout.asked(self.setup, experience.prompts, experience.completions, scored)
+        mask, zeros = scored.mask & found.mask, torch.zeros_like(scored.logp)
+        centred = torch.where(mask, found.gap - masked_mean(found.gap, mask), 0.0)
+        return Episodes(
+            scored.ids, scored.prompt_lengths, mask, scored.logp, scored.ref_logp, zeros, zeros, centred,
+            found.share, logp_from_sampler=experience.logp_from_sampler,
+        )  # fmt: skip
+
     def critic_loss(self, batch: MicroBatch) -> CriticLoss | None:
         """None: there is no critic."""
         return None
 
     def loss(self, batch: MicroBatch) -> LossOutput:
         """The divergence, a mean over the tokens of the gradient step."""
+        if self.setup.teacher_tokenizer is not None:
+            return self._sampled_loss(batch)
         roles, mask, denominator = self.setup.roles, batch.mask, batch.denominator
         with torch.no_grad():
             theirs = head_inputs(roles.reference, batch.ids, batch.index)
@@ -157,6 +174,22 @@ class Distillation:
         return LossOutput(
             whole, loss.detach(), far["approxkl"], far["approxkl_k3"], mean(found.entropy), far["ratio"],
             far["ratio_var"], mismatch=mismatch, extra=measured | of_experts,
+        )  # fmt: skip
+
+    def _sampled_loss(self, batch: MicroBatch) -> LossOutput:
+        """Of a teacher that was asked through text: the policy gradient of the sampled KL, in gradient steps
+        after the first with PPO's clipped ratio. What is logged as the loss is the KL."""
+        now, mask, denominator = policy_forward(self.setup, batch), batch.mask, batch.denominator
+        old_logp, mismatch = batch.old_logp, LogprobMismatch()
+        if batch.on_policy:
+            mismatch, old_logp = LogprobMismatch.between(now.logp, old_logp, mask), now.logp.detach()
+        loss, far = policy.clipped(now.logp, old_logp, batch.advantages, mask, denominator=denominator)
+        loss, of_experts = now.routed.added_to(loss, count(mask) / denominator)
+        sampled_kl = reduced(batch.returns, mask, "token", denominator)
+        entropy = reduced(now.entropy.detach(), mask, "token", denominator)
+        return LossOutput(
+            loss, sampled_kl, far["approxkl"], far["approxkl_k3"], entropy, far["ratio"], far["ratio_var"],
+            mismatch=mismatch, extra={"teacher_kl": sampled_kl, **of_experts},
         )  # fmt: skip
 
     def _compared(self, ours: HeadInputs, theirs: HeadInputs, tokens: Tensor) -> Compared:

@@ -31,8 +31,9 @@ from keel.models.tokenizer import known_ids
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
-from keel.rl import heldout_judge
+from keel.rl import heldout_judge, through_text
 from keel.rl.sampled import Dealt, Sampled, deal, together
+from keel.rl.through_text import Gaps
 from keel.rl.tool_use import ToolUse
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
@@ -81,6 +82,7 @@ class Setup(Generic[C]):
     ptx: tuple[language.LanguageRow, ...]
     judge: heldout_judge.Judge | None = None  # held out: nothing is trained on it
     tool_use: ToolUse | None = None  # what responses are episodes with
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None  # of a teacher that is asked through text
 
     @property
     def pad_id(self) -> int:
@@ -199,6 +201,22 @@ def score_tokens(
             vocab=setup.vocab,
             **forward_rows(config),
         )
+
+
+def asked(
+    setup: Setup[OnPolicy],
+    prompts: Sequence[Prompt | PromptExample],
+    completions: Sequence[Completion],
+    scored: Scored,
+) -> Gaps:
+    """What a teacher that is asked through text makes of replies."""
+    assert setup.teacher_tokenizer is not None
+    config = setup.config
+    plain = [prompt.prompt if isinstance(prompt, PromptExample) else prompt for prompt in prompts]
+    return through_text.gaps(
+        setup.roles.reference, (setup.tokenizer, setup.teacher_tokenizer), plain, completions, scored.logp,
+        temperature=config.sampling.temperature, device=setup.run.device, **forward_rows(config),
+    )  # fmt: skip
 
 
 def rate(
@@ -463,13 +481,15 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
         seed = derive_seed(setup.run.seed, "held-out", number)
         part = begin(setup, some, seed)
         completions = sample(setup, part, seed)
-        scored = score_tokens(setup, completions)
+        in_ids = setup.teacher_tokenizer is None
+        scored = score_tokens(setup, completions, compared=in_ids)
+        kls = scored.exact_kl.sum(dim=1) if in_ids else asked(setup, part, completions, scored).sampled_kl
         completions = [replace(c, hidden=None) for c in completions]
         rated = rate(setup, part, completions)
         return {
             "scores": rated.raw,
             "normalised": rated.total,
-            "kl": scored.exact_kl.sum(dim=1),
+            "kl": kls,
             "length": scored.mask.sum(dim=1).float(),
             "judge": heldout_judge.scores(setup.judge, part, completions, setup.tokenizer),
         }

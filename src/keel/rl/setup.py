@@ -174,8 +174,7 @@ def open_stage(
             opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
             batch_size=config.rows_at_once or config.batch_size,
         )  # fmt: skip
-    if config.imitates:
-        teacher.check(reference, tokenizer, longest, run)
+    theirs = teacher.check(config, reference, tokenizer, longest, run) if config.imitates else None
     roles = open_roles(
         source,
         reference,
@@ -210,6 +209,7 @@ def open_stage(
             ptx,
             heldout_judge.open_judge(config, run, tokenizer, longest, base),
             tools,
+            theirs,
         ),
     )
 
