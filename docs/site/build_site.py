@@ -36,6 +36,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/rewards.md",
         "docs/tools.md",
         "docs/judge.md",
+        "docs/distill.md",
         "docs/reward-bench.md",
         "docs/data.md",
         "docs/diagnosis.md",
