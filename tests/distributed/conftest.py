@@ -134,7 +134,7 @@ def on_policy_kinds(data: Any, tiny_model: Path, tied_model: Path, tiny_reward: 
     direct = {key: value for key, value in common.items() if key not in idle}
     return {
         "distill": {
-            "kind": "distill", **direct, "teacher": str(tied_model), "epochs": 2, "mini_batch": 4,
+            "kind": "distill", **direct, "teacher": str(tied_model), "epochs": 2, "mini_batch": 3,
             "demonstrations": {"data": str(data.demonstrations), "share": 0.4}, "divergence": "jsd",
         },
         "online-dpo": {

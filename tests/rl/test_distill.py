@@ -201,6 +201,16 @@ def test_what_a_teacher_of_other_tokens_cannot_say_is_refused_before_anything_is
         open_stage(config, stage_run, sharing="none")
 
 
+def test_it_is_refused_before_any_stage_trains(
+    run: Any, settings: Any, other_teacher: Path, data: Any, tmp_path: Path
+) -> None:
+    sft = {"kind": "sft", "model": settings["model"], "data": str(data.demonstrations), "max_steps": 1}
+    distilled = {**settings, "model": "sft", "teacher": str(other_teacher), "divergence": "jsd"}
+    with pytest.raises(UsageError, match=r"^distill: teacher .* another tokenizer .* set reverse_kl"):
+        run({"stages": {"sft": sft, "distill": distilled}}, tmp_path)
+    assert not (tmp_path / "stages").exists() or not list((tmp_path / "stages").glob("*/metrics.jsonl"))
+
+
 def test_a_teacher_of_other_tokens_is_asked_through_text(
     run: Any, settings: Any, other_teacher: Path, data: Any, tmp_path: Path
 ) -> None:

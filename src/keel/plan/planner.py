@@ -22,7 +22,7 @@ from keel.errors import UsageError
 from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
-from keel.pipeline import held_out, lengths, stage_kinds
+from keel.pipeline import held_out, lengths, stage_kinds, teachers
 from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
 from keel.pipeline.preflight import from_outside
@@ -50,6 +50,7 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
     with pipeline.dated():
         for name in pipeline.config.stages:
             lengths.check(pipeline.sources, name)
+            teachers.check(pipeline.sources, name)
         return [_stage(pipeline, name) for name in pipeline.config.stages]
 
 

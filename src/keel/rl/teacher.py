@@ -43,11 +43,8 @@ def check(
     theirs = load_tokenizer(source.path, trust_remote_code=source.trust_remote_code)
     where = f"{stage_run.name}: teacher {source.path}"
     if (differs := difference(tokenizer, theirs)) is not None:
-        if (asked := _needs_distributions(config)) is not None:
-            raise UsageError(
-                f"{where} has another tokenizer ({differs}), so it is asked through text, about what the "
-                f"student said and nothing else, and {asked}; or take a teacher of the student's family"
-            )
+        if (said := refusal(config, differs)) is not None:
+            raise UsageError(f"{where} {said}")
         stage_run.note(f"the teacher has another tokenizer ({differs}): it is asked through text")
         return theirs
     model = model_config(source)
@@ -61,6 +58,17 @@ def check(
     if theirs.chat_template is not None and theirs.chat_template != tokenizer.chat_template:
         stage_run.note("the teacher reads prompts in the student's chat template, which is not its own")
     return None
+
+
+def refusal(config: Any, differs: str) -> str | None:
+    """What is wrong with settings that ask for more than a teacher of other tokens can say; None where all is
+    well. differs: as of `difference`."""
+    if (asked := _needs_distributions(config)) is None:
+        return None
+    return (
+        f"has another tokenizer ({differs}), so it is asked through text, about what the student said and "
+        f"nothing else, and {asked}; or take a teacher of the student's family"
+    )
 
 
 def _needs_distributions(config: Any) -> str | None:
