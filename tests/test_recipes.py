@@ -200,7 +200,9 @@ def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     return {**term.model_dump(exclude_none=True), **changes}
 
 
-LONG = ("overoptimization", "rounds", "showdown")  # by `make test-slow`
+LONG = (  # by `make test-slow`
+    "distill", "generative-rm", "llama3.2-1b", "mini-rlhf", "overoptimization", "rounds", "showdown",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_two_runs_are_the_same_bytes(run: Any, settings: Any, differences: Any, 
     assert differences(tmp_path / "one", tmp_path / "two") == []
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_rewarded(run: Any, settings: Any, tmp_path: Path) -> None:
     stage = {**settings, "updates": 15, "batch_size": 32, "samples_per_prompt": 4, "lr": 2e-2}
     run({"stages": {"odpo": stage}}, tmp_path / "one")
@@ -126,6 +127,7 @@ def test_it_learns_what_is_rewarded(run: Any, settings: Any, tmp_path: Path) -> 
     assert [row["val/ratio"] for row in rows] == pytest.approx([1.0] * 15)
 
 
+@pytest.mark.slow
 def test_a_judge_of_pairs_decides(run: Any, settings: Any, standing_judge: Any, tmp_path: Path) -> None:
     """The judge likes red: what it is shown are the two replies to a prompt."""
     judge = {"kind": "judge", "model": "scripted", "mode": "pairwise", "address": standing_judge.address}
