@@ -23,7 +23,7 @@ import yaml
 from keel.config import parse
 from keel.pipeline.pipeline import Pipeline
 
-RATES = (4e-4, 1e-3, 2e-3, 4e-3)
+RATES = (4e-4, 1e-3, 2e-3)
 UPDATES, BATCH = 14, 32
 PROMPTS = {"source": "world:helpdesk/prompts", "rows": 4000}
 SAMPLING = {"max_new_tokens": 72}
