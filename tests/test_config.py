@@ -285,7 +285,7 @@ def test_a_stage_named_later_is_refused():
     [
         (
             {"r": _reward(), "s": _sft(model="r")},
-            "`model` needs a stage of kind pretrain or sft or ppo or grpo or dpo or best_of_n, but 'r'",
+            "ppo or grpo or online_dpo or distill or dpo or best_of_n, but 'r'",
         ),
         (
             {"s": _sft(), "p": _ppo(reward="s")},

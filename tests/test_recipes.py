@@ -111,6 +111,9 @@ def stand_ins(
         for a in animals
         for c in colours
     ]
+    summaries = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " it is so."} for row in posts
+    ]
     book = folder / "book.txt"
     paragraphs = [
         f"so the {a} is {c}, and the {a} is not so {c} as it was." for a in animals for c in colours
@@ -121,6 +124,7 @@ def stand_ins(
         "openai/gsm8k": _write(folder / "solutions.jsonl", solutions),
         "trl-lib/ultrafeedback_binarized": _write(folder / "chats.jsonl", chats),
         "trl-lib/tldr": _write(folder / "posts.jsonl", posts),
+        "trl-lib/tldr-preference": _write(folder / "summaries.jsonl", summaries),
         ".txt": book,
     }
     return StandIns(model, tiny_bert, standing_judge.address, files["Anthropic/hh-rlhf"], files)
@@ -153,6 +157,8 @@ def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
                 continue
             if setting == "model":
                 few["model.path"] = str(stand_ins.encoder if stage.kind == "classifier" else stand_ins.model)
+            elif setting == "teacher":
+                few["teacher"] = str(stand_ins.model)
             elif setting == "models":
                 few["models"] = [m if m in config.stages else str(stand_ins.model) for m in stage.models]  # pyright: ignore[reportAttributeAccessIssue]
             else:
@@ -185,14 +191,18 @@ def _tiny(config: RunConfig, stand_ins: StandIns) -> list[str]:
 
 def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     changes: dict[str, Any] = {"model": str(stand_ins.encoder)} if term.kind == "similarity" else {}
-    if term.kind == "judge":
+    if term.kind == "judge" and term.address is not None:
         changes["address"] = stand_ins.judge
+    elif term.kind == "judge":  # another stage's model
+        changes["max_new_tokens"] = 8
     if term.source_filter is not None:
         changes["source_filter"] = stand_ins.file(term.source_filter)
     return {**term.model_dump(exclude_none=True), **changes}
 
 
-LONG = ("gym", "overoptimization", "rounds", "showdown")  # by `make test-slow`
+LONG = (  # by `make test-slow`
+    "distill", "generative-rm", "gym", "llama3.2-1b", "mini-rlhf", "overoptimization", "rounds", "showdown",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -224,7 +234,7 @@ def test_recipe_introduces_itself(path):
     assert config.name == path.stem
     assert 20 < len(config.description) < 110
     page = (FOLDER.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert path.stem in re.findall(r"[\w-]+", " ".join(re.findall(r"^## (.+)", page, re.MULTILINE)))
+    assert path.stem in re.findall(r"[\w.-]+", " ".join(re.findall(r"^## (.+)", page, re.MULTILINE)))
 
 
 EMBEDDED = [p for p in RECIPES if re.search(r"\b(world|gym):\w", p.read_text(encoding="utf-8"))]

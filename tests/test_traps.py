@@ -678,6 +678,8 @@ REFUSED = {  # inherited settings that a stage has no use for: giving one is an 
     "PretrainConfig.too_long": {"kind": "pretrain", "too_long": "skip"},
     "PPOConfig.max_steps": {"kind": "ppo", "reward": "r", "max_steps": 3},
     "GRPOConfig.max_steps": {"kind": "grpo", "reward": "r", "max_steps": 3},
+    "DistillConfig.max_steps": {"kind": "distill", "teacher": "t", "max_steps": 3},
+    "OnlineDPOConfig.max_steps": {"kind": "online_dpo", "reward": "r", "max_steps": 3},
     "BestOfNConfig.group": {"kind": "best_of_n", "reward": "r", "group": "user"},
     "BestOfNConfig.eval_data": {"kind": "best_of_n", "reward": "r", "eval_data": "other.jsonl"},
 }
@@ -710,7 +712,17 @@ def test_trap_every_setting_is_read_by_something(
             if caller.co_filename.startswith(package) and (
                 Path(caller.co_filename).parent.name != "config"
                 or caller.co_name
-                in ("inputs", "references", "log_name", "trusts_sampler", "world", "_judges_of", "vllm")
+                in (
+                    "inputs",
+                    "references",
+                    "log_name",
+                    "trusts_sampler",
+                    "world",
+                    "_judges_of",
+                    "interpolation",
+                    "demonstrated",
+                    "vllm",
+                )
             ):
                 read.add(f"{type(group).__name__}.{name}")
         return original(group, name)
@@ -721,8 +733,8 @@ def test_trap_every_setting_is_read_by_something(
     (task,) = gym.rows("gym:gcd", 1, 0, {})
     checked = {"tests": ["assert True"], "gym": task["gym"]}
     rows = [
-        {"prompt": "the cat?", "answer": "red", **checked},
-        {"prompt": "so the dog?", "answer": "blue", **checked},
+        {"prompt": "the cat?", "answer": "red", "better": "A", **checked},
+        {"prompt": "so the dog?", "answer": "blue", "better": "tie", **checked},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages["genre"] = {
@@ -742,6 +754,7 @@ def test_trap_every_setting_is_read_by_something(
     monkeypatch.setattr(plugins, "entry_points", lambda group: [added] if group == added.group else [])
     terms = [
         {"kind": "answer", "source_filter": None},
+        {"kind": "verdict"},
         {"kind": "format"},
         {"kind": "regex", "pattern": "r"},
         {"kind": "length", "high": 3},
@@ -772,6 +785,15 @@ def test_trap_every_setting_is_read_by_something(
         "advantage": "group_relative",
     }
     stages["reward"]["members"] = 2
+    direct = {key: stages["grpo"][key] for key in ("model", "data", "sampling", "eval_data", "eval_every")}
+    direct |= {"batch_size": 4, "updates": 2, "patience": 3}
+    stages["distilled"] = {
+        "kind": "distill",
+        "teacher": "base",
+        "demonstrations": {"data": stages["sft"]["data"], "share": 0.5},
+        **direct,
+    }
+    stages["online"] = {"kind": "online_dpo", "reward": "reward", **direct}
     prompts = {"source": "world:helpdesk/prompts", "rows": 4}
     stages["collected"] = {
         "kind": "collect",
@@ -816,7 +838,11 @@ def test_trap_every_setting_is_read_by_something(
         read |= {f"{name}.{field.name}" for field in dataclasses.fields(value) if field.name in elsewhere}
     read |= {f"PairsConfig.{key}" for key in PAIR_KEYS}  # handed on as a mapping
     by_one_code = (*ToolUse.model_fields, "curriculum")
-    read |= {f"PPOConfig.{key}" for key in by_one_code if f"GRPOConfig.{key}" in read}
+    for kind in ("PPOConfig", "OnlineDPOConfig", "DistillConfig"):
+        read |= {f"{kind}.{key}" for key in by_one_code if f"GRPOConfig.{key}" in read}
+    of_teacher = {key for key in ("dtype", "quantize") if f"PPOConfig.reference_{key}" in read}
+    read |= {f"DistillConfig.teacher_{key}" for key in of_teacher}  # in the reference's place, by one code
+    read |= {f"VerdictsConfig.{key}" for key in ("rubric", "reasons")}  # handed on as a mapping
     # by several processes alone: tests/distributed
     read |= {f"DistributedConfig.{key}" for key in ("strategy", "timeout") if key in elsewhere}
     read |= {"RunConfig.distributed"} & {f"RunConfig.{name}" for name in elsewhere}

@@ -37,6 +37,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/tools.md",
         "docs/tasks.md",
         "docs/judge.md",
+        "docs/distill.md",
         "docs/reward-bench.md",
         "docs/data.md",
         "docs/diagnosis.md",

@@ -98,6 +98,8 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
         {"policy/entropy_avg": after(30, 0.5, 0.02), "objective/scores": after(30, 0.5, 0.3)},
         Conditions(),
     ),
+    ("teacher_farther", "warn", {"loss/policy_avg": after(30, 0.4, 0.5)}, Conditions(imitates=True)),
+    ("teacher_farther", "act", {"loss/policy_avg": after(30, 0.4, 0.9)}, Conditions(imitates=True)),
     ("clip_fraction", "warn", {"policy/clipfrac_avg": after(30, 0.1, 0.35)}, Conditions()),
     ("clip_fraction", "act", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions()),
     ("clip_fraction", "note", {"policy/clipfrac_avg": after(30, 0.1, 0.6)}, Conditions(sequence_ratios=True)),
@@ -221,6 +223,21 @@ def test_a_single_update_that_leaves_everything_behind_is_enough():
     kl = lambda far: {"objective/kl_exact": lambda update: far if update == 2 else 4}  # noqa: E731
     assert worst(found(kl(151), TARGETED), "kl_too_high") == "act"  # 10 × 2.5 × 6
     assert worst(found(kl(149), TARGETED), "kl_too_high") is None
+
+
+def test_a_student_as_certain_as_its_teacher_is_well_and_no_reward_is_optimised_there():
+    """The same series alarms where nobody is imitated."""
+    imitates = Conditions(imitates=True)
+    certain = {"policy/entropy_avg": after(30, 0.5, 0.02), "policy/teacher_entropy": lambda u: 0.03}
+    assert worst(found(certain, imitates), "entropy_collapse") is None
+    surer = {**certain, "policy/teacher_entropy": lambda u: 0.2}
+    assert worst(found(surer, imitates), "entropy_collapse") == "warn"
+    falls = {"objective/scores": after(30, 1.0, -3.0), "objective/scores_std": lambda u: 1.0}
+    assert worst(found(falls), "reward_falls") == "act"
+    assert worst(found(falls, imitates), "reward_falls") is None
+    assert worst(found({"loss/policy_avg": after(30, 0.4, 0.9)}), "teacher_farther") is None
+    cut = found({"rollout/truncated": after(30, 0.02, 0.97)}, imitates)
+    assert "shaping" not in next(f.remedy for f in cut if f.check == "truncated_rising")
 
 
 def test_every_check_has_a_series_that_raises_it():

@@ -121,8 +121,8 @@ def few_kinds(all_kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def on_policy_kinds(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
-    """Three updates of PPO and GRPO. (A value head on the trunk is in float32 always.)"""
+def on_policy_kinds(data: Any, tiny_model: Path, tied_model: Path, tiny_reward: Path) -> dict[str, Any]:
+    """Three updates of each on-policy kind. (A value head on the trunk is in float32 always.)"""
     common = {
         "model": str(tiny_model), "data": str(data.prompts), "batch_size": 6, "micro_batch": 2, "updates": 3,
         "epochs": 2, "mini_batch": 3, "lr": 1e-3, "sampling": {"max_new_tokens": 6}, "eval_every": 2,
@@ -130,7 +130,17 @@ def on_policy_kinds(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str,
         "kl": {"coef": 0.1, "target": 0.5, "horizon": 40},
     }  # fmt: skip
     ppo = {"kind": "ppo", "reward": str(tiny_reward), **common}
+    idle = ("epochs", "mini_batch", "kl")
+    direct = {key: value for key, value in common.items() if key not in idle}
     return {
+        "distill": {
+            "kind": "distill", **direct, "teacher": str(tied_model), "epochs": 2, "mini_batch": 3,
+            "demonstrations": {"data": str(data.demonstrations), "share": 0.4}, "divergence": "jsd",
+        },
+        "online-dpo": {
+            "kind": "online_dpo", **direct, "samples_per_prompt": 3,
+            "reward": [str(tiny_reward), {"kind": "length", "high": 4, "slack": 4}],
+        },
         "ppo": {
             **ppo, "sharing": "separate", "critic_warmup": 1, "patience": 3, "curriculum": {"threshold": 0.0},
             "shaping": {"normalize": "running"}, "ptx": {"data": str(data.text), "batch_size": 2},

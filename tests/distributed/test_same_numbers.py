@@ -92,9 +92,14 @@ def test_gradients_metrics_results_and_weights_are_those_of_one_process(runs) ->
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(
-    ("kinds", "gradient"), [(("ppo", "grpo", "grpo-ahead"), 1e-10), (("ppo-adapters",), 1e-5)]
+    ("kinds", "gradient"),
+    [
+        (("ppo", "grpo", "grpo-ahead"), 1e-10),
+        (("distill", "online-dpo"), 1e-10),
+        (("ppo-adapters",), 1e-5),
+    ],
 )
-def test_three_updates_of_ppo_and_grpo_are_those_of_one_process(
+def test_three_updates_of_on_policy_kinds_are_those_of_one_process(
     kinds: tuple[str, ...], gradient: float, ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any]
 ) -> None:
     """Adapters of a critic on a shared base are in float32 in part: so is what is left between them."""

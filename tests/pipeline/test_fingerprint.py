@@ -65,7 +65,7 @@ def test_an_edit_in_what_computes_runs_again_what_uses_it():
     found = reruns()
     assert found["models/load.py"] == tuple(OWN_KINDS)
     assert found["data/load.py"] == tuple(OWN_KINDS)
-    assert found["algorithms/preference.py"] == ("dpo",)
+    assert found["algorithms/preference.py"] == ("online_dpo", "dpo")
     assert found["config/ppo.py"] == ("ppo",)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from keel.data import questions
+from keel.data.questions import Question, Rubric, Verdict
 from keel.errors import RewardError, UsageError
-from keel.rewards.judge import questions
 from keel.rewards.judge.client import Unanswered
 from keel.rewards.judge.judging import Compared, Judge, OrderBias
-from keel.rewards.judge.questions import Question, Rubric, Verdict
 from keel.rewards.mixture import Batch
 
 RUBRIC = Rubric("longer is better")

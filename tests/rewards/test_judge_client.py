@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from keel.data.questions import Rubric, Verdict
 from keel.errors import BudgetError, RewardError
 from keel.rewards.judge import client, questions
 from keel.rewards.judge.client import Endpoint, Remote, Unanswered, retry_after
 from keel.rewards.judge.ledger import Ledger
-from keel.rewards.judge.questions import Rubric, Verdict
 
 pytest.importorskip("openai")
 RUBRIC = Rubric("red is good")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keel.rewards.judge import questions
-from keel.rewards.judge.questions import Criterion, Rubric
+from keel.data import questions
+from keel.data.questions import Criterion, Rubric
 
 CRITERIA = Rubric("", (Criterion("helpful", 3.0), Criterion("honest", 1.0, "It says what is so.")), 1, 5)
 TEXT = Rubric("Is it short?")

@@ -243,7 +243,7 @@ def test_a_model_in_this_process_is_read_as_a_server_is(
     stage_run: Any, roomy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from keel.config.rewards import JudgeTerm
-    from keel.rewards.judge import questions
+    from keel.data import questions
     from keel.stages import judges
 
     term = JudgeTerm(kind="judge", model=str(roomy_model), max_new_tokens=8)  # pyright: ignore[reportCallIssue]

@@ -7,9 +7,11 @@ An unknown key names its nearest match; a setting that would have no effect is r
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig
+from keel.config.distill import DistillConfig
 from keel.config.evaluate import EvaluateConfig
 from keel.config.grpo import GRPOConfig
 from keel.config.on_policy import KLConfig, OnPolicy, PtxConfig, ShapingConfig
+from keel.config.online_dpo import OnlineDPOConfig
 from keel.config.parts import (
     DataConfig,
     FilteredSamplingConfig,
@@ -34,6 +36,7 @@ __all__ = [
     "CollectConfig",
     "DPOConfig",
     "DataConfig",
+    "DistillConfig",
     "EvaluateConfig",
     "FilteredSamplingConfig",
     "GRPOConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "OnPolicy",
+    "OnlineDPOConfig",
     "PPOConfig",
     "PretrainConfig",
     "PtxConfig",

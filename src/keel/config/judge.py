@@ -7,20 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config.addresses import plain_address
+from keel.config.rubric import RUBRIC, CriterionConfig
 from keel.config.settings import LONGEST_PATH, Settings
-
-RUBRIC = (
-    "Is the reply right, does it do what was asked for, and is it honest about what it does not know? A "
-    "reply that is longer than it needs to be is worse."
-)
-
-
-class CriterionConfig(Settings):
-    """One thing that a judge judges by."""
-
-    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,39}$", description="Its name in the answer.")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Its part in the score.")
-    description: str = Field("", description="What it means, in the words that the judge reads.")
 
 
 class BudgetConfig(Settings):

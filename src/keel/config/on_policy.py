@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -103,6 +103,8 @@ class OnPolicy(ToolUse):
     """What the stages have in common that learn from their own samples."""
 
     on_policy = True
+    imitates: ClassVar[bool] = False  # whether the reference is a teacher, and no reward is optimised
+    weighs_samples: ClassVar[bool] = True  # whether the loss corrects for what other weights have sampled
     record_types = ("prompt",)
 
     reference: str | None = Field(

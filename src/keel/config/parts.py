@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keel import types
+from keel.config.rubric import VerdictsConfig
 from keel.config.settings import LONGEST_PATH, Settings
 from keel.data.formats import FORMATS, PLAIN, known_format
 
@@ -97,6 +98,14 @@ class DataConfig(Settings):
     )
     pairs: PairsConfig | None = Field(
         None, description="How two replies and a column that judges them become a pair, for any data set."
+    )
+    verdicts: VerdictsConfig | None = Field(
+        None,
+        description=(
+            "Read comparisons as questions which of two replies is better, in both orders, with the verdict "
+            "as the reply, or in a column `better` for `reward: {kind: verdict}`: what a generative reward "
+            "model learns. {} for the default rubric."
+        ),
     )
     ties: Literal["skip", "keep"] = Field(
         "skip",

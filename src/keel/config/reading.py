@@ -176,7 +176,7 @@ def _written(location: Sequence[Any], tree: Any) -> list[str]:
     for part in location:
         named = isinstance(node, Mapping)
         known = part in node if named else isinstance(node, list) and isinstance(part, int)
-        tag = named and part == node.get("kind")
+        tag = isinstance(node, Mapping) and part == node.get("kind")
         if known or not isinstance(part, str) or not (tag or _CHOICES.match(part)):
             place.append(str(part))
         node = node[part] if known else node  # pyright: ignore[reportArgumentType, reportCallIssue]

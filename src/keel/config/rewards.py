@@ -92,6 +92,15 @@ class AnswerTerm(RewardSettings):
     )
 
 
+class VerdictTerm(RewardSettings):
+    """1 for a reply that ends in the right verdict on a pair, else 0."""
+
+    kind: Literal["verdict"] = Field(description="The verdict of a generative reward model.")
+    column: str = Field(
+        "better", description="Column of the data that holds the right one: A, B or tie (`verdicts`)."
+    )
+
+
 class FormatTerm(RewardSettings):
     """1 for a response made of the given tags in order, else 0."""
 
@@ -306,6 +315,7 @@ class PluginTerm(CodeSettings):
 RewardTerm = Annotated[
     LearnedTerm
     | AnswerTerm
+    | VerdictTerm
     | FormatTerm
     | RegexTerm
     | LengthTerm
@@ -324,6 +334,7 @@ RewardTerm = Annotated[
 ]
 RULES = (
     "answer",
+    "verdict",
     "format",
     "regex",
     "length",

@@ -31,6 +31,11 @@ def check_ahead(config: OnPolicy) -> None:
     """ValueError where `rollout.ahead` cannot work with a stage's other settings."""
     if not config.rollout.ahead:
         return
+    if not config.weighs_samples:
+        raise ValueError(
+            f"`rollout.ahead` does not go with {config.kind}, which does not correct for what older weights "
+            "have sampled; ppo and grpo do"
+        )
     if config.importance_cap is None:
         raise ValueError(
             "`rollout.ahead` learns from responses of older weights, which importance weights correct for: "

@@ -13,9 +13,11 @@ from keel import plugins
 from keel.config.best_of_n import BestOfNConfig
 from keel.config.classifier import ClassifierConfig
 from keel.config.collect import CollectConfig, RoundsConfig, expanded
+from keel.config.distill import DistillConfig
 from keel.config.distributed import DistributedConfig
 from keel.config.evaluate import EvaluateConfig
 from keel.config.grpo import GRPOConfig
+from keel.config.online_dpo import OnlineDPOConfig
 from keel.config.ppo import PPOConfig
 from keel.config.preference import DPOConfig
 from keel.config.settings import Settings
@@ -33,6 +35,8 @@ AnyStage = (
     | ClassifierConfig
     | PPOConfig
     | GRPOConfig
+    | OnlineDPOConfig
+    | DistillConfig
     | DPOConfig
     | BestOfNConfig
     | CollectConfig

@@ -93,8 +93,13 @@ class Settings(BaseModel):
 
     def changes(self, name: str) -> bool:
         """Whether a setting differs from its default. A value that is written out and equals the default is
-        no change: a run's resolved config, which writes every value, can be read again."""
-        return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        no change: a run's resolved config, which writes every value, can be read again. Nor is one that a
+        subclass has made a constant."""
+        field = type(self).model_fields.get(name)
+        if field is None and hasattr(type(self), name):
+            return False
+        field = field or type(self).model_fields[name]
+        return getattr(self, name) != field.get_default(call_default_factory=True)
 
 
 def _decisive(value: Any, dumped: Any) -> Any:

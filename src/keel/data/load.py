@@ -32,6 +32,7 @@ from keel.data.stored.records import (
 )
 from keel.data.stored.tokens import Preparation
 from keel.data.unread import UnreadKeys
+from keel.data.verdicts import questions_of
 from keel.errors import DataError, UsageError
 from keel.types import DataSource, Record, RecordType
 from keel.worlds import gym
@@ -163,6 +164,7 @@ def fingerprint(sources: Sequence[DataSource], cache: caches.Cache | None = None
     for source in sources:
         add(source.rows, source.weight, sorted(source.columns.items()), source.on_bad)
         add(source.format, source.pairs, source.ties, source.strict, sorted(source.where.items()))
+        add(*([source.verdicts] if source.verdicts else []))
         add(sorted((key, repr(value)) for key, value in source.options.items() if key != "db"))
         add(
             source.system,
@@ -286,14 +288,30 @@ def _hub(source: DataSource) -> Iterable[Any]:
 # ---------------------------------------------------------------- records
 
 
+def _check_verdicts(source: DataSource, accept: Sequence[RecordType]) -> None:
+    """UsageError for questions about comparisons where something else is learned from."""
+    if source.verdicts is None:
+        return
+    if not {"demonstration", "prompt"} & set(accept):
+        raise UsageError(f"{source.source}: `verdicts` makes questions of comparisons: here leave it out")
+    if source.verdicts["reasons"] and "prompt" not in accept:
+        raise UsageError(
+            f"{source.source}: `verdicts.reasons` makes prompts, since comparisons hold no reasons to learn "
+            "from: leave it out here, and train by grpo with it"
+        )
+
+
 def _start(
     source: DataSource, accept: Sequence[RecordType], seed: int, preparation: Preparation
 ) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
-    rewriter, conversion = Rewriter(source), Conversion(source, accept)
+    _check_verdicts(source, accept)
+    wanted: Sequence[RecordType] = accept if source.verdicts is None else ("preference",)
+    rewriter, conversion = Rewriter(source), Conversion(source, wanted)
     read = chosen(source, _rows(source, seed, preparation))
     named = (renamed(origin, row, source.columns) for origin, row in read)
-    rows = (rewriter(origin, row) for origin, row in conversion(named))
+    rewritten = (rewriter(origin, row) for origin, row in conversion(named))
+    rows = questions_of(source.verdicts, rewritten)
     passed: list[files.RawRow] = []
     first_reason = ""
     for origin, row in rows:

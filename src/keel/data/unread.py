@@ -9,12 +9,13 @@ from keel.data.conversations import PICTURES, SETTINGS
 from keel.data.labels import PREFIX
 from keel.data.records import COLUMNS, OPTIONAL_COLUMNS, unknown_turn_keys
 from keel.data.values import nearest
+from keel.data.verdicts import COLUMN as VERDICT
 from keel.errors import DataError
 from keel.types import DataSource, Message, Record, RecordType
 
 _NAMED = 5  # so many names are said
 # what a row may have beside the columns of its type: they are looked at elsewhere
-_ELSEWHERE = ("source", "group", *SETTINGS, *PICTURES, *OPTIONAL_COLUMNS)
+_ELSEWHERE = ("source", "group", VERDICT, *SETTINGS, *PICTURES, *OPTIONAL_COLUMNS)
 
 
 @dataclass(slots=True)

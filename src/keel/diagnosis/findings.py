@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class Conditions:
     sequence_ratios: bool = False  # one ratio a response (GSPO), clipped within a much narrower range
     same_numbers: bool = False  # sampler and trainer compute alike, in float32
     near_numbers: bool = False  # … but for matrix products (`dtype: auto`), or kernels (a server in float32)
+    imitates: bool = False  # a teacher, and no reward is optimised
 
 
 def conditions(settings: Mapping[str, Any]) -> Conditions:
@@ -78,6 +79,7 @@ def conditions(settings: Mapping[str, Any]) -> Conditions:
         near_numbers=(exact and sampler.get("dtype") in (None, "float32")) if server else auto and of_keel,
         length_rewarded="length" in kinds or "overlong" in kinds,
         sequence_ratios=settings.get("level") == "sequence",
+        imitates=settings.get("teacher") is not None,
     )
 
 
@@ -145,11 +147,18 @@ class Check:
     cause: str
     remedy: str
     changes: frozenset[Change] = frozenset()  # what `control` may do about it
+    of_reward: bool = False  # it is about a reward that is optimised
+    imitating: str = ""  # the remedy where a teacher is imitated; "": the same
 
     def finding(self, history: History) -> Finding | None:
-        """What the check finds at the history's last step; None where all is well."""
-        alarm = self.look(history)
-        return self.found(history.step, *alarm) if alarm else None
+        """What the check finds at the history's last step; None where all is well, or nobody optimises what
+        it is about."""
+        imitates = history.conditions.imitates
+        alarm = None if self.of_reward and imitates else self.look(history)
+        if alarm is None:
+            return None
+        found = self.found(history.step, *alarm)
+        return replace(found, remedy=self.imitating) if imitates and self.imitating else found
 
     def found(self, step: int, severity: Severity, evidence: str) -> Finding:
         """A finding of this check, with its cause and remedy."""

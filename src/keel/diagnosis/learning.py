@@ -79,16 +79,37 @@ def kl_negative(history: History) -> Alarm | None:
 def entropy_collapse(history: History) -> Alarm | None:
     """warn: below a tenth of the run's own start for a window; healthy runs lose half, and where there is one
     right answer down to a fifth. act: and the reward is no higher than at the start, so that certainty was
-    bought with nothing. A policy that became certain because it is right is left alone."""
+    bought with nothing. A policy that became certain because it is right is left alone, and a student whose
+    teacher is as certain, to a half."""
     name = "policy/entropy_avg"
     start = history.start(name)
     if start is None or start <= 0 or not history.sustained(name, 0.1 * start, below=True):
+        return None
+    teacher = history.now("policy/teacher_entropy")
+    if teacher is not None and (history.now(name) or 0.0) >= 0.5 * teacher:
         return None
     said = f"entropy {shown(history.now(name) or 0.0)} nats a token, at the start {shown(start)}"
     before, after = history.start("objective/scores"), history.now("objective/scores")
     if before is not None and after is not None and after <= before:
         return "act", f"{said}, while the reward went from {shown(before)} to {shown(after)}"
     return "warn", said
+
+
+def teacher_farther(history: History) -> Alarm | None:
+    """A student's divergence from its teacher falls, quickly at first; it is measured on its own replies of
+    the moment, so single updates differ by a tenth or two. warn: above the run's start (the median of its
+    first updates) for a window: nothing that was wanted has been learned. act: above twice the start, where
+    what was learned is worse than nothing."""
+    name = "loss/policy_avg"
+    start = history.start(name)
+    if not history.conditions.imitates or start is None or start <= 0:
+        return None
+    limits: Levels = (("act", 2.0), ("warn", 1.0))
+    for severity, times in limits:
+        if history.sustained(name, times * start):
+            now = shown(history.now(name) or 0.0)
+            return severity, f"divergence from the teacher {now} nats a token, at the start {shown(start)}"
+    return None
 
 
 def clip_fraction(history: History) -> Alarm | None:
@@ -182,6 +203,15 @@ CHECKS = (
         "raise the temperature, kl.coef or entropy_coef, lower the learning rate, or draw more samples per "
         "prompt",
         frozenset({"raise_kl", "cut_lr"}),
+        imitating="lower the learning rate, or set divergence: jsd or forward_kl, which cover the teacher's "
+        "distribution",
+    ),
+    Check(
+        "teacher_farther",
+        teacher_farther,
+        "steps so large that the student is ruined, or a teacher that is at a loss on such prompts",
+        "lower the learning rate, add demonstrations, or take a teacher that was trained on such prompts",
+        frozenset({"cut_lr"}),
     ),
     Check(
         "clip_fraction",

@@ -234,6 +234,7 @@ CHECKS = (
         "the policy has found what the reward model overrates",
         "raise kl.coef (× 1.5), use an ensemble of reward models, train the reward model on such samples",
         frozenset({"raise_kl"}),
+        of_reward=True,
     ),
     Check(
         "reward_falls",
@@ -241,12 +242,14 @@ CHECKS = (
         "steps so large that the policy was ruined, or a penalty (KL, length) that outweighs the reward",
         "lower the learning rate, leave desired_kl on, look at samples; lower kl.coef if the KL is small",
         frozenset({"cut_lr"}),
+        of_reward=True,
     ),
     Check(
         "reward_without_spread",
         reward_without_spread,
         "all samples are about equally good to the reward: too little exploration, or the task is solved",
         "explore more: raise sampling.temperature, take harder prompts or another reward",
+        of_reward=True,
     ),
     Check(
         "nothing_rewarded",
@@ -254,12 +257,14 @@ CHECKS = (
         "no response ever meets what the reward asks for (its form, its tags, its answer), or all do",
         "score a few of the run's samples by hand; show the form in the prompt, train it by sft first, or "
         "give points for parts of it; only shaping.missing_stop_penalty and the KL have taught anything",
+        of_reward=True,
     ),
     Check(
         "length_drift",
         length_drift,
         "the reward prefers another length",
         "look at samples; add a length term, or train the reward model on pairs of equal length",
+        imitating="look at samples of student and teacher: a teacher may be longer by nature",
     ),
     Check(
         "truncated_rising",
@@ -267,6 +272,7 @@ CHECKS = (
         "the policy no longer ends its responses",
         "raise shaping.missing_stop_penalty, kl.coef or sampling.max_new_tokens",
         frozenset({"raise_kl", "cut_lr"}),
+        imitating="raise sampling.max_new_tokens, or add demonstrations, which end; lower the learning rate",
     ),
     Check(
         "repetition",
@@ -274,12 +280,14 @@ CHECKS = (
         "the policy has fallen into a loop that the reward does not mind",
         "raise kl.coef, add a repetition term to the reward",
         frozenset({"raise_kl", "cut_lr"}),
+        imitating="lower the learning rate, add demonstrations, or set divergence: jsd",
     ),
     Check(
         "groups_all_equal",
         groups_all_equal,
         "the prompts are too easy or too hard for the policy",
         "take prompts of medium difficulty, more samples per prompt, or set resample",
+        of_reward=True,
     ),
     Check(
         "curriculum_spent",
@@ -300,5 +308,6 @@ CHECKS = (
         reward_is_length,
         "the reward model has learned length in place of quality",
         "train the reward model on pairs of equal length, or add a length term against it",
+        of_reward=True,
     ),
 )

@@ -80,6 +80,7 @@ def open_roles(
     seed: int,
     base: Base | None = None,
     cut: Callable[[Any], None] = lambda model: None,
+    same_vocabulary: bool = True,
 ) -> Roles:
     """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from.
     Dropout is off in all of them.
@@ -88,9 +89,10 @@ def open_roles(
     `sharing: adapters`. cut: is given each model that has weights of its own as soon as it is on the device,
     where they are cut over ranks.
 
-    UsageError for a reference with another vocabulary than the policy's: their KL is not defined.
+    UsageError for a reference with another vocabulary than the policy's, where `same_vocabulary`: their KL
+    is not defined.
     """
-    if reference is not None:
+    if reference is not None and same_vocabulary:
         _check_vocabularies(source, reference)
     if sharing == "adapters" and base is None:
         base = open_base(source, seed, device)

@@ -56,7 +56,7 @@ def check(sources: Sources, name: str, *, hub: bool = False) -> None:
     if policy == "skip" or stage.cuts_texts:
         return
     models = [place for setting, place in stage.references() if setting in ("model", "models")]
-    tokenizers = [_of_model(sources, place, hub) for place in models]
+    tokenizers = [of_model(sources, place, hub) for place in models]
     if stage.starts_from is not None:
         tokenizers = [tokenizer_of(sources, name, hub=hub)]
     found = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
@@ -87,7 +87,7 @@ def tokenizer_of(sources: Sources, name: str, *, hub: bool = False) -> PreTraine
     return tokenizer
 
 
-def _of_model(sources: Sources, place: str, hub: bool) -> PreTrainedTokenizerBase | None:
+def of_model(sources: Sources, place: str, hub: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model that a stage only reads: another stage's, or one from outside."""
     if place in sources.config.stages:
         return tokenizer_of(sources, place, hub=hub)

@@ -34,7 +34,7 @@ from keel.errors import KeelError, MachineError, UsageError
 from keel.models import lora
 from keel.models.device_info import forget_peak, peak_memory_mib
 from keel.models.freed_memory import keep_freed_memory
-from keel.pipeline import following, lengths
+from keel.pipeline import following, lengths, teachers
 from keel.pipeline.device import cores, deterministic, device_of, hardware
 from keel.pipeline.fingerprint import code_print, versions
 from keel.pipeline.stage_graph import StageGraph, accel_switched
@@ -119,6 +119,7 @@ class Pipeline(StageGraph):
             for name in names:
                 if fresh or not (self.is_done(name) or self.is_kept(name)):
                     lengths.check(self.sources, name, hub=True)
+                    teachers.check(self.sources, name, hub=True)
         self._check_disk([name for name in names if fresh or not (self.is_done(name) or self.is_kept(name))])
         if not fresh:
             self._say_what_runs_again(names)

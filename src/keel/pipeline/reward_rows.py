@@ -17,6 +17,7 @@ from typing import Any
 
 from keel.data.chat import completion_text
 from keel.data.load import Dataset
+from keel.data.questions import VERDICTS
 from keel.data.stored.records import FilledRows, Rows, filled, picked
 from keel.errors import DataError, RewardError, UsageError
 from keel.rewards import answers, code_tests, functions
@@ -27,11 +28,8 @@ from keel.worlds import gym
 
 AT_ONCE = 64  # rows in a call
 BUDGET = 20.0  # seconds that the functions of one reward are asked for
-_COMPARES = {
-    "answer": "column",
-    "similarity": "to",
-    "code": "tests",
-}  # kind → its setting that names a column
+# kind → its setting that names a column
+_COMPARES = {"answer": "column", "verdict": "column", "similarity": "to", "code": "tests"}
 _JUDGE_READS = ("against", "reference")  # settings of a judge that name columns, which a row may lack
 _CODE = ("python", "plugin")
 Shown = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -151,7 +149,11 @@ def _problem(term: Any, record: Record, value: Any) -> str:
     if term.kind == "code":
         return code_tests.problem(value, record.columns.get(term.entry_point))
     text = str(value) if isinstance(value, str | int | float) else completion_text(value)
-    return answers.problem(text) if term.kind == "answer" else "is blank" if not text.strip() else ""
+    if term.kind == "answer":
+        return answers.problem(text)
+    if not text.strip():
+        return "is blank"
+    return "" if term.kind != "verdict" or text in VERDICTS else f"is {text[:40]!r}, no verdict (A, B, tie)"
 
 
 def _is_for(term: Any, record: Record) -> bool:

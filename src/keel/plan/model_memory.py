@@ -224,6 +224,18 @@ def score_logits(model: Model, tokens: int) -> float:
     return 2 * kept_states(model, tokens) + n * v * (6 * FLOAT32 + 1)
 
 
+def divergence_logits(model: Model, teacher: Model, tokens: int) -> float:
+    """`algorithms.distillation.compare` of so many tokens, a part at a time: the logits of both, their
+    log-softmaxes, the student's probabilities, what they are weighed with, two copies on the way to the
+    gradient, and the gradient; then that, and the gradient of the head."""
+    v, n = model.shape.vocab, min(_at_once(model, tokens), _at_once(teacher, tokens))
+    given = n * v * (model.bytes + teacher.bytes)
+    states = kept_states(model, tokens) + kept_states(teacher, tokens)
+    return states + max(
+        given + n * v * (7 * FLOAT32 + 1), loss_logits(model, tokens) - kept_states(model, tokens)
+    )
+
+
 def sampling_logits(model: Model, rows: int, prompt: int) -> float:
     """`rollout.engine`: of every token of the prompts, and three columns in float64 to draw from."""
     return rows * model.shape.vocab * (prompt * model.bytes + 3 * FLOAT64)

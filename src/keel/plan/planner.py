@@ -23,7 +23,7 @@ from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
 from keel.models.load_errors import explained
-from keel.pipeline import held_out, lengths, stage_kinds
+from keel.pipeline import held_out, lengths, stage_kinds, teachers
 from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
 from keel.pipeline.preflight import from_outside
@@ -52,6 +52,7 @@ def plan(pipeline: Pipeline, ranks: rank_memory.Asked | None = None) -> list[dic
     with pipeline.dated():
         for name in pipeline.config.stages:
             lengths.check(pipeline.sources, name)
+            teachers.check(pipeline.sources, name)
         return [_stage(pipeline, name, ranks) for name in pipeline.config.stages]
 
 
@@ -319,7 +320,8 @@ def _memory(
     pipeline: Pipeline, name: str, lengths: Lengths, micro_batch: int | None = None
 ) -> dict[str, Any] | None:
     """`longest`: `prompt` and `answer` of a row as long as the longest, whose answer is as long as any, in
-    tokens; `phases`: phase → role → kind → bytes on this machine's device; `peak` and `peak_phase`; `cards`:
+    tokens; `phases`: phase → role → kind → bytes on this machine's device; `peak` and `peak_phase`;
+    `card_peak`: bytes at the peak on a GPU; `cards`:
     size in GB → whether the stage fits, and settings that would make it fit; `estimated`: a model is of a
     type that keel does not know block by block."""
     stage = pipeline.config.stages[name]
@@ -344,6 +346,7 @@ def _memory(
         "phases": {phase.name: _whole(phase.parts) for phase in phases},
         "peak": round(fullest.total),
         "peak_phase": fullest.name,
+        "card_peak": round(peak(stage)),
         "cards": {str(fit.gb): {"fits": fit.fits, "with": fit.settings} for fit in cards},
         "estimated": not all(model.shape.known for model in shown),
     }
@@ -382,10 +385,10 @@ def _reward_models(pipeline: Pipeline, name: str) -> dict[str, ModelRef] | None:
     rewards: dict[str, ModelRef] = {}
     for term in getattr(stage, "reward", None) or []:
         if term.kind == "judge" and term.in_process:
-            ref = _shape(pipeline, term.model, "lm", judges=True)
+            ref = _shape(pipeline, term.model, "lm")
             if ref is None:
                 return None
-            rewards[term.log_name] = ref
+            rewards[term.log_name] = replace(ref, writes=True)
         elif term.kind in ("learned", "classifier", "similarity"):
             # an adapter alone has the shape of its base
             on = name if pipeline.sources.is_bare(term.model) else term.model

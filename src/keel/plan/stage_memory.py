@@ -34,6 +34,8 @@ from keel.plan.peaks import Pass, Phase, fullest, resident, training, with_parts
 from keel.stages.best_of_n import PROMPTS_AT_ONCE
 
 SAMPLED_AT_ONCE = 64  # rows of a batch of rollout.engine.generate
+# tokens of a question to a judge, besides prompt and replies; its answer is taken to be as long as a reply
+QUESTION = 200
 CLASSIFIED_AT_ONCE = 64  # rows of a forward of a reward that is a classifier or measures similarity
 Device = Literal["cpu", "cuda"]
 
@@ -77,6 +79,7 @@ class ModelRef:
     judges: bool = False  # a classifier or a sentence embedder, in float32 and with batches of its own
     adapter: Lora | None = None  # as which a reward model was trained on the stage's own base
     quantize: str | None = None  # a reward model of its own: 8bit, 4bit
+    writes: bool = False  # a language model that judges in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +326,29 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     return [_with_best(phase, models, "policy", stage.patience) for phase in found]
 
 
+def distillation(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
+    """Every update: rollout, scores of rewards that are logged, the student's log-probabilities, and gradient
+    steps in which the teacher reads the same rows first."""
+    models = roles(stage, refs, device)
+    student, teacher, whole = models["policy"], models["reference"], stage.batch_size
+    kept = whole * lengths.answer * student.shape.hidden * student.bytes
+    before = [
+        _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths),
+        *_judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt),
+    ]
+    found = [Phase(p.name, with_parts(p.parts, "policy", activations=kept)) for p in before]
+    mini = stage.mini_batch or whole
+    part = _fullest_part(stage, student, mini, lengths)
+    tokens, read = sum(row.asked for row in part), predicted_layout.forward(student, part)
+    asked = activation_memory.working(teacher, predicted_layout.forward(teacher, part))
+    logits = model_memory.divergence_logits(student, teacher, tokens)
+    step = training(models, [Pass("policy", [read], logits)], accumulates=len(part) < mini)
+    moments = [with_parts(step.parts, "reference", casts=model_memory.casts(teacher))]
+    alone = with_parts(resident(models), "reference", activations=asked, casts=model_memory.casts(teacher))
+    found.append(fullest("train", [*moments, alone]))
+    return [_with_best(phase, models, "policy", stage.patience) for phase in found]
+
+
 def _steps(stage: OnPolicy, models: Mapping[str, Model], lengths: Lengths) -> Phase:
     """The gradient steps of critic and policy, which read the same rows."""
     policy, mini = models["policy"], stage.mini_batch or stage.batch_size
@@ -387,9 +413,8 @@ def _rewards(refs: StageModels, dtype: str, device: Device, base: Model | None =
             role = ("reward" if name == "reward" else f"reward {name}") + (
                 f" {member}" if found.members > 1 else ""
             )
-            model = _frozen(
-                found, "float32" if found.judges else held_in, device, "none" if found.judges else "score"
-            )
+            head: Head = "lm" if found.writes else "none" if found.judges else "score"
+            model = _frozen(found, "float32" if found.judges else held_in, device, head)
             models[role] = replace(model, lora=found.adapter, base=False) if on_base else model
     return models
 
@@ -422,7 +447,11 @@ def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int
     """The rewards' forwards, one after the other. samples: rows of one prompt."""
     found: list[Phase] = []
     for role, model in models.items():
-        if role.startswith("reward"):
+        if role.startswith("reward") and model.head == "lm":
+            question = lengths.prompt + 2 * lengths.answer + QUESTION
+            asked = Lengths(question, lengths.answer).within(model.shape.context)
+            found.append(_rollout(models, role, min(SAMPLED_AT_ONCE, rows), asked, name="score"))
+        elif role.startswith("reward"):
             own = lengths.within(model.shape.context)
             reads = [Forward(CLASSIFIED_AT_ONCE, own.total)]
             if model.head != "none":

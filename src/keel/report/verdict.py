@@ -13,7 +13,16 @@ from keel.report.wording import bound, decimals, mean, number, signed
 KL_LIMIT = 1.5  # a KL above this multiple of its target is said aloud
 TRUNCATED_LIMIT = 0.05  # so is a larger share of replies that never ended
 
-RULES = {"answer", "format", "regex", "length", "repetition", "keywords", "overlong"}  # no model in them
+RULES = {
+    "answer",
+    "verdict",
+    "format",
+    "regex",
+    "length",
+    "repetition",
+    "keywords",
+    "overlong",
+}  # no model in them
 
 Level = Literal["better", "unclear", "worse", "unjudged"]
 _WORDS: dict[Level, str] = {

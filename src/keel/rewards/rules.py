@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from keel.data.chat import completion_text, own_text
+from keel.data.questions import VERDICTS, choice
 from keel.errors import UsageError
 from keel.rewards import answers
 from keel.rewards.answers import same_answer
@@ -45,6 +46,28 @@ def final_answer(column: str = "answer", from_: Literal["marker", "last_number"]
         return [
             None if reference is None else _is_right(reference, own_text(completion), from_)
             for reference, completion in zip(column_of(columns, column), completions, strict=True)
+        ]
+
+    return reward
+
+
+def verdict(column: str = "better") -> Reward:
+    """1 if the completion ends in the verdict that the row holds (A, B or tie), 0 if in another or in none.
+    Range {0, 1}.
+
+    A verdict is read as a judge's is (`keel.data.questions.choice`): what learns to earn this can be one.
+    None for a row without a verdict. UsageError at the first call if the data have no such column at all, or
+    one with something else in it.
+    """
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        right = column_of(columns, column)
+        for value in right:
+            if value is not None and value not in VERDICTS:
+                raise UsageError(f"column {column!r} holds {value!r}, and a verdict is A, B or tie")
+        return [
+            None if wanted is None else float(choice(own_text(completion)) == wanted)
+            for wanted, completion in zip(right, completions, strict=True)
         ]
 
     return reward

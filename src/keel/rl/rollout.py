@@ -32,8 +32,9 @@ from keel.models.tokenizer import known_ids
 from keel.rewards.mixture import Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
-from keel.rl import heldout_judge
+from keel.rl import heldout_judge, through_text
 from keel.rl.sampled import Dealt, Sampled, deal, together
+from keel.rl.through_text import Gaps
 from keel.rl.tool_use import ToolUse
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import (
@@ -49,6 +50,16 @@ from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language
 from keel.stages.loop_utils import SAMPLES_KEPT, forward_rows, micro_batches
 from keel.types import Completion, Prompt
+
+# metrics that say nothing where the samples are not compared with a reference, or nothing is rewarded
+OF_REFERENCE = (
+    "objective/kl", "objective/kl_exact", "objective/kl_coef", "objective/non_score_reward",
+    "objective/rlhf_reward",
+)  # fmt: skip
+OF_SCORES = (
+    "objective/scores", "objective/scores_std", "objective/rlhf_reward", "rollout/length_correlation",
+    "eval/objective/scores", "scores",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ class Setup(Generic[C]):
     config: C
     roles: Roles
     engine: Engine  # samples from the policy
-    rewards: Mixture
+    rewards: Mixture | None  # None: nothing is rewarded, a teacher is imitated
     opened: Sequence[build_rewards.LoadedReward]  # what the rewards hold in memory
     as_text: bool  # whether any of them reads words
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +90,7 @@ class Setup(Generic[C]):
     ptx: tuple[language.LanguageRow, ...]
     judge: heldout_judge.Judge | None = None  # held out: nothing is trained on it
     tool_use: ToolUse | None = None  # what responses are episodes with
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None  # of a teacher that is asked through text
 
     @property
     def pad_id(self) -> int:
@@ -122,6 +134,7 @@ class Experience:
     logp_from_sampler: bool = False  # whether `scored.logp` are the numbers that the tokens were drawn with
     early: Tensor | None = None  # (B, T) the part of `rewards` that is paid before a response ends
     staleness: int = 0  # updates that the weights have learned from since they sampled
+    compared: bool = True  # with the reference; else `scored` takes the policy itself for it
 
     @property
     def kl(self) -> float:
@@ -191,14 +204,18 @@ def sample(
     return completions
 
 
-def score_tokens(setup: Setup[OnPolicy], completions: Sequence[Completion]) -> Scored:
-    """What policy, reference and critic say of each token."""
+def score_tokens(
+    setup: Setup[OnPolicy], completions: Sequence[Completion], *, compared: bool = True
+) -> Scored:
+    """What policy, reference and critic say of each token. compared: with the reference; else the policy
+    stands for it, which costs no forward, and every KL is 0."""
     config, roles = setup.config, setup.roles
-    with on_device(roles.reference):
+    reference = roles.reference if compared else roles.policy
+    with on_device(reference):
         return score(
             completions,
             roles.policy,
-            roles.reference,
+            reference,
             temperature=config.sampling.temperature,
             pad_id=setup.pad_id,
             device=setup.run.device,
@@ -207,6 +224,22 @@ def score_tokens(setup: Setup[OnPolicy], completions: Sequence[Completion]) -> S
             vocab=setup.vocab,
             **forward_rows(config),
         )
+
+
+def asked(
+    setup: Setup[OnPolicy],
+    prompts: Sequence[Prompt | PromptExample],
+    completions: Sequence[Completion],
+    scored: Scored,
+) -> Gaps:
+    """What a teacher that is asked through text makes of replies."""
+    assert setup.teacher_tokenizer is not None
+    config = setup.config
+    plain = [prompt.prompt if isinstance(prompt, PromptExample) else prompt for prompt in prompts]
+    return through_text.gaps(
+        setup.roles.reference, (setup.tokenizer, setup.teacher_tokenizer), plain, completions, scored.logp,
+        temperature=config.sampling.temperature, device=setup.run.device, **forward_rows(config),
+    )  # fmt: skip
 
 
 def rate(
@@ -220,6 +253,9 @@ def rate(
         [prompt.prompt for prompt in prompts], completions, build_rewards.columns_of(prompts),
         setup.tokenizer, as_text=setup.as_text, state=_state(setup, update),
     )  # fmt: skip
+    if setup.rewards is None:
+        nothing = torch.zeros(len(completions))
+        return Rated(nothing, nothing, nothing, {})
     return setup.rewards.score(batch)
 
 
@@ -251,8 +287,10 @@ def collect(
     reward_scaler = reward_scaler.update(rated.total)
     rewards = shaped(setup, rated, done, reward_scaler)
     early = paid_early(setup, done, rated, scored.mask)
-    stale = 0 if drawn is None else 1
-    found = Experience(made.prompts, done, scored, rated, rewards, made.from_sampler, early, stale)
+    found = Experience(
+        made.prompts, done, scored, rated, rewards, made.from_sampler, early,
+        staleness=0 if drawn is None else 1, compared=not setup.config.imitates,
+    )  # fmt: skip
     return found, reward_scaler
 
 
@@ -286,14 +324,17 @@ def _collected(
     repeated, completions = drawn.prompts, drawn.completions
     del drawn
     with run.timed("forward"), batch_layout.counting() as read, cast_cache():
-        scored = score_tokens(setup, completions)
+        scored = score_tokens(
+            setup, completions, compared=not setup.config.imitates
+        )  # a teacher: in the loss
     from_sampler = head_of(setup.roles.policy) is not None and all(c.hidden is not None for c in completions)
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
     with run.timed("score"), cast_cache():
         rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
-    run.count("forward", useful_tokens(sizes), read())
+    if computed := read():  # none where the sampler's states say all
+        run.count("forward", useful_tokens(sizes), computed)
     asked = tuple(prompt.prompt for prompt in repeated)
     return Sampled(asked, done, scored, rated, from_sampler)
 
@@ -320,7 +361,8 @@ def shaped(
     else:  # the clip is for learned rewards, in units of their scale, and not for what means what it says
         scores, rest, mean, std = rated.learned, rated.total - rated.learned, 0.0, 1.0
         bounded = shaping.normalize == "model" or shaping.changes("clip")
-        clip = shaping.clip * setup.rewards.learned_weight if shaping.clip is not None and bounded else None
+        weight = setup.rewards.learned_weight if setup.rewards else 0.0
+        clip = shaping.clip * weight if shaping.clip is not None and bounded else None
     return terminal_rewards(
         scores, ended, mean=mean, std=std, clip=clip, missing_stop_penalty=shaping.missing_stop_penalty,
         center=shaping.center, group_size=setup.config.samples_per_prompt, unclipped=rest,
@@ -350,7 +392,7 @@ def measured(experience: Experience, kl_coef: float) -> dict[str, float]:
     scored, completions, scores = experience.scored, experience.completions, experience.rated.raw
     sampled_kl = (scored.logp - scored.ref_logp).sum(dim=1)
     non_score = -kl_coef * sampled_kl
-    return {
+    found = {
         "objective/kl": sampled_kl.mean().item(),
         "objective/kl_exact": experience.kl,
         "objective/kl_coef": kl_coef,
@@ -367,6 +409,11 @@ def measured(experience: Experience, kl_coef: float) -> dict[str, float]:
         **_shape(experience),
         **_of_tools(experience),
     } | _by_name(experience.rated)
+    left_out = (
+        *(() if experience.compared else OF_REFERENCE),
+        *(() if experience.rated.by_name else OF_SCORES),
+    )
+    return {name: value for name, value in found.items() if name not in left_out}
 
 
 def _by_name(rated: Rated) -> dict[str, float]:
@@ -465,7 +512,7 @@ def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> 
             "completion": text_of(setup.tokenizer, c) if c.dialogue is None else list(c.dialogue.turns),
             "rewards": {name: values[i] for name, values in experience.rated.by_name.items()},
             **_extra_of(experience, i),
-            "kl": kls[i],
+            **({"kl": kls[i]} if experience.compared else {}),
             "length": len(c.own_ids),
             "stop_reason": c.stop_reason,
         }
@@ -477,21 +524,23 @@ def evaluate(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[s
     """Raw score and exact KL on held-out prompts, and what early stopping looks at: the normalised score
     minus the config's β times the KL (not the β of the moment, which would change what is compared)."""
     columns = _held_out(setup, prompts)
-    reward = columns["normalised"] - setup.config.kl.coef * columns["kl"]
+    worth = 0.0 if setup.config.imitates else columns["normalised"]  # what a stage is there for
+    reward = worth - setup.config.kl.coef * columns["kl"]
     judged = columns["judge"]
     of_judge = {"eval/judge": judged.mean().item(), "eval/judge_error": heldout_judge.error(judged)}
-    return (of_judge if setup.judge else {}) | {
+    found = (of_judge if setup.judge else {}) | {
         "eval/objective/scores": columns["scores"].mean().item(),
         "eval/objective/kl": columns["kl"].mean().item(),
         "eval/objective/rlhf_reward": reward.mean().item(),
     }
+    return found if setup.rewards else {name: v for name, v in found.items() if name not in OF_SCORES}
 
 
 def final_measures(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, Measure]:
     """Measures of the finished policy on held-out prompts, or on the first of its own where none are held
     out."""
     columns = _held_out(setup, prompts[: 4 * setup.config.batch_size])
-    names = ("scores", "kl", "length", *(["judge"] if setup.judge else []))
+    names = (*(["scores"] if setup.rewards else []), "kl", "length", *(["judge"] if setup.judge else []))
     return {name: mean_interval(columns[name].tolist()) for name in names}
 
 
@@ -507,13 +556,15 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
         with sharded.whole_here(setup.roles.policy):
             part = begin(setup, some, seed)
             completions = sample(setup, part, seed)
-        scored = score_tokens(setup, completions)
+        in_ids = setup.teacher_tokenizer is None
+        scored = score_tokens(setup, completions, compared=in_ids)
+        kls = scored.exact_kl.sum(dim=1) if in_ids else asked(setup, part, completions, scored).sampled_kl
         completions = [replace(c, hidden=None) for c in completions]
         rated = rate(setup, part, completions)
         return {
             "scores": rated.raw,
             "normalised": rated.total,
-            "kl": scored.exact_kl.sum(dim=1),
+            "kl": kls,
             "length": scored.mask.sum(dim=1).float(),
             "judge": heldout_judge.scores(setup.judge, part, completions, setup.tokenizer),
         }

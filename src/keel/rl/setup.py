@@ -25,7 +25,7 @@ from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import open_base
-from keel.rl import heldout_judge, tool_use
+from keel.rl import heldout_judge, teacher, tool_use
 from keel.rl.rollout import PromptExample, Setup
 from keel.rl.tool_use import ToolUse
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
@@ -101,7 +101,8 @@ def _reference_of(config: OnPolicy, run: StageRun, source: ModelSource) -> Model
         dtype = rest_in(dtype)
     if config.reference is not None:
         path, remote = run.resolve(config.reference), config.model.trust_remote_code
-        return ModelSource(path, None, dtype, remote, quantize=quantize, rows=source.rows)
+        rows = None if config.imitates else source.rows  # a teacher is nothing of the policy's
+        return ModelSource(path, None, dtype, remote, quantize=quantize, rows=rows)
     if config.reference_dtype is None and quantize is None:
         return None
     return replace(source, dtype=dtype, quantize=quantize)
@@ -156,7 +157,8 @@ def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
     elsewhere = config.rollout.vllm or methods.is_plugin("keel.engines", config.engine)
     as_sampled = config.trusts_sampler and not elsewhere
     scoring = policy + critic + (0.0 if as_sampled else policy)
-    run.flops = {"rollout": policy, "forward": scoring, "train": passes * (policy + critic)}
+    teaching = forward_flops(roles.reference) if config.imitates else 0.0
+    run.flops = {"rollout": policy, "forward": scoring, "train": passes * (policy + critic) + teaching}
     run.fastest = fastest(run.device, compute_dtype(roles.policy, run.device))
 
 
@@ -181,10 +183,13 @@ def open_stage(
         build_rewards.check_episodes(opened, tokenizer, run.name)
     lengths = (lazy_rows.sizes(rows, lambda task: len(task.ids)) for rows in (tasks, held))
     longest = max(itertools.chain.from_iterable(lengths)) + config.sampling.max_new_tokens
-    rewards = build_rewards.mixture(
-        opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
-        batch_size=config.rows_at_once or config.batch_size,
-    )  # fmt: skip
+    rewards = None
+    if opened:  # a stage that imitates need not have any
+        rewards = build_rewards.mixture(
+            opened, run, tokenizer, longest, normalize=config.shaping.normalize == "model",
+            batch_size=config.rows_at_once or config.batch_size,
+        )  # fmt: skip
+    theirs = teacher.check(config, reference, tokenizer, longest, run) if config.imitates else None
     roles = open_roles(
         source,
         reference,
@@ -195,6 +200,7 @@ def open_stage(
         seed=seed,
         base=base,
         cut=_cut if group.is_sharded() else lambda model: None,
+        same_vocabulary=not config.imitates,  # a head may have more rows than its tokenizer has tokens
     )
     for line in notes(roles.policy) if config.lora else ():
         run.say(f"{run.name}: {line}")
@@ -219,6 +225,7 @@ def open_stage(
             ptx,
             heldout_judge.open_judge(config, run, tokenizer, longest, base),
             tools,
+            theirs,
         ),
     )
 

@@ -154,6 +154,8 @@ def _rule(term: RewardTerm) -> Callable[..., Any]:
             return _of_environment
         case "answer":
             return rules.final_answer(term.column, term.where)
+        case "verdict":
+            return rules.verdict(term.column)
         case "format":
             return rules.format_tags(term.tags, term.partial)
         case "regex":

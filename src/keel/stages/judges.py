@@ -11,12 +11,12 @@ from keel.config.judge import AnnotatorJudge, JudgeSettings
 from keel.config.rewards import JudgeTerm
 from keel.data import chat
 from keel.data.batches import derive_seed
+from keel.data.questions import Criterion, Question, Rubric, Verdict
 from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, load_tokenizer
 from keel.rewards.judge.client import Endpoint, Remote, Unanswered, library
 from keel.rewards.judge.judging import Asked, Judge
 from keel.rewards.judge.ledger import FILE, Ledger
-from keel.rewards.judge.questions import Criterion, Question, Rubric, Verdict
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
 from keel.rundir.stage_run import StageRun

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
+from keel.data.questions import Question, Verdict
 from keel.errors import BudgetError, RewardError, UsageError
 from keel.rewards.judge.ledger import Ledger, key_of
-from keel.rewards.judge.questions import Question, Verdict
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second request, and between any two
 LONGEST_WAIT = 900.0  # seconds of `Retry-After`; who asks for more is down

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal, Protocol
 
+from keel.data import questions
 from keel.data.chat import completion_text
+from keel.data.questions import Question, Rubric, Verdict
 from keel.errors import RewardError, UsageError
 from keel.rewards import functions
-from keel.rewards.judge import questions
 from keel.rewards.judge.client import Unanswered
-from keel.rewards.judge.questions import Question, Rubric, Verdict
 from keel.rewards.mixture import Batch
 from keel.types import Conversation, Prompt
 

@@ -21,6 +21,7 @@ from keel.data.chat import completion_text
 from keel.types import Conversation, Prompt
 
 SCORE = "score"  # the one criterion of a rubric that is a text
+VERDICTS = {"A": 1.0, "B": 0.0, "tie": 0.5}  # of a pair → how far the first is better
 _LONGEST = 20_000  # characters of an answer that are looked at
 _THOUGHT = "</think>"
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(?P<inside>(?:(?!```).)*)\n```\Z", re.DOTALL)
@@ -239,12 +240,21 @@ def _read_scores(told: str, rubric: Rubric) -> Verdict:
     return Verdict(total / sum(c.weight for c in criteria), reason)
 
 
+def choice(told: str) -> str | None:
+    """The verdict that an answer to a pairwise question ends in, with or without reasons: A, B or tie. None
+    where it cannot be read."""
+    try:
+        value, _ = _value(told, "better", Rubric())
+    except ValueError:
+        return None
+    return value if isinstance(value, str) and value in VERDICTS else None
+
+
 def _read_choice(told: str, rubric: Rubric) -> Verdict:
     value, reason = _value(told, "better", rubric)
-    points = {"A": 1.0, "B": 0.0, "tie": 0.5}
-    if not isinstance(value, str) or value not in points:
+    if not isinstance(value, str) or value not in VERDICTS:
         raise ValueError('"better" is neither A, B nor tie')
-    return Verdict(points[value], reason)
+    return Verdict(VERDICTS[value], reason)
 
 
 def _read_ranking(told: str, rubric: Rubric, names: tuple[str, ...]) -> Verdict:

@@ -1,0 +1,35 @@
+"""What replies are judged by, and comparisons as questions about it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from keel.config.settings import Settings
+
+RUBRIC = (
+    "Is the reply right, does it do what was asked for, and is it honest about what it does not know? A "
+    "reply that is longer than it needs to be is worse."
+)
+
+
+class CriterionConfig(Settings):
+    """One thing that a judge judges by."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,39}$", description="Its name in the answer.")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Its part in the score.")
+    description: str = Field("", description="What it means, in the words that the judge reads.")
+
+
+class VerdictsConfig(Settings):
+    """Comparisons as questions which of two replies is better, in the words of a judge of pairs."""
+
+    rubric: str | list[CriterionConfig] = Field(
+        RUBRIC, min_length=1, description="What to judge by, as of the judge that the model will be."
+    )
+    reasons: bool = Field(
+        False,
+        description=(
+            "The question asks for a sentence of reasons before the verdict, as of the judge that the model "
+            "will be. Such questions are prompts: comparisons hold no reasons to learn from."
+        ),
+    )
