@@ -16,6 +16,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# not the user's own, and the same for all processes: none of them reads keel's code twice
+os.environ["KEEL_CACHE"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "keel")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; Ctrl-C is tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
