@@ -46,6 +46,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/overoptimization.md",
         "docs/human-loop.md",
         "docs/memory.md",
+        "docs/speed.md",
         "docs/scale.md",
         "docs/saving.md",
         "docs/trackers.md",

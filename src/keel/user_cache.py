@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 def folder() -> Path:
@@ -29,7 +29,7 @@ def read(name: str) -> dict[str, Any]:
         value: Any = json.loads((folder() / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: nobody knows the home folder
         return {}
-    return value if isinstance(value, dict) else {}
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def write(name: str, value: dict[str, Any]) -> Path | None:

@@ -29,7 +29,7 @@ def test_help_loads_no_heavy_library():
 
 
 def test_reading_a_config_loads_no_heavy_library():
-    """Of ppo and grpo a config names a loss by its function's signature, which takes torch: of those alone."""
+    """But of ppo and grpo: those name losses, which are looked at, and take torch."""
     stages = {
         "sft": {"kind": "sft", "model": "a/b", "data": "rows.jsonl"},
         "reward": {"kind": "reward", "model": "sft", "data": "pairs.parquet"},
@@ -79,7 +79,7 @@ def test_a_cache_that_says_nothing_useful_changes_nothing(package, spoil):
     first = _as_a_new_process(package)
     if spoil == "entries":
         kept = user_cache.read(code_graph.KEPT)
-        user_cache.write(code_graph.KEPT, kept | {"files": dict.fromkeys(kept["files"], ["x"])})
+        user_cache.write(code_graph.KEPT, kept | {"files": {key: ["x"] for key in kept["files"]}})
     else:
         (user_cache.folder() / code_graph.KEPT).write_text(spoil)
     assert _as_a_new_process(package) == first

@@ -471,9 +471,26 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(help="A model to look at: a folder, a hub id, or runs/NAME/stages/STAGE.")
     ] = None,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure how fast this machine is, and keep it for all runs.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="With --bench: as `threads` of the runs.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the environment and whether keel can work in it; or what a model's own files say of it."""
+    """Show the environment and whether keel can work in it; or what a model's own files say of it; or with
+    --bench how fast the machine is."""
+    if model is not None and bench:
+        raise UsageError("--bench measures the machine: give it no model")
+    if threads is not None and not bench:
+        raise UsageError("--threads has no effect without --bench")
+    if bench:
+        from keel.cli import doctor as examining
+
+        measured = examining.bench(threads)
+        show(json.dumps(measured, indent=2) if as_json else examining.bench_text(measured))
+        return
     if model is not None:
         from keel.models.facts import read_facts
 

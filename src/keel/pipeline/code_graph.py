@@ -99,20 +99,21 @@ class CodeGraph:
         """Where a module stands: keel.rl.loop → rl/loop.py."""
         return self._modules[module].path.relative_to(self._root).as_posix()
 
-    def used_by(self, roots: Collection[str]) -> set[str]:
-        """The modules called `roots` and all that they import, directly or not."""
+    def used_by(self, roots: Collection[str], but: Collection[str] = ()) -> set[str]:
+        """The modules called `roots` and all that they import, directly or not. but: modules that are passed
+        over, with what only they import."""
         used: set[str] = set()
         waiting = [module for module in roots if module in self._modules]
         while waiting:
             module = waiting.pop()
-            if module not in used:
+            if module not in used and module not in but:
                 used.add(module)
                 waiting += self._named(self._modules[module].imports)
         return used
 
-    def used_by_file(self, path: Path) -> set[str]:
+    def used_by_file(self, path: Path, but: Collection[str] = ()) -> set[str]:
         """The modules that a file outside the package imports, directly or not."""
-        return self.used_by(self._named(Module(path, "").imports))
+        return self.used_by(self._named(Module(path, "").imports), but)
 
     def prints(self, modules: Collection[str]) -> dict[str, str]:
         """File → hash of its code, for each of the modules."""
