@@ -77,12 +77,12 @@ def test_a_micro_batch_is_so_many_rows_or_so_many_tokens() -> None:
         (_config(s=_evaluate(sampling={"topp": 0.9})), "stages.s.sampling.topp", "top_p"),
         (
             _config(s=_ppo(reward=[{"kind": "learned", "model": "m", "combin": "min"}])),
-            "stages.s.reward.0.learned.combin",
+            "stages.s.reward.0.combin",
             "combine",
         ),  # `reward` is a setting here, and the name of a kind of stage elsewhere
         (
             _config(s=_ppo(reward=[{"kind": "classifier", "model": "m", "lable": 1}])),
-            "stages.s.reward.0.classifier.lable",
+            "stages.s.reward.0.lable",
             "label",
         ),
         (
@@ -468,7 +468,7 @@ def _grpo(**settings: Any) -> dict[str, Any]:
 
 def test_a_constant_length_is_finite():
     for length in (float("inf"), float("nan")):
-        assert "s.reduce.float: must be a finite number" in _refusal(_config(s=_grpo(reduce=length)))
+        assert "s.reduce: must be a finite number" in _refusal(_config(s=_grpo(reduce=length)))
     assert "must be a positive, finite length" in _refusal(_config(s=_grpo(reduce=0.0)))
 
 

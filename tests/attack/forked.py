@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+STOPS = (signal.SIGINT, signal.SIGTERM)
 MARK = "KEEL_ATTACK"  # in the environment of a command and of all that it starts
 
 
@@ -84,9 +85,12 @@ def child(request: dict[str, Any], counter: int) -> None:
         for name, limit in request.get("limits", {}).items():
             resource.setrlimit(getattr(resource, name), (limit, limit))
         sys.argv = ["keel", *request["argv"]]
-        from keel.cli.main import main
+        from keel.__main__ import _leave, main
 
         sys.addaudithook(Trap(request.get("kill") or {}, counter))
+        for number in STOPS:
+            signal.signal(number, _leave)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         try:
             main()
         except SystemExit as ended:
@@ -120,9 +124,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Fork, kill if asked to, wait, look what is left."""
     kill, counted = request.get("kill") or {}, tempfile.TemporaryFile()  # noqa: SIM115
     began, sent = time.monotonic(), 0
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # nobody can be ready for one before keel is called
     pid = os.fork()
     if not pid:
         child(request, counted.fileno())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     when = [kill["after"], kill["after"] + kill.get("gap", 0.01)] if "after" in kill else []
     when = when[: len(kill.get("signals", ()))]
     hung = False
@@ -167,6 +173,8 @@ def import_everything() -> None:
         LlamaForCausalLM,
     )
 
+    import keel.__main__
+    import keel.cli.main
     import keel.plan.planner
     import keel.report
     import keel.rl.grpo

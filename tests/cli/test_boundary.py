@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from keel.cli import boundary, interrupts
+from keel.accel.patches import AccelWarning
+from keel.cli import boundary, interrupts, main
 from keel.errors import UsageError
 
 
@@ -37,6 +39,25 @@ def test_an_error_is_one_line_with_its_remedy(error: Exception, said: str, code:
     assert said in line
     assert "\n" not in line
     assert found == code
+
+
+def test_a_model_that_the_machine_refused_to_open_is_no_fault_of_the_model() -> None:
+    try:
+        raise UsageError("model 'm' cannot be loaded") from OSError(errno.EMFILE, "Too many open files")
+    except UsageError as error:
+        line, code = boundary.explain(error)
+    assert "ulimit -n" in line
+    assert code == 1
+
+
+def test_a_warning_of_keels_own_is_one_line_without_its_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", main._show_warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("accel: head is off", AccelWarning, stacklevel=1)
+    assert capsys.readouterr().err == "keel: note: accel: head is off\n"
 
 
 def test_the_traceback_is_there_for_who_asks(

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from keel.data.batches import derive_seed, permutation
 from keel.data.holdout import hold_out, split_holdout, together
-from keel.data.identity import RowKeys, prompt_key, shared
+from keel.data.identity import RowKeys, distinct, prompt_key, shared
 from keel.data.records import parse
 from keel.errors import DataError
 
@@ -166,3 +167,9 @@ def test_what_two_data_sets_share():
     assert shared(ours.prompts, theirs.prompts) == 2
     assert shared(theirs.prompts, ours.prompts) == 1
     assert shared(ours.prompts, RowKeys().prompts) == 0
+
+
+@pytest.mark.parametrize("keys", [[], [0], [0, 0], [1, 0, 0, 1], [2**64 - 1, 0, 2**63, 5, 5], [7] * 3 + [2]])
+def test_distinct_keys_are_those_of_numpy(keys):
+    given = np.array(keys, dtype=np.uint64)
+    np.testing.assert_array_equal(distinct(given), np.unique(given))

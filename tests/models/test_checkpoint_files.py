@@ -111,6 +111,44 @@ def test_whole_files_have_no_fault(tiny_model: Path) -> None:
     assert fault_in(str(tiny_model)) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda weight: weight.to(torch.int8), r"holds whole numbers \(I8\)"),
+        (lambda weight: weight * float("nan"), r"layers\.0\.mlp\.up_proj\.weight is not finite"),
+        (lambda weight: weight / 0, r"layers\.0\.mlp\.up_proj\.weight is not finite"),
+    ],
+)
+def test_weights_that_are_none_are_named(
+    tmp_path: Path, tiny_model: Path, change: Callable[[torch.Tensor], torch.Tensor], says: str
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(tiny_model, folder)
+    tensors, name = load_file(folder / WEIGHTS), "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: change(tensors[name])}, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=says):
+        causal_lm(ModelSource(str(folder)), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "nonsense"}, "nonsense"),
+        ({"dtype": "float7", "torch_dtype": "float7"}, "float7"),
+    ],
+)
+def test_a_config_that_breaks_transformers_is_refused_in_a_line(
+    tmp_path: Path, tiny_model: Path, settings: dict[str, Any], says: str
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    with pytest.raises(UsageError, match=f"cannot be loaded: .*{says}"):
+        causal_lm(ModelSource(str(folder)), 0)
+
+
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path, tiny_model: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "m", max_shard_size="20KB")
     gone = sorted((tmp_path / "m").glob("model-*.safetensors"))[1]

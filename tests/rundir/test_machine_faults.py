@@ -50,6 +50,10 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the memory is used up"),
         (OutOfMemoryError("CUDA out of memory"), "the GPU's memory is used up"),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "no space"),
+        (
+            RuntimeError("unable to open file <x> in read-only mode: Too many (24)"),
+            "too many open",
+        ),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "no space"),
     ],
 )

@@ -92,7 +92,9 @@ def _forget_stdout() -> None:
 def explain(error: BaseException) -> tuple[str, int]:
     """An error in a line, and the exit code that belongs to it."""
     if isinstance(error, KeelError):
-        return str(error), error.exit_code
+        # a model that "cannot be loaded" is no fault of the model's where the machine has refused to open it
+        refused = None if error.__cause__ is None else machine_faults.explain(error)
+        return str(refused or error), (refused or error).exit_code
     if (told := machine_faults.explain(error)) is not None:
         return str(told), told.exit_code
     if _is_lost(error):

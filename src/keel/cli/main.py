@@ -17,7 +17,7 @@ import keel
 from keel.api.terminal import show, show_json
 from keel.cli import bench, boundary, interrupts, label
 from keel.cli.progress import progress, say
-from keel.errors import DeprecationNote, UsageError
+from keel.errors import UsageError
 from keel.rundir import run_status
 
 app = typer.Typer(
@@ -66,8 +66,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A note on a renamed setting as one plain line: its place in keel's code means nothing to a user."""
-    if issubclass(category, DeprecationNote):
+    """A note of keel's own as one plain line: its place in keel's code means nothing to a user."""
+    if category.__module__.partition(".")[0] == "keel":
         say(f"keel: note: {message}")
     else:
         _show_with_place(message, category, filename, lineno, file, line)

@@ -75,7 +75,7 @@ def parse(tree: Mapping[str, Any], origin: str = "config", overrides: Sequence[s
     try:
         return RunConfig.model_validate(changed)
     except ValidationError as error:
-        lines = [_explain(item, tree) for item in error.errors()]
+        lines = [_explain(item, changed) for item in error.errors()]
         raise errors.UsageError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
@@ -137,11 +137,7 @@ def _nearest(word: str, known: Sequence[str] | Mapping[str, Any] | set[str]) -> 
 
 def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     """One error of pydantic in a line: where in the config, and what is wrong there."""
-    place = [str(part) for part in item["loc"]]
-    if len(place) > 2 and place[0] == "stages":
-        place = [part for part in place if not part.startswith("function-wrap")]
-        if len(place) > 2 and place[2] in KINDS:
-            del place[2]  # pydantic inserts the union's tag
+    place = _written(item["loc"], tree)
     dotted, message = ".".join(place), item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         kind = item["loc"][2] if place[0] == "stages" and len(item["loc"]) > 3 else None
@@ -164,6 +160,27 @@ def _explain(item: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         given = _number_shown(given) if type(given) in (int, float) else shown(given)
         message = f"{_plain(message)}, not {given}{_FORMS.get(place[-1], '')}"
     return f"{dotted}: {message}" if dotted else message
+
+
+_CHOICES = re.compile(  # what pydantic calls the choices of a union, within the place of an error
+    r"(?:[a-z-]+\[.*|(?:function|constrained|lax-or-strict|json-or-python)-.*|str|int|float|bool|none|[A-Z]\w+)\Z",
+    re.DOTALL,
+)
+
+
+def _written(location: Sequence[Any], tree: Any) -> list[str]:
+    """The place of an error as it is written in the config's `tree`, without pydantic's names of choices and
+    the kinds that it puts in."""
+    place: list[str] = []
+    node = tree
+    for part in location:
+        named = isinstance(node, Mapping)
+        known = part in node if named else isinstance(node, list) and isinstance(part, int)
+        tag = named and part == node.get("kind")
+        if known or not isinstance(part, str) or not (tag or _CHOICES.match(part)):
+            place.append(str(part))
+        node = node[part] if known else node  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return place
 
 
 def _number_shown(given: float) -> str:

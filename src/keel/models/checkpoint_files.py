@@ -57,6 +57,7 @@ def fault_in(place: str) -> str | None:
             return None
         folder = Path(found).parent
     faults = [_fault_of_object(path) for name in OBJECTS if (path := folder / name).is_file()]
+    faults += [_fault_of_text(path) for path in sorted(folder.glob("chat_template*.jinja"))]
     faults += [fault_of_weights(path) for path in sorted(folder.glob("*.safetensors"))]
     found_fault = next((fault for fault in faults if fault is not None), None)
     return found_fault or _missing_shard(folder)
@@ -80,6 +81,42 @@ def fault_of_weights(path: Path) -> str | None:
     whole = 8 + length + max(ends, default=0)
     if size < whole:
         return f"{path} is cut short ({size:,} of {whole:,} bytes): {AGAIN}"
+    return None
+
+
+def fault_of_dtypes(folder: Path) -> str | None:
+    """What is wrong with the dtypes of a folder's weights: whole numbers, of which its config does not say
+    what they stand for; None: nothing, or no file can be read. transformers would take them for the
+    weights."""
+    if "quantization_config" in json_object(folder / "config.json"):
+        return None
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, part in _header(path).items():
+            if name.endswith(("weight", "bias")) and str(part["dtype"]).startswith(("I", "U", "BOOL")):
+                return (
+                    f"{path}: {name} holds whole numbers ({part['dtype']}), and no `quantization_config` of "
+                    "config.json says what they stand for"
+                )
+    return None
+
+
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name → dtype, shape and place of each tensor of a safetensors file; empty where it is none."""
+    try:
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = handle.read(length) if length < path.stat().st_size else b""
+        tensors = cast("dict[str, dict[str, Any]]", json.loads(header))
+        return {name: part for name, part in tensors.items() if name != "__metadata__" and "dtype" in part}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _fault_of_text(path: Path) -> str | None:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return f"{path} is no text (UTF-8): {AGAIN}"
     return None
 
 

@@ -31,9 +31,9 @@ from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models import experts, quantize
 from keel.models.causality import require_causal
-from keel.models.checkpoint_files import fault_of_sizes, json_object, without_place
+from keel.models.checkpoint_files import fault_of_dtypes, fault_of_sizes, json_object, without_place
 from keel.models.embeddings import adopt_vocabulary, resized, with_whole_embeddings
-from keel.models.load_errors import NO_TOKENIZER, explained
+from keel.models.load_errors import NO_TOKENIZER, explained, require_finite
 from keel.models.precision import mark_precision, weights
 from keel.models.seeding import seed_head, seeded
 
@@ -132,6 +132,8 @@ def model_config(source: ModelSource) -> Any:
         place = Path(str(source.path)) / "config.json"
         if place.is_file() and (fault := fault_of_sizes(json_object(place))):
             raise UsageError(f"{place}: {fault}")
+        if place.is_file() and (fault := fault_of_dtypes(place.parent)):
+            raise UsageError(fault)
         return AutoConfig.from_pretrained(
             str(source.path), trust_remote_code=source.trust_remote_code, revision=source.revision
         )
@@ -161,6 +163,7 @@ def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase 
                 f"model {str(source.path)!r} is no whole causal language model: it has no "
                 f"{min(info['missing_keys'])}"
             )
+        require_finite(model, str(source.path))
         _require_no_other(model, source, info["unexpected_keys"], head=True)
         if source.quantize is not None:
             quantize.settled(model).keel_afresh = partial(causal_lm, replace(source, quantize=None), seed)
@@ -214,6 +217,7 @@ def scorer(
         if source.quantize is not None:
             again = replace(source, quantize=None)
             quantize.settled(model).keel_afresh = partial(scorer, again, seed, vocab=vocab, labels=labels)
+        require_finite(model, str(source.path))
         new_head = "score.weight" in info["missing_keys"]
         _require_no_other(model, source, info["unexpected_keys"], head=False)
         lacks = _from_tied_head(model, source, set(info["missing_keys"]))

@@ -22,6 +22,7 @@ from keel.errors import UsageError
 from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
 from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
+from keel.models.load_errors import explained
 from keel.pipeline import held_out, lengths, stage_kinds
 from keel.pipeline.device import device_of
 from keel.pipeline.pipeline import Pipeline
@@ -290,7 +291,7 @@ def _without_weights(pipeline: Pipeline, name: str, tokenizer: PreTrainedTokeniz
     if head == "score":
         family = AutoModelForSequenceClassification
         config.num_labels = stage.outputs
-    with torch.device("meta"):
+    with explained(_origin(pipeline, name), "model"), torch.device("meta"):
         return family.from_config(config, trust_remote_code=remote)
 
 

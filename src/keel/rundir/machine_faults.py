@@ -15,7 +15,10 @@ from keel.errors import KeelError, MachineError
 
 GOES_ON = "nothing is half-written; the same command goes on"
 _WRITTEN = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos", re.DOTALL)
-_NUMBER = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust end the message of an error of the system
+# how libraries in Rust end the message of an error of the system, and how torch ends that of a file
+_NUMBER = re.compile(
+    r"\(os error (\d+)\)|unable to (?:open|mmap|stat|resize|write)\b.*: .* \((\d+)\)\s*\Z", re.DOTALL
+)
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|std::bad_alloc"
     r"|can't start new thread",
@@ -138,7 +141,7 @@ def _number_of(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = _NUMBER.search(str(error))
-    return int(found[1]) if found else None
+    return int(found[1] or found[2]) if found else None
 
 
 def _file_of(error: BaseException) -> Path | None:

@@ -26,7 +26,7 @@ from keel.config import ClassifierConfig, DataConfig
 from keel.data import chat, files
 from keel.data.batches import derive_seed
 from keel.data.holdout import hold_out
-from keel.data.identity import RowKeys, as_keys
+from keel.data.identity import RowKeys, as_keys, distinct
 from keel.data.stored.inputs import Inputs, InputSink, StoredInputs, name_of_inputs
 from keel.data.stored.plain import plain_texts
 from keel.data.stored.records import Rows, joined, keys_of_rows, picked, release
@@ -145,7 +145,7 @@ def _held_out(
 
 def _contradicting(stage_run: StageRun, keys: Mapping[str, Keys], row_keys: Mapping[str, RowKeys]) -> Keys:
     """The keys of texts under two labels or more; counted, with the repeated ones, and said."""
-    each = [np.unique(of_label) for of_label in keys.values()]
+    each = [distinct(of_label) for of_label in keys.values()]
     texts, labels = np.unique(np.concatenate(each), return_counts=True)
     twice = texts[labels > 1]
     duplicates = sum(of_label.repeats().duplicates for of_label in row_keys.values())
