@@ -88,6 +88,14 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _shared_runs_in_float32() -> Iterator[None]:
+    """As `_in_float32`, for what several tests share, which is made before it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "fast_in_bfloat16", lambda device: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _in_float32() -> Iterator[None]:
     """`dtype: auto`, the default, is float32 in tests, whatever processor they run on; those that test
