@@ -8,7 +8,7 @@ LATEST ?= .venv-latest
 VLLM   ?= .venv-vllm
 SUPPLY ?= .venv-supply
 
-.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks test-vllm fuzz audit lock check check-latest docs tutorials build bench bench-data bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks test-vllm fuzz audit lock check check-latest docs tutorials build bench bench-guard bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -131,6 +131,10 @@ bench: $(VENV)/.installed $(PEERS)/.installed  ## against peers, in pairs in one
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scaling.py
+
+# AGAINST: a wheel of the last release, or a git ref. Some minutes; processor time, so other work disturbs little.
+bench-guard: $(VENV)/.installed    ## five short pairs against an earlier keel; fails where one is 10 % slower
+	$(BIN)/python benchmarks/guard.py $(AGAINST)
 
 # SEED: comparisons with prompt, chosen and rejected; MODEL: a small language model. Half an hour on two idle cores.
 bench-data: $(VENV)/.installed     ## a million comparisons: time, memory, second start

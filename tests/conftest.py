@@ -16,6 +16,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# not the user's own, and the same for all processes: none of them reads keel's code twice
+os.environ["KEEL_CACHE"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "keel")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; Ctrl-C is tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -84,6 +86,14 @@ class Data:
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_runs_in_float32() -> Iterator[None]:
+    """As `_in_float32`, for what several tests share, which is made before it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "fast_in_bfloat16", lambda device: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -49,6 +49,7 @@ NAVIGATION: dict[str, tuple[str, ...]] = {
         "docs/human-loop.md",
         "docs/memory.md",
         "docs/engines.md",
+        "docs/speed.md",
         "docs/scale.md",
         "docs/saving.md",
         "docs/trackers.md",

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from keel import __version__
 from keel.config import RunConfig, read
@@ -310,6 +311,30 @@ def test_a_renamed_key_is_noted_once_on_stderr(keel, write):
     assert done.err.count("`only` (kind: length) is now called `source_filter`") == 1
     assert done.err.startswith("keel: note: ")
     assert ".py:" not in done.err  # no place in the code
+
+
+def test_doctor_measures_the_machine_and_keeps_it(keel, monkeypatch, tmp_path):
+    monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("keel.models.machine_speed.fastest", lambda device, dtype, tries: 2e9)
+    monkeypatch.setattr("keel.models.machine_speed.reading", lambda device, size, tries: 3e9)
+    found = keel("doctor", "--bench", "--json").json
+    assert found["flops"]["bfloat16"] == 2e9
+    assert found["threads"] == torch.get_num_threads()
+    kept = json.loads((tmp_path / "cache" / "machine.json").read_text())
+    assert [entry["flops"] for entry in kept.values()] == [found["flops"]]
+    text = keel("doctor", "--bench").out
+    assert "2 GFLOP/s" in text
+    assert str(tmp_path / "cache" / "machine.json") in text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(("some/model", "--bench"), "give it no model"), (("--threads", "2"), "no effect without --bench")],
+)
+def test_doctor_refuses_what_has_no_effect(keel, given, said):
+    outcome = keel("doctor", *given)
+    assert outcome.code == 2
+    assert said in outcome.err
 
 
 def test_doctor(keel):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from keel.models.device_info import fastest, forget_peak, forward_flops, peak_memory_mib
+from keel.models.device_info import forget_peak, forward_flops, peak_memory_mib
+from keel.models.machine_speed import fastest
 
 
 @pytest.mark.parametrize("tied", [False, True])

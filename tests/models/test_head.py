@@ -289,3 +289,12 @@ def test_in_bfloat16_products_the_parts_are_those_of_the_models_own_logits(
     for one, other in zip(gradients(model, ours), gradients(model, theirs), strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.1 * float(other.abs().max()))
+
+
+def test_the_likeliest_token_is_the_first_of_equal_ones() -> None:
+    from keel.models.logprobs import _likeliest
+
+    logits = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [5.0, 0.0, 1.0], [0.0, 0.0, 2.0]])
+    for rows in (logits, logits.bfloat16()):
+        assert _likeliest(rows, torch.tensor([1, 2, 1, 2])).tolist() == [True, False, False, True]
+        assert _likeliest(rows, rows.argmax(dim=-1)).all()

@@ -184,6 +184,14 @@ def test_how_far_the_sampler_is_from_the_trainer_is_measured_in_the_first_step(r
         assert all(row["val/ratio_first"] == 1.0 for row in rows)
 
 
+def test_every_phase_of_an_update_says_how_far_it_is_from_its_floor(run_ppo: Any) -> None:
+    stage, _ = run_ppo(updates=1)
+    (times,) = [json.loads(line) for line in (stage / "times.jsonl").read_text().splitlines()]
+    for phase in ("rollout", "forward", "score", "train", "optimizer"):
+        assert times[f"{phase}/roofline"] > 0, phase
+    assert times["optimizer"] < times["train"]
+
+
 def test_the_epochs_end_when_the_policy_has_moved_far_enough(run_ppo: Any) -> None:
     _, rows = run_ppo(epochs=4, mini_batch=4, lr=1e-2, max_approx_kl=1e-6)
     assert [row["policy/epochs"] for row in rows] == [1.0, 1.0]

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from keel.errors import KeelError
+from keel.models.machine_speed import Speed
+from keel.models.phase_cost import PhaseCost
 from keel.rundir.checkpoint import Checkpoint, discard, latest, save, write_json
 
 
@@ -108,15 +110,33 @@ def test_what_depends_on_the_clock_is_in_a_log_of_its_own(stage_run: Any) -> Non
 def test_rates_are_those_of_the_tokens_counted(stage_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0, 20.0, 22.0])
     monkeypatch.setattr("keel.rundir.stage_run.time.perf_counter", lambda: next(clock))
-    stage_run.flops, stage_run.fastest = {"train": 6e6}, 1e9
+    stage_run.costs, stage_run.speed = {"train": PhaseCost(6e6)}, Speed(1e9)
     for _ in range(2):
         with stage_run.timed("train"):
             stage_run.count("train", 100, 150)
     stage_run.log(1, 2, {"loss": 1.0})
     (line,) = (stage_run.directory / "times.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "step": 1, "train": 4.0, "train/tokens_per_second": 50.0, "train/useful": 0.6667, "train/mfu": 0.3
+        "step": 1, "train": 4.0, "train/tokens_per_second": 50.0, "train/useful": 0.6667, "train/mfu": 0.3,
+        "train/roofline": 0.3,
     }  # fmt: skip
+
+
+def test_the_roofline_is_what_the_machine_needs_at_least(stage_run: Any, monkeypatch) -> None:
+    clock = iter([0.0, 1.0, 5.0, 10.0])  # the optimiser within training
+    monkeypatch.setattr("keel.rundir.stage_run.time.perf_counter", lambda: next(clock))
+    stage_run.costs = {"train": PhaseCost(10.0, 1.0, passed=4.0), "optimizer": PhaseCost(passed=100.0)}
+    stage_run.speed = Speed(100.0, {1000: 50.0})
+    with stage_run.timed("train"):
+        stage_run.count("train", 30, 40, passes=1, pairs=200)
+        with stage_run.stepping():
+            pass
+    stage_run.log(1, 2, {"loss": 1.0})
+    times = json.loads((stage_run.directory / "times.jsonl").read_text())
+    assert (times["train"], times["optimizer"]) == (10.0, 4.0)
+    assert times["train/roofline"] == 0.5  # 30 tokens of 10 FLOP and 200 pairs of one, at 100 a second: 5 s
+    assert times["optimizer/roofline"] == 0.5  # 100 bytes at 50 a second
+    assert "optimizer/tokens_per_second" not in times
 
 
 def test_what_people_made_survives_its_directory(tmp_path: Path) -> None:

@@ -58,3 +58,11 @@ def test_weights_cast_once_in_a_step_are_those_of_the_step(
         logs[-1].append((folder / "model" / "model.safetensors").read_bytes())
     assert {"cast", "packed"} <= set(made)  # what was meant to be tested
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    ("has", "fast"),
+    [({}, False), ({"avx512_f": True}, False), ({"amx_bf16": True}, True), ({"avx512_bf16": True}, True)],
+)
+def test_which_processors_are_fast_in_bfloat16(has: dict[str, bool], fast: bool) -> None:
+    assert precision.fast_cpu(has) is fast

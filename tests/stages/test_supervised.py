@@ -70,6 +70,9 @@ def test_micro_batches_and_gradient_checkpointing_change_memory_and_not_results(
     stage, split = run_stage(kind, "split", micro_batch=4, gradient_checkpointing=True, **settings)
     _, by_tokens = run_stage(kind, "tokens", micro_tokens=50, **settings)
     assert len(whole) == len(split) == len(by_tokens) == 3
+    times = [json.loads(line) for line in (stage / "times.jsonl").read_text().splitlines()]
+    for phase in ("train", "optimizer"):
+        assert all(row[f"{phase}/roofline"] > 0 for row in times), phase
     for one, other, third in zip(whole, split, by_tokens, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
         assert third == pytest.approx(one, rel=1e-3, abs=1e-4)

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from keel.accel import half_attention
 from keel.accel.modules import undisturbed
 from keel.accel.patches import difference, disabled, enabled, trusted
 
@@ -111,21 +112,44 @@ def attend(
     """Transformers' attention by torch's kernels, (B, H, S, D) → (B, S, H, D), on whatever rows the mask
     stands for.
 
-    On a CPU in bfloat16 torch's backward is six times slower than in float32, so that float32 is used there
-    where several positions ask at once (as they do in training).
+    On a CPU in bfloat16 torch's backward is six times slower than in float32. Where several positions ask at
+    once there (as they do in training), short rows are attended to by `half_attention`, long ones in float32.
     """
     kernel = ALL_ATTENTION_FUNCTIONS[PLAIN]
     rows = rows_of(attention_mask)
     if rows is None and not enabled("attention"):
         return kernel(module, query, key, value, attention_mask, **more)
     if query.device.type == "cpu" and query.shape[2] > 1 and torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu") == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            query, key, value = (x.float() for x in (query, key, value))
-            return attend(module, query, key, value, attention_mask, **more)
+            return _attend_cast(module, (query, key, value), attention_mask, more, half=half), None
     if rows is None:
         return kernel(module, query, key, value, attention_mask, **more)
     query, key, value = (rows.laid_out(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
     return rows.taken(kernel(module, query, key, value, rows.mask, **more)[0]), None
+
+
+def _attend_cast(
+    module: nn.Module,
+    heads: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    more: dict[str, Any],
+    *,
+    half: bool,
+) -> Tensor:
+    """As `attend`, where autocast would have it in half precision on a CPU, of queries, keys and values; (B,
+    S, H, D). half: in bfloat16."""
+    rows = rows_of(mask)
+    query, key, value = heads
+    if rows is not None:
+        query, key, value = (rows.laid_out(x.transpose(1, 2)).transpose(1, 2) for x in heads)
+        mask = rows.mask
+    if half and half_attention.fits(module, query, key, mask, more):
+        attended = half_attention.half_attend(module, query, key, value, mask, more)
+    else:
+        kernel = ALL_ATTENTION_FUNCTIONS[PLAIN]
+        attended = kernel(module, query.float(), key.float(), value.float(), mask, **more)[0]
+    return attended if rows is None else rows.taken(attended)
 
 
 # under a name of its own it changes nothing for models that do not ask for it; at import, so that a pickled

@@ -123,24 +123,45 @@ def _draws(model: Any) -> bool:
 # ---------------------------------------------------------------- how much was read
 
 
-_read: ContextVar[dict[int, int] | None] = ContextVar("read", default=None)
+class Counted:
+    """What models were given, by model."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, tuple[int, int]] = {}  # and in how many forwards
+
+    def add(self, model: object, tokens: int) -> None:
+        """One more forward of a model."""
+        before = self._tokens.get(id(model), (0, 0))
+        self._tokens[id(model)] = before[0] + tokens, before[1] + 1
+
+    def __call__(self) -> int:
+        """Tokens that the model that read most was given, with padding."""
+        return max(self._tokens.values(), default=(0, 0))[0]
+
+    @property
+    def passes(self) -> int:
+        """Forwards of the model that made most."""
+        return max((passes for _, passes in self._tokens.values()), default=0)
+
+
+_read: ContextVar[Counted | None] = ContextVar("read", default=None)
 
 
 @contextmanager
-def counting() -> Iterator[Callable[[], int]]:
-    """Within it, a function that says how many tokens the model that read most was given, with padding."""
-    tokens: dict[int, int] = {}
-    token = _read.set(tokens)
+def counting() -> Iterator[Counted]:
+    """Within it what models are given is counted; called, it says how many tokens."""
+    counted = Counted()
+    token = _read.set(counted)
     try:
-        yield lambda: max(tokens.values(), default=0)
+        yield counted
     finally:
         _read.reset(token)
 
 
 def count(model: object, tokens: int) -> None:
-    """A model was given so many tokens."""
+    """A model was given so many tokens in a forward."""
     if (counted := _read.get()) is not None:
-        counted[id(model)] = counted.get(id(model), 0) + tokens
+        counted.add(model, tokens)
 
 
 # ---------------------------------------------------------------- which sequences

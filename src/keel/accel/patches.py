@@ -53,6 +53,13 @@ PATCHES: Mapping[str, Patch] = {
             "transformers' sdpa takes packed rows without padding on every device",
         ),
         Patch(
+            "half_attention",
+            "keel.accel.half_attention",
+            "attention of short rows under autocast on the CPU, in float32, by products in bfloat16",
+            "once: values and gradients, causal and under a mask, against torch's kernel",
+            "torch's kernel is faster in bfloat16 than in float32, forward and backward",
+        ),
+        Patch(
             "cpu_linear",
             "keel.accel.cpu_linear",
             "forward of nn.Linear and of gated feed-forward parts, on the CPU",

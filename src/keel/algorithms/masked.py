@@ -119,10 +119,15 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Raises ValueError unless temperature > 0: greedy decoding has no distribution to take a ratio of.
     """
+    return torch.log_softmax(_tempered(logits, temperature), dim=-1)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in at least float32. ValueError unless temperature > 0."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     logits = at_least_float32(logits)
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def token_logp(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -147,8 +152,8 @@ def token_logp_and_entropy(
     logits: Tensor, ids: Tensor, temperature: float = 1.0, *, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """`token_logp` and `entropy` of the same logits, (N, V) and (N,) → two of (N,), with gradient to both,
-    from one log-softmax and with fewer copies of it: it is all that is kept for the backward pass.
-    with_entropy False: the entropies are 0."""
+    from one softmax and with fewer passes over it: it is all that is kept for the backward pass. with_entropy
+    False: the entropies are 0. Raises ValueError unless temperature > 0."""
     return _TokenLogp.apply(logits, ids, temperature, with_entropy)  # pyright: ignore[reportReturnType]
 
 
@@ -159,18 +164,26 @@ class _Kept(FunctionCtx):
 
 
 class _TokenLogp(torch.autograd.Function):
-    """With y = log softmax(x / T), H = −Σ_v e^{y_v} y_v: ∂y_a/∂x = (1_a − e^y)/T, ∂H/∂x = −e^y (y + H)/T."""
+    """With x the logits / T, p = softmax(x), y = log p, H = −Σ_v p_v y_v:
+    ∂y_a/∂x = 1_a − p, ∂H/∂x = −p (y + H).
+
+    p is computed once, and is what the backward multiplies with. With m the largest x, whose p is at least
+    1/V: y = x − m + log p_m, and H = −log p_m − Σ_v p_v (x_v − m), a sum of what is not negative.
+    """
 
     @staticmethod
     def forward(
         ctx: _Kept, logits: Tensor, ids: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        y = log_softmax(logits, temperature)
-        logp = y.gather(-1, ids[:, None]).squeeze(-1)
+        x = _tempered(logits, temperature)
+        p = torch.softmax(x, dim=-1)
+        largest, log_largest = x.amax(dim=-1), p.amax(dim=-1).log_()
+        logp = (x.gather(-1, ids[:, None]).squeeze(-1) - largest).add_(log_largest)
         h = torch.zeros_like(logp)
-        if with_entropy:  # 0 · log 0 = 0; a NaN of the model's own is in logp as well
-            h = -y.exp().mul_(y).nan_to_num_(nan=0.0).sum(dim=-1)
-        ctx.save_for_backward(y, ids, h)
+        if with_entropy:  # 0 · −∞ is no number; below −10⁴ p is 0 as well
+            below = (x - largest[:, None]).clamp_(min=-1e4)
+            h = -torch.linalg.vecdot(p, below).add_(log_largest)
+        ctx.save_for_backward(p, ids, h)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.set_materialize_grads(False)
         return logp, h
@@ -179,19 +192,18 @@ class _TokenLogp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Kept, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         of_logp, of_entropy = gradients
-        y, ids, h = ctx.saved_tensors
+        p, ids, h = ctx.saved_tensors
         if of_logp is None and of_entropy is None:
             return None, None, None, None
-        found = y.exp()
         if of_entropy is None:
             assert of_logp is not None
-            found.mul_(-of_logp[:, None])
+            found = p * -of_logp[:, None]
         else:
-            # where y is −∞ its weight e^y is 0, but 0 · −∞ is no number; below −10⁴ the weight is 0 as well
-            factor = (y.clamp(min=-1e4) + h[:, None]).mul_(-of_entropy[:, None])
+            # where p is 0 its log is −∞, and 0 · −∞ is no number; below −10⁴ p is 0 as well
+            factor = p.log().clamp_(min=-1e4).add_(h[:, None]).mul_(-of_entropy[:, None])
             if of_logp is not None:
                 factor.sub_(of_logp[:, None])
-            found.mul_(factor)
+            found = factor.mul_(p)
         if of_logp is not None:
             found.scatter_add_(-1, ids[:, None], of_logp[:, None])
         if ctx.temperature != 1.0:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from keel.diagnosis import logs
+from keel.diagnosis import logs, speed
 from keel.diagnosis.logs import Diagnosis
 from keel.errors import DataError, UsageError
 from keel.report import reading
@@ -28,21 +28,34 @@ def _diagnose(path: Path) -> dict[str, Diagnosis]:
     if path.is_file():
         return {path.name: logs.trainer_state(path)}
     if (path / "config.yaml").exists():
-        stages = [stage for stage in reading.read(path).stages if stage.shown_as.on_policy]
-        return {
-            stage.name: logs.stage(stage.directory, stage.settings)
-            for stage in stages
-            if stage.status not in ("not run yet", "out of date")
-            or (stage.directory / "events.jsonl").exists()
-        }
+        found: dict[str, Diagnosis] = {}
+        for stage in reading.read(path).stages:
+            seen = (
+                stage.status not in ("not run yet", "out of date")
+                or (stage.directory / "events.jsonl").exists()
+            )
+            if seen and stage.shown_as.on_policy:
+                found[stage.name] = _timed(
+                    logs.stage(stage.directory, stage.settings), stage.directory, stage.settings
+                )
+            elif seen and (timed := _timed(Diagnosis((), (), 0), stage.directory, stage.settings)).findings:
+                found[stage.name] = replace(timed, steps=timed.findings[-1].step)
+        return found
     if (path / "metrics.jsonl").exists() or (path / "events.jsonl").exists():
-        return {path.resolve().name: logs.stage(path, _settings(path))}
+        settings = _settings(path)
+        return {path.resolve().name: _timed(logs.stage(path, settings), path, settings)}
     if (path / "trainer_state.json").exists():
         return {path.resolve().name: logs.trainer_state(path / "trainer_state.json")}
     raise UsageError(
         f"nothing to diagnose at {path}: give a run (it has config.yaml), a stage of one (metrics.jsonl), "
         "or TRL's trainer_state.json"
     )
+
+
+def _timed(found: Diagnosis, directory: Path, settings: Mapping[str, Any]) -> Diagnosis:
+    """With what the stage's times say, as its last finding."""
+    slow = speed.finding(logs.lines(directory / "times.jsonl"), settings)
+    return found if slow is None else replace(found, findings=(*found.findings, slow))
 
 
 def _settings(directory: Path) -> Mapping[str, Any]:

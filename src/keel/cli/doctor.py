@@ -12,6 +12,7 @@ import torch
 
 import keel
 from keel import accel, plugins
+from keel.models import machine_speed
 
 NEEDED = (
     "torch",
@@ -50,6 +51,27 @@ def facts() -> dict[str, Any]:
     }
     missing = [package for package in NEEDED if found[package] is None]
     return {**found, "missing": missing, "accel": accel.table()}
+
+
+def bench(threads: int | None = None) -> dict[str, Any]:
+    """How fast this machine multiplies and reads memory, measured now and kept for the runs to come. threads:
+    of the processor; None: as many as torch takes."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return machine_speed.bench(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def bench_text(found: dict[str, Any]) -> str:
+    """What `bench` measured, for people."""
+    lines = [f"{name:<20} {found[name]}" for name in ("processor", "torch", "device", "threads")]
+    lines += [f"{f'product, {name}':<20} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found["flops"].items()]
+    lines += [
+        f"{f'reading {int(size) / 2**20:.0f} MiB':<20} {rate / 1e9:,.1f} GB/s"
+        for size, rate in found["bytes_per_second"].items()
+    ]
+    place = found["kept_in"]
+    lines.append(f"kept in {place}" if place else "not kept: the cache folder cannot be written (KEEL_CACHE)")
+    return "\n".join(lines)
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -564,9 +564,16 @@ def doctor(
     ssh: Annotated[str, typer.Option(help="What reaches a host, in place of ssh; with its options.")] = "",
     node: NodeOption = None,
     while_stdin: WhileStdinOption = False,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure how fast this machine is, and keep it for all runs.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="With --bench: as `threads` of the runs.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the environment and whether keel can work in it; or what a model's own files say of it."""
+    """Show the environment and whether keel can work in it; or what a model's own files say of it; or with
+    --bench how fast the machine is."""
     if while_stdin:
         interrupts.end_with_stdin()
     if distributed:
@@ -576,6 +583,16 @@ def doctor(
         raise typer.Exit(doctor_ranks.command(asked, model))
     if nproc or shared or nodes or node:
         raise UsageError("--nproc, --shared, --nodes and --node have no effect without --distributed")
+    if model is not None and bench:
+        raise UsageError("--bench measures the machine: give it no model")
+    if threads is not None and not bench:
+        raise UsageError("--threads has no effect without --bench")
+    if bench:
+        from keel.cli import doctor as examining
+
+        measured = examining.bench(threads)
+        show(json.dumps(measured, indent=2) if as_json else examining.bench_text(measured))
+        return
     if model is not None:
         from keel.models.facts import read_facts
 

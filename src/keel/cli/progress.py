@@ -7,16 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from keel.api.progress import TextProgress, shown
 from keel.api.terminal import show
 
@@ -32,6 +22,16 @@ def progress() -> Iterator[Any]:
     if not sys.stderr.isatty():
         yield TextProgress(sys.stderr, redraw=False)
         return
+    from rich.console import Console  # here: `keel --help` needs none of it
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),

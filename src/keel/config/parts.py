@@ -208,8 +208,8 @@ class ModelConfig(Settings):
         "auto",
         description=(
             "Precision. auto: weights in float32, matrix products in bfloat16 where the hardware is fast in "
-            "it (CUDA from Ampere on, CPUs with AMX). Else that of the weights in memory, and of all that is "
-            "computed."
+            "it (CUDA from Ampere on, CPUs with AMX or AVX-512 BF16). Else that of the weights in memory, "
+            "and of all that is computed."
         ),
     )
     quantize: Quantize = Field(

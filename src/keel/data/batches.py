@@ -93,6 +93,17 @@ def useful_tokens(rows: Sequence[tuple[tuple[int, ...], int]]) -> int:
     return responses + sum(map(len, {prompt for prompt, _ in rows}))
 
 
+def pairs_of(length: int) -> int:
+    """Pairs of a token and one that it attends to, itself included, in so many tokens."""
+    return length * (length + 1) // 2
+
+
+def useful_pairs(rows: Sequence[tuple[tuple[int, ...], int]]) -> int:
+    """As `useful_tokens`, of pairs of a token and one that it attends to."""
+    responses = sum(pairs_of(length - 1) - pairs_of(len(prompt)) for prompt, length in rows if length)
+    return responses + sum(pairs_of(len(prompt)) for prompt in {prompt for prompt, _ in rows})
+
+
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """(B,) lengths → (B, width), True at the first `length` positions."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]

@@ -23,14 +23,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
-
-import pyarrow
-import pyarrow.parquet
+from typing import IO, TYPE_CHECKING, Any
 
 from keel.data.records import OPTIONAL_COLUMNS
 from keel.data.values import json_value, nearest
 from keel.errors import DataError, UsageError
+
+if TYPE_CHECKING:  # imported where a parquet file is read: a config that names none needs none of it
+    import pyarrow
 
 RawRow = tuple[str, dict[str, Any] | DataError]  # where the row stands ("file.jsonl:12"), and the row
 
@@ -196,6 +196,9 @@ def _wrapped(text: str) -> list[Any] | None:
 
 
 def _parquet(handle: IO[bytes], name: str) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(handle).iter_batches():
@@ -213,6 +216,8 @@ def _parquet(handle: IO[bytes], name: str) -> Iterator[RawRow]:
 def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | DataError]:
     """The rows of a batch. Where Python cannot hold a value (a date after the year 9999, text that is not
     UTF-8), row by row: those with such a value are errors."""
+    import pyarrow
+
     try:
         yield from batch.to_pylist()
         return

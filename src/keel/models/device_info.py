@@ -6,8 +6,6 @@ import contextlib
 import os
 import resource
 import sys
-import time
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,32 +13,6 @@ from torch import nn
 
 from keel.models.freed_memory import give_back_freed_memory
 from keel.models.load import size_of
-
-SIDE, TRIES = (
-    {"cuda": 8192},
-    5,
-)  # of the matrices that are multiplied to find out how fast that goes; elsewhere 1024
-
-
-@cache
-def fastest(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that a product of large matrices reaches here with the threads of the moment, the best of a few:
-    what a model's utilisation is a share of. Takes some hundredths of a second."""
-    side = SIDE.get(device.type, 1024)
-    a, b = torch.ones(2, side, side, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(TRIES):
-        _wait(device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def forward_flops(model: nn.Module) -> float:

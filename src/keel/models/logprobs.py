@@ -148,9 +148,7 @@ def token_logprobs(
     def of(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = inputs.logits(values)[:, :vocab]
         logp, h = token_logp_and_entropy(logits, tokens, temperature, with_entropy=entropy)
-        best = (
-            logits.detach().argmax(dim=-1) == tokens if hits else torch.zeros_like(tokens, dtype=torch.bool)
-        )
+        best = _likeliest(logits.detach(), tokens) if hits else torch.zeros_like(tokens, dtype=torch.bool)
         return logp, h, best
 
     rows = inputs.rows_at_once
@@ -162,6 +160,15 @@ def token_logprobs(
     else:
         found = [of(*part) for part in parts]
     return TokenLogprobs(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _likeliest(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(N,) whether each token is the argmax of its row of (N, V) logits. The largest logit is found twenty
+    times faster than its place; the place is looked for where the token's is as large."""
+    found = logits.gather(-1, tokens[:, None]).squeeze(-1) == logits.amax(dim=-1)
+    as_large = found.nonzero().squeeze(1)
+    found[as_large] = logits.index_select(0, as_large).argmax(dim=-1) == tokens.index_select(0, as_large)
+    return found
 
 
 def response_index(mask: Tensor, prompt_lengths: Tensor, reach: int) -> Tensor:

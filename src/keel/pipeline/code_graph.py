@@ -6,20 +6,28 @@ imports `PPOConfig` from `keel.config` uses `keel.config.ppo`, not all configs.
 
 Left out: modules that are imported by a name computed at run time. keel has none; plug-ins have prints of
 their own.
+
+Reading all files takes a second of a process's start, so what they say is kept in the user's cache, by the
+hash of a file's bytes.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import keel
+from keel import user_cache
 
 Name = tuple[str, str | None]  # a module, and what is taken from it; None: the module itself
+KEPT, MOST_KEPT = "code.json", 5000  # the file in the user's cache, and files whose content it knows at most
+_BODIES = ("body", "orelse", "finalbody", "handlers", "cases")  # fields that hold statements
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,19 @@ class Module:
 
     @cached_property
     def _read(self) -> tuple[str, tuple[Name, ...], dict[str, Name]]:
-        """All that is wanted of the file. Its syntax tree, which is large, is not kept."""
-        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        """All that is wanted of the file: from the cache, if its content is known there."""
+        content = self.path.read_bytes()
+        key = hashlib.sha256(self.package.encode() + b"\0" + content).hexdigest()
+        kept = _kept()
+        if (known := _as_read(kept.get(key))) is None:
+            known = self._parsed(content)
+            kept[key] = [known[0], known[1], known[2]]
+            _new.add(key)
+        return known
+
+    def _parsed(self, content: bytes) -> tuple[str, tuple[Name, ...], dict[str, Name]]:
+        """The file, read. Its syntax tree, which is large, is not kept."""
+        tree = ast.parse(content)
         parts: list[str] = []
         _write(tree, parts)
         code = hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -41,7 +60,7 @@ class Module:
             if isinstance(statement, ast.ImportFrom):
                 source = _absolute(statement, self.package)
                 passed_on |= {alias.asname or alias.name: (source, alias.name) for alias in statement.names}
-        return code, tuple(_imports(tree, self.package)), passed_on
+        return code, tuple(_imports(tree.body, self.package)), passed_on
 
     @property
     def code(self) -> str:
@@ -80,24 +99,27 @@ class CodeGraph:
         """Where a module stands: keel.rl.loop → rl/loop.py."""
         return self._modules[module].path.relative_to(self._root).as_posix()
 
-    def used_by(self, roots: Collection[str]) -> set[str]:
-        """The modules called `roots` and all that they import, directly or not."""
+    def used_by(self, roots: Collection[str], but: Collection[str] = ()) -> set[str]:
+        """The modules called `roots` and all that they import, directly or not. but: modules that are passed
+        over, with what only they import."""
         used: set[str] = set()
         waiting = [module for module in roots if module in self._modules]
         while waiting:
             module = waiting.pop()
-            if module not in used:
+            if module not in used and module not in but:
                 used.add(module)
                 waiting += self._named(self._modules[module].imports)
         return used
 
-    def used_by_file(self, path: Path) -> set[str]:
+    def used_by_file(self, path: Path, but: Collection[str] = ()) -> set[str]:
         """The modules that a file outside the package imports, directly or not."""
-        return self.used_by(self._named(Module(path, "").imports))
+        return self.used_by(self._named(Module(path, "").imports), but)
 
     def prints(self, modules: Collection[str]) -> dict[str, str]:
         """File → hash of its code, for each of the modules."""
-        return {self.file_of(module): self._modules[module].code for module in sorted(modules)}
+        found = {self.file_of(module): self._modules[module].code for module in sorted(modules)}
+        _keep()
+        return found
 
     def _named(self, imports: Collection[Name]) -> list[str]:
         found = [self._defining(*name) for name in imports]
@@ -130,19 +152,20 @@ def _absolute(statement: ast.ImportFrom, package: str) -> str:
     return ".".join([*base, *([statement.module] if statement.module else [])])
 
 
-def _imports(node: ast.AST, package: str) -> Iterator[Name]:
-    if isinstance(node, ast.Import):
-        for alias in node.names:
-            yield alias.name, None
-    elif isinstance(node, ast.ImportFrom):
-        for alias in node.names:
-            yield _absolute(node, package), alias.name
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and _is_type_checking(child.test)):
-            yield from _imports(child, package)
-        else:
-            for other in child.orelse:
-                yield from _imports(other, package)
+def _imports(statements: Sequence[ast.AST], package: str) -> Iterator[Name]:
+    """What import statements among these and inside them name; expressions hold none."""
+    for node in statements:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, None
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield _absolute(node, package), alias.name
+        skipped = "body" if isinstance(node, ast.If) and _is_type_checking(node.test) else None
+        for field in _BODIES:
+            inside = getattr(node, field, None)
+            if field != skipped and isinstance(inside, list):
+                yield from _imports(inside, package)
 
 
 def _is_type_checking(test: ast.expr) -> bool:
@@ -180,3 +203,44 @@ def _has_docstring(node: ast.AST) -> bool:
         and isinstance(first.value, ast.Constant)
         and isinstance(first.value.value, str)
     )
+
+
+# ---------------------------------------------------------------- what is kept between processes
+
+_new: set[str] = set()  # keys of what this process has read
+
+
+@lru_cache(maxsize=1)
+def _kept() -> dict[str, Any]:
+    """By the hash of a file's content what `Module._read` makes of it, as lists."""
+    kept = user_cache.read(KEPT)
+    files = kept.get("files")
+    return files if kept.get("reader") == _reader() and isinstance(files, dict) else {}
+
+
+@lru_cache(maxsize=1)
+def _reader() -> str:
+    """What the entries depend on besides the files: this one, and Python's grammar."""
+    own = Path(__file__).read_bytes()
+    return f"{sys.version_info[0]}.{sys.version_info[1]} {hashlib.sha256(own).hexdigest()}"
+
+
+def _keep() -> None:
+    """Write what is new; where the cache has become large, that alone."""
+    if not _new:
+        return
+    kept = _kept()
+    files = kept if len(kept) <= MOST_KEPT else {key: kept[key] for key in _new}
+    user_cache.write(KEPT, {"reader": _reader(), "files": files})
+    _new.clear()
+
+
+def _as_read(entry: Any) -> tuple[str, tuple[Name, ...], dict[str, Name]] | None:
+    """An entry of the cache as `Module._read` gives it; None for what is none."""
+    try:
+        code, imports, passed_on = entry
+        named = tuple((str(module), name) for module, name in imports)
+        passed = {str(alias): (str(source), name) for alias, (source, name) in passed_on.items()}
+    except (TypeError, ValueError, AttributeError):
+        return None
+    return str(code), named, passed

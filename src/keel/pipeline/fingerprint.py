@@ -22,6 +22,8 @@ from keel.pipeline.stage_kinds import OWN_KINDS, StageKind, Target, kind_of, res
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 # What the pipeline itself does for every stage: it reads its rows, and chooses kernels and threads.
 FOR_ALL = ("keel.data.load", "keel.pipeline.device")
+# What a run is timed by, which changes no result.
+TIMING = ("keel.user_cache", "keel.models.machine_speed", "keel.models.phase_cost")
 BY_CONTENT = "keel.votes"  # what it gives is part of a fingerprint by its content, so its code need not be
 
 
@@ -38,9 +40,9 @@ def modules_of(kind: StageKind) -> set[str]:
     graph = code_graph.of_keel()
     module, source = _home(kind.run)
     if module in graph.modules():
-        used = graph.used_by([module, *FOR_ALL])
+        used = graph.used_by([module, *FOR_ALL], TIMING)
     else:
-        used = graph.used_by(FOR_ALL) | (graph.used_by_file(source) if source else set())
+        used = graph.used_by(FOR_ALL, TIMING) | (graph.used_by_file(source, TIMING) if source else set())
     return {name for name in used if not name.startswith(BY_CONTENT)}
 
 

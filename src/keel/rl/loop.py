@@ -19,7 +19,7 @@ from keel.accel.cpu_linear import cast_cache
 from keel.algorithms.control import adaptive_kl, kl_adaptive_lr
 from keel.algorithms.masked import count, extent
 from keel.config import OnPolicy
-from keel.data.batches import derive_seed, permutation, rows_of_step, useful_tokens
+from keel.data.batches import derive_seed, permutation, rows_of_step, useful_pairs, useful_tokens
 from keel.distributed import gradients, group, sharded
 from keel.errors import BudgetError, EngineError, NotFiniteError, RewardError
 from keel.models import optim
@@ -307,10 +307,11 @@ def learn(
         if rising:
             factor *= min(1.0, (step + 1) / len(steps))
         where = f"{run.name}, update {update}"
-        of_policy, *_ = [
-            optim.step(optimizer, rate * scheduled, config.max_grad_norm, where)
-            for optimizer, rate in zip(optimizers, (factor, 1.0))
-        ]
+        with run.stepping():
+            of_policy, *_ = [
+                optim.step(optimizer, rate * scheduled, config.max_grad_norm, where)
+                for optimizer, rate in zip(optimizers, (factor, 1.0))
+            ]
         means.add(metrics | {"grad_norm": of_policy["grad_norm"], "lr": of_policy["lr"]})
         epochs = epoch + 1
         if (
@@ -376,7 +377,8 @@ def backward(
         for part in share.borrowed:
             _for_nothing(algorithm, episodes, part, denominator, policy_learns=policy_learns)
     mine = [i for part in share.parts for i in part]
-    setup.run.count("train", useful_tokens([(sizes.prompts[i], sizes.tokens[i]) for i in mine]), read())
+    lengths = [(sizes.prompts[i], sizes.tokens[i]) for i in mine]
+    setup.run.count("train", useful_tokens(lengths), read(), passes=read.passes, pairs=useful_pairs(lengths))
     return total.over_ranks()
 
 

@@ -21,7 +21,7 @@ from keel.algorithms import policy
 from keel.algorithms.masked import masked_mean
 from keel.config import OnPolicy
 from keel.data import chat
-from keel.data.batches import derive_seed, useful_tokens
+from keel.data.batches import derive_seed, useful_pairs, useful_tokens
 from keel.distributed import group, sharded
 from keel.errors import UsageError
 from keel.evaluation.measures import Measure, mean_interval
@@ -306,7 +306,7 @@ def draw(setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt,
         begun = begin(setup, repeated, seed, config.samples_per_prompt, rows)
         completions = sample(setup, begun, seed, count, rows)
     if count.computed:  # an engine need not count
-        run.count("rollout", count.useful, count.computed)
+        run.count("rollout", count.useful, count.computed, passes=count.passes, pairs=count.pairs)
     return Drawn(begun, completions)
 
 
@@ -324,17 +324,17 @@ def _collected(
     repeated, completions = drawn.prompts, drawn.completions
     del drawn
     with run.timed("forward"), batch_layout.counting() as read, cast_cache():
-        scored = score_tokens(
-            setup, completions, compared=not setup.config.imitates
-        )  # a teacher: in the loss
+        scored = score_tokens(setup, completions, compared=not setup.config.imitates)
     from_sampler = head_of(setup.roles.policy) is not None and all(c.hidden is not None for c in completions)
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
     with run.timed("score"), cast_cache():
         rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
-    if computed := read():  # none where the sampler's states say all
-        run.count("forward", useful_tokens(sizes), computed)
+    useful, pairs = useful_tokens(sizes), useful_pairs(sizes)
+    run.count("forward", useful, read(), passes=read.passes, pairs=pairs)
+    if "score" in run.costs:
+        run.count("score", useful, passes=1, pairs=pairs)
     asked = tuple(prompt.prompt for prompt in repeated)
     return Sampled(asked, done, scored, rated, from_sampler)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,10 +19,11 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.distributed import group, sharded
 from keel.errors import UsageError
-from keel.models.device_info import fastest, forward_flops
 from keel.models.load import ModelSource, count_parameters
 from keel.models.lora_targets import notes
+from keel.models.machine_speed import speed
 from keel.models.offload import offload
+from keel.models.phase_cost import decode_cost, forward_cost, optimizer_cost, train_cost
 from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
@@ -149,17 +152,26 @@ def _offload(run: StageRun, roles: Roles, opened: Sequence[build_rewards.LoadedR
         offload(model, run.device)
 
 
-def _rate(run: StageRun, config: OnPolicy, roles: Roles) -> None:
-    """FLOPs of a token in each phase, and what the machine can do, for the shares in times.jsonl."""
-    policy = forward_flops(roles.policy)
-    critic = sum(forward_flops(module) for module in roles.value_modules)
-    passes = 2 if config.lora else 3  # a backward is two forwards, or one where no weight has a gradient
+def _rate(
+    run: StageRun, config: OnPolicy, roles: Roles, opened: Sequence[build_rewards.LoadedReward]
+) -> None:
+    """What each phase costs at least, and what the machine can do, for the shares in times.jsonl."""
+    dtype, adapters = compute_dtype(roles.policy, run.device), config.lora is not None
+    learners: list[nn.Module] = [roles.policy, *roles.value_modules]
+    reads = list(learners)  # the reference costs what the policy does
     elsewhere = config.rollout.vllm or methods.is_plugin("keel.engines", config.engine)
-    as_sampled = config.trusts_sampler and not elsewhere
-    scoring = policy + critic + (0.0 if as_sampled else policy)
-    teaching = forward_flops(roles.reference) if config.imitates else 0.0
-    run.flops = {"rollout": policy, "forward": scoring, "train": passes * (policy + critic) + teaching}
-    run.fastest = fastest(run.device, compute_dtype(roles.policy, run.device))
+    if not config.trusts_sampler or elsewhere:
+        reads.append(roles.policy)
+    taught = [forward_cost(roles.reference, dtype)] if config.imitates else []  # a teacher reads in each step
+    run.costs = {
+        "rollout": decode_cost(roles.policy, dtype),
+        "forward": reduce(add, (forward_cost(model, dtype) for model in reads)),
+        "train": reduce(add, [*(train_cost(model, dtype, adapters=adapters) for model in learners), *taught]),
+        "optimizer": optimizer_cost([p for model in learners for p in model.parameters()]),
+    }
+    if scorers := [reward.model for one in opened for reward in one.models]:
+        run.costs["score"] = reduce(add, (forward_cost(model, dtype) for model in scorers))
+    run.speed = speed(run.device, dtype)
 
 
 def open_stage(
@@ -206,7 +218,7 @@ def open_stage(
         run.say(f"{run.name}: {line}")
     if config.offload:
         _offload(run, roles, opened)
-    _rate(run, config, roles)
+    _rate(run, config, roles, opened)
     trained = sum(count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules))
     run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
     run.facts["trained_parameters"] = trained

@@ -14,6 +14,7 @@ from keel.accel import decode_graphs, decode_static, decode_step, own_cache
 from keel.accel.kv_slots import Slots
 from keel.accel.last_layer import last_layer_at
 from keel.accel.modules import evaluating, logits_of_last, with_cache
+from keel.data.batches import pairs_of
 from keel.data.chat import own_text, reply_text
 from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
@@ -94,6 +95,8 @@ def generate(
         asked = Asked(model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, seen, work, most)
         done = _sampled(asked, batch_size, steps)
     work.useful += sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(len(c.ids) - 1 for c in done)
+    lengths = [(len(c.prompt_ids), len(c.prompt_ids) + len(c.ids) - 1) for c in done]
+    work.pairs += sum(pairs_of(whole) - pairs_of(prompt) for prompt, whole in lengths)
     return done
 
 
@@ -156,6 +159,7 @@ def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None)
             new = [tuple(prompts[i]) for i in fresh]
             logits, source = _read(model, new, slots, asked.pad_id)
             asked.work.computed += len(set(new)) * max(map(len, new))
+            asked.work.passes += 1
             rows = torch.cat([rows, torch.tensor(fresh, device=device)])
             newest, made = (torch.cat([x, x.new_zeros(len(fresh))]) for x in (newest, made))
         # 2. or every row takes a step
@@ -163,6 +167,7 @@ def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None)
             fresh = ()
             slots.make_room()
             asked.work.computed += decode_static.rows_of(slots) if steps else len(slots)
+            asked.work.passes += 1
             logits, source = forward(newest, slots) if forward else _step(model, newest, slots), None
             slots.step()
         # 3. a token each

@@ -71,6 +71,7 @@ def _sample_group(asked: Asked, group: list[int], drawn: Drawn) -> None:
         # 3. and the rest take a step
         logits, source = cache.step(newest), None
         asked.work.computed += len(rows)
+        asked.work.passes += 1
         read += 1
 
 
@@ -83,6 +84,7 @@ def _begun(asked: Asked, prompts: Sequence[Sequence[int]]) -> tuple[OwnCache, Te
     cache = OwnCache(asked.model)
     logits = cache.read(torch.tensor(distinct, device=asked.draws.device))
     asked.work.computed += len(distinct) * len(prompts[0])
+    asked.work.passes += 1
     if len(distinct) < len(prompts):
         cache.pick(source)
     return cache, logits[source], source

@@ -73,6 +73,8 @@ class TokenCount:
 
     useful: int = 0  # each different prompt's once, and each response's but the last
     computed: int = 0  # with padding, and what was read again
+    passes: int = 0  # over the model: prompts read together, and steps of all rows
+    pairs: int = 0  # of a token of a response, and one that it attends to
 
 
 @runtime_checkable

@@ -49,6 +49,7 @@ class ReferenceEngine:
             prompts = {tuple(prompt) for prompt in request.prompts}
             count.useful += sum(map(len, prompts)) + sum(len(c.ids) - 1 for c in completions)
             count.computed += sum(map(tokens_read, completions))
+            count.passes += sum(len(c.ids) for c in completions)
         return completions
 
 
@@ -63,6 +64,7 @@ def sample(asked: Asked) -> list[Completion]:
         for prompt, draws, limit in zip(asked.prompts, asked.draws, asked.limits.tolist(), strict=True)
     ]
     asked.work.computed += sum(map(tokens_read, done))
+    asked.work.passes += sum(len(c.ids) for c in done)
     return done
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,10 @@ from keel.errors import NotFiniteError
 from keel.rundir.checkpoint import Checkpoint, append, latest, save, write_json
 from keel.rundir.stage_files import PROGRESS
 from keel.types import DataSource, RecordType
+
+if TYPE_CHECKING:
+    from keel.models.machine_speed import Speed
+    from keel.models.phase_cost import PhaseCost
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
 Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
@@ -45,12 +49,13 @@ class StageRun:
     progress: Progress = lambda stage, step, steps, metrics: None
     waits: bool = False  # for people, in place of ending the run
     facts: dict[str, Any] = field(default_factory=dict)  # rows, parameters …, for stage.json
-    flops: dict[str, float] = field(default_factory=dict)  # of a useful token, by phase
-    fastest: float | None = None  # FLOP/s that the machine reaches, where it has been measured
+    costs: dict[str, PhaseCost] = field(default_factory=dict)  # what phases cost at least
+    speed: Speed | None = None  # what the machine reaches, where it has been measured
     preparation: Preparation = field(default_factory=Preparation)  # where and how large data are made ready
     _at_end: list[Callable[[], None]] = field(default_factory=list)
     _seconds: dict[str, float] = field(default_factory=dict)
-    _tokens: dict[str, tuple[int, int]] = field(default_factory=dict)  # by phase: useful, computed
+    # by phase: tokens, useful and computed; passes over the model; pairs of which one attends to the other
+    _counts: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
     _steps: int | None = None  # of the whole stage, as progress.json says
 
     def at_end(self, work: Callable[[], None]) -> None:
@@ -90,7 +95,7 @@ class StageRun:
                 "times.jsonl", [{"step": step, **{name: round(value, 4) for name, value in spent.items()}}]
             )
             self._seconds.clear()
-            self._tokens.clear()
+            self._counts.clear()
         self.progress(self.name, step, steps, metrics)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -118,23 +123,42 @@ class StageRun:
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def count(self, phase: str, useful: int, computed: int) -> None:
-        """Count tokens of a phase: those that somebody needs, and those that the model computed, padding
-        included."""
-        before = self._tokens.get(phase, (0, 0))
-        self._tokens[phase] = (before[0] + useful, before[1] + computed)
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A step of the optimisers: its seconds (part of those of training), and that it was one."""
+        with self.timed("optimizer"):
+            yield
+        self.count("optimizer", passes=1)
+
+    def count(
+        self, phase: str, useful: int = 0, computed: int = 0, *, passes: int = 0, pairs: int = 0
+    ) -> None:
+        """Count the work of a phase: tokens that somebody needs, tokens that the model computed (padding
+        included), passes over the model's weights, and pairs of tokens of which one attends to the other."""
+        before = self._counts.get(phase, (0, 0, 0, 0))
+        a, b, c, d = before
+        self._counts[phase] = (a + useful, b + computed, c + passes, d + pairs)
 
     def _rates(self) -> dict[str, float]:
-        """Of each phase whose tokens were counted: tokens a second, the useful share, and the share of the
-        machine's speed that went into the model's own arithmetic on useful tokens (MFU, 2204.02311)."""
+        """Of each phase whose work was counted: tokens a second, the useful share, the share of the machine's
+        speed that went into the model's own arithmetic on useful tokens (MFU, 2204.02311), and the share of
+        its time that the machine needs at least (the roofline: FLOP at its speed, or bytes at its speed,
+        whichever takes longer)."""
         rates: dict[str, float] = {}
-        for phase, (useful, computed) in self._tokens.items():
-            if phase not in self._seconds:
+        for phase, (useful, computed, passes, pairs) in self._counts.items():
+            spent = self._seconds.get(phase)
+            if not spent:
                 continue
-            speed = useful / self._seconds[phase]
-            rates |= {f"{phase}/tokens_per_second": speed, f"{phase}/useful": useful / computed}
-            if self.fastest is not None and phase in self.flops:
-                rates[f"{phase}/mfu"] = speed * self.flops[phase] / self.fastest
+            if computed:
+                rates |= {f"{phase}/tokens_per_second": useful / spent, f"{phase}/useful": useful / computed}
+            cost = self.costs.get(phase)
+            if self.speed is None or cost is None:
+                continue
+            if computed:
+                rates[f"{phase}/mfu"] = useful / spent * cost.token / self.speed.flops
+            flops = useful * cost.token + pairs * cost.pair
+            moved = passes * cost.passed + pairs * cost.pair_bytes
+            rates[f"{phase}/roofline"] = self.speed.seconds(flops, moved, cost.passed) / spent
         return rates
 
     def restore(self, place: group.Place | None = None) -> Checkpoint | None:

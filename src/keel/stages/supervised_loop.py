@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from keel import accel
+from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
 from keel.config import Supervised
 from keel.data.batches import rows_of_step
@@ -18,6 +19,9 @@ from keel.distributed import gradients, group, sharded
 from keel.models import optim
 from keel.models.load import count_parameters, score_head
 from keel.models.logprobs import backbone
+from keel.models.machine_speed import speed
+from keel.models.phase_cost import optimizer_cost, train_cost
+from keel.models.precision import compute_dtype
 from keel.models.row_trial import check_rows
 from keel.rundir.stage_run import StageRun
 from keel.stages.loop_utils import (
@@ -90,14 +94,10 @@ def fit(
     objective: Objective[RowT],
 ) -> None:
     """Train, evaluate, stop early, checkpoint. The model ends with the weights to keep."""
-    parameters, trained = count_parameters(model), count_parameters(model, trainable=True)
-    among_ranks(model)
+    _opened(stage_run, config, model)
     steps, optimizer = total_steps(config, len(rows)), optimizer_for(config, ([model], config.lr))
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
-    stage_run.facts |= {
-        "rows": len(rows), "held_out_rows": len(held_out), "parameters": parameters, "steps": steps,
-        "trained_parameters": trained,
-    }  # fmt: skip
+    stage_run.facts |= {"rows": len(rows), "held_out_rows": len(held_out), "steps": steps}
     group.agree("the rows of a stage", (len(rows), len(held_out), steps))
     if checkpoint := stage_run.restore(
         sharded.placing({"model": model, "best": model}, {"optimizer": optimizer})
@@ -120,13 +120,14 @@ def fit(
         model.train()
         seed_step(stage_run.seed, step)
         with stage_run.timed("train"):
-            sums = _gradient(config, objective, chosen)
+            sums = _gradient(stage_run, config, objective, chosen)
             # 3. the optimiser's step
             scale, where = lr_scale(config, step - 1, steps), f"{stage_run.name}, step {step}"
-            stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
+            with stage_run.stepping():
+                stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
         metrics = objective.named(group.summed(sums))
         metrics |= {"grad_norm": stepped["grad_norm"], "learning_rate": stepped["lr"]}
-        metrics["epoch"] = step * config.batch_size / len(rows)
+        metrics |= {"epoch": step * config.batch_size / len(rows)}
         if objective.length is not None:
             seen += sum(objective.length(row) for row in chosen)
             metrics["num_tokens"] = seen
@@ -146,6 +147,20 @@ def fit(
 
     if best is not None:
         put_back(model, best)
+
+
+def _opened(stage_run: StageRun, config: Supervised, model: PreTrainedModel) -> None:
+    """Count the model's parameters, make it one of all ranks, and say what a step costs at least and what the
+    machine can do, for the shares in times.jsonl."""
+    stage_run.facts["parameters"] = count_parameters(model)
+    stage_run.facts["trained_parameters"] = count_parameters(model, trainable=True)
+    among_ranks(model)
+    dtype = compute_dtype(model, stage_run.device)
+    stage_run.costs = {
+        "train": train_cost(model, dtype, adapters=config.lora is not None),
+        "optimizer": optimizer_cost(list(model.parameters())),
+    }
+    stage_run.speed = speed(stage_run.device, dtype)
 
 
 def _save(
@@ -188,7 +203,9 @@ def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: i
     return [rows[i] for i in rows_of_step(len(rows), count, step - 1, seed)]
 
 
-def _gradient(config: Supervised, objective: Objective[RowT], rows: Sequence[RowT]) -> dict[str, float]:
+def _gradient(
+    stage_run: StageRun, config: Supervised, objective: Objective[RowT], rows: Sequence[RowT]
+) -> dict[str, float]:
     """Add the gradient of this rank's share of a step's loss. It is summed over micro-batches, each divided
     by the denominator of the whole step, so that the split does not change it; so is the one over several
     ranks. Returns the loss and what else was measured, summed alike."""
@@ -196,11 +213,14 @@ def _gradient(config: Supervised, objective: Objective[RowT], rows: Sequence[Row
     if objective.begin is not None:
         objective.begin(rows)
     share = share_of(config, rows, objective.size)
-    with cast_cache():
+    with batch_layout.counting() as read, cast_cache():
         for part in share.parts:
             value, measured = objective.loss(part, denominator)
             optim.backward(value)
             add_metrics(sums, {"loss": value.detach(), **measured})
         for part in share.borrowed:
             optim.backward(0.0 * objective.loss(part, denominator)[0])
+    sizes = [objective.size(row) for part in share.parts for row in part]
+    # rows that begin alike are read together, and then less is read than they have tokens
+    stage_run.count("train", min(sum(sizes), read()), read(), passes=read.passes)
     return sums

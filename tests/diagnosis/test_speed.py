@@ -1,0 +1,70 @@
+"""The phase that is furthest above its floor, and the setting that is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from keel.cli import diagnose
+from keel.diagnosis import speed
+
+SLOW = {
+    "step": 9, "train": 50.0, "optimizer": 10.0, "rollout": 40.0,
+    "train/roofline": 0.2, "optimizer/roofline": 0.5, "rollout/roofline": 0.9, "train/useful": 0.5,
+}  # fmt: skip
+
+
+def test_a_phase_is_what_no_other_has_of_it():
+    assert {(p.name, p.seconds, p.floor, p.useful) for p in speed.phases([SLOW, SLOW])} == {
+        ("train", 80.0, 20.0, 0.5), ("optimizer", 20.0, 10.0, None), ("rollout", 80.0, 72.0, None)
+    }  # fmt: skip
+
+
+def test_the_phase_with_most_seconds_above_its_floor_is_named_with_a_setting_that_is_not_set_so():
+    found = speed.finding([SLOW], {"kind": "ppo", "sharing": "separate", "model": {"dtype": "float32"}})
+    assert found is not None
+    assert (found.check, found.severity, found.step) == (speed.CHECK, "note", 9)
+    assert found.evidence.startswith("train (forward and backward) took 40 of 90 s")
+    assert "needs 10 s for it at least (25 %); 50 % of the tokens" in found.evidence
+    assert "dtype: auto" in found.remedy
+    assert "sharing: trunk" in found.remedy
+    set_so = speed.finding([SLOW], {"kind": "ppo", "sharing": "trunk", "model": {"dtype": "auto"}})
+    assert set_so is not None
+    assert "dtype" not in set_so.remedy + set_so.cause
+    assert "no setting" in set_so.remedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"kind": "sft", "packing": False}, "packing"),
+        ({"batch_size": 64, "micro_batch": 4}, "micro_batch"),
+        ({"mini_batch": 4, "batch_size": 64, "micro_batch": 4}, "no setting"),
+    ],
+)
+def test_settings_are_named_where_they_would_help(settings, word):
+    found = speed.finding([SLOW], settings)
+    assert found is not None
+    assert word in found.remedy
+
+
+@pytest.mark.parametrize("part", [{"train": 5.0, "rollout": 5.0}, {"train/roofline": 0.9}, {"train": "x"}])
+def test_nothing_is_said_of_a_short_stage_nor_of_one_near_its_floor(part):
+    assert speed.finding([{**SLOW, **part}], {}) is None
+
+
+def test_diagnose_says_it_of_any_stage(tmp_path):
+    stage = tmp_path / "run" / "stages" / "sft"
+    stage.mkdir(parents=True)
+    (stage / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
+    (stage / "times.jsonl").write_text(json.dumps(SLOW) + "\n")
+    (tmp_path / "run" / "config.yaml").write_text(
+        yaml.safe_dump({"name": "run", "stages": {"sft": {"kind": "sft", "packing": False}}})
+    )
+    text = diagnose.as_text(diagnose.diagnose(stage))
+    assert "time_above_floor" in text
+    assert "packing: true" in text
+    assert not diagnose.urgent(diagnose.diagnose(stage))

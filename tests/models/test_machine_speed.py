@@ -1,0 +1,88 @@
+"""What the machine reaches, what is kept of it, and what a phase costs at least."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keel import user_cache
+from keel.data.batches import pairs_of, useful_pairs
+from keel.models import machine_speed
+from keel.models.machine_speed import Speed, speed
+from keel.models.phase_cost import PhaseCost, decode_cost, forward_cost, optimizer_cost, train_cost
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache and a measuring that cost nothing."""
+    monkeypatch.setenv("KEEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine_speed, "fastest", lambda device, dtype, tries=0: 7e9 + tries)
+    monkeypatch.setattr(machine_speed, "reading", lambda device, size, tries=0: 1e9 + tries)
+    return tmp_path
+
+
+def test_a_run_takes_what_was_measured_with_care_for_its_threads_and_else_measures():
+    assert speed(CPU, torch.float32) == Speed(7e9, dict.fromkeys(machine_speed.BLOCKS[1:3], 1e9))
+    found = machine_speed.bench(CPU)
+    assert found["kept_in"] == str(user_cache.folder() / machine_speed.KEPT)
+    kept = speed(CPU, torch.bfloat16)
+    assert (kept.kept, kept.flops) == (True, 7e9 + machine_speed.BENCH_TRIES)
+    assert set(kept.bytes_per_second) == set(machine_speed.BLOCKS)
+    assert not speed(CPU, torch.float64).kept
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert not speed(CPU, torch.float32).kept
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("spoilt", [{"flops": 1}, {}, {"flops": {"float32": "x"}, "bytes_per_second": {}}, 3])
+def test_what_is_kept_and_says_nothing_is_measured_again(spoilt):
+    key = next(iter(machine_speed.bench(CPU) and user_cache.read(machine_speed.KEPT)))
+    user_cache.write(machine_speed.KEPT, {key: spoilt})
+    assert not speed(CPU, torch.float32).kept
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, cache):
+    (cache / "file").write_text("")
+    monkeypatch.setenv("KEEL_CACHE", str(cache / "file"))
+    assert machine_speed.bench(CPU)["kept_in"] is None
+
+
+def test_the_floor_is_arithmetic_or_reading_whichever_takes_longer():
+    machine = Speed(100.0, {10: 50.0, 1000: 5.0})
+    assert machine.seconds(200, 0, 0) == 2
+    assert machine.seconds(200, 50, 8) == 2  # a block that a cache holds: 1 s
+    assert machine.seconds(200, 50, 11) == 10  # one that it does not
+    assert machine.reading(10**9) == 5.0
+    assert Speed(1.0).seconds(3, 10, 10) == 3  # where nobody knows how fast memory is
+
+
+def test_costs_are_those_of_the_models_sizes():
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, num_key_value_heads=2, **sizes))
+    weights = 2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 12) + 20 * 8  # read in a pass, and multiplied with
+    once = forward_cost(model, torch.bfloat16)
+    assert once == PhaseCost(2 * weights, 4 * 2 * 8, 2 * weights)
+    whole = weights + 20 * 8  # with the embedding, which has a gradient too
+    assert train_cost(model, torch.float32, adapters=False) == PhaseCost(
+        6 * weights, 3 * 4 * 2 * 8, 2 * 4 * weights + 8 * whole
+    )
+    assert (
+        decode_cost(model, torch.float32).pair_bytes == 2 * 2 * (2 * 2) * 4
+    )  # k and v, layers, heads × width
+    assert optimizer_cost([*model.parameters()]).passed == 32 * (whole + 5 * 8)
+    assert once + once == PhaseCost(4 * weights, 8 * 2 * 8, 4 * weights)
+    assert forward_cost(nn.Linear(2, 3), torch.float32).pair == 0  # of what has no config nobody knows
+
+
+def test_pairs_are_those_of_a_token_and_what_stands_before_it():
+    assert pairs_of(3) == 6
+    prompt = (1, 2, 3)
+    # a prompt once: 6; the first response's tokens 4 and 5 attend to 4 and 5; the other's 4 to 4
+    assert useful_pairs([(prompt, 6), (prompt, 5)]) == 6 + (4 + 5) + 4
