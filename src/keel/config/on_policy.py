@@ -266,6 +266,17 @@ class OnPolicy(ToolUse):
         ]
         return [(group, name) for group, name in named if name and methods.is_plugin(group, name)]
 
+    def uncut(self) -> str | None:
+        wrong = {
+            f"`sharing: {self.sharing}`": self.sharing != "separate",
+            "`lora`": self.lora is not None,
+            "`offload`": self.offload,
+            "`reference_quantize`": self.reference_quantize is not None,
+            f"`control: {self.control.on_finding}`": self.control.goes_back,
+            f"`engine: {self.engine}`": self.engine not in ("keel", "reference"),
+        }
+        return next((setting for setting, is_so in wrong.items() if is_so), super().uncut())
+
     @property
     def engine_name(self) -> str:
         """What samples, for messages."""

@@ -76,6 +76,10 @@ class Stage(Settings):
         """Whether the run stops here and waits for people's votes."""
         return False
 
+    def uncut(self) -> str | None:
+        """The setting with which its weights cannot be cut over ranks (fsdp); None: they can."""
+        return None
+
     @property
     def votes_in(self) -> LabelConfig | None:
         """The project of `keel label` in which people vote; None where there is none."""
@@ -238,6 +242,9 @@ class Training(Stage):
 
     _model = field_validator("model", mode="before", json_schema_input_type=AsModel)(as_model)
     _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
+
+    def uncut(self) -> str | None:
+        return "`model.quantize`" if self.model.quantize is not None else super().uncut()
 
     @model_validator(mode="after")
     def _trainable(self) -> Training:

@@ -18,7 +18,7 @@ import torch
 
 from keel import accel
 from keel.accel import batch_layout
-from keel.config import OnPolicy, RunConfig, Stage
+from keel.config import RunConfig, Stage
 from keel.data import chat
 from keel.data.stored.cache import Cache
 from keel.data.stored.tokens import Preparation
@@ -74,7 +74,7 @@ def check_kinds(config: RunConfig, names: Sequence[str]) -> None:
         if not ways:  # the first rank runs it alone
             continue
         if strategy in ways:
-            if strategy == "fsdp" and (why := _uncut(config.stages[name])) is not None:
+            if strategy == "fsdp" and (why := config.stages[name].uncut()) is not None:
                 raise UsageError(
                     f"stage {name!r}: {why} does not go with distributed.strategy: fsdp; set ddp"
                 )
@@ -83,21 +83,6 @@ def check_kinds(config: RunConfig, names: Sequence[str]) -> None:
             f"stage {name!r} is of kind {kind}, which runs with distributed.strategy {' or '.join(ways)} "
             f"only (with {strategy}: {able})"
         )
-
-
-def _uncut(stage: Stage) -> str | None:
-    """The setting of a stage with which its weights cannot be cut over ranks; None: they can."""
-    if not isinstance(stage, OnPolicy):
-        return None
-    wrong = {
-        f"`sharing: {stage.sharing}`": stage.sharing != "separate",
-        "`lora`": stage.lora is not None,
-        "`offload`": stage.offload,
-        "`reference_quantize`": stage.reference_quantize is not None,
-        f"`control: {stage.control.on_finding}`": stage.control.goes_back,
-        f"`engine: {stage.engine}`": stage.engine not in ("keel", "reference"),
-    }
-    return next((setting for setting, is_so in wrong.items() if is_so), None)
 
 
 def call(stage: Stage, run: StageRun, day: date | None, sources: Sources) -> dict[str, Any]:

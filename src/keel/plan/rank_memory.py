@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from keel.config import OnPolicy, Stage, Training
+from keel.config import Stage, Training
 from keel.distributed.gradients import BUCKET
 from keel.errors import UsageError
 from keel.pipeline import stage_kinds
@@ -76,18 +76,17 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
 
     def peak(stage: Stage) -> float:
         stage, own = _training(stage), lengths.within(getattr(stage, "max_length", None))
-        if strategy == "fsdp" and not _can_be_cut(stage):
+        if strategy == "fsdp" and stage.uncut() is not None:
             return math.inf
         return max(phase.total for phase in phases(stage, refs, own, asked.ranks, strategy))
 
-    if strategy == "fsdp" and not _can_be_cut(stage):
+    if strategy == "fsdp" and stage.uncut() is not None:
         return OnRanks(False)
     found = phases(stage, refs, lengths, asked.ranks, strategy)
     fullest = max(found, key=lambda phase: phase.total)
     fit = card_fit.fit(stage, peak, lengths.total, asked.card)
-    steps = stage.epochs * math.ceil(stage.batch_size / (stage.mini_batch or stage.batch_size)) if (
-        isinstance(stage, OnPolicy)
-    ) else 1  # fmt: skip
+    planned = stage.planned_steps(stage.batch_size)
+    steps = planned.get("gradient_steps", planned["steps"]) // max(1, planned["steps"])
     return OnRanks(
         True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
         fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), steps,
@@ -99,25 +98,16 @@ def _training(stage: Stage) -> Training:
     return stage
 
 
-def _can_be_cut(stage: Training) -> bool:
-    """Whether a stage's weights can be cut over ranks (`pipeline.following` refuses the others)."""
-    if isinstance(stage, OnPolicy) and (
-        stage.lora or stage.offload or stage.reference_quantize or stage.sharing != "separate"
-    ):
-        return False
-    return stage.model.quantize is None
-
-
 def share(stage: Training, ranks: int) -> Training:
     """The stage with the rows that one rank has of a step, at most."""
 
     def part(rows: int, whole: int = 1) -> int:
         return math.ceil(rows / whole / ranks) * whole
 
-    samples = stage.samples_per_prompt if isinstance(stage, OnPolicy) else 1
+    samples = getattr(stage, "samples_per_prompt", 1) if stage.on_policy else 1
     update: dict[str, Any] = {"batch_size": part(stage.batch_size, samples)}
-    if isinstance(stage, OnPolicy) and stage.mini_batch is not None:
-        update["mini_batch"] = part(stage.mini_batch)
+    if (mini_batch := getattr(stage, "mini_batch", None)) is not None:
+        update["mini_batch"] = part(mini_batch)
     return stage.model_copy(update=update)
 
 
@@ -136,7 +126,7 @@ def phases(
         found = stage_memory.phases(own, refs, lengths, "cuda") or []
     shared = stage_memory.cut_over_ranks(stage, refs, "cuda")
     # dpo asks its reference before the model is cut
-    before = {"reference"} if not isinstance(stage, OnPolicy) else set[str]()
+    before = set[str]() if stage.on_policy else {"reference"}
     cut = [p if p.name in before else Phase(p.name, _cut(p, shared, ranks)) for p in found]
     return [_opening(cut[-1].parts, shared), *cut, _last_gradients(cut[-1], models, ranks)]
 

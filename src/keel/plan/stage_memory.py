@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 from keel.config import (
     BestOfNConfig,
@@ -127,8 +127,9 @@ def _trained(stage: Training, found: ModelRef, device: Device, *, dropout: bool 
 
 def learners(stage: Training, refs: StageModels, device: Device) -> dict[str, Model]:
     """What a stage trains, by the roles of its phases."""
-    if isinstance(stage, OnPolicy):
-        return {role: model for role, model in roles(stage, refs, device).items() if model.trained}
+    if stage.on_policy:
+        found = roles(cast("OnPolicy", stage), refs, device)
+        return {role: model for role, model in found.items() if model.trained}
     model = _trained(stage, refs.model, device)
     if stage.leaves in ("reward model", "classifier"):
         return {"model": replace(model, head="score", labels=stage.outputs)}
@@ -137,8 +138,8 @@ def learners(stage: Training, refs: StageModels, device: Device) -> dict[str, Mo
 
 def cut_over_ranks(stage: Training, refs: StageModels, device: Device) -> dict[str, Model]:
     """What a stage cuts by `fsdp`, by the roles of its phases: reward models stay whole."""
-    if isinstance(stage, OnPolicy):
-        found = roles(stage, refs, device)
+    if stage.on_policy:
+        found = roles(cast("OnPolicy", stage), refs, device)
         return {role: found[role] for role in ("policy", "reference", "critic") if role in found}
     return learners(stage, refs, device)
 
