@@ -13,8 +13,8 @@ from keel import errors
 
 PUBLIC = [
     "BudgetError", "Comparison", "DataError", "EngineError", "KeelError", "LostRankError", "MachineError",
-    "NotFiniteError", "RewardError", "RewardModel", "Run", "UsageError", "WaitingError", "__version__", "compare", "diagnose",
-    "generate", "load_data", "load_run", "losses", "plan_run", "run",
+    "NotFiniteError", "RewardError", "RewardModel", "Run", "UsageError", "WaitingError", "__version__",
+    "compare", "diagnose", "generate", "load_data", "load_run", "losses", "plan_run", "run",
 ]  # fmt: skip
 
 
