@@ -69,7 +69,7 @@ test-ranks: $(VENV)/.installed-dev  ## runs on 2 and 3 processes: same numbers, 
 
 test-vllm: $(VENV)/.installed-dev  ## vLLM's CPU package in an environment of its own (1 GB), driven by real runs
 	$(BIN)/keel engine install vllm --device cpu --at $(VLLM) $(VLLM_ARGS)
-	KEEL_TEST_VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest -m vllm
+	KEEL_TEST_VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest -m vllm tests/rollout
 
 check: $(VENV)/.installed-dev      ## format, lint, types, import contract, docs site, then the tests
 	$(BIN)/ruff format --check .
