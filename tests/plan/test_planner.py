@@ -430,3 +430,24 @@ def test_of_a_shape_that_nobody_knows_auto_says_nothing(tmp_path, data):
     sft = {"kind": "sft", "model": model, "data": str(data.demonstrations), "micro_batch": "auto"}
     config = parse({"name": "tiny", "stages": {"sft": sft}})
     assert planner.micro_batch(Pipeline(config, tmp_path / "run"), "sft") is None
+
+
+def test_a_teacher_is_held_and_read_in_the_gradient_steps(plan, data, tiny_model):
+    """It is asked nothing while samples are scored: there is no such phase."""
+    stage = {
+        "kind": "distill",
+        "model": str(tiny_model),
+        "teacher": str(tiny_model),
+        "data": str(data.prompts),
+    }
+    short = {"sampling": {"max_new_tokens": 8}, "batch_size": 4}
+    memory = plan(distill={**stage, **short})["distill"]["memory"]
+    assert memory["phases"].keys() == {"rollout", "train"}
+    step = memory["phases"]["train"]
+    assert step["reference"].keys() == {"weights"}
+    assert step["policy"]["weights"] == step["reference"]["weights"] > 0
+    assert memory["card_peak"] > 0
+    judged = {"kind": "judge", "model": str(tiny_model), "mode": "pairwise", "max_new_tokens": 8}
+    online = {"kind": "online_dpo", "model": str(tiny_model), "data": str(data.prompts), "reward": judged}
+    phases = plan(online={**online, **short})["online"]["memory"]["phases"]
+    assert phases["score"]["reward judge"]["kv_cache"] > 0  # it writes its verdict

@@ -33,6 +33,7 @@ CONCERNS: Mapping[str, tuple[str, ...]] = {
     "kl_too_high": ("objective/kl", "objective/kl_exact", "kl"),
     "kl_negative": ("objective/kl", "kl"),
     "entropy_collapse": ("policy/entropy_avg", "objective/entropy", "entropy"),
+    "teacher_farther": ("loss/policy_avg",),
     "clip_fraction": ("policy/clipfrac_avg", "clip_ratio", "clip_ratio/region_mean"),
     "rate_held_back": ("policy/lr_factor", "lr"),
     "critic_unexplaining": ("val/explained_variance",),

@@ -19,16 +19,17 @@ M = TypeVar("M", bound=nn.Module)
 
 @cache
 def fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, on
-    CPUs with AMX, and with AVX-512's own products of bfloat16 (twice as fast, measured on Zen)."""
+    """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, and on
+    CPUs with AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and fast_cpu(_of_cpu())
 
 
 def fast_cpu(has: Mapping[str, Any]) -> bool:
-    """Whether a processor with these capabilities multiplies in bfloat16 itself."""
-    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    """Whether a processor with these capabilities multiplies in bfloat16 many times as fast. AVX-512's own
+    products are twice as fast; what they do to the quality of a run is not known yet (docs/notes.md)."""
+    return bool(has.get("amx_bf16"))
 
 
 def _of_cpu() -> Mapping[str, Any]:

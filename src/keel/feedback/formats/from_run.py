@@ -110,7 +110,7 @@ def _as_written(config: RunConfig, stage: Stage, asked: Mapping[int, Text]) -> d
 def _generated(run: Path, config: RunConfig, models: Sequence[str], pairs: int, seed: int) -> Said:
     """The models answer prompts of the run, as the stage that has them samples."""
     folders = {model: _folder(run, config, model) for model in models}
-    kinds = ("evaluate", "ppo", "grpo", "collect", "best_of_n")
+    kinds = ("evaluate", "ppo", "grpo", "online_dpo", "distill", "collect", "best_of_n")
     stages = [s for kind in kinds for s in config.stages.values() if s.kind == kind and s.main_data()]
     if not stages:
         raise UsageError(f"{run} has no stage with prompts, and no samples of {', '.join(models)} to compare")
