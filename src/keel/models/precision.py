@@ -19,8 +19,8 @@ M = TypeVar("M", bound=nn.Module)
 
 @cache
 def fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, and on
-    CPUs with AMX."""
+    """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, and
+    on CPUs with AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and fast_cpu(_of_cpu())
