@@ -81,6 +81,12 @@ def test_costs_are_those_of_the_models_sizes():
     assert forward_cost(nn.Linear(2, 3), torch.float32).pair == 0  # of what has no config nobody knows
 
 
+def test_an_optimiser_steps_on_what_a_rank_has_of_cut_weights():
+    cut = nn.Parameter(torch.ones(6))
+    cut.to_local = lambda: torch.ones(2)
+    assert optimizer_cost([cut, nn.Parameter(torch.ones(3))]).passed == 32 * (2 + 3)
+
+
 def test_pairs_are_those_of_a_token_and_what_stands_before_it():
     assert pairs_of(3) == 6
     prompt = (1, 2, 3)

@@ -65,8 +65,14 @@ def decode_cost(model: nn.Module, dtype: torch.dtype) -> PhaseCost:
 
 
 def optimizer_cost(parameters: Sequence[nn.Parameter]) -> PhaseCost:
-    """Of a step of AdamW on all of them, each once."""
-    return PhaseCost(passed=ADAMW * sum(size_of(p) for p in {*parameters} if p.requires_grad))
+    """Of a step of AdamW on all of them, each once; where weights are cut over ranks, on this one's part."""
+    return PhaseCost(passed=ADAMW * sum(_here(p) for p in {*parameters} if p.requires_grad))
+
+
+def _here(parameter: Any) -> int:
+    """Numbers of a parameter that lie on this rank."""
+    part = getattr(parameter, "to_local", None)  # of a DTensor
+    return size_of(parameter if part is None else part())
 
 
 def _heads(model: Any) -> tuple[float, float]:

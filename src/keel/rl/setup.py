@@ -23,7 +23,7 @@ from keel.models.load import ModelSource, count_parameters
 from keel.models.lora_targets import notes
 from keel.models.machine_speed import speed
 from keel.models.offload import offload
-from keel.models.phase_cost import decode_cost, forward_cost, optimizer_cost, train_cost
+from keel.models.phase_cost import PhaseCost, decode_cost, forward_cost, optimizer_cost, train_cost
 from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
@@ -152,26 +152,37 @@ def _offload(run: StageRun, roles: Roles, opened: Sequence[build_rewards.LoadedR
         offload(model, run.device)
 
 
-def _rate(
-    run: StageRun, config: OnPolicy, roles: Roles, opened: Sequence[build_rewards.LoadedReward]
-) -> None:
-    """What each phase costs at least, and what the machine can do, for the shares in times.jsonl."""
-    dtype, adapters = compute_dtype(roles.policy, run.device), config.lora is not None
+def _costs(
+    config: OnPolicy,
+    roles: Roles,
+    opened: Sequence[build_rewards.LoadedReward],
+    dtype: torch.dtype,
+    *,
+    through_text: bool,
+) -> dict[str, PhaseCost]:
+    """What each phase costs at least. A phase is left out whose work nobody here knows: sampling in another
+    place, what a teacher reads in tokens of its own. through_text: whether there is such a teacher."""
     learners: list[nn.Module] = [roles.policy, *roles.value_modules]
-    reads = list(learners)  # the reference costs what the policy does
+    other = roles.reference if isinstance(roles.reference, nn.Module) else roles.policy
+    # a teacher is asked nothing while samples are scored, but once in each gradient step
+    reads = [] if config.imitates else [other, *roles.value_modules]
+    taught = [forward_cost(other, dtype)] if config.imitates and not through_text else []
     elsewhere = config.rollout.vllm or methods.is_plugin("keel.engines", config.engine)
     if not config.trusts_sampler or elsewhere:
         reads.append(roles.policy)
-    taught = [forward_cost(roles.reference, dtype)] if config.imitates else []  # a teacher reads in each step
-    run.costs = {
-        "rollout": decode_cost(roles.policy, dtype),
-        "forward": reduce(add, (forward_cost(model, dtype) for model in reads)),
-        "train": reduce(add, [*(train_cost(model, dtype, adapters=adapters) for model in learners), *taught]),
+    adapters = config.lora is not None
+    trained = [train_cost(model, dtype, adapters=adapters) for model in learners]
+    costs = {
+        "train": reduce(add, [*trained, *taught]),
         "optimizer": optimizer_cost([p for model in learners for p in model.parameters()]),
     }
-    if scorers := [reward.model for one in opened for reward in one.models]:
-        run.costs["score"] = reduce(add, (forward_cost(model, dtype) for model in scorers))
-    run.speed = speed(run.device, dtype)
+    if not elsewhere:
+        costs["rollout"] = decode_cost(roles.policy, dtype)
+    scorers = [reward.model for one in opened for reward in one.models]
+    for phase, models in (("forward", reads), ("score", scorers)):
+        if models:
+            costs[phase] = reduce(add, (forward_cost(model, dtype) for model in models))
+    return costs
 
 
 def open_stage(
@@ -218,7 +229,9 @@ def open_stage(
         run.say(f"{run.name}: {line}")
     if config.offload:
         _offload(run, roles, opened)
-    _rate(run, config, roles, opened)
+    dtype = compute_dtype(roles.policy, run.device)
+    run.costs = _costs(config, roles, opened, dtype, through_text=theirs is not None)
+    run.speed = speed(run.device, dtype)
     trained = sum(count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules))
     run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
     run.facts["trained_parameters"] = trained
