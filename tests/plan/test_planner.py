@@ -451,3 +451,37 @@ def test_a_teacher_is_held_and_read_in_the_gradient_steps(plan, data, tiny_model
     online = {"kind": "online_dpo", "model": str(tiny_model), "data": str(data.prompts), "reward": judged}
     phases = plan(online={**online, **short})["online"]["memory"]["phases"]
     assert phases["score"]["reward judge"]["kv_cache"] > 0  # it writes its verdict
+
+
+def test_what_a_server_samples_takes_no_memory_here(plan, data, tiny_model):
+    """Neither keys and values, nor what the head was given."""
+    common = {"data": str(data.prompts), "sampling": {"max_new_tokens": 8}}
+    away = {"rollout": {"engine": "vllm", "address": "http://127.0.0.1:9"}}
+    model, red = str(tiny_model), [{"kind": "keywords", "words": ["red"]}]
+    learns = {"model": model, "batch_size": 4, **common}
+    stages = {
+        "grpo": {"kind": "grpo", "reward": red, "samples_per_prompt": 2, **learns},
+        "distill": {"kind": "distill", "teacher": model, **learns},
+        "best": {"kind": "best_of_n", "reward": red, **learns},
+        "judge": {"kind": "evaluate", "models": [model], **common},
+        "pairs": {"kind": "collect", "model": model, "pairs": 2, "annotators": "people", **common},
+    }
+    here = plan(**stages)
+    there = plan(**{name: {**stage, **away} for name, stage in stages.items()})
+    for name in stages:
+        phase = "samples" if name == "best" else "rollout"
+        before, after = (entries[name]["memory"]["phases"][phase] for entries in (here, there))
+        role = next(iter(after))
+        assert before[role]["kv_cache"] > 0
+        assert after[role] == {"weights": before[role]["weights"]} | {
+            kind: before[role][kind] for kind in ("optimizer", "gradients") if kind in after[role]
+        }, name
+
+
+def test_replies_of_the_data_are_planned_beside_the_students_own(plan, data, tiny_model):
+    short = {"data": str(data.prompts), "batch_size": 4, "sampling": {"max_new_tokens": 8}}
+    stage = {"kind": "distill", "model": str(tiny_model), "teacher": str(tiny_model), **short}
+    taught = {"demonstrations": {"data": str(data.demonstrations), "share": 0.5}}
+    alone, both = (plan(distill={**stage, **more})["distill"]["memory"] for more in ({}, taught))
+    steps = [memory["phases"]["train"]["policy"]["activations"] for memory in (alone, both)]
+    assert steps[1] > 1.5 * steps[0]

@@ -90,6 +90,12 @@ def test_bytes_are_those_of_rings() -> None:
     assert 0 < lora["gradients"] < ddp["gradients"] / 100
 
 
+def test_a_server_samples_for_one_process_so_far() -> None:
+    served = stage("grpo", rollout={"engine": "vllm"})
+    found = rank_memory.on_ranks(served, refs(rewards=True), LENGTHS, Asked(2))
+    assert [one.runs for one in found.values()] == [False, False]
+
+
 def test_a_card_is_a_number_of_gb() -> None:
     assert [rank_memory.card_of(text) for text in ("80GB", "80", " 141 gb")] == [80, 80, 141]
     for wrong in ("80GiB", "0", "-1GB", "h100"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from keel.config import Stage
+from keel.config import Stage, Training
 from keel.data import chat, files, stream
 from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
@@ -92,8 +92,9 @@ def _on_ranks(
 ) -> dict[str, Any] | None:
     """See `rank_memory.as_dict`; None where the shape of one of its models is unknown."""
     stage, refs = pipeline.config.stages[name], models(pipeline, name)
-    if refs is None or stage_kinds.kind_of(stage.kind).memory is None:
-        return None
+    kind = stage_kinds.kind_of(stage.kind)
+    if refs is None or kind.memory is None or (kind.ranks and not isinstance(stage, Training)):
+        return None  # the last: what trains nothing has its models whole on each rank
     if micro_batch is not None:
         stage = stage.model_copy(update={"micro_batch": micro_batch})
     return rank_memory.as_dict(rank_memory.on_ranks(stage, refs, lengths, asked), asked)

@@ -71,7 +71,10 @@ def on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked) ->
 
 
 def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, strategy: Strategy) -> OnRanks:
+    sampler = getattr(stage, "rollout", None)
     if strategy not in stage_kinds.kind_of(stage.kind).ranks or not isinstance(stage, Training):
+        return OnRanks(False)
+    if sampler is not None and sampler.vllm and asked.ranks > 1:  # so far, of one process alone
         return OnRanks(False)
 
     def peak(stage: Stage) -> float:

@@ -15,6 +15,7 @@ from keel.config import (
     BestOfNConfig,
     ClassifierConfig,
     CollectConfig,
+    DistillConfig,
     DPOConfig,
     EvaluateConfig,
     LoraConfig,
@@ -282,7 +283,7 @@ def best_of_n(stage: BestOfNConfig, refs: StageModels, lengths: Lengths, device:
     sampler = {"sampler": _frozen(refs.model, dtype, device)}
     held = sampler | _rewards(refs, stage.model.dtype, device)
     rows = PROMPTS_AT_ONCE * stage.samples_per_prompt
-    found = [_rollout(held, "sampler", rows, lengths, name="samples")]
+    found = [_sampled(stage, held, "sampler", rows, lengths, name="samples")]
     found += _judging(held, stage.batch_size, lengths, stage.samples_per_prompt)
     return [*found, *language(stage, refs, lengths, device)]
 
@@ -292,7 +293,7 @@ def best_of_n(stage: BestOfNConfig, refs: StageModels, lengths: Lengths, device:
 
 def collect(stage: CollectConfig, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
     held = {"sampler": _frozen(refs.model, stage.dtype, device)}
-    return [_rollout(held, "sampler", stage.batch_size, lengths)]
+    return [_sampled(stage, held, "sampler", stage.batch_size, lengths)]
 
 
 def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:
@@ -300,8 +301,8 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     steps."""
     models = roles(stage, refs, device)
     policy, whole = models["policy"], stage.batch_size
-    kept = whole * lengths.answer * policy.shape.hidden * policy.bytes if stage.trusts_sampler else 0
-    sampled = _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
+    kept = _head_inputs(stage, policy, lengths)
+    sampled = _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
     judged = _judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
     found = [
         Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
@@ -310,7 +311,7 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     inside = kept + activation_memory.working(policy, predicted_layout.forward(policy, part))
     logits = model_memory.score_logits(policy, sum(row.asked for row in part))
     parts = with_parts(resident(models), "policy", activations=inside, logits=logits)
-    for role in ("reference", "critic") if stage.trusts_sampler else ("policy", "reference", "critic"):
+    for role in ("reference", "critic") if kept else ("policy", "reference", "critic"):
         if role in models:
             parts = with_parts(parts, role, casts=model_memory.casts(models[role]))
     found.append(Phase("forward", parts))
@@ -332,14 +333,15 @@ def distillation(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: D
     steps in which the teacher reads the same rows first."""
     models = roles(stage, refs, device)
     student, teacher, whole = models["policy"], models["reference"], stage.batch_size
-    kept = whole * lengths.answer * student.shape.hidden * student.bytes
+    kept = _head_inputs(stage, student, lengths)
     before = [
-        _rollout(models, "policy", min(SAMPLED_AT_ONCE, whole), lengths),
+        _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, whole), lengths),
         *_judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt),
     ]
     found = [Phase(p.name, with_parts(p.parts, "policy", activations=kept)) for p in before]
-    mini = stage.mini_batch or whole
-    part = _fullest_part(stage, student, mini, lengths)
+    of_data = cast("DistillConfig", stage).demonstrated  # replies, with prompts of their own
+    mini = stage.mini_batch or whole + of_data
+    part = _fullest_part(stage, student, mini, lengths, of_data)
     tokens, read = sum(row.asked for row in part), predicted_layout.forward(student, part)
     asked = activation_memory.working(teacher, predicted_layout.forward(teacher, part))
     logits = model_memory.divergence_logits(student, teacher, tokens)
@@ -362,10 +364,12 @@ def _steps(stage: OnPolicy, models: Mapping[str, Model], lengths: Lengths) -> Ph
     return training(models, passes, accumulates=len(part) < mini)
 
 
-def _fullest_part(stage: OnPolicy, model: Model, count: int, lengths: Lengths) -> list[predicted_layout.Row]:
+def _fullest_part(
+    stage: OnPolicy, model: Model, count: int, lengths: Lengths, others: int = 0
+) -> list[predicted_layout.Row]:
     """Of the parts in which so many episodes of an update go through a forward. They are of as many prompts
-    as can be: a mini-batch is drawn at random."""
-    prompts = stage.batch_size // stage.samples_per_prompt
+    as can be: a mini-batch is drawn at random. others: prompts beside those that are sampled for."""
+    prompts = stage.batch_size // stage.samples_per_prompt + others
     rows = [predicted_layout.answer(i % prompts, lengths.prompt, lengths.answer) for i in range(count)]
     at_once = None if stage.micro_tokens else min(stage.rows_at_once or count, count)
     found = predicted_layout.parts(rows, at_once, stage.micro_tokens)
@@ -444,6 +448,29 @@ def _rollout(
     return fullest(name, [prefill, end])
 
 
+def _sampled(
+    stage: OnPolicy | BestOfNConfig | CollectConfig | EvaluateConfig,
+    models: dict[str, Model],
+    role: str,
+    rows: int,
+    lengths: Lengths,
+    *,
+    name: str = "rollout",
+) -> Phase:
+    """Sampling with the stage's engine. A server computes in memory of its own, which nobody here knows."""
+    if stage.rollout.vllm:
+        return Phase(name, resident(models))
+    return _rollout(models, role, rows, lengths, name=name)
+
+
+def _head_inputs(stage: OnPolicy, policy: Model, lengths: Lengths) -> float:
+    """Bytes of what the head was given at each token that was sampled, kept until it is scored; 0 where
+    log π_old is not the sampler's, or a server keeps nothing."""
+    if not stage.trusts_sampler or stage.rollout.vllm:
+        return 0
+    return stage.batch_size * lengths.answer * policy.shape.hidden * policy.bytes
+
+
 def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int = 1) -> list[Phase]:
     """The rewards' forwards, one after the other. samples: rows of one prompt."""
     found: list[Phase] = []
@@ -473,7 +500,7 @@ def evaluate(stage: EvaluateConfig, refs: StageModels, lengths: Lengths, device:
         models["reference"] = _frozen(refs.reference or refs.model, stage.dtype, device)
     models |= _rewards(refs, stage.dtype, device)
     rows = stage.batch_size
-    found = [_rollout(models, "model", rows, lengths), *_judging(models, rows, lengths)]
+    found = [_sampled(stage, models, "model", rows, lengths), *_judging(models, rows, lengths)]
     model = models["model"]
     inside = activation_memory.working(model, Forward(rows, lengths.total))
     logits = model_memory.score_logits(model, rows * lengths.answer)
