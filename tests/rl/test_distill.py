@@ -17,6 +17,7 @@ from keel.config import DistillConfig, parse
 from keel.diagnosis.findings import Conditions, conditions
 from keel.errors import UsageError
 from keel.models import logprobs
+from keel.models.phase_cost import forward_cost, train_cost
 from keel.models.tokenizer import train_tokenizer
 from keel.rewards.shaping import RunningScale
 from keel.rl import distill, loop
@@ -230,6 +231,38 @@ def test_a_teacher_of_other_tokens_is_asked_through_text(
     assert any("asked through text" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("more", "forwards", "taught", "sampled"),
+    [
+        ({}, 0, 1, True),
+        ({"rollout": {"engine": "vllm", "address": "http://127.0.0.1:9"}}, 1, 1, False),
+        ({"teacher": "other"}, 0, 0, True),
+    ],
+)
+def test_the_floor_of_a_phase_is_what_is_read_in_it(
+    more: dict[str, Any], forwards: int, taught: int, sampled: bool, settings: Any, other_teacher: Path,
+    stage_run: Any,
+) -> None:  # fmt: skip
+    """While samples are scored the student reads only what a server has sampled, and a teacher nothing; a
+    teacher of other tokens is not in the loss; of a server's machine nobody knows anything."""
+    more = {**more, "teacher": str(other_teacher)} if more.get("teacher") else more
+    config = DistillConfig.model_validate(settings | more)
+    _, _, setup = open_stage(config, stage_run, sharing="none")
+    student, teacher = setup.roles.policy, setup.roles.reference
+    own, costs = forward_cost(student, torch.float32), stage_run.costs
+    assert costs.get("forward") == (own if forwards else None)
+    assert ("rollout" in costs) == sampled
+    learns = train_cost(student, torch.float32, adapters=False)
+    assert costs["train"] == (learns + forward_cost(teacher, torch.float32) if taught else learns)
+
+
+def test_replies_of_the_data_are_more_gradient_steps() -> None:
+    stage = {"kind": "distill", "model": "m", "teacher": "t", "data": "d", "batch_size": 8, "mini_batch": 8}
+    more = {"demonstrations": {"data": "d", "share": 0.34}, "desired_kl": 0.2}
+    config = parse({"name": "x", "stages": {"s": {**stage, **more}}}).stages["s"]
+    assert config.planned_steps(100) == {"steps": 100, "episodes": 800, "gradient_steps": 200}
+
+
 def test_a_teacher_that_reads_too_little_is_refused(settings: Any, stage_run: Any, tmp_path: Path) -> None:
     folder = tmp_path / "short"
     model = AutoModelForCausalLM.from_pretrained(settings["teacher"])
@@ -252,6 +285,7 @@ def test_a_teacher_that_reads_too_little_is_refused(settings: Any, stage_run: An
         ({"demonstrations": {"data": "d", "share": 0.001}}, "leaves no reply of the data"),
         ({"teacher_quantize": "4bit", "teacher_dtype": "float32"}, "`teacher_quantize` needs"),
         ({"max_approx_kl": 0.1}, "`max_approx_kl` has no effect with one gradient step"),
+        ({"curriculum": {}}, "`curriculum` needs a `reward`"),
     ],
 )
 def test_settings_without_effect_are_refused(wrong: dict[str, Any], message: str) -> None:

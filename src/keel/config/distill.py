@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -100,6 +101,20 @@ class DistillConfig(OwnLoss):
             return 0
         share = self.demonstrations.share
         return round(self.batch_size * share / (1 - share))
+
+    @property
+    def one_step(self) -> bool:
+        """Whether an update takes a single gradient step, replies of the data included."""
+        return self.epochs == 1 and self._steps == 1
+
+    @property
+    def _steps(self) -> int:
+        """Gradient steps of an epoch."""
+        rows = self.batch_size + self.demonstrated
+        return math.ceil(rows / (self.mini_batch or rows))
+
+    def planned_steps(self, examples: int) -> dict[str, int]:
+        return super().planned_steps(examples) | {"gradient_steps": self.updates * self.epochs * self._steps}
 
     @model_validator(mode="after")
     def _sound(self) -> DistillConfig:
