@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from keel.config import parse
-from keel.errors import UsageError
+from keel.errors import EngineError, UsageError
 from keel.rl import loop, rollout, setup
 from keel.rollout import HoldsWeights, ReferenceEngine
 
@@ -133,7 +133,7 @@ def test_an_engine_with_weights_of_its_own_samples_while_the_update_trains(
         return learn(*given)
 
     monkeypatch.setattr(
-        setup, "open_engine", lambda config, policy: opened.append(Apart(policy)) or opened[0]
+        setup, "open_engine", lambda config, policy, *_: opened.append(Apart(policy)) or opened[0]
     )
     monkeypatch.setattr(loop, "learn", learning)
     beside, others = trained("beside", engine="reference")
@@ -153,9 +153,30 @@ def test_what_fails_beside_the_training_ends_the_run(trained: Any, monkeypatch: 
                 raise UsageError("the server is gone")
             return super().generate(request, count)
 
-    monkeypatch.setattr(setup, "open_engine", lambda config, policy: Broken(policy))
+    monkeypatch.setattr(setup, "open_engine", lambda config, policy, *_: Broken(policy))
     with pytest.raises(UsageError, match="the server is gone"):
         trained(updates=2)
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_beside_the_training_costs_no_update(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trained meanwhile is kept, although no checkpoint was due; the same command goes on."""
+
+    class Gone(Apart):
+        def generate(self, request: Any, count: Any = None) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                raise EngineError("the server is gone")
+            return super().generate(request, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(setup, "open_engine", lambda config, policy, *_: Gone(policy))
+        with pytest.raises(EngineError, match="the server is gone"):
+            trained(save_every=10)
+    _, rows = trained(save_every=10)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["rollout/staleness"] for row in rows] == [0, 0, 1]  # nothing was in flight
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ import torch
 
 from keel.config import OnPolicy
 from keel.distributed import group
+from keel.errors import EngineError
 from keel.rl import rollout
 from keel.rl.rollout import Drawn, PromptExample, Setup
 from keel.rl.sampled import deal
@@ -38,16 +39,19 @@ class Ahead:
     update: int = 0  # that it is for; 0: there is nothing
     drawn: Drawn | None = None
     working: _Work | None = None  # that will be `drawn`
+    failed: EngineError | None = None  # why there is nothing
 
     def of(self, update: int) -> Drawn | None:
-        """What was sampled for an update; None: nothing was."""
+        """What was sampled for an update; None: nothing was. What failed in its place is raised here."""
+        if self.failed is not None and update == self.update:
+            raise self.failed
         return self.drawn if update == self.update else None
 
     def begin(self, update: int, prompts: Sequence[PromptExample]) -> None:
         """Sample the responses to the prompts of an update by the weights as they are now."""
         setup = self.setup
         rollout.take_weights(setup)
-        self.update, self.drawn = update, None
+        self.update, self.drawn, self.failed = update, None, None
         seed = rollout.seed_of(setup, update)
         dealt = deal(len(prompts), setup.config.samples_per_prompt)
 
@@ -60,16 +64,20 @@ class Ahead:
             self.drawn = draw()
 
     def finish(self) -> None:
-        """Wait for what was begun; what failed there is raised here."""
+        """Wait for what was begun. An engine that failed is kept for the turn of its update: the one that
+        trained meanwhile ends, and is kept, first. Any other fault is raised here."""
         if self.working is not None:
             working, self.working = self.working, None
-            self.drawn = working.result()
+            try:
+                self.drawn = working.result()
+            except EngineError as error:
+                self.failed = error
 
     def drop(self) -> None:
         """Forget what was sampled, once the engine has come to its end."""
         if self.working is not None:
             self.working.join()
-        self.update, self.drawn, self.working = 0, None, None
+        self.update, self.drawn, self.working, self.failed = 0, None, None, None
 
     # ------------------------------------------------------------ for a checkpoint
 
