@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from keel.rollout.protocol import Rows
 from keel.rollout.reference_engine import ReferenceEngine
 from keel.rollout.score_responses import score
 from keel.rollout.vllm import ServerSettings, VllmEngine, holding, server, weights, wire
+from keel.stages.samplers import print_of
 from keel.types import Sampling
 
 _spec = importlib.util.spec_from_file_location("scripted_vllm", Path(__file__).with_name("scripted_vllm.py"))
@@ -310,6 +312,41 @@ def test_a_request_that_takes_too_long_is_given_up(start: Any, opened: Any, monk
     one.script = slow
     with pytest.raises(EngineError, match=r"no answer within 0.15 s"):
         sampler.generate(asked())
+
+
+def test_a_server_is_asked_nothing_once_its_stage_has_ended(start: Any, opened: Any) -> None:
+    """Also by a thread that samples while the trainer stops: it ends at once, and starts no other server."""
+    one = start()
+    sampler = opened(one.address)
+    sampler.take_weights()
+    sampler.generate(asked())
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(route: str, body: Any, number: int) -> None:
+        if route == GENERATE:
+            begun.set()
+            done.wait(10)
+
+    one.script = slow
+    met: list[BaseException] = []
+
+    def sample() -> None:
+        with pytest.raises(EngineError, match="its stage has ended") as error:
+            sampler.generate(asked())
+        met.append(error.value)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    begun.wait(5)
+    sampler.close()
+    thread.join(3)
+    done.set()
+    assert len(met) == 1
+    assert sampler.server.restarts == 0
+
+
+def test_two_runs_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
+    assert print_of(tmp_path / "a" / "run") != print_of(tmp_path / "b" / "run")
 
 
 # ---------------------------------------------------------------- what it is asked
@@ -612,6 +649,33 @@ def test_grpo_through_a_server_that_dies_in_between(run_grpo: Any) -> None:
 @pytest.mark.slow
 def test_a_death_changes_no_number(run_grpo: Any) -> None:
     assert run_grpo(3, 7)[0] == run_grpo(3, None)[0]
+
+
+@pytest.mark.slow
+def test_distill_and_online_dpo_sample_by_the_same_setting(
+    start: Any, run: Any, data: Any, tiny_model: Path, policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    one, teacher = start(), str(tmp_path / "teacher")
+    moved(policy)
+    policy.save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    common = {
+        "model": str(tiny_model), "data": str(data.prompts), "batch_size": 4, "updates": 2, "lr": 1e-2,
+        "sampling": {"max_new_tokens": 3}, "rollout": {"engine": "vllm", "address": one.address},
+    }  # fmt: skip
+    stages = {
+        "distill": {"kind": "distill", "teacher": teacher, **common},
+        "online": {"kind": "online_dpo", "reward": SHORT, **common},
+    }
+    pipeline = run({"stages": stages}, tmp_path)
+    for name in stages:
+        place = pipeline.stage_directory(name)
+        rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        assert all(0 < row["rollout/sampler_drift"] < 1e-5 for row in rows)
+        times = [json.loads(line) for line in (place / "times.jsonl").read_text().splitlines()]
+        assert all("rollout/roofline" not in row and row["forward/roofline"] > 0 for row in times)
+        assert json.loads((place / "stage.json").read_text())["facts"]["engines"][0]["pushes"] == 3
+    assert one.count("/collective_rpc") == 2 * 3
 
 
 @pytest.mark.slow

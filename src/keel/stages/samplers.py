@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,11 @@ def key_of(settings: SamplerConfig) -> str | None:
     return key
 
 
+def print_of(place: Path) -> str:
+    """Some letters that tell a folder from others of its name: two runs may share a folder for weights."""
+    return f"{zlib.crc32(str(place).encode()):08x}"
+
+
 def open_sampler(
     settings: SamplerConfig,
     model: PreTrainedModel,
@@ -62,8 +68,8 @@ def open_sampler(
         return KeelEngine(model, batch_size)
     shared = run.directory / FOLDER
     if settings.folder:  # which other runs may use, too
-        whose = run.directory.resolve().parts[-3:]  # NAME, stages, STAGE
-        shared = Path(settings.folder).expanduser() / f"{whose[0]}-{run.name}"
+        whose = run.directory.resolve()  # RUNS/NAME/stages/STAGE
+        shared = Path(settings.folder).expanduser() / f"{whose.parts[-3]}-{run.name}-{print_of(whose)}"
     engine = VllmEngine(
         model,
         ServerSettings(

@@ -101,7 +101,7 @@ class Holder:
         self._at_start = False  # whether it has the weights that it was started on
         self._adapters_there: list[str] = []
         self._token = secrets.token_hex(4)
-        self._asleep = False
+        self._asleep = self._closed = False
         self._text = self._text_of_probe()
 
     def drop(self) -> None:
@@ -131,7 +131,9 @@ class Holder:
             shutil.rmtree(before.place, ignore_errors=True)
 
     def hold(self) -> Weights:
-        """See to it that the server is there, awake, and holds the weights that were taken."""
+        """See to it that the server is there, awake, and holds the weights that were taken. EngineError once
+        it is closed: who samples in a thread starts no other server then."""
+        self._check_open()
         if self.wire is None:
             self.wire = self._connect()
         self._wake()
@@ -324,6 +326,7 @@ class Holder:
 
     def lost(self, reason: str) -> None:
         """After a round that brought too little: a server that is gone is started again or waited for."""
+        self._check_open()
         self._held = None
         if self.wire is not None:
             try:
@@ -348,6 +351,10 @@ class Holder:
                 "often it is started again"
             )
         self.say(f"the vLLM server is gone ({reason}){words}; it is started again")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.where()} is not asked any more: its stage has ended")
 
     @property
     def _start(self) -> Path:
@@ -398,7 +405,11 @@ class Holder:
             self.wire = None  # the next call looks for it
 
     def close(self) -> None:
-        """End a server that was started here, and clear what was pushed to one that was not."""
+        """End a server that was started here, and clear what was pushed to one that was not. Requests of
+        another thread end at once."""
+        self._closed = True
+        if self.wire is not None:
+            self.wire.hang_up()
         if self.wire is not None and self._server is None:
             for old in self._adapters_there:
                 with contextlib.suppress(DownError, RefusedError):
