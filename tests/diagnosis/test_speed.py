@@ -42,6 +42,7 @@ def test_the_phase_with_most_seconds_above_its_floor_is_named_with_a_setting_tha
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"kind": "sft", "packing": False}, "packing"),
         ({"batch_size": 64, "micro_batch": 4}, "micro_batch"),
+        ({"offload": True}, "no setting"),
         ({"mini_batch": 4, "batch_size": 64, "micro_batch": 4}, "no setting"),
     ],
 )
@@ -49,6 +50,22 @@ def test_settings_are_named_where_they_would_help(settings, word):
     found = speed.finding([SLOW], settings)
     assert found is not None
     assert word in found.remedy
+
+
+def test_the_cost_of_models_that_rest_on_the_cpu_is_named():
+    rows = [{"step": 1, "forward": 70.0, "forward/roofline": 0.1}]
+    found = speed.finding(rows, {"offload": True})
+    assert found is not None
+    assert "offload: false" in found.remedy
+
+
+def test_a_phase_without_a_floor_is_part_of_the_time():
+    """A server's, say: a stage that mostly waits for it is not slow by what little it does itself."""
+    found = speed.finding([{**SLOW, "rollout/roofline": None}], {})
+    assert found is not None
+    assert "took 40 of 90 s" in found.evidence
+    assert speed.finding([{"step": 1, "rollout": 500.0, "train": 70.0, "train/roofline": 0.1}], {}) is None
+    assert speed.finding([{"step": 1, "rollout": 500.0}], {}) is None
 
 
 @pytest.mark.parametrize("part", [{"train": 5.0, "rollout": 5.0}, {"train/roofline": 0.9}, {"train": "x"}])

@@ -70,6 +70,11 @@ SETTINGS: tuple[Setting, ...] = (
         "few hundred channels gain little)",
     ),
     Setting(
+        ("forward", "score"),
+        lambda settings, _: settings.get("offload") is True,
+        "`offload: false` leaves the frozen models on the card between uses, and takes more of its memory",
+    ),
+    Setting(
         ("train",),
         lambda settings, _: settings.get("gradient_checkpointing") is True,
         "`gradient_checkpointing: false` computes each forward once, and takes more memory",
@@ -141,13 +146,18 @@ def phases(rows: Sequence[Mapping[str, Any]]) -> list[Phase]:
     ]
 
 
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of all phases, also of those without a floor."""
+    spent = (_number(row.get(name)) for row in rows for name in WORDS if name not in WITHIN)
+    return math.fsum(seconds for seconds in spent if seconds is not None)
+
+
 def finding(rows: Sequence[Mapping[str, Any]], settings: Settings) -> Finding | None:
     """A note on the phase with most seconds above its floor; None where a stage was short, or nothing stands
     out, or its times hold no floors. rows: the lines of its times.jsonl. settings: the stage's resolved
     ones."""
-    known = phases(rows)
-    total = math.fsum(phase.seconds for phase in known)
-    if total < LEAST:
+    known, total = phases(rows), _seconds(rows)
+    if total < LEAST or not known:
         return None
     worst = max(known, key=lambda phase: phase.above)
     if worst.above < SHARE * total:
