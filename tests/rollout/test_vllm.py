@@ -536,6 +536,21 @@ def test_a_started_server_ends_with_its_owner_however_that_ends(fake: Any, tmp_p
     until(lambda: not alive(main) and not alive(child))
 
 
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("10.0.0.2", "http://10.0.0.2:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_a_server_is_asked_where_it_listens(host: str, address: str) -> None:
+    """Else one that listens at a single address would be ended for never having answered."""
+    launch = server.Launch(Path("vllm"), "m", "auto", host=host)
+    assert server.Server(launch, Path("log"), port=8000).address == address
+
+
 def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     ran: list[list[str]] = []
 
