@@ -138,6 +138,22 @@ def test_a_whole_ppo_stage_on_a_script(
     assert script.requests[0].keep_head_inputs
 
 
+def test_states_that_an_engine_keeps_unasked_are_not_taken_for_the_trainers(open_ppo: Any) -> None:
+    """Else its numbers would be compared with themselves, and `importance_cap` would correct nothing."""
+    import dataclasses
+
+    class Keeping(ScriptedEngine):
+        def generate(self, request: GenerationRequest, count: Any = None) -> list[Completion]:
+            kept = torch.zeros(2, 16)
+            return [dataclasses.replace(c, hidden=kept) for c in super().generate(request, count)]
+
+    prompts, opened = open_ppo(batch_size=4, importance_cap=2.0)
+    opened = dataclasses.replace(opened, engine=Keeping([[7, 8]]))
+    batch = loop.collect(PPO(opened), prompts[:4], loop.LoopState(0.0, loop.RunningScale()), 1)
+    assert not batch.experience.logp_from_sampler
+    assert float(batch.episodes.weights[batch.episodes.mask].max()) < 0.5  # e⁻⁵ and less, against e⁻¹
+
+
 def test_a_scripts_tokens_are_what_an_update_learns_from(open_ppo: Any) -> None:
     import dataclasses
 

@@ -201,6 +201,8 @@ def sample(
             "`importance_cap` needs the log-probabilities of the sampler,"
             f" which engine {config.engine_name!r} does not give"
         )
+    if not config.trusts_sampler:  # an engine may keep what it was not asked for, and of older weights
+        completions = [replace(c, hidden=None) for c in completions]
     return completions
 
 
