@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from keel.algorithms.distillation import compare
 from keel.data import chat
+from keel.errors import UsageError
 from keel.models.tokenizer import train_tokenizer
 from keel.rl.through_text import chunks, ends_of, gaps
 from keel.types import Completion
@@ -98,6 +99,29 @@ def test_a_chunk_of_several_tokens_has_one_gap(models: Any, tokenizer: Any) -> N
     theirs = _logp(teacher, chat.prompt_ids(letters, "the cat?"), apart, len(letters))
     assert found.sampled_kl.item() == pytest.approx((logp.sum() - theirs.sum()).item())
     assert found.mask.all()
+
+
+def test_of_a_reply_as_much_is_compared_as_the_teacher_has_room_for(models: Any, tokenizer: Any) -> None:
+    """It has more tokens of the teacher's than of the student's."""
+    student, teacher = models
+    letters = train_tokenizer(["x"], 258, 48)
+    prompt = chat.prompt_ids(tokenizer, "the cat?")
+    reply = chat.completion_ids(tokenizer, "the cat?", " it is red.")
+    logp = _logp(student, prompt, reply, len(tokenizer))[None]
+    done = [Completion(tuple(prompt), tuple(reply), "eos")]
+
+    def asked() -> Any:
+        both = tokenizer, letters
+        return gaps(teacher, both, ["the cat?"], done, logp, temperature=0.8, device=torch.device("cpu"))
+
+    whole, taken = asked(), len(chat.prompt_ids(letters, "the cat?"))
+    teacher.config.max_position_embeddings = taken + 6
+    part = asked()
+    assert 0 < part.mask.sum() < whole.mask.sum()
+    torch.testing.assert_close(part.gap[part.mask], whole.gap[part.mask])
+    teacher.config.max_position_embeddings = taken
+    with pytest.raises(UsageError, match="take a teacher that reads more"):
+        asked()
 
 
 def test_the_sampled_gradient_is_that_of_the_reverse_kl_in_expectation() -> None:

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from keel.data import chat
 from keel.data.batches import by_length, pad
+from keel.errors import UsageError
+from keel.models.load import context_length
 from keel.models.logprobs import head_inputs, response_index, scatter_to_mask, token_logprobs
 from keel.models.tokenizer import known_ids
 from keel.types import Completion, Prompt
@@ -86,6 +88,16 @@ class _Laid:
     reply: list[int]
     chunks: list[tuple[int, int]]
 
+    def within(self, room: int | None) -> _Laid:
+        """Cut to so many tokens of the teacher's; None: as it is."""
+        kept = len(self.reply) if room is None else room - len(self.prompt)
+        if kept < 1 and self.reply:
+            raise UsageError(
+                f"the teacher reads {room} tokens, and a prompt is {len(self.prompt)} of its own: lower "
+                "max_length, or take a teacher that reads more"
+            )
+        return _Laid(self.prompt, self.reply[:kept], [pair for pair in self.chunks if pair[1] <= kept])
+
 
 def _laid(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion
@@ -117,8 +129,11 @@ def gaps(
     micro_tokens: int | None = None,
 ) -> Gaps:
     """What the teacher makes of B replies; no gradient. tokenizers: the student's and the teacher's. logp:
-    (B, T) log π of the student's tokens. micro_batch, micro_tokens: rows and tokens of one forward."""
-    laid = [_laid(*tokenizers, *one) for one in zip(prompts, completions, strict=True)]
+    (B, T) log π of the student's tokens. micro_batch, micro_tokens: rows and tokens of one forward.
+    UsageError for a prompt that leaves the teacher no room for a reply; of a reply it is asked about as much
+    as it has room for."""
+    room = context_length(teacher.config)
+    laid = [_laid(*tokenizers, *one).within(room) for one in zip(prompts, completions, strict=True)]
     theirs = _logprobs(
         teacher, tokenizers[1], laid, temperature, device, micro_batch=micro_batch, micro_tokens=micro_tokens
     )
