@@ -180,6 +180,27 @@ def test_an_engine_that_fails_beside_the_training_costs_no_update(
 
 
 @pytest.mark.slow
+def test_what_a_sampler_refuses_costs_no_update(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of another package that gives nothing of use, say: the updates before it are kept."""
+    original, calls = rollout.draw, list[int]()
+
+    def draw(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise UsageError("engine 'mine' returned 3 completions for 4 prompts")
+        return original(*given)
+
+    monkeypatch.setattr(rollout, "draw", draw)
+    for _ in range(2):  # the second goes on
+        try:
+            _, rows = trained(rollout={}, save_every=10)
+        except UsageError:
+            assert len(calls) == 2
+    assert len(calls) == 4  # three updates, one of them twice
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.slow
 def test_weights_that_are_put_back_sample_again(
     trained: Any, draws: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

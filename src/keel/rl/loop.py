@@ -21,7 +21,7 @@ from keel.algorithms.masked import count, extent
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_pairs, useful_tokens
 from keel.distributed import gradients, group, sharded
-from keel.errors import BudgetError, EngineError, NotFiniteError, RewardError
+from keel.errors import BudgetError, EngineError, NotFiniteError, RewardError, UsageError
 from keel.models import optim
 from keel.rewards.shaping import RunningScale
 from keel.rl import heldout_judge, rollout
@@ -133,7 +133,7 @@ class OnPolicyLoop:
         try:
             prompts, drawn = [self.prompts[i] for i in rows], self.ahead.of(update)
             return collect(self.algorithm, prompts, self.state, update, drawn)
-        except (BudgetError, EngineError, RewardError):
+        except (BudgetError, EngineError, RewardError, UsageError):
             done = update - 1
             alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
             if alone and done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():
