@@ -146,7 +146,7 @@ def problem(value: object) -> str:
 
 def pays_nonsense(values: Iterable[object], timeout: float = 10.0) -> str | None:
     """Of the tasks of these columns `gym` the first that gives its full score to a reply that answers
-    nothing, on each of its first rows; None where none does. Rewards of such a task say nothing of a reply."""
+    nothing, on each of its first rows; None where none does. Its rewards say nothing of a reply."""
     scores: dict[str, list[float]] = {}
     for value in values:
         if value is None or problem(value):
