@@ -281,6 +281,7 @@ def test_a_teacher_that_reads_too_little_is_refused(settings: Any, stage_run: An
         ({"kl": {"coef": 0.1}}, "kl: unknown key"),
         ({"policy_loss": "cispo"}, "policy_loss: unknown key"),
         ({"reference": "m"}, "reference: unknown key"),
+        ({"importance_mode": "token_mask"}, "importance_mode: unknown key"),
         ({"top_k": 0}, "top_k"),
         ({"demonstrations": {"data": "d", "share": 0.001}}, "leaves no reply of the data"),
         ({"teacher_quantize": "4bit", "teacher_dtype": "float32"}, "`teacher_quantize` needs"),
