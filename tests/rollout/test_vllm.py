@@ -553,6 +553,16 @@ def test_a_server_is_started_by_hand_with_what_keel_needs(
         keel("serve", "m", "--at", place, "--api-key-env", "KEEL_TEST_KEY")
     with pytest.raises(UsageError, match="no engine 'sglang'"):
         keel("install", "sglang")
+    with pytest.raises(UsageError, match="there is no folder runs/x/stages/sft"):
+        keel("serve", "runs/x/stages/sft", "--at", place, "--dry-run")
+    with pytest.raises(UsageError, match="--dtype half: it is auto, float32"):
+        keel("serve", "m", "--at", place, "--dtype", "half", "--dry-run")
+    with pytest.raises(UsageError, match="--devices a: write the numbers"):
+        keel("serve", "m", "--at", place, "--devices", "a", "--dry-run")
+    with pytest.raises(UsageError, match=r"nosuch cannot be run .*--python"):
+        keel("install", "vllm", "--python", "/nosuch", "--device", "cpu")
+    with pytest.raises(UsageError, match="is no folder"):
+        keel("install", "vllm", "--at", str(fake[0]), "--device", "cpu")
 
 
 # ---------------------------------------------------------------- a run
@@ -652,6 +662,9 @@ def test_evaluate_best_of_n_and_collect_sample_by_the_same_setting(
         ({"rollout": {"engine": "vllm"}, "model": {"path": "m", "quantize": "8bit"}, "lora": {}}, "16 or 32"),
         ({"rollout": {"engine": "vllm"}, "lora": {"target_parameters": "experts"}}, "no adapters on experts"),
         ({"importance_mode": "token_mask"}, "no effect without `importance_cap`"),
+        ({"rollout": {"engine": "vllm", "args": ["--host", "0.0.0.0"]}}, "holds --host.*leave it out"),
+        ({"rollout": {"engine": "vllm", "args": ["--dtype=half"]}}, "holds --dtype.*`rollout.dtype`"),
+        ({"rollout": {"engine": "vllm", "args": ["--max_model_len", "9"]}}, "holds --max-model-len"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(more: Any, said: str) -> None:

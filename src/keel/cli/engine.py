@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -14,6 +15,9 @@ import typer
 from keel.api.terminal import show
 from keel.cli.progress import say
 from keel.errors import EngineError, UsageError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 app = typer.Typer(no_args_is_help=True, help="vLLM as rollout engine: install it, serve a model.")
 
@@ -93,6 +97,10 @@ def serve(
     from keel.rollout.vllm import server
     from keel.rollout.vllm.weights import RANKS
 
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: it is {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if devices is not None and not re.fullmatch(r"\d+(,\d+)*", devices):
+        raise UsageError(f"--devices {devices}: write the numbers of cards: 0 or 2,3")
     key = None
     if api_key_env is not None and not (key := os.environ.get(api_key_env, "").strip()):
         raise UsageError(f"the environment variable {api_key_env} (--api-key-env) is not set")
@@ -134,4 +142,6 @@ def _run(one: object, host: str, port: int) -> int:
 def _model(name: str) -> str:
     """A folder or a hub id; of a stage's folder the model in it."""
     inside = Path(name) / "model"
+    if not Path(name).is_dir() and (Path(name).is_absolute() or not _HUB_ID.fullmatch(name)):
+        raise UsageError(f"there is no folder {name}, and no model of the hub is called so")
     return str(inside) if (inside / "config.json").exists() else name

@@ -100,13 +100,18 @@ def install(
     if known.get("package") == PINS[device]:
         return PINS[device].partition("==")[2]
     asked = "import sys; print(*sys.version_info[:2])"
-    told = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+    try:
+        told = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UsageError(f"{python} cannot be run ({error.strerror}): name a Python with --python") from None
     version = tuple(map(int, told.stdout.split())) if told.returncode == 0 else (0, 0)
     if not OLDEST <= version <= NEWEST:
         raise UsageError(
             f"vLLM takes Python {_dotted(OLDEST)} to {_dotted(NEWEST)}, and {python} is {_dotted(version)}: "
             "name another one with --python"
         )
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{place} is no folder: name another place with --at")
     if place.exists() and any(place.iterdir()) and not (place / "pyvenv.cfg").exists():
         raise UsageError(f"{place} holds something else: name an empty folder with --at")
     (place / NOTE).unlink(missing_ok=True)
