@@ -147,8 +147,11 @@ def _problem(term: Any, record: Record, value: Any) -> str:
     if term.kind == "gym":
         return gym.problem(value)
     if term.kind == "code":
-        return code_tests.problem(value, record.columns.get(term.entry_point))
-    text = str(value) if isinstance(value, str | int | float) else completion_text(value)
+        return code_tests.problem(value, record.columns.get(term.entry_point), record.columns.get(term.setup))
+    try:
+        text = str(value) if isinstance(value, str | int | float) else completion_text(value)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return "is neither text, a number nor a conversation"
     if term.kind == "answer":
         return answers.problem(text)
     if not text.strip():
