@@ -173,9 +173,21 @@ def test_a_program_that_leaves_early_passes_nothing():
 
 
 def test_without_walls_nothing_is_left_behind(tmp_path, monkeypatch):
-    """Neither files, nor a program that waits for ever when its driver is killed."""
+    """Neither files, nor a process that went its own way, nor a program that waits for ever when its driver
+    is killed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pid_file = tmp_path / "pid"
+    away = (
+        f"import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork():\n"
+        f"        os.closerange(0, 10)\n"
+        f"        open('pid', 'w').write(str(os.getpid()))\n        os.rename('pid', {str(pid_file)!r})\n"
+        f"        time.sleep(600)\n"
+        f"    os._exit(0)\nos.wait()\nwhile not os.path.exists({str(pid_file)!r}): pass\n"
+        "def f(x): return x + 1\n"
+    )
+    assert rewards([away], TESTS[:1]) == [1.0]
+    assert not Path(f"/proc/{pid_file.read_text()}").exists()
+    pid_file.unlink()
     program = (
         f"import os, time\nopen('left', 'w').write('x')\nos.makedirs('a/b')\n"
         f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\ndef f(x): return x + 1\n"
@@ -213,8 +225,11 @@ for _ in range(6):
 program = "import threading\\nt = threading.Thread(target=int)\\nt.start()\\nt.join()"
 limits = {"cpu": 5, "wall": 15, "memory": 1 << 30, "file": 1 << 20, "processes": 4}
 test = {"kind": "python", "code": "", "token": "t"}
-for among in ("user", "container", "sandbox"):
-    print(sandbox_driver.run(program, test, limits | {"among": among})["ended"])
+if not (driver := os.fork()):
+    for among in ("user", "container", "sandbox"):
+        print(sandbox_driver.run(program, test, limits | {"among": among})["ended"], flush=True)
+    os._exit(0)
+os.waitpid(driver, 0)
 for other in others:
     os.kill(other, 9)
 """
