@@ -416,6 +416,14 @@ def test_settings_without_effect_are_refused(term):
         parse({"name": "x", "stages": {"grpo": stage(**term)}})
 
 
+@pytest.mark.parametrize("setting", ["setup", "entry_point"])
+def test_a_column_that_a_config_names_and_no_row_has_is_found(run, tiny_model, tmp_path, setting):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a?", "tests": TESTS}) + "\n")
+    config = stage(**{setting: "mine"}) | {"model": str(tiny_model), "data": str(tmp_path / "rows.jsonl")}
+    with pytest.raises(DataError, match=rf"no column 'mine' \(`{setting}`\)"):
+        run({"stages": {"grpo": config}}, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
