@@ -67,7 +67,7 @@ def functions_of(terms: Sequence[Any], stage: str) -> Iterator[dict[str, Any]]:
 def check_columns(stage: str, terms: Sequence[Any], records: Sequence[Record]) -> None:
     """DataError for a rule or a judge that compares with a column that no row has."""
     for term in terms:
-        settings = _JUDGE_READS if term.kind == "judge" else [_COMPARES.get(term.kind)]
+        settings = list(_JUDGE_READS) if term.kind == "judge" else [_COMPARES.get(term.kind)]
         if term.kind == "code":  # columns that a row may lack, unless a config names one of its own
             settings += [name for name in ("setup", "entry_point") if term.changes(name)]
         if term.kind == "gym" and not any(gym.COLUMN in record.columns for record in records):
