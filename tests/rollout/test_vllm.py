@@ -529,6 +529,21 @@ def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads((done / server.NOTE).read_text())["device"] == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("host", "asked_at"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("10.0.0.2", "10.0.0.2"),  # where alone it listens
+        ("::", "[::1]"),
+        ("fd00::2", "[fd00::2]"),
+    ],
+)
+def test_a_started_server_is_asked_where_it_listens(host: str, asked_at: str, tmp_path: Path) -> None:
+    launch = server.Launch(tmp_path / "vllm", "m", "auto", host=host)
+    assert server.Server(launch, tmp_path / "log", port=8000).address == f"http://{asked_at}:8000"
+
+
 def test_a_server_is_started_by_hand_with_what_keel_needs(
     fake: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import sys
 import time
 from pathlib import Path
@@ -124,14 +125,15 @@ def serve(
 
 def _run(one: object, host: str, port: int) -> int:
     """Serve until somebody ends it; the exit code."""
-    from keel.rollout.vllm.server import Server, wait_until_ready
+    from keel.rollout.vllm.server import Server, reached_at, wait_until_ready
     from keel.rollout.vllm.wire import Wire
 
     assert isinstance(one, Server)
     one.start()
     try:
         wait_until_ready(Wire(one.address, one.key or None), 3600.0, lambda: one.alive, lambda: "see above")
-        say(f"rollout: {{engine: vllm, address: http://{host}:{port}}}")
+        name = socket.gethostname() if host in ("0.0.0.0", "", "::") else reached_at(host)
+        say(f'rollout: {{engine: vllm, address: "http://{name}:{port}"}}')
         while one.alive:
             time.sleep(0.5)
         raise EngineError("the vLLM server ended; what it said stands above")

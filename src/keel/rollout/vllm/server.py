@@ -195,6 +195,12 @@ class Launch:
         return kept
 
 
+def reached_at(host: str) -> str:
+    """Where this machine reaches a server that listens at `host`, as it stands in an address."""
+    here = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}
+    return here.get(host) or (f"[{host}]" if ":" in host else host)
+
+
 def _unless(given: Sequence[str], flag: str, *values: str) -> list[str]:
     """A flag of keel's that the user's own arguments go before."""
     return [] if any(one.partition("=")[0] == flag for one in given) else [flag, *values]
@@ -212,7 +218,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{reached_at(self.launch.host)}:{self.port}"
 
     def start(self) -> None:
         """Start it, without waiting until it answers."""
