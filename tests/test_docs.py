@@ -172,7 +172,7 @@ def written(
             "model": {"path": "sft", "chat_template": CHAT_TEMPLATE},
             "environment": "world:shop",
             "reward": {"kind": "environment"},
-            "curriculum": {"by": "wants"},
+            "curriculum": {"by": "source"},
             "data": {"source": "world:shop/prompts", "rows": 4},
             "batch_size": 2,
             "samples_per_prompt": 2,

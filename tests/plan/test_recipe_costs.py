@@ -59,7 +59,7 @@ def _overrides(config: RunConfig, folder: Path) -> list[str]:
 def _source(one: Any, path: Path, text: Path) -> dict[str, Any]:
     if one.stage:
         return one.model_dump(exclude_defaults=True)
-    if one.source.startswith("world:"):
+    if one.source.startswith(("world:", "gym:")):
         return {**one.model_dump(exclude_defaults=True), "rows": 200}
     if one.source.endswith(".txt"):
         return {**one.model_dump(exclude_defaults=True, exclude={"rows"}), "source": str(text)}

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from keel.data import questions
 from keel.data.questions import Rubric, Verdict
 from keel.errors import BudgetError, RewardError
-from keel.rewards.judge import client, questions
+from keel.rewards.judge import client
 from keel.rewards.judge.client import Endpoint, Remote, Unanswered, retry_after
 from keel.rewards.judge.ledger import Ledger
 

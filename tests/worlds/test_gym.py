@@ -155,6 +155,16 @@ def test_a_reply_that_never_ends_costs_only_itself():
     assert logged == {"gym_timeouts": 0.5}
 
 
+def test_a_task_that_pays_every_reply_is_found():
+    of_both = [
+        row[gym.COLUMN]
+        for name in ("gcd", "game_of_life_halting")
+        for row in gym.rows(f"gym:{name}", 5, 0, {})
+    ]
+    assert gym.pays_nonsense([None, *of_both]) == "game_of_life_halting"
+    assert gym.pays_nonsense(of_both[:5]) is None
+
+
 def test_a_column_that_is_no_tasks_is_found():
     assert gym.problem(rows("gym:gcd", 1)[0]["gym"]) == ""
     assert gym.problem("{}")

@@ -34,6 +34,7 @@ CONCERNS: Mapping[str, tuple[str, ...]] = {
     "kl_negative": ("objective/kl", "kl"),
     "entropy_collapse": ("policy/entropy_avg", "objective/entropy", "entropy"),
     "teacher_farther": ("loss/policy_avg",),
+    "curriculum_spent": ("objective/scores",),
     "clip_fraction": ("policy/clipfrac_avg", "clip_ratio", "clip_ratio/region_mean"),
     "rate_held_back": ("policy/lr_factor", "lr"),
     "critic_unexplaining": ("val/explained_variance",),

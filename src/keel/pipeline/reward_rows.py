@@ -72,6 +72,11 @@ def check_columns(stage: str, terms: Sequence[Any], records: Sequence[Record]) -
             settings += [name for name in ("setup", "entry_point") if term.changes(name)]
         if term.kind == "gym" and not any(gym.COLUMN in record.columns for record in records):
             raise DataError(f"{stage}: reward {term.log_name!r} is for rows of gym:NAME, and there are none")
+        if term.kind == "gym" and (task := gym.pays_nonsense(r.columns.get(gym.COLUMN) for r in records)):
+            raise DataError(
+                f"{stage}: reward {term.log_name!r}: the task {task} gives its full score to "
+                f"{gym.NONSENSE!r}, too, so that nothing can be learned from it: leave it out"
+            )
         for setting in (one for one in settings if one):
             wanted = getattr(term, setting)
             if wanted and not any(wanted in record.columns for record in records):

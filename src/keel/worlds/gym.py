@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -40,6 +40,7 @@ splits: Mapping[str, str] = {
 }
 DEFAULT_ROWS = {"prompts": 4000, "test_prompts": 256, "demonstrations": 2000, "text": 4000}
 TEST_SHARE = 0.15  # of all questions are in test_prompts only
+NONSENSE, _TRIED = "xyzzy", 4  # what no question asks for; rows of a task that are scored with it
 _CHUNK = 50  # rows that share a seed: some tasks make all of their questions at once
 _MOST_MISSES = 2000  # questions of the other side in a row, after which there are no more of this one
 _ROW_TIMEOUT, _START_TIMEOUT = 120.0, 300.0  # seconds
@@ -141,6 +142,20 @@ def problem(value: object) -> str:
     wanted = {"task": str, "settings": dict, "entry": dict}
     sound = isinstance(kept, dict) and all(isinstance(kept.get(name), kind) for name, kind in wanted.items())
     return "" if sound else "is not what gym:NAME writes there"
+
+
+def pays_nonsense(values: Iterable[object], timeout: float = 10.0) -> str | None:
+    """Of the tasks of these columns `gym` the first that gives its full score to a reply that answers
+    nothing, on each of its first rows; None where none does. Its rewards say nothing of a reply."""
+    scores: dict[str, list[float]] = {}
+    for value in values:
+        if value is None or problem(value):
+            continue
+        kept = json.loads(str(value))
+        of_task = scores.setdefault(kept["task"], [])
+        if len(of_task) < _TRIED and all(score >= 1 for score in of_task):
+            of_task.append(process().score(kept, NONSENSE, timeout) or 0.0)
+    return next((task for task, of in scores.items() if of and min(of) >= 1), None)
 
 
 def package_version() -> str:
