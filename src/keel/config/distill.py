@@ -86,8 +86,6 @@ class DistillConfig(OwnLoss):
     )
     sharing: ClassVar[str] = "separate"  # pyright: ignore[reportIncompatibleVariableOverride]
     offload: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
-    importance_cap: ClassVar[float | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    importance_mode: ClassVar[str] = "token_truncate"  # pyright: ignore[reportIncompatibleVariableOverride]
     old_logp: ClassVar[str] = "sampler"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property

@@ -24,8 +24,6 @@ class OnlineDPOConfig(OwnLoss):
     beta: float = Field(0.1, gt=0, description="β: how strongly the policy is held to the reference.")
 
     weighs_samples = False
-    importance_cap: ClassVar[float | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    importance_mode: ClassVar[str] = "token_truncate"  # pyright: ignore[reportIncompatibleVariableOverride]
     # Each batch is learned from in one gradient step, while it is the policy's own.
     epochs: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     mini_batch: ClassVar[int | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -23,6 +23,7 @@ class OwnLoss(OnPolicy):
     advantage_args: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     dual_clip: ClassVar[float | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     importance_cap: ClassVar[float | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    importance_mode: ClassVar[str] = "token_truncate"  # pyright: ignore[reportIncompatibleVariableOverride]
     entropy_coef: ClassVar[float] = 0.0  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _check_methods(self) -> None:
