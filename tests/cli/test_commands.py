@@ -265,7 +265,8 @@ def test_a_run_is_no_model_and_a_path_into_a_folder_is_no_hub_id(keel, tmp_path)
 def test_recipes_are_listed_shown_and_copied(keel):
     listed = keel("recipes", "--json").json
     assert {"helpdesk", "hh-rlhf", "llama2-7b"} <= listed.keys()
-    assert all(name in keel("recipes").out for name in listed)
+    named = keel("recipes").out
+    assert all(name in named for name in listed)
     shown = keel("recipes", "show", "helpdesk").out
     assert keel("recipes", "copy", "helpdesk").out == "helpdesk.yaml\n"
     assert Path("helpdesk.yaml").read_text() == shown

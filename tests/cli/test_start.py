@@ -74,12 +74,14 @@ def test_a_file_that_was_edited_is_read_again(package):
     assert second["b.py"] != first["b.py"]
 
 
-@pytest.mark.parametrize("spoil", ["", "[]", '{"reader": "older", "files": {}}', "broken", "entries"])
+@pytest.mark.parametrize(
+    "spoil", ["", "[]", '{"reader": "older", "files": {}}', "broken", ["x"], ["x", [["keel", ["y"]]], {}]]
+)
 def test_a_cache_that_says_nothing_useful_changes_nothing(package, spoil):
     first = _as_a_new_process(package)
-    if spoil == "entries":
+    if isinstance(spoil, list):
         kept = user_cache.read(code_graph.KEPT)
-        user_cache.write(code_graph.KEPT, kept | {"files": {key: ["x"] for key in kept["files"]}})
+        user_cache.write(code_graph.KEPT, kept | {"files": dict.fromkeys(kept["files"], spoil)})
     else:
         (user_cache.folder() / code_graph.KEPT).write_text(spoil)
     assert _as_a_new_process(package) == first

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import keel
 from keel.cli import consent, main, sweep
-from keel.config import read
+from keel.config import parse, read
 from keel.errors import UsageError
 from keel.pipeline import trust
 
@@ -51,6 +51,24 @@ def test_a_plan_runs_nothing_and_says_what_a_run_would(config: Path, tmp_path: P
     for command in (["schema"], ["doctor"], ["recipes"]):
         CliRunner().invoke(main.app, command)
     assert not (tmp_path / "was_run").exists()
+
+
+def test_a_server_that_a_config_has_started_is_code_of_its_own() -> None:
+    def lines(**rollout: Any) -> list[str]:
+        stage = {"kind": "grpo", "model": "m", "data": "d", "reward": "r", "samples_per_prompt": 2}
+        stage["rollout"] = {"engine": "vllm", **rollout}
+        return trust.code_of(parse({"name": "x", "stages": {"s": stage}}))
+
+    assert lines() == []
+    assert lines(address="http://localhost:1") == []
+    assert lines(args=["--gpu-memory-utilization", "0.4", "--tensor-parallel-size=2"]) == []
+    assert lines(environment="theirs/env") == ["s: programs in theirs/env (rollout.environment)"]
+    for args in (
+        ["--tool-parser-plugin", "theirs.py"],
+        ["--middleware=theirs.m"],
+        ["--tool_parser_plugin=x"],
+    ):
+        assert len(lines(args=args)) == 1
 
 
 def test_a_plan_of_a_trusted_folder_runs_it(config: Path, tmp_path: Path) -> None:

@@ -108,6 +108,15 @@ def test_a_row_whose_verdict_is_none_is_found_before_anything_is_trained(
         run({"stages": {"grpo": stage}}, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("rubric", "said"), [(" ", "is blank"), ([{"name": "a"}, {"name": "a"}], "two criteria 'a'")]
+)
+def test_a_rubric_that_no_judge_takes_is_refused(rubric: Any, said: str) -> None:
+    data = {"source": "d", "verdicts": {"rubric": rubric}}
+    with pytest.raises(UsageError, match=said):
+        parse({"name": "x", "stages": {"s": {"kind": "sft", "model": "m", "data": data}}})
+
+
 @pytest.mark.slow
 def test_from_comparisons_to_a_judge_that_the_bench_and_a_policy_ask(
     run: Any, tokenizer: Any, tmp_path: Path

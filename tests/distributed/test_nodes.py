@@ -98,7 +98,10 @@ def test_a_dry_run_prints_what_would_be_run(
     assert "hush" not in one + other
 
 
-def test_options_that_have_no_effect_are_refused() -> None:
+def test_options_that_have_no_effect_are_refused(tmp_path: Path) -> None:
+    config, hosts = tmp_path / "c.yaml", tmp_path / "hosts"
+    config.write_text("name: c\nstages:\n  s: {kind: sft, model: m, data: d.jsonl}\n")
+    hosts.write_text("node-a\n")
     for line, message in (
         ("run c.yaml --node 0/2@a:1", "--node needs --nproc"),
         ("run c.yaml --max-restarts 2", "--max-restarts needs --nproc"),
@@ -116,6 +119,17 @@ def test_options_that_have_no_effect_are_refused() -> None:
         ("doctor m --distributed", "looks at machines, not at a model"),
         ("doctor --distributed --nproc 1", "nothing to try with one rank"),
         ("doctor --distributed --shared /no/such", "there is no such folder"),
+        ("doctor --ssh x", "--ssh has no effect without --distributed"),
+        ("doctor --port 1", "--port has no effect without --distributed"),
+        ("doctor --distributed --bench", "--bench has no effect with --distributed"),
+        ("doctor --distributed --threads 2", "--threads has no effect with --distributed"),
+        ("doctor --distributed --nodes h --node 0/2@a:1", "with --nodes leave it out"),
+        ("doctor --distributed --ssh 'a", "No closing quotation"),
+        (f"launch {config} --slurm --nproc 2 --ssh x", "--ssh has no effect with --slurm"),
+        (f"launch {config} --slurm --nproc 2 --dry-run", "--dry-run has no effect with --slurm"),
+        (f"launch {config} --slurm --nproc 2 --port 3", "--port has no effect with --slurm"),
+        (f"launch {config} --slurm --nproc 1000", "at most 256 ranks"),
+        (f"launch {config} --nodes {hosts} --nproc 2 --ssh 'a", "No closing quotation"),
     ):
         outcome = CliRunner().invoke(app, line.split())
         assert isinstance(outcome.exception, UsageError), line

@@ -48,6 +48,16 @@ def test_what_is_kept_and_says_nothing_is_measured_again(spoilt):
     assert not speed(CPU, torch.float32).kept
 
 
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
+def test_a_speed_that_is_none_is_measured_again(rate):
+    machine_speed.bench(CPU)
+    kept = user_cache.read(machine_speed.KEPT)
+    next(iter(kept.values()))["flops"]["float32"] = rate
+    user_cache.write(machine_speed.KEPT, kept)
+    assert speed(CPU, torch.float32).flops == 7e9
+    assert speed(CPU, torch.bfloat16).kept
+
+
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch, cache):
     (cache / "file").write_text("")
     monkeypatch.setenv("KEEL_CACHE", str(cache / "file"))

@@ -7,6 +7,10 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import pytest
 from keel.config import parse
 from keel.errors import DataError, RewardError, UsageError
 from keel.pipeline import trust
-from keel.rewards import code_tests, sandbox
+from keel.rewards import code_tests, gym, sandbox, sandbox_driver
 from keel.rewards.code_reward import CodeColumns, code_reward
 from keel.rewards.sandbox import Limits, Sandbox
 
@@ -69,6 +73,8 @@ def rewards(
     ],
 )
 def test_the_program_is_the_last_fenced_block(reply, program):
+    if "~" not in reply:
+        assert code_tests.program_of(reply.replace("\n", "\r\n")) == program.replace("\n", "\r\n")
     assert code_tests.program_of(reply) == program
     if "```" not in reply:
         assert code_tests.program_of(reply, "fail") == ""
@@ -107,6 +113,29 @@ def test_what_is_no_test_is_said(tests, said):
     assert said in code_tests.problem(tests)
 
 
+def test_a_reply_of_fences_that_none_ends_costs_no_more_than_another():
+    """By a pattern that looked for the end of each it took seconds."""
+    start = time.process_time()
+    assert code_tests.program_of("```python x\n" * 50_000) == ""
+    assert gym.answer_of("</answer>" + "<answer>" * 100_000, "tag") is None
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (("def check(candidate): pass", 5), "`entry_point` is no name: 5"),
+        (("def check(candidate): pass", "f("), "`entry_point` is no name"),
+        ((TESTS, None, {"code": "x = 1"}), "`setup` that is neither text nor a list of lines"),
+        ((TESTS, None, ["import math", 3]), "neither text nor a list"),
+        ((TESTS, None, "import ("), "`setup` that is no Python"),
+    ],
+)
+def test_what_would_fail_every_reply_is_found_in_the_row(row, said):
+    assert said in code_tests.problem(*row)
+    assert code_tests.problem([{"input": "1", "output": "2"}], None, {"of": "something else"}) == ""
+
+
 # ---------------------------------------------------------------- what passes
 
 
@@ -141,6 +170,84 @@ def test_a_program_that_leaves_early_passes_nothing():
     leaving = ["import os; os._exit(0)", "import sys; sys.exit(0)", "raise ValueError", "def f(:"]
     assert rewards(leaving, TESTS) == [0.0] * 4
     assert rewards(["import os; os._exit(0)"], {"fn_name": "f", "inputs": [[1]], "outputs": [None]}) == [0.0]
+
+
+def test_without_walls_nothing_is_left_behind(tmp_path, monkeypatch):
+    """Neither files, nor a process that went its own way, nor a program that waits for ever when its driver
+    is killed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pid_file = tmp_path / "pid"
+    away = (
+        f"import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork():\n"
+        f"        os.closerange(0, 10)\n"
+        f"        open('pid', 'w').write(str(os.getpid()))\n        os.rename('pid', {str(pid_file)!r})\n"
+        f"        time.sleep(600)\n"
+        f"    os._exit(0)\nos.wait()\nwhile not os.path.exists({str(pid_file)!r}): pass\n"
+        "def f(x): return x + 1\n"
+    )
+    assert rewards([away], TESTS[:1]) == [1.0]
+    assert not Path(f"/proc/{pid_file.read_text()}").exists()
+    pid_file.unlink()
+    program = (
+        f"import os, time\nopen('left', 'w').write('x')\nos.makedirs('a/b')\n"
+        f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\ndef f(x): return x + 1\n"
+    )
+    assert rewards([program], TESTS) == [1.0]
+    pid_file.unlink()
+    waiting = threading.Thread(
+        target=lambda: rewards([program + "time.sleep(600)"], TESTS, limits=Limits(seconds=60))
+    )
+    waiting.start()
+    until = time.monotonic() + 20
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    sandbox.stop_all()
+    waiting.join()
+    pid = int(pid_file.read_text())
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+
+
+_AMONG_OTHERS = """
+import os, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import sandbox_driver
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+others = []
+for _ in range(6):
+    if not (other := os.fork()):
+        time.sleep(60)
+        os._exit(0)
+    others.append(other)
+program = "import threading\\nt = threading.Thread(target=int)\\nt.start()\\nt.join()"
+limits = {"cpu": 5, "wall": 15, "memory": 1 << 30, "file": 1 << 20, "processes": 4}
+test = {"kind": "python", "code": "", "token": "t"}
+if not (driver := os.fork()):
+    for among in ("user", "container", "sandbox"):
+        print(sandbox_driver.run(program, test, limits | {"among": among})["ended"], flush=True)
+    os._exit(0)
+os.waitpid(driver, 0)
+for other in others:
+    os.kill(other, 9)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts as Linux does")
+def test_a_users_own_processes_are_none_of_a_programs():
+    """A limit on processes counts all that a user has, save in a sandbox of its own."""
+    folder = str(Path(sandbox_driver.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _AMONG_OTHERS, folder], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["ok", "ok", "error"], done.stderr
+    assert [Sandbox(kind).among for kind in ("bubblewrap", "docker", "none")] == [
+        "sandbox",
+        "container",
+        "user",
+    ]
 
 
 def test_a_program_that_takes_too_long_costs_only_itself():
@@ -262,6 +369,15 @@ def test_a_container_is_started_with_its_limits(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     box = sandbox.find("podman", "mine:1", False, "reward")
     assert rewards([RIGHT, "while True: pass"], TESTS, box) == [1.0, 0.0]
+    assert "rm -f" not in (tmp_path / "asked").read_text()
+    waiting = threading.Thread(
+        target=lambda: rewards(["import time\ntime.sleep(60)"], TESTS, box, limits=Limits(seconds=60))
+    )
+    waiting.start()
+    time.sleep(1)
+    sandbox.stop_all()  # ends the command, of which a container is no child
+    waiting.join()
+    assert "rm -f keel-" in (tmp_path / "asked").read_text()
     asked = (tmp_path / "asked").read_text()
     for part in (
         "--network none", "--read-only", "--cap-drop ALL", "no-new-privileges", "--pids-limit 16",
@@ -298,6 +414,14 @@ def test_to_run_programs_without_a_sandbox_asks_for_trust():
 def test_settings_without_effect_are_refused(term):
     with pytest.raises(UsageError, match="no effect with `sandbox"):
         parse({"name": "x", "stages": {"grpo": stage(**term)}})
+
+
+@pytest.mark.parametrize("setting", ["setup", "entry_point"])
+def test_a_column_that_a_config_names_and_no_row_has_is_found(run, tiny_model, tmp_path, setting):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a?", "tests": TESTS}) + "\n")
+    config = stage(**{setting: "mine"}) | {"model": str(tiny_model), "data": str(tmp_path / "rows.jsonl")}
+    with pytest.raises(DataError, match=rf"no column 'mine' \(`{setting}`\)"):
+        run({"stages": {"grpo": config}}, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,8 @@ def test_a_teacher_that_reads_too_little_is_refused(settings: Any, stage_run: An
     [
         ({"beta": 0.3}, "`beta` has no effect with `divergence: reverse_kl`"),
         ({"kl": {"coef": 0.1}}, "kl: unknown key"),
+        ({"importance_mode": "token_mask"}, "importance_mode: unknown key"),
+        ({"curriculum": {}}, "`curriculum` has no effect without `reward`"),
         ({"policy_loss": "cispo"}, "policy_loss: unknown key"),
         ({"reference": "m"}, "reference: unknown key"),
         ({"importance_mode": "token_mask"}, "importance_mode: unknown key"),

@@ -163,6 +163,7 @@ def test_an_update_without_a_pair_teaches_nothing(settings: Any, stage_run: Any,
     [
         ({"epochs": 2}, "epochs: unknown key"),
         ({"kl": {"coef": 0.1}}, "kl: unknown key"),
+        ({"importance_mode": "token_mask"}, "importance_mode: unknown key"),
         ({"samples_per_prompt": 1}, "samples_per_prompt"),
         ({"shaping": {"center": "prompt"}}, "`shaping.center` has no effect"),
         ({"batch_size": 5}, "not a multiple"),

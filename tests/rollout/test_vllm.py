@@ -536,21 +536,6 @@ def test_a_started_server_ends_with_its_owner_however_that_ends(fake: Any, tmp_p
     until(lambda: not alive(main) and not alive(child))
 
 
-@pytest.mark.parametrize(
-    ("host", "address"),
-    [
-        ("127.0.0.1", "http://127.0.0.1:8000"),
-        ("0.0.0.0", "http://127.0.0.1:8000"),
-        ("10.0.0.2", "http://10.0.0.2:8000"),
-        ("::", "http://[::1]:8000"),
-    ],
-)
-def test_a_server_is_asked_where_it_listens(host: str, address: str) -> None:
-    """Else one that listens at a single address would be ended for never having answered."""
-    launch = server.Launch(Path("vllm"), "m", "auto", host=host)
-    assert server.Server(launch, Path("log"), port=8000).address == address
-
-
 def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     ran: list[list[str]] = []
 
@@ -581,6 +566,21 @@ def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads((done / server.NOTE).read_text())["device"] == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("host", "asked_at"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("10.0.0.2", "10.0.0.2"),  # where alone it listens
+        ("::", "[::1]"),
+        ("fd00::2", "[fd00::2]"),
+    ],
+)
+def test_a_started_server_is_asked_where_it_listens(host: str, asked_at: str, tmp_path: Path) -> None:
+    launch = server.Launch(tmp_path / "vllm", "m", "auto", host=host)
+    assert server.Server(launch, tmp_path / "log", port=8000).address == f"http://{asked_at}:8000"
+
+
 def test_a_server_is_started_by_hand_with_what_keel_needs(
     fake: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
@@ -605,6 +605,16 @@ def test_a_server_is_started_by_hand_with_what_keel_needs(
         keel("serve", "m", "--at", place, "--api-key-env", "KEEL_TEST_KEY")
     with pytest.raises(UsageError, match="no engine 'sglang'"):
         keel("install", "sglang")
+    with pytest.raises(UsageError, match="there is no folder runs/x/stages/sft"):
+        keel("serve", "runs/x/stages/sft", "--at", place, "--dry-run")
+    with pytest.raises(UsageError, match="--dtype half: it is auto, float32"):
+        keel("serve", "m", "--at", place, "--dtype", "half", "--dry-run")
+    with pytest.raises(UsageError, match="--devices a: write the numbers"):
+        keel("serve", "m", "--at", place, "--devices", "a", "--dry-run")
+    with pytest.raises(UsageError, match=r"nosuch cannot be run .*--python"):
+        keel("install", "vllm", "--python", "/nosuch", "--device", "cpu")
+    with pytest.raises(UsageError, match="is no folder"):
+        keel("install", "vllm", "--at", str(fake[0]), "--device", "cpu")
 
 
 # ---------------------------------------------------------------- a run
@@ -731,6 +741,9 @@ def test_evaluate_best_of_n_and_collect_sample_by_the_same_setting(
         ({"rollout": {"engine": "vllm"}, "model": {"path": "m", "quantize": "8bit"}, "lora": {}}, "16 or 32"),
         ({"rollout": {"engine": "vllm"}, "lora": {"target_parameters": "experts"}}, "no adapters on experts"),
         ({"importance_mode": "token_mask"}, "no effect without `importance_cap`"),
+        ({"rollout": {"engine": "vllm", "args": ["--host", "0.0.0.0"]}}, "holds --host.*leave it out"),
+        ({"rollout": {"engine": "vllm", "args": ["--dtype=half"]}}, "holds --dtype.*`rollout.dtype`"),
+        ({"rollout": {"engine": "vllm", "args": ["--max_model_len", "9"]}}, "holds --max-model-len"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(more: Any, said: str) -> None:

@@ -301,7 +301,7 @@ def test_quantised_weights_without_bitsandbytes_are_refused_before_anything_runs
         stages("old", reward={"kind": "learned", "model": str(tiny_reward), "quantize": "8bit"})
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_quantised_base_is_shared_and_the_saved_model_is_in_full_precision(
     bits: str, stages: Any, tiny_model: Path
 ) -> None:

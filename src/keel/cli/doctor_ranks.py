@@ -197,6 +197,8 @@ def command(asked: Asked, model: str | None = None) -> int:
         raise UsageError("--distributed looks at machines, not at a model: leave MODEL out")
     shared = [] if asked.shared is None else ["--shared", str(asked.shared)]
     if asked.nodes is not None:
+        if asked.node is not None:
+            raise UsageError("--node says which of several machines this is: with --nodes leave it out")
         found = launching.parts(launching.hosts_of(asked.nodes), asked.nproc, asked.port)
         words = ["doctor", "--distributed", *shared, *(["--json"] if asked.as_json else [])]
         return launching.ended(launching.run(found, words, asked.ssh, plain=True))

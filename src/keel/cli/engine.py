@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,9 @@ import typer
 from keel.api.terminal import show
 from keel.cli.progress import say
 from keel.errors import EngineError, UsageError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 app = typer.Typer(no_args_is_help=True, help="vLLM as rollout engine: install it, serve a model.")
 
@@ -93,6 +98,10 @@ def serve(
     from keel.rollout.vllm import server
     from keel.rollout.vllm.weights import RANKS
 
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: it is {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if devices is not None and not re.fullmatch(r"\d+(,\d+)*", devices):
+        raise UsageError(f"--devices {devices}: write the numbers of cards: 0 or 2,3")
     key = None
     if api_key_env is not None and not (key := os.environ.get(api_key_env, "").strip()):
         raise UsageError(f"the environment variable {api_key_env} (--api-key-env) is not set")
@@ -116,14 +125,15 @@ def serve(
 
 def _run(one: object, host: str, port: int) -> int:
     """Serve until somebody ends it; the exit code."""
-    from keel.rollout.vllm.server import Server, wait_until_ready
+    from keel.rollout.vllm.server import Server, reached_at, wait_until_ready
     from keel.rollout.vllm.wire import Wire
 
     assert isinstance(one, Server)
     one.start()
     try:
         wait_until_ready(Wire(one.address, one.key or None), 3600.0, lambda: one.alive, lambda: "see above")
-        say(f"rollout: {{engine: vllm, address: http://{host}:{port}}}")
+        name = socket.gethostname() if host in ("0.0.0.0", "", "::") else reached_at(host)
+        say(f'rollout: {{engine: vllm, address: "http://{name}:{port}"}}')
         while one.alive:
             time.sleep(0.5)
         raise EngineError("the vLLM server ended; what it said stands above")
@@ -134,4 +144,6 @@ def _run(one: object, host: str, port: int) -> int:
 def _model(name: str) -> str:
     """A folder or a hub id; of a stage's folder the model in it."""
     inside = Path(name) / "model"
+    if not Path(name).is_dir() and (Path(name).is_absolute() or not _HUB_ID.fullmatch(name)):
+        raise UsageError(f"there is no folder {name}, and no model of the hub is called so")
     return str(inside) if (inside / "config.json").exists() else name

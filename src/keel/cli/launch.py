@@ -107,6 +107,14 @@ def ended(outcome: Outcome) -> int:
     return outcome.code
 
 
+def words(ssh: str) -> list[str]:
+    """The words of `--ssh`. UsageError for a quote that does not end."""
+    try:
+        return shlex.split(ssh)
+    except ValueError as error:
+        raise UsageError(f"--ssh {ssh}: {error}: write a command as a shell reads it") from None
+
+
 def hosts_of(given: str | None) -> list[Host]:
     """Of the file that `--nodes` names."""
     if given is None:
@@ -157,6 +165,8 @@ def slurm(arguments: Sequence[str], name: str, count: str | None, nproc: int | N
         raise UsageError(f"--nodes {count} with --slurm: give a number of machines; SLURM chooses which")
     if nproc is None:
         raise UsageError("--slurm needs --nproc N: the ranks (cards) of each machine")
+    if nproc > ranks.LARGEST:
+        raise UsageError(f"--nproc {nproc}: at most {ranks.LARGEST} ranks on one machine")
     again = "\n  command=({})".format(
         shlex.join([sys.executable, "-m", "keel", *(a for a in arguments if a != ranks.FRESH)])
     )

@@ -53,6 +53,7 @@ RestartsOption = Annotated[
 PortOption = Annotated[
     int, typer.Option("--port", min=1, max=65535, help="Where the first machine listens for the others.")
 ]
+PORT = 29500  # torch's own, too
 WhileStdinOption = Annotated[bool, typer.Option("--while-stdin", hidden=True)]
 
 
@@ -178,7 +179,7 @@ def launch(
     only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs must be done.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done before.")] = False,
     trust: TrustOption = False,
-    port: PortOption = 29500,
+    port: PortOption = PORT,
     ssh: Annotated[str, typer.Option(help="What reaches a host, in place of ssh; with its options.")] = "",
     max_restarts: RestartsOption = 0,
     dry_run: Annotated[
@@ -199,9 +200,12 @@ def launch(
     command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
     command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
     if slurm:
+        elsewhere = {"--ssh": bool(ssh), "--port": port != PORT, "--dry-run": dry_run}
+        if idle := next((option for option, given in elsewhere.items() if given), None):
+            raise UsageError(f"{idle} has no effect with --slurm, which prints a script and runs nothing")
         show(launching.slurm(command, pipeline.config.name, nodes, nproc, max_restarts), end="")
         return
-    found, chosen = launching.parts(launching.hosts_of(nodes), nproc, port), shlex.split(ssh)
+    found, chosen = launching.parts(launching.hosts_of(nodes), nproc, port), launching.words(ssh)
     if dry_run:
         show("\n".join(shlex.join(line) for _, line in launching.commands(found, command, chosen)))
         return
@@ -560,7 +564,7 @@ def doctor(
     nodes: Annotated[
         str | None, typer.Option(help="With --distributed: a file with one host a line, to try them all.")
     ] = None,
-    port: PortOption = 29500,
+    port: PortOption = PORT,
     ssh: Annotated[str, typer.Option(help="What reaches a host, in place of ssh; with its options.")] = "",
     node: NodeOption = None,
     while_stdin: WhileStdinOption = False,
@@ -578,11 +582,20 @@ def doctor(
         interrupts.end_with_stdin()
     if distributed:
         from keel.cli import doctor_ranks
+        from keel.cli import launch as launching
 
-        asked = doctor_ranks.Asked(nproc, shared, nodes, port, shlex.split(ssh), node, as_json)
+        if bench or threads is not None:
+            raise UsageError(
+                f"{'--bench' if bench else '--threads'} has no effect with --distributed: ask for one of them"
+            )
+        asked = doctor_ranks.Asked(nproc, shared, nodes, port, launching.words(ssh), node, as_json)
         raise typer.Exit(doctor_ranks.command(asked, model))
-    if nproc or shared or nodes or node:
-        raise UsageError("--nproc, --shared, --nodes and --node have no effect without --distributed")
+    of_ranks = {
+        "--nproc": nproc, "--shared": shared, "--nodes": nodes, "--node": node, "--ssh": ssh,
+        "--port": port != PORT,
+    }  # fmt: skip
+    if idle := next((option for option, given in of_ranks.items() if given), None):
+        raise UsageError(f"{idle} has no effect without --distributed")
     if model is not None and bench:
         raise UsageError("--bench measures the machine: give it no model")
     if threads is not None and not bench:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config.addresses import plain_address
-from keel.config.rubric import RUBRIC, CriterionConfig
+from keel.config.rubric import RUBRIC, CriterionConfig, check_rubric
 from keel.config.settings import LONGEST_PATH, Settings
 
 
@@ -103,11 +103,7 @@ class JudgeSettings(Settings):
 
     @model_validator(mode="after")
     def _sound_judge(self) -> JudgeSettings:
-        if isinstance(self.rubric, str) and not self.rubric.strip():
-            raise ValueError("`rubric` is blank: say what to judge by")
-        names = [one.name for one in self.rubric] if isinstance(self.rubric, list) else []
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"`rubric` has two criteria {twice!r}")
+        check_rubric(self.rubric)
         if self.address is None:
             remote = sorted(type(self).idle - {"address"})
             if idle := next((name for name in remote if self.changes(name)), None):

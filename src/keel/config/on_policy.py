@@ -382,6 +382,8 @@ class OnPolicy(ToolUse):
             )
         named = self.curriculum and self.curriculum.reward
         names = [term.log_name for term in self.reward]
+        if self.curriculum is not None and not names:
+            raise ValueError("`curriculum` has no effect without `reward`, which says what passes")
         if named is not None and named not in names:
             raise ValueError(
                 f"`curriculum.reward` is {named!r}, which no reward is called: {', '.join(names)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from keel.config.settings import Settings
 
@@ -20,6 +20,17 @@ class CriterionConfig(Settings):
     description: str = Field("", description="What it means, in the words that the judge reads.")
 
 
+def check_rubric(rubric: str | list[CriterionConfig]) -> None:
+    """ValueError for one that says nothing, and for two criteria of one name."""
+    if isinstance(rubric, str):
+        if not rubric.strip():
+            raise ValueError("`rubric` is blank: say what to judge by")
+        return
+    names = [one.name for one in rubric]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"`rubric` has two criteria {twice!r}")
+
+
 class VerdictsConfig(Settings):
     """Comparisons as questions which of two replies is better, in the words of a judge of pairs."""
 
@@ -33,3 +44,8 @@ class VerdictsConfig(Settings):
             "will be. Such questions are prompts: comparisons hold no reasons to learn from."
         ),
     )
+
+    @model_validator(mode="after")
+    def _sound_verdicts(self) -> VerdictsConfig:
+        check_rubric(self.rubric)
+        return self

@@ -10,6 +10,13 @@ from keel.config.addresses import plain_address
 from keel.config.settings import LONGEST_PATH, Settings
 
 EXAMPLE = "http://localhost:8000"
+# arguments that a started server is given by keel, and the setting that says each
+GIVEN = {
+    "--host": "", "--port": "", "--uds": "", "--api-key": "", "--model": "", "--logprobs-mode": "",
+    "--generation-config": "", "--max-logprobs": "", "--max-model-len": "`max_length` of the stage",
+    "--dtype": "`rollout.dtype`", "--enable-sleep-mode": "`rollout.sleep`", "--enable-lora": "`lora`",
+    "--max-lora-rank": "`lora.r`", "--trust-remote-code": "`model.trust_remote_code`",
+}  # fmt: skip
 
 
 class SamplerConfig(Settings):
@@ -111,6 +118,7 @@ class SamplerConfig(Settings):
 
     @model_validator(mode="after")
     def _sound_sampler(self) -> SamplerConfig:
+        self._check_args()
         own = [name for name in SamplerConfig.model_fields if name != "engine"]
         if self.engine == "keel" and (idle := next((name for name in own if self.changes(name)), None)):
             raise ValueError(f"`rollout.{idle}` has no effect with `rollout.engine: keel`; set engine: vllm")
@@ -122,6 +130,17 @@ class SamplerConfig(Settings):
         elif self.api_key_env is not None:
             raise ValueError("`rollout.api_key_env` has no effect without `rollout.address`")
         return self
+
+    def _check_args(self) -> None:
+        """ValueError for an argument that says again, or otherwise, what keel itself tells the server."""
+        for argument in self.args:
+            flag = argument.partition("=")[0].replace("_", "-")
+            if flag in GIVEN:
+                instead = GIVEN[flag]
+                raise ValueError(
+                    f"`rollout.args` holds {flag}, which keel gives the server itself: "
+                    + (f"set {instead}" if instead else "leave it out")
+                )
 
     @property
     def vllm(self) -> bool:

@@ -8,6 +8,7 @@ busy machine says less than the machine can.
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -59,7 +60,9 @@ def speed(device: torch.device, dtype: torch.dtype) -> Speed:
     try:
         assert kept is not None
         rates = {int(size): float(rate) for size, rate in kept["bytes_per_second"].items()}
-        return Speed(float(kept["flops"][name]), rates, kept=True)
+        found = Speed(float(kept["flops"][name]), rates, kept=True)
+        assert all(0 < rate < math.inf for rate in (found.flops, *rates.values()))
+        return found
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
         return Speed(fastest(device, dtype), {size: reading(device, size) for size in BLOCKS[1:3]})
 

@@ -235,12 +235,19 @@ def _keep() -> None:
     _new.clear()
 
 
+def _name(name: Any) -> str | None:
+    """What is taken from a module; TypeError for what is no name."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError("no name")
+    return name
+
+
 def _as_read(entry: Any) -> tuple[str, tuple[Name, ...], dict[str, Name]] | None:
     """An entry of the cache as `Module._read` gives it; None for what is none."""
     try:
         code, imports, passed_on = entry
-        named = tuple((str(module), name) for module, name in imports)
-        passed = {str(alias): (str(source), name) for alias, (source, name) in passed_on.items()}
+        named = tuple((str(module), _name(name)) for module, name in imports)
+        passed = {str(alias): (str(source), _name(name)) for alias, (source, name) in passed_on.items()}
     except (TypeError, ValueError, AttributeError):
         return None
     return str(code), named, passed

@@ -67,7 +67,9 @@ def functions_of(terms: Sequence[Any], stage: str) -> Iterator[dict[str, Any]]:
 def check_columns(stage: str, terms: Sequence[Any], records: Sequence[Record]) -> None:
     """DataError for a rule or a judge that compares with a column that no row has."""
     for term in terms:
-        settings = _JUDGE_READS if term.kind == "judge" else [_COMPARES.get(term.kind)]
+        settings = list(_JUDGE_READS) if term.kind == "judge" else [_COMPARES.get(term.kind)]
+        if term.kind == "code":  # columns that a row may lack, unless a config names one of its own
+            settings += [name for name in ("setup", "entry_point") if term.changes(name)]
         if term.kind == "gym" and not any(gym.COLUMN in record.columns for record in records):
             raise DataError(f"{stage}: reward {term.log_name!r} is for rows of gym:NAME, and there are none")
         if term.kind == "gym" and (task := gym.pays_nonsense(r.columns.get(gym.COLUMN) for r in records)):
@@ -152,8 +154,11 @@ def _problem(term: Any, record: Record, value: Any) -> str:
     if term.kind == "gym":
         return gym.problem(value)
     if term.kind == "code":
-        return code_tests.problem(value, record.columns.get(term.entry_point))
-    text = str(value) if isinstance(value, str | int | float) else completion_text(value)
+        return code_tests.problem(value, record.columns.get(term.entry_point), record.columns.get(term.setup))
+    try:
+        text = str(value) if isinstance(value, str | int | float) else completion_text(value)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return "is neither text, a number nor a conversation"
     if term.kind == "answer":
         return answers.problem(text)
     if not text.strip():

@@ -10,13 +10,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from pathlib import Path
 
 from keel.config import RunConfig
+from keel.config.sampler import SamplerConfig
 from keel.rewards import loading
 from keel.rundir.checkpoint import write_json
 
 _FILE = "trusted.json"
+_PLAIN_FLAGS = frozenset(  # arguments of `vllm serve` that say how much and how fast, and load nothing
+    {
+        "--gpu-memory-utilization", "--tensor-parallel-size", "--pipeline-parallel-size",
+        "--data-parallel-size", "--max-num-seqs", "--max-num-batched-tokens", "--kv-cache-memory-bytes",
+        "--kv-cache-dtype", "--block-size", "--cpu-offload-gb", "--swap-space", "--enforce-eager",
+        "--enable-prefix-caching", "--no-enable-prefix-caching", "--enable-chunked-prefill",
+        "--no-enable-chunked-prefill", "--seed", "--quantization",
+    }
+)  # fmt: skip
 
 
 def code_of(config: RunConfig) -> list[str]:
@@ -33,10 +44,24 @@ def code_of(config: RunConfig) -> list[str]:
         for code in stage.tool_code():
             file = loading.source_file(code)
             lines.append(f"{name}: tool or environment {code}" + (f" ({file})" if file else ""))
+        lines += [f"{name}: {line}" for line in _of_server(getattr(stage, "rollout", None))]
         if stage.trusts_remote_code:
             models = [model for _, model in stage.references() if model not in config.stages]
             lines += [f"{name}: Python that comes with {model} (trust_remote_code)" for model in models]
     return list(dict.fromkeys(lines))
+
+
+def _of_server(rollout: SamplerConfig | None) -> list[str]:
+    """What a vLLM server that a config has keel start runs, beside the environment that keel installs."""
+    if rollout is None or not rollout.vllm or rollout.address is not None:
+        return []
+    lines: list[str] = []
+    if rollout.environment is not None:
+        lines.append(f"programs in {rollout.environment} (rollout.environment)")
+    flags = [argument.partition("=")[0] for argument in rollout.args if argument.startswith("-")]
+    if any(flag.replace("_", "-") not in _PLAIN_FLAGS for flag in flags):
+        lines.append(f"vllm serve {shlex.join(rollout.args)} (rollout.args: some load code)")
+    return lines
 
 
 def is_trusted(config: Path) -> bool:

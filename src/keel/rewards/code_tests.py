@@ -12,17 +12,17 @@ Each also as JSON text.
 from __future__ import annotations
 
 import ast
+import bisect
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 MOST_TESTS = 100  # of one reply that are run
-_FENCE = re.compile(
-    r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE
-)
+_OPENS = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([\w+.-]*)")
+_CLOSES = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t\r]*")
 _PYTHON = ("", "python", "python3", "py", "py3")
 
 
@@ -53,13 +53,32 @@ def program_of(reply: str, unfenced: str = "run") -> str:
     """The program of a reply: its last fenced block that says python, py or nothing; without any all of the
     reply behind its thought (`unfenced: run`), or "" (`fail`)."""
     text = reply.rpartition("</think>")[2]
-    blocks = [match[3] for match in _FENCE.finditer(text) if match[2].lower() in _PYTHON]
+    blocks = [inside for language, inside in _blocks(text) if language in _PYTHON]
     if blocks:
         return blocks[-1]
     return text if unfenced == "run" and "```" not in text else ""
 
 
-def parse_tests(value: Any, entry_point: str | None = None, setup: str = "") -> list[CodeTest]:
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, content) of each fenced block that ends, in time in proportion to the text: a reply of many
+    fences that none ends must cost no more than another."""
+    lines = text.split("\n")
+    closes: dict[str, list[int]] = {}  # a fence → the lines that close it
+    for number, line in enumerate(lines):
+        if closed := _CLOSES.fullmatch(line):
+            closes.setdefault(closed[1], []).append(number)
+    at = 0
+    while at < len(lines):
+        opened = _OPENS.match(lines[at])
+        ends = closes.get(opened[1], []) if opened else []
+        place = bisect.bisect_right(ends, at)
+        if opened and place < len(ends):
+            yield opened[2].lower(), "".join(f"{line}\n" for line in lines[at + 1 : ends[place]])
+            at = ends[place]
+        at += 1
+
+
+def parse_tests(value: Any, entry_point: Any = None, setup: str = "") -> list[CodeTest]:
     """The tests that a row's column holds. setup: Python that runs before each that is Python. ValueError,
     with the reason, for anything else."""
     if isinstance(value, str):
@@ -76,18 +95,28 @@ def parse_tests(value: Any, entry_point: str | None = None, setup: str = "") -> 
 
 
 def setup_of(value: Any) -> str:
-    """What a row says is to run before tests that are Python: text, or a list of lines."""
+    """What a row says is to run before tests that are Python: text, or a list of lines; "" for anything
+    else, which `problem` finds where there are such tests."""
     if isinstance(value, list | tuple):
         return "\n".join(map(str, value))
     return value if isinstance(value, str) else ""
 
 
-def problem(value: Any, entry_point: Any = None) -> str:
-    """Why a column holds no tests; "" where it does."""
+def problem(value: Any, entry_point: Any = None, setup: Any = None) -> str:
+    """Why a column holds no tests, or what is to run before them cannot; "" where all is well."""
     try:
-        parse_tests(value, entry_point)
+        tests = parse_tests(value, entry_point)
     except ValueError as error:
         return str(error)
+    if setup is None or all(test.job["kind"] != "python" for test in tests):
+        return ""
+    lines = setup if isinstance(setup, list | tuple) else [setup]
+    if not all(isinstance(line, str) for line in lines):
+        return "has a `setup` that is neither text nor a list of lines"
+    try:
+        _parsed(setup_of(setup))
+    except ValueError as error:
+        return f"has a `setup` that {error}"
     return ""
 
 
@@ -103,7 +132,7 @@ def _unpacked(text: str) -> Any:
     return text
 
 
-def _of_text(text: str, entry_point: str | None, setup: str) -> list[CodeTest]:
+def _of_text(text: str, entry_point: Any, setup: str) -> list[CodeTest]:
     if not text.strip():
         raise ValueError("is blank")
     names = [node.name for node in _parsed(text).body if isinstance(node, ast.FunctionDef)]
@@ -113,6 +142,8 @@ def _of_text(text: str, entry_point: str | None, setup: str) -> list[CodeTest]:
             raise ValueError(
                 "defines check(candidate), and the row does not say what to check (`entry_point`)"
             )
+        if not isinstance(entry_point, str) or not entry_point.isidentifier():
+            raise ValueError(f"defines check(candidate), and `entry_point` is no name: {entry_point!r:.60}")
         return [CodeTest({"kind": "python", "code": code, "call": "check", "given": [entry_point]})]
     found = [name for name in names if name.startswith("test_")]
     return [CodeTest({"kind": "python", "code": code, "call": name}) for name in found] or [_python(code)]

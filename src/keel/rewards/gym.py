@@ -52,7 +52,9 @@ def gym_score(
 
 def answer_of(text: str, reads: str) -> str | None:
     """The part of a reply that is its answer; None where it has none."""
-    tagged = _TAGGED.findall(text) if reads != "whole" else []
+    # what stands behind the last end is no answer: looked at, a reply of many starts would take long
+    ended = text[: text.rfind("</answer>") + len("</answer>")] if "</answer>" in text else ""
+    tagged = _TAGGED.findall(ended) if reads != "whole" else []
     if tagged:
         return tagged[-1].strip()
     return None if reads == "tag" else text.rpartition("</think>")[2].strip()

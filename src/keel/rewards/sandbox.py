@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ class Sandbox:
         if self.kind == "bubblewrap":
             prefix, executable = _python()
             inside = _INSIDE if prefix else ""
-            binds = {prefix: _INSIDE} if prefix else {}
+            # of a Python below somebody's home (~/.local) no more than its own folders
+            parts = [part for part in ("bin", "lib", "lib64") if os.path.isdir(f"{prefix}/{part}")]
+            binds = {f"{prefix}/{part}": f"{_INSIDE}/{part}" for part in parts if prefix}
             binds |= dict(zip(self.packages_here(), self.paths()))
             return [self.tool, *_bubblewrap(binds), inside + executable.removeprefix(prefix), *python]
         if self.kind == "none":
@@ -84,6 +87,13 @@ class Sandbox:
             *("--security-opt", "no-new-privileges", "--pids-limit", str(limits.processes + 8)),
             *("--memory", str(whole), "--memory-swap", str(whole), self.image, "python3", *python),
         ]
+
+    @property
+    def among(self) -> Literal["sandbox", "container", "user"]:
+        """With whose processes the kernel counts a program's; those of a container its own limit counts."""
+        if self.kind == "bubblewrap":
+            return "sandbox"
+        return "user" if self.kind == "none" else "container"
 
     def packages_here(self) -> list[str]:
         """Folders of packages that a program may import beside the standard library."""
@@ -151,13 +161,13 @@ def run(
     RewardError where the sandbox did not start, which is no program's fault."""
     alone = sandbox.kind == "bubblewrap" and os.geteuid() == 0
     number = (os.getpid() * 1000 + next(_numbers)) % _UIDS
-    job = {
-        "program": program, "tests": list(tests), "limits": limits.plain(), "path": sandbox.paths(),
-        "uid": _FIRST_UID + number if alone else 0,
+    job: dict[str, Any] = {
+        "program": program, "tests": list(tests), "limits": limits.plain() | {"among": sandbox.among},
+        "path": sandbox.paths(), "uid": _FIRST_UID + number if alone else 0,
     }  # fmt: skip
     name = f"keel-{os.getpid()}-{number}"
-    content = json.dumps(job).encode("utf-8", "replace")
-    with _started(sandbox.command(limits, name), _environment(sandbox)) as child:
+    with _folder(sandbox) as job["folder"], _started(sandbox, limits, name) as child:
+        content = json.dumps(job).encode("utf-8", "replace")
         try:
             out, err = child.communicate(
                 content, START[sandbox.kind] + len(tests) * (WAITING * limits.seconds + 1)
@@ -165,8 +175,6 @@ def run(
         except subprocess.TimeoutExpired:
             _kill(child)
             out, err = child.communicate()
-            if sandbox.kind in ("podman", "docker"):
-                subprocess.run([sandbox.tool, "rm", "-f", name], capture_output=True, check=False)
     answers = list(_answers(out, len(tests) + 1))
     if not answers or "ready" not in answers[0]:
         said = _last_line(err.decode("utf-8", "replace")) or "it said nothing"
@@ -191,15 +199,30 @@ _running_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, which is gone when the block ends."""
+def _folder(sandbox: Sandbox) -> Iterator[str]:
+    """Where programs without walls leave their files, gone when the block ends; "" where they have a folder
+    in memory."""
+    if sandbox.kind != "none":
+        yield ""
+        return
+    folder = tempfile.mkdtemp(prefix="keel-code-")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(RecursionError):  # of folders in folders without end
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _started(sandbox: Sandbox, limits: Limits, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, which is gone when the block ends, its container too."""
     child = subprocess.Popen(
-        command,
+        sandbox.command(limits, name),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=environment,
+        env=_environment(sandbox),
     )
     with _running_lock:
         _running.add(child)
@@ -209,7 +232,9 @@ def _started(command: list[str], environment: dict[str, str]) -> Iterator[subpro
         with _running_lock:
             _running.discard(child)
         _kill(child)
-        child.wait()
+        if child.wait() and sandbox.kind in ("podman", "docker"):  # whose command is not the container
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run([sandbox.tool, "rm", "-f", name], capture_output=True, check=False, timeout=60)
 
 
 def stop_all() -> None:
@@ -238,13 +263,15 @@ def _python() -> tuple[str, str]:
     executable, prefix = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
     if executable.startswith("/usr/") and not executable.startswith("/usr/local/"):
         return "", executable
-    return (prefix if executable.startswith(prefix + "/") else os.path.dirname(executable)), executable
+    if not executable.startswith(prefix + "/"):
+        prefix = os.path.dirname(os.path.dirname(executable))
+    return prefix, executable
 
 
 def _bubblewrap(binds: Mapping[str, str]) -> list[str]:
-    """Arguments of bwrap. binds: folder → where it lies in there, right below / (bwrap makes folders between
-    for their owner alone, and nobody could not pass). Root, whose processes no limit counts, keeps two rights
-    there, with which the driver becomes nobody."""
+    """Arguments of bwrap. binds: folder → where it lies in there (bwrap makes folders between for their owner
+    alone, and nobody could not pass: /python is made before). Root, whose processes no limit counts, keeps
+    two rights there, with which the driver becomes nobody."""
     arguments = ["--unshare-all"]
     if os.geteuid() == 0:
         arguments = [
@@ -264,6 +291,7 @@ def _bubblewrap(binds: Mapping[str, str]) -> list[str]:
     arguments += ["--perms", "0755", "--dir", "/etc"]
     arguments += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     arguments += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
+    arguments += ["--perms", "0755", "--dir", _INSIDE]
     for place, inside in binds.items():
         arguments += ["--ro-bind", place, inside]
     return [

@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
 import tempfile
@@ -31,7 +32,9 @@ def main():
         os.setresgid(job["uid"], job["uid"], job["uid"])
         os.setresuid(job["uid"], job["uid"], job["uid"])
         hide()
+    adopt()
     sys.path[:0] = job["path"]
+    tempfile.tempdir = job.get("folder") or None
     os.write(answers, b'{"ready": true}\n')
     for test in job["tests"]:
         answer = run(job["program"], test, job["limits"])
@@ -52,6 +55,7 @@ def run(program, test, limits):
     """{"ended": "ok" | "error" | "time" | "output", "output": …, "value": …} of one test."""
     out, written = os.pipe()
     verdict, said = os.pipe()
+    folder, driver = tempfile.mkdtemp(), os.getpid()
     with tempfile.TemporaryFile() as given:
         given.write(test.get("input", "").encode("utf-8", "replace"))
         given.seek(0)
@@ -63,12 +67,70 @@ def run(program, test, limits):
                     os.dup2(source, target)
                 os.dup2(said, 3)
                 os.closerange(4, 1 << 12)
-                child(program, test, limits)
+                end_with(driver)
+                child(program, test, limits, folder)
             except BaseException:
                 os._exit(1)
     os.close(written)
     os.close(said)
-    return watch(pid, out, verdict, limits)
+    try:
+        return watch(pid, out, verdict, limits)
+    finally:
+        end_orphans()
+        with contextlib.suppress(Exception):  # RecursionError, too: of folders in folders without end
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def adopt():
+    """Have what a test leaves behind become this process's child, whatever session it went to."""
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_orphans():
+    """End what a test has left behind, and what that had started; each round finds the next generation."""
+    for _ in range(1000):
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children") as listed:
+                left = [int(pid) for pid in listed.read().split()]
+        except OSError:
+            return
+        ended = []
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                ended.append(pid)
+        for pid in ended:
+            with contextlib.suppress(OSError):
+                os.waitpid(pid, 0)
+        if not ended:
+            return
+
+
+def end_with(driver):
+    """Have the kernel end this process when its driver has ended: one that waits for ever would stay."""
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != driver:
+        os._exit(1)
+
+
+def tasks_of_user():
+    """Processes and threads of this user that the kernel counts together with a test's."""
+    if not os.path.isdir("/proc/self"):  # elsewhere than on Linux nobody says: no limit
+        return 1 << 30
+    count = 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, KeyError):
+            with open("/proc/" + name + "/status", encoding="utf-8", errors="replace") as lines:
+                said = dict(line.split(":", 1) for line in lines if ":" in line)
+            if int(said["Uid"].split()[0]) == os.getuid():
+                count += int(said["Threads"])
+    return count
 
 
 def watch(pid, out, verdict, limits):
@@ -118,15 +180,17 @@ def reap(pid, until, ended):
         time.sleep(0.001)
 
 
-def child(program, test, limits):
+def child(program, test, limits, folder):
     """Be the program, and then its test."""
-    folder = tempfile.mkdtemp()
     os.chdir(folder)
+    processes = limits["processes"]
+    if limits["among"] == "user":
+        processes += tasks_of_user()
     for kind, limit in (
         (resource.RLIMIT_CPU, limits["cpu"]),
         (resource.RLIMIT_AS, limits["memory"]),
         (resource.RLIMIT_FSIZE, limits["file"]),
-        (resource.RLIMIT_NPROC, limits["processes"]),
+        (resource.RLIMIT_NPROC, resource.RLIM_INFINITY if limits["among"] == "container" else processes),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 64),
     ):

@@ -100,13 +100,18 @@ def install(
     if known.get("package") == PINS[device]:
         return PINS[device].partition("==")[2]
     asked = "import sys; print(*sys.version_info[:2])"
-    told = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+    try:
+        told = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UsageError(f"{python} cannot be run ({error.strerror}): name a Python with --python") from None
     version = tuple(map(int, told.stdout.split())) if told.returncode == 0 else (0, 0)
     if not OLDEST <= version <= NEWEST:
         raise UsageError(
             f"vLLM takes Python {_dotted(OLDEST)} to {_dotted(NEWEST)}, and {python} is {_dotted(version)}: "
             "name another one with --python"
         )
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{place} is no folder: name another place with --at")
     if place.exists() and any(place.iterdir()) and not (place / "pyvenv.cfg").exists():
         raise UsageError(f"{place} holds something else: name an empty folder with --at")
     (place / NOTE).unlink(missing_ok=True)
@@ -190,6 +195,12 @@ class Launch:
         return kept
 
 
+def reached_at(host: str) -> str:
+    """Where this machine reaches a server that listens at `host`, as it stands in an address."""
+    here = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}
+    return here.get(host) or (f"[{host}]" if ":" in host else host)
+
+
 def _unless(given: Sequence[str], flag: str, *values: str) -> list[str]:
     """A flag of keel's that the user's own arguments go before."""
     return [] if any(one.partition("=")[0] == flag for one in given) else [flag, *values]
@@ -207,9 +218,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Where this machine reaches it."""
-        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.launch.host, self.launch.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return f"http://{reached_at(self.launch.host)}:{self.port}"
 
     def start(self) -> None:
         """Start it, without waiting until it answers."""
