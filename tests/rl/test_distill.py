@@ -283,12 +283,10 @@ def test_a_teacher_that_reads_too_little_is_refused(settings: Any, stage_run: An
         ({"curriculum": {}}, "`curriculum` has no effect without `reward`"),
         ({"policy_loss": "cispo"}, "policy_loss: unknown key"),
         ({"reference": "m"}, "reference: unknown key"),
-        ({"importance_mode": "token_mask"}, "importance_mode: unknown key"),
         ({"top_k": 0}, "top_k"),
         ({"demonstrations": {"data": "d", "share": 0.001}}, "leaves no reply of the data"),
         ({"teacher_quantize": "4bit", "teacher_dtype": "float32"}, "`teacher_quantize` needs"),
         ({"max_approx_kl": 0.1}, "`max_approx_kl` has no effect with one gradient step"),
-        ({"curriculum": {}}, "`curriculum` needs a `reward`"),
     ],
 )
 def test_settings_without_effect_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -376,10 +376,6 @@ class OnPolicy(ToolUse):
 
     def _check_curriculum(self) -> None:
         """ValueError for a curriculum by a reward that there is not."""
-        if self.curriculum is not None and not self.reward:
-            raise ValueError(
-                "`curriculum` needs a `reward`, which says what passes: give one, or leave it out"
-            )
         named = self.curriculum and self.curriculum.reward
         names = [term.log_name for term in self.reward]
         if self.curriculum is not None and not names:
