@@ -110,11 +110,11 @@ def test_a_run_of_all_kinds_killed_again_and_again_ends_with_the_same_bytes(
     while not complete:
         signals = draw.choice(SIGNALS)
         when: dict[str, Any] = {
-            "before": draw.randint(1, idle.changes + 90),
+            "before": draw.randint(1, idle.changes + 40),
             "gap_events": draw.randint(1, 60),
         }
         if draw.random() < 0.5:
-            when = {"after": draw.uniform(0.1, idle.seconds + 4), "gap": draw.choice((0.0, 0.01, 0.2))}
+            when = {"after": draw.uniform(0.1, idle.seconds + 1), "gap": draw.choice((0.0, 0.01, 0.2))}
         ended = forked("run", "config.yaml", cwd=tmp_path, kill={"signals": signals, **when}, timeout=120)
         complete = not check_killed(ended, signals)
         kills += not complete

@@ -11,12 +11,18 @@ Recorded = dict[str, dict[str, Any]]  # file, from the stage's directory → siz
 
 
 def record(directory: Path) -> Recorded:
-    """The weight files of a stage's directory as they are now; those in checkpoints aside."""
+    """The weight files of a stage's directory as they are now; those that it is cleared of aside."""
     return {
         str(path.relative_to(directory)): {**_state(path), "sha256": _hash(path)}
         for path in sorted(directory.rglob("*.safetensors"))
-        if "checkpoints" not in path.relative_to(directory).parts
+        if not _is_cleared(path.relative_to(directory))
     }
+
+
+def _is_cleared(name: Path) -> bool:
+    """Whether a done stage has no use for a file: checkpoints, and an ensemble's members outside of its
+    model's folder. A command that ends before it has cleared up leaves them there."""
+    return name.parts[0] == "members" or "checkpoints" in name.parts
 
 
 def differs(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -24,6 +30,8 @@ def differs(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> str |
     the recorded size and time is taken for the same; one with another time, as after a copy, is hashed."""
     for name, facts in recorded.items():
         path = directory / name
+        if _is_cleared(Path(name)):
+            continue
         if not path.exists():
             return name
         now = _state(path)
