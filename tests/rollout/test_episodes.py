@@ -474,6 +474,7 @@ def test_episodes_played_in_shares_are_those_played_together(
             assert found.dialogue == whole[number].dialogue
 
 
+@pytest.mark.usefixtures("accel_on")  # without it no head inputs are kept
 def test_log_probabilities_of_the_sampler_are_those_of_a_forward_over_the_episode(policy: Any) -> None:
     """Turn by turn, with context between: what the head was given belongs to the model's own tokens."""
     pieces, ids, own, logp, hidden = [], [5, 6, 7], [], [], []

@@ -663,7 +663,7 @@ def test_grpo_through_a_server_that_dies_in_between(run_grpo: Any) -> None:
     """Weights are pushed for each update, the drift is rounding, the death costs no update."""
     rows, facts = run_grpo(2, 6)
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(0 < row["rollout/sampler_drift"] < 1e-5 for row in rows)
+    assert all(0 <= row["rollout/sampler_drift"] < 1e-5 for row in rows)  # 0: both by transformers' code
     assert facts["engine"] == "vllm 0.32.0"
     assert facts["restarts"] == 1
     # one for each state of the policy that is sampled from (two updates, and the end), and one for the death
