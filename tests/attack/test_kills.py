@@ -19,6 +19,7 @@ pytestmark = pytest.mark.attack
 SIGNALS = (["SIGKILL"], ["SIGTERM"], ["SIGINT"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGTERM"])
 KINDS = ("base", "sft", "reward", "classes", "dpo", "ppo", "grpo", "best", "pairs", "judge")
 KILLS = 30  # of each kind
+OF_A_RUN = 12  # at least
 IN_A_ROW = 4  # before the command is let to its end and its bytes are compared
 SAID = "keel: interrupted; the same command goes on from the last checkpoint"
 SAID_EARLY = "keel: interrupted"  # while the command is imported
@@ -103,23 +104,27 @@ def test_a_run_of_all_kinds_killed_again_and_again_ends_with_the_same_bytes(
     undisturbed: Path, forked: Any, tmp_path: Path, differences: Differences
 ) -> None:
     """The whole command, also while it checks data and goes from stage to stage."""
-    draw, kills, complete = random.Random(5), 0, False
     shutil.copytree(undisturbed, tmp_path / "done")
     idle = forked("run", "config.yaml", cwd=tmp_path / "done", timeout=120)  # what a start takes by itself
-    shutil.copy(undisturbed / "config.yaml", tmp_path)
-    while not complete:
-        signals = draw.choice(SIGNALS)
-        when: dict[str, Any] = {
-            "before": draw.randint(1, idle.changes + 40),
-            "gap_events": draw.randint(1, 60),
-        }
-        if draw.random() < 0.5:
-            when = {"after": draw.uniform(0.1, idle.seconds + 1), "gap": draw.choice((0.0, 0.01, 0.2))}
-        ended = forked("run", "config.yaml", cwd=tmp_path, kill={"signals": signals, **when}, timeout=120)
-        complete = not check_killed(ended, signals)
-        kills += not complete
-        assert kills < 150, "it never comes to its end"
-    assert kills >= 12
-    forked("run", "config.yaml", cwd=tmp_path, timeout=120).assert_clean()
-    assert differences(undisturbed / "runs" / "r", tmp_path / "runs" / "r") == []
-    assert list((tmp_path / ".tmp").iterdir()) == []
+    draw, kills, number = random.Random(5), 0, 0
+    while kills < OF_A_RUN:
+        folder, number = tmp_path / str(number), number + 1
+        folder.mkdir()
+        shutil.copy(undisturbed / "config.yaml", folder)
+        complete, here = False, 0
+        while not complete:
+            signals = draw.choice(SIGNALS)
+            when: dict[str, Any] = {
+                "before": draw.randint(1, idle.changes + 30),
+                "gap_events": draw.randint(1, 60),
+            }
+            if draw.random() < 0.5:
+                when = {"after": draw.uniform(0.1, idle.seconds + 1), "gap": draw.choice((0.0, 0.01, 0.2))}
+            ended = forked("run", "config.yaml", cwd=folder, kill={"signals": signals, **when}, timeout=120)
+            complete = not check_killed(ended, signals)
+            here += not complete
+            assert here < 150, "it never comes to its end"
+        kills += here
+        forked("run", "config.yaml", cwd=folder, timeout=120).assert_clean()
+        assert differences(undisturbed / "runs" / "r", folder / "runs" / "r") == []
+        assert list((folder / ".tmp").iterdir()) == []

@@ -417,7 +417,7 @@ def test_stdout_of_a_process_is_json_and_nothing_else(write, chain, tmp_path):
     assert "\r" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_130_and_the_same_command_goes_on(write, chain, tmp_path, number, keel):
     path = write("tiny.yaml", {"sft": {**chain["sft"], "max_steps": 300, "save_every": 10, "epochs": 100}})
     process = _process(["run", path], cwd=tmp_path)

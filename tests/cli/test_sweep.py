@@ -107,6 +107,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
     assert started == []
 
 
+@pytest.mark.slow
 def test_points_share_what_no_setting_changes(keel: Any, write: Any, chain: Any, started: list[str]) -> None:
     path = write("tiny.yaml", chain)
     done = keel("sweep", path, "ppo.kl.coef=0.01,0.1", "--seeds", "0,1", "--json")

@@ -255,7 +255,7 @@ def test_the_resolved_config_is_the_same_run(go, chain, tmp_path):
 # ---------------------------------------------------------------- interruption
 
 
-@pytest.mark.parametrize("place", [("reward", 3), ("ppo", 3)])
+@pytest.mark.parametrize("place", [pytest.param(("reward", 3), marks=pytest.mark.slow), ("ppo", 3)])
 def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(go, chain, tmp_path, place):
     go(_config(chain))
     undisturbed = _content(tmp_path / "run")

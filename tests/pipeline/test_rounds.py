@@ -148,6 +148,7 @@ def test_data_of_a_stage_that_does_not_fit_is_refused(
         parse(config)
 
 
+@pytest.mark.slow
 def test_all_rounds_run_and_the_page_shows_the_gold_of_each(config: Any, run: Any, tmp_path: Path) -> None:
     pipeline = run(config, tmp_path / "run")
     assert all(pipeline.is_done(name) for name in pipeline.config.stages)

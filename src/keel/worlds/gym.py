@@ -41,6 +41,7 @@ splits: Mapping[str, str] = {
 DEFAULT_ROWS = {"prompts": 4000, "test_prompts": 256, "demonstrations": 2000, "text": 4000}
 TEST_SHARE = 0.15  # of all questions are in test_prompts only
 NONSENSE, _TRIED = "xyzzy", 4  # what no question asks for; rows of a task that are scored with it
+_LOOKED_AT = 5000  # rows among which those are
 _CHUNK = 50  # rows that share a seed: some tasks make all of their questions at once
 _MOST_MISSES = 2000  # questions of the other side in a row, after which there are no more of this one
 _ROW_TIMEOUT, _START_TIMEOUT = 120.0, 300.0  # seconds
@@ -148,7 +149,7 @@ def pays_nonsense(values: Iterable[object], timeout: float = 10.0) -> str | None
     """Of the tasks of these columns `gym` the first that gives its full score to a reply that answers
     nothing, on each of its first rows; None where none does. Its rewards say nothing of a reply."""
     scores: dict[str, list[float]] = {}
-    for value in values:
+    for value in itertools.islice(values, _LOOKED_AT):
         if value is None or problem(value):
             continue
         kept = json.loads(str(value))
