@@ -466,6 +466,12 @@ def _grpo(**settings: Any) -> dict[str, Any]:
     return {"kind": "grpo", "model": "m", "reward": "r", "data": "d.jsonl", **settings}
 
 
+def test_a_place_that_a_list_lacks_is_named():
+    said = _refusal(_config(s={**_grpo(), "betas": [None]}))
+    assert "stages.s.betas.0: must be a number" in said
+    assert "stages.s.betas.1: missing" in said
+
+
 def test_a_constant_length_is_finite():
     for length in (float("inf"), float("nan")):
         assert "s.reduce: must be a finite number" in _refusal(_config(s=_grpo(reduce=length)))

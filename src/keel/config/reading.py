@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -174,8 +174,10 @@ def _written(location: Sequence[Any], tree: Any) -> list[str]:
     place: list[str] = []
     node = tree
     for part in location:
-        named = isinstance(node, Mapping)
-        known = part in node if named else isinstance(node, list) and isinstance(part, int)
+        if isinstance(node, list):
+            known = isinstance(part, int) and part < len(cast("list[object]", node))
+        else:
+            known = isinstance(node, Mapping) and part in node
         tag = isinstance(node, Mapping) and part == node.get("kind")
         if known or not isinstance(part, str) or not (tag or _CHOICES.match(part)):
             place.append(str(part))
