@@ -245,6 +245,13 @@ def test_fresh_forgets_what_was_done(go, chain, tmp_path):
     assert go(_config(chain)) == []
 
 
+def test_an_ensemble_that_is_done_is_not_trained_again(go, chain, tmp_path):
+    config = _config(chain, **{"reward.members": 2})
+    config["stages"] = {name: config["stages"][name] for name in ("base", "sft", "reward")}
+    assert go(config) == ["base", "sft", "reward"]
+    assert go(config) == []
+
+
 def test_the_resolved_config_is_the_same_run(go, chain, tmp_path):
     go(_config(chain))
     resolved = tmp_path / "run" / "config.yaml"

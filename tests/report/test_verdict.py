@@ -153,6 +153,7 @@ def test_the_target_is_that_of_the_stage_of_the_models_name():
     [
         (["answer"], ""),
         (["answer", "format"], "Judged by rules alone (answer, format)"),
+        (["code", "gym"], "Judged by rules alone (code, gym)"),
         (["learned"], "Judged by the proxy alone"),
         (["answer", "learned"], "Judged by the proxy alone"),
         ([], "Judged by the proxy alone"),

@@ -585,9 +585,7 @@ def doctor(
         from keel.cli import launch as launching
 
         if bench or threads is not None:
-            raise UsageError(
-                f"{'--bench' if bench else '--threads'} has no effect with --distributed: ask for one of them"
-            )
+            raise UsageError("--bench and --threads have no effect with --distributed: ask for one of them")
         asked = doctor_ranks.Asked(nproc, shared, nodes, port, launching.words(ssh), node, as_json)
         raise typer.Exit(doctor_ranks.command(asked, model))
     of_ranks = {
@@ -600,24 +598,24 @@ def doctor(
         raise UsageError("--bench measures the machine: give it no model")
     if threads is not None and not bench:
         raise UsageError("--threads has no effect without --bench")
-    if bench:
-        from keel.cli import doctor as examining
-
-        measured = examining.bench(threads)
-        show(json.dumps(measured, indent=2) if as_json else examining.bench_text(measured))
-        return
     if model is not None:
-        from keel.models.facts import read_facts
-
-        lines = read_facts(_model_folder(model)).describe()
-        show(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
+        _describe(model, as_json)
         return
     from keel.cli import doctor as examining
 
-    facts = examining.facts()
-    show(json.dumps(facts, indent=2) if as_json else examining.as_text(facts))
-    if facts["missing"]:
+    found = examining.bench(threads) if bench else examining.facts()
+    in_words = examining.bench_text if bench else examining.as_text
+    show(json.dumps(found, indent=2) if as_json else in_words(found))
+    if found.get("missing"):
         raise typer.Exit(1)
+
+
+def _describe(model: str, as_json: bool) -> None:
+    """What a model's own files say of it."""
+    from keel.models.facts import read_facts
+
+    lines = read_facts(_model_folder(model)).describe()
+    show(json.dumps({"model": model, "facts": lines}, indent=2) if as_json else "\n".join(lines))
 
 
 # ---------------------------------------------------------------- parts of the commands

@@ -332,22 +332,10 @@ RewardTerm = Annotated[
     | PluginTerm,
     Field(discriminator="kind"),
 ]
-RULES = (
-    "answer",
-    "verdict",
-    "format",
-    "regex",
-    "length",
-    "repetition",
-    "keywords",
-    "overlong",
-    "similarity",
-    "classifier",
-    "environment",
-    "judge",
-    "gym",
-    "code",
-)
+BY_RULE = (  # no model in them, and nobody's code
+    "answer", "code", "format", "gym", "keywords", "length", "overlong", "regex", "repetition", "verdict",
+)  # fmt: skip
+RULES = (*BY_RULE, "similarity", "classifier", "environment", "judge")  # all kinds that keel has itself
 
 
 AsTerms = str | RewardTerm | list[str | RewardTerm]  # how rewards may be written

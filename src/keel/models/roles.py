@@ -111,9 +111,7 @@ def open_roles(
         cut(frozen)
     critic, head = None, None
     if sharing == "trunk":
-        head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
-        seed_head(head, derive_seed("value", seed))
-        head.to(device)
+        head = _value_head(policy, seed).to(device)
     elif sharing != "none":
         own = derive_seed("value", seed)
         critic = scorer(source, own) if base is None else base.scorer(own)
@@ -121,9 +119,7 @@ def open_roles(
             raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")
         if adapters is not None:
             critic = add_adapters(critic, adapters, derive_seed("value", seed), train_head=True)
-    for model in (policy, critic):
-        if model is None:
-            continue
+    for model in (policy,) if critic is None else (policy, critic):
         disable_dropout(model)
         model.to(device).eval()
         if gradient_checkpointing:
@@ -132,6 +128,13 @@ def open_roles(
             model.train()
         cut(model)
     return Roles(policy, frozen, critic, head)
+
+
+def _value_head(policy: Any, seed: int) -> nn.Linear:
+    """A critic on the policy's own hidden states."""
+    head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
+    seed_head(head, derive_seed("value", seed))
+    return head
 
 
 def _check_vocabularies(policy: ModelSource, reference: ModelSource) -> None:

@@ -332,12 +332,11 @@ class Pipeline(StageGraph):
             )
 
     def _clear_up(self, name: str) -> None:
-        """A stage that is done needs no checkpoints, and an ensemble's members lie in its model's folder. Its
-        adapters find their base where the run lies now."""
+        """Remove what a done stage has no use for. Its adapters find their base where the run lies now."""
         directory = self.stage_directory(name)
         for adapter in directory.glob("model/**/adapter"):
             lora.follow_base(adapter)
-        for left in ("checkpoints", *(f"members/*/{part}" for part in ("checkpoints", "model"))):
+        for left in weights.CLEARED:
             for path in directory.glob(left):
                 shutil.rmtree(path, ignore_errors=True)
 

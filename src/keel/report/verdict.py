@@ -8,21 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from keel.config.rewards import BY_RULE
 from keel.report.wording import bound, decimals, mean, number, signed
 
 KL_LIMIT = 1.5  # a KL above this multiple of its target is said aloud
 TRUNCATED_LIMIT = 0.05  # so is a larger share of replies that never ended
-
-RULES = {
-    "answer",
-    "verdict",
-    "format",
-    "regex",
-    "length",
-    "repetition",
-    "keywords",
-    "overlong",
-}  # no model in them
 
 Level = Literal["better", "unclear", "worse", "unjudged"]
 _WORDS: dict[Level, str] = {
@@ -190,7 +180,7 @@ def _by_the_proxy(by: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     kinds = {str(term.get("kind")) for term in terms if term.get("weight") != 0}
     if kinds == {"answer"}:
         return ()
-    if kinds and kinds <= RULES:
+    if kinds and kinds <= {*BY_RULE}:
         return (f"Judged by rules alone ({', '.join(sorted(kinds))}): they measure what they ask for.",)
     return (
         "Judged by the proxy alone: no gold reward was measured. The proxy is what was optimised, "

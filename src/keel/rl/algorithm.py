@@ -19,6 +19,7 @@ from keel.errors import NotFiniteError, UsageError
 from keel.models import experts
 from keel.models.logprobs import HeadInputs, head_inputs, response_index, scatter_to_mask, token_logprobs
 from keel.rewards.shaping import RunningScale
+from keel.rl import rollout
 from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.types import Episodes
 
@@ -33,6 +34,15 @@ class Collected:
     reward_scaler: RunningScale  # which has seen the rewards
     episodes: int  # responses that were sampled, replaced ones included
     metrics: Mapping[str, float] = field(default_factory=dict)  # of how they were collected
+
+
+def collected(
+    setup: Setup[Any], prompts: Sequence[PromptExample], state: LoopState, update: int, drawn: Drawn | None
+) -> Collected:
+    """Responses to an update's prompts, with what every model makes of them; none replaced."""
+    seed = rollout.seed_of(setup, update)
+    experience, reward_scaler = rollout.collect(setup, prompts, state.reward_scaler, seed, update, drawn)
+    return Collected(experience, reward_scaler, len(experience.completions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,15 @@ from keel.data.stored.tokens import Tokens
 from keel.models import experts
 from keel.models.logprobs import HeadInputs, head_inputs, scatter_to_mask
 from keel.rl import loop, rollout
-from keel.rl.algorithm import Collected, CriticLoss, LogprobMismatch, LossOutput, MicroBatch, policy_forward
+from keel.rl.algorithm import (
+    Collected,
+    CriticLoss,
+    LogprobMismatch,
+    LossOutput,
+    MicroBatch,
+    collected,
+    policy_forward,
+)  # fmt: skip
 from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.rl.setup import make_optimizers, open_stage
 from keel.rollout.score_responses import Scored
@@ -103,13 +111,11 @@ class Distillation:
     ) -> Collected:
         """The student's replies to the prompts; and which demonstrations the update has."""
         setup, count = self.setup, self.config.demonstrated
-        seed = rollout.seed_of(setup, update)
-        experience, reward_scaler = rollout.collect(setup, prompts, state.reward_scaler, seed, update, drawn)
         if count:
             order = derive_seed(setup.run.seed, "demonstrations")
             rows = rows_of_step(len(self.demonstrations), count, update - 1, order)
             self.of_data = [self.demonstrations[i] for i in rows]
-        return Collected(experience, reward_scaler, len(experience.completions))
+        return collected(setup, prompts, state, update, drawn)
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:
         """The replies to learn from: the student's, whose `advantages` are 1, and those of the data, 0 there:

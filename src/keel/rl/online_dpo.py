@@ -26,8 +26,16 @@ from torch import Tensor
 from keel.algorithms import preference
 from keel.algorithms.masked import at_least_float32, count, masked_sum, reduced
 from keel.config import OnlineDPOConfig
-from keel.rl import loop, rollout
-from keel.rl.algorithm import Collected, CriticLoss, LogprobMismatch, LossOutput, MicroBatch, policy_forward
+from keel.rl import loop
+from keel.rl.algorithm import (
+    Collected,
+    CriticLoss,
+    LogprobMismatch,
+    LossOutput,
+    MicroBatch,
+    collected,
+    policy_forward,
+)  # fmt: skip
 from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.rl.setup import make_optimizers, open_stage
 from keel.rundir.stage_run import StageRun
@@ -61,11 +69,7 @@ class OnlineDPO:
         self, prompts: Sequence[PromptExample], state: LoopState, update: int, drawn: Drawn | None = None
     ) -> Collected:
         """Replies to the prompts, with what every model makes of them."""
-        seed = rollout.seed_of(self.setup, update)
-        experience, reward_scaler = rollout.collect(
-            self.setup, prompts, state.reward_scaler, seed, update, drawn
-        )
-        return Collected(experience, reward_scaler, len(experience.completions))
+        return collected(self.setup, prompts, state, update, drawn)
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:
         """(B, T) −∂L/∂ log π of each token, 0 in replies of no pair. `returns` holds the losses, half of a

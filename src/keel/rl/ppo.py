@@ -34,6 +34,7 @@ from keel.rl.algorithm import (
     LossOutput,
     MicroBatch,
     Surrogate,
+    collected,
     estimated,
     policy_forward,
     policy_output,
@@ -72,11 +73,7 @@ class PPO:
         self, prompts: Sequence[PromptExample], state: LoopState, update: int, drawn: Drawn | None = None
     ) -> Collected:
         """Responses to the prompts, with what every model makes of them."""
-        seed = rollout.seed_of(self.setup, update)
-        experience, reward_scaler = rollout.collect(
-            self.setup, prompts, state.reward_scaler, seed, update, drawn
-        )
-        return Collected(experience, reward_scaler, len(experience.completions))
+        return collected(self.setup, prompts, state, update, drawn)
 
     def advantages(self, experience: Experience, kl_coef: float) -> tuple[Episodes, dict[str, float]]:
         """r_t = score at the last token − β KL_t;  Â, R by GAE (1506.02438), Â whitened over the batch."""

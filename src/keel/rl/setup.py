@@ -185,6 +185,22 @@ def _costs(
     return costs
 
 
+def _told(
+    run: StageRun,
+    config: OnPolicy,
+    roles: Roles,
+    opened: Sequence[build_rewards.LoadedReward],
+    *,
+    through_text: bool,
+) -> None:
+    """Say how large the models are, what each phase costs at least, and what the machine can do."""
+    dtype = compute_dtype(roles.policy, run.device)
+    run.costs = _costs(config, roles, opened, dtype, through_text=through_text)
+    run.speed = speed(run.device, dtype)
+    trained = sum(count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules))
+    run.facts |= {"parameters": count_parameters(roles.policy), "trained_parameters": trained}
+
+
 def open_stage(
     config: C, run: StageRun, *, sharing: Literal["separate", "trunk", "adapters", "none"]
 ) -> tuple[Sequence[PromptExample], Sequence[PromptExample], Setup[C]]:
@@ -229,30 +245,17 @@ def open_stage(
         run.say(f"{run.name}: {line}")
     if config.offload:
         _offload(run, roles, opened)
-    dtype = compute_dtype(roles.policy, run.device)
-    run.costs = _costs(config, roles, opened, dtype, through_text=theirs is not None)
-    run.speed = speed(run.device, dtype)
-    trained = sum(count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules))
-    run.facts |= {"rows": len(tasks), "parameters": count_parameters(roles.policy), "steps": config.updates}
-    run.facts["trained_parameters"] = trained
+    _told(run, config, roles, opened, through_text=theirs is not None)
+    run.facts |= {"rows": len(tasks), "steps": config.updates}
     return (
         tasks,
         held,
         Setup(
-            config,
-            roles,
-            open_engine(config, roles.policy, run, tokenizer, None if tools else longest),
-            rewards,
-            opened,
-            build_rewards.read_text(opened, tokenizer),
-            tokenizer,
-            run,
-            ptx,
-            heldout_judge.open_judge(config, run, tokenizer, longest, base),
-            tools,
-            theirs,
+            config, roles, open_engine(config, roles.policy, run, tokenizer, None if tools else longest),
+            rewards, opened, build_rewards.read_text(opened, tokenizer), tokenizer, run, ptx,
+            heldout_judge.open_judge(config, run, tokenizer, longest, base), tools, theirs,
         ),
-    )
+    )  # fmt: skip
 
 
 def _cut(model: Any) -> None:

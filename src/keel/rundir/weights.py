@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# What a done stage has no use for: checkpoints, and what an ensemble's members left outside of its model.
+CLEARED = ("checkpoints", "members/*/checkpoints", "members/*/model")
 Recorded = dict[str, dict[str, Any]]  # file, from the stage's directory → size, time of change, SHA-256
 
 
@@ -20,9 +22,13 @@ def record(directory: Path) -> Recorded:
 
 
 def _is_cleared(name: Path) -> bool:
-    """Whether a done stage has no use for a file: checkpoints, and an ensemble's members outside of its
-    model's folder. A command that ends before it has cleared up leaves them there."""
-    return name.parts[0] == "members" or "checkpoints" in name.parts
+    """Whether a file lies in what a done stage is cleared of. A command that ends before it has cleared up
+    leaves it there."""
+    return any(
+        above.match(pattern) and len(above.parts) == pattern.count("/") + 1
+        for above in name.parents
+        for pattern in CLEARED
+    )
 
 
 def differs(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> str | None:

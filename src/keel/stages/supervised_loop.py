@@ -99,16 +99,14 @@ def fit(
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
     stage_run.facts |= {"rows": len(rows), "held_out_rows": len(held_out), "steps": steps}
     group.agree("the rows of a stage", (len(rows), len(held_out), steps))
-    if checkpoint := stage_run.restore(
-        sharded.placing({"model": model, "best": model}, {"optimizer": optimizer})
-    ):
+    placed = sharded.placing({"model": model, "best": model}, {"optimizer": optimizer})
+    if checkpoint := stage_run.restore(placed):
         put_back(model, checkpoint.tensors["model"])
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
         stopping, best = stopping.restored(checkpoint.values["stopping"]), checkpoint.tensors["best"]
         first, seen = checkpoint.step, checkpoint.values["seen"]
         if isinstance(rows, Stream):
             rows.seek(checkpoint.values["cursor"])
-
     for step in range(first + 1, steps + 1):
         if stopping.stop:
             break
@@ -125,9 +123,10 @@ def fit(
             scale, where = lr_scale(config, step - 1, steps), f"{stage_run.name}, step {step}"
             with stage_run.stepping():
                 stepped = optim.step(optimizer, scale, config.max_grad_norm, where)
-        metrics = objective.named(group.summed(sums))
-        metrics |= {"grad_norm": stepped["grad_norm"], "learning_rate": stepped["lr"]}
-        metrics |= {"epoch": step * config.batch_size / len(rows)}
+        metrics = objective.named(group.summed(sums)) | {
+            "grad_norm": stepped["grad_norm"], "learning_rate": stepped["lr"],
+            "epoch": step * config.batch_size / len(rows),
+        }  # fmt: skip
         if objective.length is not None:
             seen += sum(objective.length(row) for row in chosen)
             metrics["num_tokens"] = seen
@@ -141,10 +140,9 @@ def fit(
         # 5. what happened, and where to go on from
         stage_run.log(step, steps, metrics)
         if due(step, steps, config.save_every) or stopping.stop:
-            values = {"stopping": stopping.values(), "seen": seen}
-            values |= {"cursor": rows.cursor()} if isinstance(rows, Stream) else {}
+            where_in_data = {"cursor": rows.cursor()} if isinstance(rows, Stream) else {}
+            values = {"stopping": stopping.values(), "seen": seen, **where_in_data}
             _save(stage_run, step, model, optimizer, best, values)
-
     if best is not None:
         put_back(model, best)
 
