@@ -14,6 +14,7 @@ from keel.models.machine_speed import Speed, speed
 from keel.models.phase_cost import PhaseCost, decode_cost, forward_cost, optimizer_cost, train_cost
 
 CPU = torch.device("cpu")
+fastest = machine_speed.fastest  # as it is without the fixture below
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,21 @@ def test_a_run_takes_what_was_measured_with_care_for_its_threads_and_else_measur
         assert not speed(CPU, torch.float32).kept
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_speed_is_measured_once_for_each_number_of_threads(monkeypatch):
+    measured = []
+    monkeypatch.setattr(machine_speed, "_best", lambda *given: measured.append(given) or 1.0)
+    machine_speed._fastest.cache_clear()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            fastest(CPU, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+        machine_speed._fastest.cache_clear()
+    assert len(measured) == 2
 
 
 @pytest.mark.parametrize("spoilt", [{"flops": 1}, {}, {"flops": {"float32": "x"}, "bytes_per_second": {}}, 3])

@@ -84,18 +84,26 @@ def bench(device: torch.device) -> dict[str, Any]:
     return {**found, "kept_in": None if place is None else str(place)}
 
 
-@cache
 def fastest(device: torch.device, dtype: torch.dtype, tries: int = TRIES) -> float:
     """FLOP/s that a product of large matrices reaches here with the threads of the moment, the best of a few:
-    what a model's utilisation is a share of."""
+    what a model's utilisation is a share of. Measured once a process for each number of threads."""
+    return _fastest(device, dtype, tries, torch.get_num_threads())
+
+
+@cache
+def _fastest(device: torch.device, dtype: torch.dtype, tries: int, threads: int) -> float:
     side = SIDE.get(device.type, 1024)
     a, b, c = torch.ones(3, side, side, device=device, dtype=dtype)  # c: memory that is there already
     return 2 * side**3 / _best(lambda: torch.mm(a, b, out=c), device, tries)
 
 
-@cache
 def reading(device: torch.device, size: int, tries: int = TRIES) -> float:
     """Bytes a second at which a block of `size` bytes is read, again and again; the best of a few."""
+    return _reading(device, size, tries, torch.get_num_threads())
+
+
+@cache
+def _reading(device: torch.device, size: int, tries: int, threads: int) -> float:
     a, b = torch.ones(2, size // 8, device=device)
     return size / _best(lambda: torch.dot(a, b), device, tries)
 

@@ -135,8 +135,7 @@ class StageRun:
     ) -> None:
         """Count the work of a phase: tokens that somebody needs, tokens that the model computed (padding
         included), passes over the model's weights, and pairs of tokens of which one attends to the other."""
-        before = self._counts.get(phase, (0, 0, 0, 0))
-        a, b, c, d = before
+        a, b, c, d = self._counts.get(phase, (0, 0, 0, 0))
         self._counts[phase] = (a + useful, b + computed, c + passes, d + pairs)
 
     def _rates(self) -> dict[str, float]:
