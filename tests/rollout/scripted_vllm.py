@@ -91,8 +91,8 @@ class ScriptedVllm:
             self.headers.append({k.lower(): v for k, v in handler.headers.items()})
         said = self.script(route, body, number)
         if said == "die":
+            self.kill()  # before the caller can notice and begin another one
             handler.close_connection = True
-            threading.Thread(target=self.kill, daemon=True).start()
             return
         if said is None:
             guarded = route.startswith(("/v1", "/inference"))

@@ -12,6 +12,7 @@ often as it takes. A push counts only once
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 import shutil
 import time
@@ -139,10 +140,11 @@ class Holder:
         self._wake()
         taken = self._taken
         assert taken is not None
-        if self._held is None or self._held[0] is not taken:
+        held = self._held
+        if held is None or held[0] is not taken:
             self._held = None
-            self._held = taken, self._push(taken)
-        return self._held[1]
+            self._held = held = taken, self._push(taken)
+        return held[1]
 
     def _push(self, taken: Taken) -> Weights:
         """Give the server what was taken, and check that it has it."""
@@ -409,13 +411,13 @@ class Holder:
         another thread end at once."""
         self._closed = True
         if self.wire is not None:
-            self.wire.hang_up()
+            self.wire.close()
         if self.wire is not None and self._server is None:
+            other = dataclasses.replace(self.wire)
             for old in self._adapters_there:
                 with contextlib.suppress(DownError, RefusedError):
-                    self.wire.post("/v1/unload_lora_adapter", {"lora_name": old}, timeout=10.0)
-        self.wire = self._held = self._taken = None
-        if self._server is not None:
+                    other.post("/v1/unload_lora_adapter", {"lora_name": old}, timeout=10.0)
+        if self._server is not None:  # the rest stays, since another thread may be about to use it
             self._server.stop()
         for left in [self._start, *self.folder.glob(f"keel-{self._token}-*")]:
             shutil.rmtree(left, ignore_errors=True)

@@ -51,8 +51,10 @@ class Wire:
     address: str
     key: str | None = field(default=None, repr=False)
     timeout: float = 600.0
-    _open: set[http.client.HTTPConnection] = field(default_factory=set, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _open: set[http.client.HTTPConnection] = field(default_factory=set, init=False, repr=False)
+    _ended: set[http.client.HTTPConnection] = field(default_factory=set, init=False, repr=False)
+    _closed: bool = field(default=False, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def get(self, path: str, timeout: float | None = None) -> Any:
         """What the server answers. DownError, RefusedError."""
@@ -116,10 +118,16 @@ class Wire:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def close(self) -> None:
+        """End every request, those of other threads too, and let no other one begin."""
+        self._closed = True
+        self.hang_up()
+
     def hang_up(self) -> None:
-        """End every request that waits for its answer."""
+        """End every request that waits for its answer, or is about to be sent."""
         with self._lock:
             waiting = list(self._open)
+            self._ended |= self._open
         for connection in waiting:
             with contextlib.suppress(OSError):
                 if connection.sock is not None:
@@ -144,6 +152,7 @@ class Wire:
     def _close(self, connection: http.client.HTTPConnection) -> None:
         with self._lock:
             self._open.discard(connection)
+            self._ended.discard(connection)
         connection.close()
 
     def _exchange(self, connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> Any:
@@ -169,6 +178,11 @@ class Wire:
         sent = None if body is None else json.dumps(body).encode()
         if sent is not None:
             headers["Content-Type"] = "application/json"
+        if connection.sock is None:
+            connection.connect()
+        with self._lock:  # who hangs up from here on finds a socket
+            if self._closed or connection in self._ended:
+                raise ConnectionAbortedError("the request was ended")
         connection.request(method, urlsplit(self.address).path.rstrip("/") + path, sent, headers)
         response = connection.getresponse()
         raw = self._read(connection, response)
