@@ -168,8 +168,9 @@ def test_the_engine_samples_what_the_plain_one_samples(architecture: str, slots:
 def test_rows_that_look_back_less_far_are_read_by_themselves(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "BLOCK", 2)
-    monkeypatch.setattr(cache, "NEAR", 1)
+    monkeypatch.setattr(cache, "GROUP", 2)
+    monkeypatch.setattr(cache, "WORTH", 0)
+    monkeypatch.setattr(cache, "FAR", 2)
     blocks, plainly = list[int](), cache.Slots.blocks
     monkeypatch.setattr(
         cache.Slots, "blocks", lambda self: blocks.append(len(plainly(self))) or plainly(self)

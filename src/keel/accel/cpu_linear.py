@@ -54,7 +54,12 @@ PACKS = all(
     hasattr(torch.ops.mkldnn, name)
     for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 ) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+# the same in float32
+PACKS_FLOAT32 = all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+) and bool(torch.backends.mkldnn.is_available())
 USUAL = 64  # rows that the layout is chosen for
+PACKED_AT_MOST = 2**28  # bytes of matrices laid out in float32, which is as much as the weights themselves
 
 
 def sized(rows: int) -> int:
@@ -180,6 +185,7 @@ def _product_differs() -> str | None:
             pairs = [(ours, theirs), *zip(pulled(ours, at), pulled(theirs, at), strict=True)]
             packed = PrepackedWeight(layer)(x.bfloat16()).float()
             half = linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()
+            pairs.append((PrepackedWeight(layer, torch.float32)(x), theirs))
         why = difference("products in bfloat16", packed, half, rough=3e-2)
         return next((w for a, b in pairs if (w := difference("products or their gradients", a, b))), why)
 
@@ -195,13 +201,17 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def packs(layer: Any) -> bool:
-    """Whether a layer's matrix may be laid out for products in bfloat16, by whoever computes in its place."""
-    return (
-        (type(layer) is nn.Linear or is_patched(layer, "cpu_linear"))
-        and not surrounded(layer)
-        and _computed_in(layer.weight, layer.weight) == torch.bfloat16
-    )
+def packs(layer: Any) -> torch.dtype | None:
+    """The precision in which a layer's matrix may be laid out for products without gradient, by whoever
+    computes in its place; None if it may not."""
+    known = type(layer) is nn.Linear or is_patched(layer, "cpu_linear")
+    if not known or surrounded(layer) or transformed() or layer.weight.device.type != "cpu":
+        return None
+    if layer.weight.dtype != torch.float32 or not enabled("cpu_linear"):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+    return torch.float32 if PACKS_FLOAT32 and torch.backends.mkldnn.enabled else None
 
 
 def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -364,23 +374,27 @@ def _filled(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PrepackedWeight:
-    """A linear layer's matrix (n, k) in bfloat16, laid out once as oneDNN wants it; otherwise it would be
-    laid out in every product, which for few rows takes longer than the product. Without gradient."""
+    """A linear layer's matrix (n, k) in bfloat16 or float32, laid out once as oneDNN wants it; otherwise it
+    would be laid out in every product, which for few rows takes longer than the product. Without gradient."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        weight = layer.weight.detach().to(torch.bfloat16)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL) if PACKS else weight
-        self._bias = None if layer.bias is None else layer.bias.detach().to(torch.bfloat16)
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype = torch.bfloat16) -> None:
+        weight = layer.weight.detach().to(dtype)
+        self._packs = PACKS if dtype == torch.bfloat16 else PACKS_FLOAT32
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL) if self._packs else weight
+        self._bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(M, k) → (M, n), both in bfloat16."""
-        if not PACKS:
+        """(M, k) → (M, n), both in that precision."""
+        if not self._packs:
             return linear(rows, self._weight, self._bias)
         return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
 
 
-def prepacked(layer: nn.Linear) -> PrepackedWeight:
-    """A layer's matrix laid out: the one that the layer itself multiplies with, within `cast_cache`."""
+def prepacked(layer: nn.Linear, dtype: torch.dtype = torch.bfloat16) -> PrepackedWeight:
+    """A layer's matrix laid out. In bfloat16 the one that the layer itself multiplies with, within
+    `cast_cache`; in float32, where the layer multiplies with its own weight, nobody else's."""
+    if dtype == torch.float32:
+        return PrepackedWeight(layer, dtype)
     return (_casts.get() or _CastCache()).packed(layer)
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, sil
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import SiLUActivation
 
-from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
+from keel.accel.cpu_linear import PACKED_AT_MOST, PrepackedWeight, packs, prepacked, sized
 from keel.accel.decode_trial import Step as AnyStep
 from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
@@ -46,7 +46,8 @@ class Step:
         )  # signed, for halves that swap places
         self.half, self.groups = half, config.num_key_value_heads
         self.heads = config.num_attention_heads
-        self.packed = [_Layer.of(layer) for layer in trunk.layers] if _packs(self.model) else None
+        self.dtype = _packs(self.model)
+        self.packed = [_Layer.of(layer, self.dtype) for layer in trunk.layers] if self.dtype else None
 
     def __call__(self, ids: Tensor, slots: Slots) -> Tensor:
         """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`."""
@@ -68,15 +69,16 @@ class Step:
     def _by_packed(self, x: Tensor, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """(n, d) embeddings → (n, V) logits. Rows behind the n fill a size up; nobody reads them."""
         assert self.packed is not None
-        trunk, n = self.model.model, len(x)
+        assert self.dtype is not None
+        trunk, n, dtype = self.model.model, len(x), self.dtype
         size = sized(n)
         x = _filled(x, size)
         for layer, own, held in zip(trunk.layers, self.packed, slots.layers, strict=True):
-            h = _norm(layer.input_layernorm, x).bfloat16()
+            h = _norm(layer.input_layernorm, x).to(dtype)
             q, k, v = own.q(h)[:n], own.k(h)[:n], own.v(h)[:n]
             attended = self._attended(layer.self_attn, q, k, v, held, slots, cos, sin, mask)
-            x = x + own.out(_filled(attended.bfloat16(), size))
-            h = _norm(layer.post_attention_layernorm, x).bfloat16()
+            x = x + own.out(_filled(attended.to(dtype), size))
+            h = _norm(layer.post_attention_layernorm, x).to(dtype)
             x = x + own.down(silu(own.gate(h)).mul_(own.up(h)))
         return self.model.lm_head(_norm(trunk.norm, x)[:n])
 
@@ -131,23 +133,29 @@ class _Layer(NamedTuple):
     down: PrepackedWeight
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, layer: Any, dtype: torch.dtype) -> _Layer:
         own, mlp = layer.self_attn, layer.mlp
         layers = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        return cls(*map(prepacked, layers))
+        return cls(*(prepacked(own, dtype) for own in layers))
 
 
-def _packs(model: Any) -> bool:
-    """Whether a model computes in bfloat16 on the CPU and every layer is one that may be laid out."""
-    return all(
-        isinstance(layer.mlp.act_fn, (SiLUActivation, nn.SiLU))
-        and all(
-            packs(getattr(part, f"{name}_proj"))
-            for part, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down")))
-            for name in names
-        )
-        for layer in model.model.layers
-    )
+def _packs(model: Any) -> torch.dtype | None:
+    """The precision in which a model computes, where that is on the CPU and every layer is one that may be
+    laid out in it; None otherwise, and where what is laid out in float32 would be large."""
+    layers = model.model.layers
+    if not all(isinstance(layer.mlp.act_fn, (SiLUActivation, nn.SiLU)) for layer in layers):
+        return None
+    parts = [
+        getattr(part, f"{name}_proj")
+        for layer in layers
+        for part, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down")))
+        for name in names
+    ]
+    found = {packs(part) for part in parts}
+    dtype = found.pop() if len(found) == 1 else None
+    if dtype == torch.float32 and sum(part.weight.nbytes for part in parts) > PACKED_AT_MOST:
+        return None
+    return dtype
 
 
 def fits(model: nn.Module) -> bool:

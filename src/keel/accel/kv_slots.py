@@ -4,6 +4,13 @@ A row of the batch is a slot. All rows write the same column, the newest one, so
 slice and the distance between two tokens is the distance of their columns, whatever the row: masks that look
 back over a window stay right. A row's tokens reach from its own start to the newest column; what lies before
 its start is not its own.
+
+**Rows of different age.** A row that came late looks back less far than the others, and attention on a CPU
+takes as long as it takes to read the columns. So rows stand in the order of their age, roughly, and those
+that look back about equally far are read together, from the first column that any of them has (`blocks`). In
+a stream of responses of up to 2,000 tokens 1.05 times the columns that are needed are read; without the
+order, where each block of 16 has an old row among young ones, 1.8 times. What it costs: where a row leaves,
+one of each group behind it moves up, which is half a percent of what is read.
 """
 
 from __future__ import annotations
@@ -15,8 +22,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-BLOCK = 16  # rows whose columns are read together
-NEAR = 8  # columns that are not worth another operation
+GROUP = 4  # rows that are read together at least
+WORTH = 2**19  # bytes of a layer's keys and values: as long as they take to read, another operation takes
+FAR = 64  # columns: rows that came within so many of each other stay as they are
 
 
 class Slots:
@@ -32,6 +40,7 @@ class Slots:
         self.low = 0  # the first one that any row has
         self.starts = torch.zeros(0, dtype=torch.long, device=device)  # (n,) each row's first column
         self._blocks: list[tuple[slice, int]] | None = None  # not looked at yet
+        self._moved = 0  # columns by which everything was moved to the left
         self.layers: list[_Layer] = []
         self.lent: Sequence[tuple[Tensor, Tensor]] = ()  # each layer's k, v, at least as large as needed
         self.cache = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
@@ -52,17 +61,37 @@ class Slots:
         return columns[None, :] >= self.starts[:, None]
 
     def blocks(self) -> list[tuple[slice, int]]:
-        """Rows that look back equally far, and the first column that any of them has. On the CPU, where
+        """Rows that look back about equally far, and the first column that any of them has. On the CPU, where
         attention takes as long as it takes to read the columns; all rows at once elsewhere."""
         if self._blocks is None:
-            on_cpu = self.starts.device.type == "cpu"
-            lows = [int(part.min()) for part in self.starts.split(BLOCK)] if on_cpu else [self.low]
-            if max(lows) - self.low < NEAR:
-                self._blocks = [(slice(0, len(self)), self.low)]
-            else:
-                ends = [min(BLOCK * (i + 1), len(self)) for i in range(len(lows))]
-                self._blocks = [(slice(BLOCK * i, end), low) for i, (end, low) in enumerate(zip(ends, lows))]
+            self._blocks = self._found_blocks() if self._sorts else [(slice(0, len(self)), self.low)]
         return self._blocks
+
+    @property
+    def _sorts(self) -> bool:
+        """Whether it matters which rows stand beside each other."""
+        return self.starts.device.type == "cpu"
+
+    def _found_blocks(self) -> list[tuple[slice, int]]:
+        """Groups one after the other, as long as what is read in vain takes less than another operation."""
+        worth = WORTH / self._column_bytes
+        blocks: list[tuple[slice, int]] = []
+        first, low, in_vain = 0, self.column, 0.0
+        for number, starts in enumerate(self.starts.split(GROUP)):
+            at, own = GROUP * number, int(starts.min())
+            more = len(starts) * (own - low) if own > low else (at - first) * (low - own)
+            if at and in_vain + more > worth:
+                blocks.append((slice(first, at), low))
+                first, low, in_vain = at, own, 0.0
+            else:
+                low, in_vain = min(low, own), in_vain + more
+        return [*blocks, (slice(first, len(self)), low)]
+
+    @property
+    def _column_bytes(self) -> int:
+        """Of a row's keys and values in one layer."""
+        kept = [held for layer in self.layers[:1] for held in (layer.k, layer.v)]
+        return sum(held.shape[1] * held.shape[3] * held.element_size() for held in kept) or 1
 
     def admit(self, prompts: DynamicCache, lengths: Sequence[int], source: Sequence[int]) -> bool:
         """Give new rows the keys and values of prompts, which are padded on the left; `source` says which
@@ -85,19 +114,44 @@ class Slots:
         return True
 
     def keep(self, going: Tensor) -> Tensor:
-        """(n,) bool → (m,) the rows that now stand at 0 … m − 1: those that go on, of which only as many are
-        moved as there are gaps below m."""
+        """(n,) bool → (m,) the rows that now stand at 0 … m − 1: those that go on, older ones in front of
+        younger ones by groups. As few are moved as that takes."""
         left = int(going.sum())
-        gaps = (~going[:left]).nonzero().flatten()
-        moved = left + going[left:].nonzero().flatten()
-        order = torch.arange(left, device=going.device)
-        order[gaps] = moved
+        order = self._in_order(going, left) if self._sorts else None
+        if order is None:
+            gaps = (~going[:left]).nonzero().flatten()
+            order = torch.arange(left, device=going.device)
+            order[gaps] = left + going[left:].nonzero().flatten()
+        gaps = (order != torch.arange(left, device=order.device)).nonzero().flatten()
         if len(gaps):
+            moved = order[gaps]
+            low = int(self.starts[moved].min()) if self._sorts else self.low
             for layer in self.layers:
                 for held in (layer.k, layer.v):
-                    held[gaps, :, self.low : self.column] = held[moved, :, self.low : self.column]
+                    held[gaps, :, low : self.column] = held[moved, :, low : self.column]
         self._set(self.starts[order])
         return order
+
+    def _in_order(self, going: Tensor, left: int) -> Tensor | None:
+        """(m,) as `keep` returns it; None where all that go on came at about the same time."""
+        starts, rows = self.starts.tolist(), going.nonzero().flatten().tolist()
+        age = {row: (starts[row] + self._moved) // FAR for row in rows}
+        if len(set(age.values())) < 2:
+            return None
+        groups = {
+            row: rank // GROUP for rank, row in enumerate(sorted(rows, key=lambda row: (age[row], row)))
+        }
+        order, free = [-1] * left, dict[int, list[int]]()
+        stay = {row for row in rows if row < left and row // GROUP == groups[row]}
+        for place in range(left):
+            if place in stay:
+                order[place] = place
+            else:
+                free.setdefault(place // GROUP, []).append(place)
+        for row in rows:
+            if row not in stay:
+                order[free[groups[row]].pop(0)] = row
+        return torch.tensor(order, device=going.device)
 
     def step(self) -> None:
         """The newest column is written by all rows."""
@@ -124,13 +178,15 @@ class Slots:
         )  # pyright: ignore[reportReturnType]
 
     def _move(self, column: int) -> None:
-        """Shift the columns in use so that `column` is the next one to be written."""
+        """Shift the columns in use so that `column` is the next one to be written: some rows at a time, as
+        the old and the new place overlap."""
         by = column - self.column
         for layer in self.layers:
             for held in (layer.k, layer.v):
-                used = held[: len(self), :, self.low : self.column].clone()
-                held[: len(self), :, self.low + by : column] = used
+                for rows in held[: len(self)].split(GROUP):
+                    rows[:, :, self.low + by : column] = rows[:, :, self.low : self.column].clone()
         self.column = column
+        self._moved -= by
         self._set(self.starts + by)
 
     def _set(self, starts: Tensor) -> None:

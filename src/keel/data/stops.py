@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from keel.data.chat import added_vocab, reply_text
 
+SPARE = 8  # characters behind which the text of some tokens is what it is behind all tokens before them
+
 _closing: WeakKeyDictionary[PreTrainedTokenizerBase, dict[frozenset[str], Tensor]] = WeakKeyDictionary()
 
 
@@ -42,6 +44,22 @@ class StopTexts:
             if self.any_in(text)
             else ""
         )
+
+    def closed_by(self, ids: Sequence[int]) -> str:
+        """As `within`, where no stop string stands in the text without the last token. Of a long response
+        only the end is made text, unless a stop string stands there: what a token costs does not grow with
+        the tokens before it."""
+        longest = max(map(len, self.texts))
+        newest = len(reply_text(self.tokenizer, ids[-1:]))
+        count = longest + newest + SPARE
+        while count < len(ids):
+            end = reply_text(self.tokenizer, ids[-count:])
+            if self.any_in(end):
+                break
+            if len(end) >= longest + newest + SPARE:
+                return ""
+            count *= 2  # tokens without text, or parts of characters
+        return self.within(ids)
 
     def any_in(self, text: str) -> bool:
         """Whether a stop string stands in the text."""

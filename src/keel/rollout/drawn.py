@@ -70,7 +70,7 @@ class Drawn:
         maybe[part] = stops.may_end(newest[part])
         for slot in maybe.nonzero().flatten().tolist():
             row, length = int(rows[slot]), int(made[slot])
-            if stop := stops.within(self.tokens[row, :length].tolist()):
+            if stop := stops.closed_by(self.tokens[row, :length].tolist()):
                 self.ends[row], found[slot] = (length, stop), True
         return found
 

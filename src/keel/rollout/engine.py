@@ -25,9 +25,9 @@ from keel.rollout.protocol import GenerationRequest, Rows, TokenCount
 from keel.rollout.sampling import check_context, pick, uniform_draws
 from keel.types import Completion, Sampling
 
-SPARE_COLUMNS = (
-    32  # of the cache, beyond the longest sequence: a shift to the left is due after as many steps
-)
+# columns of the cache beyond the longest sequence, and their share of it: a shift to the left, which reads
+# and writes all that is kept, is due after as many steps
+SPARE_COLUMNS, SPARE_SHARE = 32, 16
 
 
 class KeelEngine:
@@ -140,7 +140,8 @@ def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None)
     device, longest, seen = draws.device, asked.longest, asked.seen
     # transformers' own cache makes float32 of the values where the rotated keys are
     kept = torch.bfloat16 if autocast_on(model, device) else None
-    slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device, kept)
+    spare = max(SPARE_COLUMNS, longest // SPARE_SHARE)
+    slots = Slots(min(batch_size, len(prompts)), longest + spare, device, kept)
     if steps is not None:
         forward = decode_graphs.Step(model, steps, slots, longest, seen)
     else:
