@@ -11,9 +11,9 @@ through 64 slots. The last one also with `dtype: auto`. Both sides sample at tem
 distribution.
 
 `--long`: responses of up to 2,000 tokens, 1,000 on average, of more prompts than there are slots; and what a
-token costs keel in responses that all have 250, 500, 1,000 and 2,000 tokens, with attention's share of it, which
-is all that may grow. `--processor` counts the processor's seconds of the process, which other work on the machine
-disturbs less.
+token costs keel in responses that all have 250, 500, 1,000 and 2,000 tokens, with attention's share of it,
+which is all that may grow. `--processor` counts the processor's seconds of the process, which other work on
+the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def compare(
 
 
 def long_responses(slots: int, rows: int, new: int, repeats: int, clock: Clock) -> None:
-    """Responses of about 1,000 tokens each and `new` at most, of `rows` prompts; `generate` takes `slots` at a
-    time."""
+    """Responses of about 1,000 tokens each and `new` at most, of `rows` prompts; `generate` takes `slots` at
+    a time."""
     policy = model(1000, PROMPT + new)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(4, VOCABULARY, (rows, PROMPT), generator=generator).tolist()

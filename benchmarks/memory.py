@@ -9,6 +9,9 @@ used; keel's own wish to keep all of it is turned off.
 
 `--tensors` measures torch's tensors instead, every one of them: what is left of a gap then is a tensor that
 the plan does not know.
+
+`--lengths 500,1000,2000` measures GRPO with a row in a forward (`micro_batch: 1`), where every response has
+so many tokens: what a token more costs must not grow with them.
 """
 
 from __future__ import annotations
@@ -58,7 +61,12 @@ ROWS: dict[str, dict[str, int]] = {  # stage → tokens of each part of its rows
     "grpo": {"prompt": 224},
     "reward": {"prompt": 128, "chosen": 128, "rejected": 127},
 }
-MODULES = {"dpo": "preference"}  # of a stage, where it has another name
+LONG = "grpo-"  # and the tokens of every response
+MODULES = {
+    "dpo": "stages.preference",
+    "ppo": "rl.ppo",
+    "grpo": "rl.grpo",
+}  # of a stage, where they have another name
 
 
 def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
@@ -67,6 +75,17 @@ def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
     few: dict[str, Any] = {"max_steps": 2, "epochs": 2, "holdout": 0}
     policy, larger = ({"path": str(folder / model), "dtype": dtype} for model in ("policy", "larger"))
     sampled = {"model": policy, "reward": str(folder / "reward"), "updates": 2, "batch_size": 8, "epochs": 1}
+    if name.startswith(LONG):
+        one = {"micro_batch": 1, "samples_per_prompt": 4, "batch_size": 4}
+        sampling = {"max_new_tokens": int(name.removeprefix(LONG))}
+        return {
+            **common,
+            **sampled,
+            **one,
+            "kind": "grpo",
+            "data": str(folder / "grpo.jsonl"),
+            "sampling": sampling,
+        }
     match name:
         case "sft":  # all weights of a GPT-2 of 30 M parameters, with its dropout
             model = {
@@ -91,8 +110,8 @@ def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
             return {**common, **few, "model": policy, "batch_size": 8, "normalize": 0}
 
 
-def prepare(folder: Path, names: tuple[str, ...]) -> None:
-    """A tokenizer, untrained models and rows of one length each."""
+def prepare(folder: Path, names: tuple[str, ...], positions: int = 512) -> None:
+    """A tokenizer, untrained models and rows of one length each. positions: of the policy."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from keel.data import chat
@@ -111,7 +130,7 @@ def prepare(folder: Path, names: tuple[str, ...]) -> None:
         tokenizer.save_pretrained(folder / subfolder)
 
     if {"ppo", "grpo", "reward"} & {*names}:
-        build("policy", LLAMA, AutoModelForCausalLM)
+        build("policy", {**LLAMA, "max_position_embeddings": positions}, AutoModelForCausalLM)
         build(
             "reward",
             LLAMA,
@@ -174,7 +193,11 @@ def measure(name: str, folder: Path, dtype: str, tensors: bool) -> None:
     ):
         importlib.import_module(module)
     for kind in ROWS:
-        importlib.import_module(f"keel.stages.{MODULES.get(kind, kind)}")
+        importlib.import_module(f"keel.{MODULES.get(kind, f'stages.{kind}')}")
+    if name.startswith(LONG):
+        from keel.data import chat
+
+        chat.stop_ids = lambda *_: (VOCABULARY - 1,)  # which is never drawn: each response runs to its limit
     runs = folder / "runs" / f"{name}{'-tensors' if tensors else ''}"
     pipeline = Pipeline(parse(config_of(name, folder, dtype)), runs)
     phases: dict[str, int] = {}
@@ -264,16 +287,42 @@ class Tensors(TorchDispatchMode):
         return peak
 
 
+def by_length(lengths: list[int], dtype: str) -> None:
+    """The peaks of GRPO, of its training and of its sampling, tensors alone and the process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder, ("grpo",), ROWS["grpo"]["prompt"] + max(lengths))
+        before: dict[str, float] = {}
+        for length in lengths:
+            found = {
+                what: measured(f"{LONG}{length}", folder, dtype, tensors=what == "tensors")
+                for what in ("tensors", "process")
+            }
+            shown = []
+            for what, measurement in found.items():
+                for phase in ("rollout", "train"):
+                    peak = measurement["phases"][phase] / MIB
+                    more = 1024 * (peak - before.get(what + phase, peak)) / (length - before.get("length", 0))
+                    shown.append(f"{what}, {phase} {peak:.0f} MiB (+ {more:.0f} KiB a token)")
+                    before[what + phase] = peak
+            before["length"] = length
+            print(f"{length:5} tokens: " + ", ".join(shown), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], default=[])
     parser.add_argument("--dtype", default="float32", help="model.dtype of all")
     parser.add_argument("--tensors", action="store_true", help="torch's tensors, not the process")
+    parser.add_argument("--lengths", help="tokens of a response, for GRPO with a row in a forward")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.measure:
         measure(settings.measure, settings.folder, settings.dtype, settings.tensors)
+        return
+    if settings.lengths:
+        by_length([int(length) for length in settings.lengths.split(",")], settings.dtype)
         return
     names = tuple(settings.names) or tuple(ROWS)
     with tempfile.TemporaryDirectory() as temporary:

@@ -239,6 +239,8 @@ def test_a_packed_matrix_gives_the_layers_product() -> None:
         layer, x = nn.Linear(32, 16, bias=bias), torch.randn(5, 32).bfloat16()
         own = None if layer.bias is None else layer.bias.bfloat16()
         same(PrepackedWeight(layer)(x), nn.functional.linear(x, layer.weight.bfloat16(), own).detach(), 1e-2)
+        full = torch.randn(5, 32)
+        same(PrepackedWeight(layer, torch.float32)(full), layer(full).detach(), 1e-5)
 
 
 def test_without_gradient_the_result_is_the_same() -> None:

@@ -22,7 +22,7 @@ def test_the_end_of_a_response_tells_what_all_of_it_tells(kind: str) -> None:
     seeds = [
         i for text in ("ab] n\n", "a b", "é") for i in tokenizer(text, add_special_tokens=False)["input_ids"]
     ]
-    for _ in range(12):
+    for _ in range(6):
         ids: list[int] = []
         while len(ids) < 90:
             common = draw.random() < 0.3
@@ -32,7 +32,7 @@ def test_the_end_of_a_response_tells_what_all_of_it_tells(kind: str) -> None:
             if whole:
                 ended += 1
                 ids.pop()  # and on with a response that has not ended
-    assert ended > 5
+    assert ended > 2
 
 
 def test_what_is_read_for_a_token_does_not_grow_with_the_response(monkeypatch: pytest.MonkeyPatch) -> None:

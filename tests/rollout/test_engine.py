@@ -34,7 +34,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from keel.accel import decode_step
+from keel.accel import decode_step, patches
 from keel.accel import kv_slots as cache
 from keel.algorithms.masked import token_logp
 from keel.data.stops import stop_texts
@@ -192,6 +192,23 @@ def test_the_lean_step_is_taken_by_the_models_it_is_made_for(monkeypatch: pytest
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     monkeypatch.undo()
     assert not decode_step.fits(hooked)
+
+
+def test_a_step_in_float32_multiplies_with_matrices_that_are_laid_out_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, options = tiny("qwen2").eval(), {"stop_ids": [EOS], "pad_id": PAD, "seed": 5}
+    with torch.no_grad():
+        assert decode_step.Step(model, 8).dtype == torch.float32
+        laid_out = generate(model, PROMPTS_60, Sampling(16), **options)
+        monkeypatch.setattr(decode_step, "PACKED_AT_MOST", 1000)  # bytes
+        assert decode_step.Step(model, 8).packed is None
+    assert [c.ids for c in generate(model, PROMPTS_60, Sampling(16), **options)] == [c.ids for c in laid_out]
+    with patches.disabled():
+        assert decode_step.Step(model, 8).packed is None
+    hooked = tiny("qwen2")
+    hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert decode_step.Step(hooked, 8).packed is None
 
 
 def test_adapters_stay_in_effect_in_the_lean_step() -> None:

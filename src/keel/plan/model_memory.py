@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from keel.accel import cpu_linear
+from keel.accel import cpu_linear, last_layer
 from keel.models import precision
 from keel.models.logprobs import LOGITS_AT_ONCE
 from keel.plan.model_shapes import Head, Shape
@@ -181,6 +181,16 @@ def casts(model: Model) -> float:
     return WEIGHT["bfloat16"] * (
         model.shape.layers * sum(x.inputs * x.outputs for x in model.shape.linears()) + head
     )
+
+
+def laid_out(model: Model) -> float:
+    """The matrices of a model that samples on the CPU in float32, laid out for products with few rows
+    (`accel.decode_step`), where they are not large."""
+    known = model.shape.kind in last_layer.KINDS and model.shape.window is None and model.lora is None
+    if not known or model.device != "cpu" or model.dtype not in ("float32", "auto") or casts(model):
+        return 0
+    size = FLOAT32 * model.shape.layers * sum(x.inputs * x.outputs for x in model.shape.linears())
+    return size if size <= cpu_linear.PACKED_AT_MOST else 0
 
 
 def kv_cache(model: Model, rows: int, length: int) -> float:

@@ -429,7 +429,9 @@ def _rollout(
 ) -> Phase:
     """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache,
     of which one layer is there twice while it grows."""
-    model, base = models[role], with_parts(resident(models), role, casts=model_memory.casts(models[role]))
+    model = models[role]
+    copies = model_memory.casts(model) + model_memory.laid_out(model)
+    base = with_parts(resident(models), role, casts=copies)
     one_layer = 1 + 1 / model.shape.layers
     prefill = with_parts(
         base,
