@@ -167,6 +167,18 @@ def written(
             "sampling": short,
             "resample": 1,
         },
+        "carried": {
+            "kind": "grpo",
+            "model": "sft",
+            "reward": {"kind": "length", "high": 9},
+            "data": rows("prompts", 4),
+            "batch_size": 2,
+            "samples_per_prompt": 2,
+            "updates": 2,
+            "sampling": short,
+            "rollout": {"partial": 2},
+            "importance_cap": 2.0,
+        },
         "clerk": {
             "kind": "grpo",
             "model": {"path": "sft", "chat_template": CHAT_TEMPLATE},

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from keel.config import methods
 from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_several, check_source_filters, models_of
-from keel.config.rollout import RolloutConfig, check_ahead, check_sampler
+from keel.config.rollout import RolloutConfig, check_older_weights, check_sampler
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
 from keel.config.tasks import CurriculumConfig
@@ -341,7 +341,7 @@ class OnPolicy(ToolUse):
             raise ValueError("`importance_mode` has no effect without `importance_cap`")
         check_sampler(self)
         self._check_methods()
-        check_ahead(self)
+        check_older_weights(self)
         limits = ("max_approx_kl", "desired_kl", "dual_clip")
         idle = [key for key in limits if self.changes(key) and getattr(self, key) is not None]
         if idle and self.one_step:

@@ -26,38 +26,57 @@ class RolloutConfig(SamplerConfig):
         ),
     )
 
+    partial: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "the most tokens that a response is given in an update. One that has not ended by then is "
+            "continued by the weights of the next update, while responses of later updates are begun; an "
+            "update learns once all responses to its own prompts have ended. `importance_cap` corrects for "
+            "older weights, token by token. null: each update samples whole responses."
+        ),
+    )
 
-def check_ahead(config: OnPolicy) -> None:
-    """ValueError where `rollout.ahead` cannot work with a stage's other settings."""
-    if not config.rollout.ahead:
+
+def check_older_weights(config: OnPolicy) -> None:
+    """ValueError where `rollout.ahead` or `rollout.partial` cannot work with a stage's other settings."""
+    rollout = config.rollout
+    if rollout.ahead and rollout.partial:
+        raise ValueError("`rollout.ahead` and `rollout.partial` both say what older weights sample: give one")
+    if not (rollout.ahead or rollout.partial):
         return
+    name = "`rollout.ahead`" if rollout.ahead else "`rollout.partial`"
+    most = config.sampling.max_new_tokens
+    if rollout.partial and rollout.partial >= most:
+        raise ValueError(
+            f"{name} of {rollout.partial} has no effect: no response has more than {most} tokens"
+        )
     if not config.weighs_samples:
         raise ValueError(
-            f"`rollout.ahead` does not go with {config.kind}, which does not correct for what older weights "
+            f"{name} does not go with {config.kind}, which does not correct for what older weights "
             "have sampled; ppo and grpo do"
         )
     if config.importance_cap is None:
         raise ValueError(
-            "`rollout.ahead` learns from responses of older weights, which importance weights correct for: "
+            f"{name} learns from responses of older weights, which importance weights correct for: "
             "set `importance_cap` (2 is usual)"
         )
     if config.uses_tools:
         raise ValueError(
-            "`rollout.ahead` does not go with `tools` or `environment`: an environment plays one episode at "
+            f"{name} does not go with `tools` or `environment`: an environment plays one episode at "
             "a time, which has to be rated before the next"
         )
     if getattr(config, "resample", 0):
         raise ValueError(
-            "`rollout.ahead` does not go with `resample`: which groups are replaced is known only once they "
-            "are rated"
+            f"{name} does not go with `resample`: which groups are replaced is known only once they are rated"
         )
     if config.curriculum is not None:
         raise ValueError(
-            "`rollout.ahead` does not go with `curriculum`: which prompts come next is known only once the "
+            f"{name} does not go with `curriculum`: which prompts come next is known only once the "
             "responses of this update are rated"
         )
     if config.updates == 1:
-        raise ValueError("`rollout.ahead` has no effect with one update: nothing comes after it")
+        raise ValueError(f"{name} has no effect with one update: nothing comes after it")
 
 
 def check_sampler(config: OnPolicy) -> None:

@@ -36,9 +36,13 @@ class StopTexts:
         closing = self.closing.to(tokens.device)
         return (tokens < len(closing)) & closing[tokens.clamp(max=len(closing) - 1)]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What stop strings are looked for in."""
+        return reply_text(self.tokenizer, ids)
+
     def within(self, ids: Sequence[int]) -> str:
         """The first stop string in the text of a response; "" where there is none."""
-        text = reply_text(self.tokenizer, ids)
+        text = self.text(ids)
         return (
             min((text.find(stop), stop) for stop in self.texts if stop in text)[1]
             if self.any_in(text)
@@ -50,10 +54,10 @@ class StopTexts:
         only the end is made text, unless a stop string stands there: what a token costs does not grow with
         the tokens before it."""
         longest = max(map(len, self.texts))
-        newest = len(reply_text(self.tokenizer, ids[-1:]))
+        newest = len(self.text(ids[-1:]))
         count = longest + newest + SPARE
         while count < len(ids):
-            end = reply_text(self.tokenizer, ids[-count:])
+            end = self.text(ids[-count:])
             if self.any_in(end):
                 break
             if len(end) >= longest + newest + SPARE:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,8 +36,10 @@ class Ahead:
     """What is sampled for an update to come."""
 
     setup: Setup[OnPolicy]
+    prompts_of: Callable[[int], Sequence[PromptExample]]  # of an update
     update: int = 0  # that it is for; 0: there is nothing
     drawn: Drawn | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # as `Partial` has them; none
     working: _Work | None = None  # that will be `drawn`
     failed: EngineError | None = None  # why there is nothing
 
@@ -45,11 +47,13 @@ class Ahead:
         """What was sampled for an update; None: nothing was. What failed in its place is raised here."""
         if self.failed is not None and update == self.update:
             raise self.failed
-        return self.drawn if update == self.update else None
+        if self.drawn is None or update != self.update:
+            return None
+        return replace(self.drawn, staleness=1)
 
-    def begin(self, update: int, prompts: Sequence[PromptExample]) -> None:
+    def begin(self, update: int) -> None:
         """Sample the responses to the prompts of an update by the weights as they are now."""
-        setup = self.setup
+        setup, prompts = self.setup, self.prompts_of(update)
         rollout.take_weights(setup)
         self.update, self.drawn, self.failed = update, None, None
         seed = rollout.seed_of(setup, update)
@@ -102,10 +106,12 @@ class Ahead:
         }
         return {"ahead": tensors}, {"ahead": values}
 
-    def restored(
-        self, tensors: Mapping[str, Any], values: Mapping[str, Any], prompts: Sequence[PromptExample]
-    ) -> None:
-        """This rank's part of what `state` gave, for the prompts of that update."""
+    def restored(self, held: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """This rank's part of what `state` gave, of a checkpoint's tensors and values."""
+        if "ahead" not in about:
+            return
+        tensors, values = held["ahead"], about["ahead"]
+        prompts = self.prompts_of(values["update"])
         samples = self.setup.config.samples_per_prompt
         lengths = tensors["lengths"].tolist()
         ids, logp = (tensors[name].split(lengths) for name in ("ids", "logp"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from keel.rl.algorithm import Algorithm, LogprobMismatch, MicroBatch
 from keel.rl.curriculum import PROMPT, Curriculum
 from keel.rl.measures import Means, StepMeasures
 from keel.rl.monitor import Monitor
+from keel.rl.partial import Partial
 from keel.rl.rollout import Drawn, Experience, LoopState, PromptExample, Setup
 from keel.rl.setup import placing, restore_training, training_state
 from keel.stages import language
@@ -63,7 +64,8 @@ class OnPolicyLoop:
         self.monitor = Monitor.open(self.setup, optimizers)
         self.curriculum = _curriculum(self.config, prompts, self.run.seed)
         self.best: dict[str, Any] | None = None  # the policy at its best evaluation, for `patience`
-        self.ahead = Ahead(self.setup)
+        way = Partial if self.config.rollout.partial else Ahead
+        self.ahead = way(self.setup, lambda update: [self.prompts[i] for i in self._rows_of(update)])
 
     def train(self) -> dict[str, Any]:
         """Updates until there are enough, or a reason to stop. Where there is a judge, or weights may be put
@@ -132,7 +134,8 @@ class OnPolicyLoop:
         kept first."""
         try:
             prompts, drawn = [self.prompts[i] for i in rows], self.ahead.of(update)
-            return collect(self.algorithm, prompts, self.state, update, drawn)
+            batch = collect(self.algorithm, prompts, self.state, update, drawn)
+            return replace(batch, metrics={**batch.metrics, **self.ahead.metrics})
         except (BudgetError, EngineError, RewardError, UsageError):
             done = update - 1
             alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
@@ -143,8 +146,8 @@ class OnPolicyLoop:
     def _sample_ahead(self, update: int) -> None:
         """Begin what an update will learn from, where it is sampled before its turn (`rollout.ahead`)."""
         if self.config.rollout.ahead and update <= self.config.updates:
-            self.ahead.begin(update, [self.prompts[i] for i in self._rows_of(update)])
-        else:
+            self.ahead.begin(update)
+        elif not self.config.rollout.partial:
             self.ahead.drop()
 
     @property
@@ -172,9 +175,7 @@ class OnPolicyLoop:
             self.monitor.restored(values["monitor"], checkpoint.tensors["snapshots"])
             if self.curriculum is not None:
                 self.curriculum.restore(checkpoint.tensors["curriculum"])
-            if ahead := values.get("ahead"):
-                prompts = [self.prompts[i] for i in self._rows_of(ahead["update"])]
-                self.ahead.restored(checkpoint.tensors["ahead"], ahead, prompts)
+            self.ahead.restored(checkpoint.tensors, values)
             return checkpoint.step
         if self.judged and (self.setup.judge or self.config.control.goes_back):
             before = self._evaluate()

@@ -133,7 +133,7 @@ class Experience:
     rewards: Tensor  # (B,) shaped rewards of whole responses, before any KL
     logp_from_sampler: bool = False  # whether `scored.logp` are the numbers that the tokens were drawn with
     early: Tensor | None = None  # (B, T) the part of `rewards` that is paid before a response ends
-    staleness: int = 0  # updates that the weights have learned from since they sampled
+    staleness: float = 0  # updates that the weights have learned from since they sampled; mean over tokens
     compared: bool = True  # with the reference; else `scored` takes the policy itself for it
 
     @property
@@ -148,6 +148,7 @@ class Drawn:
 
     prompts: Sequence[PromptExample]  # of each response
     completions: Sequence[Completion]
+    staleness: float = 0  # see `Experience`
 
 
 def take_weights(setup: Setup[OnPolicy]) -> None:
@@ -194,8 +195,21 @@ def sample(
             setup.tokenizer, [prompt.ids for prompt in prompts], sampling, seed,
             keep_head_inputs=config.trusts_sampler, rows=rows,
         )  # fmt: skip
-        completions = setup.engine.generate(request, count)
-        check_completions(config.engine_name, request, completions)
+        return completed(setup, request, count)
+    return _usable(config, completions)
+
+
+def completed(
+    setup: Setup[OnPolicy], request: GenerationRequest, count: TokenCount | None = None
+) -> list[Completion]:
+    """What the engine makes of a request. UsageError where it returns something else than was asked for."""
+    completions = setup.engine.generate(request, count)
+    check_completions(setup.config.engine_name, request, completions)
+    return _usable(setup.config, completions)
+
+
+def _usable(config: OnPolicy, completions: list[Completion]) -> list[Completion]:
+    """UsageError for completions without log-probabilities, where the loss needs those of the sampler."""
     if config.importance_cap is not None and not all(c.logp for c in completions):
         raise UsageError(
             "`importance_cap` needs the log-probabilities of the sampler,"
@@ -291,7 +305,7 @@ def collect(
     early = paid_early(setup, done, rated, scored.mask)
     found = Experience(
         made.prompts, done, scored, rated, rewards, made.from_sampler, early,
-        staleness=0 if drawn is None else 1, compared=not setup.config.imitates,
+        staleness=0 if drawn is None else drawn.staleness, compared=not setup.config.imitates,
     )  # fmt: skip
     return found, reward_scaler
 
@@ -473,9 +487,10 @@ def importance(setup: Setup[OnPolicy], experience: Experience) -> Tensor | None:
 
 
 def of_staleness(setup: Setup[OnPolicy], experience: Experience) -> dict[str, float]:
-    """How far the weights that sampled are from those that learn; nothing without `rollout.ahead`."""
+    """How far the weights that sampled are from those that learn; nothing without `rollout.ahead` or
+    `rollout.partial`."""
     cap, mask = setup.config.importance_cap, experience.scored.mask
-    if not setup.config.rollout.ahead or cap is None:
+    if not (setup.config.rollout.ahead or setup.config.rollout.partial) or cap is None:
         return {}
     now, then = experience.scored.logp, sampled_logp(experience.completions, mask)
     far = policy.divergence(now, then, mask, "token", float(mask.sum()))

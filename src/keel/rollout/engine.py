@@ -46,6 +46,7 @@ class KeelEngine:
             self.model, request.prompts, request.sampling, stop_ids=request.stop_ids, pad_id=request.pad_id,
             seed=request.seed, stop_texts=request.stop_texts, batch_size=self.batch_size,
             hidden=request.keep_head_inputs, work=count, rows=request.rows, limits=request.limits,
+            draws=request.draws,
         )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ def generate(
     work: TokenCount | None = None,
     rows: Rows | None = None,
     limits: Sequence[int] | None = None,
+    draws: Tensor | None = None,
 ) -> list[Completion]:
     """Sample with a key–value cache of `batch_size` slots. A prompt that is given several times is read once;
     a row that has ended leaves at once, and a waiting prompt takes its slot. A model that keeps something
@@ -72,12 +74,13 @@ def generate(
     response, too. Each row draws its own random numbers, so what else is in the batch does not change what it
     is given. hidden: keep what the head was given for each token, so that nobody has to compute it again (not
     for a model whose head keel does not know). work: counts. rows: which of all rows of the seed the prompts
-    are. limits: (N,) the most tokens of each response, where that is less than max_new_tokens. UsageError if
-    a prompt and its response cannot
-    fit the context, or the model's forward fails.
+    are. limits: (N,) the most tokens of each response, where that is less than max_new_tokens. draws: (N,
+    max_new_tokens) numbers in [0, 1) in place of those of the seed. UsageError if a prompt and its response
+    cannot fit the context, or the model's forward fails.
     """
     check_context(model, prompts, sampling, limits)
-    draws = uniform_draws(len(prompts), sampling, seed, rows)
+    if draws is None:
+        draws = uniform_draws(len(prompts), sampling, seed, rows)
     device = next(model.parameters()).device
     head = head_of(model) if hidden else None
     looking = nullcontext() if head is None else capture_head_input(head)

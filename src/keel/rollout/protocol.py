@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from keel.data import chat
@@ -39,6 +40,9 @@ class GenerationRequest:
     # that does not look at it returns what is cut afterwards
     limits: Sequence[int] | None = None
     rows: Rows | None = None  # None: all rows of the seed
+    # (N, max_new_tokens) numbers in [0, 1) that the tokens are drawn with, in place of those of the seed; for
+    # keel's own engines
+    draws: Tensor | None = None
 
     @classmethod
     def of(

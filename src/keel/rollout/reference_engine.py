@@ -32,7 +32,9 @@ class ReferenceEngine:
         """One completion a prompt, in order. The tokens are those of `KeelEngine`, up to rounding."""
         model, sampling = self.model, request.sampling
         check_context(model, request.prompts, sampling, request.limits)
-        draws = uniform_draws(len(request.prompts), sampling, request.seed, request.rows)
+        draws = request.draws
+        if draws is None:
+            draws = uniform_draws(len(request.prompts), sampling, request.seed, request.rows)
         most = limits_of(request.limits, draws).tolist()
         device = next(model.parameters()).device
         head = head_of(model) if request.keep_head_inputs else None
