@@ -10,8 +10,8 @@ used; keel's own wish to keep all of it is turned off.
 `--tensors` measures torch's tensors instead, every one of them: what is left of a gap then is a tensor that
 the plan does not know.
 
-`--lengths 500,1000,2000` measures GRPO with a row in a forward (`micro_batch: 1`), where every response has
-so many tokens: what a token more costs must not grow with them.
+`--lengths 500,1000,2000` measures something else: torch's tensors at the peak of the gradient of one response
+of so many tokens, as GRPO with `micro_batch: 1` takes it. What a token more costs must not grow.
 """
 
 from __future__ import annotations
@@ -61,12 +61,7 @@ ROWS: dict[str, dict[str, int]] = {  # stage → tokens of each part of its rows
     "grpo": {"prompt": 224},
     "reward": {"prompt": 128, "chosen": 128, "rejected": 127},
 }
-LONG = "grpo-"  # and the tokens of every response
-MODULES = {
-    "dpo": "stages.preference",
-    "ppo": "rl.ppo",
-    "grpo": "rl.grpo",
-}  # of a stage, where they have another name
+MODULES = {"dpo": "stages.preference", "ppo": "rl.ppo", "grpo": "rl.grpo"}  # where they have another name
 
 
 def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
@@ -75,17 +70,6 @@ def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
     few: dict[str, Any] = {"max_steps": 2, "epochs": 2, "holdout": 0}
     policy, larger = ({"path": str(folder / model), "dtype": dtype} for model in ("policy", "larger"))
     sampled = {"model": policy, "reward": str(folder / "reward"), "updates": 2, "batch_size": 8, "epochs": 1}
-    if name.startswith(LONG):
-        one = {"micro_batch": 1, "samples_per_prompt": 4, "batch_size": 4}
-        sampling = {"max_new_tokens": int(name.removeprefix(LONG))}
-        return {
-            **common,
-            **sampled,
-            **one,
-            "kind": "grpo",
-            "data": str(folder / "grpo.jsonl"),
-            "sampling": sampling,
-        }
     match name:
         case "sft":  # all weights of a GPT-2 of 30 M parameters, with its dropout
             model = {
@@ -110,8 +94,8 @@ def stage_of(name: str, folder: Path, dtype: str) -> dict[str, Any]:
             return {**common, **few, "model": policy, "batch_size": 8, "normalize": 0}
 
 
-def prepare(folder: Path, names: tuple[str, ...], positions: int = 512) -> None:
-    """A tokenizer, untrained models and rows of one length each. positions: of the policy."""
+def prepare(folder: Path, names: tuple[str, ...]) -> None:
+    """A tokenizer, untrained models and rows of one length each."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from keel.data import chat
@@ -130,7 +114,7 @@ def prepare(folder: Path, names: tuple[str, ...], positions: int = 512) -> None:
         tokenizer.save_pretrained(folder / subfolder)
 
     if {"ppo", "grpo", "reward"} & {*names}:
-        build("policy", {**LLAMA, "max_position_embeddings": positions}, AutoModelForCausalLM)
+        build("policy", LLAMA, AutoModelForCausalLM)
         build(
             "reward",
             LLAMA,
@@ -194,10 +178,6 @@ def measure(name: str, folder: Path, dtype: str, tensors: bool) -> None:
         importlib.import_module(module)
     for kind in ROWS:
         importlib.import_module(f"keel.{MODULES.get(kind, f'stages.{kind}')}")
-    if name.startswith(LONG):
-        from keel.data import chat
-
-        chat.stop_ids = lambda *_: (VOCABULARY - 1,)  # which is never drawn: each response runs to its limit
     runs = folder / "runs" / f"{name}{'-tensors' if tensors else ''}"
     pipeline = Pipeline(parse(config_of(name, folder, dtype)), runs)
     phases: dict[str, int] = {}
@@ -288,25 +268,38 @@ class Tensors(TorchDispatchMode):
 
 
 def by_length(lengths: list[int], dtype: str) -> None:
-    """The peaks of GRPO, of its training and of its sampling, tensors alone and the process."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare(folder, ("grpo",), ROWS["grpo"]["prompt"] + max(lengths))
-        before: dict[str, float] = {}
-        for length in lengths:
-            found = {
-                what: measured(f"{LONG}{length}", folder, dtype, tensors=what == "tensors")
-                for what in ("tensors", "process")
-            }
-            shown = []
-            for what, measurement in found.items():
-                for phase in ("rollout", "train"):
-                    peak = measurement["phases"][phase] / MIB
-                    more = 1024 * (peak - before.get(what + phase, peak)) / (length - before.get("length", 0))
-                    shown.append(f"{what}, {phase} {peak:.0f} MiB (+ {more:.0f} KiB a token)")
-                    before[what + phase] = peak
-            before["length"] = length
-            print(f"{length:5} tokens: " + ", ".join(shown), flush=True)
+    """The gradient of the log-probabilities of one response to a prompt of 224 tokens, by the model of GRPO's
+    stage: bytes at the peak, and what a token more takes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from keel.models import optim
+    from keel.models.logprobs import head_inputs, response_index, token_logprobs
+    from keel.models.precision import prepare_model
+
+    torch.manual_seed(0)
+    prompt, sizes = (
+        ROWS["grpo"]["prompt"],
+        {key: value for key, value in LLAMA.items() if key != "model_type"},
+    )
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": prompt + max(lengths)}
+    model = prepare_model(LlamaForCausalLM(LlamaConfig(**sizes)).train(), dtype)
+
+    def gradient(length: int) -> None:
+        ids = torch.randint(VOCABULARY, (1, prompt + length))
+        mask = torch.ones(1, length, dtype=torch.bool)
+        index = response_index(mask, torch.tensor([prompt]), prompt + length)
+        said = token_logprobs(head_inputs(model, ids, index), ids.flatten()[index + 1], entropy=True)
+        optim.backward(said.logp.mean())
+
+    gradient(16)  # which tries its paths, and makes the weights' gradients
+    before: tuple[int, int] | None = None
+    for length in lengths:
+        with Tensors() as tensors:
+            gradient(length)
+        peak = tensors.peak
+        more = f", {(peak - before[1]) / (length - before[0]) / 1024:.0f} KiB a token more" if before else ""
+        print(f"{length:5} tokens: {peak / MIB:6.0f} MiB{more}", flush=True)
+        before = length, peak
 
 
 def main() -> None:
@@ -314,7 +307,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], default=[])
     parser.add_argument("--dtype", default="float32", help="model.dtype of all")
     parser.add_argument("--tensors", action="store_true", help="torch's tensors, not the process")
-    parser.add_argument("--lengths", help="tokens of a response, for GRPO with a row in a forward")
+    parser.add_argument("--lengths", help="tokens of a response: the gradient of one")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     settings = parser.parse_args()
