@@ -277,11 +277,9 @@ def by_length(lengths: list[int], dtype: str) -> None:
     from keel.models.precision import prepare_model
 
     torch.manual_seed(0)
-    prompt, sizes = (
-        ROWS["grpo"]["prompt"],
-        {key: value for key, value in LLAMA.items() if key != "model_type"},
-    )
-    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": prompt + max(lengths)}
+    prompt = ROWS["grpo"]["prompt"]
+    sizes = {**LLAMA, "vocab_size": VOCABULARY, "max_position_embeddings": prompt + max(lengths)}
+    del sizes["model_type"]
     model = prepare_model(LlamaForCausalLM(LlamaConfig(**sizes)).train(), dtype)
 
     def gradient(length: int) -> None:
