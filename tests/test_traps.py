@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import keel
 from keel import errors, plugins, types
 from keel.config import RewardConfig, RunConfig, parse
-from keel.config.tools import ToolUse
+from keel.config.episodes import ToolUse
 from keel.config.tracking import TRACKERS
 from keel.data.batches import rows_of_step
 from keel.data.formats.labelled import KEYS as PAIR_KEYS
