@@ -6,12 +6,13 @@ plain count of agreement with people's posterior would say.
 
     python benchmarks/judge_reliability.py [--seeds 3] [--pairs 1000]
 
-With --train RUN, a finished run of the recipe helpdesk, whose `sft` reward models start from: what a biased
-judge does to a reward model. People vote on one pair in five, the judge on all: it names the longer reply
-nine times in ten, whatever is better. Three labels of the same pairs: people's votes alone; the majority of
-all votes, the judge's being one of them; and as `collect` has it, the judge's word by its reliability against
-people's. Each trains a reward model, which is measured by how often it ranks test pairs as the gold reward.
-The seed draws pairs, votes, what the judge says, and the training.
+With --train RUN, a finished run of the recipe helpdesk, whose reward model goes on from where it is: what a
+biased judge does to a reward model that is refreshed. People vote on one pair in four, the judge on all: it
+names the longer reply nine times in ten, whatever is better. Three labels of the same pairs: people's votes
+alone; the majority of all votes, the judge's being one of them; and as `collect` has it, the judge's word by
+its reliability against people's, or not at all where that is not better than a coin with certainty. Each
+trains on for as many steps, and is measured by how often it ranks test pairs as the gold reward. The seed
+draws pairs, votes, what the judge says, and the training.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from keel.types import PreferenceRecord, Vote
 from keel.worlds import helpdesk
 
 RELIABILITIES = (0.6, 0.7, 0.8, 0.9)
-TRAINED, TESTED, VOTED = 2000, 500, 5  # pairs; people vote on one in so many
+TRAINED, TESTED, VOTED = 1200, 500, 4  # pairs; people vote on one in so many
 LONGER = 0.9  # how often the biased judge names the longer reply
 ARMS = ("people alone", "majority", "weighed")
 
@@ -126,27 +127,32 @@ def trained(run: Path, rows: Sequence[dict[str, Any]], labels: Sequence[float | 
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
         stage = {
-            "kind": "reward", "model": str(run / "stages" / "sft" / "model"), "lr": 5e-4, "batch_size": 16,
+            "kind": "reward", "model": str(run / "stages" / "reward" / "model"), "lr": 5e-4, "batch_size": 16,
             "data": str(folder / "rows.jsonl"), "labels": "soft", "max_steps": TRAINED // 16, "normalize": 0,
             "holdout": 0, "epochs": 100,
         }  # fmt: skip
         head = {"name": "judged", "seed": seed, "threads": 1, "device": "cpu", "dtype": "float32"}
         pipeline = Pipeline(parse({**head, "stages": {"reward": stage}}), folder / "run", lambda line: None)
         pipeline.run()
-        reward = learned.load(str(pipeline.stage_directory("reward") / "model"), device=torch.device("cpu"))
-        hits = list[float]()
-        tests = [row for row in helpdesk.rows("test_comparisons", TESTED, seed + 1) if difference(row)]
-        sides = [
-            learned.encode(reward, tuple(row["prompt"]), tuple(row[side]))
-            for row in tests
-            for side in ("chosen", "rejected")
-        ]
-        scores = learned.score(reward, sides).tolist()
-        hits = [
+        return ranked(pipeline.stage_directory("reward") / "model", seed)
+
+
+def ranked(model: Path, seed: int) -> Measure:
+    """The share of test pairs that a reward model ranks as the gold reward does."""
+    reward = learned.load(str(model), device=torch.device("cpu"))
+    tests = [row for row in helpdesk.rows("test_comparisons", TESTED, seed + 1) if difference(row)]
+    sides = [
+        learned.encode(reward, tuple(row["prompt"]), tuple(row[side]))
+        for row in tests
+        for side in ("chosen", "rejected")
+    ]
+    scores = learned.score(reward, sides).tolist()
+    return points_share(
+        [
             0.5 if a == b else float((a > b) == (difference(row) > 0))
             for row, a, b in zip(tests, scores[0::2], scores[1::2], strict=True)
         ]
-    return points_share(hits)
+    )
 
 
 def difference(row: dict[str, Any]) -> float:
@@ -160,19 +166,24 @@ def difference(row: dict[str, Any]) -> float:
 
 def reward_models(run: Path, seeds: int) -> None:
     """Print a line for each seed, and what they come to."""
-    means: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    print("seed  judge's reliability    " + "".join(f"{arm:<24}" for arm in ARMS))
+    means: dict[str, list[float]] = {arm: [] for arm in ("before", *ARMS)}
+    known = "the judge's reliability"
+    print(f"seed  {known:<35}" + "".join(f"{arm:<24}" for arm in means))
     for seed in range(seeds):
         rows = list(helpdesk.rows("comparisons", TRAINED, seed))
         labels, judge = labelled(rows, seed)
         right, cells = judge.right_side, list[str]()
-        for arm in ARMS:
-            found = trained(run, rows, labels[arm], seed)
+        for arm in means:
+            if arm == "before":
+                found = ranked(run / "stages" / "reward" / "model", seed)
+            else:
+                found = trained(run, rows, labels[arm], seed)
             means[arm].append(found["mean"])
             cells.append(f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
         known = f"{right['mean']:.2f} ({right['low']:.2f} to {right['high']:.2f})"
-        print(f"{seed:<6}{known:<23}" + "".join(f"{cell:<24}" for cell in cells), flush=True)
-    for arm in ARMS if seeds > 1 else ():
+        known += "" if judge.counts else ", not counted"
+        print(f"{seed:<6}{known:<35}" + "".join(f"{cell:<24}" for cell in cells), flush=True)
+    for arm in means if seeds > 1 else ():
         of_all = across_runs(means[arm])
         print(f"{arm}: {of_all['mean']:.3f} ({of_all['low']:.3f} to {of_all['high']:.3f}) over {seeds} seeds")
     if seeds > 1:
