@@ -128,6 +128,7 @@ $(PEERS)/.installed: constraints.txt
 
 bench: $(VENV)/.installed $(PEERS)/.installed  ## against peers, in pairs in one run; half an hour on an idle machine
 	$(BIN)/python benchmarks/peers.py --peer $(PEERS)/bin/python --ppo-peer $(PEERS)/trl112
+	$(BIN)/python benchmarks/episodes.py --peer $(PEERS)/bin/python
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scaling.py

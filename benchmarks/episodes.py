@@ -12,8 +12,9 @@ a call of its tool; what the last one calls is not run, on either side. TRL's ro
 The model is made to call, not trained: each of its tokens says by its embedding what may come next. In a turn
 it writes words, each the last with a chance of 1 in WORDS, then a call, then the end of its turn. So turns
 differ in length as a policy's do, the sides draw other words at the same odds, and neither can leave a turn
-out. Each measurement is a process of its own, which plays one batch to warm up and then the measured ones;
-the sides take turns. Only the model's own tokens count, not what stands between its turns.
+out. Each measurement is a process of its own, which plays one prompt's episodes to warm up and then a batch;
+the sides take turns. Only the model's own tokens count, not what stands between its turns. Seconds of
+processor stand beside seconds, for machines that others use as well.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SAMPLES, MOST, WORDS = (
     1024,
     24,
 )  # of a prompt; tokens of an episode; the model's words of a turn, on average
-VOCABULARY, TEXTS, BATCHES = 2048, 2000, 1
+VOCABULARY, TEXTS = 2048, 2000
 STOP, OPEN, CLOSE = "<|stop|>", "<tool_call>", "</tool_call>"
 CALL, BRACES = '{"name": "work", "arguments": {"number": ', "}}"
 SPECIAL = ("<|pad|>", STOP, "<|user|>", "<|assistant|>", "<|system|>")
@@ -184,16 +185,16 @@ def _model(tokenizer: Any, mean: int) -> Any:
 # ---------------------------------------------------------------- one batch of episodes, by each side
 
 
-def of_keel(folder: Path, turns: int, dtype: str) -> Callable[[int], dict[str, float]]:
+def of_keel(folder: Path, turns: int, dtype: str) -> Callable[..., dict[str, float]]:
     """Plays a batch as a `grpo` stage does, and says what it took."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from keel.config import parse
     from keel.data import chat
     from keel.models.precision import prepare_model
-    from keel.rl.rollout import PromptExample
-    from keel.rl.tool_use import open_tools
     from keel.rollout import KeelEngine
+    from keel.stages.lazy_rows import PromptExample
+    from keel.stages.tool_use import open_tools
 
     stage = {
         "kind": "grpo", "model": str(folder), "data": str(folder / "rows.jsonl"), "updates": 1,
@@ -214,16 +215,17 @@ def of_keel(folder: Path, turns: int, dtype: str) -> Callable[[int], dict[str, f
         for _ in range(SAMPLES)
     ]
 
-    def play(seed: int) -> dict[str, float]:
-        begun = tools.begin(prompts, seed, SAMPLES)
-        start = time.perf_counter()
+    def play(seed: int, episodes: int | None = None) -> dict[str, float]:
+        begun = tools.begin(prompts[:episodes], seed, SAMPLES)
+        start, worked = time.perf_counter(), time.process_time()
         done = tools.play(
             engine, begun, config.sampling.plain(), seed, keep_head_inputs=config.trusts_sampler, count=None
         )
-        seconds = time.perf_counter() - start
+        seconds, worked = time.perf_counter() - start, time.process_time() - worked
         dialogues = [c.dialogue for c in done if c.dialogue is not None]
         return {
             "seconds": seconds,
+            "worked": worked,
             "tokens": sum(len(c.own_ids) for c in done),
             "turns": sum(len(dialogue.ends) for dialogue in dialogues),
             "calls": sum(dialogue.calls for dialogue in dialogues),
@@ -233,7 +235,7 @@ def of_keel(folder: Path, turns: int, dtype: str) -> Callable[[int], dict[str, f
     return play
 
 
-def of_trl(folder: Path, turns: int) -> Callable[[int], dict[str, float]]:
+def of_trl(folder: Path, turns: int) -> Callable[..., dict[str, float]]:
     """Plays a batch as a `GRPOTrainer` does, and says what it took."""
     import datasets
     import torch
@@ -256,11 +258,12 @@ def of_trl(folder: Path, turns: int) -> Callable[[int], dict[str, float]]:
     taken, generate = dict[str, float](), trainer._generate
 
     def timed(prompts: Any) -> Any:
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         made = generate(prompts)
         _, ids, mask, messages, *_ = made
         taken.update(
             seconds=time.perf_counter() - start,
+            worked=time.process_time() - worked,
             tokens=sum(map(sum, mask)),
             turns=sum(turn["role"] == "assistant" for turns in messages for turn in turns),
             calls=sum(turn["role"] == "tool" for turns in messages for turn in turns),
@@ -270,10 +273,10 @@ def of_trl(folder: Path, turns: int) -> Callable[[int], dict[str, float]]:
 
     trainer._generate = timed
 
-    def play(seed: int) -> dict[str, float]:
+    def play(seed: int, episodes: int | None = None) -> dict[str, float]:
         torch.manual_seed(seed)
         trainer.model.train()
-        trainer._generate_and_score_completions([dict(row) for row in inputs])
+        trainer._generate_and_score_completions([dict(row) for row in inputs[:episodes]])
         return dict(taken)
 
     return play
@@ -287,7 +290,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def side(settings: argparse.Namespace) -> None:
-    """In a process of its own: a batch to warm up, then those that count; their sums as one line of JSON."""
+    """In a process of its own: one prompt's episodes to warm up, then a batch; its sums as a line of JSON."""
     import torch
 
     torch.set_num_threads(settings.threads)
@@ -295,9 +298,8 @@ def side(settings: argparse.Namespace) -> None:
         play = of_keel(settings.folder, settings.turns, settings.dtype)
     else:
         play = of_trl(settings.folder, settings.turns)
-    play(0)
-    batches = [play(settings.seed * BATCHES + number) for number in range(1, BATCHES + 1)]
-    print(json.dumps({name: sum(batch[name] for batch in batches) for name in batches[0]}))
+    play(0, SAMPLES)
+    print(json.dumps(play(settings.seed + 1)))
 
 
 def measured(settings: argparse.Namespace, which: str, folder: Path, seed: int) -> dict[str, float]:
@@ -317,26 +319,33 @@ def measured(settings: argparse.Namespace, which: str, folder: Path, seed: int) 
 
 
 def compare(settings: argparse.Namespace) -> None:
-    """A line a pair, and the medians."""
-    ratios, speeds = list[float](), {"trl": list[float](), "keel": list[float]()}
-    print(f"{'':<6}{'tokens':>8}{'turns':>7}{'calls':>7}{'context':>9}{'seconds':>9}{'tokens/s':>10}")
+    """Two lines a pair, and the medians."""
+    found: dict[str, list[dict[str, float]]] = {"trl": [], "keel": []}
+    heads = (
+        f"{'':<6}{'tokens':>8}{'turns':>7}{'calls':>7}{'context':>9}",
+        f"{'seconds':>9}{'of processor':>14}",
+    )
+    print(*heads, f"{'tokens/s':>10}", sep="")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, settings.episodes // SAMPLES, settings.words)
         for seed in range(settings.pairs):
-            for which in ("trl", "keel"):
-                found = measured(settings, which, folder, seed)
-                speeds[which].append(found["tokens"] / found["seconds"])
-                print(
-                    f"{which:<6}{found['tokens']:>8.0f}{found['turns']:>7.0f}{found['calls']:>7.0f}"
-                    f"{found['context']:>9.0f}{found['seconds']:>9.2f}{speeds[which][-1]:>10.0f}", flush=True
-                )  # fmt: skip
-            ratios.append(speeds["keel"][-1] / speeds["trl"][-1])
-    ours, theirs = (statistics.median(speeds[which]) for which in ("keel", "trl"))
-    print(
-        f"medians of {settings.pairs} pairs: TRL {theirs:.0f} tokens/s, keel {ours:.0f}; ratio in a pair: "
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+            for which, measures in found.items():
+                one = measured(settings, which, folder, seed)
+                measures.append(one)
+                counts = (
+                    f"{one['tokens']:>8.0f}{one['turns']:>7.0f}{one['calls']:>7.0f}{one['context']:>9.0f}"
+                )
+                times = f"{one['seconds']:>9.2f}{one['worked']:>14.2f}{one['tokens'] / one['seconds']:>10.0f}"
+                print(f"{which:<6}{counts}{times}", flush=True)
+    for what, name in (("seconds", "second"), ("worked", "second of processor")):
+        theirs, ours = ([one["tokens"] / one[what] for one in found[which]] for which in ("trl", "keel"))
+        ratios = [b / a for a, b in zip(theirs, ours, strict=True)]
+        print(
+            f"tokens a {name}, medians of {settings.pairs} pairs: TRL {statistics.median(theirs):.0f}, keel "
+            f"{statistics.median(ours):.0f}; in a pair keel has {statistics.median(ratios):.2f} times TRL's "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 def main() -> None:

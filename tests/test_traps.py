@@ -28,7 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import keel
 from keel import errors, plugins, types
 from keel.config import RewardConfig, RunConfig, parse
-from keel.config.tools import ToolUse
+from keel.config.episodes import ToolUse
+from keel.config.stage import Stage
+from keel.config.tools import WithTools
 from keel.config.tracking import TRACKERS
 from keel.data.batches import rows_of_step
 from keel.data.formats.labelled import KEYS as PAIR_KEYS
@@ -840,6 +842,9 @@ def test_trap_every_setting_is_read_by_something(
     by_one_code = (*ToolUse.model_fields, "curriculum")
     for kind in ("PPOConfig", "OnlineDPOConfig", "DistillConfig"):
         read |= {f"{kind}.{key}" for key in by_one_code if f"GRPOConfig.{key}" in read}
+    tool_keys = WithTools.model_fields.keys() - Stage.model_fields.keys()
+    for kind in ("EvaluateConfig", "BestOfNConfig"):  # by one code, too
+        read |= {f"{kind}.{key}" for key in tool_keys if f"GRPOConfig.{key}" in read}
     of_teacher = {key for key in ("dtype", "quantize") if f"PPOConfig.reference_{key}" in read}
     read |= {f"DistillConfig.teacher_{key}" for key in of_teacher}  # in the reference's place, by one code
     read |= {f"VerdictsConfig.{key}" for key in ("rubric", "reasons")}  # handed on as a mapping

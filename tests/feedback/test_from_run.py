@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,29 @@ def test_samples_of_an_evaluate_stage_become_pairs(finished: Path) -> None:
             assert said[str(reply.source), item.prompt[-1]["content"]] == reply.content
     assert from_run.read(finished, ["sft", "other"], 5) == labels
     assert from_run.read(finished, ["sft", "other"], 5, seed=1).items != labels.items
+
+
+def test_episodes_with_tools_become_pairs_of_turns(finished: Path, tmp_path: Path) -> None:
+    """As an evaluate stage with tools writes its samples."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "stages/judge/samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def turns(row: dict[str, Any]) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": "look", "arguments": {"at": row["model"]}}}
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        tool = {"role": "tool", "name": "look", "content": "seen"}
+        return [called, tool, {"role": "assistant", "content": "Same."}]
+
+    played = [json.dumps({**row, "completion": turns(row)}) for row in rows]
+    path.write_text("\n".join(played) + "\n")
+    labels = from_run.read(run, ["sft", "other"], 5)
+    assert len(labels.items) == 5
+    for item in labels.items:
+        assert [[turn["role"] for turn in reply.content] for reply in item.replies] == [
+            ["assistant", "tool", "assistant"]
+        ] * 2
 
 
 def test_models_that_nobody_judged_answer_now_and_of_three_each_two_in_turn(

@@ -23,6 +23,7 @@ from keel.rl.ppo import PPO
 from keel.rl.rollout import LoopState
 from keel.rl.setup import open_stage
 from keel.rollout import GenerationRequest, KeelEngine
+from keel.stages import best_of_n
 from keel.types import Completion
 from keel.worlds import shop
 
@@ -101,6 +102,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, says: Callable[[str, int], str]) -
     from transformers import AutoTokenizer
 
     monkeypatch.setattr(KeelEngine, "generate", generate)
+    monkeypatch.delattr(KeelEngine, "converse")  # so that episodes go in rounds, each a request
     generate.real, generate.open = real, AutoTokenizer  # pyright: ignore[reportFunctionMemberAccess]
     return asked
 
@@ -151,10 +153,21 @@ def test_settings_that_make_no_sense_are_refused(change: Any, reason: str, setti
 
 def test_only_stages_that_play_episodes_take_the_environments_reward(settings: Any) -> None:
     best = {k: settings[k] for k in ("model", "reward", "data")} | {"kind": "best_of_n"}
-    with pytest.raises(UsageError, match="has no meaning without `environment`, which ppo and grpo have"):
+    with pytest.raises(
+        UsageError, match="has no meaning without `environment`, which stages have that sample"
+    ):
         parse({"name": "x", "stages": {"best": best}})
+    turn = {"environment": "world:shop", "reward": {"kind": "environment", "at": "turn"}}
+    with pytest.raises(UsageError, match="`at: turn` of the environment's reward has no effect in best_of_n"):
+        parse({"name": "x", "stages": {"best": {**best, **turn}}})
+    with pytest.raises(UsageError, match="`max_turns` has no effect without"):
+        parse({"name": "x", "stages": {"best": {**best, "reward": "r", "max_turns": 3}}})
+    collect = {"kind": "collect", "model": "m", "data": "d", "pairs": 2, "annotators": "people"}
+    with pytest.raises(UsageError, match="collect plays no episodes, since a comparison has one reply"):
+        parse({"name": "x", "stages": {"collect": {**collect, "environment": "world:shop"}}})
+    sft = {"kind": "sft", "model": "m", "data": "d", "tools": ["a.py:f"]}
     with pytest.raises(UsageError, match="tools"):
-        parse({"name": "x", "stages": {"best": {**best, "reward": "r", "tools": ["a.py:f"]}}})
+        parse({"name": "x", "stages": {"sft": sft}})
 
 
 @pytest.mark.parametrize(
@@ -474,3 +487,96 @@ def test_a_held_out_judge_knows_of_episodes_too(
     other = {"judge": {"reward": str(tiny_reward)}, "eval_every": 1}
     with pytest.raises(UsageError, match="judge: a reward model with another tokenizer than the policy's"):
         open_stage(GRPOConfig.model_validate(settings | other), stage_run, sharing="none")
+
+
+# ---------------------------------------------------------------- stages that sample and do not learn so
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def roles(turns: list[Any]) -> str:
+    return "".join(turn["role"][0] for turn in turns)
+
+
+def test_evaluate_plays_episodes_and_judges_what_was_done(
+    clerk: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the environment's reward and the world's gold, which are the same; the best of two among episodes
+    that begin alike."""
+    scripted(monkeypatch, a_clerk)
+    with_tokenizer(clerk)
+    stage = {
+        "kind": "evaluate", "models": [str(clerk)], "environment": "world:shop", "gold": "world:shop",
+        "reward": {"kind": "environment"}, "data": {"source": "world:shop/test_prompts", "rows": 12},
+        "best_of": [2], "max_turns": 3, "sampling": {"max_new_tokens": 100},
+    }  # fmt: skip
+    run({"stages": {"judge": stage}}, tmp_path / "run")
+    folder = tmp_path / "run" / "stages" / "judge"
+    found = json.loads((folder / "result.json").read_text())["models"]
+    plain, best = found[str(clerk)], found[f"{clerk} best of 2"]
+    assert plain["gold"] == plain["proxy"]
+    assert (plain["turns"]["mean"], plain["calls"]["mean"], plain["failed_calls"]["mean"]) == (2.5, 1.5, 0)
+    assert plain["gold/looked_up"]["mean"] == 1.0
+    assert 0 < plain["gold"]["mean"] <= best["gold"]["mean"] < 1
+    samples = lines(folder / "samples.jsonl")
+    assert {roles(row["completion"]) for row in samples} == {"ata", "atata"}
+    assert all(row["length"] < 100 and row["kl"] == pytest.approx(0, abs=1e-4) for row in samples[:12])
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"prompt": "Refund the lamp."}\n')
+    with pytest.raises(UsageError, match="need prompts that are conversations"):
+        run({"stages": {"judge": stage | {"data": str(plain), "gold": None}}}, tmp_path / "odd")
+
+
+def test_evaluate_shows_what_the_environment_said_first(
+    clerk: Path, code: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = scripted(monkeypatch, lambda text, number: " Done.<|end|>")
+    with_tokenizer(clerk)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": [{"role": "user", "content": "Count."}], "start": 10}) + "\n")
+    stage = {
+        "kind": "evaluate", "models": [str(clerk)], "environment": f"{code}:Counter", "data": str(data),
+        "reward": [
+            {"kind": "environment"},
+            {"kind": "python", "function": f"{code}:by_environment", "isolate": False},
+        ],
+        "best_of": [2], "sampling": {"max_new_tokens": 100},
+    }  # fmt: skip
+    run({"stages": {"judge": stage}}, tmp_path / "run")
+    samples = lines(tmp_path / "run" / "stages" / "judge" / "samples.jsonl")
+    total = samples[0]["rewards"]["environment"]
+    assert samples[0]["rewards"]["by_environment"] == pytest.approx(total / 10)
+    assert [row["prompt"][-1]["content"] for row in samples] == [f"Count. From {total:.0f}."] * 2
+    assert len({tuple(request.prompts[0]) for request in asked}) == 1  # every round begins alike
+
+
+def test_best_of_n_learns_the_best_episodes_own_tokens(
+    settings: Any, clerk: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, a_clerk)
+    with_tokenizer(clerk)
+    rows: list[Any] = []
+    fit = best_of_n.language.fit
+    monkeypatch.setattr(best_of_n.language, "fit", lambda *given: rows.extend(given[4]) or fit(*given))
+    shared = {
+        key: settings[key] for key in ("model", "environment", "reward", "data", "max_turns", "sampling")
+    }
+    stage = {
+        **shared, "kind": "best_of_n", "samples_per_prompt": 2, "max_steps": 1, "batch_size": 4, "holdout": 0,
+    }  # fmt: skip
+    run({"stages": {"best": stage}}, tmp_path / "run")
+    folder = tmp_path / "run" / "stages" / "best"
+    best = lines(folder / "best.jsonl")
+    assert len(best) == len(rows) == 8
+    assert {roles(row["completion"]) for row in best} == {"ata", "atata"}
+    tokenizer = KeelEngine.generate.tokenizer  # pyright: ignore
+    for row, kept in zip(rows, best, strict=True):
+        assert kept["reward"] == 1.0  # looked up, and one of two does what is due
+        trained = tokenizer.decode(
+            [token for token, counts in zip(row.ids, row.counts, strict=True) if counts]
+        )
+        assert "Tool:" not in trained
+        assert trained.count("<|end|>") == trained.count("<tool_call>") + trained.count("Done.")
+        assert len(row.ids) == len(row.counts)

@@ -17,9 +17,10 @@ from keel.config.rewards import (
 )
 from keel.config.sampler import SamplerConfig
 from keel.config.stage import Supervised
+from keel.config.tools import WithTools
 
 
-class BestOfNConfig(Supervised):
+class BestOfNConfig(WithTools, Supervised):
     """Sample, score, keep the best as demonstrations, and fine-tune on them (rejection sampling, 2112.09332,
     2307.09288)."""
 

@@ -118,6 +118,17 @@ class CollectConfig(Stage):
 
     _data = field_validator("data", mode="before", json_schema_input_type=AsSource)(as_source)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_episodes(cls, values: object) -> object:
+        named = [key for key in ("tools", "environment") if isinstance(values, Mapping) and values.get(key)]
+        if named:
+            raise ValueError(
+                f"`{named[0]}`: collect plays no episodes, since a comparison has one reply on each side, "
+                "and who trains on it would learn what tools have said; evaluate and best_of_n play them"
+            )
+        return values
+
     @model_validator(mode="after")
     def _sound(self) -> CollectConfig:
         if self.sampling.temperature == 0:

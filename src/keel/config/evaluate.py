@@ -17,10 +17,11 @@ from keel.config.rewards import (
     models_of,
 )
 from keel.config.sampler import SamplerConfig
-from keel.config.stage import DataSetting, Stage
+from keel.config.stage import DataSetting
+from keel.config.tools import WithTools
 
 
-class EvaluateConfig(Stage):
+class EvaluateConfig(WithTools):
     """Compare models on the same prompts."""
 
     record_types = ("prompt",)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from keel.config import methods
+from keel.config.episodes import ToolUse
 from keel.config.parts import AsSource, DataConfig, Quantize, SamplingConfig, as_source
 from keel.config.rewards import LearnedTerm, check_several, check_source_filters, models_of
 from keel.config.rollout import RolloutConfig, check_older_weights, check_sampler
 from keel.config.settings import Settings
 from keel.config.stage import DataSetting
 from keel.config.tasks import CurriculumConfig
-from keel.config.tools import ToolUse
 from keel.errors import UsageError
 from keel.plugins import Group
 

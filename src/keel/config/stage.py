@@ -52,7 +52,8 @@ class Stage(Settings):
         asked = any(term.kind == "environment" for term in self.reward_terms())
         if asked and getattr(self, "environment", None) is None:
             raise ValueError(
-                "`reward: {kind: environment}` has no meaning without `environment`, which ppo and grpo have"
+                "`reward: {kind: environment}` has no meaning without `environment`, which stages have that "
+                "sample: ppo, grpo, online_dpo, best_of_n, evaluate"
             )
         return self
 

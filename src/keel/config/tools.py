@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from keel.config.rewards import EnvironmentTerm
-from keel.config.watching import Watched
+from keel.config.stage import Stage
 
 WORLD = "world:"  # before the name of an environment of keel's own
 _IDLE = ("max_turns", "tool_timeout", "on_tool_error")
 
 
-class ToolUse(Watched):
+class WithTools(Stage):
     """What a stage has whose model may call tools while it samples."""
+
+    pays_turns: ClassVar[bool] = False  # a reward may be paid at the end of each turn
 
     tools: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
@@ -60,17 +62,17 @@ class ToolUse(Watched):
         return bool(self.tools) or self.environment is not None
 
     @model_validator(mode="after")
-    def _sound_tools(self) -> ToolUse:
+    def _sound_tools(self) -> WithTools:
         if len(set(self.tools)) < len(self.tools):
             raise ValueError("`tools` names a function twice")
         idle = [name for name in _IDLE if self.changes(name)]
         if idle and not self.uses_tools:
             raise ValueError(f"`{idle[0]}` has no effect without `tools` or `environment`")
-        by_turn = any(isinstance(term, EnvironmentTerm) and term.at == "turn" for term in self.reward)
-        shaping = getattr(self, "shaping", None)
-        if by_turn and shaping is not None and shaping.normalize == "running":
+        terms = getattr(self, "reward", None) or []
+        by_turn = any(isinstance(term, EnvironmentTerm) and term.at == "turn" for term in terms)
+        if by_turn and not self.pays_turns:
             raise ValueError(
-                "`at: turn` of the environment's reward does not go with `shaping.normalize: running`, which "
-                "rescales whole episodes"
+                f"`at: turn` of the environment's reward has no effect in {self.kind}, which judges whole "
+                "episodes"
             )
         return self

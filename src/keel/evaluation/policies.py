@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keel.evaluation.measures import Measure, distinct, mean_interval, points_share, wilson
-from keel.types import Prompt
+from keel.types import Dialogue, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +17,13 @@ class JudgedCompletion:
 
     completion: str
     kl: float  # Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the response, in nats
-    length: int  # tokens, the stop token included
+    length: int  # tokens, the stop token included; of an episode with tools the model's own
     stop_reason: str
     proxy: float | None = None  # the reward model's score
     gold: Mapping[str, float] | None = None  # parts and `total`
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # each reward by its name
+    dialogue: Dialogue | None = None  # of an episode with tools
+    prompt: Prompt = ""  # with what an environment said first
 
 
 def measures(
@@ -50,7 +52,11 @@ def measures(
             result[f"reward/{name}"] = mean_interval(values)
     result["kl"] = mean_interval([j.kl for j in judged])
     result["length"] = mean_interval([float(j.length) for j in judged])
-    result["truncated"] = wilson(sum(j.stop_reason == "length" for j in judged), len(judged))
+    result["truncated"] = wilson(sum(j.stop_reason in ("length", "turns") for j in judged), len(judged))
+    if dialogues := [j.dialogue for j in judged if j.dialogue is not None]:
+        result["turns"] = mean_interval([float(len(dialogue.ends)) for dialogue in dialogues])
+        result["calls"] = mean_interval([float(dialogue.calls) for dialogue in dialogues])
+        result["failed_calls"] = mean_interval([float(dialogue.failures) for dialogue in dialogues])
     texts = [j.completion for j in judged]
     for n in (1, 2):
         share = distinct(texts, n)
@@ -95,13 +101,13 @@ def _golds(judged: Sequence[JudgedCompletion]) -> list[Mapping[str, float]] | No
     return golds if len(golds) == len(judged) else None
 
 
-def sample_row(model: str, index: int, prompt: Prompt, judged: JudgedCompletion) -> dict[str, Any]:
+def sample_row(model: str, index: int, judged: JudgedCompletion) -> dict[str, Any]:
     """A completion as a line of samples.jsonl; the same index is the same prompt for every model."""
     row: dict[str, Any] = {
         "model": model,
         "index": index,
-        "prompt": prompt,
-        "completion": judged.completion,
+        "prompt": judged.prompt,
+        "completion": judged.completion if judged.dialogue is None else list(judged.dialogue.turns),
     }
     if judged.proxy is not None:
         row["proxy"] = judged.proxy

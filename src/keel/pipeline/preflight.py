@@ -33,10 +33,10 @@ from keel.models.tokenizer import rows_needed
 from keel.pipeline import held_out, reward_rows
 from keel.pipeline.device import device_of
 from keel.rewards import answers, learned
-from keel.rl import heldout_judge, tool_use
 from keel.rl.curriculum import PROMPT
-from keel.stages import build_rewards, judges, people, samplers
+from keel.stages import build_rewards, judges, people, samplers, tool_use
 from keel.stages.collect import COMPARISONS
+from keel.stages.gold import world_of
 from keel.types import DataSource, PromptRecord, RecordType
 
 
@@ -165,7 +165,7 @@ class Sources:
                 people.check(stage.votes_in)
             for gold, data in stage.gold_judges():
                 if stage.leaves == "comparisons":
-                    worlds.annotators(heldout_judge.world_of(gold))
+                    worlds.annotators(world_of(gold))
                 self._check_gold(gold, data)
         return lines
 
@@ -470,7 +470,7 @@ class Sources:
 
     def _check_gold(self, gold: str, data: tuple[list[DataSource], tuple[RecordType, ...]]) -> None:
         """The world can judge replies to these prompts. DataError at the first that it cannot."""
-        world = worlds.load(heldout_judge.world_of(gold))
+        world = worlds.load(world_of(gold))
         for record in self.load_data(*data).records:
             if isinstance(record, PromptRecord):
                 try:

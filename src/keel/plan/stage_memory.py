@@ -35,6 +35,7 @@ from keel.plan.peaks import Pass, Phase, fullest, resident, training, with_parts
 from keel.stages.best_of_n import PROMPTS_AT_ONCE
 
 SAMPLED_AT_ONCE = 64  # rows of a batch of rollout.engine.generate
+KEPT_SHARE = 4  # of rollout.stream: what waits for a slot takes a 1/4 of what the slots hold, at most
 # tokens of a question to a judge, besides prompt and replies; its answer is taken to be as long as a reply
 QUESTION = 200
 CLASSIFIED_AT_ONCE = 64  # rows of a forward of a reward that is a classifier or measures similarity
@@ -425,10 +426,17 @@ def _rewards(refs: StageModels, dtype: str, device: Device, base: Model | None =
 
 
 def _rollout(
-    models: dict[str, Model], role: str, rows: int, lengths: Lengths, *, name: str = "rollout"
+    models: dict[str, Model],
+    role: str,
+    rows: int,
+    lengths: Lengths,
+    *,
+    name: str = "rollout",
+    kept: float = 0.0,
 ) -> Phase:
     """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache,
-    of which one layer is there twice while it grows."""
+    of which one layer is there twice while it grows. kept: the share of the cache that rows which wait for a
+    slot have besides."""
     model = models[role]
     copies = model_memory.casts(model) + model_memory.laid_out(model)
     base = with_parts(resident(models), role, casts=copies)
@@ -443,7 +451,7 @@ def _rollout(
     end = with_parts(
         base,
         role,
-        kv_cache=model_memory.kv_cache(model, rows, lengths.total) * one_layer,
+        kv_cache=model_memory.kv_cache(model, rows, lengths.total) * (one_layer + kept),
         activations=activation_memory.working(model, Forward(rows, lengths.total), new=1),
         logits=model_memory.sampling_logits(model, rows, 1),
     )
@@ -462,7 +470,8 @@ def _sampled(
     """Sampling with the stage's engine. A server computes in memory of its own, which nobody here knows."""
     if stage.rollout.vllm:
         return Phase(name, resident(models))
-    return _rollout(models, role, rows, lengths, name=name)
+    kept = 1 / KEPT_SHARE if getattr(stage, "uses_tools", False) else 0.0
+    return _rollout(models, role, rows, lengths, name=name, kept=kept)
 
 
 def _head_inputs(stage: OnPolicy, policy: Model, lengths: Lengths) -> float:

@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from keel import worlds
 from keel.config import OnPolicy
-from keel.data import chat
 from keel.models.shared_base import Base
 from keel.rewards.mixture import Mixture
-from keel.rollout.engine import text_of
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards
+from keel.stages.gold import gold_of, world_of
 from keel.types import Completion, Prompt
 
 JUDGED = 64  # training prompts that are judged where the config holds none out
@@ -71,11 +70,6 @@ def open_judge(
     return Judge(None, rewards)
 
 
-def world_of(gold: str) -> str:
-    """The world's name in `world:NAME`."""
-    return gold.removeprefix("world:").partition("/")[0]
-
-
 def scores(
     judge: Judge | None,
     tasks: Sequence[Asked],
@@ -92,18 +86,12 @@ def scores(
         return judge.rewards.score(batch).total
     assert judge.gold is not None
     pairs = zip(tasks, completions, strict=True)
-    return torch.tensor([_gold(judge.gold, task, completion, tokenizer) for task, completion in pairs])
-
-
-def _gold(
-    world: worlds.World, task: Asked, completion: Completion, tokenizer: PreTrainedTokenizerBase
-) -> float:
-    """What a world says of a response; of a whole episode, where it knows of tools."""
-    of_turns: Any = getattr(world, "gold_of_turns", None)
-    if completion.dialogue is not None and of_turns is not None:
-        return of_turns(completion.dialogue.turns, task.columns)["total"]
-    text = text_of(tokenizer, completion)
-    return world.gold(chat.user_text(task.prompt), text, task.columns)["total"]
+    return torch.tensor(
+        [
+            gold_of(judge.gold, task.prompt, completion, task.columns, tokenizer)["total"]
+            for task, completion in pairs
+        ]
+    )
 
 
 def error(judged: Tensor) -> float:

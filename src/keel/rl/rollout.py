@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -35,7 +35,6 @@ from keel.rewards.trainer import TrainingState
 from keel.rl import heldout_judge, through_text
 from keel.rl.sampled import Dealt, Sampled, deal, together
 from keel.rl.through_text import Gaps
-from keel.rl.tool_use import ToolUse
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import (
     Engine,
@@ -48,7 +47,9 @@ from keel.rollout.protocol import (
 from keel.rollout.score_responses import Scored, sampled_logp, score
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language
+from keel.stages.lazy_rows import PromptExample
 from keel.stages.loop_utils import SAMPLES_KEPT, forward_rows, micro_batches
+from keel.stages.tool_use import ToolUse
 from keel.types import Completion, Prompt
 
 # metrics that say nothing where the samples are not compared with a reference, or nothing is rewarded
@@ -60,16 +61,6 @@ OF_SCORES = (
     "objective/scores", "objective/scores_std", "objective/rlhf_reward", "rollout/length_correlation",
     "eval/objective/scores", "scores",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PromptExample:
-    """A prompt, as tokens for the policy and as text for everybody else."""
-
-    prompt: Prompt
-    ids: tuple[int, ...]
-    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
-    environment: Any = None  # of the episode that begins with it, where there are tools
 
 
 C = TypeVar("C", bound=OnPolicy, covariant=True)

@@ -28,14 +28,14 @@ from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import open_base
-from keel.rl import heldout_judge, teacher, tool_use
+from keel.rl import heldout_judge, teacher
 from keel.rl.rollout import PromptExample, Setup
-from keel.rl.tool_use import ToolUse
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, language, lazy_rows, prepare, supervised_loop
+from keel.stages import build_rewards, language, lazy_rows, prepare, supervised_loop, tool_use
 from keel.stages.loop_utils import optimizer_for, put_back, state_of
 from keel.stages.samplers import open_sampler
+from keel.stages.tool_use import ToolUse
 from keel.types import Prompt, PromptRecord, Record, TextRecord
 
 C = TypeVar("C", bound=OnPolicy)

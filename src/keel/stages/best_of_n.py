@@ -20,15 +20,15 @@ from keel.errors import DataError
 from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
 from keel.models.load import ModelSource, causal_lm
-from keel.rollout import GenerationRequest
 from keel.rollout.engine import text_of
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, language, lazy_rows, prepare
+from keel.stages import build_rewards, language, lazy_rows, prepare, tool_use
+from keel.stages.lazy_rows import PromptExample
 from keel.stages.loop_utils import SAMPLES_KEPT, micro_batches
 from keel.stages.samplers import open_sampler
-from keel.types import Completion, PromptRecord
+from keel.types import Completion, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,11 +51,18 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = prepare.TooLong(stage_run, config.too_long, room)
 
-    tasks = lazy_rows.of_prompts(dataset.records, tokenizer, too_long, lambda record, ids: (record, ids))
+    tools = tool_use.open_tools(config, stage_run.name, tokenizer)
+    if tools:
+        tools.room = room
+    tasks = lazy_rows.of_prompts(
+        dataset.records, tokenizer, too_long,
+        lambda record, ids: PromptExample(record.prompt, ids, record.columns),
+        tools.render if tools else lambda prompt: prompt,
+    )  # fmt: skip
     too_long.report()
     chosen = stage_run.directory / CHOSEN
     if not group.from_first(chosen.exists):
-        best_rows = _sample(config, stage_run, source, tokenizer, tasks)
+        best_rows = _sample(config, stage_run, source, tokenizer, tasks, tools)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best_rows)
         group.only_first(lambda: write_text(chosen, lines))
     best = group.from_first(lambda: read_own(chosen, lines=True))
@@ -90,7 +97,8 @@ def _sample(
     stage_run: StageRun,
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[tuple[PromptRecord, tuple[int, ...]]],
+    tasks: Sequence[PromptExample],
+    tools: tool_use.ToolUse | None,
 ) -> list[dict[str, Any]]:
     """The best response to each prompt, and the mean reward of all n. One that was cut off is chosen only
     where none ended. Several ranks share the prompts."""
@@ -99,7 +107,9 @@ def _sample(
     loaded = build_rewards.load_rewards(
         config.reward, stage_run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code
     )
-    longest = max(lazy_rows.sizes(tasks, lambda task: len(task[1]))) + sampling.max_new_tokens
+    if tools:
+        build_rewards.check_episodes(loaded, tokenizer, stage_run.name)
+    longest = max(lazy_rows.sizes(tasks, lambda task: len(task.ids))) + sampling.max_new_tokens
     rewards = build_rewards.mixture(
         loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
@@ -108,21 +118,21 @@ def _sample(
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
 
-    def answered(numbered: tuple[int, Sequence[tuple[PromptRecord, tuple[int, ...]]]]) -> list[Any]:
+    def answered(numbered: tuple[int, Sequence[PromptExample]]) -> list[Any]:
         number, part = numbered
         best_rows: list[dict[str, Any]] = []
         repeated = [task for task in part for _ in range(n)]
         seed = derive_seed(stage_run.seed, "samples", number)
-        done = engine.generate(GenerationRequest.of(tokenizer, [ids for _, ids in repeated], sampling, seed))
-        columns = [dict(record.columns) for record, _ in repeated]
-        rated = rewards.score(
-            build_rewards.batch_of([r.prompt for r, _ in repeated], done, columns, tokenizer)
+        begun, done = tool_use.sampled(
+            tools, engine, repeated, sampling, seed, tokenizer=tokenizer, samples=n
         )
+        columns = build_rewards.columns_of(begun)
+        rated = rewards.score(build_rewards.batch_of([one.prompt for one in begun], done, columns, tokenizer))
         totals = rated.total.tolist()
         for start in range(0, len(done), n):
             of_prompt = range(start, start + n)
             best = max(of_prompt, key=lambda i: (done[i].ended, totals[i], -i))
-            best_rows.append(_chosen(repeated[best][0], done[best], tokenizer) | {
+            best_rows.append(_chosen(begun[best].prompt, done[best], tokenizer) | {
                 "reward": totals[best], "mean": sum(totals[i] for i in of_prompt) / n,
                 "rewards": {name: values[best] for name, values in rated.by_name.items()},
             })  # fmt: skip
@@ -148,17 +158,19 @@ def _split(config: BestOfNConfig, stage_run: StageRun, prompts: Sequence[Sequenc
         ) from None
 
 
-def _chosen(
-    record: PromptRecord, completion: Completion, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def _chosen(prompt: Prompt, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    dialogue = completion.dialogue
+    said = text_of(tokenizer, completion) if dialogue is None else list(dialogue.turns)
     return {
-        "prompt": record.prompt, "completion": text_of(tokenizer, completion),
-        "prompt_ids": completion.prompt_ids, "ids": completion.ids, "length": len(completion.ids),
-        "stop_reason": completion.stop_reason,
+        "prompt": prompt, "completion": said, "prompt_ids": completion.prompt_ids, "ids": completion.ids,
+        "length": len(completion.own_ids), "stop_reason": completion.stop_reason,
+        **({} if dialogue is None else {"own": dialogue.own}),
     }  # fmt: skip
 
 
 def _row(best: dict[str, Any]) -> language.LanguageRow:
-    """The ids as they were sampled; the response counts, its stop token included."""
+    """The ids as they were sampled; the response counts, its stop token included. Of an episode with tools
+    the model's own tokens."""
     prompt, response = best["prompt_ids"], best["ids"]
-    return language.LanguageRow([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+    own = best.get("own") or [True] * len(response)
+    return language.LanguageRow([*prompt, *response], [False] * len(prompt) + list(own))

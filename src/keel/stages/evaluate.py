@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,14 @@ from keel.evaluation.policies import JudgedCompletion, best_of_n_kl, measures, s
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.models.tokenizer import known_ids
 from keel.rewards.mixture import Mixture, Rated
-from keel.rollout import Engine, GenerationRequest
+from keel.rollout import Engine
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import Rows
 from keel.rollout.score_responses import score
 from keel.rundir.stage_run import StageRun
-from keel.stages import build_rewards, prepare, scored_pairs
+from keel.stages import build_rewards, prepare, scored_pairs, tool_use
+from keel.stages.gold import gold_of, world_of
+from keel.stages.lazy_rows import PromptExample
 from keel.stages.loop_utils import micro_batches
 from keel.stages.samplers import open_sampler
 from keel.types import Completion, PromptRecord, Record
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AT_ONCE = 8_192  # prompts that are answered and scored together
+EPISODES_AT_ONCE = 512  # each with an environment of its own
 
 
 def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
@@ -92,6 +95,11 @@ class Bench:
     loaded: Sequence[build_rewards.LoadedReward]
     conversational: bool
 
+    @property
+    def at_once(self) -> int:
+        """Prompts that are answered and scored together."""
+        return EPISODES_AT_ONCE if self.config.uses_tools else AT_ONCE
+
 
 def _that_fit(
     stage_run: StageRun, config: EvaluateConfig, dataset: Dataset
@@ -108,9 +116,13 @@ def _that_fit(
     too_long = prepare.TooLong(stage_run, config.too_long, room)
     longest = dict.fromkeys(tokenizers, 0)
     kept: list[int] = []
-    for rows in zip(*(each(tokenizer, dataset.records) for tokenizer in tokenizers.values()), strict=True):
-        lengths = [len(tokens[0]) for _, _, tokens in rows]
-        number, record, _ = rows[0]
+    read = (
+        _as_ids(tokenizer, dataset.records, tool_use.open_tools(config, stage_run.name, tokenizer))
+        for tokenizer in tokenizers.values()
+    )
+    for number, rows in enumerate(zip(*read, strict=True)):
+        lengths = [len(ids) for _, ids in rows]
+        record = rows[0][0]
         if too_long.fits(record, max(lengths)):
             kept.append(number)
             for name, length in zip(tokenizers, lengths, strict=True):
@@ -121,6 +133,15 @@ def _that_fit(
     release(dataset.records)
     records = dataset.records if len(kept) == len(dataset.records) else picked(dataset.records, kept)
     return records, room, longest
+
+
+def _as_ids(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], tools: tool_use.ToolUse | None
+) -> Iterator[tuple[PromptRecord, list[int]]]:
+    """Each prompt with its tokens; with tools those of a prompt whose template is told of them."""
+    for _, record, tokens in each(tokenizer, records):
+        assert isinstance(record, PromptRecord)
+        yield record, chat.prompt_ids(tokenizer, tools.render(record.prompt)) if tools else tokens[0]
 
 
 def _source(stage_run: StageRun, config: EvaluateConfig, name: str) -> ModelSource:
@@ -170,9 +191,14 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         length=bench.longest[name] + config.sampling.max_new_tokens,
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
+    tools = tool_use.open_tools(config, stage_run.name, tokenizer)
+    if tools:
+        tools.room = bench.room
+        build_rewards.check_episodes(bench.loaded, tokenizer, stage_run.name)
+    on = Answering(model, engine, tokenizer, rewards, tools)
     judged: dict[int, list[JudgedCompletion]] = {n: [] for n in sorted(best_of)}
-    for start in range(0, len(bench.records), AT_ONCE):
-        part = _judge_part(bench, model, engine, tokenizer, rewards, best_of, start)
+    for start in range(0, len(bench.records), bench.at_once):
+        part = _judge_part(bench, on, best_of, start)
         for n, completions in part.items():
             judged[n] += completions
         release(bench.records)
@@ -180,34 +206,45 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     return judged
 
 
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """One model that answers, and what judges it."""
+
+    model: PreTrainedModel
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    rewards: Mixture | None
+    tools: tool_use.ToolUse | None
+
+
 def _judge_part(
-    bench: Bench,
-    model: PreTrainedModel,
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    rewards: Mixture | None,
-    best_of: Sequence[int],
-    start: int,
+    bench: Bench, on: Answering, best_of: Sequence[int], start: int
 ) -> dict[int, list[JudgedCompletion]]:
     """As `_judge`, of the prompts from number `start` on, as many as are answered at once. Several ranks
     share them."""
     config, stage_run = bench.config, bench.stage_run
-    records, of = bench.records[start : start + AT_ONCE], min(AT_ONCE, len(bench.records) - start)
+    records, of = bench.records[start : start + bench.at_once], min(bench.at_once, len(bench.records) - start)
     mine = group.deal([1] * of, group.size())[group.rank()]
     if not mine:
         return _of_all_ranks({n: [] for n in best_of}, mine)
     rows = Rows(mine, of) if len(mine) < of else None
     records = records if rows is None else [records[i] for i in mine]
-    sampling, pad_id = config.sampling.plain(), chat.ensure_pad(tokenizer)
-    prompts = [tokens[0][-(bench.room or 0) :] for _, _, tokens in each(tokenizer, records)]
+    sampling, tokenizer = config.sampling.plain(), on.tokenizer
+    prompts = [
+        PromptExample(record.prompt, tuple(ids[-(bench.room or 0) :]), record.columns)
+        for record, ids in _as_ids(tokenizer, records, on.tools)
+    ]
+    fixed = ["from", start] if start else []
+    begin = derive_seed(stage_run.seed, "evaluate", *fixed)  # all samples of a prompt begin alike
     best: list[Completion] = []
     rated: Rated | None = None
     judged: dict[int, list[JudgedCompletion]] = {}
     for round_ in range(max(best_of)):
-        draw = [*([round_] if round_ else []), *(["from", start] if start else [])]
-        seed = derive_seed(stage_run.seed, "evaluate", *draw)
-        done = engine.generate(GenerationRequest.of(tokenizer, prompts, sampling, seed, rows=rows))
-        new = _rated(rewards, records, done, tokenizer)
+        seed = derive_seed(stage_run.seed, "evaluate", *([round_] if round_ else []), *fixed)
+        begun, done = tool_use.sampled(
+            on.tools, on.engine, prompts, sampling, seed, tokenizer=tokenizer, begin=begin, rows=rows
+        )
+        new = _rated(on.rewards, begun, done, tokenizer)
         if rated is None or new is None:
             best, rated = done, new
         else:
@@ -216,11 +253,11 @@ def _judge_part(
             rated = _chosen(new, rated, better)
         if (n := round_ + 1) in best_of:
             kls = (
-                _kls(bench, model, best, pad_id, known_ids(tokenizer))
+                _kls(bench, on.model, best, chat.ensure_pad(tokenizer), known_ids(tokenizer))
                 if n == 1
                 else [best_of_n_kl(n)] * len(best)
             )
-            judged[n] = _all_judged(bench, tokenizer, records, best, rated, kls)
+            judged[n] = _all_judged(bench, tokenizer, begun, best, rated, kls)
     return _of_all_ranks(judged, mine)
 
 
@@ -244,30 +281,30 @@ def _of_all_ranks(
 def _all_judged(
     bench: Bench,
     tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Record],
+    asked: Sequence[PromptExample],
     kept: Sequence[Completion],
     rated: Rated | None,
     kls: Sequence[float],
 ) -> list[JudgedCompletion]:
     """All measures of one completion of each prompt, the gold reward included."""
     config = bench.config
-    gold = worlds.load(config.gold.removeprefix("world:").partition("/")[0]) if config.gold else None
+    gold = worlds.load(world_of(config.gold)) if config.gold else None
     judged: list[JudgedCompletion] = []
-    for index, (record, completion) in enumerate(zip(records, kept, strict=True)):
-        assert isinstance(record, PromptRecord)
-        text = text_of(tokenizer, completion)
-        parts = gold.gold(chat.user_text(record.prompt), text, record.columns) if gold else None
+    for index, (one, completion) in enumerate(zip(asked, kept, strict=True)):
+        parts = gold_of(gold, one.prompt, completion, one.columns, tokenizer) if gold else None
         proxy = None if rated is None else float(rated.total[index])
         terms = {} if rated is None else {term: values[index] for term, values in rated.by_name.items()}
         judged.append(
             JudgedCompletion(
-                text,
+                text_of(tokenizer, completion),
                 kls[index],
-                len(completion.ids),
+                len(completion.own_ids),
                 completion.stop_reason,
                 proxy,
                 parts,
                 terms,
+                completion.dialogue,
+                one.prompt,
             )
         )
     return judged
@@ -275,15 +312,14 @@ def _all_judged(
 
 def _rated(
     rewards: Mixture | None,
-    records: Sequence[Record],
+    asked: Sequence[PromptExample],
     done: Sequence[Completion],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rated | None:
     if rewards is None:
         return None
-    prompts = [record.prompt for record in records if isinstance(record, PromptRecord)]
-    columns = [dict(record.columns) for record in records]
-    return rewards.score(build_rewards.batch_of(prompts, done, columns, tokenizer))
+    columns = build_rewards.columns_of(asked)
+    return rewards.score(build_rewards.batch_of([one.prompt for one in asked], done, columns, tokenizer))
 
 
 def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
@@ -315,8 +351,5 @@ def _kls(
 def _write_samples(bench: Bench, name: str, judged: Sequence[JudgedCompletion]) -> None:
     """One model's completions, with what was said of them, to samples.jsonl."""
     for start in range(0, len(judged), AT_ONCE):
-        records = bench.records[start : start + AT_ONCE]
-        prompts = [record.prompt for record in records if isinstance(record, PromptRecord)]
-        bench.stage_run.samples(
-            [sample_row(name, number, prompt, judged[number]) for number, prompt in enumerate(prompts, start)]
-        )
+        part = enumerate(judged[start : start + AT_ONCE], start)
+        bench.stage_run.samples([sample_row(name, number, one) for number, one in part])

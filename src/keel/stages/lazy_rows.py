@@ -4,7 +4,8 @@ a file. Both hold the same rows in the same order."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -18,6 +19,17 @@ from keel.distributed import group
 from keel.errors import DataError
 from keel.stages.prepare import TooLong
 from keel.types import Prompt, PromptRecord, Record, TextRecord
+
+
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """A prompt, as tokens for the policy and as text for everybody else."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
+    environment: Any = None  # of the episode that begins with it, where there are tools
+
 
 RowT = TypeVar("RowT")
 Build = Callable[[int, Tokens], RowT]  # the number of a record among those given, and its tokens → a row

@@ -20,7 +20,7 @@ from keel.votes.kinds import NewItem, Reply, Text
 if TYPE_CHECKING:
     from keel.config import RunConfig, Stage
 
-Said = list[tuple[Text, dict[str, str]]]  # a prompt, and each model's reply to it
+Said = list[tuple[Text, dict[str, Text]]]  # a prompt, and each model's reply to it
 
 
 def read(run: Path, models: Sequence[str], pairs: int = 200, seed: int = 0) -> Labels:
@@ -45,7 +45,7 @@ def read(run: Path, models: Sequence[str], pairs: int = 200, seed: int = 0) -> L
     for number, index in enumerate(order):
         prompt, replies = said[index]
         first, second = sides[number % len(sides)]
-        a, b = replies[first].strip(), replies[second].strip()
+        a, b = (said.strip() if isinstance(said, str) else said for said in (replies[first], replies[second]))
         if not a or not b or a == b:
             equal += 1
             continue
@@ -69,7 +69,7 @@ def _samples(run: Path, config: RunConfig, models: Sequence[str]) -> Said:
         path = run / "stages" / name / "samples.jsonl"
         if stage.kind != "evaluate" or not path.exists():
             continue
-        by_index: dict[int, dict[str, str]] = {}
+        by_index: dict[int, dict[str, Text]] = {}
         prompts: dict[int, Text] = {}
         for line in path.read_text(encoding="utf-8").split("\n"):
             row = json.loads(line) if line else {}

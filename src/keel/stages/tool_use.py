@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from keel import worlds
-from keel.config import OnPolicy, Stage
+from keel.config import Stage
 from keel.config.rewards import EnvironmentTerm
-from keel.config.tools import WORLD
+from keel.config.tools import WORLD, WithTools
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.errors import DataError, RewardError, UsageError
 from keel.rewards import loading
 from keel.rollout import tools as called
 from keel.rollout.episodes import Episode, Player, Rules
-from keel.rollout.protocol import Engine, Rows, TokenCount
+from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount
+from keel.stages.lazy_rows import PromptExample
 from keel.types import Completion, Conversation, Message, Prompt, Sampling
-
-if TYPE_CHECKING:
-    from keel.rl.rollout import PromptExample
 
 
 @dataclass
@@ -70,8 +68,8 @@ class ToolUse:
         sampling: Sampling,
         seed: int,
         *,
-        keep_head_inputs: bool,
-        count: TokenCount | None,
+        keep_head_inputs: bool = False,
+        count: TokenCount | None = None,
         rows: Rows | None = None,
     ) -> list[Completion]:
         """Episodes on prompts that `begin` gave. rows: which of all rows of the seed these are."""
@@ -117,7 +115,29 @@ class ToolUse:
         return replace(example, prompt=told, ids=ids, environment=environment)
 
 
-def open_tools(config: OnPolicy, stage: str, tokenizer: PreTrainedTokenizerBase) -> ToolUse | None:
+def sampled(
+    tools: ToolUse | None,
+    engine: Engine,
+    prompts: Sequence[PromptExample],
+    sampling: Sampling,
+    seed: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int = 1,
+    begin: int | None = None,
+    rows: Rows | None = None,
+) -> tuple[Sequence[PromptExample], list[Completion]]:
+    """A response to each prompt, with tools an episode; and the prompts as these began. samples: of one
+    prompt, which stand side by side. begin: the seed that environments begin with; `seed` where None. rows:
+    which of all rows of the seed the prompts are."""
+    if tools is None:
+        ids = [prompt.ids for prompt in prompts]
+        return prompts, engine.generate(GenerationRequest.of(tokenizer, ids, sampling, seed, rows=rows))
+    begun = tools.begin(prompts, seed if begin is None else begin, samples, rows)
+    return begun, tools.play(engine, begun, sampling, seed, rows=rows)
+
+
+def open_tools(config: WithTools, stage: str, tokenizer: PreTrainedTokenizerBase) -> ToolUse | None:
     """What the config's `tools` and `environment` name; None where it names neither. stage: its name, for
     messages. UsageError for what is not there or is no tool or environment, and where the chat template
     cannot show tools."""
@@ -140,7 +160,9 @@ def open_tools(config: OnPolicy, stage: str, tokenizer: PreTrainedTokenizerBase)
         template = chat.ToolTemplate.open(tokenizer, schemas)
     except UsageError as error:
         raise UsageError(f"{stage}: {error}") from None
-    return ToolUse(stage, Player(tokenizer, template, caller, rules, config.engine_name), tools, make, pool)
+    rollout: Any = getattr(config, "rollout", None)
+    engine = getattr(config, "engine_name", "vllm" if rollout and rollout.vllm else "keel")
+    return ToolUse(stage, Player(tokenizer, template, caller, rules, engine), tools, make, pool)
 
 
 def check(config: Stage, stage: str) -> None:
