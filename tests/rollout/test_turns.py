@@ -141,7 +141,8 @@ def test_rows_of_a_share_and_stop_strings(monkeypatch: pytest.MonkeyPatch) -> No
     for number, found in zip(share, held(KeelEngine(model).converse, asked), strict=True):
         assert found[0].ids == whole[number][0].ids  # what is put behind depends on the number in a share
     monkeypatch.setattr(StopTexts, "may_end", lambda self, ids: ids > 0)
-    monkeypatch.setattr(StopTexts, "within", lambda self, ids: "so" if sum(ids[-2:]) % 3 == 0 else "")
+    for name in ("within", "closed_by"):
+        monkeypatch.setattr(StopTexts, name, lambda self, ids: "so" if sum(ids[-2:]) % 3 == 0 else "")
     stops: Any = StopTexts(None, ("so",), torch.zeros(0))  # pyright: ignore[reportArgumentType]
     asked = request(stop_texts=stops, stop_ids=[zoo.EOS, 9])
     ours = held(KeelEngine(model, 4).converse, asked)
