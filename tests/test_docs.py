@@ -238,6 +238,13 @@ def written(
             "position": "first",
             "sampling": short,
         },
+        "clerks": {
+            "kind": "evaluate",
+            "models": ["clerk"],
+            "environment": "world:shop",
+            "data": {"source": "world:shop/test_prompts", "rows": 2},
+            "sampling": short,
+        },
         "cut": {  # a reward model that reads fewer tokens than such replies have in its own
             "kind": "evaluate",
             "models": ["sft"],
