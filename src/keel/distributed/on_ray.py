@@ -47,7 +47,8 @@ FINAL = (
     130,
 )  # exit codes of what another start would not mend: bad usage, waiting for people, a signal
 FOR_DEATH = 3.0  # seconds that Ray has to notice a worker's death, before those that lost it say so
-FOR_PLACE = 15.0  # seconds without a rank after which the launcher says that it waits
+FOR_PLACE = 30.0  # seconds without a rank after which the launcher says that it waits
+TO_CONNECT = 10.0  # seconds in which the head of a cluster must take a connection
 TO_ABORT = 20.0  # seconds that Ray has to end all workers
 STARTS = 10  # how often Ray tries to find room, or to start workers, a minute each
 _TOKEN = "token"
@@ -353,17 +354,16 @@ def connected(job: Job) -> Iterator[int]:
         own = {"include_dashboard": False}
     elif job.is_loopback:
         own = {"_node_ip_address": job.address.rpartition(":")[0]}
+    _check_there(job.address)
     try:
-        ray.init(
-            address=job.address, logging_level=logging.ERROR, log_to_driver=False, **own,
-            runtime_env={"env_vars": dict(job.environment)},
+        _interruptibly(
+            lambda: ray.init(
+                address=job.address, logging_level=logging.ERROR, log_to_driver=False, **own,
+                runtime_env={"env_vars": dict(job.environment)},
+            )
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"no Ray cluster at {job.address} ({reason}): start one with `ray start --head`, or give "
-            "--address HOST:PORT or local"
-        ) from None
+        raise _not_there(job.address, error) from None
     try:
         cpus = job.cpus or _share(job)
         _check_room(job, cpus)
@@ -371,6 +371,44 @@ def connected(job: Job) -> Iterator[int]:
     finally:
         with contextlib.suppress(Exception):
             ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """UsageError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise _not_there(address, error) from None
+
+
+def _not_there(address: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split())[:200]
+    return UsageError(
+        f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or give "
+        "--address HOST:PORT or local"
+    )
+
+
+def _interruptibly(work: Callable[[], object]) -> None:
+    """Do it in a thread: while Ray waits for another process, no signal reaches Python; and Ray puts no handler
+    of its own in the place of keel's."""
+    raised: list[BaseException] = []
+
+    def go() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK)
+    if raised:
+        raise raised[0]
 
 
 def _nodes() -> list[Mapping[str, float]]:
