@@ -97,18 +97,20 @@ def as_text(one: Asked) -> str:
 
 def run(one: Asked, arguments: Arguments) -> Outcome:
     """Run it; the results stand on standard output as those of `keel run` do."""
-    on_ray = _ray(one.address)
-    outcome, value = on_ray.run(_job(on_ray, one), partial(_work, arguments), _print)
+    on_ray, own = _ray(one.address), sys.stdout
+
+    def told(line: str, is_output: bool) -> None:
+        show(line, own if is_output else sys.stderr)
+
+    # a thread of Ray's prints there what its raylets say, whatever `log_to_driver` is
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        outcome, value = on_ray.run(_job(on_ray, one), partial(_work, arguments), told)
     if outcome.code == 0 and value is not None:
         if arguments.as_json:
             show_json(value["json"])
         else:
             show(value["text"])
     return outcome
-
-
-def _print(line: str, is_output: bool) -> None:
-    show(line, sys.stdout if is_output else sys.stderr)
 
 
 def _ray(address: str) -> Any:
