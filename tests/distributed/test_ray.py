@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 from keel.cli import launch_ray
 from keel.cli.main import app
+from keel.distributed.launch import Outcome, of_workers
+from keel.distributed.records import Record
 from keel.errors import UsageError
 
 CLUSTER = Path(__file__).with_name("ray_cluster.py")
@@ -85,6 +87,24 @@ def test_without_the_extra_one_line_names_it(plain: Path, monkeypatch: pytest.Mo
     outcome = CliRunner().invoke(app, ["launch", str(plain), "--ray", "--nproc", "2"])
     assert isinstance(outcome.exception, UsageError)
     assert str(outcome.exception) == "--ray needs Ray: pip install 'keel-rlhf[ray]'"
+
+
+def test_who_is_to_blame_is_said_in_one_line() -> None:
+    """What only Ray knows comes before what other ranks noticed of it."""
+    lost = Record(0, "a", "lost", "the other ranks do not answer", 1, 0.0)
+    killed = of_workers(2, {0: lost}, {0: None, 1: "its process was killed"}, ["a", "b"])
+    assert killed.line.startswith("rank 1 of 2 on b: its process was killed; what is done is kept")
+    hung = Record(1, "b", "hung", "has not answered for 10 s", 1, 0.0)  # left by rank 0, which ends itself
+    assert of_workers(2, {0: hung}, {0: "its process was killed"}, ["a", "b"]).line == (
+        "rank 1 of 2 on b: has not answered for 10 s"
+    )
+    own = Record(1, "b", "own", "the disk is full", 1, 0.0)
+    assert of_workers(2, {0: lost, 1: own}, {1: "killed"}, ["a", "b"]).line == (
+        "rank 1 of 2 on b: the disk is full"
+    )
+    usage = Record(0, "a", "own", "no stage", 2, 0.0)
+    assert of_workers(2, {0: usage}, {}, ["a", "b"]) == Outcome(2, "no stage")
+    assert "failed without a word" in of_workers(2, {}, {0: None}, ["a", "b"]).line
 
 
 # ---------------------------------------------------------------- on a cluster
@@ -157,7 +177,7 @@ class TestCluster:
             os.kill(worker_of(tmp_path / "tiny", rank), signal.SIGKILL)
             said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said[-3000:]
-        told = [line for line in said.splitlines() if line.startswith("keel: ")]
+        told = of_keel(said)
         assert told[0].startswith(f"keel: rank {rank} of 2 on ")
         assert "its process was killed" in told[0]
         assert told[1:] == ["keel: starting again, 1 of at most 1 times"]
@@ -174,7 +194,7 @@ class TestCluster:
             said = process.communicate(timeout=300)[1]
         assert time.monotonic() - since < WITHIN
         assert process.returncode == 1, said[-3000:]
-        (told,) = [line for line in said.splitlines() if line.startswith("keel: ")]
+        (told,) = of_keel(said)
         assert told.startswith("keel: rank 1 of 2 on ")
         assert told.endswith("the same command goes on")
         assert_nothing_is_left(tmp_path / "tiny")
@@ -187,7 +207,7 @@ class TestCluster:
             said = process.communicate(timeout=300)[1]
         assert time.monotonic() - since < WITHIN
         assert process.returncode == 1, said[-3000:]
-        (told,) = [line for line in said.splitlines() if line.startswith("keel: ")]
+        (told,) = of_keel(said)
         assert told.startswith("keel: rank 1 of 2 on ")
         assert "has not answered for 10 s" in told
         assert_nothing_is_left(tmp_path / "tiny")
@@ -198,9 +218,7 @@ class TestCluster:
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert [line for line in said.splitlines() if line.startswith("keel: ")] == [
-            "keel: interrupted; the same command goes on from the last checkpoint"
-        ]
+        assert of_keel(said) == ["keel: interrupted; the same command goes on from the last checkpoint"]
         assert_nothing_is_left(tmp_path / "tiny")
 
     def test_what_is_wrong_everywhere_is_said_once_and_not_tried_again(
@@ -209,8 +227,7 @@ class TestCluster:
         options = ("--ray", "--address", cluster, "--runs", tmp_path, "--max-restarts", 5)
         wrong = keel("launch", config, "ppo.model=/no/such/model", *options, "--nproc", 2)
         assert wrong.returncode == 2, wrong.stderr[-3000:]
-        (told,) = wrong.stderr.splitlines()
-        assert told.startswith("keel: ")
+        (told,) = of_keel(wrong.stderr)
         assert "/no/such/model" in told
         crowded = keel("launch", config, *options, "--nproc", 3)
         assert crowded.returncode == 2
@@ -220,7 +237,7 @@ class TestCluster:
     def test_a_cluster_that_is_not_there_is_one_line(self, config: Path, tmp_path: Path) -> None:
         gone = keel("launch", config, "--ray", "--nproc", 2, "--runs", tmp_path, "--address", "127.0.0.4:7")
         assert gone.returncode == 2
-        (told,) = [line for line in gone.stderr.splitlines() if line.startswith("keel: ")]
+        (told,) = of_keel(gone.stderr)
         assert "no Ray cluster at 127.0.0.4:7" in told
         assert "ray start --head" in told
 
@@ -239,6 +256,12 @@ def launched(config: Path, cluster: str, runs: Path, *more: str) -> Iterator[sub
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def of_keel(said: str) -> list[str]:
+    """What keel says of the job, but that it waits for a machine that is busy."""
+    lines = [line for line in said.splitlines() if line.startswith("keel: ")]
+    return [line for line in lines if "waiting for Ray" not in line]
 
 
 def await_updates(run: Path, number: int) -> None:

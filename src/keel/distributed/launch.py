@@ -283,6 +283,23 @@ def outcome(
     return replace(lost, lost=len(codes) < size)
 
 
+def of_workers(
+    size: int, left: Mapping[int, Record], died: Mapping[int, str | None], hosts: Sequence[str]
+) -> Outcome:
+    """What is said of ranks that somebody else started, and that left these records; died: those that ended
+    (rank → how its process died; None: it raised). hosts: of all ranks."""
+    told = any(record.kind in ("own", "interrupted") for record in left.values())
+    silent = next((n for n, how in sorted(died.items()) if how is not None and n not in left), None)
+    if silent is not None and not told:
+        host = hosts[silent] if silent < len(hosts) else "an unknown host"
+        line = f"rank {silent} of {size} on {host}: {died[silent]}; {GOES_ON}"
+        return Outcome(1, line)
+    if not left:
+        return Outcome(1, f"a rank of {size} failed without a word; {GOES_ON}")
+    codes = [1 if number in died or number in left else None for number in range(size)]
+    return replace(outcome(codes, left, Path(), Node(0, size, "", 0)), lost=False)
+
+
 GOES_ON = "what is done is kept, and the same command goes on"
 
 

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,7 +313,7 @@ class _Watching:
         return Outcome(1, f"Ray did not start the ranks ({type(error).__name__}: {reason[-1][:300]})")
 
     def _outcome(self) -> Outcome:
-        return outcome(self.job.ranks, self._left(), self.died, self.hosts)
+        return launch.of_workers(self.job.ranks, self._left(), self.died, self.hosts)
 
     def _left(self) -> dict[int, Record]:
         return {**records.read(self.folder / f"start-{self.attempt}"), **self.records}
@@ -323,21 +323,6 @@ class _Watching:
         if self.controller is not None:
             with contextlib.suppress(Exception):  # it is gone, or it ends by this
                 ray.get(self.controller.abort.remote(), timeout=TO_ABORT)
-
-
-def outcome(
-    size: int, left: Mapping[int, Record], died: Mapping[int, str | None], hosts: list[str]
-) -> Outcome:
-    """What is said of ranks that left these records, some of which died (rank → how; None: it raised)."""
-    told = any(record.kind in ("own", "interrupted") for record in left.values())
-    silent = next((n for n, how in sorted(died.items()) if how is not None and n not in left), None)
-    if silent is not None and not told:
-        host = hosts[silent] if silent < len(hosts) else "an unknown host"
-        line = f"rank {silent} of {size} on {host}: {died[silent]}; {launch.GOES_ON}"
-        return Outcome(1, line)
-    if not left:
-        return Outcome(1, f"a rank of {size} failed without a word; {launch.GOES_ON}")
-    return replace(launch.outcome([1] * size, left, Path(), Node(0, size, "", 0)), lost=False)
 
 
 # ---------------------------------------------------------------- Ray itself
@@ -393,8 +378,8 @@ def _not_there(address: str, error: Exception) -> UsageError:
 
 
 def _interruptibly(work: Callable[[], object]) -> None:
-    """Do it in a thread: while Ray waits for another process, no signal reaches Python; and Ray puts no handler
-    of its own in the place of keel's."""
+    """Do it in a thread: while Ray waits for another process, no signal reaches Python; and Ray puts no
+    handler of its own in the place of keel's."""
     raised: list[BaseException] = []
 
     def go() -> None:
