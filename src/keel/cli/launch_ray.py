@@ -28,7 +28,8 @@ from keel.errors import LostRankError, UsageError
 from keel.rundir.worker import LOCK
 
 if TYPE_CHECKING:
-    from keel.distributed.on_ray import Job, Voice
+    from keel.distributed.on_ray import Voice
+    from keel.distributed.ray_cluster import Job
     from keel.pipeline.pipeline import Pipeline
 
 LARGEST = 65_536  # ranks of a job

@@ -15,7 +15,6 @@ is not worth trying again, so the launcher ends the job itself where a config is
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import secrets
@@ -24,7 +23,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +35,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from keel.distributed import launch, records
+from keel.distributed import launch, ray_cluster, records
 from keel.distributed.launch import Node, Outcome
+from keel.distributed.ray_cluster import Job
 from keel.distributed.records import Record
-from keel.errors import UsageError
 
 FINAL = (
     2,
@@ -48,27 +47,10 @@ FINAL = (
 )  # exit codes of what another start would not mend: bad usage, waiting for people, a signal
 FOR_DEATH = 3.0  # seconds that Ray has to notice a worker's death, before those that lost it say so
 FOR_PLACE = 30.0  # seconds without a rank after which the launcher says that it waits
-TO_CONNECT = 10.0  # seconds in which the head of a cluster must take a connection
 TO_ABORT = 20.0  # seconds that Ray has to end all workers
 STARTS = 10  # how often Ray tries to find room, or to start workers, a minute each
 _TOKEN = "token"
 _LOOK = 0.1  # seconds between looks at the desk
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What Ray is asked for."""
-
-    address: str  # auto, local, HOST:PORT
-    ranks: int  # of all machines
-    nodes: int  # machines that they are spread over; 1: wherever they fit
-    cpus: int | None  # of each rank; None: its share of the smallest machine
-    card: bool | None  # whether each rank needs one; None: where there are any
-    restarts: int
-    directory: Path  # of the run, on a file system that all machines share
-    environment: Mapping[str, str]  # of the ranks, beside their machine's own
-    folder: Path  # in which they work
-    is_loopback: bool = False  # whether the address is of this machine's alone
 
 
 class Voice(NamedTuple):
@@ -209,7 +191,7 @@ def run(job: Job, work: Work, show: Callable[[str, bool], None]) -> tuple[Outcom
 
     Whatever ends this process ends the ranks. UsageError where there is no Ray at the address, or no room.
     """
-    with _shared(job.directory) as folder, connected(job) as cpus:
+    with _shared(job.directory) as folder, ray_cluster.connected(job) as cpus:
         desk = ray.remote(num_cpus=0)(Desk).options(**_here()).remote()
         with tempfile.TemporaryDirectory(prefix="keel-ray-") as storage:
             trainer = _trainer(job, work, desk, folder, Path(storage), cpus)
@@ -218,7 +200,7 @@ def run(job: Job, work: Work, show: Callable[[str, bool], None]) -> tuple[Outcom
 
 def _trainer(job: Job, work: Work, desk: Any, folder: Path, storage: Path, cpus: int) -> Any:
     token, cwd = (folder / _TOKEN).read_text(encoding="utf-8"), str(job.folder)
-    card = bool(_cards()) if job.card is None else job.card
+    card = ray_cluster.with_cards(job)
     spread = "PACK" if job.nodes == 1 else "STRICT_SPREAD" if job.nodes == job.ranks else "SPREAD"
     return TorchTrainer(
         lambda: _as_rank(work, desk, token, cwd),
@@ -325,111 +307,6 @@ class _Watching:
                 ray.get(self.controller.abort.remote(), timeout=TO_ABORT)
 
 
-# ---------------------------------------------------------------- Ray itself
-
-
-@contextlib.contextmanager
-def connected(job: Job) -> Iterator[int]:
-    """Within it this process is a driver of the cluster; the CPUs of each rank."""
-    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
-    own: dict[str, Any] = {}
-    if job.address == "local":
-        own = {"include_dashboard": False}
-    elif job.is_loopback:
-        own = {"_node_ip_address": job.address.rpartition(":")[0]}
-    _check_there(job.address)
-    try:
-        _interruptibly(
-            lambda: ray.init(
-                address=job.address, logging_level=logging.ERROR, log_to_driver=False, **own,
-                runtime_env={"env_vars": dict(job.environment)},
-            )
-        )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise _not_there(job.address, error) from None
-    try:
-        cpus = job.cpus or _share(job)
-        _check_room(job, cpus)
-        yield cpus
-    finally:
-        with contextlib.suppress(Exception):
-            ray.shutdown()
-
-
-def _check_there(address: str) -> None:
-    """UsageError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=TO_CONNECT).close()
-    except (OSError, OverflowError) as error:
-        raise _not_there(address, error) from None
-
-
-def _not_there(address: str, error: Exception) -> UsageError:
-    reason = " ".join(str(error).split())[:200]
-    return UsageError(
-        f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or give "
-        "--address HOST:PORT or local"
-    )
-
-
-def _interruptibly(work: Callable[[], object]) -> None:
-    """Do it in a thread: while Ray waits for another process, no signal reaches Python; and Ray puts no
-    handler of its own in the place of keel's."""
-    raised: list[BaseException] = []
-
-    def go() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=go, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_LOOK)
-    if raised:
-        raise raised[0]
-
-
-def _nodes() -> list[Mapping[str, float]]:
-    """What each machine that is there has in all."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _cards() -> int:
-    return int(sum(node.get("GPU", 0) for node in _nodes()))
-
-
-def _share(job: Job) -> int:
-    """CPUs of a rank where nobody says how many: its share of the smallest machine."""
-    least = min((node.get("CPU", 0) for node in _nodes() if node.get("CPU", 0)), default=1)
-    return max(1, int(least // -(-job.ranks // job.nodes)))
-
-
-def _check_room(job: Job, cpus: int) -> None:
-    """UsageError where the machines could never hold the ranks: Ray would wait for more of them."""
-    card = bool(_cards()) if job.card is None else job.card
-    each = {"CPU": cpus, **({"GPU": 1} if card else {})}
-    room = [min(int(node.get(name, 0) // need) for name, need in each.items()) for node in _nodes()]
-    wanted = " and ".join(f"{need:g} {name}" for name, need in each.items())
-    able = [count for count in room if count > 0]
-    if sum(able) < job.ranks or len(able) < job.nodes:
-        raise UsageError(
-            f"{job.ranks} ranks of {wanted} each on {job.nodes} machines: the Ray cluster has room for "
-            f"{sum(able)} on {len(able)}; ask for fewer, or for fewer CPUs of each (threads: N)"
-        )
-
-
-def _here() -> dict[str, Any]:
-    """Options of an actor on the launcher's machine."""
-    return {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
-
-
 @contextlib.contextmanager
 def _shared(directory: Path) -> Iterator[Path]:
     """A folder in the run's directory, which all machines must see, for as long as the job lasts."""
@@ -444,3 +321,8 @@ def _shared(directory: Path) -> Iterator[Path]:
         if new:
             with contextlib.suppress(OSError):  # not empty: the run has begun
                 directory.rmdir()
+
+
+def _here() -> dict[str, Any]:
+    """Options of an actor on the launcher's machine."""
+    return {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
