@@ -234,6 +234,27 @@ class TestCluster:
         assert "3 ranks of 1 CPU each on 1 machines: the Ray cluster has room for 2 on 2" in crowded.stderr
         assert not (tmp_path / "tiny").exists()
 
+    def test_a_ray_of_its_own_ends_with_the_command(
+        self, config: Path, undisturbed: Path, tmp_path: Path, differences: Differences
+    ) -> None:
+        """Whose processes listen nowhere but on the loopback interface, and are gone with it."""
+        options = ("--ray", "--address", "local", "--nproc", "2", "--runs", str(tmp_path), "--name", "own")
+        command = [sys.executable, "-m", "keel", "launch", str(config), *options]
+        process = subprocess.Popen(
+            command, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True
+        )
+        await_updates(tmp_path / "own", 1)
+        ours = [process.pid, *children_of(process.pid)]
+        assert len(ours) > 5
+        assert {host for pid in ours for host in listens_at(pid)} == {"0100007F"}
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said[-3000:]
+        assert differences(undisturbed, tmp_path / "own") == ["config.yaml"]
+        until = time.monotonic() + 10
+        while (left := [pid for pid in ours if is_alive(pid)]) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert left == []
+
     def test_a_cluster_that_is_not_there_is_one_line(self, config: Path, tmp_path: Path) -> None:
         gone = keel("launch", config, "--ray", "--nproc", 2, "--runs", tmp_path, "--address", "127.0.0.4:7")
         assert gone.returncode == 2
@@ -279,6 +300,43 @@ def workers() -> list[int]:
             if (folder / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
                 found.append(int(folder.name))
     return found
+
+
+def children_of(pid: int) -> list[int]:
+    """All processes below one."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found, waiting = list[int](), [pid]
+    while waiting:
+        above = waiting.pop()
+        below = [child for child, parent in parents.items() if parent == above]
+        found, waiting = found + below, waiting + below
+    return found
+
+
+def listens_at(pid: int) -> set[str]:
+    """The addresses at which a process listens, the last 32 bits as the kernel writes them."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in _table(name)]
+    listening = {row[9]: row[1].rpartition(":")[0][-8:] for row in rows if row[3] == "0A"}
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inode = os.readlink(handle).removeprefix("socket:[").removesuffix("]")
+                found |= {listening[inode]} if inode in listening else set()
+    return found
+
+
+def _table(name: str) -> list[str]:
+    return Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def worker_of(run: Path, rank: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -48,13 +49,15 @@ def connected(job: Job) -> Iterator[int]:
     elif job.is_loopback:
         own = {"_node_ip_address": job.address.rpartition(":")[0]}
     _check_there(job.address)
-    try:
-        _interruptibly(
-            lambda: ray.init(
-                address=job.address, logging_level=logging.ERROR, log_to_driver=False, **own,
-                runtime_env={"env_vars": dict(job.environment)},
-            )
+
+    def init() -> None:
+        ray.init(
+            address=job.address, logging_level=logging.ERROR, log_to_driver=False, **own,
+            runtime_env={"env_vars": dict(job.environment)},
         )  # fmt: skip
+
+    try:
+        _keeping_signals(init) if job.address == "local" else _interruptibly(init)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise _not_there(job.address, error) from None
     try:
@@ -83,6 +86,17 @@ def _not_there(address: str, error: Exception) -> UsageError:
         f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or give "
         "--address HOST:PORT or local"
     )
+
+
+def _keeping_signals(work: Callable[[], object]) -> None:
+    """Do it here, and put back the handler of SIGTERM that Ray replaces. In a thread that ends, Ray's own
+    processes would end with it (PR_SET_PDEATHSIG is of the thread that started them)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        work()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interruptibly(work: Callable[[], object]) -> None:
