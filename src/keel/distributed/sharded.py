@@ -96,7 +96,8 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give each rank its parts of the first one's weights, which are sent whole, one at a time."""
+    """Give each rank its parts of the first one's weights; it gets nothing else. weights: by name, whole; on
+    the other ranks without numbers."""
     cut: dict[str, Any] = dict(model.named_parameters())
     if cut.keys() != weights.keys():
         raise AssertionError("the names of weights change when they are cut")
@@ -107,19 +108,36 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module._parameters, attribute))
-
-    def place(path: group.Path, whole: Tensor) -> Tensor:
-        """On the first rank it was cut where it stood."""
-        like = cut[path[0]]
-        return whole.new_empty(0) if group.is_first() else _part(whole.to(device), like, device)
-
-    parts = group.from_first(lambda: weights, place)
     for name, parameter in cut.items():
-        if not group.is_first():
-            filled = nn.Parameter(parts[name], requires_grad=parameter.requires_grad)
-            for parameters, attribute in places[id(parameter)]:
-                parameters[attribute] = filled
+        if group.is_first():  # it was cut where it stood
+            _deal_out(weights[name], parameter.placements[0].dim)
+            continue
+        filled = nn.Parameter(_dealt(parameter, device), requires_grad=parameter.requires_grad)
+        for parameters, attribute in places[id(parameter)]:
+            parameters[attribute] = filled
     model.to(device)  # FSDP2 looks at the new tensors; buffers of the first rank's come from the CPU
+
+
+def _deal_out(whole: Tensor, dim: int) -> None:
+    """Send the other ranks their parts of a tensor, cut as `torch.chunk` does: the last may have none."""
+    for number, part in enumerate(whole.chunk(group.size(), dim)):
+        if number and part.numel():
+            with group.talking():
+                torch.distributed.send(part.cpu().contiguous(), number)
+
+
+def _dealt(like: Any, device: torch.device) -> Tensor:
+    """This rank's part of a tensor that has no numbers here yet."""
+    from torch.distributed.tensor import DTensor
+
+    part = torch.empty(like.to_local().shape, dtype=like.dtype)
+    if part.numel():
+        with group.talking():
+            torch.distributed.recv(part, 0)
+    return DTensor.from_local(
+        part.to(device), like.device_mesh, like.placements, run_check=False, shape=like.shape,
+        stride=like.stride(),
+    )  # fmt: skip
 
 
 def is_cut(model: Any) -> bool:
@@ -258,12 +276,12 @@ def placing(models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.opti
     return place
 
 
-def _part(tensor: Tensor, like: Any, device: torch.device | None = None) -> Tensor:
+def _part(tensor: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
         return tensor
-    there = tensor.to(device or like.device)
+    there = tensor.to(like.device)
     part = distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
     return part.clone()  # no view, which would keep the whole
 
