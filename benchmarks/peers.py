@@ -11,7 +11,8 @@ pairs. Prompts have 32 tokens, responses 64; in grpo and ppo the chance of the e
 (dpo), each step is charged its share of that. A step is 64 rows, pairs or episodes, 16 at a time (ppo: an
 update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for a machine with fast bfloat16
 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the peak of
-the process above what is resident after everything is imported.
+the process above what is resident after everything is imported. The floor is what keel's step needs at least
+on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same work.
 
 On CUDA (`--device cuda`, with `--size half` for 0.5 B parameters; `gpu.py` does both) the two sides multiply
 in bfloat16, keel by `dtype: auto` and TRL by its `bf16`, and memory is the peak of what torch had allocated
@@ -226,9 +227,20 @@ def of_keel(kind: str, folder: Path, device: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         progress = lambda *step: ends.append(now(device))  # noqa: E731
         config = parse(keel_config(kind, folder, device))
-        Pipeline(config, Path(temporary), say=say, progress=progress).run()
+        pipeline = Pipeline(config, Path(temporary), say=say, progress=progress)
+        pipeline.run()
+        least = floor(pipeline.stage_directory(next(iter(config.stages))) / "times.jsonl")
     reading = sum(ends[0] - mark for mark in marks)
-    report(ends, before, device, reading * BATCH / ROWS)
+    report(ends, before, device, reading * BATCH / ROWS, least)
+
+
+def floor(times: Path) -> float:
+    """Seconds that a step needs at least on this machine: of all phases arithmetic at the speed of large
+    matrix products, or bytes at the speed of memory, whichever is longer (docs/speed.md). The median of the
+    steps."""
+    rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
+    phases = [name.partition("/")[0] for name in rows[-1] if name.endswith("/roofline")]
+    return statistics.median(sum(row[p] * row[f"{p}/roofline"] for p in phases) for row in rows[1:])
 
 
 # ---------------------------------------------------------------- the peers' side
@@ -356,7 +368,7 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def report(ends: list[float], before: float, device: str, more: float = 0.0) -> None:
+def report(ends: list[float], before: float, device: str, more: float = 0.0, least: float = 0.0) -> None:
     """One line of JSON. The first step is the warm-up: its time is not counted. more: what each step owes to
     work that was done before the first (with the warm-up's own time in it, so that it is too much rather than
     too little)."""
@@ -365,7 +377,7 @@ def report(ends: list[float], before: float, device: str, more: float = 0.0) -> 
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1) + more
     on_cpu = device == "cpu"
     memory = resident("VmHWM") - before if on_cpu else torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({"seconds": seconds, "memory": memory, "steps": len(ends)}))
+    print(json.dumps({"seconds": seconds, "memory": memory, "floor": least, "steps": len(ends)}))
 
 
 def measured(
@@ -405,7 +417,8 @@ def measured(
 
 def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
     """A line a kind: both sides, in turn, and their ratios."""
-    print(f"{'':<10}{'TRL, s':>9}{'keel, s':>9}{'ratio':>8}   {'TRL, MiB':>9}{'keel, MiB':>10}{'ratio':>8}")
+    titles = f"{'':<10}{'TRL, s':>9}{'keel, s':>9}{'ratio':>8}{'floor, s':>10}"
+    print(f"{titles}   {'TRL, MiB':>9}{'keel, MiB':>10}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as temporary:
         prepare(Path(temporary), settings.size)
         for kind in kinds:
@@ -418,7 +431,9 @@ def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
                 )
                 for _ in range(settings.pairs)
             ]
-            print(f"{kind:<10}{_row(pairs, 'seconds', 2)}   {_row(pairs, 'memory', 0)}", flush=True)
+            least = statistics.median(ours["floor"] for _, ours in pairs)
+            seconds = f"{_row(pairs, 'seconds', 2)}{least:>10.2f}"
+            print(f"{kind:<10}{seconds}   {_row(pairs, 'memory', 0)}", flush=True)
 
 
 def main() -> None:

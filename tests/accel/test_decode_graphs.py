@@ -29,8 +29,9 @@ from keel.accel.kv_slots import Slots
 from keel.algorithms.masked import token_logp
 from keel.models import precision
 from keel.models.lora import Adapters, add_adapters
-from keel.rollout import engine
-from keel.rollout.engine import TokenCount, generate
+from keel.rollout import stream
+from keel.rollout.engine import KeelEngine, TokenCount, generate
+from keel.rollout.protocol import GenerationRequest, NextTurn
 from keel.types import Completion, Sampling
 
 EOS, PAD, NEVER = 1, 0, 10**6
@@ -185,12 +186,36 @@ def test_a_cache_that_is_shifted_when_it_is_full_and_when_most_of_it_is_behind(
         close_up(slots)
 
     monkeypatch.setattr(Slots, "close_up", watched)
-    monkeypatch.setattr(engine, "SPARE_COLUMNS", 1)
+    monkeypatch.setattr(stream, "SPARE_COLUMNS", 1)
     model, options = tiny(), {"tokens": 40, "batch_size": 3, "temperature": 2.0, "stop_ids": [20]}
     recorded = sampled(model, PROMPTS * 3, **options)
     assert {True, False} == set(shifts)
     recorder.off()
     assert_same(recorded, sampled(model, PROMPTS * 3, **options))
+
+
+def test_conversations_go_on_in_recorded_steps(recorder: Recorder) -> None:
+    """Whose cache is the steps' own: what a row keeps is a copy."""
+    model = tiny()
+
+    def talk() -> list[Any]:
+        found: list[Any] = []
+
+        def answer(row: int, turn: Any) -> NextTurn | None:
+            found.append((row, turn.ids))
+            whole = (*turn.prompt_ids, *turn.ids, *range(30, 31 + turn.ids[0] % 7))
+            left = 44 - (len(whole) - len(PROMPTS[row]))
+            return NextTurn(whole, left) if left > 0 else None
+
+        asked = GenerationRequest(PROMPTS, Sampling(max_new_tokens=44, temperature=2.0), STOPS, 0, 3)
+        KeelEngine(model, batch_size=4).converse(asked, answer)
+        return found
+
+    recorded = talk()
+    assert recorder.shapes
+    recorder.off()
+    assert recorded == talk()
+    assert len(recorded) > 2 * len(PROMPTS)
 
 
 def test_shapes_are_few_and_depend_on_the_call_alone(recorder: Recorder) -> None:

@@ -34,11 +34,11 @@ def decoded_otherwise(
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
         )
         with disabled():
-            theirs = _own_logits(model, sequences, device)
+            theirs = own_logits(model, sequences, device)
         slots = Slots(len(sequences), columns, device, torch.bfloat16 if half else None)
         step = make_step(slots, columns)
         with disabled():
-            cache = _prompts_read(model, prompts, device)
+            cache = prompts_read(model, prompts, device)
         if not slots.admit(cache, [*map(len, prompts)], range(len(prompts))):
             return "it keeps no keys and values for each position"
         rows = [*range(len(sequences))]
@@ -62,18 +62,20 @@ def precision_of(model: nn.Module) -> tuple[object, ...]:
     return weight.dtype, weight.device, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _own_logits(model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Of each sequence, (STEPS, V) behind its last tokens. They are padded on the right: causal attention
+def own_logits(
+    model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device, steps: int = STEPS
+) -> list[Tensor]:
+    """Of each sequence, (steps, V) behind its last tokens. They are padded on the right: causal attention
     needs no mask."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in sequences], device=device)
-    behind = [longest - len(row) + STEPS for row in sequences]  # from a row's first of them to the end
+    behind = [longest - len(row) + steps for row in sequences]  # from a row's first of them to the end
     logits = model(input_ids=ids, use_cache=False, **logits_of_last(model, max(behind))).logits
     ends = [logits.shape[1] - count for count in behind]
-    return [row[end : end + STEPS] for row, end in zip(logits, ends, strict=True)]
+    return [row[end : end + steps] for row, end in zip(logits, ends, strict=True)]
 
 
-def _prompts_read(model: nn.Module, prompts: list[tuple[int, ...]], device: torch.device) -> DynamicCache:
+def prompts_read(model: nn.Module, prompts: Sequence[tuple[int, ...]], device: torch.device) -> DynamicCache:
     """Keys and values of the prompts, padded on the left, as transformers keeps them."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[*[0] * (longest - len(row)), *row] for row in prompts], device=device)

@@ -102,6 +102,13 @@ PATCHES: Mapping[str, Patch] = {
             "transformers' continuous batching runs on the CPU, with one's own sampling",
         ),
         Patch(
+            "kept_turns",
+            "keel.accel.kept_turns",
+            "reading a conversation again at each turn, by the keys and values of what was read before",
+            "at first use: logits of rows of several lengths that left their slots and went on",
+            "transformers' continuous batching takes what it has read, with one's own sampling",
+        ),
+        Patch(
             "own_cache",
             "keel.accel.own_cache",
             "a whole forward for each token, by the cache that a model makes itself, where it has no slots",

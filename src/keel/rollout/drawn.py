@@ -84,6 +84,24 @@ class Drawn:
             self.hidden = last.new_zeros(*self.tokens.shape, last.shape[-1])
         self.hidden[where] = last
 
+    def completion(self, row: int, prompt: Sequence[int], length: int) -> Completion:
+        """Of a row that has ended, with `length` tokens."""
+        ids, logp = self.tokens[row, :length].tolist(), self.logps[row, :length].tolist()
+        stops = self.stop_ids.tolist()
+        reason: StopReason = "length"
+        stop = ""
+        if ids[-1] in stops:
+            reason = "eos" if ids[-1] == stops[0] else "stop"
+        elif row in self.ends:
+            reason, stop = "stop", self.ends[row][1]
+        hidden = None if self.hidden is None else self.hidden[row, :length].clone()
+        return Completion(tuple(prompt), tuple(ids), reason, tuple(logp), stop, hidden)
+
+    def forget(self, row: int) -> None:
+        """A row draws anew."""
+        self.ends.pop(row, None)
+        self.tokens[row] = 0
+
 
 def last_given(seen: list[Tensor], source: Tensor | None = None) -> Tensor:
     """(n, d) what the head was given at the last position of each row, or of the rows `source`; the list is

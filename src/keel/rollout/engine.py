@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keel.accel import decode_graphs, decode_static, decode_step, own_cache
-from keel.accel.kv_slots import Slots
-from keel.accel.last_layer import last_layer_at
-from keel.accel.modules import evaluating, logits_of_last, with_cache
+from keel.accel import decode_graphs, decode_step, kept_turns, own_cache
+from keel.accel.modules import evaluating
 from keel.data.batches import pairs_of
 from keel.data.chat import own_text, reply_text
 from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
-from keel.models.precision import autocast_on, computing, keep_bf16_copies
+from keel.models.precision import computing, keep_bf16_copies
 from keel.rollout import even_rows, reference_engine
-from keel.rollout.drawn import Asked, Drawn, completions_of, last_given, limits_of
-from keel.rollout.protocol import GenerationRequest, Rows, TokenCount
-from keel.rollout.sampling import check_context, pick, uniform_draws
+from keel.rollout.drawn import Asked, limits_of
+from keel.rollout.protocol import Answer, GenerationRequest, Rows, TokenCount
+from keel.rollout.rounds import in_rounds
+from keel.rollout.sampling import check_context, uniform_draws
+from keel.rollout.stream import Stream, Turns
 from keel.types import Completion, Sampling
-
-SPARE_COLUMNS = (
-    32  # of the cache, beyond the longest sequence: a shift to the left is due after as many steps
-)
 
 
 class KeelEngine:
@@ -47,6 +42,22 @@ class KeelEngine:
             seed=request.seed, stop_texts=request.stop_texts, batch_size=self.batch_size,
             hidden=request.keep_head_inputs, work=count, rows=request.rows, limits=request.limits,
         )  # fmt: skip
+
+    def converse(self, request: GenerationRequest, answer: Answer, count: TokenCount | None = None) -> None:
+        """As of `TakesTurns`: a row that is answered takes a slot again, and what it has read stays read. In
+        rounds where the model keeps something else than keys and values of each position."""
+        work = count or TokenCount()
+        with _opened(self.model, request, work) as (asked, steps):
+            slots = way_of(self.model, asked.longest) == "slots"
+            if slots and kept_turns.fits(self.model, asked.longest):
+                turns = Turns(asked, request, answer)
+                Stream(asked, self.batch_size, steps, turns).run()
+                lengths = [(len(p), len(whole) - 1) for p, whole in zip(request.prompts, turns.whole)]
+                work.useful += sum(map(len, {tuple(prompt) for prompt in request.prompts}))
+                work.useful += sum(whole - prompt for prompt, whole in lengths)
+                work.pairs += sum(pairs_of(whole) - pairs_of(prompt) for prompt, whole in lengths)
+                return
+        in_rounds(self, request, answer, count)
 
 
 def generate(
@@ -76,10 +87,27 @@ def generate(
     a prompt and its response cannot
     fit the context, or the model's forward fails.
     """
-    check_context(model, prompts, sampling, limits)
-    draws = uniform_draws(len(prompts), sampling, seed, rows)
+    request = GenerationRequest(
+        prompts, sampling, stop_ids, pad_id, seed, stop_texts, hidden, limits, rows
+    )  # fmt: skip
+    work = work or TokenCount()
+    with _opened(model, request, work) as (asked, steps):
+        done = _sampled(asked, batch_size, steps)
+    work.useful += sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(len(c.ids) - 1 for c in done)
+    lengths = [(len(c.prompt_ids), len(c.prompt_ids) + len(c.ids) - 1) for c in done]
+    work.pairs += sum(pairs_of(whole) - pairs_of(prompt) for prompt, whole in lengths)
+    return done
+
+
+@contextmanager
+def _opened(
+    model: PreTrainedModel, request: GenerationRequest, work: TokenCount
+) -> Iterator[tuple[Asked, decode_graphs.Captured | None]]:
+    """What every way to sample works on, and recorded steps; within it the model samples."""
+    check_context(model, request.prompts, request.sampling, request.limits)
+    draws = uniform_draws(len(request.prompts), request.sampling, request.seed, request.rows)
     device = next(model.parameters()).device
-    head = head_of(model) if hidden else None
+    head = head_of(model) if request.keep_head_inputs else None
     looking = nullcontext() if head is None else capture_head_input(head)
     with (
         evaluating(model),
@@ -89,15 +117,15 @@ def generate(
         looking as seen,
         decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
     ):
-        work = work or TokenCount()
         draws = draws.to(device)
-        most = limits_of(limits, draws)
-        asked = Asked(model, prompts, draws, sampling, stop_ids, stop_texts, pad_id, seen, work, most)
-        done = _sampled(asked, batch_size, steps)
-    work.useful += sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(len(c.ids) - 1 for c in done)
-    lengths = [(len(c.prompt_ids), len(c.prompt_ids) + len(c.ids) - 1) for c in done]
-    work.pairs += sum(pairs_of(whole) - pairs_of(prompt) for prompt, whole in lengths)
-    return done
+        most = limits_of(request.limits, draws)
+        yield (
+            Asked(
+                model, request.prompts, draws, request.sampling, request.stop_ids, request.stop_texts,
+                request.pad_id, seen, work, most,
+            ),
+            steps,
+        )  # fmt: skip
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
@@ -130,95 +158,5 @@ def _sampled(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None
     if way == "whole forwards":
         return reference_engine.sample(asked)
     if way == "slots":
-        return _stream(asked, batch_size, steps)
+        return Stream(asked, batch_size, steps).run()
     return even_rows.sample(asked, batch_size if way == "own cache" else 1)
-
-
-def _stream(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None) -> list[Completion]:
-    """All prompts through the slots. steps: the recorded ones."""
-    model, prompts, sampling, draws = asked.model, asked.prompts, asked.sampling, asked.draws
-    device, longest, seen = draws.device, asked.longest, asked.seen
-    # transformers' own cache makes float32 of the values where the rotated keys are
-    kept = torch.bfloat16 if autocast_on(model, device) else None
-    slots = Slots(min(batch_size, len(prompts)), longest + SPARE_COLUMNS, device, kept)
-    if steps is not None:
-        forward = decode_graphs.Step(model, steps, slots, longest, seen)
-    else:
-        forward = decode_step.Step(model, longest) if decode_step.fits(model) else None
-    drawn = Drawn.open(draws, asked.stop_ids, asked.stop_texts)
-    # of similar length, so that little is padded; equal ones side by side, so that they are read once
-    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
-    rows = newest = made = torch.zeros(
-        0, dtype=torch.long, device=device
-    )  # (n,) by slot: prompt, token, how many
-    while waiting or len(slots):
-        # 1. waiting prompts take free slots, several at a time
-        free = slots.capacity - len(slots)
-        if waiting and (not len(slots) or free >= max(1, slots.capacity // 8)):
-            fresh, waiting = waiting[:free], waiting[free:]
-            new = [tuple(prompts[i]) for i in fresh]
-            logits, source = _read(model, new, slots, asked.pad_id)
-            asked.work.computed += len(set(new)) * max(map(len, new))
-            asked.work.passes += 1
-            rows = torch.cat([rows, torch.tensor(fresh, device=device)])
-            newest, made = (torch.cat([x, x.new_zeros(len(fresh))]) for x in (newest, made))
-        # 2. or every row takes a step
-        else:
-            fresh = ()
-            slots.make_room()
-            asked.work.computed += decode_static.rows_of(slots) if steps else len(slots)
-            asked.work.passes += 1
-            logits, source = forward(newest, slots) if forward else _step(model, newest, slots), None
-            slots.step()
-        # 3. a token each
-        part = slice(len(rows) - len(fresh), None) if fresh else slice(None)
-        chosen, logp = pick(logits, draws[rows[part], made[part]], sampling)
-        drawn.put((rows[part], made[part]), chosen, logp, last_given(seen, source) if seen else None)
-        newest, made = newest.clone(), made.clone()
-        newest[part] = chosen
-        made[part] += 1
-        # 4. rows that have ended leave
-        going = (made < asked.limits[rows]) & ~drawn.ended(rows, newest, made, part)
-        if not bool(going.all()):
-            order = slots.keep(going)
-            rows, newest, made = rows[order], newest[order], made[order]
-    return completions_of(prompts, drawn, asked.limits)
-
-
-def _read(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits
-    of their first tokens, and (n,) which of the distinct prompts each has."""
-    distinct = list(dict.fromkeys(prompts))
-    where = {prompt: i for i, prompt in enumerate(distinct)}
-    lengths = [len(prompt) for prompt in distinct]
-    width, device = max(lengths), slots.starts.device
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in distinct], device=device)
-    own = (
-        torch.arange(width, device=device)[None, :]
-        >= torch.tensor([width - n for n in lengths], device=device)[:, None]
-    )
-    cache = DynamicCache()
-    last = torch.arange(width - 1, len(distinct) * width, width, device=device)
-    with last_layer_at(model, last, ids.shape):
-        output = model(
-            input_ids=ids, attention_mask=own.long(), position_ids=(own.cumsum(1) - 1).clamp(min=0),
-            **with_cache(model, cache), **logits_of_last(model),
-        )  # fmt: skip
-    source = [where[prompt] for prompt in prompts]
-    index = torch.tensor(source, device=device)
-    if not slots.admit(cache, lengths, source):
-        raise RuntimeError("the cache has no keys and values for each position, as it had when it was tried")
-    return output.logits[:, -1][index], index
-
-
-def _step(model: PreTrainedModel, newest: Tensor, slots: Slots) -> Tensor:
-    """(n,) newest tokens → (n, V) logits, by the model's own forward."""
-    mask = slots.mask()
-    return model(
-        input_ids=newest[:, None],
-        attention_mask=None if mask is None else mask.long(),
-        position_ids=slots.positions[:, None],
-        **with_cache(model, slots.cache),
-    ).logits[:, -1]

@@ -4,10 +4,10 @@ An episode is one stream of tokens. What the model wrote stays as it was sampled
 stand the tokens in which the chat template shows what tools answered and begins the next turn. Nothing is
 decoded and tokenised again. Only the model's own tokens are trained.
 
-Episodes go in rounds: all whose turn it is are sampled together, by one request to the engine; those that
-call leave it, their tools run one after the other, and the next round takes them up again. What that costs:
-each turn reads its episode so far again, which k turns do k times (no keys and values are kept between
-rounds), and a round waits for its longest turn.
+An episode whose turn has ended leaves its slot in the engine, its tools run, one after the other, and it
+takes the next slot that is free; what it has read stays read. Engines that cannot do that play in rounds
+(`rollout.rounds`): all whose turn it is are one request, each turn reads its episode so far again, and a
+round waits for its longest turn. The tokens are the same.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from keel.data import chat
-from keel.data.batches import derive_seed
 from keel.data.chat import Call, Said, ToolTemplate
-from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount, check_completions
+from keel.rollout.protocol import Engine, GenerationRequest, NextTurn, Rows, TakesTurns, TokenCount
+from keel.rollout.rounds import in_rounds
 from keel.rollout.tools import Caller, Tool, reward_of, text_of_error, text_of_result
 from keel.types import Completion, Dialogue, Message, Sampling, StopReason
 
@@ -122,33 +122,39 @@ class Player:
 
         RewardError where `get_reward` fails or too many tools are stuck, UsageError where the engine returns
         something else than was asked of it."""
-        turn, all_rows = 0, rows or Rows(range(len(episodes)), len(episodes))
-        number_of = dict(zip(map(id, episodes), all_rows.numbers, strict=True))
-        while waiting := [episode for episode in episodes if episode.stop_reason is None]:
-            # 1. those whose turn it is go on, each within what is left to it
-            limits = [sampling.max_new_tokens - len(episode.ids) for episode in waiting]
-            request = GenerationRequest.of(
-                self.tokenizer, [(*episode.prompt_ids, *episode.ids) for episode in waiting], sampling,
-                derive_seed(seed, "turn", turn) if turn else seed, keep_head_inputs=keep_head_inputs,
-                rows=Rows([number_of[id(episode)] for episode in waiting], all_rows.of), limits=limits,
-            )  # fmt: skip
-            completions = engine.generate(request, count)
-            check_completions(self.engine_name, request, completions)
-            # 2. tools answer, or the episode is over
-            turn += 1
-            for episode, completion, limit in zip(waiting, completions, limits, strict=True):
-                before = (*episode.prompt_ids, *episode.ids)
-                episode.says(completion, limit)
-                said = self._said(episode, before, completion.ids[:limit])
-                episode.turns.append(said.message())
-                self._answered(episode, said, turn, sampling.max_new_tokens)
-                if self.rules.by_turn:
-                    episode.turn_rewards.append(self._reward(episode))
+        most = sampling.max_new_tokens
+        request = GenerationRequest.of(
+            self.tokenizer, [episode.prompt_ids for episode in episodes], sampling, seed,
+            keep_head_inputs=keep_head_inputs, limits=[most] * len(episodes),
+            rows=rows or Rows(range(len(episodes)), len(episodes)),
+        )  # fmt: skip
+
+        def answer(number: int, turn: Completion) -> NextTurn | None:
+            episode = episodes[number]
+            self._taken(episode, turn, most)
+            if episode.stop_reason is not None:
+                return None
+            return NextTurn((*episode.prompt_ids, *episode.ids), most - len(episode.ids))
+
+        if isinstance(engine, TakesTurns):
+            engine.converse(request, answer, count)
+        else:
+            in_rounds(engine, request, answer, count, name=self.engine_name)
         for episode in episodes:
             if self.rules.reward:
                 last = episode.turn_rewards[-1:]
                 episode.reward = last[0] if last else self._reward(episode)
         return [episode.completion() for episode in episodes]
+
+    def _taken(self, episode: Episode, turn: Completion, most: int) -> None:
+        """A turn of the model; tools answer it, or the episode is over. most: tokens of an episode."""
+        before, limit = (*episode.prompt_ids, *episode.ids), most - len(episode.ids)
+        episode.says(turn, limit)
+        said = self._said(episode, before, turn.ids[:limit])
+        episode.turns.append(said.message())
+        self._answered(episode, said, len(episode.ends), most)
+        if self.rules.by_turn:
+            episode.turn_rewards.append(self._reward(episode))
 
     def _said(self, episode: Episode, before: Sequence[int], ids: Sequence[int]) -> Said:
         """What a turn says, without the token or the string that ended it. Calls are read before that is cut

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
 from keel.data import chat
+from keel.data.batches import derive_seed
 from keel.data.stops import StopTexts, stop_texts
 from keel.errors import UsageError
 from keel.models.tokenizer import known_ids
@@ -92,6 +93,37 @@ class Engine(Protocol):
         without it the trainer computes log π_old itself. count: what the engine knows of its work is added.
         UsageError where a prompt and its response do not fit the model's context.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NextTurn:
+    """How a row goes on after a response."""
+
+    prompt: Sequence[int]  # all tokens so far: the prompt before, the response, and what was put behind it
+    limit: int  # the most tokens of the next response; with the prompt no more than the row began with
+
+
+# (which row of a request, its response) → how it goes on; None: it is over
+Answer = Callable[[int, Completion], NextTurn | None]
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of what rows draw in their turn number `turn`, from 0. A row draws its own numbers in each,
+    whatever else is sampled with it and when."""
+    return derive_seed(seed, "turn", turn) if turn else seed
+
+
+@runtime_checkable
+class TakesTurns(Engine, Protocol):
+    """An engine that goes on with a row where it stopped."""
+
+    def converse(self, request: GenerationRequest, answer: Answer, count: TokenCount | None = None) -> None:
+        """Responses to the prompts, each given to `answer` as soon as it has ended, and the responses to what
+        it says; until it has said None of every row. As `rollout.rounds.in_rounds` says it, up to the order
+        of different rows and rounding.
+
+        Raises what `answer` raises."""
         ...
 
 
