@@ -207,9 +207,12 @@ def test_torchrun_starts_the_ranks_as_well(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert differences(undisturbed, tmp_path / "tiny") == ["config.yaml"]
+    # as torchrun starts it: its own parser refuses --nproc, of which it has longer forms
+    keel_run = [sys.executable, "-m", "keel", "run", str(config), "--runs", str(tmp_path), "--nproc", "2"]
     twice = subprocess.run(
-        [*command, "--nproc", "2"], env=environment, capture_output=True, text=True, timeout=240
-    )
+        keel_run, env={**environment, "RANK": "0", "WORLD_SIZE": "2"}, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
     assert twice.returncode != 0
     assert "--nproc has no effect under torchrun" in twice.stderr
 
