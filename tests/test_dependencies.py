@@ -26,6 +26,8 @@ ROOMS = {  # rooms, and files of commands, that need extras
     "feedback": ("label",),
     "dashboard": ("dashboard",),
     "cli/dashboard.py": ("dashboard",),
+    "distributed/on_ray.py": ("ray",),
+    "distributed/ray_cluster.py": ("ray",),
     "worlds/gym_process.py": ("gym",),
     "trackers": ("trackio", "wandb", "tensorboard", "mlflow"),
 }
@@ -35,7 +37,7 @@ def _declared(name: str = "dependencies") -> set[str]:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(rf"^{name} = \[(.*?)\]$", project, re.DOTALL | re.MULTILINE)
     assert listed
-    return set(re.findall(r'"([\w-]+)[<>=]', listed[1]))
+    return set(re.findall(r'"([\w-]+)(?:\[[\w,-]+\])?[<>=]', listed[1]))
 
 
 def _needed(node: ast.AST) -> Iterator[ast.AST]:

@@ -36,6 +36,8 @@ def healthy(update: int, noise: random.Random) -> dict[str, float]:
         "rollout/repetition": 0.06 + noise.gauss(0, 0.01),
         "rollout/length_correlation": 0.3 + noise.gauss(0, 0.15),
         "rollout/sampler_drift": 2e-7,
+        "rollout/staleness_kl": max(0.0, noise.gauss(0.02, 0.01)),
+        "rollout/importance_capped": max(0.0, noise.gauss(0.01, 0.01)),
         "frac_reward_zero_std": min(1.0, max(0.0, 0.5 + 0.2 * rise + noise.gauss(0, 0.1))),
     }
     if update % 5 == 0:
@@ -113,6 +115,10 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
     ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 2e-3}, Conditions(same_numbers=True)),
     ("sampler_disagrees", "act", {"rollout/sampler_drift": lambda u: 0.11}, Conditions(near_numbers=True)),
     ("sampler_disagrees", "warn", {"rollout/sampler_drift": lambda u: 0.03}, Conditions(near_numbers=True)),
+    ("stale_samples", "warn", {"rollout/staleness_kl": after(30, 0.02, 0.15)}, Conditions()),
+    ("stale_samples", "act", {"rollout/staleness_kl": after(30, 0.02, 0.6)}, Conditions()),
+    ("stale_samples", "warn", {"rollout/importance_capped": after(30, 0.01, 0.15)}, Conditions()),
+    ("stale_samples", "act", {"rollout/importance_capped": after(30, 0.01, 0.4)}, Conditions()),
     (
         "reward_implausible",
         "warn",

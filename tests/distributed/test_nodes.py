@@ -204,10 +204,10 @@ def test_the_store_listens_where_the_other_ranks_are_and_nowhere_else(
             row[1].rpartition(":")[0] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"
         ]
 
-    store = launch._store(None)
+    store = launch.hold_store(None)
     assert listens_at(store.port) == ["0100007F"]
     with pytest.raises(UsageError, match=r"cannot be listened at .* choose another"):
-        launch._store(Node(0, 2, "127.0.0.1", store.port))
+        launch.hold_store(Node(0, 2, "127.0.0.1", store.port))
     # a name that leads to the loopback interface here leads others to another one
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
     elsewhere = launch._listening(Node(0, 2, "node-a", 1024 + store.port % 60000))

@@ -381,6 +381,34 @@ def test_samples_of_a_prompt_are_planned_to_share_it_as_far_as_they_share_a_mini
     assert mini == few  # drawn at random from 16, all 4 may be of different prompts
 
 
+def test_rows_of_a_pretraining_mix_and_demonstrations_are_planned_as_long_as_they_are(
+    plan: Any, data: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Not as long as the samples beside which they are learned from."""
+    (tmp_path / "long.jsonl").write_text(4 * (json.dumps({"text": "the cat is red, so " * 6}) + "\n"))
+    row = {"prompt": "the", "completion": " cat is red, so" * 6}
+    (tmp_path / "replies.jsonl").write_text(4 * (json.dumps(row) + "\n"))
+    common = {
+        "model": str(tiny_model), "data": str(data.prompts), "batch_size": 8, "mini_batch": 4,
+        "sampling": {"max_new_tokens": 3},
+    }  # fmt: skip
+    ppo = {"kind": "ppo", "reward": {"kind": "length", "low": 1, "high": 9}, **common}
+    distill = {"kind": "distill", "teacher": str(tiny_model), **common}
+    planned = plan(
+        short={**ppo, "ptx": {"data": str(data.text), "batch_size": 4}},
+        long={**ppo, "ptx": {"data": str(tmp_path / "long.jsonl"), "batch_size": 4}},
+        own=distill,
+        taught={**distill, "demonstrations": {"data": str(tmp_path / "replies.jsonl"), "share": 0.5}},
+    )
+
+    def activations(name: str, phase: str) -> float:
+        return planned[name]["memory"]["phases"][phase]["policy"]["activations"]
+
+    assert activations("long", "ptx") > 2 * activations("short", "ptx")
+    assert activations("long", "train") == activations("short", "train")
+    assert activations("taught", "train") > 2 * activations("own", "train")
+
+
 def test_no_row_takes_more_than_the_one_that_is_planned_for():
     rows = [Lengths(90, 10, 5), Lengths(0, 60, 60), Lengths(20, 70, 1)]
     assert Lengths.of_all(rows) == Lengths(30, 70, 60)

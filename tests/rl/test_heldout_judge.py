@@ -9,7 +9,8 @@ import pytest
 
 from keel.config import parse
 from keel.diagnosis.logs import lines
-from keel.errors import DataError, UsageError
+from keel.errors import DataError, EngineError, UsageError
+from keel.rl import loop, rollout
 
 
 def stage(data: Any, tiny_model: Path, tiny_reward: Path, **settings: Any) -> dict[str, Any]:
@@ -96,3 +97,34 @@ def test_short_forms():
     assert ppo(judge="other", eval_every=1).judge.reward[0].model == "other"
     assert ppo(judge=["other", {"kind": "length", "high": 9}], eval_every=1).judge.reward[1].kind == "length"
     assert ("reward", "other") in ppo(judge="other", eval_every=1).references()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"rollout": {"ahead": 1}, "importance_cap": 2.0}])
+def test_a_judge_that_fails_costs_no_update_and_is_asked_again(
+    more: dict[str, Any], data: Any, tiny_model: Path, tiny_reward: Path, run: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, differences: Any,
+) -> None:  # fmt: skip
+    """What the update learned is kept, although no checkpoint was due; the end is that of a run in which
+    nothing failed."""
+    judge = {"kind": "length", "high": 2, "slack": 4}
+    held = {"eval_data": {"source": str(data.prompts), "rows": 4}, "eval_every": 2, "patience": 2}
+    config = stage(data, tiny_model, tiny_reward, judge=judge, save_every=10, **held, **more)
+    run(config, tmp_path / "whole")
+    evaluate, calls = rollout.evaluate, list[int]()
+
+    def failing(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:  # after update 2; the first is what the stage starts from
+            raise EngineError("the judge's server is gone")
+        return evaluate(*given)
+
+    monkeypatch.setattr(rollout, "evaluate", failing)
+    with pytest.raises(EngineError, match="server is gone"):
+        run(config, tmp_path / "cut")
+    assert len(lines(tmp_path / "cut" / "stages" / "ppo" / "metrics.jsonl")) == 2  # steps 0 and 1
+    learned, updates = loop.learn, list[int]()
+    monkeypatch.setattr(loop, "learn", lambda *given: updates.append(given[3]) or learned(*given))
+    run(config, tmp_path / "cut")
+    assert updates == [3, 4]
+    assert differences(tmp_path / "whole", tmp_path / "cut") == []

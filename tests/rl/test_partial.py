@@ -14,7 +14,7 @@ import torch
 
 from keel.config import parse
 from keel.data.stops import stop_texts
-from keel.errors import UsageError
+from keel.errors import EngineError, RewardError, UsageError
 from keel.rl import loop, partial, rollout
 from keel.types import Completion
 
@@ -133,6 +133,32 @@ def test_a_run_that_was_cut_off_goes_on_with_what_was_on_its_way(
         with pytest.raises(KeyboardInterrupt):
             trained("cut")
     cut, _ = trained("cut")
+    assert differences(whole.parent.parent, cut.parent.parent) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["reward", "engine"])
+def test_what_fails_in_an_update_loses_no_response(
+    fails: str, trained: Any, monkeypatch: pytest.MonkeyPatch, differences: Callable[[Path, Path], list[str]]
+) -> None:
+    """Neither those that had ended when a reward failed, nor the order in which others are begun when an
+    engine did."""
+    whole, _ = trained("whole", save_every=10)
+    calls, where, name = 0, *((loop, "collect") if fails == "reward" else (rollout, "completed"))
+    original, error = getattr(where, name), RewardError if fails == "reward" else EngineError
+
+    def failing(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error("not now")
+        return original(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, failing)
+        with pytest.raises(error, match="not now"):
+            trained("cut", save_every=10)
+    cut, _ = trained("cut", save_every=10)
     assert differences(whole.parent.parent, cut.parent.parent) == []
 
 

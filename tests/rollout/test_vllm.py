@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from keel.cli import engine as engine_command
 from keel.cli import main
 from keel.config import parse
 from keel.errors import EngineError, UsageError
@@ -799,3 +800,25 @@ def test_what_a_machine_lacks_is_said_before_anything_runs(
     for rollout, said in (({"engine": "vllm"}, "keel engine install vllm"), (away, "KEEL_TEST_KEY")):
         with pytest.raises(UsageError, match=said):
             run({"stages": {"judge": stage | {"rollout": rollout}}}, tmp_path / "run")
+
+
+def test_a_server_on_all_interfaces_is_named_as_others_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by 0.0.0.0, nor by a name that leads to the loopback interface."""
+    sockets = engine_command.socket
+    monkeypatch.setattr(sockets, "gethostname", lambda: "node-a")
+    monkeypatch.setattr(sockets, "gethostbyname", lambda name: "10.0.0.7")
+    assert engine_command.name_for_others() == "node-a"
+    monkeypatch.setattr(sockets, "gethostbyname", lambda name: "127.0.1.1")
+    outward = engine_command.name_for_others()
+    assert outward == "node-a" or not outward.startswith(("127.", "0."))  # the first without any network
+    socket_of = sockets.socket
+
+    class Outward(socket_of):
+        def connect(self, place: object) -> None:
+            """It is sent nowhere."""
+
+        def getsockname(self) -> tuple[str, int]:
+            return "10.0.0.8", 40000
+
+    monkeypatch.setattr(sockets, "socket", Outward)
+    assert engine_command.name_for_others() == "10.0.0.8"

@@ -53,7 +53,7 @@ def _worked(work: Callable[[], object]) -> int:
         if shown:
             traceback.print_exc()
         line, code = explain(error)
-        _say("lost" if isinstance(error, LostRankError) or _is_lost(error) else "own", line, code)
+        _say("lost" if isinstance(error, LostRankError) or is_lost(error) else "own", line, code)
         _forget_stdout()
         return code
     return 0
@@ -70,7 +70,7 @@ def _say(kind: records.Kind, line: str, code: int) -> None:
         os._exit(code)
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Whether what was raised inside torch says that another rank is gone. Without ranks nothing is
     imported."""
     if not records.place():
@@ -97,7 +97,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(refused or error), (refused or error).exit_code
     if (told := machine_faults.explain(error)) is not None:
         return str(told), told.exit_code
-    if _is_lost(error):
+    if is_lost(error):
         from keel.distributed import group
 
         return group.lost_words(error), 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import re
 import shlex
@@ -132,13 +134,26 @@ def _run(one: object, host: str, port: int) -> int:
     one.start()
     try:
         wait_until_ready(Wire(one.address, one.key or None), 3600.0, lambda: one.alive, lambda: "see above")
-        name = socket.gethostname() if host in ("0.0.0.0", "", "::") else reached_at(host)
+        name = name_for_others() if host in ("0.0.0.0", "", "::") else reached_at(host)
         say(f'rollout: {{engine: vllm, address: "http://{name}:{port}"}}')
         while one.alive:
             time.sleep(0.5)
         raise EngineError("the vLLM server ended; what it said stands above")
     finally:
         one.stop()
+
+
+def name_for_others() -> str:
+    """This machine, as another reaches it: its name where that leads to it, else the address that it speaks
+    to others from (no packet is sent)."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        if not ipaddress.ip_address(socket.gethostbyname(name)).is_loopback:
+            return name
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
+        outward.connect(("192.0.2.1", 9))  # an address of no machine (RFC 5737)
+        return outward.getsockname()[0]
+    return name
 
 
 def _model(name: str) -> str:

@@ -61,7 +61,7 @@ def commands(
     return [
         (
             part.host,
-            nodes.remote(part.host, Path.cwd(), _told(os.environ), _on(part, arguments), ssh or nodes.SSH),
+            nodes.remote(part.host, Path.cwd(), told(os.environ), _on(part, arguments), ssh or nodes.SSH),
         )
         for part in found
     ]
@@ -72,7 +72,8 @@ def _on(part: Part, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "keel", *arguments, *place]
 
 
-def _told(environment: Mapping[str, str]) -> dict[str, str]:
+def told(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that other machines are told."""
     return {
         name: value for name, value in environment.items() if name in TOLD or name.startswith(TOLD_PREFIXES)
     }

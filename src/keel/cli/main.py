@@ -137,7 +137,7 @@ def run(
 
     if while_stdin:
         interrupts.end_with_stdin()
-    pipeline = _pipeline(config, overrides, runs, name)
+    pipeline = pipeline_of(config, overrides, runs, name)
     if not records.is_watched():  # else whoever started this rank has asked
         consent.to_run(_place(config), pipeline.config, trust)
     place = ranks.place_of(node, nproc, max_restarts)
@@ -171,7 +171,8 @@ def launch(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     nodes: Annotated[
-        str | None, typer.Option(help="A file with one host a line; with --slurm how many machines.")
+        str | None,
+        typer.Option(help="A file with one host a line; with --slurm and --ray how many machines."),
     ] = None,
     nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on each machine.")] = None,
     runs: RunsOption = Path("runs"),
@@ -188,20 +189,53 @@ def launch(
     slurm: Annotated[
         bool, typer.Option("--slurm", help="Print a script for sbatch in place of ssh.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="As workers of Ray Train, in place of ssh; --nodes N spreads them.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="With --ray: its cluster, HOST:PORT, auto (default) or local."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run CONFIG on several machines: by ssh, from here, or as a job of SLURM."""
+    """Run CONFIG on several machines: by ssh, from here, by Ray, or as a job of SLURM."""
     from keel.cli import consent
     from keel.cli import launch as launching
 
-    pipeline = _pipeline(config, overrides, runs, name)
+    elsewhere = {"--ssh": bool(ssh), "--port": port != PORT}
+    idle = next((option for option, given in elsewhere.items() if given), None)
+    if address is not None and not ray:
+        raise UsageError("--address has no effect without --ray")
+    pipeline = pipeline_of(config, overrides, runs, name)
+    if ray:
+        from keel.cli import launch_ray
+
+        if slurm or idle:
+            raise UsageError(
+                f"{'--slurm' if slurm else idle} has no effect with --ray, which starts the ranks"
+            )
+        asked = launch_ray.asked(pipeline, nodes, nproc, address, max_restarts)
+        if dry_run:
+            show(launch_ray.as_text(asked))
+            return
+        consent.to_run(_place(config), pipeline.config, trust)
+        arguments = launch_ray.Arguments(
+            str(config),
+            tuple(overrides or ()),
+            str(runs),
+            name,
+            only,
+            fresh,
+            as_json,
+            boundary.shows_tracebacks(),
+        )
+        raise typer.Exit(launching.ended(launch_ray.run(asked, arguments)))
     flags = {"--fresh": fresh, "--json": as_json, "--trust": trust}
     named = {"--runs": str(runs), "--name": name, "--only": only}
     command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
     command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
     if slurm:
-        elsewhere = {"--ssh": bool(ssh), "--port": port != PORT, "--dry-run": dry_run}
-        if idle := next((option for option, given in elsewhere.items() if given), None):
+        if idle := idle or ("--dry-run" if dry_run else None):
             raise UsageError(f"{idle} has no effect with --slurm, which prints a script and runs nothing")
         show(launching.slurm(command, pipeline.config.name, nodes, nproc, max_restarts), end="")
         return
@@ -276,7 +310,7 @@ def plan(
         return
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
-    pipeline = _pipeline(config, overrides, runs, name)
+    pipeline = pipeline_of(config, overrides, runs, name)
     pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
     of_ranks = nproc and rank_memory.Asked(
         nproc, rank_memory.card_of(card), bandwidth and bandwidth * rank_memory.GB
@@ -641,7 +675,8 @@ def _watched(run: Path, watch: bool, keep: bool) -> contextlib.AbstractContextMa
     return watching.beside(run, say, keep=keep)
 
 
-def _pipeline(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
+def pipeline_of(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
+    """The pipeline of a config, as the command line names it."""
     from keel.config import read
     from keel.pipeline.pipeline import Pipeline
     from keel.plan import disk, planner

@@ -39,6 +39,7 @@ CONCERNS: Mapping[str, tuple[str, ...]] = {
     "rate_held_back": ("policy/lr_factor", "lr"),
     "critic_unexplaining": ("val/explained_variance",),
     "sampler_disagrees": ("rollout/sampler_drift", "sampling/sampling_logp_difference/mean"),
+    "stale_samples": ("rollout/staleness_kl", "rollout/importance_capped"),
     "reward_implausible": ("objective/scores", "objective/scores_std", "reward"),
     "reward_falls": ("objective/scores", "objective/scores_std", "reward"),
     "reward_without_spread": ("objective/scores_std", "reward_std"),

@@ -54,6 +54,7 @@ class Group:
     size: int = 1
     strategy: Strategy = "ddp"
     store: Any = None  # torch's, which all ranks reach
+    device_type: str = "cpu"  # on which they compute
 
 
 class Launched(NamedTuple):
@@ -101,6 +102,11 @@ def launched() -> Launched | None:
     return Launched(number, count, local) if count > 1 else None
 
 
+def device_type() -> str:
+    """What the ranks compute on: cpu or cuda."""
+    return _group.device_type
+
+
 @contextmanager
 def joined(device_type: str, strategy: Strategy, timeout: float) -> Iterator[None]:
     """Within it this process is a rank of the run that its environment names; nothing for a process alone.
@@ -121,7 +127,7 @@ def joined(device_type: str, strategy: Strategy, timeout: float) -> Iterator[Non
         torch.distributed.init_process_group(
             backend, store=store, rank=here.rank, world_size=here.size, timeout=timedelta(seconds=timeout)
         )
-    _group, _words = Group(here.rank, here.size, strategy, store), 0
+    _group, _words = Group(here.rank, here.size, strategy, store, device_type), 0
     watching = watch.begin(beat, here.rank, here.size, timeout / 2)
     try:
         yield

@@ -104,7 +104,7 @@ def run(
     """
     if node is not None and node.first + size > node.of:
         raise UsageError(f"--node {node}: {size} ranks from {node.first} on are more than {node.of}")
-    store: Any = None if node and node.first else _store(node)  # held by this process
+    store: Any = None if node and node.first else hold_store(node)  # held by this process
     node = node or Node(0, size, "127.0.0.1", store.port)
     with tempfile.TemporaryDirectory(prefix="keel-ranks-") as name:
         folder = Path(name)
@@ -118,7 +118,7 @@ def run(
                 time.sleep(LOOK)
 
 
-def _store(node: Node | None) -> Any:
+def hold_store(node: Node | None) -> Any:
     """What the ranks meet in, held by this process: on the loopback interface, at a port that the system
     chooses; with other machines at their port, on the interface that the host's name leads to.
 
@@ -167,8 +167,8 @@ def _started(
     ranks = Ranks(folder, [], node)
     try:
         for local in range(size):
-            of_rank = {**environment, **_of_rank(local, size, folder, node)}
-            ranks.processes.append(_start(command, node.first + local, of_rank, folder))
+            its_own = {**environment, **of_rank(local, size, folder, node)}
+            ranks.processes.append(_start(command, node.first + local, its_own, folder))
         yield ranks
     except BaseException:
         _wait(ranks, FOR_SIGNAL)
@@ -177,7 +177,7 @@ def _started(
         _end(ranks)
 
 
-def _of_rank(local: int, size: int, folder: Path, node: Node) -> dict[str, str]:
+def of_rank(local: int, size: int, folder: Path, node: Node) -> dict[str, str]:
     """What a rank finds in its environment, by torchrun's names."""
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform) if node.is_local else None
     return {
@@ -277,13 +277,30 @@ def outcome(
     absent = next((i for i, code in enumerate(codes) if code is None), None)
     if absent is not None:
         where = f"rank {first + absent} of {size} on {socket.gethostname()}"
-        line = f"{where}: it did not come to where the others waited for it (distributed.timeout); {_GOES_ON}"
+        line = f"{where}: it did not come to where the others waited for it (distributed.timeout); {GOES_ON}"
         return Outcome(1, line, lost=len(codes) < size)
     lost = _of_record(next(iter(left.values())), size)
     return replace(lost, lost=len(codes) < size)
 
 
-_GOES_ON = "what is done is kept, and the same command goes on"
+def of_workers(
+    size: int, left: Mapping[int, Record], died: Mapping[int, str | None], hosts: Sequence[str]
+) -> Outcome:
+    """What is said of ranks that somebody else started, and that left these records; died: those that ended
+    (rank → how its process died; None: it raised). hosts: of all ranks."""
+    told = any(record.kind in ("own", "interrupted") for record in left.values())
+    silent = next((n for n, how in sorted(died.items()) if how is not None and n not in left), None)
+    if silent is not None and not told:
+        host = hosts[silent] if silent < len(hosts) else "an unknown host"
+        line = f"rank {silent} of {size} on {host}: {died[silent]}; {GOES_ON}"
+        return Outcome(1, line)
+    if not left:
+        return Outcome(1, f"a rank of {size} failed without a word; {GOES_ON}")
+    codes = [1 if number in died or number in left else None for number in range(size)]
+    return replace(outcome(codes, left, Path(), Node(0, size, "", 0)), lost=False)
+
+
+GOES_ON = "what is done is kept, and the same command goes on"
 
 
 def _said_by_all(found: Sequence[Record], size: int) -> bool:
@@ -305,9 +322,9 @@ def _of_code(number: int, size: int, code: int, folder: Path) -> Outcome:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return Outcome(1, f"{where} was killed ({name}{hint}); {_GOES_ON}")
+        return Outcome(1, f"{where} was killed ({name}{hint}); {GOES_ON}")
     last = _last_line(folder / f"rank-{number}.log")
-    return Outcome(1, f"{where} ended with code {code}{f': {last}' if last else ''}; {_GOES_ON}")
+    return Outcome(1, f"{where} ended with code {code}{f': {last}' if last else ''}; {GOES_ON}")
 
 
 def _last_line(log: Path) -> str:

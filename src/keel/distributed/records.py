@@ -64,6 +64,11 @@ def leave(kind: Kind, line: str, code: int, *, rank: int | None = None, host: st
         return
 
 
+def of_this(kind: Kind, line: str, code: int) -> Record:
+    """The record of this process, whose launcher hears of it otherwise."""
+    return Record(int(os.environ.get("RANK", "0")), socket.gethostname(), kind, line, code, time.time())
+
+
 def read(folder: Path) -> dict[int, Record]:
     """Rank → what it left."""
     found: dict[int, Record] = {}

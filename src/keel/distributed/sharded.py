@@ -5,8 +5,9 @@ rank its part of the summed gradient. Optimiser states are of that part, too. So
 gradients and states, and at a time one layer whole.
 
 Rounding aside the numbers are those of one process: gradients are summed, not averaged, in the weights' own
-dtype, which for weights that learn is float32 or more. What is left out so far: CPU offload, and loading a
-model in parts: each rank opens it whole before it is cut.
+dtype, which for weights that learn is float32 or more. What is left out so far: CPU offload. The first rank
+alone opens a model whole, in host memory (`opened`); the others get its modules without weights, and each
+weight's part of theirs as it is cut.
 
 Every forward takes all ranks. Who has fewer rows than others computes on borrowed ones for nothing
 (`stages.loop_utils.share_of`). Only sampling, whose forwards nobody can count beforehand, has the weights
@@ -16,10 +17,11 @@ whole on every rank for as long as it lasts (`whole_here`).
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,29 @@ _NEEDED = (
     "set_reduce_scatter_unused_params",
     "reset_iter_state",
 )
+
+
+def opened(work: Callable[[], M]) -> M:
+    """A model that will be cut: on the first rank what `work` makes, on the CPU; on the others the same
+    modules with nothing in place of weights, until `shard`. Every rank has to ask. Where weights are not cut,
+    `work()`."""
+    if not group.is_sharded():
+        return work()
+    made: list[M] = []
+
+    def first() -> bytes:
+        made.append(work())
+        return pickle.dumps(_skeleton(cast("nn.Module", made[0]))[0])
+
+    modules = group.from_first(first)
+    model: Any = made[0] if group.is_first() else pickle.loads(modules)
+    model.keel_from_first = True
+    return model
+
+
+def is_from_first(model: Any) -> bool:
+    """Whether the first rank alone has a model's weights, which are to be cut."""
+    return getattr(model, "keel_from_first", False)
 
 
 def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
@@ -51,9 +76,10 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
         )
     if getattr(model, "is_quantized", False) or any(hasattr(p, "quant_state") for p in model.parameters()):
         raise UsageError("quantised weights cannot be sharded: set distributed.strategy: ddp")
-    device = next(model.parameters()).device
+    # as they are now: what is cut moves to the device, unit by unit
+    named = {n: p.detach() for n, p in model.named_parameters()} if is_from_first(model) else None
     model.keel_whole = _skeleton(model)  # pyright: ignore[reportArgumentType]
-    mesh = init_device_mesh(device.type, (group.size(),))
+    mesh = init_device_mesh(group.device_type(), (group.size(),))
     units = [*_layers(model), *(roots or [model])]
     for unit in units:
         if any(True for _ in unit.parameters()):
@@ -65,6 +91,53 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
             module.set_gradient_divide_factor(1.0)
             # experts that one rank has no tokens for: all ranks sum the same weights
             module.set_reduce_scatter_unused_params(True)
+    if named is not None:
+        _fill(model, named)
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give each rank its parts of the first one's weights; it gets nothing else. weights: by name, whole; on
+    the other ranks without numbers."""
+    cut: dict[str, Any] = dict(model.named_parameters())
+    if cut.keys() != weights.keys():
+        raise AssertionError("the names of weights change when they are cut")
+    kind = group.device_type()
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    for name, parameter in cut.items():
+        if group.is_first():  # it was cut where it stood
+            _deal_out(weights[name], parameter.placements[0].dim)
+            continue
+        filled = nn.Parameter(_dealt(parameter, device), requires_grad=parameter.requires_grad)
+        for parameters, attribute in places[id(parameter)]:
+            parameters[attribute] = filled
+    model.to(device)  # FSDP2 looks at the new tensors; buffers of the first rank's come from the CPU
+
+
+def _deal_out(whole: Tensor, dim: int) -> None:
+    """Send the other ranks their parts of a tensor, cut as `torch.chunk` does: the last may have none."""
+    for number, part in enumerate(whole.chunk(group.size(), dim)):
+        if number and part.numel():
+            with group.talking():
+                torch.distributed.send(part.cpu().contiguous(), number)
+
+
+def _dealt(like: Any, device: torch.device) -> Tensor:
+    """This rank's part of a tensor that has no numbers here yet."""
+    from torch.distributed.tensor import DTensor
+
+    part = torch.empty(like.to_local().shape, dtype=like.dtype)
+    if part.numel():
+        with group.talking():
+            torch.distributed.recv(part, 0)
+    return DTensor.from_local(
+        part.to(device), like.device_mesh, like.placements, run_check=False, shape=like.shape,
+        stride=like.stride(),
+    )  # fmt: skip
 
 
 def is_cut(model: Any) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from keel.data.batches import derive_seed
+from keel.distributed import sharded
 from keel.errors import UsageError
 from keel.models.load import (
     ModelSource,
@@ -80,6 +81,7 @@ def open_roles(
     seed: int,
     base: Base | None = None,
     cut: Callable[[Any], None] = lambda model: None,
+    opened: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     same_vocabulary: bool = True,
 ) -> Roles:
     """Load the roles; sharing "none": without a critic. `reference` None: it is what the policy starts from.
@@ -87,7 +89,7 @@ def open_roles(
 
     base: the frozen weights to put adapters on, where they are open already; opened here if needed for
     `sharing: adapters`. cut: is given each model that has weights of its own as soon as it is on the device,
-    where they are cut over ranks.
+    where they are cut over ranks. opened: opens a model that will be cut, which goes to the device then.
 
     UsageError for a reference with another vocabulary than the policy's, where `same_vocabulary`: their KL
     is not defined.
@@ -96,7 +98,7 @@ def open_roles(
         _check_vocabularies(source, reference)
     if sharing == "adapters" and base is None:
         base = open_base(source, seed, device)
-    policy = causal_lm(source, seed) if base is None else base.language_model()
+    policy = opened(lambda: causal_lm(source, seed)) if base is None else base.language_model()
     if sharing == "trunk" and not hasattr(policy.config, "hidden_size"):
         raise UsageError("sharing: trunk needs a model whose config has hidden_size")
     if adapters is not None:
@@ -106,7 +108,8 @@ def open_roles(
     elif adapters is not None and reference is None:
         frozen = AdaptersOff(policy)
     else:
-        frozen = causal_lm(reference or source, seed).to(device).requires_grad_(False)
+        frozen = opened(lambda: causal_lm(reference or source, seed)).requires_grad_(False)
+        _to(frozen, device)
         disable_dropout(frozen.eval())
         cut(frozen)
     critic, head = None, None
@@ -114,20 +117,27 @@ def open_roles(
         head = _value_head(policy, seed).to(device)
     elif sharing != "none":
         own = derive_seed("value", seed)
-        critic = scorer(source, own) if base is None else base.scorer(own)
+        critic = opened(lambda: scorer(source, own)) if base is None else base.scorer(own)
         if getattr(critic, "score", None) is None:
             raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")
         if adapters is not None:
             critic = add_adapters(critic, adapters, derive_seed("value", seed), train_head=True)
     for model in (policy,) if critic is None else (policy, critic):
         disable_dropout(model)
-        model.to(device).eval()
+        _to(model, device)
+        model.eval()
         if gradient_checkpointing:
             checkpoint_activations(model)
             # recomputation only happens in train mode; with dropout at 0 the numbers are the same
             model.train()
         cut(model)
     return Roles(policy, frozen, critic, head)
+
+
+def _to(model: Any, device: torch.device) -> None:
+    """On its device; not yet, where the first rank alone has its weights."""
+    if not sharded.is_from_first(model):
+        model.to(device)
 
 
 def _value_head(policy: Any, seed: int) -> nn.Linear:

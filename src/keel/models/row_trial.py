@@ -38,6 +38,11 @@ def check_rows(model: Any) -> None:
         raise UsageError(f"this {kind} model cannot read {what}: {why}")
 
 
+def take_as_tried(model: nn.Module) -> None:
+    """Another rank has tried the same model, whose weights are not here, and nothing was found."""
+    _verdicts[model] = None
+
+
 def _differs(model: Any) -> str | None:
     module = model if isinstance(model, nn.Module) else model.get_base_model()
     device, config = next(module.parameters()).device, plain_of(module).config

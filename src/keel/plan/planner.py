@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from keel.config import Stage, Training
+from keel.config import OnPolicy, Stage, Training
+from keel.config.stage import DataSetting
 from keel.data import chat, files, stream
 from keel.data.holdout import holdout_count
 from keel.data.load import Dataset
@@ -128,7 +129,16 @@ def _kind(device: torch.device) -> stage_memory.Device:
 
 def _datasets(pipeline: Pipeline, name: str) -> list[Dataset]:
     """What a stage learns from, as far as it is no other stage's."""
-    there = [(from_outside(sources), accept) for sources, accept in pipeline.config.stages[name].main_data()]
+    return _loaded(pipeline, pipeline.config.stages[name].main_data())
+
+
+def _other_datasets(pipeline: Pipeline, name: str) -> list[Dataset]:
+    """What an on-policy stage learns from beside its own samples, as far as it is no other stage's."""
+    return _loaded(pipeline, pipeline.config.stages[name].other_data())
+
+
+def _loaded(pipeline: Pipeline, settings: list[DataSetting]) -> list[Dataset]:
+    there = [(from_outside(sources), accept) for sources, accept in settings]
     return [pipeline.sources.load_data(sources, accept) for sources, accept in there if sources]
 
 
@@ -455,16 +465,23 @@ def _longest(
     limit = getattr(stage, "max_length", None) or _context(pipeline, name)
     if stage.fills_rows:
         return Lengths(0, limit or 512)
+    rows = _longest_rows(tokenizer, datasets)
+    if stage.replies is not None:
+        new = stage.replies.max_new_tokens
+        prompt = max(row.total for row in rows)
+        other = _other_datasets(pipeline, name) if isinstance(stage, OnPolicy) else []
+        beside = Lengths.of_all(_longest_rows(tokenizer, other)).within(limit) if other else None
+        return Lengths(min(prompt, max(1, limit - new)) if limit else prompt, new, beside=beside)
+    return Lengths.of_all(rows).within(limit)
+
+
+def _longest_rows(tokenizer: PreTrainedTokenizerBase | None, datasets: list[Dataset]) -> list[Lengths]:
+    """Of the rows that are longest in characters."""
     records = (record for dataset in datasets for record in dataset.records)
     candidates = heapq.nlargest(CANDIDATES, records, key=lambda record: _length(None, record))
     for dataset in datasets:
         release(dataset.records)
-    rows = [_lengths(tokenizer, record) for record in candidates]
-    if stage.replies is not None:
-        new = stage.replies.max_new_tokens
-        prompt = max(row.total for row in rows)
-        return Lengths(min(prompt, max(1, limit - new)) if limit else prompt, new)
-    return Lengths.of_all(rows).within(limit)
+    return [_lengths(tokenizer, record) for record in candidates]
 
 
 def _context(pipeline: Pipeline, name: str) -> int | None:

@@ -3,8 +3,8 @@ a rank sends and receives.
 
 ddp: every rank has weights, gradients and optimiser whole, and 1/n of the rows. fsdp: 1/n of weights,
 gradients and optimiser, and whole at a time the embeddings with the head and two layers: the one that
-computes and the next, whose weights are on their way. Each rank opens each model whole before it is cut, and
-has the policy whole while it samples.
+computes and the next, whose weights are on their way. Each has the policy whole while it samples, and what
+`_opened_by_each` names before it is cut.
 
 Bytes are those of ring algorithms: a sum of S bytes over n ranks (all-reduce) makes each send
 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does; gloo scatters by
@@ -131,7 +131,8 @@ def phases(
     # dpo asks its reference before the model is cut
     before = set[str]() if stage.on_policy else {"reference"}
     cut = [p if p.name in before else Phase(p.name, _cut(p, shared, ranks)) for p in found]
-    return [_opening(cut[-1].parts, shared), *cut, _last_gradients(cut[-1], models, ranks)]
+    last = [*cut, _last_gradients(cut[-1], models, ranks)]
+    return [_opening(cut[-1].parts, shared), *last] if _opened_by_each(stage) else last
 
 
 def _summing(train: Phase, models: Mapping[str, Model]) -> Phase:
@@ -147,6 +148,13 @@ def _summing(train: Phase, models: Mapping[str, Model]) -> Phase:
 def _after_backward(parts: Parts) -> Parts:
     gone = ("activations", "logits", "gradients")
     return {role: {k: v for k, v in kinds.items() if k not in gone} for role, kinds in parts.items()}
+
+
+def _opened_by_each(stage: Training) -> bool:
+    """fsdp: whether each rank has the model whole on its card before it is cut. Else it lies in the first
+    one's host memory (`stages.prepare.opened`)."""
+    packing, remote = getattr(stage, "packing", False), stage.model.trust_remote_code
+    return stage.kind == "dpo" or stage.lora is not None or bool(packing or remote)
 
 
 def _opening(cut: Parts, models: Mapping[str, Model]) -> Phase:

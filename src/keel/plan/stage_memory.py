@@ -50,6 +50,7 @@ class Lengths:
     prompt: int
     answer: int
     other: int | None = None  # of a pair the shorter side; None: as long as the longer one
+    beside: Lengths | None = None  # of other data that it learns from: a pretraining mix, demonstrations
 
     @property
     def total(self) -> int:
@@ -318,10 +319,9 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     found.append(Phase("forward", parts))
     found.append(_steps(stage, models, lengths))
     if stage.ptx:  # after the policy's gradient is there
-        rows = rows_at_once(stage, stage.ptx.batch_size, lengths.total)
-        read = predicted_layout.forward(
-            policy, [predicted_layout.answer(i, 0, lengths.total) for i in range(rows)]
-        )
+        text = (lengths.beside or lengths).total
+        rows = rows_at_once(stage, stage.ptx.batch_size, text)
+        read = predicted_layout.forward(policy, [predicted_layout.answer(i, 0, text) for i in range(rows)])
         logits = model_memory.loss_logits(policy, read.tokens)
         found.append(training(models, [Pass("policy", [read], logits)], accumulates=True, name="ptx"))
     if stage.offload:
@@ -369,9 +369,15 @@ def _fullest_part(
     stage: OnPolicy, model: Model, count: int, lengths: Lengths, others: int = 0
 ) -> list[predicted_layout.Row]:
     """Of the parts in which so many episodes of an update go through a forward. They are of as many prompts
-    as can be: a mini-batch is drawn at random. others: prompts beside those that are sampled for."""
-    prompts = stage.batch_size // stage.samples_per_prompt + others
-    rows = [predicted_layout.answer(i % prompts, lengths.prompt, lengths.answer) for i in range(count)]
+    as can be. others: replies of the data beside those that are sampled, each to a prompt of its own."""
+    prompts, data = stage.batch_size // stage.samples_per_prompt, lengths.beside or lengths
+    # a mini-batch is drawn at random: it may be of the longer kind as far as there is one
+    longer = data.total >= lengths.total
+    of_data = min(others, count) if longer else max(0, count - stage.batch_size)
+    rows = [
+        predicted_layout.answer(i % prompts, lengths.prompt, lengths.answer) for i in range(count - of_data)
+    ]
+    rows += [predicted_layout.answer(prompts + i, data.prompt, data.answer) for i in range(of_data)]
     at_once = None if stage.micro_tokens else min(stage.rows_at_once or count, count)
     found = predicted_layout.parts(rows, at_once, stage.micro_tokens)
     return max(

@@ -85,10 +85,10 @@ class Ahead:
 
     # ------------------------------------------------------------ for a checkpoint
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The responses of all ranks, as tensors and as plain values; both empty where there are none. Every
-        rank has to ask."""
-        if self.drawn is None:
+    def state(self, done: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The responses of all ranks to the prompts of updates behind the last that was done, as tensors and
+        as plain values; both empty where there are none. Every rank has to ask."""
+        if self.drawn is None or self.update <= done:
             return {}, {}
         dealt = deal(self._prompts, self.setup.config.samples_per_prompt)
         parts = group.gathered((dealt.rows, list(self.drawn.completions)))

@@ -8,7 +8,7 @@ All else is here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +43,9 @@ from keel.stages.loop_utils import (
     share_of,
 )
 from keel.types import Episodes
+
+# what others than this process may fail with: it is gone on with once they are there
+FAILURES = (BudgetError, EngineError, RewardError, UsageError)
 
 
 class OnPolicyLoop:
@@ -112,15 +115,20 @@ class OnPolicyLoop:
             lr_factor = kl_adaptive_lr(lr_factor, learned.largest_kl, config.desired_kl)
         state = LoopState(kl_coef, batch.reward_scaler, state.episodes + batch.sampled, lr_factor)
         metrics["episode"] = state.episodes
+        if update == 1 or due(update, config.updates, max(1, config.updates // 10)):
+            run.samples(rollout.sample_rows(self.setup, update, batch.experience))
+        self._conclude(update, metrics, state)
+
+    def _conclude(self, update: int, metrics: dict[str, float], state: LoopState) -> None:
+        """What follows the learning of an update: all that needs to be known of it is in the arguments."""
+        config, run = self.config, self.run
         # 5. held-out prompts
         if self.judged and due(update, config.updates, config.eval_every):
-            metrics |= self._evaluate()
+            metrics |= self._evaluated(update, metrics, state)
             self.stopping = self.stopping.see(metrics["eval/objective/rlhf_reward"])
             if config.patience is not None and self.stopping.waited == 0:
                 self.best = copy_state(self.setup.roles.policy)
         # 6. what happened, and where to go on from
-        if update == 1 or due(update, config.updates, max(1, config.updates // 10)):
-            run.samples(rollout.sample_rows(self.setup, update, batch.experience))
         run.log(update, config.updates, metrics)
         rollbacks = self.monitor.rollbacks
         self.state = self.monitor.see(update, metrics, state)
@@ -129,6 +137,17 @@ class OnPolicyLoop:
         if due(update, config.updates, config.save_every) or self._over:
             self._save(update)
 
+    def _evaluated(self, update: int, metrics: dict[str, float], state: LoopState) -> dict[str, float]:
+        """`_evaluate` after an update. Where a reward, a judge or an engine fails there, what the update has
+        learned is kept first, and whoever goes on evaluates it again."""
+        try:
+            return self._evaluate()
+        except FAILURES:
+            if group.size() == 1:  # as in `_collected`
+                self.state = state
+                self._save(update, {"unevaluated": metrics})
+            raise
+
     def _collected(self, update: int, rows: Sequence[int]) -> Batch:
         """What an update learns from. Where a reward or a response cannot be had, the updates before it are
         kept first."""
@@ -136,7 +155,7 @@ class OnPolicyLoop:
             prompts, drawn = [self.prompts[i] for i in rows], self.ahead.of(update)
             batch = collect(self.algorithm, prompts, self.state, update, drawn)
             return replace(batch, metrics={**batch.metrics, **self.ahead.metrics})
-        except (BudgetError, EngineError, RewardError, UsageError):
+        except FAILURES:
             done = update - 1
             alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
             if alone and done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():
@@ -176,6 +195,8 @@ class OnPolicyLoop:
             if self.curriculum is not None:
                 self.curriculum.restore(checkpoint.tensors["curriculum"])
             self.ahead.restored(checkpoint.tensors, values)
+            if (metrics := values.get("unevaluated")) is not None:
+                self._conclude(checkpoint.step, metrics, self.state)
             return checkpoint.step
         if self.judged and (self.setup.judge or self.config.control.goes_back):
             before = self._evaluate()
@@ -198,9 +219,10 @@ class OnPolicyLoop:
         with self.run.timed("evaluate"):
             return rollout.evaluate(self.setup, self.judged)
 
-    def _save(self, update: int) -> None:
+    def _save(self, update: int, more: Mapping[str, Any] | None = None) -> None:
+        """A checkpoint after an update. more: values beside its own."""
         tensors = training_state(self.setup, self.optimizers)
-        in_flight, about_it = self.ahead.state()
+        in_flight, about_it = self.ahead.state(update)
         tensors |= {"best": self.best, "snapshots": self.monitor.snapshots, **in_flight}
         if self.curriculum is not None:
             tensors |= {"curriculum": self.curriculum.state()}
@@ -208,7 +230,7 @@ class OnPolicyLoop:
             trained = gradients.checksum(self.setup.roles.policy, trained=True)
             group.agree(f"the weights after update {update}", trained)
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values(), **about_it}
-        self.run.save(update, sharded.gathered(tensors), {**self.state.values(), **values})
+        self.run.save(update, sharded.gathered(tensors), {**self.state.values(), **values, **(more or {})})
 
 
 def _curriculum(config: OnPolicy, prompts: Sequence[PromptExample], seed: int) -> Curriculum | None:

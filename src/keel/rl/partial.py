@@ -71,9 +71,11 @@ class Partial:
 
     def of(self, update: int) -> Drawn:
         """The responses to the prompts of an update, all ended, after as many rounds as that takes."""
+        # those of this one stay until the next asks: where a reward fails, they are not sampled again
+        self.rows = {number: rows for number, rows in self.rows.items() if number >= update}
         while update not in self.rows or any(row.stop_reason is None for row in self.rows[update]):
             self._round(update)
-        rows, learned = self.rows.pop(update), update - 1
+        rows, learned = self.rows[update], update - 1
         tokens = sum(len(row.ids) for row in rows)
         on_the_way = [row for others in self.rows.values() for row in others if row.stop_reason is None]
         self.metrics = {
@@ -99,13 +101,13 @@ class Partial:
         """Begin the responses of one more update, and give all that have not ended some tokens. update: the
         one that waits."""
         setup, config = self.setup, self.setup.config
-        fresh = max(self.rows, default=update - 1) + 1
+        begun, fresh = dict(self.rows), max(self.rows, default=update - 1) + 1
         if fresh <= config.updates:
             samples = config.samples_per_prompt
-            self.rows[fresh] = [Row(prompt) for prompt in self.prompts_of(fresh) for _ in range(samples)]
+            begun[fresh] = [Row(prompt) for prompt in self.prompts_of(fresh) for _ in range(samples)]
         going = [
             (number, place, row)
-            for number, rows in self.rows.items()
+            for number, rows in begun.items()
             for place, row in enumerate(rows)
             if row.stop_reason is None
         ]
@@ -115,6 +117,7 @@ class Partial:
             rollout.take_weights(setup)
             request = self._request(going, rollout.seed_of(setup, update, "partial", rounds))
             completions = rollout.completed(setup, request, count)
+        self.rows = begun  # not before: an engine that fails is asked for the same ones again
         for row, completion in zip(rows, completions, strict=True):
             _go_on(row, completion, update - 1, self.most, request.stop_texts)
         if count.computed:  # an engine need not count
@@ -142,28 +145,30 @@ class Partial:
             if update not in whole:
                 sampling = self.setup.config.sampling.plain()
                 seed = rollout.seed_of(self.setup, update)
-                whole[update] = uniform_draws(len(self.rows[update]), sampling, seed)
+                whole[update] = uniform_draws(self.setup.config.batch_size, sampling, seed)
             own = whole[update][place, len(row.ids) : len(row.ids) + step]
             found[i, : len(own)] = own
         return found
 
     # ------------------------------------------------------------ for a checkpoint
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What is on its way, as tensors and as plain values; both empty where there is nothing."""
-        rows = [(update, row) for update, rows in self.rows.items() for row in rows]
+    def state(self, done: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is on its way to updates behind the last that was done, as tensors and as plain values; both
+        empty where there is nothing."""
+        held = {update: rows for update, rows in self.rows.items() if update > done}
+        rows = [row for rows in held.values() for row in rows]
         if not rows:
             return {}, {}
         tensors = {
-            "ids": torch.tensor([token for _, row in rows for token in row.ids], dtype=torch.long),
-            "logp": torch.tensor([value for _, row in rows for value in row.logp], dtype=torch.float64),
-            "lengths": torch.tensor([len(row.ids) for _, row in rows]),
+            "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.long),
+            "logp": torch.tensor([value for row in rows for value in row.logp], dtype=torch.float64),
+            "lengths": torch.tensor([len(row.ids) for row in rows]),
         }
         values = {
-            "updates": list(self.rows),
-            "rounds": [row.rounds for _, row in rows],
-            "stop_reasons": [row.stop_reason for _, row in rows],
-            "stops": [row.stop for _, row in rows],
+            "updates": list(held),
+            "rounds": [row.rounds for row in rows],
+            "stop_reasons": [row.stop_reason for row in rows],
+            "stops": [row.stop for row in rows],
         }
         return {"partial": tensors}, {"partial": values}
 

@@ -239,6 +239,7 @@ def open_stage(
         seed=seed,
         base=base,
         cut=_cut if group.is_sharded() else lambda model: None,
+        opened=(lambda work: work()) if source.trust_remote_code else sharded.opened,
         same_vocabulary=not config.imitates,  # a head may have more rows than its tokenizer has tokens
     )
     for line in notes(roles.policy) if config.lora else ():

@@ -77,7 +77,10 @@ def run(config: ClassifierConfig, stage_run: StageRun) -> dict[str, Any]:
     too_long.report()
     pad_id = chat.ensure_pad(tokenizer)
 
-    model = scorer(source, derive_seed(stage_run.seed, "model"), vocab=tokenizer, labels=config.labels)
+    seed = derive_seed(stage_run.seed, "model")
+    model = prepare.opened(
+        lambda: scorer(source, seed, vocab=tokenizer, labels=config.labels), source, config
+    )
     model.config.pad_token_id = pad_id
     model = prepare.to_train(model, config, stage_run, train_head=True)
     result = _fit(stage_run, config, model, pad_id, rows, held_out_rows)

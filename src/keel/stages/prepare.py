@@ -132,7 +132,8 @@ def to_train(
     model: PreTrainedModel, config: Training, stage_run: StageRun, *, train_head: bool = False
 ) -> Any:
     """The model on its device, with adapters and checkpointed activations where the config asks for them."""
-    cast("nn.Module", model).to(stage_run.device)
+    if not sharded.is_from_first(model):  # else it goes there as it is cut
+        cast("nn.Module", model).to(stage_run.device)
     if config.lora:
         seed = derive_seed(stage_run.seed, "model")
         model = add_adapters(model, adapters_of(config.lora), seed, train_head=train_head)
@@ -141,6 +142,16 @@ def to_train(
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
+
+
+def opened(work: Callable[[], Any], source: ModelSource, config: Training) -> Any:
+    """A model that is to be trained. Where its weights will be cut over ranks the first one alone opens it;
+    but for adapters, which each rank makes, for code that a model brings, which each imports, and for packed
+    rows, which are tried on it first."""
+    by_each = config.lora or source.trust_remote_code or source.quantize or getattr(config, "packing", False)
+    if by_each:
+        return work()
+    return sharded.opened(work)
 
 
 def read(stage_run: StageRun, data: Sequence[DataConfig], accept: Sequence[RecordType]) -> Dataset:

@@ -43,9 +43,10 @@ def run(config: PretrainConfig, stage_run: StageRun) -> dict[str, Any]:
         rows, held_out_rows = _rows(tokenizer, records, length), _rows(tokenizer, held_out, length)
     pad_id = chat.ensure_pad(tokenizer)
 
-    model = prepare.to_train(
-        causal_lm(source, language.model_seed(stage_run), vocab=tokenizer), config, stage_run
+    model = prepare.opened(
+        lambda: causal_lm(source, language.model_seed(stage_run), vocab=tokenizer), source, config
     )
+    model = prepare.to_train(model, config, stage_run)
     result = language.fit(stage_run, config, model, pad_id, rows, held_out_rows)
     if isinstance(rows, StreamedRows) and (bad := rows.tokens.texts.bad):
         first = next(iter(bad.values()))

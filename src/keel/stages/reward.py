@@ -187,9 +187,10 @@ def _train(
     config: RewardConfig, stage_run: StageRun, prepared: Prepared, members: int = 1
 ) -> tuple[learned.RewardModel, dict[str, Any]]:
     """One reward model with its scale, and what its held-out pairs say of it."""
-    model = prepare.to_train(
-        _scorer(prepared.source, stage_run, prepared.tokenizer), config, stage_run, train_head=True
+    model = prepare.opened(
+        lambda: _scorer(prepared.source, stage_run, prepared.tokenizer), prepared.source, config
     )
+    model = prepare.to_train(model, config, stage_run, train_head=True)
     reward = learned.RewardModel(model, prepared.tokenizer)
     result = _fit(stage_run, config, reward, prepared.pairs, prepared.held_out)
     model.eval()

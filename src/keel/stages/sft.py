@@ -48,9 +48,10 @@ def run(config: SFTConfig, stage_run: StageRun) -> dict[str, Any]:
             )
         rows = _packed(rows, limit)
 
-    model = prepare.to_train(
-        causal_lm(source, language.model_seed(stage_run), vocab=tokenizer), config, stage_run
+    model = prepare.opened(
+        lambda: causal_lm(source, language.model_seed(stage_run), vocab=tokenizer), source, config
     )
+    model = prepare.to_train(model, config, stage_run)
     if config.packing:
         _try_packing(stage_run, model, rows)
     result = language.fit(stage_run, config, model, chat.ensure_pad(tokenizer), rows, held_out_rows)

@@ -22,7 +22,7 @@ from keel.models.logprobs import backbone
 from keel.models.machine_speed import speed
 from keel.models.phase_cost import optimizer_cost, train_cost
 from keel.models.precision import compute_dtype
-from keel.models.row_trial import check_rows
+from keel.models.row_trial import check_rows, take_as_tried
 from keel.rundir.stage_run import StageRun
 from keel.stages.loop_utils import (
     EarlyStop,
@@ -181,7 +181,8 @@ def among_ranks(model: PreTrainedModel) -> None:
     Nothing for a process alone."""
     if group.size() == 1:
         return
-    gradients.same_weights(model)
+    if not sharded.is_from_first(model):
+        gradients.same_weights(model)
     if not group.is_sharded():
         return
     accel.restore(model)  # torch's own classes are what is cut
@@ -189,9 +190,18 @@ def among_ranks(model: PreTrainedModel) -> None:
     plain = plain.get_base_model() if hasattr(model, "peft_config") else model
     head = score_head(plain)
     if head is None and plain.can_generate():
-        check_rows(model)  # while its weights are whole: a trial does without hooks
+        _check_rows(model)  # while its weights are whole: a trial does without hooks
     # a scorer is never called itself: its trunk and its head are
     sharded.shard(model, None if head is None else [backbone(model), head])
+
+
+def _check_rows(model: PreTrainedModel) -> None:
+    if sharded.is_from_first(model):
+        group.only_first(lambda: check_rows(model))
+        if not group.is_first():
+            take_as_tried(model)
+        return
+    check_rows(model)
 
 
 def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: int) -> list[RowT]:
