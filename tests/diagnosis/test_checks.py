@@ -250,6 +250,13 @@ def test_every_check_has_a_series_that_raises_it():
     assert {one[0] for one in ILL} | {"judge_falls"} == set(CHECKS)
 
 
+def test_the_remedy_of_stale_samples_is_in_the_words_of_either_way_to_have_them():
+    found_ones = found({"rollout/staleness_kl": after(30, 0.02, 0.6)})
+    remedy = next(f.remedy for f in found_ones if f.check == "stale_samples")
+    assert "rollout.ahead: 0" in remedy
+    assert "rollout.partial" in remedy
+
+
 # ---------------------------------------------------------------- what they are relative to
 
 

@@ -191,6 +191,12 @@ def test_what_cannot_be_cut_over_ranks_is_refused_by_its_setting(monkeypatch):
     for one in (config, cut):
         following.check_kinds(one, list(one.stages))
     grpo = cut.stages["rl"]
+    carried = type(grpo).model_validate(
+        grpo.model_dump() | {"rollout": {"partial": 4}, "importance_cap": 2.0}
+    )
+    for one in (config, cut):
+        with pytest.raises(UsageError, match=r"'rl': `rollout.partial` samples in one process: leave it out"):
+            following.check_kinds(one.model_copy(update={"stages": {"rl": carried}}), ["rl"])
     for more, setting in (
         ({"lora": {"r": 2}}, "`lora`"), ({"control": "stop"}, "`control: stop`"),
         ({"offload": True}, "`offload`"), ({"sharing": "adapters", "lora": {"r": 2}}, "`sharing: adapters`"),

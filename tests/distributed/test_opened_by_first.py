@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from keel.distributed import launch
+from keel.distributed import group, launch, sharded
 
 RANK = """
 import sys
@@ -53,3 +54,22 @@ def test_a_model_that_one_rank_opens_is_cut_as_if_all_had(
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     outcome = launch.run(command, ranks, environment)
     assert outcome.code == 0, outcome.line
+
+
+class Unsendable(torch.nn.Linear):
+    """Holds a function that is defined within a function."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.scaled = lambda x: 2 * x
+
+
+def test_modules_that_cannot_be_sent_are_opened_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[bytes | None] = []
+    for rank in range(2):
+        monkeypatch.setattr(group, "_group", group.Group(rank, 2, "fsdp"))
+        monkeypatch.setattr(group, "from_first", lambda work: said[0] if said else said.append(work()))
+        model = sharded.opened(Unsendable)
+        assert said == [None]
+        assert not model.weight.is_meta
+        assert not sharded.is_from_first(model)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -43,7 +44,8 @@ on_ranks = [
 @pytest.fixture
 def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     path = tmp_path / "c.yaml"
     path.write_text("name: c\ndevice: cpu\nstages:\n  s: {kind: sft, model: m, data: d.jsonl}\n")
     return path
@@ -66,6 +68,13 @@ def test_what_cannot_be_asked_of_ray_is_refused(options: str, message: str, plai
     outcome = CliRunner().invoke(app, ["launch", str(plain), *options.split()])
     assert isinstance(outcome.exception, UsageError)
     assert message in str(outcome.exception)
+
+
+def test_the_address_of_a_ray_client_is_refused(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    outcome = CliRunner().invoke(app, ["launch", str(plain), "--ray", "--nproc", "2", "--dry-run"])
+    assert isinstance(outcome.exception, UsageError)
+    assert "give --address HOST:PORT" in str(outcome.exception)
 
 
 def test_a_dry_run_says_what_would_be_asked(plain: Path) -> None:
@@ -256,11 +265,43 @@ class TestCluster:
         assert left == []
 
     def test_a_cluster_that_is_not_there_is_one_line(self, config: Path, tmp_path: Path) -> None:
-        gone = keel("launch", config, "--ray", "--nproc", 2, "--runs", tmp_path, "--address", "127.0.0.4:7")
+        runs = tmp_path / "a" / "runs"
+        gone = keel("launch", config, "--ray", "--nproc", 2, "--runs", runs, "--address", "127.0.0.4:7")
         assert gone.returncode == 2
         (told,) = of_keel(gone.stderr)
         assert "no Ray cluster at 127.0.0.4:7" in told
         assert "ray start --head" in told
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_start_that_came_to_no_work_is_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`--fresh` is of the first start that works, not of one whose workers died before."""
+        from keel.distributed import on_ray
+
+        before: list[int] = []
+
+        class Workers:
+            def __len__(self) -> int:
+                return 1
+
+            def execute_single(self, number: int, work: Any, *given: Any) -> tuple[str, int]:
+                if len(list(tmp_path.glob("start-*"))) == 1:
+                    raise RuntimeError("the worker is gone")
+                return "host", 1
+
+            def execute(self, work: Any, host: str, port: int, starts: int, folder: str) -> list[str]:
+                before.append(starts)
+                (Path(folder) / on_ray._WORKED).touch()
+                return [host]
+
+        monkeypatch.setattr(on_ray, "ray", mock.MagicMock())
+        settings: Any = mock.MagicMock(records=str(tmp_path))
+        with pytest.raises(RuntimeError, match="is gone"):
+            on_ray.RankBackend().on_start(Workers(), settings)
+        for _ in range(2):
+            on_ray.RankBackend().on_start(Workers(), settings)
+        assert before == [0, 1]
 
 
 @contextlib.contextmanager

@@ -162,6 +162,39 @@ def test_episodes_with_tools_are_those_of_one_process(
             assert all(one[key] == other[key] for key in ("prompt", "completion", "stop_reason", "length"))
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_episodes_that_are_judged_or_chosen_are_those_of_one_process(
+    strategy: str, in_float64: Any, episode_kinds: dict[str, Any]
+) -> None:
+    """Where weights are cut, episodes go in rounds; on one process in one stream."""
+    asked = ("model", "environment", "max_turns", "data", "sampling")
+    played = {key: episode_kinds["grpo"][key] for key in asked} | {"reward": {"kind": "environment"}}
+    model = played.pop("model")
+    stages = {
+        "best": {
+            **played, "kind": "best_of_n", "model": model, "samples_per_prompt": 2, "batch_size": 2,
+            "max_steps": 1, "lr": 1e-3, "holdout": 0,
+        },
+        "judge": {**played, "kind": "evaluate", "models": [model], "best_of": [2]},
+    }  # fmt: skip
+    alone, together = (
+        in_float64(stages, count, way, how="episodes") / way for count, way in ((1, "ddp"), (2, strategy))
+    )
+    compare(alone, together, ("best",), gradient=1e-10, number=1e-6)
+    for name in ("stages/best/best.jsonl", "stages/judge/samples.jsonl"):
+        expected, found = (
+            [json.loads(line) for line in (run / name).read_text().splitlines()] for run in (alone, together)
+        )
+        assert len(expected) == len(found) > 4
+        for one, other in zip(expected, found, strict=True):
+            assert all(one[key] == other[key] for key in ("prompt", "completion", "stop_reason", "length"))
+    measures, others = (
+        numbers(json.loads((run / "stages/judge/result.json").read_text())) for run in (alone, together)
+    )
+    assert measures == pytest.approx(others, rel=1e-6, abs=1e-6)
+
+
 def test_files_are_those_that_one_process_leaves(runs) -> None:
     stages, alone, together = runs
     for stage in stages:

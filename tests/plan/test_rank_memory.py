@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from keel.cli.main import app
 from keel.config import Training, parse
 from keel.errors import UsageError
-from keel.plan import model_shapes, rank_memory
+from keel.plan import model_memory, model_shapes, rank_memory, stage_memory
 from keel.plan.rank_memory import Asked
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 
@@ -69,6 +69,24 @@ def test_weights_gradients_and_optimiser_are_whole_by_ddp_and_cut_by_fsdp() -> N
     assert cut["end of backward"]["model"]["gradients"] == 4 * count / 8 + 8 * embeddings_and_head
     more = phases(sft, 64, "fsdp")["train"]["model"]
     assert sum(more.values()) < sum(cut["train"]["model"].values())
+
+
+def test_responses_that_several_updates_sample_are_planned_for_one_process_and_all_together() -> None:
+    settings = {"batch_size": 8, "mini_batch": 8, "importance_cap": 2.0}
+    whole = stage("grpo", **settings)
+    partial = stage("grpo", **settings, rollout={"partial": 256})
+    by_ranks = rank_memory.on_ranks(partial, refs(rewards=True), LENGTHS, Asked(2))
+    assert not any(one.runs for one in by_ranks.values())
+    held = [
+        next(
+            p.total
+            for p in stage_memory.phases(one, refs(rewards=True), LENGTHS, "cuda") or []
+            if p.name == "rollout"
+        )
+        for one in (whole, partial)
+    ]
+    cache = model_memory.kv_cache(stage_memory.learners(whole, refs(), "cuda")["policy"], 8, LENGTHS.total)
+    assert held[1] - held[0] > 3 * cache  # four updates' responses are on their way at a time
 
 
 def test_the_rows_of_a_step_are_shared_whole_prompts_in_rl() -> None:

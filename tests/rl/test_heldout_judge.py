@@ -100,7 +100,14 @@ def test_short_forms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"rollout": {"ahead": 1}, "importance_cap": 2.0}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"rollout": {"ahead": 1}, "importance_cap": 2.0},
+        {"rollout": {"partial": 2}, "importance_cap": 2.0},
+    ],
+)
 def test_a_judge_that_fails_costs_no_update_and_is_asked_again(
     more: dict[str, Any], data: Any, tiny_model: Path, tiny_reward: Path, run: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, differences: Any,

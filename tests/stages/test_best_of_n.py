@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from keel.errors import DataError, UsageError
+from keel.stages import best_of_n
 
 SHORT = "python:" + str(Path(__file__).parent / "rewards_for_tests.py") + ":short_tokens"
 
@@ -40,8 +41,15 @@ def chosen(stage: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (stage / "best.jsonl").read_text().splitlines()]
 
 
-def test_the_best_of_n_are_chosen_and_learned(run_best: Any, run: Any, data: Any, tiny_model: Path) -> None:
+def test_the_best_of_n_are_chosen_and_learned(
+    run_best: Any, run: Any, data: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, cuttable = best_of_n.prepare.opened, list[Any]()
+    monkeypatch.setattr(
+        best_of_n.prepare, "opened", lambda *given: cuttable.append(opened(*given)) or cuttable[-1]
+    )
     stage = run_best()
+    assert len(cuttable) == 1  # the one that learns: by fsdp the first rank alone opens it
     rows, result = chosen(stage), json.loads((stage / "result.json").read_text())
     assert len(rows) == 12
     assert result["reward_best"]["mean"] > result["reward_mean"]["mean"] + 0.2

@@ -76,6 +76,10 @@ def asked(
     if nproc * machines > LARGEST:
         raise UsageError(f"{nproc * machines} ranks: at most {LARGEST:,}")
     address = address or "auto"
+    if address == "auto" and os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+        raise UsageError(
+            "RAY_ADDRESS is that of a Ray client (ray://): give --address HOST:PORT of the cluster"
+        )
     if address not in ADDRESSES and not re.fullmatch(r"[\w.\[\]:-]+:\d{1,5}", address):
         raise UsageError(f"--address {address}: write HOST:PORT (6379 is Ray's own port), auto or local")
     config = pipeline.config

@@ -277,6 +277,9 @@ class OnPolicy(ToolUse):
         }
         return next((setting for setting, is_so in wrong.items() if is_so), super().uncut())
 
+    def alone(self) -> str | None:
+        return "`rollout.partial`" if self.rollout.partial else super().alone()
+
     @property
     def engine_name(self) -> str:
         """What samples, for messages."""

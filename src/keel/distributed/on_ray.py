@@ -40,16 +40,14 @@ from keel.distributed.launch import Node, Outcome
 from keel.distributed.ray_cluster import Job
 from keel.distributed.records import Record
 
-FINAL = (
-    2,
-    3,
-    130,
-)  # exit codes of what another start would not mend: bad usage, waiting for people, a signal
+# exit codes of what another start would not mend: bad usage, waiting for people, a signal
+FINAL = (2, 3, 130)
 FOR_DEATH = 3.0  # seconds that Ray has to notice a worker's death, before those that lost it say so
 FOR_PLACE = 30.0  # seconds without a rank after which the launcher says that it waits
 TO_ABORT = 20.0  # seconds that Ray has to end all workers
 STARTS = 10  # how often Ray tries to find room, or to start workers, a minute each
 _TOKEN = "token"
+_WORKED = "worked"  # in the folder of a start: its first rank has begun to work
 _LOOK = 0.1  # seconds between looks at the desk
 
 
@@ -128,11 +126,13 @@ class RankBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Before the ranks begin, at each start."""
-        attempt = len(list(Path(backend_config.records).glob("start-*"))) + 1
-        folder = Path(backend_config.records) / f"start-{attempt}"
+        starts = Path(backend_config.records)
+        attempt = len(list(starts.glob("start-*"))) + 1
+        folder = starts / f"start-{attempt}"
         folder.mkdir()
         host, port = worker_group.execute_single(0, _hold_store, len(worker_group))
-        hosts = worker_group.execute(_become_rank, host, port, attempt, str(folder))
+        before = len(list(starts.glob(f"start-*/{_WORKED}")))  # whose ranks are all gone
+        hosts = worker_group.execute(_become_rank, host, port, before, str(folder))
         controller = ray.get_runtime_context().current_actor
         ray.get(backend_config.desk.put.remote(("began", attempt, hosts, controller)))
 
@@ -148,13 +148,14 @@ def _hold_store(size: int) -> tuple[str, int]:
     return address, store.port
 
 
-def _become_rank(host: str, port: int, attempt: int, folder: str) -> str:
-    """In each worker's process: torchrun's names in the environment. Returns the host's name."""
+def _become_rank(host: str, port: int, before: int, folder: str) -> str:
+    """In each worker's process: torchrun's names in the environment. before: starts that came to work.
+    Returns the host's name."""
     context = ray.train.get_context()
     node = Node(context.get_world_rank(), context.get_world_size(), host, port)
     os.environ |= launch.of_rank(context.get_local_rank(), context.get_local_world_size(), Path(folder), node)
     os.environ["RANK"] = str(node.first)
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt - 1)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(before)
     return socket.gethostname()
 
 
@@ -171,6 +172,8 @@ def _as_rank(work: Work, desk: Any, token: str, cwd: str) -> Any:
         line = f"it does not see {folder.parent.parent}: put runs on a file system that all machines share"
         found: Any = records.of_this("own", line, 2)
     else:
+        if number == 0:
+            (folder / _WORKED).touch()
         found = work(voice, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
     if not isinstance(found, Record):
         return found
@@ -310,7 +313,7 @@ class _Watching:
 @contextlib.contextmanager
 def _shared(directory: Path) -> Iterator[Path]:
     """A folder in the run's directory, which all machines must see, for as long as the job lasts."""
-    new = not directory.exists()
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
     folder = directory.resolve() / f".ranks-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
     (folder / _TOKEN).write_text(secrets.token_hex(16), encoding="utf-8")
@@ -318,9 +321,9 @@ def _shared(directory: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if new:
-            with contextlib.suppress(OSError):  # not empty: the run has begun
-                directory.rmdir()
+        with contextlib.suppress(OSError):  # not empty: the run has begun
+            for path in new:
+                path.rmdir()
 
 
 def _here() -> dict[str, Any]:

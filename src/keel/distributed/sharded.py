@@ -41,16 +41,21 @@ _NEEDED = (
 def opened(work: Callable[[], M]) -> M:
     """A model that will be cut: on the first rank what `work` makes, on the CPU; on the others the same
     modules with nothing in place of weights, until `shard`. Every rank has to ask. Where weights are not cut,
-    `work()`."""
+    and for modules that cannot be sent (pickled), `work()` on each."""
     if not group.is_sharded():
         return work()
     made: list[M] = []
 
-    def first() -> bytes:
+    def first() -> bytes | None:
         made.append(work())
-        return pickle.dumps(_skeleton(cast("nn.Module", made[0]))[0])
+        try:
+            return pickle.dumps(_skeleton(cast("nn.Module", made[0]))[0])
+        except (pickle.PicklingError, AttributeError, TypeError):  # a function within a function, a lock
+            return None
 
     modules = group.from_first(first)
+    if modules is None:
+        return made[0] if group.is_first() else work()
     model: Any = made[0] if group.is_first() else pickle.loads(modules)
     model.keel_from_first = True
     return model

@@ -74,7 +74,8 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
     sampler = getattr(stage, "rollout", None)
     if strategy not in stage_kinds.kind_of(stage.kind).ranks or not isinstance(stage, Training):
         return OnRanks(False)
-    if sampler is not None and sampler.vllm and asked.ranks > 1:  # so far, of one process alone
+    by_server = sampler is not None and sampler.vllm
+    if asked.ranks > 1 and (by_server or stage.alone() is not None):  # so far, of one process alone
         return OnRanks(False)
 
     def peak(stage: Stage) -> float:

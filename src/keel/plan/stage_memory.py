@@ -7,6 +7,7 @@ two agree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -304,7 +305,8 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     models = roles(stage, refs, device)
     policy, whole = models["policy"], stage.batch_size
     kept = _head_inputs(stage, policy, lengths)
-    sampled = _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
+    on_the_way, read = _in_a_round(stage, lengths)
+    sampled = _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, on_the_way), read)
     judged = _judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
     found = [
         Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
@@ -327,6 +329,16 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     if stage.offload:
         found = [_without_resting(phase, models) for phase in found]
     return [_with_best(phase, models, "policy", stage.patience) for phase in found]
+
+
+def _in_a_round(stage: OnPolicy, lengths: Lengths) -> tuple[int, Lengths]:
+    """Responses that are sampled together, at most, and what of the longest is read and what sampled. With
+    `rollout.partial` those of several updates, each read again with all that it has."""
+    partial = stage.rollout.partial
+    if not partial or partial >= lengths.answer:
+        return stage.batch_size, lengths
+    rounds = math.ceil(lengths.answer / partial)
+    return stage.batch_size * rounds, Lengths(lengths.total - partial, partial)
 
 
 def distillation(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Device) -> list[Phase]:

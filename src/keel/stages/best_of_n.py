@@ -77,7 +77,8 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     sampled = len(tasks) * config.samples_per_prompt
     stage_run.facts |= {"prompts": len(tasks), "samples": sampled, "kept": len(kept)}
 
-    model = prepare.to_train(causal_lm(source, language.model_seed(stage_run)), config, stage_run)
+    model = prepare.opened(lambda: causal_lm(source, language.model_seed(stage_run)), source, config)
+    model = prepare.to_train(model, config, stage_run)
     trained, evaluated = [rows[i] for i in split.train], [rows[i] for i in split.held_out]
     result = language.fit(stage_run, config, model, chat.ensure_pad(tokenizer), trained, evaluated)
     stage_run.samples([{key: row[key] for key in SAMPLE_KEYS} for row in kept[:SAMPLES_KEPT]])
