@@ -16,6 +16,7 @@ from keel.config import parse
 from keel.data.stops import stop_texts
 from keel.errors import EngineError, RewardError, UsageError
 from keel.rl import loop, partial, rollout
+from keel.rundir.stage_run import StageRun
 from keel.types import Completion
 
 SAMPLING = {"max_new_tokens": 9, "temperature": 1.5}
@@ -175,6 +176,31 @@ def test_a_stop_string_that_two_rounds_have_drawn_ends_a_response(tokenizer: Any
     alone = partial.Row(None, list(before), [], [(0, len(before))])  # pyright: ignore
     partial._go_on(alone, Completion((), tuple(new), "length", ()), 1, len(before) + len(new), None)
     assert (alone.stop_reason, alone.stop) == ("length", "")
+
+
+def test_an_engine_that_looks_at_no_limits_makes_no_response_longer() -> None:
+    row = partial.Row(None, [7] * 8, [0.0] * 8, [(0, 8)])  # pyright: ignore
+    partial._go_on(row, Completion((), (8, 9, 1), "eos", (-1.0, -2.0, -3.0)), 1, 9, None)
+    assert (row.ids[7:], row.logp[7:], row.rounds[-1]) == ([7, 8], [0.0, -1.0], (1, 1))
+    assert row.stop_reason == "length"
+
+
+def test_what_several_responses_begin_with_is_read_again_once(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where samples of a prompt are alike: tokens that somebody needs are more than none."""
+    counted: list[tuple[int, int]] = []
+    count = StageRun.count
+
+    def counting(self: Any, phase: str, useful: int = 0, computed: int = 0, **more: Any) -> None:
+        if phase == "rollout":
+            counted.append((useful, computed))
+        count(self, phase, useful, computed, **more)
+
+    monkeypatch.setattr(StageRun, "count", counting)
+    trained(sampling={**SAMPLING, "temperature": 0.01}, updates=2, lr=STILL)
+    assert len(counted) > 2
+    assert all(0 < useful <= computed for useful, computed in counted)
 
 
 @pytest.mark.slow
