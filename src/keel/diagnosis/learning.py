@@ -176,7 +176,7 @@ def sampler_disagrees(history: History) -> Alarm | None:
 
 
 def stale_samples(history: History) -> Alarm | None:
-    """Where responses are sampled one update ahead (`rollout.ahead`), each token is weighed by min(π /
+    """Where older weights sample (`rollout.ahead`, `rollout.partial`), each token is weighed by min(π /
     π_sampler, `importance_cap`). What is κ nats a token from the sampler has log-weights that scatter by
     about √(2κ). warn: κ above 0.1, a scatter of 0.45, over twice the usual clip range of 0.2, so that most
     tokens are outside of it before anything is learned; or the cap cuts more than 0.1 of the tokens, and
@@ -263,9 +263,9 @@ CHECKS = (
     Check(
         "stale_samples",
         stale_samples,
-        "an update moves the policy so far that samples one update old no longer speak for it",
-        "halve the learning rate, take fewer epochs, or sample in turn (rollout.ahead: 0); where only the "
-        "cap cuts, raise importance_cap",
+        "updates move the policy so far that what older weights have sampled no longer speaks for it",
+        "halve the learning rate, take fewer epochs, or sample by newer weights (rollout.ahead: 0; a larger "
+        "rollout.partial, or none); where only the cap cuts, raise importance_cap",
         frozenset({"cut_lr"}),
     ),
 )
