@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from keel.accel import cpu_linear, disabled, kept_turns
+from keel.accel import cpu_linear, disabled, kept_turns, kv_slots
 from keel.accel.kv_slots import Slots
 from keel.accel.patches import refusals
 from keel.data.stops import StopTexts
@@ -236,3 +236,17 @@ def test_what_a_row_keeps_is_a_copy() -> None:
     kept = kept_turns.keep(slots, 0)
     slots.layers[0].k.zero_()
     assert (kept.length, kept.keys[0].shape, float(kept.keys[0].sum())) == (2, (1, 2, 2), 4.0)
+
+
+def test_rows_that_are_moved_by_their_age_go_on_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few columns, and rows that change places at every turn."""
+    for name, value in {"GROUP": 2, "WORTH": 0, "FAR": 2}.items():
+        monkeypatch.setattr(kv_slots, name, value)
+    monkeypatch.setattr(stream, "SPARE_COLUMNS", 1)
+    monkeypatch.setattr(stream, "SPARE_SHARE", 10**6)
+    blocks, plainly = list[int](), Slots.blocks
+    monkeypatch.setattr(Slots, "blocks", lambda self: blocks.append(len(plainly(self))) or plainly(self))
+    model, asked = zoo.build("llama"), request(keep_head_inputs=True)
+    ours = held(KeelEngine(model, 5).converse, asked)
+    assert max(blocks) > 1
+    assert_same(ours, held(rounds(KeelEngine(model)), asked))
