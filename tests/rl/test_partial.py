@@ -138,15 +138,24 @@ def test_a_run_that_was_cut_off_goes_on_with_what_was_on_its_way(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", ["reward", "engine"])
+@pytest.mark.parametrize("fails", ["reward", "engine", "evaluation"])
 def test_what_fails_in_an_update_loses_no_response(
-    fails: str, trained: Any, monkeypatch: pytest.MonkeyPatch, differences: Callable[[Path, Path], list[str]]
+    fails: str,
+    trained: Any,
+    data: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    differences: Callable[[Path, Path], list[str]],
 ) -> None:
     """Neither those that had ended when a reward failed, nor the order in which others are begun when an
-    engine did."""
-    whole, _ = trained("whole", save_every=10)
-    calls, where, name = 0, *((loop, "collect") if fails == "reward" else (rollout, "completed"))
-    original, error = getattr(where, name), RewardError if fails == "reward" else EngineError
+    engine did, nor what was on its way when held-out prompts could not be judged."""
+    more: dict[str, Any] = {"save_every": 10}
+    if fails == "evaluation":
+        more |= {"eval_data": str(data.prompts), "eval_every": 1}
+    whole, _ = trained("whole", **more)
+    where, name = {
+        "reward": (loop, "collect"), "engine": (rollout, "completed"), "evaluation": (rollout, "evaluate"),
+    }[fails]  # fmt: skip
+    calls, original, error = 0, getattr(where, name), EngineError if fails == "engine" else RewardError
 
     def failing(*given: Any) -> Any:
         nonlocal calls
@@ -158,8 +167,8 @@ def test_what_fails_in_an_update_loses_no_response(
     with monkeypatch.context() as patched:
         patched.setattr(where, name, failing)
         with pytest.raises(error, match="not now"):
-            trained("cut", save_every=10)
-    cut, _ = trained("cut", save_every=10)
+            trained("cut", **more)
+    cut, _ = trained("cut", **more)
     assert differences(whole.parent.parent, cut.parent.parent) == []
 
 
