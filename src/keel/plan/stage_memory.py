@@ -304,7 +304,7 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     models = roles(stage, refs, device)
     policy, whole = models["policy"], stage.batch_size
     kept = _head_inputs(stage, policy, lengths)
-    sampled = _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, whole), lengths)
+    sampled = _sampled(stage, models, "policy", _rows_sampled(stage), lengths)
     judged = _judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
     found = [
         Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
@@ -462,6 +462,13 @@ def _rollout(
         logits=model_memory.sampling_logits(model, rows, 1),
     )
     return fullest(name, [prefill, end])
+
+
+def _rows_sampled(stage: OnPolicy) -> int:
+    """Rows that are sampled at once: of an update, or of all whose responses are on their way together."""
+    most, partial = stage.sampling.max_new_tokens, stage.rollout.partial
+    together = min(stage.updates, -(-most // partial)) if partial else 1
+    return min(SAMPLED_AT_ONCE, together * stage.batch_size)
 
 
 def _sampled(
