@@ -14,7 +14,7 @@ from keel.config import parse
 from keel.data.holdout import split_holdout
 from keel.models.load import load_tokenizer
 from keel.pipeline.pipeline import Pipeline
-from keel.plan import planner, text
+from keel.plan import model_memory, planner, text
 from keel.plan.stage_memory import Lengths
 
 LLAMA = {
@@ -425,6 +425,23 @@ def test_responses_of_several_updates_are_planned_to_be_sampled_together(
         name: stage["memory"]["phases"]["rollout"]["policy"]["kv_cache"] for name, stage in planned.items()
     }
     assert cache["halves"] == cache["whole"] < cache["all"] == cache["three"]  # there are three updates
+
+
+def test_what_episodes_keep_between_their_turns_is_planned(
+    plan: Any, clerk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_memory, "sampling_logits", lambda *_: 0.0)  # else those of prompts are fullest
+    grpo = {
+        "kind": "grpo", "model": str(clerk), "data": {"source": "world:shop/prompts", "rows": 4},
+        "batch_size": 4, "samples_per_prompt": 2, "reward": {"kind": "length", "low": 1, "high": 9},
+        "sampling": {"max_new_tokens": 200},
+    }  # fmt: skip
+    planned = plan(plain=grpo, episodes={**grpo, "environment": "world:shop"})
+    plain, episodes = (
+        planned[name]["memory"]["phases"]["rollout"]["policy"]["kv_cache"] for name in ("plain", "episodes")
+    )
+    # one layer of one is there twice; a quarter of the cache waits, and a quarter is read
+    assert episodes == pytest.approx(plain * 2.5 / 2)
 
 
 def test_no_row_takes_more_than_the_one_that_is_planned_for():

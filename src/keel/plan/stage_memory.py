@@ -483,7 +483,8 @@ def _sampled(
     """Sampling with the stage's engine. A server computes in memory of its own, which nobody here knows."""
     if stage.rollout.vllm:
         return Phase(name, resident(models))
-    kept = 1 / KEPT_SHARE if getattr(stage, "uses_tools", False) else 0.0
+    # of conversations that wait, and once more while they are read
+    kept = 2 / KEPT_SHARE if getattr(stage, "uses_tools", False) else 0.0
     return _rollout(models, role, rows, lengths, name=name, kept=kept)
 
 
