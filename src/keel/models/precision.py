@@ -16,7 +16,8 @@ from keel import accel
 from keel.accel.cpu_linear import cast_cache
 
 M = TypeVar("M", bound=nn.Module)
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @cache
