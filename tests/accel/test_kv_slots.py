@@ -98,7 +98,6 @@ def test_rows_of_different_age_are_not_read_from_the_oldest_ones_first_column(
     draw = random.Random(0)
     lengths = [draw.randrange(4, 100) for _ in range(64)]
     read, needed = stream(Slots(16, 120, torch.device("cpu")), lengths, seed=0)
-    print(read / needed)
     assert read < 1.25 * needed
     monkeypatch.setattr(kv_slots, "FAR", 10**6)  # which leaves rows where they are
     unordered, needed = stream(Slots(16, 120, torch.device("cpu")), lengths, seed=0)

@@ -197,6 +197,12 @@ def test_an_ill_run_is_found_with_evidence_cause_and_remedy(check, severity, ser
     assert any(letter.isdigit() for letter in finding.evidence) or check == "not_finite"
 
 
+@pytest.mark.parametrize("setting", ["rollout.ahead", "rollout.partial"])
+def test_stale_samples_have_a_remedy_for_each_setting_that_makes_them(setting):
+    findings = found({"rollout/staleness_kl": after(30, 0.02, 0.15)}, Conditions())
+    assert setting in next(f for f in findings if f.check == "stale_samples").remedy
+
+
 # those that fall ill on the way, by something that single batches may show as well
 FALLING_ILL = [
     one

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from keel.errors import UsageError
 from keel.feedback import priorities
@@ -74,6 +75,18 @@ def test_episodes_with_tools_become_pairs_of_turns(finished: Path, tmp_path: Pat
         assert [[turn["role"] for turn in reply.content] for reply in item.replies] == [
             ["assistant", "tool", "assistant"]
         ] * 2
+
+
+def test_models_whose_stage_plays_episodes_do_not_answer_without_tools(
+    finished: Path, roomy_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["stages"]["judge"]["environment"] = "world:shop"
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    with pytest.raises(UsageError, match="run an evaluate stage of these models with the same `tools`"):
+        from_run.read(run, ["sft", str(roomy_model)], 4)
 
 
 def test_models_that_nobody_judged_answer_now_and_of_three_each_two_in_turn(

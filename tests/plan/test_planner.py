@@ -14,7 +14,7 @@ from keel.config import parse
 from keel.data.holdout import split_holdout
 from keel.models.load import load_tokenizer
 from keel.pipeline.pipeline import Pipeline
-from keel.plan import planner, text
+from keel.plan import model_memory, planner, text
 from keel.plan.stage_memory import Lengths
 
 LLAMA = {
@@ -407,6 +407,41 @@ def test_rows_of_a_pretraining_mix_and_demonstrations_are_planned_as_long_as_the
     assert activations("long", "ptx") > 2 * activations("short", "ptx")
     assert activations("long", "train") == activations("short", "train")
     assert activations("taught", "train") > 2 * activations("own", "train")
+
+
+def test_responses_of_several_updates_are_planned_to_be_sampled_together(
+    plan: Any, data: Any, tiny_model: Path
+) -> None:
+    grpo = {
+        "kind": "grpo", "model": str(tiny_model), "data": str(data.prompts), "batch_size": 4, "updates": 3,
+        "samples_per_prompt": 2, "reward": {"kind": "length", "low": 1, "high": 9}, "importance_cap": 2.0,
+        "sampling": {"max_new_tokens": 8},
+    }  # fmt: skip
+    planned = plan(
+        whole={**grpo, "batch_size": 8}, halves={**grpo, "rollout": {"partial": 4}},
+        three={**grpo, "batch_size": 12}, all={**grpo, "rollout": {"partial": 1}},
+    )  # fmt: skip
+    cache = {
+        name: stage["memory"]["phases"]["rollout"]["policy"]["kv_cache"] for name, stage in planned.items()
+    }
+    assert cache["halves"] == cache["whole"] < cache["all"] == cache["three"]  # there are three updates
+
+
+def test_what_episodes_keep_between_their_turns_is_planned(
+    plan: Any, clerk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_memory, "sampling_logits", lambda *_: 0.0)  # else those of prompts are fullest
+    grpo = {
+        "kind": "grpo", "model": str(clerk), "data": {"source": "world:shop/prompts", "rows": 4},
+        "batch_size": 4, "samples_per_prompt": 2, "reward": {"kind": "length", "low": 1, "high": 9},
+        "sampling": {"max_new_tokens": 200},
+    }  # fmt: skip
+    planned = plan(plain=grpo, episodes={**grpo, "environment": "world:shop"})
+    plain, episodes = (
+        planned[name]["memory"]["phases"]["rollout"]["policy"]["kv_cache"] for name in ("plain", "episodes")
+    )
+    # one layer of one is there twice; a quarter of the cache waits, and a quarter is read
+    assert episodes == pytest.approx(plain * 2.5 / 2)
 
 
 def test_no_row_takes_more_than_the_one_that_is_planned_for():

@@ -16,6 +16,7 @@ from keel.config import parse
 from keel.data.stops import stop_texts
 from keel.errors import EngineError, RewardError, UsageError
 from keel.rl import loop, partial, rollout
+from keel.rundir.stage_run import StageRun
 from keel.types import Completion
 
 SAMPLING = {"max_new_tokens": 9, "temperature": 1.5}
@@ -137,15 +138,24 @@ def test_a_run_that_was_cut_off_goes_on_with_what_was_on_its_way(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", ["reward", "engine"])
+@pytest.mark.parametrize("fails", ["reward", "engine", "evaluation"])
 def test_what_fails_in_an_update_loses_no_response(
-    fails: str, trained: Any, monkeypatch: pytest.MonkeyPatch, differences: Callable[[Path, Path], list[str]]
+    fails: str,
+    trained: Any,
+    data: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    differences: Callable[[Path, Path], list[str]],
 ) -> None:
     """Neither those that had ended when a reward failed, nor the order in which others are begun when an
-    engine did."""
-    whole, _ = trained("whole", save_every=10)
-    calls, where, name = 0, *((loop, "collect") if fails == "reward" else (rollout, "completed"))
-    original, error = getattr(where, name), RewardError if fails == "reward" else EngineError
+    engine did, nor what was on its way when held-out prompts could not be judged."""
+    more: dict[str, Any] = {"save_every": 10}
+    if fails == "evaluation":
+        more |= {"eval_data": str(data.prompts), "eval_every": 1}
+    whole, _ = trained("whole", **more)
+    where, name = {
+        "reward": (loop, "collect"), "engine": (rollout, "completed"), "evaluation": (rollout, "evaluate"),
+    }[fails]  # fmt: skip
+    calls, original, error = 0, getattr(where, name), EngineError if fails == "engine" else RewardError
 
     def failing(*given: Any) -> Any:
         nonlocal calls
@@ -157,8 +167,8 @@ def test_what_fails_in_an_update_loses_no_response(
     with monkeypatch.context() as patched:
         patched.setattr(where, name, failing)
         with pytest.raises(error, match="not now"):
-            trained("cut", save_every=10)
-    cut, _ = trained("cut", save_every=10)
+            trained("cut", **more)
+    cut, _ = trained("cut", **more)
     assert differences(whole.parent.parent, cut.parent.parent) == []
 
 
@@ -175,6 +185,31 @@ def test_a_stop_string_that_two_rounds_have_drawn_ends_a_response(tokenizer: Any
     alone = partial.Row(None, list(before), [], [(0, len(before))])  # pyright: ignore
     partial._go_on(alone, Completion((), tuple(new), "length", ()), 1, len(before) + len(new), None)
     assert (alone.stop_reason, alone.stop) == ("length", "")
+
+
+def test_an_engine_that_looks_at_no_limits_makes_no_response_longer() -> None:
+    row = partial.Row(None, [7] * 8, [0.0] * 8, [(0, 8)])  # pyright: ignore
+    partial._go_on(row, Completion((), (8, 9, 1), "eos", (-1.0, -2.0, -3.0)), 1, 9, None)
+    assert (row.ids[7:], row.logp[7:], row.rounds[-1]) == ([7, 8], [0.0, -1.0], (1, 1))
+    assert row.stop_reason == "length"
+
+
+def test_what_several_responses_begin_with_is_read_again_once(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where samples of a prompt are alike: tokens that somebody needs are more than none."""
+    counted: list[tuple[int, int]] = []
+    count = StageRun.count
+
+    def counting(self: Any, phase: str, useful: int = 0, computed: int = 0, **more: Any) -> None:
+        if phase == "rollout":
+            counted.append((useful, computed))
+        count(self, phase, useful, computed, **more)
+
+    monkeypatch.setattr(StageRun, "count", counting)
+    trained(sampling={**SAMPLING, "temperature": 0.01}, updates=2, lr=STILL)
+    assert len(counted) > 2
+    assert all(0 < useful <= computed for useful, computed in counted)
 
 
 @pytest.mark.slow

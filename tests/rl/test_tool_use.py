@@ -23,7 +23,7 @@ from keel.rl.ppo import PPO
 from keel.rl.rollout import LoopState
 from keel.rl.setup import open_stage
 from keel.rollout import GenerationRequest, KeelEngine
-from keel.stages import best_of_n
+from keel.stages import best_of_n, evaluate
 from keel.types import Completion
 from keel.worlds import shop
 
@@ -496,6 +496,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def lengths_of_samplers(monkeypatch: pytest.MonkeyPatch, stage: Any) -> list[int | None]:
+    """The longest sequence that each engine is opened for: unknown, as `reset` may add to a prompt."""
+    found: list[int | None] = []
+    plain = stage.open_sampler
+
+    def opening(*given: Any, length: int | None, **more: Any) -> Any:
+        found.append(length)
+        return plain(*given, length=length, **more)
+
+    monkeypatch.setattr(stage, "open_sampler", opening)
+    return found
+
+
 def roles(turns: list[Any]) -> str:
     return "".join(turn["role"][0] for turn in turns)
 
@@ -507,6 +520,7 @@ def test_evaluate_plays_episodes_and_judges_what_was_done(
     that begin alike."""
     scripted(monkeypatch, a_clerk)
     with_tokenizer(clerk)
+    lengths = lengths_of_samplers(monkeypatch, evaluate)
     stage = {
         "kind": "evaluate", "models": [str(clerk)], "environment": "world:shop", "gold": "world:shop",
         "reward": {"kind": "environment"}, "data": {"source": "world:shop/test_prompts", "rows": 12},
@@ -514,6 +528,7 @@ def test_evaluate_plays_episodes_and_judges_what_was_done(
     }  # fmt: skip
     run({"stages": {"judge": stage}}, tmp_path / "run")
     folder = tmp_path / "run" / "stages" / "judge"
+    assert lengths == [None, None]
     found = json.loads((folder / "result.json").read_text())["models"]
     plain, best = found[str(clerk)], found[f"{clerk} best of 2"]
     assert plain["gold"] == plain["proxy"]
@@ -557,6 +572,7 @@ def test_best_of_n_learns_the_best_episodes_own_tokens(
 ) -> None:
     scripted(monkeypatch, a_clerk)
     with_tokenizer(clerk)
+    lengths = lengths_of_samplers(monkeypatch, best_of_n)
     rows: list[Any] = []
     fit = best_of_n.language.fit
     monkeypatch.setattr(best_of_n.language, "fit", lambda *given: rows.extend(given[4]) or fit(*given))
@@ -569,6 +585,7 @@ def test_best_of_n_learns_the_best_episodes_own_tokens(
     run({"stages": {"best": stage}}, tmp_path / "run")
     folder = tmp_path / "run" / "stages" / "best"
     best = lines(folder / "best.jsonl")
+    assert lengths == [None]
     assert len(best) == len(rows) == 8
     assert {roles(row["completion"]) for row in best} == {"ata", "atata"}
     tokenizer = KeelEngine.generate.tokenizer  # pyright: ignore

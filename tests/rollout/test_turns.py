@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from keel.accel import disabled, kept_turns
+from keel.accel import cpu_linear, disabled, kept_turns, kv_slots
 from keel.accel.kv_slots import Slots
+from keel.accel.patches import refusals
 from keel.data.stops import StopTexts
+from keel.models import precision
 from keel.rollout import stream
 from keel.rollout.engine import KeelEngine
 from keel.rollout.protocol import GenerationRequest, NextTurn, Rows, TakesTurns, TokenCount
@@ -187,9 +189,41 @@ def test_a_model_without_slots_plays_in_rounds() -> None:
     assert_same(held(KeelEngine(model).converse, asked), held(rounds(KeelEngine(model)), asked))
 
 
+def test_given_draws_are_those_of_the_first_turn_and_stay_as_they_are() -> None:
+    model = zoo.build("llama")
+    draws = torch.rand(len(PROMPTS), MOST, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    asked = request(draws=draws.clone())
+    ours = held(KeelEngine(model, 4).converse, asked)
+    assert torch.equal(asked.draws, draws)
+    assert_same(ours, held(rounds(KeelEngine(model)), asked))
+    assert [one[0].ids for one in ours] == [c.ids for c in KeelEngine(model).generate(asked)]
+
+
+def test_answers_compute_as_whoever_asks_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not without gradient, and in the precision, that the model samples in."""
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
+    model, found = precision.mark_precision(zoo.build("llama"), "auto"), set[tuple[bool, ...]]()
+
+    def answer(row: int, response: Completion) -> None:
+        weight, x = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2)
+        product = torch.nn.functional.linear(x, weight)
+        found.add((product.requires_grad, product.dtype == torch.float32, cpu_linear._casts.get() is None))
+
+    KeelEngine(model).converse(request(), answer)
+    assert found == {(True, True, True)}
+    assert "kept_turns" not in refusals(model)  # so these did not go in rounds
+    with torch.no_grad():
+        KeelEngine(model).converse(request(), answer)
+    assert found == {(True, True, True), (False, True, True)}
+
+
+def test_no_conversations_are_none() -> None:
+    KeelEngine(zoo.build("llama")).converse(request(prompts=[], limits=[]), lambda row, turn: None)
+
+
 def test_a_turn_must_leave_tokens_and_fit() -> None:
     model = zoo.build("llama")
-    for following in (NextTurn((5, 6, 7), 0), NextTurn((5,) * 30, MOST)):
+    for following in (NextTurn((5, 6, 7), 0), NextTurn((5,) * 30, MOST), NextTurn((5,), MOST + 5)):
         with pytest.raises(ValueError, match="leaves some"):
             KeelEngine(model).converse(request(), lambda row, turn: following)  # noqa: B023
 
@@ -202,3 +236,17 @@ def test_what_a_row_keeps_is_a_copy() -> None:
     kept = kept_turns.keep(slots, 0)
     slots.layers[0].k.zero_()
     assert (kept.length, kept.keys[0].shape, float(kept.keys[0].sum())) == (2, (1, 2, 2), 4.0)
+
+
+def test_rows_that_are_moved_by_their_age_go_on_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few columns, and rows that change places at every turn."""
+    for name, value in {"GROUP": 2, "WORTH": 0, "FAR": 2}.items():
+        monkeypatch.setattr(kv_slots, name, value)
+    monkeypatch.setattr(stream, "SPARE_COLUMNS", 1)
+    monkeypatch.setattr(stream, "SPARE_SHARE", 10**6)
+    blocks, plainly = list[int](), Slots.blocks
+    monkeypatch.setattr(Slots, "blocks", lambda self: blocks.append(len(plainly(self))) or plainly(self))
+    model, asked = zoo.build("llama"), request(keep_head_inputs=True)
+    ours = held(KeelEngine(model, 5).converse, asked)
+    assert max(blocks) > 1
+    assert_same(ours, held(rounds(KeelEngine(model)), asked))

@@ -176,13 +176,12 @@ def sampler_disagrees(history: History) -> Alarm | None:
 
 
 def stale_samples(history: History) -> Alarm | None:
-    """Where responses are sampled one update ahead (`rollout.ahead`), or by the weights of several updates
-    (`rollout.partial`), each token is weighed by min(π / π_sampler, `importance_cap`). What is κ nats a token
-    from the sampler has log-weights that scatter by about √(2κ). warn: κ above 0.1, a scatter of 0.45, over
-    twice the usual clip range of 0.2, so that most tokens are outside of it before anything is learned; or
-    the cap cuts more than 0.1 of the tokens, and what it cuts is bias. act: above 0.5, a scatter of 1: few
-    tokens carry the update; or more than 0.3 cut. An update of PPO that goes well moves the policy by a
-    hundredth of a nat a token."""
+    """Where older weights sample (`rollout.ahead`, `rollout.partial`), each token is weighed by min(π /
+    π_sampler, `importance_cap`). What is κ nats a token from the sampler has log-weights that scatter by
+    about √(2κ). warn: κ above 0.1, a scatter of 0.45, over twice the usual clip range of 0.2, so that most
+    tokens are outside of it before anything is learned; or the cap cuts more than 0.1 of the tokens, and
+    what it cuts is bias. act: above 0.5, a scatter of 1: few tokens carry the update; or more than 0.3 cut.
+    An update of PPO that goes well moves the policy by a hundredth of a nat a token."""
     levels: Levels = (("act", 0.5), ("warn", 0.1))
     for severity, far in levels:
         if history.sustained("rollout/staleness_kl", far):
@@ -264,9 +263,9 @@ CHECKS = (
     Check(
         "stale_samples",
         stale_samples,
-        "an update moves the policy so far that what older weights have sampled no longer speaks for it",
-        "halve the learning rate, take fewer epochs, or sample in turn (rollout.ahead: 0) and whole "
-        "responses (a larger rollout.partial, or none); where only the cap cuts, raise importance_cap",
+        "updates move the policy so far that what older weights have sampled no longer speaks for it",
+        "halve the learning rate, take fewer epochs, or sample by newer weights (rollout.ahead: 0; a larger "
+        "rollout.partial, or none); where only the cap cuts, raise importance_cap",
         frozenset({"cut_lr"}),
     ),
 )

@@ -4,9 +4,10 @@ bfloat16, the matrix products are taken in it (`dtype: auto`)."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from keel import accel
 from keel.accel.cpu_linear import cast_cache
 
 M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @cache
@@ -64,6 +67,23 @@ def computing(model: object, device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(device.type, torch.bfloat16), cast_cache():
         yield
+
+
+def as_here(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which computes wherever it is called as it would here and now: with or without gradient,
+    in this autocast, with the casts that are kept here."""
+    context, gradient = contextvars.copy_context(), torch.is_grad_enabled()
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+
+    def called(*args: P.args, **more: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(gradient))
+            for kind, dtype, on in casts:
+                stack.enter_context(torch.autocast(kind, dtype, enabled=on))
+            return context.run(function, *args, **more)
+
+    return called
 
 
 def autocast_on(model: object, device: torch.device) -> bool:

@@ -337,7 +337,7 @@ def _in_a_round(stage: OnPolicy, lengths: Lengths) -> tuple[int, Lengths]:
     partial = stage.rollout.partial
     if not partial or partial >= lengths.answer:
         return stage.batch_size, lengths
-    rounds = math.ceil(lengths.answer / partial)
+    rounds = min(stage.updates, math.ceil(lengths.answer / partial))
     return stage.batch_size * rounds, Lengths(lengths.total - partial, partial)
 
 
@@ -488,7 +488,8 @@ def _sampled(
     """Sampling with the stage's engine. A server computes in memory of its own, which nobody here knows."""
     if stage.rollout.vllm:
         return Phase(name, resident(models))
-    kept = 1 / KEPT_SHARE if getattr(stage, "uses_tools", False) else 0.0
+    # of conversations that wait, and once more while they are read
+    kept = 2 / KEPT_SHARE if getattr(stage, "uses_tools", False) else 0.0
     return _rollout(models, role, rows, lengths, name=name, kept=kept)
 
 

@@ -121,8 +121,10 @@ class Partial:
         for row, completion in zip(rows, completions, strict=True):
             _go_on(row, completion, update - 1, self.most, request.stop_texts)
         if count.computed:  # an engine need not count
-            again = sum(len(c.prompt_ids) for row, c in zip(rows, completions, strict=True) if row.rounds[1:])
-            useful = count.useful - again  # what was begun is read once more, which nobody needs
+            # what was begun is read once more, which nobody needs: once where several rows begin alike
+            carried = {c.prompt_ids for row, c in zip(rows, completions, strict=True) if row.rounds[1:]}
+            again = sum(map(len, carried))
+            useful = count.useful - again
             setup.run.count("rollout", useful, count.computed, passes=count.passes, pairs=count.pairs)
 
     def _request(self, going: Sequence[tuple[int, int, Row]], seed: int) -> GenerationRequest:
@@ -200,8 +202,10 @@ def _go_on(row: Row, completion: Completion, learned: int, most: int, stops: Sto
     """Put what was sampled behind what there is. learned: updates that the weights had learned from. most:
     tokens of a response."""
     count, stop, ended = len(completion.ids), completion.stop, completion.ended
+    if (room := most - len(row.ids)) < count:  # of an engine that looks at no limits
+        count, stop, ended = room, "", False
     if stops is not None and row.ids:
-        if (cut := _straddling(stops, row.ids, completion.ids)) is not None:
+        if (cut := _straddling(stops, row.ids, completion.ids[:count])) is not None:
             (count, stop), ended = cut, True
         elif stop and stop not in stops.text([*row.ids, *completion.ids]):
             stop, ended = "", False  # it stood in the text of the new tokens alone, not in that of all

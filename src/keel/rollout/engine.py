@@ -16,7 +16,7 @@ from keel.data.batches import pairs_of
 from keel.data.chat import own_text, reply_text
 from keel.data.stops import StopTexts
 from keel.models.head import capture_head_input, head_of
-from keel.models.precision import computing, keep_bf16_copies
+from keel.models.precision import as_here, computing, keep_bf16_copies
 from keel.rollout import even_rows, reference_engine
 from keel.rollout.drawn import Asked, limits_of
 from keel.rollout.protocol import Answer, GenerationRequest, Rows, TokenCount
@@ -48,11 +48,13 @@ class KeelEngine:
     def converse(self, request: GenerationRequest, answer: Answer, count: TokenCount | None = None) -> None:
         """As of `TakesTurns`: a row that is answered takes a slot again, and what it has read stays read. In
         rounds where the model keeps something else than keys and values of each position."""
-        work = count or TokenCount()
+        if not request.prompts:
+            return
+        work, outside = count or TokenCount(), as_here(answer)
         with _opened(self.model, request, work) as (asked, steps):
             slots = way_of(self.model, asked.longest) == "slots"
             if slots and kept_turns.fits(self.model, asked.longest):
-                turns = Turns(asked, request, answer)
+                turns = Turns(asked, request, outside)
                 Stream(asked, self.batch_size, steps, turns).run()
                 lengths = [(len(p), len(whole) - 1) for p, whole in zip(request.prompts, turns.whole)]
                 work.useful += sum(map(len, {tuple(prompt) for prompt in request.prompts}))
@@ -108,7 +110,7 @@ def _opened(
 ) -> Iterator[tuple[Asked, decode_graphs.Captured | None]]:
     """What every way to sample works on, and recorded steps; within it the model samples."""
     check_context(model, request.prompts, request.sampling, request.limits)
-    draws = request.draws
+    draws = None if request.draws is None else request.draws.clone()  # later turns write theirs over it
     if draws is None:
         draws = uniform_draws(len(request.prompts), request.sampling, request.seed, request.rows)
     device = next(model.parameters()).device

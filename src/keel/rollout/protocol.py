@@ -42,7 +42,7 @@ class GenerationRequest:
     limits: Sequence[int] | None = None
     rows: Rows | None = None  # None: all rows of the seed
     # (N, max_new_tokens) numbers in [0, 1) that the tokens are drawn with, in place of those of the seed; for
-    # keel's own engines
+    # keel's own engines. Of a conversation the first turn
     draws: Tensor | None = None
 
     @classmethod
@@ -125,7 +125,8 @@ class TakesTurns(Engine, Protocol):
     def converse(self, request: GenerationRequest, answer: Answer, count: TokenCount | None = None) -> None:
         """Responses to the prompts, each given to `answer` as soon as it has ended, and the responses to what
         it says; until it has said None of every row. As `rollout.rounds.in_rounds` says it, up to the order
-        of different rows and rounding.
+        of different rows and rounding. `answer` computes as its caller does, whatever precision and gradient
+        mode the model samples in.
 
         Raises what `answer` raises."""
         ...

@@ -44,6 +44,7 @@ def in_rounds(
             limits=[one.limit for one in going.values()],
             rows=Rows([rows.numbers[row] for row in going], rows.of),
             seed=turn_seed(request.seed, turn),
+            draws=None if turn else request.draws,
         )
         completions = engine.generate(asked, count)
         check_completions(name, asked, completions)

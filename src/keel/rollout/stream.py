@@ -54,11 +54,13 @@ class Turns:
         if following is None:
             return
         whole = self.whole[row] = tuple(following.prompt)
-        most = self._asked.limits
-        if following.limit < 1 or len(whole) + following.limit > self._longest:
-            raise ValueError("a turn begins within the tokens that its row began with, and leaves some")
+        most, draws = self._asked.limits, self._asked.draws
+        if not 0 < following.limit <= min(draws.shape[1], self._longest - len(whole)):
+            raise ValueError(
+                "a turn begins within the tokens that its row began with, and leaves some, but no more than "
+                "max_new_tokens"
+            )
         self.turn[row] += 1
-        draws = self._asked.draws
         draws[row] = self._draws(self.turn[row])[row].to(draws.device)
         most[row] = following.limit
         drawn.forget(row)

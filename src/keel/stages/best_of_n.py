@@ -115,7 +115,8 @@ def _sample(
         loaded, stage_run, tokenizer, longest, normalize=len(config.reward) > 1, batch_size=config.batch_size
     )
     engine = open_sampler(
-        config.rollout, model, stage_run, tokenizer, batch_size=PROMPTS_AT_ONCE * n, length=longest,
+        config.rollout, model, stage_run, tokenizer, batch_size=PROMPTS_AT_ONCE * n,
+        length=None if tools else longest,  # what a `reset` puts behind a prompt is not known yet
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
 

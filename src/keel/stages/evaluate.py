@@ -186,12 +186,13 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         rewards = build_rewards.mixture(
             bench.loaded, stage_run, tokenizer, longest, normalize=several, batch_size=config.batch_size
         )
+    tools = tool_use.open_tools(config, stage_run.name, tokenizer)
     engine = open_sampler(
         config.rollout, model, stage_run, tokenizer, batch_size=config.batch_size,
-        length=bench.longest[name] + config.sampling.max_new_tokens,
+        # what a `reset` puts behind a prompt is not known yet
+        length=None if tools else bench.longest[name] + config.sampling.max_new_tokens,
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
-    tools = tool_use.open_tools(config, stage_run.name, tokenizer)
     if tools:
         tools.room = bench.room
         build_rewards.check_episodes(bench.loaded, tokenizer, stage_run.name)

@@ -115,6 +115,11 @@ def _generated(run: Path, config: RunConfig, models: Sequence[str], pairs: int, 
     if not stages:
         raise UsageError(f"{run} has no stage with prompts, and no samples of {', '.join(models)} to compare")
     stage = stages[0]
+    if getattr(stage, "uses_tools", False):
+        raise UsageError(
+            f"{run} has no samples of {', '.join(models)} to compare, and its prompts are for episodes with "
+            "tools: run an evaluate stage of these models with the same `tools` and `environment`"
+        )
     prompts = _prompts(config, stage)
     # some prompts get equal replies: a quarter more are asked than pairs are wanted
     order = permutation(len(prompts), derive_seed("from-run prompts", seed), 0)[: pairs + pairs // 4 + 4]
