@@ -409,24 +409,6 @@ def test_rows_of_a_pretraining_mix_and_demonstrations_are_planned_as_long_as_the
     assert activations("taught", "train") > 2 * activations("own", "train")
 
 
-def test_responses_of_several_updates_are_planned_to_be_sampled_together(
-    plan: Any, data: Any, tiny_model: Path
-) -> None:
-    grpo = {
-        "kind": "grpo", "model": str(tiny_model), "data": str(data.prompts), "batch_size": 4, "updates": 3,
-        "samples_per_prompt": 2, "reward": {"kind": "length", "low": 1, "high": 9}, "importance_cap": 2.0,
-        "sampling": {"max_new_tokens": 8},
-    }  # fmt: skip
-    planned = plan(
-        whole={**grpo, "batch_size": 8}, halves={**grpo, "rollout": {"partial": 4}},
-        three={**grpo, "batch_size": 12}, all={**grpo, "rollout": {"partial": 1}},
-    )  # fmt: skip
-    cache = {
-        name: stage["memory"]["phases"]["rollout"]["policy"]["kv_cache"] for name, stage in planned.items()
-    }
-    assert cache["halves"] == cache["whole"] < cache["all"] == cache["three"]  # there are three updates
-
-
 def test_what_episodes_keep_between_their_turns_is_planned(
     plan: Any, clerk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

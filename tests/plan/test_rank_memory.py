@@ -77,16 +77,18 @@ def test_responses_that_several_updates_sample_are_planned_for_one_process_and_a
     partial = stage("grpo", **settings, rollout={"partial": 256})
     by_ranks = rank_memory.on_ranks(partial, refs(rewards=True), LENGTHS, Asked(2))
     assert not any(one.runs for one in by_ranks.values())
+    few = stage("grpo", **settings, rollout={"partial": 256}, updates=2)
     held = [
         next(
             p.total
             for p in stage_memory.phases(one, refs(rewards=True), LENGTHS, "cuda") or []
             if p.name == "rollout"
         )
-        for one in (whole, partial)
+        for one in (whole, partial, few)
     ]
     cache = model_memory.kv_cache(stage_memory.learners(whole, refs(), "cuda")["policy"], 8, LENGTHS.total)
     assert held[1] - held[0] > 3 * cache  # four updates' responses are on their way at a time
+    assert held[1] - held[2] > 2 * cache  # of two updates no more than both
 
 
 def test_the_rows_of_a_step_are_shared_whole_prompts_in_rl() -> None:
