@@ -31,7 +31,7 @@ def fast_in_bfloat16(device: torch.device) -> bool:
 
 def fast_cpu(has: Mapping[str, Any]) -> bool:
     """Whether a processor with these capabilities multiplies in bfloat16 many times as fast. AVX-512's own
-    products are twice as fast; what they do to the quality of a run is not known yet (docs/notes.md)."""
+    products are twice as fast, and a run with them ends worse (docs/results.md)."""
     return bool(has.get("amx_bf16"))
 
 
