@@ -432,6 +432,9 @@ class OnPolicy(ToolUse):
     def held_out_data(self) -> DataSetting | None:
         return self._plain("eval_data", self.record_types) if self.eval_data else None
 
+    def mixed_data(self) -> list[DataSetting]:
+        return self.other_data()
+
     def other_data(self) -> list[DataSetting]:
         return [([source.plain() for source in self.ptx.data], ("text",))] if self.ptx else []
 

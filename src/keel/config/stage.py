@@ -122,6 +122,10 @@ class Stage(Settings):
         """Rows that it evaluates on, where a setting gives them. They must be like those of `data`."""
         return None
 
+    def mixed_data(self) -> list[DataSetting]:
+        """What a stage that samples learns from beside its own samples."""
+        return []
+
     def other_data(self) -> list[DataSetting]:
         """Every data setting besides the main and the held-out ones."""
         return []

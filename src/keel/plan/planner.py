@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from keel.config import OnPolicy, Stage, Training
+from keel.config import Stage, Training
 from keel.config.stage import DataSetting
 from keel.data import chat, files, stream
 from keel.data.holdout import holdout_count
@@ -130,11 +130,6 @@ def _kind(device: torch.device) -> stage_memory.Device:
 def _datasets(pipeline: Pipeline, name: str) -> list[Dataset]:
     """What a stage learns from, as far as it is no other stage's."""
     return _loaded(pipeline, pipeline.config.stages[name].main_data())
-
-
-def _other_datasets(pipeline: Pipeline, name: str) -> list[Dataset]:
-    """What an on-policy stage learns from beside its own samples, as far as it is no other stage's."""
-    return _loaded(pipeline, pipeline.config.stages[name].other_data())
 
 
 def _loaded(pipeline: Pipeline, settings: list[DataSetting]) -> list[Dataset]:
@@ -469,7 +464,7 @@ def _longest(
     if stage.replies is not None:
         new = stage.replies.max_new_tokens
         prompt = max(row.total for row in rows)
-        other = _other_datasets(pipeline, name) if isinstance(stage, OnPolicy) else []
+        other = _loaded(pipeline, stage.mixed_data())
         beside = Lengths.of_all(_longest_rows(tokenizer, other)).within(limit) if other else None
         return Lengths(min(prompt, max(1, limit - new)) if limit else prompt, new, beside=beside)
     return Lengths.of_all(rows).within(limit)

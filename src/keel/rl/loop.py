@@ -8,6 +8,7 @@ All else is here.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,7 +69,8 @@ class OnPolicyLoop:
         self.curriculum = _curriculum(self.config, prompts, self.run.seed)
         self.best: dict[str, Any] | None = None  # the policy at its best evaluation, for `patience`
         way = Partial if self.config.rollout.partial else Ahead
-        self.ahead = way(self.setup, lambda update: [self.prompts[i] for i in self._rows_of(update)])
+        own = weakref.proxy(self)  # so that all of it goes at once, when training ends
+        self.ahead = way(self.setup, lambda update: [prompts[i] for i in own._rows_of(update)])
 
     def train(self) -> dict[str, Any]:
         """Updates until there are enough, or a reason to stop. Where there is a judge, or weights may be put
