@@ -29,7 +29,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.installed-dev       ## what every change must pass; under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
 	$(BIN)/python -m pytest -m slow

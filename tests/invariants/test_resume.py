@@ -79,7 +79,7 @@ def short(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stride", [167, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [251, pytest.param(1, marks=pytest.mark.slow)])
 def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
     stride: int, short: Mapping[str, Any], tmp_path: Path, differences: Differences
 ) -> None:
@@ -101,7 +101,7 @@ def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
         assert_all_alike(tmp_path / stage, differences)
 
 
-@pytest.mark.parametrize("stride", [257, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [401, pytest.param(1, marks=pytest.mark.slow)])
 def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
     stride: int, short: Mapping[str, Any], tmp_path: Path, differences: Differences
 ) -> None:

@@ -111,7 +111,9 @@ def unread(found: Conversations, forgotten: int | None = None) -> int:
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", *WINDOWS])
+@pytest.mark.parametrize(
+    "kind", ["llama", WINDOWS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in WINDOWS[1:])]
+)
 def test_turns_are_those_that_read_everything_again(kind: str, read: list[list[int]]) -> None:
     model = zoo.build(kind)
     assert kept_turns.fits(model, MOST + max(map(len, PROMPTS)))

@@ -286,8 +286,15 @@ def test_a_run_that_was_cut_off_ends_the_same_and_reads_its_reference_again_from
         assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
-@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("loss", "lora"),
+    [
+        pytest.param("sigmoid", None, id="sigmoid"),
+        pytest.param("kto", {"r": 4}, id="kto-lora"),
+        pytest.param("sigmoid", {"r": 4}, id="sigmoid-lora", marks=pytest.mark.slow),
+        pytest.param("kto", None, id="kto", marks=pytest.mark.slow),
+    ],
+)
 def test_micro_batches_and_gradient_checkpointing_change_memory_and_not_results(
     loss: str, lora: Any, run_dpo: Any
 ) -> None:
