@@ -28,12 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray
-import ray.train
-from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray  # pyright: ignore[reportMissingImports]
+import ray.train  # pyright: ignore[reportMissingImports]
+from ray.exceptions import RayActorError  # pyright: ignore[reportMissingImports]
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback  # pyright: ignore[reportMissingImports]
+from ray.train.backend import Backend  # pyright: ignore[reportMissingImports]
+from ray.train.torch import TorchConfig, TorchTrainer  # pyright: ignore[reportMissingImports]
 
 from keel.distributed import launch, ray_cluster, records
 from keel.distributed.launch import Node, Outcome
