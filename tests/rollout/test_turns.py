@@ -220,7 +220,12 @@ def test_answers_compute_as_whoever_asks_does(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_conversations_are_none() -> None:
-    KeelEngine(zoo.build("llama")).converse(request(prompts=[], limits=[]), lambda row, turn: None)
+    asked: list[int] = []
+    count = TokenCount()
+    KeelEngine(zoo.build("llama")).converse(
+        request(prompts=[], limits=[]), lambda row, _: asked.append(row), count
+    )
+    assert (asked, count.useful, count.computed) == ([], 0, 0)
 
 
 def test_a_turn_must_leave_tokens_and_fit() -> None:

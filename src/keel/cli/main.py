@@ -202,49 +202,57 @@ def launch(
     from keel.cli import consent
     from keel.cli import launch as launching
 
-    elsewhere = {"--ssh": bool(ssh), "--port": port != PORT}
-    idle = next((option for option, given in elsewhere.items() if given), None)
     if address is not None and not ray:
         raise UsageError("--address has no effect without --ray")
     pipeline = pipeline_of(config, overrides, runs, name)
-    if ray:
-        from keel.cli import launch_ray
-
-        if slurm or idle:
-            raise UsageError(
-                f"{'--slurm' if slurm else idle} has no effect with --ray, which starts the ranks"
-            )
-        asked = launch_ray.asked(pipeline, nodes, nproc, address, max_restarts)
-        if dry_run:
-            show(launch_ray.as_text(asked))
-            return
-        consent.to_run(_place(config), pipeline.config, trust)
-        arguments = launch_ray.Arguments(
-            str(config),
-            tuple(overrides or ()),
-            str(runs),
-            name,
-            only,
-            fresh,
-            as_json,
-            boundary.shows_tracebacks(),
-        )
-        raise typer.Exit(launching.ended(launch_ray.run(asked, arguments)))
-    flags = {"--fresh": fresh, "--json": as_json, "--trust": trust}
     named = {"--runs": str(runs), "--name": name, "--only": only}
+    flags = {"--fresh": fresh, "--json": as_json, "--trust": trust}
+    elsewhere = {"--ssh": bool(ssh), "--port": port != PORT}
+    if ray:
+        _unused({"--slurm": slurm, **elsewhere}, "--ray, which starts the ranks")
+        return _by_ray(
+            pipeline, (nodes, nproc, address, max_restarts), config, overrides, named, flags, dry_run
+        )
     command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
     command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
     if slurm:
-        if idle := idle or ("--dry-run" if dry_run else None):
-            raise UsageError(f"{idle} has no effect with --slurm, which prints a script and runs nothing")
-        show(launching.slurm(command, pipeline.config.name, nodes, nproc, max_restarts), end="")
-        return
+        _unused({**elsewhere, "--dry-run": dry_run}, "--slurm, which prints a script and runs nothing")
+        return show(launching.slurm(command, pipeline.config.name, nodes, nproc, max_restarts), end="")
     found, chosen = launching.parts(launching.hosts_of(nodes), nproc, port), launching.words(ssh)
     if dry_run:
-        show("\n".join(shlex.join(line) for _, line in launching.commands(found, command, chosen)))
-        return
+        return show("\n".join(shlex.join(line) for _, line in launching.commands(found, command, chosen)))
     consent.to_run(_place(config), pipeline.config, trust)
     raise typer.Exit(launching.ended(launching.run(found, command, chosen, max_restarts, plain=as_json)))
+
+
+def _unused(given: dict[str, bool], beside: str) -> None:
+    """UsageError for the first option that was given and has no effect."""
+    if option := next((option for option, on in given.items() if on), None):
+        raise UsageError(f"{option} has no effect with {beside}")
+
+
+def _by_ray(
+    pipeline: Any,
+    wanted: tuple[str | None, int | None, str | None, int],
+    config: Path,
+    overrides: list[str] | None,
+    named: dict[str, str | None],
+    flags: dict[str, bool],
+    dry_run: bool,
+) -> None:
+    """`keel launch --ray`. wanted: machines, ranks on each, the cluster's address, restarts."""
+    from keel.cli import consent, launch_ray
+    from keel.cli import launch as launching
+
+    asked = launch_ray.asked(pipeline, *wanted)
+    if dry_run:
+        return show(launch_ray.as_text(asked))
+    consent.to_run(_place(config), pipeline.config, flags["--trust"])
+    arguments = launch_ray.Arguments(
+        str(config), tuple(overrides or ()), str(named["--runs"]), named["--name"], named["--only"],
+        flags["--fresh"], flags["--json"], boundary.shows_tracebacks(),
+    )  # fmt: skip
+    raise typer.Exit(launching.ended(launch_ray.run(asked, arguments)))
 
 
 @app.command()

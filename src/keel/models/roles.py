@@ -112,16 +112,8 @@ def open_roles(
         _to(frozen, device)
         disable_dropout(frozen.eval())
         cut(frozen)
-    critic, head = None, None
-    if sharing == "trunk":
-        head = _value_head(policy, seed).to(device)
-    elif sharing != "none":
-        own = derive_seed("value", seed)
-        critic = opened(lambda: scorer(source, own)) if base is None else base.scorer(own)
-        if getattr(critic, "score", None) is None:
-            raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")
-        if adapters is not None:
-            critic = add_adapters(critic, adapters, derive_seed("value", seed), train_head=True)
+    head = _value_head(policy, seed).to(device) if sharing == "trunk" else None
+    critic = _critic(source, adapters, seed, base, opened) if sharing in ("separate", "adapters") else None
     for model in (policy,) if critic is None else (policy, critic):
         disable_dropout(model)
         _to(model, device)
@@ -132,6 +124,21 @@ def open_roles(
             model.train()
         cut(model)
     return Roles(policy, frozen, critic, head)
+
+
+def _critic(
+    source: ModelSource,
+    adapters: Adapters | None,
+    seed: int,
+    base: Base | None,
+    opened: Callable[[Callable[[], Any]], Any],
+) -> Any:
+    """A critic of its own, or of the base with adapters."""
+    own = derive_seed("value", seed)
+    critic = opened(lambda: scorer(source, own)) if base is None else base.scorer(own)
+    if getattr(critic, "score", None) is None:
+        raise UsageError(f"no value head fits a {type(critic).__name__}; set sharing: trunk")
+    return critic if adapters is None else add_adapters(critic, adapters, own, train_head=True)
 
 
 def _to(model: Any, device: torch.device) -> None:
