@@ -199,7 +199,12 @@ class TestCluster:
         with launched(config, cluster, tmp_path) as process:
             await_updates(tmp_path / "tiny", 1)
             os.kill(worker_of(tmp_path / "tiny", 1), signal.SIGKILL)
-            told = ended(process)
+            since = time.monotonic()
+            said = process.communicate(timeout=300)[1]
+        assert time.monotonic() - since < WITHIN
+        assert process.returncode == 1, said[-3000:]
+        (told,) = of_keel(said)
+        assert told.startswith("keel: rank 1 of 2 on ")
         assert told.endswith("the same command goes on")
         assert_nothing_is_left(tmp_path / "tiny")
 
@@ -207,7 +212,12 @@ class TestCluster:
         with launched(config, cluster, tmp_path) as process:
             await_updates(tmp_path / "tiny", 1)
             os.kill(worker_of(tmp_path / "tiny", 1), signal.SIGSTOP)
-            told = ended(process)
+            since = time.monotonic()
+            said = process.communicate(timeout=300)[1]
+        assert time.monotonic() - since < WITHIN
+        assert process.returncode == 1, said[-3000:]
+        (told,) = of_keel(said)
+        assert told.startswith("keel: rank 1 of 2 on ")
         assert "has not answered for 10 s" in told
         assert_nothing_is_left(tmp_path / "tiny")
 
@@ -308,17 +318,6 @@ def launched(config: Path, cluster: str, runs: Path, *more: str) -> Iterator[sub
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def ended(process: Any) -> str:
-    """The one line with which a job ends whose rank 1 has failed, in time."""
-    since = time.monotonic()
-    said = process.communicate(timeout=300)[1]
-    assert time.monotonic() - since < WITHIN
-    assert process.returncode == 1, said[-3000:]
-    (told,) = of_keel(said)
-    assert told.startswith("keel: rank 1 of 2 on ")
-    return told
 
 
 def of_keel(said: str) -> list[str]:
