@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keel.data import chat, stops
 from keel.errors import UsageError
 from keel.models.load import ModelSource, causal_lm, is_classifier, load_tokenizer, model_config
+from keel.models.shared_vocabulary import copied
 from keel.rewards import learned
 from keel.rollout import engine
 from keel.types import Conversation, Message, Prompt, Sampling
@@ -242,12 +242,12 @@ def _opened(
         place = _model_folder(model)
         words = tokenizer or load_tokenizer(place, trust_remote_code=trust_remote_code)
         network = causal_lm(ModelSource(place, dtype=dtype, trust_remote_code=trust_remote_code), 0)
-        return network.to(_device(device)).eval(), chat.with_chat_template(copy.deepcopy(words))
+        return network.to(_device(device)).eval(), chat.with_chat_template(copied(words))
     if tokenizer is None:
         raise UsageError("a loaded model needs its `tokenizer`")
     if device is not None or dtype != "auto":
         raise UsageError("`device` and `dtype` have no effect on a model that is loaded already")
-    return model, chat.with_chat_template(copy.deepcopy(tokenizer))
+    return model, chat.with_chat_template(copied(tokenizer))
 
 
 def _sampling(

@@ -36,6 +36,7 @@ from keel.models.embeddings import adopt_vocabulary, resized, with_whole_embeddi
 from keel.models.load_errors import NO_TOKENIZER, explained, require_finite
 from keel.models.precision import mark_precision, weights
 from keel.models.seeding import seed_head, seeded
+from keel.models.shared_vocabulary import share_vocabulary
 
 COUNT_FROM_PAD = (
     "roberta",
@@ -79,6 +80,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
         added = tokenizer.added_tokens_decoder
         if not set(tokenizer.get_vocab().values()) - {i for i, token in added.items() if token.special}:
             raise UsageError(NO_TOKENIZER)  # transformers has made one up of the model's type
+        share_vocabulary(tokenizer)
         chat.declare_ends(tokenizer, _declared_ends(path, revision, set(added)))
     return tokenizer
 

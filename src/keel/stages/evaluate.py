@@ -55,7 +55,9 @@ def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
     loaded = build_rewards.load_rewards(
         config.reward or [], stage_run, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
-    bench = Bench(config, stage_run, records, room, longest, reference, loaded, dataset.conversational)
+    bench = Bench(
+        config, stage_run, records, room, longest, reference_name, reference, loaded, dataset.conversational
+    )
     judged: dict[str, list[JudgedCompletion]] = {}
     stage_run.restore()
     for name in [reference_name, *(m for m in config.models if m != reference_name)]:
@@ -91,6 +93,7 @@ class Bench:
     records: Sequence[Record]  # prompts
     room: int | None  # tokens of the longest prompt that every model has room for
     longest: Mapping[str, int]  # model → tokens of its longest prompt
+    reference_name: str
     reference: PreTrainedModel
     loaded: Sequence[build_rewards.LoadedReward]
     conversational: bool
@@ -173,7 +176,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     more."""
     config, stage_run = bench.config, bench.stage_run
     tokenizer = _tokenizer(stage_run, config, name, bench.conversational)
-    model = _open(stage_run, config, name)
+    model = bench.reference if name == bench.reference_name else _open(stage_run, config, name)
     vocabularies = [one.config.get_text_config().vocab_size for one in (model, bench.reference)]
     if vocabularies[0] != vocabularies[1]:
         raise UsageError(

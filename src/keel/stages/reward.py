@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from keel.models.load import (
     scorer,
     scorer_without_weights,
 )
+from keel.models.shared_vocabulary import copied
 from keel.models.tokenizer import with_own_pad
 from keel.rewards import learned
 from keel.rollout import GenerationRequest, KeelEngine
@@ -71,7 +71,7 @@ def run(config: RewardConfig, stage_run: StageRun) -> dict[str, Any]:
     )
     limit = prepare.limit_of(config, stage_run, source)
     language_model, replies = source, tokenizer  # that samples are drawn from
-    source, tokenizer = with_own_pad(source, copy.deepcopy(tokenizer))
+    source, tokenizer = with_own_pad(source, copied(tokenizer))
     reader = learned.RewardModel(scorer_without_weights(source), tokenizer)
     too_long = prepare.TooLong(stage_run, config.too_long, limit)
     equal = prepare.EqualPairs(stage_run)

@@ -126,7 +126,9 @@ class _Anchored:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.inner = Tokenizer.from_str(cast(Any, tokenizer).backend_tokenizer.to_str())
+        backend = cast(Any, tokenizer).backend_tokenizer
+        self.inner = Tokenizer.from_str(backend.to_str())
+        self.inner.model = backend.model  # see keel.models.shared_vocabulary
         self.inner.no_padding()
         self.inner.no_truncation()
         special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
