@@ -122,6 +122,18 @@ def test_rates_are_those_of_the_tokens_counted(stage_run: Any, monkeypatch: pyte
     }  # fmt: skip
 
 
+def test_a_small_share_is_not_logged_as_none(stage_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine's share of a tiny model's step, which four decimals would make zero."""
+    clock = iter([0.0, 1000.0])
+    monkeypatch.setattr("keel.rundir.stage_run.time.perf_counter", lambda: next(clock))
+    stage_run.costs, stage_run.speed = {"train": PhaseCost(1.0)}, Speed(1e3)
+    with stage_run.timed("train"):
+        stage_run.count("train", 12, 12)
+    stage_run.log(1, 2, {"loss": 1.0})
+    times = json.loads((stage_run.directory / "times.jsonl").read_text())
+    assert (times["train/roofline"], times["train/tokens_per_second"]) == (1.2e-05, 0.012)
+
+
 def test_the_roofline_is_what_the_machine_needs_at_least(stage_run: Any, monkeypatch) -> None:
     clock = iter([0.0, 1.0, 5.0, 10.0])  # the optimiser within training
     monkeypatch.setattr("keel.rundir.stage_run.time.perf_counter", lambda: next(clock))

@@ -92,7 +92,7 @@ class StageRun:
         if self._seconds:
             spent = {**self._seconds, **self._rates()}
             self._append(
-                "times.jsonl", [{"step": step, **{name: round(value, 4) for name, value in spent.items()}}]
+                "times.jsonl", [{"step": step, **{name: _short(value) for name, value in spent.items()}}]
             )
             self._seconds.clear()
             self._counts.clear()
@@ -205,3 +205,8 @@ def _as_values(checkpoint: Checkpoint | None) -> tuple[Any, ...] | None:
     if checkpoint is None:
         return None
     return checkpoint.step, checkpoint.tensors, checkpoint.values, checkpoint.logs
+
+
+def _short(value: float) -> float:
+    """Four decimals, or as many as show four digits: a small share is not zero."""
+    return round(value, 4) if abs(value) >= 1 else float(f"{value:.4g}")
