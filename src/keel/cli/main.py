@@ -16,7 +16,7 @@ import typer
 
 import keel
 from keel.api.terminal import show, show_json
-from keel.cli import bench, boundary, engine, interrupts, label
+from keel.cli import bench, boundary, engine, interrupts, label, startup
 from keel.cli.progress import progress, say
 from keel.errors import UsageError
 from keel.rundir import run_status
@@ -131,6 +131,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
+    startup.load()
     from keel import report
     from keel.cli import consent, ranks
     from keel.distributed import records
@@ -301,6 +302,7 @@ def plan(
     With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real
     totals.
     """
+    startup.load()
     from keel.cli import consent
     from keel.plan import disk, planner, rank_memory, rule_of_thumb, text
 
@@ -685,6 +687,7 @@ def _watched(run: Path, watch: bool, keep: bool) -> contextlib.AbstractContextMa
 
 def pipeline_of(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
     """The pipeline of a config, as the command line names it."""
+    startup.load()
     from keel.config import read
     from keel.pipeline.pipeline import Pipeline
     from keel.plan import disk, planner

@@ -1,0 +1,89 @@
+"""The start of a command that works with models: all that it imports, at once.
+
+Importing torch and transformers makes half a million objects that stay to the end. Python's garbage collector
+looks through them again and again while they are made, a fifth of the time until the first step, and through
+all of them whenever garbage is collected later, as a pipeline asks after each stage. Here it is off meanwhile,
+and what was imported is left out of what it looks at (`gc.freeze`).
+
+Two things that transformers does while it is imported are done once or when they are needed, not twice or in
+vain. Both are seen from outside only in the time they take; where a release does them otherwise, they are
+left as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load() -> None:
+    """Import what runs a pipeline, unless torch is there already: then this process is not the command's own
+    (it is a notebook's, a test's), and what it keeps is not ours to say."""
+    if "torch" in sys.modules or not gc.isenabled():
+        return
+    gc.disable()
+    try:
+        load_transformers()
+        import_module("keel.pipeline.pipeline")
+        import_module("keel.plan.planner")
+    finally:
+        gc.enable()
+    gc.freeze()
+
+
+def load_transformers() -> None:
+    """Import transformers up to the base of its models."""
+    if "transformers" in sys.modules:
+        return
+    import_module("transformers")
+    with contextlib.suppress(Exception):  # the inside of transformers: of another release nothing is kept
+        _scan_once()
+    with _later("scipy.optimize", "linear_sum_assignment"):
+        import_module("transformers.modeling_utils")
+
+
+def _scan_once() -> None:
+    """transformers reads the files of all its models to know what is in which, once for `transformers` and
+    once for `transformers.models`. The second finds what the first found."""
+    scan: Any = import_module("transformers.utils.import_utils")
+    models = Path(str(sys.modules["transformers"].__file__)).parent / "models"
+    read = scan.create_import_structure_from_path
+    hits = read.cache_info().hits
+    found = read(models)  # as `transformers` has asked it
+    if read.cache_info().hits == hits:
+        return  # it was not kept: then this was the second reading
+    scan.create_import_structure_from_path = lambda module_path: found  # pyright: ignore[reportUnknownLambdaType]
+    try:
+        scan.define_import_structure(str(models / "__init__.py"))  # keeps its results by their arguments
+    finally:
+        scan.create_import_structure_from_path = read
+
+
+@contextlib.contextmanager
+def _later(module: str, name: str) -> Iterator[None]:
+    """`from module import name`, inside, gives a function that imports the module when it is called.
+
+    transformers' losses of object detection import scipy's optimisers, and every model imports the losses.
+    """
+    if module in sys.modules or find_spec(module.partition(".")[0]) is None:
+        yield
+        return
+
+    def called(*args: object, **kwargs: object) -> object:
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+    stand_in = ModuleType(module)
+    setattr(stand_in, name, called)
+    sys.modules[module] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(module) is stand_in:
+            del sys.modules[module]
