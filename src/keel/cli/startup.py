@@ -1,9 +1,9 @@
 """The start of a command that works with models: all that it imports, at once.
 
-Importing torch and transformers makes half a million objects that stay to the end. Python's garbage collector
-looks through them again and again while they are made, a fifth of the time until the first step, and through
-all of them whenever garbage is collected later, as a pipeline asks after each stage. Here it is off meanwhile,
-and what was imported is left out of what it looks at (`gc.freeze`).
+Importing torch and transformers makes half a million objects that stay to the end. Python's garbage
+collector looks through them again and again while they are made, a fifth of the time until the first step,
+and through all of them whenever garbage is collected later, as a pipeline asks after each stage. Here it is
+off meanwhile, and what was imported is left out of what it looks at (`gc.freeze`).
 
 Two things that transformers does while it is imported are done once or when they are needed, not twice or in
 vain. Both are seen from outside only in the time they take; where a release does them otherwise, they are
@@ -23,19 +23,27 @@ from types import ModuleType
 from typing import Any
 
 
-def load() -> None:
-    """Import what runs a pipeline, unless torch is there already: then this process is not the command's own
-    (it is a notebook's, a test's), and what it keeps is not ours to say."""
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Collect no garbage inside, and never look again at what was made there. Does nothing where torch is
+    there already: then this process is not the command's own (it is a notebook's, a test's), and what it
+    keeps is not ours to say."""
     if "torch" in sys.modules or not gc.isenabled():
+        yield
         return
     gc.disable()
     try:
-        load_transformers()
-        import_module("keel.pipeline.pipeline")
-        import_module("keel.plan.planner")
+        yield
     finally:
         gc.enable()
     gc.freeze()
+
+
+def load() -> None:
+    """Import what runs a pipeline."""
+    load_transformers()
+    import_module("keel.pipeline.pipeline")
+    import_module("keel.plan.planner")
 
 
 def load_transformers() -> None:
