@@ -5,9 +5,8 @@ collector looks through them again and again while they are made, a fifth of the
 and through all of them whenever garbage is collected later, as a pipeline asks after each stage. Here it is
 off meanwhile, and what was imported is left out of what it looks at (`gc.freeze`).
 
-Two things that transformers does while it is imported are done once or when they are needed, not twice or in
-vain. Both are seen from outside only in the time they take; where a release does them otherwise, they are
-left as they are.
+Two things that transformers does while it is imported are done when they are needed, or once (`model_scan`).
+Both are seen from outside only in the time they take.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+
+from keel.cli import model_scan
 
 
 @contextlib.contextmanager
@@ -50,28 +49,9 @@ def load_transformers() -> None:
     """Import transformers up to the base of its models."""
     if "transformers" in sys.modules:
         return
-    import_module("transformers")
-    with contextlib.suppress(Exception):  # the inside of transformers: of another release nothing is kept
-        _scan_once()
-    with _later("scipy.optimize", "linear_sum_assignment"):
+    with model_scan.kept(), _later("scipy.optimize", "linear_sum_assignment"):
+        import_module("transformers.models")
         import_module("transformers.modeling_utils")
-
-
-def _scan_once() -> None:
-    """transformers reads the files of all its models to know what is in which, once for `transformers` and
-    once for `transformers.models`. The second finds what the first found."""
-    scan: Any = import_module("transformers.utils.import_utils")
-    models = Path(str(sys.modules["transformers"].__file__)).parent / "models"
-    read = scan.create_import_structure_from_path
-    hits = read.cache_info().hits
-    found = read(models)  # as `transformers` has asked it
-    if read.cache_info().hits == hits:
-        return  # it was not kept: then this was the second reading
-    scan.create_import_structure_from_path = lambda module_path: found  # pyright: ignore[reportUnknownLambdaType]
-    try:
-        scan.define_import_structure(str(models / "__init__.py"))  # keeps its results by their arguments
-    finally:
-        scan.create_import_structure_from_path = read
 
 
 @contextlib.contextmanager
