@@ -1,5 +1,6 @@
 """What a start costs: processor's seconds of `keel run` to the first line of its log, and of commands that
-train nothing. Each in a new process, one thread; with `--against SRC`, the `src` folder of another keel, in turns.
+train nothing. Each in a new process, one thread; with `--against SRC`, the `src` folder of another keel, in
+turns.
 
     python benchmarks/startup.py --repeats 3 --against ../keel-0.1/src
 """
