@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shlex
@@ -60,7 +59,6 @@ def written(
     tiny_reward: Path, standing_judge: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], set[str]]:
     """(section, file) → names, of a tiny run over all stages with every optional measure switched on."""
-    gc.freeze()
     experts = {
         "hidden_size": 16,
         "intermediate_size": 32,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
+from transformers.utils.import_utils import create_import_structure_from_path
 
 from keel import user_cache
+from keel.cli import model_scan, startup
 from keel.pipeline import code_graph
 from keel.pipeline.code_graph import CodeGraph
 
@@ -26,6 +30,85 @@ def _loaded(code: str) -> list[str]:
 def test_help_loads_no_heavy_library():
     code = "sys.argv = ['keel', '--help']\nfrom keel.__main__ import main\nmain()"
     assert _loaded(code) == []
+
+
+@pytest.mark.parametrize("arguments", [("run", "first.yaml", "sft.lrr=1"), ("plan", "nowhere.yaml")])
+def test_a_config_that_cannot_be_read_is_an_error_before_anything_heavy_is_loaded(tmp_path, arguments):
+    path = tmp_path / "first.yaml"
+    path.write_text("name: x\nstages: {sft: {kind: sft, model: a/b, data: rows.jsonl}}")
+    words = ["keel", *(str(path) if word == path.name else word for word in arguments)]
+    code = "import os\nfrom keel.__main__ import main\ntry:\n    main()\nexcept SystemExit as ended:"
+    assert _loaded(f"sys.argv = {words!r}\n{code}\n    assert ended.code == 2") == []
+
+
+def test_a_name_for_later_is_the_module_s_own_once_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "laterpkg").mkdir()
+    (tmp_path / "laterpkg" / "__init__.py").write_text("")
+    (tmp_path / "laterpkg" / "part.py").write_text("def twice(x, *, more=0):\n    return 2 * x + more\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with startup._later("laterpkg.part", "twice"):
+        from laterpkg.part import twice
+    assert "laterpkg.part" not in sys.modules
+    assert twice(3, more=1) == 7
+    with startup._later("laterpkg.part", "twice"):  # it is there now: nobody gets another
+        assert import_module("laterpkg.part").twice is not twice
+    with startup._later("nowherepkg.part", "twice"), pytest.raises(ModuleNotFoundError):
+        import_module("nowherepkg.part")
+
+
+def test_files_of_models_are_read_once_until_one_changes(tmp_path, monkeypatch):
+    """What is kept is what transformers' own function finds, down to folders in folders."""
+    monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "cache"))
+    models, code = tmp_path / "models", tmp_path / "code.py"
+    (models / "one" / "deep").mkdir(parents=True)
+    code.write_text("")
+    (models / "__init__.py").write_text("")
+    (models / "auto.py").write_text('__all__ = ["Auto"]\n')
+    (models / "one" / "modeling_one.py").write_text('__all__ = [\n    "One",\n    "Two",\n]\n')
+    (models / "one" / "tokenization_one_fast.py").write_text('__all__ = ["Fast"]\n')
+    (models / "one" / "deep" / "configuration_deep.py").write_text('__all__ = ["Deep"]\n')
+    own = create_import_structure_from_path.__wrapped__
+    seen: list[object] = []
+
+    def in_a_new_process() -> object:
+        create_import_structure_from_path.cache_clear()
+        read = model_scan.reader(lambda place: (seen.append(place), own(place))[1], models, [code])
+        assert read(models) is read(
+            str(models / "__init__.py")
+        )  # as `transformers` and `transformers.models` ask
+        return read(models)
+
+    first = in_a_new_process()
+    assert first == own(models)
+    assert {"One", "Two"} in [
+        names for files in first["one"].values() if type(files) is dict for names in files.values()
+    ]
+    assert in_a_new_process() == first
+    assert seen == [models]
+    (models / "one" / "modeling_one.py").write_text('__all__ = ["Three"]\n')
+    changed = in_a_new_process()
+    assert changed == own(models) != first
+    code.write_text("# what reads them is another")
+    assert in_a_new_process() == changed
+    assert len(seen) == 3
+    for kept in (
+        "{",
+        '{"stamp": 1}',
+        (tmp_path / "cache" / model_scan.FILE).read_text().replace('"own"', '"not"'),
+    ):
+        (tmp_path / "cache" / model_scan.FILE).write_text(kept)
+        assert in_a_new_process() == changed
+    assert len(seen) == 6
+    read = model_scan.reader(lambda place: (seen.append(place), own(place))[1], models, [code])
+    assert read(models / "one") == own(models / "one")  # of one model nothing is kept
+    assert seen[-1] == models / "one"
+
+
+def test_in_a_process_that_is_not_its_own_garbage_is_left_alone():
+    before = gc.get_freeze_count()
+    with startup.importing():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
 
 
 def test_reading_a_config_loads_no_heavy_library():

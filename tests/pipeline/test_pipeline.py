@@ -4,7 +4,6 @@ leaves."""
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -33,7 +32,6 @@ class Stopped(BaseException):
 @pytest.fixture(scope="module")
 def chain(whole: Mapping[str, Any]) -> dict[str, Any]:
     """One stage of each kind, two steps each but PPO's four."""
-    gc.freeze()  # the pipeline collects garbage after each stage, and there is a lot that is none
     stages = {name: {**whole["stages"][name]} for name in STAGES}
     for name in ("base", "sft", "reward"):
         stages[name] |= {"max_steps": 3}

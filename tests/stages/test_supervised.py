@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers import (
 
 from keel.config import RewardConfig, SFTConfig
 from keel.errors import DataError, UsageError
+from keel.evaluation.measures import mean_interval
 from keel.models import optim
-from keel.models.load import ModelSource, load_tokenizer
+from keel.models.load import ModelSource, causal_lm, load_tokenizer
 from keel.rewards import learned
 from keel.rollout import KeelEngine
 from keel.stages import language, prepare, reward_pairs, sft
@@ -423,3 +425,32 @@ def test_texts_with_turn_marks_of_their_own_are_said_in_facts_and_card(
     assert facts.get("turn_marks") == (["\n\nHuman:", "\n\nAssistant:"] if marked else None)
     card = (stage / "model" / "README.md").read_text()
     assert ("writes them otherwise" in card) == marked
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_held_out_loss_of_each_row_is_read_several_rows_at_a_time(tiny_model, monkeypatch, packed):
+    """As one row at a time, which it took before; the interval is over rows, each by its tokens."""
+    model = causal_lm(ModelSource(str(tiny_model)), 0)
+    ids = [[5, 6, 7, 8, 9, 10, 11][:length] for length in (7, 3, 5, 2, 6)]
+    rows = [
+        language.LanguageRow(row, [k != 1 for k in range(len(row))], [k // 3 for k in range(len(row))])
+        if packed
+        else language.LanguageRow(row, [k != 1 for k in range(len(row))])
+        for row in ids
+        if len(row) > 2
+    ]
+    config = SFTConfig.model_validate({"kind": "sft", "model": "a/b", "data": "d.jsonl", "micro_batch": 2})
+    forwards, read = [], language.head_inputs
+    monkeypatch.setattr(
+        language, "head_inputs", lambda *a, **k: (forwards.append(len(a[1])), read(*a, **k))[1]
+    )
+    found = language.summary(model.train(), rows, 0, config)
+    assert len(forwards) == 2  # four rows, two at a time
+    tokens = sum(row.counted for row in rows)
+    with torch.no_grad():
+        alone = [language.loss(model, [row], 0, tokens / len(rows)) for row in rows]
+    assert found["eval_loss"] == pytest.approx(mean_interval([float(value) for value, _ in alone]), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["eval_loss"]["mean"]))
+    accuracy = sum(float(measured["accuracy"]) for _, measured in alone) / len(rows)
+    assert found["mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-5)
+    assert language.evaluate(model, rows, 0, config)["eval_loss"] == pytest.approx(found["eval_loss"]["mean"])

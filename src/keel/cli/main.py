@@ -16,7 +16,7 @@ import typer
 
 import keel
 from keel.api.terminal import show, show_json
-from keel.cli import bench, boundary, engine, interrupts, label
+from keel.cli import bench, boundary, engine, interrupts, label, startup
 from keel.cli.progress import progress, say
 from keel.errors import UsageError
 from keel.rundir import run_status
@@ -131,13 +131,14 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
-    from keel import report
-    from keel.cli import consent, ranks
     from keel.distributed import records
 
     if while_stdin:
         interrupts.end_with_stdin()
     pipeline = pipeline_of(config, overrides, runs, name)
+    from keel import report  # these after what they import, too: see `startup`
+    from keel.cli import consent, ranks
+
     if not records.is_watched():  # else whoever started this rank has asked
         consent.to_run(_place(config), pipeline.config, trust)
     place = ranks.place_of(node, nproc, max_restarts)
@@ -199,12 +200,12 @@ def launch(
     as_json: JsonOption = False,
 ) -> None:
     """Run CONFIG on several machines: by ssh, from here, by Ray, or as a job of SLURM."""
-    from keel.cli import consent
-    from keel.cli import launch as launching
-
     if address is not None and not ray:
         raise UsageError("--address has no effect without --ray")
     pipeline = pipeline_of(config, overrides, runs, name)
+    from keel.cli import consent
+    from keel.cli import launch as launching
+
     named = {"--runs": str(runs), "--name": name, "--only": only}
     flags = {"--fresh": fresh, "--json": as_json, "--trust": trust}
     elsewhere = {"--ssh": bool(ssh), "--port": port != PORT}
@@ -301,9 +302,6 @@ def plan(
     With --model and no CONFIG: what a method's models of that size take, the textbook's sum beside real
     totals.
     """
-    from keel.cli import consent
-    from keel.plan import disk, planner, rank_memory, rule_of_thumb, text
-
     if nproc is not None and model is not None:
         raise UsageError("--nproc needs a config: with --model the cards are counted already")
     if nproc is None and (card != "80GB" or bandwidth is not None):
@@ -313,12 +311,17 @@ def plan(
             "give a config or recipe to plan, or --model with the hub id of a model: one of them"
         )
     if model is not None:
+        from keel.plan import rule_of_thumb
+
         table = rule_of_thumb.as_json if as_json else rule_of_thumb.as_text
         show(table(model, method or "ppo"))
         return
     if method is not None or config is None:
         raise UsageError("--method has no effect without --model: a config names its methods itself")
     pipeline = pipeline_of(config, overrides, runs, name)
+    from keel.cli import consent
+    from keel.plan import disk, planner, rank_memory, text
+
     pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
     of_ranks = nproc and rank_memory.Asked(
         nproc, rank_memory.card_of(card), bandwidth and bandwidth * rank_memory.GB
@@ -414,10 +417,12 @@ def sweep(
 ) -> None:
     """Run CONFIG over settings and seeds. Points share stages that no setting changes; what is done is
     skipped."""
-    from keel.cli import consent, sweep
-    from keel.report import sweeps
-
     place = _place(config)
+    with startup.importing():
+        startup.load()
+        from keel.cli import consent, sweep
+        from keel.report import sweeps
+
     directory, points = sweep.points(place, settings or [], sweep.seeds_of(seeds), runs, name, say)
     consent.to_run(place, points[0].pipeline.config, trust)
     facts = sweep.Sweep(place, directory, points, jobs, say).run()
@@ -465,9 +470,12 @@ def chat(
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a model. A line is a turn; an empty line or Ctrl-D ends."""
-    from keel.cli.chat import Talk
+    folder = _model_folder(model)
+    with startup.importing():
+        startup.load_transformers()
+        from keel.cli.chat import Talk
 
-    talk = Talk(_model_folder(model), temperature, max_new_tokens, seed, date)
+    talk = Talk(folder, temperature, max_new_tokens, seed, date)
     if talk.note:
         show(talk.note, sys.stderr)
     if prompt is not None:
@@ -684,12 +692,16 @@ def _watched(run: Path, watch: bool, keep: bool) -> contextlib.AbstractContextMa
 
 
 def pipeline_of(config: Path, overrides: list[str] | None, runs: Path, name: str | None) -> Any:
-    """The pipeline of a config, as the command line names it."""
-    from keel.config import read
-    from keel.pipeline.pipeline import Pipeline
-    from keel.plan import disk, planner
+    """The pipeline of a config, as the command line names it. A config that cannot be read is an error before
+    anything of models is imported."""
+    with startup.importing():
+        from keel.config import read
 
-    settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
+        settings = read(_place(config), [*(overrides or []), *([f"name={json.dumps(name)}"] if name else [])])
+        startup.load()
+        from keel.pipeline.pipeline import Pipeline
+        from keel.plan import disk, planner
+
     return Pipeline(settings, runs / settings.name, say, fit=planner.micro_batch, room=disk.room)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from keel.config import Stage
 from keel.data import chat
 from keel.errors import DataError, UsageError
-from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.models.load import ModelSource, context_length, model_config
 from keel.pipeline.preflight import Sources, from_outside, reads_both_ways
 from keel.stages import prepare
 from keel.types import Conversation, PreferenceRecord, PromptRecord, Record, TextRecord
@@ -100,7 +100,7 @@ def _loaded(sources: Sources, stage: Stage | None, place: str, hub: bool) -> Pre
     revision = stage.starts_from.revision if stage and stage.starts_from else None
     remote = stage is not None and sources.trusts(stage)
     try:
-        return load_tokenizer(place, trust_remote_code=remote, revision=revision)
+        return sources.tokenizers.load(place, trust_remote_code=remote, revision=revision)
     except UsageError:  # the stage says why; a plan runs no code that comes with a model
         return None
 

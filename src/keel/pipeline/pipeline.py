@@ -111,16 +111,8 @@ class Pipeline(StageGraph):
             self.config.workers or cores(),
             Shown(self.progress),
         )
-        for name, line in self.sources.check(names, hub=True).items():
-            self.say(f"{name}: {line}")
-        if (today := self.day(fresh=fresh and only is None, hub=True)) and any(self._asks.values()):
-            self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
-        with self.dated():
-            for name in names:
-                if fresh or not (self.is_done(name) or self.is_kept(name)):
-                    lengths.check(self.sources, name, hub=True)
-                    teachers.check(self.sources, name, hub=True)
-        self._check_disk([name for name in names if fresh or not (self.is_done(name) or self.is_kept(name))])
+        with self.sources.tokenizers.kept():
+            self._check(names, fresh, whole=only is None)
         if not fresh:
             self._say_what_runs_again(names)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -139,6 +131,19 @@ class Pipeline(StageGraph):
                 self._run_stages(names, trackers)
             if only is None:
                 preparation.cache.sweep()
+
+    def _check(self, names: Sequence[str], fresh: bool, whole: bool) -> None:
+        """Say what stages work on. UsageError, DataError or MachineError where one of them cannot."""
+        for name, line in self.sources.check(names, hub=True).items():
+            self.say(f"{name}: {line}")
+        if (today := self.day(fresh=fresh and whole, hub=True)) and any(self._asks.values()):
+            self.say(f"the date is {today}: a chat template writes it, and the run keeps it (`date`)")
+        left = [name for name in names if fresh or not (self.is_done(name) or self.is_kept(name))]
+        with self.dated():
+            for name in left:
+                lengths.check(self.sources, name, hub=True)
+                teachers.check(self.sources, name, hub=True)
+        self._check_disk(left)
 
     def _run_stages(self, names: Sequence[str], trackers: tracking.Trackers) -> None:
         """One stage after the other; what they log is sent to the trackers beside it."""

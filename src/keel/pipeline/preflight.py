@@ -28,10 +28,11 @@ from keel.data.stored.tokens import Preparation
 from keel.errors import DataError, UsageError
 from keel.models import lora, quantize
 from keel.models.hub import go_offline_if_unreachable, may_be_on_hub
-from keel.models.load import ModelSource, context_length, load_tokenizer, model_config
+from keel.models.load import ModelSource, context_length, model_config
 from keel.models.tokenizer import rows_needed
 from keel.pipeline import held_out, reward_rows
 from keel.pipeline.device import device_of
+from keel.pipeline.kept_tokenizers import KeptTokenizers
 from keel.rewards import answers, learned
 from keel.rl.curriculum import PROMPT
 from keel.stages import build_rewards, judges, people, samplers, tool_use
@@ -59,6 +60,7 @@ class Sources:
     say: Callable[[str], None] = lambda line: None
     code: bool = True  # what the config brings may be run: functions of rewards, code of models
     preparation: Preparation = field(default_factory=Preparation)
+    tokenizers: KeptTokenizers = field(default_factory=KeptTokenizers)
     _data: dict[str, load.Dataset] = field(default_factory=dict)
     _judged: dict[tuple[str | None, str], load.Dataset] = field(
         default_factory=dict  # (stage, data) → without the rows on which its rewards fail
@@ -377,7 +379,7 @@ class Sources:
             raise UsageError(f"{name}: model.tokenizer takes a folder or hub id, not a stage; write {folder}")
         if hub or Path(place).exists() or place.startswith((".", "/", "~")):
             try:
-                load_tokenizer(place, trust_remote_code=self.trusts(stage), revision=model.revision)
+                self.tokenizers.load(place, trust_remote_code=self.trusts(stage), revision=model.revision)
             except Exception as error:  # the tokenizers library raises bare ones for a broken file
                 raise UsageError(f"{name}: model.tokenizer: {error}") from None
 
@@ -386,7 +388,7 @@ class Sources:
         if stage.trusts_remote_code and not remote:  # a plan, which runs no code of a model's
             return
         if hub or Path(place).exists():
-            tokenizer = load_tokenizer(place, trust_remote_code=remote, revision=model.revision)
+            tokenizer = self.tokenizers.load(place, trust_remote_code=remote, revision=model.revision)
             rows_needed(self.source(stage, "model", place), tokenizer, resize=model.resize)
 
     def _check_machine(self, name: str) -> None:

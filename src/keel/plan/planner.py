@@ -22,7 +22,7 @@ from keel.data.stored.records import picked, release
 from keel.errors import UsageError
 from keel.models import facts, lora, lora_targets
 from keel.models.device_info import free_memory
-from keel.models.load import ModelSource, count_parameters, load_tokenizer, model_config
+from keel.models.load import ModelSource, count_parameters, model_config
 from keel.models.load_errors import explained
 from keel.pipeline import held_out, lengths, stage_kinds, teachers
 from keel.pipeline.device import device_of
@@ -49,12 +49,13 @@ def plan(pipeline: Pipeline, ranks: rank_memory.Asked | None = None) -> list[dic
     None where the shape of one of its models is unknown. ranks: the entry has what `rank_memory.as_dict` says
     of them, too; None where nothing can be said.
     """
-    pipeline.sources.check(list(pipeline.config.stages))
-    with pipeline.dated():
-        for name in pipeline.config.stages:
-            lengths.check(pipeline.sources, name)
-            teachers.check(pipeline.sources, name)
-        return [_stage(pipeline, name, ranks) for name in pipeline.config.stages]
+    with pipeline.sources.tokenizers.kept():
+        pipeline.sources.check(list(pipeline.config.stages))
+        with pipeline.dated():
+            for name in pipeline.config.stages:
+                lengths.check(pipeline.sources, name)
+                teachers.check(pipeline.sources, name)
+            return [_stage(pipeline, name, ranks) for name in pipeline.config.stages]
 
 
 def _stage(pipeline: Pipeline, name: str, ranks: rank_memory.Asked | None = None) -> dict[str, Any]:
@@ -240,7 +241,9 @@ def _tokenizer(pipeline: Pipeline, name: str) -> PreTrainedTokenizerBase | None:
             folder = pipeline.stage_directory(root) / "model"
     try:
         remote = pipeline.sources.trusts(stage or pipeline.config.stages[name])
-        return load_tokenizer(str(folder), trust_remote_code=remote) if folder and folder.exists() else None
+        if folder is None or not folder.exists():
+            return None
+        return pipeline.sources.tokenizers.load(str(folder), trust_remote_code=remote)
     except UsageError:
         return None
 

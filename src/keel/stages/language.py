@@ -17,7 +17,7 @@ from keel.data.batches import derive_seed, pad
 from keel.distributed import group
 from keel.evaluation.measures import mean_interval
 from keel.models import experts
-from keel.models.logprobs import head_inputs, token_logprobs
+from keel.models.logprobs import TokenLogprobs, head_inputs, token_logprobs
 from keel.models.packing import packed_inputs
 from keel.rundir.stage_run import StageRun
 from keel.stages import supervised_loop
@@ -54,6 +54,17 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token cross-entropy of the counted tokens, divided by `denominator` (those of the whole step);
     while training with the balancing loss of experts, where the model has one."""
+    predicted, of_row, routed = _predicted(model, rows, pad_id)
+    value, measured = lm.likelihood(predicted.logp, predicted.hits, denominator)
+    value, of_experts = routed.added_to(value, len(of_row) / denominator)
+    return value, measured | of_experts
+
+
+def _predicted(
+    model: PreTrainedModel, rows: Sequence[LanguageRow], pad_id: int
+) -> tuple[TokenLogprobs, Tensor, experts.Routed]:
+    """Of the N counted tokens of the rows: their log-probabilities and whether each was the likeliest, the
+    row of each (N,), on the CPU, and what experts were asked."""
     device = next(model.parameters()).device
     ids, _ = pad([row.ids for row in rows], pad_id)
     counts = pad([row.counts for row in rows], 0)[0].bool()[:, 1:]
@@ -68,10 +79,7 @@ def loss(
     lengths = torch.tensor([len(row.ids) for row in rows])
     with experts.collecting(model) as routed:
         given = head_inputs(model, ids.to(device), index.to(device), inputs=more, lengths=lengths)
-    predicted = token_logprobs(given, labels, hits=True)
-    value, measured = lm.likelihood(predicted.logp, predicted.hits, denominator)
-    value, of_experts = routed.added_to(value, len(labels) / denominator)
-    return value, measured | of_experts
+    return token_logprobs(given, labels, hits=True), row_index, routed
 
 
 def fit(
@@ -130,16 +138,23 @@ def summary(
     """The held-out loss with an interval over rows, each row weighing by its tokens."""
     if not rows:
         return {}
-    totals = evaluate(model, rows, pad_id, config)
     tokens = sum(row.counted for row in rows)
+    model.eval()
+
+    def sums(part: Sequence[int]) -> list[tuple[int, list[float]]]:
+        """(row, [−Σ log p, hits]) of the rows of a part."""
+        predicted, of_row, _ = _predicted(model, [rows[i] for i in part], pad_id)
+        each = torch.stack([-predicted.logp.double(), predicted.hits.double()], 1).cpu()
+        return list(zip(part, each.new_zeros(len(part), 2).index_add_(0, of_row, each).tolist(), strict=True))
+
     with torch.no_grad():
-        per_row = group.mapped(rows, lambda row: float(loss(model, [row], pad_id, tokens / len(rows))[0]))
-    interval = mean_interval(per_row)
-    accuracy = {"mean": totals["eval_mean_token_accuracy"], "n": tokens}
+        parts = group.mapped(forward_parts(config, [_size(row) for row in rows]), sums)
+    by_row = dict(found for part in parts for found in part)
+    interval = mean_interval([by_row[i][0] * len(rows) / tokens for i in range(len(rows))])
     return {
         "eval_loss": interval,
         "perplexity": math.exp(min(interval["mean"], 50.0)),
-        "mean_token_accuracy": accuracy["mean"],
+        "mean_token_accuracy": sum(hits for _, hits in by_row.values()) / tokens,
     }
 
 

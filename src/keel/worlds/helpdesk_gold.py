@@ -54,7 +54,12 @@ def gold(prompt: str, completion: str, columns: Mapping[str, Any]) -> dict[str, 
 def split_sentences(text: str) -> list[Words]:
     """The sentences of `text` as lower-case words, without punctuation; empty ones left out."""
     pieces = re.split(r"[.!?\n]+", text.lower())
-    return [words for piece in pieces if (words := tuple(re.findall(r"[^\W_]+", piece)))]
+    return [words for piece in pieces if (words := _words_of(piece))]
+
+
+@lru_cache(maxsize=20_000)
+def _words_of(piece: str) -> Words:
+    return tuple(re.findall(r"[^\W_]+", piece))
 
 
 def fault_of(prompt: str) -> str | None:
@@ -71,9 +76,15 @@ def product_of(prompt: str) -> str | None:
     )
 
 
-def remedies_of(words: Words) -> set[str]:
+@lru_cache(maxsize=20_000)
+def remedies_of(words: Words) -> frozenset[str]:
     """Names of the faults whose remedies a sentence names."""
-    return {name for word in words if (name := _remedy_words().get(word))}
+    return frozenset(name for word in words if (name := _remedy_words().get(word)))
+
+
+@lru_cache(maxsize=20_000)
+def _products_of(words: Words) -> frozenset[str]:
+    return frozenset(word for word in words if word in grammar.PRODUCTS)
 
 
 @lru_cache(maxsize=20_000)  # replies of one world share most sentences
@@ -88,7 +99,7 @@ def worth_reading(sentences: Iterable[Words], product: str | None) -> float:
     total = good = fillers = 0
     for words in sentences:
         total += len(words)
-        others = {word for word in words if word in grammar.PRODUCTS} - {product}
+        others = _products_of(words) - {product}
         is_filler = is_a("filler", words)
         fillers += is_filler
         padding = is_filler and fillers > ALLOWED_FILLERS
