@@ -515,6 +515,16 @@ def until(what: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def test_the_cpu_package_reads_prompts_whole_unless_told_otherwise(tmp_path: Path) -> None:
+    """Its server ends on its own otherwise (0.32.0); what a user says of it goes before."""
+    (tmp_path / "bin").mkdir()
+    flag = "--no-enable-chunked-prefill"
+    for device, args, times in (("cpu", (), 1), ("cuda", (), 0), ("cpu", (flag,), 1)):
+        (tmp_path / server.NOTE).write_text(json.dumps({"device": device}))
+        launch = server.Launch(tmp_path / "bin" / "vllm", "m", "float32", args=args)
+        assert launch.command(1).count(flag) == times, (device, args)
+
+
 @pytest.mark.slow
 def test_a_started_server_ends_with_all_that_it_started(fake: Any, tmp_path: Path, monkeypatch: Any) -> None:
     program, pids = fake

@@ -172,6 +172,8 @@ class Launch:
             command.append("--trust-remote-code")
         if is_cpu(self.program):
             command += _unless(self.args, "--enforce-eager")
+            # else the server can end while it samples rows that have seeds (0.32.0)
+            command += _unless(self.args, "--no-enable-chunked-prefill")
             if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
                 command += _unless(self.args, "--kv-cache-memory-bytes", "1G")
         return [*command, *self.args]
