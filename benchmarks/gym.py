@@ -8,7 +8,7 @@ what it rises by in turn.
 
 A success at one moment is of 300 replies, and its standard error a fifth of what is gained in all. So a curve
 is the rising one that is nearest to all evaluations (isotonic regression), and where it reaches the target is
-read between two of them, not before the first. The target: the success after SFT and ¾ of the way from there
+read between two of them, not before the second. The target: the success after SFT and ¾ of the way from there
 to the mean of the last five evaluations in turn. A run that does not get there counts as if it got there at
 its end, which makes it look better than it is, and is named.
 
@@ -108,10 +108,9 @@ def config(seed: int, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def curve(run: keel.Run, stage: str) -> tuple[list[float], list[float]]:
-    """(replies, success on held-out questions) of each evaluation."""
-    frame = run.metrics(stage)
-    rows = frame[["episode", "eval/objective/scores"]].dropna().to_numpy().tolist()
-    return [row[0] for row in rows], [row[1] for row in rows]
+    """(replies, success on held-out questions) of each evaluation, the first before any reply."""
+    frame = run.metrics(stage).dropna(subset="eval/objective/scores")
+    return frame["episode"].fillna(0.0).tolist(), frame["eval/objective/scores"].tolist()
 
 
 def rising(values: list[float]) -> list[float]:
@@ -125,14 +124,13 @@ def rising(values: list[float]) -> list[float]:
     return [total / count for total, count in pools for _ in range(count)]
 
 
-def reached(replies: list[float], success: list[float], start: float, target: float) -> float | None:
-    """Replies until a success is reached, the first evaluation's at least; start: the success of no replies.
-    None where it is not."""
-    points = list(zip([0.0, *replies], rising([start, *success]), strict=True))
+def reached(replies: list[float], success: list[float], target: float) -> float | None:
+    """Replies until a success is reached, the second evaluation's at least. None where it is not."""
+    points = list(zip(replies, rising(success), strict=True))
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y1 >= target:
             between = x0 + (x1 - x0) * max(0.0, target - y0) / (y1 - y0) if y1 > y0 else x0
-            return max(between, replies[0])
+            return max(between, replies[1])
     return None
 
 
@@ -152,11 +150,11 @@ def shown(values: list[float]) -> str:
     return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f}, n {found['n']})"
 
 
-def saving(run: keel.Run, before: float) -> tuple[list[float], str]:
-    """(replies in turn and with the curriculum until the target, a note). before: the success after SFT."""
+def saving(run: keel.Run) -> tuple[list[float], str]:
+    """(replies in turn and with the curriculum until the target, a note)."""
     curves = [curve(run, stage) for stage in ("in_turn", "curriculum")]
-    end = statistics.fmean(curves[0][1][-LAST:])
-    found = [reached(replies, values, before, before + WAY * (end - before)) for replies, values in curves]
+    before, end = curves[0][1][0], statistics.fmean(curves[0][1][-LAST:])
+    found = [reached(*points, before + WAY * (end - before)) for points in curves]
     ends = [replies[-1] for replies, _ in curves]
     late = " not reached" if None in found else ""
     note = f"target {before + WAY * (end - before):.3f}{late}" + (" no rise in turn" if end <= before else "")
@@ -181,7 +179,7 @@ def main() -> None:
         measured = {model: success(run, model) for model in MODELS}
         for model, values in measured.items():
             pooled[model] += values
-        replies, note = saving(run, statistics.fmean(measured["sft"]))
+        replies, note = saving(run)
         logs.append(math.log(replies[1] / replies[0]))
         print(
             seed, *map(shown, measured.values()), *(f"{n:,.0f}" for n in replies), note, sep=" | ", flush=True
