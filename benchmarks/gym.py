@@ -2,20 +2,20 @@
 
 Three tasks at a level that the model learns, six that are hopeless for it, and two that it has solved. It is
 pretrained and fine-tuned on the first and the last. Then GRPO learns from all eleven, once in turn and once
-with a curriculum by success rate, all else the same. What is measured is the success on held-out questions of
-the first three, before and after, and how many replies were sampled until it has risen by three quarters of
-what it rises by in turn.
+with a curriculum by success rate, all else the same: four prompts an update, eight replies to each. What is
+measured is the success on held-out questions of the first three, before and after, and how many replies were
+sampled until it has risen by three quarters of what it rises by in turn.
 
 A success at one moment is of 300 replies, and its standard error a fifth of what is gained in all. So a curve
 is the rising one that is nearest to all evaluations (isotonic regression), and where it reaches the target is
-read between two of them, not before the second. The target: the success after SFT and ¾ of the way from there
+read between two of them, not before the first. The target: the success after SFT and ¾ of the way from there
 to the mean of the last five evaluations in turn. A run that does not get there counts as if it got there at
 its end, which makes it look better than it is, and is named.
 
 Intervals are of 95 %: of a success over different questions (each asked several times), of the ratio
 Student's over seeds, of its logarithm.
 
-    python benchmarks/gym.py [--seeds 0,1,2,3,4] [--updates 60] [--runs runs]
+    python benchmarks/gym.py [--seeds 0,1,2,3,4] [--updates 160] [--runs runs]
 
 What is done already is not run again.
 """
@@ -60,7 +60,7 @@ MODEL = {
     "initializer_range": 0.06,
 }  # fmt: skip
 MODELS = ("sft", "in_turn", "curriculum")
-EVERY, LAST = 2, 5  # updates between evaluations; evaluations that the end of a run is the mean of
+EVERY, LAST = 4, 5  # updates between evaluations; evaluations that the end of a run is the mean of
 WAY = 0.75  # of the rise in turn, which both runs have to make
 
 
@@ -81,8 +81,8 @@ def config(seed: int, asked: argparse.Namespace) -> dict[str, Any]:
         "kind": "grpo", "model": "sft", "reward": {"kind": "gym", "partial": False},
         "data": sources("prompts", 600, LEARNABLE, *HOPELESS, SOLVED), "updates": asked.updates,
         "eval_data": sources("test_prompts", asked.held_out, LEARNABLE), "eval_every": EVERY,
-        "batch_size": 128, "samples_per_prompt": 8, "mini_batch": 64, "micro_batch": 64, "lr": asked.lr,
-        "schedule": "constant", "kl": {"coef": 0.0}, "sampling": sampling, "save_every": 20,
+        "batch_size": 32, "samples_per_prompt": 8, "mini_batch": 32, "micro_batch": 32, "lr": asked.lr,
+        "schedule": "constant", "kl": {"coef": 0.0}, "sampling": sampling, "save_every": 80,
     }  # fmt: skip
     stages = {
         "base": {
@@ -108,9 +108,9 @@ def config(seed: int, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def curve(run: keel.Run, stage: str) -> tuple[list[float], list[float]]:
-    """(replies, success on held-out questions) of each evaluation, the first before any reply."""
-    frame = run.metrics(stage).dropna(subset="eval/objective/scores")
-    return frame["episode"].fillna(0.0).tolist(), frame["eval/objective/scores"].tolist()
+    """(replies, success on held-out questions) of each evaluation."""
+    rows = run.metrics(stage)[["episode", "eval/objective/scores"]].dropna()
+    return rows["episode"].tolist(), rows["eval/objective/scores"].tolist()
 
 
 def rising(values: list[float]) -> list[float]:
@@ -124,13 +124,14 @@ def rising(values: list[float]) -> list[float]:
     return [total / count for total, count in pools for _ in range(count)]
 
 
-def reached(replies: list[float], success: list[float], target: float) -> float | None:
-    """Replies until a success is reached, the second evaluation's at least. None where it is not."""
-    points = list(zip(replies, rising(success), strict=True))
+def reached(replies: list[float], success: list[float], start: float, target: float) -> float | None:
+    """Replies until a success is reached, the first evaluation's at least; start: the success of no replies.
+    None where it is not."""
+    points = list(zip([0.0, *replies], rising([start, *success]), strict=True))
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y1 >= target:
             between = x0 + (x1 - x0) * max(0.0, target - y0) / (y1 - y0) if y1 > y0 else x0
-            return max(between, replies[1])
+            return max(between, replies[0])
     return None
 
 
@@ -150,14 +151,15 @@ def shown(values: list[float]) -> str:
     return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f}, n {found['n']})"
 
 
-def saving(run: keel.Run) -> tuple[list[float], str]:
-    """(replies in turn and with the curriculum until the target, a note)."""
+def saving(run: keel.Run, before: float) -> tuple[list[float], str]:
+    """(replies in turn and with the curriculum until the target, a note). before: the success after SFT."""
     curves = [curve(run, stage) for stage in ("in_turn", "curriculum")]
-    before, end = curves[0][1][0], statistics.fmean(curves[0][1][-LAST:])
-    found = [reached(*points, before + WAY * (end - before)) for points in curves]
+    end = statistics.fmean(curves[0][1][-LAST:])
+    target = before + WAY * (end - before)
+    found = [reached(*points, before, target) for points in curves]
     ends = [replies[-1] for replies, _ in curves]
     late = " not reached" if None in found else ""
-    note = f"target {before + WAY * (end - before):.3f}{late}" + (" no rise in turn" if end <= before else "")
+    note = f"target {target:.3f}{late}" + (" no rise in turn" if end <= before else "")
     return [value if value is not None else last for value, last in zip(found, ends, strict=True)], note
 
 
@@ -165,7 +167,7 @@ def main() -> None:
     """Print a line for each seed, and the ratio over all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--updates", type=int, default=160)
     parser.add_argument("--sft-steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--held-out", type=int, default=100, help="questions of each task")
@@ -179,7 +181,7 @@ def main() -> None:
         measured = {model: success(run, model) for model in MODELS}
         for model, values in measured.items():
             pooled[model] += values
-        replies, note = saving(run)
+        replies, note = saving(run, statistics.fmean(measured["sft"]))
         logs.append(math.log(replies[1] / replies[0]))
         print(
             seed, *map(shown, measured.values()), *(f"{n:,.0f}" for n in replies), note, sep=" | ", flush=True
