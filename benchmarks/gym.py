@@ -135,14 +135,14 @@ def reached(replies: list[float], success: list[float], start: float, target: fl
     return None
 
 
-def success(run: keel.Run, model: str) -> list[float]:
-    """Mean success at each different held-out question."""
+def success(run: keel.Run, model: str) -> dict[str, list[float]]:
+    """Held-out question → the success of each time that it was asked."""
     asked: dict[str, list[float]] = {}
     for line in (run.path / "stages" / "judge" / "samples.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["model"] == model:
             asked.setdefault(row["prompt"][-1]["content"], []).append(row["proxy"])
-    return [sum(values) / len(values) for values in asked.values()]
+    return asked
 
 
 def shown(values: list[float]) -> str:
@@ -178,10 +178,11 @@ def main() -> None:
     print("seed | success on held-out questions: SFT | in turn | curriculum | replies until the same success")
     for seed in map(int, asked.seeds.split(",")):
         run = keel.run(config(seed, asked), runs=asked.runs, progress=False)
-        measured = {model: success(run, model) for model in MODELS}
+        asked_of = {model: success(run, model) for model in MODELS}
+        measured = {model: [*map(statistics.fmean, found.values())] for model, found in asked_of.items()}
         for model, values in measured.items():
             pooled[model] += values
-        replies, note = saving(run, statistics.fmean(measured["sft"]))
+        replies, note = saving(run, statistics.fmean(itertools.chain(*asked_of["sft"].values())))
         logs.append(math.log(replies[1] / replies[0]))
         print(
             seed, *map(shown, measured.values()), *(f"{n:,.0f}" for n in replies), note, sep=" | ", flush=True
