@@ -6,7 +6,7 @@ with a curriculum by success rate, all else the same: four prompts an update, ei
 measured is the success on held-out questions of the first three, before and after, and how many replies were
 sampled until it has risen by three quarters of what it rises by in turn.
 
-A success at one moment is of 300 replies, and its standard error a quarter of what is gained in all. So a curve
+A success at one moment is of 300 replies, and its standard error a quarter of all that is gained. So a curve
 is the rising one that is nearest to all evaluations (isotonic regression), and where it reaches the target is
 read between two of them, not before the first. The target: the success after SFT and ¾ of the way from there
 to the mean of the last five evaluations in turn. A run that does not get there counts as if it got there at
