@@ -158,6 +158,12 @@ class Dialogue:
     failures: int = 0  # of those that raised, took too long, were unknown or could not be read
     reward: float | None = None  # what the environment said at the end, where it was asked
     turn_rewards: tuple[float, ...] = ()  # what it said after each turn, where it was asked
+    unheard: Conversation = ()  # what tools answered last, where that left no tokens to go on with
+
+    @property
+    def happened(self) -> Conversation:
+        """All that was said, also what the model was not shown."""
+        return (*self.turns, *self.unheard)
 
 
 @dataclass(frozen=True, slots=True)

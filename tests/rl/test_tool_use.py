@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ def shout(word: str) -> str:
 def by_environment(completions, environments, **kwargs):
     return [environment.total / 10 for environment in environments]
 '''
+
+
+BOUND = """
+
+class Bound(Counter):
+    def __init__(self):
+        import threading
+        self.thread = threading.current_thread()
+
+    def reset(self, seed, start=0, **kwargs):
+        import threading
+        assert threading.current_thread() is self.thread
+        super().reset(seed, start, silent=True)
+"""
 
 
 @pytest.fixture
@@ -316,9 +331,18 @@ def test_environments_begin_with_their_rows_and_samples_of_a_prompt_alike(
     assert len(setup.tool_use.pool) == 8 if setup.tool_use else False
     again, _ = rollout.collect(setup, tasks[:2], RunningScale(), 5)
     assert again.completions == batch.completions
-    setup.tool_use.room = 10  # pyright: ignore
+    bound: Any = setup.tool_use and setup.tool_use.too_long
+    bound.limit = 10
     with pytest.raises(DataError, match=r"Counter\.reset makes a prompt of \d+ tokens, more than the 10"):
         rollout.collect(setup, tasks[:1], RunningScale(), 5)
+    bound.policy = "skip"
+    with pytest.raises(DataError, match=r"`too_long: skip` knows only the rows; make room"):
+        rollout.collect(setup, tasks[:1], RunningScale(), 5)
+    bound.policy = "truncate"
+    cut, _ = rollout.collect(setup, tasks[:2], RunningScale(), 5)
+    assert [c.prompt_ids for c in cut.completions] == [c.prompt_ids[-10:] for c in batch.completions]
+    (said,) = (note for note in stage_run.facts["notes"] if "Counter.reset" in note)
+    assert "longer than 10 tokens: they are cut from their start" in said
 
 
 def test_ppo_is_paid_by_turn_where_it_is_earned(
@@ -542,6 +566,70 @@ def test_evaluate_plays_episodes_and_judges_what_was_done(
     plain.write_text('{"prompt": "Refund the lamp."}\n')
     with pytest.raises(UsageError, match="need prompts that are conversations"):
         run({"stages": {"judge": stage | {"data": str(plain), "gold": None}}}, tmp_path / "odd")
+
+
+def test_the_thread_of_a_stages_tools_ends_with_it_and_an_evaluation_has_one_for_all_models(
+    settings: Any, clerk: Path, code: Path, run: Any, stage_run: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Environments are made in the thread that uses them: an object may be bound to it."""
+    code.write_text(CODE + BOUND, encoding="utf-8")
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: begun.append(self) or start(self))
+    call = ' <tool_call>{"name": "add", "arguments": {"amount": 3}}</tool_call><|end|>'
+    scripted(monkeypatch, lambda text, number: call if "Tool:" not in text else " Done.<|end|>")
+    with_tokenizer(clerk)
+    other = shutil.copytree(clerk, tmp_path / "other")
+    data = {"source": "world:shop/prompts", "rows": 4}
+    shared = {"environment": f"{code}:Bound", "data": data, "reward": {"kind": "environment"}}
+    judge = {"kind": "evaluate", "models": [str(clerk), str(other)], "sampling": {"max_new_tokens": 100}}
+    run({"stages": {"judge": judge | shared}}, tmp_path / "run")
+    assert ended(begun) == 2  # the first also says what both templates are to show
+    begun.clear()
+    open_stage(GRPOConfig.model_validate(settings | shared), stage_run, sharing="none")
+    stage_run.end()
+    assert ended(begun) == 1
+
+
+def ended(threads: list[threading.Thread]) -> int:
+    """How many threads of tools there were, all of which have ended or are about to."""
+    mine = [thread for thread in threads if thread.name == "keel-tools"]
+    for thread in mine:
+        thread.join(10)
+        assert not thread.is_alive()
+    return len(mine)
+
+
+def test_an_evaluation_counts_what_cut_episodes_off(
+    clerk: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns, a turn that is too long, or an answer that leaves no tokens. Of a call whose answer the model
+    was not shown the environment and the gold reward both know."""
+    most = 100
+    tokenizer: Any = None
+
+    def says(text: str, number: int) -> str:
+        turn = a_clerk(text.partition("Assistant:")[0] + "Assistant:", number)  # looks up, in each turn
+        size = len(tokenizer(turn, add_special_tokens=False)["input_ids"])
+        longer = 0 if "Tool:" in text else (0, most - size - 3, most)[number % 3]
+        return "!" * longer + turn
+
+    scripted(monkeypatch, says)
+    with_tokenizer(clerk)
+    tokenizer = KeelEngine.generate.tokenizer  # pyright: ignore
+    stage = {
+        "kind": "evaluate", "models": [str(clerk)], "environment": "world:shop", "gold": "world:shop",
+        "reward": {"kind": "environment"}, "data": {"source": "world:shop/test_prompts", "rows": 6},
+        "max_turns": 2, "sampling": {"max_new_tokens": most},
+    }  # fmt: skip
+    run({"stages": {"judge": stage}}, tmp_path / "run")
+    folder = tmp_path / "run" / "stages" / "judge"
+    found = json.loads((folder / "result.json").read_text())["models"][str(clerk)]
+    ends = ("truncated", "out_of_turns", "no_room_for_answer", "gold/looked_up")
+    assert [found[name]["mean"] for name in ends] == pytest.approx([1, 1 / 3, 1 / 3, 2 / 3])
+    assert found["gold"] == found["proxy"]
+    assert [roles(row["completion"]) for row in lines(folder / "samples.jsonl")] == ["ata", "at", "a"] * 2
 
 
 def test_evaluate_shows_what_the_environment_said_first(

@@ -332,17 +332,21 @@ def test_an_episode_ends_where_its_turns_do(marked: Any) -> None:
 
 
 def test_the_response_bounds_all_tokens_of_an_episode(marked: Any) -> None:
-    """Where nothing would be left for an answer, what the tool said is left out, and it is cut off."""
+    """Where nothing would be left for an answer, what the tool said is shown to people alone, and it is cut
+    off."""
     turn = f"{clerks.call('double', number=1)}{STOP}"
     size = len(marked(turn, add_special_tokens=False)["input_ids"])
     context = len(play(marked, [[turn, f"y{STOP}"]])[0].ids) - size - 2
-    for most, reason, own in (
-        (size + context + 1, "length", size + 1),
-        (size + context, "length", size),
-        (size + context + 2, "eos", size + 2),
+    for most, reason, own, unheard in (
+        (size + context + 1, "length", size + 1, False),
+        (size + context, "length", size, True),
+        (size + context + 2, "eos", size + 2, False),
     ):
         (done,) = play(marked, [[turn, f"y{STOP}"]], most=most)
         assert (done.stop_reason, len(done.own_ids)) == (reason, own)
+        assert done.dialogue is not None
+        assert bool(done.dialogue.unheard) == unheard
+        assert done.dialogue.happened[1]["content"] == "2"
         assert len(done.ids) <= most
 
 

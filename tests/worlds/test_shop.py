@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import get_json_schema
 
+import keel
 from keel import worlds
 from keel.config import read
 from keel.data import chat
@@ -150,3 +151,14 @@ def test_only_the_shop_has_an_environment() -> None:
     assert worlds.environment("shop") is shop.Environment
     with pytest.raises(UsageError, match="world:helpdesk has no environment; these have one: world:shop"):
         worlds.environment("helpdesk")
+
+
+@pytest.mark.slow  # two minutes
+def test_the_recipe_learns_to_look_first_with_a_seed_whose_pretraining_cannot_copy(tmp_path: Path) -> None:
+    """Within 8 minutes the gold reward rises from below 0.4 to above 0.8."""
+    recipe = Path(__file__).parents[2] / "recipes" / "tools.yaml"
+    overrides = ("seed=1", "threads=1", "device=cpu", "stages.grpo.eval_every=40")
+    done = keel.run(recipe, *overrides, runs=tmp_path, progress=False)
+    gold = done.metrics("grpo")["eval/judge"].dropna()
+    assert gold.iloc[0] < 0.4
+    assert gold.iloc[-1] > 0.8

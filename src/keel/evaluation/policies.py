@@ -57,6 +57,10 @@ def measures(
         result["turns"] = mean_interval([float(len(dialogue.ends)) for dialogue in dialogues])
         result["calls"] = mean_interval([float(dialogue.calls) for dialogue in dialogues])
         result["failed_calls"] = mean_interval([float(dialogue.failures) for dialogue in dialogues])
+        result |= {
+            "out_of_turns": wilson(sum(j.stop_reason == "turns" for j in judged), len(judged)),
+            "no_room_for_answer": wilson(sum(bool(d.unheard) for d in dialogues), len(judged)),
+        }
     texts = [j.completion for j in judged]
     for n in (1, 2):
         share = distinct(texts, n)
@@ -107,7 +111,7 @@ def sample_row(model: str, index: int, judged: JudgedCompletion) -> dict[str, An
         "model": model,
         "index": index,
         "prompt": judged.prompt,
-        "completion": judged.completion if judged.dialogue is None else list(judged.dialogue.turns),
+        "completion": judged.completion if judged.dialogue is None else list(judged.dialogue.happened),
     }
     if judged.proxy is not None:
         row["proxy"] = judged.proxy

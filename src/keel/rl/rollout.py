@@ -464,6 +464,7 @@ def _of_tools(experience: Experience) -> dict[str, float]:
         "rollout/turns": sum(len(dialogue.ends) for _, dialogue in found) / len(found),
         "rollout/context_length": sum(len(c.ids) - len(c.own_ids) for c, _ in found) / len(found),
         "rollout/out_of_turns": sum(c.stop_reason == "turns" for c, _ in found) / len(found),
+        "rollout/no_room_for_answer": sum(bool(dialogue.unheard) for _, dialogue in found) / len(found),
     }
 
 
@@ -517,7 +518,7 @@ def sample_rows(setup: Setup[OnPolicy], update: int, experience: Experience) -> 
         {
             "step": update,
             "prompt": experience.prompts[i],
-            "completion": text_of(setup.tokenizer, c) if c.dialogue is None else list(c.dialogue.turns),
+            "completion": text_of(setup.tokenizer, c) if c.dialogue is None else list(c.dialogue.happened),
             "rewards": {name: values[i] for name, values in experience.rated.by_name.items()},
             **_extra_of(experience, i),
             **({"kl": kls[i]} if experience.compared else {}),

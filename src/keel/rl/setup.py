@@ -64,10 +64,10 @@ def read_prompts(
     room = prepare.room_of(run, limit, config.sampling.max_new_tokens)
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = prepare.TooLong(run, config.too_long, room)
-    tools = tool_use.open_tools(config, run.name, tokenizer)
+    tools = tool_use.open_tools(config, run, tokenizer)
     render = tools.render if tools else _as_it_is
     if tools:
-        tools.room = room
+        tools.too_long = too_long
 
     def task(record: PromptRecord, ids: tuple[int, ...]) -> PromptExample:
         return PromptExample(record.prompt, ids, record.columns)

@@ -51,6 +51,7 @@ class Episode:
     hidden: list[Tensor] | None = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     turns: list[Message] = field(default_factory=list)
+    unheard: tuple[Message, ...] = ()
     stop: str = ""
     stop_reason: StopReason | None = None  # None while it goes on
     calls: int = 0
@@ -85,7 +86,7 @@ class Episode:
         assert self.stop_reason is not None
         dialogue = Dialogue(
             tuple(self.own), tuple(self.ends), tuple(self.turns), self.calls, self.failures, self.reward,
-            tuple(self.turn_rewards),
+            tuple(self.turn_rewards), self.unheard,
         )  # fmt: skip
         hidden = torch.cat(self.hidden) if self.hidden else None
         return Completion(
@@ -184,7 +185,8 @@ class Player:
         context = self.template.answer_ids(answers)
         if episode.stop:  # a string ended the turn, so that its end is still to come
             context = (chat.reply_end(self.tokenizer), *context)
-        if len(episode.ids) + len(context) >= most:  # no token would be left for an answer
+        if len(episode.ids) + len(context) >= most:  # no token would be left to go on with
+            episode.unheard = tuple(cast(Any, messages))
             episode.stop_reason = "length"
             return
         episode.turns += cast(Any, messages)

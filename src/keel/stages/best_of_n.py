@@ -51,9 +51,9 @@ def run(config: BestOfNConfig, stage_run: StageRun) -> dict[str, Any]:
     chat.stop_ids(tokenizer, config.sampling.stop)
     too_long = prepare.TooLong(stage_run, config.too_long, room)
 
-    tools = tool_use.open_tools(config, stage_run.name, tokenizer)
+    tools = tool_use.open_tools(config, stage_run, tokenizer)
     if tools:
-        tools.room = room
+        tools.too_long = too_long
     tasks = lazy_rows.of_prompts(
         dataset.records, tokenizer, too_long,
         lambda record, ids: PromptExample(record.prompt, ids, record.columns),
@@ -162,7 +162,7 @@ def _split(config: BestOfNConfig, stage_run: StageRun, prompts: Sequence[Sequenc
 
 def _chosen(prompt: Prompt, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     dialogue = completion.dialogue
-    said = text_of(tokenizer, completion) if dialogue is None else list(dialogue.turns)
+    said = text_of(tokenizer, completion) if dialogue is None else list(dialogue.happened)
     return {
         "prompt": prompt, "completion": said, "prompt_ids": completion.prompt_ids, "ids": completion.ids,
         "length": len(completion.own_ids), "stop_reason": completion.stop_reason,

@@ -46,7 +46,8 @@ def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
     """1. prompts  2. the reference's completions  3. each other model's, on the same random draws  4.
     measures."""
     dataset = prepare.read(stage_run, config.data, ("prompt",))
-    records, room, longest = _that_fit(stage_run, config, dataset)
+    readers = _readers(stage_run, config, dataset)
+    records, room, longest = _that_fit(stage_run, config, dataset.records, readers)
     comparisons = (
         prepare.read(stage_run, config.comparisons, ("preference",)).records if config.comparisons else ()
     )
@@ -55,9 +56,7 @@ def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
     loaded = build_rewards.load_rewards(
         config.reward or [], stage_run, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
-    bench = Bench(
-        config, stage_run, records, room, longest, reference_name, reference, loaded, dataset.conversational
-    )
+    bench = Bench(config, stage_run, records, room, longest, reference_name, reference, loaded, readers)
     judged: dict[str, list[JudgedCompletion]] = {}
     stage_run.restore()
     for name in [reference_name, *(m for m in config.models if m != reference_name)]:
@@ -85,6 +84,14 @@ def run(config: EvaluateConfig, stage_run: StageRun) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class Reader:
+    """What a model reads prompts by."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tools: tool_use.ToolUse | None  # those of all models run in one thread
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """What every model is put on: the same prompts, rewards and reference."""
 
@@ -96,7 +103,7 @@ class Bench:
     reference_name: str
     reference: PreTrainedModel
     loaded: Sequence[build_rewards.LoadedReward]
-    conversational: bool
+    readers: Mapping[str, Reader]  # by model
 
     @property
     def at_once(self) -> int:
@@ -104,44 +111,51 @@ class Bench:
         return EPISODES_AT_ONCE if self.config.uses_tools else AT_ONCE
 
 
+def _readers(stage_run: StageRun, config: EvaluateConfig, dataset: Dataset) -> dict[str, Reader]:
+    """Of each model. Tools and environment are opened once for all."""
+    readers: dict[str, Reader] = {}
+    tools: tool_use.ToolUse | None = None
+    for name in config.models:
+        tokenizer = _tokenizer(stage_run, config, name, dataset.conversational, dataset.records)
+        if tools is None:
+            tools = tool_use.open_tools(config, stage_run, tokenizer)
+        readers[name] = Reader(tokenizer, tools.read_by(tokenizer) if tools else None)
+    return readers
+
+
 def _that_fit(
-    stage_run: StageRun, config: EvaluateConfig, dataset: Dataset
+    stage_run: StageRun, config: EvaluateConfig, records: Sequence[Record], readers: Mapping[str, Reader]
 ) -> tuple[Sequence[Record], int | None, dict[str, int]]:
     """The prompts that every model has room for, that room in tokens, and the longest of them as each model
     reads it: all models answer the same ones."""
-    contexts = [context_length(model_config(_source(stage_run, config, name))) for name in config.models]
+    contexts = [context_length(model_config(_source(stage_run, config, name))) for name in readers]
     context = min((c for c in contexts if c is not None), default=None)
     room = prepare.room_of(stage_run, context, config.sampling.max_new_tokens)
-    tokenizers = {
-        name: _tokenizer(stage_run, config, name, dataset.conversational, dataset.records)
-        for name in config.models
-    }
     too_long = prepare.TooLong(stage_run, config.too_long, room)
-    longest = dict.fromkeys(tokenizers, 0)
+    for reader in readers.values():
+        if reader.tools:
+            reader.tools.too_long = too_long
+    longest = dict.fromkeys(readers, 0)
     kept: list[int] = []
-    read = (
-        _as_ids(tokenizer, dataset.records, tool_use.open_tools(config, stage_run.name, tokenizer))
-        for tokenizer in tokenizers.values()
-    )
+    read = (_as_ids(reader, records) for reader in readers.values())
     for number, rows in enumerate(zip(*read, strict=True)):
         lengths = [len(ids) for _, ids in rows]
         record = rows[0][0]
         if too_long.fits(record, max(lengths)):
             kept.append(number)
-            for name, length in zip(tokenizers, lengths, strict=True):
+            for name, length in zip(readers, lengths, strict=True):
                 longest[name] = max(longest[name], length if room is None else min(length, room))
     too_long.report()
     if not kept:
-        raise DataError(f"stage {stage_run.name!r}: no usable row is left of {len(dataset.records)}")
-    release(dataset.records)
-    records = dataset.records if len(kept) == len(dataset.records) else picked(dataset.records, kept)
-    return records, room, longest
+        raise DataError(f"stage {stage_run.name!r}: no usable row is left of {len(records)}")
+    release(records)
+    fitting = records if len(kept) == len(records) else picked(records, kept)
+    return fitting, room, longest
 
 
-def _as_ids(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], tools: tool_use.ToolUse | None
-) -> Iterator[tuple[PromptRecord, list[int]]]:
+def _as_ids(reader: Reader, records: Sequence[Record]) -> Iterator[tuple[PromptRecord, list[int]]]:
     """Each prompt with its tokens; with tools those of a prompt whose template is told of them."""
+    tokenizer, tools = reader.tokenizer, reader.tools
     for _, record, tokens in each(tokenizer, records):
         assert isinstance(record, PromptRecord)
         yield record, chat.prompt_ids(tokenizer, tools.render(record.prompt)) if tools else tokens[0]
@@ -158,7 +172,7 @@ def _tokenizer(
     config: EvaluateConfig,
     name: str,
     conversational: bool,
-    reads: Sequence[Record] = (),
+    reads: Sequence[Record],
 ) -> Any:
     model = ModelConfig.model_validate({"path": name, "trust_remote_code": config.trust_remote_code})
     return prepare.open_tokenizer(model, stage_run, conversational=conversational, reads=reads)
@@ -175,7 +189,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     by the rewards. The samples are shared: the best of 4 is chosen among those that the best of 2 had, and 2
     more."""
     config, stage_run = bench.config, bench.stage_run
-    tokenizer = _tokenizer(stage_run, config, name, bench.conversational)
+    tokenizer, tools = bench.readers[name].tokenizer, bench.readers[name].tools
     model = bench.reference if name == bench.reference_name else _open(stage_run, config, name)
     vocabularies = [one.config.get_text_config().vocab_size for one in (model, bench.reference)]
     if vocabularies[0] != vocabularies[1]:
@@ -189,7 +203,6 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         rewards = build_rewards.mixture(
             bench.loaded, stage_run, tokenizer, longest, normalize=several, batch_size=config.batch_size
         )
-    tools = tool_use.open_tools(config, stage_run.name, tokenizer)
     engine = open_sampler(
         config.rollout, model, stage_run, tokenizer, batch_size=config.batch_size,
         # what a `reset` puts behind a prompt is not known yet
@@ -197,9 +210,9 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     if tools:
-        tools.room = bench.room
+        stage_run.at_end(tools.close)
         build_rewards.check_episodes(bench.loaded, tokenizer, stage_run.name)
-    on = Answering(model, engine, tokenizer, rewards, tools)
+    on = Answering(model, engine, bench.readers[name], rewards)
     judged: dict[int, list[JudgedCompletion]] = {n: [] for n in sorted(best_of)}
     for start in range(0, len(bench.records), bench.at_once):
         part = _judge_part(bench, on, best_of, start)
@@ -216,9 +229,8 @@ class Answering:
 
     model: PreTrainedModel
     engine: Engine
-    tokenizer: PreTrainedTokenizerBase
+    reader: Reader
     rewards: Mixture | None
-    tools: tool_use.ToolUse | None
 
 
 def _judge_part(
@@ -233,10 +245,10 @@ def _judge_part(
         return _of_all_ranks({n: [] for n in best_of}, mine)
     rows = Rows(mine, of) if len(mine) < of else None
     records = records if rows is None else [records[i] for i in mine]
-    sampling, tokenizer = config.sampling.plain(), on.tokenizer
+    sampling, tokenizer = config.sampling.plain(), on.reader.tokenizer
     prompts = [
         PromptExample(record.prompt, tuple(ids[-(bench.room or 0) :]), record.columns)
-        for record, ids in _as_ids(tokenizer, records, on.tools)
+        for record, ids in _as_ids(on.reader, records)
     ]
     fixed = ["from", start] if start else []
     begin = derive_seed(stage_run.seed, "evaluate", *fixed)  # all samples of a prompt begin alike
@@ -246,7 +258,7 @@ def _judge_part(
     for round_ in range(max(best_of)):
         seed = derive_seed(stage_run.seed, "evaluate", *([round_] if round_ else []), *fixed)
         begun, done = tool_use.sampled(
-            on.tools, on.engine, prompts, sampling, seed, tokenizer=tokenizer, begin=begin, rows=rows
+            on.reader.tools, on.engine, prompts, sampling, seed, tokenizer=tokenizer, begin=begin, rows=rows
         )
         new = _rated(on.rewards, begun, done, tokenizer)
         if rated is None or new is None:

@@ -29,5 +29,5 @@ def gold_of(
     ones of the prompt's row."""
     of_turns: Any = getattr(world, "gold_of_turns", None)
     if completion.dialogue is not None and of_turns is not None:
-        return of_turns(completion.dialogue.turns, columns)
+        return of_turns(completion.dialogue.happened, columns)
     return world.gold(chat.user_text(prompt), text_of(tokenizer, completion), columns)

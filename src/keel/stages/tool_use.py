@@ -19,7 +19,9 @@ from keel.rewards import loading
 from keel.rollout import tools as called
 from keel.rollout.episodes import Episode, Player, Rules
 from keel.rollout.protocol import Engine, GenerationRequest, Rows, TokenCount
+from keel.rundir.stage_run import StageRun
 from keel.stages.lazy_rows import PromptExample
+from keel.stages.prepare import TooLong
 from keel.types import Completion, Conversation, Message, Prompt, Sampling
 
 
@@ -27,12 +29,28 @@ from keel.types import Completion, Conversation, Message, Prompt, Sampling
 class ToolUse:
     """The tools of a stage, and how its episodes are played."""
 
-    stage: str
+    stage_run: StageRun
     player: Player
     tools: Sequence[called.Tool]
     make: Callable[[], Any] | None  # of an environment; None: there is none
     pool: list[Any]  # environments that were made, each used again after a reset
-    room: int | None = None  # tokens that a prompt may have
+    too_long: TooLong | None = None  # what becomes of a prompt that has no room, once it was begun
+
+    @property
+    def stage(self) -> str:
+        """Its name, for messages."""
+        return self.stage_run.name
+
+    def read_by(self, tokenizer: PreTrainedTokenizerBase) -> ToolUse:
+        """The same tools, environments and thread with another tokenizer's template. UsageError where that
+        cannot show tools."""
+        template = _template(tokenizer, self.player.template.tools, self.stage)
+        return replace(self, player=replace(self.player, tokenizer=tokenizer, template=template))
+
+    def close(self) -> None:
+        """End the thread that tools run in, and forget the environments that were made in it."""
+        self.player.caller.close()
+        self.pool.clear()
 
     def render(self, prompt: Prompt) -> Prompt:
         """A prompt whose template is told of the tools. UsageError for one that is plain text."""
@@ -50,7 +68,8 @@ class ToolUse:
         the last of the user's turns. samples: of one prompt, which stand side by side and begin alike. rows:
         which of all rows of the seed these are.
 
-        RewardError for a `reset` that fails, DataError for a prompt that becomes too long by it."""
+        RewardError for a `reset` that fails, DataError for a prompt that becomes too long by it, unless such
+        prompts are cut."""
         if self.make is None:
             return list(prompts)
         while len(self.pool) < len(prompts):
@@ -80,7 +99,7 @@ class ToolUse:
             engine, episodes, sampling, seed, keep_head_inputs=keep_head_inputs, count=count, rows=rows
         )
         late = {id(episode.environment) for episode in episodes if episode.late}
-        self.pool = [environment for environment in self.pool if id(environment) not in late]
+        self.pool[:] = [environment for environment in self.pool if id(environment) not in late]
         return completions
 
     def tools_of(self, environment: Any) -> Mapping[str, called.Tool]:
@@ -94,7 +113,8 @@ class ToolUse:
         columns = {**example.columns, "prompt": [dict(turn) for turn in prompt]}
         arguments = called.accepted(environment.reset, columns, {"seed": seed})
         outcome = self.player.caller.call(environment.reset, arguments)
-        name = f"{self.stage}: {type(environment).__name__}.reset"
+        reset = f"{type(environment).__name__}.reset"
+        name = f"{self.stage}: {reset}"
         asked = " ".join(chat.user_text(prompt).split())[:60]
         if outcome.raised is not None:
             raise RewardError(
@@ -106,13 +126,27 @@ class ToolUse:
             raise UsageError(f"{name} returned a {type(outcome.value).__name__}: it returns None or text")
         last = cast(Message, {**prompt[-1], "content": prompt[-1]["content"] + outcome.value})
         told = (*prompt[:-1], last)
-        ids = tuple(chat.prompt_ids(self.player.tokenizer, self.render(told)))
-        if self.room is not None and len(ids) > self.room:
-            raise DataError(
-                f"{name} makes a prompt of {len(ids)} tokens, more than the {self.room} that there is room "
-                f"for (prompt {asked!r}); make room (max_length, max_new_tokens)"
-            )
+        ids = self._that_fit(chat.prompt_ids(self.player.tokenizer, self.render(told)), reset, asked)
         return replace(example, prompt=told, ids=ids, environment=environment)
+
+    def _that_fit(self, ids: Sequence[int], name: str, asked: str) -> tuple[int, ...]:
+        """The tokens of a prompt that was begun, cut from their start where `too_long` says so. name: of the
+        `reset` that lengthened it. DataError where there is no room; a row cannot be left out any more."""
+        bound = self.too_long
+        if bound is None or bound.limit is None or len(ids) <= bound.limit:
+            return tuple(ids)
+        if bound.policy != "truncate":
+            late = "; `too_long: skip` knows only the rows" if bound.policy == "skip" else ""
+            raise DataError(
+                f"{self.stage}: {name} makes a prompt of {len(ids)} tokens, more than the {bound.limit} that "
+                f"there is room for (prompt {asked!r}){late}; make room (max_length, max_new_tokens), or "
+                "cut such prompts (too_long: truncate)"
+            )
+        self.stage_run.note(
+            f"what {name} returns makes prompts longer than {bound.limit} tokens: they are cut from their "
+            "start, where templates list the tools"
+        )
+        return tuple(ids[-bound.limit :])
 
 
 def sampled(
@@ -137,32 +171,50 @@ def sampled(
     return begun, tools.play(engine, begun, sampling, seed, rows=rows)
 
 
-def open_tools(config: WithTools, stage: str, tokenizer: PreTrainedTokenizerBase) -> ToolUse | None:
-    """What the config's `tools` and `environment` name; None where it names neither. stage: its name, for
-    messages. UsageError for what is not there or is no tool or environment, and where the chat template
-    cannot show tools."""
+def open_tools(config: WithTools, stage_run: StageRun, tokenizer: PreTrainedTokenizerBase) -> ToolUse | None:
+    """What the config's `tools` and `environment` name, until the stage ends; None where it names neither.
+    UsageError for what is not there or is no tool or environment, and where the chat template cannot show
+    tools."""
     if not config.uses_tools:
         return None
+    stage = stage_run.name
     tools = [loading.load(name, f"{stage}: tools") for name in config.tools]
     make = _environment(config.environment, stage) if config.environment else None
     caller = called.Caller(config.tool_timeout)
+    stage_run.at_end(caller.close)
     pool = [] if make is None else [_made(make, caller, stage)]
     terms = [term for term in config.reward_terms() if isinstance(term, EnvironmentTerm)]
     by_turn = any(term.at == "turn" for term in terms)
     rules = Rules(config.max_turns, config.on_tool_error, bool(terms), by_turn)
+    template = _template(tokenizer, _schemas(tools, pool, rules, stage), stage)
+    rollout: Any = getattr(config, "rollout", None)
+    engine = getattr(config, "engine_name", "vllm" if rollout and rollout.vllm else "keel")
+    return ToolUse(stage_run, Player(tokenizer, template, caller, rules, engine), tools, make, pool)
+
+
+def _schemas(
+    tools: Sequence[called.Tool], pool: Sequence[Any], rules: Rules, stage: str
+) -> list[dict[str, Any]]:
+    """Of the stage's own tools and of an environment's. UsageError for one that is none, and without any."""
     try:
         if pool:
             _check(pool[0], rules.reward)
         functions = called.by_name([*tools, *(called.methods_of(pool[0]) if pool else ())])
         if not functions:
             raise UsageError("the environment has no public method besides `reset` that a model could call")
-        schemas = [called.schema_of(tool) for tool in functions.values()]
-        template = chat.ToolTemplate.open(tokenizer, schemas)
+        return [called.schema_of(tool) for tool in functions.values()]
     except UsageError as error:
         raise UsageError(f"{stage}: {error}") from None
-    rollout: Any = getattr(config, "rollout", None)
-    engine = getattr(config, "engine_name", "vllm" if rollout and rollout.vllm else "keel")
-    return ToolUse(stage, Player(tokenizer, template, caller, rules, engine), tools, make, pool)
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase, schemas: Sequence[Mapping[str, Any]], stage: str
+) -> chat.ToolTemplate:
+    """The tokenizer's template with the tools. UsageError where it cannot show them."""
+    try:
+        return chat.ToolTemplate.open(tokenizer, schemas)
+    except UsageError as error:
+        raise UsageError(f"{stage}: {error}") from None
 
 
 def check(config: Stage, stage: str) -> None:
