@@ -67,6 +67,13 @@ PATCHES: Mapping[str, Patch] = {
             "torch adds a weight's gradient where it is kept, and oneDNN makes no program for every shape",
         ),
         Patch(
+            "cpu_products",
+            "keel.accel.cpu_products",
+            "MKL's products of many rows in float32 inside `cpu_linear`, by oneDNN's, on AMD with AVX-512",
+            "once: products with a matrix and with a transposed one against torch's",
+            "torch, or the MKL that it is built with, multiplies with AVX-512 there",
+        ),
+        Patch(
             "norm_and_rope",
             "keel.accel.norm_and_rope",
             "forward of RMS norms, and the rotation inside attention modules, on the CPU in float32",
