@@ -13,6 +13,8 @@ update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for
 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the peak of
 the process above what is resident after everything is imported. The floor is what keel's step needs at least
 on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same work.
+`--processor` takes processor's seconds instead of the clock's: with `--threads 1`, other work that goes on
+beside disturbs them little (the floor stays by the clock).
 
 On CUDA (`--device cuda`, with `--size half` for 0.5 B parameters; `gpu.py` does both) the two sides multiply
 in bfloat16, keel by `dtype: auto` and TRL by its `bf16`, and memory is the peak of what torch had allocated
@@ -74,6 +76,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 LR = 1e-5
+PROCESSOR = "BENCH_PROCESSOR_SECONDS"  # in a process that is measured: its time is what it computed
 
 
 # ---------------------------------------------------------------- models and rows, the same for both sides
@@ -222,7 +225,7 @@ def of_keel(kind: str, folder: Path, device: str) -> None:
     marks: list[float] = []  # when the reference of dpo began to read, which is before the first step
 
     def say(line: str) -> None:
-        marks.extend([time.perf_counter()] if "the reference reads" in line else [])
+        marks.extend([now(device)] if "the reference reads" in line else [])
 
     with tempfile.TemporaryDirectory() as temporary:
         progress = lambda *step: ends.append(now(device))  # noqa: E731
@@ -360,9 +363,11 @@ def resident(name: str) -> float:
 
 
 def now(device: str) -> float:
-    """Seconds, when all that was launched on the device is done."""
+    """Seconds, when all that was launched on the device is done; the processor's own with `PROCESSOR`."""
     import torch
 
+    if os.environ.get(PROCESSOR):
+        return time.process_time()
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -450,7 +455,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--processor", action="store_true", help="the processor's seconds, for a machine that does other work"
+    )
     settings = parser.parse_args()
+    if settings.processor:
+        os.environ[PROCESSOR] = "1"
     if odd := [kind for kind in settings.kinds if kind not in KINDS]:
         parser.error(f"{odd[0]!r} is none of {', '.join(KINDS)}")
     if settings.side:

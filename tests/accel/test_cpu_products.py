@@ -39,6 +39,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     assert cpu_products._differs() is None
     monkeypatch.setattr(cpu_products, "_is_faster", lambda: True)
     monkeypatch.setattr(cpu_products, "LEAST", 32)
+    monkeypatch.setattr(cpu_products, "WORTH", 2**14)
     seen: list[tuple[int, ...]] = []
     plain = cpu_products._by_onednn
 

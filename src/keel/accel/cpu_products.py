@@ -23,8 +23,8 @@ from torch.nn.functional import linear
 
 from keel.accel.patches import difference, enabled, refuse, tried
 
-LEAST = 512  # rows
-WORTH = 2**14  # weights of a matrix
+LEAST = 256  # rows
+WORTH = 2**17  # weights of a matrix
 
 
 def faster(rows: int, weight: Tensor) -> bool:

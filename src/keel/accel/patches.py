@@ -53,6 +53,13 @@ PATCHES: Mapping[str, Patch] = {
             "transformers' sdpa takes packed rows without padding on every device",
         ),
         Patch(
+            "branch_attention",
+            "keel.accel.branch_attention",
+            "attention of sequences that begin alike, in float32 on the CPU: the common start asks once",
+            "with `batch_layout`: states and gradients of sequences that share a start",
+            "torch's flex attention has a backward on the CPU",
+        ),
+        Patch(
             "half_attention",
             "keel.accel.half_attention",
             "attention of short rows under autocast on the CPU, in float32, by products in bfloat16",
