@@ -7,12 +7,13 @@ untrained Llama of 7.3 M parameters, the same rows and the same settings.
 PYTHON is an interpreter that has TRL 1.16; FOLDER holds TRL 1.12, the last release that has PPO, and goes in
 front of the path. Every measurement is a process of its own, and the two sides take turns; medians of N
 pairs. Prompts have 32 tokens, responses 64; in grpo and ppo the chance of the end of sequence makes responses
-24 tokens long on average, 64 at most. Where keel's reference model reads all rows before the first step
-(dpo), each step is charged its share of that. A step is 64 rows, pairs or episodes, 16 at a time (ppo: an
-update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for a machine with fast bfloat16
-(`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the peak of
-the process above what is resident after everything is imported. The floor is what keel's step needs at least
-on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same work.
+24 tokens long on average, 64 at most. Where keel's reference model reads the rows of all steps before the
+first (dpo), each step is charged its share of that. A step is 64 rows, pairs or episodes, 16 at a time (ppo:
+an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for a machine with fast
+bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the
+peak of the process above what is resident after everything is imported. The floor is what keel's step needs
+at least on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same
+work.
 `--processor` takes processor's seconds instead of the clock's: with `--threads 1`, other work that goes on
 beside disturbs them little (the floor stays by the clock).
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -233,8 +235,10 @@ def of_keel(kind: str, folder: Path, device: str) -> None:
         pipeline = Pipeline(config, Path(temporary), say=say, progress=progress)
         pipeline.run()
         least = floor(pipeline.stage_directory(next(iter(config.stages))) / "times.jsonl")
-    reading = sum(ends[0] - mark for mark in marks)
-    report(ends, before, device, reading * BATCH / ROWS, least)
+    # up to the end of the first step, without as much as a step takes; of the rows of these steps alone
+    steps = [after - earlier for earlier, after in itertools.pairwise(ends)]
+    reading = sum(max(0.0, ends[0] - mark - statistics.median(steps)) for mark in marks[:1])
+    report(ends, before, device, reading / len(ends), least)
 
 
 def floor(times: Path) -> float:
@@ -375,8 +379,8 @@ def now(device: str) -> float:
 
 def report(ends: list[float], before: float, device: str, more: float = 0.0, least: float = 0.0) -> None:
     """One line of JSON. The first step is the warm-up: its time is not counted. more: what each step owes to
-    work that was done before the first (with the warm-up's own time in it, so that it is too much rather than
-    too little)."""
+    work that was done before the first (with what the warm-up takes beyond a step's time in it, so that it is
+    too much rather than too little)."""
     import torch
 
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1) + more
