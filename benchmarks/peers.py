@@ -41,7 +41,7 @@ from typing import Any
 KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto", "grpo-auto")
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
 ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
-MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides (the peer's: --peer-rows)
+MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides (--rows and --peer-rows)
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 SIZES: dict[str, dict[str, Any]] = {
     "small": {  # 7.3 M parameters
@@ -161,10 +161,10 @@ def varied(completions: list[str], **columns: Any) -> list[float]:
 # ---------------------------------------------------------------- keel's side
 
 
-def keel_config(kind: str, folder: Path, device: str) -> dict[str, Any]:
+def keel_config(kind: str, folder: Path, device: str, at_once: int = MICRO) -> dict[str, Any]:
     import torch
 
-    stages = {"stage": keel_stage(kind, folder, device)}
+    stages = {"stage": keel_stage(kind, folder, device) | {"micro_batch": at_once}}
     return {"name": "bench", "threads": torch.get_num_threads(), "device": device, "stages": stages}
 
 
@@ -215,8 +215,8 @@ def keel_stage(kind: str, folder: Path, device: str) -> dict[str, Any]:
     }
 
 
-def of_keel(kind: str, folder: Path, device: str) -> None:
-    """In a process of its own: run the stage, print what it took."""
+def of_keel(kind: str, folder: Path, device: str, at_once: int) -> None:
+    """In a process of its own: run the stage, `at_once` rows at a time, print what it took."""
     import keel.rl.grpo
     import keel.stages.preference
     import keel.stages.reward  # noqa: F401
@@ -231,7 +231,7 @@ def of_keel(kind: str, folder: Path, device: str) -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         progress = lambda *step: ends.append(now(device))  # noqa: E731
-        config = parse(keel_config(kind, folder, device))
+        config = parse(keel_config(kind, folder, device, at_once))
         pipeline = Pipeline(config, Path(temporary), say=say, progress=progress)
         pipeline.run()
         least = floor(pipeline.stage_directory(next(iter(config.stages))) / "times.jsonl")
@@ -398,6 +398,7 @@ def measured(
     path: str | None = None,
     device: str = "cpu",
     peer_rows: int = MICRO,
+    rows: int = MICRO,
 ) -> dict[str, float]:
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -417,6 +418,8 @@ def measured(
         device,
         "--peer-rows",
         str(peer_rows),
+        "--rows",
+        str(rows),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -436,7 +439,9 @@ def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
             pairs = [
                 (
                     measured(settings.peer, kind, "trl", *shared, path, settings.device, settings.peer_rows),
-                    measured(sys.executable, kind, "keel", *shared, None, settings.device),
+                    measured(
+                        sys.executable, kind, "keel", *shared, None, settings.device, rows=settings.rows
+                    ),
                 )
                 for _ in range(settings.pairs)
             ]
@@ -455,6 +460,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peer-rows", type=int, default=MICRO, help="that TRL takes at once")
+    parser.add_argument("--rows", type=int, default=MICRO, help="that keel takes at once")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
@@ -472,7 +478,8 @@ def main() -> None:
 
         torch.set_num_threads(settings.threads)
         given = settings.kinds[0], settings.folder, settings.device
-        of_keel(*given) if settings.side == "keel" else of_trl(*given, settings.peer_rows)
+        ours = settings.side == "keel"
+        of_keel(*given, settings.rows) if ours else of_trl(*given, settings.peer_rows)
         return
     compare(settings, settings.kinds or KINDS)
 
