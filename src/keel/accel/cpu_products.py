@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 
 from keel.accel.patches import difference, enabled, refuse, tried
 
-LEAST = 256  # rows
+LEAST = 512  # rows
 WORTH = 2**17  # weights of a matrix
 
 
