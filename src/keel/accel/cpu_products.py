@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 
 from keel.accel.patches import difference, enabled, refuse, tried
 
-LEAST = 512  # rows
+LEAST = 1024  # rows
 WORTH = 2**17  # weights of a matrix
 
 
