@@ -7,12 +7,15 @@ untrained Llama of 7.3 M parameters, the same rows and the same settings.
 PYTHON is an interpreter that has TRL 1.16; FOLDER holds TRL 1.12, the last release that has PPO, and goes in
 front of the path. Every measurement is a process of its own, and the two sides take turns; medians of N
 pairs. Prompts have 32 tokens, responses 64; in grpo and ppo the chance of the end of sequence makes responses
-24 tokens long on average, 64 at most. Where keel's reference model reads all rows before the first step
-(dpo), each step is charged its share of that. A step is 64 rows, pairs or episodes, 16 at a time (ppo: an
-update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for a machine with fast bfloat16
-(`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the peak of
-the process above what is resident after everything is imported. The floor is what keel's step needs at least
-on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same work.
+24 tokens long on average, 64 at most. Where keel's reference model reads the rows of all steps before the
+first (dpo), each step is charged its share of that. A step is 64 rows, pairs or episodes, 16 at a time (ppo:
+an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for a machine with fast
+bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the
+peak of the process above what is resident after everything is imported. The floor is what keel's step needs
+at least on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same
+work.
+`--processor` takes processor's seconds instead of the clock's: with `--threads 1`, other work that goes on
+beside disturbs them little (the floor stays by the clock).
 
 On CUDA (`--device cuda`, with `--size half` for 0.5 B parameters; `gpu.py` does both) the two sides multiply
 in bfloat16, keel by `dtype: auto` and TRL by its `bf16`, and memory is the peak of what torch had allocated
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -37,7 +41,7 @@ from typing import Any
 KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto", "grpo-auto")
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
 ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
-MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides (the peer's: --peer-rows)
+MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides (--rows and --peer-rows)
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 SIZES: dict[str, dict[str, Any]] = {
     "small": {  # 7.3 M parameters
@@ -74,6 +78,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 LR = 1e-5
+PROCESSOR = "BENCH_PROCESSOR_SECONDS"  # in a process that is measured: its time is what it computed
 
 
 # ---------------------------------------------------------------- models and rows, the same for both sides
@@ -156,10 +161,10 @@ def varied(completions: list[str], **columns: Any) -> list[float]:
 # ---------------------------------------------------------------- keel's side
 
 
-def keel_config(kind: str, folder: Path, device: str) -> dict[str, Any]:
+def keel_config(kind: str, folder: Path, device: str, at_once: int = MICRO) -> dict[str, Any]:
     import torch
 
-    stages = {"stage": keel_stage(kind, folder, device)}
+    stages = {"stage": keel_stage(kind, folder, device) | {"micro_batch": at_once}}
     return {"name": "bench", "threads": torch.get_num_threads(), "device": device, "stages": stages}
 
 
@@ -210,8 +215,8 @@ def keel_stage(kind: str, folder: Path, device: str) -> dict[str, Any]:
     }
 
 
-def of_keel(kind: str, folder: Path, device: str) -> None:
-    """In a process of its own: run the stage, print what it took."""
+def of_keel(kind: str, folder: Path, device: str, at_once: int) -> None:
+    """In a process of its own: run the stage, `at_once` rows at a time, print what it took."""
     import keel.rl.grpo
     import keel.stages.preference
     import keel.stages.reward  # noqa: F401
@@ -222,16 +227,18 @@ def of_keel(kind: str, folder: Path, device: str) -> None:
     marks: list[float] = []  # when the reference of dpo began to read, which is before the first step
 
     def say(line: str) -> None:
-        marks.extend([time.perf_counter()] if "the reference reads" in line else [])
+        marks.extend([now(device)] if "the reference reads" in line else [])
 
     with tempfile.TemporaryDirectory() as temporary:
         progress = lambda *step: ends.append(now(device))  # noqa: E731
-        config = parse(keel_config(kind, folder, device))
+        config = parse(keel_config(kind, folder, device, at_once))
         pipeline = Pipeline(config, Path(temporary), say=say, progress=progress)
         pipeline.run()
         least = floor(pipeline.stage_directory(next(iter(config.stages))) / "times.jsonl")
-    reading = sum(ends[0] - mark for mark in marks)
-    report(ends, before, device, reading * BATCH / ROWS, least)
+    # up to the end of the first step, without as much as a step takes; of the rows of these steps alone
+    steps = [after - earlier for earlier, after in itertools.pairwise(ends)]
+    reading = sum(max(0.0, ends[0] - mark - statistics.median(steps)) for mark in marks[:1])
+    report(ends, before, device, reading / len(ends), least)
 
 
 def floor(times: Path) -> float:
@@ -360,9 +367,11 @@ def resident(name: str) -> float:
 
 
 def now(device: str) -> float:
-    """Seconds, when all that was launched on the device is done."""
+    """Seconds, when all that was launched on the device is done; the processor's own with `PROCESSOR`."""
     import torch
 
+    if os.environ.get(PROCESSOR):
+        return time.process_time()
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -370,8 +379,8 @@ def now(device: str) -> float:
 
 def report(ends: list[float], before: float, device: str, more: float = 0.0, least: float = 0.0) -> None:
     """One line of JSON. The first step is the warm-up: its time is not counted. more: what each step owes to
-    work that was done before the first (with the warm-up's own time in it, so that it is too much rather than
-    too little)."""
+    work that was done before the first (with what the warm-up takes beyond a step's time in it, so that it is
+    too much rather than too little)."""
     import torch
 
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1) + more
@@ -389,6 +398,7 @@ def measured(
     path: str | None = None,
     device: str = "cpu",
     peer_rows: int = MICRO,
+    rows: int = MICRO,
 ) -> dict[str, float]:
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -408,6 +418,8 @@ def measured(
         device,
         "--peer-rows",
         str(peer_rows),
+        "--rows",
+        str(rows),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -427,7 +439,9 @@ def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
             pairs = [
                 (
                     measured(settings.peer, kind, "trl", *shared, path, settings.device, settings.peer_rows),
-                    measured(sys.executable, kind, "keel", *shared, None, settings.device),
+                    measured(
+                        sys.executable, kind, "keel", *shared, None, settings.device, rows=settings.rows
+                    ),
                 )
                 for _ in range(settings.pairs)
             ]
@@ -446,11 +460,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peer-rows", type=int, default=MICRO, help="that TRL takes at once")
+    parser.add_argument("--rows", type=int, default=MICRO, help="that keel takes at once")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--processor", action="store_true", help="the processor's seconds, for a machine that does other work"
+    )
     settings = parser.parse_args()
+    if settings.processor:
+        os.environ[PROCESSOR] = "1"
     if odd := [kind for kind in settings.kinds if kind not in KINDS]:
         parser.error(f"{odd[0]!r} is none of {', '.join(KINDS)}")
     if settings.side:
@@ -458,7 +478,8 @@ def main() -> None:
 
         torch.set_num_threads(settings.threads)
         given = settings.kinds[0], settings.folder, settings.device
-        of_keel(*given) if settings.side == "keel" else of_trl(*given, settings.peer_rows)
+        ours = settings.side == "keel"
+        of_keel(*given, settings.rows) if ours else of_trl(*given, settings.peer_rows)
         return
     compare(settings, settings.kinds or KINDS)
 

@@ -148,7 +148,7 @@ def test_rows_without_padding_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_rows_are_laid_out_and_taken_back_with_their_gradients() -> None:
     where = torch.tensor([0, 1, 4, 5, 6, 8])  # rows of 2, 3 and 1 tokens
-    rows = Rows.of(where, 3, 4, None, torch.device("cpu"))
+    rows = Rows.of(where, 3, 4, torch.device("cpu"))
     assert rows.padding.tolist() == [2, 3, 7, 9, 10, 11]
     x = torch.arange(1.0, 13.0, dtype=torch.float64).view(1, 6, 2).requires_grad_()
     laid = rows.laid_out(x)
@@ -272,7 +272,13 @@ def test_rows_of_other_lengths_and_positions_that_nobody_asks_for(
     assert_same(model, lambda: logprobs.head_inputs(model, ids, some).values, monkeypatch)
 
 
-def test_dropout_and_windows_are_read_apart(always: None) -> None:
+def in_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What begins alike stands side by side in a row, under a mask."""
+    monkeypatch.setattr(batch_layout, "LAYING_OUT", math.inf)
+    monkeypatch.setattr(batch_layout, "BRANCHING", math.inf)
+
+
+def test_dropout_and_windows_are_read_apart(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, index = asked()
     torch.manual_seed(0)
     drops = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **{**SIZES, **SHARED["gpt2"]}))
@@ -280,14 +286,18 @@ def test_dropout_and_windows_are_read_apart(always: None) -> None:
         with counting() as count:
             logprobs.head_inputs(drops.train(training), ids, index)
         assert count() == expected
-    window = model_of("mistral", {"sliding_window": 8})  # the widest group has 10 tokens
+    window = model_of("mistral", {"sliding_window": 8})  # the widest group has 10 tokens, a sequence 8
     with counting() as count:
         logprobs.head_inputs(window, ids, index)
-    assert TOGETHER_TOKENS < count() < APART_TOKENS
+    assert count() == TOGETHER_TOKENS
     narrow = model_of("mistral", {"sliding_window": 4})  # narrower than the rows
     with counting() as count:
         logprobs.head_inputs(narrow, ids, index)
     assert count() == ids.numel()
+    in_one_row(monkeypatch)
+    with counting() as count:
+        logprobs.head_inputs(window, ids, index)
+    assert TOGETHER_TOKENS < count() < ids.numel()
 
 
 def test_what_is_worth_reading_together() -> None:
@@ -306,14 +316,15 @@ def test_what_is_worth_reading_together() -> None:
 
 def test_the_masks_of_a_forward_have_a_limit(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, index) = model_of("llama", {}), asked()
+    in_one_row(monkeypatch)
     monkeypatch.setattr(batch_layout, "MASK_AT_MOST", 6 * 8 * 8**2)  # six rows of 8 tokens in float64
     with counting() as count:
         logprobs.head_inputs(model, ids, index)
-    assert TOGETHER_TOKENS < count() < APART_TOKENS
+    assert TOGETHER_TOKENS < count() < ids.numel()
     monkeypatch.setattr(batch_layout, "MASK_AT_MOST", 0)
     with counting() as count:
         logprobs.head_inputs(model, ids, index)
-    assert count() == APART_TOKENS
+    assert count() == ids.numel()
 
 
 def test_rows_of_one_prompt_share_a_part() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from keel.accel import cpu_linear
+from keel.accel import cpu_linear, cpu_products
 from keel.accel.cpu_linear import PrepackedWeight, cast_cache, patch_linears, sized
 from keel.accel.modules import is_patched
 from keel.models.lora import Adapters, add_adapters
@@ -164,13 +164,13 @@ def test_there_are_eight_sizes_between_a_power_of_two_and_the_next() -> None:
 def test_products_in_bfloat16_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap of our own: a program of oneDNN for every shape took as long as the products."""
     shapes: set[tuple[int, ...]] = set()
-    plain = cpu_linear.linear
+    plain = cpu_products.linear
 
     def seen(x: Tensor, *rest: Any) -> Tensor:
         shapes.add(tuple(x.shape))
         return plain(x, *rest)
 
-    monkeypatch.setattr(cpu_linear, "linear", seen)
+    monkeypatch.setattr(cpu_products, "linear", seen)
     layer = patch_linears(nn.Sequential(nn.Linear(16, 8)))
     for rows in range(65, 129):
         with torch.autocast("cpu", torch.bfloat16):

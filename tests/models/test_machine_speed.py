@@ -42,8 +42,11 @@ def test_a_run_takes_what_was_measured_with_care_for_its_threads_and_else_measur
         torch.set_num_threads(threads)
 
 
-def test_a_speed_is_measured_once_for_each_number_of_threads(monkeypatch):
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_speed_is_measured_once_for_each_number_of_threads(faster, monkeypatch):
+    """faster: where keel multiplies by another library than torch does, both are tried."""
     measured = []
+    monkeypatch.setattr(machine_speed.cpu_products, "faster", lambda rows, weight: faster)
     monkeypatch.setattr(machine_speed, "_best", lambda *given: measured.append(given) or 1.0)
     machine_speed._fastest.cache_clear()
     before = torch.get_num_threads()
@@ -54,7 +57,7 @@ def test_a_speed_is_measured_once_for_each_number_of_threads(monkeypatch):
     finally:
         torch.set_num_threads(before)
         machine_speed._fastest.cache_clear()
-    assert len(measured) == 2
+    assert len(measured) == (4 if faster else 2)
 
 
 @pytest.mark.parametrize("spoilt", [{"flops": 1}, {}, {"flops": {"float32": "x"}, "bytes_per_second": {}}, 3])

@@ -34,7 +34,7 @@ def _given(model: Any, look: Any, ids: Tensor, index: Tensor) -> Forward:
         if rows is None:
             seen.append(Forward(*ids.shape, mask is not None))
         else:
-            seen.append(Forward(rows.rows, rows.width, rows.mask is not None, unpadded=ids.numel()))
+            seen.append(Forward(rows.rows, rows.width, unpadded=ids.numel()))
 
     def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
         positions.append(inputs[0].numel() // inputs[0].shape[-1])
@@ -88,8 +88,8 @@ def test_it_is_what_the_model_is_given(config_of, kind, scored):
             ids, index, rows = _batch(draws, scored=scored)
             read = _given(model, look, ids, index)
             found = predicted_layout.forward(planned, rows)
-            assert replace(found, most=0) == read
-            together += read.masked
+            assert replace(found, most=0, scores=0) == read
+            together += read.masked or (read.unpadded or read.cells) < sum(row.end for row in rows)
             narrow += read.looked is not None
     assert 5 < together < 30
     assert (narrow > 0) is (kind in ("llama", "qwen3"))
@@ -117,7 +117,7 @@ def test_by_hand():
         ),  # of which nobody has tested whether it takes masks
         Model(replace(LLAMA, draws=True), trained=True, dropout=True),
         Model(LLAMA, trained=True, lora=Lora(dropout=True)),
-        Model(replace(LLAMA, window=130)),  # no wider than the pair
+        Model(replace(LLAMA, window=115)),  # no wider than a sequence
     ],
 )
 def test_what_cannot_be_read_together_or_not_be_known_is_read_apart(model):

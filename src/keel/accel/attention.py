@@ -26,7 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from keel.accel import half_attention
+from keel.accel import branch_attention, half_attention
+from keel.accel.branch_attention import Branches
 from keel.accel.modules import undisturbed
 from keel.accel.patches import difference, disabled, enabled, trusted
 
@@ -37,22 +38,34 @@ _ROWS = "keel_rows"  # the name under which a mask carries what it stands for
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """T tokens as R rows of W, the rest of which is padding."""
+    """T tokens as R rows of W, the rest of which is padding; each token sees those before it in its row. A
+    token that several rows begin with stands in the first of them, and again in the others."""
 
     rows: int
     width: int
     where: Tensor  # (T,) each token's place in the flattened (R, W), ascending
     source: Tensor  # (R·W,) the token at each place; 0 at padding
-    padding: Tensor  # (P,) places without a token
-    mask: Tensor | None  # (R, 1, W, W), additive; None: each token sees those before it in its row
+    padding: Tensor  # (P,) places without a token, or with one that stands elsewhere
+    again: tuple[Tensor, Tensor] | None = None  # (A,) places with a token that stands elsewhere, and which
+    branches: Branches | None = None  # the same rows, in which each token asks once
 
     @staticmethod
-    def of(where: Tensor, rows: int, width: int, mask: Tensor | None, device: torch.device) -> Rows:
-        """where: on the CPU; all else on `device`."""
+    def of(
+        where: Tensor,
+        rows: int,
+        width: int,
+        device: torch.device,
+        again: tuple[Tensor, Tensor] | None = None,
+        branches: Branches | None = None,
+    ) -> Rows:
+        """where, again: on the CPU; all else on `device`."""
         source, free = torch.zeros(rows * width, dtype=torch.long), torch.ones(rows * width, dtype=torch.bool)
         source[where], free[where] = torch.arange(len(where)), False
         padding = free.nonzero().squeeze(1)
-        return Rows(rows, width, where.to(device), source.to(device), padding.to(device), mask)
+        if again is not None:
+            source[again[0]] = again[1]
+            again = again[0].to(device), again[1].to(device)
+        return Rows(rows, width, where.to(device), source.to(device), padding.to(device), again, branches)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """(1, T, …) → (R, W, …); at padding, which nobody sees, the first token's."""
@@ -78,7 +91,12 @@ class _LaidOut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].index_select(0, ctx.rows.where), None
+        rows, (gradient,) = ctx.rows, gradients
+        summed = gradient.index_select(0, rows.where)
+        if rows.again is not None:
+            places, tokens = rows.again
+            summed.index_add_(0, tokens, gradient.index_select(0, places))
+        return summed, None
 
 
 class _Taken(torch.autograd.Function):
@@ -125,8 +143,13 @@ def attend(
             return _attend_cast(module, (query, key, value), attention_mask, more, half=half), None
     if rows is None:
         return kernel(module, query, key, value, attention_mask, **more)
+    if branch_attention.fits(module, query, rows.branches, more):
+        assert rows.branches is not None
+        scale = more.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return branch_attention.branch_attend(query, key, value, rows.branches, scale), None
     query, key, value = (rows.laid_out(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-    return rows.taken(kernel(module, query, key, value, rows.mask, **more)[0]), None
+    return rows.taken(kernel(module, query, key, value, None, **more)[0]), None
 
 
 def _attend_cast(
@@ -143,7 +166,7 @@ def _attend_cast(
     query, key, value = heads
     if rows is not None:
         query, key, value = (rows.laid_out(x.transpose(1, 2)).transpose(1, 2) for x in heads)
-        mask = rows.mask
+        mask = None
     if half and half_attention.fits(module, query, key, mask, more):
         attended = half_attention.half_attend(module, query, key, value, mask, more)
     else:

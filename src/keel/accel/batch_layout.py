@@ -10,6 +10,7 @@ out on it once; whether it pays is reckoned from its sizes.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from keel.accel import attention
 from keel.accel.attention import Rows
+from keel.accel.branch_attention import Branches
 from keel.accel.last_layer import DEARER, MASK_AT_MOST, last_layer_at, weight_of
 from keel.accel.modules import HasConfig, has_dropout, pulled, twin_parameters, undisturbed
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
@@ -33,6 +35,7 @@ MANY, FEW = 32, 8  # sequences of similar length in a forward, without padding a
 # what a token costs whose queries, keys and values are laid out for attention, in those of one for which they
 # are not
 LAYING_OUT = 1.08
+BRANCHING = 1.02  # the same where common starts are laid out with what follows them
 WINDOWS = (  # names in a config
     "sliding_window",
     "sliding_window_size",
@@ -245,20 +248,35 @@ def arranged(
     """How the sequences are read. weight: see `grouped`; itemsize: bytes of a number of a mask; window: see
     `window_of`."""
     lengths = [*map(len, sequences)]
-    unpadded = can.unpadded and (window is None or max(lengths) <= window)
-    groups = [Group([i], length, length) for i, length in enumerate(lengths) if length]
-    if can.together:
-        widest = width_limit(len(sequences), itemsize, window)
-        groups = worth_it(grouped(sequences, weight, widest), lengths, weight, unpadded) or groups
-    widths = [group.width for group in groups]
-    return BatchLayout(groups, unpadded and _cost(widths, weight, True) < _cost(widths, weight, False))
+    alone = [Group([i], length, length) for i, length in enumerate(lengths) if length]
+    widths = [group.width for group in alone]
+    padded, unpadded = _cost(widths, weight), math.inf
+    if can.unpadded and (window is None or max(lengths) <= window):
+        unpadded = LAYING_OUT * sum(widths) * weight + len(widths) * DEARER * max(widths) ** 2
+    least, found = min(padded, unpadded), BatchLayout(alone, unpadded < padded)
+    if not can.together:
+        return found
+    if unpadded < math.inf:
+        groups = [group for group in grouped(sequences, weight, math.inf, branches=True) if group.width]
+        cost = _cost_of_branches(groups, lengths, weight)
+        if any(len(group.rows) > 1 for group in groups) and cost < WORTH * least:
+            least, found = cost / WORTH, BatchLayout(groups, True)
+    widest = width_limit(len(sequences), itemsize, window)
+    groups = worth_it(grouped(sequences, weight, widest), lengths, weight)
+    if groups and _cost([group.width for group in groups], weight) < WORTH * least:
+        return BatchLayout(groups, False)
+    return found
 
 
-def grouped(sequences: Sequence[Sequence[int]], weight: float, widest: float) -> list[Group]:
+def grouped(
+    sequences: Sequence[Sequence[int]], weight: float, widest: float, *, branches: bool = False
+) -> list[Group]:
     """The sequences in groups that are worth reading together, each at most `widest` tokens wide.
 
     weight: what a token's products with the weights cost, in units of one token's attention to another.
+    branches: attention costs what it costs apart; else a group is a row in which it knows a mask.
     """
+    cost = _tokens if branches else _cost
     groups: list[Group] = []
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     for before, i in zip([-1, *order], order):
@@ -268,24 +286,21 @@ def grouped(sequences: Sequence[Sequence[int]], weight: float, widest: float) ->
             common = min(last.common, _in_common(sequences[before], sequences[i]))
             lengths = [len(sequences[row]) for row in last.rows] + [length]
             width = common + sum(n - common for n in lengths)
-            apart = _cost([last.width], weight) + _cost([length], weight)
-            if common > 0 and width <= widest and _cost([width], weight) < WORTH * apart:
+            apart = cost([last.width], weight) + cost([length], weight)
+            if common > 0 and width <= widest and cost([width], weight) < WORTH * apart:
                 groups[-1] = Group([*last.rows, i], common, width)
                 continue
         groups.append(Group([i], length, length))
     return groups
 
 
-def worth_it(
-    groups: Sequence[Group], lengths: Sequence[int], weight: float, unpadded: bool = False
-) -> list[Group]:
+def worth_it(groups: Sequence[Group], lengths: Sequence[int], weight: float) -> list[Group]:
     """The groups that have tokens, if reading them costs less than reading all sequences apart; wide groups
-    are taken apart until it does. Empty if it never does. lengths: of the sequences. unpadded: whether their
-    padding need not be read."""
+    are taken apart until it does. Empty if it never does. lengths: of the sequences."""
     groups = sorted((group for group in groups if group.width), key=lambda group: group.width)
-    apart = _cost([length for length in lengths if length], weight, unpadded)
+    apart = _cost([length for length in lengths if length], weight)
     while any(len(group.rows) > 1 for group in groups):
-        if _cost([group.width for group in groups], weight, unpadded) < WORTH * apart:
+        if _cost([group.width for group in groups], weight) < WORTH * apart:
             return groups
         widest = next(group for group in reversed(groups) if len(group.rows) > 1)
         groups.remove(widest)
@@ -298,13 +313,25 @@ def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
 
 
-def _cost(widths: Sequence[int], weight: float, unpadded: bool = False) -> float:
-    """Of rows so wide. unpadded: whether they may be read without padding, if that is less."""
+def _cost(widths: Sequence[int], weight: float) -> float:
+    """Of rows so wide, padded to the widest."""
     rows, width = len(widths), max(widths)
-    tokens = rows * width
-    if unpadded:
-        tokens = min(tokens, LAYING_OUT * sum(widths))
-    return tokens * weight + rows * DEARER * width * width
+    return rows * width * weight + rows * DEARER * width * width
+
+
+def _tokens(widths: Sequence[int], weight: float) -> float:
+    """Of rows so wide, by their tokens alone."""
+    return sum(widths) * weight
+
+
+def _cost_of_branches(groups: Sequence[Group], lengths: Sequence[int], weight: float) -> float:
+    """Of groups of which each token is read once and attends to its own sequence."""
+    shared = [group for group in groups if len(group.rows) > 1]
+    starts = max((group.common for group in shared), default=0)
+    own = [(lengths[i] - group.common, lengths[i]) for group in shared for i in group.rows]
+    own += [(group.width, group.width) for group in groups if len(group.rows) == 1]
+    scores = len(shared) * starts**2 + len(own) * max(a for a, _ in own) * max(b for _, b in own)
+    return BRANCHING * sum(group.width for group in groups) * weight + DEARER * scores
 
 
 def _weight(config: PreTrainedConfig) -> float | None:
@@ -362,20 +389,45 @@ def _layout(
         places += range(row * width, row * width + group.width)
     where, flat_ids, flat_positions = (torch.tensor(x) for x in (places, tokens, positions))
     asked = at.flatten()[index.cpu()]
-    size = (len(groups), width)
-    mask = _mask(torch.tensor(branches), where, size, dtype, device) if arrangement.together else None
     if arrangement.unpadded:
-        rows = Rows.of(where, *size, mask, device)
+        rows = _rows(sequences, groups, at, device)
         inputs = {
             "position_ids": flat_positions[None].to(device),
             "attention_mask": attention.mask_for(rows, dtype),
         }
         return LaidOutBatch(flat_ids[None].to(device), inputs, asked.to(device), rows)
+    size = (len(groups), width)
+    mask = _mask(torch.tensor(branches), where, size, dtype, device) if arrangement.together else None
     padded = torch.zeros(2, len(groups) * width, dtype=torch.long)
     padded[:, where] = torch.stack([flat_ids, flat_positions])
     given, numbers = padded.view(2, *size).to(device)
     inputs = {"position_ids": numbers} | ({} if mask is None else {"attention_mask": mask})
     return LaidOutBatch(given, inputs, where[asked].to(device))
+
+
+def _rows(
+    sequences: Sequence[Sequence[int]], groups: Sequence[Group], at: Tensor, device: torch.device
+) -> Rows:
+    """The sequences as rows for attention, those of a group one after the other. at: (B, S) the token at each
+    of their positions."""
+    width = max(len(sequences[i]) for group in groups for i in group.rows)
+    columns, where, again, parts = torch.arange(width), [], [], []
+    for group in groups:
+        own = [at[i, group.common : len(sequences[i])].tolist() for i in group.rows]
+        parts.append((at[group.rows[0], : group.common].tolist(), own))
+        for i in group.rows:
+            start = 0 if i == group.rows[0] else group.common
+            where.append((columns >= start) & (columns < len(sequences[i])))
+            again.append(columns < start)
+    where, again = torch.cat(where).nonzero()[:, 0], torch.cat(again).nonzero()[:, 0]
+    rows = sum(len(group.rows) for group in groups)
+    if not len(again):
+        return Rows.of(where, rows, width, device)
+    order = [i for group in groups for i in group.rows]
+    repeated = again, at[order, :width].flatten().index_select(0, again)
+    # who shares with nobody asks as one row
+    branches = Branches.of([([], [a]) if len(b) == 1 else (a, b) for a, b in parts])
+    return Rows.of(where, rows, width, device, repeated, branches)
 
 
 def _mask(

@@ -33,6 +33,7 @@ from torch.nn.functional import linear, silu
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from keel.accel.cpu_products import faster, product, size_of
 from keel.accel.modules import (
     Kept,
     Patched,
@@ -100,11 +101,14 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         casts = _casts.get() or _CastCache()
         if torch.is_grad_enabled():
-            rows, weight = casts.rows(input, dtype), casts.of(self.weight, dtype)
+            rows, weight = casts.rows(input, self.weight, dtype), casts.of(self.weight, dtype)
             bias = None if self.bias is None else casts.of(self.bias, dtype)
             given = (input, rows, self.weight, weight, self.bias, bias)
             return _like(_Product.apply(*given), input)  # pyright: ignore[reportArgumentType]
-        return _like(casts.packed(self)(casts.rows(input, dtype)), input)
+        rows = casts.rows(input, self.weight, dtype)
+        if dtype == torch.float32:
+            return _like(product(rows, self.weight, self.bias), input)
+        return _like(casts.packed(self)(rows), input)
 
 
 _Linear = patched_class(nn.Linear, "cpu_linear", _linear_forward)
@@ -120,7 +124,8 @@ def _gated(kind: type[nn.Module]) -> type[nn.Module]:
             return kind.forward(self, x)  # pyright: ignore[reportReturnType]
         with torch.autocast("cpu", enabled=False):
             casts, weights = _casts.get() or _CastCache(), [layer.weight for layer in layers]
-            given = (x, casts.rows(x, dtype), *weights, *(casts.of(weight, dtype) for weight in weights))
+            rows = casts.rows(x, weights[0], dtype)
+            given = (x, rows, *weights, *(casts.of(weight, dtype) for weight in weights))
             return _like(_Gated.apply(*given), x)  # pyright: ignore[reportArgumentType]
 
     return patched_class(kind, "cpu_linear", forward)
@@ -223,8 +228,11 @@ def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu") == torch.bfloat16
         return torch.bfloat16 if half and x.dtype in (torch.float32, torch.bfloat16) else None
-    learns = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WORTH
-    return torch.float32 if learns and x.dtype == torch.float32 else None
+    if x.dtype != torch.float32:
+        return None
+    if not torch.is_grad_enabled():
+        return torch.float32 if faster(x.shape[:-1].numel(), weight) else None
+    return torch.float32 if weight.requires_grad and weight.numel() >= WORTH else None
 
 
 # ---------------------------------------------------------------- steps of autograd
@@ -254,7 +262,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, own)
         ctx.weight, ctx.dtype, ctx.shape = weight, x.dtype, x.shape
-        return linear(rows, own, own_bias)
+        return product(rows, own, own_bias)
 
     @staticmethod
     @once_differentiable
@@ -267,7 +275,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             of_bias = gradient.sum(dim=0, dtype=torch.float32)
         if ctx.needs_input_grad[0]:
-            of_input = (gradient @ own)[: ctx.shape[:-1].numel()].to(ctx.dtype).view(ctx.shape)
+            of_input = _back(gradient, own)[: ctx.shape[:-1].numel()].to(ctx.dtype).view(ctx.shape)
         return of_input, None, of_weight, None, of_bias, None
 
 
@@ -279,10 +287,10 @@ class _Gated(torch.autograd.Function):
     def forward(
         ctx: _Kept, x: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, *own: Tensor
     ) -> Tensor:
-        a, b = linear(rows, own[0]), linear(rows, own[1])
+        a, b = product(rows, own[0]), product(rows, own[1])
         ctx.save_for_backward(rows, a, b, *own)
         ctx.weights, ctx.dtype, ctx.shape = (gate, up, down), x.dtype, x.shape
-        return linear(silu(a).mul_(b), own[2])
+        return product(silu(a).mul_(b), own[2])
 
     @staticmethod
     @once_differentiable
@@ -293,7 +301,7 @@ class _Gated(torch.autograd.Function):
         s = silu(a)
         if ctx.needs_input_grad[4]:
             of_weights[2] = _added(ctx.weights[2], gradient, s * b)
-        of_product = gradient @ down
+        of_product = _back(gradient, down)
         of_up = s.mul_(of_product)
         of_gate = torch.ops.aten.silu_backward(of_product.mul_(b), a)
         for which, of in ((0, of_gate), (1, of_up)):
@@ -301,9 +309,23 @@ class _Gated(torch.autograd.Function):
                 of_weights[which] = _added(ctx.weights[which], of, rows)
         of_input = None
         if ctx.needs_input_grad[0]:
-            both = (of_gate @ gate).addmm_(of_up, up)
+            both = _summed(of_gate, gate, of_up, up)
             of_input = both[: ctx.shape[:-1].numel()].to(ctx.dtype).view(ctx.shape)
         return of_input, None, *of_weights, None, None, None
+
+
+def _back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(M, k): the gradient of a product's input, of the (M, n) gradient of its result. weight: (n, k)."""
+    if gradient.dtype == torch.float32 and faster(len(gradient), weight):
+        return product(gradient, weight.t())
+    return gradient @ weight
+
+
+def _summed(one: Tensor, gate: Tensor, other: Tensor, up: Tensor) -> Tensor:
+    """(M, k): the sum of (M, n) gradients times their matrices (n, k)."""
+    if one.dtype == torch.float32 and faster(len(one), gate):
+        return _back(one, gate).add_(_back(other, up))
+    return (one @ gate).addmm_(other, up)
 
 
 def _added(weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
@@ -357,11 +379,10 @@ def _like(rows: Tensor, x: Tensor) -> Tensor:
     return (rows if len(rows) == count else rows[:count]).view(*x.shape[:-1], -1)
 
 
-def _filled(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(…, k) as (M, k) in `dtype`; in bfloat16 M is one of the sizes, with zeros behind the rows of x."""
+def _filled(x: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    """(…, k) as (M, k) in `dtype`, with zeros behind the rows of x. size: M."""
     count = x.shape[:-1].numel()
     flat = x.detach().reshape(count, x.shape[-1])
-    size = sized(count) if dtype == torch.bfloat16 else count
     if size == count:
         return flat.to(dtype).contiguous()
     filled = torch.empty(size, x.shape[-1], dtype=dtype)
@@ -442,14 +463,17 @@ class _CastCache:
             held = self._made[key] = weights, versions, make()
         return held[2]
 
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def rows(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (…, k) as it is multiplied with a weight: as many rows as are multiplied best."""
+        count = x.shape[:-1].numel()
+        size = sized(count) if dtype == torch.bfloat16 else size_of(count, weight)
         if x.is_inference():
-            return _filled(x, dtype)
+            return _filled(x, dtype, size)
         if self._last is not None:
             known, version, filled = self._last
-            if known() is x and version == x._version and filled.dtype == dtype:
+            if known() is x and version == x._version and filled.dtype == dtype and len(filled) == size:
                 return filled
-        filled = _filled(x, dtype)
+        filled = _filled(x, dtype, size)
         self._last = ref(x), x._version, filled
         return filled
 

@@ -180,7 +180,7 @@ def _differs(trunk: Any, layer: _Layer) -> str | None:
         )
         cases += [("keys or values that are kept", ours, theirs) for ours, theirs in kept]  # pyright: ignore
         if layer.self_attn.config._attn_implementation == NAME:
-            rows = Rows.of(torch.arange(count * length), count, length, None, weight.device)
+            rows = Rows.of(torch.arange(count * length), count, length, weight.device)
             flat = (
                 x.view(1, -1, width),
                 mask_for(rows, weight.dtype),
@@ -221,7 +221,7 @@ def _narrow(
         queries = _Queries.at(index, rows_, length)
     else:
         queries = _Queries.at(rows.where.index_select(0, index), rows.rows, rows.width)
-        attention_mask = rows.mask
+        attention_mask = None
     # keys and values of all, queries of some
     k = _heads(attention, "k", x)
     v = _heads(attention, "v", x)

@@ -53,6 +53,13 @@ PATCHES: Mapping[str, Patch] = {
             "transformers' sdpa takes packed rows without padding on every device",
         ),
         Patch(
+            "branch_attention",
+            "keel.accel.branch_attention",
+            "attention of sequences that begin alike, in float32 on the CPU: the common start asks once",
+            "with `batch_layout`: states and gradients of sequences that share a start",
+            "torch's flex attention has a backward on the CPU",
+        ),
+        Patch(
             "half_attention",
             "keel.accel.half_attention",
             "attention of short rows under autocast on the CPU, in float32, by products in bfloat16",
@@ -65,6 +72,13 @@ PATCHES: Mapping[str, Patch] = {
             "forward of nn.Linear and of gated feed-forward parts, on the CPU",
             "at preparation: values and gradients of each kind of part",
             "torch adds a weight's gradient where it is kept, and oneDNN makes no program for every shape",
+        ),
+        Patch(
+            "cpu_products",
+            "keel.accel.cpu_products",
+            "MKL's products of many rows in float32 inside `cpu_linear`, by oneDNN's, on AMD with AVX-512",
+            "once: products with a matrix and with a transposed one against torch's",
+            "torch, or the MKL that it is built with, multiplies with AVX-512 there",
         ),
         Patch(
             "norm_and_rope",

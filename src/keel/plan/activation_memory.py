@@ -43,6 +43,9 @@ def _attention(model: Model, read: Forward) -> float:
         # v is a view of the fused projection
         "gpt2": 3 * q, "gpt_neox": (q + 2 * k) + q + k, "phi3": (q + 2 * k) + q + k,
     }  # fmt: skip
+    if read.scores:  # queries, keys and values of each token once, and probabilities
+        whole = read.tokens * views.get(shape.kind, separate) + shape.heads * read.scores
+        return whole * b / read.cells
     stored = separate if read.unpadded is not None else views.get(shape.kind, separate)
     return (stored + q) * b + shape.heads * FLOAT32  # its output, and a log-sum-exp a head
 

@@ -111,6 +111,8 @@ class Forward:
     looked: int | None = None  # positions that the last layer is computed at (`models.last_layer`); None: all
     most: int = 0  # of these, in one row
     unpadded: int | None = None  # tokens, where only attention reads padding (`models.attention`)
+    # pairs of tokens whose probabilities a head keeps (`accel.branch_attention`); 0: another attention
+    scores: int = 0
 
     @property
     def cells(self) -> int:

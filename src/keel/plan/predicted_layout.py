@@ -17,6 +17,7 @@ from functools import lru_cache
 
 from keel.accel import batch_layout, last_layer
 from keel.accel.batch_layout import BatchLayout, ReadStrategy
+from keel.accel.branch_attention import Branches
 from keel.accel.last_layer import weight_of
 from keel.data.batches import by_length
 from keel.plan.model_memory import Forward, Model
@@ -85,7 +86,12 @@ def _renumbered(rows: Sequence[Row]) -> tuple[Row, ...]:
 @lru_cache(maxsize=1000)
 def _forward(model: Model, rows: tuple[Row, ...]) -> Forward:
     found = _arranged(model, rows)
-    if found.together or found.unpadded:
+    if found.together and found.unpadded:  # each is a row for attention, where what is shared stands again
+        groups = [([rows[i] for i in group.rows], group.common) for group in found.groups]
+        count, longest = sum(len(group) for group, _ in groups), max(row.end for row in rows)
+        read = Forward(count, longest, unpadded=found.tokens, scores=_scores(model, groups))
+        asked = [n for group, common in groups for n in _asked_of_each(group, common)]
+    elif found.together or found.unpadded:
         asked = [_asked([rows[i] for i in group.rows], group.common) for group in found.groups]
         unpadded = found.tokens if found.unpadded else None
         read = Forward(len(found.groups), found.width, masked=found.together, unpadded=unpadded)
@@ -99,11 +105,32 @@ def _forward(model: Model, rows: tuple[Row, ...]) -> Forward:
     return replace(read, looked=looked, most=most) if worth else read
 
 
+def _scores(model: Model, groups: Sequence[tuple[Sequence[Row], int]]) -> int:
+    """Of groups and how many tokens each begins with in common: the scores that attention computes where it
+    asks once for these; 0 where it reads each sequence by itself."""
+    if model.device != "cpu" or model.dtype != "float32":
+        return 0
+    alone = [([], [range(group[0].end)]) for group, _ in groups if len(group) == 1]
+    shared = [
+        (range(common), [range(row.end - common) for row in group])
+        for group, common in groups
+        if len(group) > 1
+    ]
+    branches = Branches.of([*shared, *alone])
+    return branches.scores() if branches.are_short(model.shape.heads, model.bytes) else 0
+
+
 def _asked(rows: Sequence[Row], common: int) -> int:
     """Different positions at which the states of rows are wanted that have their first `common` tokens in
     common."""
-    shared = max(0, max(common - (row.end - row.asked) for row in rows))
-    return shared + sum(min(row.asked, row.end - common) for row in rows)
+    return sum(_asked_of_each(rows, common))
+
+
+def _asked_of_each(rows: Sequence[Row], common: int) -> list[int]:
+    """The same, row by row; those that are shared are the first's."""
+    asked = [min(row.asked, row.end - common) for row in rows]
+    asked[0] += max(0, max(common - (row.end - row.asked) for row in rows))
+    return asked
 
 
 def _arranged(model: Model, rows: Sequence[Row]) -> BatchLayout:

@@ -1,0 +1,97 @@
+"""Products of many rows in float32 on the CPU, by the library that is faster there.
+
+torch multiplies float32 matrices by MKL, which has no AVX-512 for processors that are not Intel's: on AMD's
+Zen 4 oneDNN, which makes its code for the processor that it finds, takes a tenth to a seventh less time for
+x Wᵀ and for the gradient of x. For the gradient of W it has no faster way. What it costs: oneDNN makes a
+program of half a MiB for every shape, so rows are filled up to one of sixteen sizes an octave, a
+thirty-second more of them on average (none where every micro-batch has a size's number of tokens).
+
+Which library multiplies depends on the processor and on the number of rows alone, never on a measurement: a
+run that is resumed rounds as one that was not killed. Left out: few rows, for which laying the matrix out
+anew in each product takes longer than is won (`cpu_linear.PrepackedWeight` is for those), and matrices that
+take no time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from keel.accel.patches import difference, enabled, refuse, tried
+
+LEAST = 1024  # rows
+WORTH = 2**17  # weights of a matrix
+
+
+def faster(rows: int, weight: Tensor) -> bool:
+    """Whether products of so many rows with a float32 matrix (n, k) on the CPU are oneDNN's here."""
+    return rows >= LEAST and weight.numel() >= WORTH and _is_on()
+
+
+def size_of(rows: int, weight: Tensor) -> int:
+    """To how many rows so many are filled up for a product with a float32 matrix (n, k) on the CPU; the same
+    number where oneDNN does not take it."""
+    if not faster(rows, weight):
+        return rows
+    step = 1 << ((rows - 1).bit_length() - 5)
+    return -(-rows // step) * step
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, without gradient. rows: (M, k), contiguous; weight: (n, k), or a view of its transpose."""
+    ours = rows.dtype == weight.dtype == torch.float32 and rows.device.type == "cpu"
+    if ours and faster(len(rows), weight) and size_of(len(rows), weight) == len(rows):
+        return _by_onednn(rows, weight, bias)
+    return linear(rows, weight, bias)
+
+
+def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _is_on() -> bool:
+    return enabled("cpu_products") and torch.backends.mkldnn.enabled and _is_faster() and _differs() is None
+
+
+@cache
+def _is_faster() -> bool:
+    """Whether this is a processor on which oneDNN has better code than MKL: AMD's with AVX-512."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() == "AuthenticAMD"
+
+
+def _vendor() -> str:
+    """As the processor names its maker; "" where that cannot be read (not Linux, not x86)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+@cache
+def _differs() -> str | None:
+    """torch's own product against oneDNN's, of a matrix and of a transposed view. Of torch, not of a model:
+    once."""
+
+    def trial() -> str | None:
+        with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            x, weight = (torch.linspace(-2, 3 + n, n * 40).sin().view(n, 40) for n in (24, 16))
+            bias, back = torch.linspace(0, 1, 16), torch.linspace(-1, 1, 24 * 16).cos().view(24, 16)
+            pairs = [
+                (_by_onednn(x, weight, bias), linear(x, weight, bias)),
+                (_by_onednn(back, weight.t(), None), back @ weight),
+            ]
+        return next((why for pair in pairs if (why := difference("products of float32", *pair))), None)
+
+    why = tried(trial)
+    if why is not None:
+        refuse("cpu_products", "torch", why)
+    return why

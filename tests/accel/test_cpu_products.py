@@ -1,0 +1,140 @@
+"""Products in float32 by oneDNN, against torch's own and through layers: one made to be the faster, whatever
+processor the tests run on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from keel import accel
+from keel.accel import cpu_products
+from keel.accel.cpu_linear import grads_in_place, patch_linears
+from keel.accel.patches import AccelWarning
+
+WIDE, INNER = 192, 256
+
+
+class Gated(nn.Module):
+    """down(silu(gate(x)) · up(x))"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(WIDE, INNER, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(INNER, WIDE, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """oneDNN is the faster, and what it multiplies is counted: rows, and the shape of the matrix."""
+    cpu_products._differs.cache_clear()
+    assert cpu_products._differs() is None
+    monkeypatch.setattr(cpu_products, "_is_faster", lambda: True)
+    monkeypatch.setattr(cpu_products, "LEAST", 32)
+    monkeypatch.setattr(cpu_products, "WORTH", 2**14)
+    seen: list[tuple[int, ...]] = []
+    plain = cpu_products._by_onednn
+
+    def by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append((len(rows), *weight.shape))
+        return plain(rows, weight, bias)
+
+    monkeypatch.setattr(cpu_products, "_by_onednn", by_onednn)
+    yield seen
+    cpu_products._differs.cache_clear()
+
+
+def pulled(model: nn.Module, x: Tensor, *, in_place: bool) -> list[Tensor]:
+    """Values, and the gradients of input and weights."""
+    x = x.clone().requires_grad_()
+    found: Tensor = model(x)
+    loss = (found * torch.linspace(-1, 2, found.numel(), dtype=x.dtype).view_as(found)).sum()
+    if in_place:
+        with grads_in_place():
+            loss.backward()
+    else:
+        loss.backward()
+    gradients = [x.grad, *(p.grad for p in model.parameters())]
+    return [found.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("rows", [(4, 16), (3, 23)])  # 64 is a size, 69 is filled up to 72
+def test_values_and_gradients_are_those_in_float64(
+    rows: tuple[int, int], in_place: bool, counted: list[tuple[int, ...]]
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(WIDE, WIDE), Gated())
+    ours, x = patch_linears(copy.deepcopy(plain)), torch.randn(*rows, WIDE)
+    expected = pulled(copy.deepcopy(plain).double(), x.double(), in_place=False)
+    counted.clear()
+    found = pulled(ours, x, in_place=in_place)
+    size = 64 if rows == (4, 16) else 72
+    both = [(WIDE, WIDE)] * 2 + [(INNER, WIDE)] * 3 + [(WIDE, INNER)] * 3  # forward, and the input's gradient
+    assert sorted(counted) == sorted((size, *matrix) for matrix in both)
+    assert len(found) == len(expected) == 7
+    for one, other in zip(found, expected, strict=True):
+        assert float((one.double() - other).norm() / other.norm()) < 1e-6
+
+
+def test_without_gradient_and_without_the_path(counted: list[tuple[int, ...]]) -> None:
+    plain, x = nn.Sequential(nn.Linear(WIDE, WIDE), Gated()), torch.randn(3, 23, WIDE)
+    ours = patch_linears(copy.deepcopy(plain))
+    with torch.no_grad():
+        counted.clear()
+        found, expected = ours(x), plain(x)
+        assert [shape[0] for shape in counted] == [72] * 4
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        counted.clear()
+        with accel.disabled("cpu_products"):
+            assert torch.equal(ours(x), expected)
+        ours(x[:1])  # too few rows
+        assert counted == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_are_left_alone(dtype: torch.dtype, counted: list[tuple[int, ...]]) -> None:
+    model = patch_linears(nn.Sequential(nn.Linear(WIDE, WIDE)))
+    counted.clear()
+    pulled(model.to(dtype), torch.randn(64, WIDE, dtype=dtype), in_place=False)
+    assert counted == []
+
+
+@pytest.mark.parametrize("rows", [32, 33, 1000, 1024, 1025, 5000])
+def test_rows_are_filled_up_by_a_sixteenth_at_most(rows: int) -> None:
+    weight = torch.empty(WIDE, WIDE)
+    size = cpu_products.size_of(rows, weight)
+    assert rows <= size < rows * 17 / 16
+    assert cpu_products.size_of(size, weight) == size
+    octave = {cpu_products.size_of(n, weight) for n in range(1025, 2049)}
+    assert len(octave) == 16
+    assert cpu_products.size_of(rows, torch.empty(8, 8)) == rows  # a matrix that takes no time
+
+
+def test_it_is_the_processor_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    decide: Any = cpu_products._is_faster.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for vendor, answer in (("AuthenticAMD", True), ("GenuineIntel", False), ("", False)):
+        monkeypatch.setattr(cpu_products, "_vendor", lambda vendor=vendor: vendor)
+        assert decide() is answer
+    monkeypatch.setattr(cpu_products, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert decide() is False
+
+
+def test_a_product_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = cpu_products._by_onednn
+    monkeypatch.setattr(cpu_products, "_by_onednn", lambda *given: 1.1 * plain(*given))
+    cpu_products._differs.cache_clear()
+    with pytest.warns(AccelWarning, match="cpu_products is off"):
+        assert not cpu_products.faster(64, torch.empty(WIDE, WIDE))
+    assert math.isclose(cpu_products.product(torch.ones(64, WIDE), torch.ones(WIDE, WIDE))[0, 0], WIDE)
