@@ -6,6 +6,7 @@ import ast
 import gc
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -207,3 +208,16 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(package, tmp_path, mo
     monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "file" / "below"))
     assert _as_a_new_process(package) == first
     assert user_cache.write("x.json", {}) is None
+
+
+@pytest.mark.parametrize("fault", [OSError("full"), KeyboardInterrupt()])
+def test_a_cache_file_that_is_not_written_to_its_end_leaves_nothing(tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("KEEL_CACHE", str(tmp_path))
+
+    def fails(value, handle):
+        raise fault
+
+    monkeypatch.setattr(user_cache.json, "dump", fails)
+    with pytest.raises(KeyboardInterrupt) if isinstance(fault, KeyboardInterrupt) else nullcontext():
+        assert user_cache.write("x.json", {}) is None
+    assert list(tmp_path.iterdir()) == []
