@@ -187,12 +187,14 @@ def _model(tokenizer: Any, mean: int) -> Any:
 
 def of_keel(folder: Path, turns: int, dtype: str) -> Callable[..., dict[str, float]]:
     """Plays a batch as a `grpo` stage does, and says what it took."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from keel.config import parse
     from keel.data import chat
     from keel.models.precision import prepare_model
     from keel.rollout import KeelEngine
+    from keel.rundir.stage_run import StageRun
     from keel.stages.lazy_rows import PromptExample
     from keel.stages.tool_use import open_tools
 
@@ -205,7 +207,8 @@ def of_keel(folder: Path, turns: int, dtype: str) -> Callable[..., dict[str, flo
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     prepare_model(model, dtype)
-    tools, engine = open_tools(config, "stage", tokenizer), KeelEngine(model)
+    stage_run = StageRun("stage", folder, 0, torch.device("cpu"), str, load_data=lambda data, accept: None)
+    tools, engine = open_tools(config, stage_run, tokenizer), KeelEngine(model)
     assert tools is not None
     rows = _rows(folder)
     ids = [tuple(chat.prompt_ids(tokenizer, tools.render(tuple(row["prompt"])))) for row in rows]

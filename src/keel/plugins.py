@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import lru_cache
@@ -34,6 +35,7 @@ GROUPS: dict[Group, str] = {
     "keel.engines": "a rollout engine",
     "keel.trackers": "an experiment tracker",
 }
+SETTLED = 2_000_000_000  # ns without a change, after which a folder of packages is taken to be whole
 
 
 def names(group: Group) -> tuple[str, ...]:
@@ -43,7 +45,10 @@ def names(group: Group) -> tuple[str, ...]:
 
 def _points(group: Group) -> tuple[EntryPoint, ...]:
     """What installed packages add to a group."""
-    return _points_of(group, tuple((place, _changed(place)) for place in sys.path), entry_points)
+    where = tuple((place, _changed(place)) for place in map(os.path.abspath, sys.path))
+    if time.time_ns() - max((changed for _, changed in where), default=0) < SETTLED:
+        return tuple(entry_points(group=group))  # a package may be on its way in or out
+    return _points_of(group, where, entry_points)
 
 
 @lru_cache(maxsize=2 * len(GROUPS))
@@ -58,7 +63,7 @@ def _points_of(
 def _changed(place: str) -> int:
     """When an entry came to a folder or left it, in ns; 0 where there is none."""
     try:
-        return os.stat(place or ".").st_mtime_ns
+        return os.stat(place).st_mtime_ns
     except OSError:
         return 0
 

@@ -44,8 +44,10 @@ def write(name: str, value: dict[str, Any]) -> Path | None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
             json.dump(value, handle)
         os.replace(partial, place / name)
-    except OSError:
+    except BaseException as error:  # an interrupt, too: a command writes while it starts
         with contextlib.suppress(OSError):
             os.unlink(partial)
-        return None
+        if isinstance(error, OSError):
+            return None
+        raise
     return place / name

@@ -6,6 +6,7 @@ import ast
 import gc
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -56,6 +57,33 @@ def test_a_name_for_later_is_the_module_s_own_once_it_is_called(tmp_path, monkey
         import_module("nowherepkg.part")
 
 
+def test_whoever_else_needs_the_module_has_it_whole(tmp_path, monkeypatch):
+    """A library that is installed beside transformers, and imported by it."""
+    for name, text in {
+        "__init__": "",
+        "part/__init__": "from eagerpkg.part.below import minimize\ndef twice(x):\n    return 2 * x\n",
+        "part/below": "def minimize():\n    return 'least'\n",
+    }.items():
+        path = tmp_path / "eagerpkg" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with startup._later("eagerpkg.part", "twice"):
+        from eagerpkg.part import twice
+        from eagerpkg.part.below import minimize as least
+
+        part = sys.modules["eagerpkg.part"]
+        assert not hasattr(part, "__file__")  # so far nobody needed it
+        from eagerpkg.part import minimize
+
+        with pytest.raises(ImportError, match="nothing"):
+            from eagerpkg.part import nothing  # noqa: F401
+    assert minimize is least
+    assert sys.modules["eagerpkg.part"] is not part
+    assert part.twice is twice
+    assert twice(4) == 8
+
+
 def test_files_of_models_are_read_once_until_one_changes(tmp_path, monkeypatch):
     """What is kept is what transformers' own function finds, down to folders in folders."""
     monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "cache"))
@@ -64,6 +92,7 @@ def test_files_of_models_are_read_once_until_one_changes(tmp_path, monkeypatch):
     code.write_text("")
     (models / "__init__.py").write_text("")
     (models / "auto.py").write_text('__all__ = ["Auto"]\n')
+    (models / "one" / "configuration_one.py").write_text('__all__ = ["Config"]\n')
     (models / "one" / "modeling_one.py").write_text('__all__ = [\n    "One",\n    "Two",\n]\n')
     (models / "one" / "tokenization_one_fast.py").write_text('__all__ = ["Fast"]\n')
     (models / "one" / "deep" / "configuration_deep.py").write_text('__all__ = ["Deep"]\n')
@@ -83,7 +112,10 @@ def test_files_of_models_are_read_once_until_one_changes(tmp_path, monkeypatch):
     assert {"One", "Two"} in [
         names for files in first["one"].values() if type(files) is dict for names in files.values()
     ]
-    assert in_a_new_process() == first
+    kept = in_a_new_process()
+    assert kept == first
+    assert [*kept] == [*first]  # of two files with one name transformers takes the last
+    assert [*kept["one"]] == [*first["one"]]
     assert seen == [models]
     (models / "one" / "modeling_one.py").write_text('__all__ = ["Three"]\n')
     changed = in_a_new_process()
@@ -176,3 +208,16 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(package, tmp_path, mo
     monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "file" / "below"))
     assert _as_a_new_process(package) == first
     assert user_cache.write("x.json", {}) is None
+
+
+@pytest.mark.parametrize("fault", [OSError("full"), KeyboardInterrupt()])
+def test_a_cache_file_that_is_not_written_to_its_end_leaves_nothing(tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("KEEL_CACHE", str(tmp_path))
+
+    def fails(value, handle):
+        raise fault
+
+    monkeypatch.setattr(user_cache.json, "dump", fails)
+    with pytest.raises(KeyboardInterrupt) if isinstance(fault, KeyboardInterrupt) else nullcontext():
+        assert user_cache.write("x.json", {}) is None
+    assert list(tmp_path.iterdir()) == []

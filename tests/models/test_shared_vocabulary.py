@@ -95,6 +95,11 @@ def test_a_tokenizer_that_drops_merges_keeps_its_own(monkeypatch: pytest.MonkeyP
     for model in (models.BPE({"a": 0}, [], dropout=0.1), models.WordLevel({"a": 0}, unk_token="a")):
         shared_vocabulary.share_vocabulary(Held(model))  # pyright: ignore[reportArgumentType]
     assert not shared_vocabulary._kept
+    first, second = (Held(models.BPE({"a": 0}, [])) for _ in range(2))
+    shared_vocabulary.share_vocabulary(first)  # pyright: ignore[reportArgumentType]
+    first.backend_tokenizer.model.dropout = 0.5  # later, by whoever has it
+    shared_vocabulary.share_vocabulary(second)  # pyright: ignore[reportArgumentType]
+    assert second.backend_tokenizer.model.dropout is None
     for number in range(6):
         shared_vocabulary.share_vocabulary(Held(models.BPE({f"a{number}": 0}, [])))  # pyright: ignore[reportArgumentType]
     assert len(shared_vocabulary._kept) == shared_vocabulary.KEPT

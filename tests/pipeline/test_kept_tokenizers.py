@@ -39,6 +39,9 @@ def test_what_one_sets_on_it_no_other_sees(loaded, tiny_model):
         one = kept.load(str(tiny_model))
         before = one.chat_template
         one.chat_template = "{{ messages }}"
+        pad, one.pad_token = one.pad_token, one.eos_token
+        assert pad != one.pad_token
+        assert kept.load(str(tiny_model)).pad_token == pad
         assert kept.load(str(tiny_model)).chat_template == before
         assert loaded == [str(tiny_model)]
         kept.load(str(tiny_model), trust_remote_code=True)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from keel import plugins
 from keel.config import GRPOConfig, PPOConfig, parse
 from keel.errors import NotFiniteError, UsageError
 from keel.plugins import fingerprint
@@ -439,6 +441,28 @@ def test_a_stage_says_what_it_uses_of_other_packages(stage: Any) -> None:
         ("keel.policy_losses", "reinforce"), ("keel.advantages", "to_go"), ("keel.engines", "script"),
     ]  # fmt: skip
     assert len({fingerprint(*named) for named in config.plugins()}) == 3
+
+
+def test_what_was_installed_a_moment_ago_is_found_and_the_rest_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package's folder is there before the file in it that says what it adds."""
+    site = tmp_path / "site"
+    packages.install(site, "my_rewards", "def brief(): ...", {"keel.rewards": {"brief": "brief"}})
+    (adds,) = site.glob("*.dist-info/entry_points.txt")
+    later, now = adds.rename(adds.with_name("later")), time.time() + 3600  # whatever the clock does meanwhile
+    os.utime(site, (now, now))
+    monkeypatch.setattr(sys, "path", [str(site)])
+    reads: list[str] = []
+    read = plugins.entry_points
+    monkeypatch.setattr(plugins, "entry_points", lambda group: reads.append(group) or read(group=group))
+    assert plugins.names("keel.rewards") == ()
+    later.rename(adds)
+    assert plugins.names("keel.rewards") == ("brief",)
+    assert len(reads) == 2
+    os.utime(site, (1, 1))
+    assert [plugins.names("keel.rewards") for _ in range(3)] == [("brief",)] * 3
+    assert len(reads) == 3
 
 
 def test_the_command_finds_what_is_installed(installed: Path, stage: Any, tmp_path: Path) -> None:

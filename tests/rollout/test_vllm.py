@@ -519,7 +519,13 @@ def test_the_cpu_package_reads_prompts_whole_unless_told_otherwise(tmp_path: Pat
     """Its server ends on its own otherwise (0.32.0); what a user says of it goes before."""
     (tmp_path / "bin").mkdir()
     flag = "--no-enable-chunked-prefill"
-    for device, args, times in (("cpu", (), 1), ("cuda", (), 0), ("cpu", (flag,), 1)):
+    in_parts = (
+        ("--enable-chunked-prefill",),
+        ("--max-num-batched-tokens", "64"),
+        ("--max_num_batched_tokens=64",),
+    )
+    told = [("cpu", args, 0) for args in in_parts]  # vLLM refuses to read whole what is more than these 64
+    for device, args, times in (("cpu", (), 1), ("cuda", (), 0), ("cpu", (flag,), 1), *told):
         (tmp_path / server.NOTE).write_text(json.dumps({"device": device}))
         launch = server.Launch(tmp_path / "bin" / "vllm", "m", "float32", args=args)
         assert launch.command(1).count(flag) == times, (device, args)

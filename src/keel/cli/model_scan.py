@@ -135,7 +135,8 @@ def _encoded(structure: Structure) -> Any:
 
 
 def _decoded(value: Any) -> Structure:
-    structure: dict[Any, Any] = {name: _decoded(inner) for name, inner in value["folders"].items()}
-    for requires, files in value["own"]:
-        structure[frozenset(requires)] = {file: set(names) for file, names in files.items()}
-    return structure
+    own: dict[Any, Any] = {
+        frozenset(requires): {file: set(names) for file, names in files.items()}
+        for requires, files in value["own"]
+    }
+    return own | {name: _decoded(inner) for name, inner in value["folders"].items()}  # in transformers' order

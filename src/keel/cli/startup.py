@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -56,19 +57,34 @@ def load_transformers() -> None:
 
 @contextlib.contextmanager
 def _later(module: str, name: str) -> Iterator[None]:
-    """`from module import name`, inside, gives a function that imports the module when it is called.
+    """`from module import name`, inside, gives a function that imports the module when it is called. Whoever
+    asks for another name of the module, or for a module below it, has what is there.
 
     transformers' losses of object detection import scipy's optimisers, and every model imports the losses.
     """
-    if module in sys.modules or find_spec(module.partition(".")[0]) is None:
+    top, *below = module.split(".")
+    package = None if module in sys.modules else find_spec(top)
+    if package is None:
         yield
         return
 
+    def itself() -> ModuleType:
+        if sys.modules.get(module) is stand_in:
+            del sys.modules[module]
+        return import_module(module)
+
     def called(*args: object, **kwargs: object) -> object:
-        return getattr(import_module(module), name)(*args, **kwargs)
+        return getattr(itself(), name)(*args, **kwargs)
+
+    def other(asked: str) -> object:
+        if asked.startswith("__"):  # which the import system asks of every module
+            raise AttributeError(asked)
+        return getattr(itself(), asked)
 
     stand_in = ModuleType(module)
+    stand_in.__path__ = [os.path.join(place, *below) for place in package.submodule_search_locations or ()]
     setattr(stand_in, name, called)
+    setattr(stand_in, "__getattr__", other)  # noqa: B010
     sys.modules[module] = stand_in
     try:
         yield

@@ -31,7 +31,10 @@ def share_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
         return
     key = hashlib.blake2b(model.__getstate__(), digest_size=32).digest()
     with _changing:
-        backend.model = _kept.setdefault(key, model)
+        kept = _kept.get(key)
+        if kept is None or kept.dropout:  # whoever had it has set it to drop merges: it reads alike no more
+            kept = _kept[key] = model
+        backend.model = kept
         _kept.move_to_end(key)
         while len(_kept) > KEPT:
             _kept.popitem(last=False)

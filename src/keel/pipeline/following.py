@@ -135,9 +135,19 @@ def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
     function = resolve(kind_of(stage.kind).run)
     try:
         if not group.is_sharded():
-            return function(stage, run)
-        run.say(f"{run.name}: weights are cut over {group.size()} ranks; keel's faster paths are off")
-        with accel.disabled(), batch_layout.one_forward():
-            return function(stage, run)
+            result = function(stage, run)
+        else:
+            run.say(f"{run.name}: weights are cut over {group.size()} ranks; keel's faster paths are off")
+            with accel.disabled(), batch_layout.one_forward():
+                result = function(stage, run)
+        _share_notes(run)
+        return result
     finally:
         run.end()
+
+
+def _share_notes(run: StageRun) -> None:
+    """Have the first rank, which writes the record, note what others met in their part of the rows."""
+    for notes in group.gathered(run.facts.get("notes", [])):
+        for text in notes if group.is_first() else ():
+            run.note(text)

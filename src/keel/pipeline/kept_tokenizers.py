@@ -39,12 +39,15 @@ class KeptTokenizers:
     def load(
         self, place: str, *, trust_remote_code: bool = False, revision: str | None = None
     ) -> PreTrainedTokenizerBase:
-        """The tokenizer of a model directory or hub id, to read with: a chat template that is set on it is
-        the caller's alone, words that are added to it are everybody's. UsageError if there is none."""
+        """The tokenizer of a model directory or hub id, to read with: a chat template or a special token that
+        is set on it is the caller's alone, words that are added to it are everybody's. UsageError if there is
+        none."""
         key = (place, trust_remote_code, revision)
         found = (self._loaded or {}).get(key)
         if found is None:
             found = load_tokenizer(place, trust_remote_code=trust_remote_code, revision=revision)
             if self._loaded is not None:
                 self._loaded[key] = found
-        return copy.copy(found)
+        other = copy.copy(found)
+        vars(other).update({name: value.copy() for name, value in vars(found).items() if type(value) is dict})
+        return other

@@ -173,7 +173,8 @@ class Launch:
         if is_cpu(self.program):
             command += _unless(self.args, "--enforce-eager")
             # else the server can end while it samples rows that have seeds (0.32.0)
-            command += _unless(self.args, "--no-enable-chunked-prefill")
+            if not _given(self.args, "--enable-chunked-prefill", "--max-num-batched-tokens"):
+                command += _unless(self.args, "--no-enable-chunked-prefill")
             if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
                 command += _unless(self.args, "--kv-cache-memory-bytes", "1G")
         return [*command, *self.args]
@@ -205,7 +206,12 @@ def reached_at(host: str) -> str:
 
 def _unless(given: Sequence[str], flag: str, *values: str) -> list[str]:
     """A flag of keel's that the user's own arguments go before."""
-    return [] if any(one.partition("=")[0] == flag for one in given) else [flag, *values]
+    return [] if _given(given, flag) else [flag, *values]
+
+
+def _given(args: Sequence[str], *flags: str) -> bool:
+    """Whether one of the flags is among arguments; vLLM takes `_` for `-` in them."""
+    return any(one.partition("=")[0].replace("_", "-") in flags for one in args)
 
 
 @dataclass
