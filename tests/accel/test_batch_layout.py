@@ -300,6 +300,20 @@ def test_dropout_and_windows_are_read_apart(always: None, monkeypatch: pytest.Mo
     assert TOGETHER_TOKENS < count() < ids.numel()
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_a_row_longer_than_the_window_beside_rows_that_begin_alike(
+    kind: str, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap of our own: the mask that lets some rows be read together let the long one see everything."""
+    model = model_of(kind, {**SHARED[kind], "sliding_window": 8})
+    rows = [[5, 6, 7, 20 + i, 30 + i] for i in range(4)] + [list(range(40, 60))]
+    ids, lengths = pad(rows, 0)
+    index = torch.tensor([row * 20 + i for row, n in enumerate(lengths.tolist()) for i in range(n)])
+    assert not arranged(rows, 1000, 4, window=8).together
+    assert arranged(rows, 1000, 4, window=20).together
+    assert_same(model, lambda: logprobs.head_inputs(model, ids, index).values, monkeypatch, fewer=False)
+
+
 def test_what_is_worth_reading_together() -> None:
     prompt = list(range(50))
     rows = [prompt + [100 + i] * 30 for i in range(4)] + [[7] * 60, [8] * 5]

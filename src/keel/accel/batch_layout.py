@@ -261,6 +261,8 @@ def arranged(
         cost = _cost_of_branches(groups, lengths, weight)
         if any(len(group.rows) > 1 for group in groups) and cost < WORTH * least:
             least, found = cost / WORTH, BatchLayout(groups, True)
+    if window is not None and max(lengths) > window:
+        return found  # under a mask of its own a row longer than the window would see beyond it
     widest = width_limit(len(sequences), itemsize, window)
     groups = worth_it(grouped(sequences, weight, widest), lengths, weight)
     if groups and _cost([group.width for group in groups], weight) < WORTH * least:
