@@ -261,7 +261,8 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         own_bias: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, own)
+        kept: Any = rows if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, own)
         ctx.weight, ctx.dtype, ctx.shape = weight, x.dtype, x.shape
         return product(rows, own, own_bias)
 
@@ -289,7 +290,8 @@ class _Gated(torch.autograd.Function):
         ctx: _Kept, x: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, *own: Tensor
     ) -> Tensor:
         a, b = product(rows, own[0]), product(rows, own[1])
-        ctx.save_for_backward(rows if any(ctx.needs_input_grad[2:4]) else None, a, b, *own)
+        kept: Any = rows if any(ctx.needs_input_grad[2:4]) else None
+        ctx.save_for_backward(kept, a, b, *own)
         ctx.weights, ctx.dtype, ctx.shape = (gate, up, down), x.dtype, x.shape
         return product(silu(a).mul_(b), own[2])
 
