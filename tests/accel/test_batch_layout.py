@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from keel.accel import AccelWarning, attention, batch_layout, refusals
 from keel.accel.attention import Rows
-from keel.accel.batch_layout import Group, arranged, counting, grouped, worth_it
+from keel.accel.batch_layout import BatchLayout, Group, arranged, counting, grouped, worth_it
 from keel.data.batches import by_length, pad
 from keel.models import logprobs, precision
 from keel.models.load import checkpoint_activations, disable_dropout
@@ -298,6 +298,34 @@ def test_dropout_and_windows_are_read_apart(always: None, monkeypatch: pytest.Mo
     with counting() as count:
         logprobs.head_inputs(window, ids, index)
     assert TOGETHER_TOKENS < count() < ids.numel()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_a_row_longer_than_the_window_beside_rows_that_begin_alike(
+    kind: str, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap of our own: the mask that lets some rows be read together let the long one see everything."""
+    model = model_of(kind, {**SHARED[kind], "sliding_window": 8})
+    rows = [[5, 6, 7, 20 + i, 30 + i] for i in range(4)] + [list(range(40, 60))]
+    ids, lengths = pad(rows, 0)
+    index = torch.tensor([row * 20 + i for row, n in enumerate(lengths.tolist()) for i in range(n)])
+    assert not arranged(rows, 1000, 4, window=8).together
+    assert arranged(rows, 1000, 4, window=20).together
+    assert_same(model, lambda: logprobs.head_inputs(model, ids, index).values, monkeypatch, fewer=False)
+
+
+def test_a_long_start_is_read_under_a_mask_where_it_would_be_attended_to_again_in_each_row() -> None:
+    """A kernel that is given 16 rows of 716 tokens reads nine times the scores of one of 956."""
+
+    def found(start: int) -> BatchLayout:
+        rows = [[*range(start), *[-1 - i] * 16] for i in range(16)]
+        return arranged(rows, 3088, 4, None)
+
+    short, long = found(400), found(700)
+    assert (short.unpadded, short.tokens) == (True, 656)
+    assert (long.unpadded, long.tokens) == (False, 956)
+    huge = found(2000)  # whose mask would take more than masks may
+    assert (huge.unpadded, huge.tokens) == (True, 2256)
 
 
 def test_what_is_worth_reading_together() -> None:

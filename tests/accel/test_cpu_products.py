@@ -100,6 +100,26 @@ def test_without_gradient_and_without_the_path(counted: list[tuple[int, ...]]) -
         assert counted == []
 
 
+def test_frozen_weights_are_multiplied_alike_with_and_without_gradient(
+    counted: list[tuple[int, ...]],
+) -> None:
+    """As under adapters: the first ratio of a policy's update is exactly 1."""
+    plain, x = nn.Sequential(nn.Linear(WIDE, WIDE), Gated()).requires_grad_(False), torch.randn(3, 23, WIDE)
+    ours = patch_linears(copy.deepcopy(plain))
+    with torch.no_grad():
+        scored = ours(x)
+    kept: list[torch.Size] = []
+    counted.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.shape) or y, lambda y: y):
+        found = pulled(ours, x, in_place=True)
+    assert torch.equal(found[0], scored)
+    assert len(counted) == 8  # forward, and the input's gradient
+    assert (72, WIDE) not in kept  # no input is kept for the gradient of a weight
+    expected = pulled(copy.deepcopy(plain).double(), x.double(), in_place=False)
+    assert len(found) == len(expected) == 2
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_are_left_alone(dtype: torch.dtype, counted: list[tuple[int, ...]]) -> None:
     model = patch_linears(nn.Sequential(nn.Linear(WIDE, WIDE)))

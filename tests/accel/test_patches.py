@@ -634,6 +634,18 @@ def test_a_prepared_model_works_in_inference_mode(made_in_it: bool) -> None:
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=5e-2 if half else 1e-5)
 
 
+def test_a_path_that_is_first_used_in_inference_mode_stays_on() -> None:
+    """Trap of our own: its trial failed there, since nothing can be saved for a backward, for good."""
+    model = plain_model()
+    accel.prepare(model)
+    index = torch.arange(IDS.numel())
+    with torch.inference_mode():
+        logprobs.head_inputs(model, IDS, index)
+    assert accel.refusals(model) == {}
+    logprobs.head_inputs(model, IDS, index)
+    assert accel.refusals(model) == {}
+
+
 def test_a_prepared_model_is_traced_like_its_own() -> None:
     model = plain_model()
     expected = model(input_ids=IDS, use_cache=False).logits

@@ -42,6 +42,24 @@ def test_a_run_takes_what_was_measured_with_care_for_its_threads_and_else_measur
         torch.set_num_threads(threads)
 
 
+def test_a_speed_is_kept_for_the_library_that_multiplied(monkeypatch):
+    """What an earlier keel measured, or one with `KEEL_ACCEL=-cpu_products`, is not the floor of this one."""
+    library = {"faster": False}
+    monkeypatch.setattr(machine_speed.cpu_products, "faster", lambda rows, weight: library["faster"])
+    monkeypatch.setattr(machine_speed, "_best", lambda *given: 1.0 if library["faster"] else 2.0)
+    monkeypatch.setattr(machine_speed, "fastest", fastest)
+    machine_speed._fastest.cache_clear()
+    try:
+        machine_speed.bench(CPU)
+        slow = speed(CPU, torch.float32)
+        library["faster"] = True
+        fast = speed(CPU, torch.float32)
+    finally:
+        machine_speed._fastest.cache_clear()
+    assert (slow.kept, fast.kept) == (True, False)
+    assert fast.flops == 2 * slow.flops
+
+
 @pytest.mark.parametrize("faster", [False, True])
 def test_a_speed_is_measured_once_for_each_number_of_threads(faster, monkeypatch):
     """faster: where keel multiplies by another library than torch does, both are tried."""

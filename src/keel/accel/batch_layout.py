@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from keel.accel import attention
 from keel.accel.attention import Rows
-from keel.accel.branch_attention import Branches
+from keel.accel.branch_attention import AT_MOST, Branches
 from keel.accel.last_layer import DEARER, MASK_AT_MOST, last_layer_at, weight_of
 from keel.accel.modules import HasConfig, has_dropout, pulled, twin_parameters, undisturbed
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, trusted
@@ -261,6 +261,8 @@ def arranged(
         cost = _cost_of_branches(groups, lengths, weight)
         if any(len(group.rows) > 1 for group in groups) and cost < WORTH * least:
             least, found = cost / WORTH, BatchLayout(groups, True)
+    if window is not None and max(lengths) > window:
+        return found  # under a mask of its own a row longer than the window would see beyond it
     widest = width_limit(len(sequences), itemsize, window)
     groups = worth_it(grouped(sequences, weight, widest), lengths, weight)
     if groups and _cost([group.width for group in groups], weight) < WORTH * least:
@@ -325,12 +327,15 @@ def _tokens(widths: Sequence[int], weight: float) -> float:
 
 
 def _cost_of_branches(groups: Sequence[Group], lengths: Sequence[int], weight: float) -> float:
-    """Of groups of which each token is read once and attends to its own sequence."""
+    """Of groups of which each token is read once and attends to its own sequence. Beside a sequence that is
+    too long for branches all attend by torch's kernel, with the common start again."""
     shared = [group for group in groups if len(group.rows) > 1]
     starts = max((group.common for group in shared), default=0)
     own = [(lengths[i] - group.common, lengths[i]) for group in shared for i in group.rows]
     own += [(group.width, group.width) for group in groups if len(group.rows) == 1]
     scores = len(shared) * starts**2 + len(own) * max(a for a, _ in own) * max(b for _, b in own)
+    if max(lengths) > AT_MOST:
+        scores = len(own) * max(lengths) ** 2 / 2  # causal, without a mask
     return BRANCHING * sum(group.width for group in groups) * weight + DEARER * scores
 
 

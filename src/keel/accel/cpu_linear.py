@@ -230,9 +230,10 @@ def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
         return torch.bfloat16 if half and x.dtype in (torch.float32, torch.bfloat16) else None
     if x.dtype != torch.float32:
         return None
-    if not torch.is_grad_enabled():
-        return torch.float32 if faster(x.shape[:-1].numel(), weight) else None
-    return torch.float32 if weight.requires_grad and weight.numel() >= WORTH else None
+    # frozen weights, too, by the library that multiplies without gradient: what is scored is then, to the
+    # bit, what is trained
+    ours = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WORTH
+    return torch.float32 if ours or faster(x.shape[:-1].numel(), weight) else None
 
 
 # ---------------------------------------------------------------- steps of autograd
@@ -260,7 +261,8 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         own_bias: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(rows, own)
+        kept: Any = rows if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, own)
         ctx.weight, ctx.dtype, ctx.shape = weight, x.dtype, x.shape
         return product(rows, own, own_bias)
 
@@ -288,7 +290,8 @@ class _Gated(torch.autograd.Function):
         ctx: _Kept, x: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, *own: Tensor
     ) -> Tensor:
         a, b = product(rows, own[0]), product(rows, own[1])
-        ctx.save_for_backward(rows, a, b, *own)
+        kept: Any = rows if any(ctx.needs_input_grad[2:4]) else None
+        ctx.save_for_backward(kept, a, b, *own)
         ctx.weights, ctx.dtype, ctx.shape = (gate, up, down), x.dtype, x.shape
         return product(silu(a).mul_(b), own[2])
 

@@ -261,9 +261,11 @@ def trusted(
 
 
 def tried(trial: Callable[[], str | None]) -> str | None:
-    """What a trial says differs, or the error that it ended with; None where nothing does."""
+    """What a trial says differs, or the error that it ended with; None where nothing does. Whoever asks first
+    may be in inference mode, whose tensors have no gradient to try."""
     try:
-        return trial()
+        with torch.inference_mode(False):
+            return trial()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a foreign forward raises, the path is not for it

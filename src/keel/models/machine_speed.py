@@ -1,8 +1,8 @@
 """How fast this machine multiplies matrices and reads memory: what a run's time is held against.
 
-`keel doctor --bench` measures it with care and keeps it in the user's cache, by processor, torch, device and
-threads; a run takes what is kept. Where nothing is, it measures in some hundredths of a second, which on a
-busy machine says less than the machine can.
+`keel doctor --bench` measures it with care and keeps it in the user's cache, by processor, torch, device,
+threads and the library that keel multiplies by; a run takes what is kept. Where nothing is, it measures in
+some hundredths of a second, which on a busy machine says less than the machine can.
 """
 
 from __future__ import annotations
@@ -87,16 +87,28 @@ def bench(device: torch.device) -> dict[str, Any]:
 
 def fastest(device: torch.device, dtype: torch.dtype, tries: int = TRIES) -> float:
     """FLOP/s that a product of large matrices reaches here with the threads of the moment, the best of a few:
-    what a model's utilisation is a share of. Measured once a process for each number of threads."""
-    return _fastest(device, dtype, tries, torch.get_num_threads())
+    what a model's utilisation is a share of. Measured once a process for each number of threads, and for
+    each library that keel multiplies by."""
+    ours = dtype == torch.float32 and _by_onednn(device)
+    return _fastest(device, dtype, tries, torch.get_num_threads(), ours)
+
+
+def _side(device: torch.device) -> int:
+    return SIDE.get(device.type, 1024)
+
+
+def _by_onednn(device: torch.device) -> bool:
+    """Whether keel multiplies large matrices in float32 by oneDNN here and now, not by torch's own."""
+    side = _side(device)
+    return device.type == "cpu" and cpu_products.faster(side, torch.empty(side, side, device="meta"))
 
 
 @cache
-def _fastest(device: torch.device, dtype: torch.dtype, tries: int, threads: int) -> float:
-    side = SIDE.get(device.type, 1024)
+def _fastest(device: torch.device, dtype: torch.dtype, tries: int, threads: int, by_onednn: bool) -> float:
+    side = _side(device)
     a, b, c = torch.ones(3, side, side, device=device, dtype=dtype)  # c: memory that is there already
     seconds = _best(lambda: torch.mm(a, b, out=c), device, tries)
-    if device.type == "cpu" and dtype == torch.float32 and cpu_products.faster(side, b):
+    if by_onednn:
         seconds = min(seconds, _best(lambda: cpu_products.product(a, b), device, tries))
     return 2 * side**3 / seconds
 
@@ -142,4 +154,5 @@ def _wait(device: torch.device) -> None:
 
 def _key(device: torch.device, threads: int) -> str:
     """What a measurement holds for."""
-    return f"{processor(device)} | torch {torch.__version__} | {device.type} | {threads} threads"
+    library = " | oneDNN" if _by_onednn(device) else ""
+    return f"{processor(device)} | torch {torch.__version__} | {device.type} | {threads} threads{library}"
