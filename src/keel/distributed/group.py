@@ -318,17 +318,20 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def mapped(items: Sequence[S], work: Callable[[S], T], idle: Callable[[], object] = lambda: None) -> list[T]:
+def mapped(items: Sequence[S], work: Callable[[S], T], idle: Callable[[], object] | None = None) -> list[T]:
     """`[work(item) for item in items]`, the items dealt out to the ranks in turn, all results on every rank.
 
-    Where weights are sharded, every rank works as often as the others: a forward takes all of them. Else a
-    rank with an item less than others calls `idle` in its place.
+    idle: what a rank with an item less than others does in its place. By default nothing, and where weights
+    are sharded it works on one of the others': a forward takes all ranks.
     """
     if _group.size == 1:
         return [work(item) for item in items]
     found = [work(item) for item in items[_group.rank :: _group.size]]
     for _ in range(math.ceil(len(items) / _group.size) - len(found)):
-        work(items[0]) if is_sharded() else idle()
+        if idle is not None:
+            idle()
+        elif is_sharded():
+            work(items[0])
     columns = gathered(found)
     return [columns[i % _group.size][i // _group.size] for i in range(len(items))]
 

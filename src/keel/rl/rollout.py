@@ -290,7 +290,7 @@ def collect(
         take_weights(setup)
     own = _collected(setup, prompts, dealt, seed, update, drawn) if dealt.rows else None
     if own is None:
-        _lend(setup, prompts, dealt, seed, drawn)
+        _lend(setup, prompts[0], sampled=drawn is not None)
     made = together(dealt, own, setup.pad_id)
     done, scored, rated = made.completions, made.scored, made.rated
     reward_scaler = reward_scaler.update(rated.total)
@@ -357,15 +357,15 @@ def _collected(
     return Sampled(asked, done, scored, rated, from_sampler)
 
 
-def _lend(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int, drawn: Drawn | None
-) -> None:
+def _lend(setup: Setup[OnPolicy], row: PromptExample, *, sampled: bool = False) -> None:
     """What a rank without prompts does: its part in the others' sampling, where they share a server, and in
-    their forwards, where weights are cut over ranks, on a row that is nobody's."""
-    if drawn is None:
-        draw(setup, prompts, dealt, seed)
+    their forwards, where weights are cut over ranks, on a row that is nobody's. sampled: whether what they
+    score was sampled before."""
+    if not sampled:
+        with _sampling(setup):
+            idle(setup.engine)
     if group.is_sharded():
-        score_tokens(setup, [Completion(prompts[0].ids, (setup.pad_id,), "length", (0.0,))])
+        score_tokens(setup, [Completion(row.ids, (setup.pad_id,), "length", (0.0,))])
 
 
 def shaped(
@@ -589,7 +589,6 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
             "judge": heldout_judge.scores(setup.judge, part, completions, setup.tokenizer),
         }
 
-    parts = group.mapped(
-        list(enumerate(micro_batches(prompts, setup.config.batch_size))), of, lambda: idle(setup.engine)
-    )
+    several = list(enumerate(micro_batches(prompts, setup.config.batch_size)))
+    parts = group.mapped(several, of, lambda: _lend(setup, prompts[0]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
