@@ -3,6 +3,7 @@ its own (KEEL_TEST_VLLM)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -200,28 +201,18 @@ def test_grpo_on_two_ranks_by_a_server_that_is_killed(
     for ranks in (1, 2):
         run = tmp_path / f"on-{ranks}"
         place = run / "stages" / "grpo"
-        command = [
-            sys.executable,
-            "-m",
-            "keel",
-            "run",
-            str(path),
-            "--runs",
-            str(tmp_path),
-            "--name",
-            run.name,
-        ]
-        command += ["--nproc", "2", f"distributed.strategy={strategy}"] if ranks == 2 else []
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            killed = ranks == 1
+        more = ["--nproc", "2", f"distributed.strategy={strategy}"] if ranks == 2 else []
+        words = ["run", path, "--runs", tmp_path, "--name", run.name, *more]
+        said, killed = tmp_path / f"said-{ranks}", ranks == 1
+        with open(said, "w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "keel", *map(str, words)], stdout=file, stderr=file
+            )
             while process.poll() is None:
                 if not killed and (place / "metrics.jsonl").exists():
                     killed = _kill_servers_on(place / "engine" / "start")
                 time.sleep(0.05)
-            assert process.stderr is not None
-            assert process.returncode == 0, process.stderr.read()[-3000:]
+        assert process.returncode == 0, said.read_text()[-3000:]
         rows[ranks] = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         facts[ranks] = json.loads((place / "stage.json").read_text())["facts"]["engines"][0]
         assert not _kill_servers_on(place / "engine" / "start")  # none is left
@@ -230,10 +221,11 @@ def test_grpo_on_two_ranks_by_a_server_that_is_killed(
     assert [row["step"] for row in rows[2]] == [1, 2, 3]
     for one, other in zip(rows[1], rows[2], strict=True):
         assert other["rollout/sampler_drift"] < 1e-3
-        for name in ("objective/scores", "rollout/response_length", "objective/kl", "loss/policy_avg"):
-            if name in one:
-                print(one["step"], name, one[name], other[name])
-                assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+        for name in (
+            "objective/scores", "objective/kl", "objective/entropy", "rollout/response_length",
+            "val/num_eos_tokens",
+        ):  # fmt: skip
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
 
 
 def _kill_servers_on(folder: Path) -> bool:
@@ -245,8 +237,9 @@ def _kill_servers_on(folder: Path) -> bool:
         except OSError:
             continue
         if str(folder).encode() in words and b"--port" in words and b"-I" not in words:
-            os.killpg(int(entry.name), signal.SIGKILL)  # a guard gives each a group of its own
-            found = True
+            with contextlib.suppress(ProcessLookupError):  # of a process that leads no group
+                os.killpg(int(entry.name), signal.SIGKILL)
+                found = True
     return found
 
 

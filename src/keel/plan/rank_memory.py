@@ -180,8 +180,8 @@ def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bo
         per_weight = model_memory.weights(model) / max(1, model.parameters)
         root, layer = _units(model)
         own = {k: v / ranks if k in ("weights", "optimizer", "copy") else v for k, v in kinds.items()}
-        if role == working and phase.name in ("rollout", "samples") and not by_server:
-            own["gathered"] = model_memory.weights(model) * (1 - 1 / ranks)
+        if role == working and phase.name in ("rollout", "samples"):
+            own["gathered"] = 0.0 if by_server else model_memory.weights(model) * (1 - 1 / ranks)
         elif role == working:
             own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
         if "gradients" in kinds:
