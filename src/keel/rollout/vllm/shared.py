@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 
@@ -62,7 +62,7 @@ class SharedEngine:
             now = group.gathered(weights.print_of(self.model))
             if now == self._taken:
                 return
-            whole: torch.nn.Module = sharded.whole(self.model)
+            whole = cast("torch.nn.Module", sharded.whole(self.model))
             if group.is_first():
                 whole.to("cpu")  # buffers, which lie where this rank computes
         group.from_first_or_error(lambda: self._first.take_weights())
