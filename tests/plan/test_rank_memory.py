@@ -114,10 +114,16 @@ def test_bytes_are_those_of_rings() -> None:
     assert 0 < lora["gradients"] < ddp["gradients"] / 100
 
 
-def test_a_server_samples_for_one_process_so_far() -> None:
-    served = stage("grpo", rollout={"engine": "vllm"})
+def test_a_server_samples_for_several_ranks_in_memory_of_its_own() -> None:
+    """No rank has the policy whole for it; ahead of training it samples for one process alone."""
+    own, served = stage("grpo"), stage("grpo", rollout={"engine": "vllm"})
     found = rank_memory.on_ranks(served, refs(rewards=True), LENGTHS, Asked(2))
-    assert [one.runs for one in found.values()] == [False, False]
+    assert [one.runs for one in found.values()] == [True, True]
+    assert phases(own, 8, "fsdp")["rollout"]["policy"]["gathered"] > 0
+    assert phases(served, 8, "fsdp")["rollout"]["policy"]["gathered"] == 0
+    ahead = stage("grpo", rollout={"engine": "vllm", "ahead": 1}, importance_cap=2.0)
+    by_ranks = rank_memory.on_ranks(ahead, refs(rewards=True), LENGTHS, Asked(2))
+    assert not any(one.runs for one in by_ranks.values())
 
 
 def test_a_card_is_a_number_of_gb() -> None:

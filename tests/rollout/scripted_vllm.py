@@ -8,6 +8,8 @@ Routes and the form of answers are those of vLLM's own code: `entrypoints/scale_
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,14 +33,20 @@ class ScriptedVllm:
     """
 
     def __init__(
-        self, model: Path, *, key: str | None = None, mode: str = "processed_logprobs", lora: bool = False
+        self,
+        model: Path,
+        *,
+        key: str | None = None,
+        mode: str = "processed_logprobs",
+        lora: bool = False,
+        port: int = 0,
     ) -> None:
         self.place, self.key, self.mode, self.lora = model, key, mode, lora
         self.script: Script = lambda route, body, number: None
         self.change: Callable[[Any], Any] = lambda answer: answer
         self.calls: list[tuple[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.port, self._lock = 0, threading.RLock()
+        self.port, self._lock = port, threading.RLock()
         self.start()
 
     # ------------------------------------------------------------ life
@@ -213,3 +221,27 @@ def _prompt_logps(model: Any, prompt: list[int]) -> list[Any]:
         logp = model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
     told = [{str(token): {"logprob": float(logp[i, token])}} for i, token in enumerate(prompt[1:])]
     return [None, *told]
+
+
+def serve(folder: Path, words: list[str]) -> None:
+    """What a `vllm` program does: serve a model at a port. Its process ids go to FOLDER/pids; where
+    FOLDER/deadly holds a number, it takes it away and is gone at that call of the route of tokens."""
+    with open(folder / "pids", "a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()}\n")
+    port = int(words[words.index("--port") + 1])
+    one = ScriptedVllm(Path(words[1]), key=os.environ.get("VLLM_API_KEY"), port=port)
+    (folder / "variables").write_text(json.dumps(dict(os.environ)), encoding="utf-8")
+    deadly = folder / "deadly"
+
+    def script(route: str, body: Any, number: int) -> Any:
+        if route == GENERATE and deadly.exists() and number == int(deadly.read_text()):
+            deadly.unlink()
+            os._exit(1)
+        return None
+
+    one.script = script
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), sys.argv[2:])

@@ -3,9 +3,13 @@ its own (KEEL_TEST_VLLM)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +180,67 @@ def test_grpo_by_a_server_that_is_killed(run: Any, model_folder: Path, data: Any
     for group in [*killed, *started]:  # nothing is left of it
         with pytest.raises(ProcessLookupError):
             os.killpg(group, 0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_grpo_on_two_ranks_by_a_server_that_is_killed(
+    strategy: str, model_folder: Path, data: Any, tmp_path: Path
+) -> None:
+    """Rows, their seeds and what is learned are those of one process, up to rounding: the server rounds by
+    what it computes together."""
+    stage = {
+        "kind": "grpo", "model": {"path": str(model_folder), "dtype": "float32"}, "reward": SHORT,
+        "data": str(data.prompts), "batch_size": 16, "samples_per_prompt": 4, "updates": 3, "lr": 1e-3,
+        "sampling": {"max_new_tokens": 12}, "old_logp": "trainer",
+        "rollout": {"engine": "vllm", "environment": ENVIRONMENT},
+    }  # fmt: skip
+    config = {"name": "v", "device": "cpu", "threads": 1, "dtype": "float32", "stages": {"grpo": stage}}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))
+    rows, facts = {}, {}
+    for ranks in (1, 2):
+        run = tmp_path / f"on-{ranks}"
+        place = run / "stages" / "grpo"
+        more = ["--nproc", "2", f"distributed.strategy={strategy}"] if ranks == 2 else []
+        words = ["run", path, "--runs", tmp_path, "--name", run.name, *more]
+        said, killed = tmp_path / f"said-{ranks}", ranks == 1
+        with open(said, "w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "keel", *map(str, words)], stdout=file, stderr=file
+            )
+            while process.poll() is None:
+                if not killed and (place / "metrics.jsonl").exists():
+                    killed = _kill_servers_on(place / "engine" / "start")
+                time.sleep(0.05)
+        assert process.returncode == 0, said.read_text()[-3000:]
+        rows[ranks] = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        facts[ranks] = json.loads((place / "stage.json").read_text())["facts"]["engines"][0]
+        assert not _kill_servers_on(place / "engine" / "start")  # none is left
+    print(strategy, facts, [[row["rollout/sampler_drift"] for row in rows[ranks]] for ranks in (1, 2)])
+    assert (facts[1]["restarts"], facts[2]["restarts"]) == (0, 1)
+    assert [row["step"] for row in rows[2]] == [1, 2, 3]
+    for one, other in zip(rows[1], rows[2], strict=True):
+        assert other["rollout/sampler_drift"] < 1e-3
+        for name in (
+            "objective/scores", "objective/kl", "objective/entropy", "rollout/response_length",
+            "val/num_eos_tokens",
+        ):  # fmt: skip
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+
+
+def _kill_servers_on(folder: Path) -> bool:
+    """End whoever serves the model of a folder; whether there was anybody."""
+    found = False
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+        except OSError:
+            continue
+        if str(folder).encode() in words and b"--port" in words and b"-I" not in words:
+            with contextlib.suppress(ProcessLookupError):  # of a process that leads no group
+                os.killpg(int(entry.name), signal.SIGKILL)
+                found = True
+    return found
 
 
 def _server_of(engine: VllmEngine) -> int:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from keel.distributed import watch
-from keel.errors import LostRankError, UsageError
+from keel.errors import KeelError, LostRankError, UsageError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -210,6 +210,34 @@ def from_first(work: Callable[[], T], place: Place | None = None) -> T:
     return cast("T", _with_tensors(plan, (), waiting, place or (lambda path, tensor: tensor)))
 
 
+def from_first_or_error(work: Callable[[], T]) -> T:
+    """As `from_first`, and a KeelError of the first rank is raised on all of them, `met_by_all`."""
+    met: list[KeelError] = []
+
+    def tried() -> tuple[Any, Any]:
+        try:
+            return None, work()
+        except KeelError as error:
+            met.append(error)
+            return (type(error), str(error)), None
+
+    if _group.size == 1:
+        return work()
+    failed, value = from_first(tried)
+    if failed is None:
+        return value
+    kind, words = failed
+    error = met[0] if met else kind(words)
+    setattr(error, "met_by_all", True)  # noqa: B010  errors have no such field
+    raise error
+
+
+def met_by_all(error: BaseException) -> bool:
+    """Whether all ranks meet an error at the same place, so that they may do something together before they
+    end; as a process alone does."""
+    return _group.size == 1 or getattr(error, "met_by_all", False)
+
+
 def only_first(work: Callable[[], object]) -> None:
     """Done by the first rank alone; the others go on when it is done."""
     from_first(lambda: (work(), None)[1])
@@ -290,16 +318,19 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def mapped(items: Sequence[S], work: Callable[[S], T]) -> list[T]:
+def mapped(items: Sequence[S], work: Callable[[S], T], idle: Callable[[], object] | None = None) -> list[T]:
     """`[work(item) for item in items]`, the items dealt out to the ranks in turn, all results on every rank.
 
-    Where weights are sharded, every rank works as often as the others: a forward takes all of them.
+    idle: what a rank with an item less than others does in its place. By default nothing, and where weights
+    are sharded it works on one of the others': a forward takes all ranks.
     """
     if _group.size == 1:
         return [work(item) for item in items]
     found = [work(item) for item in items[_group.rank :: _group.size]]
-    if is_sharded():
-        for _ in range(math.ceil(len(items) / _group.size) - len(found)):
+    for _ in range(math.ceil(len(items) / _group.size) - len(found)):
+        if idle is not None:
+            idle()
+        elif is_sharded():
             work(items[0])
     columns = gathered(found)
     return [columns[i % _group.size][i // _group.size] for i in range(len(items))]

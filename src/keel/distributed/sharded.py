@@ -150,6 +150,12 @@ def is_cut(model: Any) -> bool:
     return getattr(model, "keel_whole", None) is not None
 
 
+def modules_of(model: M) -> M:
+    """The plain modules of a model that is cut, which `whole` fills on the first rank."""
+    skeleton: tuple[M] = getattr(model, "keel_whole")  # noqa: B009  torch types attributes as modules
+    return skeleton[0]
+
+
 @contextmanager
 def whole_here(model: Any) -> Iterator[None]:
     """Within it every rank has a model's weights whole, and makes as many forwards as it likes; none of them

@@ -71,11 +71,9 @@ def on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked) ->
 
 
 def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, strategy: Strategy) -> OnRanks:
-    sampler = getattr(stage, "rollout", None)
     if strategy not in stage_kinds.kind_of(stage.kind).ranks or not isinstance(stage, Training):
         return OnRanks(False)
-    by_server = sampler is not None and sampler.vllm
-    if asked.ranks > 1 and (by_server or stage.alone() is not None):  # so far, of one process alone
+    if asked.ranks > 1 and stage.alone() is not None:
         return OnRanks(False)
 
     def peak(stage: Stage) -> float:
@@ -131,7 +129,11 @@ def phases(
     shared = stage_memory.cut_over_ranks(stage, refs, "cuda")
     # dpo asks its reference before the model is cut
     before = set[str]() if stage.on_policy else {"reference"}
-    cut = [p if p.name in before else Phase(p.name, _cut(p, shared, ranks)) for p in found]
+    sampler = getattr(stage, "rollout", None)
+    by_server = sampler is not None and sampler.vllm
+    cut = [
+        p if p.name in before else Phase(p.name, _cut(p, shared, ranks, by_server=by_server)) for p in found
+    ]
     last = [*cut, _last_gradients(cut[-1], models, ranks)]
     return [_opening(cut[-1].parts, shared), *last] if _opened_by_each(stage) else last
 
@@ -165,9 +167,9 @@ def _opening(cut: Parts, models: Mapping[str, Model]) -> Phase:
     return Phase("open", {**parts, largest: {"weights": model_memory.weights(models[largest])}})
 
 
-def _cut(phase: Phase, models: Mapping[str, Model], ranks: int) -> Parts:
+def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bool = False) -> Parts:
     """What a rank keeps of the roles that are cut, and what is whole at a time: of one role, since they
-    compute one after the other, and of all of the policy while it samples."""
+    compute one after the other, and of all of the policy while it samples, unless a server does."""
     found: Parts = {}
     working = next(iter(models))
     for role, kinds in phase.parts.items():
@@ -179,7 +181,7 @@ def _cut(phase: Phase, models: Mapping[str, Model], ranks: int) -> Parts:
         root, layer = _units(model)
         own = {k: v / ranks if k in ("weights", "optimizer", "copy") else v for k, v in kinds.items()}
         if role == working and phase.name in ("rollout", "samples"):
-            own["gathered"] = model_memory.weights(model) * (1 - 1 / ranks)
+            own["gathered"] = 0.0 if by_server else model_memory.weights(model) * (1 - 1 / ranks)
         elif role == working:
             own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
         if "gradients" in kinds:

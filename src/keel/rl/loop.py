@@ -144,8 +144,8 @@ class OnPolicyLoop:
         learned is kept first, and whoever goes on evaluates it again."""
         try:
             return self._evaluate()
-        except FAILURES:
-            if group.size() == 1:  # as in `_collected`
+        except FAILURES as error:
+            if group.met_by_all(error):  # as in `_collected`
                 self.state = state
                 self._save(update, {"unevaluated": metrics})
             raise
@@ -157,11 +157,12 @@ class OnPolicyLoop:
             prompts, drawn = [self.prompts[i] for i in rows], self.ahead.of(update)
             batch = collect(self.algorithm, prompts, self.state, update, drawn)
             return replace(batch, metrics={**batch.metrics, **self.ahead.metrics})
-        except FAILURES:
-            done = update - 1
-            alone = group.size() == 1  # a checkpoint takes all ranks, and the others know nothing of this one
-            if alone and done and not (self.run.directory / "checkpoints" / f"step-{done:06d}").exists():
-                self._save(done)
+        except FAILURES as error:
+            # a checkpoint takes all ranks, and of another error the others know nothing
+            if group.met_by_all(error) and (done := update - 1):
+                place = self.run.directory / "checkpoints" / f"step-{done:06d}"
+                if not group.from_first(place.exists):
+                    self._save(done)
             raise
 
     def _sample_ahead(self, update: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -45,6 +46,7 @@ from keel.rollout.protocol import (
     check_completions,
 )
 from keel.rollout.score_responses import Scored, sampled_logp, score
+from keel.rollout.vllm.shared import idle
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, language
 from keel.stages.lazy_rows import PromptExample
@@ -287,8 +289,8 @@ def collect(
     if drawn is None:
         take_weights(setup)
     own = _collected(setup, prompts, dealt, seed, update, drawn) if dealt.rows else None
-    if own is None and group.is_sharded():
-        _lend(setup, prompts, dealt, seed, drawn)
+    if own is None:
+        _lend(setup, prompts[0], sampled=drawn is not None)
     made = together(dealt, own, setup.pad_id)
     done, scored, rated = made.completions, made.scored, made.rated
     reward_scaler = reward_scaler.update(rated.total)
@@ -307,14 +309,23 @@ def draw(setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt,
     repeated = [prompts[i] for i in dealt.prompts for _ in range(config.samples_per_prompt)]
     rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
     count = TokenCount()
-    with run.timed("rollout"), sharded.whole_here(setup.roles.policy):
-        if not repeated:
-            return Drawn((), ())
+    if not repeated:
+        with _sampling(setup):
+            idle(setup.engine)
+        return Drawn((), ())
+    with run.timed("rollout"), _sampling(setup):
         begun = begin(setup, repeated, seed, config.samples_per_prompt, rows)
         completions = sample(setup, begun, seed, count, rows)
     if count.computed:  # an engine need not count
         run.count("rollout", count.useful, count.computed, passes=count.passes, pairs=count.pairs)
     return Drawn(begun, completions)
+
+
+def _sampling(setup: Setup[OnPolicy]) -> AbstractContextManager[None]:
+    """Within it the policy may be sampled from: it is whole on each rank, but for an engine that holds
+    weights of its own."""
+    away = isinstance(setup.engine, HoldsWeights)
+    return nullcontext() if away else sharded.whole_here(setup.roles.policy)
 
 
 def _collected(
@@ -346,14 +357,15 @@ def _collected(
     return Sampled(asked, done, scored, rated, from_sampler)
 
 
-def _lend(
-    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int, drawn: Drawn | None
-) -> None:
-    """What a rank without prompts does where weights are cut over ranks: its part in the others' forwards, on
-    a row that is nobody's."""
-    if drawn is None:
-        draw(setup, prompts, dealt, seed)
-    score_tokens(setup, [Completion(prompts[0].ids, (setup.pad_id,), "length", (0.0,))])
+def _lend(setup: Setup[OnPolicy], row: PromptExample, *, sampled: bool = False) -> None:
+    """What a rank without prompts does: its part in the others' sampling, where they share a server, and in
+    their forwards, where weights are cut over ranks, on a row that is nobody's. sampled: whether what they
+    score was sampled before."""
+    if not sampled:
+        with _sampling(setup):
+            idle(setup.engine)
+    if group.is_sharded():
+        score_tokens(setup, [Completion(row.ids, (setup.pad_id,), "length", (0.0,))])
 
 
 def shaped(
@@ -562,7 +574,7 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
     def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
         number, some = numbered
         seed = derive_seed(setup.run.seed, "held-out", number)
-        with sharded.whole_here(setup.roles.policy):
+        with _sampling(setup):
             part = begin(setup, some, seed)
             completions = sample(setup, part, seed)
         in_ids = setup.teacher_tokenizer is None
@@ -578,5 +590,6 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
             "judge": heldout_judge.scores(setup.judge, part, completions, setup.tokenizer),
         }
 
-    parts = group.mapped(list(enumerate(micro_batches(prompts, setup.config.batch_size))), of)
+    several = list(enumerate(micro_batches(prompts, setup.config.batch_size)))
+    parts = group.mapped(several, of, lambda: _lend(setup, prompts[0]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -21,6 +21,7 @@ from keel.evaluation.measures import mean_interval
 from keel.evaluation.policies import best_of_n_kl
 from keel.models.load import ModelSource, causal_lm
 from keel.rollout.engine import text_of
+from keel.rollout.vllm.shared import idle
 from keel.rundir.checkpoint import write_text
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
@@ -143,7 +144,9 @@ def _sample(
             stage_run.say(f"{stage_run.name}: {so_far} of {len(tasks)} prompts answered {n} times")
         return best_rows
 
-    parts = group.mapped(list(enumerate(micro_batches(tasks, PROMPTS_AT_ONCE))), answered)
+    parts = group.mapped(
+        list(enumerate(micro_batches(tasks, PROMPTS_AT_ONCE))), answered, lambda: idle(engine)
+    )
     return [row for rows in parts for row in rows]
 
 

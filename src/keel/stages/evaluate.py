@@ -27,6 +27,7 @@ from keel.rollout import Engine
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import Rows
 from keel.rollout.score_responses import score
+from keel.rollout.vllm.shared import idle
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards, prepare, scored_pairs, tool_use
 from keel.stages.gold import gold_of, world_of
@@ -242,6 +243,8 @@ def _judge_part(
     records, of = bench.records[start : start + bench.at_once], min(bench.at_once, len(bench.records) - start)
     mine = group.deal([1] * of, group.size())[group.rank()]
     if not mine:
+        for _ in range(max(best_of)):
+            idle(on.engine)
         return _of_all_ranks({n: [] for n in best_of}, mine)
     rows = Rows(mine, of) if len(mine) < of else None
     records = records if rows is None else [records[i] for i in mine]

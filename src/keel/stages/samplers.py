@@ -7,11 +7,14 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from keel.config.sampler import SamplerConfig
-from keel.distributed import group
+from keel.distributed import group, sharded
 from keel.errors import UsageError
+from keel.models.precision import compute_dtype
 from keel.rollout import Engine, KeelEngine
-from keel.rollout.vllm import ServerSettings, VllmEngine
+from keel.rollout.vllm import ServerSettings, SharedEngine, VllmEngine
 from keel.rollout.vllm.server import program_of
 from keel.rundir.stage_run import StageRun
 
@@ -25,8 +28,6 @@ def check_machine(settings: SamplerConfig, where: str) -> None:
     """UsageError where vLLM or the key of its server is missing. where: the stage, for messages."""
     if not settings.vllm:
         return
-    if group.size() > 1:
-        raise UsageError(f"{where}: `rollout.engine: vllm` runs on one process so far: leave --nproc out")
     try:
         key_of(settings)
         if settings.address is None:
@@ -63,9 +64,32 @@ def open_sampler(
     trust_remote_code: bool = False,
 ) -> Engine:
     """The engine on a model. batch_size: rows that keel's own samples at the same time. length: tokens of the
-    longest prompt and its response. A server that is started for it ends with the stage."""
+    longest prompt and its response. A server that is started for it ends with the stage. Several ranks share
+    one, which the first has."""
     if not settings.vllm:
         return KeelEngine(model, batch_size)
+    if group.size() == 1:
+        return _open_server(settings, model, run, tokenizer, length, trust_remote_code)
+    engine = None
+    if group.is_first():
+        engine = _open_server(settings, model, run, tokenizer, length, trust_remote_code)
+    return SharedEngine(model, engine, tokenizer)
+
+
+def _open_server(
+    settings: SamplerConfig,
+    model: PreTrainedModel,
+    run: StageRun,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None,
+    trust_remote_code: bool,
+) -> VllmEngine:
+    """A server that this process alone has. Of a model that is cut over ranks it is given the whole one."""
+    dtype = settings.dtype
+    if sharded.is_cut(model):  # which is whole on the CPU, that may compute in another precision
+        own = compute_dtype(model, run.device)
+        dtype = dtype or str(torch.float32 if own == torch.float64 else own).removeprefix("torch.")
+        model = sharded.modules_of(model)
     shared = run.directory / FOLDER
     if settings.folder:  # which other runs may use, too
         whose = run.directory.resolve()  # RUNS/NAME/stages/STAGE
@@ -74,7 +98,7 @@ def open_sampler(
         model,
         ServerSettings(
             address=settings.address, key=key_of(settings), key_named=settings.api_key_env is not None,
-            environment=settings.environment, devices=settings.devices, dtype=settings.dtype,
+            environment=settings.environment, devices=settings.devices, dtype=dtype,
             args=tuple(settings.args), whole=settings.push == "whole", concurrency=settings.concurrency,
             timeout=settings.timeout, patience=settings.patience, restarts=settings.restarts,
             sleep=settings.sleep, trust_remote_code=trust_remote_code,

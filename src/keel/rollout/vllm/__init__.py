@@ -7,9 +7,11 @@ server.py    the environment that vLLM is installed in, and a server that keel s
 guard.py     ends that server with the process that started it
 holding.py   a server that holds the trainer's weights
 engine.py    the engine
+shared.py    one server that samples for several ranks
 """
 
 from keel.rollout.vllm.engine import VllmEngine
 from keel.rollout.vllm.holding import ServerSettings
+from keel.rollout.vllm.shared import SharedEngine
 
-__all__ = ["ServerSettings", "VllmEngine"]
+__all__ = ["ServerSettings", "SharedEngine", "VllmEngine"]

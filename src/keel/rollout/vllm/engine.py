@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROUNDS = 4  # in a row that bring no response, after which a server is given up
+Row = tuple[GenerationRequest, int]  # a prompt of a request, by its place there
+
+
+def add_tokens(count: TokenCount, completions: Sequence[Completion]) -> None:
+    """Count what was sampled. What more the server computes it counts for itself."""
+    tokens = sum(map(len, {tuple(one.prompt_ids) for one in completions}))
+    tokens += sum(len(one.ids) - 1 for one in completions)
+    count.useful, count.computed = count.useful + tokens, count.computed + tokens
 
 
 class VllmEngine:
@@ -62,58 +70,71 @@ class VllmEngine:
 
         EngineError where the server cannot be had, does not take the weights, or does not answer; UsageError
         for what it would do otherwise than asked."""
-        check_context(self.model, request.prompts, request.sampling, request.limits)
-        asking.check(request.sampling, self.server.vocab)
+        completions = self.generate_all([request])[0]
+        if count is not None:
+            add_tokens(count, completions)
+        return completions
+
+    def generate_all(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        """The completions of each of some requests, as of `generate`. The server is asked for all of them at
+        once, so that it does not matter how rows are dealt out to requests."""
+        rows = [(request, row) for request in requests for row in range(len(request.prompts))]
+        for request in requests:
+            if request.prompts:
+                check_context(self.model, request.prompts, request.sampling, request.limits)
+                asking.check(request.sampling, self.server.vocab)
+        found = iter(self._completions(rows) if rows else ())
+        return [[next(found) for _ in request.prompts] for request in requests]
+
+    def _completions(self, rows: Sequence[Row]) -> list[Completion]:
+        """One completion a row, in order."""
         if not self._waits:
             self.server.take()
         done: dict[int, Completion] = {}
         unstopped: set[int] = set()  # rows whose stop strings the server does not look for
         idle, reason = 0, ""
-        while len(done) < len(request.prompts):
-            missing = [row for row in range(len(request.prompts)) if row not in done]
+        while len(done) < len(rows):
+            missing = [number for number in range(len(rows)) if number not in done]
             before = len(done) + len(unstopped)
             try:
                 held = self.server.hold()
-                reason = self._ask(request, missing, held, done, unstopped)
+                reason = self._ask(rows, missing, held, done, unstopped)
             except (DownError, StaleError, GarbageError) as error:
                 self.server.drop()
                 reason = str(error)
-            if len(done) == len(request.prompts):
+            if len(done) == len(rows):
                 break
-            self.asked_again += len(request.prompts) - len(done)
+            self.asked_again += len(rows) - len(done)
             idle = idle + 1 if len(done) + len(unstopped) == before else 0
             if idle == ROUNDS:
                 raise EngineError(f"{self.server.where()} gives no responses: {reason}")
             if reason:
                 self.server.lost(reason)
         self.server.rest()
-        completions = [done[row] for row in range(len(request.prompts))]
-        if count is not None:  # the server counts what it computes for itself
-            tokens = sum(map(len, {tuple(prompt) for prompt in request.prompts}))
-            tokens += sum(len(one.ids) - 1 for one in completions)
-            count.useful, count.computed = count.useful + tokens, count.computed + tokens
-        return completions
+        return [done[number] for number in range(len(rows))]
 
     def _ask(
         self,
-        request: GenerationRequest,
-        rows: Sequence[int],
+        rows: Sequence[Row],
+        missing: Sequence[int],
         held: Weights,
         done: dict[int, Completion],
         unstopped: set[int],
     ) -> str:
-        """Ask for some rows and put what comes into `done`; why rows are missing, "" where none had to be.
+        """Ask for missing rows and put what comes into `done`; why some are missing still, "" where none had
+        to be.
 
         UsageError for a request that the server refuses, which no other try would change."""
         wire = self.server.wire
         assert wire is not None
         faults: list[str] = []
         bodies = [
-            asking.body(request, row, held, self.server.vocab, stops=row not in unstopped) for row in rows
+            asking.body(*rows[number], held, self.server.vocab, stops=number not in unstopped)
+            for number in missing
         ]
 
-        def took(number: int, answer: Any) -> None:
-            row = rows[number]
+        def took(place: int, answer: Any) -> None:
+            number = missing[place]
             if isinstance(answer, RefusedError):
                 if (
                     answer.status != 404 or not self.server.adapters
@@ -123,16 +144,16 @@ class VllmEngine:
                 faults.append(str(answer))
                 return
             try:
-                found = asking.completion(request, row, answer, held, stops=row not in unstopped)
+                found = asking.completion(*rows[number], answer, held, stops=number not in unstopped)
             except (GarbageError, StaleError) as error:
                 if isinstance(error, StaleError):
                     self.server.drop()
                 faults.append(str(error))
                 return
             if found is None:
-                unstopped.add(row)
+                unstopped.add(number)
             else:
-                done[row] = found
+                done[number] = found
 
         try:
             down = wire.many(asking.ROUTE, bodies, self.concurrency, took)

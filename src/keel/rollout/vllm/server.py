@@ -30,6 +30,11 @@ PLACE = "KEEL_ENGINES"
 SERVER = "vllm.entrypoints.openai.api_server"
 EXTRAS = ("torchvision", "torchaudio", "torchcodec")  # of vLLM, which language models need none of
 OLDEST, NEWEST = (3, 11), (3, 14)  # Python that vLLM takes
+OWN = (
+    "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+    "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
+    "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
 POLL = 0.25  # seconds between two looks at a server that starts
 
 
@@ -180,8 +185,9 @@ class Launch:
         return [*command, *self.args]
 
     def environment(self, key: str | None) -> dict[str, str]:
-        """The variables it is run with: this process's, without those of keel's own Python."""
-        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+        """The variables it is run with: this process's, without those of keel's own Python, and those by
+        which this process is a rank: the server is none."""
+        kept = {k: v for k, v in os.environ.items() if not (k in OWN or k.startswith("TORCHELASTIC_"))}
         kept |= {
             "VLLM_SERVER_DEV_MODE": "1",  # the routes by which weights are pushed
             "VLLM_NO_USAGE_STATS": "1",

@@ -28,12 +28,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
 
 def print_of(model: nn.Module) -> tuple[int, ...]:
     """A number of the bits of each weight that training changes: what the server holds is the trainer's as
-    long as they are the same. One pass over the weights."""
-    sums = [
-        p.detach().contiguous().view(WIDTHS[p.element_size()]).sum(dtype=torch.int64)
-        for p in model.parameters()
-        if p.requires_grad
-    ]
+    long as they are the same. One pass over the weights. Of weights that are cut over ranks this one's
+    parts."""
+    own = [getattr(p.detach(), "to_local", p.detach)() for p in model.parameters() if p.requires_grad]
+    sums = [p.contiguous().view(WIDTHS[p.element_size()]).sum(dtype=torch.int64) for p in own]
     return tuple(torch.stack([one.to(sums[0].device) for one in sums]).tolist()) if sums else ()
 
 
