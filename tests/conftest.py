@@ -26,6 +26,7 @@ if gc.isenabled():  # what is imported is all kept: see `pytest_collection_finis
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -52,6 +53,9 @@ from keel.rl.setup import open_stage
 from keel.rundir.stage_run import StageRun
 from keel.types import Episodes
 from keel.worlds import shop
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says how busy it is
+settings.load_profile("any machine")
 
 torch.set_num_threads(1)
 

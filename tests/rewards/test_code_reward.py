@@ -310,7 +310,7 @@ def test_a_program_in_bubblewrap_can_do_its_work(walls):
     program = f"import json, threading, os\nopen('mine', 'w').write('x')\n{RIGHT}"
     assert rewards([program, "import numpy\n" + RIGHT], TESTS, walls) == [1.0, 0.0]
     able = sandbox.find("bubblewrap", "", True, "reward")
-    wide = Limits(seconds=3.0, memory=2048)
+    wide = Limits(seconds=60.0, memory=2048)
     assert rewards(["import numpy\n" + RIGHT], TESTS, able, limits=wide) == [1.0]
 
 
