@@ -448,3 +448,18 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
     assert not dead.exists()
     assert alive.exists()
     alive.unlink()
+
+
+def test_a_model_given_by_its_path_has_a_short_name_everywhere(tmp_path: Path) -> None:
+    """Beside its verdict, under it and in the pipeline."""
+    start = "/home/one/runs/first/stages/sft/model"
+    run = write_run(tmp_path)
+    place = run / "stages" / "judge" / "result.json"
+    found = json.loads(place.read_text().replace('"sft"', json.dumps(start)))
+    found["models"]["other"] = found["models"][start]
+    place.write_text(json.dumps(found))
+    page = Page(report.write(run).read_text(encoding="utf-8"))
+    words = "".join(page.words)
+    assert "against first/sft" in words
+    shown = words[: words.index("Settings")] if "Settings" in words else words
+    assert start not in shown

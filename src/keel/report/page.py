@@ -325,7 +325,11 @@ def _models_in_short(models: Mapping[str, Any]) -> str:
     means = [(name, mean(m, by)) for name, m in models.items()]
     if len(means) == 2:
         return f"{by} " + " → ".join(number(value, 2) for _, value in means)
-    return f"{by}: " + ", ".join(f"{name} {number(value, 2)}" for name, value in means) if by else ""
+    return (
+        f"{by}: " + ", ".join(f"{wording.short(name)} {number(value, 2)}" for name, value in means)
+        if by
+        else ""
+    )
 
 
 def measures(result: Mapping[str, Any]) -> list[Row]:
@@ -380,7 +384,12 @@ def _facts(stage: StageRun, one: Verdict, run: Run) -> list[tuple[str, str, str]
             )
     if mean(after, "win_rate") is not None:
         facts.insert(
-            2, ("Win rate", f"{mean(after, 'win_rate'):.0%}".replace("%", " %"), f"against {one.reference}")
+            2,
+            (
+                "Win rate",
+                f"{mean(after, 'win_rate'):.0%}".replace("%", " %"),
+                f"against {wording.short(one.reference)}",
+            ),
         )
     if mean(after, "kl") is not None:
         target = kl_target(run.config, one.model)
