@@ -350,6 +350,27 @@ def test_a_server_is_asked_nothing_once_its_stage_has_ended(start: Any, opened: 
     assert sampler.server.restarts == 0
 
 
+def test_weights_are_cleared_before_a_server_that_takes_its_time_has_ended(
+    start: Any, opened: Any, tmp_path: Path
+) -> None:
+    """A rank is asked to end as soon as another one has said why; a server takes seconds."""
+    sampler, held = opened(start().address), tmp_path / "engine"
+    sampler.generate(asked())
+    sampler.server._start.mkdir()
+    left: list[list[Path]] = []
+
+    class Slow:
+        def stop(self) -> None:
+            left.append(list(held.iterdir()))
+            raise KeyboardInterrupt
+
+    assert list(held.glob("keel-*"))
+    sampler.server._server = Slow()
+    with pytest.raises(KeyboardInterrupt):
+        sampler.close()
+    assert left == [[]]
+
+
 def test_a_request_that_only_connects_while_all_are_ended_ends_too(start: Any, monkeypatch: Any) -> None:
     """Between the moment it is counted among the open ones and the moment it has a socket; and none begins
     later, while requests of another wire to the same server go on."""

@@ -3,8 +3,8 @@ a rank sends and receives.
 
 ddp: every rank has weights, gradients and optimiser whole, and 1/n of the rows. fsdp: 1/n of weights,
 gradients and optimiser, and whole at a time the embeddings with the head and two layers: the one that
-computes and the next, whose weights are on their way. Each has the policy whole while it samples, and what
-`_opened_by_each` names before it is cut.
+computes and the next, whose weights are on their way. Each has the policy whole while it samples (not where a
+vLLM server does), and what `_opened_by_each` names before it is cut.
 
 Bytes are those of ring algorithms: a sum of S bytes over n ranks (all-reduce) makes each send
 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does; gloo scatters by

@@ -408,10 +408,15 @@ class Holder:
 
     def close(self) -> None:
         """End a server that was started here, and clear what was pushed to one that was not. Requests of
-        another thread end at once."""
+        another thread end at once.
+
+        Weights go first: a server takes seconds to end, for which a launcher that ends a rank, or a second
+        Ctrl-C, does not wait."""
         self._closed = True
         if self.wire is not None:
             self.wire.close()
+        for left in [self._start, *self.folder.glob(f"keel-{self._token}-*")]:
+            shutil.rmtree(left, ignore_errors=True)
         if self.wire is not None and self._server is None:
             other = dataclasses.replace(self.wire)
             for old in self._adapters_there:
@@ -419,8 +424,6 @@ class Holder:
                     other.post("/v1/unload_lora_adapter", {"lora_name": old}, timeout=10.0)
         if self._server is not None:  # the rest stays, since another thread may be about to use it
             self._server.stop()
-        for left in [self._start, *self.folder.glob(f"keel-{self._token}-*")]:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _logps_of(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
