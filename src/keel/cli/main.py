@@ -307,9 +307,7 @@ def plan(
     if nproc is None and (card != "80GB" or bandwidth is not None):
         raise UsageError(f"{'--card' if bandwidth is None else '--bandwidth'} has no effect without --nproc")
     if (config is None) == (model is None):
-        raise UsageError(
-            "give a config or recipe to plan, or --model with the hub id of a model: one of them"
-        )
+        raise UsageError("give a config or recipe to plan, or --model with a model's hub id: one of them")
     if model is not None:
         from keel.plan import rule_of_thumb
 
