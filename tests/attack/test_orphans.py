@@ -39,7 +39,8 @@ def test_the_points_of_a_sweep_end_with_it(
     how: str, every_kind: dict[str, Any], write_config: Any, tmp_path: Path
 ) -> None:
     """Two points train, in processes of their own; the sweep is ended."""
-    endless = {**every_kind["sft"], "max_steps": 1_000_000, "save_every": 50, "eval_every": 1_000_000}
+    endless = {**every_kind["sft"], "epochs": 100_000, "save_every": 50, "eval_every": 1_000_000}
+    endless.pop("max_steps", None)
     config = write_config(tmp_path, {"sft": endless})
     sweep = subprocess.Popen(
         [sys.executable, "-m", "keel", "sweep", str(config), "--seeds", "0,1", "--jobs", "2", "--name", "s"],
