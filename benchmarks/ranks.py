@@ -2,10 +2,11 @@
 
     python benchmarks/ranks.py [KIND …] [--pairs N] [--ranks N] [--strategy ddp|fsdp] [--size small]
 
-The untrained Llama of `peers.py` (7.3 M parameters), 64 rows a step, 16 at a time, prompts of 32 tokens and
-responses of 64; float32 on the CPU. The two sides take turns, each in processes of its own; of each run the
-median step counts, the first two left out (they make what is made once). Printed: medians over the pairs, and
-the machine's load before and after, since on a machine that others use the ratio says little.
+The untrained Llama of `peers.py` (7.3 M parameters) and keel's settings beside it: 64 rows a step, 16 at a
+time, prompts of 32 tokens and responses of 64 at most; float32 on the CPU. The two sides take turns, each in
+processes of its own; of each run the median step counts, the first two left out (they make what is made
+once). Printed: medians over the pairs, and the machine's load before and after, since on a machine that
+others use the ratio says little.
 """
 
 from __future__ import annotations
@@ -24,24 +25,13 @@ import peers
 import yaml
 
 STEPS, FIRST = 8, 2
+PHASES = ("rollout", "forward", "score", "train")  # of a step, one after the other
 
 
 def config(folder: Path, kind: str) -> dict[str, Any]:
-    stage = {
-        "kind": kind, "model": str(folder / "plain"), "data": str(folder / "rows.jsonl"), "holdout": 0,
-        "batch_size": peers.BATCH, "micro_batch": peers.MICRO, "max_steps": STEPS, "lr": peers.LR,
-        "save_every": 1000,
-    }  # fmt: skip
-    if kind == "sft":
-        stage["data"] = str(folder / "demonstrations.jsonl")
-    return {"name": kind, "threads": 1, "device": "cpu", "dtype": "float32", "stages": {kind: stage}}
-
-
-def prepare(folder: Path, size: str) -> None:
-    peers.prepare(folder, size)
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    (folder / "demonstrations.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    stage = peers.keel_stage(kind, folder, "cpu")
+    stage["updates" if kind in ("ppo", "grpo") else "max_steps"] = STEPS
+    return {"name": kind, "threads": 1, "device": "cpu", "stages": {kind: stage}}
 
 
 def step_seconds(folder: Path, kind: str, ranks: int, strategy: str, name: str) -> float:
@@ -50,10 +40,12 @@ def step_seconds(folder: Path, kind: str, ranks: int, strategy: str, name: str) 
     command = [sys.executable, "-m", "keel", "run", str(path), "--runs", str(folder / "runs"), "--name", name]
     command += ["--nproc", str(ranks)] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(ended.stderr)
     log = folder / "runs" / name / "stages" / kind / "times.jsonl"
-    steps = [json.loads(line)["train"] for line in log.read_text().splitlines()]
-    return statistics.median(steps[FIRST:])
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return statistics.median(sum(line.get(phase, 0.0) for phase in PHASES) for line in lines[FIRST:])
 
 
 def main() -> None:
@@ -66,7 +58,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, asked.size)
+        peers.prepare(folder, asked.size)
         for kind in asked.kinds:
             before, pairs = os.getloadavg()[0], list[tuple[float, float]]()
             for number in range(asked.pairs):

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from keel.config import parse
+from keel.config.tasks import CodeRunSettings
 from keel.errors import DataError, RewardError, UsageError
 from keel.pipeline import trust
 from keel.rewards import code_tests, gym, sandbox, sandbox_driver
@@ -34,6 +35,16 @@ def walls() -> Sandbox:
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
     return sandbox.find("bubblewrap", "", False, "reward")
+
+
+@pytest.fixture(scope="module", params=sandbox.KINDS)
+def any_walls(request: pytest.FixtureRequest) -> Sandbox:
+    """Each sandbox that works here; of containers those that have the image KEEL_TEST_IMAGE."""
+    image = os.environ.get("KEEL_TEST_IMAGE", CodeRunSettings.model_fields["image"].default)
+    try:
+        return sandbox.find(request.param, image, False, "reward")
+    except UsageError as error:
+        pytest.skip(str(error))
 
 
 def fenced(program: str) -> str:
@@ -279,7 +290,7 @@ def test_equal_programs_are_run_once(monkeypatch):
 CANNOT = {
     "read a home": f"open({str(Path.home() / '.bashrc')!r}).read()",
     "read this file": f"open({__file__!r}).read()",
-    "read passwords": "open('/etc/passwd').read()",
+    "read passwords": f"assert open('/etc/passwd').read() == {Path('/etc/passwd').read_text()!r}",
     "write to the system": "open('/usr/written', 'w')",
     "write to the root": "open('/written', 'w')",
     "write to devices": "open('/dev/shm/written', 'w')",
@@ -294,8 +305,17 @@ CANNOT = {
 
 @pytest.mark.attack
 @pytest.mark.parametrize("what", CANNOT)
-def test_a_program_in_bubblewrap_cannot(what, walls):
-    assert rewards([f"{CANNOT[what]}\n{RIGHT}"], TESTS[:1], walls) == [0.0]
+def test_a_program_in_a_sandbox_cannot(what, any_walls):
+    assert rewards([f"{CANNOT[what]}\n{RIGHT}", RIGHT], TESTS[:1], any_walls) == [0.0, 1.0]
+
+
+@pytest.mark.attack
+def test_a_program_in_a_sandbox_has_no_network_and_can_do_its_work(any_walls):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        calls = f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)\n{RIGHT}"
+        works = f"import json, threading, os\nopen('mine', 'w').write('x')\n{RIGHT}"
+        assert rewards([calls, works, "while True: pass"], TESTS, any_walls) == [0.0, 1.0, 0.0]
 
 
 def test_a_program_in_bubblewrap_has_no_network(walls):
@@ -315,11 +335,14 @@ def test_a_program_in_bubblewrap_can_do_its_work(walls):
 
 
 @pytest.mark.attack
-def test_a_bomb_and_a_kill_leave_nothing_behind(walls):
+def test_a_bomb_and_a_kill_leave_nothing_behind(any_walls):
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     kill = "import os; os.kill(os.getppid(), 9)"
-    assert rewards([bomb, kill, RIGHT], TESTS, walls, at_once=2) == [0.0, 0.0, 1.0]
+    assert rewards([bomb, kill, RIGHT], TESTS, any_walls, at_once=2) == [0.0, 0.0, 1.0]
     assert not sandbox._running
+    if any_walls.kind != "bubblewrap":
+        listed = [any_walls.tool, "ps", "--all", "--quiet", "--filter", f"name=keel-{os.getpid()}-"]
+        assert subprocess.run(listed, capture_output=True, text=True, check=True).stdout == ""
 
 
 # ---------------------------------------------------------------- where there is none

@@ -81,9 +81,12 @@ class Sandbox:
             return [os.path.realpath(sys.executable), *python]
         room = f"/tmp:rw,size={ROOM_BYTES},mode=1777"
         whole = (limits.memory * 2) << 20
+        # podman's read-only containers have places to write in memory that no limit of ours counts
+        none_else = ["--read-only-tmpfs=false"] if self.kind == "podman" else []
         return [
             *(self.tool, "run", "--rm", "-i", "--name", name, "--pull", "never", "--network", "none"),
-            *("--read-only", "--tmpfs", room, "--user", "65534:65534", "--cap-drop", "ALL"),
+            *("--read-only", *none_else, "--ipc", "none", "--tmpfs", room),
+            *("--user", "65534:65534", "--cap-drop", "ALL"),
             *("--security-opt", "no-new-privileges", "--pids-limit", str(limits.processes + 8)),
             *("--memory", str(whole), "--memory-swap", str(whole), self.image, "python3", *python),
         ]
