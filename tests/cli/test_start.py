@@ -28,8 +28,9 @@ def _loaded(code: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()
 
 
-def test_help_loads_no_heavy_library():
-    code = "sys.argv = ['keel', '--help']\nfrom keel.__main__ import main\nmain()"
+@pytest.mark.parametrize("word", ["--help", "recipes"])
+def test_help_and_a_list_of_recipes_load_no_heavy_library(word):
+    code = f"sys.argv = ['keel', {word!r}]\nfrom keel.__main__ import main\nmain()"
     assert _loaded(code) == []
 
 
