@@ -206,7 +206,7 @@ def fits(model: nn.Module) -> bool:
 def by_itself(model: nn.Module, columns: int) -> Step | None:
     """A step for up to `columns` positions that calls nothing of the model's own; None where there is none
     for this model. To be asked before a hook is put on the head."""
-    if next(model.parameters()).device.type != "cpu" or not fits(model):
+    if not fits(model) or _packs(plain_of(model)) != torch.float32:
         return None
     step = Step(model, columns)
     return step if step.by_itself else None

@@ -16,14 +16,14 @@ layers with adapters, hooks or other precisions, whose own forward runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from keel.accel.cpu_linear import USUAL, packs, sized
+from keel.accel.cpu_linear import PACKED_AT_MOST, USUAL, packs, sized
 from keel.accel.decode_trial import SEQUENCES, STEPS, own_logits, prompts_read
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import undisturbed
@@ -105,9 +105,9 @@ class PackedLayers:
         self._last = Matrix([last.self_attn.k_proj, last.self_attn.v_proj], _factor(last.input_layernorm))
         self._norm, self._head = trunk.norm, model.lm_head
         self._least = _least(trunk.norm)
-        self._packed_head = (
-            Matrix([model.lm_head], _factor(trunk.norm)) if packs(model.lm_head) == torch.float32 else None
-        )
+        large = sum(p.nbytes for p in (*_weights(trunk.layers), model.lm_head.weight)) > PACKED_AT_MOST
+        packed = packs(model.lm_head) == torch.float32 and not large
+        self._packed_head = Matrix([model.lm_head], _factor(trunk.norm)) if packed else None
 
     @property
     def has_head(self) -> bool:
@@ -265,6 +265,10 @@ def prompts_differ(model: Any, layers: PackedLayers) -> str | None:
                 if (why := difference(f"{name} of prompts", *pairs)) is not None:
                     return why
     return None
+
+
+def _weights(layers: Any) -> Iterator[Tensor]:
+    return (p for layer in layers for p in layer.parameters() if p.dim() == 2)
 
 
 def _attended(

@@ -83,14 +83,15 @@ def _together(
 ) -> list[list[Completion]]:
     """What each returns, called at the same time, each with its share of the threads; the first in this
     thread. The error of one ends all, and is raised."""
-    threads = torch.get_num_threads()
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     done: list[list[Completion]] = [[] for _ in runs]
     errors: list[BaseException] = []
 
     def run(number: int) -> None:
         try:
             torch.set_num_threads(max(1, threads // len(runs)))  # of this thread
-            done[number] = runs[number]()
+            with torch.inference_mode(inference):
+                done[number] = runs[number]()
         except BaseException as error:
             errors.append(error)
             for stream in streams:
@@ -101,9 +102,9 @@ def _together(
         for other in others:
             other.start()
         run(0)
+    finally:
         for other in others:
             other.join()
-    finally:
         torch.set_num_threads(threads)  # MKL has one number for all threads
     if errors:
         raise errors[0]
