@@ -99,7 +99,8 @@ class Slots:
         prompt each row has. False if the model left no keys and values to take (it is no attention model)."""
         if not _holds(prompts, max(lengths)):
             return False
-        kept: Any = [(layer.keys, layer.values) for layer in prompts.layers]
+        layers: Any = prompts.layers
+        kept = [(layer.keys, layer.values) for layer in layers]
         self.take(kept, lengths, source)
         return True
 

@@ -255,13 +255,13 @@ def prompts_differ(model: Any, layers: PackedLayers) -> str | None:
         with undisturbed(model), torch.no_grad():
             with disabled():
                 theirs = torch.cat(own_logits(model, prompts, device, 1))
-                cache = prompts_read(model, prompts, device)
+                cache: Any = prompts_read(model, prompts, device)
             ours, kept = layers.read(ids, None if bool(own.all()) else own)
         if (why := difference("logits behind prompts", ours, theirs)) is not None:
             return why
         for (k, v), layer in zip(kept, cache.layers, strict=True):
             for name, mine, their in (("keys", k, layer.keys), ("values", v, layer.values)):
-                pairs = [(x.transpose(1, 2)[own].flatten(1)) for x in (mine, their)]  # pyright: ignore
+                pairs = [(x.transpose(1, 2)[own].flatten(1)) for x in (mine, their)]
                 if (why := difference(f"{name} of prompts", *pairs)) is not None:
                     return why
     return None

@@ -124,7 +124,8 @@ def _opened(
         request.pad_id, None if head is None else [], work, limits_of(request.limits, draws),
     )  # fmt: skip
     with evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device):
-        step = None if turns or not request.prompts else decode_step.by_itself(model, asked.longest)
+        plainly = request.prompts and not turns and not decode_graphs.records(device)
+        step = decode_step.by_itself(model, asked.longest) if plainly else None
         if step is not None:
             yield replace(asked, step=step), None
             return
