@@ -82,6 +82,13 @@ def test_streams_compute_in_the_mode_of_their_caller() -> None:
     assert done == sampled(model)
 
 
+@pytest.mark.parametrize("name", ["AT_MOST", "MOST"])
+def test_large_matrices_are_read_by_one_stream(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, name, 1)
+    monkeypatch.setattr(streams, "shared_out", None)  # which would be called
+    assert len(sampled(llama())) == len(PROMPTS)
+
+
 def test_an_error_in_one_stream_ends_all_and_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     model, main = llama(), threading.get_ident()
     sampled(model)  # which tries its paths

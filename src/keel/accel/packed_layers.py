@@ -105,8 +105,8 @@ class PackedLayers:
         self._last = Matrix([last.self_attn.k_proj, last.self_attn.v_proj], _factor(last.input_layernorm))
         self._norm, self._head = trunk.norm, model.lm_head
         self._least = _least(trunk.norm)
-        large = sum(p.nbytes for p in (*_weights(trunk.layers), model.lm_head.weight)) > PACKED_AT_MOST
-        packed = packs(model.lm_head) == torch.float32 and not large
+        self.nbytes = sum(p.nbytes for p in (*_weights(trunk.layers), model.lm_head.weight))
+        packed = packs(model.lm_head) == torch.float32 and self.nbytes <= PACKED_AT_MOST
         self._packed_head = Matrix([model.lm_head], _factor(trunk.norm)) if packed else None
 
     @property

@@ -27,6 +27,7 @@ from keel.rollout.stream import Stream
 from keel.types import Completion
 
 LEAST = 32  # slots of a stream
+AT_MOST = 2**26  # bytes of a model's matrices, which each stream reads in each step
 MOST = 4  # streams: beyond, threads wait for Python's interpreter, which runs one of them at a time
 
 
@@ -36,7 +37,8 @@ def sample_in_streams(
     """One completion a prompt, in order; through as many streams as there are threads and rows for."""
     slots = min(batch_size, len(asked.prompts))
     count = min(torch.get_num_threads(), slots // LEAST, MOST)
-    if asked.step is None or count < 2 or not enabled("decode_streams"):
+    layers = asked.step and asked.step.whole
+    if layers is None or layers.nbytes > AT_MOST or count < 2 or not enabled("decode_streams"):
         return Stream(asked, batch_size, steps).run()
     parts = shared_out(asked.prompts, count)
     room = [slots // count + (number < slots % count) for number in range(count)]
