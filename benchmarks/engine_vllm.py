@@ -58,9 +58,9 @@ def of_keel(folder: str, dtype: str, asked: list[list[int]]) -> Callable[[int], 
     from keel.rollout.engine import generate
     from keel.types import Sampling
 
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    policy: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if dtype != "float32":
-        policy = prepare_model(policy, dtype, torch.device("cpu"))
+        policy = prepare_model(policy, dtype)
 
     def sample(seed: int) -> int:
         done = generate(policy, asked, Sampling(NEW), stop_ids=[EOS], pad_id=0, seed=seed, batch_size=SLOTS)
@@ -104,7 +104,7 @@ def measured(python: str, side: str, folder: Path, asked: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--vllm", default=sys.executable, help="an interpreter with vLLM")
     parser.add_argument("--size", default="small", choices=["small", "half"])
     parser.add_argument("--dtype", default="float32", help="of both sides; keel takes `auto` too")

@@ -73,6 +73,11 @@ def recorder(device: torch.device) -> Record | None:
     return Graphs(device) if device.type == "cuda" else None
 
 
+def records(device: torch.device) -> bool:
+    """Whether steps are recorded on a device, and that is switched on."""
+    return enabled("decode_graphs") and recorder(device) is not None
+
+
 class Captured:
     """The recorded steps of one model."""
 

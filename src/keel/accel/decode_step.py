@@ -19,10 +19,11 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 from transformers.activations import SiLUActivation
 
 from keel.accel.cpu_linear import PACKED_AT_MOST, PrepackedWeight, packs, prepacked, sized
+from keel.accel.decode_trial import COLUMNS, decoded_otherwise, precision_of
 from keel.accel.decode_trial import Step as AnyStep
-from keel.accel.decode_trial import decoded_otherwise, precision_of
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import plain_of, surrounded, with_cache
+from keel.accel.packed_layers import KeysAndValues, PackedLayers, prompts_differ
 from keel.accel.patches import disabled, enabled, trusted
 from keel.accel.trial_inputs import beyond_windows
 
@@ -32,7 +33,8 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not depend 
 
 class Step:
     """The step for one model, up to `columns` positions. Made anew for each call of the engine, as weights
-    change. On a CPU that computes in bfloat16 its matrices are laid out once."""
+    change. On a CPU its matrices are laid out once; where that is in float32, the step and the reading of
+    prompts are those of `packed_layers`."""
 
     def __init__(self, model: nn.Module, columns: int) -> None:
         self.model = plain_of(model)
@@ -47,10 +49,43 @@ class Step:
         self.half, self.groups = half, config.num_key_value_heads
         self.heads = config.num_attention_heads
         self.dtype = _packs(self.model)
-        self.packed = [_Layer.of(layer, self.dtype) for layer in trunk.layers] if self.dtype else None
+        self.whole = self.packed = None
+        if self.dtype == torch.float32:
+            self.whole = PackedLayers(self.model, self.cos, self.sin)
+        elif self.dtype:
+            self.packed = [_Layer.of(layer, self.dtype) for layer in trunk.layers]
 
-    def __call__(self, ids: Tensor, slots: Slots) -> Tensor:
-        """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`."""
+    @property
+    def reads(self) -> bool:
+        """Whether `read` may be called: switched on, and tried against the model's own forward."""
+        plain = self.model
+
+        def trial() -> str | None:
+            layers = Step(plain, COLUMNS).whole
+            return "its layers are not laid out" if layers is None else prompts_differ(plain, layers)
+
+        return self.whole is not None and trusted(
+            "prompt_reading", plain, trial, depends_on=precision_of(plain)
+        )
+
+    @property
+    def by_itself(self) -> bool:
+        """Whether nothing of the model's own forward runs in `read` and in a step, so that several threads
+        may call them at once, and a hook on the head is not called."""
+        return self.whole is not None and self.whole.has_head and self.reads
+
+    def read(
+        self, ids: Tensor, own: Tensor | None, seen: list[Tensor] | None = None
+    ) -> tuple[Tensor, KeysAndValues]:
+        """As `PackedLayers.read`."""
+        assert self.whole is not None
+        return self.whole.read(ids, own, seen)
+
+    def __call__(self, ids: Tensor, slots: Slots, seen: list[Tensor] | None = None) -> Tensor:
+        """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`. seen:
+        where what the head is given is put, if the step is one `by_itself`."""
+        if self.whole is not None:
+            return self.whole.step(ids, slots, seen)
         trunk, positions, mask = self.model.model, slots.positions, slots.mask()
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (n, 1, d)
         if mask is not None:
@@ -141,7 +176,7 @@ class _Layer(NamedTuple):
 
 def _packs(model: Any) -> torch.dtype | None:
     """The precision in which a model computes, where that is on the CPU and every layer is one that may be
-    laid out in it; None otherwise, and where what is laid out in float32 would be large."""
+    laid out in it; None otherwise, and where what is laid out in float32 would be large, without the head."""
     layers = model.model.layers
     if not all(isinstance(layer.mlp.act_fn, (SiLUActivation, nn.SiLU)) for layer in layers):
         return None
@@ -166,6 +201,15 @@ def fits(model: nn.Module) -> bool:
     plain = plain_of(model)
     trial = lambda: decoded_otherwise(plain, lambda slots, columns: Step(plain, columns))  # noqa: E731
     return trusted("decode_step", plain, trial, depends_on=precision_of(plain))
+
+
+def by_itself(model: nn.Module, columns: int) -> Step | None:
+    """A step for up to `columns` positions that calls nothing of the model's own; None where there is none
+    for this model. To be asked before a hook is put on the head."""
+    if not fits(model) or _packs(plain_of(model)) != torch.float32:
+        return None
+    step = Step(model, columns)
+    return step if step.by_itself else None
 
 
 def has_shape(model: nn.Module) -> bool:

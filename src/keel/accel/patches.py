@@ -137,6 +137,27 @@ PATCHES: Mapping[str, Patch] = {
             "a step of transformers' own modules is bound by its products",
         ),
         Patch(
+            "prompt_reading",
+            "keel.accel.packed_layers",
+            "forward over prompts before decode steps, in float32 on the CPU",
+            "at first use: logits, keys and values of prompts of several lengths",
+            "a forward of transformers' own modules without gradient is bound by its products",
+        ),
+        Patch(
+            "row_attention",
+            "keel.accel.row_attention",
+            "torch's kernel in a decode step of many rows, in float32 on the CPU: each reads its own tokens",
+            "once: values for rows of several lengths, against torch's kernel",
+            "torch's kernel reads a row's keys as fast as memory gives them",
+        ),
+        Patch(
+            "decode_streams",
+            "keel.rollout.streams",
+            "threads inside each operation of a decode step on the CPU, by one thread for a part of the rows",
+            "none: each thread takes the step that was tried",
+            "torch's operations on few rows are as fast with two threads as two of them on one thread each",
+        ),
+        Patch(
             "decode_graphs",
             "keel.accel.decode_graphs",
             "the decode step on CUDA, by one recorded as a CUDA graph",

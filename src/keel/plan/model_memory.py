@@ -192,7 +192,10 @@ def laid_out(model: Model) -> float:
     if not known or model.device != "cpu" or model.dtype not in ("float32", "auto") or casts(model):
         return 0
     size = FLOAT32 * model.shape.layers * sum(x.inputs * x.outputs for x in model.shape.linears())
-    return size if size <= cpu_linear.PACKED_AT_MOST else 0
+    if size > cpu_linear.PACKED_AT_MOST:
+        return 0
+    head = FLOAT32 * model.shape.vocab * model.shape.hidden if model.head == "lm" else 0
+    return size + (head if size + head <= cpu_linear.PACKED_AT_MOST else 0)
 
 
 def kv_cache(model: Model, rows: int, length: int) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from keel.accel.decode_step import Step
 from keel.data.stops import StopTexts
 from keel.rollout.protocol import TokenCount
 from keel.types import Completion, Sampling, StopReason
@@ -28,6 +29,8 @@ class Asked:
     seen: list[Tensor] | None  # where `models.head.capture_head_input` puts what the head is given
     work: TokenCount
     limits: Tensor  # (N,) the most tokens of each response, on the model's device
+    # a step and a reading of prompts that call nothing of the model, and fill `seen` themselves
+    step: Step | None = None
 
     @property
     def longest(self) -> int:

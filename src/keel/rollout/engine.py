@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from keel.rollout.protocol import Answer, GenerationRequest, Rows, TokenCount
 from keel.rollout.rounds import in_rounds
 from keel.rollout.sampling import check_context, uniform_draws
 from keel.rollout.stream import Stream, Turns
+from keel.rollout.streams import sample_in_streams
 from keel.types import Completion, Sampling
 
 
@@ -51,7 +53,7 @@ class KeelEngine:
         if not request.prompts:
             return
         work, outside = count or TokenCount(), as_here(answer)
-        with _opened(self.model, request, work) as (asked, steps):
+        with _opened(self.model, request, work, turns=True) as (asked, steps):
             slots = way_of(self.model, asked.longest) == "slots"
             if slots and kept_turns.fits(self.model, asked.longest):
                 turns = Turns(asked, request, outside)
@@ -106,33 +108,32 @@ def generate(
 
 @contextmanager
 def _opened(
-    model: PreTrainedModel, request: GenerationRequest, work: TokenCount
+    model: PreTrainedModel, request: GenerationRequest, work: TokenCount, *, turns: bool = False
 ) -> Iterator[tuple[Asked, decode_graphs.Captured | None]]:
-    """What every way to sample works on, and recorded steps; within it the model samples."""
+    """What every way to sample works on, and recorded steps; within it the model samples. turns: rows go on,
+    which they do by the model's own forward."""
     check_context(model, request.prompts, request.sampling, request.limits)
     draws = None if request.draws is None else request.draws.clone()  # later turns write theirs over it
     if draws is None:
         draws = uniform_draws(len(request.prompts), request.sampling, request.seed, request.rows)
     device = next(model.parameters()).device
     head = head_of(model) if request.keep_head_inputs else None
-    looking = nullcontext() if head is None else capture_head_input(head)
-    with (
-        evaluating(model),
-        keep_bf16_copies(model),
-        torch.no_grad(),
-        computing(model, device),
-        looking as seen,
-        decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
-    ):
-        draws = draws.to(device)
-        most = limits_of(request.limits, draws)
-        yield (
-            Asked(
-                model, request.prompts, draws, request.sampling, request.stop_ids, request.stop_texts,
-                request.pad_id, seen, work, most,
-            ),
-            steps,
-        )  # fmt: skip
+    draws = draws.to(device)
+    asked = Asked(
+        model, request.prompts, draws, request.sampling, request.stop_ids, request.stop_texts,
+        request.pad_id, None if head is None else [], work, limits_of(request.limits, draws),
+    )  # fmt: skip
+    with evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device):
+        plainly = request.prompts and not turns and not decode_graphs.records(device)
+        step = decode_step.by_itself(model, asked.longest) if plainly else None
+        if step is not None:
+            yield replace(asked, step=step), None
+            return
+        with (
+            nullcontext() if head is None else capture_head_input(head) as seen,
+            decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
+        ):
+            yield replace(asked, seen=seen), steps
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
@@ -165,5 +166,5 @@ def _sampled(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None
     if way == "whole forwards":
         return reference_engine.sample(asked)
     if way == "slots":
-        return Stream(asked, batch_size, steps).run()
+        return sample_in_streams(asked, batch_size, steps)
     return even_rows.sample(asked, batch_size if way == "own cache" else 1)

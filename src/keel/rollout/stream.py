@@ -101,13 +101,16 @@ class Stream:
         device, longest = asked.draws.device, asked.longest
         # transformers' own cache makes float32 of the values where the rotated keys are
         kept = torch.bfloat16 if autocast_on(model, device) else None
-        self.asked, self.turns, self._recorded = asked, turns, steps is not None
+        self.asked, self.turns, self._recorded, self._stopped = asked, turns, steps is not None, False
         spare = max(SPARE_COLUMNS, longest // SPARE_SHARE)
         self.slots = Slots(min(batch_size, len(prompts)), longest + spare, device, kept)
         if steps is not None:
             self._forward = decode_graphs.Step(model, steps, self.slots, longest, asked.seen)
         else:
-            self._forward = decode_step.Step(model, longest) if decode_step.fits(model) else None
+            self._forward = asked.step
+            if asked.step is None and decode_step.fits(model):
+                self._forward = decode_step.Step(model, longest)
+        self._seen = asked.seen if asked.step else None  # a hook fills it otherwise
         self.drawn = Drawn.open(asked.draws, asked.stop_ids, asked.stop_texts)
         # of similar length, so that little is padded; equal ones side by side, so that they are read once
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
@@ -117,7 +120,7 @@ class Stream:
     def run(self) -> list[Completion]:
         """One completion a prompt, in order: the last of each, with turns."""
         asked, slots = self.asked, self.slots
-        while self.waiting or len(slots) or (self.turns and self.turns.ready):
+        while not self._stopped and (self.waiting or len(slots) or (self.turns and self.turns.ready)):
             # 1. rows that go on, or waiting prompts, take free slots, several at a time; or all take a step
             logits, source, fresh = self._going_on() or self._begun() or self._stepped()
             # 2. a token each
@@ -132,6 +135,10 @@ class Stream:
             # 3. rows that have ended leave
             self._leave(part)
         return completions_of(asked.prompts, self.drawn, asked.limits) if self.turns is None else []
+
+    def stop(self) -> None:
+        """End before the next step, whatever is missing then."""
+        self._stopped = True
 
     def _leave(self, part: slice) -> None:
         ended = self.drawn.ended(self.rows, self.newest, self.made, part)
@@ -170,7 +177,7 @@ class Stream:
             return None
         fresh, self.waiting = self.waiting[:free], self.waiting[free:]
         new = [tuple(asked.prompts[i]) for i in fresh]
-        logits, source = _read(asked.model, new, slots, asked.pad_id)
+        logits, source = self._read(new)
         asked.work.computed += len(set(new)) * max(map(len, new))
         asked.work.passes += 1
         self._admitted(fresh)
@@ -183,37 +190,48 @@ class Stream:
         asked.work.computed += decode_static.rows_of(slots) if self._recorded else len(slots)
         asked.work.passes += 1
         forward, newest = self._forward, self.newest
-        logits = forward(newest, slots) if forward else _step(asked.model, newest, slots)
+        if isinstance(forward, decode_step.Step):
+            logits = forward(newest, slots, self._seen)
+        else:
+            logits = forward(newest, slots) if forward else _step(asked.model, newest, slots)
         slots.step()
         return logits, None, 0
 
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V)
+        logits of their first tokens, and (n,) which of the distinct prompts each has."""
+        slots, asked, forward = self.slots, self.asked, self._forward
+        distinct = list(dict.fromkeys(prompts))
+        where = {prompt: i for i, prompt in enumerate(distinct)}
+        source, lengths = [where[prompt] for prompt in prompts], [len(prompt) for prompt in distinct]
+        width, device = max(lengths), slots.starts.device
+        ids = torch.tensor([[asked.pad_id] * (width - len(p)) + list(p) for p in distinct], device=device)
+        behind = torch.tensor([width - n for n in lengths], device=device)[:, None]
+        own = torch.arange(width, device=device)[None, :] >= behind
+        if isinstance(forward, decode_step.Step) and forward.reads:
+            logits, kept = forward.read(ids, None if min(lengths) == width else own, self._seen)
+            slots.take(kept, lengths, source)
+        else:
+            logits, cache = _read(asked.model, ids, own)
+            if not slots.admit(cache, lengths, source):
+                raise RuntimeError(
+                    "the cache has no keys and values for each position, as it had when it was tried"
+                )
+        index = torch.tensor(source, device=device)
+        return logits[index], index
 
-def _read(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], slots: Slots, pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Read each distinct prompt once, padded on the left, into the slots of all that have it: (n, V) logits
-    of their first tokens, and (n,) which of the distinct prompts each has."""
-    distinct = list(dict.fromkeys(prompts))
-    where = {prompt: i for i, prompt in enumerate(distinct)}
-    lengths = [len(prompt) for prompt in distinct]
-    width, device = max(lengths), slots.starts.device
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in distinct], device=device)
-    own = (
-        torch.arange(width, device=device)[None, :]
-        >= torch.tensor([width - n for n in lengths], device=device)[:, None]
-    )
-    cache = DynamicCache()
-    last = torch.arange(width - 1, len(distinct) * width, width, device=device)
+
+def _read(model: PreTrainedModel, ids: Tensor, own: Tensor) -> tuple[Tensor, DynamicCache]:
+    """By the model's own forward: (B, W) ids, True at a row's own, → (B, V) logits behind the last ones, and
+    their keys and values."""
+    cache, (rows, width) = DynamicCache(), ids.shape
+    last = torch.arange(width - 1, rows * width, width, device=ids.device)
     with last_layer_at(model, last, ids.shape):
         output = model(
             input_ids=ids, attention_mask=own.long(), position_ids=(own.cumsum(1) - 1).clamp(min=0),
             **with_cache(model, cache), **logits_of_last(model),
         )  # fmt: skip
-    source = [where[prompt] for prompt in prompts]
-    index = torch.tensor(source, device=device)
-    if not slots.admit(cache, lengths, source):
-        raise RuntimeError("the cache has no keys and values for each position, as it had when it was tried")
-    return output.logits[:, -1][index], index
+    return output.logits[:, -1], cache
 
 
 def _step(model: PreTrainedModel, newest: Tensor, slots: Slots) -> Tensor:

@@ -1,0 +1,301 @@
+"""The layers of a Llama-shaped model (Llama, Mistral, Qwen2, Qwen3) without gradient, on the CPU in float32:
+for what a sampler does, a step of few rows and the reading of prompts.
+
+Matrices are laid out once a call of the engine, as oneDNN wants them; without it each product lays its matrix
+out anew, which for 64 rows takes as long as the product. Queries, keys and values are one product. A norm's
+weights are multiplied into the matrices behind it, so that what is left of the norm is a division of each row
+by √(|x|² + d·eps), and silu, the product of the gated halves and the sums with the residual stream are taken
+by oneDNN where it writes a product's result. Of the last layer of prompts only the last position goes on
+behind its keys and values, as only that makes logits.
+
+What it costs: as much memory as the weights, as long as a call takes. The numbers are the model's own up to
+rounding; they are tried before the first use with a model (`decode_step.fits`, `prompts_differ`). Left out:
+layers with adapters, hooks or other precisions, whose own forward runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from keel.accel.cpu_linear import PACKED_AT_MOST, USUAL, packs, sized
+from keel.accel.decode_trial import SEQUENCES, STEPS, own_logits, prompts_read
+from keel.accel.kv_slots import Slots
+from keel.accel.modules import undisturbed
+from keel.accel.patches import difference, disabled
+from keel.accel.row_attention import Spans, spans_of
+
+KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer: (B, groups, S, D)
+
+
+class Matrix:
+    """x Wᵀ + b with W (n, k) laid out. factor: (k,) that x is multiplied by before."""
+
+    def __init__(self, layers: Sequence[Any], factor: Tensor | None = None) -> None:
+        """layers: linear layers with one input, whose results stand side by side."""
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        if factor is not None:
+            weight = weight * factor
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL)
+        biased = any(layer.bias is not None for layer in layers)
+        biases = [
+            torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach() for layer in layers
+        ]
+        self._bias = torch.cat(biases) if biased else None
+
+    def __call__(self, x: Tensor, then: str = "none") -> Tensor:
+        """(M, k) → (M, n). then: "swish" is silu."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, then, [], "")
+
+    def with_other(self, x: Tensor, other: Tensor, how: str) -> Tensor:
+        """(M, k) → (M, n), times or plus another (M, n): "mul", "add"."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, how)
+
+
+class Layer(NamedTuple):
+    """The matrices of a layer."""
+
+    qkv: Matrix
+    out: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    before: Tensor  # () √(d · eps) of the norm before attention
+    between: Tensor  # and of the one before the gated part
+    heads: tuple[Tensor, Tensor] | None  # of norms of queries and keys: (H + G, D) weights, and √(D · eps)
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: Any, queries: int, groups: int) -> Layer:
+        own, mlp = layer.self_attn, layer.mlp
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        heads = None
+        if hasattr(own, "q_norm"):
+            norms = own.q_norm, own.k_norm
+            sides = (_factor(norm).expand(count, -1) for norm, count in zip(norms, (queries, groups)))
+            heads = torch.cat([*sides]), _least(own.q_norm)
+        return cls(
+            Matrix([own.q_proj, own.k_proj, own.v_proj], _factor(first)), Matrix([own.o_proj]),
+            Matrix([mlp.gate_proj], _factor(second)), Matrix([mlp.up_proj], _factor(second)),
+            Matrix([mlp.down_proj]), _least(first), _least(second), heads, own.scaling,
+        )  # fmt: skip
+
+    def behind(self, x: Tensor, attended: Tensor) -> Tensor:
+        """(M, d) residual stream and (M, H · D) what was attended → (M, d), the layer's result."""
+        x = self.out.with_other(attended, x, "add")
+        h = _normed(x, self.between)
+        return self.down.with_other(self.up.with_other(h, self.gate(h, "swish"), "mul"), x, "add")
+
+
+class PackedLayers:
+    """All layers of a model, its last norm, and its head where that can be laid out, too."""
+
+    def __init__(self, model: Any, cos: Tensor, sin: Tensor) -> None:
+        """cos, sin: (positions, D), the sine signed for halves that swap places."""
+        config, trunk = model.config, model.model
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.cos, self.sin, self.embed = cos, sin, trunk.embed_tokens
+        self.layers = [Layer.of(layer, self.heads, self.groups) for layer in trunk.layers]
+        last = trunk.layers[-1]
+        self._last = Matrix([last.self_attn.k_proj, last.self_attn.v_proj], _factor(last.input_layernorm))
+        self._norm, self._head = trunk.norm, model.lm_head
+        self._least = _least(trunk.norm)
+        self.nbytes = sum(p.nbytes for p in (*_weights(trunk.layers), model.lm_head.weight))
+        packed = packs(model.lm_head) == torch.float32 and self.nbytes <= PACKED_AT_MOST
+        self._packed_head = Matrix([model.lm_head], _factor(trunk.norm)) if packed else None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head's module is not called, nor a hook on it."""
+        return self._packed_head is not None
+
+    def logits(self, x: Tensor, n: int, seen: list[Tensor] | None) -> Tensor:
+        """(M, d) → (n, V) of the first n. seen: where (n, d), what the head is given, is put, unless a hook
+        on the head does it."""
+        unit = _normed(x, self._least)
+        if self._packed_head is None:
+            return self._head(unit[:n] * _factor(self._norm))
+        if seen is not None:
+            seen.append(unit[:n] * _factor(self._norm))
+        return self._packed_head(unit)[:n]
+
+    # ---------------------------------------------------------------- one token of each row
+
+    def step(self, ids: Tensor, slots: Slots, seen: list[Tensor] | None = None) -> Tensor:
+        """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`."""
+        n, positions = len(ids), slots.positions
+        size = sized(n)  # rows behind the n fill a size up; nobody reads them
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (n, 1, D)
+        look = _Look.of(slots, self.heads)
+        x = self.embed(_filled(ids, size))
+        for layer, held in zip(self.layers, slots.layers, strict=True):
+            both, v = self._parts(layer.qkv(_normed(x, layer.before))[:n])
+            both = self._rotated(layer, both, cos, sin)
+            held.k[:n, :, slots.column] = both[:, self.heads :]
+            held.v[:n, :, slots.column] = v
+            attended = look.attend(both[:, : self.heads], held.k, held.v, layer.scaling)
+            x = layer.behind(x, _filled(attended, size))
+        return self.logits(x, n, seen)
+
+    def _parts(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, (H + 2 G) · D) → (…, H + G, D) queries and keys, (…, G, D) values."""
+        parts = qkv.unflatten(-1, (self.heads + 2 * self.groups, -1))
+        return parts[..., : self.heads + self.groups, :], parts[..., self.heads + self.groups :, :]
+
+    def _rotated(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
+        """(M, …, D) queries, or keys, or both, the head number `first` of them first."""
+        if layer.heads is not None:
+            weight, least = layer.heads
+            x = _normed(x, least).mul_(weight[first : first + x.shape[-2]])
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+    # ---------------------------------------------------------------- prompts
+
+    def read(
+        self, ids: Tensor, own: Tensor | None, seen: list[Tensor] | None = None
+    ) -> tuple[Tensor, KeysAndValues]:
+        """Read prompts: (B, W) ids, padded on the left; own: (B, W) True at a row's own tokens, or None where
+        all are. (B, V) logits behind the last tokens, and each layer's keys and values."""
+        rows, width = ids.shape
+        count = rows * width
+        places = torch.arange(width)[None] if own is None else (own.cumsum(1) - 1).clamp_(min=0)
+        cos, sin = (table[places].unsqueeze(2) for table in (self.cos, self.sin))  # (1 or B, W, 1, D)
+        mask = None
+        if own is not None:  # what stands before a row's own tokens looks at itself, so that it is finite
+            before = torch.ones(width, width, dtype=torch.bool).tril()
+            mask = own[:, None, None, :] & before | torch.eye(width, dtype=torch.bool)
+        size, kept = sized(count), KeysAndValues()
+        x = self.embed(_filled(ids.flatten(), size))
+        for layer in self.layers[:-1]:
+            both, v = self._parts(layer.qkv(_normed(x, layer.before))[:count].view(rows, width, -1))
+            both = self._rotated(layer, both, cos, sin)
+            q, k, v = (
+                part.transpose(1, 2) for part in (both[:, :, : self.heads], both[:, :, self.heads :], v)
+            )
+            kept.append((k, v))
+            attended = _attended(q, k, v, mask, layer.scaling).transpose(1, 2).reshape(count, -1)
+            x = layer.behind(x, _filled(attended, size))
+        x = self._read_last(x, (rows, width), cos, sin, mask, kept)
+        return self.logits(x, rows, seen), kept
+
+    def _read_last(
+        self,
+        x: Tensor,
+        shape: tuple[int, int],
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        kept: KeysAndValues,
+    ) -> Tensor:
+        """The last layer: the keys and values of all tokens, which are put to those kept, and all else at the
+        last token of each row. (M, d) → (B or more, d)."""
+        layer, (rows, width) = self.layers[-1], shape
+        h = _normed(x, layer.before)
+        both = self._last(h)[: rows * width].view(rows, width, 2 * self.groups, -1)
+        k = self._rotated(layer, both[:, :, : self.groups], cos, sin, self.heads).transpose(1, 2)
+        v = both[:, :, self.groups :].transpose(1, 2)
+        kept.append((k, v))
+        last, size = torch.arange(width - 1, rows * width, width), sized(rows)
+        q = self._parts(layer.qkv(_filled(h[last], size))[:rows])[0][:, : self.heads]
+        q = self._rotated(layer, q, cos[:, -1], sin[:, -1])[:, :, None]
+        seen = None if mask is None else mask[:, :, -1:]
+        attended = _attended(q, k, v, seen, layer.scaling, last=True).reshape(rows, -1)
+        return layer.behind(_filled(x[last], size), _filled(attended, size))
+
+
+class _Look(NamedTuple):
+    """What the newest tokens look at."""
+
+    spans: Spans | None
+    blocks: Sequence[tuple[slice, slice, Tensor | None]]  # rows, columns, mask
+
+    @classmethod
+    def of(cls, slots: Slots, heads: int) -> _Look:
+        spans = spans_of(slots, heads)
+        if spans is not None:
+            return cls(spans, ())
+        mask = slots.mask()
+        own = [
+            None if mask is None else mask[rows, None, None, low - slots.low :]
+            for rows, low in slots.blocks()
+        ]
+        columns = [(rows, slice(low, slots.column + 1)) for rows, low in slots.blocks()]
+        return cls(None, [(*where, seen) for where, seen in zip(columns, own, strict=True)])
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """(n, H, D) queries, a layer's keys and values → (n, H · D)."""
+        if self.spans is not None:
+            return self.spans.attend(q, keys, values, scale)
+        # the heads that share keys and values are as many queries to them
+        n, shared = len(q), q.reshape(len(q), keys.shape[1], -1, q.shape[-1]).to(keys.dtype)
+        found = [
+            scaled_dot_product_attention(
+                shared[rows], keys[rows, :, columns], values[rows, :, columns], attn_mask=own, scale=scale
+            )
+            for rows, columns, own in self.blocks
+        ]
+        return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
+
+
+def prompts_differ(model: Any, layers: PackedLayers) -> str | None:
+    """What differs between `read` and the model's own forward, for prompts of several lengths and of one;
+    None if nothing does."""
+    device = next(model.parameters()).device
+    lengths = ([len(row) - STEPS for row in SEQUENCES], [min(map(len, SEQUENCES))] * len(SEQUENCES))
+    for counts in lengths:
+        prompts = [row[:count] for row, count in zip(SEQUENCES, counts, strict=True)]
+        width = max(counts)
+        ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in prompts])
+        own = torch.arange(width) >= width - torch.tensor(counts)[:, None]
+        with undisturbed(model), torch.no_grad():
+            with disabled():
+                theirs = torch.cat(own_logits(model, prompts, device, 1))
+                cache: Any = prompts_read(model, prompts, device)
+            ours, kept = layers.read(ids, None if bool(own.all()) else own)
+        if (why := difference("logits behind prompts", ours, theirs)) is not None:
+            return why
+        for (k, v), layer in zip(kept, cache.layers, strict=True):
+            for name, mine, their in (("keys", k, layer.keys), ("values", v, layer.values)):
+                pairs = [(x.transpose(1, 2)[own].flatten(1)) for x in (mine, their)]
+                if (why := difference(f"{name} of prompts", *pairs)) is not None:
+                    return why
+    return None
+
+
+def _weights(layers: Any) -> Iterator[Tensor]:
+    return (p for layer in layers for p in layer.parameters() if p.dim() == 2)
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, last: bool = False
+) -> Tensor:
+    """(B, H, S, D) queries of all positions, or (B, H, 1, D) of the last one."""
+    causal = mask is None and not last
+    shared = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
+    )
+
+
+def _normed(x: Tensor, least: Tensor) -> Tensor:
+    """x / √(|x|² + d · eps); a root-mean-square norm but for its weights and √d."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)
+
+
+def _factor(norm: Any) -> Tensor:
+    """What is left of a norm: (d,)."""
+    return norm.weight.detach() * math.sqrt(norm.weight.shape[-1])
+
+
+def _least(norm: Any) -> Tensor:
+    return torch.tensor(math.sqrt(norm.weight.shape[-1] * norm.variance_epsilon))
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """(n, …) with zeros behind it, up to so many rows."""
+    return x if len(x) == rows else pad(x, (*[0] * (2 * x.dim() - 1), rows - len(x)))

@@ -1,0 +1,117 @@
+"""Layers laid out once, and attention over each row's own tokens, against the model's own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
+from transformers import Qwen3ForCausalLM as Qwen3
+
+from keel.accel import packed_layers, patches, row_attention
+from keel.accel.decode_step import Step, by_itself, fits
+from keel.accel.decode_trial import decoded_otherwise
+from keel.accel.kv_slots import Slots
+from keel.accel.packed_layers import prompts_differ
+from keel.accel.row_attention import Spans, spans_of
+
+pytestmark = pytest.mark.usefixtures("accel_on")
+SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "initializer_range": 0.3}
+
+
+def model_of(kind: str, groups: int) -> Any:
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {**SIZES, **HEADS, "num_key_value_heads": groups}
+    match kind:
+        case "llama":
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+        case "qwen2":  # biases
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        case _:  # normed queries and keys
+            model = Qwen3(Qwen3Config(head_dim=16, **sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("spans", [True, False])
+@pytest.mark.parametrize(("kind", "groups"), [("llama", 4), ("llama", 2), ("qwen2", 4), ("qwen3", 4)])
+def test_steps_and_prompts_are_the_models_own(
+    kind: str, groups: int, spans: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_attention, "LEAST", 1 if spans else 10**6)
+    taken = list[Any]()
+    monkeypatch.setattr(packed_layers, "spans_of", lambda *given: taken.append(spans_of(*given)) or taken[-1])
+    model = model_of(kind, groups)
+    with torch.no_grad():
+        assert decoded_otherwise(model, lambda _, columns: Step(model, columns)) is None
+        layers = Step(model, 16).whole
+        assert layers is not None
+        assert prompts_differ(model, layers) is None
+    assert all((found is not None) == (spans and groups == 4) for found in taken)
+    assert taken
+
+
+def test_a_reading_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly = packed_layers._attended
+
+    def without_the_first(*given: Any, **more: Any) -> torch.Tensor:
+        return plainly(*given, **more) * 1.1
+
+    monkeypatch.setattr(packed_layers, "_attended", without_the_first)
+    model = model_of("llama", 4)
+    with torch.no_grad():
+        assert fits(model)  # steps do not read so
+        with pytest.warns(patches.AccelWarning, match="prompt_reading is off"):
+            assert by_itself(model, 16) is None
+
+
+def test_a_step_calls_nothing_of_the_model_or_is_not_one_by_itself() -> None:
+    model = model_of("llama", 4)
+    with torch.no_grad():
+        step = by_itself(model, 16)
+        assert step is not None
+        assert step.by_itself
+        with patches.disabled("prompt_reading"):
+            assert by_itself(model, 16) is None
+        with patches.disabled("cpu_linear"):
+            assert by_itself(model, 16) is None
+        model.lm_head.register_forward_pre_hook(lambda *_: None)
+        assert by_itself(model, 16) is None
+
+
+def test_each_row_reads_its_own_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, 3, size, 8, generator=generator) for size in (1, 12, 12))
+    starts, column = torch.tensor([4, 0, 9, 7, 4]), 9
+    seen = torch.arange(column + 1) >= starts[:, None]
+    expected = scaled_dot_product_attention(
+        q, k[:, :, : column + 1], v[:, :, : column + 1], attn_mask=seen[:, None, None], scale=0.5
+    ).reshape(5, -1)
+    for tensor in (k, v):  # what is not a row's own is not looked at
+        tensor[:, :, column + 1 :] = float("nan")
+        for row, start in enumerate(starts.tolist()):
+            tensor[row, :, :start] = float("nan")
+    spans = Spans(starts, column, 3, 12)
+    for _ in range(2):  # layers have them in common
+        torch.testing.assert_close(spans.attend(q[:, :, 0], k, v, 0.5), expected)
+
+
+def test_spans_are_for_many_rows_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(20, 300, torch.device("cpu"))
+    kept = torch.zeros(20, 2, 4, 8)
+    slots.take([(kept, kept)], [4] * 20, range(20))
+    assert spans_of(slots, 2) is not None
+    assert spans_of(slots, 4) is None  # heads share keys and values
+    with patches.disabled("row_attention"):
+        assert spans_of(slots, 2) is None
+    monkeypatch.setattr(row_attention, "MOST", 4)
+    assert spans_of(slots, 2) is None
+    monkeypatch.undo()
+    slots.keep(torch.arange(20) < 15)
+    assert spans_of(slots, 2) is None
