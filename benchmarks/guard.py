@@ -6,8 +6,7 @@
 Each measurement is a process of its own, and the two take turns; the one that goes first changes with each
 pair. Processor time is counted and not the clock's, so that other work on the machine says less; a pair's
 ratio is new over old. Ends with 3 where the median ratio of any kind is above 1 + LOSS. Models, rows and
-settings are those of `peers.py`, with fewer steps; kinds are its kinds, `sft-auto`, `dpo-auto` and
-`reward-auto`, and `help`.
+settings are those of `peers.py`, with fewer steps; kinds are its kinds, and `help`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import peers  # pyright: ignore[reportImplicitRelativeImport]
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("help", "sft", "dpo", "ppo-auto", "grpo")  # the short list that runs by default
-EVERY = ("help", *peers.KINDS, "sft-auto", "dpo-auto", "reward-auto")
+EVERY = ("help", *peers.KINDS)
 STEPS = 4  # or updates; the first is the warm-up
 
 

@@ -38,7 +38,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto", "grpo-auto")
+KINDS = (
+    *("sft", "reward", "dpo", "grpo", "ppo"),
+    *("ppo-auto", "grpo-auto", "sft-auto", "reward-auto", "dpo-auto"),
+)
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
 ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
 MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides (--rows and --peer-rows)

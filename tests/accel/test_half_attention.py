@@ -119,3 +119,17 @@ def test_a_row_in_which_nothing_is_seen_is_a_number():
     with torch.autocast("cpu", torch.bfloat16):
         ours, _ = attention.attend(Owner(), *given, mask)
     assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_single_position_asks_in_float32_where_that_is_faster(
+    tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without AMX; what comes out is that of its own kernel in float32."""
+    monkeypatch.setattr(attention, "has_half_tiles", lambda: tiles)
+    query, key, value = drawn(2, 2, 1, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.attend(Owner(), query, key, value, None)[0]
+    assert found.dtype == (torch.bfloat16 if tiles else torch.float32)
+    plain = scaled_dot_product_attention(query.float(), key.float(), value.float()).transpose(1, 2)
+    torch.testing.assert_close(found.float(), plain, rtol=0, atol=2e-2 if tiles else 1e-6)

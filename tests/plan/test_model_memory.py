@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.accel import cpu_linear
+from keel.accel import cpu_linear, processor
 from keel.data.batches import pad
 from keel.models import logprobs, precision
 from keel.models.load import checkpoint_activations, disable_dropout
@@ -262,6 +262,18 @@ def test_weights_that_are_cast_are_there_twice(config_of, monkeypatch):
     assert model_memory.casts(replace(model, head="score")) == 2 * matrices
     fast = peaks.training({"model": model}, [Pass("model", [READ])], accumulates=False).total
     assert fast - slow == model_memory.casts(model)
+
+
+def test_keys_and_values_are_as_large_as_they_are_kept(config_of, monkeypatch):
+    """In bfloat16 where products are; in float32 on a CPU whose attention is faster so."""
+    model = _model(config_of("llama"), dtype="auto")
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: False)
+    whole = model_memory.kv_cache(model, 3, 10)
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
+    for tiles, share in ((False, 1), (True, 0.5)):
+        monkeypatch.setattr(processor, "has_half_tiles", lambda tiles=tiles: tiles)
+        assert model_memory.kv_cache(model, 3, 10) == share * whole
+    assert model_memory.kv_cache(replace(model, device="cuda"), 3, 10) == 0.5 * whole
 
 
 def test_the_peak_of_a_step_is_its_fullest_moment(config_of):

@@ -34,7 +34,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from keel.accel import decode_step, patches
+from keel.accel import attention, decode_step, patches, processor
 from keel.accel import kv_slots as cache
 from keel.algorithms.masked import token_logp
 from keel.data.stops import stop_texts
@@ -296,18 +296,35 @@ def test_a_model_without_keys_and_values_is_sampled_plainly() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama3", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("tiles", [False, True])
 def test_in_bfloat16_the_samplers_log_probabilities_are_close_to_those_of_training(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With keys and values in float32 and in bfloat16. Of 1,400 tokens the mean is off by 0.014 either way,
+    and one to four are off by 0.1 to 0.14."""
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
+    for module in (processor, attention):  # which decide what is kept, and what attention computes in
+        monkeypatch.setattr(module, "has_half_tiles", lambda: tiles)
+    attended, kernel = set[torch.dtype](), decode_step.scaled_dot_product_attention
+
+    def seen(query: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
+        attended.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype)
+        return kernel(query, *given, **more)
+
+    monkeypatch.setattr(decode_step, "scaled_dot_product_attention", seen)
     model = precision.prepare_model(tiny(architecture).eval(), "auto")
+    off: list[float] = []
     for c in generate(model, PROMPTS_60, Sampling(16), stop_ids=[EOS], pad_id=PAD, seed=5):
         ids, before = torch.tensor([[*c.prompt_ids, *c.ids]]), len(c.prompt_ids) - 1
         with torch.no_grad(), precision.computing(model, ids.device):
             logits = model(input_ids=ids).logits[:, before:-1]
         logp = token_logp(logits, ids[:, before + 1 :])
         assert logits.dtype == torch.bfloat16  # what was meant to be tested
-        torch.testing.assert_close(torch.tensor([c.logp]), logp, rtol=0, atol=0.1)
+        off += (torch.tensor([c.logp]) - logp).abs().flatten().tolist()
+    assert sum(off) / len(off) < 0.025
+    assert max(off) < 0.15
+    if architecture != "gpt2":  # which has no step of its own
+        assert attended == {torch.bfloat16 if tiles else torch.float32}
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from keel.accel import cpu_linear
+from keel.accel import cpu_linear, processor
 from keel.models import precision
+from keel.models.precision import fast_in_bfloat16  # itself: `precision`'s is another one in tests
 
 
 @pytest.mark.usefixtures("accel_on")
@@ -61,8 +64,42 @@ def test_weights_cast_once_in_a_step_are_those_of_the_step(
 
 
 @pytest.mark.parametrize(
-    ("has", "fast"),
-    [({}, False), ({"avx512_f": True}, False), ({"amx_bf16": True}, True), ({"avx512_bf16": True}, False)],
+    ("has", "by", "kept"),
+    [
+        ({}, None, torch.float32),
+        ({"avx512_f": True, "avx512_vnni": True}, None, torch.float32),
+        ({"avx512_bf16": True}, "vectors", torch.float32),
+        ({"amx_bf16": True, "avx512_bf16": True}, "tiles", torch.bfloat16),
+    ],
 )
-def test_which_processors_are_fast_in_bfloat16(has: dict[str, bool], fast: bool) -> None:
-    assert precision.fast_cpu(has) is fast
+def test_what_auto_is_on_a_processor(
+    has: dict[str, bool], by: str | None, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products, and what keys and values are kept in, by what torch says that the processor can."""
+    questions = (processor.has_half_tiles, processor.has_half_products, fast_in_bfloat16)
+    monkeypatch.setattr(processor, "_of_cpu", lambda: has)
+    for question in questions:
+        question.cache_clear()
+    try:
+        cpu = torch.device("cpu")
+        assert processor.multiplies_half(has) == by
+        assert fast_in_bfloat16(cpu) is (by is not None)
+        assert processor.cache_dtype(cpu) == kept
+        assert not fast_in_bfloat16(torch.device("meta"))
+        monkeypatch.setattr(precision, "fast_in_bfloat16", fast_in_bfloat16)  # as outside of tests
+        model = precision.mark_precision(nn.Linear(2, 2), "auto")
+        assert precision.compute_dtype(model, cpu) == (torch.float32 if by is None else torch.bfloat16)
+        plain = precision.mark_precision(nn.Linear(2, 2), "float32")
+        assert precision.compute_dtype(plain, cpu) == torch.float32
+    finally:
+        for question in questions:
+            question.cache_clear()
+
+
+def test_without_onednn_auto_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what multiplies by the processor's own products of bfloat16."""
+    monkeypatch.setattr(processor, "_of_cpu", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    processor.has_half_products.cache_clear()
+    assert not processor.has_half_products()
+    processor.has_half_products.cache_clear()

@@ -30,6 +30,7 @@ from keel.accel import branch_attention, half_attention
 from keel.accel.branch_attention import Branches
 from keel.accel.modules import undisturbed
 from keel.accel.patches import difference, disabled, enabled, trusted
+from keel.accel.processor import has_half_tiles
 
 NAME, PLAIN = "keel_sdpa", "sdpa"
 KERNELS = (NAME, PLAIN)  # those that are torch's
@@ -130,14 +131,16 @@ def attend(
     """Transformers' attention by torch's kernels, (B, H, S, D) → (B, S, H, D), on whatever rows the mask
     stands for.
 
-    On a CPU in bfloat16 torch's backward is six times slower than in float32. Where several positions ask at
-    once there (as they do in training), short rows are attended to by `half_attention`, long ones in float32.
+    On a CPU in bfloat16 torch's backward is six times slower than in float32, and without AMX its forward
+    three times. Where several positions ask at once there (as they do in training), short rows are attended
+    to by `half_attention`, long ones in float32; so is, without AMX, a single position.
     """
     kernel = ALL_ATTENTION_FUNCTIONS[PLAIN]
     rows = rows_of(attention_mask)
     if rows is None and not enabled("attention"):
         return kernel(module, query, key, value, attention_mask, **more)
-    if query.device.type == "cpu" and query.shape[2] > 1 and torch.is_autocast_enabled("cpu"):
+    several = query.shape[2] > 1 or not has_half_tiles()
+    if query.device.type == "cpu" and several and torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu") == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
             return _attend_cast(module, (query, key, value), attention_mask, more, half=half), None

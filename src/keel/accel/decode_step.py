@@ -141,18 +141,20 @@ class Step:
             q = _norm(own.q_norm, q.view(n, self.heads, -1)).flatten(1)
             k = _norm(own.k_norm, k.view(n, self.groups, -1)).flatten(1)
         both = torch.cat([q, k], dim=1).view(n, self.heads + self.groups, -1)
-        both = both * cos + both.roll(self.half, dims=-1) * sin
+        both = slots.round(both * cos + both.roll(self.half, dims=-1) * sin)
         held.k[:n, :, column] = both[:, self.heads :]
         held.v[:n, :, column] = v.view(n, self.groups, -1)
         # the heads that share keys and values are as many queries to them
         q = both[:, : self.heads].reshape(n, self.groups, -1, both.shape[-1]).to(held.k.dtype)
         found = []
-        for rows, low in slots.blocks():  # older rows look at more columns than younger ones
-            keys, values = (kept[rows, :, low : column + 1] for kept in (held.k, held.v))
-            seen = None if mask is None else mask[rows, ..., low - slots.low :]
-            found.append(
-                scaled_dot_product_attention(q[rows], keys, values, attn_mask=seen, scale=own.scaling)
-            )
+        # autocast would make bfloat16 of what attention is given, whatever it is kept in
+        with torch.autocast(q.device.type, enabled=False):
+            for rows, low in slots.blocks():  # older rows look at more columns than younger ones
+                keys, values = (kept[rows, :, low : column + 1] for kept in (held.k, held.v))
+                seen = None if mask is None else mask[rows, ..., low - slots.low :]
+                found.append(
+                    scaled_dot_product_attention(q[rows], keys, values, attn_mask=seen, scale=own.scaling)
+                )
         return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
 
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from keel.accel.processor import cache_dtype
+
 GROUP = 4  # rows that are read together at least
 WORTH = 2**19  # bytes of a layer's keys and values: as long as they take to read, another operation takes
 FAR = 64  # columns: rows that came within so many of each other stay as they are
@@ -34,8 +36,10 @@ class Slots:
     def __init__(
         self, capacity: int, columns: int, device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
-        """dtype: of what is kept; that of the first prompts' values where None."""
-        self.dtype = dtype
+        """dtype: of what is kept; that of the first prompts' values where None. Numbers rounded to bfloat16
+        are kept as float32 where attention is faster so (`processor.cache_dtype`)."""
+        self.rounded = dtype  # to which everything is rounded that is kept, as training rounds it
+        self.dtype = cache_dtype(device) if dtype == torch.bfloat16 else dtype
         self.capacity, self.columns = capacity, columns
         self.column = 0  # the next one to be written
         self.low = 0  # the first one that any row has
@@ -120,9 +124,13 @@ class Slots:
         for layer, sides in zip(self.layers, kept, strict=True):
             for held, given in zip((layer.k, layer.v), sides, strict=True):
                 given = given if each_once else given[index]
-                held[first:end, :, self.column - width : self.column] = given
+                held[first:end, :, self.column - width : self.column] = self.round(given)
         own = torch.tensor([self.column - lengths[i] for i in source], device=self.starts.device)
         self._set(torch.cat([self.starts, own]))
+
+    def round(self, x: Tensor) -> Tensor:
+        """Keys or values as precise as they are kept, and no more."""
+        return x if self.rounded is None else x.to(self.rounded)
 
     def keep(self, going: Tensor) -> Tensor:
         """(n,) bool → (m,) the rows that now stand at 0 … m − 1: those that go on, older ones in front of
@@ -235,8 +243,8 @@ class _Layer(DynamicLayer):
         """(n, heads, 1, d) of the newest token → all of each row's window."""
         slots = self._slots
         rows, column = slice(len(slots)), slots.column
-        self.k[rows, :, column : column + 1] = key_states
-        self.v[rows, :, column : column + 1] = value_states
+        self.k[rows, :, column : column + 1] = slots.round(key_states)
+        self.v[rows, :, column : column + 1] = slots.round(value_states)
         return self.k[rows, :, slots.low : column + 1], self.v[rows, :, slots.low : column + 1]
 
     def get_seq_length(self) -> int:

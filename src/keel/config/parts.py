@@ -208,7 +208,7 @@ class ModelConfig(Settings):
         "auto",
         description=(
             "Precision. auto: weights in float32, matrix products in bfloat16 where the hardware is fast in "
-            "it (CUDA from Ampere on, CPUs with AMX). Else that of the weights in memory, "
+            "it (CUDA from Ampere on, CPUs with AMX or AVX-512 BF16). Else that of the weights in memory, "
             "and of all that is computed."
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from keel import accel
+from keel.accel import processor
 from keel.accel.cpu_linear import cast_cache
 
 M = TypeVar("M", bound=nn.Module)
@@ -23,20 +24,10 @@ R = TypeVar("R")
 @cache
 def fast_in_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are much faster here than in float32: on CUDA from Ampere on, and
-    on CPUs with AMX."""
+    on CPUs with AMX or AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and fast_cpu(_of_cpu())
-
-
-def fast_cpu(has: Mapping[str, Any]) -> bool:
-    """Whether a processor with these capabilities multiplies in bfloat16 many times as fast. AVX-512's own
-    products are twice as fast, and a run with them ends worse (docs/results.md)."""
-    return bool(has.get("amx_bf16"))
-
-
-def _of_cpu() -> Mapping[str, Any]:
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and processor.has_half_products()
 
 
 def weights(dtype: str) -> torch.dtype:

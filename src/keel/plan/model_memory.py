@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from keel.accel import cpu_linear, last_layer
+from keel.accel.processor import cache_dtype
 from keel.models import precision
 from keel.models.logprobs import LOGITS_AT_ONCE
 from keel.plan.model_shapes import Head, Shape
@@ -200,8 +201,9 @@ def laid_out(model: Model) -> float:
 
 def kv_cache(model: Model, rows: int, length: int) -> float:
     """rows × length × layers × key heads × head dimension × 2 × bytes, which are 2 where products are taken
-    in bfloat16."""
-    size = WEIGHT["bfloat16"] if casts(model) else model.bytes
+    in bfloat16, except on a CPU whose attention is faster in float32."""
+    kept = cache_dtype(torch.device(model.device)) if casts(model) else None
+    size = model.bytes if kept is None else kept.itemsize
     return rows * length * model.shape.layers * model.shape.keys * 2 * size
 
 
