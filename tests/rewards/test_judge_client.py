@@ -143,7 +143,8 @@ def test_a_killed_server_is_an_end_that_says_so(scripted_judge: Ask) -> None:
     asking.ask(asked("red"))
     judge.kill()
     said = asking.ask(asked("blue", "pink"))
-    assert all(isinstance(one, Unanswered) and "cannot be reached" in one.reason for one in said)
+    gone = f"{judge.address} cannot be reached"
+    assert all(isinstance(one, Unanswered) and gone in one.reason for one in said)
     assert "refused" in said[0].reason.lower()
 
 
@@ -212,7 +213,8 @@ def test_a_refusal_ends_the_whole_without_the_key(status: int, scripted_judge: A
         "headers": {"location": "http://127.0.0.1:1/"},
     }
     judge = scripted_judge(lambda text, n: scripted_judge.said(**said))
-    with pytest.raises(RewardError, match=f"refuses to answer: status {status}") as raised:
+    named = rf"{judge.address} \(model scripted\) refuses to answer: status {status}"
+    with pytest.raises(RewardError, match=named) as raised:
         remote(judge, key="sk-42secret", stop=False).ask(asked("red", "blue"))
     assert "sk-42secret" not in str(raised.value)
     assert "sk-42secret" not in repr(remote(judge, key="sk-42secret").endpoint)

@@ -249,7 +249,8 @@ class Remote:
         except (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError):
             raise _Passing(f"no answer within {endpoint.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise _Passing(f"it cannot be reached ({self._why(error)})", down=True) from None
+            where = endpoint.address
+            raise _Passing(f"{where} cannot be reached ({self._why(error)})", down=True) from None
         except openai.APIStatusError as error:
             raise self._of_status(error, *sent) from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -305,7 +306,8 @@ class Remote:
                 return _Passing(f"status {status}: {said}", at_once=True)
         if status in _REFUSED or status < 400:
             hint = "; set `api_key_env` to the variable with its key" if status in (401, 403) else ""
-            return RewardError(f"it refuses to answer: status {status}: {said}{hint}")
+            who = f"{self.endpoint.address} (model {self.endpoint.model})"
+            return RewardError(f"{who} refuses to answer: status {status}: {said}{hint}")
         return _Final(f"status {status}: {said}")
 
     def _why(self, error: BaseException) -> str:
