@@ -239,6 +239,17 @@ def test_a_model_in_this_process_judges_too(grpo: Any, run: Any, tiny_model: Pat
     assert not (tmp_path / "other" / "judge.jsonl").exists()
 
 
+def test_a_model_in_this_process_without_room_for_a_question_is_said_before_anything_runs(
+    grpo: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The default answer is longer than many a small model's context."""
+    with pytest.raises(
+        UsageError, match=r"judge 'judge': `max_new_tokens` 1024 leaves no room .* of 48; lower"
+    ):
+        stage(grpo(None, model=str(tiny_model), tries=6), tmp_path / "run").run()
+    assert not (tmp_path / "run" / "stages" / "grpo" / "metrics.jsonl").exists()
+
+
 def test_a_model_in_this_process_is_read_as_a_server_is(
     stage_run: Any, roomy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

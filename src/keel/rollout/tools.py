@@ -46,8 +46,8 @@ def name_of(tool: Tool) -> str:
 
 def methods_of(environment: Any) -> list[Tool]:
     """The tools of an environment, bound to it, by name: its public methods besides `reset` and
-    `get_reward`. As in TRL 1.16 a class method is one too, and a bound method that an attribute holds; a static
-    method, which is bound to nothing, is none. No property is evaluated."""
+    `get_reward`. As in TRL 1.16 a class method is one too, and a bound method that an attribute holds; a
+    static method, which is bound to nothing, is none. No property is evaluated."""
     return [
         getattr(environment, name)
         for name in sorted(dir(environment))

@@ -13,7 +13,14 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.questions import Criterion, Question, Rubric, Verdict
 from keel.errors import UsageError
-from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, load_tokenizer
+from keel.models.load import (
+    ModelSource,
+    causal_lm,
+    context_length,
+    disable_dropout,
+    load_tokenizer,
+    model_config,
+)
 from keel.rewards.judge.client import Endpoint, Remote, Unanswered, library
 from keel.rewards.judge.judging import Asked, Judge
 from keel.rewards.judge.ledger import FILE, Ledger
@@ -61,6 +68,15 @@ def check_machine(settings: JudgeSettings, where: str) -> None:
         key_of(settings)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def check_room(settings: JudgeSettings, context: int | None, where: str) -> None:
+    """UsageError where an answer fills the context of a model in this process. where: the setting."""
+    if context is not None and settings.max_new_tokens >= context:
+        raise UsageError(
+            f"{where}: `max_new_tokens` {settings.max_new_tokens} leaves no room for a question in its "
+            f"model's context of {context}; lower it"
+        )
 
 
 def key_of(settings: JudgeSettings) -> str | None:
@@ -118,6 +134,7 @@ class Local:
     ) -> None:
         place = stage_run.resolve(settings.model)
         source = ModelSource(place, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_room(settings, context_length(model_config(source)), f"judge {settings.model!r}")
         model = causal_lm(source, 0).to(stage_run.device).eval().requires_grad_(False)
         disable_dropout(model)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(place, trust_remote_code=trust_remote_code)
