@@ -289,6 +289,22 @@ def test_a_budget_of_calls_is_kept_to_the_call(scripted_judge: Ask, tmp_path: Pa
     assert len(judge.asked) == 20  # none twice
 
 
+def test_processes_of_a_run_share_answers_and_budget(scripted_judge: Ask, tmp_path: Path) -> None:
+    judge, file = scripted_judge(), tmp_path / "judge.jsonl"
+    one, other = (remote(judge, Ledger(file, "s/judge", calls=3), concurrency=1) for _ in range(2))
+    one.ask(asked("red", "blue"))
+    assert [v.value for v in other.ask(asked("blue", "red"))] == [0.0, 1.0]
+    assert len(judge.asked) == 2
+    other.ask(asked("pink"))
+    with pytest.raises(BudgetError, match=r"3 of 3 calls"):
+        one.ask(asked("green"))
+    assert one.ledger.calls == other.ledger.calls == len(judge.asked) == 3
+    file.unlink()  # somebody wants to ask again
+    other.ledger.most_calls = 9
+    other.ask(asked("grey"))
+    assert other.ledger.calls == 4
+
+
 def test_a_budget_of_tokens_ends_after_what_is_under_way(scripted_judge: Ask) -> None:
     judge, ledger = scripted_judge(), Ledger(None, "s/judge", tokens=20)
     with pytest.raises(BudgetError, match="21 of 20 tokens"):

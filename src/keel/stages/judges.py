@@ -122,6 +122,11 @@ def _asked(
     def spent(calls: int, tokens: int) -> None:
         stage_run.facts.setdefault("judges", {})[name] = {"calls": calls, "tokens": tokens}
 
+    def at_the_end() -> None:  # what other processes of the run have asked, too
+        ledger.catch_up()
+        spent(ledger.calls, ledger.tokens)
+
+    stage_run.at_end(at_the_end)
     return Remote(endpoint, ledger, stop_at_failure=settings.on_failure == "error", spent=spent)
 
 

@@ -134,6 +134,7 @@ class Remote:
         """The verdict on each question, in order; equal ones are asked once. BudgetError where the budget is
         spent, RewardError where the server refuses to answer at all."""
         keys = [key_of(self.endpoint.about(question)) for question in questions]
+        self.ledger.catch_up()
         found: dict[str, Verdict | Unanswered] = {}
         missing: dict[str, Question] = {}
         for key, question in zip(keys, questions, strict=True):
