@@ -137,6 +137,25 @@ def test_who_asks_to_be_left_alone_for_hours_is_down(scripted_judge: Ask) -> Non
     assert len(judge.asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (
+            b'{"error": {"message": "You exceeded your current quota."}}',
+            "status 429: You exceeded your current quota.",
+        ),
+        (b"overloaded", "status 429: overloaded"),
+        (b"<html>429 Too Many Requests</html>", "status 429"),
+        (b'{"detail": "no such model"}', "status 429: no such model"),
+        (b'{"detail": [1]}', "status 429"),
+    ],
+)
+def test_what_a_server_says_beside_its_status_is_told(raw: bytes, reason: str, scripted_judge: Ask) -> None:
+    judge = scripted_judge(lambda text, n: scripted_judge.said(status=429, raw=raw))
+    (said,) = remote(judge, tries=1).ask(asked("red"))
+    assert said.reason == reason
+
+
 def test_a_killed_server_is_an_end_that_says_so(scripted_judge: Ask) -> None:
     judge = scripted_judge()
     asking = remote(judge)

@@ -295,31 +295,37 @@ class Remote:
 
     def _of_status(self, error: Any, form: int, limit: str) -> Exception:
         """What a status means. form, limit: of the request."""
-        status, said = int(error.status_code), self._why(error)
+        status, said = int(error.status_code), self._said(error)
+        reason = f"status {status}" + (f": {said}" if said else "")
         if status in _AGAIN or status >= 500:
-            return _Passing(f"status {status}", wait=retry_after(error.response.headers))
+            return _Passing(reason, wait=retry_after(error.response.headers))
         if status in (400, 422):
             if limit == "max_tokens" and _PARAMETER.search(said):
                 self._limit = "max_completion_tokens"
-                return _Passing(f"status {status}: {said}", at_once=True)
+                return _Passing(reason, at_once=True)
             if not self._form_works and form + 1 < len(_FORMATS):
                 self._form = max(self._form, form + 1)
-                return _Passing(f"status {status}: {said}", at_once=True)
+                return _Passing(reason, at_once=True)
         if status in _REFUSED or status < 400:
             hint = "; set `api_key_env` to the variable with its key" if status in (401, 403) else ""
             who = f"{self.endpoint.address} (model {self.endpoint.model})"
-            return RewardError(f"{who} refuses to answer: status {status}: {said}{hint}")
-        return _Final(f"status {status}: {said}")
+            return RewardError(f"{who} refuses to answer: {reason}{hint}")
+        return _Final(reason)
+
+    def _said(self, error: Any) -> str:
+        """What a server says beside a status, without the key; "" where it says nothing, or sends a page."""
+        body: Any = error.body
+        told = (body.get("message") or body.get("detail")) if isinstance(body, Mapping) else body
+        known = isinstance(told, str) and not told.lstrip().startswith("<")
+        return self._in_short(told) if known else ""
 
     def _why(self, error: BaseException) -> str:
         """An error in a few words, without the key."""
-        cause = _of_system(error) or error.__cause__
-        body = getattr(error, "body", None)
-        told = body.get("message") if isinstance(body, Mapping) else None
-        text = str(told or cause or "") or str(error) or type(error).__name__
-        if self.endpoint.key:
-            text = text.replace(self.endpoint.key, "…")
-        return _short(text)
+        return self._in_short(_of_system(error) or error.__cause__ or str(error) or type(error).__name__)
+
+    def _in_short(self, text: object) -> str:
+        key = self.endpoint.key
+        return _short(str(text).replace(key, "…") if key else text)
 
     def _without_key(self, told: str) -> str:
         """An answer without the key: a server may give back what it was sent. A key of a few letters, as is
