@@ -162,9 +162,9 @@ def curriculum_spent(history: History) -> Alarm | None:
 
 
 def judge_silent(history: History) -> Alarm | None:
-    """note: a judge with `on_failure: none` says nothing of more than 0.05 of the samples, for a window. warn:
-    of more than 0.3, from which on the mean that stands for it hides whom it would have told apart; all of
-    them where its server is gone. Never act: the weights are not ill, and no control brings it back."""
+    """note: a judge with `on_failure: none` says nothing of more than 0.05 of the samples, for a window.
+    warn: of more than 0.3, from which on the mean that stands for it hides whom it would have told apart; all
+    of them where its server is gone. Never act: the weights are not ill, and no control brings it back."""
     limits: Levels = (("warn", 0.3), ("note", 0.05))
     for severity, limit in limits:
         for name in history.columns:
@@ -316,8 +316,8 @@ CHECKS = (
         "judge_silent",
         judge_silent,
         "the judge's server is gone or slow, or its answers are cut off or of another form",
-        "look at extra (no_verdict) in samples.jsonl; mend its server, raise the judge's max_new_tokens, tries or "
-        "timeout, or set on_failure: error, which ends the run at the first",
+        "look at extra (no_verdict) in samples.jsonl; mend its server, raise the judge's max_new_tokens, tries "
+        "or timeout, or set on_failure: error, which ends the run at the first",
     ),
     Check(
         "judge_falls",
