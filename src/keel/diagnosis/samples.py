@@ -316,7 +316,7 @@ CHECKS = (
         "judge_silent",
         judge_silent,
         "the judge's server is gone or slow, or its answers are cut off or of another form",
-        "look at extra (no_verdict) in samples.jsonl; mend its server, raise the judge's max_new_tokens, tries "
+        "look at extra (no_verdict) in samples.jsonl; mend its server, raise its max_new_tokens, tries "
         "or timeout, or set on_failure: error, which ends the run at the first",
     ),
     Check(
