@@ -228,7 +228,11 @@ def written(
         "judge": {
             "kind": "evaluate",
             "models": ["sft", "ppo"],
-            "reward": ["reward", {"kind": "length", "high": 9}],
+            "reward": [
+                "reward",
+                {"kind": "length", "high": 9},
+                {"kind": "judge", "on_failure": "none", **judge},
+            ],
             "gold": "world:helpdesk",
             "data": rows("test_prompts", 4),
             "comparisons": rows("comparisons", 5),

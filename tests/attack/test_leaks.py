@@ -41,8 +41,8 @@ def held() -> dict[str, float]:
 
 
 def assert_flat(seen: list[dict[str, float]]) -> None:
-    """The mean of the last tenth against that of a tenth after things have settled; of what is counted, the most:
-    a thread more or less comes and goes."""
+    """The mean of the last tenth against that of a tenth after things have settled; of what is counted, the
+    most: a thread more or less comes and goes."""
     tenth = max(len(seen) // 10, 1)
     first, last = seen[int(SETTLED * len(seen)) :][:tenth], seen[-tenth:]
     for name in seen[0]:

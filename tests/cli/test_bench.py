@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from keel.cli import bench_reward, main
-from keel.errors import RewardError, UsageError
+from keel.errors import DataError, RewardError, UsageError
 from keel.models.load import ModelSource, scorer
 from keel.report import reward_bench as page
 from keel.rewards import learned
@@ -172,6 +172,26 @@ def test_bad_input_is_one_line(
     given = [{"PAIRS": str(pairs), "REWARD": str(tiny_reward)}.get(word, word) for word in words]
     with pytest.raises(UsageError, match=reason):
         run(*given, "--out", str(tmp_path / "out"))
+
+
+def test_settings_of_pairs_are_given_as_a_data_source(pairs: Path, tmp_path: Path) -> None:
+    """A bad row's error says how, and what is left out is counted."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(pairs.read_text() + json.dumps({"prompt": "p", "chosen": "c", "rejected": " "}) + "\n")
+    reward, source = tmp_path / "reward.yaml", tmp_path / "test.yaml"
+    reward.write_text(json.dumps({"kind": "keywords", "words": ["red"]}))
+    out = ("--out", str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"on_bad: skip \(--on takes .* YAML file .* source: .*bad\.jsonl"):
+        run(str(reward), "--on", str(bad), *out)
+    source.write_text(json.dumps({"source": str(bad), "on_bad": "skip"}))
+    assert "left out: 1." in run(str(reward), "--on", str(source), *out).output
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (found["questions"], found["skipped"]) == (3, 1)
+    with pytest.raises(UsageError, match="--benchmark llmbar has no effect"):
+        run(str(reward), "--on", str(source), "--benchmark", "llmbar", *out)
+    source.write_text(json.dumps({"data": {"source": str(bad), "on_bda": "skip"}}))
+    with pytest.raises(UsageError, match="on_bad"):
+        run(str(reward), "--on", str(source), *out)
 
 
 @pytest.mark.slow

@@ -180,6 +180,8 @@ ILL: list[tuple[str, str, Series, Conditions]] = [
         },
         Conditions(),
     ),
+    ("judge_silent", "note", {"rewards/logged/judge/unanswered": after(30, 0.0, 0.1)}, Conditions()),
+    ("judge_silent", "warn", {"rewards/logged/judge/unanswered": after(30, 0.02, 1.0)}, Conditions()),
     ("groups_all_equal", "warn", {"frac_reward_zero_std": after(30, 0.3, 0.9)}, Conditions()),
     ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, 0.85)}, Conditions()),
     ("reward_is_length", "warn", {"rollout/length_correlation": after(30, 0.2, -0.85)}, Conditions()),

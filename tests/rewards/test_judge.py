@@ -138,6 +138,7 @@ def test_no_verdict_is_an_error_that_names_the_sample_or_none_and_never_zero(mod
     assert scores[3] is None
     assert scores[0] is not None
     assert 0 < given.logged.metrics["judge/unanswered"][0] < 1
+    assert given.logged.extra["judge/no_verdict"][3] == "it said nothing"
 
 
 def test_of_several_failures_the_one_that_was_asked_is_named() -> None:

@@ -137,13 +137,33 @@ def test_who_asks_to_be_left_alone_for_hours_is_down(scripted_judge: Ask) -> Non
     assert len(judge.asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (
+            b'{"error": {"message": "You exceeded your current quota."}}',
+            "status 429: You exceeded your current quota.",
+        ),
+        (b"overloaded", "status 429: overloaded"),
+        (b"<html>429 Too Many Requests</html>", "status 429"),
+        (b'{"detail": "no such model"}', "status 429: no such model"),
+        (b'{"detail": [1]}', "status 429"),
+    ],
+)
+def test_what_a_server_says_beside_its_status_is_told(raw: bytes, reason: str, scripted_judge: Ask) -> None:
+    judge = scripted_judge(lambda text, n: scripted_judge.said(status=429, raw=raw))
+    (said,) = remote(judge, tries=1).ask(asked("red"))
+    assert said.reason == reason
+
+
 def test_a_killed_server_is_an_end_that_says_so(scripted_judge: Ask) -> None:
     judge = scripted_judge()
     asking = remote(judge)
     asking.ask(asked("red"))
     judge.kill()
     said = asking.ask(asked("blue", "pink"))
-    assert all(isinstance(one, Unanswered) and "cannot be reached" in one.reason for one in said)
+    gone = f"{judge.address} cannot be reached"
+    assert all(isinstance(one, Unanswered) and gone in one.reason for one in said)
     assert "refused" in said[0].reason.lower()
 
 
@@ -212,7 +232,8 @@ def test_a_refusal_ends_the_whole_without_the_key(status: int, scripted_judge: A
         "headers": {"location": "http://127.0.0.1:1/"},
     }
     judge = scripted_judge(lambda text, n: scripted_judge.said(**said))
-    with pytest.raises(RewardError, match=f"refuses to answer: status {status}") as raised:
+    named = rf"{judge.address} \(model scripted\) refuses to answer: status {status}"
+    with pytest.raises(RewardError, match=named) as raised:
         remote(judge, key="sk-42secret", stop=False).ask(asked("red", "blue"))
     assert "sk-42secret" not in str(raised.value)
     assert "sk-42secret" not in repr(remote(judge, key="sk-42secret").endpoint)
@@ -285,6 +306,22 @@ def test_a_budget_of_calls_is_kept_to_the_call(scripted_judge: Ask, tmp_path: Pa
     said = remote(judge, Ledger(file, "s/judge", calls=20)).ask(asked(*replies))
     assert all(isinstance(one, Verdict) for one in said)
     assert len(judge.asked) == 20  # none twice
+
+
+def test_processes_of_a_run_share_answers_and_budget(scripted_judge: Ask, tmp_path: Path) -> None:
+    judge, file = scripted_judge(), tmp_path / "judge.jsonl"
+    one, other = (remote(judge, Ledger(file, "s/judge", calls=3), concurrency=1) for _ in range(2))
+    one.ask(asked("red", "blue"))
+    assert [v.value for v in other.ask(asked("blue", "red"))] == [0.0, 1.0]
+    assert len(judge.asked) == 2
+    other.ask(asked("pink"))
+    with pytest.raises(BudgetError, match=r"3 of 3 calls"):
+        one.ask(asked("green"))
+    assert one.ledger.calls == other.ledger.calls == len(judge.asked) == 3
+    file.unlink()  # somebody wants to ask again
+    other.ledger.most_calls = 9
+    other.ask(asked("grey"))
+    assert other.ledger.calls == 4
 
 
 def test_a_budget_of_tokens_ends_after_what_is_under_way(scripted_judge: Ask) -> None:

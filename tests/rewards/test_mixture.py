@@ -152,17 +152,23 @@ def test_a_batch_of_uneven_lists_is_refused() -> None:
 
 
 def test_a_silent_judge_neither_gains_nor_loses() -> None:
-    """Prompt 3 has 1, None and ½: None counts as ¾. Of prompt 4 nothing is known, so the other term is all
-    there is. What was said stays as it was said."""
+    """Prompt 3 has 1, None and ½: None counts as ¾. Of prompt 4 nothing is known, so the mean of all counts.
+    What was said stays as it was said."""
     batch = Batch(list("pppqq"), list("abcde"), [[7]] * 5, ["eos"] * 5, [[3]] * 3 + [[4]] * 2, {})
     said = [1.0, None, 0.5, None, None]
     other = WeightedReward("other", 1.0, precomputed([0.25] * 5))
     judge = WeightedReward("judge", 2.0, precomputed(said), neutral=True)
     rated = Mixture([judge, other]).score(batch)
-    assert rated.total.tolist() == rated.raw.tolist() == [2.25, 1.75, 1.25, 0.25, 0.25]
+    assert rated.total.tolist() == rated.raw.tolist() == [2.25, 1.75, 1.25, 1.75, 1.75]
     assert rated.by_name["judge"] == said
-    with pytest.raises(RewardError, match="no reward applies to sample 3"):
-        Mixture([judge]).score(batch)
+    assert rated.silent == (False,) * 5  # nobody said why it is silent: it does not apply
+    alone = Batch(["q"], ["d"], [[7]], ["eos"], [[4]], {})
+    alone.logged.log_extra("judge/no_verdict", ["status 500"])
+    mute = WeightedReward("judge", 2.0, precomputed([None]), neutral=True)
+    with pytest.raises(RewardError, match=r"no reward applies to sample 0, .* None \(judge: status 500\)"):
+        Mixture([mute]).score(alone)
+    loud = WeightedReward("other", 1.0, precomputed([0.25]))
+    assert Mixture([mute, loud]).score(alone).silent == (True,)
     sources = Batch(list("ppp"), list("abc"), [[7]] * 3, ["eos"] * 3, [[3]] * 3, {"source": ["x", "y", "x"]})
     three = [WeightedReward(t.name, t.weight, precomputed(v[:3]), neutral=t.neutral) for t, v in
              ((judge, said), (other, [0.25] * 5))]  # fmt: skip

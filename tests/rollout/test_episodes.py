@@ -3,6 +3,7 @@ TRL's."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -424,6 +425,41 @@ def test_tools_need_hints_a_docstring_and_names_of_their_own() -> None:
         schema_of(bare)
     with pytest.raises(UsageError, match="two tools are called 'double'"):
         by_name([clerks.double, clerks.double])
+
+
+class Desk:
+    """An environment with everything that looks like a method."""
+
+    def __init__(self) -> None:
+        self.borrowed = Caller(1.0).close  # bound to another object
+        self.plain = len
+        self.own = lambda: None
+
+    def reset(self) -> None: ...
+    def get_reward(self) -> float: ...  # pyright: ignore[reportReturnType]
+    def _hidden(self) -> None: ...
+    def sell(self) -> None: ...
+    async def wait(self) -> None: ...
+
+    @classmethod
+    def stock(cls) -> None: ...
+
+    @staticmethod
+    def helper(anything): ...
+
+    @functools.lru_cache  # noqa: B019
+    def price(self) -> None: ...
+
+    @property
+    def dear(self) -> Any:
+        raise RuntimeError("a property is not evaluated")
+
+
+def test_the_methods_that_trl_takes_for_tools_are_tools() -> None:
+    """As `inspect.getmembers(environment, predicate=inspect.ismethod)` finds them."""
+    tools = methods_of(Desk())
+    assert [tool.__name__ for tool in tools] == ["close", "price", "sell", "stock", "wait"]
+    assert "borrowed" not in by_name(tools)  # a model calls a tool by the function's name, as in TRL
 
 
 # ---------------------------------------------------------------- engines, scores, advantages

@@ -239,6 +239,17 @@ def test_a_model_in_this_process_judges_too(grpo: Any, run: Any, tiny_model: Pat
     assert not (tmp_path / "other" / "judge.jsonl").exists()
 
 
+def test_a_model_in_this_process_without_room_for_a_question_is_said_before_anything_runs(
+    grpo: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The default answer is longer than many a small model's context."""
+    with pytest.raises(
+        UsageError, match=r"judge 'judge': `max_new_tokens` 1024 leaves no room .* of 48; lower"
+    ):
+        stage(grpo(None, model=str(tiny_model), tries=6), tmp_path / "run").run()
+    assert not (tmp_path / "run" / "stages" / "grpo" / "metrics.jsonl").exists()
+
+
 def test_a_model_in_this_process_is_read_as_a_server_is(
     stage_run: Any, roomy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,3 +421,32 @@ def test_a_judge_that_may_be_silent_takes_nothing_from_a_sample(
     assert sorted(r["rewards"]["judge"] is None for r in lines(folder / "samples.jsonl")) == [False] * 3 + [
         True
     ]
+
+
+def test_evaluate_measures_what_the_judge_spoke_of_and_counts_the_rest(
+    run: Any, data: Any, tiny_model: Path, scripted_judge: Any, tmp_path: Path
+) -> None:
+    """A reply without a verdict ends no evaluation, and is no 0 of the proxy."""
+
+    def says(text: str, number: int) -> Any:
+        return scripted_judge.said("?") if number in (1, 2) else scripted_judge.likes_red(text, liked="")
+
+    term = {
+        "kind": "judge", "model": "m", "address": scripted_judge(says).address, "tries": 1, "concurrency": 1,
+    }  # fmt: skip
+    stage = {
+        "kind": "evaluate", "models": [str(tiny_model)], "data": str(data.prompts),
+        "sampling": {"max_new_tokens": 6}, "reward": {**term, "on_failure": "none"},
+    }  # fmt: skip
+    run({"stages": {"end": stage}}, tmp_path / "run")
+    folder = tmp_path / "run" / "stages" / "end"
+    (measures,) = json.loads((folder / "result.json").read_text())["models"].values()
+    rows = lines(folder / "samples.jsonl")
+    silent = [row for row in rows if "proxy" not in row]
+    assert 2 <= len(silent) < len(rows)  # equal replies are asked about once
+    assert measures["proxy"]["mean"] == 1
+    assert measures["proxy"]["n"] == len(rows) - len(silent)
+    assert measures["unanswered"]["mean"] == pytest.approx(len(silent) / len(rows))
+    stage["reward"]["address"] = scripted_judge(lambda text, n: scripted_judge.said("?")).address
+    with pytest.raises(RewardError, match=r"no reward applies .*\(judge: its answer cannot be read: '\?'\)"):
+        run({"stages": {"end": stage}}, tmp_path / "mute")

@@ -29,7 +29,11 @@ def reward(
     ],
     on: Annotated[
         str,
-        typer.Option("--on", help="A file or folder: RewardBench 1 or 2, LLMBar, or pairs of your own."),
+        typer.Option(
+            "--on",
+            help="A file or folder: RewardBench 1 or 2, LLMBar, or pairs of your own; or a YAML file that "
+            "says how pairs are read, as `data` of a config.",
+        ),
     ],
     benchmark: Annotated[
         str | None,

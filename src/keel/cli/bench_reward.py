@@ -28,7 +28,7 @@ from keel.rewards.mixture import Batch, from_function
 from keel.rundir.checkpoint import write_json, write_text
 from keel.rundir.stage_run import Progress, StageRun
 from keel.stages import build_rewards, judges
-from keel.types import StopReason
+from keel.types import DataSource, StopReason
 
 AT_ONCE = 64  # questions between two steps of the progress
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -71,8 +71,7 @@ class Bench:
         two is found before any model is loaded."""
         term = term_of(self.model, self.trust)
         _check_term(term)
-        kind: Benchmark
-        kind, questions = reward_bench_files.read(self.on, self.benchmark)  # pyright: ignore[reportArgumentType]
+        kind, questions, skipped = self._questions()
         reward_bench.check(kind, questions)
         if (
             kind == "llmbar"
@@ -98,9 +97,21 @@ class Bench:
             "keel": keel.__version__,
             **reward_bench.result(kind, questions, scored, judge=isinstance(term, JudgeTerm)),
             "cut": self.cut,
+            "skipped": skipped,
         }
         self._write(found, questions, scored)
         return found
+
+    def _questions(self) -> tuple[Benchmark, Sequence[Question], int]:
+        """Of which benchmark they are, the questions, and how many rows were left out."""
+        if Path(self.on).suffix.lower() in _FILES:
+            if self.benchmark not in (None, "pairs"):
+                raise UsageError(
+                    f"--benchmark {self.benchmark} has no effect with {self.on}: a data source holds pairs"
+                )
+            return "pairs", *reward_bench_files.pairs(sources_of(self.on), self.on)
+        kind, questions = reward_bench_files.read(self.on, self.benchmark)  # pyright: ignore[reportArgumentType]
+        return kind, questions, 0
 
     def _stage_run(self) -> StageRun:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,6 +193,14 @@ def term_of(model: str, trust: bool) -> RewardTerm:
         raise UsageError(f"{model} names Python of its own: --trust runs it")
     build_rewards.check(terms, model)
     return terms[0]
+
+
+def sources_of(file: str) -> list[DataSource]:
+    """The data sources that a YAML file says, as `data` of a config. UsageError for anything else."""
+    tree = read_mapping(Path(file))
+    stage = {"kind": "reward", "model": "./model", "data": tree.get("data", tree)}
+    data: Any = parse({"name": "bench", "stages": {"bench": stage}}, file).stages["bench"]
+    return [source.plain() for source in data.data]
 
 
 def _check_term(term: RewardTerm) -> None:

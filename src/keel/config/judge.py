@@ -70,8 +70,8 @@ class JudgeSettings(Settings):
     on_failure: Literal["error", "none"] = Field(
         "error",
         description=(
-            "Where no usable answer comes: an error that names the sample, or None (the reward does not "
-            "apply to it; the annotator did not vote)."
+            "Where no usable answer comes: an error that names the sample, or none (what the judge gave "
+            "others, their mean, counts for the sample; the annotator did not vote)."
         ),
     )
     tries: int = Field(

@@ -35,6 +35,7 @@ CONCERNS: Mapping[str, tuple[str, ...]] = {
     "entropy_collapse": ("policy/entropy_avg", "objective/entropy", "entropy"),
     "teacher_farther": ("loss/policy_avg",),
     "curriculum_spent": ("objective/scores",),
+    "judge_silent": ("objective/scores",),
     "clip_fraction": ("policy/clipfrac_avg", "clip_ratio", "clip_ratio/region_mean"),
     "rate_held_back": ("policy/lr_factor", "lr"),
     "critic_unexplaining": ("val/explained_variance",),

@@ -10,6 +10,7 @@ from statistics import fmean, median
 from keel.diagnosis.findings import SHORT, WINDOW, Alarm, Check, History, Levels, shown
 
 SCORES, SPREAD, JUDGE = "objective/scores", "objective/scores_std", "eval/judge"
+LOGGED = "rewards/logged/"
 
 
 def reward_implausible(history: History) -> Alarm | None:
@@ -160,6 +161,22 @@ def curriculum_spent(history: History) -> Alarm | None:
     return None
 
 
+def judge_silent(history: History) -> Alarm | None:
+    """note: a judge with `on_failure: none` says nothing of more than 0.05 of the samples, for a window.
+    warn: of more than 0.3, from which on the mean that stands for it hides whom it would have told apart; all
+    of them where its server is gone. Never act: the weights are not ill, and no control brings it back."""
+    limits: Levels = (("warn", 0.3), ("note", 0.05))
+    for severity, limit in limits:
+        for name in history.columns:
+            if name.startswith(LOGGED) and name.endswith("/unanswered") and history.sustained(name, limit):
+                judge = name.removeprefix(LOGGED).removesuffix("/unanswered")
+                return (
+                    severity,
+                    f"judge {judge!r} says nothing of {shown(history.now(name) or 0.0)} of the samples",
+                )
+    return None
+
+
 def judge_falls(history: History) -> Alarm | None:
     """The held-out judge is below its best while the reward trained on is above what it was then. Two
     successive evaluations count as one, that of the start (step 0) by itself, in units of the error of a
@@ -294,6 +311,13 @@ CHECKS = (
         curriculum_spent,
         "the data have no prompts left that this policy passes sometimes",
         "add easier rows where few are passed, harder ones where most are, or end the stage here",
+    ),
+    Check(
+        "judge_silent",
+        judge_silent,
+        "the judge's server is gone or slow, or its answers are cut off or of another form",
+        "look at extra (no_verdict) in samples.jsonl; mend its server, raise its max_new_tokens, tries "
+        "or timeout, or set on_failure: error, which ends the run at the first",
     ),
     Check(
         "judge_falls",

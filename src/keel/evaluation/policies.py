@@ -24,6 +24,9 @@ class JudgedCompletion:
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # each reward by its name
     dialogue: Dialogue | None = None  # of an episode with tools
     prompt: Prompt = ""  # with what an environment said first
+    unanswered: bool | None = (
+        None  # a judge said nothing of it, so that it has no proxy; None: none may be silent
+    )
 
 
 def measures(
@@ -32,12 +35,14 @@ def measures(
     """All measures of one model that apply. reference: the reference's completions of the same prompts, in
     order; None for the reference itself.
 
-    `gold_lift`, `proxy_lift`: mean of the paired differences. `win_rate`: by gold where there is one, else by
-    proxy; a draw counts half.
+    `proxy` is of the completions that have one. `gold_lift`, `proxy_lift`: mean of the paired differences,
+    where both have it. `win_rate`: by gold where there is one, else by proxy; a draw counts half.
     """
     result: dict[str, Measure] = {}
-    if (scores := _proxies(judged)) is not None:
+    if scores := [j.proxy for j in judged if j.proxy is not None]:
         result["proxy"] = mean_interval(scores)
+    if silent := [j.unanswered for j in judged if j.unanswered is not None]:
+        result["unanswered"] = wilson(sum(silent), len(silent))
     if (golds := _golds(judged)) is not None:
         result["gold"] = mean_interval([gold["total"] for gold in golds])
         result |= {
@@ -83,8 +88,9 @@ def _against(judged: Sequence[JudgedCompletion], reference: Sequence[JudgedCompl
     judges: list[tuple[str, list[float], list[float]]] = []
     if (mine := _golds(judged)) is not None and (theirs := _golds(reference)) is not None:
         judges.append(("gold", [g["total"] for g in mine], [g["total"] for g in theirs]))
-    if (proxies := _proxies(judged)) is not None and (others := _proxies(reference)) is not None:
-        judges.append(("proxy", proxies, others))
+    sides = [(mine.proxy, theirs.proxy) for mine, theirs in zip(judged, reference, strict=True)]
+    if both := [(a, b) for a, b in sides if a is not None and b is not None]:
+        judges.append(("proxy", [a for a, _ in both], [b for _, b in both]))
     for name, a, b in judges:
         result[f"{name}_lift"] = mean_interval([x - y for x, y in zip(a, b, strict=True)])
     if judges:
@@ -93,11 +99,6 @@ def _against(judged: Sequence[JudgedCompletion], reference: Sequence[JudgedCompl
             [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)]
         )
     return result
-
-
-def _proxies(judged: Sequence[JudgedCompletion]) -> list[float] | None:
-    scores = [j.proxy for j in judged if j.proxy is not None]
-    return scores if len(scores) == len(judged) else None
 
 
 def _golds(judged: Sequence[JudgedCompletion]) -> list[Mapping[str, float]] | None:

@@ -3,7 +3,8 @@
     RewardBench      rows with prompt, chosen, rejected, subset, id (the split `filtered` of
     allenai/reward-bench) RewardBench 2    rows with prompt, lists chosen and rejected, num_correct, subset,
     id LLMBar           dataset.json with input, output_1, output_2, label; its folder's name is the subset
-    pairs            any preference data that keel reads; a column `subset` names kinds of pairs
+    pairs            any preference data that keel reads; a column `subset` names kinds of pairs; how they are
+    read may be said by a data source
 
 Which one it is, the columns say.
 """
@@ -21,6 +22,7 @@ from keel.types import DataSource, PreferenceRecord
 
 ALL = "all"  # the subset of pairs that name none
 _KINDS = (".parquet", ".jsonl", ".json")
+_SETTINGS = ("on_bad", "`columns", "`pairs", "`format")  # of a data source, as errors name them
 
 
 def read(place: str, benchmark: Benchmark | None = None) -> tuple[Benchmark, list[Question]]:
@@ -101,7 +103,19 @@ def _llmbar(row: dict[str, Any], origin: str, file: Path) -> Question:
 
 
 def _pairs(place: str) -> list[Question]:
-    dataset = load.load([DataSource(place)], ("preference",), 0)
+    try:
+        return pairs([DataSource(place)], place)[0]
+    except DataError as error:
+        if any(name in str(error) for name in _SETTINGS):  # which a file by itself cannot say
+            way = f"--on takes such settings as a YAML file of a data source: source: {place}"
+            raise DataError(f"{error} ({way})") from None
+        raise
+
+
+def pairs(sources: Sequence[DataSource], place: str) -> tuple[list[Question], int]:
+    """The questions of preference data, and how many bad rows were left out. place: for messages. DataError
+    where no pair has a better side, and for a bad row."""
+    dataset = load.load(sources, ("preference",), 0)
     found: list[Question] = []
     for record in dataset.records:
         assert isinstance(record, PreferenceRecord)
@@ -114,7 +128,7 @@ def _pairs(place: str) -> list[Question]:
         found.append(Question(record.origin, record.prompt, sides, 1, name, record.origin))
     if not found:
         raise DataError(f"{place}: no pair has a better side")
-    return found
+    return found, dataset.skipped
 
 
 def _string(row: dict[str, Any], key: str, origin: str) -> str:

@@ -226,6 +226,7 @@ class Sources:
         if hub:  # only a run needs them: a plan is also for another machine
             self._check_machine(name)
         self._check_lengths(name, hub)
+        self._check_judges(name, hub)
         self._check_packing(name, hub)
 
     def _check_reference(self, name: str, setting: str, source: str, hub: bool) -> None:
@@ -249,6 +250,20 @@ class Sources:
                 _check_writes(config, place)
             elif setting not in ("classifier", "similarity"):  # these write nothing
                 _check_family(stage, config, place)
+
+    def _check_judges(self, name: str, hub: bool) -> None:
+        """A judge that runs in keel's process has room for a question beside its answer."""
+        stage = self.config.stages[name]
+        asking: list[Any] = [term for term in stage.reward_terms() if term.kind == "judge"]
+        for judge in [*asking, *getattr(stage, "judges", [])]:
+            if not judge.in_process:
+                continue
+            context: int | None = None
+            if judge.model in self.config.stages:
+                context = self.context(judge.model, hub)
+            elif hub or Path(self.resolve(judge.model)).exists():
+                context = context_length(self._config_of(stage, "judge", judge.model))
+            judges.check_room(judge, context, f"{name}: judge {judge.log_name!r}")
 
     def _check_lengths(self, name: str, hub: bool) -> None:
         """What the stage reads and writes fits the model's context."""

@@ -80,6 +80,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         said.append(f"{found['unanswered']:,} questions have no answer, and count as a guess.")
     if found["cut"]:
         said.append(f"Of {found['cut']:,} replies the model reads only the beginning.")
+    if found.get("skipped"):
+        said.append(f"Rows that cannot be used were left out: {found['skipped']:,}.")
     if found["score"]["low"] is None:
         said.append("There are too few questions for an interval.")
     return said

@@ -31,6 +31,7 @@ MEASURES: dict[str, Measure] = {
     "distinct_1": Measure("Distinct-1", "different words as a share of all words", True),
     "distinct_2": Measure("Distinct-2", "different word pairs as a share of all pairs", True),
     "truncated": Measure("Cut off", "share of replies that reached the length limit", True),
+    "unanswered": Measure("Unanswered", "share of replies that a judge said nothing of", True),
     "out_of_turns": Measure("Out of turns", "share of episodes that max_turns ended", True),
     "no_room_for_answer": Measure(
         "No room for an answer", "share of episodes that a tool's answer left no tokens", True

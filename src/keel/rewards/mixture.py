@@ -17,6 +17,7 @@ from keel.rewards.trainer import Logged, TrainingState
 from keel.types import Conversation, Prompt, StopReason
 
 _NO_LISTS = ("columns", "state", "logged")
+SILENCE = "no_verdict"  # NAME/no_verdict of what is logged: why a judge that may be silent said nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class WeightedReward:
     mean: float = 0.0  # its values are normalised, (r − mean) / std, before they are weighted …
     std: float = 1.0  # … which gives a learned reward, whose scale is arbitrary, one to be weighed on
     learned: bool = False  # a reward model's, which may be wrong without bound
-    neutral: bool = False  # where it gives None, the mean of what it gave the prompt's other samples counts
+    neutral: bool = False  # where it gives None, the mean of what it gave others counts: see `Mixture`
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Rated:
     learned: Tensor  # (B,) the part of `total` that is of learned rewards
     by_name: dict[str, list[float | None]]  # raw r_k, B values a term, before the weight
     logged: Logged = field(default_factory=Logged)  # by functions, of these samples
+    silent: tuple[bool, ...] = ()  # (B,) a judge with a weight said nothing of it; (): there is no such judge
 
 
 class Mixture:
@@ -80,8 +82,9 @@ class Mixture:
 
     As in TRL, weights are not renormalised: a term that does not apply adds nothing, and the others keep
     their weight. Of a term that is `neutral` (a judge that may be silent) a sample without a value has the
-    mean of its prompt's others, since no value would count as a 0 beside theirs. UsageError for no terms, a
-    name twice, a weight that is not finite.
+    mean of its prompt's others, or where these have none that of all others of its source in the batch, since
+    no value would count as a 0 beside theirs. UsageError for no terms, a name twice, a weight that is not
+    finite.
     """
 
     def __init__(self, terms: Sequence[WeightedReward]) -> None:
@@ -122,7 +125,7 @@ class Mixture:
             if all(values[index] is None for values in counted.values()):
                 raise RewardError(
                     f"no reward applies to {functions.sample(batch.prompts, index)}: each of "
-                    f"{', '.join(by_name)} returned None"
+                    f"{', '.join(by_name)} returned None{_why_silent(self.terms, batch, index)}"
                 )
         rewards = total.float()
         if not rewards.isfinite().all():
@@ -131,20 +134,45 @@ class Mixture:
             raise RewardError(
                 f"the rewards of {functions.sample(batch.prompts, index)} do not add up: {parts}"
             )
-        return Rated(rewards, raw.float(), learned.float(), by_name, batch.logged)
+        return Rated(rewards, raw.float(), learned.float(), by_name, batch.logged, _silent(self.terms, batch))
 
 
 def _filled(values: Sequence[float | None], batch: Batch) -> list[float | None]:
-    """The values, with the mean of those of the same prompt (and source) in the place of None, where there
-    are some."""
-    sources = batch.columns.get("source") or [None] * len(values)
-    keys = [(tuple(ids), str(source)) for ids, source in zip(batch.prompt_ids, sources, strict=True)]
+    """The values, in the place of None the mean of those of the same prompt and source, or where there are
+    none of the same source; None where that has none either."""
+    sources = [str(source) for source in batch.columns.get("source") or [None] * len(values)]
+    prompts = [(tuple(ids), source) for ids, source in zip(batch.prompt_ids, sources, strict=True)]
+    of_prompt, of_source = _means(prompts, values), _means(sources, values)
+    return [
+        of_prompt.get(prompt, of_source.get(source)) if value is None else value
+        for prompt, source, value in zip(prompts, sources, values, strict=True)
+    ]
+
+
+def _means(keys: Sequence[Any], values: Sequence[float | None]) -> dict[Any, float]:
+    """Key → the mean of its values, where it has some."""
     known: dict[Any, list[float]] = {}
     for key, value in zip(keys, values, strict=True):
         if value is not None:
             known.setdefault(key, []).append(value)
-    means = {key: math.fsum(some) / len(some) for key, some in known.items()}
-    return [means.get(key) if value is None else value for key, value in zip(keys, values, strict=True)]
+    return {key: math.fsum(some) / len(some) for key, some in known.items()}
+
+
+def _silences(term: WeightedReward, batch: Batch) -> Sequence[str | None]:
+    """(B,) why a neutral term said nothing of a sample; None where it spoke, or does not apply."""
+    return batch.logged.extra.get(f"{term.name}/{SILENCE}") or [None] * len(batch.prompts)
+
+
+def _silent(terms: Sequence[WeightedReward], batch: Batch) -> tuple[bool, ...]:
+    counted = [_silences(term, batch) for term in terms if term.neutral and term.weight]
+    return tuple(any(why is not None for why in row) for row in zip(*counted, strict=True))
+
+
+def _why_silent(terms: Sequence[WeightedReward], batch: Batch, index: int) -> str:
+    found = [
+        f"{term.name}: {why}" for term in terms if term.neutral and (why := _silences(term, batch)[index])
+    ]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def from_function(name: str, function: Callable[..., Any] | IsolatedFunction) -> Rewarder:

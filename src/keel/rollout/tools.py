@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import get_json_schema
@@ -45,13 +46,19 @@ def name_of(tool: Tool) -> str:
 
 def methods_of(environment: Any) -> list[Tool]:
     """The tools of an environment, bound to it, by name: its public methods besides `reset` and
-    `get_reward`."""
-    members = inspect.getmembers(type(environment), predicate=inspect.isfunction)  # no property is evaluated
+    `get_reward`. As in TRL 1.16 a class method is one too, and a bound method that an attribute holds; a
+    static method, which is bound to nothing, is none. No property is evaluated."""
     return [
         getattr(environment, name)
-        for name, _ in members
-        if name not in NOT_TOOLS and not name.startswith("_")
+        for name in sorted(dir(environment))
+        if name not in NOT_TOOLS and not name.startswith("_") and _is_method(environment, name)
     ]
+
+
+def _is_method(environment: Any, name: str) -> bool:
+    if isinstance(inspect.getattr_static(environment, name, None), property | cached_property):
+        return False
+    return inspect.ismethod(getattr(environment, name, None))
 
 
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:

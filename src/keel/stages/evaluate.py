@@ -311,7 +311,8 @@ def _all_judged(
     judged: list[JudgedCompletion] = []
     for index, (one, completion) in enumerate(zip(asked, kept, strict=True)):
         parts = gold_of(gold, one.prompt, completion, one.columns, tokenizer) if gold else None
-        proxy = None if rated is None else float(rated.total[index])
+        silent = rated.silent[index] if rated is not None and rated.silent else None
+        proxy = None if rated is None or silent else float(rated.total[index])
         terms = {} if rated is None else {term: values[index] for term, values in rated.by_name.items()}
         judged.append(
             JudgedCompletion(
@@ -324,6 +325,7 @@ def _all_judged(
                 terms,
                 completion.dialogue,
                 one.prompt,
+                silent,
             )
         )
     return judged
@@ -349,7 +351,8 @@ def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:
         for name, values in new.by_name.items()
     }
     sums = [torch.where(wins, getattr(new, part), getattr(old, part)) for part in ("total", "raw", "learned")]
-    return Rated(sums[0], sums[1], sums[2], by_name)
+    silent = tuple(n if w else o for n, o, w in zip(new.silent, old.silent, better)) if new.silent else ()
+    return Rated(sums[0], sums[1], sums[2], by_name, silent=silent)
 
 
 @cast_cache()

@@ -13,7 +13,14 @@ from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.questions import Criterion, Question, Rubric, Verdict
 from keel.errors import UsageError
-from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, load_tokenizer
+from keel.models.load import (
+    ModelSource,
+    causal_lm,
+    context_length,
+    disable_dropout,
+    load_tokenizer,
+    model_config,
+)
 from keel.rewards.judge.client import Endpoint, Remote, Unanswered, library
 from keel.rewards.judge.judging import Asked, Judge
 from keel.rewards.judge.ledger import FILE, Ledger
@@ -63,6 +70,15 @@ def check_machine(settings: JudgeSettings, where: str) -> None:
         raise UsageError(f"{where}: {error}") from None
 
 
+def check_room(settings: JudgeSettings, context: int | None, where: str) -> None:
+    """UsageError where an answer fills the context of a model in this process. where: the setting."""
+    if context is not None and settings.max_new_tokens >= context:
+        raise UsageError(
+            f"{where}: `max_new_tokens` {settings.max_new_tokens} leaves no room for a question in its "
+            f"model's context of {context}; lower it"
+        )
+
+
 def key_of(settings: JudgeSettings) -> str | None:
     """The key of the address, from the environment; None where it needs none. UsageError for an empty one."""
     if settings.api_key_env is None:
@@ -106,6 +122,11 @@ def _asked(
     def spent(calls: int, tokens: int) -> None:
         stage_run.facts.setdefault("judges", {})[name] = {"calls": calls, "tokens": tokens}
 
+    def at_the_end() -> None:  # what other processes of the run have asked, too
+        ledger.catch_up()
+        spent(ledger.calls, ledger.tokens)
+
+    stage_run.at_end(at_the_end)
     return Remote(endpoint, ledger, stop_at_failure=settings.on_failure == "error", spent=spent)
 
 
@@ -118,6 +139,7 @@ class Local:
     ) -> None:
         place = stage_run.resolve(settings.model)
         source = ModelSource(place, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_room(settings, context_length(model_config(source)), f"judge {settings.model!r}")
         model = causal_lm(source, 0).to(stage_run.device).eval().requires_grad_(False)
         disable_dropout(model)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(place, trust_remote_code=trust_remote_code)

@@ -134,6 +134,7 @@ class Remote:
         """The verdict on each question, in order; equal ones are asked once. BudgetError where the budget is
         spent, RewardError where the server refuses to answer at all."""
         keys = [key_of(self.endpoint.about(question)) for question in questions]
+        self.ledger.catch_up()
         found: dict[str, Verdict | Unanswered] = {}
         missing: dict[str, Question] = {}
         for key, question in zip(keys, questions, strict=True):
@@ -249,7 +250,8 @@ class Remote:
         except (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError):
             raise _Passing(f"no answer within {endpoint.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise _Passing(f"it cannot be reached ({self._why(error)})", down=True) from None
+            where = endpoint.address
+            raise _Passing(f"{where} cannot be reached ({self._why(error)})", down=True) from None
         except openai.APIStatusError as error:
             raise self._of_status(error, *sent) from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -293,30 +295,37 @@ class Remote:
 
     def _of_status(self, error: Any, form: int, limit: str) -> Exception:
         """What a status means. form, limit: of the request."""
-        status, said = int(error.status_code), self._why(error)
+        status, said = int(error.status_code), self._said(error)
+        reason = f"status {status}" + (f": {said}" if said else "")
         if status in _AGAIN or status >= 500:
-            return _Passing(f"status {status}", wait=retry_after(error.response.headers))
+            return _Passing(reason, wait=retry_after(error.response.headers))
         if status in (400, 422):
             if limit == "max_tokens" and _PARAMETER.search(said):
                 self._limit = "max_completion_tokens"
-                return _Passing(f"status {status}: {said}", at_once=True)
+                return _Passing(reason, at_once=True)
             if not self._form_works and form + 1 < len(_FORMATS):
                 self._form = max(self._form, form + 1)
-                return _Passing(f"status {status}: {said}", at_once=True)
+                return _Passing(reason, at_once=True)
         if status in _REFUSED or status < 400:
             hint = "; set `api_key_env` to the variable with its key" if status in (401, 403) else ""
-            return RewardError(f"it refuses to answer: status {status}: {said}{hint}")
-        return _Final(f"status {status}: {said}")
+            who = f"{self.endpoint.address} (model {self.endpoint.model})"
+            return RewardError(f"{who} refuses to answer: {reason}{hint}")
+        return _Final(reason)
+
+    def _said(self, error: Any) -> str:
+        """What a server says beside a status, without the key; "" where it says nothing, or sends a page."""
+        body: Any = error.body
+        told = (body.get("message") or body.get("detail")) if isinstance(body, Mapping) else body
+        known = isinstance(told, str) and not told.lstrip().startswith("<")
+        return self._in_short(told) if known else ""
 
     def _why(self, error: BaseException) -> str:
         """An error in a few words, without the key."""
-        cause = _of_system(error) or error.__cause__
-        body = getattr(error, "body", None)
-        told = body.get("message") if isinstance(body, Mapping) else None
-        text = str(told or cause or "") or str(error) or type(error).__name__
-        if self.endpoint.key:
-            text = text.replace(self.endpoint.key, "…")
-        return _short(text)
+        return self._in_short(_of_system(error) or error.__cause__ or str(error) or type(error).__name__)
+
+    def _in_short(self, text: object) -> str:
+        key = self.endpoint.key
+        return _short(str(text).replace(key, "…") if key else text)
 
     def _without_key(self, told: str) -> str:
         """An answer without the key: a server may give back what it was sent. A key of a few letters, as is

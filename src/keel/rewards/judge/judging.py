@@ -21,7 +21,7 @@ from keel.data.questions import Question, Rubric, Verdict
 from keel.errors import RewardError, UsageError
 from keel.rewards import functions
 from keel.rewards.judge.client import Unanswered
-from keel.rewards.mixture import Batch
+from keel.rewards.mixture import SILENCE, Batch
 from keel.types import Conversation, Prompt
 
 Mode = Literal["pointwise", "pairwise", "ranking"]
@@ -182,6 +182,8 @@ class Judge:
             batch.logged.log_metric(f"{self.name}/disagreement", judged.bias.disagreement)
         if self.on_failure == "none":
             batch.logged.log_metric(f"{self.name}/unanswered", sum(w is not None for w in why) / len(why))
+            reason_of = [None if gone is None else gone.reason for gone in why]
+            batch.logged.log_extra(f"{self.name}/{SILENCE}", reason_of)
         if self.mode == "pointwise" and self.rubric.reasons:
             batch.logged.log_extra(f"{self.name}/reason", reasons)
 

@@ -4,6 +4,9 @@
 the answer, who asked, the tokens. A request that brought no answer is a line too, since it may have cost
 something. Each line ends with a sum of itself; one that was cut off or changed is passed over, and asked
 again. Equal questions have one answer, also at a temperature above 0.
+
+Several processes of a run write into one file, each line in one write, and read what the others have added
+before they ask or spend: a budget is that of all of them.
 """
 
 from __future__ import annotations
@@ -41,24 +44,34 @@ class Ledger:
         self.path, self.who, self.most_calls, self.most_tokens = path, who, calls, tokens
         self.answers: dict[str, str] = {}
         self.calls = self.tokens = 0  # that `who` has spent, in all attempts at this run
-        self.waiting = 0  # requests that are under way
+        self.waiting = 0  # requests of this process that are under way
+        self._read_to = 0  # bytes of the file
         if path is not None and path.exists():
             self._read(path, say)
 
     def _read(self, path: Path, say: Callable[[str], None]) -> None:
-        content = path.read_bytes()
-        broken = 0
-        for line in content.split(b"\n"):
-            row = _row(line) if line else {}
-            if row is None:
-                broken += 1
-            elif row:
-                self._take(row)
-        if not content.endswith(b"\n") and content:  # the next line begins on its own
-            with path.open("ab") as handle:
-                handle.write(b"\n")
-        if broken:
+        with path.open("rb+") as handle:
+            if handle.seek(0, os.SEEK_END) and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n":
+                handle.write(b"\n")  # the next line begins on its own
+        if broken := self.catch_up():
             say(f"{path}: {broken} broken lines are passed over; what they held is asked again")
+
+    def catch_up(self) -> int:
+        """Take in what was written since, by whomever: the number of broken lines in it."""
+        if self.path is None or not self.path.exists() or self.path.stat().st_size == self._read_to:
+            return 0
+        with self.path.open("rb") as handle:
+            if handle.seek(0, os.SEEK_END) < self._read_to:  # somebody removed it, to ask again
+                self._read_to = 0
+            handle.seek(self._read_to)
+            content = handle.read()
+        content = content[: content.rfind(b"\n") + 1]  # a line that is being written comes next time
+        self._read_to += len(content)
+        rows = [_row(line) for line in content.split(b"\n") if line]
+        for row in rows:
+            if row is not None:
+                self._take(row)
+        return rows.count(None)
 
     def _take(self, row: Mapping[str, Any]) -> None:
         if row["told"] is not None:
@@ -69,6 +82,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Before a request. BudgetError where it would be one too many."""
+        self.catch_up()
         over = [
             f"{spent:,} of {most:,} {what}"
             for what, spent, most in (
@@ -88,10 +102,12 @@ class Ledger:
         """After a request: keep what was told, or that nothing usable was."""
         self.waiting -= 1
         row = {"key": key, "told": told, "who": self.who, "tokens": tokens}
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _append(self.path, _line(row))
-        self._take(row)
+        if self.path is None:
+            self._take(row)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _append(self.path, _line(row))
+        self.catch_up()
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
