@@ -198,7 +198,6 @@ def test_what_cannot_be_cut_over_ranks_is_refused_by_its_setting(monkeypatch):
         with pytest.raises(UsageError, match=r"'rl': `rollout.partial` samples in one process: leave it out"):
             following.check_kinds(one.model_copy(update={"stages": {"rl": carried}}), ["rl"])
     for more, setting in (
-        ({"lora": {"r": 2}}, "`lora`"), ({"control": "stop"}, "`control: stop`"),
         ({"offload": True}, "`offload`"), ({"sharing": "adapters", "lora": {"r": 2}}, "`sharing: adapters`"),
     ):  # fmt: skip
         other = type(grpo).model_validate(grpo.model_dump() | more)
