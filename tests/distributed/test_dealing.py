@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keel.config import parse
+from keel.config.sampler import SamplerConfig
 from keel.distributed import group, launch, records
 from keel.distributed.records import Record
 from keel.errors import LostRankError, UsageError
@@ -22,6 +23,7 @@ from keel.rewards.mixture import Rated
 from keel.rewards.trainer import Logged
 from keel.rl import sampled
 from keel.rollout.score_responses import Scored
+from keel.stages import samplers
 from keel.types import Completion
 
 
@@ -233,3 +235,15 @@ def test_settings_of_ranks_are_read_and_change_no_fingerprint():
     assert config.distributed.strategy == "fsdp"
     with pytest.raises(UsageError, match="strategy"):
         parse({"name": "t", "distributed": {"strategy": "zero"}, "stages": {"s": {"kind": "sft"}}})
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [({}, True), ({"devices": "3"}, False), ({"sleep": True}, False), ({"address": "http://h:8000"}, False)],
+)
+def test_a_server_that_would_share_the_first_ranks_card_is_told_of(more: dict[str, Any], told: bool) -> None:
+    note = samplers.card_note(SamplerConfig.model_validate({"engine": "vllm", **more}))
+    assert (note is not None) == told
+    if note is not None:
+        assert all(remedy in note for remedy in ("`rollout.devices`", "`rollout.sleep", "`rollout.address`"))
+    assert samplers.card_note(SamplerConfig.model_validate({"engine": "keel"})) is None
