@@ -267,6 +267,21 @@ def test_what_was_said_is_not_asked_again(scripted_judge: Ask, tmp_path: Path) -
     assert isinstance(changed, Unanswered)
 
 
+def test_another_process_that_tears_a_line_costs_no_other_line(scripted_judge: Ask, tmp_path: Path) -> None:
+    """A ledger that is opened while others write changes none of their bytes."""
+    judge, file = scripted_judge(), tmp_path / "judge.jsonl"
+    one = remote(judge, Ledger(file, "s/judge"))
+    one.ask(asked("red"))
+    with file.open("ab") as handle:
+        handle.write(b'{"key": "torn')
+    before = file.read_bytes()
+    other = remote(judge, Ledger(file, "s/judge"))
+    assert file.read_bytes() == before
+    one.ask(asked("blue"))
+    other.ask(asked("red", "blue"))
+    assert one.ledger.calls == other.ledger.calls == Ledger(file, "s/judge").calls == len(judge.asked) == 2
+
+
 def test_a_torn_or_changed_line_is_passed_over_and_asked_again(scripted_judge: Ask, tmp_path: Path) -> None:
     judge, file = scripted_judge(), tmp_path / "judge.jsonl"
     remote(judge, Ledger(file, "s/judge"), concurrency=1).ask(asked("red", "blue", "pink"))

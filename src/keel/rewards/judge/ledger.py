@@ -46,14 +46,10 @@ class Ledger:
         self.calls = self.tokens = 0  # that `who` has spent, in all attempts at this run
         self.waiting = 0  # requests of this process that are under way
         self._read_to = 0  # bytes of the file
-        if path is not None and path.exists():
-            self._read(path, say)
-
-    def _read(self, path: Path, say: Callable[[str], None]) -> None:
-        with path.open("rb+") as handle:
-            if handle.seek(0, os.SEEK_END) and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n":
-                handle.write(b"\n")  # the next line begins on its own
-        if broken := self.catch_up():
+        broken = self.catch_up()
+        if path is not None and path.exists() and path.stat().st_size > self._read_to:
+            broken += 1  # the last line has no end
+        if broken:
             say(f"{path}: {broken} broken lines are passed over; what they held is asked again")
 
     def catch_up(self) -> int:
@@ -65,7 +61,7 @@ class Ledger:
                 self._read_to = 0
             handle.seek(self._read_to)
             content = handle.read()
-        content = content[: content.rfind(b"\n") + 1]  # a line that is being written comes next time
+        content = content[: content.rfind(b"\n") + 1]  # one without an end is being written, or broken
         self._read_to += len(content)
         rows = [_row(line) for line in content.split(b"\n") if line]
         for row in rows:
@@ -133,9 +129,12 @@ def _sum(text: str) -> str:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """A line at the end of the file, in one write where the disk takes it."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """A line at the end of the file, in one write where the disk takes it; on its own behind one that was
+    torn. (Where another process has not ended its line yet, an empty one comes in between.)"""
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
         while line:
             line = line[os.write(handle, line) :]
     finally:
