@@ -12,7 +12,7 @@ from keel.data.questions import Question, Rubric, Verdict
 from keel.errors import RewardError, UsageError
 from keel.rewards.judge.client import Unanswered
 from keel.rewards.judge.judging import Compared, Judge, OrderBias
-from keel.rewards.mixture import Batch
+from keel.rewards.mixture import Batch, Mixture, WeightedReward
 
 RUBRIC = Rubric("longer is better")
 
@@ -109,6 +109,22 @@ def test_against_a_column_each_reply_has_a_score_of_its_own() -> None:
     ]  # fmt: skip
     with pytest.raises(UsageError, match="no column 'best'"):
         judge(batch(["p"], ["a"]))
+
+
+def test_a_judge_that_may_be_silent_adds_nothing_where_it_is_not_asked() -> None:
+    """The second row has no reply to compare with: no mean of others stands for a verdict."""
+    judge = Judge(
+        "judge", Liking({"b": 3, "ref": 2}), RUBRIC, mode="pairwise", against="best", on_failure="none"
+    )
+    terms = [
+        WeightedReward("judge", 2.0, judge, neutral=True),
+        WeightedReward("other", 1.0, lambda _: [0.25] * 2),
+    ]
+    given = [batch(["p", "q"], ["b", "b"], best=["ref", None], source=["x", "x"]) for _ in terms]
+    rated = Mixture(terms).score(given[0])
+    assert (rated.total.tolist(), rated.silent) == ([2.25, 0.25], (False, False))
+    with pytest.raises(RewardError, match="no reward applies to sample 1"):
+        Mixture(terms[:1]).score(given[1])
 
 
 def test_a_reference_is_shown_where_there_is_one() -> None:

@@ -155,13 +155,14 @@ def test_a_silent_judge_neither_gains_nor_loses() -> None:
     """Prompt 3 has 1, None and ½: None counts as ¾. Of prompt 4 nothing is known, so the mean of all counts.
     What was said stays as it was said."""
     batch = Batch(list("pppqq"), list("abcde"), [[7]] * 5, ["eos"] * 5, [[3]] * 3 + [[4]] * 2, {})
+    batch.logged.log_extra("judge/no_verdict", [None, "late", None, "late", "late"])
     said = [1.0, None, 0.5, None, None]
     other = WeightedReward("other", 1.0, precomputed([0.25] * 5))
     judge = WeightedReward("judge", 2.0, precomputed(said), neutral=True)
     rated = Mixture([judge, other]).score(batch)
     assert rated.total.tolist() == rated.raw.tolist() == [2.25, 1.75, 1.25, 1.75, 1.75]
     assert rated.by_name["judge"] == said
-    assert rated.silent == (False,) * 5  # nobody said why it is silent: it does not apply
+    assert rated.silent == (False, True, False, True, True)
     alone = Batch(["q"], ["d"], [[7]], ["eos"], [[4]], {})
     alone.logged.log_extra("judge/no_verdict", ["status 500"])
     mute = WeightedReward("judge", 2.0, precomputed([None]), neutral=True)
@@ -170,6 +171,7 @@ def test_a_silent_judge_neither_gains_nor_loses() -> None:
     loud = WeightedReward("other", 1.0, precomputed([0.25]))
     assert Mixture([mute, loud]).score(alone).silent == (True,)
     sources = Batch(list("ppp"), list("abc"), [[7]] * 3, ["eos"] * 3, [[3]] * 3, {"source": ["x", "y", "x"]})
+    sources.logged.log_extra("judge/no_verdict", [None, "late", None])
     three = [WeightedReward(t.name, t.weight, precomputed(v[:3]), neutral=t.neutral) for t, v in
              ((judge, said), (other, [0.25] * 5))]  # fmt: skip
     assert Mixture(three).score(sources).total.tolist() == [2.25, 0.25, 1.25]  # of another source

@@ -62,7 +62,7 @@ class WeightedReward:
     mean: float = 0.0  # its values are normalised, (r − mean) / std, before they are weighted …
     std: float = 1.0  # … which gives a learned reward, whose scale is arbitrary, one to be weighed on
     learned: bool = False  # a reward model's, which may be wrong without bound
-    neutral: bool = False  # where it gives None, the mean of what it gave others counts: see `Mixture`
+    neutral: bool = False  # where it was silent, the mean of what it gave others counts: see `Mixture`
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +81,10 @@ class Mixture:
     """R(x, y) = Σ_k w_k · (r_k(x, y) − mean_k) / std_k over the terms k that apply (r_k is not None).
 
     As in TRL, weights are not renormalised: a term that does not apply adds nothing, and the others keep
-    their weight. Of a term that is `neutral` (a judge that may be silent) a sample without a value has the
-    mean of its prompt's others, or where these have none that of all others of its source in the batch, since
-    no value would count as a 0 beside theirs. UsageError for no terms, a name twice, a weight that is not
-    finite.
+    their weight. Of a term that is `neutral` (a judge that may be silent) a sample that it said nothing of
+    has the mean of its prompt's others, or where these have none that of all others of its source in the
+    batch, since no value would count as a 0 beside theirs; one that it was not asked about has none.
+    UsageError for no terms, a name twice, a weight that is not finite.
     """
 
     def __init__(self, terms: Sequence[WeightedReward]) -> None:
@@ -110,7 +110,8 @@ class Mixture:
         fails, a sample to which no term applies, and a sum that is too large for a float32."""
         by_name = {term.name: _values(term, batch) for term in self.terms}
         counted = {
-            t.name: _filled(by_name[t.name], batch) if t.neutral else by_name[t.name] for t in self.terms
+            t.name: _filled(by_name[t.name], _silences(t, batch), batch) if t.neutral else by_name[t.name]
+            for t in self.terms
         }
         total, raw, learned = torch.zeros(3, len(batch.prompts), dtype=torch.float64)
         for term in self.terms:
@@ -137,15 +138,18 @@ class Mixture:
         return Rated(rewards, raw.float(), learned.float(), by_name, batch.logged, _silent(self.terms, batch))
 
 
-def _filled(values: Sequence[float | None], batch: Batch) -> list[float | None]:
+def _filled(
+    values: Sequence[float | None], silences: Sequence[str | None], batch: Batch
+) -> list[float | None]:
     """The values, in the place of None the mean of those of the same prompt and source, or where there are
-    none of the same source; None where that has none either."""
+    none of the same source; None where that has none either, and where nobody was silent: silences has no
+    reason there."""
     sources = [str(source) for source in batch.columns.get("source") or [None] * len(values)]
     prompts = [(tuple(ids), source) for ids, source in zip(batch.prompt_ids, sources, strict=True)]
     of_prompt, of_source = _means(prompts, values), _means(sources, values)
     return [
-        of_prompt.get(prompt, of_source.get(source)) if value is None else value
-        for prompt, source, value in zip(prompts, sources, values, strict=True)
+        value if value is not None or why is None else of_prompt.get(prompt, of_source.get(source))
+        for prompt, source, value, why in zip(prompts, sources, values, silences, strict=True)
     ]
 
 
