@@ -12,9 +12,9 @@ import pytest
 from keel.config import parse
 from keel.errors import BudgetError, RewardError, UsageError
 from keel.pipeline.pipeline import Pipeline
-from keel.rewards.judge import client
+from keel.rewards.judge import client, ledger
 from keel.stages import collect as collect_stage
-from keel.stages import judged_pairs
+from keel.stages import evaluate, judged_pairs
 from keel.stages.judged_pairs import JudgeVotes
 from keel.stages.people import Voted
 
@@ -424,7 +424,7 @@ def test_a_judge_that_may_be_silent_takes_nothing_from_a_sample(
 
 
 def test_evaluate_measures_what_the_judge_spoke_of_and_counts_the_rest(
-    run: Any, data: Any, tiny_model: Path, scripted_judge: Any, tmp_path: Path
+    run: Any, data: Any, tiny_model: Path, scripted_judge: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """A reply without a verdict ends no evaluation, and is no 0 of the proxy."""
 
@@ -438,8 +438,18 @@ def test_evaluate_measures_what_the_judge_spoke_of_and_counts_the_rest(
         "kind": "evaluate", "models": [str(tiny_model)], "data": str(data.prompts),
         "sampling": {"max_new_tokens": 6}, "reward": {**term, "on_failure": "none"},
     }  # fmt: skip
+    written = evaluate._write_samples
+
+    def later(*arguments: Any) -> None:  # another process of the run asks last
+        ledger.Ledger(tmp_path / "run" / ledger.FILE, "end/judge").end("k", "{}", 5)
+        written(*arguments)
+
+    monkeypatch.setattr(evaluate, "_write_samples", later)
     run({"stages": {"end": stage}}, tmp_path / "run")
     folder = tmp_path / "run" / "stages" / "end"
+    spent = len(lines(tmp_path / "run" / ledger.FILE))
+    assert json.loads((folder / "stage.json").read_text())["facts"]["judges"]["judge"]["calls"] == spent
+    monkeypatch.undo()
     (measures,) = json.loads((folder / "result.json").read_text())["models"].values()
     rows = lines(folder / "samples.jsonl")
     silent = [row for row in rows if "proxy" not in row]

@@ -73,14 +73,19 @@ class StageRun:
         """Have something done once the stage has ended, however it ends: the last first."""
         self._at_end.append(work)
 
-    def end(self) -> None:
-        """The stage has ended. Each work of `at_end` is done, whatever becomes of the others."""
+    def end(self, keep: int = 0) -> None:
+        """The stage has ended, or what was begun after `begun()` said `keep`. Each work of `at_end` is done,
+        whatever becomes of the others."""
         try:
-            if self._at_end:
+            if len(self._at_end) > keep:
                 self._at_end.pop()()
         finally:
-            if self._at_end:
-                self.end()
+            if len(self._at_end) > keep:
+                self.end(keep)
+
+    def begun(self) -> int:
+        """How many works are waiting for the end."""
+        return len(self._at_end)
 
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         """NotFiniteError at the first number that is not finite."""

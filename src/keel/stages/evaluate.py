@@ -189,7 +189,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
     """n → one model's completions of all prompts, in order: for each prompt the best of its first n samples
     by the rewards. The samples are shared: the best of 4 is chosen among those that the best of 2 had, and 2
     more."""
-    config, stage_run = bench.config, bench.stage_run
+    config, stage_run, begun = bench.config, bench.stage_run, bench.stage_run.begun()
     tokenizer, tools = bench.readers[name].tokenizer, bench.readers[name].tools
     model = bench.reference if name == bench.reference_name else _open(stage_run, config, name)
     vocabularies = [one.config.get_text_config().vocab_size for one in (model, bench.reference)]
@@ -220,7 +220,7 @@ def _judge(bench: Bench, name: str, best_of: Sequence[int] = (1,)) -> dict[int, 
         for n, completions in part.items():
             judged[n] += completions
         release(bench.records)
-    stage_run.end()  # a server of this model's makes room for the next one's
+    stage_run.end(begun)  # a server of this model's makes room for the next one's
     return judged
 
 
