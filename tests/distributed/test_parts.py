@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from keel.distributed import launch, parts
 
@@ -76,6 +77,52 @@ with group.joined("cpu", sys.argv[3], 30):
                 assert all(isinstance(x, DTensor) for x in found.tensors["policy"].values())
             same(state(lambda x: x), found.tensors)
 """
+WHOLE = """
+import errno, resource, signal, sys
+from pathlib import Path
+import torch
+from torch.distributed.tensor import DTensor
+from keel.distributed import group, sharded
+from keel.rundir import machine_faults
+from keel.rundir.stage_run import StageRun
+
+run = StageRun("s", Path(sys.argv[1]), 0, torch.device("cpu"), str, None)
+run.directory.mkdir(exist_ok=True)
+
+def plain(value):
+    if isinstance(value, dict): return {key: plain(item) for key, item in value.items()}
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+with group.joined("cpu", sys.argv[3], 30):
+    torch.manual_seed(3)
+    model = torch.nn.Linear(3, 5)
+    if group.is_sharded(): sharded.shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if sys.argv[2] == "write":
+        for _ in range(2):
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+        run.save(2, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": None})
+    else:
+        placed = sharded.Placing({"model": model, "best": model}, {"optimizer": optimizer})
+        found = run.restore(placed)
+        model.load_state_dict(found.tensors["model"])
+        optimizer.load_state_dict(found.tensors["optimizer"])
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": None}
+        told = plain(state)
+        if group.is_first(): torch.save(told, sys.argv[4])
+        if sys.argv[2] == "full":
+            if not group.is_first():
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
+            try:
+                run.save(found.step + 1, state)
+                raise AssertionError("it was written")
+            except Exception as error:
+                assert "limit on the size of a file" in str(machine_faults.explain(error)), repr(error)
+        else:
+            run.save(found.step + 1, state)
+"""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
@@ -107,6 +154,28 @@ def test_what_two_ranks_write_is_read_by_any_number_and_a_broken_part_is_found(t
         on_ranks(ranks, script, run, "broken", "fsdp")
         (folder / "parts" / name).write_bytes(content)
     on_ranks(1, script, run, "read", "ddp")
+
+
+@pytest.mark.ranks
+def test_a_whole_checkpoint_is_gone_on_with_in_parts_and_a_full_disk_of_one_rank_costs_none(
+    tmp_path: Path,
+) -> None:
+    """A whole one is what earlier versions of keel left, and what a run with ddp leaves."""
+    script, run, told = tmp_path / "rank.py", tmp_path / "run", [tmp_path / f"{i}.pt" for i in range(4)]
+    script.write_text(WHOLE)
+    on_ranks(1, script, run, "write", "ddp")
+    (begun,) = (run / "checkpoints").iterdir()
+    assert sorted(path.name for path in begun.iterdir()) == ["tensors.pt", "values.json"]
+    expected = torch.load(begun / "tensors.pt")
+    for number, (ranks, strategy, what) in enumerate(
+        [(2, "fsdp", "go on"), (2, "fsdp", "full"), (2, "ddp", "go on"), (1, "ddp", "go on")]
+    ):
+        on_ranks(ranks, script, run, what, strategy, told[number])
+        found = torch.load(told[number])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        (left,) = (run / "checkpoints").iterdir()  # nothing begun, and nothing older
+        assert left.name == f"step-{3 + number - (number > 0):06d}"
+        assert (left / "parts").exists() == (number < 2)
 
 
 class Evil:
