@@ -192,6 +192,12 @@ def test_settings_of_pairs_are_given_as_a_data_source(pairs: Path, tmp_path: Pat
     source.write_text(json.dumps({"data": {"source": str(bad), "on_bda": "skip"}}))
     with pytest.raises(UsageError, match="on_bad"):
         run(str(reward), "--on", str(source), *out)
+    source.write_text(json.dumps({"data": str(bad), "on_bad": "skip"}))
+    with pytest.raises(UsageError, match="`on_bad` has no effect beside `data`: write it within"):
+        run(str(reward), "--on", str(source), *out)
+    reward.write_text(json.dumps({"reward": {"kind": "keywords", "words": ["red"]}, "weight": -1}))
+    with pytest.raises(UsageError, match="`weight` has no effect beside `reward`"):
+        run(str(reward), "--on", str(pairs), *out)
 
 
 @pytest.mark.slow

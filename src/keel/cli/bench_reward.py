@@ -183,8 +183,7 @@ def term_of(model: str, trust: bool) -> RewardTerm:
     reward, and for code without --trust."""
     if Path(model).suffix.lower() not in _FILES:
         return LearnedTerm.model_validate({"kind": "learned", "model": model})
-    tree = read_mapping(Path(model))
-    tree = tree.get("reward", tree)  # a config's own line, `reward: {…}`, will do
+    tree = _line_of(model, "reward")
     stage = {"kind": "best_of_n", "model": "./policy", "data": "prompts.jsonl", "reward": tree}
     terms = parse({"name": "bench", "stages": {"bench": stage}}, model).stages["bench"].reward_terms()
     if len(terms) != 1:
@@ -195,10 +194,22 @@ def term_of(model: str, trust: bool) -> RewardTerm:
     return terms[0]
 
 
+def _line_of(file: str, key: str) -> Any:
+    """What a YAML file says; of a line of a config, `KEY: {…}`, what stands there. UsageError where more
+    stands beside it, which would have no effect."""
+    tree = read_mapping(Path(file))
+    if key not in tree:
+        return tree
+    if beside := [name for name in tree if name != key]:
+        raise UsageError(
+            f"{file}: `{beside[0]}` has no effect beside `{key}`: write it within, or leave it out"
+        )
+    return tree[key]
+
+
 def sources_of(file: str) -> list[DataSource]:
     """The data sources that a YAML file says, as `data` of a config. UsageError for anything else."""
-    tree = read_mapping(Path(file))
-    stage = {"kind": "reward", "model": "./model", "data": tree.get("data", tree)}
+    stage = {"kind": "reward", "model": "./model", "data": _line_of(file, "data")}
     data: Any = parse({"name": "bench", "stages": {"bench": stage}}, file).stages["bench"]
     return [source.plain() for source in data.data]
 
