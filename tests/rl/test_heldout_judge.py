@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from keel.config import parse
 from keel.diagnosis.logs import lines
 from keel.errors import DataError, EngineError, UsageError
-from keel.rl import loop, rollout
+from keel.rewards.mixture import Batch, Mixture, WeightedReward, precomputed
+from keel.rl import heldout_judge, loop, rollout
 
 
 def stage(data: Any, tiny_model: Path, tiny_reward: Path, **settings: Any) -> dict[str, Any]:
@@ -135,3 +138,37 @@ def test_a_judge_that_fails_costs_no_update_and_is_asked_again(
     run(config, tmp_path / "cut")
     assert updates == [3, 4]
     assert differences(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_an_evaluation_is_of_the_responses_that_the_judge_spoke_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 1, 2 and 3 have mean 2 and error 1/√3. The mean of others, which counts for the fourth in
+    training, would make it 0.41."""
+    heard, mute = precomputed([1.0, 2.0, None, 3.0]), precomputed([None] * 4)
+    silent, spoken = [None, None, "late", None], torch.tensor([True, True, False, True])
+
+    def columns_of(values: Any, reasons: list[str | None]) -> dict[str, torch.Tensor]:
+        batch = Batch(["p"] * 4, ["c"] * 4, [[7]] * 4, ["eos"] * 4, [[3]] * 4, {})
+        batch.logged.log_extra("judge/no_verdict", reasons)
+        monkeypatch.setattr(heldout_judge.build_rewards, "columns_of", lambda tasks: {})
+        monkeypatch.setattr(heldout_judge.build_rewards, "batch_of", lambda *given: batch)
+        terms = [WeightedReward("judge", 1.0, values, neutral=True)]
+        terms.append(WeightedReward("other", 1.0, precomputed([0.0] * 4)))
+        judge = heldout_judge.Judge(None, Mixture(terms))
+        ones = {name: torch.ones(4) for name in ("normalised", "kl", "length")}
+        scores = heldout_judge.scores(judge, [], [], None)  # pyright: ignore[reportArgumentType]
+        return {**ones, "scores": torch.tensor([1.0, 2, 9, 3]), "spoke": spoken, "judge": scores}
+
+    config = SimpleNamespace(imitates=False, kl=SimpleNamespace(coef=0.0), batch_size=4)
+    setup: Any = SimpleNamespace(judge=True, rewards=True, config=config)
+    monkeypatch.setattr(rollout, "_held_out", lambda setup, prompts: columns_of(heard, silent))
+    found = rollout.evaluate(setup, [])
+    assert (found["eval/judge"], found["eval/judge_error"]) == (2.0, pytest.approx(1 / 3**0.5))
+    final = rollout.final_measures(setup, [])
+    assert [(final[name]["mean"], final[name]["n"]) for name in ("judge", "scores", "kl")] == [
+        (2, 3),
+        (2, 3),
+        (1, 4),
+    ]
+    monkeypatch.setattr(rollout, "_held_out", lambda setup, prompts: columns_of(mute, ["late"] * 4))
+    assert "eval/judge" not in rollout.evaluate(setup, [])
+    assert "judge" not in rollout.final_measures(setup, [])

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from keel import worlds
 from keel.config import OnPolicy
 from keel.models.shared_base import Base
-from keel.rewards.mixture import Mixture
+from keel.rewards.mixture import Mixture, Rated
 from keel.rundir.stage_run import StageRun
 from keel.stages import build_rewards
 from keel.stages.gold import gold_of, world_of
@@ -77,13 +77,14 @@ def scores(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Tensor:
     """(B,) what the judge says of each response: a world's total gold reward, or the weighted sum of the
-    rewards."""
+    rewards. nan where a language model that may be silent said nothing."""
     if judge is None:
         return torch.zeros(len(tasks))
     if judge.rewards is not None:
         columns = build_rewards.columns_of(tasks)
         batch = build_rewards.batch_of([task.prompt for task in tasks], completions, columns, tokenizer)
-        return judge.rewards.score(batch).total
+        rated = judge.rewards.score(batch)
+        return rated.total.masked_fill(~spoken_of(rated), float("nan"))
     assert judge.gold is not None
     pairs = zip(tasks, completions, strict=True)
     return torch.tensor(
@@ -92,6 +93,11 @@ def scores(
             for task, completion in pairs
         ]
     )
+
+
+def spoken_of(rated: Rated) -> Tensor:
+    """(B,) bool: no judge was silent. Elsewhere a mean of others counts, which tells nothing new."""
+    return ~torch.tensor(rated.silent or [False] * len(rated.total), dtype=torch.bool)
 
 
 def error(judged: Tensor) -> float:

@@ -547,9 +547,10 @@ def evaluate(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[s
     columns = _held_out(setup, prompts)
     worth = 0.0 if setup.config.imitates else columns["normalised"]  # what a stage is there for
     reward = worth - setup.config.kl.coef * columns["kl"]
-    judged = columns["judge"]
+    judged = columns["judge"][~columns["judge"].isnan()]
+    heard = setup.judge is not None and len(judged) > 0
     of_judge = {"eval/judge": judged.mean().item(), "eval/judge_error": heldout_judge.error(judged)}
-    found = (of_judge if setup.judge else {}) | {
+    found = (of_judge if heard else {}) | {
         "eval/objective/scores": columns["scores"].mean().item(),
         "eval/objective/kl": columns["kl"].mean().item(),
         "eval/objective/rlhf_reward": reward.mean().item(),
@@ -561,14 +562,16 @@ def final_measures(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> 
     """Measures of the finished policy on held-out prompts, or on the first of its own where none are held
     out."""
     columns = _held_out(setup, prompts[: 4 * setup.config.batch_size])
+    columns["scores"] = columns["scores"][columns["spoke"]]
+    columns["judge"] = columns["judge"][~columns["judge"].isnan()]
     names = (*(["scores"] if setup.rewards else []), "kl", "length", *(["judge"] if setup.judge else []))
-    return {name: mean_interval(columns[name].tolist()) for name in names}
+    return {name: mean_interval(columns[name].tolist()) for name in names if len(columns[name])}
 
 
 @cast_cache()
 def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[str, Tensor]:
-    """(N,) raw and normalised scores, exact KLs, lengths and the judge's scores (0 without one); the same
-    random draws at every call."""
+    """(N,) raw and normalised scores, whether all rewards spoke, exact KLs, lengths and the judge's scores
+    (0 without one, nan where it is silent); the same random draws at every call."""
     take_weights(setup)
 
     def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
@@ -585,6 +588,7 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
         return {
             "scores": rated.raw,
             "normalised": rated.total,
+            "spoke": heldout_judge.spoken_of(rated),
             "kl": kls,
             "length": scored.mask.sum(dim=1).float(),
             "judge": heldout_judge.scores(setup.judge, part, completions, setup.tokenizer),
