@@ -303,6 +303,23 @@ def test_what_is_asked_and_learned_is_that_of_one_process(
 
 
 @pytest.mark.ranks
+def test_a_server_samples_with_adapters_that_are_cut(
+    tiny_model: Path, in_float64: Any, on_policy_kinds: dict[str, Any]
+) -> None:
+    one = ScriptedVllm(tiny_model, lora=True)
+    stage = by_server({"grpo": {**on_policy_kinds["grpo"], "lora": {"r": 2}}}, one.address)["grpo"]
+    found: list[tuple[Path, Counter[Any], int]] = []
+    for count, way in ((1, "ddp"), (2, "fsdp")):
+        one.calls.clear()
+        place = in_float64({"cut-lora": stage}, count, way) / way
+        found.append((place, rows_asked(one.calls), one.count("/v1/load_lora_adapter")))
+    one.kill()
+    assert found[0][1:] == found[1][1:]
+    assert found[0][2] > 1
+    same(found[0][0], found[1][0], "cut-lora", "metrics.jsonl", "samples.jsonl")
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_episodes_with_tools_whose_turns_differ_are_those_of_one_process(
     strategy: str, clerk: Path, in_float64: Any, episode_kinds: dict[str, Any]
