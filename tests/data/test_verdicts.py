@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,9 @@ def test_each_criterion_has_its_score_and_the_column_their_weighted_mean(
     ]
     dataset = load([source(rows, mode="pointwise", rubric=rubric, scale=[1, 5])], ("demonstration",), 0)
     assert columns(dataset, "score") == [3.5, 2, 2.125]  # (3 × 4 + 2) / 4, (3 + 5) / 4, (6 + 2.5) / 4
-    told = dataset.records[0].completion[0]["content"]  # pyright: ignore[reportAttributeAccessIssue]
+    (first, *_) = dataset.records
+    assert isinstance(first, DemonstrationRecord)
+    told = first.completion[0]["content"]  # pyright: ignore[reportArgumentType, reportIndexIssue]
     assert told == '{"scores": {"helpful": 4, "brief": 2}}'
 
 
@@ -340,36 +343,45 @@ def test_from_comparisons_to_a_judge_that_the_bench_and_a_policy_ask(
 
 @pytest.mark.slow
 def test_from_ratings_to_a_judge_that_a_policy_asks(run: Any, tokenizer: Any, tmp_path: Path) -> None:
-    """SFT on bare scores, GRPO by how near they are, and the critic judges replies one by one: red ones as
-    they were rated, blue ones as they were."""
+    """SFT on bare scores, GRPO by how near they are; then the critic judges replies one by one, and gives red
+    ones and blue ones the scores that they were rated with."""
     start = reader(tokenizer, tmp_path / "start")
-    words = ("cat", "dog", "fox", "hen")
     rows = [
         {"prompt": f"{a}?", "completion": reply, "score": score}
-        for a in words for reply, score in (("red", 9), ("blue", 2))
+        for a in ("cat", "dog", "fox", "hen") for reply, score in (("red", 9), ("blue", 2))
     ]  # fmt: skip
     rated = tmp_path / "rated.jsonl"
     rated.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"source": str(rated), "verdicts": {"mode": "pointwise", "rubric": "red"}}
     judge = {"kind": "judge", "model": "critic", "rubric": "red", "reasons": False, "max_new_tokens": 30}
+    learn = {"kind": "sft", "model": str(start), "holdout": 0, "lr": 3e-3, "batch_size": 8}
+    play = {"kind": "grpo", "lr": 1e-5, "updates": 1}
     stages = {
-        "scores": {
-            "kind": "sft", "model": str(start), "data": source, "holdout": 0, "lr": 3e-3, "epochs": 120,
-            "batch_size": 8,
-        },
+        "scores": {**learn, "data": source, "epochs": 120},
         "critic": {
-            "kind": "grpo", "model": "scores", "data": source, "lr": 1e-5, "batch_size": 8,
-            "reward": {"kind": "verdict", "mode": "pointwise"}, "samples_per_prompt": 4, "updates": 2,
-            "sampling": {"max_new_tokens": 30},
+            **play, "model": "scores", "data": source, "batch_size": 8, "samples_per_prompt": 4,
+            "reward": {"kind": "verdict", "mode": "pointwise"},
+            "sampling": {"max_new_tokens": 30, "temperature": 1.5},
         },
-        "policy": {  # an answer that cannot be read would end it
-            "kind": "grpo", "model": str(start), "data": str(rated), "samples_per_prompt": 2, "batch_size": 4,
-            "reward": [judge, {"kind": "repetition"}], "updates": 1, "sampling": {"max_new_tokens": 4},
+        "talker": {**learn, "data": str(rated), "epochs": 60},
+        "policy": {
+            **play, "model": "talker", "data": str(rated), "batch_size": 4, "samples_per_prompt": 4,
+            "reward": [{**judge, "on_failure": "none"}, {"kind": "repetition"}],
+            "sampling": {"max_new_tokens": 4},
         },
     }  # fmt: skip
     pipeline = run({"stages": stages}, tmp_path / "run")
-    log = (pipeline.stage_directory("critic") / "metrics.jsonl").read_text().splitlines()
-    paid = [json.loads(line)["rewards/verdict/mean"] for line in log if "rewards/verdict/mean" in line]
-    print(paid)
-    log = (pipeline.stage_directory("policy") / "metrics.jsonl").read_text().splitlines()
-    print(log)
+
+    def samples(name: str) -> list[dict[str, Any]]:
+        file = pipeline.stage_directory(name) / "samples.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    for one in samples("critic"):
+        right = 9 if "reply\nred\n" in one["prompt"][0]["content"] else 2
+        said = re.search(r'{"scores": {"score": ([\d.]+)}}$', one["completion"])
+        given = float(said[1]) if said and 1 <= float(said[1]) <= 10 else None
+        assert one["rewards"]["verdict"] == (
+            0 if given is None else pytest.approx(1 - abs(given - right) / 9)
+        )
+    judged = {one["completion"]: one["rewards"]["judge"] for one in samples("policy")}
+    assert judged == {"red": pytest.approx(8 / 9), "blue": pytest.approx(1 / 9)}
