@@ -181,7 +181,8 @@ def test_each_criterion_has_its_score_and_the_column_their_weighted_mean(
         ({"score": None}, 'it has no "score"'),
         ({"score": 11}, r'"score" is 11, not from 1 to 10 \(`verdicts.scale`\)'),
         ({"score": 0.5}, '"score" is 0.5, not from 1'),
-        ({"score": "good"}, "not a finite number"),
+        ({"score": "good"}, "\"score\" is 'good', not a finite number"),
+        ({"score": "nan"}, "not a finite number"),
         ({"score": True}, "not a finite number"),
         ({"ratings": {"a": 1, "b": 2}}, r"holds several \(a, b\)"),
         ({"ratings": [1, 2]}, '"ratings" is .*, not a number for each'),
@@ -226,6 +227,18 @@ def test_the_reward_is_how_near_the_score_is() -> None:
     for wrong in ("A", 6, float("nan")):
         with pytest.raises(UsageError, match=r"column 'score' is .*, no number from 1 to 5"):
             rules.score_verdict(rubric)([""], said[:1], score=[wrong])
+
+
+def test_a_table_of_texts_is_read_too(tmp_path: Path, source: Callable[..., Any]) -> None:
+    table = tmp_path / "rated.csv"
+    table.write_text("prompt,completion,score\nwhich?,red,7\nwhich?,blue,2.5\n")
+    given = dataclasses.replace(source(mode="pointwise"), source=str(table), strict=True)
+    assert columns(load([given], ("demonstration",), 0), "score") == [7, 2.5]
+
+
+def test_rated_replies_where_comparisons_are_read_are_told_the_mode(source: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: it is a rated reply: set `mode: pointwise`"):
+        load([source(RATED)], ("prompt",), 0)
 
 
 @pytest.mark.parametrize(

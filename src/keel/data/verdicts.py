@@ -68,6 +68,8 @@ def questions_of(settings: Mapping[str, Any] | None, rows: Iterable[RawRow]) -> 
 def _both_orders(row: Mapping[str, Any], origin: str, rubric: Rubric) -> Iterator[dict[str, Any]]:
     """The better reply by the votes, where there are some, is the one called chosen else; half the votes each
     are a tie."""
+    if "completion" in row and "chosen" not in row and (SCORE in row or RATINGS in row):
+        raise DataError(f"{origin}: it is a rated reply: set `mode: pointwise` in `verdicts`")
     record = records.parse(row, "preference", origin)
     assert isinstance(record, PreferenceRecord)
     share = 1.0 if record.p_chosen is None else record.p_chosen
@@ -119,13 +121,21 @@ def _scores_of(row: Mapping[str, Any], rubric: Rubric) -> dict[str, float]:
             (value,) = ratings.values()
         if value is None:
             raise Invalid(f'it has no "{name}", neither as a column nor in "{RATINGS}"')
-        number = number_value(name, value)
+        number = _number(name, value)
         if not rubric.low <= number <= rubric.high:
             raise Invalid(
                 f'"{name}" is {number:g}, not from {rubric.low} to {rubric.high} (`verdicts.scale`)'
             )
         found[name] = number
     return found
+
+
+def _number(name: str, value: object) -> float:
+    """A finite number, or the text of one, as CSV has it. Invalid where it is none."""
+    try:
+        return number_value(name, float(value) if isinstance(value, str) else value)
+    except ValueError:  # of Invalid, too
+        raise Invalid(f'"{name}" is {shown(value)}, not a finite number') from None
 
 
 def _short(number: float, places: int = _PLACES) -> float | int:
