@@ -81,6 +81,10 @@ def test_a_step_calls_nothing_of_the_model_or_is_not_one_by_itself() -> None:
             assert by_itself(model, 16) is None
         with patches.disabled("cpu_linear"):
             assert by_itself(model, 16) is None
+        hook = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+        assert by_itself(model, 16) is None
+        hook.remove()
+        assert by_itself(model, 16) is not None
         model.lm_head.register_forward_pre_hook(lambda *_: None)
         assert by_itself(model, 16) is None
 

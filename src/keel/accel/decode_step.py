@@ -180,7 +180,8 @@ def _packs(model: Any) -> torch.dtype | None:
     """The precision in which a model computes, where that is on the CPU and every layer is one that may be
     laid out in it; None otherwise, and where what is laid out in float32 would be large, without the head."""
     layers = model.model.layers
-    if not all(isinstance(layer.mlp.act_fn, (SiLUActivation, nn.SiLU)) for layer in layers):
+    gates = [layer.mlp.act_fn for layer in layers]
+    if not all(isinstance(gate, (SiLUActivation, nn.SiLU)) and not surrounded(gate) for gate in gates):
         return None
     parts = [
         getattr(part, f"{name}_proj")
