@@ -57,6 +57,17 @@ def test_steps_and_prompts_are_the_models_own(
     assert taken
 
 
+def test_what_prompts_keep_holds_nothing_else() -> None:
+    """Keys and values of all layers wait for their slots; queries beside them would be as much again, or
+    several times as much where heads share keys and values."""
+    with torch.no_grad():
+        layers = Step(model_of("llama", 2), 16).whole
+        assert layers is not None
+        _, kept = layers.read(torch.tensor([[3, 4, 5], [6, 7, 8]]), None)
+    held = {side.untyped_storage().data_ptr(): side.untyped_storage().nbytes() for pair in kept for side in pair}
+    assert sum(held.values()) == sum(side.nbytes for pair in kept for side in pair)
+
+
 def test_a_reading_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     plainly = packed_layers._attended
 

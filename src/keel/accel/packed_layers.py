@@ -177,6 +177,8 @@ class PackedLayers:
             q, k, v = (
                 part.transpose(1, 2) for part in (both[:, :, : self.heads], both[:, :, self.heads :], v)
             )
+            # as views they would hold the queries of all layers, too
+            k, v = k.contiguous(), v.contiguous()
             kept.append((k, v))
             attended = _attended(q, k, v, mask, layer.scaling).transpose(1, 2).reshape(count, -1)
             x = layer.behind(x, _filled(attended, size))
@@ -198,7 +200,7 @@ class PackedLayers:
         h = _normed(x, layer.before)
         both = self._last(h)[: rows * width].view(rows, width, 2 * self.groups, -1)
         k = self._rotated(layer, both[:, :, : self.groups], cos, sin, self.heads).transpose(1, 2)
-        v = both[:, :, self.groups :].transpose(1, 2)
+        v = both[:, :, self.groups :].transpose(1, 2).contiguous()
         kept.append((k, v))
         last, size = torch.arange(width - 1, rows * width, width), sized(rows)
         q = self._parts(layer.qkv(_filled(h[last], size))[:rows])[0][:, : self.heads]
