@@ -64,8 +64,9 @@ def test_what_prompts_keep_holds_nothing_else() -> None:
         layers = Step(model_of("llama", 2), 16).whole
         assert layers is not None
         _, kept = layers.read(torch.tensor([[3, 4, 5], [6, 7, 8]]), None)
-    held = {side.untyped_storage().data_ptr(): side.untyped_storage().nbytes() for pair in kept for side in pair}
-    assert sum(held.values()) == sum(side.nbytes for pair in kept for side in pair)
+    sides = [side for pair in kept for side in pair]
+    held = {side.untyped_storage().data_ptr(): side.untyped_storage().nbytes() for side in sides}
+    assert sum(held.values()) == sum(side.nbytes for side in sides)
 
 
 def test_a_reading_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
