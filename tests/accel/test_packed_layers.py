@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
-from keel.accel import packed_layers, patches, row_attention
+from keel.accel import decode_step, packed_layers, patches, row_attention
 from keel.accel.decode_step import Step, by_itself, fits
 from keel.accel.decode_trial import decoded_otherwise
 from keel.accel.kv_slots import Slots
@@ -99,6 +100,24 @@ def test_a_step_calls_nothing_of_the_model_or_is_not_one_by_itself() -> None:
         assert by_itself(model, 16) is not None
         model.lm_head.register_forward_pre_hook(lambda *_: None)
         assert by_itself(model, 16) is None
+
+
+def test_a_head_of_another_kind_is_called_and_nothing_is_laid_out_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("llama", 4)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", patches.AccelWarning)
+        assert fits(model)
+        monkeypatch.setattr(decode_step, "Step", None)  # which would be made
+        assert by_itself(model, 16) is None
+        plain = model_of("llama", 4)
+        monkeypatch.undo()
+        assert fits(plain)
+        monkeypatch.setattr(packed_layers, "PACKED_AT_MOST", 1)
+        monkeypatch.setattr(decode_step, "Step", None)
+        assert by_itself(plain, 16) is None
 
 
 def test_each_row_reads_its_own_tokens() -> None:
