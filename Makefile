@@ -68,7 +68,7 @@ $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	touch $@
 
-test-ranks: $(VENV)/.installed-ray  ## runs on 2 and 3 processes: same numbers, kills, hangs
+test-ranks: $(VENV)/.installed-ray  ## runs on 2 to 4 processes: same numbers, kills, hangs
 	$(BIN)/python -m pytest -m ranks
 
 test-vllm: $(VENV)/.installed-dev  ## vLLM's CPU package in an environment of its own (1 GB), driven by real runs

@@ -25,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,6 @@ def measure(name: str, folder: Path, dtype: str, tensors: bool) -> None:
     from keel.config import parse
     from keel.pipeline import pipeline as pipelines
     from keel.pipeline.pipeline import Pipeline
-    from keel.rundir.stage_run import StageRun
 
     torch.set_num_threads(1)
     pipelines.keep_freed_memory = lambda: False  # what is kept for later is not what a stage needs
@@ -180,31 +181,38 @@ def measure(name: str, folder: Path, dtype: str, tensors: bool) -> None:
         importlib.import_module(f"keel.{MODULES.get(kind, f'stages.{kind}')}")
     runs = folder / "runs" / f"{name}{'-tensors' if tensors else ''}"
     pipeline = Pipeline(parse(config_of(name, folder, dtype)), runs)
-    phases: dict[str, int] = {}
-    timed = StageRun.timed
-    with Tensors() if tensors else Resident() as look:
-
-        def seen(run: StageRun, phase: str) -> Any:
-            """Each phase from a peak of its own."""
-            phases["other"] = max(phases.get("other", 0), look.taken())
-            return _Peak(timed(run, phase), phase, phases, look)
-
-        StageRun.timed = seen  # pyright: ignore[reportAttributeAccessIssue]
-        pipeline.run()
-    phases["other"] = max(phases.get("other", 0), look.taken())
+    phases = by_phase(pipeline.run, tensors=tensors)
     print(json.dumps({"peak": max(phases.values()), "phases": phases}))
 
 
-class _Peak:
-    def __init__(self, inner: Any, phase: str, phases: dict[str, int], look: Resident | Tensors) -> None:
-        self.inner, self.phase, self.phases, self.look = inner, phase, phases, look
+def by_phase(run: Callable[[], object], *, tensors: bool = False) -> dict[str, int]:
+    """Bytes at the peak of each phase of a stage that runs, above those when it began."""
+    from keel.rundir.stage_run import StageRun
 
-    def __enter__(self) -> None:
-        self.inner.__enter__()
+    phases: dict[str, int] = {}
+    timed, within = StageRun.timed, ["other"]  # a phase may be a part of another one
+    with Tensors() if tensors else Resident() as look:
 
-    def __exit__(self, *error: object) -> None:
-        self.inner.__exit__(*error)
-        self.phases[self.phase] = max(self.phases.get(self.phase, 0), self.look.taken())
+        def taken() -> None:
+            phases[within[-1]] = max(phases.get(within[-1], 0), look.taken())
+
+        @contextmanager
+        def seen(run: StageRun, phase: str) -> Iterator[None]:
+            """Each phase from a peak of its own."""
+            taken()
+            within.append(phase)
+            try:
+                with timed(run, phase):
+                    yield
+            finally:
+                taken()
+                within.pop()
+
+        StageRun.timed = seen  # pyright: ignore[reportAttributeAccessIssue]
+        run()
+        taken()
+    StageRun.timed = timed
+    return phases
 
 
 class Resident:

@@ -1,17 +1,25 @@
-"""Two processes of one thread each against one of one thread: seconds of a training step.
+"""Two processes of one thread each against one process of one thread: seconds of a training step, or memory.
 
     python benchmarks/ranks.py [KIND …] [--pairs N] [--ranks N] [--strategy ddp|fsdp] [--size small]
+    python benchmarks/ranks.py [KIND …] --memory [--ranks N] [--strategy fsdp] [--size middle]
 
 The untrained Llama of `peers.py` (7.3 M parameters) and keel's settings beside it: 64 rows a step, 16 at a
 time, prompts of 32 tokens and responses of 64 at most; float32 on the CPU. The two sides take turns, each in
 processes of its own; of each run the median step counts, the first two left out (they make what is made
 once). Printed: medians over the pairs, and the machine's load before and after, since on a machine that
 others use the ratio says little.
+
+`--memory`: the peak of a rank's resident memory above what it is once everything is imported, of the fullest
+rank, from opening the models to saving them, a checkpoint among it, in the same way as `memory.py` (freed
+memory is given back at once). 4 rows of 48 tokens a step, one at a time, on an untrained Llama of 91 M
+parameters (`--size deep`: 124 M), so that weights, gradients and AdamW's states count and activations do not.
+Beside it what `keel plan --nproc` says, whose arithmetic is that of cards.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -21,11 +29,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import memory
 import peers
 import yaml
 
 STEPS, FIRST = 8, 2
 PHASES = ("rollout", "forward", "score", "train")  # of a step, one after the other
+peers.SIZES["middle"] = {  # 91 M parameters
+    "model_type": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "tie_word_embeddings": True,
+}
+peers.SIZES["deep"] = {  # 124 M parameters: of each layer, and of what is no layer, a smaller share
+    **peers.SIZES["middle"],
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 10,
+}
+RESPONSE = 16  # tokens, of --memory
+FEW = {"batch_size": 4, "micro_batch": 1}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def config(folder: Path, kind: str) -> dict[str, Any]:
@@ -39,8 +67,9 @@ def step_seconds(folder: Path, kind: str, ranks: int, strategy: str, name: str) 
     path.write_text(yaml.safe_dump({**config(folder, kind), "distributed": {"strategy": strategy}}))
     command = [sys.executable, "-m", "keel", "run", str(path), "--runs", str(folder / "runs"), "--name", name]
     command += ["--nproc", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, check=False, capture_output=True, text=True
+    )
     if ended.returncode:
         raise SystemExit(ended.stderr)
     log = folder / "runs" / name / "stages" / kind / "times.jsonl"
@@ -48,33 +77,118 @@ def step_seconds(folder: Path, kind: str, ranks: int, strategy: str, name: str) 
     return statistics.median(sum(line.get(phase, 0.0) for phase in PHASES) for line in lines[FIRST:])
 
 
+def speed(folder: Path, kind: str, asked: argparse.Namespace) -> str:
+    before, pairs = os.getloadavg()[0], list[tuple[float, float]]()
+    for number in range(asked.pairs):
+        one, several = (
+            step_seconds(folder, kind, ranks, asked.strategy, f"{kind}-{ranks}-{number}")
+            for ranks in (1, asked.ranks)
+        )
+        pairs.append((one, several))
+    one, several = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratios = [a / b for a, b in pairs]
+    return (
+        f"{kind} {asked.strategy}: {one:.3f} s a step on 1 process, {several:.3f} s on "
+        f"{asked.ranks}: {statistics.median(ratios):.2f} times as fast (pairs: "
+        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}; load {before:.1f} before, "
+        f"{os.getloadavg()[0]:.1f} after)"
+    )
+
+
+# ---------------------------------------------------------------- memory
+
+
+def config_of_few(folder: Path, kind: str, strategy: str) -> dict[str, Any]:
+    whole = config(folder, kind)
+    more = {"updates": 2, "epochs": 1} if kind in ("ppo", "grpo") else {"max_steps": 2}
+    whole["stages"][kind] |= FEW | more | ({"samples_per_prompt": 2} if kind == "grpo" else {})
+    return {**whole, "distributed": {"strategy": strategy, "timeout": 300}}
+
+
+def measure(folder: Path, kind: str, strategy: str, name: str) -> None:
+    """In a process that is measured, one rank or alone: import, look, run, look."""
+    import torch
+
+    from keel.config import parse
+    from keel.distributed import launch, records
+    from keel.pipeline import following, pipeline
+
+    torch.set_num_threads(1)
+    # what is kept for later is not what a stage needs
+    pipeline.keep_freed_memory = following.keep_freed_memory = lambda: False
+    modules = ("peft", "keel.report", "transformers.models.llama.modeling_llama", launch.__name__)
+    of_torch = ("checkpoint", "fsdp", "tensor")
+    for module in (*modules, *(f"torch.distributed.{part}" for part in of_torch)):
+        importlib.import_module(module)
+    for one in memory.ROWS:
+        importlib.import_module(f"keel.{memory.MODULES.get(one, f'stages.{one}')}")
+    whole = pipeline.Pipeline(parse(config_of_few(folder, kind, strategy)), folder / "runs" / name)
+    phases = memory.by_phase(whole.run)
+    (folder / f"{name}-{records.rank()}.json").write_text(json.dumps(phases))
+
+
+def peaks(folder: Path, kind: str, ranks: int, strategy: str) -> dict[str, int]:
+    """Bytes at the peak of each phase, of the rank that has most there."""
+    from keel.distributed import launch
+
+    name = f"{kind}-{ranks}-{strategy}"
+    command = [sys.executable, __file__, kind, "--measure", name, "--folder", str(folder)]
+    command += ["--strategy", strategy]
+    environment = {**ENVIRONMENT, **memory.ENVIRONMENT}
+    if ranks == 1:
+        subprocess.run(command, env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
+    elif (outcome := launch.run(command, ranks, environment)).code:
+        raise SystemExit(outcome.line)
+    found = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
+    return {phase: max(one.get(phase, 0) for one in found) for phase in found[0]}
+
+
+def planned(folder: Path, kind: str, ranks: int, strategy: str) -> float:
+    """Bytes of the fullest rank by `keel plan --nproc`."""
+    from keel.config import parse
+    from keel.pipeline.pipeline import Pipeline
+    from keel.plan import planner, rank_memory
+
+    whole = Pipeline(parse(config_of_few(folder, kind, strategy)), folder / "runs" / "planned")
+    (entry,) = planner.plan(whole, rank_memory.Asked(ranks))
+    return entry["ranks"]["strategies"][strategy]["peak"]
+
+
+def memory_of(folder: Path, kind: str, asked: argparse.Namespace) -> str:
+    one, several = (peaks(folder, kind, ranks, asked.strategy) for ranks in (1, asked.ranks))
+    least, most = (planned(folder, kind, *how) for how in ((1, "ddp"), (asked.ranks, asked.strategy)))
+    peak, of_rank = max(one.values()), max(several.values())
+    mib = memory.MIB
+    shown = ", ".join(f"{p} {one.get(p, 0) / mib:.0f} / {several.get(p, 0) / mib:.0f}" for p in several)
+    return (
+        f"{kind} {asked.strategy}: {peak / mib:.0f} MiB on 1 process, {of_rank / mib:.0f} MiB a rank on "
+        f"{asked.ranks}: {of_rank / peak:.2f} of it (planned: {least / mib:.0f} and {most / mib:.0f} MiB, "
+        f"{most / least:.2f}). By phase: {shown}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", default=["sft"])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"])
-    parser.add_argument("--size", default="small", choices=list(peers.SIZES))
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], help="ddp; of --memory fsdp")
+    parser.add_argument("--size", choices=list(peers.SIZES), help="small; of --memory middle")
+    parser.add_argument("--memory", action="store_true", help="memory in place of time")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.memory or asked.measure:
+        peers.RESPONSE = RESPONSE
+    asked.strategy = asked.strategy or ("fsdp" if asked.memory else "ddp")
+    if asked.measure:
+        measure(asked.folder, asked.kinds[0], asked.strategy, asked.measure)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        peers.prepare(folder, asked.size)
+        peers.prepare(folder, asked.size or ("middle" if asked.memory else "small"))
         for kind in asked.kinds:
-            before, pairs = os.getloadavg()[0], list[tuple[float, float]]()
-            for number in range(asked.pairs):
-                one, several = (
-                    step_seconds(folder, kind, ranks, asked.strategy, f"{kind}-{ranks}-{number}")
-                    for ranks in (1, asked.ranks)
-                )
-                pairs.append((one, several))
-            one, several = (statistics.median(side) for side in zip(*pairs, strict=True))
-            ratios = [a / b for a, b in pairs]
-            print(
-                f"{kind} {asked.strategy}: {one:.3f} s a step on 1 process, {several:.3f} s on "
-                f"{asked.ranks}: {statistics.median(ratios):.2f} times as fast (pairs: "
-                f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}; load {before:.1f} before, "
-                f"{os.getloadavg()[0]:.1f} after)"
-            )
+            print((memory_of if asked.memory else speed)(folder, kind, asked), flush=True)
 
 
 if __name__ == "__main__":

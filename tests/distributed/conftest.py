@@ -122,7 +122,7 @@ def few_kinds(all_kinds: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def on_policy_kinds(data: Any, tiny_model: Path, tied_model: Path, tiny_reward: Path) -> dict[str, Any]:
-    """Three updates of each on-policy kind. (A value head on the trunk is in float32 always.)"""
+    """Three updates of each on-policy kind."""
     common = {
         "model": str(tiny_model), "data": str(data.prompts), "batch_size": 6, "micro_batch": 2, "updates": 3,
         "epochs": 2, "mini_batch": 3, "lr": 1e-3, "sampling": {"max_new_tokens": 6}, "eval_every": 2,

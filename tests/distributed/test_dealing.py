@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keel.config import parse
+from keel.config.sampler import SamplerConfig
 from keel.distributed import group, launch, records
 from keel.distributed.records import Record
 from keel.errors import LostRankError, UsageError
@@ -22,6 +23,7 @@ from keel.rewards.mixture import Rated
 from keel.rewards.trainer import Logged
 from keel.rl import sampled
 from keel.rollout.score_responses import Scored
+from keel.stages import samplers
 from keel.types import Completion
 
 
@@ -198,7 +200,6 @@ def test_what_cannot_be_cut_over_ranks_is_refused_by_its_setting(monkeypatch):
         with pytest.raises(UsageError, match=r"'rl': `rollout.partial` samples in one process: leave it out"):
             following.check_kinds(one.model_copy(update={"stages": {"rl": carried}}), ["rl"])
     for more, setting in (
-        ({"lora": {"r": 2}}, "`lora`"), ({"control": "stop"}, "`control: stop`"),
         ({"offload": True}, "`offload`"), ({"sharing": "adapters", "lora": {"r": 2}}, "`sharing: adapters`"),
     ):  # fmt: skip
         other = type(grpo).model_validate(grpo.model_dump() | more)
@@ -234,3 +235,15 @@ def test_settings_of_ranks_are_read_and_change_no_fingerprint():
     assert config.distributed.strategy == "fsdp"
     with pytest.raises(UsageError, match="strategy"):
         parse({"name": "t", "distributed": {"strategy": "zero"}, "stages": {"s": {"kind": "sft"}}})
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [({}, True), ({"devices": "3"}, False), ({"sleep": True}, False), ({"address": "http://h:8000"}, False)],
+)
+def test_a_server_that_would_share_the_first_ranks_card_is_told_of(more: dict[str, Any], told: bool) -> None:
+    note = samplers.card_note(SamplerConfig.model_validate({"engine": "vllm", **more}))
+    assert (note is not None) == told
+    if note is not None:
+        assert all(remedy in note for remedy in ("`rollout.devices`", "`rollout.sleep", "`rollout.address`"))
+    assert samplers.card_note(SamplerConfig.model_validate({"engine": "keel"})) is None

@@ -89,15 +89,16 @@ def test_a_run_one_of_whose_ranks_is_killed_goes_on_by_the_same_command_to_the_s
     assert differences(undisturbed, tmp_path / "killed") == ["config.yaml"]
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_run_begun_on_two_ranks_and_ended_on_one_differs_by_rounding(
-    strategy: str, config: Path, undisturbed: Path, tmp_path: Path
+def test_a_run_begun_on_two_ranks_and_ended_on_one_or_four_differs_by_rounding(
+    strategy: str, ranks: int, config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     arguments = ("run", config, f"distributed.strategy={strategy}", "--runs", tmp_path, "--name", "changed")
     assert with_fault("kill", 1, 4, *arguments).code == 1
     begun = steps_of(tmp_path / "changed", "tuned")
     assert 0 < begun < 6
-    done = keel(*arguments)
+    done = keel(*arguments, *(("--nproc", ranks) if ranks > 1 else ()))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on after step {begun}" in done.stderr
     for path in undisturbed.glob("stages/*/model/*.safetensors"):

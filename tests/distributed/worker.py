@@ -2,7 +2,8 @@
 
 `python worker.py float64 OUT CONFIG STRATEGY …` runs CONFIG in float64 with each strategy, into OUT/STRATEGY,
 and keeps the gradient of every optimiser step. `python worker.py episodes …` does so where turns call tools
-by what their tokens add up to, since a model that has learnt nothing calls none. `python worker.py fault
+by what their tokens add up to, since a model that has learnt nothing calls none. `python worker.py nan …`
+does so where the third gradient is none on the last rank. `python worker.py fault
 FAULT RANK STEP ARGS …` is `keel ARGS`, where RANK meets FAULT in its optimiser step number STEP: raise, kill,
 stop, spin, nan. `python worker.py bytes OUT ARGS …` is `keel ARGS`, and the first rank keeps what it had sent
 over the network at each optimiser step.
@@ -24,15 +25,17 @@ import torch
 
 
 def in_float64() -> None:
-    """All weights, and the one place where a Llama would compute in float32 all the same."""
+    """All weights, a value head's too, and the one place where a Llama computes in float32 all the same."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from keel.models import load
+    from keel.models import load, roles
 
     def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
     load.weights = lambda dtype: torch.float64
+    head = roles._value_head
+    roles._value_head = lambda *given: head(*given).double()
     LlamaRMSNorm.forward = norm
 
 
@@ -44,7 +47,8 @@ def keep_gradients(kept: list[list[torch.Tensor]]) -> None:
 
     def keeping(parameters: list[Any], *more: Any, **options: Any) -> torch.Tensor:
         full = [sharded.number(p.grad.detach()).clone() for p in parameters]
-        kept.append(full)
+        if all(bool(gradient.isfinite().all()) for gradient in full):
+            kept.append(full)
         return clip(parameters, *more, **options)
 
     torch.nn.utils.clip_grad_norm_ = keeping  # pyright: ignore
@@ -78,6 +82,25 @@ def call_by_tokens() -> None:
         return Said("enough") if total % 3 == 0 else Said("", (Call("add", {"amount": total % 7}),))
 
     chat.ToolTemplate.said = said
+
+
+def third_gradient_is_none() -> None:
+    """On the last rank, where it has any part of it."""
+    from keel.distributed import group
+    from keel.models import optim
+
+    before, steps = optim.step, 0
+
+    def stepping(optimizer: Any, *given: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3 and group.rank() == group.size() - 1:
+            for parameter in optimizer.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(float("nan"))
+        return before(optimizer, *given)
+
+    optim.step = stepping
 
 
 def fault(what: str, rank: str, step: str, *arguments: str) -> None:
@@ -149,7 +172,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "episodes":
         call_by_tokens()
-    if sys.argv[1] in ("float64", "episodes"):
+    if sys.argv[1] == "nan":
+        third_gradient_is_none()
+    if sys.argv[1] in ("float64", "episodes", "nan"):
         float64(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
     elif sys.argv[1] == "bytes":
         count_bytes(*sys.argv[2:])

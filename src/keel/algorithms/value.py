@@ -36,6 +36,8 @@ def clipped(
     error, clipped_error = (values - returns).square(), (within - returns).square()
     loss = masked_mean(0.5 * torch.maximum(error, clipped_error), mask, denominator=denominator)
     with torch.no_grad():
-        per_token = {"clipfrac": clipped_error > error, "mse": error, "value": values}
+        # within the clip V_clip is V but for its rounding, which raises nothing
+        raised = (clipped_error > error) & ((values - old_values).abs() > clip)
+        per_token = {"clipfrac": raised, "mse": error, "value": values}
         metrics = {name: masked_mean(x, mask, denominator=denominator) for name, x in per_token.items()}
     return loss, metrics

@@ -268,11 +268,9 @@ class OnPolicy(ToolUse):
 
     def uncut(self) -> str | None:
         wrong = {
-            f"`sharing: {self.sharing}`": self.sharing != "separate",
-            "`lora`": self.lora is not None,
+            "`sharing: adapters`": self.sharing == "adapters",
             "`offload`": self.offload,
             "`reference_quantize`": self.reference_quantize is not None,
-            f"`control: {self.control.on_finding}`": self.control.goes_back,
             f"`engine: {self.engine}`": self.engine not in ("keel", "reference"),
         }
         return next((setting for setting, is_so in wrong.items() if is_so), super().uncut())

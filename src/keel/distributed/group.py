@@ -255,6 +255,19 @@ def first_then_all(work: Callable[[], T]) -> T:
     return work()
 
 
+def all_here() -> None:
+    """Wait until every rank has come here, however long each takes."""
+    global _words
+    if _group.size == 1:
+        return
+    key = f"here/{_words}"
+    _words += 1
+    with talking():
+        _group.store.set(f"{key}/{_group.rank}", b"1")
+    for other in range(_group.size):
+        _awaited(f"{key}/{other}")
+
+
 def _awaited(key: str) -> bytes:
     """What somebody says in the store, however long it takes."""
     pause = 0.001

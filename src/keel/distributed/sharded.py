@@ -34,6 +34,8 @@ _NEEDED = (
     "set_force_sum_reduction_for_comms",
     "set_gradient_divide_factor",
     "set_reduce_scatter_unused_params",
+    "set_custom_reduce_scatter",
+    "set_modules_to_backward_prefetch",
     "reset_iter_state",
 )
 
@@ -75,6 +77,8 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    from keel.distributed.scatter import SumByParts
+
     if not all(hasattr(FSDPModule, name) for name in _NEEDED):
         raise UsageError(
             f"distributed.strategy: fsdp needs a newer torch than {torch.__version__} (2.13 is tested)"
@@ -96,6 +100,10 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
             module.set_gradient_divide_factor(1.0)
             # experts that one rank has no tokens for: all ranks sum the same weights
             module.set_reduce_scatter_unused_params(True)
+            if group.device_type() == "cpu":
+                module.set_custom_reduce_scatter(SumByParts())
+                # a next layer that is gathered early only takes memory: nothing is computed meanwhile
+                module.set_modules_to_backward_prefetch([module])
     if named is not None:
         _fill(model, named)
 
@@ -241,22 +249,6 @@ def whole(model: M) -> M:
     return plain
 
 
-def gathered(state: Any) -> Any:
-    """A state (mappings and lists, as `state_dict` gives them) with every tensor whole, on the CPU of the
-    first rank; other ranks get one without tensors. A run alone, and one whose ranks all have the weights,
-    gets what it gave."""
-    if not group.is_sharded():
-        return state
-    if isinstance(state, Tensor):
-        full = _full(state.detach())
-        return full.cpu() if group.is_first() else None
-    if isinstance(state, Mapping):
-        return {key: gathered(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(gathered(value) for value in state)  # pyright: ignore[reportCallIssue]
-    return state
-
-
 def _full(tensor: Tensor) -> Tensor:
     full = getattr(tensor, "full_tensor", None)  # of a DTensor
     if full is None:
@@ -265,26 +257,39 @@ def _full(tensor: Tensor) -> Tensor:
         return full()
 
 
-def placing(models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> group.Place:
-    """What a rank keeps of a checkpoint's whole tensors: its part, where the weights are sharded. They stand
-    under the names of `models` by a weight's name, under those of `optimizers` by its number."""
-    if not group.is_sharded():
-        return lambda path, tensor: tensor
-    named: dict[str, Mapping[str, Any]] = {name: model.state_dict() for name, model in models.items()}
-    numbered = {
-        name: [p for one in optimizer.param_groups for p in one["params"]]
-        for name, optimizer in optimizers.items()
-    }
+class Placing:
+    """What a rank keeps of a checkpoint's tensors: its parts, where the weights are cut; else all of them."""
 
-    def place(path: group.Path, tensor: Tensor) -> Tensor:
-        like: Any = None
-        if path[0] in named:
-            like = named[path[0]].get(path[1])
-        elif path[0] in numbered and path[1] == "state" and tensor.dim():
-            like = numbered[path[0]][path[2]]
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        known_as: Callable[[group.Path], group.Path] = lambda path: path,
+    ) -> None:
+        """Weights stand under the names of `models` by their own, under those of `optimizers` by their
+        number. known_as: where else a tensor stands → where the like of it does."""
+        self.known_as = known_as
+        if not group.is_sharded():
+            models, optimizers = {}, {}
+        self._named: dict[str, Mapping[str, Any]] = {n: model.state_dict() for n, model in models.items()}
+        self._numbered = {
+            name: [p for one in optimizer.param_groups for p in one["params"]]
+            for name, optimizer in optimizers.items()
+        }
+
+    def like(self, path: group.Path) -> Any:
+        """The tensor of this rank that is cut as the one that stands there; None: that one is not cut."""
+        match self.known_as(path):
+            case (name, weight) if name in self._named:
+                return self._named[name].get(weight)
+            case (name, "state", int(number), _) if name in self._numbered:
+                return self._numbered[name][number]
+            case _:
+                return None
+
+    def __call__(self, path: group.Path, tensor: Tensor) -> Tensor:
+        like = self.like(path) if tensor.dim() else None  # AdamW's count of steps has no dimension
         return tensor if like is None else _part(tensor, like)
-
-    return place
 
 
 def _part(tensor: Tensor, like: Any) -> Tensor:

@@ -123,6 +123,8 @@ def open_roles(
             # recomputation only happens in train mode; with dropout at 0 the numbers are the same
             model.train()
         cut(model)
+    if head is not None:
+        cut(head)
     return Roles(policy, frozen, critic, head)
 
 

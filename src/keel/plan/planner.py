@@ -31,7 +31,7 @@ from keel.pipeline.preflight import from_outside
 from keel.plan import card_fit, model_shapes, rank_memory, stage_memory
 from keel.plan.model_memory import Lora
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
-from keel.stages import prepare
+from keel.stages import prepare, samplers
 from keel.stages.pretrain import DEFAULT_VOCABULARY
 from keel.types import DemonstrationRecord, PreferenceRecord, Prompt, Record, TextRecord, UnpairedRecord
 
@@ -85,6 +85,9 @@ def _stage(pipeline: Pipeline, name: str, ranks: rank_memory.Asked | None = None
     at_once = entry.get("micro_batch")
     entry["memory"] = None if known is None else _memory(pipeline, name, known, at_once)
     if ranks is not None:
+        sampler = getattr(stage, "rollout", None)
+        note = samplers.card_note(sampler) if sampler is not None and ranks.ranks > 1 else None
+        entry["notes"] = [*entry["notes"], *([note] if note else [])]
         entry["ranks"] = None if known is None else _on_ranks(pipeline, name, known, at_once, ranks)
     return entry
 

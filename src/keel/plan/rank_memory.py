@@ -7,8 +7,8 @@ computes and the next, whose weights are on their way. Each has the policy whole
 vLLM server does), and what `_opened_by_each` names before it is cut.
 
 Bytes are those of ring algorithms: a sum of S bytes over n ranks (all-reduce) makes each send
-2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does; gloo scatters by
-an all-reduce, and sends the gradients of fsdp twice.
+2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does, and
+`distributed.scatter` in place of gloo, whose own scattered sum is an all-reduce.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from keel.algorithms.control import adaptive_kl, kl_adaptive_lr
 from keel.algorithms.masked import count, extent
 from keel.config import OnPolicy
 from keel.data.batches import derive_seed, permutation, rows_of_step, useful_pairs, useful_tokens
-from keel.distributed import gradients, group, sharded
+from keel.distributed import gradients, group
 from keel.errors import BudgetError, EngineError, NotFiniteError, RewardError, UsageError
 from keel.models import optim
 from keel.rewards.shaping import RunningScale
@@ -233,7 +233,7 @@ class OnPolicyLoop:
             trained = gradients.checksum(self.setup.roles.policy, trained=True)
             group.agree(f"the weights after update {update}", trained)
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values(), **about_it}
-        self.run.save(update, sharded.gathered(tensors), {**self.state.values(), **values, **(more or {})})
+        self.run.save(update, tensors, {**self.state.values(), **values, **(more or {})})
 
 
 def _curriculum(config: OnPolicy, prompts: Sequence[PromptExample], seed: int) -> Curriculum | None:

@@ -63,7 +63,8 @@ class Monitor:
     def restored(self, values: Mapping[str, Any], snapshots: Mapping[str, Any]) -> None:
         """As it was when a checkpoint with `values` and `snapshots` was written."""
         self.actions_taken, self.lr_factor = values["actions_taken"], values["lr_factor"]
-        self.best, self.stopped, self.snapshots = values["best"], values["stopped"], dict(snapshots)
+        self.best, self.stopped = values["best"], values["stopped"]
+        self.snapshots = {name: _copied(snapshot, copy=False) for name, snapshot in snapshots.items()}
         if self.off:
             return
         folder = self.setup.run.directory
@@ -233,10 +234,11 @@ def _urgent(findings: Sequence[Finding]) -> bool:
     return any(finding.severity == "act" for finding in findings)
 
 
-def _copied(value: object) -> Any:
-    """Tensors cloned to the CPU, whatever they lie in."""
+def _copied(value: object, *, copy: bool = True) -> Any:
+    """Tensors cloned to the CPU, whatever they lie in; of weights that are cut over ranks this one's parts.
+    Not `copy`: those that are there already stay as they are."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: _copied(item, copy=copy) for key, item in value.items()}
+    return [_copied(item, copy=copy) for item in value] if isinstance(value, list) else value

@@ -54,8 +54,8 @@ def run(config: PPOConfig, stage: StageRun) -> dict[str, Any]:
     result = loop.OnPolicyLoop(
         PPO(setup), prompts, held_out, make_optimizers(config, setup.roles, config.value_lr)
     ).train()
-    critic = setup.roles.critic and sharded.whole(setup.roles.critic)
-    group.only_first(lambda: _save_values(setup, critic))
+    values = [sharded.whole(module) for module in setup.roles.value_modules]
+    group.only_first(lambda: _save_values(setup, values))
     prepare.save_model(
         stage, setup.roles.policy, setup.tokenizer, config, "A policy trained by PPO under a KL constraint"
     )
@@ -131,11 +131,12 @@ class PPO:
         return CriticLoss(self.config.value_coef * value_loss, value_loss.detach(), measured["clipfrac"])
 
 
-def _save_values(setup: Setup[PPOConfig], critic: Any) -> None:
-    """What valued the policy: users ask for the critic too. critic: with all of its weights; None: there is
-    none."""
-    config, run, roles = setup.config, setup.run, setup.roles
-    if critic is not None:
+def _save_values(setup: Setup[PPOConfig], values: Sequence[nn.Module]) -> None:
+    """What valued the policy: users ask for the critic too. values: the value modules, with all of their
+    weights."""
+    config, run = setup.config, setup.run
+    if setup.roles.critic is not None:
+        (critic,) = values
         card = (
             f"The critic of stage {run.name}: a sequence classifier whose score at each position is V(s_t).\n"
         )
@@ -144,8 +145,8 @@ def _save_values(setup: Setup[PPOConfig], critic: Any) -> None:
             critic, setup.tokenizer, run.directory / "critic", card, adapter=adapter,
             trust_remote_code=config.model.trust_remote_code, say=run.say,
         )  # fmt: skip
-    elif roles.value_head is not None:
-        head: nn.Linear = roles.value_head
+    else:
+        (head,) = values
         target = run.directory / "value_head.safetensors"
         partial = target.with_name(f".{target.name}.partial")
         save_file({name: value.contiguous() for name, value in head.state_dict().items()}, partial)

@@ -240,7 +240,8 @@ def open_stage(
         seed=seed,
         base=base,
         cut=_cut if group.is_sharded() else lambda model: None,
-        opened=(lambda work: work()) if source.trust_remote_code else sharded.opened,
+        # adapters are made by each rank, on weights that it has
+        opened=(lambda work: work()) if source.trust_remote_code or config.lora else sharded.opened,
         same_vocabulary=not config.imitates,  # a head may have more rows than its tokenizer has tokens
     )
     for line in notes(roles.policy) if config.lora else ():
@@ -263,6 +264,9 @@ def open_stage(
 def _cut(model: Any) -> None:
     """Cut a model over the ranks. A first forward of all of them makes torch's streams, without which nobody
     has it whole again (`sharded.whole_here`)."""
+    if isinstance(model, nn.Linear):  # a value head on the policy
+        sharded.shard(model)
+        return
     supervised_loop.among_ranks(model)
     if model.can_generate():
         with torch.no_grad():
@@ -294,13 +298,25 @@ def training_state(setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Opti
     }
 
 
-def placing(setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Optimizer]) -> group.Place:
+def placing(setup: Setup[OnPolicy], optimizers: Sequence[torch.optim.Optimizer]) -> sharded.Placing:
     """What a rank keeps of a checkpoint's tensors."""
     policy = setup.roles.policy
     values = {f"value{i}": m for i, m in enumerate(setup.roles.value_modules)}
-    return sharded.placing(
-        {"policy": policy, "best": policy, **values}, {f"optimizer{i}": o for i, o in enumerate(optimizers)}
-    )
+    return sharded.Placing(
+        {"policy": policy, "best": policy, **values}, {f"optimizer{i}": o for i, o in enumerate(optimizers)},
+        _in_snapshot,
+    )  # fmt: skip
+
+
+def _in_snapshot(path: group.Path) -> group.Path:
+    """Where a checkpoint has what a snapshot of the monitor has there, too."""
+    match path:
+        case ("snapshots", _, "modules", *rest):
+            return tuple(rest)
+        case ("snapshots", _, "optimizers", number, *rest):
+            return (f"optimizer{number}", *rest)
+        case _:
+            return path
 
 
 def restore_training(

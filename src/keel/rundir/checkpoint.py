@@ -2,7 +2,8 @@
 run.
 
 Random numbers and the order of the data are functions of (seed, step), so neither needs a state of its own: a
-checkpoint is the step, the tensors (weights, optimiser), a few plain values, and how long the logs were.
+checkpoint is the step, the tensors (weights, optimiser), a few plain values, and how long the logs were. Of
+tensors that are cut over ranks each rank writes its parts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any
 
 import torch
 
+from keel.distributed.parts import sum_of
+
+PARTS = "parts"  # the folder in a checkpoint of what each rank has written
 _BROKEN = (
     *(ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, RecursionError),
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
@@ -35,27 +39,60 @@ class Checkpoint:
     tensors: Mapping[str, Any]  # name → state_dict
     values: Mapping[str, Any] = field(default_factory=dict)  # JSON
     logs: Mapping[str, int] = field(default_factory=dict)  # log file → its length in bytes
+    # file in `PARTS` → its sum: of tensors that were cut over ranks, which leave marks (`distributed.parts`)
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+
+def folder_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint after a step lies."""
+    return directory / f"step-{step:06d}"
+
+
+def begin(directory: Path, step: int) -> Path:
+    """An empty folder for the checkpoint after a step, which nobody takes for one yet."""
+    partial = _partial_of(folder_of(directory, step))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def begin_parts(directory: Path, step: int) -> Path:
+    """As `begin`; the folder in it for what ranks write before `save`."""
+    folder = begin(directory, step) / PARTS
+    folder.mkdir()
+    return folder
+
+
+def forget(directory: Path, step: int) -> None:
+    """Remove what was begun: half a checkpoint would keep a full disk full."""
+    shutil.rmtree(_partial_of(folder_of(directory, step)), ignore_errors=True)
+
+
+def _partial_of(final: Path) -> Path:
+    return final.with_name(f".partial-{final.name}")
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> None:
-    """Write `directory/step-NNNNNN` by atomic rename, then remove the ones before it."""
-    final = directory / f"step-{checkpoint.step:06d}"
-    partial = directory / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write `directory/step-NNNNNN` by atomic rename, then remove the ones before it. One with parts was
+    begun by `begin_parts`."""
+    final = folder_of(directory, checkpoint.step)
+    partial = _partial_of(final)
     try:
-        partial.mkdir(parents=True)
+        if not checkpoint.parts:
+            begin(directory, checkpoint.step)
         with (partial / "tensors.pt").open("wb") as handle:
             torch.save(dict(checkpoint.tensors), handle)
             handle.flush()
             os.fsync(handle.fileno())
+        of_parts = {"parts": checkpoint.parts} if checkpoint.parts else {}
         write_json(
             partial / "values.json",
-            {"step": checkpoint.step, "values": checkpoint.values, "logs": checkpoint.logs},
+            {"step": checkpoint.step, "values": checkpoint.values, "logs": checkpoint.logs, **of_parts},
         )
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except BaseException:  # half a checkpoint would keep a full disk full
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        forget(directory, checkpoint.step)
         raise
     for other in directory.iterdir():
         if other != final:
@@ -80,9 +117,14 @@ def _read(path: Path) -> Checkpoint:
     """A checkpoint; one of several errors where it is broken. The sums that torch writes with tensors are
     compared, which torch itself does not do."""
     meta = json.loads((path / "values.json").read_text(encoding="utf-8"))
-    found = Checkpoint(int(meta["step"]), {}, dict(meta["values"]), dict(meta["logs"]))
+    found = Checkpoint(
+        int(meta["step"]), {}, dict(meta["values"]), dict(meta["logs"]), dict(meta.get("parts", {}))
+    )
     if not all(isinstance(length, int) for length in found.logs.values()):
         raise ValueError("the lengths of logs are no numbers")
+    for name, expected in found.parts.items():
+        if Path(name).name != name or sum_of(path / PARTS / name) != expected:
+            raise ValueError(f"{name} was changed")
     with zipfile.ZipFile(path / "tensors.pt") as packed:
         if (name := packed.testzip()) is not None:
             raise ValueError(f"{name} was changed")

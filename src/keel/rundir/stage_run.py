@@ -19,13 +19,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from keel.data.stored.tokens import Preparation
-from keel.distributed import group
+from keel.distributed import group, parts
 from keel.errors import NotFiniteError
-from keel.rundir.checkpoint import Checkpoint, append, latest, save, write_json
+from keel.rundir.checkpoint import (
+    PARTS,
+    Checkpoint,
+    append,
+    begin_parts,
+    folder_of,
+    forget,
+    latest,
+    save,
+    write_json,
+)
 from keel.rundir.stage_files import PROGRESS
 from keel.types import DataSource, RecordType
 
 if TYPE_CHECKING:
+    from keel.distributed import sharded
     from keel.models.machine_speed import Speed
     from keel.models.phase_cost import PhaseCost
 
@@ -91,8 +102,9 @@ class StageRun:
         self._append(
             "metrics.jsonl", [{"step": step, **{name: float(value) for name, value in metrics.items()}}]
         )
+        rates = self._rates()
         if self._seconds:
-            spent = {**self._seconds, **self._rates()}
+            spent = {**self._seconds, **rates}
             self._append(
                 "times.jsonl", [{"step": step, **{name: _short(value) for name, value in spent.items()}}]
             )
@@ -141,17 +153,27 @@ class StageRun:
         self._counts[phase] = (a + useful, b + computed, c + passes, d + pairs)
 
     def _rates(self) -> dict[str, float]:
-        """Of each phase whose work was counted: tokens a second, the useful share, the share of the machine's
-        speed that went into the model's own arithmetic on useful tokens (MFU, 2204.02311), and the share of
-        its time that the machine needs at least (the roofline: FLOP at its speed, or bytes at its speed,
-        whichever takes longer)."""
+        """Of each phase whose work was counted: tokens a second of all ranks together and their useful share;
+        the share of the machine's speed that went into the model's own arithmetic on useful tokens (MFU,
+        2204.02311), and the share of its time that the machine needs at least (the roofline: FLOP at its
+        speed, or bytes at its speed, whichever takes longer), both of this rank. Every rank has to ask; the
+        seconds are its own."""
         rates: dict[str, float] = {}
+        tokens = group.summed({
+            f"{phase}/{what}": count
+            for phase, (useful, computed, *_) in self._counts.items()
+            for what, count in (("useful", useful), ("computed", computed))
+        })  # fmt: skip
         for phase, (useful, computed, passes, pairs) in self._counts.items():
             spent = self._seconds.get(phase)
             if not spent:
                 continue
-            if computed:
-                rates |= {f"{phase}/tokens_per_second": useful / spent, f"{phase}/useful": useful / computed}
+            if (all_computed := tokens[f"{phase}/computed"]) > 0:
+                all_useful = tokens[f"{phase}/useful"]
+                rates |= {
+                    f"{phase}/tokens_per_second": all_useful / spent,
+                    f"{phase}/useful": all_useful / all_computed,
+                }
             cost = self.costs.get(phase)
             if self.speed is None or cost is None:
                 continue
@@ -162,16 +184,21 @@ class StageRun:
             rates[f"{phase}/roofline"] = self.speed.seconds(flops, moved, cost.passed) / spent
         return rates
 
-    def restore(self, place: group.Place | None = None) -> Checkpoint | None:
+    def restore(self, place: sharded.Placing | None = None) -> Checkpoint | None:
         """The checkpoint to go on from, with the logs cut back to where they were then; None for a fresh
         start. Several ranks get the one that the first finds. place: what a rank keeps of its tensors."""
         found = group.from_first(
             lambda: _as_values(self._restored()), place and (lambda path, tensor: place(path[1:], tensor))
         )
-        return None if found is None else Checkpoint(*found)
+        if found is None:
+            return None
+        step, tensors, values, logs = found
+        folder = folder_of(self._checkpoints, step) / PARTS
+        tensors = parts.read(folder, tensors, place.like if place else lambda path: None)
+        return Checkpoint(step, tensors, values, logs)
 
     def _restored(self) -> Checkpoint | None:
-        checkpoint = latest(self.directory / "checkpoints", lambda line: self.say(f"{self.name}: {line}"))
+        checkpoint = latest(self._checkpoints, lambda line: self.say(f"{self.name}: {line}"))
         for log in LOGS:
             path, length = self.directory / log, checkpoint.logs.get(log, 0) if checkpoint else 0
             if path.exists():
@@ -188,14 +215,30 @@ class StageRun:
         return checkpoint
 
     def save(self, step: int, tensors: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> None:
-        """Checkpoint after `step` steps. tensors: whole, on the rank that writes."""
+        """Checkpoint after `step` steps. Of tensors that are cut over ranks each writes its parts, the rest
+        is written by the first."""
+        whole, cut = parts.split(tensors) if group.is_sharded() else (tensors, {})
+        sums: dict[str, int] = {}
+        if cut:
+            folder = group.from_first(lambda: begin_parts(self._checkpoints, step))
+            try:
+                sums = parts.write(folder, cut)
+            except BaseException:
+                if group.is_first():
+                    forget(self._checkpoints, step)
+                raise
 
         def write() -> None:
             logs = {log: path.stat().st_size for log in LOGS if (path := self.directory / log).exists()}
             known = {PRECISION: self.computes_in} if self.computes_in else {}
-            save(self.directory / "checkpoints", Checkpoint(step, tensors, {**(values or {}), **known}, logs))
+            kept = Checkpoint(step, whole, {**(values or {}), **known}, logs, sums)
+            save(self._checkpoints, kept)
 
         group.only_first(write)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
 
     def result(self, value: Mapping[str, Any]) -> None:
         """Write the stage's final measures."""

@@ -48,6 +48,19 @@ def key_of(settings: SamplerConfig) -> str | None:
     return key
 
 
+def card_note(settings: SamplerConfig) -> str | None:
+    """What is said where several ranks have a card each and share a server that is started beside them: it
+    takes the first card that it sees, which is the first rank's. None where it has cards of its own, or
+    gives its card back."""
+    if not settings.vllm or settings.address is not None or settings.devices is not None or settings.sleep:
+        return None
+    return (
+        "the vLLM server shares the first rank's card: give it one of its own (`rollout.devices`, and one "
+        "rank fewer by --nproc), let it sleep while keel trains (`rollout.sleep: true`), or name a server "
+        "elsewhere (`rollout.address`)"
+    )
+
+
 def print_of(place: Path) -> str:
     """Some letters that tell a folder from others of its name: two runs may share a folder for weights."""
     return f"{zlib.crc32(str(place).encode()):08x}"
@@ -71,6 +84,8 @@ def open_sampler(
     if group.size() == 1:
         return _open_server(settings, model, run, tokenizer, length, trust_remote_code)
     engine = None
+    if group.device_type() == "cuda" and (note := card_note(settings)) is not None:
+        run.note(note)
     if group.is_first():
         engine = _open_server(settings, model, run, tokenizer, length, trust_remote_code)
     return SharedEngine(model, engine, tokenizer)

@@ -99,7 +99,7 @@ def fit(
     stopping, best, seen, first = EarlyStop(config.patience), None, 0, 0
     stage_run.facts |= {"rows": len(rows), "held_out_rows": len(held_out), "steps": steps}
     group.agree("the rows of a stage", (len(rows), len(held_out), steps))
-    placed = sharded.placing({"model": model, "best": model}, {"optimizer": optimizer})
+    placed = sharded.Placing({"model": model, "best": model}, {"optimizer": optimizer})
     if checkpoint := stage_run.restore(placed):
         put_back(model, checkpoint.tensors["model"])
         optimizer.load_state_dict(checkpoint.tensors["optimizer"])
@@ -174,7 +174,7 @@ def _save(
     if not group.is_sharded():
         group.agree(f"the weights after step {step}", gradients.checksum(model, trained=True))
     tensors = {"model": state_of(model), "optimizer": optimizer.state_dict(), "best": best}
-    stage_run.save(step, sharded.gathered(tensors), values)
+    stage_run.save(step, tensors, values)
 
 
 def among_ranks(model: PreTrainedModel) -> None:
@@ -196,13 +196,15 @@ def among_ranks(model: PreTrainedModel) -> None:
     sharded.shard(model, None if head is None else [backbone(model), head])
 
 
-def _check_rows(model: PreTrainedModel) -> None:
+def _check_rows(model: Any) -> None:
     if sharded.is_from_first(model):
         group.only_first(lambda: check_rows(model))
         if not group.is_first():
             take_as_tried(model)
         return
     check_rows(model)
+    if hasattr(model, "peft_config"):  # what is under the adapters is a reference where they are off
+        check_rows(model.get_base_model())
 
 
 def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: int) -> list[RowT]:
