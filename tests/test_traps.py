@@ -735,8 +735,8 @@ def test_trap_every_setting_is_read_by_something(
     (task,) = gym.rows("gym:gcd", 1, 0, {})
     checked = {"tests": ["assert True"], "gym": task["gym"]}
     rows = [
-        {"prompt": "the cat?", "answer": "red", "better": "A", **checked},
-        {"prompt": "so the dog?", "answer": "blue", "better": "tie", **checked},
+        {"prompt": "the cat?", "answer": "red", "better": "A", "score": 3, **checked},
+        {"prompt": "so the dog?", "answer": "blue", "better": "tie", "score": 10, **checked},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages["genre"] = {
@@ -757,6 +757,7 @@ def test_trap_every_setting_is_read_by_something(
     terms = [
         {"kind": "answer", "source_filter": None},
         {"kind": "verdict"},
+        {"kind": "verdict", "name": "scored", "mode": "pointwise"},
         {"kind": "format"},
         {"kind": "regex", "pattern": "r"},
         {"kind": "length", "high": 3},
@@ -847,7 +848,9 @@ def test_trap_every_setting_is_read_by_something(
         read |= {f"{kind}.{key}" for key in tool_keys if f"GRPOConfig.{key}" in read}
     of_teacher = {key for key in ("dtype", "quantize") if f"PPOConfig.reference_{key}" in read}
     read |= {f"DistillConfig.teacher_{key}" for key in of_teacher}  # in the reference's place, by one code
-    read |= {f"VerdictsConfig.{key}" for key in ("rubric", "reasons")}  # handed on as a mapping
+    read |= {
+        f"VerdictsConfig.{key}" for key in ("mode", "rubric", "reasons", "scale")
+    }  # handed on as a mapping
     # by several processes alone: tests/distributed
     read |= {f"DistributedConfig.{key}" for key in ("strategy", "timeout") if key in elsewhere}
     read |= {"RunConfig.distributed"} & {f"RunConfig.{name}" for name in elsewhere}

@@ -125,7 +125,7 @@ class DataSource:
     on_bad: Literal["error", "skip"] = "error"
     strict: bool = False  # unknown columns and keys of turns are refused
     format: str | None = None  # a name in `data.formats`; None: by the columns, "keel": rows as they are
-    verdicts: Mapping[str, Any] | None = None  # comparisons as questions which is better (`data.verdicts`)
+    verdicts: Mapping[str, Any] | None = None  # judged rows as questions (`data.verdicts`)
     pairs: Mapping[str, Any] | None = None  # how two replies and a label are a pair (`data.formats.labelled`)
     ties: Literal["skip", "keep"] = "skip"  # what a format does with pairs without a better side
     options: Mapping[str, Any] = field(default_factory=dict)  # a world's own settings, a project's

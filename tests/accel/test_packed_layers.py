@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
-from keel.accel import packed_layers, patches, row_attention
+from keel.accel import decode_step, packed_layers, patches, row_attention
 from keel.accel.decode_step import Step, by_itself, fits
 from keel.accel.decode_trial import decoded_otherwise
 from keel.accel.kv_slots import Slots
@@ -57,6 +58,18 @@ def test_steps_and_prompts_are_the_models_own(
     assert taken
 
 
+def test_what_prompts_keep_holds_nothing_else() -> None:
+    """Keys and values of all layers wait for their slots; queries beside them would be as much again, or
+    several times as much where heads share keys and values."""
+    with torch.no_grad():
+        layers = Step(model_of("llama", 2), 16).whole
+        assert layers is not None
+        _, kept = layers.read(torch.tensor([[3, 4, 5], [6, 7, 8]]), None)
+    sides = [side for pair in kept for side in pair]
+    held = {side.untyped_storage().data_ptr(): side.untyped_storage().nbytes() for side in sides}
+    assert sum(held.values()) == sum(side.nbytes for side in sides)
+
+
 def test_a_reading_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     plainly = packed_layers._attended
 
@@ -81,8 +94,30 @@ def test_a_step_calls_nothing_of_the_model_or_is_not_one_by_itself() -> None:
             assert by_itself(model, 16) is None
         with patches.disabled("cpu_linear"):
             assert by_itself(model, 16) is None
+        hook = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+        assert by_itself(model, 16) is None
+        hook.remove()
+        assert by_itself(model, 16) is not None
         model.lm_head.register_forward_pre_hook(lambda *_: None)
         assert by_itself(model, 16) is None
+
+
+def test_a_head_of_another_kind_is_called_and_nothing_is_laid_out_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("llama", 4)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", patches.AccelWarning)
+        assert fits(model)
+        monkeypatch.setattr(decode_step, "Step", None)  # which would be made
+        assert by_itself(model, 16) is None
+        plain = model_of("llama", 4)
+        monkeypatch.undo()
+        assert fits(plain)
+        monkeypatch.setattr(packed_layers, "PACKED_AT_MOST", 1)
+        monkeypatch.setattr(decode_step, "Step", None)
+        assert by_itself(plain, 16) is None
 
 
 def test_each_row_reads_its_own_tokens() -> None:

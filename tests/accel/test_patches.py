@@ -582,7 +582,12 @@ def on_logits(model: Any) -> None:
     model.register_forward_hook(negated)
 
 
-AROUND = (on_attention, around_attention, on_norm, on_last_norm, around_product, on_logits)
+def on_gate(model: Any) -> None:
+    """A hook on what gates a feed-forward part, of the last layer, which `last_layer` calls too."""
+    model.model.layers[-1].mlp.act_fn.register_forward_hook(lambda _, __, output: output * 0.5)
+
+
+AROUND = (on_attention, around_attention, on_norm, on_last_norm, around_product, on_gate, on_logits)
 
 
 @pytest.mark.parametrize("used_before", [False, True])

@@ -13,13 +13,14 @@ pytest.importorskip("sqlalchemy")
 from keel import load_data
 from keel.config import parse
 from keel.data import load
+from keel.data.chat import completion_text
 from keel.data.stored.cache import Cache
 from keel.data.stored.tokens import Preparation
 from keel.errors import UsageError
 from keel.pipeline.pipeline import Pipeline
-from keel.types import DataSource, PreferenceRecord
+from keel.types import DataSource, DemonstrationRecord, PreferenceRecord
 from keel.votes import open_store
-from keel.votes.kinds import Answer, NewItem, PastJudgement, Project, Reply
+from keel.votes.kinds import Answer, NewItem, PastJudgement, Project, Reply, Scale
 
 
 @pytest.fixture
@@ -54,6 +55,25 @@ def test_votes_are_preference_rows_with_who_cast_them(store: Any) -> None:
     assert (two.chosen, two.rejected) == (" it is blue 1.", " it is red 1.")
     assert two.columns == {"n": 1, "key": "i1", "source": "label:colours"}
     assert two.origin == "label:colours:2"
+
+
+def test_peoples_ratings_are_scores_to_learn(store: Any) -> None:
+    """By the project's scales as criteria, or by the share of their ranges; a thumb made of them is no
+    hindrance."""
+    store.create_project(Project("rated", task="rating", scales=(Scale("good"), Scale("kind"))), None)
+    store.add_items("rated", [NewItem("p", "which?", [Reply("red")])], None)
+    told = {"good": 5, "kind": 2}
+    store.import_votes("rated", [PastJudgement("p", "ada", Answer(ratings=told))], None)
+    rubric = [{"name": "good", "weight": 2.0, "description": ""}, {"name": "kind", "weight": 1.0}]
+    for settings, answer, right in (
+        ({"rubric": rubric, "scale": (1, 5)}, '{"scores": {"good": 5, "kind": 2}}', 4),
+        ({"rubric": "kind?", "scale": (0, 1)}, '{"scores": {"score": 0.62}}', 0.625),  # (1 + 1/4) / 2
+    ):
+        verdicts = {"mode": "pointwise", "reasons": False, **settings}
+        (one,) = load.load([DataSource("label:rated", verdicts=verdicts)], ("demonstration",), 0).records
+        assert isinstance(one, DemonstrationRecord)
+        assert completion_text(one.completion) == answer
+        assert one.columns["score"] == right
 
 
 def test_the_fingerprint_follows_what_was_said_and_not_where_it_lies(store: Any, tmp_path: Path) -> None:

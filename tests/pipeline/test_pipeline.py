@@ -17,6 +17,7 @@ import yaml
 import keel
 from keel.config import parse, read
 from keel.errors import DataError, KeelError, MachineError, UsageError
+from keel.models import precision
 from keel.models.load import ModelSource, causal_lm
 from keel.pipeline import following, stage_graph
 from keel.pipeline import pipeline as pipelines
@@ -260,6 +261,18 @@ def test_the_resolved_config_is_the_same_run(go, chain, tmp_path):
 # ---------------------------------------------------------------- interruption
 
 
+def test_a_run_that_goes_on_in_another_precision_says_so(go, chain, tmp_path, monkeypatch):
+    config = _config({"stages": {"base": chain["stages"]["base"]}})
+    with pytest.raises(Stopped):
+        go(config, stop_at=("base", 3))
+    monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)  # a machine with AMX
+    said: list[str] = []
+    assert go(config, say=said.append) == ["base"]
+    facts = json.loads((tmp_path / "run" / "stages" / "base" / "stage.json").read_text())["facts"]
+    assert [note for note in facts["notes"] if "products were in float32 up to step" in note]
+    assert any("are in bfloat16 from there on" in line for line in said)
+
+
 @pytest.mark.parametrize("place", [pytest.param(("reward", 3), marks=pytest.mark.slow), ("ppo", 3)])
 def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(go, chain, tmp_path, place):
     go(_config(chain))
@@ -271,6 +284,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(go, chain, tm
     said: list[str] = []
     assert go(_config(chain), say=said.append) == list(STAGES[STAGES.index(place[0]) :])
     assert f"{place[0]}: going on after step 2" in said
+    assert not any("products were in" in line for line in said)
     assert _content(tmp_path / "run") == undisturbed
 
 

@@ -14,6 +14,7 @@ from keel.accel import patches
 from keel.accel.packed_layers import PackedLayers
 from keel.rollout import streams
 from keel.rollout.engine import TokenCount, generate
+from keel.rollout.stream import Stream
 from keel.rollout.streams import shared_out
 from keel.types import Completion, Sampling
 
@@ -24,9 +25,9 @@ PROMPTS = [[5, 6, 7], [9], [5, 6, 7], [8, 8, 3, 4], [10, 3], [11, 2, 2]] * 2
 
 @pytest.fixture(autouse=True)
 def small_streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two streams. What runs before them, and beside other tests, has one thread."""
     monkeypatch.setattr(streams, "LEAST", 2)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 
@@ -40,7 +41,9 @@ def llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def sampled(model: Any, **more: Any) -> list[Completion]:
+def sampled(model: Any, threads: int = 2, **more: Any) -> list[Completion]:
+    """threads: the first time with a model one, as two that share an operation wait for each other."""
+    torch.set_num_threads(threads)
     options: dict[str, Any] = {"stop_ids": [EOS, 20, 21], "pad_id": PAD, "seed": 3, "batch_size": 5, **more}
     return generate(model, PROMPTS, Sampling(12), **options)
 
@@ -49,7 +52,7 @@ def test_two_streams_sample_what_one_samples(monkeypatch: pytest.MonkeyPatch) ->
     model, whose = llama(), set[int]()
     with patches.disabled("decode_streams"):
         alone = TokenCount()
-        expected = sampled(model, hidden=True, work=alone, limits=[12, 3] * 6)
+        expected = sampled(model, 1, hidden=True, work=alone, limits=[12, 3] * 6)
     plainly = PackedLayers.step
 
     def step(self: PackedLayers, *given: Any) -> Any:
@@ -77,6 +80,7 @@ def test_two_streams_sample_what_one_samples(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_streams_compute_in_the_mode_of_their_caller() -> None:
     model = llama()
+    sampled(model, 1)  # which tries its paths
     with torch.inference_mode():
         done = sampled(model)
     assert done == sampled(model)
@@ -86,12 +90,13 @@ def test_streams_compute_in_the_mode_of_their_caller() -> None:
 def test_large_matrices_are_read_by_one_stream(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, name, 1)
     monkeypatch.setattr(streams, "shared_out", None)  # which would be called
-    assert len(sampled(llama())) == len(PROMPTS)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert len(sampled(llama(), 1)) == len(PROMPTS)
 
 
 def test_an_error_in_one_stream_ends_all_and_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     model, main = llama(), threading.get_ident()
-    sampled(model)  # which tries its paths
+    sampled(model, 1)  # which tries its paths
     plainly = PackedLayers.step
 
     def step(self: PackedLayers, *given: Any) -> Any:
@@ -105,6 +110,51 @@ def test_an_error_in_one_stream_ends_all_and_is_raised(monkeypatch: pytest.Monke
         sampled(model)
     assert threading.active_count() == before
     assert torch.get_num_threads() == 2
+
+
+def test_ctrl_c_while_a_stream_is_waited_for_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, main, stopped = llama(), threading.get_ident(), threading.Event()
+    sampled(model, 1)
+    step, stop, join = PackedLayers.step, Stream.stop, threading.Thread.join
+    waited = list[threading.Thread]()
+
+    def slow_step(self: PackedLayers, *given: Any) -> Any:
+        if threading.get_ident() != main:
+            stopped.wait(20)
+        return step(self, *given)
+
+    def stop_all(self: Stream) -> None:
+        stop(self)
+        stopped.set()
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        waited.append(self)
+        if len(waited) == 1:
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    monkeypatch.setattr(PackedLayers, "step", slow_step)
+    monkeypatch.setattr(Stream, "stop", stop_all)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sampled(model)
+    alive = waited[0].is_alive()
+    stopped.set()
+    join(waited[0])
+    assert not alive
+    assert torch.get_num_threads() == 2
+
+
+def test_a_thread_that_the_machine_refuses_is_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    sampled(model, 1)
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        sampled(model)
 
 
 def test_rows_are_shared_out_by_prompts() -> None:

@@ -10,8 +10,9 @@ from keel.errors import UsageError
 from keel.rl import rollout
 
 
-def test_a_reference_in_16_bit_is_the_same_policy_in_half_the_memory(open_ppo):
+def test_a_reference_in_16_bit_is_the_same_policy_in_half_the_memory(open_ppo, stage_run):
     tasks, whole = open_ppo(old_logp="trainer")
+    assert stage_run.computes_in == "float32"  # what a checkpoint remembers
     _, half = open_ppo(old_logp="trainer", reference_dtype="float16")
     assert {p.dtype for p in half.roles.reference.parameters()} == {torch.float16}
     assert {p.dtype for p in half.roles.policy.parameters()} == {torch.float32}

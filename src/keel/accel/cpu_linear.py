@@ -120,7 +120,8 @@ def _gated(kind: type[nn.Module]) -> type[nn.Module]:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         dtypes = {_computed_in(x, layer.weight) if _is_plain(layer) else None for layer in layers}
         dtype = dtypes.pop() if len(dtypes) == 1 else None
-        if dtype is None or not torch.is_grad_enabled():
+        around = any(map(surrounded, self.children()))  # of what gates, too
+        if dtype is None or around or not torch.is_grad_enabled():
             return kind.forward(self, x)  # pyright: ignore[reportReturnType]
         with torch.autocast("cpu", enabled=False):
             casts, weights = _casts.get() or _CastCache(), [layer.weight for layer in layers]

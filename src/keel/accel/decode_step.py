@@ -23,7 +23,7 @@ from keel.accel.decode_trial import COLUMNS, decoded_otherwise, precision_of
 from keel.accel.decode_trial import Step as AnyStep
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import plain_of, surrounded, with_cache
-from keel.accel.packed_layers import KeysAndValues, PackedLayers, prompts_differ
+from keel.accel.packed_layers import KeysAndValues, PackedLayers, packs_head, prompts_differ
 from keel.accel.patches import disabled, enabled, trusted
 from keel.accel.trial_inputs import beyond_windows
 
@@ -180,7 +180,8 @@ def _packs(model: Any) -> torch.dtype | None:
     """The precision in which a model computes, where that is on the CPU and every layer is one that may be
     laid out in it; None otherwise, and where what is laid out in float32 would be large, without the head."""
     layers = model.model.layers
-    if not all(isinstance(layer.mlp.act_fn, (SiLUActivation, nn.SiLU)) for layer in layers):
+    gates = [layer.mlp.act_fn for layer in layers]
+    if not all(isinstance(gate, (SiLUActivation, nn.SiLU)) and not surrounded(gate) for gate in gates):
         return None
     parts = [
         getattr(part, f"{name}_proj")
@@ -208,8 +209,8 @@ def fits(model: nn.Module) -> bool:
 def by_itself(model: nn.Module, columns: int) -> Step | None:
     """A step for up to `columns` positions that calls nothing of the model's own; None where there is none
     for this model. To be asked before a hook is put on the head."""
-    if not fits(model) or _packs(plain_of(model)) != torch.float32:
-        return None
+    if not fits(model) or _packs(plain := plain_of(model)) != torch.float32 or not packs_head(plain):
+        return None  # before anything is laid out, which whoever samples otherwise does once more
     step = Step(model, columns)
     return step if step.by_itself else None
 

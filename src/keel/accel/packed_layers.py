@@ -16,7 +16,7 @@ layers with adapters, hooks or other precisions, whose own forward runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,9 +105,8 @@ class PackedLayers:
         self._last = Matrix([last.self_attn.k_proj, last.self_attn.v_proj], _factor(last.input_layernorm))
         self._norm, self._head = trunk.norm, model.lm_head
         self._least = _least(trunk.norm)
-        self.nbytes = sum(p.nbytes for p in (*_weights(trunk.layers), model.lm_head.weight))
-        packed = packs(model.lm_head) == torch.float32 and self.nbytes <= PACKED_AT_MOST
-        self._packed_head = Matrix([model.lm_head], _factor(trunk.norm)) if packed else None
+        self.nbytes = _nbytes(model)
+        self._packed_head = Matrix([model.lm_head], _factor(trunk.norm)) if packs_head(model) else None
 
     @property
     def has_head(self) -> bool:
@@ -177,6 +176,8 @@ class PackedLayers:
             q, k, v = (
                 part.transpose(1, 2) for part in (both[:, :, : self.heads], both[:, :, self.heads :], v)
             )
+            # as views they would hold the queries of all layers, too
+            k, v = k.contiguous(), v.contiguous()
             kept.append((k, v))
             attended = _attended(q, k, v, mask, layer.scaling).transpose(1, 2).reshape(count, -1)
             x = layer.behind(x, _filled(attended, size))
@@ -198,7 +199,7 @@ class PackedLayers:
         h = _normed(x, layer.before)
         both = self._last(h)[: rows * width].view(rows, width, 2 * self.groups, -1)
         k = self._rotated(layer, both[:, :, : self.groups], cos, sin, self.heads).transpose(1, 2)
-        v = both[:, :, self.groups :].transpose(1, 2)
+        v = both[:, :, self.groups :].transpose(1, 2).contiguous()
         kept.append((k, v))
         last, size = torch.arange(width - 1, rows * width, width), sized(rows)
         q = self._parts(layer.qkv(_filled(h[last], size))[:rows])[0][:, : self.heads]
@@ -267,8 +268,15 @@ def prompts_differ(model: Any, layers: PackedLayers) -> str | None:
     return None
 
 
-def _weights(layers: Any) -> Iterator[Tensor]:
-    return (p for layer in layers for p in layer.parameters() if p.dim() == 2)
+def packs_head(model: Any) -> bool:
+    """Whether a head is laid out, too, and called by nobody: a plain one, unless all would be large."""
+    return packs(model.lm_head) == torch.float32 and _nbytes(model) <= PACKED_AT_MOST
+
+
+def _nbytes(model: Any) -> int:
+    """Of a model's matrices, with its head."""
+    parts = (*model.model.layers, model.lm_head)
+    return sum(p.nbytes for part in parts for p in part.parameters() if p.dim() == 2)
 
 
 def _attended(

@@ -104,7 +104,8 @@ class DataConfig(Settings):
         description=(
             "Read comparisons as questions which of two replies is better, in both orders, with the verdict "
             "as the reply, or in a column `better` for `reward: {kind: verdict}`: what a generative reward "
-            "model learns. {} for the default rubric."
+            "model learns. {} for the default rubric; {mode: pointwise}: rated replies as questions how good "
+            "they are, with the score as the reply, or in a column `score`."
         ),
     )
     ties: Literal["skip", "keep"] = Field(
@@ -136,6 +137,9 @@ class DataConfig(Settings):
     def _one_mapping(self) -> DataConfig:
         if self.format is not None and self.pairs is not None:
             raise ValueError("`format` and `pairs` both say how rows are judged: give one of them")
+        if self.pairs is not None and self.verdicts is not None and self.verdicts.mode == "pointwise":
+            raise ValueError("`pairs` makes comparisons, and `verdicts` with `mode: pointwise` reads single "
+                             "replies: leave one of them out")  # fmt: skip
         if self.format == PLAIN and self.ties == "keep":
             raise ValueError("`ties` has no effect with `format: keel`: those rows are taken as they are")
         return self

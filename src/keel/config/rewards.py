@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from keel.config.judge import JudgeSettings
 from keel.config.parts import DataConfig, Quantize, as_list
+from keel.config.rubric import CriterionConfig, check_rubric, check_scale
 from keel.config.settings import Settings
 from keel.config.tasks import CodeRunSettings, GymSettings
 
@@ -93,12 +94,49 @@ class AnswerTerm(RewardSettings):
 
 
 class VerdictTerm(RewardSettings):
-    """1 for a reply that ends in the right verdict on a pair, else 0."""
+    """1 for a reply that ends in the right verdict, else 0; for a score, less by how far it is off."""
 
     kind: Literal["verdict"] = Field(description="The verdict of a generative reward model.")
-    column: str = Field(
-        "better", description="Column of the data that holds the right one: A, B or tie (`verdicts`)."
+    mode: Literal["pairwise", "pointwise"] = Field(
+        "pairwise",
+        description=(
+            "As of `verdicts`. pairwise: 1 for the right one of A, B and tie; pointwise: 1 − |score − right| "
+            "/ (high − low of `scale`). 0 for an answer that cannot be read."
+        ),
     )
+    column: str = Field(
+        "better",
+        description=(
+            "Column of the data that holds the right one (`verdicts`): A, B or tie; with `mode: pointwise` a "
+            "number on `scale`, in `score` where this is not given."
+        ),
+    )
+    scale: tuple[int, int] = Field((1, 10), description="Ends of the scale of a score (pointwise).")
+    rubric: list[CriterionConfig] | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "The criteria that get a score each, of which the weighted mean counts (pointwise); null: one "
+            "score, as where the rubric of `verdicts` is a text."
+        ),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _column_of_the_mode(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("mode") == "pointwise":
+            return {"column": "score", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _sound_verdict(self) -> VerdictTerm:
+        check_scale(self.scale)
+        check_rubric(self.rubric or [])
+        if self.mode != "pointwise":
+            for name in ("scale", "rubric"):
+                if self.changes(name):
+                    raise ValueError(f"`{name}` has no effect with `mode: {self.mode}`")
+        return self
 
 
 class FormatTerm(RewardSettings):
@@ -234,8 +272,7 @@ class JudgeTerm(JudgeSettings, RewardSettings):
 
     @model_validator(mode="after")
     def _sound_mode(self) -> JudgeTerm:
-        if self.scale[0] >= self.scale[1]:
-            raise ValueError(f"`scale` {list(self.scale)}: the second end must be above the first")
+        check_scale(self.scale)
         if self.mode != "pointwise" and self.changes("scale"):
             raise ValueError(f"`scale` has no effect with `mode: {self.mode}`")
         if self.mode == "pointwise" and self.changes("both_orders"):

@@ -1,6 +1,8 @@
-"""What replies are judged by, and comparisons as questions about it."""
+"""What replies are judged by, and comparisons and rated replies as questions about it."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -31,9 +33,23 @@ def check_rubric(rubric: str | list[CriterionConfig]) -> None:
         raise ValueError(f"`rubric` has two criteria {twice!r}")
 
 
-class VerdictsConfig(Settings):
-    """Comparisons as questions which of two replies is better, in the words of a judge of pairs."""
+def check_scale(scale: tuple[int, int]) -> None:
+    """ValueError for one whose ends are not in order."""
+    if scale[0] >= scale[1]:
+        raise ValueError(f"`scale` {list(scale)}: the second end must be above the first")
 
+
+class VerdictsConfig(Settings):
+    """Comparisons, or rated replies, as questions in the words of a judge: which of two replies is better, or
+    how good one is."""
+
+    mode: Literal["pairwise", "pointwise"] = Field(
+        "pairwise",
+        description=(
+            "As of the judge that the model will be. pairwise: comparisons become questions which reply is "
+            "better; pointwise: rated replies become questions how good the reply is, on `scale`."
+        ),
+    )
     rubric: str | list[CriterionConfig] = Field(
         RUBRIC, min_length=1, description="What to judge by, as of the judge that the model will be."
     )
@@ -41,11 +57,17 @@ class VerdictsConfig(Settings):
         False,
         description=(
             "The question asks for a sentence of reasons before the verdict, as of the judge that the model "
-            "will be. Such questions are prompts: comparisons hold no reasons to learn from."
+            "will be. Such questions are prompts: the data hold no reasons to learn from."
         ),
+    )
+    scale: tuple[int, int] = Field(
+        (1, 10), description="Ends of the scale that the rows are rated on (pointwise)."
     )
 
     @model_validator(mode="after")
     def _sound_verdicts(self) -> VerdictsConfig:
         check_rubric(self.rubric)
+        check_scale(self.scale)
+        if self.mode != "pointwise" and self.changes("scale"):
+            raise ValueError(f"`scale` has no effect with `mode: {self.mode}`")
         return self

@@ -32,7 +32,7 @@ from keel.data.stored.records import (
 )
 from keel.data.stored.tokens import Preparation
 from keel.data.unread import UnreadKeys
-from keel.data.verdicts import questions_of
+from keel.data.verdicts import SCORE, is_pointwise, questions_of
 from keel.errors import DataError, UsageError
 from keel.types import DataSource, Record, RecordType
 from keel.worlds import gym
@@ -289,15 +289,25 @@ def _hub(source: DataSource) -> Iterable[Any]:
 
 
 def _check_verdicts(source: DataSource, accept: Sequence[RecordType]) -> None:
-    """UsageError for questions about comparisons where something else is learned from."""
+    """UsageError for questions about judged rows where something else is learned from, and for votes whose
+    score is on another scale."""
     if source.verdicts is None:
         return
+    name, rows = labels.shown(source.source), "comparisons"
+    if is_pointwise(source.verdicts):
+        rows = "rated replies"
+        shares = labels.is_label(source.source) and isinstance(source.verdicts["rubric"], str)
+        if shares and SCORE not in source.columns and tuple(source.verdicts["scale"]) != (0, 1):
+            raise UsageError(
+                f"{name}: the `score` of people's ratings goes from 0 to 1: set `verdicts.scale` to [0, 1], "
+                "or name the project's scales as criteria in `verdicts.rubric`"
+            )
     if not {"demonstration", "prompt"} & set(accept):
-        raise UsageError(f"{source.source}: `verdicts` makes questions of comparisons: here leave it out")
+        raise UsageError(f"{name}: `verdicts` makes questions of {rows}: here leave it out")
     if source.verdicts["reasons"] and "prompt" not in accept:
         raise UsageError(
-            f"{source.source}: `verdicts.reasons` makes prompts, since comparisons hold no reasons to learn "
-            "from: leave it out here, and train by grpo with it"
+            f"{name}: `verdicts.reasons` makes prompts, since {rows} hold no reasons to learn from: leave it "
+            "out here, and train by grpo with it"
         )
 
 
@@ -306,7 +316,9 @@ def _start(
 ) -> _StartedSource:
     """Read as far as the first row with the columns of an accepted type."""
     _check_verdicts(source, accept)
-    wanted: Sequence[RecordType] = accept if source.verdicts is None else ("preference",)
+    wanted: Sequence[RecordType] = accept
+    if source.verdicts is not None:
+        wanted = ("demonstration",) if is_pointwise(source.verdicts) else ("preference",)
     rewriter, conversion = Rewriter(source), Conversion(source, wanted)
     read = chosen(source, _rows(source, seed, preparation))
     named = (renamed(origin, row, source.columns) for origin, row in read)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -248,6 +249,27 @@ def choice(told: str) -> str | None:
     except ValueError:
         return None
     return value if isinstance(value, str) and value in VERDICTS else None
+
+
+def score(told: str, rubric: Rubric) -> float | None:
+    """What an answer to a pointwise question ends in, with or without reasons, on [0, 1]. None where it
+    cannot be read."""
+    try:
+        value = _read_scores(told, replace(rubric, reasons=True)).value
+    except ValueError:
+        return None
+    return value if isinstance(value, float) else None
+
+
+def on_scale(text: str, rubric: Rubric) -> float:
+    """A score of the data, as a share of the scale, on [0, 1]. ValueError where it is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not rubric.low <= number <= rubric.high:
+        raise ValueError(f"is {text[:40]!r}, no number from {rubric.low} to {rubric.high}")
+    return (number - rubric.low) / (rubric.high - rubric.low)
 
 
 def _read_choice(told: str, rubric: Rubric) -> Verdict:

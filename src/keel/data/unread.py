@@ -10,6 +10,7 @@ from keel.data.labels import PREFIX
 from keel.data.records import COLUMNS, OPTIONAL_COLUMNS, unknown_turn_keys
 from keel.data.values import nearest
 from keel.data.verdicts import COLUMN as VERDICT
+from keel.data.verdicts import columns_of
 from keel.errors import DataError
 from keel.types import DataSource, Message, Record, RecordType
 
@@ -63,7 +64,8 @@ class UnreadKeys:
         if self.kind == "demonstration":
             kinds = ("demonstration", "preference")  # whose chosen side may be what is shown
         known = {name for kind in kinds for group in COLUMNS[kind] for name in group}
-        wanted = (*_ELSEWHERE, *known, *self.source.columns, *self.source.where)
+        asked = columns_of(self.source.verdicts)
+        wanted = (*_ELSEWHERE, *known, *asked, *self.source.columns, *self.source.where)
         return (
             self.kind != "prompt"
             and name not in wanted

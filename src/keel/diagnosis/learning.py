@@ -161,8 +161,9 @@ def sampler_disagrees(history: History) -> Alarm | None:
     window. act: above 0.2: ratios are off by a fifth before anything is learned. Where both are keel's in
     float32 a hundredth is no rounding but another distribution than the one that is trained: warn above
     0.001, act above 0.01. With a vLLM server in float32 (1e−6 on a CPU, more where a card's kernels round to
-    TF32), and with `dtype: auto`, whose products round to bfloat16 where that is fast (0.001 to 0.002 on a
-    CPU with AMX): warn above 0.02, act above 0.1."""
+    TF32), and with `dtype: auto`, whose products round to bfloat16 where that is fast (0.001 to 0.002 in
+    demos on a CPU with AMX, but 0.01 to 0.02 of a model of 260 thousand parameters, with AVX-512 alone, too):
+    warn above 0.02, act above 0.1."""
     name = "rollout/sampler_drift"
     limits: Levels = (("act", 0.2), ("warn", 0.05))
     if history.conditions.same_numbers:

@@ -17,7 +17,7 @@ from typing import Any
 
 from keel.data.chat import completion_text
 from keel.data.load import Dataset
-from keel.data.questions import VERDICTS
+from keel.data.questions import VERDICTS, on_scale
 from keel.data.stored.records import FilledRows, Rows, filled, picked
 from keel.errors import DataError, RewardError, UsageError
 from keel.rewards import answers, code_tests, functions
@@ -163,7 +163,18 @@ def _problem(term: Any, record: Record, value: Any) -> str:
         return answers.problem(text)
     if not text.strip():
         return "is blank"
-    return "" if term.kind != "verdict" or text in VERDICTS else f"is {text[:40]!r}, no verdict (A, B, tie)"
+    return _no_verdict(term, text) if term.kind == "verdict" else ""
+
+
+def _no_verdict(term: Any, text: str) -> str:
+    """Why a text is no right answer of a question; "" where it is one."""
+    if term.mode == "pairwise":
+        return "" if text in VERDICTS else f"is {text[:40]!r}, no verdict (A, B, tie)"
+    try:
+        on_scale(text, build_rewards.rubric_of_scores(term))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _is_for(term: Any, record: Record) -> bool:

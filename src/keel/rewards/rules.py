@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from keel.data.chat import completion_text, own_text
-from keel.data.questions import VERDICTS, choice
+from keel.data.questions import VERDICTS, Rubric, choice, on_scale, score
 from keel.errors import UsageError
 from keel.rewards import answers
 from keel.rewards.answers import same_answer
@@ -69,6 +69,29 @@ def verdict(column: str = "better") -> Reward:
             None if wanted is None else float(choice(own_text(completion)) == wanted)
             for wanted, completion in zip(right, completions, strict=True)
         ]
+
+    return reward
+
+
+def score_verdict(rubric: Rubric, column: str = "score") -> Reward:
+    """1 − |given − right| / (high − low of the scale): how near the score that a completion ends in is to the
+    row's; 0 for a completion that ends in none. Range [0, 1].
+
+    A score is read as a pointwise judge's is (`keel.data.questions.score`): of several criteria the weighted
+    mean. None for a row without a score. UsageError at the first call if the data have no such column at all,
+    or one with something else in it.
+    """
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        paid: list[float | None] = []
+        for text, completion in zip(column_of(columns, column), completions, strict=True):
+            try:
+                right = None if text is None else on_scale(text, rubric)
+            except ValueError as error:
+                raise UsageError(f"column {column!r} {error}") from None
+            given = score(own_text(completion), rubric)
+            paid.append(None if right is None else 0.0 if given is None else 1 - abs(given - right))
+        return paid
 
     return reward
 

@@ -195,6 +195,7 @@ def _told(
 ) -> None:
     """Say how large the models are, what each phase costs at least, and what the machine can do."""
     dtype = compute_dtype(roles.policy, run.device)
+    run.computes_in = str(dtype).removeprefix("torch.")
     run.costs = _costs(config, roles, opened, dtype, through_text=through_text)
     run.speed = speed(run.device, dtype)
     trained = sum(count_parameters(m, trainable=True) for m in (roles.policy, *roles.value_modules))

@@ -84,7 +84,8 @@ def _together(
     runs: Sequence[Callable[[], list[Completion]]], streams: Sequence[Stream]
 ) -> list[list[Completion]]:
     """What each returns, called at the same time, each with its share of the threads; the first in this
-    thread. The error of one ends all, and is raised."""
+    thread. The error of one ends all, and is raised; so does Ctrl-C while others are waited for, and a thread
+    that the machine refuses."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     done: list[list[Completion]] = [[] for _ in runs]
     errors: list[BaseException] = []
@@ -96,18 +97,29 @@ def _together(
                 done[number] = runs[number]()
         except BaseException as error:
             errors.append(error)
-            for stream in streams:
-                stream.stop()
+            _stop(streams)
 
     others = [threading.Thread(target=run, args=(number,)) for number in range(1, len(runs))]
+    begun: list[threading.Thread] = []
     try:
         for other in others:
             other.start()
+            begun.append(other)
         run(0)
-    finally:
         for other in others:
             other.join()
+    except BaseException:  # none of them may go on with a model that its owner has back
+        _stop(streams)
+        for other in begun:
+            other.join()
+        raise
+    finally:
         torch.set_num_threads(threads)  # MKL has one number for all threads
     if errors:
         raise errors[0]
     return done
+
+
+def _stop(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        stream.stop()

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from keel.models.phase_cost import PhaseCost
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
+PRECISION = "computes_in"  # a checkpoint's value
 Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
 
 
@@ -62,6 +63,7 @@ class StageRun:
     facts: dict[str, Any] = field(default_factory=dict)  # rows, parameters …, for stage.json
     costs: dict[str, PhaseCost] = field(default_factory=dict)  # what phases cost at least
     speed: Speed | None = None  # what the machine reaches, where it has been measured
+    computes_in: str | None = None  # precision of what is trained, where the loop has said it
     preparation: Preparation = field(default_factory=Preparation)  # where and how large data are made ready
     _at_end: list[Callable[[], None]] = field(default_factory=list)
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -209,6 +211,12 @@ class StageRun:
                     handle.truncate(length)
         if checkpoint:
             self.say(f"{self.name}: going on after step {checkpoint.step}")
+            before = checkpoint.values.get(PRECISION)
+            if before and self.computes_in and before != self.computes_in:
+                self.note(
+                    f"products were in {before} up to step {checkpoint.step} and are in {self.computes_in} "
+                    "from there on, as this machine chooses; `dtype: float32` is the same on every machine"
+                )
         return checkpoint
 
     def save(self, step: int, tensors: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> None:
@@ -227,7 +235,9 @@ class StageRun:
 
         def write() -> None:
             logs = {log: path.stat().st_size for log in LOGS if (path := self.directory / log).exists()}
-            save(self._checkpoints, Checkpoint(step, whole, values or {}, logs, sums))
+            known = {PRECISION: self.computes_in} if self.computes_in else {}
+            kept = Checkpoint(step, whole, {**(values or {}), **known}, logs, sums)
+            save(self._checkpoints, kept)
 
         group.only_first(write)
 

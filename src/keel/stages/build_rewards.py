@@ -20,8 +20,10 @@ from keel.config.rewards import (
     PluginTerm,
     RewardTerm,
     SimilarityTerm,
+    VerdictTerm,
 )
 from keel.data.chat import prompt_tags
+from keel.data.questions import Criterion, Rubric
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
@@ -155,7 +157,9 @@ def _rule(term: RewardTerm) -> Callable[..., Any]:
         case "answer":
             return rules.final_answer(term.column, term.where)
         case "verdict":
-            return rules.verdict(term.column)
+            if term.mode == "pairwise":
+                return rules.verdict(term.column)
+            return rules.score_verdict(rubric_of_scores(term), term.column)
         case "format":
             return rules.format_tags(term.tags, term.partial)
         case "regex":
@@ -173,6 +177,12 @@ def _rule(term: RewardTerm) -> Callable[..., Any]:
         case "code":
             return _code(term)
     raise AssertionError(term.kind)
+
+
+def rubric_of_scores(term: VerdictTerm) -> Rubric:
+    """By which a score is read: the criteria and the scale."""
+    criteria = tuple(Criterion(one.name, one.weight, one.description) for one in term.rubric or ())
+    return Rubric("", criteria, *term.scale)
 
 
 def _code(term: CodeTerm) -> Callable[..., Any]:

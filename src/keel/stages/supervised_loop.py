@@ -154,6 +154,7 @@ def _opened(stage_run: StageRun, config: Supervised, model: PreTrainedModel) -> 
     stage_run.facts["trained_parameters"] = count_parameters(model, trainable=True)
     among_ranks(model)
     dtype = compute_dtype(model, stage_run.device)
+    stage_run.computes_in = str(dtype).removeprefix("torch.")
     stage_run.costs = {
         "train": train_cost(model, dtype, adapters=config.lora is not None),
         "optimizer": optimizer_cost(list(model.parameters())),
