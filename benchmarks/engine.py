@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from keel.accel import decode_step
+from keel.accel.row_attention import Look
 from keel.models.precision import prepare_model
 from keel.rollout.engine import generate
 from keel.types import Sampling
@@ -136,7 +136,7 @@ def cost_of_length(slots: int, lengths: Sequence[int], clock: Clock) -> None:
         4, VOCABULARY, (slots, PROMPT), generator=torch.Generator().manual_seed(1)
     ).tolist()
     of_keel(policy, prompts, NEVER, 4, slots)
-    plainly, spent = decode_step.scaled_dot_product_attention, 0.0
+    plainly, spent = Look.attend, 0.0
 
     def watched(*given: Any, **more: Any) -> torch.Tensor:
         nonlocal spent
@@ -145,7 +145,7 @@ def cost_of_length(slots: int, lengths: Sequence[int], clock: Clock) -> None:
         spent += clock() - start
         return attended
 
-    decode_step.scaled_dot_product_attention = watched
+    Look.attend = watched
     try:
         for length in lengths:
             spent, start = 0.0, clock()
@@ -157,7 +157,7 @@ def cost_of_length(slots: int, lengths: Sequence[int], clock: Clock) -> None:
                 flush=True,
             )
     finally:
-        decode_step.scaled_dot_product_attention = plainly
+        Look.attend = plainly
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def test_steps_and_prompts_are_the_models_own(
 ) -> None:
     monkeypatch.setattr(row_attention, "LEAST", 1 if spans else 10**6)
     taken = list[Any]()
-    monkeypatch.setattr(packed_layers, "spans_of", lambda *given: taken.append(spans_of(*given)) or taken[-1])
+    monkeypatch.setattr(row_attention, "spans_of", lambda *given: taken.append(spans_of(*given)) or taken[-1])
     model = model_of(kind, groups)
     with torch.no_grad():
         assert decoded_otherwise(model, lambda _, columns: Step(model, columns)) is None

@@ -403,7 +403,8 @@ def test_a_container_is_started_with_its_limits(monkeypatch, tmp_path):
     assert "rm -f keel-" in (tmp_path / "asked").read_text()
     asked = (tmp_path / "asked").read_text()
     for part in (
-        "--network none", "--read-only --read-only-tmpfs=false --ipc none", "--cap-drop ALL", "no-new-privileges", "--pids-limit 16",
+        "--network none", "--read-only --read-only-tmpfs=false --ipc none", "--cap-drop ALL",
+        "no-new-privileges", "--pids-limit 16",
         "--memory 536870912", "--pull never", "--user 65534:65534", "mine:1 python3 -I -S -c",
     ):  # fmt: skip
         assert part in asked

@@ -36,6 +36,7 @@ from transformers import (
 
 from keel.accel import attention, decode_step, patches, processor
 from keel.accel import kv_slots as cache
+from keel.accel.row_attention import Look
 from keel.algorithms.masked import token_logp
 from keel.data.stops import stop_texts
 from keel.errors import UsageError
@@ -305,13 +306,13 @@ def test_in_bfloat16_the_samplers_log_probabilities_are_close_to_those_of_traini
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)
     for module in (processor, attention):  # which decide what is kept, and what attention computes in
         monkeypatch.setattr(module, "has_half_tiles", lambda: tiles)
-    attended, kernel = set[torch.dtype](), decode_step.scaled_dot_product_attention
+    attended, plainly = set[torch.dtype](), Look.attend
 
-    def seen(query: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
+    def seen(look: Look, query: torch.Tensor, *given: Any) -> torch.Tensor:
         attended.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype)
-        return kernel(query, *given, **more)
+        return plainly(look, query, *given)
 
-    monkeypatch.setattr(decode_step, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(Look, "attend", seen)
     model = precision.prepare_model(tiny(architecture).eval(), "auto")
     off: list[float] = []
     for c in generate(model, PROMPTS_60, Sampling(16), stop_ids=[EOS], pad_id=PAD, seed=5):

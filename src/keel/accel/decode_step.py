@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, rms_norm, silu
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import SiLUActivation
 
@@ -25,6 +25,7 @@ from keel.accel.kv_slots import Slots
 from keel.accel.modules import plain_of, surrounded, with_cache
 from keel.accel.packed_layers import KeysAndValues, PackedLayers, packs_head, prompts_differ
 from keel.accel.patches import disabled, enabled, trusted
+from keel.accel.row_attention import Look
 from keel.accel.trial_inputs import beyond_windows
 
 SHAPES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -86,22 +87,20 @@ class Step:
         where what the head is given is put, if the step is one `by_itself`."""
         if self.whole is not None:
             return self.whole.step(ids, slots, seen)
-        trunk, positions, mask = self.model.model, slots.positions, slots.mask()
+        trunk, positions, look = self.model.model, slots.positions, Look.of(slots, self.heads)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (n, 1, d)
-        if mask is not None:
-            mask = mask[:, None, None, :]
         x = trunk.embed_tokens(ids)
         if self.packed is not None:
-            return self._by_packed(x, slots, cos, sin, mask)
+            return self._by_packed(x, slots, cos, sin, look)
         for layer, held in zip(trunk.layers, slots.layers, strict=True):
             x = x + self._attention(
-                layer.self_attn, _norm(layer.input_layernorm, x), held, slots, cos, sin, mask
+                layer.self_attn, _norm(layer.input_layernorm, x), held, slots, cos, sin, look
             )
             h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
             x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))
         return self.model.lm_head(_norm(trunk.norm, x))
 
-    def _by_packed(self, x: Tensor, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def _by_packed(self, x: Tensor, slots: Slots, cos: Tensor, sin: Tensor, look: Look) -> Tensor:
         """(n, d) embeddings → (n, V) logits. Rows behind the n fill a size up; nobody reads them."""
         assert self.packed is not None
         assert self.dtype is not None
@@ -111,17 +110,17 @@ class Step:
         for layer, own, held in zip(trunk.layers, self.packed, slots.layers, strict=True):
             h = _norm(layer.input_layernorm, x).to(dtype)
             q, k, v = own.q(h)[:n], own.k(h)[:n], own.v(h)[:n]
-            attended = self._attended(layer.self_attn, q, k, v, held, slots, cos, sin, mask)
+            attended = self._attended(layer.self_attn, q, k, v, held, slots, cos, sin, look)
             x = x + own.out(_filled(attended.to(dtype), size))
             h = _norm(layer.post_attention_layernorm, x).to(dtype)
             x = x + own.down(silu(own.gate(h)).mul_(own.up(h)))
         return self.model.lm_head(_norm(trunk.norm, x)[:n])
 
     def _attention(
-        self, own: Any, h: Tensor, held: Any, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor | None
+        self, own: Any, h: Tensor, held: Any, slots: Slots, cos: Tensor, sin: Tensor, look: Look
     ) -> Tensor:
         q, k, v = own.q_proj(h), own.k_proj(h), own.v_proj(h)
-        return own.o_proj(self._attended(own, q, k, v, held, slots, cos, sin, mask))
+        return own.o_proj(self._attended(own, q, k, v, held, slots, cos, sin, look))
 
     def _attended(
         self,
@@ -133,7 +132,7 @@ class Step:
         slots: Slots,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        look: Look,
     ) -> Tensor:
         """(n, …) queries, keys and values of the newest tokens → (n, heads · d)."""
         n, column = len(q), slots.column
@@ -144,18 +143,9 @@ class Step:
         both = slots.round(both * cos + both.roll(self.half, dims=-1) * sin)
         held.k[:n, :, column] = both[:, self.heads :]
         held.v[:n, :, column] = v.view(n, self.groups, -1)
-        # the heads that share keys and values are as many queries to them
-        q = both[:, : self.heads].reshape(n, self.groups, -1, both.shape[-1]).to(held.k.dtype)
-        found = []
         # autocast would make bfloat16 of what attention is given, whatever it is kept in
         with torch.autocast(q.device.type, enabled=False):
-            for rows, low in slots.blocks():  # older rows look at more columns than younger ones
-                keys, values = (kept[rows, :, low : column + 1] for kept in (held.k, held.v))
-                seen = None if mask is None else mask[rows, ..., low - slots.low :]
-                found.append(
-                    scaled_dot_product_attention(q[rows], keys, values, attn_mask=seen, scale=own.scaling)
-                )
-        return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
+            return look.attend(both[:, : self.heads].to(held.k.dtype), held.k, held.v, own.scaling)
 
 
 class _Layer(NamedTuple):

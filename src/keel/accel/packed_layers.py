@@ -28,7 +28,7 @@ from keel.accel.decode_trial import SEQUENCES, STEPS, own_logits, prompts_read
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import undisturbed
 from keel.accel.patches import difference, disabled
-from keel.accel.row_attention import Spans, spans_of
+from keel.accel.row_attention import Look
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer: (B, groups, S, D)
 
@@ -130,7 +130,7 @@ class PackedLayers:
         n, positions = len(ids), slots.positions
         size = sized(n)  # rows behind the n fill a size up; nobody reads them
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (n, 1, D)
-        look = _Look.of(slots, self.heads)
+        look = Look.of(slots, self.heads)
         x = self.embed(_filled(ids, size))
         for layer, held in zip(self.layers, slots.layers, strict=True):
             both, v = self._parts(layer.qkv(_normed(x, layer.before))[:n])
@@ -207,40 +207,6 @@ class PackedLayers:
         seen = None if mask is None else mask[:, :, -1:]
         attended = _attended(q, k, v, seen, layer.scaling, last=True).reshape(rows, -1)
         return layer.behind(_filled(x[last], size), _filled(attended, size))
-
-
-class _Look(NamedTuple):
-    """What the newest tokens look at."""
-
-    spans: Spans | None
-    blocks: Sequence[tuple[slice, slice, Tensor | None]]  # rows, columns, mask
-
-    @classmethod
-    def of(cls, slots: Slots, heads: int) -> _Look:
-        spans = spans_of(slots, heads)
-        if spans is not None:
-            return cls(spans, ())
-        mask = slots.mask()
-        own = [
-            None if mask is None else mask[rows, None, None, low - slots.low :]
-            for rows, low in slots.blocks()
-        ]
-        columns = [(rows, slice(low, slots.column + 1)) for rows, low in slots.blocks()]
-        return cls(None, [(*where, seen) for where, seen in zip(columns, own, strict=True)])
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """(n, H, D) queries, a layer's keys and values → (n, H · D)."""
-        if self.spans is not None:
-            return self.spans.attend(q, keys, values, scale)
-        # the heads that share keys and values are as many queries to them
-        n, shared = len(q), q.reshape(len(q), keys.shape[1], -1, q.shape[-1]).to(keys.dtype)
-        found = [
-            scaled_dot_product_attention(
-                shared[rows], keys[rows, :, columns], values[rows, :, columns], attn_mask=own, scale=scale
-            )
-            for rows, columns, own in self.blocks
-        ]
-        return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
 
 
 def prompts_differ(model: Any, layers: PackedLayers) -> str | None:

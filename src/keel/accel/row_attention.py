@@ -14,8 +14,9 @@ products are products of matrices; other precisions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +71,41 @@ def spans_of(slots: Slots, heads: int) -> Spans | None:
     if not plain or not enabled("row_attention") or _differs() is not None:
         return None
     return Spans(slots.starts, slots.column, heads, keys.shape[2])
+
+
+class Look(NamedTuple):
+    """What the newest tokens of all rows look at, made once a step: each row's own tokens, or, where torch's
+    kernel is better, blocks of rows under a mask."""
+
+    spans: Spans | None
+    blocks: Sequence[tuple[slice, slice, Tensor | None]]  # rows, columns, mask
+
+    @classmethod
+    def of(cls, slots: Slots, heads: int) -> Look:
+        spans = spans_of(slots, heads)
+        if spans is not None:
+            return cls(spans, ())
+        mask = slots.mask()
+        own = [
+            None if mask is None else mask[rows, None, None, low - slots.low :]
+            for rows, low in slots.blocks()
+        ]
+        columns = [(rows, slice(low, slots.column + 1)) for rows, low in slots.blocks()]
+        return cls(None, [(*where, seen) for where, seen in zip(columns, own, strict=True)])
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """(n, H, D) queries, a layer's keys and values → (n, H · D)."""
+        if self.spans is not None:
+            return self.spans.attend(q, keys, values, scale)
+        # the heads that share keys and values are as many queries to them
+        n, shared = len(q), q.reshape(len(q), keys.shape[1], -1, q.shape[-1]).to(keys.dtype)
+        found = [
+            scaled_dot_product_attention(
+                shared[rows], keys[rows, :, columns], values[rows, :, columns], attn_mask=own, scale=scale
+            )
+            for rows, columns, own in self.blocks
+        ]
+        return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, -1)
 
 
 @cache
