@@ -41,6 +41,13 @@ def test_the_kl_picture_draws_the_target():
     assert "shapes" not in without.figure["layout"]
 
 
+def test_a_coefficient_that_never_changes_has_no_axis_far_below_it():
+    fixed = {"objective/kl_coef": [(1, 0.1), (2, 0.1), (3, None)]}
+    drawn = by_title(pictures.curves(stage("ppo", fixed, kl={"coef": 0.1})))["KL coefficient"]
+    low, high = drawn.figure["layout"]["yaxis"]["range"]
+    assert (low, high) == pytest.approx((0.0, 0.2))
+
+
 def test_a_value_that_is_not_finite_leaves_a_gap_and_valid_json():
     (loss,) = pictures.curves(stage("sft", {"loss": [(1, 3.0), (2, None), (3, 1.0)]}))
     assert loss.figure["data"][0]["y"] == [3.0, None, 1.0]

@@ -151,8 +151,11 @@ def _curve(name: str, curve: Curve, stage: StageRun) -> Picture:
     if curve.level is not None:
         layout["shapes"] = [_level(y=curve.level)]
         keys = (Key(f"{curve.level_label} {curve.level:.2g}", "--ink", "dash"),)
-        values = [value for _, value in (*points, *held_out) if value is not None]
+    values = [value for _, value in (*points, *held_out) if is_number(value)]
+    if curve.level is not None:
         layout["yaxis"]["range"] = _span([*values, curve.level])
+    elif values and max(values) - min(values) <= 1e-6 * max(map(abs, values)):
+        layout["yaxis"]["range"] = _span([values[0]])  # rounding is no curve
     return Picture(name, curve.title, curve.unit, keys, {"data": traces, "layout": layout}, curve.wide)
 
 
@@ -402,6 +405,6 @@ def _layout(x_title: str, height: int) -> dict[str, Any]:
             "color": "--quiet",
         },
         "hoverlabel": {"bgcolor": "--paper", "bordercolor": "--rule", "font": {"color": "--ink", "size": 12}},
-        "xaxis": {**axis, "showgrid": False, "title": {"text": x_title, "standoff": 4}},
+        "xaxis": {**axis, "nticks": 4, "showgrid": False, "title": {"text": x_title, "standoff": 4}},
         "yaxis": {**axis, "showline": False, "ticks": ""},
     }

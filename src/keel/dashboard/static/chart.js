@@ -26,7 +26,7 @@ export function layout(xTitle, height) {
     plot_bgcolor: "transparent",
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 11, color: "--quiet" },
     hoverlabel: { bgcolor: "--paper", bordercolor: "--rule", font: { color: "--ink", size: 12 } },
-    xaxis: axis({ showgrid: false, title: { text: plain(xTitle), standoff: 4 } }),
+    xaxis: axis({ nticks: 4, showgrid: false, title: { text: plain(xTitle), standoff: 4 } }),
     yaxis: axis({ showline: false, ticks: "", fixedrange: true }),
   };
 }
