@@ -14,6 +14,8 @@ bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same pe
 peak of the process above what is resident after everything is imported. The floor is what keel's step needs
 at least on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same
 work.
+`--new` and `--mean` are the most tokens and the mean of a response in grpo and ppo, `--steps` the steps of a
+measurement, two at least.
 `--processor` takes processor's seconds instead of the clock's: with `--threads 1`, other work that goes on
 beside disturbs them little (the floor stays by the clock).
 
@@ -423,6 +425,10 @@ def measured(
         str(peer_rows),
         "--rows",
         str(rows),
+        "--new",
+        str(RESPONSE),
+        "--steps",
+        str(STEPS[kind.partition("-")[0]]),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -450,7 +456,8 @@ def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
             ]
             least = statistics.median(ours["floor"] for _, ours in pairs)
             seconds = f"{_row(pairs, 'seconds', 2)}{least:>10.2f}"
-            print(f"{kind:<10}{seconds}   {_row(pairs, 'memory', 0)}", flush=True)
+            each = ", ".join(f"{theirs['seconds'] / ours['seconds']:.2f}" for theirs, ours in pairs)
+            print(f"{kind:<10}{seconds}   {_row(pairs, 'memory', 0)}   pairs: {each}", flush=True)
 
 
 def main() -> None:
@@ -465,6 +472,9 @@ def main() -> None:
     parser.add_argument("--peer-rows", type=int, default=MICRO, help="that TRL takes at once")
     parser.add_argument("--rows", type=int, default=MICRO, help="that keel takes at once")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
+    parser.add_argument("--new", type=int, default=RESPONSE, help="tokens of a response at most")
+    parser.add_argument("--mean", type=int, default=MEAN, help="tokens of a response, in grpo and ppo")
+    parser.add_argument("--steps", type=int, help="of each measurement; the first is the warm-up")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -472,8 +482,7 @@ def main() -> None:
         "--processor", action="store_true", help="the processor's seconds, for a machine that does other work"
     )
     settings = parser.parse_args()
-    if settings.processor:
-        os.environ[PROCESSOR] = "1"
+    take(settings)
     if odd := [kind for kind in settings.kinds if kind not in KINDS]:
         parser.error(f"{odd[0]!r} is none of {', '.join(KINDS)}")
     if settings.side:
@@ -485,6 +494,16 @@ def main() -> None:
         of_keel(*given, settings.rows) if ours else of_trl(*given, settings.peer_rows)
         return
     compare(settings, settings.kinds or KINDS)
+
+
+def take(settings: argparse.Namespace) -> None:
+    """What is asked for in place of the usual sizes, here and in the processes that are measured."""
+    global RESPONSE, MEAN
+    if settings.processor:
+        os.environ[PROCESSOR] = "1"
+    RESPONSE, MEAN = settings.new, settings.mean
+    if settings.steps is not None:
+        STEPS.update(dict.fromkeys(STEPS, max(2, settings.steps)))
 
 
 def _row(pairs: list[tuple[dict[str, float], dict[str, float]]], what: str, places: int) -> str:

@@ -44,7 +44,9 @@ from keel.models import precision
 from keel.models.head import capture_head_input, head_of
 from keel.models.lora import Adapters, add_adapters
 from keel.rollout import reference_engine
-from keel.rollout.engine import TokenCount, generate, text_of
+from keel.rollout.engine import KeelEngine, TokenCount, generate, text_of
+from keel.rollout.protocol import GenerationRequest
+from keel.rollout.reference_engine import ReferenceEngine
 from keel.rollout.sampling import pick
 from keel.types import Completion, Sampling
 
@@ -495,6 +497,13 @@ def test_a_response_that_cannot_fit_the_context_is_refused_before_sampling(tiny_
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(UsageError, match=r"45 tokens and max_new_tokens 4 exceed .* 48"):
         generate(model, [[5], [6] * 45], Sampling(4), stop_ids=[EOS], pad_id=PAD, seed=0)
+
+
+def test_no_prompts_have_no_completions(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    request = GenerationRequest([], Sampling(4), [EOS], PAD, 0)
+    assert generate(model, [], Sampling(4), stop_ids=[EOS], pad_id=PAD, seed=0) == []
+    assert ReferenceEngine(model).generate(request) == KeelEngine(model).generate(request) == []
 
 
 def test_trap_generation_that_ignores_eos() -> None:

@@ -94,6 +94,8 @@ def generate(
     max_new_tokens) numbers in [0, 1) in place of those of the seed. UsageError if a prompt and its response
     cannot fit the context, or the model's forward fails.
     """
+    if not prompts:
+        return []
     request = GenerationRequest(
         prompts, sampling, stop_ids, pad_id, seed, stop_texts, hidden, limits, rows, draws
     )  # fmt: skip

@@ -31,6 +31,8 @@ class ReferenceEngine:
     def generate(self, request: GenerationRequest, count: TokenCount | None = None) -> list[Completion]:
         """One completion a prompt, in order. The tokens are those of `KeelEngine`, up to rounding."""
         model, sampling = self.model, request.sampling
+        if not request.prompts:
+            return []
         check_context(model, request.prompts, sampling, request.limits)
         draws = request.draws
         if draws is None:
