@@ -15,8 +15,9 @@ import torch
 
 import keel
 from keel.api.terminal import show, show_json
+from keel.cli import doctor_engine, ranks
 from keel.cli import launch as launching
-from keel.cli import ranks
+from keel.cli.checks import Check, in_lines
 from keel.cli.progress import say
 from keel.distributed import launch
 from keel.distributed.launch import Node
@@ -27,19 +28,16 @@ CLOCKS = 5.0  # seconds that machines may differ
 GIB = 2**30
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that was tried."""
-
-    name: str
-    ok: bool
-    found: str
-    mend: str = ""  # what to do about it
-
-
-def examine(nproc: int | None, port: int, shared: Path | None, node: Node | None = None) -> dict[str, Any]:
+def examine(
+    nproc: int | None,
+    port: int,
+    shared: Path | None,
+    node: Node | None = None,
+    engine: tuple[str, str | None] | None = None,
+) -> dict[str, Any]:
     """Try all of it: `checks`, `ok`, and what was measured. nproc: ranks on this machine; None: one a card,
-    two without cards. Of several machines the first one's has all of it, the others have no checks."""
+    two without cards. engine: a server's address, or vllm, and the variable with its key. Of several machines
+    the first one's has all of it, the others have no checks."""
     count = nproc or max(2, torch.cuda.device_count())
     checks = [] if node else [_port(port)]
     with tempfile.TemporaryDirectory(prefix="keel-doctor-") as name:
@@ -51,6 +49,7 @@ def examine(nproc: int | None, port: int, shared: Path | None, node: Node | None
         measured = json.loads(out.read_text(encoding="utf-8")) if out.exists() else None
     if measured is not None:
         checks += of_measured(measured)
+        checks += [doctor_engine.examine(*engine)] if engine else []
     elif outcome.code and not outcome.lost:
         checks.append(Check("process group", False, outcome.line, _how_to_join(outcome.line)))
     facts = {"ok": all(check.ok for check in checks) and not outcome.code, "code": outcome.code}
@@ -167,17 +166,6 @@ def _size(size: int) -> str:
     return f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB"
 
 
-def as_text(facts: dict[str, Any]) -> str:
-    """For people: a line a check, and what to do about what is not well."""
-    width = max((len(check["name"]) for check in facts["checks"]), default=0)
-    lines: list[str] = []
-    for check in facts["checks"]:
-        lines.append(f"{'ok ' if check['ok'] else 'BAD'} {check['name']:<{width}}  {check['found']}")
-        if check["mend"]:
-            lines.append(f"    {'':<{width}}  → {check['mend']}")
-    return "\n".join(lines)
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """The options of the command."""
@@ -189,18 +177,26 @@ class Asked:
     ssh: list[str]
     node: str | None
     as_json: bool
+    engine: str | None = None
+    key_env: str | None = None
 
 
 def command(asked: Asked, model: str | None = None) -> int:
     """Try ranks here, or on all hosts of a file, and show what was found; the exit code."""
     if model is not None:
         raise UsageError("--distributed looks at machines, not at a model: leave MODEL out")
-    shared = [] if asked.shared is None else ["--shared", str(asked.shared)]
+    if asked.engine is not None:
+        doctor_engine.checked(asked.engine, asked.key_env if asked.nodes is None else None)
+    elif asked.key_env is not None:
+        raise UsageError("--api-key-env has no effect without --engine")
+    more = [] if asked.shared is None else ["--shared", str(asked.shared)]
+    more += [] if asked.engine is None else ["--engine", asked.engine]
+    more += [] if asked.key_env is None else ["--api-key-env", asked.key_env]
     if asked.nodes is not None:
         if asked.node is not None:
             raise UsageError("--node says which of several machines this is: with --nodes leave it out")
         found = launching.parts(launching.hosts_of(asked.nodes), asked.nproc, asked.port)
-        words = ["doctor", "--distributed", *shared, *(["--json"] if asked.as_json else [])]
+        words = ["doctor", "--distributed", *more, *(["--json"] if asked.as_json else [])]
         return launching.ended(launching.run(found, words, asked.ssh, plain=True))
     node = Node.parse(asked.node) if asked.node else None
     if asked.nproc is not None:
@@ -209,10 +205,11 @@ def command(asked: Asked, model: str | None = None) -> int:
             raise UsageError("--nproc 1: there is nothing to try with one rank")
     if asked.shared is not None and not asked.shared.is_dir():
         raise UsageError(f"--shared {asked.shared}: there is no such folder")
-    facts = examine(asked.nproc, asked.port, asked.shared, node)
+    engine = None if asked.engine is None else (asked.engine, asked.key_env)
+    facts = examine(asked.nproc, asked.port, asked.shared, node, engine)
     if line := facts.pop("lost", None):
         say(f"keel: {line}")
         return ranks.LOST
     if facts["checks"]:
-        show_json(facts) if asked.as_json else show(as_text(facts))
+        show_json(facts) if asked.as_json else show(in_lines(facts["checks"]))
     return facts["code"] or int(not facts["ok"])

@@ -615,6 +615,13 @@ def doctor(
     nodes: Annotated[
         str | None, typer.Option(help="With --distributed: a file with one host a line, to try them all.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="With --distributed: a vLLM server's address, or vllm: the one installed here."),
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="With --engine: the variable with the server's key.")
+    ] = None,
     port: PortOption = PORT,
     ssh: Annotated[str, typer.Option(help="What reaches a host, in place of ssh; with its options.")] = "",
     node: NodeOption = None,
@@ -637,11 +644,13 @@ def doctor(
 
         if bench or threads is not None:
             raise UsageError("--bench and --threads have no effect with --distributed: ask for one of them")
-        asked = doctor_ranks.Asked(nproc, shared, nodes, port, launching.words(ssh), node, as_json)
+        asked = doctor_ranks.Asked(
+            nproc, shared, nodes, port, launching.words(ssh), node, as_json, engine, api_key_env
+        )
         raise typer.Exit(doctor_ranks.command(asked, model))
     of_ranks = {
         "--nproc": nproc, "--shared": shared, "--nodes": nodes, "--node": node, "--ssh": ssh,
-        "--port": port != PORT,
+        "--port": port != PORT, "--engine": engine, "--api-key-env": api_key_env,
     }  # fmt: skip
     if idle := next((option for option, given in of_ranks.items() if given), None):
         raise UsageError(f"{idle} has no effect without --distributed")

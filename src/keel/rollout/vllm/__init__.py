@@ -4,6 +4,7 @@ wire.py      JSON over HTTP, many requests at a time
 asking.py    what a request says, and a completion from an answer
 weights.py   what a server is given: adapters, or all weights
 server.py    the environment that vLLM is installed in, and a server that keel starts
+served.py    what a server says of itself
 guard.py     ends that server with the process that started it
 holding.py   a server that holds the trainer's weights
 engine.py    the engine

@@ -27,7 +27,7 @@ from keel.errors import EngineError, UsageError
 from keel.models.load import context_length
 from keel.models.precision import compute_dtype, computing
 from keel.models.tokenizer import known_ids
-from keel.rollout.vllm import asking, weights
+from keel.rollout.vllm import asking, served, weights
 from keel.rollout.vllm.asking import StaleError, Weights
 from keel.rollout.vllm.server import Launch, Server, is_cpu, program_of, wait_until_ready
 from keel.rollout.vllm.wire import DownError, FailedError, RefusedError, Wire
@@ -296,34 +296,26 @@ class Holder:
     def _look_at(self, wire: Wire) -> None:
         """Read from a server what it serves. EngineError for one that cannot be used, with what to change."""
         try:
-            self.version = str((wire.get("/version") or {}).get("version", "unknown"))
-            served = wire.get("/v1/models")["data"]
-            base = next(one for one in served if one.get("parent") is None)
-            told = wire.get("/server_info?config_format=json")["vllm_config"]
-            mode = told["model_config"]["logprobs_mode"]
-            room = base.get("max_model_len")
+            told = served.look(wire)
         except RefusedError as refused:
             raise EngineError(f"{self.where()} cannot be used: {refused}{self.hint(refused)}") from None
-        except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        self.version = told.version
+        if told.logprobs != served.PROCESSED:
             raise EngineError(
-                f"{wire.address} answers like no vLLM server ({type(error).__name__}: {error})"
-            ) from None
-        if mode != "processed_logprobs":
-            raise EngineError(
-                f"{self.where()} gives {mode}, and log-probabilities must be those that tokens are drawn "
-                "with: start it with --logprobs-mode processed_logprobs, or by `keel engine serve`"
+                f"{self.where()} gives {told.logprobs}, and log-probabilities must be those that tokens are "
+                f"drawn with: start it with --logprobs-mode {served.PROCESSED}, or by `keel engine serve`"
             )
-        if self.adapters and not told.get("lora_config"):
+        if self.adapters and not told.takes_adapters:
             raise EngineError(
                 f"{self.where()} takes no adapters: start it by `keel engine serve --lora-rank "
                 f"{weights.rank_of(self.model)}`, or set rollout.push: whole"
             )
-        if isinstance(room, int) and self.length is not None and self.length > room:
+        if told.room is not None and self.length is not None and self.length > told.room:
             raise UsageError(
-                f"{self.where()} has room for {room} tokens, and a prompt and its response may have "
+                f"{self.where()} has room for {told.room} tokens, and a prompt and its response may have "
                 f"{self.length}: start it with a larger --max-model-len"
             )
-        self._base, self._held, self._asleep = str(base["id"]), None, False
+        self._base, self._held, self._asleep = told.base, None, False
         self._adapters_there.clear()
 
     def lost(self, reason: str) -> None:

