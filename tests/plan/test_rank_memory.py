@@ -154,9 +154,14 @@ def test_the_command_says_it_of_each_stage(data: Any, tiny_model: Path, tmp_path
         "24GB",
         "--bandwidth",
         "10",
+        "--tflops",
+        "1",
+        "--reading",
+        "10",
     ]
     shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert re.search(r"4 × 24 GB, ddp: \S+ GB a rank at its peak, .*; fits; a rank sends .*: \S+ s\n", shown)
+    assert re.search(r"4 × 24 GB, fsdp: at least \S+ s: train \S+, optimizer \S+, sending \S+\n", shown)
     assert "4 × 24 GB, fsdp: not for this stage" in shown  # of collect
     facts = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
     of_sft = facts["stages"][0]["ranks"]

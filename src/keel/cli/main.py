@@ -294,6 +294,18 @@ def plan(
             "--bandwidth", min=0.001, help="With --nproc: GB/s in and out of a rank (doctor --distributed)."
         ),
     ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            "--tflops", min=0.001, help="With --nproc: TFLOP/s that a card reaches (doctor --bench)."
+        ),
+    ] = None,
+    reading: Annotated[
+        float | None,
+        typer.Option(
+            "--reading", min=0.001, help="With --tflops: GB/s at which a card reads (doctor --bench)."
+        ),
+    ] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -304,8 +316,11 @@ def plan(
     """
     if nproc is not None and model is not None:
         raise UsageError("--nproc needs a config: with --model the cards are counted already")
-    if nproc is None and (card != "80GB" or bandwidth is not None):
-        raise UsageError(f"{'--card' if bandwidth is None else '--bandwidth'} has no effect without --nproc")
+    of_ranks = {"--bandwidth": bandwidth, "--tflops": tflops, "--reading": reading, "--card": card != "80GB"}
+    if nproc is None and (idle := next((option for option, given in of_ranks.items() if given), None)):
+        raise UsageError(f"{idle} has no effect without --nproc")
+    if (tflops is None) != (reading is None):
+        raise UsageError("--tflops and --reading go together: seconds need both")
     if (config is None) == (model is None):
         raise UsageError("give a config or recipe to plan, or --model with a model's hub id: one of them")
     if model is not None:
@@ -321,10 +336,11 @@ def plan(
     from keel.plan import disk, planner, rank_memory, text
 
     pipeline.sources.code = consent.to_plan(_place(config), pipeline.config, trust)
-    of_ranks = nproc and rank_memory.Asked(
-        nproc, rank_memory.card_of(card), bandwidth and bandwidth * rank_memory.GB
-    )
-    entries = planner.plan(pipeline, of_ranks or None)
+    asked = nproc and rank_memory.Asked(
+        nproc, rank_memory.card_of(card), bandwidth and bandwidth * rank_memory.GB,
+        rank_memory.speed_of(tflops, reading),
+    )  # fmt: skip
+    entries = planner.plan(pipeline, asked or None)
     if as_json:
         for entry in entries:
             entry["disk"] = disk.as_dict(disk.need(pipeline, entry["stage"]))

@@ -102,7 +102,8 @@ def _on_ranks(
         return None  # the last: what trains nothing has its models whole on each rank
     if micro_batch is not None:
         stage = stage.model_copy(update={"micro_batch": micro_batch})
-    return rank_memory.as_dict(rank_memory.on_ranks(stage, refs, lengths, asked), asked)
+    found = rank_memory.on_ranks(stage, refs, lengths, asked)
+    return rank_memory.as_dict(found, asked, rank_memory.split_of(stage, refs, lengths, asked, found))
 
 
 def micro_batch(pipeline: Pipeline, name: str) -> int | None:

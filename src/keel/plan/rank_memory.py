@@ -16,14 +16,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+import torch
 
 from keel.config import Stage, Training
 from keel.distributed.gradients import BUCKET
 from keel.errors import UsageError
+from keel.models import machine_speed
+from keel.models.machine_speed import Speed
 from keel.pipeline import stage_kinds
-from keel.plan import card_fit, model_memory, predicted_layout, stage_memory
+from keel.plan import card_fit, model_memory, predicted_layout, stage_memory, step_seconds
 from keel.plan.model_memory import TRAINED, Model
 from keel.plan.peaks import Parts, Phase
 from keel.plan.stage_memory import Lengths, StageModels
@@ -41,6 +45,7 @@ class Asked:
     ranks: int
     card: int = 80  # GB of each
     bandwidth: float | None = None  # bytes a second in and out of a rank
+    speed: Speed | None = None  # of a card; None: seconds are not reckoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,9 @@ class OnRanks:
     settings: Mapping[str, Any] | None = None  # dotted, that would make it fit; None: none of them does
     sent: Mapping[str, float] = field(default_factory=dict)  # bytes of an optimiser step: `bytes_of_step`
     steps: int = 1  # optimiser steps of an update; 1 where a step is one
+    seconds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of a step or update, by phase: `step_seconds`
 
 
 def card_of(text: str) -> int:
@@ -63,6 +71,17 @@ def card_of(text: str) -> int:
     if not found:
         raise UsageError(f"--card {text}: write the size of a card in GB: 80GB")
     return int(found[1])
+
+
+def speed_of(tflops: float | None, reading: float | None) -> Speed | None:
+    """A card's, from TFLOP/s and GB/s; where none are given, what `keel doctor --bench` measured on a card of
+    this machine, if it did."""
+    if tflops is not None and reading is not None:
+        return Speed(tflops * 1e12, {1: reading * GB})
+    if not torch.cuda.is_available():
+        return None
+    found = machine_speed.speed(torch.device("cuda"), torch.bfloat16)
+    return found if found.kept else None
 
 
 def on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked) -> dict[str, OnRanks]:
@@ -92,6 +111,7 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
     return OnRanks(
         True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
         fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), steps,
+        seconds_of_step(stage, refs, lengths, asked, strategy),
     )  # fmt: skip
 
 
@@ -233,11 +253,54 @@ def bytes_of_step(
     return {"weights": parts * 2 * way * weights, "gradients": parts * way * trained}
 
 
+# ---------------------------------------------------------------- seconds
+
+
+def seconds_of_step(
+    stage: Training, refs: StageModels, lengths: Lengths, asked: Asked, strategy: Strategy
+) -> dict[str, float]:
+    """What a step (an update, in RL) takes a rank at least, by phase; empty where nobody said how fast a card
+    is. `sending` is among them where the bandwidth is known."""
+    if asked.speed is None:
+        return {}
+    own = share(stage, asked.ranks)
+    within = lengths.within(getattr(stage, "max_length", None))
+    cut = asked.ranks if strategy == "fsdp" else 1
+    found = step_seconds.phases(own, refs, within, cut, asked.speed)
+    if asked.bandwidth is not None:
+        planned = stage.planned_steps(stage.batch_size)
+        steps = planned.get("gradient_steps", planned["steps"]) // max(1, planned["steps"])
+        sent = sum(bytes_of_step(stage, refs, lengths, asked.ranks, strategy).values())
+        found["sending"] = steps * sent / asked.bandwidth
+    return found
+
+
+def split_of(
+    stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, found: Mapping[str, OnRanks]
+) -> step_seconds.Split | None:
+    """How to share the cards between a vLLM server and training, by the first strategy that fits; None where
+    there is no server, or nothing to reckon with."""
+    sampler = getattr(stage, "rollout", None)
+    strategy: Strategy | None = next((s for s in STRATEGIES if s in found and found[s].fits), None)
+    served = isinstance(stage, Training) and sampler is not None and sampler.vllm
+    if not served or strategy is None or asked.speed is None:
+        return None
+    by_cards = {
+        n: seconds_of_step(_training(stage), refs, lengths, replace(asked, ranks=n), strategy)
+        for n in range(1, asked.ranks)
+    }
+    rollout = {n: phases["rollout"] for n, phases in by_cards.items()}
+    rest = {n: sum(phases.values()) - phases["rollout"] for n, phases in by_cards.items()}
+    return step_seconds.best_split(rollout, rest, asked.ranks)
+
+
 # ---------------------------------------------------------------- as it is shown
 
 
-def as_dict(found: Mapping[str, OnRanks], asked: Asked) -> dict[str, Any]:
-    """For JSON: bytes."""
+def as_dict(
+    found: Mapping[str, OnRanks], asked: Asked, split: step_seconds.Split | None = None
+) -> dict[str, Any]:
+    """For JSON: bytes and seconds."""
     strategies: dict[str, Any] = {}
     for name, one in found.items():
         if not one.runs:
@@ -254,8 +317,10 @@ def as_dict(found: Mapping[str, OnRanks], asked: Asked) -> dict[str, Any]:
             "sent_by": {what: round(value) for what, value in one.sent.items()},
             "steps_an_update": one.steps,
             "seconds_a_step": asked.bandwidth and sum(one.sent.values()) / asked.bandwidth,
+            "seconds_by_phase": dict(one.seconds),
         }
-    return {"nproc": asked.ranks, "card_gb": asked.card, "strategies": strategies}
+    shared = {} if split is None else {"split": asdict(split)}
+    return {"nproc": asked.ranks, "card_gb": asked.card, "strategies": strategies, **shared}
 
 
 def as_lines(ranks: Mapping[str, Any]) -> list[str]:
@@ -279,6 +344,14 @@ def as_lines(ranks: Mapping[str, Any]) -> list[str]:
             sent += f": {one['seconds_a_step']:.2g} s"
         lines.append(
             f"{where}, {name}: {_gb(one['peak'])} GB a rank at its peak, {one['peak_phase']}; {fits}; {sent}"
+        )
+        if by_phase := one["seconds_by_phase"]:
+            each = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in by_phase.items())
+            lines.append(f"{where}, {name}: at least {sum(by_phase.values()):.3g} s: {each}")
+    if split := ranks.get("split"):
+        lines.append(
+            f"a vLLM server on cards of its own: {split['engine']}, and {split['training']} that train: at "
+            f"least {split['ahead']:.3g} s an update with rollout.ahead, {split['in_turn']:.3g} s without"
         )
     return lines
 
