@@ -153,7 +153,7 @@ def picture(found: Sequence[Speed]) -> str:
     dashed lines what no sending would leave."""
     width, height, left, top, right = 560, 320, 56, 16, 130
     highest = max(max(one.measured.values()) for one in found) * 1.2
-    lowest = min(min(one.foreseen.values()) for one in found) / 1.2
+    lowest = min(one.measured[1] for one in found) / DRAWN[-1] / 1.2
 
     def point(ranks: int, seconds: float) -> tuple[float, float]:
         x = left + math.log2(ranks) / math.log2(DRAWN[-1]) * (width - left - right)
