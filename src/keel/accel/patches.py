@@ -88,6 +88,13 @@ PATCHES: Mapping[str, Patch] = {
             "transformers calls torch's fused rms_norm, and torch has a fused rotation",
         ),
         Patch(
+            "half_embedding",
+            "keel.accel.half_embedding",
+            "the gradient of nn.Embedding in half precision on the CPU, by sums in float32",
+            "once: values and gradients of repeated tokens and of padding against torch's in float64",
+            "torch sums the gradient of an embedding in float32 and rounds it once",
+        ),
+        Patch(
             "batch_layout",
             "keel.accel.batch_layout",
             "padded batches, by rows that share a common start and rows without padding",

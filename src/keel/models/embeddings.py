@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from keel.accel.modules import plain_class
 from keel.data.batches import derive_seed
 from keel.errors import UsageError
 from keel.models.seeding import seeded
@@ -34,7 +35,7 @@ def with_whole_embeddings(model: nn.Module) -> Any:
     are."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            forward = type(module).forward
+            forward = plain_class(module).forward
             if forward is nn.Embedding.forward or "padding_idx" not in forward.__code__.co_names:
                 module.padding_idx = None
     return model
