@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from keel.cli.main import app
 from keel.config import Training, parse
 from keel.errors import UsageError
 from keel.plan import model_memory, model_shapes, rank_memory, stage_memory
+from keel.plan.model_memory import Lora
 from keel.plan.rank_memory import Asked
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 
@@ -69,6 +71,24 @@ def test_weights_gradients_and_optimiser_are_whole_by_ddp_and_cut_by_fsdp() -> N
     assert cut["end of backward"]["model"]["gradients"] == 4 * count / 8 + 8 * embeddings_and_head
     more = phases(sft, 64, "fsdp")["train"]["model"]
     assert sum(more.values()) < sum(cut["train"]["model"].values())
+
+
+def test_roles_on_one_base_keep_their_parts_of_it_once() -> None:
+    count = model_shapes.KNOWN["meta-llama/Llama-3.1-8B"].parameters()
+    settings = stage("ppo", sharing="adapters")
+    found = phases(settings, 8, "fsdp")
+    held = sum(kinds["weights"] for role, kinds in found["train"].items() if role != "reward")
+    assert 4 * count / 8 < held < 4 * count / 8 * 1.1
+    assert found["train"]["reward"]["weights"] > 3.5 * count  # which has weights of its own, and is whole
+    assert found["rollout"]["policy"]["gathered"] > 4 * count * 7 / 8
+    by_itself = StageModels(refs().model, None, {"reward": replace(refs().model, adapter=Lora(16))})
+    on_base = {p.name: p.parts for p in rank_memory.phases(settings, by_itself, LENGTHS, 8, "fsdp")}
+    assert on_base["train"]["reward"]["weights"] < 4 * count / 100
+    assert on_base["score"]["policy"]["gathered"] > 4 * count * 7 / 8 > found["score"]["policy"]["gathered"]
+    # policy and critic gather the same base, each for itself
+    sent = rank_memory.bytes_of_step(settings, refs(), LENGTHS, 8, "fsdp")
+    alone = rank_memory.bytes_of_step(stage("grpo", lora={}), refs(), LENGTHS, 8, "fsdp")
+    assert sent["weights"] > 1.9 * alone["weights"]
 
 
 def test_responses_that_several_updates_sample_are_planned_for_one_process_and_all_together() -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -68,11 +68,40 @@ def is_from_first(model: Any) -> bool:
     return getattr(model, "keel_from_first", False)
 
 
-def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
+class SharedParts:
+    """Frozen weights that several models have, of which a rank keeps its part once.
+
+    A unit of each model gathers them for itself, so that one may compute while another's are gone; what they
+    gather is the same part. Holds the weights whole as long as it is there itself.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        self._whole = {id(weight): weight for weight in weights}
+        self._parts: dict[int, nn.Parameter] = {}  # by the ids of what was cut
+
+    def join(self, model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+        """A model that was cut takes the parts that others have of the weights. before: its own, as they
+        were, by name."""
+        cut, places, taken = dict(model.named_parameters()), _places(model), 0
+        for name, whole in before.items():
+            if id(whole) not in self._whole:
+                continue
+            part = self._parts.setdefault(id(whole), cut[name])
+            for parameters, attribute in places[id(cut[name])] if part is not cut[name] else ():
+                parameters[attribute] = part
+                taken += 1
+        if taken:
+            model.to(_device())  # FSDP2 looks at them
+
+
+def shard(
+    model: nn.Module, roots: Sequence[nn.Module] | None = None, shared: SharedParts | None = None
+) -> None:
     """Cut a model's weights over the ranks, in place. Optimisers are made afterwards.
 
     roots: the modules that are called from outside, where that is not the model itself: a scorer's trunk and
-    head. UsageError for quantised weights.
+    head. shared: by which models with the same frozen weights keep one part of them. UsageError for quantised
+    weights.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -87,7 +116,9 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
         raise UsageError("quantised weights cannot be sharded: set distributed.strategy: ddp")
     # as they are now: what is cut moves to the device, unit by unit
     named = {n: p.detach() for n, p in model.named_parameters()} if is_from_first(model) else None
+    before = dict(model.named_parameters()) if shared is not None else {}
     model.keel_whole = _skeleton(model)  # pyright: ignore[reportArgumentType]
+    model.keel_roots = tuple(roots or [model])  # pyright: ignore[reportArgumentType]
     mesh = init_device_mesh(group.device_type(), (group.size(),))
     units = [*_layers(model), *(roots or [model])]
     for unit in units:
@@ -106,6 +137,24 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
                 module.set_modules_to_backward_prefetch([module])
     if named is not None:
         _fill(model, named)
+    if shared is not None:
+        shared.join(model, before)
+
+
+def _device() -> torch.device:
+    """What this rank computes on."""
+    kind = group.device_type()
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Where each weight stands in a model's modules, by its id."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    return places
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -114,13 +163,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     cut: dict[str, Any] = dict(model.named_parameters())
     if cut.keys() != weights.keys():
         raise AssertionError("the names of weights change when they are cut")
-    kind = group.device_type()
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    device, places = _device(), _places(model)
     for name, parameter in cut.items():
         if group.is_first():  # it was cut where it stood
             _deal_out(weights[name], parameter.placements[0].dim)
@@ -184,7 +227,8 @@ def whole_here(model: Any) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(True, recurse=False)
         # each rank made another number of forwards, by whose order the next backward would gather
-        model.reset_iter_state()
+        for root in model.keel_roots:
+            root.reset_iter_state()
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -232,11 +276,7 @@ def whole(model: M) -> M:
     if skeleton is None:
         return model
     plain = skeleton[0]
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in plain.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    places = _places(plain)
     empties = list(plain.named_parameters())  # before any is filled: a tied one would come again
     pairs = zip(model.named_parameters(), empties, strict=True)  # pyright: ignore
     for (name, own), (empty_name, empty) in pairs:

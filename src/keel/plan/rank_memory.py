@@ -4,7 +4,8 @@ a rank sends and receives.
 ddp: every rank has weights, gradients and optimiser whole, and 1/n of the rows. fsdp: 1/n of weights,
 gradients and optimiser, and whole at a time the embeddings with the head and two layers: the one that
 computes and the next, whose weights are on their way. Each has the policy whole while it samples (not where a
-vLLM server does), and what `_opened_by_each` names before it is cut.
+vLLM server does), the base whole while reward models on it score, and what `_opened_by_each` names before it
+is cut.
 
 Bytes are those of ring algorithms: a sum of S bytes over n ranks (all-reduce) makes each send
 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does, and
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from keel.config import Stage, Training
@@ -169,9 +170,12 @@ def _opening(cut: Parts, models: Mapping[str, Model]) -> Phase:
 
 def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bool = False) -> Parts:
     """What a rank keeps of the roles that are cut, and what is whole at a time: of one role, since they
-    compute one after the other, and of all of the policy while it samples, unless a server does."""
+    compute one after the other, of all of the policy while it samples, unless a server does, and of the base
+    while reward models that are cut with it score."""
     found: Parts = {}
-    working = next(iter(models))
+    working = next(iter(models))  # one of them at a time
+    wholly = phase.name in ("rollout", "samples")
+    wholly |= phase.name == "score" and any(role.startswith("reward") for role in models)
     for role, kinds in phase.parts.items():
         model = models.get(role)
         if model is None:
@@ -180,8 +184,9 @@ def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bo
         per_weight = model_memory.weights(model) / max(1, model.parameters)
         root, layer = _units(model)
         own = {k: v / ranks if k in ("weights", "optimizer", "copy") else v for k, v in kinds.items()}
-        if role == working and phase.name in ("rollout", "samples"):
-            own["gathered"] = 0.0 if by_server else model_memory.weights(model) * (1 - 1 / ranks)
+        if role == working and wholly:
+            served = by_server and phase.name != "score"
+            own["gathered"] = 0.0 if served else model_memory.weights(model) * (1 - 1 / ranks)
         elif role == working:
             own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
         if "gradients" in kinds:
@@ -229,7 +234,8 @@ def bytes_of_step(
     own = share(stage, ranks)
     rows = getattr(own, "mini_batch", None) or own.batch_size
     parts = math.ceil(rows / stage_memory.rows_at_once(own, rows, lengths.total))
-    weights = sum(model_memory.weights(model) for model in models)
+    # each role on one base gathers all of it for itself
+    weights = sum(model_memory.weights(replace(model, base=True)) for model in models)
     return {"weights": parts * 2 * way * weights, "gradients": parts * way * trained}
 
 
