@@ -125,6 +125,17 @@ def test_updates_of_policies_critics_and_references_that_are_cut_are_those_of_on
 
 
 @pytest.mark.ranks
+def test_weights_in_host_memory_are_those_of_one_process(
+    in_float64: Any, all_kinds: dict[str, Any], on_policy_kinds: dict[str, Any]
+) -> None:
+    """On the CPU they lie there anyway: torch is told so, and what it does then changes no number."""
+    stages = {f"host-{name}": {**all_kinds[name], "max_steps": 1} for name in ("tuned", "classes", "reward")}
+    stages["host-ppo"] = {**on_policy_kinds["ppo"], "old_logp": "trainer", "updates": 2}
+    alone, together = (in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, 2, "offload") / "offload")
+    compare(alone, together, [name for name in stages if name != "host-reward"], 1e-10, 1e-6)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_students_teachers_and_pairs_that_are_cut_are_those_of_one_process(
     ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any], clerk: Path, monkeypatch: Any

@@ -64,7 +64,8 @@ def float64(out: Path, config: Path, *strategies: str) -> None:
     keep_gradients(kept)
     for strategy in strategies:
         kept.clear()
-        settings = read(config, [f"distributed.strategy={strategy}", "distributed.timeout=50"])
+        how = ["fsdp", "distributed.offload=true"] if strategy == "offload" else [strategy]
+        settings = read(config, ["distributed.strategy=" + how[0], *how[1:], "distributed.timeout=50"])
         pipeline = Pipeline(settings, out / strategy, lambda line: print(line, file=sys.stderr))
         pipeline._report = lambda: None
         pipeline.run()

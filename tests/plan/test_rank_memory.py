@@ -91,6 +91,29 @@ def test_roles_on_one_base_keep_their_parts_of_it_once() -> None:
     assert sent["weights"] > 1.9 * alone["weights"]
 
 
+def test_what_lies_in_host_memory_takes_none_of_the_card() -> None:
+    """One unit at a time, with its gradient, is there; reward models, and what is not cut yet, stay."""
+    count = model_shapes.KNOWN["meta-llama/Llama-3.1-8B"].parameters()
+    sft = rank_memory.on_ranks(stage("sft"), refs(), LENGTHS, Asked(8, offload=True))
+    assert sft["ddp"].host == 0
+    assert sft["fsdp"].host == 16 * count / 8  # weights and gradient in float32, two moments
+    own = rank_memory.phases(stage("sft"), refs(), LENGTHS, 8, "fsdp", True)
+    cut = rank_memory.phases(stage("sft"), refs(), LENGTHS, 8, "fsdp")
+    for here, before in zip(own, cut, strict=True):
+        kinds, all_kinds = here.parts["model"], before.parts["model"]
+        assert not kinds.keys() & {"weights", "optimizer"}
+        assert kinds["gathered"] == all_kinds["gathered"]
+        assert kinds["gradients"] == pytest.approx(all_kinds["gradients"] - 4 * count / 8)
+    ppo = stage("ppo")
+    found = rank_memory.phases(ppo, refs(rewards=True), LENGTHS, 8, "fsdp", True)
+    assert all(p.parts["reward"]["weights"] > 3.5 * count for p in found)
+    assert all("weights" not in p.parts[role] for p in found for role in ("policy", "reference", "critic"))
+    opened = rank_memory.phases(stage("sft", lora={}), refs(), LENGTHS, 8, "fsdp", True)[0]
+    assert opened.parts["model"]["weights"] >= 4 * count
+    found = rank_memory.as_dict(sft, Asked(8, offload=True))
+    assert f"and {16 * count / 8 / 1e9:.3g} GB in host memory" in "\n".join(rank_memory.as_lines(found))
+
+
 def test_responses_that_several_updates_sample_are_planned_for_one_process_and_all_together() -> None:
     settings = {"batch_size": 8, "mini_batch": 8, "importance_cap": 2.0}
     whole = stage("grpo", **settings)

@@ -42,6 +42,7 @@ class Asked:
     ranks: int
     card: int = 80  # GB of each
     bandwidth: float | None = None  # bytes a second in and out of a rank
+    offload: bool = False  # fsdp: what is cut lies in host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class OnRanks:
     settings: Mapping[str, Any] | None = None  # dotted, that would make it fit; None: none of them does
     sent: Mapping[str, float] = field(default_factory=dict)  # bytes of an optimiser step: `bytes_of_step`
     steps: int = 1  # optimiser steps of an update; 1 where a step is one
+    host: float = 0.0  # bytes in host memory of a rank, where what is cut lies there
 
 
 def card_of(text: str) -> int:
@@ -81,18 +83,19 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
         stage, own = _training(stage), lengths.within(getattr(stage, "max_length", None))
         if strategy == "fsdp" and stage.uncut() is not None:
             return math.inf
-        return max(phase.total for phase in phases(stage, refs, own, asked.ranks, strategy))
+        return max(phase.total for phase in phases(stage, refs, own, asked.ranks, strategy, asked.offload))
 
     if strategy == "fsdp" and stage.uncut() is not None:
         return OnRanks(False)
-    found = phases(stage, refs, lengths, asked.ranks, strategy)
+    found = phases(stage, refs, lengths, asked.ranks, strategy, asked.offload)
+    host = in_host_memory(stage, refs, asked.ranks) if strategy == "fsdp" and asked.offload else 0.0
     fullest = max(found, key=lambda phase: phase.total)
     fit = card_fit.fit(stage, peak, lengths.total, asked.card)
     planned = stage.planned_steps(stage.batch_size)
     steps = planned.get("gradient_steps", planned["steps"]) // max(1, planned["steps"])
     return OnRanks(
         True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
-        fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), steps,
+        fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), steps, host,
     )  # fmt: skip
 
 
@@ -118,9 +121,14 @@ def share(stage: Training, ranks: int) -> Training:
 
 
 def phases(
-    stage: Training, refs: StageModels, lengths: Lengths, ranks: int, strategy: Strategy
+    stage: Training,
+    refs: StageModels,
+    lengths: Lengths,
+    ranks: int,
+    strategy: Strategy,
+    offload: bool = False,
 ) -> list[Phase]:
-    """What each phase holds on the fullest rank, on CUDA."""
+    """What each phase holds on the fullest rank, on CUDA. offload: fsdp's, whose parts lie in host memory."""
     own, models = share(stage, ranks), stage_memory.learners(stage, refs, "cuda")
     if strategy == "ddp":
         found = stage_memory.phases(own, refs, lengths, "cuda") or []
@@ -136,7 +144,34 @@ def phases(
         p if p.name in before else Phase(p.name, _cut(p, shared, ranks, by_server=by_server)) for p in found
     ]
     last = [*cut, _last_gradients(cut[-1], models, ranks)]
-    return [_opening(cut[-1].parts, shared), *last] if _opened_by_each(stage) else last
+    all_of_it = [_opening(cut[-1].parts, shared), *last] if _opened_by_each(stage) else last
+    return [_offloaded(p, shared, models, ranks) for p in all_of_it] if offload else all_of_it
+
+
+def _offloaded(phase: Phase, cut: Mapping[str, Model], trained: Mapping[str, Model], ranks: int) -> Phase:
+    """A phase without the parts that lie in host memory: on the card is what is whole at a time."""
+    parts: Parts = {}
+    for role, kinds in phase.parts.items():
+        own = dict(kinds)
+        if role in cut:
+            part = model_memory.weights(cut[role]) / ranks
+            if own.get("weights", 0.0) <= part * (1 + 1e-9):  # else it is whole, not cut yet
+                own = {k: v for k, v in own.items() if k not in ("weights", "optimizer", "copy")}
+            if "gradients" in own and role in trained:
+                own["gradients"] -= model_memory.gradients(trained[role]) / ranks
+        parts[role] = own
+    return Phase(phase.name, parts)
+
+
+def in_host_memory(stage: Training, refs: StageModels, ranks: int) -> float:
+    """fsdp with offload: bytes of a rank's parts of weights, and of gradients, optimiser states and the copy
+    that early stopping keeps."""
+    kept = sum(model_memory.weights(m) for m in stage_memory.cut_over_ranks(stage, refs, "cuda").values())
+    learners = stage_memory.learners(stage, refs, "cuda")
+    kept += sum(model_memory.gradients(m) + model_memory.optimizer(m) for m in learners.values())
+    if getattr(stage, "patience", None) is not None:
+        kept += model_memory.weights(next(iter(learners.values())))
+    return kept / ranks
 
 
 def _summing(train: Phase, models: Mapping[str, Model]) -> Phase:
@@ -260,6 +295,7 @@ def as_dict(found: Mapping[str, OnRanks], asked: Asked) -> dict[str, Any]:
             "sent_by": {what: round(value) for what, value in one.sent.items()},
             "steps_an_update": one.steps,
             "seconds_a_step": asked.bandwidth and sum(one.sent.values()) / asked.bandwidth,
+            "host_memory": round(one.host),
         }
     return {"nproc": asked.ranks, "card_gb": asked.card, "strategies": strategies}
 
@@ -283,9 +319,10 @@ def as_lines(ranks: Mapping[str, Any]) -> list[str]:
             sent += f" ({one['steps_an_update']} steps an update)"
         if one["seconds_a_step"] is not None:
             sent += f": {one['seconds_a_step']:.2g} s"
-        lines.append(
-            f"{where}, {name}: {_gb(one['peak'])} GB a rank at its peak, {one['peak_phase']}; {fits}; {sent}"
-        )
+        peak = f"{_gb(one['peak'])} GB a rank at its peak, {one['peak_phase']}"
+        if one["host_memory"]:
+            peak += f", and {_gb(one['host_memory'])} GB in host memory"
+        lines.append(f"{where}, {name}: {peak}; {fits}; {sent}")
     return lines
 
 

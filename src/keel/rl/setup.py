@@ -285,7 +285,7 @@ def _cutter(base: Base | None) -> Callable[[Any], None]:
         supervised_loop.among_ranks(model, shared)
         # a first forward of all ranks makes torch's streams, without which nobody has it whole again
         # (`sharded.whole_here`)
-        nothing = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=sharded.device_of(model))
         with torch.no_grad():
             if model.can_generate():
                 model(input_ids=nothing)
