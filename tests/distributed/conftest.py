@@ -157,6 +157,26 @@ def on_policy_kinds(data: Any, tiny_model: Path, tied_model: Path, tiny_reward: 
     }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def one_base_kinds(
+    all_kinds: dict[str, Any], on_policy_kinds: dict[str, Any], tiny_reward: Path, tiny_model: Path
+) -> dict[str, Any]:
+    """Policy, reference, critic, reward model and judge on one frozen base; and a reference and a reward
+    model with weights of their own beside it."""
+    scores = {**all_kinds["reward-lora"], "normalize": 8, "max_steps": 1, "sampling": {"max_new_tokens": 6}}
+    common = {"old_logp": "trainer", "updates": 2}
+    shared = {**on_policy_kinds["ppo-adapters"], **common, "reward": "scores", "judge": {"reward": "others"}}
+    apart = {**shared, "reference": str(tiny_model), "reward": str(tiny_reward)}
+    grpo = {**on_policy_kinds["grpo"], **common, "resample": 0, "sharing": "adapters", "lora": {"r": 2}}
+    return {
+        "scores": scores,
+        "others": {**scores, "lr": 2e-3},
+        "one-base": shared,
+        "apart": {key: value for key, value in apart.items() if key != "judge"},
+        "grpo-one-base": {**grpo, "reward": ["scores", {"kind": "length", "high": 4, "slack": 4}]},
+    }
+
+
 COUNTER = '''
 class Counter:
     def reset(self, seed, **columns):

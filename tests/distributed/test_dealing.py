@@ -199,12 +199,11 @@ def test_what_cannot_be_cut_over_ranks_is_refused_by_its_setting(monkeypatch):
     for one in (config, cut):
         with pytest.raises(UsageError, match=r"'rl': `rollout.partial` samples in one process: leave it out"):
             following.check_kinds(one.model_copy(update={"stages": {"rl": carried}}), ["rl"])
-    for more, setting in (
-        ({"offload": True}, "`offload`"), ({"sharing": "adapters", "lora": {"r": 2}}, "`sharing: adapters`"),
-    ):  # fmt: skip
-        other = type(grpo).model_validate(grpo.model_dump() | more)
-        with pytest.raises(UsageError, match=rf"'rl': {setting} does not go with .* fsdp; set ddp"):
-            following.check_kinds(cut.model_copy(update={"stages": {"rl": other}}), ["rl"])
+    on_one_base = type(grpo).model_validate(grpo.model_dump() | {"sharing": "adapters", "lora": {"r": 2}})
+    following.check_kinds(cut.model_copy(update={"stages": {"rl": on_one_base}}), ["rl"])
+    other = type(grpo).model_validate(grpo.model_dump() | {"offload": True})
+    with pytest.raises(UsageError, match=r"'rl': `offload` does not go with .* fsdp; set ddp"):
+        following.check_kinds(cut.model_copy(update={"stages": {"rl": other}}), ["rl"])
 
 
 def test_a_kind_that_knows_nothing_of_ranks_runs_on_the_first_alone(monkeypatch):
@@ -235,6 +234,19 @@ def test_settings_of_ranks_are_read_and_change_no_fingerprint():
     assert config.distributed.strategy == "fsdp"
     with pytest.raises(UsageError, match="strategy"):
         parse({"name": "t", "distributed": {"strategy": "zero"}, "stages": {"s": {"kind": "sft"}}})
+    for strategy in ("ddp", "auto"):
+        settings = {"strategy": strategy, "offload": True}
+        with pytest.raises(UsageError, match="`offload` is of weights that are cut over ranks: set `strat"):
+            parse({"name": "t", "distributed": settings, "stages": {"s": {"kind": "sft"}}})
+
+
+def test_parts_in_host_memory_are_said_to_be_there(monkeypatch):
+    for kind, words in (("cuda", "they lie in host memory"), ("cpu", "changes nothing on the CPU")):
+        monkeypatch.setattr(group, "_group", group.Group(0, 2, "fsdp", None, kind, True))
+        assert group.is_offloaded()
+        assert words in following._of_offload()
+    monkeypatch.setattr(group, "_group", group.Group(0, 2, "ddp", None, "cuda", True))
+    assert not group.is_offloaded()
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import torch
 from keel.distributed import launch, parts
 
 RANK = """
-import sys
+import sys, time
 from pathlib import Path
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from keel.distributed import group
@@ -61,7 +62,11 @@ def same(one, other):
     else:
         assert one == other
 
-with group.joined("cpu", sys.argv[3], 30):
+slow = sys.argv[2] == "slow"
+with group.joined("cpu", sys.argv[3], 10 if slow else 30):
+    if slow and not group.is_first():  # its disk is, for longer than a collective may take
+        reading = FileSystemReader.read_data
+        FileSystemReader.read_data = lambda *given: (time.sleep(14), reading(*given))[1]
     mesh = init_device_mesh("cpu", (group.size(),)) if group.size() > 1 else None
     cut = lambda x: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
     if sys.argv[2] == "write":
@@ -147,6 +152,7 @@ def test_what_two_ranks_write_is_read_by_any_number_and_a_broken_part_is_found(t
     assert written == {path.name: path.read_bytes() for path in other.iterdir()}
     for ranks, strategy in ((1, "ddp"), (3, "fsdp"), (2, "fsdp"), (2, "ddp")):
         on_ranks(ranks, script, run, "read", strategy)
+    on_ranks(2, script, run, "slow", "fsdp")
     for (name, content), ranks in zip(written.items(), (1, 2, 1)):
         (folder / "parts" / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
         if ranks == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,8 +115,56 @@ def test_cut_weights_are_gone_on_with_to_the_same_bytes(
     assert keel(*arguments, "whole").returncode == 0
     killed = ("run", config, "distributed.strategy=fsdp", "--runs", tmp_path, "--name", "killed")
     assert with_fault("kill", 0, 5, *killed).code == 1
-    assert keel(*arguments, "killed").returncode == 0
+    # what lies in host memory goes on from what lay elsewhere
+    again = keel("run", config, "distributed.offload=true", *arguments[2:], "killed")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "`offload` changes nothing on the CPU" in again.stderr
     assert differences(tmp_path / "whole", tmp_path / "killed") == ["config.yaml"]
+
+
+@pytest.mark.parametrize(("kind", "step"), [("distill", 12), ("online-dpo", 2)])
+def test_cut_students_and_pairs_are_gone_on_with_to_the_same_bytes(
+    kind: str, step: int, tmp_path: Path, on_policy_kinds: dict[str, Any], config_file: Callable[..., Path],
+    differences: Differences,
+) -> None:  # fmt: skip
+    stage = {**on_policy_kinds[kind], "updates": 2, "save_every": 1}
+    path = config_file(
+        tmp_path / "config.yaml", {kind: stage}, distributed={"timeout": 20, "strategy": "fsdp"}
+    )
+    arguments = ("run", path, "--runs", tmp_path, "--nproc", 2, "--name")
+    whole = keel(*arguments, "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert with_fault("kill", 0, step, "run", path, "--runs", tmp_path, "--name", "killed").code == 1
+    again = keel(*arguments, "killed")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on after step 1" in again.stderr
+    assert differences(tmp_path / "whole", tmp_path / "killed") == ["config.yaml"]
+
+
+def test_roles_on_one_base_that_is_cut_are_gone_on_with(
+    tmp_path: Path, one_base_kinds: dict[str, Any], config_file: Callable[..., Path],
+    differences: Differences,
+) -> None:  # fmt: skip
+    """By two ranks to the same bytes, by another number of them to rounding; with weights to go back to."""
+    more = {"save_every": 1, "control": {"on_finding": "rollback"}}
+    stages = {name: one_base_kinds[name] for name in ("scores", "others")}
+    stages["ppo"] = {**one_base_kinds["one-base"], **more}
+    path = config_file(tmp_path / "config.yaml", stages, distributed={"timeout": 20, "strategy": "fsdp"})
+    arguments = ("run", path, "--runs", tmp_path, "--name")
+    whole = keel(*arguments, "whole", "--nproc", 2)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert with_fault("kill", 1, 13, *arguments, "killed").code == 1
+    shutil.copytree(tmp_path / "killed", tmp_path / "fewer")
+    again = keel(*arguments, "killed", "--nproc", 2)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on after step 1" in again.stderr
+    assert differences(tmp_path / "whole", tmp_path / "killed") == ["config.yaml"]
+    alone = keel(*arguments, "fewer")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert "going on after step 1" in alone.stderr
+    for saved in (tmp_path / "whole").glob("stages/ppo/**/*.safetensors"):
+        one, other = load_file(saved), load_file(tmp_path / "fewer" / saved.relative_to(tmp_path / "whole"))
+        assert all(float((tensor - other[name]).abs().max()) < 1e-5 for name, tensor in one.items())
 
 
 def test_cut_policies_are_gone_on_with_to_the_same_bytes(

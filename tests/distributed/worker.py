@@ -28,12 +28,12 @@ def in_float64() -> None:
     """All weights, a value head's too, and the one place where a Llama computes in float32 all the same."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from keel.models import load, roles
+    from keel.models import load, roles, shared_base
 
     def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
-    load.weights = lambda dtype: torch.float64
+    load.weights = shared_base.weights = lambda dtype: torch.float64
     head = roles._value_head
     roles._value_head = lambda *given: head(*given).double()
     LlamaRMSNorm.forward = norm
@@ -64,7 +64,8 @@ def float64(out: Path, config: Path, *strategies: str) -> None:
     keep_gradients(kept)
     for strategy in strategies:
         kept.clear()
-        settings = read(config, [f"distributed.strategy={strategy}", "distributed.timeout=50"])
+        how = ["fsdp", "distributed.offload=true"] if strategy == "offload" else [strategy]
+        settings = read(config, ["distributed.strategy=" + how[0], *how[1:], "distributed.timeout=50"])
         pipeline = Pipeline(settings, out / strategy, lambda line: print(line, file=sys.stderr))
         pipeline._report = lambda: None
         pipeline.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from keel.cli.main import app
 from keel.config import Training, parse
 from keel.errors import UsageError
 from keel.plan import model_memory, model_shapes, rank_memory, stage_memory
+from keel.plan.model_memory import Lora
 from keel.plan.rank_memory import Asked
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 
@@ -69,6 +71,47 @@ def test_weights_gradients_and_optimiser_are_whole_by_ddp_and_cut_by_fsdp() -> N
     assert cut["end of backward"]["model"]["gradients"] == 4 * count / 8 + 8 * embeddings_and_head
     more = phases(sft, 64, "fsdp")["train"]["model"]
     assert sum(more.values()) < sum(cut["train"]["model"].values())
+
+
+def test_roles_on_one_base_keep_their_parts_of_it_once() -> None:
+    count = model_shapes.KNOWN["meta-llama/Llama-3.1-8B"].parameters()
+    settings = stage("ppo", sharing="adapters")
+    found = phases(settings, 8, "fsdp")
+    held = sum(kinds["weights"] for role, kinds in found["train"].items() if role != "reward")
+    assert 4 * count / 8 < held < 4 * count / 8 * 1.1
+    assert found["train"]["reward"]["weights"] > 3.5 * count  # which has weights of its own, and is whole
+    assert found["rollout"]["policy"]["gathered"] > 4 * count * 7 / 8
+    by_itself = StageModels(refs().model, None, {"reward": replace(refs().model, adapter=Lora(16))})
+    on_base = {p.name: p.parts for p in rank_memory.phases(settings, by_itself, LENGTHS, 8, "fsdp")}
+    assert on_base["train"]["reward"]["weights"] < 4 * count / 100
+    assert on_base["score"]["policy"]["gathered"] > 4 * count * 7 / 8 > found["score"]["policy"]["gathered"]
+    # policy and critic gather the same base, each for itself
+    sent = rank_memory.bytes_of_step(settings, refs(), LENGTHS, 8, "fsdp")
+    alone = rank_memory.bytes_of_step(stage("grpo", lora={}), refs(), LENGTHS, 8, "fsdp")
+    assert sent["weights"] > 1.9 * alone["weights"]
+
+
+def test_what_lies_in_host_memory_takes_none_of_the_card() -> None:
+    """One unit at a time, with its gradient, is there; reward models, and what is not cut yet, stay."""
+    count = model_shapes.KNOWN["meta-llama/Llama-3.1-8B"].parameters()
+    sft = rank_memory.on_ranks(stage("sft"), refs(), LENGTHS, Asked(8, offload=True))
+    assert sft["ddp"].host == 0
+    assert sft["fsdp"].host == 16 * count / 8  # weights and gradient in float32, two moments
+    own = rank_memory.phases(stage("sft"), refs(), LENGTHS, 8, "fsdp", True)
+    cut = rank_memory.phases(stage("sft"), refs(), LENGTHS, 8, "fsdp")
+    for here, before in zip(own, cut, strict=True):
+        kinds, all_kinds = here.parts["model"], before.parts["model"]
+        assert not kinds.keys() & {"weights", "optimizer"}
+        assert kinds["gathered"] == all_kinds["gathered"]
+        assert kinds["gradients"] == pytest.approx(all_kinds["gradients"] - 4 * count / 8)
+    ppo = stage("ppo")
+    found = rank_memory.phases(ppo, refs(rewards=True), LENGTHS, 8, "fsdp", True)
+    assert all(p.parts["reward"]["weights"] > 3.5 * count for p in found)
+    assert all("weights" not in p.parts[role] for p in found for role in ("policy", "reference", "critic"))
+    opened = rank_memory.phases(stage("sft", lora={}), refs(), LENGTHS, 8, "fsdp", True)[0]
+    assert opened.parts["model"]["weights"] >= 4 * count
+    found = rank_memory.as_dict(sft, Asked(8, offload=True))
+    assert f"and {16 * count / 8 / 1e9:.3g} GB in host memory" in "\n".join(rank_memory.as_lines(found))
 
 
 def test_responses_that_several_updates_sample_are_planned_for_one_process_and_all_together() -> None:

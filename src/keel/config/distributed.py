@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from keel.config.settings import Settings
 
@@ -20,6 +20,14 @@ class DistributedConfig(Settings):
             "optimiser states are cut over the ranks (FSDP2); auto: ddp."
         ),
     )
+    offload: bool = Field(
+        False,
+        description=(
+            "fsdp: weights, gradients and optimiser states that are cut lie in host memory, where the "
+            "optimiser steps; a card has a layer at a time, while it computes. On the CPU they lie there "
+            "anyway."
+        ),
+    )
     timeout: float = Field(
         60.0,
         ge=5,
@@ -29,3 +37,12 @@ class DistributedConfig(Settings):
             "answer at all is given up after half of it."
         ),
     )
+
+    @model_validator(mode="after")
+    def _of_cut_weights(self) -> DistributedConfig:
+        if self.offload and self.strategy != "fsdp":
+            raise ValueError(
+                "`offload` is of weights that are cut over ranks: set `strategy: fsdp` with it, or leave it "
+                "out"
+            )
+        return self

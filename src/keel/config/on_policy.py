@@ -268,7 +268,6 @@ class OnPolicy(ToolUse):
 
     def uncut(self) -> str | None:
         wrong = {
-            "`sharing: adapters`": self.sharing == "adapters",
             "`offload`": self.offload,
             "`reference_quantize`": self.reference_quantize is not None,
             f"`engine: {self.engine}`": self.engine not in ("keel", "reference"),

@@ -55,6 +55,7 @@ class Group:
     strategy: Strategy = "ddp"
     store: Any = None  # torch's, which all ranks reach
     device_type: str = "cpu"  # on which they compute
+    offload: bool = False  # whether what is cut lies in host memory
 
 
 class Launched(NamedTuple):
@@ -90,6 +91,11 @@ def is_sharded() -> bool:
     return _group.size > 1 and _group.strategy == "fsdp"
 
 
+def is_offloaded() -> bool:
+    """Whether weights that are cut lie in host memory, with their gradients and optimiser states."""
+    return is_sharded() and _group.offload
+
+
 def launched() -> Launched | None:
     """What the environment says; None for a process alone. UsageError for what says nothing."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -108,10 +114,11 @@ def device_type() -> str:
 
 
 @contextmanager
-def joined(device_type: str, strategy: Strategy, timeout: float) -> Iterator[None]:
+def joined(device_type: str, strategy: Strategy, timeout: float, *, offload: bool = False) -> Iterator[None]:
     """Within it this process is a rank of the run that its environment names; nothing for a process alone.
 
-    timeout: seconds that a collective may take. UsageError where there is no card for this rank.
+    timeout: seconds that a collective may take. offload: what is cut lies in host memory. UsageError where
+    there is no card for this rank.
     """
     global _group, _words, _joins
     here = launched()
@@ -127,7 +134,7 @@ def joined(device_type: str, strategy: Strategy, timeout: float) -> Iterator[Non
         torch.distributed.init_process_group(
             backend, store=store, rank=here.rank, world_size=here.size, timeout=timedelta(seconds=timeout)
         )
-    _group, _words = Group(here.rank, here.size, strategy, store, device_type), 0
+    _group, _words = Group(here.rank, here.size, strategy, store, device_type, offload), 0
     watching = watch.begin(beat, here.rank, here.size, timeout / 2)
     try:
         yield

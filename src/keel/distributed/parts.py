@@ -165,8 +165,17 @@ def _reader(folder: Path) -> Any:
 
     class Reader(FileSystemReader):
         def read_metadata(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            with (folder / INDEX).open("rb") as handle:
-                return _Index(handle).load()
+            try:
+                with (folder / INDEX).open("rb") as handle:
+                    return _Index(handle).load()
+            finally:
+                group.all_here()  # as in `_writer`
+
+        def read_data(self, plan: Any, planner: Any) -> Any:
+            try:
+                return super().read_data(plan, planner)
+            finally:
+                group.all_here()
 
     return Reader(folder)
 

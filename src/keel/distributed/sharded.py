@@ -5,9 +5,10 @@ rank its part of the summed gradient. Optimiser states are of that part, too. So
 gradients and states, and at a time one layer whole.
 
 Rounding aside the numbers are those of one process: gradients are summed, not averaged, in the weights' own
-dtype, which for weights that learn is float32 or more. What is left out so far: CPU offload. The first rank
-alone opens a model whole, in host memory (`opened`); the others get its modules without weights, and each
-weight's part of theirs as it is cut.
+dtype, which for weights that learn is float32 or more. The first rank alone opens a model whole, in host
+memory (`opened`); the others get its modules without weights, and each weight's part of theirs as it is cut.
+With `offload` parts, their gradients and the optimiser's states lie in host memory, and a unit's weights are
+on the card while it computes.
 
 Every forward takes all ranks. Who has fewer rows than others computes on borrowed ones for nothing
 (`stages.loop_utils.share_of`). Only sampling, whose forwards nobody can count beforehand, has the weights
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -68,14 +69,43 @@ def is_from_first(model: Any) -> bool:
     return getattr(model, "keel_from_first", False)
 
 
-def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
+class SharedParts:
+    """Frozen weights that several models have, of which a rank keeps its part once.
+
+    A unit of each model gathers them for itself, so that one may compute while another's are gone; what they
+    gather is the same part. Holds the weights whole as long as it is there itself.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        self._whole = {id(weight): weight for weight in weights}
+        self._parts: dict[int, nn.Parameter] = {}  # by the ids of what was cut
+
+    def join(self, model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+        """A model that was cut takes the parts that others have of the weights. before: its own, as they
+        were, by name."""
+        cut, places, taken = dict(model.named_parameters()), _places(model), 0
+        for name, whole in before.items():
+            if id(whole) not in self._whole:
+                continue
+            part = self._parts.setdefault(id(whole), cut[name])
+            for parameters, attribute in places[id(cut[name])] if part is not cut[name] else ():
+                parameters[attribute] = part
+                taken += 1
+        if taken:
+            _settle(model)
+
+
+def shard(
+    model: nn.Module, roots: Sequence[nn.Module] | None = None, shared: SharedParts | None = None
+) -> None:
     """Cut a model's weights over the ranks, in place. Optimisers are made afterwards.
 
     roots: the modules that are called from outside, where that is not the model itself: a scorer's trunk and
-    head. UsageError for quantised weights.
+    head. shared: by which models with the same frozen weights keep one part of them. UsageError for quantised
+    weights.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
     from keel.distributed.scatter import SumByParts
 
@@ -87,12 +117,17 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
         raise UsageError("quantised weights cannot be sharded: set distributed.strategy: ddp")
     # as they are now: what is cut moves to the device, unit by unit
     named = {n: p.detach() for n, p in model.named_parameters()} if is_from_first(model) else None
+    before = dict(model.named_parameters()) if shared is not None else {}
     model.keel_whole = _skeleton(model)  # pyright: ignore[reportArgumentType]
+    model.keel_roots = tuple(roots or [model])  # pyright: ignore[reportArgumentType]
     mesh = init_device_mesh(group.device_type(), (group.size(),))
+    where = OffloadPolicy()
+    if group.is_offloaded():  # pinned pages can be copied while a card computes; without a card are none
+        where = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     units = [*_layers(model), *(roots or [model])]
     for unit in units:
         if any(True for _ in unit.parameters()):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=where)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # a factor alone would be multiplied on the way, which gloo cannot
@@ -106,6 +141,39 @@ def shard(model: nn.Module, roots: Sequence[nn.Module] | None = None) -> None:
                 module.set_modules_to_backward_prefetch([module])
     if named is not None:
         _fill(model, named)
+    if shared is not None:
+        shared.join(model, before)
+
+
+def _device() -> torch.device:
+    """What this rank computes on."""
+    kind = group.device_type()
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: the weights of one that is cut may lie elsewhere."""
+    return _device() if is_cut(model) else next(model.parameters()).device
+
+
+def _settle(model: nn.Module) -> None:
+    """Have FSDP2 look at parts that were put in the place of others, where they are to lie; buffers lie where
+    the model computes."""
+    device = _device()
+    model.to(torch.device("cpu") if group.is_offloaded() else device)
+    for module in model.modules() if group.is_offloaded() else ():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Where each weight stands in a model's modules, by its id."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    return places
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -114,21 +182,15 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     cut: dict[str, Any] = dict(model.named_parameters())
     if cut.keys() != weights.keys():
         raise AssertionError("the names of weights change when they are cut")
-    kind = group.device_type()
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    places = _places(model)
     for name, parameter in cut.items():
         if group.is_first():  # it was cut where it stood
             _deal_out(weights[name], parameter.placements[0].dim)
             continue
-        filled = nn.Parameter(_dealt(parameter, device), requires_grad=parameter.requires_grad)
+        filled = nn.Parameter(_dealt(parameter), requires_grad=parameter.requires_grad)
         for parameters, attribute in places[id(parameter)]:
             parameters[attribute] = filled
-    model.to(device)  # FSDP2 looks at the new tensors; buffers of the first rank's come from the CPU
+    _settle(model)  # buffers of the first rank's come from the CPU
 
 
 def _deal_out(whole: Tensor, dim: int) -> None:
@@ -139,18 +201,24 @@ def _deal_out(whole: Tensor, dim: int) -> None:
                 torch.distributed.send(part.cpu().contiguous(), number)
 
 
-def _dealt(like: Any, device: torch.device) -> Tensor:
+def _dealt(like: Any) -> Tensor:
     """This rank's part of a tensor that has no numbers here yet."""
-    from torch.distributed.tensor import DTensor
-
     part = torch.empty(like.to_local().shape, dtype=like.dtype)
     if part.numel():
         with group.talking():
             torch.distributed.recv(part, 0)
-    return DTensor.from_local(
-        part.to(device), like.device_mesh, like.placements, run_check=False, shape=like.shape,
-        stride=like.stride(),
-    )  # fmt: skip
+    return _as_part(part if group.is_offloaded() else part.to(_device()), like)
+
+
+def _as_part(part: Tensor, like: Any) -> Tensor:
+    """A rank's part as one of a tensor that is cut as another is. `DTensor.from_local` would move it to what
+    the ranks compute on."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(like.shape, like.stride(), part.dtype)
+    made: Any = DTensor
+    return made(part, DTensorSpec(like.device_mesh, like.placements, meta), requires_grad=False)
 
 
 def is_cut(model: Any) -> bool:
@@ -184,7 +252,8 @@ def whole_here(model: Any) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(True, recurse=False)
         # each rank made another number of forwards, by whose order the next backward would gather
-        model.reset_iter_state()
+        for root in model.keel_roots:
+            root.reset_iter_state()
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -232,11 +301,7 @@ def whole(model: M) -> M:
     if skeleton is None:
         return model
     plain = skeleton[0]
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in plain.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module._parameters, attribute))
+    places = _places(plain)
     empties = list(plain.named_parameters())  # before any is filled: a tied one would come again
     pairs = zip(model.named_parameters(), empties, strict=True)  # pyright: ignore
     for (name, own), (empty_name, empty) in pairs:
@@ -293,13 +358,16 @@ class Placing:
 
 
 def _part(tensor: Tensor, like: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor
 
     if not isinstance(like, DTensor):
         return tensor
-    there = tensor.to(like.device)
-    part = distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
-    return part.clone()  # no view, which would keep the whole
+    (placement,) = like.placements
+    dim = cast("Any", placement).dim
+    parts = tensor.chunk(group.size(), dim)
+    part = parts[group.rank()] if group.rank() < len(parts) else tensor.narrow(dim, 0, 0)
+    # no view, which would keep the whole
+    return _as_part(part.to(like.device, copy=True).contiguous(), like)
 
 
 def number(value: Tensor) -> Tensor:

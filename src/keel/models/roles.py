@@ -88,8 +88,9 @@ def open_roles(
     Dropout is off in all of them.
 
     base: the frozen weights to put adapters on, where they are open already; opened here if needed for
-    `sharing: adapters`. cut: is given each model that has weights of its own as soon as it is on the device,
-    where they are cut over ranks. opened: opens a model that will be cut, which goes to the device then.
+    `sharing: adapters`. cut: is given each model as soon as it is on the device, where its weights are cut
+    over ranks; of models on one base the base's own comes last, and those of the rewards the caller has.
+    opened: opens a model that will be cut, which goes to the device then.
 
     UsageError for a reference with another vocabulary than the policy's, where `same_vocabulary`: their KL
     is not defined.
@@ -125,6 +126,8 @@ def open_roles(
         cut(model)
     if head is not None:
         cut(head)
+    if base is not None and reference is None:
+        cut(frozen)  # last: the others are made of its modules
     return Roles(policy, frozen, critic, head)
 
 

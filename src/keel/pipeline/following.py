@@ -59,7 +59,7 @@ def joined(config: RunConfig) -> Generator[None]:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     strategy: group.Strategy = "fsdp" if chosen.strategy == "fsdp" else "ddp"
-    with group.joined(name, strategy, chosen.timeout):
+    with group.joined(name, strategy, chosen.timeout, offload=chosen.offload):
         yield
 
 
@@ -137,13 +137,20 @@ def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
         if not group.is_sharded():
             result = function(stage, run)
         else:
-            run.say(f"{run.name}: weights are cut over {group.size()} ranks; keel's faster paths are off")
+            off = "; keel's faster paths are off" + (_of_offload() if group.is_offloaded() else "")
+            run.say(f"{run.name}: weights are cut over {group.size()} ranks{off}")
             with accel.disabled(), batch_layout.one_forward():
                 result = function(stage, run)
         _share_notes(run)
         return result
     finally:
         run.end()
+
+
+def _of_offload() -> str:
+    if group.device_type() == "cpu":
+        return "; `offload` changes nothing on the CPU, where they lie anyway"
+    return "; they lie in host memory, and the optimiser steps there"
 
 
 def _share_notes(run: StageRun) -> None:

@@ -4,7 +4,8 @@ a rank sends and receives.
 ddp: every rank has weights, gradients and optimiser whole, and 1/n of the rows. fsdp: 1/n of weights,
 gradients and optimiser, and whole at a time the embeddings with the head and two layers: the one that
 computes and the next, whose weights are on their way. Each has the policy whole while it samples (not where a
-vLLM server does), and what `_opened_by_each` names before it is cut.
+vLLM server does), the base whole while reward models on it score, and what `_opened_by_each` names before it
+is cut.
 
 Bytes are those of ring algorithms: a sum of S bytes over n ranks (all-reduce) makes each send
 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does, and
@@ -46,6 +47,7 @@ class Asked:
     card: int = 80  # GB of each
     bandwidth: float | None = None  # bytes a second in and out of a rank
     speed: Speed | None = None  # of a card; None: seconds are not reckoned
+    offload: bool = False  # fsdp: what is cut lies in host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,8 @@ class OnRanks:
     settings: Mapping[str, Any] | None = None  # dotted, that would make it fit; None: none of them does
     sent: Mapping[str, float] = field(default_factory=dict)  # bytes of an optimiser step: `bytes_of_step`
     steps: int = 1  # optimiser steps of an update; 1 where a step is one
-    seconds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of a step or update, by phase: `step_seconds`
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of a step or update: `step_seconds`
+    host: float = 0.0  # bytes in host memory of a rank, where what is cut lies there
 
 
 def card_of(text: str) -> int:
@@ -99,11 +100,12 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
         stage, own = _training(stage), lengths.within(getattr(stage, "max_length", None))
         if strategy == "fsdp" and stage.uncut() is not None:
             return math.inf
-        return max(phase.total for phase in phases(stage, refs, own, asked.ranks, strategy))
+        return max(phase.total for phase in phases(stage, refs, own, asked.ranks, strategy, asked.offload))
 
     if strategy == "fsdp" and stage.uncut() is not None:
         return OnRanks(False)
-    found = phases(stage, refs, lengths, asked.ranks, strategy)
+    found = phases(stage, refs, lengths, asked.ranks, strategy, asked.offload)
+    host = in_host_memory(stage, refs, asked.ranks) if strategy == "fsdp" and asked.offload else 0.0
     fullest = max(found, key=lambda phase: phase.total)
     fit = card_fit.fit(stage, peak, lengths.total, asked.card)
     planned = stage.planned_steps(stage.batch_size)
@@ -111,7 +113,7 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
     return OnRanks(
         True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
         fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), steps,
-        seconds_of_step(stage, refs, lengths, asked, strategy),
+        seconds_of_step(stage, refs, lengths, asked, strategy), host,
     )  # fmt: skip
 
 
@@ -137,9 +139,14 @@ def share(stage: Training, ranks: int) -> Training:
 
 
 def phases(
-    stage: Training, refs: StageModels, lengths: Lengths, ranks: int, strategy: Strategy
+    stage: Training,
+    refs: StageModels,
+    lengths: Lengths,
+    ranks: int,
+    strategy: Strategy,
+    offload: bool = False,
 ) -> list[Phase]:
-    """What each phase holds on the fullest rank, on CUDA."""
+    """What each phase holds on the fullest rank, on CUDA. offload: fsdp's, whose parts lie in host memory."""
     own, models = share(stage, ranks), stage_memory.learners(stage, refs, "cuda")
     if strategy == "ddp":
         found = stage_memory.phases(own, refs, lengths, "cuda") or []
@@ -155,7 +162,34 @@ def phases(
         p if p.name in before else Phase(p.name, _cut(p, shared, ranks, by_server=by_server)) for p in found
     ]
     last = [*cut, _last_gradients(cut[-1], models, ranks)]
-    return [_opening(cut[-1].parts, shared), *last] if _opened_by_each(stage) else last
+    all_of_it = [_opening(cut[-1].parts, shared), *last] if _opened_by_each(stage) else last
+    return [_offloaded(p, shared, models, ranks) for p in all_of_it] if offload else all_of_it
+
+
+def _offloaded(phase: Phase, cut: Mapping[str, Model], trained: Mapping[str, Model], ranks: int) -> Phase:
+    """A phase without the parts that lie in host memory: on the card is what is whole at a time."""
+    parts: Parts = {}
+    for role, kinds in phase.parts.items():
+        own = dict(kinds)
+        if role in cut:
+            part = model_memory.weights(cut[role]) / ranks
+            if own.get("weights", 0.0) <= part * (1 + 1e-9):  # else it is whole, not cut yet
+                own = {k: v for k, v in own.items() if k not in ("weights", "optimizer", "copy")}
+            if "gradients" in own and role in trained:
+                own["gradients"] -= model_memory.gradients(trained[role]) / ranks
+        parts[role] = own
+    return Phase(phase.name, parts)
+
+
+def in_host_memory(stage: Training, refs: StageModels, ranks: int) -> float:
+    """fsdp with offload: bytes of a rank's parts of weights, and of gradients, optimiser states and the copy
+    that early stopping keeps."""
+    kept = sum(model_memory.weights(m) for m in stage_memory.cut_over_ranks(stage, refs, "cuda").values())
+    learners = stage_memory.learners(stage, refs, "cuda")
+    kept += sum(model_memory.gradients(m) + model_memory.optimizer(m) for m in learners.values())
+    if getattr(stage, "patience", None) is not None:
+        kept += model_memory.weights(next(iter(learners.values())))
+    return kept / ranks
 
 
 def _summing(train: Phase, models: Mapping[str, Model]) -> Phase:
@@ -189,9 +223,12 @@ def _opening(cut: Parts, models: Mapping[str, Model]) -> Phase:
 
 def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bool = False) -> Parts:
     """What a rank keeps of the roles that are cut, and what is whole at a time: of one role, since they
-    compute one after the other, and of all of the policy while it samples, unless a server does."""
+    compute one after the other, of all of the policy while it samples, unless a server does, and of the base
+    while reward models that are cut with it score."""
     found: Parts = {}
-    working = next(iter(models))
+    working = next(iter(models))  # one of them at a time
+    wholly = phase.name in ("rollout", "samples")
+    wholly |= phase.name == "score" and any(role.startswith("reward") for role in models)
     for role, kinds in phase.parts.items():
         model = models.get(role)
         if model is None:
@@ -200,8 +237,9 @@ def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bo
         per_weight = model_memory.weights(model) / max(1, model.parameters)
         root, layer = _units(model)
         own = {k: v / ranks if k in ("weights", "optimizer", "copy") else v for k, v in kinds.items()}
-        if role == working and phase.name in ("rollout", "samples"):
-            own["gathered"] = 0.0 if by_server else model_memory.weights(model) * (1 - 1 / ranks)
+        if role == working and wholly:
+            served = by_server and phase.name != "score"
+            own["gathered"] = 0.0 if served else model_memory.weights(model) * (1 - 1 / ranks)
         elif role == working:
             own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
         if "gradients" in kinds:
@@ -249,7 +287,8 @@ def bytes_of_step(
     own = share(stage, ranks)
     rows = getattr(own, "mini_batch", None) or own.batch_size
     parts = math.ceil(rows / stage_memory.rows_at_once(own, rows, lengths.total))
-    weights = sum(model_memory.weights(model) for model in models)
+    # each role on one base gathers all of it for itself
+    weights = sum(model_memory.weights(replace(model, base=True)) for model in models)
     return {"weights": parts * 2 * way * weights, "gradients": parts * way * trained}
 
 
@@ -318,6 +357,7 @@ def as_dict(
             "steps_an_update": one.steps,
             "seconds_a_step": asked.bandwidth and sum(one.sent.values()) / asked.bandwidth,
             "seconds_by_phase": dict(one.seconds),
+            "host_memory": round(one.host),
         }
     shared = {} if split is None else {"split": asdict(split)}
     return {"nproc": asked.ranks, "card_gb": asked.card, "strategies": strategies, **shared}
@@ -342,9 +382,10 @@ def as_lines(ranks: Mapping[str, Any]) -> list[str]:
             sent += f" ({one['steps_an_update']} steps an update)"
         if one["seconds_a_step"] is not None:
             sent += f": {one['seconds_a_step']:.2g} s"
-        lines.append(
-            f"{where}, {name}: {_gb(one['peak'])} GB a rank at its peak, {one['peak_phase']}; {fits}; {sent}"
-        )
+        peak = f"{_gb(one['peak'])} GB a rank at its peak, {one['peak_phase']}"
+        if one["host_memory"]:
+            peak += f", and {_gb(one['host_memory'])} GB in host memory"
+        lines.append(f"{where}, {name}: {peak}; {fits}; {sent}")
         if by_phase := one["seconds_by_phase"]:
             each = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in by_phase.items())
             lines.append(f"{where}, {name}: at least {sum(by_phase.values()):.3g} s: {each}")

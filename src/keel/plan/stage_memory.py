@@ -141,10 +141,12 @@ def learners(stage: Training, refs: StageModels, device: Device) -> dict[str, Mo
 
 
 def cut_over_ranks(stage: Training, refs: StageModels, device: Device) -> dict[str, Model]:
-    """What a stage cuts by `fsdp`, by the roles of its phases: reward models stay whole."""
+    """What a stage cuts by `fsdp`, by the roles of its phases: reward models with weights of their own stay
+    whole."""
     if stage.on_policy:
         found = roles(cast("OnPolicy", stage), refs, device)
-        return {role: found[role] for role in ("policy", "reference", "critic") if role in found}
+        cut = ("policy", "reference", "critic")
+        return {role: model for role, model in found.items() if role in cut or not model.base}
     return learners(stage, refs, device)
 
 

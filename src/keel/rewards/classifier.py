@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from keel.algorithms.masked import at_least_float32
 from keel.data import chat
 from keel.data.batches import length_mask, pad
+from keel.distributed import sharded
 from keel.errors import UsageError
 from keel.models.checkpoint_files import fault_in
 from keel.models.load import ModelSource, context_length, load_tokenizer, model_config, score_head
@@ -127,7 +128,7 @@ def forward(model: PreTrainedModel, rows: Sequence[Mapping[str, list[int]]], pad
 
     A decoder is read at the last token by its length, as a reward model is: pad may be EOS, or missing.
     """
-    inputs, lengths = padded(rows, pad_id, next(model.parameters()).device)
+    inputs, lengths = padded(rows, pad_id, sharded.device_of(model))
     head = score_head(model)
     if head is None:
         with computing(model, inputs["input_ids"].device):

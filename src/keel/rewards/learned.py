@@ -16,6 +16,7 @@ from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
 from keel.data import chat
 from keel.data.batches import by_length, length_mask, pad
+from keel.distributed import sharded
 from keel.errors import UsageError
 from keel.models.load import (
     ModelSource,
@@ -327,7 +328,7 @@ def forward(
 def _forward(reward: RewardModel, inputs: Sequence[Inputs]) -> Tensor:
     """One padded forward. A decoder is read at the last token by its length, not by looking for pads: pad may
     be EOS, or missing."""
-    device = next(reward.model.parameters()).device
+    device = sharded.device_of(reward.model)
     ids, lengths = pad([item["input_ids"] for item in inputs], _pad_id(reward))
     ids, lengths = ids.to(device), lengths.to(device)
     if reward.is_encoder:

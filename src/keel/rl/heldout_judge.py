@@ -37,6 +37,7 @@ class Judge:
 
     gold: worlds.World | None
     rewards: Mixture | None
+    opened: Sequence[build_rewards.LoadedReward] = ()  # what the rewards hold in memory
 
 
 def open_judge(
@@ -67,7 +68,7 @@ def open_judge(
         normalize=len(terms) > 1,
         batch_size=config.rows_at_once or config.batch_size,
     )
-    return Judge(None, rewards)
+    return Judge(None, rewards, opened)
 
 
 def scores(
@@ -83,7 +84,8 @@ def scores(
     if judge.rewards is not None:
         columns = build_rewards.columns_of(tasks)
         batch = build_rewards.batch_of([task.prompt for task in tasks], completions, columns, tokenizer)
-        rated = judge.rewards.score(batch)
+        with build_rewards.whole_here(judge.opened):
+            rated = judge.rewards.score(batch)
         return rated.total.masked_fill(~spoken_of(rated), float("nan"))
     assert judge.gold is not None
     pairs = zip(tasks, completions, strict=True)

@@ -265,7 +265,8 @@ def rate(
     if setup.rewards is None:
         nothing = torch.zeros(len(completions))
         return Rated(nothing, nothing, nothing, {})
-    return setup.rewards.score(batch)
+    with build_rewards.whole_here(setup.opened):
+        return setup.rewards.score(batch)
 
 
 def _state(setup: Setup[OnPolicy], update: int) -> TrainingState:
@@ -357,15 +358,26 @@ def _collected(
     return Sampled(asked, done, scored, rated, from_sampler)
 
 
-def _lend(setup: Setup[OnPolicy], row: PromptExample, *, sampled: bool = False) -> None:
+def _lend(
+    setup: Setup[OnPolicy], row: PromptExample, *, sampled: bool = False, held_out: bool = False
+) -> None:
     """What a rank without prompts does: its part in the others' sampling, where they share a server, and in
     their forwards, where weights are cut over ranks, on a row that is nobody's. sampled: whether what they
-    score was sampled before."""
+    score was sampled before. held_out: whether they evaluate."""
     if not sampled:
         with _sampling(setup):
             idle(setup.engine)
-    if group.is_sharded():
-        score_tokens(setup, [Completion(row.ids, (setup.pad_id,), "length", (0.0,))])
+    if not group.is_sharded():
+        return
+    compared = setup.teacher_tokenizer is None if held_out else not setup.config.imitates
+    score_tokens(setup, [Completion(row.ids, (setup.pad_id,), "length", (0.0,))], compared=compared)
+    if held_out and not compared:
+        through_text.lend(setup.roles.reference, setup.run.device)
+    with build_rewards.whole_here(setup.opened):
+        pass
+    if held_out and setup.judge is not None:
+        with build_rewards.whole_here(setup.judge.opened):
+            pass
 
 
 def shaped(
@@ -595,5 +607,5 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
         }
 
     several = list(enumerate(micro_batches(prompts, setup.config.batch_size)))
-    parts = group.mapped(several, of, lambda: _lend(setup, prompts[0]))
+    parts = group.mapped(several, of, lambda: _lend(setup, prompts[0], held_out=True))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -4,7 +4,7 @@ first, so that a bad row is found before any weights are read."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -20,6 +20,7 @@ from keel.data.batches import derive_seed
 from keel.distributed import group, sharded
 from keel.errors import UsageError
 from keel.models.load import ModelSource, count_parameters
+from keel.models.logprobs import scores_at
 from keel.models.lora_targets import notes
 from keel.models.machine_speed import speed
 from keel.models.offload import offload
@@ -27,7 +28,7 @@ from keel.models.phase_cost import PhaseCost, decode_cost, forward_cost, optimiz
 from keel.models.precision import compute_dtype
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
-from keel.models.shared_base import open_base
+from keel.models.shared_base import Base, open_base
 from keel.rl import heldout_judge, teacher
 from keel.rl.rollout import PromptExample, Setup
 from keel.rollout import Engine, KeelEngine, ReferenceEngine
@@ -230,6 +231,8 @@ def open_stage(
             batch_size=config.rows_at_once or config.batch_size,
         )  # fmt: skip
     theirs = teacher.check(config, reference, tokenizer, longest, run) if config.imitates else None
+    judge = heldout_judge.open_judge(config, run, tokenizer, longest, base)
+    cut, on_base = _cutter(base), _on_base(base, [*opened, *(judge.opened if judge else ())])
     roles = open_roles(
         source,
         reference,
@@ -239,11 +242,13 @@ def open_stage(
         device=run.device,
         seed=seed,
         base=base,
-        cut=_cut if group.is_sharded() else lambda model: None,
+        cut=cut,
         # adapters are made by each rank, on weights that it has
         opened=(lambda work: work()) if source.trust_remote_code or config.lora else sharded.opened,
         same_vocabulary=not config.imitates,  # a head may have more rows than its tokenizer has tokens
     )
+    for scorer in on_base:
+        cut(scorer)
     for line in notes(roles.policy) if config.lora else ():
         run.say(f"{run.name}: {line}")
     if config.offload:
@@ -256,21 +261,38 @@ def open_stage(
         Setup(
             config, roles, open_engine(config, roles.policy, run, tokenizer, None if tools else longest),
             rewards, opened, build_rewards.read_text(opened, tokenizer), tokenizer, run, ptx,
-            heldout_judge.open_judge(config, run, tokenizer, longest, base), tools, theirs,
+            judge, tools, theirs,
         ),
     )  # fmt: skip
 
 
-def _cut(model: Any) -> None:
-    """Cut a model over the ranks. A first forward of all of them makes torch's streams, without which nobody
-    has it whole again (`sharded.whole_here`)."""
-    if isinstance(model, nn.Linear):  # a value head on the policy
-        sharded.shard(model)
-        return
-    supervised_loop.among_ranks(model)
-    if model.can_generate():
+def _on_base(base: Base | None, loaded: Sequence[build_rewards.LoadedReward]) -> list[Any]:
+    """The reward models that are adapters on a base; to be asked before any of its weights are cut."""
+    shared = set[int]() if base is None else {id(parameter) for parameter in base.model.parameters()}
+    models: list[Any] = [reward.model for one in loaded for reward in one.models]
+    return [model for model in models if any(id(p) in shared for p in model.parameters())]
+
+
+def _cutter(base: Base | None) -> Callable[[Any], None]:
+    """What cuts the models of a stage over the ranks; of a base that several are on each rank keeps one part.
+    Nothing where weights are whole."""
+    shared = None if base is None else sharded.SharedParts(base.model.parameters())
+
+    def cut(model: Any) -> None:
+        if isinstance(model, nn.Linear):  # a value head on the policy
+            sharded.shard(model)
+            return
+        supervised_loop.among_ranks(model, shared)
+        # a first forward of all ranks makes torch's streams, without which nobody has it whole again
+        # (`sharded.whole_here`)
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=sharded.device_of(model))
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+            if model.can_generate():
+                model(input_ids=nothing)
+            else:
+                scores_at(model, nothing, nothing[0])
+
+    return cut if group.is_sharded() else lambda model: None
 
 
 def make_optimizers(

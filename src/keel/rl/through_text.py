@@ -29,6 +29,7 @@ from torch import Tensor
 
 from keel.data import chat
 from keel.data.batches import by_length, pad
+from keel.distributed import group, sharded
 from keel.errors import UsageError
 from keel.models.load import context_length
 from keel.models.logprobs import head_inputs, response_index, scatter_to_mask, token_logprobs
@@ -151,6 +152,17 @@ def gaps(
     return Gaps(gap, share, mask)
 
 
+def lend(teacher: Any, device: torch.device, parts: int = 0) -> None:
+    """Where a teacher is cut over ranks, its forwards that others make beyond the `parts` of this rank, for
+    nothing; every rank has to ask."""
+    if not sharded.is_cut(teacher):
+        return
+    nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        for _ in range(max(group.gathered(parts)) - parts):
+            head_inputs(teacher, nothing, nothing[0])
+
+
 def _logprobs(
     teacher: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -165,7 +177,9 @@ def _logprobs(
     found: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * len(laid)
     lengths = [len(one.prompt) + len(one.reply) for one in laid]
     with torch.no_grad():
-        for rows in by_length(lengths, micro_batch, micro_tokens):
+        parts = list(by_length(lengths, micro_batch, micro_tokens))
+        lend(teacher, device, len(parts))
+        for rows in parts:
             ids, _ = pad([[*laid[row].prompt, *laid[row].reply] for row in rows], chat.ensure_pad(tokenizer))
             counted = torch.tensor([len(laid[row].reply) for row in rows])
             mask = torch.arange(int(counted.max()))[None, :] < counted[:, None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from keel.config.rewards import (
 )
 from keel.data.chat import prompt_tags
 from keel.data.questions import Criterion, Rubric
+from keel.distributed import sharded
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
@@ -53,6 +55,17 @@ class LoadedReward:
     models: tuple[learned.RewardModel, ...] = ()
     function: Callable[..., Any] | IsolatedFunction | None = None
     judge: Rewarder | None = None
+
+
+@contextmanager
+def whole_here(loaded: Sequence[LoadedReward]) -> Iterator[None]:
+    """Within it each rank has the reward models whole that are cut over ranks, and asks them as often as it
+    likes. Every rank has to enter, and to leave. Only those on a base that others share are cut."""
+    with ExitStack() as stack:
+        for one in loaded:
+            for reward in one.models:
+                stack.enter_context(sharded.whole_here(reward.model))
+        yield
 
 
 def function_of(term: FunctionTerm | PluginTerm, where: str) -> Callable[..., Any] | IsolatedFunction:

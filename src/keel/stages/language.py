@@ -14,7 +14,7 @@ from keel.accel.cpu_linear import cast_cache
 from keel.algorithms import lm
 from keel.config import Supervised
 from keel.data.batches import derive_seed, pad
-from keel.distributed import group
+from keel.distributed import group, sharded
 from keel.evaluation.measures import mean_interval
 from keel.models import experts
 from keel.models.logprobs import TokenLogprobs, head_inputs, token_logprobs
@@ -65,7 +65,7 @@ def _predicted(
 ) -> tuple[TokenLogprobs, Tensor, experts.Routed]:
     """Of the N counted tokens of the rows: their log-probabilities and whether each was the likeliest, the
     row of each (N,), on the CPU, and what experts were asked."""
-    device = next(model.parameters()).device
+    device = sharded.device_of(model)
     ids, _ = pad([row.ids for row in rows], pad_id)
     counts = pad([row.counts for row in rows], 0)[0].bool()[:, 1:]
     more: dict[str, Any] = {}

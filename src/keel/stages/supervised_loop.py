@@ -177,9 +177,9 @@ def _save(
     stage_run.save(step, tensors, values)
 
 
-def among_ranks(model: PreTrainedModel) -> None:
+def among_ranks(model: PreTrainedModel, shared: sharded.SharedParts | None = None) -> None:
     """Make the model one of all ranks: the first one's weights on each, or cut over them, as the config asks.
-    Nothing for a process alone."""
+    Nothing for a process alone. shared: of frozen weights that other models have, too."""
     if group.size() == 1:
         return
     if not sharded.is_from_first(model):
@@ -193,7 +193,7 @@ def among_ranks(model: PreTrainedModel) -> None:
     if head is None and plain.can_generate():
         _check_rows(model)  # while its weights are whole: a trial does without hooks
     # a scorer is never called itself: its trunk and its head are
-    sharded.shard(model, None if head is None else [backbone(model), head])
+    sharded.shard(model, None if head is None else [backbone(model), head], shared)
 
 
 def _check_rows(model: Any) -> None:

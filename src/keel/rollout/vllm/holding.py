@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from keel.distributed import sharded
 from keel.errors import EngineError, UsageError
 from keel.models.load import context_length
 from keel.models.precision import compute_dtype, computing
@@ -219,7 +220,7 @@ class Holder:
             ) from None
         theirs = torch.tensor(asking.probed(told, self._text), dtype=torch.float64)
         self.gap = (taken.logps - theirs).abs().mean().item()
-        widths = {self._dtype(), compute_dtype(self.model, next(self.model.parameters()).device)}
+        widths = {self._dtype(), compute_dtype(self.model, sharded.device_of(self.model))}
         most = max(APART.get(width, APART_HALF) for width in widths)
         if not self.gap <= most:
             raise EngineError(
@@ -233,7 +234,7 @@ class Holder:
         """The server's precision, where keel says it."""
         if self.settings.dtype is not None:
             return getattr(torch, self.settings.dtype)
-        own = compute_dtype(self.model, next(self.model.parameters()).device)
+        own = compute_dtype(self.model, sharded.device_of(self.model))
         return torch.float32 if own == torch.float64 else own
 
     def _text_of_probe(self) -> list[int]:
