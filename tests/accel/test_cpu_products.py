@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keel import accel
 from keel.accel import cpu_products
 from keel.accel.cpu_linear import grads_in_place, patch_linears
-from keel.accel.patches import AccelWarning
+from keel.accel.patches import AccelWarning, disabled
 
 WIDE, INNER = 192, 256
 
@@ -158,3 +158,62 @@ def test_a_product_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(AccelWarning, match="cpu_products is off"):
         assert not cpu_products.faster(64, torch.empty(WIDE, WIDE))
     assert math.isclose(cpu_products.product(torch.ones(64, WIDE), torch.ones(WIDE, WIDE))[0, 0], WIDE)
+
+
+def wide_parts(monkeypatch: pytest.MonkeyPatch, slow: bool) -> list[int]:
+    """Products in parts of ten rows, on a processor that is slow without or not; how many were taken."""
+    monkeypatch.setattr(cpu_products, "_is_faster", lambda: False)
+    monkeypatch.setattr(cpu_products, "_is_slow_at_once", lambda: slow)
+    monkeypatch.setattr(cpu_products, "PART", 10)
+    cpu_products._parts_differ.cache_clear()
+    assert cpu_products._parts_differ() is None
+    taken: list[int] = []
+    plain = cpu_products._by_parts
+
+    def by_parts(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        taken.append(len(rows))
+        return plain(rows, weight, bias)
+
+    monkeypatch.setattr(cpu_products, "_by_parts", by_parts)
+    return taken
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_wide_results_are_multiplied_in_parts(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = wide_parts(monkeypatch, slow=True)
+    torch.manual_seed(0)
+    layer = nn.Linear(192, 777, bias=bias)
+    ours, x = patch_linears(nn.Sequential(copy.deepcopy(layer))), torch.randn(2, 9, 192)
+    taken.clear()
+    values, theirs = pulled(ours, x, in_place=True), pulled(layer, x, in_place=False)
+    assert taken == [18]
+    torch.testing.assert_close(values, theirs)
+    with torch.no_grad():  # what is scored is what is trained, to the bit
+        assert torch.equal(ours(x), values[0])
+        assert taken == [18, 18]
+        with disabled("wide_products"):
+            ours(x)
+        ours(x.expand(60, -1, -1, -1).flatten(0, 1))  # many rows
+        ours[0].weight.requires_grad_(False)
+        assert torch.equal(ours(x), values[0])
+    assert taken == [18, 18, 18]
+
+
+def test_narrow_results_and_other_processors_are_multiplied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_parts(monkeypatch, slow=True)
+    assert cpu_products.in_parts(8, torch.zeros(40 * 4, 40))
+    assert not cpu_products.in_parts(8, torch.zeros(40 * 4 - 1, 40))
+    assert not cpu_products.in_parts(8, torch.zeros(40, 40 * 4).t())
+    taken = wide_parts(monkeypatch, slow=False)
+    cpu_products.product(torch.zeros(8, 40), torch.zeros(400, 40))
+    assert not taken
+
+
+def test_products_in_parts_that_come_out_otherwise_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_parts(monkeypatch, slow=True)
+    plain = cpu_products._by_parts
+    cpu_products._parts_differ.cache_clear()
+    monkeypatch.setattr(cpu_products, "_by_parts", lambda *given: plain(*given) * 1.1)
+    with pytest.warns(AccelWarning, match="wide_products is off"):
+        assert not cpu_products.in_parts(8, torch.zeros(400, 40))
+    cpu_products._parts_differ.cache_clear()

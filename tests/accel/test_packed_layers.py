@@ -40,11 +40,14 @@ def model_of(kind: str, groups: int) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("held", ["laid out", "its own"])
 @pytest.mark.parametrize("spans", [True, False])
 @pytest.mark.parametrize(("kind", "groups"), [("llama", 4), ("llama", 2), ("qwen2", 4), ("qwen3", 4)])
 def test_steps_and_prompts_are_the_models_own(
-    kind: str, groups: int, spans: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, groups: int, spans: bool, held: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if held == "its own":
+        monkeypatch.setattr(packed_layers, "laid_out", lambda model: (False, False))
     monkeypatch.setattr(row_attention, "LEAST", 1 if spans else 10**6)
     taken = list[Any]()
     monkeypatch.setattr(row_attention, "spans_of", lambda *given: taken.append(spans_of(*given)) or taken[-1])
@@ -54,6 +57,7 @@ def test_steps_and_prompts_are_the_models_own(
         layers = Step(model, 16).whole
         assert layers is not None
         assert prompts_differ(model, layers) is None
+        assert layers.has_head
     assert all((found is not None) == (spans and groups == 4) for found in taken)
     assert taken
 
@@ -112,12 +116,23 @@ def test_a_head_of_another_kind_is_called_and_nothing_is_laid_out_in_vain(
         assert fits(model)
         monkeypatch.setattr(decode_step, "Step", None)  # which would be made
         assert by_itself(model, 16) is None
-        plain = model_of("llama", 4)
-        monkeypatch.undo()
-        assert fits(plain)
-        monkeypatch.setattr(packed_layers, "PACKED_AT_MOST", 1)
-        monkeypatch.setattr(decode_step, "Step", None)
-        assert by_itself(plain, 16) is None
+
+
+def test_large_matrices_stay_as_the_model_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen2", 2)
+    assert packed_layers.laid_out(model) == (True, True)
+    layers = sum(p.nbytes for p in model.model.layers.parameters() if p.dim() == 2)
+    monkeypatch.setattr(packed_layers, "PACKED_AT_MOST", layers)
+    assert packed_layers.laid_out(model) == (True, False)
+    monkeypatch.setattr(packed_layers, "PACKED_AT_MOST", 1)
+    assert packed_layers.laid_out(model) == (False, False)
+    with torch.no_grad():
+        step = by_itself(model, 16)
+        assert step is not None
+        assert step.whole is not None
+        held = [weight.data_ptr() for weight, _ in step.whole.layers[0].qkv._parts]
+    own = model.model.layers[0].self_attn
+    assert held == [part.weight.data_ptr() for part in (own.q_proj, own.k_proj, own.v_proj)]
 
 
 def test_each_row_reads_its_own_tokens() -> None:

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from keel.accel.patches import AccelWarning
 from keel.algorithms.masked import entropy, token_logp
 from keel.models import logprobs, precision
-from keel.models.head import head_of
+from keel.models.head import Head, head_of
 from keel.models.load import checkpoint_activations
-from keel.models.logprobs import head_inputs, token_logprobs
+from keel.models.logprobs import HeadInputs, head_inputs, token_logprobs
 from keel.models.lora import Adapters, add_adapters
 from keel.models.roles import AdaptersOff
 
@@ -228,7 +228,7 @@ import torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 from keel.algorithms.masked import entropy, token_logp
-from keel.models.logprobs import head_inputs, token_logprobs
+from keel.models.logprobs import HeadInputs, head_inputs, token_logprobs
 
 torch.set_num_threads(1)
 sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
@@ -298,3 +298,12 @@ def test_the_likeliest_token_is_the_first_of_equal_ones() -> None:
     for rows in (logits, logits.bfloat16()):
         assert _likeliest(rows, torch.tensor([1, 2, 1, 2])).tolist() == [True, False, False, True]
         assert _likeliest(rows, rows.argmax(dim=-1)).all()
+
+
+def test_a_large_head_on_a_cpu_makes_logits_of_half_its_size_at_a_time() -> None:
+    assert logprobs.logits_at_once(2048, 256, "cpu") == logprobs.LOGITS_AT_ONCE
+    assert logprobs.logits_at_once(151_936, 896, "cpu") == 2 * 151_936 * 896  # bytes: 448 rows
+    assert logprobs.logits_at_once(151_936, 896, "cuda") == logprobs.LOGITS_AT_ONCE
+    head = Head(torch.nn.Linear(1, 1), 1.0, None, 151_936)
+    assert HeadInputs(None, head, torch.zeros(2, 896), None).rows_at_once == 448
+    assert HeadInputs(None, None, torch.zeros(2, 151_936), None).rows_at_once == 110

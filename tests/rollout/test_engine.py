@@ -34,7 +34,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from keel.accel import attention, decode_step, patches, processor
+from keel.accel import attention, decode_step, packed_layers, patches, processor
 from keel.accel import kv_slots as cache
 from keel.accel.row_attention import Look
 from keel.algorithms.masked import token_logp
@@ -44,6 +44,7 @@ from keel.models import precision
 from keel.models.head import capture_head_input, head_of
 from keel.models.lora import Adapters, add_adapters
 from keel.rollout import reference_engine
+from keel.rollout import sampling as sampling_module
 from keel.rollout.engine import KeelEngine, TokenCount, generate, text_of
 from keel.rollout.protocol import GenerationRequest
 from keel.rollout.reference_engine import ReferenceEngine
@@ -204,7 +205,7 @@ def test_a_step_in_float32_multiplies_with_matrices_that_are_laid_out_once(
     with torch.no_grad():
         assert decode_step.Step(model, 8).dtype == torch.float32
         laid_out = generate(model, PROMPTS_60, Sampling(16), **options)
-        monkeypatch.setattr(decode_step, "PACKED_AT_MOST", 1000)  # bytes
+        monkeypatch.setattr(packed_layers, "laid_out", lambda model: (False, False))
         assert decode_step.Step(model, 8).packed is None
     assert [c.ids for c in generate(model, PROMPTS_60, Sampling(16), **options)] == [c.ids for c in laid_out]
     with patches.disabled():
@@ -584,3 +585,28 @@ def test_a_stop_token_and_a_stop_string_at_once_and_an_eos_of_id_0(tiny_model: P
         model, [prompt], Sampling(6, temperature=0.0), stop_ids=[last], stop_texts=own, pad_id=0, seed=0
     )
     assert both.ids == done.ids[: both.ids.index(last) + 1]
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 1500, 2048 + 7])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=40), Sampling(temperature=0.7, vocab=999)])
+def test_tokens_by_blocks_are_those_of_the_whole_cumulative_sum(
+    vocabulary: int, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary that fills its blocks, and ones with a rest; several parts of rows; tails without mass."""
+    monkeypatch.setattr(sampling_module, "LEAST", 1)
+    monkeypatch.setattr(sampling_module, "AT_ONCE", 3 * vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(20, vocabulary, generator=generator)
+    logits[3, 5:] = float("-inf")  # all mass in the first tokens, all in the last, and on one
+    logits[4, :-5] = float("-inf")
+    logits[5, 700] = 80.0
+    draws = torch.rand(20, dtype=torch.float64, generator=generator)
+    draws[:6] = torch.tensor([0.0, 1 - 2**-53, 0.0, 1 - 2**-53, 1 - 2**-53, 0.5], dtype=torch.float64)
+    tokens, logp = pick(logits, draws, sampling)
+    with patches.disabled("token_blocks"):
+        their_tokens, their_logp = pick(logits, draws, sampling)
+    inside = logits[:, : sampling.vocab]
+    there = inside.isfinite().any(dim=1)
+    assert tokens[there].tolist() == their_tokens[there].tolist()
+    torch.testing.assert_close(logp[there], their_logp[there])
+    assert inside.gather(1, tokens[:, None])[there].isfinite().all()

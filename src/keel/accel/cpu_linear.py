@@ -33,7 +33,7 @@ from torch.nn.functional import linear, silu
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from keel.accel.cpu_products import faster, product, size_of
+from keel.accel.cpu_products import faster, in_parts, product, size_of
 from keel.accel.modules import (
     Kept,
     Patched,
@@ -234,7 +234,8 @@ def _computed_in(x: Tensor, weight: Tensor) -> torch.dtype | None:
     # frozen weights, too, by the library that multiplies without gradient: what is scored is then, to the
     # bit, what is trained
     ours = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WORTH
-    return torch.float32 if ours or faster(x.shape[:-1].numel(), weight) else None
+    rows = x.shape[:-1].numel()
+    return torch.float32 if ours or faster(rows, weight) or in_parts(rows, weight) else None
 
 
 # ---------------------------------------------------------------- steps of autograd

@@ -18,12 +18,12 @@ from torch.nn.functional import pad, rms_norm, silu
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import SiLUActivation
 
-from keel.accel.cpu_linear import PACKED_AT_MOST, PrepackedWeight, packs, prepacked, sized
+from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
 from keel.accel.decode_trial import COLUMNS, decoded_otherwise, precision_of
 from keel.accel.decode_trial import Step as AnyStep
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import plain_of, surrounded, with_cache
-from keel.accel.packed_layers import KeysAndValues, PackedLayers, packs_head, prompts_differ
+from keel.accel.packed_layers import KeysAndValues, PackedLayers, laid_out, packs_head, prompts_differ
 from keel.accel.patches import disabled, enabled, trusted
 from keel.accel.row_attention import Look
 from keel.accel.trial_inputs import beyond_windows
@@ -35,12 +35,12 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not depend 
 class Step:
     """The step for one model, up to `columns` positions. Made anew for each call of the engine, as weights
     change. On a CPU its matrices are laid out once; where that is in float32, the step and the reading of
-    prompts are those of `packed_layers`."""
+    prompts are those of `packed_layers`, which leaves some as they are."""
 
     def __init__(self, model: nn.Module, columns: int) -> None:
         self.model = plain_of(model)
         config, trunk = self.model.config, self.model.model
-        positions = torch.arange(columns, device=trunk.embed_tokens.weight.device)
+        positions = torch.arange(max(columns, COLUMNS), device=trunk.embed_tokens.weight.device)
         cos, sin = trunk.rotary_emb(trunk.embed_tokens.weight[:1].float(), positions[None])
         half = sin.shape[-1] // 2
         self.cos = cos[0]  # (positions, d)
@@ -59,14 +59,9 @@ class Step:
     @property
     def reads(self) -> bool:
         """Whether `read` may be called: switched on, and tried against the model's own forward."""
-        plain = self.model
-
-        def trial() -> str | None:
-            layers = Step(plain, COLUMNS).whole
-            return "its layers are not laid out" if layers is None else prompts_differ(plain, layers)
-
-        return self.whole is not None and trusted(
-            "prompt_reading", plain, trial, depends_on=precision_of(plain)
+        plain, whole = self.model, self.whole
+        return whole is not None and trusted(
+            "prompt_reading", plain, lambda: prompts_differ(plain, whole), depends_on=_tried_as(plain)
         )
 
     @property
@@ -168,7 +163,7 @@ class _Layer(NamedTuple):
 
 def _packs(model: Any) -> torch.dtype | None:
     """The precision in which a model computes, where that is on the CPU and every layer is one that may be
-    laid out in it; None otherwise, and where what is laid out in float32 would be large, without the head."""
+    laid out in it; None otherwise."""
     layers = model.model.layers
     gates = [layer.mlp.act_fn for layer in layers]
     if not all(isinstance(gate, (SiLUActivation, nn.SiLU)) and not surrounded(gate) for gate in gates):
@@ -180,10 +175,7 @@ def _packs(model: Any) -> torch.dtype | None:
         for name in names
     ]
     found = {packs(part) for part in parts}
-    dtype = found.pop() if len(found) == 1 else None
-    if dtype == torch.float32 and sum(part.weight.nbytes for part in parts) > PACKED_AT_MOST:
-        return None
-    return dtype
+    return found.pop() if len(found) == 1 else None
 
 
 def fits(model: nn.Module) -> bool:
@@ -193,7 +185,12 @@ def fits(model: nn.Module) -> bool:
         return False
     plain = plain_of(model)
     trial = lambda: decoded_otherwise(plain, lambda slots, columns: Step(plain, columns))  # noqa: E731
-    return trusted("decode_step", plain, trial, depends_on=precision_of(plain))
+    return trusted("decode_step", plain, trial, depends_on=_tried_as(plain))
+
+
+def _tried_as(plain: nn.Module) -> tuple[object, ...]:
+    """What a trial of the step and of the reading depends on."""
+    return *precision_of(plain), *laid_out(plain)
 
 
 def by_itself(model: nn.Module, columns: int) -> Step | None:

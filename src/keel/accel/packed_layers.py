@@ -8,9 +8,10 @@ by √(|x|² + d·eps), and silu, the product of the gated halves and the sums w
 by oneDNN where it writes a product's result. Of the last layer of prompts only the last position goes on
 behind its keys and values, as only that makes logits.
 
-What it costs: as much memory as the weights, as long as a call takes. The numbers are the model's own up to
-rounding; they are tried before the first use with a model (`decode_step.fits`, `prompts_differ`). Left out:
-layers with adapters, hooks or other precisions, whose own forward runs.
+What it costs: as much memory as the weights, as long as a call takes. So larger matrices than 256 MiB stay as
+the model has them (`laid_out`), and are multiplied with as `cpu_products` does. The numbers are the model's
+own up to rounding; they are tried before the first use with a model (`decode_step.fits`, `prompts_differ`).
+Left out: layers with adapters, hooks or other precisions, whose own forward runs.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from keel.accel.cpu_linear import PACKED_AT_MOST, USUAL, packs, sized
+from keel.accel.cpu_products import product
 from keel.accel.decode_trial import SEQUENCES, STEPS, own_logits, prompts_read
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import undisturbed
@@ -34,27 +36,44 @@ KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer: (B, groups, S, D)
 
 
 class Matrix:
-    """x Wᵀ + b with W (n, k) laid out. factor: (k,) that x is multiplied by before."""
+    """x Wᵀ + b with W (n, k). factor: (k,) that x is multiplied by before."""
 
-    def __init__(self, layers: Sequence[Any], factor: Tensor | None = None) -> None:
-        """layers: linear layers with one input, whose results stand side by side."""
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        if factor is not None:
-            weight = weight * factor
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL)
-        biased = any(layer.bias is not None for layer in layers)
-        biases = [
-            torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach() for layer in layers
-        ]
-        self._bias = torch.cat(biases) if biased else None
+    def __init__(self, layers: Sequence[Any], factor: Tensor | None = None, *, laid_out: bool = True) -> None:
+        """layers: linear layers with one input, whose results stand side by side. laid_out: W once more, as
+        oneDNN wants it, with the factor in it; else the layers' own weights are read."""
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
+        self._factor = None if laid_out else factor
+        if laid_out:
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            weight = weight if factor is None else weight * factor
+            if any(bias is not None for bias in biases):
+                zeros = zip(biases, weights, strict=True)
+                biases = [torch.cat([torch.zeros(len(w)) if b is None else b for b, w in zeros])]
+            weights, biases = [torch.ops.mkldnn._reorder_linear_weight(weight, USUAL)], biases[:1]
+        self._parts = [*zip(weights, biases, strict=True)]
+        self._laid_out = laid_out
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:
         """(M, k) → (M, n). then: "swish" is silu."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, then, [], "")
+        x = x if self._factor is None else x * self._factor
+        found = [self._product(x, *part, then) for part in self._parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+        if self._laid_out:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+        found = product(x, weight, bias)
+        return silu(found, inplace=True) if then == "swish" else found
 
     def with_other(self, x: Tensor, other: Tensor, how: str) -> Tensor:
         """(M, k) → (M, n), times or plus another (M, n): "mul", "add"."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, how)
+        (weight, bias), *_ = self._parts
+        x = x if self._factor is None else x * self._factor
+        if self._laid_out:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, how)
+        found = product(x, weight, bias)
+        return found.mul_(other) if how == "mul" else found.add_(other)
 
 
 class Layer(NamedTuple):
@@ -71,7 +90,7 @@ class Layer(NamedTuple):
     scaling: float
 
     @classmethod
-    def of(cls, layer: Any, queries: int, groups: int) -> Layer:
+    def of(cls, layer: Any, queries: int, groups: int, *, laid_out: bool = True) -> Layer:
         own, mlp = layer.self_attn, layer.mlp
         first, second = layer.input_layernorm, layer.post_attention_layernorm
         heads = None
@@ -79,11 +98,12 @@ class Layer(NamedTuple):
             norms = own.q_norm, own.k_norm
             sides = (_factor(norm).expand(count, -1) for norm, count in zip(norms, (queries, groups)))
             heads = torch.cat([*sides]), _least(own.q_norm)
-        return cls(
-            Matrix([own.q_proj, own.k_proj, own.v_proj], _factor(first)), Matrix([own.o_proj]),
-            Matrix([mlp.gate_proj], _factor(second)), Matrix([mlp.up_proj], _factor(second)),
-            Matrix([mlp.down_proj]), _least(first), _least(second), heads, own.scaling,
+        parts = (
+            ([own.q_proj, own.k_proj, own.v_proj], _factor(first)), ([own.o_proj], None),
+            ([mlp.gate_proj], _factor(second)), ([mlp.up_proj], _factor(second)), ([mlp.down_proj], None),
         )  # fmt: skip
+        matrices = [Matrix(*part, laid_out=laid_out) for part in parts]
+        return cls(*matrices, _least(first), _least(second), heads, own.scaling)
 
     def behind(self, x: Tensor, attended: Tensor) -> Tensor:
         """(M, d) residual stream and (M, H · D) what was attended → (M, d), the layer's result."""
@@ -100,13 +120,17 @@ class PackedLayers:
         config, trunk = model.config, model.model
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.cos, self.sin, self.embed = cos, sin, trunk.embed_tokens
-        self.layers = [Layer.of(layer, self.heads, self.groups) for layer in trunk.layers]
+        layers, head = laid_out(model)
+        self.layers = [Layer.of(layer, self.heads, self.groups, laid_out=layers) for layer in trunk.layers]
         last = trunk.layers[-1]
-        self._last = Matrix([last.self_attn.k_proj, last.self_attn.v_proj], _factor(last.input_layernorm))
+        parts = [last.self_attn.k_proj, last.self_attn.v_proj]
+        self._last = Matrix(parts, _factor(last.input_layernorm), laid_out=layers)
         self._norm, self._head = trunk.norm, model.lm_head
         self._least = _least(trunk.norm)
-        self.nbytes = _nbytes(model)
-        self._packed_head = Matrix([model.lm_head], _factor(trunk.norm)) if packs_head(model) else None
+        self.nbytes = _nbytes(*_parts(model))
+        self._packed_head = None
+        if packs_head(model):
+            self._packed_head = Matrix([model.lm_head], _factor(trunk.norm), laid_out=head)
 
     @property
     def has_head(self) -> bool:
@@ -235,13 +259,21 @@ def prompts_differ(model: Any, layers: PackedLayers) -> str | None:
 
 
 def packs_head(model: Any) -> bool:
-    """Whether a head is laid out, too, and called by nobody: a plain one, unless all would be large."""
-    return packs(model.lm_head) == torch.float32 and _nbytes(model) <= PACKED_AT_MOST
+    """Whether a head is called by nobody, since it is a plain one."""
+    return packs(model.lm_head) == torch.float32
 
 
-def _nbytes(model: Any) -> int:
-    """Of a model's matrices, with its head."""
-    parts = (*model.model.layers, model.lm_head)
+def laid_out(model: Any) -> tuple[bool, bool]:
+    """Whether a model's layers are laid out, and its head: up to `PACKED_AT_MOST` of all that is."""
+    return _nbytes(*model.model.layers) <= PACKED_AT_MOST, _nbytes(*_parts(model)) <= PACKED_AT_MOST
+
+
+def _parts(model: Any) -> tuple[Any, ...]:
+    return (*model.model.layers, model.lm_head)
+
+
+def _nbytes(*parts: Any) -> int:
+    """Of the matrices of parts of a model."""
     return sum(p.nbytes for part in parts for p in part.parameters() if p.dim() == 2)
 
 

@@ -81,6 +81,13 @@ PATCHES: Mapping[str, Patch] = {
             "torch, or the MKL that it is built with, multiplies with AVX-512 there",
         ),
         Patch(
+            "wide_products",
+            "keel.accel.cpu_products",
+            "MKL's products of few rows with wide results, in float32: in parts, on AMD with AVX2 alone",
+            "once: products in parts, with a bias and without, against torch's",
+            "MKL takes no longer at once than in parts there",
+        ),
+        Patch(
             "norm_and_rope",
             "keel.accel.norm_and_rope",
             "forward of RMS norms, and the rotation inside attention modules, on the CPU in float32",
@@ -163,6 +170,13 @@ PATCHES: Mapping[str, Patch] = {
             "threads inside each operation of a decode step on the CPU, by one thread for a part of the rows",
             "none: each thread takes the step that was tried",
             "torch's operations on few rows are as fast with two threads as two of them on one thread each",
+        ),
+        Patch(
+            "token_blocks",
+            "keel.rollout.sampling",
+            "the cumulative sum over a vocabulary that a token is drawn by, on the CPU: by blocks of tokens",
+            "none: it takes logits, and nothing of a model",
+            "torch's cumulative sum is as fast as its softmax",
         ),
         Patch(
             "decode_graphs",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 2**26  # bytes of float32 logits that are made at a time
+LARGE_HEAD = 2**28  # bytes of a head's float32 weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class HeadInputs:
     @property
     def rows_at_once(self) -> int:
         vocab = self.values.shape[-1] if self.head is None else self.head.vocab
-        return max(1, LOGITS_AT_ONCE // (4 * vocab))
+        width = 0 if self.head is None else self.values.shape[-1]
+        return max(1, logits_at_once(vocab, width, self.values.device.type) // (4 * vocab))
 
     def logits(self, values: Tensor) -> Tensor:
         """(n, V) of some of `values`."""
@@ -46,6 +48,14 @@ class HeadInputs:
             return values
         with computing(self.model, values.device):
             return self.head(values)
+
+
+def logits_at_once(vocab: int, width: int, device: str) -> int:
+    """Bytes of float32 logits (n, vocab) that are made at a time of (n, width) hidden states:
+    `LOGITS_AT_ONCE`; on a CPU, where a head is large, half as much as its weights. With fewer rows all these
+    would be read again and again, and logits that do not fit are made twice."""
+    weights = 4 * vocab * width
+    return max(LOGITS_AT_ONCE, weights // 2) if device == "cpu" and weights >= LARGE_HEAD else LOGITS_AT_ONCE
 
 
 class TokenLogprobs(NamedTuple):
@@ -139,7 +149,7 @@ def token_logprobs(
     hits: bool = False,
     vocab: int | None = None,
 ) -> TokenLogprobs:
-    """What the model says of (N,) tokens, `LOGITS_AT_ONCE` at a time. Where that takes several times, the
+    """What the model says of (N,) tokens, `logits_at_once` at a time. Where that takes several times, the
     logits are made again in the backward pass, so that never more than a part of them is there.
 
     vocab: of the distribution over these first ids alone, which a sampler draws from; None: over all rows.

@@ -15,7 +15,7 @@ import torch
 from keel.accel import cpu_linear, last_layer
 from keel.accel.processor import cache_dtype
 from keel.models import precision
-from keel.models.logprobs import LOGITS_AT_ONCE
+from keel.models.logprobs import logits_at_once
 from keel.plan.model_shapes import Head, Shape
 
 # Bytes of a weight. 8 and 4 bits as in bitsandbytes: a scale in float32 for each row (2208.07339; too few to
@@ -212,7 +212,8 @@ def kv_cache(model: Model, rows: int, length: int) -> float:
 
 def _at_once(model: Model, tokens: int) -> int:
     """Tokens whose logits `models.forward` makes at a time."""
-    return min(tokens, max(1, LOGITS_AT_ONCE // (model.shape.vocab * FLOAT32)))
+    most = logits_at_once(model.shape.vocab, model.shape.hidden, model.device)
+    return min(tokens, max(1, most // (model.shape.vocab * FLOAT32)))
 
 
 def kept_states(model: Model, tokens: int) -> float:

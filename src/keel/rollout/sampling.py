@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from keel.accel.patches import enabled
 from keel.algorithms.masked import at_least_float32
 from keel.errors import UsageError
 from keel.models.load import context_length
 from keel.rollout.protocol import Rows
 from keel.types import Sampling
+
+BLOCK = 512  # tokens whose probabilities are summed, and one of which blocks is looked into
+LEAST = 2**14  # tokens of a vocabulary from which that pays
+AT_ONCE = 2**20  # probabilities that are made at a time, so that they stay in the cache
 
 
 def check_context(
@@ -45,14 +50,19 @@ def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Ten
     distribution, and (B,) the log of the probability that each had (0 for greedy, which leaves no choice).
     Rows of the embeddings that stand for no token of the tokenizer (`sampling.vocab`) have none.
 
-    The cumulative sum is taken in float64: float32 would lose the tail of a large vocabulary.
+    The cumulative sum is taken in float64: float32 would lose the tail of a large vocabulary. On a CPU it is
+    taken over blocks of tokens, and over the tokens of one block (`_by_blocks`).
     """
     logits = at_least_float32(logits[:, : sampling.vocab])
     if sampling.temperature == 0:
         return logits.argmax(dim=-1), torch.zeros(len(logits), dtype=logits.dtype, device=logits.device)
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-    logp = _cut(logits, sampling).log_softmax(dim=-1)
+    logits = _cut(logits, sampling)
+    on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
+    if on_cpu and logits.shape[-1] >= LEAST and enabled("token_blocks"):
+        return _by_blocks(logits, draws)
+    logp = logits.log_softmax(dim=-1)
     cumulative = logp.exp().cumsum(dim=-1, dtype=torch.float64)
     tokens = (
         torch.searchsorted(cumulative, draws[:, None].double() * cumulative[:, -1:], right=True)
@@ -60,6 +70,40 @@ def pick(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Ten
         .clamp(max=logits.shape[-1] - 1)
     )
     return tokens, logp.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _by_blocks(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """As `pick`, of (B, V) float32 logits, a few rows at a time. The cumulative sum in float64 over V tokens
+    takes ten times as long as their softmax, and memory for all of it as long again. Here each block of
+    tokens is summed in float32, the sums are accumulated in float64, and so are the tokens of the block that
+    the draw falls into. A block's sum is off by some 1e-7 of itself, so that only a draw that is as near to
+    the border of a token may fall on its other side."""
+    rows, tokens = max(1, AT_ONCE // logits.shape[-1], torch.get_num_threads()), logits.shape[-1]
+    p = torch.empty(min(rows, len(logits)), tokens)
+    blocks, within = -(-tokens // BLOCK), torch.arange(BLOCK)
+    whole = tokens // BLOCK * BLOCK
+    chosen, logp = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    for first in range(0, len(logits), rows):
+        part = slice(first, first + rows)
+        n = len(logits[part])
+        torch.softmax(logits[part], dim=-1, out=p[:n])
+        sums = torch.zeros(n, blocks, dtype=torch.float64)
+        sums[:, : tokens // BLOCK] = p[:n, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
+        if whole < tokens:
+            sums[:, -1] = p[:n, whole:].sum(dim=-1)
+        upto = sums.cumsum(dim=-1)
+        target = draws[part, None].double() * upto[:, -1:]
+        block = torch.searchsorted(upto, target, right=True).clamp_(max=blocks - 1)
+        # how far into the block, as a share of it
+        mass = sums.gather(-1, block)
+        share = ((target - upto.gather(-1, block) + mass) / mass).clamp_(0, 1 - 2**-52)
+        index = block * BLOCK + within
+        inside = p[:n].gather(-1, index.clamp(max=tokens - 1)).masked_fill_(index >= tokens, 0)
+        inside = inside.cumsum(dim=-1, dtype=torch.float64)
+        place = torch.searchsorted(inside, share * inside[:, -1:], right=True).clamp_(max=BLOCK - 1)
+        token = (block * BLOCK + place).clamp_(max=tokens - 1)
+        chosen[part], logp[part] = token.squeeze(-1), p[:n].gather(-1, token).squeeze(-1).log_()
+    return chosen, logp
 
 
 def _cut(logits: Tensor, sampling: Sampling) -> Tensor:
