@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from keel.cli.main import app
 from keel.config import parse
-from keel.errors import UsageError
+from keel.errors import EngineError, UsageError
+from keel.rollout.vllm.server import Launch
 
 _spec = importlib.util.spec_from_file_location("ray_jobs", Path(__file__).with_name("ray_jobs.py"))
 assert _spec is not None
@@ -155,6 +156,47 @@ def test_what_a_cluster_never_holds_is_refused_with_what_to_do(room: Any) -> Non
         room([(8, 2), (8, 2)], 1, 1, 3, cpus=1)
     with pytest.raises(UsageError, match="ask for fewer ranks, or name a server elsewhere"):
         room([(1, 0), (1, 0)], 2, 2, 1)
+
+
+def test_a_server_that_finds_no_room_in_time_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray_cluster = pytest.importorskip("keel.distributed.ray_cluster")
+
+    class Group:
+        waits = 3
+
+        def wait(self, seconds: float) -> bool:
+            time.sleep(0.01)
+            self.waits -= 1
+            return self.waits == 0
+
+    monkeypatch.setattr(ray_cluster, "FOR_PLACE", 0.0)
+    ray_cluster._await_place(Group(), print)
+    assert capsys.readouterr().out == "keel: waiting for Ray to place the vLLM server\n"
+    monkeypatch.setenv(ray_cluster.A_START, "0.001")
+    with pytest.raises(EngineError, match=r"no room for the vLLM server in 0\.01 s"):
+        ray_cluster._await_place(Group(), print)
+
+
+def test_what_the_machine_of_the_actor_lacks_is_said_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_ray = pytest.importorskip("keel.rollout.vllm.on_ray")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(on_ray.socket, "gethostname", lambda: "node-b")
+    launch = Launch(tmp_path / "env" / "bin" / "vllm", str(tmp_path / "start"), "float32")
+
+    def fault(folder: Path) -> str:
+        address, said = on_ray.ServerKeeper().start(launch, tmp_path / "log", "key", str(folder), "owner")
+        assert address == ""
+        return said
+
+    assert fault(tmp_path / "none") == f"node-b does not see {tmp_path}/none, in which the run works"
+    assert "node-b, where Ray has placed the server: there is no vLLM in" in fault(tmp_path)
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    launch.program.touch()
+    assert "put runs (or rollout.folder) on a file system that all machines share" in fault(tmp_path)
 
 
 # ---------------------------------------------------------------- on a cluster
@@ -322,7 +364,7 @@ class TestCluster:
         assert apart(tmp_path / "tiny") == []
         assert_nothing_serves(program)
 
-    def test_what_the_machine_of_the_actor_lacks_is_one_line(
+    def test_what_the_cluster_never_holds_is_refused_and_leaves_nothing(
         self, config: Path, program: Path, cluster: str, tmp_path: Path
     ) -> None:
         options = ("--ray", "--address", cluster, "--nproc", 1, "--runs", tmp_path)

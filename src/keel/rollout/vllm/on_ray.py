@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray  # pyright: ignore[reportMissingImports]
-from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]
     PlacementGroupSchedulingStrategy,
 )
@@ -100,6 +100,8 @@ class ActorServer:
             owner = ray.get_runtime_context().get_node_id()
             begun = self._actor.start.remote(launch, self.log, self.key, os.getcwd(), owner)
             self.address, fault = self._awaited(begun)
+        except RayTaskError as error:  # the actor is there, and met this
+            fault = " ".join(str(error.cause).split())[:300]
         except (RayError, ValueError) as error:
             raise self._gone(error) from None
         if fault:
