@@ -351,7 +351,7 @@ class TestCluster:
     ) -> None:
         """And ends with its worker, which Ray kills with all its children."""
         with jobs.launched(
-            config, cluster, tmp_path, "--max-restarts", "1", "stages.g.rollout.devices=0"
+            config, cluster, tmp_path, "--max-restarts", "1", 'stages.g.rollout.devices="0"'
         ) as process:
             jobs.await_updates(tmp_path / "tiny", 2, "g")
             assert jobs.workers(KEEPER) == []
