@@ -6,11 +6,9 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,16 +24,15 @@ from keel.distributed.launch import Outcome, of_workers
 from keel.distributed.records import Record
 from keel.errors import UsageError
 
-CLUSTER = Path(__file__).with_name("ray_cluster.py")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_spec = importlib.util.spec_from_file_location("ray_jobs", Path(__file__).with_name("ray_jobs.py"))
+assert _spec is not None
+assert _spec.loader is not None
+jobs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(jobs)
+keel, launched, of_keel, worker_of = jobs.keel, jobs.launched, jobs.of_keel, jobs.worker_of
+await_updates, assert_nothing_is_left = jobs.await_updates, jobs.assert_nothing_is_left
 WITHIN = 60.0  # seconds in which a job ends once a rank is gone
 Differences = Callable[[Path, Path], list[str]]
-on_ranks = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'keel-rlhf[ray]'"
-    ),
-]
 
 
 # ---------------------------------------------------------------- what is asked
@@ -121,26 +118,9 @@ def test_who_is_to_blame_is_said_in_one_line() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of two raylets with one CPU each. Their sockets' paths must be short."""
-    folder = tempfile.mkdtemp(prefix="keel-")
-    (Path(folder) / "ray").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, str(CLUSTER), folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.stdin.close()
-        process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def keel(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "keel", *map(str, arguments)]
-    environment = {**os.environ, **ENVIRONMENT}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    """The address of two raylets with one CPU each."""
+    with jobs.cluster() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +143,7 @@ def undisturbed(config: Path) -> Path:
 
 
 class TestCluster:
-    pytestmark = on_ranks
+    pytestmark = jobs.on_ranks
 
     def test_ppo_on_two_machines_of_ray_leaves_the_bytes_of_two_ranks(
         self, config: Path, undisturbed: Path, cluster: str, tmp_path: Path, differences: Differences
@@ -250,17 +230,17 @@ class TestCluster:
         options = ("--ray", "--address", "local", "--nproc", "2", "--runs", str(tmp_path), "--name", "own")
         command = [sys.executable, "-m", "keel", "launch", str(config), *options]
         process = subprocess.Popen(
-            command, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True
+            command, env={**os.environ, **jobs.ENVIRONMENT}, stderr=subprocess.PIPE, text=True
         )
         await_updates(tmp_path / "own", 1)
-        ours = [process.pid, *children_of(process.pid)]
+        ours = [process.pid, *jobs.children_of(process.pid)]
         assert len(ours) > 5
         assert {host for pid in ours for host in listens_at(pid)} == {"0100007F"}
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said[-3000:]
         assert differences(undisturbed, tmp_path / "own") == ["config.yaml"]
         until = time.monotonic() + 10
-        while (left := [pid for pid in ours if is_alive(pid)]) and time.monotonic() < until:
+        while (left := [pid for pid in ours if jobs.is_alive(pid)]) and time.monotonic() < until:
             time.sleep(0.05)
         assert left == []
 
@@ -290,7 +270,9 @@ class TestCluster:
                     raise RuntimeError("the worker is gone")
                 return "host", 1
 
-            def execute(self, work: Any, host: str, port: int, starts: int, folder: str) -> list[str]:
+            def execute(
+                self, work: Any, host: str, port: int, starts: int, folder: str, *_: str
+            ) -> list[str]:
                 before.append(starts)
                 (Path(folder) / on_ray._WORKED).touch()
                 return [host]
@@ -302,59 +284,6 @@ class TestCluster:
         for _ in range(2):
             on_ray.RankBackend().on_start(Workers(), settings)
         assert before == [0, 1]
-
-
-@contextlib.contextmanager
-def launched(config: Path, cluster: str, runs: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """`keel launch --ray` on both machines, at work."""
-    command = [sys.executable, "-m", "keel", "launch", str(config), "--ray", "--address", cluster]
-    command += ["--nproc", "1", "--nodes", "2", "--runs", str(runs), *more]
-    process = subprocess.Popen(
-        command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def of_keel(said: str) -> list[str]:
-    """What keel says of the job, but that it waits for a machine that is busy."""
-    lines = [line for line in said.splitlines() if line.startswith("keel: ")]
-    return [line for line in lines if "waiting for Ray" not in line]
-
-
-def await_updates(run: Path, number: int) -> None:
-    log, until = run / "stages" / "ppo" / "metrics.jsonl", time.monotonic() + 200
-    while not (log.exists() and len(log.read_text().splitlines()) >= number):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def workers() -> list[int]:
-    """The processes of Ray Train's workers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                found.append(int(folder.name))
-    return found
-
-
-def children_of(pid: int) -> list[int]:
-    """All processes below one."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found, waiting = list[int](), [pid]
-    while waiting:
-        above = waiting.pop()
-        below = [child for child, parent in parents.items() if parent == above]
-        found, waiting = found + below, waiting + below
-    return found
 
 
 def listens_at(pid: int) -> set[str]:
@@ -372,26 +301,3 @@ def listens_at(pid: int) -> set[str]:
 
 def _table(name: str) -> list[str]:
     return Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def worker_of(run: Path, rank: int) -> int:
-    """The process of a rank: the first one holds the run's lock."""
-    first = int(json.loads((run / ".lock").read_text())["pid"])
-    found = workers()
-    assert first in found
-    return first if rank == 0 else next(pid for pid in found if pid != first)
-
-
-def assert_nothing_is_left(run: Path) -> None:
-    until = time.monotonic() + 10
-    while workers() and time.monotonic() < until:  # Ray kills them, and looks at its dead now and then
-        time.sleep(0.05)
-    assert workers() == []
-    assert not list(run.glob(".ranks-*"))
-    assert not [p for p in run.rglob("*") if "partial" in p.name or p.name.endswith(".gone")]

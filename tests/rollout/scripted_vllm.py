@@ -40,13 +40,14 @@ class ScriptedVllm:
         mode: str = "processed_logprobs",
         lora: bool = False,
         port: int = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         self.place, self.key, self.mode, self.lora = model, key, mode, lora
         self.script: Script = lambda route, body, number: None
         self.change: Callable[[Any], Any] = lambda answer: answer
         self.calls: list[tuple[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.port, self._lock = port, threading.RLock()
+        self.host, self.port, self._lock = host, port, threading.RLock()
         self.start()
 
     # ------------------------------------------------------------ life
@@ -71,7 +72,7 @@ class ScriptedVllm:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server = ThreadingHTTPServer((self.host, self.port), Handler)
         self.port = self._server.server_address[1]
         self._server.daemon_threads, self._server.block_on_close = True, False
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -83,7 +84,7 @@ class ScriptedVllm:
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def count(self, route: str) -> int:
         """Calls of a route so far."""
@@ -228,8 +229,8 @@ def serve(folder: Path, words: list[str]) -> None:
     FOLDER/deadly holds a number, it takes it away and is gone at that call of the route of tokens."""
     with open(folder / "pids", "a", encoding="utf-8") as file:
         file.write(f"{os.getpid()}\n")
-    port = int(words[words.index("--port") + 1])
-    one = ScriptedVllm(Path(words[1]), key=os.environ.get("VLLM_API_KEY"), port=port)
+    host, port = words[words.index("--host") + 1], int(words[words.index("--port") + 1])
+    one = ScriptedVllm(Path(words[1]), key=os.environ.get("VLLM_API_KEY"), port=port, host=host)
     (folder / "variables").write_text(json.dumps(dict(os.environ)), encoding="utf-8")
     deadly = folder / "deadly"
 

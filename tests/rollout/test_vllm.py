@@ -597,6 +597,20 @@ def test_a_started_server_ends_with_its_owner_however_that_ends(fake: Any, tmp_p
     until(lambda: not alive(main) and not alive(child))
 
 
+def test_a_started_server_ends_with_a_guard_that_is_killed(fake: Any, tmp_path: Path) -> None:
+    """Ray kills the children of a worker that it ends, and with them nobody who could end theirs."""
+    program, pids = fake
+    one = server.Server(server.Launch(program, "m", "float32"), tmp_path / "log")
+    one.start()
+    until(lambda: pids.exists() and bool(pids.read_text()))
+    main, child, *_ = json.loads(pids.read_text())
+    assert one._guard is not None
+    one._guard.kill()
+    until(lambda: not alive(main) and not alive(child))
+    assert not one.alive
+    one.stop()
+
+
 def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     ran: list[list[str]] = []
 

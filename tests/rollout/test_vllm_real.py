@@ -23,6 +23,7 @@ from keel.rollout import GenerationRequest
 from keel.rollout.protocol import Rows
 from keel.rollout.score_responses import score
 from keel.rollout.vllm import ServerSettings, VllmEngine
+from keel.rollout.vllm.server import Server
 from keel.types import Sampling
 
 ENVIRONMENT = os.environ.get("KEEL_TEST_VLLM", "")
@@ -246,7 +247,9 @@ def _kill_servers_on(folder: Path) -> bool:
 def _server_of(engine: VllmEngine) -> int:
     """The process that serves, and the group of all that it started."""
     own = engine.server._server
-    assert own is not None
+    assert isinstance(own, Server)
     assert own._guard is not None
-    guard = own._guard.pid
-    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text().split()[0])
+    one = own._guard.pid
+    for _ in range(2):  # a guard is two processes
+        one = int(Path(f"/proc/{one}/task/{one}/children").read_text().split()[0])
+    return one

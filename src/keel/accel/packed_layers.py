@@ -102,8 +102,8 @@ class Layer(NamedTuple):
             ([own.q_proj, own.k_proj, own.v_proj], _factor(first)), ([own.o_proj], None),
             ([mlp.gate_proj], _factor(second)), ([mlp.up_proj], _factor(second)), ([mlp.down_proj], None),
         )  # fmt: skip
-        matrices = [Matrix(*part, laid_out=laid_out) for part in parts]
-        return cls(*matrices, _least(first), _least(second), heads, own.scaling)
+        read, out, gate, up, down = (Matrix(*part, laid_out=laid_out) for part in parts)
+        return cls(read, out, gate, up, down, _least(first), _least(second), heads, own.scaling)
 
     def behind(self, x: Tensor, attended: Tensor) -> Tensor:
         """(M, d) residual stream and (M, H · D) what was attended → (M, d), the layer's result."""

@@ -26,8 +26,10 @@ from keel.distributed import records
 from keel.distributed.launch import Outcome
 from keel.errors import LostRankError, UsageError
 from keel.rundir.worker import LOCK
+from keel.stages import samplers as samplers_of
 
 if TYPE_CHECKING:
+    from keel.config import RunConfig
     from keel.distributed.on_ray import Voice
     from keel.distributed.ray_cluster import Job
     from keel.pipeline.pipeline import Pipeline
@@ -48,6 +50,9 @@ class Asked:
     card: bool | None  # of a rank; None: one where the cluster has any
     restarts: int
     directory: Path
+    engine: int | None = None  # cards of a vLLM server that Ray places, 0 for a processor's; None: none
+    engines: tuple[str, ...] = ()  # the stages that have it
+    beside: tuple[str, ...] = ()  # those that start one beside the first rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +70,14 @@ class Arguments:
 
 
 def asked(
-    pipeline: Pipeline, nodes: str | None, nproc: int | None, address: str | None, restarts: int
+    pipeline: Pipeline,
+    nodes: str | None,
+    nproc: int | None,
+    address: str | None,
+    restarts: int,
+    only: str | None = None,
 ) -> Asked:
-    """UsageError for what cannot be asked."""
+    """only: the stage that is run alone. UsageError for what cannot be asked."""
     if nproc is None:
         raise UsageError("--ray needs --nproc N: the ranks, with --nodes those of each machine")
     if nodes is not None and not re.fullmatch(r"[1-9]\d{0,3}", nodes):
@@ -86,7 +96,31 @@ def asked(
     threads = config.threads or os.environ.get("OMP_NUM_THREADS", "").strip()
     cpus = int(threads) if str(threads).isdigit() and int(threads) > 0 else None
     card = None if config.device == "auto" else config.device.startswith("cuda")
-    return Asked(address, nproc * machines, machines, cpus, card, restarts, pipeline.directory)
+    return Asked(
+        address, nproc * machines, machines, cpus, card, restarts, pipeline.directory,
+        *_engines(config, only),
+    )  # fmt: skip
+
+
+def _engines(config: RunConfig, only: str | None) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
+    """The vLLM servers that stages start: what the largest one that Ray places needs, as of `Asked.engine`,
+    and the stages whose servers it places, and whose it does not."""
+    samplers = {
+        name: sampler
+        for name, stage in config.stages.items()
+        if (sampler := getattr(stage, "rollout", None)) is not None and only in (None, name)
+    }
+    placed = {name: sampler for name, sampler in samplers.items() if sampler.placeable}
+    beside = [
+        name for name, one in samplers.items() if one.vllm and one.address is None and name not in placed
+    ]
+    cards: list[int] = []
+    for name, sampler in placed.items():
+        try:
+            cards.append(0 if samplers_of.on_processor(sampler) else sampler.cards())
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
+    return max(cards, default=None), tuple(placed), tuple(beside)
 
 
 def as_text(one: Asked) -> str:
@@ -94,9 +128,15 @@ def as_text(one: Asked) -> str:
     spread = "wherever they fit" if one.nodes == 1 else f"spread over {one.nodes} machines"
     cpus = "a rank's share of the cores" if one.cpus is None else f"{one.cpus} CPU"
     card = {None: ", 1 GPU where there are any", True: ", 1 GPU", False: ""}[one.card]
+    as_rank = "as many CPUs as a rank" if one.cpus is None else f"{one.cpus} CPU"
+    server = f"1 CPU and {one.engine} GPU where there are any, else {as_rank}" if one.engine else as_rank
+    engine = f"; a vLLM server ({', '.join(one.engines)}) in a placement group of its own: {server}"
+    beside = f"; a vLLM server ({', '.join(one.beside)}) beside the first rank, of which Ray counts nothing"
     return (
         f"ray at {one.address}: {one.ranks} workers of Ray Train, {spread}; each {cpus}{card}; "
         f"started again at most {one.restarts} times; run directory {one.directory}"
+        + (engine if one.engines else "")
+        + (beside if one.beside else "")
     )
 
 
@@ -137,7 +177,7 @@ def _ray(address: str) -> Any:
 def _job(on_ray: Any, one: Asked) -> Job:
     return on_ray.Job(
         one.address, one.ranks, one.nodes, one.cpus, one.card, one.restarts, one.directory.absolute(),
-        launch.told(os.environ), Path.cwd(), _is_loopback(one.address),
+        launch.told(os.environ), Path.cwd(), _is_loopback(one.address), one.engine,
     )  # fmt: skip
 
 

@@ -245,7 +245,7 @@ def _by_ray(
     from keel.cli import consent, launch_ray
     from keel.cli import launch as launching
 
-    asked = launch_ray.asked(pipeline, *wanted)
+    asked = launch_ray.asked(pipeline, *wanted, named["--only"])
     if dry_run:
         return show(launch_ray.as_text(asked))
     consent.to_run(_place(config), pipeline.config, flags["--trust"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +18,11 @@ GIVEN = {
     "--generation-config": "", "--max-logprobs": "", "--max-model-len": "`max_length` of the stage",
     "--dtype": "`rollout.dtype`", "--enable-sleep-mode": "`rollout.sleep`", "--enable-lora": "`lora`",
     "--max-lora-rank": "`lora.r`", "--trust-remote-code": "`model.trust_remote_code`",
+}  # fmt: skip
+# arguments of `vllm serve` whose product is the number of cards
+PARALLEL = {
+    "--tensor-parallel-size": "tensor", "-tp": "tensor", "--pipeline-parallel-size": "pipeline",
+    "-pp": "pipeline", "--data-parallel-size": "data", "-dp": "data",
 }  # fmt: skip
 
 
@@ -146,3 +153,23 @@ class SamplerConfig(Settings):
     def vllm(self) -> bool:
         """Whether a vLLM server samples."""
         return self.engine == "vllm"
+
+    @property
+    def placeable(self) -> bool:
+        """Whether a vLLM server is started that may stand anywhere: it is not told which cards of a machine
+        to take, nor does it share one with the trainer."""
+        return self.vllm and self.address is None and self.devices is None and not self.sleep
+
+    def cards(self) -> int:
+        """Cards that a started server computes on, as `args` say. ValueError for what is no number."""
+        found, words = dict.fromkeys(PARALLEL.values(), 1), iter(self.args)
+        for word in words:
+            flag, equals, value = word.partition("=")
+            name = PARALLEL.get(flag.replace("_", "-"))
+            if name is None:
+                continue
+            value = value if equals else next(words, "")
+            if not re.fullmatch(r"[1-9]\d{0,4}", value):
+                raise ValueError(f"`rollout.args`: {flag} {value}: write a number of cards")
+            found[name] = int(value)
+        return math.prod(found.values())

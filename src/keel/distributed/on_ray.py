@@ -35,17 +35,15 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback  # p
 from ray.train.backend import Backend  # pyright: ignore[reportMissingImports]
 from ray.train.torch import TorchConfig, TorchTrainer  # pyright: ignore[reportMissingImports]
 
-from keel.distributed import launch, ray_cluster, records
+from keel.distributed import engine_place, launch, ray_cluster, records
 from keel.distributed.launch import Node, Outcome
-from keel.distributed.ray_cluster import Job
+from keel.distributed.ray_cluster import FOR_PLACE, STARTS, Job
 from keel.distributed.records import Record
 
 # exit codes of what another start would not mend: bad usage, waiting for people, a signal
 FINAL = (2, 3, 130)
 FOR_DEATH = 3.0  # seconds that Ray has to notice a worker's death, before those that lost it say so
-FOR_PLACE = 30.0  # seconds without a rank after which the launcher says that it waits
 TO_ABORT = 20.0  # seconds that Ray has to end all workers
-STARTS = 10  # how often Ray tries to find room, or to start workers, a minute each
 _TOKEN = "token"
 _WORKED = "worked"  # in the folder of a start: its first rank has begun to work
 _LOOK = 0.1  # seconds between looks at the desk
@@ -113,6 +111,7 @@ class RankConfig(TorchConfig):
 
     desk: Any = None
     records: str = ""  # the shared folder
+    engine: str = ""  # the placement group of the vLLM server
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -132,7 +131,7 @@ class RankBackend(Backend):
         folder.mkdir()
         host, port = worker_group.execute_single(0, _hold_store, len(worker_group))
         before = len(list(starts.glob(f"start-*/{_WORKED}")))  # whose ranks are all gone
-        hosts = worker_group.execute(_become_rank, host, port, before, str(folder))
+        hosts = worker_group.execute(_become_rank, host, port, before, str(folder), backend_config.engine)
         controller = ray.get_runtime_context().current_actor
         ray.get(backend_config.desk.put.remote(("began", attempt, hosts, controller)))
 
@@ -148,14 +147,15 @@ def _hold_store(size: int) -> tuple[str, int]:
     return address, store.port
 
 
-def _become_rank(host: str, port: int, before: int, folder: str) -> str:
+def _become_rank(host: str, port: int, before: int, folder: str, engine: str) -> str:
     """In each worker's process: torchrun's names in the environment. before: starts that came to work.
-    Returns the host's name."""
+    engine: the placement group of the vLLM server. Returns the host's name."""
     context = ray.train.get_context()
     node = Node(context.get_world_rank(), context.get_world_size(), host, port)
     os.environ |= launch.of_rank(context.get_local_rank(), context.get_local_world_size(), Path(folder), node)
     os.environ["RANK"] = str(node.first)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(before)
+    os.environ[engine_place.GROUP] = engine
     return socket.gethostname()
 
 
@@ -192,22 +192,29 @@ def run(job: Job, work: Work, show: Callable[[str, bool], None]) -> tuple[Outcom
     """Do the work on all ranks, to its end: how they ended, and what the first one returned. show: is given
     each line that they write, and whether on standard output.
 
-    Whatever ends this process ends the ranks. UsageError where there is no Ray at the address, or no room.
+    Whatever ends this process ends the ranks. UsageError where there is no Ray at the address, or no room;
+    EngineError where a vLLM server finds none in time.
     """
-    with _shared(job.directory) as folder, ray_cluster.connected(job) as cpus:
+    with (
+        _shared(job.directory) as folder,
+        ray_cluster.connected(job) as cpus,
+        ray_cluster.reserved(job, cpus, lambda line: show(line, False)) as engine,
+    ):
         desk = ray.remote(num_cpus=0)(Desk).options(**_here()).remote()
         with tempfile.TemporaryDirectory(prefix="keel-ray-") as storage:
-            trainer = _trainer(job, work, desk, folder, Path(storage), cpus)
+            config = RankConfig(desk=desk, records=str(folder), engine=engine)
+            trainer = _trainer(job, work, config, folder, Path(storage), cpus)
             return _Watching(job, desk, folder, show).to_end(trainer)
 
 
-def _trainer(job: Job, work: Work, desk: Any, folder: Path, storage: Path, cpus: int) -> Any:
+def _trainer(job: Job, work: Work, config: RankConfig, folder: Path, storage: Path, cpus: int) -> Any:
     token, cwd = (folder / _TOKEN).read_text(encoding="utf-8"), str(job.folder)
+    desk = config.desk
     card = ray_cluster.with_cards(job)
     spread = "PACK" if job.nodes == 1 else "STRICT_SPREAD" if job.nodes == job.ranks else "SPREAD"
     return TorchTrainer(
         lambda: _as_rank(work, desk, token, cwd),
-        torch_config=RankConfig(desk=desk, records=str(folder)),
+        torch_config=config,
         scaling_config=ScalingConfig(
             num_workers=job.ranks, use_gpu=card, placement_strategy=spread,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if card else {})},

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from keel.config.sampler import SamplerConfig
-from keel.distributed import group, sharded
+from keel.distributed import engine_place, group, sharded
 from keel.errors import UsageError
 from keel.models.precision import compute_dtype
 from keel.rollout import Engine, KeelEngine
 from keel.rollout.vllm import ServerSettings, SharedEngine, VllmEngine
-from keel.rollout.vllm.server import program_of
+from keel.rollout.vllm.server import is_cpu, program_of
 from keel.rundir.stage_run import StageRun
 
 if TYPE_CHECKING:
@@ -52,13 +52,21 @@ def card_note(settings: SamplerConfig) -> str | None:
     """What is said where several ranks have a card each and share a server that is started beside them: it
     takes the first card that it sees, which is the first rank's. None where it has cards of its own, or
     gives its card back."""
-    if not settings.vllm or settings.address is not None or settings.devices is not None or settings.sleep:
+    if not settings.placeable:
         return None
     return (
         "the vLLM server shares the first rank's card: give it one of its own (`rollout.devices`, and one "
         "rank fewer by --nproc), let it sleep while keel trains (`rollout.sleep: true`), or name a server "
         "elsewhere (`rollout.address`)"
     )
+
+
+def on_processor(settings: SamplerConfig) -> bool:
+    """Whether vLLM's package for processors is the one that a server is started from."""
+    try:
+        return is_cpu(program_of(settings.environment))
+    except UsageError:  # which is said where the server is to be started
+        return False
 
 
 def print_of(place: Path) -> str:
@@ -84,7 +92,8 @@ def open_sampler(
     if group.size() == 1:
         return _open_server(settings, model, run, tokenizer, length, trust_remote_code)
     engine = None
-    if group.device_type() == "cuda" and (note := card_note(settings)) is not None:
+    beside = engine_place.reserved() is None
+    if beside and group.device_type() == "cuda" and (note := card_note(settings)) is not None:
         run.note(note)
     if group.is_first():
         engine = _open_server(settings, model, run, tokenizer, length, trust_remote_code)
@@ -114,6 +123,7 @@ def _open_server(
         ServerSettings(
             address=settings.address, key=key_of(settings), key_named=settings.api_key_env is not None,
             environment=settings.environment, devices=settings.devices, dtype=dtype,
+            group=engine_place.reserved() if settings.placeable else None,
             args=tuple(settings.args), whole=settings.push == "whole", concurrency=settings.concurrency,
             timeout=settings.timeout, patience=settings.patience, restarts=settings.restarts,
             sleep=settings.sleep, trust_remote_code=trust_remote_code,

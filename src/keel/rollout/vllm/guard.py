@@ -31,14 +31,28 @@ def end(group: int) -> None:
 
 def main(log: str, command: list[str]) -> int:
     """The command's exit code."""
+    until_gone, held = os.pipe()
+    inner = os.fork()
+    if inner == 0:
+        os.close(held)
+        os.setsid()
+        os._exit(_guarded(log, command, (0, until_gone)))
+    os.close(until_gone)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who owns the server says when it ends
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(inner, signal.SIGTERM))
+    return os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1])
+
+
+def _guarded(log: str, command: list[str], watched: tuple[int, int]) -> int:
+    """Run the command until it ends, or until one of two pipes is closed; its exit code."""
     with open(log, "ab") as file:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def watch() -> None:
+    def watch(pipe: int) -> None:
         with contextlib.suppress(OSError):
-            while os.read(0, 4096):
+            while os.read(pipe, 4096):
                 pass
         end(child.pid)
 
@@ -46,8 +60,9 @@ def main(log: str, command: list[str]) -> int:
         threading.Thread(target=end, args=(child.pid,), daemon=True).start()
 
     signal.signal(signal.SIGTERM, told)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who owns the server says when it ends
-    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for pipe in watched:
+        threading.Thread(target=watch, args=(pipe,), daemon=True).start()
     code = child.wait()
     end(child.pid)  # what it has left behind
     return code if code >= 0 else 128 - code

@@ -36,6 +36,8 @@ from keel.rollout.vllm.wire import DownError, FailedError, RefusedError, Wire
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from keel.rollout.vllm.on_ray import ActorServer
+
 PAUSE = 0.5  # seconds before a server that answers nothing of use is asked again
 PROBED = 32  # tokens of the text that a push is checked with
 APART = {torch.float32: 0.05, torch.float64: 0.05}  # nats a token that a probe may differ
@@ -61,6 +63,7 @@ class ServerSettings:
     key_named: bool = False  # whether the config names a key
     environment: str | None = None
     devices: str | None = None
+    group: str | None = None  # Ray's placement group that a started one stands in; None: beside this process
     dtype: str | None = None  # None: what the trainer multiplies in
     args: tuple[str, ...] = ()
     whole: bool = False  # push all weights where adapters are trained, too
@@ -95,7 +98,7 @@ class Holder:
         self.version, self.gap = "", 0.0  # the server's own version, as 0.32.0
         self.wire: Wire | None = None
         self.vocab = int(model.config.get_text_config().vocab_size)
-        self._server: Server | None = None
+        self._server: Server | ActorServer | None = None
         self._base = ""  # the name of the served model
         self._taken: Taken | None = None  # what is sampled with
         self._held: tuple[Taken, Weights] | None = None  # what the server was given last
@@ -274,7 +277,7 @@ class Holder:
         self._look_at(wire)
         return wire
 
-    def _prepared(self) -> Server:
+    def _prepared(self) -> Server | ActorServer:
         """A server to start, and the folder that it starts on."""
         program, dtype = program_of(self.settings.environment), self._dtype()
         if self.settings.sleep and is_cpu(program):
@@ -292,7 +295,12 @@ class Holder:
             sleep=self.settings.sleep, trust_remote_code=self.settings.trust_remote_code,
             args=self.settings.args,
         )  # fmt: skip
-        return Server(launch, self.folder / "server.log")
+        log, group = self.folder / "server.log", self.settings.group
+        if group is None:
+            return Server(launch, log)
+        from keel.rollout.vllm.on_ray import ActorServer
+
+        return ActorServer(launch, log, group, self.settings.patience, self.say)
 
     def _look_at(self, wire: Wire) -> None:
         """Read from a server what it serves. EngineError for one that cannot be used, with what to change."""

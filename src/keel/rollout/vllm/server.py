@@ -243,7 +243,7 @@ class Server:
     def start(self) -> None:
         """Start it, without waiting until it answers."""
         self.stop()
-        self.port = self.launch.port or _free_port()
+        self.port = self.launch.port or _free_port(self.launch.host)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-I", guard.__file__, str(self.log), *self.launch.command(self.port)]
         self._guard = subprocess.Popen(
@@ -305,9 +305,10 @@ def wait_until_ready(
         time.sleep(min(POLL, max(0.0, until - time.monotonic())))
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
+def _free_port(host: str) -> int:
+    """One that nobody listens at, of those of an address of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.bind((host, 0))
         return one.getsockname()[1]
 
 
