@@ -28,6 +28,7 @@ ROOMS = {  # rooms, and files of commands, that need extras
     "cli/dashboard.py": ("dashboard",),
     "distributed/on_ray.py": ("ray",),
     "distributed/ray_cluster.py": ("ray",),
+    "rollout/vllm/on_ray.py": ("ray",),
     "worlds/gym_process.py": ("gym",),
     "trackers": ("trackio", "wandb", "tensorboard", "mlflow"),
 }

@@ -443,7 +443,10 @@ def test_settings_without_effect_are_refused(term):
 @pytest.mark.parametrize("setting", ["setup", "entry_point"])
 def test_a_column_that_a_config_names_and_no_row_has_is_found(run, tiny_model, tmp_path, setting):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a?", "tests": TESTS}) + "\n")
-    config = stage(**{setting: "mine"}) | {"model": str(tiny_model), "data": str(tmp_path / "rows.jsonl")}
+    config = stage(**{setting: "mine"}, sandbox="none") | {
+        "model": str(tiny_model),
+        "data": str(tmp_path / "rows.jsonl"),
+    }
     with pytest.raises(DataError, match=rf"no column 'mine' \(`{setting}`\)"):
         run({"stages": {"grpo": config}}, tmp_path / "run")
 
@@ -459,8 +462,9 @@ def test_a_column_that_a_config_names_and_no_row_has_is_found(run, tiny_model, t
     ],
 )
 def test_bad_tests_are_found_before_anything_runs(run, tiny_model, tmp_path, rows, said):
+    """Also on a machine that has no sandbox."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = stage() | {"model": str(tiny_model), "data": str(tmp_path / "rows.jsonl")}
+    config = stage(sandbox="none") | {"model": str(tiny_model), "data": str(tmp_path / "rows.jsonl")}
     with pytest.raises(DataError, match=said):
         run({"stages": {"grpo": config}}, tmp_path / "run")
 

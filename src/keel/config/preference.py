@@ -117,6 +117,11 @@ class DPOConfig(Supervised):
         """What the loss can learn from, preferred first."""
         return ("preference", "unpaired") if self.loss == "kto" else ("preference",)
 
+    @property
+    def asks_reference(self) -> bool:
+        """Whether its loss compares the policy with a reference."""
+        return self.loss not in REFERENCE_FREE
+
     def references(self) -> list[tuple[str, str]]:
         """As of `Stage`: the model to train, and the reference where one is named."""
         reference = [("reference", self.reference)] if self.reference else []

@@ -26,7 +26,6 @@ from keel.config import (
     Supervised,
     Training,
 )
-from keel.config.preference import REFERENCE_FREE
 from keel.models.quantize import KINDS
 from keel.pipeline import stage_kinds
 from keel.plan import activation_memory, model_memory, predicted_layout
@@ -244,7 +243,7 @@ def preferences(stage: DPOConfig, refs: StageModels, lengths: Lengths, device: D
     forward."""
     policy, found = _trained(stage, refs.model, device), []
     models = {"policy": policy}
-    if stage.loss not in REFERENCE_FREE:
+    if stage.asks_reference:
         found.append(_reference(stage, refs, lengths, device))
     sides = 1 if stage.loss == "kto" else 2
     count = rows_at_once(stage, stage.batch_size, sides * lengths.total)

@@ -15,8 +15,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from keel.config import DPOConfig, Training
-from keel.config.preference import REFERENCE_FREE
+from keel.config import Training
 from keel.data.batches import pairs_of
 from keel.models.machine_speed import Speed
 from keel.models.phase_cost import ADAMW, GRADIENT, PhaseCost
@@ -76,7 +75,7 @@ def works(stage: Training, refs: StageModels, lengths: Lengths, ranks: int = 1) 
     }
     if stage.on_policy:
         return _sampling(stage, refs, lengths, tokens, pairs) | found
-    if isinstance(stage, DPOConfig) and stage.loss not in REFERENCE_FREE:
+    if getattr(stage, "asks_reference", False):
         found = {"reference": Work(reading(learners["policy"]), tokens, pairs, parts)} | found
     return found
 

@@ -19,7 +19,6 @@ from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
 from keel.algorithms.masked import masked_sum
 from keel.config import DPOConfig
-from keel.config.preference import REFERENCE_FREE
 from keel.data.batches import by_length, length_mask, pad, rows_of_step
 from keel.data.stored.records import Rows, numbers_of, picked
 from keel.data.stored.tokens import Tokens
@@ -241,7 +240,7 @@ def to_score(
     is known. Some steps' at a time, of rows in memory as of rows in a file: which responses share a forward
     shows in the last digits.
     """
-    if config.loss in REFERENCE_FREE:
+    if not config.asks_reference:
         return
     steps, seen = total_steps(config, len(rows)), set[int]()
     for start in range(0, steps, _STEPS_AT_ONCE):
