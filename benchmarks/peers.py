@@ -15,7 +15,7 @@ peak of the process above what is resident after everything is imported. The flo
 at least on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same
 work.
 `--new` and `--mean` are the most tokens and the mean of a response in grpo and ppo, `--steps` the steps of a
-measurement, two at least.
+measurement; with one, which is for models whose steps take minutes, nothing is left out as a warm-up.
 `--processor` takes processor's seconds instead of the clock's: with `--threads 1`, other work that goes on
 beside disturbs them little (the floor stays by the clock).
 
@@ -239,7 +239,11 @@ def of_keel(kind: str, folder: Path, device: str, at_once: int) -> None:
         config = parse(keel_config(kind, folder, device, at_once))
         pipeline = Pipeline(config, Path(temporary), say=say, progress=progress)
         pipeline.run()
-        least = floor(pipeline.stage_directory(next(iter(config.stages))) / "times.jsonl")
+        times = pipeline.stage_directory(next(iter(config.stages))) / "times.jsonl"
+        if len(ends) == 1:
+            report([0.0, step_of(times)], before, device, 0.0, floor(times))
+            return
+        least = floor(times)
     # up to the end of the first step, without as much as a step takes; of the rows of these steps alone
     steps = [after - earlier for earlier, after in itertools.pairwise(ends)]
     reading = sum(max(0.0, ends[0] - mark - statistics.median(steps)) for mark in marks[:1])
@@ -252,7 +256,14 @@ def floor(times: Path) -> float:
     steps."""
     rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
     phases = [name.partition("/")[0] for name in rows[-1] if name.endswith("/roofline")]
-    return statistics.median(sum(row[p] * row[f"{p}/roofline"] for p in phases) for row in rows[1:])
+    counted = rows[1:] or rows
+    return statistics.median(sum(row[p] * row[f"{p}/roofline"] for p in phases) for row in counted)
+
+
+def step_of(times: Path) -> float:
+    """Seconds of the first step."""
+    row = json.loads(times.read_text(encoding="utf-8").splitlines()[0])
+    return sum(row.get(phase, 0.0) for phase in ("rollout", "forward", "score", "train"))
 
 
 # ---------------------------------------------------------------- the peers' side
@@ -348,14 +359,18 @@ def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
                 "reward_funcs": [varied],
                 "train_dataset": table(prompt="prompt"),
             }
-    make(args=settings, callbacks=[_clock(ends, device)], **more).train()
+    make(args=settings, callbacks=[_clock(ends, device, alone=steps == 1)], **more).train()
     report(ends, before, device)
 
 
-def _clock(ends: list[float], device: str) -> Any:
+def _clock(ends: list[float], device: str, *, alone: bool) -> Any:
+    """alone: of one step, whose beginning counts."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
+        def on_step_begin(self, *given: Any, **named: Any) -> None:
+            ends.extend([now(device)] if alone else [])
+
         def on_step_end(self, *given: Any, **named: Any) -> None:
             ends.append(now(device))
 
@@ -474,7 +489,13 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
     parser.add_argument("--new", type=int, default=RESPONSE, help="tokens of a response at most")
     parser.add_argument("--mean", type=int, default=MEAN, help="tokens of a response, in grpo and ppo")
-    parser.add_argument("--steps", type=int, help="of each measurement; the first is the warm-up")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        choices=range(1, 100),
+        metavar="N",
+        help="of each measurement; the first of several is the warm-up",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=["keel", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -503,7 +524,7 @@ def take(settings: argparse.Namespace) -> None:
         os.environ[PROCESSOR] = "1"
     RESPONSE, MEAN = settings.new, settings.mean
     if settings.steps is not None:
-        STEPS.update(dict.fromkeys(STEPS, max(2, settings.steps)))
+        STEPS.update(dict.fromkeys(STEPS, settings.steps))
 
 
 def _row(pairs: list[tuple[dict[str, float], dict[str, float]]], what: str, places: int) -> str:
