@@ -88,6 +88,25 @@ def test_sampling_reads_all_weights_for_each_token_of_the_slots_and_the_keys_bef
     assert read == pytest.approx(passes * weights + keys, rel=0.02)
 
 
+def test_a_server_reads_its_weights_once_for_the_rows_that_it_is_asked_for_at_a_time() -> None:
+    passes = {
+        n: step_seconds.works(*llama(rollout={"engine": "vllm", "concurrency": n}))["rollout"].passes
+        for n in (64, 512)
+    }
+    assert passes == {64: 8 * 1024, 512: 1024}
+
+
+def test_a_pair_has_two_sides_and_an_example_of_ktos_one() -> None:
+    refs, lengths = StageModels(ModelRef(model_shapes.KNOWN[LLAMA]), None, {}), Lengths(100, 50)
+    tokens = {
+        loss: step_seconds.works(stage("dpo", model=LLAMA, data="d", loss=loss, batch_size=4), refs, lengths)
+        for loss in ("sigmoid", "kto", "orpo")
+    }
+    assert tokens["sigmoid"]["train"].tokens == 4 * (100 + 2 * 50)
+    assert tokens["kto"]["train"].tokens == 4 * (100 + 50)
+    assert ["reference" in found for found in tokens.values()] == [True, True, False]
+
+
 def test_more_ranks_take_less_time_and_send_more() -> None:
     settings, refs, lengths = llama()
     card = Speed(4e14, {1: 2e12})

@@ -108,13 +108,17 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
     host = in_host_memory(stage, refs, asked.ranks) if strategy == "fsdp" and asked.offload else 0.0
     fullest = max(found, key=lambda phase: phase.total)
     fit = card_fit.fit(stage, peak, lengths.total, asked.card)
-    planned = stage.planned_steps(stage.batch_size)
-    steps = planned.get("gradient_steps", planned["steps"]) // max(1, planned["steps"])
     return OnRanks(
         True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
-        fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), steps,
+        fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), _steps_of_update(stage),
         seconds_of_step(stage, refs, lengths, asked, strategy), host,
     )  # fmt: skip
+
+
+def _steps_of_update(stage: Training) -> int:
+    """Optimiser steps of an update; 1 where a step is one."""
+    planned = stage.planned_steps(stage.batch_size)
+    return planned.get("gradient_steps", planned["steps"]) // max(1, planned["steps"])
 
 
 def _training(stage: Stage) -> Training:
@@ -307,10 +311,8 @@ def seconds_of_step(
     cut = asked.ranks if strategy == "fsdp" else 1
     found = step_seconds.phases(own, refs, within, cut, asked.speed)
     if asked.bandwidth is not None:
-        planned = stage.planned_steps(stage.batch_size)
-        steps = planned.get("gradient_steps", planned["steps"]) // max(1, planned["steps"])
         sent = sum(bytes_of_step(stage, refs, lengths, asked.ranks, strategy).values())
-        found["sending"] = steps * sent / asked.bandwidth
+        found["sending"] = _steps_of_update(stage) * sent / asked.bandwidth
     return found
 
 

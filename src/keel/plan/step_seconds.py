@@ -23,8 +23,7 @@ from keel.plan import stage_memory
 from keel.plan.model_memory import WEIGHT, Model
 from keel.plan.stage_memory import Lengths, StageModels
 
-SLOTS = 256  # rows that a vLLM server samples at a time (`rollout.concurrency`)
-HALF = 2.0  # bytes of a number as it is multiplied on CUDA, where nothing else is asked for
+AUTO = 2.0  # bytes of a number as `dtype: auto` multiplies it on CUDA
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +85,15 @@ def _sampling(
     """The phases of an update in front of training."""
     roles = stage_memory.roles(stage, refs, "cuda")
     policy, rewards = roles["policy"], [model for name, model in roles.items() if name in refs.rewards]
-    rounds = math.ceil(stage.batch_size / (SLOTS if stage.rollout.vllm else stage_memory.SAMPLED_AT_ONCE))
+    sampler = stage.rollout
+    slots = sampler.concurrency if sampler.vllm else stage_memory.SAMPLED_AT_ONCE
+    rounds = math.ceil(stage.batch_size / slots)
     distinct = stage.batch_size / stage.samples_per_prompt
     cached = stage.batch_size * (pairs_of(lengths.total) - pairs_of(lengths.prompt))
     cached += distinct * pairs_of(lengths.prompt)
     reads = [roles.get("reference", policy)]
     reads += [roles["critic"]] if "critic" in roles else []
-    reads += [policy] if not stage.trusts_sampler or stage.rollout.vllm else []
+    reads += [policy] if not stage.trusts_sampler or sampler.vllm else []
     works = {
         "rollout": Work(decoding(policy), tokens, cached, rounds * lengths.answer),
         "forward": Work(reduce(add, map(reading, reads)), tokens, pairs, 1),
@@ -112,7 +113,7 @@ def _read(stage: Any, lengths: Lengths) -> tuple[float, float]:
     else:
         prompts = rows = stage.batch_size
         answers = [lengths.answer]
-        if "preference" in stage.record_types:  # None: the other side is as long
+        if stage.record_types == ("preference",):  # None: the other side is as long
             answers.append(lengths.answer if lengths.other is None else lengths.other)
     tokens = prompts * prompt + rows * sum(answers)
     pairs = prompts * pairs_of(prompt)
@@ -134,14 +135,14 @@ def multiplied(model: Model) -> float:
 def reading(model: Model) -> PhaseCost:
     """Of a forward, as `models.phase_cost.forward_cost`."""
     shape, weights = model.shape, multiplied(model)
-    width = HALF if model.dtype == "auto" else WEIGHT[model.dtype]
+    width = AUTO if model.dtype == "auto" else WEIGHT[model.dtype]
     return PhaseCost(2 * weights, 4.0 * shape.layers * shape.queries, width * weights)
 
 
 def decoding(model: Model) -> PhaseCost:
     """Of sampling with a cache, as `models.phase_cost.decode_cost`."""
     once, shape = reading(model), model.shape
-    kept = 4.0 if model.dtype == "float32" else HALF
+    kept = 4.0 if model.dtype == "float32" else AUTO
     return PhaseCost(once.token, once.pair, once.passed, 2.0 * shape.layers * shape.keys * kept)
 
 
