@@ -126,7 +126,7 @@ lock: $(SUPPLY)/.installed         ## requirements.lock again: the default insta
 $(PEERS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.16.0
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.16.0 peft
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PEERS)/trl112 trl==1.12.0
 	touch $@
 

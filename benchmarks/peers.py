@@ -10,10 +10,10 @@ pairs. Prompts have 32 tokens, responses 64; in grpo and ppo the chance of the e
 24 tokens long on average, 64 at most. Where keel's reference model reads the rows of all steps before the
 first (dpo), each step is charged its share of that. A step is 64 rows, pairs or episodes, 16 at a time (ppo:
 an update with 4 epochs, a critic of its own). `auto` kinds are keel's defaults for a machine with fast
-bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32. Memory is the
-peak of the process above what is resident after everything is imported. The floor is what keel's step needs
-at least on this machine (docs/speed.md): no build of keel can be faster with the same precision and the same
-work.
+bfloat16 (`model.dtype: auto`, for ppo `sharing: trunk` too) against the same peer in float32; in `grpo-lora`
+both sides train adapters, and the base without them is the reference. Memory is the peak of the process above
+what is resident after everything is imported. The floor is what keel's step needs at least on this machine
+(docs/speed.md): no build of keel can be faster with the same precision and the same work.
 `--new` and `--mean` are the most tokens and the mean of a response in grpo and ppo, `--steps` the steps of a
 measurement; with one, which is for models whose steps take minutes, nothing is left out as a warm-up.
 `--processor` takes processor's seconds instead of the clock's: with `--threads 1`, other work that goes on
@@ -43,6 +43,7 @@ from typing import Any
 KINDS = (
     *("sft", "reward", "dpo", "grpo", "ppo"),
     *("ppo-auto", "grpo-auto", "sft-auto", "reward-auto", "dpo-auto"),
+    "grpo-lora",
 )
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
 ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
@@ -83,6 +84,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 LR = 1e-5
+LORA = {"r": 16, "alpha": 32}  # on all linear layers but the head, without dropout, in grpo-lora
 PROCESSOR = "BENCH_PROCESSOR_SECONDS"  # in a process that is measured: its time is what it computed
 
 
@@ -175,7 +177,8 @@ def keel_config(kind: str, folder: Path, device: str, at_once: int = MICRO) -> d
 
 def keel_stage(kind: str, folder: Path, device: str) -> dict[str, Any]:
     """The stage of `kind` as the peers have it."""
-    kind, _, auto = kind.partition("-")
+    kind, _, way = kind.partition("-")
+    auto = way == "auto"
     rows, dtype = str(folder / "rows.jsonl"), "auto" if auto or device != "cpu" else "float32"
 
     def model(name: str) -> dict[str, Any]:
@@ -209,7 +212,15 @@ def keel_stage(kind: str, folder: Path, device: str) -> dict[str, Any]:
     }
     if kind == "grpo":
         reward = {"kind": "python", "function": f"{__file__}:varied"}
-        return {"kind": "grpo", "reward": reward, "samples_per_prompt": 8, "kl": {"coef": 0.04}, **shared}
+        more = {"lora": LORA, "sharing": "adapters"} if way == "lora" else {}
+        return {
+            "kind": "grpo",
+            "reward": reward,
+            "samples_per_prompt": 8,
+            "kl": {"coef": 0.04},
+            **shared,
+            **more,
+        }
     return {
         "kind": "ppo",
         "reward": str(folder / "scorer"),
@@ -274,7 +285,7 @@ def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
     import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    kind = kind.partition("-")[0]
+    kind, _, way = kind.partition("-")
     if kind == "ppo":
         import trl.experimental.ppo  # pyright: ignore[reportMissingImports]
     else:
@@ -359,6 +370,16 @@ def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
                 "reward_funcs": [varied],
                 "train_dataset": table(prompt="prompt"),
             }
+            if way == "lora":
+                import peft
+
+                linear = peft.LoraConfig(
+                    r=LORA["r"],
+                    lora_alpha=LORA["alpha"],
+                    target_modules="all-linear",
+                    task_type="CAUSAL_LM",
+                )
+                more["peft_config"] = linear
     make(args=settings, callbacks=[_clock(ends, device, alone=steps == 1)], **more).train()
     report(ends, before, device)
 

@@ -78,6 +78,8 @@ def step_seconds(folder: Path, kind: str, ranks: int, strategy: str, name: str) 
     path.write_text(yaml.safe_dump({**config(folder, kind), "distributed": {"strategy": strategy}}))
     command = [sys.executable, "-m", "keel", "run", str(path), "--runs", str(folder / "runs"), "--name", name]
     command += ["--nproc", str(ranks)] if ranks > 1 else []
+    if (folder / "runs" / name).exists():
+        raise SystemExit(f"{name} was run already: what it took then is not what it takes now")
     ended = subprocess.run(
         command, env={**os.environ, **ENVIRONMENT}, check=False, capture_output=True, text=True
     )
@@ -130,7 +132,7 @@ def speed(folder: Path, kind: str, asked: argparse.Namespace) -> Speed:
     before, pairs = os.getloadavg()[0], list[tuple[float, float]]()
     for number in range(asked.pairs):
         one, several = (
-            step_seconds(folder, kind, ranks, asked.strategy, f"{kind}-{ranks}-{number}")
+            step_seconds(folder, kind, ranks, asked.strategy, f"{kind}-{asked.strategy}-{ranks}-{number}")
             for ranks in (1, asked.ranks)
         )
         pairs.append((one, several))
