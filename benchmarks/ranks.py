@@ -62,7 +62,13 @@ peers.SIZES["deep"] = {  # 124 M parameters: of each layer, and of what is no la
 }
 RESPONSE = 16  # tokens, of --memory
 DRAWN = (1, 2, 4, 8, 16)  # ranks
-COLOURS = {"sft": "#2563eb", "ppo": "#d97706", "grpo": "#059669"}  # of others black
+COLOURS = {  # of others black
+    ("sft", "ddp"): "#2563eb",
+    ("sft", "fsdp"): "#7c3aed",
+    ("ppo", "ddp"): "#d97706",
+    ("ppo", "fsdp"): "#dc2626",
+    ("grpo", "ddp"): "#059669",
+}
 FEW = {"batch_size": 4, "micro_batch": 1}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -180,17 +186,20 @@ def picture(found: Sequence[Speed]) -> str:
         x, y = point(1, 2.0**power)
         parts.append(f'<text x="{x - 12:.1f}" y="{y + 4:.1f}" text-anchor="end" {grey}>{2.0**power:g}</text>')
         parts.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#eee"/>')
-    for one in found:
-        colour = COLOURS.get(one.kind, "#111")
+    labels = list[float]()  # heights that are taken: below one another where lines end side by side
+    for one in sorted(found, key=lambda one: -one.foreseen[DRAWN[-1]]):
+        colour = COLOURS.get((one.kind, one.strategy), "#111")
         alone = {n: one.measured[1] / n for n in DRAWN}
-        dash = "2 3" if one.strategy == "ddp" else "7 3"
-        parts.append(line(alone, f'stroke="#999" stroke-dasharray="{dash}"'))
+        parts.append(line(alone, 'stroke="#999" stroke-dasharray="2 3"'))
         parts.append(line(one.foreseen, f'stroke="{colour}" stroke-width="1.5"'))
         for ranks, seconds in one.measured.items():
             x, y = point(ranks, seconds)
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         x, y = point(DRAWN[-1], one.foreseen[DRAWN[-1]])
-        parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" {grey}>{one.kind}, {one.strategy}</text>')
+        labels.append(max([y, *(taken + 14 for taken in labels[-1:])]))
+        name = f"{one.kind}, {one.strategy}"
+        coloured = grey.replace("#555", colour)
+        parts.append(f'<text x="{x + 8:.1f}" y="{labels[-1] + 4:.1f}" {coloured}>{name}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
