@@ -7,15 +7,15 @@ plan of memory hold?
 The parts, in this order:
 
 correctness  On small models: greedy responses of the engine against transformers' `generate`,
-log-probabilities and states of
-             recorded steps (CUDA graphs) against a forward over the whole sequence, in float32 and in
-             bfloat16, and a PPO update
-             on the CPU against the same on the card. engine       Tokens a second on a model of 0.5 B
-parameters in bfloat16 (Qwen2.5-0.5B's config): `generate`, keel without and with
-             recorded steps, and what the card's memory allows: each step must read all weights, and the keys
-and values so far. memory       What `keel plan` predicts for SFT, PPO and DPO of that model against the peak
-of what torch had allocated. peers        The pairs of `peers.py` with that model; needs --peer (and
---ppo-peer for PPO), as described there.
+             log-probabilities and states of recorded steps (CUDA graphs) against a forward over the whole
+             sequence, in float32 and in bfloat16, and a PPO update on the CPU against the same on the card.
+engine       Tokens a second on a model of 0.5 B parameters in bfloat16 (Qwen2.5-0.5B's config): `generate`,
+             keel without and with recorded steps, and what the card's memory allows: each step must read all
+             weights, and the keys and values so far.
+memory       What `keel plan` predicts for SFT, PPO and DPO of that model against the peak of what torch had
+             allocated.
+peers        The pairs of `peers.py` with that model; needs --peer (and --ppo-peer for PPO), as described
+             there.
 
 Exit code 2 without a CUDA device, 1 if something is not right.
 """
@@ -283,7 +283,8 @@ def main() -> int:
             print("left out: no --peer")
         else:
             kinds = [kind for kind in KINDS if settings.ppo_peer or not kind.startswith("ppo")]
-            peers.compare(argparse.Namespace(**{**vars(settings), "size": size}), kinds)
+            usual = vars(peers.options().parse_args([]))
+            peers.compare(argparse.Namespace(**{**usual, **vars(settings), "size": size}), kinds)
         print(f"({time.perf_counter() - start:.0f} s)", flush=True)
     return 0 if right else 1
 

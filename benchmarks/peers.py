@@ -15,7 +15,11 @@ both sides train adapters, and the base without them is the reference. Memory is
 what is resident after everything is imported. The floor is what keel's step needs at least on this machine
 (docs/speed.md): no build of keel can be faster with the same precision and the same work.
 `--new` and `--mean` are the most tokens and the mean of a response in grpo and ppo, `--steps` the steps of a
-measurement; with one, which is for models whose steps take minutes, nothing is left out as a warm-up.
+measurement; with one, which is for models whose steps take minutes, nothing is left out as a warm-up (not of
+ppo, whose TRL says nowhere when a step begins, nor of dpo, where the reference's reading could not be told
+from the warm-up). `--peer-bf16` gives TRL on the CPU its own default, `bf16`; without, it computes in
+float32. Which of the two is faster depends on the processor: quote keel's `auto` kinds against the faster
+one, so run them twice.
 `--processor` takes processor's seconds instead of the clock's: with `--threads 1`, other work that goes on
 beside disturbs them little (the floor stays by the clock).
 
@@ -46,7 +50,8 @@ KINDS = (
     "grpo-lora",
 )
 STEPS = {"sft": 6, "reward": 6, "dpo": 6, "grpo": 6, "ppo": 4}
-ROWS, BATCH, PROMPT, RESPONSE, MEAN = 512, 64, 32, 64, 24
+ROWS, BATCH, PROMPT, ANSWER = 512, 64, 32, 64  # ANSWER: tokens of the responses in the rows
+RESPONSE, MEAN = 64, 24  # tokens of a response that is sampled, at most and on average
 MICRO = 16  # rows, pairs or episodes in one forward and backward, on both sides (--rows and --peer-rows)
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 SIZES: dict[str, dict[str, Any]] = {
@@ -84,6 +89,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 LR = 1e-5
+UNSTARTED = ("ppo", "dpo")  # of which one step alone cannot be measured
 LORA = {"r": 16, "alpha": 32}  # on all linear layers but the head, without dropout, in grpo-lora
 PROCESSOR = "BENCH_PROCESSOR_SECONDS"  # in a process that is measured: its time is what it computed
 
@@ -121,7 +127,8 @@ def prepare(folder: Path, size: str = "small") -> None:
     ):
         torch.manual_seed(seed)
         scores = name in ("scorer", "critic")
-        more = {"max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        positions = max(512, PROMPT + RESPONSE)
+        more = {"max_position_embeddings": positions, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         config = AutoConfig.for_model(**SIZES[size], **more, **({"num_labels": 1} if scores else {}))
         family = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
         model: Any = family.from_config(config)
@@ -131,7 +138,7 @@ def prepare(folder: Path, size: str = "small") -> None:
             model.config.keel_reward = {"mean": 0.0, "std": 1.0}
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    texts = [_texts(vocabulary, width, seed) for seed, width in ((1, PROMPT), (2, RESPONSE), (3, RESPONSE))]
+    texts = [_texts(vocabulary, width, seed) for seed, width in ((1, PROMPT), (2, ANSWER), (3, ANSWER))]
     rows = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in zip(*texts)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -239,7 +246,7 @@ def of_keel(kind: str, folder: Path, device: str, at_once: int) -> None:
     from keel.config import parse
     from keel.pipeline.pipeline import Pipeline
 
-    before, ends = resident("VmRSS"), list[float]()
+    before, ends, begun = resident("VmRSS"), list[float](), _mark_phases(device)
     marks: list[float] = []  # when the reference of dpo began to read, which is before the first step
 
     def say(line: str) -> None:
@@ -251,10 +258,10 @@ def of_keel(kind: str, folder: Path, device: str, at_once: int) -> None:
         pipeline = Pipeline(config, Path(temporary), say=say, progress=progress)
         pipeline.run()
         times = pipeline.stage_directory(next(iter(config.stages))) / "times.jsonl"
-        if len(ends) == 1:
-            report([0.0, step_of(times)], before, device, 0.0, floor(times))
-            return
         least = floor(times)
+    if len(ends) == 1:
+        report([begun[0], *ends], before, device, 0.0, least)
+        return
     # up to the end of the first step, without as much as a step takes; of the rows of these steps alone
     steps = [after - earlier for earlier, after in itertools.pairwise(ends)]
     reading = sum(max(0.0, ends[0] - mark - statistics.median(steps)) for mark in marks[:1])
@@ -271,17 +278,26 @@ def floor(times: Path) -> float:
     return statistics.median(sum(row[p] * row[f"{p}/roofline"] for p in phases) for row in counted)
 
 
-def step_of(times: Path) -> float:
-    """Seconds of the first step."""
-    row = json.loads(times.read_text(encoding="utf-8").splitlines()[0])
-    return sum(row.get(phase, 0.0) for phase in ("rollout", "forward", "score", "train"))
+def _mark_phases(device: str) -> list[float]:
+    """When each phase of a stage begins, by the clock of its ends: the first is the first step's."""
+    from keel.rundir.stage_run import StageRun
+
+    timed, begun = StageRun.timed, list[float]()
+
+    def marked(run: StageRun, phase: str) -> Any:
+        begun.append(now(device))
+        return timed(run, phase)
+
+    StageRun.timed = marked  # pyright: ignore[reportAttributeAccessIssue]
+    return begun
 
 
 # ---------------------------------------------------------------- the peers' side
 
 
-def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
-    """In a process of its own: train as TRL does, `at_once` rows at a time, print what it took."""
+def of_trl(kind: str, folder: Path, device: str, at_once: int, *, bf16: bool) -> None:
+    """In a process of its own: train as TRL does, `at_once` rows at a time, print what it took. bf16: on the
+    CPU, too, as TRL does by default."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -299,7 +315,7 @@ def of_trl(kind: str, folder: Path, device: str, at_once: int) -> None:
         "learning_rate": LR,
         "report_to": "none",
         "use_cpu": device == "cpu",
-        "bf16": device != "cpu",
+        "bf16": bf16 or device != "cpu",
         "fp16": False,
         "gradient_checkpointing": False,
         "save_strategy": "no",
@@ -440,6 +456,8 @@ def measured(
     device: str = "cpu",
     peer_rows: int = MICRO,
     rows: int = MICRO,
+    *,
+    bf16: bool = False,
 ) -> dict[str, float]:
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -465,6 +483,7 @@ def measured(
         str(RESPONSE),
         "--steps",
         str(STEPS[kind.partition("-")[0]]),
+        *(["--peer-bf16"] if bf16 else []),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -481,12 +500,14 @@ def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
         for kind in kinds:
             path = settings.ppo_peer if kind.startswith("ppo") else None
             shared = Path(temporary), settings.threads
+            more: dict[str, Any] = {
+                "device": settings.device, "peer_rows": settings.peer_rows, "rows": settings.rows,
+                "bf16": settings.peer_bf16,
+            }  # fmt: skip
             pairs = [
                 (
-                    measured(settings.peer, kind, "trl", *shared, path, settings.device, settings.peer_rows),
-                    measured(
-                        sys.executable, kind, "keel", *shared, None, settings.device, rows=settings.rows
-                    ),
+                    measured(settings.peer, kind, "trl", *shared, path, **more),
+                    measured(sys.executable, kind, "keel", *shared, **more),
                 )
                 for _ in range(settings.pairs)
             ]
@@ -496,7 +517,8 @@ def compare(settings: argparse.Namespace, kinds: Sequence[str]) -> None:
             print(f"{kind:<10}{seconds}   {_row(pairs, 'memory', 0)}   pairs: {each}", flush=True)
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -523,19 +545,33 @@ def main() -> None:
     parser.add_argument(
         "--processor", action="store_true", help="the processor's seconds, for a machine that does other work"
     )
+    parser.add_argument(
+        "--peer-bf16", action="store_true", help="TRL multiplies in bfloat16 on the CPU, its default"
+    )
+    return parser
+
+
+def main() -> None:
+    parser = options()
     settings = parser.parse_args()
     take(settings)
     if odd := [kind for kind in settings.kinds if kind not in KINDS]:
         parser.error(f"{odd[0]!r} is none of {', '.join(KINDS)}")
+    asked = settings.kinds or KINDS
+    if settings.steps == 1 and any(kind.partition("-")[0] in UNSTARTED for kind in asked):
+        left = [kind for kind in KINDS if kind.partition("-")[0] not in UNSTARTED]
+        parser.error(f"--steps 1 measures no {' nor '.join(UNSTARTED)}; name kinds of {', '.join(left)}")
     if settings.side:
         import torch
 
         torch.set_num_threads(settings.threads)
         given = settings.kinds[0], settings.folder, settings.device
-        ours = settings.side == "keel"
-        of_keel(*given, settings.rows) if ours else of_trl(*given, settings.peer_rows)
+        if settings.side == "keel":
+            of_keel(*given, settings.rows)
+        else:
+            of_trl(*given, settings.peer_rows, bf16=settings.peer_bf16)
         return
-    compare(settings, settings.kinds or KINDS)
+    compare(settings, asked)
 
 
 def take(settings: argparse.Namespace) -> None:

@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.memory or asked.measure:
-        peers.RESPONSE = RESPONSE
+        peers.RESPONSE = peers.ANSWER = RESPONSE
     asked.strategy = asked.strategy or ("fsdp" if asked.memory else "ddp")
     if asked.measure:
         measure(asked.folder, asked.kinds[0], asked.strategy, asked.measure)
