@@ -146,8 +146,8 @@ bench-data: $(VENV)/.installed     ## a million comparisons: time, memory, secon
 	$(BIN)/python benchmarks/data_size.py --seed $(SEED) --model $(MODEL) --rows 100000
 	$(BIN)/python benchmarks/data_size.py --seed $(SEED) --model $(MODEL) --rows 1000000
 
-bench-gpu: $(VENV)/.installed $(PEERS)/.installed  ## correctness, sampling, memory and peers on one CUDA device
-	$(BIN)/python benchmarks/gpu.py --peer $(PEERS)/bin/python --ppo-peer $(PEERS)/trl112
+bench-gpu: $(VENV)/.installed $(PEERS)/.installed  ## correctness, ranks, vLLM, sampling, memory and peers on CUDA, in some 8 minutes
+	$(BIN)/python benchmarks/gpu.py --peer $(PEERS)/bin/python --ppo-peer $(PEERS)/trl112 $(if $(wildcard $(VLLM)),--vllm $(VLLM))
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

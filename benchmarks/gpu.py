@@ -1,14 +1,20 @@
-"""keel on one CUDA device: is it right, how fast does it sample, what does it take beside TRL, and does the
-plan of memory hold?
+"""keel on one CUDA device, and on two where there are two: is it right, how fast does it sample, what does it
+take beside TRL, and does the plan of memory hold?
 
     make bench-gpu                                    (makes the peers' environment, then runs everything)
-    python benchmarks/gpu.py [--peer PYTHON] [--ppo-peer FOLDER] [--parts PART …] [--pairs N]
+    python benchmarks/gpu.py [--peer PYTHON] [--ppo-peer FOLDER] [--vllm FOLDER] [--parts PART …]
+                             [--pairs N] [--minutes M]
 
-The parts, in this order:
+The parts, in this order; one that would begin after M minutes (6) is left out, and said so:
 
 correctness  On small models: greedy responses of the engine against transformers' `generate`,
              log-probabilities and states of recorded steps (CUDA graphs) against a forward over the whole
              sequence, in float32 and in bfloat16, and a PPO update on the CPU against the same on the card.
+ranks        Where there are two cards: SFT, GRPO and PPO on both of them by `ddp`, by `fsdp` and by `fsdp`
+             with `offload` against one, in float32 on a tiny model.
+vllm         Two updates of GRPO with a vLLM server on the same card, which sleeps while keel trains: its
+             log-probabilities against the trainer's; needs --vllm, an environment that has vLLM
+             (`keel engine install vllm`).
 engine       Tokens a second on a model of 0.5 B parameters in bfloat16 (Qwen2.5-0.5B's config): `generate`,
              keel without and with recorded steps, and what the card's memory allows: each step must read all
              weights, and the keys and values so far.
@@ -36,6 +42,7 @@ from typing import Any
 from unittest import mock
 
 import engine
+import gpu_several
 import peers
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,7 +56,7 @@ from keel.plan import planner
 from keel.rollout.engine import generate
 from keel.types import Completion, Sampling
 
-PARTS = ("correctness", "engine", "memory", "peers")
+PARTS = ("correctness", "ranks", "vllm", "engine", "memory", "peers")
 KINDS = ("sft", "reward", "dpo", "grpo", "ppo", "ppo-auto")  # of peers.py; all of them in bfloat16 on CUDA
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STEADY = (
@@ -252,7 +259,9 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--peer", help="an interpreter with TRL 1.16")
     parser.add_argument("--ppo-peer", help="a folder with TRL 1.12")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--vllm", help="the folder of an environment that has vLLM")
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=6.0, help="after which no part begins")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     # to see on a CPU that everything here runs: --device cpu --tiny
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
@@ -269,12 +278,19 @@ def main() -> int:
     warnings.filterwarnings("error", message="the decode step could not be recorded")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-    right = True
+    right, begun = True, time.perf_counter()
     for part in (part for part in PARTS if part in settings.parts):
         start = time.perf_counter()
         print(f"\n{part}", flush=True)
+        if start - begun > 60 * settings.minutes:
+            print(f"left out: {settings.minutes:g} minutes are over")
+            continue
         if part == "correctness":
-            right = correctness(device)
+            right &= correctness(device)
+        elif part == "ranks":
+            right &= gpu_several.ranks(device, "tiny")
+        elif part == "vllm":
+            right &= gpu_several.server(device, size, settings.vllm)
         elif part == "engine":
             speed(device, size, new, repeats)
         elif part == "memory":

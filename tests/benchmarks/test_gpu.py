@@ -40,7 +40,7 @@ def gpu(monkeypatch):
     module.peers.STEPS.update(dict.fromkeys(module.peers.STEPS, 2))
     with warnings.catch_warnings():
         yield module
-    for name in ("peers", "engine"):
+    for name in ("peers", "engine", "gpu_several"):
         sys.modules.pop(name) if name not in before else None
 
 
@@ -57,6 +57,25 @@ def test_the_pairs_are_those_of_peers_with_its_settings(gpu, monkeypatch, capsys
     assert "pairs: 1.00" in capsys.readouterr().out
     usual = {"device": "cpu", "peer_rows": gpu.peers.MICRO, "rows": gpu.peers.MICRO, "bf16": False}
     assert gpu.asked == [("sft", "trl", usual), ("sft", "keel", usual)]
+
+
+def test_what_would_begin_too_late_is_left_out_and_said(gpu, monkeypatch, capsys):
+    assert run(gpu, monkeypatch, "--minutes", "0", "--peer", "python-with-trl") == 0
+    assert capsys.readouterr().out.count("left out: 0 minutes are over") == len(gpu.PARTS)
+
+
+def test_ranks_that_compute_something_else_are_not_right(gpu, monkeypatch, capsys):
+    one = [{"loss": 1.0, "grad_norm": 2.0}, {"loss": 0.9, "grad_norm": 1.9}]
+    other = [{"loss": 1.0, "grad_norm": 2.0}, {"loss": 0.9, "grad_norm": 1.8}]
+    found = iter([(one, 1.0), (one, 0.6), (other, 0.6)])
+    monkeypatch.setattr(gpu.gpu_several, "KINDS", ("sft",))
+    monkeypatch.setattr(gpu.gpu_several, "_run", lambda *given: next(found))
+    assert run(gpu, monkeypatch, "--parts", "ranks") == 1
+    assert capsys.readouterr().out.count("IS ABOVE") == 1
+
+
+def test_steps_that_are_missing_are_a_difference(gpu):
+    assert gpu.gpu_several._differs([{"loss": 1.0}], []) == float("inf")
 
 
 @pytest.mark.slow
