@@ -26,7 +26,6 @@ from keel.distributed import group
 from keel.errors import EngineError
 from keel.rl import rollout
 from keel.rl.rollout import Drawn, PromptExample, Setup
-from keel.rl.sampled import deal
 from keel.rollout.protocol import HoldsWeights
 from keel.types import Completion
 
@@ -57,7 +56,7 @@ class Ahead:
         rollout.take_weights(setup)
         self.update, self.drawn, self.failed = update, None, None
         seed = rollout.seed_of(setup, update)
-        dealt = deal(len(prompts), setup.config.samples_per_prompt)
+        dealt = rollout.deal_out(setup, prompts)
 
         def draw() -> Drawn:
             return rollout.draw(setup, prompts, dealt, seed)
@@ -90,7 +89,7 @@ class Ahead:
         as plain values; both empty where there are none. Every rank has to ask."""
         if self.drawn is None or self.update <= done:
             return {}, {}
-        dealt = deal(self._prompts, self.setup.config.samples_per_prompt)
+        dealt = rollout.deal_out(self.setup, self.prompts_of(self.update))
         parts = group.gathered((dealt.rows, list(self.drawn.completions)))
         rows = dict(pair for numbers, found in parts for pair in zip(numbers, found, strict=True))
         found = [rows[number] for number in sorted(rows)]
@@ -115,7 +114,7 @@ class Ahead:
         samples = self.setup.config.samples_per_prompt
         lengths = tensors["lengths"].tolist()
         ids, logp = (tensors[name].split(lengths) for name in ("ids", "logp"))
-        dealt = deal(len(prompts), samples)
+        dealt = rollout.deal_out(self.setup, prompts)
         asked = [prompts[number] for number in dealt.prompts for _ in range(samples)]
         completions = [
             Completion(
@@ -125,11 +124,6 @@ class Ahead:
             for prompt, row in zip(asked, dealt.rows, strict=True)
         ]  # fmt: skip
         self.update, self.drawn = values["update"], Drawn(asked, completions)
-
-    @property
-    def _prompts(self) -> int:
-        """Prompts of an update."""
-        return self.setup.config.batch_size // self.setup.config.samples_per_prompt
 
 
 class _Work(threading.Thread):

@@ -30,7 +30,7 @@ from keel.models.head import head_of
 from keel.models.offload import on_device
 from keel.models.roles import Roles
 from keel.models.tokenizer import known_ids
-from keel.rewards.mixture import Mixture, Rated
+from keel.rewards.mixture import Answers, Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
 from keel.rl import heldout_judge, through_text
@@ -256,17 +256,30 @@ def rate(
     prompts: Sequence[PromptExample],
     completions: Sequence[Completion],
     update: int = 0,
+    dealt: Dealt | None = None,
 ) -> Rated:
-    """What the rewards say of each response. update: the one that they are sampled for; 0: none."""
-    batch = build_rewards.batch_of(
-        [prompt.prompt for prompt in prompts], completions, build_rewards.columns_of(prompts),
-        setup.tokenizer, as_text=setup.as_text, state=_state(setup, update),
-    )  # fmt: skip
-    if setup.rewards is None:
-        nothing = torch.zeros(len(completions))
+    """What the rewards say of each response. update: the one that they are sampled for; 0: none. dealt: the
+    responses are this rank's share, and what is returned is of all ranks'; all have to call."""
+    rewards = setup.rewards
+    if rewards is None:
+        nothing = torch.zeros(len(completions) if dealt is None else dealt.of)
         return Rated(nothing, nothing, nothing, {})
+
+    def ask() -> Answers:
+        batch = build_rewards.batch_of(
+            [prompt.prompt for prompt in prompts], completions, build_rewards.columns_of(prompts),
+            setup.tokenizer, as_text=setup.as_text, state=_state(setup, update),
+        )  # fmt: skip
+        return rewards.ask(batch)
+
+    def ask_in_time() -> Answers | None:
+        with setup.run.timed("score"), cast_cache():
+            return ask() if completions else None
+
     with build_rewards.whole_here(setup.opened):
-        return setup.rewards.score(batch)
+        if dealt is None:
+            return rewards.sum(ask())
+        return build_rewards.rated_by_all(rewards, ask_in_time, dealt.rows)
 
 
 def _state(setup: Setup[OnPolicy], update: int) -> TrainingState:
@@ -286,14 +299,15 @@ def collect(
 ) -> tuple[Experience, RunningScale]:
     """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scaler that is returned
     has seen their rewards. drawn: the responses, where they were sampled an update ago."""
-    dealt = deal(len(prompts), setup.config.samples_per_prompt)
+    dealt = deal_out(setup, prompts)
     if drawn is None:
         take_weights(setup)
-    own = _collected(setup, prompts, dealt, seed, update, drawn) if dealt.rows else None
+    asked, own = _collected(setup, prompts, dealt, seed, drawn) if dealt.rows else ((), None)
     if own is None:
         _lend(setup, prompts[0], sampled=drawn is not None)
+    rated = rate(setup, asked, own.completions if own else (), update, dealt)
     made = together(dealt, own, setup.pad_id)
-    done, scored, rated = made.completions, made.scored, made.rated
+    done, scored = made.completions, made.scored
     reward_scaler = reward_scaler.update(rated.total)
     rewards = shaped(setup, rated, done, reward_scaler)
     early = paid_early(setup, done, rated, scored.mask)
@@ -302,6 +316,14 @@ def collect(
         staleness=0 if drawn is None else drawn.staleness, compared=not setup.config.imitates,
     )  # fmt: skip
     return found, reward_scaler
+
+
+def deal_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> Dealt:
+    """This rank's share of an update's prompts. Where a judge compares the replies to one prompt, those to
+    equal prompts are compared, too: one rank has all of them."""
+    compared = setup.rewards is not None and setup.rewards.compares
+    numbered = [prompt.ids for prompt in prompts] if compared else range(len(prompts))
+    return deal(numbered, setup.config.samples_per_prompt)
 
 
 def draw(setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int) -> Drawn:
@@ -334,10 +356,9 @@ def _collected(
     prompts: Sequence[PromptExample],
     dealt: Dealt,
     seed: int,
-    update: int,
     drawn: Drawn | None,
-) -> Sampled:
-    """Responses to this rank's prompts, scored and rated."""
+) -> tuple[Sequence[PromptExample], Sampled]:
+    """Responses to this rank's prompts, scored; with the prompt of each."""
     run = setup.run
     drawn = drawn or draw(setup, prompts, dealt, seed)
     repeated, completions = drawn.prompts, drawn.completions
@@ -347,15 +368,13 @@ def _collected(
     from_sampler = head_of(setup.roles.policy) is not None and all(c.hidden is not None for c in completions)
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
-    with run.timed("score"), cast_cache():
-        rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     useful, pairs = useful_tokens(sizes), useful_pairs(sizes)
     run.count("forward", useful, read(), passes=read.passes, pairs=pairs)
     if "score" in run.costs:
         run.count("score", useful, passes=1, pairs=pairs)
     asked = tuple(prompt.prompt for prompt in repeated)
-    return Sampled(asked, done, scored, rated, from_sampler)
+    return repeated, Sampled(asked, done, scored, from_sampler)
 
 
 def _lend(
@@ -371,11 +390,13 @@ def _lend(
         return
     compared = setup.teacher_tokenizer is None if held_out else not setup.config.imitates
     score_tokens(setup, [Completion(row.ids, (setup.pad_id,), "length", (0.0,))], compared=compared)
-    if held_out and not compared:
+    if not held_out:
+        return
+    if not compared:
         through_text.lend(setup.roles.reference, setup.run.device)
     with build_rewards.whole_here(setup.opened):
         pass
-    if held_out and setup.judge is not None:
+    if setup.judge is not None:
         with build_rewards.whole_here(setup.judge.opened):
             pass
 
