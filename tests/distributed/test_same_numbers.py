@@ -96,7 +96,7 @@ def test_gradients_metrics_results_and_weights_are_those_of_one_process(runs) ->
 @pytest.mark.parametrize(
     ("kinds", "gradient", "ranks"),
     [
-        *((("ppo", "grpo", "grpo-ahead"), 1e-10, ranks) for ranks in (2, 3, 4)),
+        *((("ppo", "grpo", "grpo-ahead", "grpo-partial"), 1e-10, ranks) for ranks in (2, 3, 4)),
         *((("distill", "online-dpo"), 1e-10, ranks) for ranks in (2, 4)),
         *((("ppo-adapters",), 1e-10, ranks) for ranks in (2, 4)),
     ],
@@ -116,7 +116,7 @@ def test_updates_of_policies_critics_and_references_that_are_cut_are_those_of_on
 ) -> None:
     """With three ranks one has no prompts of what grpo samples again, with four none at all. The sampler's
     own log π, which one process takes for π_old where nothing else is asked for, are kept in float32."""
-    kinds = ("ppo", "grpo", "grpo-ahead")
+    kinds = ("ppo", "grpo", "grpo-ahead", "grpo-partial")
     stages = {f"cut-{kind}": {**on_policy_kinds[kind], "old_logp": "trainer"} for kind in kinds}
     alone, together = (in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, ranks, "fsdp") / "fsdp")
     compare(alone, together, stages, gradient=1e-10, number=1e-6)

@@ -72,10 +72,6 @@ def check_kinds(config: RunConfig, names: Sequence[str]) -> None:
         ways = kind_of(kind).ranks
         if not ways:  # the first rank runs it alone
             continue
-        if (why := config.stages[name].alone()) is not None:
-            raise UsageError(
-                f"stage {name!r}: {why} samples in one process: leave it out, or run without several ranks"
-            )
         if strategy in ways:
             if strategy == "fsdp" and (why := config.stages[name].uncut()) is not None:
                 raise UsageError(

@@ -177,26 +177,38 @@ def sample(
     """One response a prompt, with what `score_tokens` will need of the sampler's own forwards; with tools an
     episode on each of the prompts of `begin`. count: counts its tokens. rows: which of all rows of the seed
     these are. UsageError where the engine returns something else."""
-    config, sampling = setup.config, setup.config.sampling.plain()
-    if setup.tool_use is not None:
-        completions = setup.tool_use.play(
-            setup.engine, prompts, sampling, seed, keep_head_inputs=config.trusts_sampler, count=count,
-            rows=rows,
-        )  # fmt: skip
-    else:
-        request = GenerationRequest.of(
-            setup.tokenizer, [prompt.ids for prompt in prompts], sampling, seed,
-            keep_head_inputs=config.trusts_sampler, rows=rows,
-        )  # fmt: skip
-        return completed(setup, request, count)
+    if setup.tool_use is None:
+        return completed(setup, request_of(setup, prompts, seed, rows), count)
+    config = setup.config
+    completions = setup.tool_use.play(
+        setup.engine, prompts, config.sampling.plain(), seed, keep_head_inputs=config.trusts_sampler,
+        count=count, rows=rows,
+    )  # fmt: skip
     return _usable(config, completions)
+
+
+def request_of(
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], seed: int, rows: Rows | None
+) -> GenerationRequest:
+    """What an engine is asked for whole responses. rows: which of all rows of the seed these are."""
+    config = setup.config
+    return GenerationRequest.of(
+        setup.tokenizer, [prompt.ids for prompt in prompts], config.sampling.plain(), seed,
+        keep_head_inputs=config.trusts_sampler, rows=rows,
+    )  # fmt: skip
 
 
 def completed(
     setup: Setup[OnPolicy], request: GenerationRequest, count: TokenCount | None = None
 ) -> list[Completion]:
     """What the engine makes of a request. UsageError where it returns something else than was asked for."""
-    completions = setup.engine.generate(request, count)
+    return checked(setup, request, setup.engine.generate(request, count))
+
+
+def checked(
+    setup: Setup[OnPolicy], request: GenerationRequest, completions: list[Completion]
+) -> list[Completion]:
+    """What an engine returned. UsageError where it is something else than was asked for."""
     check_completions(setup.config.engine_name, request, completions)
     return _usable(setup.config, completions)
 
@@ -328,23 +340,26 @@ def deal_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> Dealt:
 
 def draw(setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int) -> Drawn:
     """Sample the responses to those of the prompts that are this rank's."""
-    config, run = setup.config, setup.run
-    repeated = [prompts[i] for i in dealt.prompts for _ in range(config.samples_per_prompt)]
-    rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
-    count = TokenCount()
+    run, samples = setup.run, setup.config.samples_per_prompt
+    repeated, rows, count = dealt.repeated(prompts), rows_of(dealt), TokenCount()
     if not repeated:
-        with _sampling(setup):
+        with sampling(setup):
             idle(setup.engine)
         return Drawn((), ())
-    with run.timed("rollout"), _sampling(setup):
-        begun = begin(setup, repeated, seed, config.samples_per_prompt, rows)
+    with run.timed("rollout"), sampling(setup):
+        begun = begin(setup, repeated, seed, samples, rows)
         completions = sample(setup, begun, seed, count, rows)
     if count.computed:  # an engine need not count
         run.count("rollout", count.useful, count.computed, passes=count.passes, pairs=count.pairs)
     return Drawn(begun, completions)
 
 
-def _sampling(setup: Setup[OnPolicy]) -> AbstractContextManager[None]:
+def rows_of(dealt: Dealt) -> Rows | None:
+    """Which of all rows of a seed a rank's are; None: all of them."""
+    return None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
+
+
+def sampling(setup: Setup[OnPolicy]) -> AbstractContextManager[None]:
     """Within it the policy may be sampled from: it is whole on each rank, but for an engine that holds
     weights of its own."""
     away = isinstance(setup.engine, HoldsWeights)
@@ -384,7 +399,7 @@ def _lend(
     their forwards, where weights are cut over ranks, on a row that is nobody's. sampled: whether what they
     score was sampled before. held_out: whether they evaluate."""
     if not sampled:
-        with _sampling(setup):
+        with sampling(setup):
             idle(setup.engine)
     if not group.is_sharded():
         return
@@ -610,7 +625,7 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
     def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
         number, some = numbered
         seed = derive_seed(setup.run.seed, "held-out", number)
-        with _sampling(setup):
+        with sampling(setup):
             part = begin(setup, some, seed)
             completions = sample(setup, part, seed)
         in_ids = setup.teacher_tokenizer is None

@@ -40,6 +40,11 @@ class Dealt:
     rows: list[int]  # the numbers of their responses among all
     of: int  # responses there are
 
+    def repeated(self, prompts: Sequence[T]) -> list[T]:
+        """The prompt of each response, of all prompts."""
+        samples = len(self.rows) // max(1, len(self.prompts))
+        return [prompts[number] for number in self.prompts for _ in range(samples)]
+
 
 def deal(prompts: Sequence[Hashable], samples: int) -> Dealt:
     """This rank's share of prompts with `samples` responses each; all of them for a process alone. Prompts
