@@ -232,16 +232,16 @@ def test_the_best_of_n_are_those_that_one_process_finds(
 
 
 def silent_at_times(judge: Any, text: str) -> Any:
-    """A verdict by the characters of the replies; none of every second reply, or ranking."""
+    """A verdict by the characters of the replies; none of a third of the replies, and of the rankings."""
     replies = {name: reply for name, reply in judge.shown(text).items() if name.startswith("reply")}
     totals = {name.removeprefix("reply "): sum(map(ord, reply)) for name, reply in replies.items()}
-    if sum(totals.values()) % 2:
+    if sum(totals.values()) % 3 == 0:
         return judge.said("I would rather not say.")
     if '"scores"' in text:
         return judge.said(json.dumps({"reason": "", "scores": {"score": 1 + totals["reply"] % 10}}))
     places: dict[int, list[str]] = {}
     for name, total in totals.items():
-        places.setdefault(total % 3, []).append(name)
+        places.setdefault(total % 7, []).append(name)
     return judge.said(json.dumps({"reason": "", "ranking": [places[key] for key in sorted(places)]}))
 
 
@@ -251,36 +251,37 @@ def test_what_counts_for_a_silent_judge_is_that_of_one_process(
     ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any], data: Any, tiny_model: Path,
     scripted_judge: Any,
 ) -> None:  # fmt: skip
-    """Of some prompts no reply has a verdict, so that the mean of all counts. The prompts of the ranking come
-    twice in an update, and their replies are compared with each other. A judge's own measures are of all
-    samples, not means of the ranks'."""
+    """Where a prompt's only reply, or all of them, have no verdict the mean of all counts. The prompts of the
+    ranking come twice in an update, and their replies are compared with each other. A judge's own measures
+    are of all samples, not means of the ranks'."""
     pytest.importorskip("openai")
     judge = scripted_judge(lambda text, number: silent_at_times(scripted_judge, text))
     term = {
         "kind": "judge", "model": "scripted", "address": judge.address, "rubric": "judge", "tries": 1,
         "on_failure": "none",
     }  # fmt: skip
-    grpo = {
-        **on_policy_kinds["grpo"], "old_logp": "trainer", "batch_size": 12, "mini_batch": 6,
-        "reward": [term, {"kind": "length", "high": 4, "slack": 4}],
-    }  # fmt: skip
-    ranked = {key: value for key, value in grpo.items() if key not in ("eval_data", "eval_every", "resample")}
+    rewards = [term, {"kind": "length", "high": 4, "slack": 4}]
+    left_out = ("eval_data", "eval_every", "resample")
+    grpo = {key: value for key, value in on_policy_kinds["grpo"].items() if key not in left_out}
     stages = {
-        f"judged-{ranks}": grpo,
+        f"judged-{ranks}": {**on_policy_kinds["ppo"], "old_logp": "trainer", "reward": rewards},
         f"ranked-{ranks}": {
-            **ranked, "data": {"source": str(data.prompts), "rows": 3}, "updates": 2,
-            "reward": [{**term, "mode": "ranking"}, {"kind": "length", "high": 4, "slack": 4}],
+            **grpo, "data": {"source": str(data.prompts), "rows": 3}, "updates": 2, "batch_size": 12,
+            "mini_batch": 6, "old_logp": "trainer", "reward": [{**term, "mode": "ranking"}, rewards[1]],
         },
         f"judge-{ranks}": {
             "kind": "evaluate", "models": [str(tiny_model)], "best_of": [2], "data": str(data.prompts),
-            "sampling": {"max_new_tokens": 6}, "reward": grpo["reward"],
+            "sampling": {"max_new_tokens": 6}, "reward": rewards,
         },
     }  # fmt: skip
     alone, together = (in_float64(stages, count, "ddp") / "ddp" for count in (1, ranks))
     kinds = list(stages)[:2]
-    compare(alone, together, kinds, gradient=1e-7, number=1e-6)
+    # where few rewards differ gradients are small, and Adam makes more of their rounding
+    compare(alone, together, kinds, gradient=1e-6, number=1e-6)
     for kind in kinds:
-        assert 0 < logged(alone, kind)["/0/rewards/logged/judge/unanswered"] < 1
+        found = logged(alone, kind)
+        assert any(0 < found[name] < 1 for name in found if name.endswith("logged/judge/unanswered"))
+        assert found["/0/objective/scores_std"] > 0.1
     for name in ("result.json", "samples.jsonl"):
         texts = [(run / "stages" / f"judge-{ranks}" / name).read_text() for run in (alone, together)]
         rows = [text.splitlines() if name.endswith("l") else [text] for text in texts]
