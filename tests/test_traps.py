@@ -105,7 +105,7 @@ def with_completions(monkeypatch: pytest.MonkeyPatch, endings: Sequence[tuple[tu
 def with_scores(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
     """Let the reward be these scores, whatever the reward model."""
 
-    def rate(setup: Any, tasks: Any, completions: Any, update: int) -> Rated:
+    def rate(setup: Any, tasks: Any, completions: Any, update: int, dealt: Any) -> Rated:
         term = setup.rewards.terms[0]
         raw = torch.tensor(scores)
         scaled = (raw - term.mean) / term.std

@@ -154,6 +154,10 @@ def on_policy_kinds(data: Any, tiny_model: Path, tied_model: Path, tiny_reward: 
             "kind": "grpo", **common, "samples_per_prompt": 2, "rollout": {"ahead": 1}, "importance_cap": 1.5,
             "reward": str(tiny_reward),
         },
+        "grpo-partial": {
+            "kind": "grpo", **common, "samples_per_prompt": 2, "rollout": {"partial": 2},
+            "importance_cap": 1.5, "reward": str(tiny_reward),
+        },
     }  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +19,13 @@ from keel.config import parse
 from keel.config.sampler import SamplerConfig
 from keel.distributed import group, launch, records
 from keel.distributed.records import Record
-from keel.errors import LostRankError, UsageError
+from keel.errors import KeelError, LostRankError, RewardError, UsageError
 from keel.pipeline import following
 from keel.pipeline.stage_kinds import OWN_KINDS
-from keel.rewards.mixture import Rated
-from keel.rewards.trainer import Logged
+from keel.rewards.mixture import Answers, Batch, Mixture, WeightedReward
 from keel.rl import sampled
 from keel.rollout.score_responses import Scored
-from keel.stages import samplers
+from keel.stages import build_rewards, samplers
 from keel.types import Completion
 
 
@@ -149,10 +151,8 @@ def _sampled(rows: list[int]) -> sampled.Sampled:
     of_token = torch.tensor([[float(row)] * n + [0.0] * (width - n) for row, n in zip(rows, lengths)])
     ids = torch.tensor([[7] + [100 + row] * n + [0] * (width - n) for row, n in zip(rows, lengths)])
     scored = Scored(ids, torch.ones(len(rows)), of_token > 0, *[of_token] * 4)
-    of_row = torch.tensor([float(row) for row in rows])
-    rated = Rated(of_row, of_row, of_row, {"mine": of_row.tolist()}, Logged({}, {"note": list(rows)}))
     completions = tuple(Completion((7,), (100 + row,) * n, "eos") for row, n in zip(rows, lengths))
-    return sampled.Sampled(tuple(f"prompt {row}" for row in rows), completions, scored, rated, True)
+    return sampled.Sampled(tuple(f"prompt {row}" for row in rows), completions, scored, True)
 
 
 def test_responses_of_three_ranks_stand_in_the_order_of_their_prompts(monkeypatch):
@@ -162,12 +162,96 @@ def test_responses_of_three_ranks_stand_in_the_order_of_their_prompts(monkeypatc
     whole, expected = sampled.together(shares[0], made[0][1], 0), _sampled(list(range(6)))
     assert whole.prompts == expected.prompts
     assert whole.completions == expected.completions
-    assert whole.rated.by_name == expected.rated.by_name
-    assert whole.rated.logged == expected.rated.logged
     for name in ("ids", "mask", "logp"):
         assert getattr(whole.scored, name).equal(getattr(expected.scored, name))
-    for name in ("total", "raw", "learned"):
-        assert getattr(whole.rated, name).equal(getattr(expected.rated, name))
+
+
+def test_replies_to_equal_prompts_are_one_ranks_where_they_are_compared(monkeypatch):
+    def dealt(prompts: Any, rank: int) -> sampled.Dealt:
+        monkeypatch.setattr(group, "_group", group.Group(rank, 2))
+        return sampled.deal(prompts, 2)
+
+    assert [dealt("abcab", rank).prompts for rank in (0, 1)] == [[0, 2, 3], [1, 4]]
+    assert [dealt(range(5), rank).prompts for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
+    assert dealt("abcab", 1) == sampled.Dealt([1, 4], [2, 3, 8, 9], 10)
+
+
+class Said:
+    """What the ranks of a run tell each other, one after the other; the last of them is heard by all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+        self.size, self.patch = size, monkeypatch
+
+    def of(self, work: Callable[[int], Any]) -> list[Any]:
+        """What each rank's work returns or raises."""
+        told: list[Any] = []
+        self.patch.setattr(group, "gathered", lambda value: told.append(value) or list(told))
+        for rank in range(self.size):  # nobody hears the others yet
+            self.patch.setattr(group, "_group", group.Group(rank, self.size))
+            with contextlib.suppress(KeelError, RuntimeError, LookupError):
+                work(rank)
+        found: list[Any] = []
+        self.patch.setattr(group, "gathered", lambda value: list(told))
+        for rank in range(self.size):
+            self.patch.setattr(group, "_group", group.Group(rank, self.size))
+            try:
+                found.append(work(rank))
+            except KeelError as error:
+                found.append(error)
+        return found
+
+
+def test_what_one_rank_cannot_do_ends_all_at_the_same_place(monkeypatch):
+    def work(rank: int) -> int:
+        if rank:
+            raise RewardError(f"rank {rank} has no verdict")
+        return rank
+
+    found = Said(monkeypatch, 3).of(lambda rank: group.gathered_or_error(lambda: work(rank)))
+    assert [(type(one), str(one)) for one in found] == [(RewardError, "rank 1 has no verdict")] * 3
+    assert all(group.met_by_all(one) for one in found)
+    assert Said(monkeypatch, 2).of(lambda rank: group.gathered_or_error(lambda: rank)) == [[0, 1]] * 2
+    with pytest.raises(UsageError) as met, group.alike():
+        raise UsageError("on all")
+    assert group.met_by_all(met.value)
+
+
+def test_what_counts_for_a_silent_judge_does_not_depend_on_how_samples_are_dealt(monkeypatch):
+    """Rank 0 has prompt p and r, rank 1 q. Of p one reply has a verdict, of q and r none, so that for these
+    the mean of all counts: what rank 1 alone could not know. One rank has no samples."""
+    said = {"a": 1.0, "b": None, "c": None, "d": None, "e": 0.5, "f": None}
+    rewards = Mixture(
+        [WeightedReward("judge", 1.0, lambda b: [said[c] for c in b.completions], neutral=True)]
+    )
+    prompts = [5, 5, 6, 6, 7, 7]
+
+    def ask(rows: Sequence[int]) -> Answers | None:
+        if not rows:
+            return None
+        replies = ["abcdef"[row] for row in rows]
+        ids = [[prompts[row]] for row in rows]
+        batch = Batch(["p"] * len(rows), replies, [[7]] * len(rows), ["eos"] * len(rows), ids, {})
+        reasons = [None if said[reply] is not None else f"{reply} was late" for reply in replies]
+        batch.logged.log_extra("judge/no_verdict", reasons)
+        batch.logged.log_metric(
+            "judge/unanswered", sum(r is not None for r in reasons) / len(rows), len(rows)
+        )
+        return rewards.ask(batch)
+
+    alone = build_rewards.rated_by_all(rewards, lambda: ask(range(6)), range(6))
+    assert alone.total.tolist() == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5]
+    shares = [[0, 1, 4, 5], [2, 3], []]
+    found = Said(monkeypatch, 3).of(
+        lambda rank: build_rewards.rated_by_all(rewards, lambda: ask(shares[rank]), shares[rank])
+    )
+    for one in found:
+        assert one.total.equal(alone.total)
+        assert (one.by_name, one.silent) == (alone.by_name, alone.silent)
+        assert one.logged.extra == alone.logged.extra
+        logged = one.logged.metrics["judge/unanswered"]
+        assert sum(logged) / len(logged) == pytest.approx(4 / 6)
+    assert found[1].rows([2, 3]).total.tolist() == [0.75, 0.75]
+    assert found[1].rows([2]).silent == (True,)
 
 
 # ---------------------------------------------------------------- kinds
@@ -193,12 +277,10 @@ def test_what_cannot_be_cut_over_ranks_is_refused_by_its_setting(monkeypatch):
     for one in (config, cut):
         following.check_kinds(one, list(one.stages))
     grpo = cut.stages["rl"]
-    carried = type(grpo).model_validate(
-        grpo.model_dump() | {"rollout": {"partial": 4}, "importance_cap": 2.0}
-    )
-    for one in (config, cut):
-        with pytest.raises(UsageError, match=r"'rl': `rollout.partial` samples in one process: leave it out"):
-            following.check_kinds(one.model_copy(update={"stages": {"rl": carried}}), ["rl"])
+    for rollout in ({"partial": 4}, {"partial": 4, "engine": "vllm"}, {"ahead": 1, "engine": "vllm"}):
+        older = type(grpo).model_validate(grpo.model_dump() | {"rollout": rollout, "importance_cap": 2.0})
+        for one in (config, cut):
+            following.check_kinds(one.model_copy(update={"stages": {"rl": older}}), ["rl"])
     on_one_base = type(grpo).model_validate(grpo.model_dump() | {"sharing": "adapters", "lora": {"r": 2}})
     following.check_kinds(cut.model_copy(update={"stages": {"rl": on_one_base}}), ["rl"])
     other = type(grpo).model_validate(grpo.model_dump() | {"offload": True})
@@ -219,6 +301,19 @@ def test_a_kind_that_knows_nothing_of_ranks_runs_on_the_first_alone(monkeypatch)
     assert following.call(stage, Any, None, Any) == {}
     assert seen == [(1, False)]
     assert group.size() == 2
+
+
+def test_what_others_met_in_their_rows_is_in_the_first_ranks_record(monkeypatch):
+    noted: list[str] = []
+    run: Any = SimpleNamespace(facts={"responses_cut_for_reward": 2, "notes": ["a"]}, note=noted.append)
+    monkeypatch.setattr(group, "gathered", lambda own: [own, (["b"], 3), ([], 0)])
+    following._share_facts(run)
+    assert run.facts["responses_cut_for_reward"] == 5
+    assert noted == ["a", "b"]
+    monkeypatch.setattr(group, "gathered", lambda own: [own, ([], 0)])
+    nothing: Any = SimpleNamespace(facts={})
+    following._share_facts(nothing)
+    assert nothing.facts == {}
 
 
 def test_ranks_that_read_other_rows_are_told(monkeypatch):

@@ -96,7 +96,7 @@ def test_gradients_metrics_results_and_weights_are_those_of_one_process(runs) ->
 @pytest.mark.parametrize(
     ("kinds", "gradient", "ranks"),
     [
-        *((("ppo", "grpo", "grpo-ahead"), 1e-10, ranks) for ranks in (2, 3, 4)),
+        *((("ppo", "grpo", "grpo-ahead", "grpo-partial"), 1e-10, ranks) for ranks in (2, 3, 4)),
         *((("distill", "online-dpo"), 1e-10, ranks) for ranks in (2, 4)),
         *((("ppo-adapters",), 1e-10, ranks) for ranks in (2, 4)),
     ],
@@ -116,7 +116,7 @@ def test_updates_of_policies_critics_and_references_that_are_cut_are_those_of_on
 ) -> None:
     """With three ranks one has no prompts of what grpo samples again, with four none at all. The sampler's
     own log π, which one process takes for π_old where nothing else is asked for, are kept in float32."""
-    kinds = ("ppo", "grpo", "grpo-ahead")
+    kinds = ("ppo", "grpo", "grpo-ahead", "grpo-partial")
     stages = {f"cut-{kind}": {**on_policy_kinds[kind], "old_logp": "trainer"} for kind in kinds}
     alone, together = (in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, ranks, "fsdp") / "fsdp")
     compare(alone, together, stages, gradient=1e-10, number=1e-6)
@@ -229,6 +229,65 @@ def test_the_best_of_n_are_those_that_one_process_finds(
     stages = {"best": stage}
     alone, together = (in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, 2, strategy) / strategy)
     compare(alone, together, stages, gradient=1e-10, number=1e-6)
+
+
+def silent_at_times(judge: Any, text: str) -> Any:
+    """A verdict by the characters of the replies; none of a third of the replies, and of the rankings."""
+    replies = {name: reply for name, reply in judge.shown(text).items() if name.startswith("reply")}
+    totals = {name.removeprefix("reply "): sum(map(ord, reply)) for name, reply in replies.items()}
+    if sum(totals.values()) % 3 == 0:
+        return judge.said("I would rather not say.")
+    if '"scores"' in text:
+        return judge.said(json.dumps({"reason": "", "scores": {"score": 1 + totals["reply"] % 10}}))
+    places: dict[int, list[str]] = {}
+    for name, total in totals.items():
+        places.setdefault(total % 7, []).append(name)
+    return judge.said(json.dumps({"reason": "", "ranking": [places[key] for key in sorted(places)]}))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_counts_for_a_silent_judge_is_that_of_one_process(
+    ranks: int, in_float64: Any, on_policy_kinds: dict[str, Any], data: Any, tiny_model: Path,
+    scripted_judge: Any,
+) -> None:  # fmt: skip
+    """Where a prompt's only reply, or all of them, have no verdict the mean of all counts. The prompts of the
+    ranking come twice in an update, and their replies are compared with each other. A judge's own measures
+    are of all samples, not means of the ranks'."""
+    pytest.importorskip("openai")
+    judge = scripted_judge(lambda text, number: silent_at_times(scripted_judge, text))
+    term = {
+        "kind": "judge", "model": "scripted", "address": judge.address, "rubric": "judge", "tries": 1,
+        "on_failure": "none",
+    }  # fmt: skip
+    rewards = [term, {"kind": "length", "high": 4, "slack": 4}]
+    left_out = ("eval_data", "eval_every", "resample")
+    grpo = {key: value for key, value in on_policy_kinds["grpo"].items() if key not in left_out}
+    stages = {
+        f"judged-{ranks}": {**on_policy_kinds["ppo"], "old_logp": "trainer", "reward": rewards},
+        f"ranked-{ranks}": {
+            **grpo, "data": {"source": str(data.prompts), "rows": 3}, "updates": 2, "batch_size": 12,
+            "mini_batch": 6, "old_logp": "trainer", "reward": [{**term, "mode": "ranking"}, rewards[1]],
+        },
+        f"judge-{ranks}": {
+            "kind": "evaluate", "models": [str(tiny_model)], "best_of": [2], "data": str(data.prompts),
+            "sampling": {"max_new_tokens": 6}, "reward": rewards,
+        },
+    }  # fmt: skip
+    alone, together = (in_float64(stages, count, "ddp") / "ddp" for count in (1, ranks))
+    kinds = list(stages)[:2]
+    # where few rewards differ gradients are small, and Adam makes more of their rounding
+    compare(alone, together, kinds, gradient=1e-6, number=1e-6)
+    for kind in kinds:
+        found = logged(alone, kind)
+        assert any(0 < found[name] < 1 for name in found if name.endswith("logged/judge/unanswered"))
+        assert found["/0/objective/scores_std"] > 0.1
+    for name in ("result.json", "samples.jsonl"):
+        texts = [(run / "stages" / f"judge-{ranks}" / name).read_text() for run in (alone, together)]
+        rows = [text.splitlines() if name.endswith("l") else [text] for text in texts]
+        one, other = (numbers([json.loads(row) for row in some]) for some in rows)
+        assert len(one) > 20
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.ranks

@@ -22,10 +22,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from keel.config import parse
 from keel.distributed import group, launch
-from keel.errors import EngineError, KeelError, UsageError
-from keel.pipeline import following
+from keel.errors import EngineError, KeelError
 from keel.rollout import GenerationRequest, NextTurn, TokenCount
 from keel.rollout.protocol import HoldsWeights, Rows, TakesTurns
 from keel.rollout.vllm import SharedEngine
@@ -202,16 +200,44 @@ def test_what_the_server_fails_with_is_met_by_all(three: Any) -> None:
     assert [(type(error), str(error)) for error in found] == [(EngineError, "it is gone")] * 3
 
 
-def test_what_several_ranks_cannot_sample_is_refused_before_anything_runs() -> None:
-    stage = {
-        "kind": "grpo", "model": "m", "data": "d.jsonl", "reward": "r", "updates": 2, "importance_cap": 2.0,
-        "rollout": {"engine": "vllm", "ahead": 1},
-    }  # fmt: skip
-    config = parse({"name": "x", "stages": {"g": stage}})
-    with pytest.raises(UsageError, match=r"`rollout\.ahead` with `rollout\.engine: vllm` samples in one"):
-        following.check_kinds(config, ["g"])
-    stage["rollout"] = {"engine": "vllm"}
-    following.check_kinds(parse({"name": "x", "stages": {"g": stage}}), ["g"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_server_answers_while_the_ranks_tell_each_other_other_things(three: Any, fails: bool) -> None:
+    """Its thread speaks with no other rank: here it does not even know which rank it is. Rank 1 has no
+    prompts."""
+
+    def work(engine: SharedEngine, rank: int) -> Any:
+        request = asked([[rank + 4], [3 if fails else 8]], [rank, rank + 3])
+        pending = engine.ask(None if rank == 1 else request)
+        done: list[Any] = []
+
+        def answering() -> None:
+            try:
+                done.append(pending.answered())
+            except BaseException as error:
+                done.append(error)
+
+        beside = threading.Thread(target=answering)
+        if rank == 0:
+            beside.start()
+        others = group.gathered(rank)
+
+        def came() -> list[Completion]:
+            beside.join()
+            if isinstance(done[0], BaseException):
+                raise done[0]
+            return done[0]
+
+        return others, pending.taken(came)
+
+    found, server = three(work)
+    assert [len(requests) for requests in server.calls] == [2]
+    if fails:
+        assert [(type(error), str(error)) for error in found] == [(EngineError, "it is gone")] * 3
+        return
+    assert [others for others, _ in found] == [[0, 1, 2]] * 3
+    assert [[(c.prompt_ids, c.ids[0]) for c in own] for _, own in found] == [
+        [((4,), 0), ((8,), 3)], [], [((6,), 2), ((8,), 5)],
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- ranks as processes
@@ -229,7 +255,11 @@ def by_server(stages: dict[str, Any], address: str) -> dict[str, Any]:
     sampler = {"engine": "vllm", "address": address, "concurrency": 8}
     own = {"old_logp": "trainer"}  # the server's are in float32
     return {
-        name: {**stage, "rollout": sampler, **(own if stage["kind"] in ("ppo", "grpo") else {})}
+        name: {
+            **stage,
+            "rollout": {**stage.get("rollout", {}), **sampler},
+            **(own if stage["kind"] in ("ppo", "grpo") else {}),
+        }
         for name, stage in stages.items()
     }
 
@@ -300,6 +330,53 @@ def test_what_is_asked_and_learned_is_that_of_one_process(
             tokens = [r.get("rollout", 0) * r.get("rollout/tokens_per_second", 0) for r in (row, other)]
             assert tokens[0] == pytest.approx(tokens[1], rel=0.05), name
         assert any(row.get("rollout/tokens_per_second", 0) > 0 for row in times)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])
+def test_what_older_weights_have_sampled_is_that_of_one_process(
+    ranks: int, strategy: str, server: Any, in_float64: Any, on_policy_kinds: dict[str, Any]
+) -> None:
+    """Ahead of its turn, and in rounds: the server is asked for the same rows, and given the same weights."""
+    kinds = ("grpo-ahead", "grpo-partial")
+    stages = by_server({kind: on_policy_kinds[kind] for kind in kinds}, server.address)
+    named = {f"{kind}-{ranks}-{strategy}": stage for kind, stage in stages.items()}
+    found: list[tuple[Path, Counter[Any], int]] = []
+    for count, way in ((1, "ddp"), (ranks, strategy)):
+        server.calls.clear()
+        place = in_float64(named, count, way) / way
+        found.append((place, rows_asked(server.calls), server.count("/collective_rpc")))
+    assert found[0][1:] == found[1][1:]
+    for name in named:
+        same(found[0][0], found[1][0], name, "metrics.jsonl", "samples.jsonl")
+    ahead, partial = (lines_of(found[1][0] / "stages" / name / "metrics.jsonl") for name in named)
+    assert [row["rollout/staleness"] for row in ahead] == [0, 1, 1]
+    assert any(row["rollout/carried"] > 0 for row in partial)
+    assert all(row["rollout/staleness_kl"] > 0 for row in ahead[1:])
+
+
+@pytest.mark.ranks
+def test_a_server_that_dies_beside_the_training_costs_no_update(
+    program: Path, on_policy_kinds: dict[str, Any], config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It samples for the second update while the first trains. Where it cannot be had again that one is kept,
+    on all ranks; the same command goes on."""
+    stage = grpo(on_policy_kinds, program)
+    sampler = {**stage["rollout"], "ahead": 1, "restarts": 0}
+    stage |= {"rollout": sampler, "importance_cap": 1.5, "save_every": 9}
+    path = config_file(tmp_path / "config.yaml", {"g": stage})
+    runs = ("run", path, "--runs", tmp_path, "--nproc", 2, "--name", "cut")
+    (program / "deadly").write_text("9")  # behind a probe and the six rows of the first update
+    cut = keel(*runs)
+    assert cut.returncode == 1, cut.stderr[-3000:]
+    assert len([line for line in cut.stderr.splitlines() if "the vLLM server died" in line]) == 1
+    metrics = tmp_path / "cut/stages/g/metrics.jsonl"
+    assert [row["step"] for row in lines_of(metrics)] == [1]
+    again = keel(*runs)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on after step 1" in again.stderr
+    assert [row["rollout/staleness"] for row in lines_of(metrics)] == [0, 0, 1, 1]
+    assert all_gone(started(program))
 
 
 @pytest.mark.ranks

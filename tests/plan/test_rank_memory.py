@@ -114,12 +114,12 @@ def test_what_lies_in_host_memory_takes_none_of_the_card() -> None:
     assert f"and {16 * count / 8 / 1e9:.3g} GB in host memory" in "\n".join(rank_memory.as_lines(found))
 
 
-def test_responses_that_several_updates_sample_are_planned_for_one_process_and_all_together() -> None:
+def test_responses_that_several_updates_sample_are_planned_all_together_and_shared_by_ranks() -> None:
     settings = {"batch_size": 8, "mini_batch": 8, "importance_cap": 2.0}
     whole = stage("grpo", **settings)
     partial = stage("grpo", **settings, rollout={"partial": 256})
     by_ranks = rank_memory.on_ranks(partial, refs(rewards=True), LENGTHS, Asked(2))
-    assert not any(one.runs for one in by_ranks.values())
+    assert all(one.runs for one in by_ranks.values())
     few = stage("grpo", **settings, rollout={"partial": 256}, updates=2)
     held = [
         next(
@@ -158,7 +158,7 @@ def test_bytes_are_those_of_rings() -> None:
 
 
 def test_a_server_samples_for_several_ranks_in_memory_of_its_own() -> None:
-    """No rank has the policy whole for it; ahead of training it samples for one process alone."""
+    """No rank has the policy whole for it, ahead of training neither."""
     own, served = stage("grpo"), stage("grpo", rollout={"engine": "vllm"})
     found = rank_memory.on_ranks(served, refs(rewards=True), LENGTHS, Asked(2))
     assert [one.runs for one in found.values()] == [True, True]
@@ -166,7 +166,8 @@ def test_a_server_samples_for_several_ranks_in_memory_of_its_own() -> None:
     assert phases(served, 8, "fsdp")["rollout"]["policy"]["gathered"] == 0
     ahead = stage("grpo", rollout={"engine": "vllm", "ahead": 1}, importance_cap=2.0)
     by_ranks = rank_memory.on_ranks(ahead, refs(rewards=True), LENGTHS, Asked(2))
-    assert not any(one.runs for one in by_ranks.values())
+    assert all(one.runs for one in by_ranks.values())
+    assert phases(ahead, 8, "fsdp")["rollout"]["policy"]["gathered"] == 0
 
 
 def test_a_card_is_a_number_of_gb() -> None:

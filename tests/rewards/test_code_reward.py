@@ -64,7 +64,11 @@ def rewards(
     )
     note = {} if logged is None else logged
     given = {name: [value] * len(replies) for name, value in columns.items()}
-    return reward([0] * len(replies), replies, note.__setitem__, tests=[tests] * len(replies), **given)
+
+    def log(name: str, value: float, of: int) -> None:
+        note[name] = value
+
+    return reward([0] * len(replies), replies, log, tests=[tests] * len(replies), **given)
 
 
 # ---------------------------------------------------------------- what is read

@@ -62,7 +62,7 @@ def test_a_relative_judge_gives_the_share_of_the_others_that_a_reply_beats(mode:
     given = batch(["p", "q", "p", "p", "q", "q", "r"], ["a", "x", "b", "c", "z", "x", "o"])
     assert Judge("judge", asked, RUBRIC, mode=mode)(given) == [0.25, 0.75, 0.25, 1.0, 0.0, 0.75, 0.5]
     assert asked.asked == (8 if mode == "pairwise" else 4)
-    assert given.logged.metrics == {"judge/position_bias": [0.0], "judge/disagreement": [0.0]}
+    assert given.logged.metrics == {"judge/position_bias": [0.0] * 4, "judge/disagreement": [0.0] * 4}
 
 
 @pytest.mark.parametrize("mode", ["pairwise", "ranking"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from keel.errors import RewardError, UsageError
 from keel.rewards import rules
-from keel.rewards.mixture import Batch, Mixture, WeightedReward, from_function, precomputed
+from keel.rewards.mixture import Answers, Batch, Mixture, WeightedReward, from_function, precomputed
 
 
 def batch_of(*completions: str, **columns: Sequence[Any]) -> Batch:
@@ -149,6 +149,27 @@ def test_a_batch_of_uneven_lists_is_refused() -> None:
         batch_of("x", "y", answer=["1"])
     with pytest.raises(ValueError, match="1 prompts has stop_reasons 2"):
         Batch(["p"], ["x"], [[1]], ["eos", "eos"], [[1]], {})
+
+
+def test_parts_that_are_asked_apart_are_summed_as_one() -> None:
+    """In the order of their numbers. What a function logged of one part alone has no value elsewhere, and a
+    column of another length is left out."""
+    terms = [
+        WeightedReward("twice", 2.0, lambda b: [float(c) for c in b.completions]),
+        WeightedReward("even", 1.0, lambda b: [1.0 if int(c) % 2 == 0 else None for c in b.completions]),
+    ]
+    mixture, whole = Mixture(terms), [str(number) for number in range(5)]
+    rows = [[3, 0], [1, 4, 2]]
+    parts = [batch_of(*(whole[row] for row in part), source=[f"s{row}" for row in part]) for part in rows]
+    parts[1].logged.log_extra("noted", ["one", "four", "two"])
+    for part in parts:
+        part.logged.log_extra("short", ["x"])
+    answers = Answers.joined([mixture.ask(part) for part in parts], [row for part in rows for row in part])
+    assert answers.logged.extra == {"noted": [None, "one", "two", None, "four"]}
+    assert answers.sources == ["s0", "s1", "s2", "s3", "s4"]
+    found, expected = mixture.sum(answers), mixture.score(batch_of(*whole))
+    assert found.total.equal(expected.total)
+    assert found.by_name == expected.by_name
 
 
 def test_a_silent_judge_neither_gains_nor_loses() -> None:

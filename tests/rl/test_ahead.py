@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from keel.config import parse
 from keel.errors import EngineError, UsageError
 from keel.rl import loop, rollout, setup
 from keel.rollout import HoldsWeights, ReferenceEngine
+from keel.rollout.vllm import SharedEngine
 
 
 @pytest.fixture
@@ -118,12 +119,16 @@ class Apart(ReferenceEngine):
             self.beside += 1
         return super().generate(request, count)
 
+    def generate_all(self, requests: Any) -> Any:
+        return [self.generate(request) for request in requests]
+
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
 def test_an_engine_with_weights_of_its_own_samples_while_the_update_trains(
-    trained: Any, monkeypatch: pytest.MonkeyPatch
+    shared: bool, trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the numbers are those of sampling first."""
+    """And the numbers are those of sampling first. shared: as one that several ranks share."""
     alone, rows = trained("alone", engine="reference")
     opened: list[Apart] = []
     learn = loop.learn
@@ -132,9 +137,11 @@ def test_an_engine_with_weights_of_its_own_samples_while_the_update_trains(
         opened[0].training.set()
         return learn(*given)
 
-    monkeypatch.setattr(
-        setup, "open_engine", lambda config, policy, *_: opened.append(Apart(policy)) or opened[0]
-    )
+    def open_engine(config: Any, policy: Any, run: Any, tokenizer: Any, length: Any) -> Any:
+        opened.append(Apart(policy))
+        return SharedEngine(policy, cast("Any", opened[0]), tokenizer) if shared else opened[0]
+
+    monkeypatch.setattr(setup, "open_engine", open_engine)
     monkeypatch.setattr(loop, "learn", learning)
     beside, others = trained("beside", engine="reference")
     assert isinstance(opened[0], HoldsWeights)
@@ -226,6 +233,7 @@ def test_weights_that_are_put_back_sample_again(
         ({"environment": "world:shop"}, "`rollout.ahead` does not go with `tools` or `environment`"),
         ({"updates": 1}, "`rollout.ahead` has no effect with one update"),
         ({"rollout": {"ahead": 2}}, "rollout.ahead: must be at most 1, not 2"),
+        ({"rollout": {"ahead": 1, "engine": "vllm", "sleep": True}}, "when `rollout.sleep` has it sleep"),
     ],
 )
 def test_what_cannot_be_sampled_ahead_is_refused(more: dict[str, Any], message: str) -> None:

@@ -67,7 +67,7 @@ def with_samples(monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], scores: 
             for p, y in zip(request.prompts, drawn, strict=True)
         ]
 
-    def rate(setup: Any, tasks: Any, completions: Any, update: int) -> Rated:
+    def rate(setup: Any, tasks: Any, completions: Any, update: int, dealt: Any) -> Rated:
         values = [next(endings[1]) for _ in completions]
         return Rated(torch.tensor(values), torch.tensor(values), torch.zeros(len(values)), {"red": values})
 

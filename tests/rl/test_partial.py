@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,11 @@ import torch
 
 from keel.config import parse
 from keel.data.stops import stop_texts
+from keel.distributed.group import Group
 from keel.errors import EngineError, RewardError, UsageError
 from keel.rl import loop, partial, rollout
+from keel.rl.rollout import PromptExample
+from keel.rollout.sampling import uniform_draws
 from keel.rundir.stage_run import StageRun
 from keel.types import Completion
 
@@ -229,10 +234,40 @@ def test_weights_that_are_put_back_sample_again(
     assert [len(batch) for batch in responses(learned)] == [4] * 4
 
 
-def test_several_processes_are_refused(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial.group, "size", lambda: 2)
-    with pytest.raises(UsageError, match="samples in one process"):
-        partial.Partial(None, None)  # pyright: ignore[reportArgumentType]
+def test_ranks_share_a_round_and_know_all_of_it(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """The samples of a prompt are one rank's. Rank 1 samples here; what rank 0 told it ends a row. An engine
+    that draws its own numbers is told which of the round's rows it has."""
+    prompts = [PromptExample(f"p{n}", (n + 3,), {}) for n in range(3)]
+    stage = {
+        "kind": "grpo", "model": "m", "reward": "r", "data": "d", "samples_per_prompt": 2, "batch_size": 6,
+        "updates": 9, "importance_cap": 2.0, "rollout": {"partial": 2}, "sampling": SAMPLING,
+    }  # fmt: skip
+    config: Any = parse({"name": "x", "stages": {"rl": stage}}).stages["rl"]
+    asked: list[Any] = []
+
+    def completed(setup: Any, request: Any, count: Any) -> list[Completion]:
+        asked.append(request)
+        return [Completion(tuple(p), (5, 6), "length", (-1.0, -2.0)) for p in request.prompts]
+
+    def gathered(own: Any) -> list[Any]:
+        others = [n for n in range(6) if n not in own[0]]
+        return [(others, [Completion((), (7, 1), "eos", (-3.0, -4.0))] * len(others)), own]
+
+    monkeypatch.setattr(rollout, "completed", completed)
+    monkeypatch.setattr(partial.group, "_group", Group(1, 2))
+    monkeypatch.setattr(partial.group, "gathered", gathered)
+    setup: Any = SimpleNamespace(
+        config=config, tokenizer=tokenizer, engine=None, rewards=None, roles=SimpleNamespace(policy=None),
+        run=SimpleNamespace(seed=0, timed=lambda phase: nullcontext()),
+    )  # fmt: skip
+    one = partial.Partial(setup, lambda update: prompts)
+    one._round(1)
+    assert [(r.prompts, r.rows.numbers, r.rows.of) for r in asked] == [([(4,), (4,)], [2, 3], 6)]
+    draws = uniform_draws(6, config.sampling.plain(), rollout.seed_of(setup, 1))
+    assert torch.equal(asked[0].draws, draws[2:4, :2])
+    assert [row.ids for row in one.rows[1]] == [[7, 1], [7, 1], [5, 6], [5, 6], [7, 1], [7, 1]]
+    assert [row.stop_reason for row in one.rows[1]] == ["eos", "eos", None, None, "eos", "eos"]
+    assert [row.logp for row in one.rows[1]][1:3] == [[-3.0, -4.0], [-1.0, -2.0]]
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,31 @@ def test_a_model_in_this_process_is_read_as_a_server_is(
     assert getattr(found, "value", None) == 0.0 or "cut off" in getattr(found, "reason", "")
 
 
+def test_what_a_model_in_this_process_draws_follows_from_the_question(
+    stage_run: Any, roomy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is asked beside it, on another rank say."""
+    from keel.config.rewards import JudgeTerm
+    from keel.data import questions
+    from keel.stages import judges
+
+    settings: dict[str, Any] = {
+        "kind": "judge",
+        "model": str(roomy_model),
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+    }
+    judge = judges.of_reward(JudgeTerm(**settings), stage_run, dtype="float32", trust_remote_code=False)
+    drawn: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        judges.Local, "_read", lambda self, question, completion: drawn.append(completion.ids)
+    )
+    one, other = (questions.pairwise(judge.rubric, "p", "a", reply) for reply in ("b", "c"))
+    judge.asked.ask([one, other, one])
+    judge.asked.ask([other])
+    assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
+
+
 # ---------------------------------------------------------------- an annotator
 
 

@@ -150,7 +150,9 @@ def test_a_reply_that_never_ends_costs_only_itself():
     (row,) = rows("gym:countdown", 1)
     logged: dict[str, float] = {}
     answers = ["9**9**9**9", row["answer"]]
-    values = gym_score(timeout=0.3)([0, 0], answers, logged.__setitem__, gym=[row["gym"]] * 2)
+    values = gym_score(timeout=0.3)(
+        [0, 0], answers, lambda name, value, of: logged.update({name: value}), gym=[row["gym"]] * 2
+    )
     assert values == [0.0, 1.0]
     assert logged == {"gym_timeouts": 0.5}
 

@@ -274,11 +274,6 @@ class OnPolicy(ToolUse):
         }
         return next((setting for setting, is_so in wrong.items() if is_so), super().uncut())
 
-    def alone(self) -> str | None:
-        if self.rollout.ahead and self.rollout.vllm:
-            return "`rollout.ahead` with `rollout.engine: vllm`"
-        return "`rollout.partial`" if self.rollout.partial else super().alone()
-
     @property
     def engine_name(self) -> str:
         """What samples, for messages."""

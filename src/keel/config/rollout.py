@@ -51,6 +51,11 @@ def check_older_weights(config: OnPolicy) -> None:
         raise ValueError(
             f"{name} of {rollout.partial} has no effect: no response has more than {most} tokens"
         )
+    if rollout.ahead and rollout.sleep:
+        raise ValueError(
+            f"{name} has the server sample while keel trains, when `rollout.sleep` has it sleep: leave one "
+            "of them out"
+        )
     if not config.weighs_samples:
         raise ValueError(
             f"{name} does not go with {config.kind}, which does not correct for what older weights "

@@ -81,10 +81,6 @@ class Stage(Settings):
         """The setting with which its weights cannot be cut over ranks (fsdp); None: they can."""
         return None
 
-    def alone(self) -> str | None:
-        """The setting with which it runs on one process only; None: on any number, as far as its kind can."""
-        return None
-
     @property
     def votes_in(self) -> LabelConfig | None:
         """The project of `keel label` in which people vote; None where there is none."""

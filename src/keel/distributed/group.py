@@ -239,6 +239,16 @@ def from_first_or_error(work: Callable[[], T]) -> T:
     raise error
 
 
+@contextmanager
+def alike() -> Iterator[None]:
+    """Within it every rank does the same with the same values: a KeelError is `met_by_all`."""
+    try:
+        yield
+    except KeelError as error:
+        setattr(error, "met_by_all", True)  # noqa: B010  errors have no such field
+        raise
+
+
 def met_by_all(error: BaseException) -> bool:
     """Whether all ranks meet an error at the same place, so that they may do something together before they
     end; as a process alone does."""
@@ -336,6 +346,27 @@ def gathered(value: T) -> list[T]:
     with talking():
         torch.distributed.all_gather_object(found, value)
     return found
+
+
+def gathered_or_error(work: Callable[[], T]) -> list[T]:
+    """What `work` returns on every rank, in their order. Where it raises a KeelError the first of these is
+    raised on all ranks, `met_by_all`. `work` does its part alone: no other rank waits within it."""
+    if _group.size == 1:
+        return [work()]
+    met: KeelError | None = None
+    value: Any = None
+    try:
+        value = work()
+    except KeelError as error:
+        met = error
+    found = gathered((None if met is None else (type(met), str(met)), value))
+    failed = [(number, told) for number, (told, _) in enumerate(found) if told is not None]
+    if not failed:
+        return [value for _, value in found]
+    number, (kind, words) = failed[0]
+    error = met if met is not None and number == _group.rank else kind(words)
+    setattr(error, "met_by_all", True)  # noqa: B010  errors have no such field
+    raise error
 
 
 def mapped(items: Sequence[S], work: Callable[[S], T], idle: Callable[[], object] | None = None) -> list[T]:

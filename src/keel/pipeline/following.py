@@ -29,11 +29,10 @@ from keel.pipeline.device import cores, deterministic
 from keel.pipeline.preflight import Judged, Sources
 from keel.pipeline.stage_graph import accel_switched
 from keel.pipeline.stage_kinds import OWN_KINDS, kind_of, resolve
+from keel.rundir.stage_run import RESPONSES_CUT, StageRun
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from keel.rundir.stage_run import StageRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +72,6 @@ def check_kinds(config: RunConfig, names: Sequence[str]) -> None:
         ways = kind_of(kind).ranks
         if not ways:  # the first rank runs it alone
             continue
-        if (why := config.stages[name].alone()) is not None:
-            raise UsageError(
-                f"stage {name!r}: {why} samples in one process: leave it out, or run without several ranks"
-            )
         if strategy in ways:
             if strategy == "fsdp" and (why := config.stages[name].uncut()) is not None:
                 raise UsageError(
@@ -141,7 +136,7 @@ def run_stage(stage: Stage, run: StageRun) -> dict[str, Any]:
             run.say(f"{run.name}: weights are cut over {group.size()} ranks{off}")
             with accel.disabled(), batch_layout.one_forward():
                 result = function(stage, run)
-        _share_notes(run)
+        _share_facts(run)
         return result
     finally:
         run.end()
@@ -153,8 +148,11 @@ def _of_offload() -> str:
     return "; they lie in host memory, and the optimiser steps there"
 
 
-def _share_notes(run: StageRun) -> None:
-    """Have the first rank, which writes the record, note what others met in their part of the rows."""
-    for notes in group.gathered(run.facts.get("notes", [])):
+def _share_facts(run: StageRun) -> None:
+    """Have the first rank, which writes the record, know what others met in their part of the rows."""
+    found = group.gathered((run.facts.get("notes", []), run.facts.get(RESPONSES_CUT, 0)))
+    if cut := sum(number for _, number in found):
+        run.facts[RESPONSES_CUT] = cut
+    for notes, _ in found:
         for text in notes if group.is_first() else ():
             run.note(text)

@@ -93,8 +93,6 @@ def on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked) ->
 def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, strategy: Strategy) -> OnRanks:
     if strategy not in stage_kinds.kind_of(stage.kind).ranks or not isinstance(stage, Training):
         return OnRanks(False)
-    if asked.ranks > 1 and stage.alone() is not None:
-        return OnRanks(False)
 
     def peak(stage: Stage) -> float:
         stage, own = _training(stage), lengths.within(getattr(stage, "max_length", None))

@@ -47,7 +47,7 @@ def code_reward(
     def reward(
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: Callable[[str, float, int], None] | None = None,
         **data: Any,
     ) -> list[float | None]:
         check_column(data, columns.tests)
@@ -62,8 +62,9 @@ def code_reward(
         )
         if log_metric is not None and (asked := [job for job in rows if job is not None]):
             late = sum(job.key in ended and ended[job.key].late for job in asked)
-            log_metric("code_timeouts", late / len(asked))
-            log_metric("code_missing", sum(job.key not in ended for job in asked) / len(asked))
+            missing = sum(job.key not in ended for job in asked)
+            log_metric("code_timeouts", late / len(asked), len(asked))
+            log_metric("code_missing", missing / len(asked), len(asked))
         return [None if job is None else _score(job, ended.get(job.key), score) for job in rows]
 
     return reward

@@ -30,7 +30,7 @@ def gym_score(
     def reward(
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: Callable[[str, float, int], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         scores: list[float | None] = []
@@ -44,7 +44,7 @@ def gym_score(
             stopped += score is None
             scores.append(_counted(score or 0.0, partial))
         if log_metric is not None and scores:
-            log_metric("gym_timeouts", stopped / len(scores))
+            log_metric("gym_timeouts", stopped / len(scores), len(scores))
         return scores
 
     return reward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -63,6 +63,46 @@ class WeightedReward:
     std: float = 1.0  # … which gives a learned reward, whose scale is arbitrary, one to be weighed on
     learned: bool = False  # a reward model's, which may be wrong without bound
     neutral: bool = False  # where it was silent, the mean of what it gave others counts: see `Mixture`
+    compares: bool = False  # it compares the replies to one prompt, and needs all of them together
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What every reward said of B samples, not summed yet, and what of the samples a sum looks at."""
+
+    by_name: Mapping[str, Sequence[float | None]]  # raw r_k, B values a term, before the weight
+    prompts: Sequence[Prompt]
+    prompt_ids: Sequence[Sequence[int]]
+    sources: Sequence[str]
+    logged: Logged  # by functions, of these samples
+
+    @staticmethod
+    def joined(parts: Sequence[Answers], numbers: Sequence[int]) -> Answers:
+        """Several parts as one, in the order of their samples' numbers. What a part logged nothing of has no
+        value there."""
+        if len(parts) == 1:
+            return parts[0]
+        order = sorted(range(len(numbers)), key=lambda i: numbers[i])
+
+        def column(values: Iterable[Sequence[Any]]) -> list[Any]:
+            whole = [value for part in values for value in part]
+            return [whole[i] for i in order]
+
+        logged = Logged()
+        for part in parts:
+            for name, values in part.logged.metrics.items():
+                logged.metrics.setdefault(name, []).extend(values)
+        for name in dict.fromkeys(name for part in parts for name in part.logged.extra):
+            columns = [part.logged.extra.get(name) or [None] * len(part.prompts) for part in parts]
+            if all(len(values) == len(part.prompts) for values, part in zip(columns, parts, strict=True)):
+                logged.extra[name] = column(columns)
+        return Answers(
+            {name: column(part.by_name[name] for part in parts) for name in parts[0].by_name},
+            column(part.prompts for part in parts),
+            column(part.prompt_ids for part in parts),
+            column(part.sources for part in parts),
+            logged,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +116,17 @@ class Rated:
     logged: Logged = field(default_factory=Logged)  # by functions, of these samples
     silent: tuple[bool, ...] = ()  # (B,) a judge with a weight said nothing of it; (): there is no such judge
 
+    def rows(self, kept: Sequence[int]) -> Rated:
+        """Of these samples alone, in this order, without what was logged."""
+        index = torch.tensor(list(kept), dtype=torch.long)
+        return Rated(
+            self.total[index],
+            self.raw[index],
+            self.learned[index],
+            {name: [values[i] for i in kept] for name, values in self.by_name.items()},
+            silent=tuple(self.silent[i] for i in kept) if self.silent else (),
+        )
+
 
 class Mixture:
     """R(x, y) = Σ_k w_k · (r_k(x, y) − mean_k) / std_k over the terms k that apply (r_k is not None).
@@ -84,6 +135,9 @@ class Mixture:
     their weight. Of a term that is `neutral` (a judge that may be silent) a sample that it said nothing of
     has the mean of its prompt's others, or where these have none that of all others of its source in the
     batch, since no value would count as a 0 beside theirs; one that it was not asked about has none.
+
+    Rewards are asked first and summed then: several processes that share a batch ask each about their own
+    samples, and sum what all were told, so that a mean is one of the whole batch.
     UsageError for no terms, a name twice, a weight that is not finite.
     """
 
@@ -105,15 +159,31 @@ class Mixture:
         """Σ |w_k| over the learned rewards."""
         return math.fsum(abs(term.weight) for term in self.terms if term.learned)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the replies to one prompt have to be asked about together."""
+        return any(term.compares for term in self.terms)
+
     def score(self, batch: Batch) -> Rated:
-        """The weighted sum and the raw values. RewardError, with the reward and the sample, for a term that
-        fails, a sample to which no term applies, and a sum that is too large for a float32."""
+        """The weighted sum and the raw values: `ask` and `sum`, and their errors."""
+        return self.sum(self.ask(batch))
+
+    def ask(self, batch: Batch) -> Answers:
+        """What each term says of each sample. RewardError, with the reward and the sample, for one that
+        fails."""
+        sources = [str(source) for source in batch.columns.get("source") or [None] * len(batch.prompts)]
         by_name = {term.name: _values(term, batch) for term in self.terms}
+        return Answers(by_name, batch.prompts, batch.prompt_ids, sources, batch.logged)
+
+    def sum(self, answers: Answers) -> Rated:
+        """The weighted sum of what was said. RewardError for a sample to which no term applies, and for a sum
+        that is too large for a float32."""
+        by_name = {name: list(values) for name, values in answers.by_name.items()}
         counted = {
-            t.name: _filled(by_name[t.name], _silences(t, batch), batch) if t.neutral else by_name[t.name]
+            t.name: _filled(by_name[t.name], _silences(t, answers), answers) if t.neutral else by_name[t.name]
             for t in self.terms
         }
-        total, raw, learned = torch.zeros(3, len(batch.prompts), dtype=torch.float64)
+        total, raw, learned = torch.zeros(3, len(answers.prompts), dtype=torch.float64)
         for term in self.terms:
             values = counted[term.name]
             applies = torch.tensor([value is not None for value in values], dtype=torch.bool)
@@ -122,30 +192,31 @@ class Mixture:
             part = torch.where(applies, term.weight * (r - term.mean) / term.std, 0.0)
             total += part
             learned += part if term.learned else 0.0
-        for index in range(len(batch.prompts)):
+        for index in range(len(answers.prompts)):
             if all(values[index] is None for values in counted.values()):
                 raise RewardError(
-                    f"no reward applies to {functions.sample(batch.prompts, index)}: each of "
-                    f"{', '.join(by_name)} returned None{_why_silent(self.terms, batch, index)}"
+                    f"no reward applies to {functions.sample(answers.prompts, index)}: each of "
+                    f"{', '.join(by_name)} returned None{_why_silent(self.terms, answers, index)}"
                 )
         rewards = total.float()
         if not rewards.isfinite().all():
             index = int((~rewards.isfinite()).nonzero()[0])
             parts = ", ".join(f"{name} {values[index]}" for name, values in by_name.items())
             raise RewardError(
-                f"the rewards of {functions.sample(batch.prompts, index)} do not add up: {parts}"
+                f"the rewards of {functions.sample(answers.prompts, index)} do not add up: {parts}"
             )
-        return Rated(rewards, raw.float(), learned.float(), by_name, batch.logged, _silent(self.terms, batch))
+        silent = _silent(self.terms, answers)
+        return Rated(rewards, raw.float(), learned.float(), by_name, answers.logged, silent)
 
 
 def _filled(
-    values: Sequence[float | None], silences: Sequence[str | None], batch: Batch
+    values: Sequence[float | None], silences: Sequence[str | None], answers: Answers
 ) -> list[float | None]:
     """The values, in the place of None the mean of those of the same prompt and source, or where there are
     none of the same source; None where that has none either, and where nobody was silent: silences has no
     reason there."""
-    sources = [str(source) for source in batch.columns.get("source") or [None] * len(values)]
-    prompts = [(tuple(ids), source) for ids, source in zip(batch.prompt_ids, sources, strict=True)]
+    sources = answers.sources
+    prompts = [(tuple(ids), source) for ids, source in zip(answers.prompt_ids, sources, strict=True)]
     of_prompt, of_source = _means(prompts, values), _means(sources, values)
     return [
         value if value is not None or why is None else of_prompt.get(prompt, of_source.get(source))
@@ -162,19 +233,19 @@ def _means(keys: Sequence[Any], values: Sequence[float | None]) -> dict[Any, flo
     return {key: math.fsum(some) / len(some) for key, some in known.items()}
 
 
-def _silences(term: WeightedReward, batch: Batch) -> Sequence[str | None]:
+def _silences(term: WeightedReward, answers: Answers) -> Sequence[str | None]:
     """(B,) why a neutral term said nothing of a sample; None where it spoke, or does not apply."""
-    return batch.logged.extra.get(f"{term.name}/{SILENCE}") or [None] * len(batch.prompts)
+    return answers.logged.extra.get(f"{term.name}/{SILENCE}") or [None] * len(answers.prompts)
 
 
-def _silent(terms: Sequence[WeightedReward], batch: Batch) -> tuple[bool, ...]:
-    counted = [_silences(term, batch) for term in terms if term.neutral and term.weight]
+def _silent(terms: Sequence[WeightedReward], answers: Answers) -> tuple[bool, ...]:
+    counted = [_silences(term, answers) for term in terms if term.neutral and term.weight]
     return tuple(any(why is not None for why in row) for row in zip(*counted, strict=True))
 
 
-def _why_silent(terms: Sequence[WeightedReward], batch: Batch, index: int) -> str:
+def _why_silent(terms: Sequence[WeightedReward], answers: Answers, index: int) -> str:
     found = [
-        f"{term.name}: {why}" for term in terms if term.neutral and (why := _silences(term, batch)[index])
+        f"{term.name}: {why}" for term in terms if term.neutral and (why := _silences(term, answers)[index])
     ]
     return f" ({'; '.join(found)})" if found else ""
 

@@ -36,11 +36,13 @@ class Logged:
     metrics: dict[str, list[float]] = field(default_factory=dict[str, list[float]])  # name → values, in order
     extra: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])  # column → B values
 
-    def log_metric(self, name: str, value: float) -> None:
-        """Log a number; the mean of an update's calls becomes a metric. What is not finite is left out."""
+    def log_metric(self, name: str, value: float, of: int = 1) -> None:
+        """Log a number; the mean of an update's calls becomes a metric. What is not finite is left out. of:
+        what it is a mean over counts for so many calls, so that the metric does not depend on how samples
+        are dealt out to calls."""
         number = float(value)
         if math.isfinite(number):
-            self.metrics.setdefault(str(name), []).append(number)
+            self.metrics.setdefault(str(name), []).extend([number] * of)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Log a value a sample, for samples.jsonl."""

@@ -10,6 +10,10 @@ update trains. Either way responses are scored and rated when their turn comes, 
 
 A checkpoint holds what is in flight, of all ranks. Where weights are put back, what they had been going to
 learn from is dropped, and sampled again by the weights that are there.
+
+Of a server that several ranks share (`SharedEngine`) the ranks gather their prompts before they train, and
+take their responses behind it. In between they train together, and the first rank's thread alone speaks with
+the server: what ranks say to each other has one order.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ from keel.distributed import group
 from keel.errors import EngineError
 from keel.rl import rollout
 from keel.rl.rollout import Drawn, PromptExample, Setup
-from keel.rl.sampled import deal
-from keel.rollout.protocol import HoldsWeights
+from keel.rl.sampled import Dealt
+from keel.rollout.protocol import HoldsWeights, TokenCount
+from keel.rollout.vllm.engine import add_tokens
+from keel.rollout.vllm.shared import SharedEngine
 from keel.types import Completion
 
 
@@ -57,12 +63,14 @@ class Ahead:
         rollout.take_weights(setup)
         self.update, self.drawn, self.failed = update, None, None
         seed = rollout.seed_of(setup, update)
-        dealt = deal(len(prompts), setup.config.samples_per_prompt)
+        dealt = rollout.deal_out(setup, prompts)
 
         def draw() -> Drawn:
             return rollout.draw(setup, prompts, dealt, seed)
 
-        if isinstance(setup.engine, HoldsWeights):
+        if isinstance(setup.engine, SharedEngine):
+            self.working = _shared_work(setup, setup.engine, dealt.repeated(prompts), dealt, seed)
+        elif isinstance(setup.engine, HoldsWeights):
             self.working = _Work(draw)
         else:
             self.drawn = draw()
@@ -81,6 +89,7 @@ class Ahead:
         """Forget what was sampled, once the engine has come to its end."""
         if self.working is not None:
             self.working.join()
+            group.all_here()  # the first rank may have waited for a server, for longer than others wait
         self.update, self.drawn, self.working, self.failed = 0, None, None, None
 
     # ------------------------------------------------------------ for a checkpoint
@@ -90,7 +99,7 @@ class Ahead:
         as plain values; both empty where there are none. Every rank has to ask."""
         if self.drawn is None or self.update <= done:
             return {}, {}
-        dealt = deal(self._prompts, self.setup.config.samples_per_prompt)
+        dealt = rollout.deal_out(self.setup, self.prompts_of(self.update))
         parts = group.gathered((dealt.rows, list(self.drawn.completions)))
         rows = dict(pair for numbers, found in parts for pair in zip(numbers, found, strict=True))
         found = [rows[number] for number in sorted(rows)]
@@ -112,11 +121,10 @@ class Ahead:
             return
         tensors, values = held["ahead"], about["ahead"]
         prompts = self.prompts_of(values["update"])
-        samples = self.setup.config.samples_per_prompt
         lengths = tensors["lengths"].tolist()
         ids, logp = (tensors[name].split(lengths) for name in ("ids", "logp"))
-        dealt = deal(len(prompts), samples)
-        asked = [prompts[number] for number in dealt.prompts for _ in range(samples)]
+        dealt = rollout.deal_out(self.setup, prompts)
+        asked = dealt.repeated(prompts)
         completions = [
             Completion(
                 prompt.ids, tuple(ids[row].tolist()), values["stop_reasons"][row],
@@ -126,19 +134,19 @@ class Ahead:
         ]  # fmt: skip
         self.update, self.drawn = values["update"], Drawn(asked, completions)
 
-    @property
-    def _prompts(self) -> int:
-        """Prompts of an update."""
-        return self.setup.config.batch_size // self.setup.config.samples_per_prompt
-
 
 class _Work(threading.Thread):
-    """Something that is done in a thread. It does not outlive the process."""
+    """Something that is done in a thread. It does not outlive the process.
 
-    def __init__(self, work: Callable[[], Drawn]) -> None:
+    take: what is made of it behind the training, in the thread that trains: it is given what returns or
+    raises what came of the work."""
+
+    def __init__(
+        self, work: Callable[[], Any], take: Callable[[Callable[[], Any]], Drawn] = lambda found: found()
+    ) -> None:
         super().__init__(name="keel-ahead", daemon=True)
-        self.work = work
-        self.found: Drawn | None = None
+        self.work, self.take = work, take
+        self.found: Any = None
         self.error: BaseException | None = None
         self.start()
 
@@ -150,8 +158,33 @@ class _Work(threading.Thread):
 
     def result(self) -> Drawn:
         """What came of it, once it is done."""
+        return self.take(self._came)
+
+    def _came(self) -> Any:
         self.join()
         if self.error is not None:
             raise self.error
-        assert self.found is not None
         return self.found
+
+
+def _shared_work(
+    setup: Setup[OnPolicy], engine: SharedEngine, prompts: Sequence[PromptExample], dealt: Dealt, seed: int
+) -> _Work:
+    """Responses to this rank's prompts by a server that all ranks share. Every rank calls, and takes the
+    result. prompts: of each response."""
+    request = rollout.request_of(setup, prompts, seed, rollout.rows_of(dealt)) if prompts else None
+    pending = engine.ask(request)
+
+    def answered() -> list[Completion]:
+        with setup.run.timed("rollout"):
+            return pending.answered()
+
+    def take(came: Callable[[], list[Completion]]) -> Drawn:
+        completions, count = pending.taken(came), TokenCount()
+        if request is None:
+            return Drawn((), ())
+        add_tokens(count, completions)
+        setup.run.count("rollout", count.useful, count.computed)
+        return Drawn(prompts, rollout.checked(setup, request, completions))
+
+    return _Work(answered, take)

@@ -16,6 +16,10 @@ otherwise than where an update learns from whatever has ended:
 Each row draws its own random numbers by position: with weights that stand still the tokens are those of whole
 responses, to rounding. What was begun is read again by the new weights, whose keys and values are others. A
 checkpoint holds what is on its way. Where weights are put back it is dropped, and sampled again.
+
+Several ranks share the rows of a round, the samples of a prompt to one of them, and tell each other what they
+have sampled: each knows all that is on its way. An engine that draws its own numbers is told each row's
+number among all of the round (`Rows`), so that it draws what it would draw for one process.
 """
 
 from __future__ import annotations
@@ -28,13 +32,14 @@ import torch
 from torch import Tensor
 
 from keel.config import OnPolicy
-from keel.data.stops import StopTexts
+from keel.data.stops import StopTexts, stop_texts
 from keel.distributed import group
-from keel.errors import UsageError
 from keel.rl import rollout
 from keel.rl.rollout import Drawn, PromptExample, Setup
-from keel.rollout.protocol import GenerationRequest, TokenCount
+from keel.rl.sampled import deal
+from keel.rollout.protocol import GenerationRequest, Rows, TokenCount
 from keel.rollout.sampling import uniform_draws
+from keel.rollout.vllm.shared import idle
 from keel.types import Completion, Sampling, StopReason
 
 
@@ -54,23 +59,23 @@ class Row:
         return sum((learned - then) * tokens for then, tokens in self.rounds)
 
 
+Going = tuple[int, int, Row]  # a row that has not ended: its update, its place there
+
+
 class Partial:
     """The responses that are on their way, by the update that learns from them. Stands in the place of
     `Ahead`."""
 
     def __init__(self, setup: Setup[OnPolicy], prompts_of: Callable[[int], Sequence[PromptExample]]) -> None:
-        """prompts_of: an update. UsageError in one of several processes."""
-        if group.size() > 1:
-            raise UsageError(
-                "`rollout.partial` samples in one process: leave it out, or run without several ranks"
-            )
+        """prompts_of: an update."""
         self.setup, self.prompts_of = setup, prompts_of
         self.most = setup.config.sampling.max_new_tokens
         self.rows: dict[int, list[Row]] = {}
         self.metrics: dict[str, float] = {}  # of the update that was asked for last
 
     def of(self, update: int) -> Drawn:
-        """The responses to the prompts of an update, all ended, after as many rounds as that takes."""
+        """This rank's responses to the prompts of an update, all ended, after as many rounds as that
+        takes."""
         # those of this one stay until the next asks: where a reward fails, they are not sampled again
         self.rows = {number: rows for number, rows in self.rows.items() if number >= update}
         while update not in self.rows or any(row.stop_reason is None for row in self.rows[update]):
@@ -83,7 +88,10 @@ class Partial:
             "rollout/in_flight": float(len(on_the_way)),
         }
         stale = sum(row.staleness(learned) for row in rows) / tokens
-        return Drawn([row.prompt for row in rows], [_completion(row) for row in rows], stale)
+        samples = self.setup.config.samples_per_prompt
+        dealt = rollout.deal_out(self.setup, [row.prompt for row in rows[::samples]])
+        own = [rows[number] for number in dealt.rows]
+        return Drawn([row.prompt for row in own], [_completion(row) for row in own], stale)
 
     def begin(self, update: int) -> None:
         """Nothing: `of` begins what is due."""
@@ -111,35 +119,53 @@ class Partial:
             for place, row in enumerate(rows)
             if row.stop_reason is None
         ]
-        rows, count = [row for *_, row in going], TokenCount()
         rounds = sum(len(row.rounds) for rows in self.rows.values() for row in rows)
+        completions = self._sampled(going, rollout.seed_of(setup, update, "partial", rounds))
+        self.rows = begun  # not before: an engine that fails is asked for the same ones again
+        stops = stop_texts(setup.tokenizer, config.sampling.plain().stop)
+        for (*_, row), completion in zip(going, completions, strict=True):
+            _go_on(row, completion, update - 1, self.most, stops)
+
+    def _sampled(self, going: Sequence[Going], seed: int) -> list[Completion]:
+        """More tokens of all rows. Each rank samples those of its own share."""
+        setup, count = self.setup, TokenCount()
+        samples = setup.config.samples_per_prompt
+        # a prompt that several updates have is in each of them one of its own
+        dealt = deal([(number, place // samples) for number, place, _ in going], 1)
+        own = [going[number] for number in dealt.rows]
+        completions: list[Completion] = []
         with setup.run.timed("rollout"):
             rollout.take_weights(setup)
-            request = self._request(going, rollout.seed_of(setup, update, "partial", rounds))
-            completions = rollout.completed(setup, request, count)
-        self.rows = begun  # not before: an engine that fails is asked for the same ones again
-        for row, completion in zip(rows, completions, strict=True):
-            _go_on(row, completion, update - 1, self.most, request.stop_texts)
+            with rollout.sampling(setup):
+                if own:
+                    request = self._request(own, seed, rollout.rows_of(dealt))
+                    completions = rollout.completed(setup, request, count)
+                else:
+                    idle(setup.engine)
         if count.computed:  # an engine need not count
             # what was begun is read once more, which nobody needs: once where several rows begin alike
-            carried = {c.prompt_ids for row, c in zip(rows, completions, strict=True) if row.rounds[1:]}
-            again = sum(map(len, carried))
+            again = sum(map(len, {c.prompt_ids for (*_, row), c in zip(own, completions) if row.ids}))
             useful = count.useful - again
             setup.run.count("rollout", useful, count.computed, passes=count.passes, pairs=count.pairs)
+        told = group.gathered((dealt.rows, [replace(c, prompt_ids=()) for c in completions]))
+        by_number = {n: c for numbers, found in told for n, c in zip(numbers, found, strict=True)}
+        return [by_number[number] for number in range(len(going))]
 
-    def _request(self, going: Sequence[tuple[int, int, Row]], seed: int) -> GenerationRequest:
-        """Up to N more tokens of rows, each drawn with the numbers of its position. seed: for an engine that
-        draws its own."""
+    def _request(self, going: Sequence[Going], seed: int, rows: Rows | None) -> GenerationRequest:
+        """Up to N more tokens of rows, each drawn with the numbers of its position. seed, rows: for an engine
+        that draws its own."""
         config = self.setup.config
         step = config.rollout.partial
         assert step is not None
         sampling: Sampling = replace(config.sampling.plain(), max_new_tokens=step)
         prompts = [row.prompt.ids + tuple(row.ids) for *_, row in going]
         limits = [min(step, self.most - len(row.ids)) for *_, row in going]
-        request = GenerationRequest.of(self.setup.tokenizer, prompts, sampling, seed, limits=limits)
+        request = GenerationRequest.of(
+            self.setup.tokenizer, prompts, sampling, seed, limits=limits, rows=rows
+        )
         return replace(request, draws=self._draws(going, step))
 
-    def _draws(self, going: Sequence[tuple[int, int, Row]], step: int) -> Tensor:
+    def _draws(self, going: Sequence[Going], step: int) -> Tensor:
         """(N, step) of each row from its next position on, as a whole response would be given them."""
         whole: dict[int, Tensor] = {}
         found = torch.zeros(len(going), step, dtype=torch.float64)

@@ -30,7 +30,7 @@ from keel.models.head import head_of
 from keel.models.offload import on_device
 from keel.models.roles import Roles
 from keel.models.tokenizer import known_ids
-from keel.rewards.mixture import Mixture, Rated
+from keel.rewards.mixture import Answers, Mixture, Rated
 from keel.rewards.shaping import RunningScale, terminal_rewards
 from keel.rewards.trainer import TrainingState
 from keel.rl import heldout_judge, through_text
@@ -177,26 +177,38 @@ def sample(
     """One response a prompt, with what `score_tokens` will need of the sampler's own forwards; with tools an
     episode on each of the prompts of `begin`. count: counts its tokens. rows: which of all rows of the seed
     these are. UsageError where the engine returns something else."""
-    config, sampling = setup.config, setup.config.sampling.plain()
-    if setup.tool_use is not None:
-        completions = setup.tool_use.play(
-            setup.engine, prompts, sampling, seed, keep_head_inputs=config.trusts_sampler, count=count,
-            rows=rows,
-        )  # fmt: skip
-    else:
-        request = GenerationRequest.of(
-            setup.tokenizer, [prompt.ids for prompt in prompts], sampling, seed,
-            keep_head_inputs=config.trusts_sampler, rows=rows,
-        )  # fmt: skip
-        return completed(setup, request, count)
+    if setup.tool_use is None:
+        return completed(setup, request_of(setup, prompts, seed, rows), count)
+    config = setup.config
+    completions = setup.tool_use.play(
+        setup.engine, prompts, config.sampling.plain(), seed, keep_head_inputs=config.trusts_sampler,
+        count=count, rows=rows,
+    )  # fmt: skip
     return _usable(config, completions)
+
+
+def request_of(
+    setup: Setup[OnPolicy], prompts: Sequence[PromptExample], seed: int, rows: Rows | None
+) -> GenerationRequest:
+    """What an engine is asked for whole responses. rows: which of all rows of the seed these are."""
+    config = setup.config
+    return GenerationRequest.of(
+        setup.tokenizer, [prompt.ids for prompt in prompts], config.sampling.plain(), seed,
+        keep_head_inputs=config.trusts_sampler, rows=rows,
+    )  # fmt: skip
 
 
 def completed(
     setup: Setup[OnPolicy], request: GenerationRequest, count: TokenCount | None = None
 ) -> list[Completion]:
     """What the engine makes of a request. UsageError where it returns something else than was asked for."""
-    completions = setup.engine.generate(request, count)
+    return checked(setup, request, setup.engine.generate(request, count))
+
+
+def checked(
+    setup: Setup[OnPolicy], request: GenerationRequest, completions: list[Completion]
+) -> list[Completion]:
+    """What an engine returned. UsageError where it is something else than was asked for."""
     check_completions(setup.config.engine_name, request, completions)
     return _usable(setup.config, completions)
 
@@ -256,17 +268,30 @@ def rate(
     prompts: Sequence[PromptExample],
     completions: Sequence[Completion],
     update: int = 0,
+    dealt: Dealt | None = None,
 ) -> Rated:
-    """What the rewards say of each response. update: the one that they are sampled for; 0: none."""
-    batch = build_rewards.batch_of(
-        [prompt.prompt for prompt in prompts], completions, build_rewards.columns_of(prompts),
-        setup.tokenizer, as_text=setup.as_text, state=_state(setup, update),
-    )  # fmt: skip
-    if setup.rewards is None:
-        nothing = torch.zeros(len(completions))
+    """What the rewards say of each response. update: the one that they are sampled for; 0: none. dealt: the
+    responses are this rank's share, and what is returned is of all ranks'; all have to call."""
+    rewards = setup.rewards
+    if rewards is None:
+        nothing = torch.zeros(len(completions) if dealt is None else dealt.of)
         return Rated(nothing, nothing, nothing, {})
+
+    def ask() -> Answers:
+        batch = build_rewards.batch_of(
+            [prompt.prompt for prompt in prompts], completions, build_rewards.columns_of(prompts),
+            setup.tokenizer, as_text=setup.as_text, state=_state(setup, update),
+        )  # fmt: skip
+        return rewards.ask(batch)
+
+    def ask_in_time() -> Answers | None:
+        with setup.run.timed("score"), cast_cache():
+            return ask() if completions else None
+
     with build_rewards.whole_here(setup.opened):
-        return setup.rewards.score(batch)
+        if dealt is None:
+            return rewards.sum(ask())
+        return build_rewards.rated_by_all(rewards, ask_in_time, dealt.rows)
 
 
 def _state(setup: Setup[OnPolicy], update: int) -> TrainingState:
@@ -286,14 +311,15 @@ def collect(
 ) -> tuple[Experience, RunningScale]:
     """Sample `samples_per_prompt` responses to each prompt, score and shape them. The scaler that is returned
     has seen their rewards. drawn: the responses, where they were sampled an update ago."""
-    dealt = deal(len(prompts), setup.config.samples_per_prompt)
+    dealt = deal_out(setup, prompts)
     if drawn is None:
         take_weights(setup)
-    own = _collected(setup, prompts, dealt, seed, update, drawn) if dealt.rows else None
+    asked, own = _collected(setup, prompts, dealt, seed, drawn) if dealt.rows else ((), None)
     if own is None:
         _lend(setup, prompts[0], sampled=drawn is not None)
+    rated = rate(setup, asked, own.completions if own else (), update, dealt)
     made = together(dealt, own, setup.pad_id)
-    done, scored, rated = made.completions, made.scored, made.rated
+    done, scored = made.completions, made.scored
     reward_scaler = reward_scaler.update(rated.total)
     rewards = shaped(setup, rated, done, reward_scaler)
     early = paid_early(setup, done, rated, scored.mask)
@@ -304,25 +330,36 @@ def collect(
     return found, reward_scaler
 
 
+def deal_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> Dealt:
+    """This rank's share of an update's prompts. Where a judge compares the replies to one prompt, those to
+    equal prompts are compared, too: one rank has all of them."""
+    compared = setup.rewards is not None and setup.rewards.compares
+    numbered = [prompt.ids for prompt in prompts] if compared else range(len(prompts))
+    return deal(numbered, setup.config.samples_per_prompt)
+
+
 def draw(setup: Setup[OnPolicy], prompts: Sequence[PromptExample], dealt: Dealt, seed: int) -> Drawn:
     """Sample the responses to those of the prompts that are this rank's."""
-    config, run = setup.config, setup.run
-    repeated = [prompts[i] for i in dealt.prompts for _ in range(config.samples_per_prompt)]
-    rows = None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
-    count = TokenCount()
+    run, samples = setup.run, setup.config.samples_per_prompt
+    repeated, rows, count = dealt.repeated(prompts), rows_of(dealt), TokenCount()
     if not repeated:
-        with _sampling(setup):
+        with sampling(setup):
             idle(setup.engine)
         return Drawn((), ())
-    with run.timed("rollout"), _sampling(setup):
-        begun = begin(setup, repeated, seed, config.samples_per_prompt, rows)
+    with run.timed("rollout"), sampling(setup):
+        begun = begin(setup, repeated, seed, samples, rows)
         completions = sample(setup, begun, seed, count, rows)
     if count.computed:  # an engine need not count
         run.count("rollout", count.useful, count.computed, passes=count.passes, pairs=count.pairs)
     return Drawn(begun, completions)
 
 
-def _sampling(setup: Setup[OnPolicy]) -> AbstractContextManager[None]:
+def rows_of(dealt: Dealt) -> Rows | None:
+    """Which of all rows of a seed a rank's are; None: all of them."""
+    return None if len(dealt.rows) == dealt.of else Rows(dealt.rows, dealt.of)
+
+
+def sampling(setup: Setup[OnPolicy]) -> AbstractContextManager[None]:
     """Within it the policy may be sampled from: it is whole on each rank, but for an engine that holds
     weights of its own."""
     away = isinstance(setup.engine, HoldsWeights)
@@ -334,10 +371,9 @@ def _collected(
     prompts: Sequence[PromptExample],
     dealt: Dealt,
     seed: int,
-    update: int,
     drawn: Drawn | None,
-) -> Sampled:
-    """Responses to this rank's prompts, scored and rated."""
+) -> tuple[Sequence[PromptExample], Sampled]:
+    """Responses to this rank's prompts, scored; with the prompt of each."""
     run = setup.run
     drawn = drawn or draw(setup, prompts, dealt, seed)
     repeated, completions = drawn.prompts, drawn.completions
@@ -347,15 +383,13 @@ def _collected(
     from_sampler = head_of(setup.roles.policy) is not None and all(c.hidden is not None for c in completions)
     done = tuple(replace(c, hidden=None) for c in completions)
     del completions  # with the states that they were drawn from
-    with run.timed("score"), cast_cache():
-        rated = rate(setup, repeated, done, update)
     sizes = [(c.prompt_ids, len(c.prompt_ids) + len(c.ids)) for c in done]
     useful, pairs = useful_tokens(sizes), useful_pairs(sizes)
     run.count("forward", useful, read(), passes=read.passes, pairs=pairs)
     if "score" in run.costs:
         run.count("score", useful, passes=1, pairs=pairs)
     asked = tuple(prompt.prompt for prompt in repeated)
-    return Sampled(asked, done, scored, rated, from_sampler)
+    return repeated, Sampled(asked, done, scored, from_sampler)
 
 
 def _lend(
@@ -365,17 +399,19 @@ def _lend(
     their forwards, where weights are cut over ranks, on a row that is nobody's. sampled: whether what they
     score was sampled before. held_out: whether they evaluate."""
     if not sampled:
-        with _sampling(setup):
+        with sampling(setup):
             idle(setup.engine)
     if not group.is_sharded():
         return
     compared = setup.teacher_tokenizer is None if held_out else not setup.config.imitates
     score_tokens(setup, [Completion(row.ids, (setup.pad_id,), "length", (0.0,))], compared=compared)
-    if held_out and not compared:
+    if not held_out:
+        return
+    if not compared:
         through_text.lend(setup.roles.reference, setup.run.device)
     with build_rewards.whole_here(setup.opened):
         pass
-    if held_out and setup.judge is not None:
+    if setup.judge is not None:
         with build_rewards.whole_here(setup.judge.opened):
             pass
 
@@ -589,7 +625,7 @@ def _held_out(setup: Setup[OnPolicy], prompts: Sequence[PromptExample]) -> dict[
     def of(numbered: tuple[int, Sequence[PromptExample]]) -> dict[str, Tensor]:
         number, some = numbered
         seed = derive_seed(setup.run.seed, "held-out", number)
-        with _sampling(setup):
+        with sampling(setup):
             part = begin(setup, some, seed)
             completions = sample(setup, part, seed)
         in_ids = setup.teacher_tokenizer is None

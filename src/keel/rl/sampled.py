@@ -1,13 +1,14 @@
 """The responses of an update as several ranks have sampled and scored them, put together again.
 
-Prompts are dealt out, all samples of one to the same rank. Each rank samples, scores and rates its own; then
-all of them have all rows, in the order of the prompts. What follows (shaping, advantages, whitening, metrics,
-β, the monitor) is computed on every rank from the same numbers, and needs no word between them.
+Prompts are dealt out, all samples of one to the same rank. Each rank samples and scores its own and asks the
+rewards about them; then all of them have all rows, in the order of the prompts. What follows (the sum of the
+rewards, shaping, advantages, whitening, metrics, β, the monitor) is computed on every rank from the same
+numbers, and needs no word between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 
 from keel.distributed import group
-from keel.rewards.mixture import Rated
-from keel.rewards.trainer import Logged
 from keel.rollout.score_responses import Scored
 from keel.types import Completion, Prompt
 
@@ -25,12 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Some responses, scored by every model and rated by every reward."""
+    """Some responses, scored by every model."""
 
     prompts: tuple[Prompt, ...]  # of each response
     completions: tuple[Completion, ...]
     scored: Scored
-    rated: Rated
     from_sampler: bool  # whether log π are the numbers that the tokens were drawn with
 
 
@@ -42,12 +40,23 @@ class Dealt:
     rows: list[int]  # the numbers of their responses among all
     of: int  # responses there are
 
+    def repeated(self, prompts: Sequence[T]) -> list[T]:
+        """The prompt of each response, of all prompts."""
+        samples = len(self.rows) // max(1, len(self.prompts))
+        return [prompts[number] for number in self.prompts for _ in range(samples)]
 
-def deal(prompts: int, samples: int) -> Dealt:
-    """This rank's share of so many prompts with `samples` responses each; all of them for a process alone."""
-    mine = group.deal([1] * prompts, group.size())[group.rank()]
+
+def deal(prompts: Sequence[Hashable], samples: int) -> Dealt:
+    """This rank's share of prompts with `samples` responses each; all of them for a process alone. Prompts
+    that are equal go to one rank."""
+    equal: dict[Hashable, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        equal.setdefault(prompt, []).append(number)
+    numbers = list(equal.values())
+    shares = group.deal([len(some) for some in numbers], group.size())
+    mine = sorted(number for i in shares[group.rank()] for number in numbers[i])
     rows = [prompt * samples + number for prompt in mine for number in range(samples)]
-    return Dealt(mine, rows, prompts * samples)
+    return Dealt(mine, rows, len(prompts) * samples)
 
 
 def together(dealt: Dealt, made: Sampled | None, pad_id: int) -> Sampled:
@@ -61,7 +70,6 @@ def together(dealt: Dealt, made: Sampled | None, pad_id: int) -> Sampled:
         tuple(_picked([part.prompts for part in parts], order)),
         tuple(_picked([part.completions for part in parts], order)),
         _scored([part.scored for part in parts], order, pad_id),
-        _rated([part.rated for part in parts], order),
         all(part.from_sampler for part in parts),
     )
 
@@ -81,23 +89,6 @@ def _scored(parts: Sequence[Scored], order: Sequence[int], pad_id: int) -> Score
         return torch.cat(tensors)[list(order)]
 
     return Scored(**{field.name: column(field.name) for field in fields(Scored)})
-
-
-def _rated(parts: Sequence[Rated], order: Sequence[int]) -> Rated:
-    total, raw, learned = (
-        torch.cat([getattr(part, name) for part in parts])[list(order)]
-        for name in ("total", "raw", "learned")
-    )
-    by_name = {name: _picked([part.by_name[name] for part in parts], order) for name in parts[0].by_name}
-    logged, sizes = Logged(), [len(part.total) for part in parts]
-    for part in parts:
-        for name, values in part.logged.metrics.items():
-            logged.metrics.setdefault(name, []).extend(values)
-    for name in parts[0].logged.extra:
-        columns = [part.logged.extra.get(name, []) for part in parts]
-        if [len(column) for column in columns] == sizes:
-            logged.extra[name] = _picked(columns, order)
-    return Rated(total, raw, learned, by_name, logged)
 
 
 def _picked(columns: Sequence[Sequence[T]], order: Sequence[int]) -> list[T]:

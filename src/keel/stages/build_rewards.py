@@ -25,7 +25,7 @@ from keel.config.rewards import (
 )
 from keel.data.chat import prompt_tags
 from keel.data.questions import Criterion, Rubric
-from keel.distributed import sharded
+from keel.distributed import group, sharded
 from keel.errors import UsageError
 from keel.models.offload import on_device
 from keel.models.shared_base import Base
@@ -33,12 +33,20 @@ from keel.rewards import functions, gym, learned, loading, on_base, rules, sandb
 from keel.rewards.classifier import Classifier
 from keel.rewards.code_reward import CodeColumns, code_reward
 from keel.rewards.isolated import IsolatedFunction
-from keel.rewards.mixture import Batch, Mixture, Rewarder, WeightedReward, from_function
+from keel.rewards.mixture import (
+    Answers,
+    Batch,
+    Mixture,
+    Rated,
+    Rewarder,
+    WeightedReward,
+    from_function,
+)
 from keel.rewards.rules import OWN_LENGTHS
 from keel.rewards.similarity import Similarity
 from keel.rewards.trainer import TrainingState
 from keel.rollout.engine import text_of
-from keel.rundir.stage_run import StageRun
+from keel.rundir.stage_run import RESPONSES_CUT, StageRun
 from keel.stages import judges
 from keel.types import Completion, Conversation, Prompt
 
@@ -244,7 +252,10 @@ def mixture(
             plain = one.judge or from_function(term.log_name, one.function)  # pyright: ignore[reportArgumentType]
             rewarder = _for_its_source(term, plain)
             silent = isinstance(term, JudgeTerm) and term.on_failure == "none"
-            terms.append(WeightedReward(term.log_name, term.weight, rewarder, neutral=silent))
+            compares = isinstance(term, JudgeTerm) and term.compares
+            terms.append(
+                WeightedReward(term.log_name, term.weight, rewarder, neutral=silent, compares=compares)
+            )
             continue
         if normalize or len(one.models) > 1:
             for model in one.models:
@@ -260,6 +271,20 @@ def mixture(
             else WeightedReward(term.log_name, term.weight, rewarder, learned=True)
         )
     return Mixture(terms)
+
+
+def rated_by_all(rewards: Mixture, ask: Callable[[], Answers | None], numbers: Sequence[int]) -> Rated:
+    """What rewards make of the samples of all ranks, in the order of their numbers. Each rank asks about its
+    own, and all sum what all were told: what counts for a sample of which a judge said nothing does not
+    depend on how samples are dealt out.
+
+    ask: of this rank's samples; None where it has none. numbers: of these among all. Every rank has to call,
+    and a RewardError of one is met by all."""
+    told = group.gathered_or_error(lambda: (list(numbers), ask()))
+    found = [(own, answers) for own, answers in told if answers is not None]
+    order = [number for own, _ in found for number in own]
+    with group.alike():
+        return rewards.sum(Answers.joined([answers for _, answers in found], order))
 
 
 def _for_its_source(term: RewardTerm, rewarder: Rewarder) -> Rewarder:
@@ -319,14 +344,12 @@ def _ensemble(
             if said := learned.other_form(model, conversational):
                 stage_run.note(f"the reward model {one.term.model} {said}")
         rows, cut = _rows(model, ids, batch)
-        if cut and not stage_run.facts.get("responses_cut_for_reward"):
+        if cut and not stage_run.facts.get(RESPONSES_CUT):
             stage_run.say(
                 f"{stage_run.name}: responses longer than the reward model reads are scored by their start"
             )
         if cut:
-            stage_run.facts["responses_cut_for_reward"] = (
-                stage_run.facts.get("responses_cut_for_reward", 0) + cut
-            )
+            stage_run.facts[RESPONSES_CUT] = stage_run.facts.get(RESPONSES_CUT, 0) + cut
         with on_device(model.model):
             prompts = [tuple(ids) for ids in batch.prompt_ids]
             return learned.score(model, rows, batch_size=batch_size, together=prompts)

@@ -22,7 +22,7 @@ from keel.evaluation import reward_models
 from keel.evaluation.policies import JudgedCompletion, best_of_n_kl, measures, sample_row
 from keel.models.load import ModelSource, causal_lm, context_length, disable_dropout, model_config
 from keel.models.tokenizer import known_ids
-from keel.rewards.mixture import Mixture, Rated
+from keel.rewards.mixture import Answers, Mixture, Rated
 from keel.rollout import Engine
 from keel.rollout.engine import text_of
 from keel.rollout.protocol import Rows
@@ -245,6 +245,7 @@ def _judge_part(
     if not mine:
         for _ in range(max(best_of)):
             idle(on.engine)
+            _rated(on, [], [], mine)
         return _of_all_ranks({n: [] for n in best_of}, mine)
     rows = Rows(mine, of) if len(mine) < of else None
     records = records if rows is None else [records[i] for i in mine]
@@ -263,7 +264,7 @@ def _judge_part(
         begun, done = tool_use.sampled(
             on.reader.tools, on.engine, prompts, sampling, seed, tokenizer=tokenizer, begin=begin, rows=rows
         )
-        new = _rated(on.rewards, begun, done, tokenizer)
+        new = _rated(on, begun, done, mine)
         if rated is None or new is None:
             best, rated = done, new
         else:
@@ -332,15 +333,21 @@ def _all_judged(
 
 
 def _rated(
-    rewards: Mixture | None,
-    asked: Sequence[PromptExample],
-    done: Sequence[Completion],
-    tokenizer: PreTrainedTokenizerBase,
+    on: Answering, asked: Sequence[PromptExample], done: Sequence[Completion], mine: Sequence[int]
 ) -> Rated | None:
+    """What the rewards make of this rank's completions. Every rank has to ask. mine: the numbers of the
+    prompts."""
+    rewards = on.rewards
     if rewards is None:
         return None
-    columns = build_rewards.columns_of(asked)
-    return rewards.score(build_rewards.batch_of([one.prompt for one in asked], done, columns, tokenizer))
+
+    def ask() -> Answers | None:
+        if not done:
+            return None
+        columns, prompts = build_rewards.columns_of(asked), [one.prompt for one in asked]
+        return rewards.ask(build_rewards.batch_of(prompts, done, columns, on.reader.tokenizer))
+
+    return build_rewards.rated_by_all(rewards, ask, mine).rows(mine)
 
 
 def _chosen(new: Rated, old: Rated, better: Sequence[bool]) -> Rated:

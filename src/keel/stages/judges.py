@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from keel.config.judge import AnnotatorJudge, JudgeSettings
 from keel.config.rewards import JudgeTerm
@@ -26,6 +30,7 @@ from keel.rewards.judge.judging import Asked, Judge
 from keel.rewards.judge.ledger import FILE, Ledger
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
+from keel.rollout.sampling import uniform_draws
 from keel.rundir.stage_run import StageRun
 from keel.types import Sampling
 
@@ -160,9 +165,18 @@ class Local:
         if fitting:
             prompts = [ids[i] for i in fitting]
             request = GenerationRequest.of(self.tokenizer, prompts, self.sampling, self.seed)
+            request = replace(request, draws=self._draws(prompts))
             for i, completion in zip(fitting, self.engine.generate(request), strict=True):
                 found[i] = self._read(questions[i], completion)
         return found
+
+    def _draws(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """(N, max_new_tokens) random numbers, which follow from a question's tokens: its answer depends
+        neither on what else is asked nor on which process asks. None where nothing is drawn."""
+        if self.sampling.temperature == 0:
+            return None
+        seeds = [derive_seed(self.seed, tuple(prompt)) for prompt in prompts]
+        return torch.cat([uniform_draws(1, self.sampling, seed) for seed in seeds])
 
     def _ids(self, question: Question) -> list[int]:
         """As a turn of a chat; as plain text for a model without a chat template."""

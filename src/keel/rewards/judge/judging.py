@@ -178,10 +178,12 @@ class Judge:
         self, batch: Batch, judged: Judged, reasons: Sequence[str], why: Sequence[Unanswered | None]
     ) -> None:
         if judged.bias is not None:
-            batch.logged.log_metric(f"{self.name}/position_bias", judged.bias.position_bias)
-            batch.logged.log_metric(f"{self.name}/disagreement", judged.bias.disagreement)
+            pairs = judged.bias.pairs
+            batch.logged.log_metric(f"{self.name}/position_bias", judged.bias.position_bias, pairs)
+            batch.logged.log_metric(f"{self.name}/disagreement", judged.bias.disagreement, pairs)
         if self.on_failure == "none":
-            batch.logged.log_metric(f"{self.name}/unanswered", sum(w is not None for w in why) / len(why))
+            unanswered = sum(w is not None for w in why) / len(why)
+            batch.logged.log_metric(f"{self.name}/unanswered", unanswered, len(why))
             reason_of = [None if gone is None else gone.reason for gone in why]
             batch.logged.log_extra(f"{self.name}/{SILENCE}", reason_of)
         if self.mode == "pointwise" and self.rubric.reasons:

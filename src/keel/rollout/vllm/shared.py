@@ -6,12 +6,16 @@ each rank gets its own completions back. A row draws by its number among all (`R
 asked does not depend on how many ranks there are.
 
 A call takes all ranks. One without prompts takes part with `idle`.
+
+A call has three parts: all ranks say what they ask, the first one asks the server, all take what came of it.
+The middle one speaks with no other rank, so that it may be done in a thread while the ranks train together
+(`ask`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -35,7 +39,8 @@ REASONS: tuple[StopReason, ...] = get_args(StopReason)
 class Asked:
     """What a rank asks in one call."""
 
-    request: GenerationRequest | None  # None: nothing; without its `stop_texts`, which hold a tokenizer
+    # None: nothing; without `stop_texts`, which hold a tokenizer, and without `draws`, which no server takes
+    request: GenerationRequest | None
     stops: tuple[str, ...] | None  # the strings of these
     goes_on: bool  # whether more calls follow, until nobody asks any more: the turns of conversations
 
@@ -85,22 +90,23 @@ class SharedEngine:
         while self._call(None, goes_on=True)[1]:
             pass
 
+    def ask(self, request: GenerationRequest | None) -> Pending:
+        """One call whose completions are taken later. Every rank calls; None: this one has no prompts."""
+        return self._begin(request, goes_on=False)
+
     # ------------------------------------------------------------ one call
 
     def _call(self, request: GenerationRequest | None, *, goes_on: bool) -> tuple[list[Completion], bool]:
         """This rank's completions, and whether another call follows."""
-        stops = request.stop_texts.texts if request is not None and request.stop_texts is not None else None
-        bare = None if request is None else dataclasses.replace(request, stop_texts=None)
-        asked = group.gathered(Asked(bare, stops, goes_on))
-        asking = [one for one in asked if one.request is not None]
-        if not asking:
-            return [], False
-        packed = group.from_first_or_error(lambda: _packed(self._answered(asked)))
-        before = sum(len(one.request.prompts) for one in asked[: group.rank()] if one.request is not None)
-        own = [] if request is None else _unpacked(packed, request.prompts, before)
-        return own, asking[0].goes_on
+        pending = self._begin(request, goes_on=goes_on)
+        return pending.taken(pending.answered), pending.goes_on
 
-    def _answered(self, asked: Sequence[Asked]) -> list[Completion]:
+    def _begin(self, request: GenerationRequest | None, *, goes_on: bool) -> Pending:
+        stops = request.stop_texts.texts if request is not None and request.stop_texts is not None else None
+        bare = None if request is None else dataclasses.replace(request, stop_texts=None, draws=None)
+        return Pending(self, request, group.gathered(Asked(bare, stops, goes_on)))
+
+    def answered(self, asked: Sequence[Asked]) -> list[Completion]:
         """The completions of all ranks, one rank's after the other's."""
         requests: list[GenerationRequest] = []
         for one in asked:
@@ -113,6 +119,42 @@ class SharedEngine:
     def _first(self) -> VllmEngine:
         assert self.engine is not None, "only the first rank has the server"
         return self.engine
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A call that all ranks have begun."""
+
+    engine: SharedEngine
+    request: GenerationRequest | None  # this rank's
+    asked: Sequence[Asked]  # by all ranks
+
+    @property
+    def asking(self) -> list[Asked]:
+        """Those that ask for anything."""
+        return [one for one in self.asked if one.request is not None]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another call follows."""
+        return bool(self.asking) and self.asking[0].goes_on
+
+    def answered(self) -> list[Completion]:
+        """The first rank asks the server, and has the completions of all; none on the others. It speaks with
+        no other rank and reads nothing of the model: it may be done in a thread while the ranks train."""
+        return self.engine.answered(self.asked) if self.asking and self.engine.engine is not None else []
+
+    def taken(self, answered: Callable[[], list[Completion]]) -> list[Completion]:
+        """This rank's completions. Every rank has to call. answered: gives those of all, on the first rank;
+        a KeelError of it is raised on all."""
+        if not self.asking:
+            return []
+        packed = group.from_first_or_error(lambda: _packed(answered()))
+        if self.request is None:
+            return []
+        earlier = self.asked[: group.rank()]
+        before = sum(len(one.request.prompts) for one in earlier if one.request is not None)
+        return _unpacked(packed, self.request.prompts, before)
 
 
 class _Turns:
