@@ -209,6 +209,14 @@ def test_a_rank_that_raises_stops_or_hangs_ends_the_job_with_one_line(
     assert keel("run", config, "--runs", tmp_path, "--nproc", 2).returncode == 0
 
 
+def test_what_each_rank_does_by_itself_may_take_one_longer_than_the_timeout(tmp_path: Path) -> None:
+    """A long response, a tool, a judge that is asked again."""
+    out = tmp_path / "found.json"
+    outcome = launch.run([sys.executable, str(WORKER), "late", str(out)], 2)
+    assert outcome.code == 0, outcome.line
+    assert json.loads(out.read_text()) == [[2, 3], [1, 3]]
+
+
 def test_a_gradient_that_is_not_finite_on_one_rank_ends_all_at_the_same_step(
     config: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,8 @@ by what their tokens add up to, since a model that has learnt nothing calls none
 does so where the third gradient is none on the last rank. `python worker.py fault
 FAULT RANK STEP ARGS …` is `keel ARGS`, where RANK meets FAULT in its optimiser step number STEP: raise, kill,
 stop, spin, nan. `python worker.py bytes OUT ARGS …` is `keel ARGS`, and the first rank keeps what it had sent
-over the network at each optimiser step.
+over the network at each optimiser step. `python worker.py late OUT` deals out work that takes the last rank
+longer than the timeout.
 """
 
 from __future__ import annotations
@@ -169,6 +170,19 @@ def count_bytes(out: str, *arguments: str) -> None:
     main()
 
 
+def late(out: str) -> None:
+    from keel.distributed import group
+
+    def work(item: int) -> int:
+        time.sleep(8.0 if group.rank() else 0.0)
+        return item + 1
+
+    with group.joined("cpu", "ddp", timeout=5.0):
+        found = [group.mapped([1, 2], work), group.gathered_or_error(lambda: work(2 * group.rank()))]
+        if group.is_first():
+            Path(out).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "episodes":
@@ -177,6 +191,8 @@ if __name__ == "__main__":
         third_gradient_is_none()
     if sys.argv[1] in ("float64", "episodes", "nan"):
         float64(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
+    elif sys.argv[1] == "late":
+        late(sys.argv[2])
     elif sys.argv[1] == "bytes":
         count_bytes(*sys.argv[2:])
     else:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ from safetensors.torch import load_file
 
 from keel import plugins
 from keel.config import GRPOConfig, PPOConfig, parse
+from keel.distributed import group
 from keel.errors import NotFiniteError, UsageError
 from keel.plugins import fingerprint
 from keel.rl import loop
+from keel.rl.algorithm import Surrogate
 from keel.rl.grpo import GRPO
 from keel.rl.ppo import PPO
 from keel.rl.rollout import LoopState, RunningScale, Setup
@@ -68,6 +71,9 @@ LOSSES = """
     def not_a_number(logp, old_logp, advantages, mask, *, denominator):
         return (logp * float("nan")).sum() / denominator, {}
 
+    def endless(logp, old_logp, advantages, mask, *, denominator):
+        return logp.sum() / denominator + float("inf"), {}
+
     def two_arguments(logp, advantages, *, denominator):
         return logp.sum(), {}
 
@@ -77,8 +83,8 @@ LOSSES = """
     constant = 3
 """
 LOSS_NAMES = (
-    "reinforce same anchored unreduced bare detached wide_metric not_a_number two_arguments no_denominator "
-    "constant"
+    "reinforce same anchored unreduced bare detached wide_metric not_a_number endless two_arguments "
+    "no_denominator constant"
 )
 ESTIMATORS = """
     import torch
@@ -284,6 +290,26 @@ def test_a_policy_loss_that_returns_something_else_is_named(
 ) -> None:
     with pytest.raises(error, match=re.escape(message).replace(r"\(4,\ 5\)", r"\(4, \d\)")):
         trained("run", policy_loss=name, control="off")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_policy_loss_that_is_not_finite_on_one_rank_of_several_is_met_by_all_in_the_gradient(
+    stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised there it would leave the others waiting at another place."""
+    config: Any = parse({"name": "run", "stages": {"rl": stage(policy_loss="endless")}}).stages["rl"]
+    surrogate = Surrogate(config, "rl")
+    logp, mask = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
+    batch: Any = SimpleNamespace(
+        advantages=torch.ones(2, 3), mask=mask, denominator=6.0, ref_logp=None, weights=None
+    )
+    with pytest.raises(NotFiniteError, match="is inf"):
+        surrogate(logp, logp.detach(), batch)
+    monkeypatch.setattr(group, "_group", group.Group(0, 2))
+    loss, _ = surrogate(logp, logp.detach(), batch)
+    loss.backward()
+    assert logp.grad is not None
+    assert bool(logp.grad.isnan().all())
 
 
 @pytest.mark.usefixtures("installed")

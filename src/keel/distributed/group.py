@@ -4,9 +4,10 @@ A run on n ranks is n processes of one command. Each knows its number from the e
 names: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. A process without them is alone, and nothing
 here costs it anything.
 
-Every rank calls these functions in the same order. They wait in two ways. A collective (`mapped`, `summed`,
-`gathered`) is over within the timeout, or the run ends. What the first rank does alone (`from_first`,
-`only_first`: it reads, samples, writes) may take as long as it takes: the others look for its word in the
+Every rank calls these functions in the same order. They wait in two ways. A collective (`summed`, `gathered`)
+is over within the timeout, or the run ends. What the first rank does alone (`from_first`, `only_first`: it
+reads, samples, writes), and what each does by itself and one may need much longer for (`mapped`,
+`gathered_late`: responses, tools, judges), may take as long as it takes: the others look for its word in the
 store, and end when its process does (`watch`).
 """
 
@@ -348,6 +349,12 @@ def gathered(value: T) -> list[T]:
     return found
 
 
+def gathered_late(value: T) -> list[T]:
+    """As `gathered`, where ranks may come at very different times: after responses, tools or judges."""
+    all_here()
+    return gathered(value)
+
+
 def gathered_or_error(work: Callable[[], T]) -> list[T]:
     """What `work` returns on every rank, in their order. Where it raises a KeelError the first of these is
     raised on all ranks, `met_by_all`. `work` does its part alone: no other rank waits within it."""
@@ -359,7 +366,7 @@ def gathered_or_error(work: Callable[[], T]) -> list[T]:
         value = work()
     except KeelError as error:
         met = error
-    found = gathered((None if met is None else (type(met), str(met)), value))
+    found = gathered_late((None if met is None else (type(met), str(met)), value))
     failed = [(number, told) for number, (told, _) in enumerate(found) if told is not None]
     if not failed:
         return [value for _, value in found]
@@ -383,7 +390,7 @@ def mapped(items: Sequence[S], work: Callable[[S], T], idle: Callable[[], object
             idle()
         elif is_sharded():
             work(items[0])
-    columns = gathered(found)
+    columns = gathered_late(found)
     return [columns[i % _group.size][i // _group.size] for i in range(len(items))]
 
 

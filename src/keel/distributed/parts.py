@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from keel.distributed import group
+from keel.errors import LostRankError
 
 MARK = "keel_part"  # in the place of a tensor that lies in the parts
 INDEX = ".metadata"  # torch's
@@ -56,7 +57,8 @@ def split(value: Any) -> tuple[Any, dict[str, Tensor]]:
 def write(folder: Path, cut: Mapping[str, Tensor]) -> dict[str, int]:
     """Write tensors that are cut over ranks; every rank has to ask. folder: is there, and empty.
 
-    Returns the sums of all files, by name. What one rank meets (a full disk) is raised on all of them.
+    Returns the sums of all files, by name. What one rank meets (a full disk) is raised there, and as a
+    LostRankError on the others, so that the run ends with a line that names its place.
     """
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -131,13 +133,15 @@ def _empty(mark: Mapping[str, Any], like: Any) -> Tensor:
 @contextmanager
 def _errors_of_ranks() -> Iterator[None]:
     """torch collects what ranks met in an exception that is no `Exception`: the first one's is raised in its
-    place, on every rank."""
+    place, on every rank; what its machine refuses, there alone."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
     except CheckpointException as error:
-        cause = next(found[0] for _, found in sorted(error.failures.items()))
+        number, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        if isinstance(cause, OSError) and number != group.rank():  # a disk is one machine's
+            raise LostRankError(f"rank {number} of {group.size()}: {cause}; {group.GOES_ON}") from None
         raise cause from None
 
 

@@ -15,6 +15,7 @@ from keel.algorithms import kl, masked, policy
 from keel.algorithms.advantages import Advantages
 from keel.algorithms.masked import Reduction, reduced
 from keel.config import OnPolicy, methods
+from keel.distributed import group
 from keel.errors import NotFiniteError, UsageError
 from keel.models import experts
 from keel.models.logprobs import HeadInputs, head_inputs, response_index, scatter_to_mask, token_logprobs
@@ -253,18 +254,19 @@ class Surrogate:
 
     def __call__(self, logp: Tensor, old_logp: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, (), and what it measured; logp, old_logp: (B, T). UsageError for a loss that is no number
-        to take a gradient of, NotFiniteError for one that is NaN or infinite."""
+        to take a gradient of, NotFiniteError for one that is NaN or infinite; of one rank of several its
+        gradient is NaN, so that all of them raise it at the step."""
         offered = {"denominator": batch.denominator, "ref_logp": batch.ref_logp, "weights": batch.weights}
         passed = {name: offered[name] for name in self.tensors}
         returned = self.function(logp, old_logp, batch.advantages, batch.mask, **passed)
         if self.own:
             loss, measured = returned
             return loss, {name: value for name, value in measured.items() if name != "dual_clipfrac"}
-        loss, measured = self._checked(returned, logp.requires_grad)
+        loss, measured = self._checked(returned, logp)
         far = policy.divergence(logp, old_logp, batch.mask, self.reduction, batch.denominator)
         return loss, {**far, **measured}
 
-    def _checked(self, returned: object, learns: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _checked(self, returned: object, logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         what = self.what
         if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
             raise UsageError(f"{what} must return (loss, metrics), not {type(returned).__name__}")
@@ -274,10 +276,12 @@ class Surrogate:
             raise UsageError(
                 f"{what} must return a loss of shape (), not one {shape}: divide by `denominator`"
             )
-        if learns and not loss.requires_grad:
+        if logp.requires_grad and not loss.requires_grad:
             raise UsageError(f"{what} returned a loss without a gradient: it must depend on `logp`")
         if not math.isfinite(float(loss.detach())):
-            raise NotFiniteError(f"{what} is {float(loss.detach())}")
+            if group.size() == 1:
+                raise NotFiniteError(f"{what} is {float(loss.detach())}")
+            loss = math.nan * logp.sum()  # the others know nothing of it: all meet it in the step's gradient
         metrics = {str(name): torch.as_tensor(value).detach() for name, value in measured.items()}
         if wrong := next((name for name, value in metrics.items() if value.dim() != 0), None):
             raise UsageError(

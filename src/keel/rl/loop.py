@@ -230,7 +230,8 @@ class OnPolicyLoop:
         if self.curriculum is not None:
             tensors |= {"curriculum": self.curriculum.state()}
         if not group.is_sharded():
-            trained = gradients.checksum(self.setup.roles.policy, trained=True)
+            modules = (self.setup.roles.policy, *self.setup.roles.value_modules)
+            trained = [gradients.checksum(module, trained=True) for module in modules]
             group.agree(f"the weights after update {update}", trained)
         values = {"stopping": self.stopping.values(), "monitor": self.monitor.values(), **about_it}
         self.run.save(update, tensors, {**self.state.values(), **values, **(more or {})})

@@ -61,7 +61,8 @@ def deal(prompts: Sequence[Hashable], samples: int) -> Dealt:
 
 def together(dealt: Dealt, made: Sampled | None, pad_id: int) -> Sampled:
     """The responses of all ranks. made: those of this one; None where it had no prompts."""
-    found = [(rows, sampled) for rows, sampled in group.gathered((dealt.rows, made)) if sampled is not None]
+    parts_of_ranks = group.gathered_late((dealt.rows, made))
+    found = [(rows, sampled) for rows, sampled in parts_of_ranks if sampled is not None]
     if len(found) == 1:
         return found[0][1]
     parts = [sampled for _, sampled in found]

@@ -98,7 +98,7 @@ def _borrowed(policy: object, parts: Sequence[Sequence[int]], ends: Tensor) -> l
     forwards: of the shortest row. ends: (B,) tokens of each row."""
     if not sharded.is_cut(policy):
         return []
-    most = max(group.gathered(len(parts)))
+    most = max(group.gathered_late(len(parts)))  # one may still have been sampling
     return [[int(ends.argmin())]] * (most - len(parts))
 
 

@@ -285,7 +285,7 @@ def _of_all_ranks(
     judged: Mapping[int, list[JudgedCompletion]], mine: Sequence[int]
 ) -> dict[int, list[JudgedCompletion]]:
     """n → the completions of all ranks, in the order of the prompts. mine: the numbers of this one's."""
-    parts = group.gathered((list(mine), dict(judged)))
+    parts = group.gathered_late((list(mine), dict(judged)))
     return {
         n: [
             one
