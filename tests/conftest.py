@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +45,7 @@ from keel.accel.modules import HOOKS
 from keel.config import PPOConfig, parse
 from keel.data import chat
 from keel.data.load import load
-from keel.models import packing, precision, row_trial
+from keel.models import machine_speed, packing, precision, row_trial
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
 from keel.pipeline.pipeline import Pipeline
@@ -78,6 +79,7 @@ def pytest_collection_finish() -> None:
     it is done, looks at what came after them alone: a third of the suite's time went into looking at them."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # from 700: thousands of times it looked in vain
     gc.enable()
 
 
@@ -166,8 +168,21 @@ def trials() -> type[TriedOnce]:
     return TriedOnce
 
 
+_modules_kept = 0
+
+
+def _keep_modules() -> None:
+    """As `pytest_collection_finish`, for what tests have imported since: plotly, datasets, peft."""
+    global _modules_kept
+    if len(sys.modules) > _modules_kept + 100:
+        gc.collect()
+        gc.freeze()
+        _modules_kept = len(sys.modules)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    _keep_modules()
     folder = item.path.relative_to(Path(__file__).parent).parts[0]
     each = folder in TRIED_EACH or "accel_on" in getattr(item, "fixturenames", ())
     tried_once.on = not each and os.environ.get("KEEL_TRY_EACH", "0") == "0"
@@ -204,6 +219,13 @@ def _shared_runs_in_float32() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "fast_in_bfloat16", lambda device: False)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _measures_small_products() -> None:
+    """A run that knows no speed of the machine measures it. Where bfloat16 is slow, a product of the usual
+    size takes seconds."""
+    machine_speed.SIDE["cpu"] = 256
 
 
 @pytest.fixture(autouse=True)
@@ -362,6 +384,12 @@ def run() -> Run:
         return pipeline
 
     return go
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave no report, which takes as long as a stage here."""
+    monkeypatch.setattr(Pipeline, "_report", lambda self: None)
 
 
 @pytest.fixture(scope="session")

@@ -282,9 +282,7 @@ def test_the_resolved_config_is_the_same_run(go, chain, tmp_path):
 
 
 def test_a_run_that_goes_on_in_another_precision_says_so(go, chain, tmp_path, monkeypatch):
-    left_out = ("eval_every", "patience", "micro_batch")  # shapes: each is a program to be made in bfloat16
-    base = {key: value for key, value in chain["stages"]["base"].items() if key not in left_out}
-    config = _config({"stages": {"base": {**base, "holdout": 0}}})
+    config = _config({"stages": {"base": chain["stages"]["base"]}})
     with pytest.raises(Stopped):
         go(config, stop_at=("base", 3))
     monkeypatch.setattr(precision, "fast_in_bfloat16", lambda device: True)  # a machine with AMX
