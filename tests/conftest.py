@@ -7,12 +7,14 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,14 +36,16 @@ from transformers import (
     BertTokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
 )
 
 import keel
-from keel.accel import batch_layout, patches
+from keel.accel import batch_layout, cpu_linear, norm_and_rope, patches
+from keel.accel.modules import HOOKS
 from keel.config import PPOConfig, parse
 from keel.data import chat
 from keel.data.load import load
-from keel.models import precision
+from keel.models import machine_speed, packing, precision, row_trial
 from keel.models.load import ModelSource, scorer
 from keel.models.tokenizer import train_tokenizer
 from keel.pipeline.pipeline import Pipeline
@@ -75,7 +79,113 @@ def pytest_collection_finish() -> None:
     it is done, looks at what came after them alone: a third of the suite's time went into looking at them."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # from 700: thousands of times it looked in vain
     gc.enable()
+
+
+# ---------------------------------------------------------------- trials, once for models that are alike
+
+TRIED_EACH = ("accel", "architectures", "attack", "evening", "models", "real", "rollout")  # folders
+WHERE_FROM = ("_name_or_path", "name_or_path", "_commit_hash")  # of a config, of a model
+
+
+class TriedOnce:
+    """keel tries each of its fast paths on every model that it opens (`keel.accel.patches`), which takes
+    longer than the few steps that most tests train. Here a trial that passed is not run again for a model
+    that is alike: class, sizes, config, precision, modes, hooks. One that did not pass is run each time.
+
+    Left out: a model whose weights alone make a path wrong. The folders of `TRIED_EACH` and whoever asks for
+    `accel_on` try every model, and so do all tests with `KEEL_TRY_EACH=1`.
+    """
+
+    def __init__(self, tried: Callable[[Callable[[], str | None]], str | None]) -> None:
+        self.on = False
+        self._tried, self._passed = tried, set[Any]()
+
+    def __call__(self, trial: Callable[[], str | None]) -> str | None:
+        try:
+            autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+            asked = _alike(trial), torch.is_grad_enabled(), *autocast, patches.switched_off()
+        except (TypeError, ValueError):  # what is unknown here, or not there yet
+            return self._tried(trial)
+        if self.on and asked in self._passed:
+            return None
+        why = self._tried(trial)
+        if self.on and why is None:
+            self._passed.add(asked)
+        return why
+
+
+def _alike(value: Any) -> Any:
+    """What a trial's outcome depends on, to look it up by: the same for models that differ in their weights
+    alone. TypeError for what is unknown."""
+    if value is None or isinstance(value, (bool, int, float, str, type, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, torch.nn.Module):
+        configs = {id(one): one for part in value.modules() if (one := vars(part).get("config")) is not None}
+        tied = len({id(p) for p in value.parameters()})
+        parts = tuple(_of_module(name, part) for name, part in value.named_modules())
+        return parts, tuple(map(_alike, configs.values())), tied
+    if isinstance(value, PreTrainedConfig):
+        settings = sorted((key, repr(one)) for key, one in vars(value).items() if key not in WHERE_FROM)
+        return type(value), tuple(settings)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_alike, value))
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__code__, _alike(held), _alike(value.__defaults__)
+    if isinstance(value, MethodType):
+        return value.__func__, _alike(value.__self__)
+    if is_dataclass(value):
+        return type(value), tuple(_alike(getattr(value, one.name)) for one in fields(value))
+    if type(value).__module__.startswith("keel."):  # made of a model that stands beside it
+        return type(value), _alike(getattr(value, "get_base_model", lambda: None)())
+    raise TypeError(type(value).__name__)
+
+
+def _of_module(name: str, part: torch.nn.Module) -> Any:
+    own = vars(part)
+    kinds = (bool, int, float, str, list, tuple)
+    plain = {key: one for key, one in own.items() if isinstance(one, kinds) and key not in WHERE_FROM}
+    tensors = [
+        (key, type(one), one.shape, one.dtype, one.requires_grad)
+        for key, one in (*part._parameters.items(), *part._buffers.items())
+        if one is not None
+    ]
+    hooks = [hook for name in HOOKS for hook in (own.get(name) or {}).values()]
+    around = tuple(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
+    return name, type(part), type(part).forward, "forward" in own, repr(plain), tuple(tensors), around
+
+
+tried_once = TriedOnce(patches.tried)
+for _module in (patches, norm_and_rope, cpu_linear, row_trial, packing):
+    _module.tried = tried_once
+
+
+@pytest.fixture
+def trials() -> type[TriedOnce]:
+    """For the tests of the tests."""
+    return TriedOnce
+
+
+_modules_kept = 0
+
+
+def _keep_modules() -> None:
+    """As `pytest_collection_finish`, for what tests have imported since: plotly, datasets, peft."""
+    global _modules_kept
+    if len(sys.modules) > _modules_kept + 100:
+        gc.collect()
+        gc.freeze()
+        _modules_kept = len(sys.modules)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _keep_modules()
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    each = folder in TRIED_EACH or "accel_on" in getattr(item, "fixturenames", ())
+    tried_once.on = not each and os.environ.get("KEEL_TRY_EACH", "0") == "0"
 
 
 ANIMALS = ("cat", "dog", "fox", "hen", "owl", "pig")
@@ -109,6 +219,13 @@ def _shared_runs_in_float32() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "fast_in_bfloat16", lambda device: False)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _measures_small_products() -> None:
+    """A run that knows no speed of the machine measures it. Where bfloat16 is slow, a product of the usual
+    size takes seconds."""
+    machine_speed.SIDE["cpu"] = 256
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +384,12 @@ def run() -> Run:
         return pipeline
 
     return go
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave no report, which takes as long as a stage here."""
+    monkeypatch.setattr(Pipeline, "_report", lambda self: None)
 
 
 @pytest.fixture(scope="session")

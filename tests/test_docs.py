@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,7 @@ def _commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if re.match(r"keel [a-z]", line)]
 
 
+@cache
 def _command() -> Any:
     return typer.main.get_command(main.app)
 

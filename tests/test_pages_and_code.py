@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,13 +113,3 @@ def test_a_newcomer_opens_few_files(job):
     for name in files:
         path = next(path for path in (PACKAGE / name, ROOT / name) if path.exists())
         assert re.search(HOLDS[name], path.read_text(encoding="utf-8"), re.MULTILINE), name
-
-
-def test_the_line_of_every_metric_is_one_link_away():
-    sys.path.insert(0, str(ROOT / "docs" / "site"))
-    try:
-        metric_places = importlib.import_module("metric_places")
-    finally:
-        sys.path.remove(str(ROOT / "docs" / "site"))
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert None not in metric_places.find_all(page, PACKAGE).values()

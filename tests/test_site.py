@@ -28,6 +28,12 @@ def texts(site: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     return site.stage(tmp_path_factory.mktemp("site") / "pages")
 
 
+@pytest.fixture(scope="module")
+def candidates(site: Any) -> Any:
+    """Every string of the package that may be a name."""
+    return site.metric_places.places(site.PACKAGE)
+
+
 def test_every_metric_leads_to_a_line_that_writes_it(site):
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     places = site.metric_places.find_all(page, site.PACKAGE)
@@ -51,15 +57,18 @@ def test_every_metric_leads_to_a_line_that_writes_it(site):
         ("times.jsonl", "", "train/mfu", "keel/rundir/stage_run.py"),
     ],
 )
-def test_the_place_is_where_a_reader_would_look(site, section, file, name, path):
-    candidates = site.metric_places.places(site.PACKAGE)
+def test_the_place_is_where_a_reader_would_look(site, candidates, section, file, name, path):
     assert site.metric_places.find(name, section, file, candidates).path == path
 
 
-def test_a_metric_that_nothing_writes_ends_the_build(site):
+def test_a_metric_that_nothing_writes_ends_the_build(site, tmp_path):
+    package = tmp_path / "pack"
+    package.mkdir()
+    (package / "one.py").write_text("def run():\n    return {'loss': 2.0}\n")
     page = "## dpo\n\n### metrics.jsonl\n\n| `rewards/of_nobody` | a share | share | keel |\n"
     with pytest.raises(site.SiteError, match=r"nothing writes `rewards/of_nobody` \(dpo, metrics.jsonl\)"):
-        site.with_places(page)
+        site.with_places(page, package)
+    assert "one.py" in site.with_places(page.replace("rewards/of_nobody", "loss"), package)
 
 
 def test_a_name_in_a_docstring_is_not_written(site, tmp_path):

@@ -147,24 +147,33 @@ def test_trap_01_statistics_of_steps_that_were_not_taken_are_not_averaged_in(
         assert row["val/ratio"] == pytest.approx(1, abs=0.5)
 
 
-def test_trap_02_max_grad_norm_is_applied_in_every_stage(
-    run: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """[TRL 1.12] What the optimisers are given is clipped; what is logged is the norm before that."""
-    count, stages = Steps(monkeypatch), copy.deepcopy(whole["stages"])
-    del stages["judge"]
+@pytest.fixture(scope="module")
+def clipped(run: Any, whole: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[float]]:
+    """Every stage with `max_grad_norm` 0.01, and the norm of each gradient that an optimiser was given."""
+    stages = copy.deepcopy(whole["stages"])
     for stage in stages.values():
-        stage["max_grad_norm"] = 0.01
-    pipeline = run({"stages": stages}, tmp_path)
-    for name in stages:
+        if stage["kind"] != "evaluate":
+            stage["max_grad_norm"] = 0.01
+        if "updates" in stage:
+            stage["updates"] = 2
+    with pytest.MonkeyPatch.context() as patch:
+        count = Steps(patch)
+        pipeline = run({"stages": stages}, tmp_path_factory.mktemp("clipped") / "run")
+    return pipeline, count.norms
+
+
+def test_trap_02_max_grad_norm_is_applied_in_every_stage(clipped: tuple[Any, list[float]]) -> None:
+    """[TRL 1.12] What the optimisers are given is clipped; what is logged is the norm before that."""
+    pipeline, norms = clipped
+    for name in pipeline.config.stages.keys() - {"judge"}:
         assert all(
             row["grad_norm"] > 0.02
             for row in metrics_of(pipeline, name)
             if name != "ppo-trunk" or row["step"] > 1
         )
-    assert len(count.norms) > 40
-    assert max(count.norms) <= 0.01 * (1 + 1e-4)
-    assert sorted(count.norms)[len(count.norms) // 2] == pytest.approx(0.01, rel=1e-3)
+    assert len(norms) > 40
+    assert max(norms) <= 0.01 * (1 + 1e-4)
+    assert sorted(norms)[len(norms) // 2] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_trap_03_the_loss_is_per_token_of_the_whole_step(
@@ -557,36 +566,51 @@ def test_trap_20_a_group_shares_its_prompt(open_ppo: Any, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------- reward models, tokenizers
 
 
-@pytest.mark.parametrize("pad", ["its own", "eos", "none"])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_trap_23_and_29_a_run_reads_rewards_at_the_last_token_and_leaves_the_padding_side(
-    pad: str, side: str, run: Any, data: Any, tiny_model: Path, tmp_path: Path
-) -> None:
-    """[trl 937, 2778, 6663; gpt-neox PR 1285] The whole reward stage on a model with that tokenizer: the same
-    losses."""
-    rows = []
-    for name, pad_token, padding_side in (("plain", "its own", "right"), ("other", pad, side)):
+@pytest.fixture(scope="module")
+def reward_rows(run: Any, data: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The metrics of a reward stage on the tiny model with another pad token and padding side."""
+
+    def go(pad: str, side: str) -> list[dict[str, float]]:
+        folder = tmp_path_factory.mktemp("padded")
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-        tokenizer.padding_side = padding_side
-        if pad_token != "its own":
-            tokenizer.pad_token = tokenizer.eos_token if pad_token == "eos" else None
+        tokenizer.padding_side = side
+        if pad != "its own":
+            tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else None
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         model.config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
         stage = {
             "kind": "reward",
-            "model": str(tmp_path / name),
+            "model": str(folder / "model"),
             "data": str(data.pairs),
             "batch_size": 6,
             "max_steps": 2,
             "normalize": 0,
         }
-        pipeline = run({"stages": {"reward": stage}}, tmp_path / f"run-{name}")
-        rows.append(metrics_of(pipeline, "reward"))
+        pipeline = run({"stages": {"reward": stage}}, folder / "run")
         saved = AutoTokenizer.from_pretrained(pipeline.stage_directory("reward") / "model")
-        assert saved.padding_side == padding_side
-    for one, other in zip(*rows, strict=True):
+        assert saved.padding_side == side
+        return metrics_of(pipeline, "reward")
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def plain_rows(reward_rows: Any) -> list[dict[str, float]]:
+    return reward_rows("its own", "right")
+
+
+@pytest.mark.parametrize(
+    ("pad", "side"),
+    [("its own", "left"), ("eos", "right"), ("eos", "left"), ("none", "right"), ("none", "left")],
+)
+def test_trap_23_and_29_a_run_reads_rewards_at_the_last_token_and_leaves_the_padding_side(
+    pad: str, side: str, reward_rows: Any, plain_rows: list[dict[str, float]]
+) -> None:
+    """[trl 937, 2778, 6663; gpt-neox PR 1285] The whole reward stage on a model with that tokenizer: the same
+    losses."""
+    for one, other in zip(plain_rows, reward_rows(pad, side), strict=True):
         assert one == pytest.approx(other, rel=1e-6)
 
 
@@ -826,6 +850,8 @@ def test_trap_every_setting_is_read_by_something(
         "sampling": {"max_new_tokens": 40},
         "curriculum": {"by": "wants"},
     }
+    for stage in stages.values():  # a setting that is read at all is read by then
+        stage |= {key: min(stage[key], 2) for key in ("updates", "max_steps") if key in stage}
     names = stages.keys()
     with monkeypatch.context() as watching:
         watching.setattr(BaseModel, "__getattribute__", watch)
@@ -915,11 +941,11 @@ def test_trap_every_setting_is_described() -> None:
     assert bare == []
 
 
-def test_trap_every_logged_name_is_a_plain_string_in_the_code(run: Any, whole: Any, tmp_path: Path) -> None:
+def test_trap_every_logged_name_is_a_plain_string_in_the_code(clipped: tuple[Any, list[float]]) -> None:
     """Names are written out where they are logged, so that they can be searched for."""
-    pipeline = run(whole, tmp_path)
+    pipeline, _ = clipped
     sources = "".join(path.read_text() for path in Path(keel.__file__).parent.rglob("*.py"))
-    for stage in whole["stages"]:
+    for stage in pipeline.config.stages:
         log = pipeline.stage_directory(stage) / "metrics.jsonl"
         names = {
             name

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Set
+from collections import defaultdict
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,6 +111,7 @@ def _names(node: ast.AST, scope: str = "") -> Iterator[tuple[str, int, int, str]
         yield from _names(child, inner)
 
 
+@cache
 def places(package: Path) -> list[Place]:
     """Every place of the package (`src/keel`) where a string that could be a metric's name is written."""
     return [
@@ -120,13 +122,44 @@ def places(package: Path) -> list[Place]:
     ]
 
 
+class Candidates:
+    """Places, by the name that they write and by the function that they stand in: 400 names are asked for, of
+    tens of thousands of strings."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = places
+        self._spelled = defaultdict[str, list[int]](list)
+        self._open: list[int] = []  # what an f-string leaves open; no name has a space in it
+        self._scopes = defaultdict[tuple[str, str], list[Place]](list)
+        for number, place in enumerate(places):
+            self._scopes[place.path, place.scope].append(place)
+            if HOLE not in place.template:
+                self._spelled[place.template].append(number)
+            elif " " not in place.template:
+                self._open.append(number)
+
+    def writing(self, name: str) -> list[Place]:
+        """Those that write a name, in the order of the code."""
+        made = [number for number in self._open if self._places[number].writes(name)]
+        return [self._places[number] for number in sorted([*self._spelled.get(name, ()), *made])]
+
+    def written_in(self, path: str, scope: str, names: Set[str]) -> int:
+        """How many of the names a function writes."""
+        inside = self._scopes[path, scope]
+        return sum(any(place.writes(_filled(name)) for place in inside) for name in names)
+
+
 def _filled(name: str) -> str:
     """The name with its capital words filled in: `rewards/NAME/mean` as a run would write it."""
     return re.sub(r"\b(NAME|PART)\b", "x", name)
 
 
 def find(
-    name: str, section: str, file: str, candidates: list[Place], beside: Set[str] = frozenset()
+    name: str,
+    section: str,
+    file: str,
+    candidates: Candidates | Sequence[Place],
+    beside: Set[str] = frozenset(),
 ) -> Place | None:
     """The place that writes a name of a section and file of the page, or None.
 
@@ -134,23 +167,23 @@ def find(
     first, then keys before keywords and fields, then what fills in least. A name `eval_NAME` that no line
     spells out is made of NAME, so it leads there.
     """
+    if not isinstance(candidates, Candidates):
+        candidates = Candidates(candidates)
     folders = (LOOK_FIRST.get((file, name)) or LOOK_FIRST.get(file), *LOOK_IN.get(section, ()))
     asked = _filled(name)
-    writing = [place for place in candidates if place.writes(asked)]
+    writing = candidates.writing(asked)
     spelled = [place for place in writing if HOLE not in place.template or asked != name]
     base = name.removeprefix("eval_")
     if not spelled and base != name and (place := find(base, section, file, candidates, beside)):
         return place
-    scopes = {(place.path, place.scope): set[str]() for place in writing}
-    for other in candidates:
-        if (other.path, other.scope) in scopes:
-            scopes[other.path, other.scope] |= {one for one in beside if other.writes(_filled(one))}
+    scopes = {(place.path, place.scope) for place in writing if place.scope}  # a module's top only lists them
+    written_in = {scope: candidates.written_in(*scope, beside) for scope in scopes}
 
     def rank(place: Place) -> tuple[bool, bool, bool, int, int, int, int, int]:
         inside = place.path.partition("/")[2]
         order = (i for i, folder in enumerate(folders) if folder and f"{inside}/".startswith(f"{folder}/"))
         nearest = next(order, len(folders))
-        written = len(scopes[place.path, place.scope]) if place.scope else 0  # a module's top only lists them
+        written = written_in.get((place.path, place.scope), 0)
         holes = place.template.count(HOLE)
         outside, phase, listed = nearest == len(folders), place.kind == 0, place.kind == 3
         return (outside, not phase, listed, nearest, -written, place.kind, holes, place.line)
@@ -184,7 +217,7 @@ def rows(page: str) -> list[Row]:
 
 def find_all(page: str, package: Path) -> dict[Row, Place | None]:
     """The place of every name of the page, None where no line of the package writes it."""
-    candidates, defined = places(package), rows(page)
+    candidates, defined = Candidates(places(package)), rows(page)
     return {
         row: find(
             row.name,

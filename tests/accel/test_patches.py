@@ -502,9 +502,15 @@ def test_off_is_transformers_own_code_and_agrees(prepared: bool, monkeypatch: py
     assert_agree(off, transformers_own(plain_model()))
 
 
+@pytest.fixture(scope="module")
+def on() -> Any:
+    """What keel computes with every path."""
+    with patches.all_enabled():
+        return keels(plain_model())
+
+
 @pytest.mark.parametrize("name", accel.PATCHES)
-def test_each_path_can_be_off_by_itself(name: str) -> None:
-    on = keels(plain_model())
+def test_each_path_can_be_off_by_itself(name: str, on: Any) -> None:
     with accel.disabled(name):
         assert_agree(keels(plain_model()), on)
 

@@ -20,6 +20,7 @@ import keel
 from keel.api.progress import TextProgress
 from keel.api.running import read_config
 
+pytestmark = pytest.mark.usefixtures("no_report")
 SMALL = ("threads=1", "device=cpu")
 
 

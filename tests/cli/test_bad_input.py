@@ -13,6 +13,7 @@ import pytest
 
 from keel.models.load import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_report")
 GOOD = {"prompt": "the cat?", "completion": " it is red."}
 
 

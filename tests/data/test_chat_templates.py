@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,12 @@ def opened(family, kind="bytes"):
     return make_tokenizer(kind, TEMPLATES[family], EOS.get(family, "<eos>"))
 
 
+@cache
+def opened_once(family, kind):
+    """The same for all examples, which only read it: what is found out of its template is kept with it."""
+    return opened(family, kind)
+
+
 def shown(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -123,7 +130,7 @@ WORDS = st.text(alphabet="ab n:.\né日>]", min_size=1, max_size=8).filter(lambd
 def test_trained_tokens_are_the_sampled_prompt_and_the_reply_forced_behind_it(family, kind, contents):
     """Token by token, on every tokenizer: the prompt is what a rollout has, and prompt and reply are one
     string tokenised once, unless a token straddles their boundary."""
-    tokenizer = opened(family, kind)
+    tokenizer = opened_once(family, kind)
     turns = tuple((user, assistant)[i % 2](text) for i, text in enumerate(contents))
     rows = chat.text_rows(tokenizer, TextRecord(turns))
     pairs = [(row, part) for row in rows for part in trained(row)]
@@ -157,7 +164,7 @@ TRICKS = st.lists(
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trick=TRICKS)
 def test_what_a_user_writes_is_never_a_special_token_and_no_guard_is_left(family, kind, trick):
-    tokenizer = opened(family, kind)
+    tokenizer = opened_once(family, kind)
     content = f"Hear {trick} ye"
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     harmless = chat.prompt_ids(tokenizer, (user("Hear ye"),))

@@ -281,6 +281,7 @@ def test_a_disk_that_is_full_is_a_plain_error(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.usefixtures("no_report")
 def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
     data: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_that_is_cut_off_in_a_stream_ends_with_the_bytes_of_one_that_is_not(
     shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

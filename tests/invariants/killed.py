@@ -2,19 +2,22 @@
 
     python killed.py CONFIG FOLDER every STRIDE    one directory a kill: before change 1, 1 + STRIDE, …; each
     then run to its end
-    python killed.py CONFIG FOLDER each STRIDE    the same for each stage alone, in FOLDER/STAGE; for stages
-    that need none of the others
+    python killed.py CONFIG FOLDER each STRIDE FIRST    the same for each stage alone, in FOLDER/STAGE, from
+    change FIRST on, one later with each stage; for stages that need none of the others
     python killed.py CONFIG FOLDER chain KILLS SEED    one directory, killed again and again before some
     change; then run to its end
 
 Python announces every change (audit events), so nothing in keel needs to be patched, and with fork the
-imports are paid for once. FOLDER/undisturbed is a run that nobody disturbed. Prints how many kills there
+imports are paid for once: what the first run imports while it works, the process imports before it forks the
+next. FOLDER/undisturbed is a run that nobody disturbed. Prints how many kills there
 were.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 import random
 import signal
@@ -40,9 +43,14 @@ def is_change(event: str, args: tuple[Any, ...]) -> bool:
 
 def run(config: Any, directory: Path, kill_before: int | None = None) -> bool:
     """True if the run came to its end; False if it was killed."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child:
+        os.close(writing)
+        with os.fdopen(reading) as names:  # ends with the child
+            imported = names.read().split()
         status = os.waitpid(child, 0)[1]
+        import_too(imported)
         if status == 0:
             return True
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
@@ -51,6 +59,7 @@ def run(config: Any, directory: Path, kill_before: int | None = None) -> bool:
     try:
         from keel.pipeline.pipeline import Pipeline
 
+        before = set(sys.modules)
         pipeline, changes = Pipeline(config, directory, lambda line: None), 0
         pipeline._report = lambda: None
 
@@ -63,10 +72,19 @@ def run(config: Any, directory: Path, kill_before: int | None = None) -> bool:
 
         sys.addaudithook(hook)
         pipeline.run()
+        os.write(writing, " ".join(sys.modules.keys() - before).encode())
         os._exit(0)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def import_too(names: list[str]) -> None:
+    """Modules that a run has imported while it worked."""
+    for name in names:
+        with contextlib.suppress(Exception):  # no file of that name: made by another module
+            importlib.import_module(name)
+    gc.freeze()
 
 
 def import_everything() -> None:
@@ -79,6 +97,8 @@ def import_everything() -> None:
         LlamaConfig,
         LlamaForCausalLM,
     )
+
+    from keel.models import machine_speed
 
     torch.set_num_threads(1)
     sizes = {
@@ -97,6 +117,7 @@ def import_everything() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.zero_grad()
+    machine_speed.speed(torch.device("cpu"), torch.float32)  # which each child would measure, too
     gc.collect()
     gc.freeze()  # what is here by now is no child's to search
 
@@ -109,12 +130,11 @@ def main() -> None:
     config, folder = read(Path(sys.argv[1])), Path(sys.argv[2])
     plan, numbers = sys.argv[3], [int(a) for a in sys.argv[4:]]
     if plan == "each":
-        kills = 0
-        for first, (name, stage) in enumerate(config.stages.items(), start=1):
+        kills, (stride, start) = 0, numbers
+        for first, (name, stage) in enumerate(config.stages.items(), start=start):
             (folder / name).mkdir()
-            kills += every(
-                config.model_copy(update={"stages": {name: stage}}), folder / name, first, *numbers
-            )
+            alone = config.model_copy(update={"stages": {name: stage}})
+            kills += every(alone, folder / name, first, stride)
     elif plan == "every":
         kills = every(config, folder, 1, *numbers)
     else:

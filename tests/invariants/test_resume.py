@@ -21,6 +21,7 @@ import yaml
 
 Differences = Callable[[Path, Path], list[str]]
 KILLED = Path(__file__).with_name("killed.py")
+MIDDLE = 40  # of the changes to the disk that a stage of two steps makes
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -45,7 +46,7 @@ def assert_all_alike(folder: Path, differences: Differences) -> None:
         assert differences(folder / "undisturbed", path) == [], path.name
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def short(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
     """Stages of two steps each that write everything they can. The second step is too large and makes things
     worse."""
@@ -79,34 +80,10 @@ def short(data: Any, tiny_model: Path, tiny_reward: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stride", [251, pytest.param(1, marks=pytest.mark.slow)])
-def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
-    stride: int, short: Mapping[str, Any], tmp_path: Path, differences: Differences
-) -> None:
-    """[trl 1.16 GRPO; trl 2657: no resume for PPO]"""
-    kills = killed_and_resumed(tmp_path, short, "each", str(stride))
-    assert kills * stride > 90
-    for stage in short:  # the best weights are not the last: they have to survive, too
-        lines = (
-            (tmp_path / stage / "undisturbed" / "stages" / stage / "metrics.jsonl").read_text().splitlines()
-        )
-        first, second = map(json.loads, lines)
-        if stage == "sft":
-            assert second["eval_loss"] > first["eval_loss"]
-        else:
-            values = [
-                row["eval/objective/scores"] - row["eval/objective/kl"] for row in (first, second)
-            ]  # β is near 1
-            assert values[1] < values[0] - 0.2
-        assert_all_alike(tmp_path / stage, differences)
-
-
-@pytest.mark.parametrize("stride", [401, pytest.param(1, marks=pytest.mark.slow)])
-def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
-    stride: int, short: Mapping[str, Any], tmp_path: Path, differences: Differences
-) -> None:
-    """A check fires after each third update: twice a rollback, then a stop, whose checkpoint may be the last
-    thing written."""
+@pytest.fixture(scope="module")
+def watched(short: Mapping[str, Any]) -> dict[str, Any]:
+    """Stages in which a check fires after each third update: twice a rollback, then a stop, whose checkpoint
+    may be the last thing written."""
     ppo = {
         **{k: v for k, v in short["ppo"].items() if k not in ("patience", "eval_data")},
         "updates": 10,
@@ -115,16 +92,63 @@ def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
         "judge": {"kind": "length", "high": 2, "slack": 2},
     }
     control = {"on_finding": "rollback", "attempts": 2, "reward_bound": -1e6}
-    stages = {
+    return {
         "rolled": {**ppo, "control": control},
         "adjusted": {**ppo, "control": {**control, "on_finding": "adjust"}},
     }
-    assert killed_and_resumed(tmp_path, stages, "each", str(stride)) * stride > 90
-    events = tmp_path / "rolled" / "undisturbed" / "stages" / "rolled" / "events.jsonl"
+
+
+EVERYWHERE = pytest.param("everywhere", marks=pytest.mark.slow)  # before every change, every stage
+
+
+@pytest.fixture(scope="module", params=["in the middle", EVERYWHERE])
+def killed(request: Any, short: Mapping[str, Any], watched: Mapping[str, Any], tmp_path_factory: Any) -> Path:
+    """Stages alone, each run undisturbed, and killed and gone on with, in a folder of its name."""
+    stages, stride, first = {**short, **watched}, 1, 1
+    if request.param == "in the middle":
+        stages, stride, first = (
+            {name: stages[name] for name in ("sft", "ppo-adapters", "rolled")},
+            251,
+            MIDDLE,
+        )
+    folder = tmp_path_factory.mktemp("killed")
+    kills = killed_and_resumed(folder, stages, "each", str(stride), str(first))
+    assert kills >= (len(stages) if stride > 1 else 90)
+    return folder
+
+
+def test_trap_21_stages_killed_before_any_change_to_the_disk_end_the_same(
+    killed: Path, short: Mapping[str, Any], differences: Differences
+) -> None:
+    """[trl 1.16 GRPO; trl 2657: no resume for PPO]"""
+    for stage in there(killed, short):  # the best weights are not the last: they have to survive, too
+        lines = (killed / stage / "undisturbed" / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+        first, second = map(json.loads, lines)
+        if stage == "sft":
+            assert second["eval_loss"] > first["eval_loss"]
+        else:
+            values = [
+                row["eval/objective/scores"] - row["eval/objective/kl"] for row in (first, second)
+            ]  # β is near 1
+            assert values[1] < values[0] - 0.2
+        assert_all_alike(killed / stage, differences)
+
+
+def test_findings_adjustments_rollbacks_and_stops_survive_any_kill(
+    killed: Path, watched: Mapping[str, Any], differences: Differences
+) -> None:
+    events = killed / "rolled" / "undisturbed" / "stages" / "rolled" / "events.jsonl"
     found = [json.loads(line)["event"] for line in events.read_text().splitlines()]
     assert found == ["finding", "rollback", "finding", "rollback", "finding", "stop"]
-    for stage in stages:
-        assert_all_alike(tmp_path / stage, differences)
+    for stage in there(killed, watched):
+        assert_all_alike(killed / stage, differences)
+
+
+def there(folder: Path, stages: Mapping[str, Any]) -> list[str]:
+    """Those of the stages that were run."""
+    found = [name for name in stages if (folder / name).exists()]
+    assert found
+    return found
 
 
 @pytest.mark.slow  # the same by signals: tests/attack/test_kills.py

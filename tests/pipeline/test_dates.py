@@ -18,6 +18,7 @@ from keel.errors import UsageError
 from keel.pipeline import dates, stage_graph
 from keel.pipeline.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("no_report")
 FIRST, NEXT = datetime.date(2026, 11, 28), datetime.date(2026, 11, 29)
 TEMPLATE = (
     "{{ strftime_now('%d') }} {% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"

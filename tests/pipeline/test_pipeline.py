@@ -54,6 +54,20 @@ def _config(chain: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return config
 
 
+@pytest.fixture(scope="module")
+def chain_run(run: Any, chain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chain, run once and undisturbed. Tests read or copy it."""
+    folder = tmp_path_factory.mktemp("chain") / "run"
+    run(chain, folder)
+    return folder
+
+
+@pytest.fixture
+def finished(chain_run: Path, tmp_path: Path) -> None:
+    """The chain has run in the directory of `go`."""
+    shutil.copytree(chain_run, tmp_path / "run")
+
+
 Go = Callable[..., list[str]]
 
 
@@ -95,8 +109,8 @@ def _content(directory: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- the cache
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_second_run_trains_nothing_and_touches_nothing(go, chain, tmp_path):
-    assert go(_config(chain)) == list(STAGES)
     before = _content(tmp_path / "run"), (tmp_path / "run" / "stages" / "ppo" / "stage.json").read_text()
     assert go(_config(chain)) == []
     assert (
@@ -107,8 +121,8 @@ def test_a_second_run_trains_nothing_and_touches_nothing(go, chain, tmp_path):
     assert {facts["status"] for facts in manifest["stages"].values()} == {"done before"}
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_changed_setting_reruns_its_stage_and_what_follows_from_it(go, chain):
-    go(_config(chain))
     assert go(_config(chain, **{"reward.lr": 2e-3})) == ["reward", "ppo", "judge"]
     assert go(_config(chain, **{"reward.lr": 2e-3, "ppo.gamma": 0.9})) == ["ppo", "judge"]
 
@@ -128,7 +142,8 @@ def test_changed_data_reruns_what_reads_it(go, chain, tmp_path):
     go(_config(chain, **copies))
     with (tmp_path / "reward.jsonl").open("a") as handle:
         handle.write(json.dumps({"prompt": "the cat?", "chosen": " it is red.", "rejected": " no."}) + "\n")
-    assert go(_config(chain, **copies)) == ["reward", "ppo", "judge"]
+    pipeline = Pipeline(parse(_config(chain, **copies)), tmp_path / "run")
+    assert [name for name in STAGES if not pipeline.is_done(name)] == ["reward", "ppo", "judge"]
 
 
 def test_changed_weights_of_a_model_from_outside_rerun_what_starts_from_it(go, data, tiny_model, tmp_path):
@@ -185,8 +200,8 @@ def test_a_changed_tokenizer_reruns_the_new_model_that_takes_it(go, data, tiny_m
     assert f"base: run again, since '{folder}' changed, which it starts from" in said
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_model_that_was_deleted_is_trained_again_with_the_same_bytes(go, chain, tmp_path):
-    go(_config(chain))
     before = _content(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "stages" / "sft" / "model")
     (tmp_path / "run" / "stages" / "ppo" / "model" / "model.safetensors").unlink()
@@ -200,13 +215,13 @@ def test_a_model_that_was_deleted_is_trained_again_with_the_same_bytes(go, chain
     assert _content(tmp_path / "run") == before
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
     def again(**changes: Any) -> list[str]:
         said: list[str] = []
         go(_config(chain, **changes), say=said.append)
         return [line for line in said if ": run again" in line]
 
-    assert again() == []
     assert again() == []
     assert again(**{"reward.lr": 2e-3}) == [
         "reward: run again, since settings changed (lr 0.001 → 0.002)",
@@ -221,22 +236,26 @@ def test_a_stage_that_is_run_again_says_why(go, chain, tmp_path, monkeypatch):
         "judge: run again, since 'ppo' changed, which it starts from"
     ]
     monkeypatch.setattr(stage_graph, "code_prints", lambda kind: {"rl/loop.py": "other code"})
-    first = again(**{"reward.lr": 2e-3, "ppo.kl": {"coef": 0.3}})[0]
+    said: list[str] = []
+    with pytest.raises(Stopped):
+        go(_config(chain), say=said.append, stop_at=("base", 1))
+    first = next(line for line in said if ": run again" in line)
     assert first.startswith(
         "base: run again, since keel's code changed (accel/__init__.py, accel/attention.py, "
     )
 
 
-def test_the_mark_of_being_done_is_written_last(go, chain, tmp_path):
-    go(_config({"stages": {"base": chain["stages"]["base"]}}))
-    stage = tmp_path / "run" / "stages" / "base"
-    assert json.loads((stage / "fingerprint.json").read_text())["settings"]["kind"] == "pretrain"
+@pytest.mark.parametrize("name", STAGES)
+def test_the_mark_of_being_done_is_written_last(chain, chain_run, name):
+    stage = chain_run / "stages" / name
+    kind = chain["stages"][name]["kind"]
+    assert json.loads((stage / "fingerprint.json").read_text())["settings"]["kind"] == kind
     files = [path for path in stage.rglob("*") if path.is_file()]
     assert max(files, key=lambda path: path.stat().st_mtime_ns).name == "stage.json"
 
 
+@pytest.mark.usefixtures("finished")
 def test_fresh_forgets_what_was_done(go, chain, tmp_path):
-    go(_config(chain))
     before = _content(tmp_path / "run")
     assert go(_config(chain), fresh=True) == list(STAGES)
     assert _content(tmp_path / "run") == before
@@ -244,15 +263,16 @@ def test_fresh_forgets_what_was_done(go, chain, tmp_path):
     assert go(_config(chain)) == []
 
 
+@pytest.mark.usefixtures("finished")
 def test_an_ensemble_that_is_done_is_not_trained_again(go, chain, tmp_path):
     config = _config(chain, **{"reward.members": 2})
     config["stages"] = {name: config["stages"][name] for name in ("base", "sft", "reward")}
-    assert go(config) == ["base", "sft", "reward"]
+    assert go(config) == ["reward"]
     assert go(config) == []
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_resolved_config_is_the_same_run(go, chain, tmp_path):
-    go(_config(chain))
     resolved = tmp_path / "run" / "config.yaml"
     assert read(resolved) == parse(_config(chain))
     assert go(yaml.safe_load(resolved.read_text())) == []
@@ -274,10 +294,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(go, chain, tmp_path, mo
 
 
 @pytest.mark.parametrize("place", [pytest.param(("reward", 3), marks=pytest.mark.slow), ("ppo", 3)])
-def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(go, chain, tmp_path, place):
-    go(_config(chain))
-    undisturbed = _content(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
+def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(go, chain, chain_run, tmp_path, place):
     with pytest.raises(Stopped):
         go(_config(chain), stop_at=place)
     assert not (tmp_path / "run" / "stages" / place[0] / "stage.json").exists()
@@ -285,11 +302,11 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(go, chain, tm
     assert go(_config(chain), say=said.append) == list(STAGES[STAGES.index(place[0]) :])
     assert f"{place[0]}: going on after step 2" in said
     assert not any("products were in" in line for line in said)
-    assert _content(tmp_path / "run") == undisturbed
+    assert _content(tmp_path / "run") == _content(chain_run)
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_stage_at_work_does_not_show_its_old_model(go, chain, tmp_path):
-    go(_config(chain))
     with pytest.raises(Stopped):
         go(_config(chain, **{"reward.lr": 2e-3}), stop_at=("reward", 2))
     assert not (tmp_path / "run" / "stages" / "reward" / "model").exists()
@@ -304,13 +321,20 @@ def test_a_stage_at_work_does_not_show_its_old_model(go, chain, tmp_path):
     assert manifest["stages"]["ppo"]["seconds"] is None
 
 
-def test_checkpoints_of_other_settings_are_not_gone_on_with(go, chain, tmp_path):
+def test_checkpoints_of_other_settings_are_not_gone_on_with(go, chain, chain_run, tmp_path):
+    def up_to_ppo() -> None:
+        shutil.copytree(chain_run, tmp_path / "run")
+        for name in ("ppo", "judge"):
+            shutil.rmtree(tmp_path / "run" / "stages" / name)
+
+    up_to_ppo()
     with pytest.raises(Stopped):
         go(_config(chain), stop_at=("ppo", 3))
     changed = _config(chain, **{"ppo.lr": 5e-4})
     go(changed)
     continued = _content(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
+    up_to_ppo()
     go(changed)
     assert _content(tmp_path / "run") == continued
 
@@ -318,11 +342,11 @@ def test_checkpoints_of_other_settings_are_not_gone_on_with(go, chain, tmp_path)
 # ---------------------------------------------------------------- one stage alone
 
 
-def test_only_needs_its_inputs_done(go, chain, tmp_path):
+def test_only_needs_its_inputs_done(go, chain, chain_run, tmp_path):
     with pytest.raises(UsageError, match="its input 'sft' is not done"):
         go(_config(chain), only="ppo")
     assert not (tmp_path / "run").exists()
-    go(_config(chain))
+    shutil.copytree(chain_run, tmp_path / "run")
     with pytest.raises(UsageError, match="its input 'reward' is not done with these settings"):
         go(_config(chain, **{"reward.lr": 2e-3}), only="ppo")
     assert go(_config(chain, **{"ppo.lr": 2e-3}), only="ppo") == ["ppo"]

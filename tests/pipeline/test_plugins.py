@@ -30,6 +30,7 @@ try:
 except ImportError:  # Python 3.10, where pytest brings it
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
+pytestmark = pytest.mark.usefixtures("no_report")
 EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
 Install = Callable[[Mapping[str, str]], Path]
 

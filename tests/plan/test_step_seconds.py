@@ -21,6 +21,7 @@ from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 FLOPS = Speed(1e9, {1: 1e15})  # a machine that waits for arithmetic alone
 BYTES = Speed(1e18, {1: 1e9})  # and one that waits for its memory
 LLAMA = "meta-llama/Llama-3.1-8B"
+NOTHING = "def nothing(completions, **columns):\n    return [0.0 for _ in completions]\n"
 
 
 def stage(kind: str, **settings: Any) -> Training:
@@ -31,7 +32,7 @@ def stage(kind: str, **settings: Any) -> Training:
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "ppo", "grpo"])
 def test_arithmetic_is_what_a_run_counts(
-    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, run: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one length, responses that all reach their limit: nothing is left to the data."""
     for module in ("keel.stages.supervised_loop", "keel.rl.setup"):
@@ -44,14 +45,14 @@ def test_arithmetic_is_what_a_run_counts(
     settings = {"model": {"path": str(tiny_model), "dtype": "float32"}, "data": source, "batch_size": 8,
                 "micro_batch": 8, "lr": 1e-4, "save_every": 100}  # fmt: skip
     if kind in ("ppo", "grpo"):
-        reward = {"kind": "python", "function": f"{__file__}:nothing"}
+        (tmp_path / "mine.py").write_text(NOTHING)  # its process imports this alone
+        reward = {"kind": "python", "function": f"{tmp_path / 'mine.py'}:nothing"}
         settings |= {"reward": reward, "updates": 2, "sampling": {"max_new_tokens": 6}}
     else:
         settings |= {"max_steps": 2, "holdout": 0}
     config = {"name": "x", "device": "cpu", "threads": 1, "stages": {kind: {"kind": kind, **settings}}}
     monkeypatch.setenv("KEEL_TRUST", "1")
-    pipeline = Pipeline(parse(config), tmp_path / "run", say=lambda line: None)
-    pipeline.run()
+    pipeline = run(config, tmp_path / "run")
     lines = (pipeline.stage_directory(kind) / "times.jsonl").read_text().splitlines()
     row = json.loads(lines[-1])
     counted = {p: row[p] * row[f"{p}/roofline"] for p in ("rollout", "forward", "train") if p in row}
@@ -153,10 +154,6 @@ def test_a_speed_needs_both_numbers(tmp_path: Path) -> None:
     speed = rank_memory.speed_of(400, 2000)
     assert speed is not None
     assert (speed.flops, speed.reading(1e9)) == (4e14, 2e12)
-
-
-def nothing(completions: list[str], **columns: Any) -> list[float]:
-    return [0.0 for _ in completions]
 
 
 def _longest(pipeline: Pipeline, name: str) -> Lengths:

@@ -78,7 +78,13 @@ def with_samples(monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], scores: 
 # ---------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# groups, ratios of whole sequences, no groups; the others by `make test-slow`
+ALWAYS = ("grpo", "gspo", "reinforce++")
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.slow]) for name in PRESETS]
+)
 def test_every_preset_learns_what_is_rewarded(preset: str, run_grpo: Any) -> None:
     """The untrained model writes anything; a token is rewarded. Every variant makes it likelier."""
     stage, rows = run_grpo(

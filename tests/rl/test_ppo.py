@@ -52,8 +52,15 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("sharing", ["separate", "trunk"])
-@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("sharing", "lora"),
+    [
+        pytest.param("separate", None, id="separate"),
+        pytest.param("trunk", {"r": 4, "alpha": 8}, id="trunk-lora"),
+        pytest.param("separate", {"r": 4, "alpha": 8}, id="separate-lora", marks=pytest.mark.slow),
+        pytest.param("trunk", None, id="trunk", marks=pytest.mark.slow),
+    ],
+)
 def test_lora_and_gradient_checkpointing_run_and_save_a_plain_model(
     sharing: str, lora: Any, run_ppo: Any, tiny_model: Path
 ) -> None:

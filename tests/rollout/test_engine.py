@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from keel.accel import attention, decode_step, packed_layers, patches, processor
-from keel.accel import kv_slots as cache
+from keel.accel import attention, decode_step, kv_slots, packed_layers, patches, processor
 from keel.accel.row_attention import Look
 from keel.algorithms.masked import token_logp
 from keel.data.stops import stop_texts
@@ -144,22 +144,29 @@ def test_greedy_decoding_is_that_of_transformers_for_prompts_of_all_lengths(arch
     assert [list(c.prompt_ids) for c in done] == prompts
 
 
+SEVERAL = [p for i, p in enumerate(PROMPTS_60) for _ in range(1 + 4 * (i % 2))] * 2
+WARM, STOPS = Sampling(16, temperature=1.5), [EOS, *range(20, 26)]
+
+
+@cache
+def sampled_plainly(architecture: str) -> list[Completion]:
+    """By the plain engine: a forward over the whole sequence for each token."""
+    model = tiny(architecture).eval()
+    draws = torch.rand(len(SEVERAL), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return [
+            reference_engine.complete(model, prompt, row, WARM, STOPS)
+            for prompt, row in zip(SEVERAL, draws, strict=True)
+        ]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_the_engine_samples_what_the_plain_one_samples(architecture: str, slots: int) -> None:
     """Prompts given once and several times, more of them than slots, responses that end early and late: the
     columns of the cache run out, and rows move."""
-    model = tiny(architecture).eval()
-    prompts = [p for i, p in enumerate(prompts_within(60)) for _ in range(1 + 4 * (i % 2))] * 2
-    sampling = Sampling(16, temperature=1.5)
-    stop_ids = [EOS, *range(20, 26)]
-    done = generate(model, prompts, sampling, stop_ids=stop_ids, pad_id=PAD, seed=3, batch_size=slots)
-    draws = torch.rand(len(prompts), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        expected = [
-            reference_engine.complete(model, prompt, row, sampling, stop_ids)
-            for prompt, row in zip(prompts, draws, strict=True)
-        ]
+    model, expected = tiny(architecture).eval(), sampled_plainly(architecture)
+    done = generate(model, SEVERAL, WARM, stop_ids=STOPS, pad_id=PAD, seed=3, batch_size=slots)
     assert [(c.prompt_ids, c.ids, c.stop_reason) for c in done] == [
         (c.prompt_ids, c.ids, c.stop_reason) for c in expected
     ]
@@ -172,12 +179,12 @@ def test_the_engine_samples_what_the_plain_one_samples(architecture: str, slots:
 def test_rows_that_look_back_less_far_are_read_by_themselves(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "GROUP", 2)
-    monkeypatch.setattr(cache, "WORTH", 0)
-    monkeypatch.setattr(cache, "FAR", 2)
-    blocks, plainly = list[int](), cache.Slots.blocks
+    monkeypatch.setattr(kv_slots, "GROUP", 2)
+    monkeypatch.setattr(kv_slots, "WORTH", 0)
+    monkeypatch.setattr(kv_slots, "FAR", 2)
+    blocks, plainly = list[int](), kv_slots.Slots.blocks
     monkeypatch.setattr(
-        cache.Slots, "blocks", lambda self: blocks.append(len(plainly(self))) or plainly(self)
+        kv_slots.Slots, "blocks", lambda self: blocks.append(len(plainly(self))) or plainly(self)
     )
     test_the_engine_samples_what_the_plain_one_samples(architecture, 7)
     assert max(blocks) == 4

@@ -25,9 +25,9 @@ def result(stage: Path) -> dict[str, Any]:
     return json.loads((stage / "result.json").read_text())
 
 
-@pytest.fixture(scope="session")
-def learned_twice(run: Any, data: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """pretrain → sft → reward → ppo (both sharings), long enough to learn, in two directories."""
+@pytest.fixture(scope="module")
+def stages(data: Any) -> dict[str, dict[str, Any]]:
+    """pretrain → sft → reward → ppo (both sharings), long enough to learn."""
     ppo = {
         "kind": "ppo",
         "model": "sft",
@@ -48,7 +48,7 @@ def learned_twice(run: Any, data: Any, tmp_path_factory: pytest.TempPathFactory)
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    stages = {
+    return {
         "base": {
             "kind": "pretrain",
             "data": str(data.text),
@@ -92,51 +92,69 @@ def learned_twice(run: Any, data: Any, tmp_path_factory: pytest.TempPathFactory)
             "sampling": {"max_new_tokens": 6},
         },
     }
+
+
+@pytest.fixture(scope="module")
+def learned(run: Any, stages: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those stages, run."""
+    folder = tmp_path_factory.mktemp("learned")
+    run({"stages": stages}, folder)
+    return folder / "stages"
+
+
+@pytest.fixture(scope="module")
+def twice(run: Any, stages: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs of them, of a few steps a stage: a step that is not the same each time is not so early on."""
+    short = {name: {**stage} for name, stage in stages.items()}
+    for name in ("base", "sft", "reward"):
+        short[name] |= {"max_steps": 3}
+    for name in ("ppo", "ppo-trunk"):
+        short[name] |= {"updates": 2, "batch_size": 12, "mini_batch": 6}
     folders = tmp_path_factory.mktemp("once"), tmp_path_factory.mktemp("again")
     for folder in folders:
-        run({"stages": stages}, folder)
+        run({"stages": short}, folder)
     return folders[0] / "stages", folders[1] / "stages"
 
 
-def test_pretraining_learns_the_texts(learned_twice: tuple[Path, Path]) -> None:
-    rows = metrics(learned_twice[0] / "base")
+def test_pretraining_learns_the_texts(learned: Path) -> None:
+    rows = metrics(learned / "base")
     assert rows[0]["loss"] > 5.5  # ln 300
-    assert result(learned_twice[0] / "base")["eval_loss"]["mean"] < 1.5
+    assert result(learned / "base")["eval_loss"]["mean"] < 1.5
 
 
-def test_sft_learns_the_form_of_the_answers(learned_twice: tuple[Path, Path]) -> None:
+def test_sft_learns_the_form_of_the_answers(learned: Path) -> None:
     """Four colours are equally likely, so ln 4 a reply is what is left at best."""
-    assert metrics(learned_twice[0] / "sft")[-1]["loss"] < 0.8
-    judge = result(learned_twice[0] / "judge")["models"]
+    assert metrics(learned / "sft")[-1]["loss"] < 0.8
+    judge = result(learned / "judge")["models"]
     assert judge["sft"]["truncated"]["mean"] < 0.2 < 0.6 < judge["base"]["truncated"]["mean"]
 
 
-def test_the_reward_model_learns_to_prefer_one_token(learned_twice: tuple[Path, Path]) -> None:
-    found = result(learned_twice[0] / "reward")
+def test_the_reward_model_learns_to_prefer_one_token(learned: Path) -> None:
+    found = result(learned / "reward")
     assert found["accuracy"]["mean"] > 0.9
-    assert metrics(learned_twice[0] / "reward")[-1]["accuracy"] > 0.9
-    assert result(learned_twice[0] / "judge")["reward_model"]["accuracy"]["mean"] > 0.9
+    assert metrics(learned / "reward")[-1]["accuracy"] > 0.9
+    assert result(learned / "judge")["reward_model"]["accuracy"]["mean"] > 0.9
 
 
 @pytest.mark.parametrize("stage", ["ppo", "ppo-trunk"])
-def test_ppo_learns_to_say_that_token(learned_twice: tuple[Path, Path], stage: str) -> None:
+def test_ppo_learns_to_say_that_token(learned: Path, stage: str) -> None:
     def share_of_red(model: str) -> float:
-        lines = (learned_twice[0] / "judge" / "samples.jsonl").read_text().splitlines()
+        lines = (learned / "judge" / "samples.jsonl").read_text().splitlines()
         texts = [row["completion"] for row in map(json.loads, lines) if row["model"] == model]
         return sum("red" in text for text in texts) / len(texts)
 
     assert share_of_red("sft") < 0.6
     assert share_of_red(stage) > 0.8
-    judge = result(learned_twice[0] / "judge")["models"][stage]
+    judge = result(learned / "judge")["models"][stage]
     assert judge["proxy_lift"]["low"] > 0
     assert judge["kl"]["mean"] > 0.5
-    rows = metrics(learned_twice[0] / stage)
+    rows = metrics(learned / stage)
     assert rows[-1]["objective/scores"] > rows[0]["objective/scores"]
 
 
 @pytest.mark.parametrize("stage", ["base", "sft", "reward", "ppo", "ppo-trunk", "judge"])
-def test_two_runs_of_one_config_leave_the_same_bytes(learned_twice: tuple[Path, Path], stage: str) -> None:
-    one, other = (results(folder / stage) for folder in learned_twice)
+def test_two_runs_of_one_config_leave_the_same_bytes(twice: tuple[Path, Path], stage: str) -> None:
+    one, other = (results(folder / stage) for folder in twice)
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
     wanted = (

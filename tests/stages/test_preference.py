@@ -117,12 +117,15 @@ def share_of_red(folder: Path) -> float:
         return model(torch.tensor([ids])).logits[0, -1, colours].softmax(0)[0].item()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_each_loss_learns_to_prefer_one_word_and_does_so_twice_identically(
-    loss: str, run_dpo: Any, tiny_model: Path
-) -> None:
-    settings = {"loss": loss, "max_steps": 25, "batch_size": 12, "holdout": 0.25, "eval_every": 12}
-    stage, again = run_dpo("one", **settings), run_dpo("other", **settings)
+# with a reference, with a label a response, without a reference; the others by `make test-slow`
+ALWAYS = ("sigmoid", "kto", "orpo")
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=[] if loss in ALWAYS else [pytest.mark.slow]) for loss in LOSSES]
+)
+def test_each_loss_learns_to_prefer_one_word(loss: str, run_dpo: Any, tiny_model: Path) -> None:
+    stage = run_dpo(loss=loss, max_steps=25, batch_size=12, holdout=0.25, eval_every=12)
     lines = metrics_of(stage)
     # without a reference the start is what the untrained model finds likelier, which need not be one half
     start = 0.8 if loss in ("orpo", "simpo") else 0.7
@@ -136,9 +139,15 @@ def test_each_loss_learns_to_prefer_one_word_and_does_so_twice_identically(
     assert found["accuracy"]["n"] == 33  # pairs of three prompts, for KTO too
     assert 0 < found["margin"]["low"] < found["margin"]["mean"] < found["margin"]["high"]
     assert found["eval_loss"] == pytest.approx(lines[-1]["eval_loss"])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_is_the_same_twice(loss: str, run_dpo: Any) -> None:
+    settings = {"loss": loss, "max_steps": 3, "batch_size": 12, "holdout": 0.25, "eval_every": 2}
+    one, other = run_dpo("one", **settings), run_dpo("other", **settings)
     for name in ("model/model.safetensors", "metrics.jsonl", "result.json"):
-        assert (stage / name).read_bytes() == (again / name).read_bytes()
-    assert not (stage / "reference.json").exists()
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert not (one / "reference.json").exists()
 
 
 def test_first_losses_are_those_of_a_policy_that_is_its_reference(
@@ -177,8 +186,15 @@ def test_a_policy_goes_on_from_another_and_is_judged(
 # ---------------------------------------------------------------- the reference
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 64}], ids=["full", "lora"])
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+@pytest.mark.parametrize(
+    ("loss", "lora"),
+    [
+        pytest.param("sigmoid", None, id="sigmoid"),
+        pytest.param("kto", {"r": 4, "alpha": 64}, id="kto-lora"),
+        pytest.param("sigmoid", {"r": 4, "alpha": 64}, id="sigmoid-lora", marks=pytest.mark.slow),
+        pytest.param("kto", None, id="kto", marks=pytest.mark.slow),
+    ],
+)
 def test_the_reference_is_what_the_starting_model_says_live(
     loss: str, lora: Any, run_dpo: Any, tiny_model: Path, looked_into: Any
 ) -> None:

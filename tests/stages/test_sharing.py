@@ -81,8 +81,15 @@ def metrics_of(stage: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        ("ppo", True),
+        ("grpo", False),
+        pytest.param("ppo", False, marks=pytest.mark.slow),
+        pytest.param("grpo", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_shared_base_gives_the_bytes_of_separate_models(
     kind: str, checkpointing: bool, stages: Any, tiny_reward: Path
 ) -> None:

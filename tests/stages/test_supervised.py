@@ -62,8 +62,17 @@ def run_stage(run: Any, tiny_model: Path, data: Any, tmp_path: Path) -> Any:
     return go
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward"])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        pytest.param("pretrain", None, id="pretrain"),
+        pytest.param("sft", LORA, id="sft-lora"),
+        pytest.param("reward", None, id="reward"),
+        pytest.param("pretrain", LORA, id="pretrain-lora", marks=pytest.mark.slow),
+        pytest.param("sft", None, id="sft", marks=pytest.mark.slow),
+        pytest.param("reward", LORA, id="reward-lora", marks=pytest.mark.slow),
+    ],
+)
 def test_micro_batches_and_gradient_checkpointing_change_memory_and_not_results(
     kind: str, lora: Any, run_stage: Any
 ) -> None:
