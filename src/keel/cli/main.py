@@ -18,6 +18,7 @@ import keel
 from keel.api.terminal import show, show_json
 from keel.cli import bench, boundary, engine, interrupts, label, startup
 from keel.cli.progress import progress, say
+from keel.distributed import records
 from keel.errors import UsageError
 from keel.rundir import run_status
 
@@ -66,7 +67,11 @@ def main() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     warnings.showwarning = _show_warning
-    sys.exit(boundary.guarded(lambda: app(standalone_mode=True)))
+    codes = os.environ.pop(records.CODES, None)  # for this process, not for the ranks that it starts
+    code = boundary.guarded(lambda: app(standalone_mode=True))
+    if codes is not None:
+        records.leave_code(codes, code)
+    sys.exit(code)
 
 
 _show_with_place = warnings.showwarning
@@ -218,7 +223,7 @@ def launch(
     command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
     if slurm:
         _unused({**elsewhere, "--dry-run": dry_run}, "--slurm, which prints a script and runs nothing")
-        return show(launching.slurm(command, pipeline.config.name, nodes, nproc, max_restarts), end="")
+        return show(launching.slurm(command, pipeline.directory, nodes, nproc, max_restarts), end="")
     found, chosen = launching.parts(launching.hosts_of(nodes), nproc, port), launching.words(ssh)
     if dry_run:
         return show("\n".join(shlex.join(line) for _, line in launching.commands(found, command, chosen)))
