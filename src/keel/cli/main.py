@@ -136,20 +136,18 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
-    from keel.distributed import records
-
     if while_stdin:
         interrupts.end_with_stdin()
     pipeline = pipeline_of(config, overrides, runs, name)
     from keel import report  # these after what they import, too: see `startup`
     from keel.cli import consent, ranks
 
-    if not records.is_watched():  # else whoever started this rank has asked
-        consent.to_run(_place(config), pipeline.config, trust)
     place = ranks.place_of(node, nproc, max_restarts)
     if nproc is not None:
         ranks.check(nproc)
-    if nproc is not None and (nproc > 1 or place):
+    if not records.is_watched():  # else whoever started this rank has asked
+        consent.of_first(_place(config), pipeline.config, trust)
+    if nproc is not None and (nproc > 1 or place or max_restarts):
         flags = {"--fresh": fresh, "--yes": yes, "--wait": wait, "--json": as_json}
         named = {"--runs": str(runs), "--name": name, "--only": only}
         command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
@@ -714,8 +712,8 @@ def _agreed(question: str) -> bool:
 
 
 def _watched(run: Path, watch: bool, keep: bool) -> contextlib.AbstractContextManager[None]:
-    """A dashboard of a run beside it, where one is asked for."""
-    if not watch and not keep:
+    """A dashboard of a run beside it, where one is asked for: by the first rank alone."""
+    if records.rank() or not (watch or keep):
         return contextlib.nullcontext()
     from keel.cli import dashboard as watching
 
