@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from keel.config import parse
+from keel.config.rewards import JudgeTerm
+from keel.data import questions
+from keel.distributed import group
 from keel.errors import BudgetError, RewardError, UsageError
 from keel.pipeline.pipeline import Pipeline
 from keel.rewards.judge import client, ledger
 from keel.stages import collect as collect_stage
-from keel.stages import evaluate, judged_pairs
+from keel.stages import evaluate, judged_pairs, judges
 from keel.stages.judged_pairs import JudgeVotes
 from keel.stages.people import Voted
 
@@ -253,16 +256,41 @@ def test_a_model_in_this_process_without_room_for_a_question_is_said_before_anyt
 def test_a_model_in_this_process_is_read_as_a_server_is(
     stage_run: Any, roomy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keel.config.rewards import JudgeTerm
-    from keel.data import questions
-    from keel.stages import judges
-
     term = JudgeTerm(kind="judge", model=str(roomy_model), max_new_tokens=8)  # pyright: ignore[reportCallIssue]
     judge = judges.of_reward(term, stage_run, dtype="float32", trust_remote_code=False)
     asked = questions.pairwise(judge.rubric, "p", "a", "b")
     monkeypatch.setattr(judges, "text_of", lambda tokenizer, completion: '{"reason": "x", "better": "B"}')
     found = judge.asked.ask([asked])[0]
     assert getattr(found, "value", None) == 0.0 or "cut off" in getattr(found, "reason", "")
+
+
+def test_what_a_model_in_this_process_says_depends_on_the_question_alone(
+    stage_run: Any, roomy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a temperature, too: on several ranks each asks about its own samples."""
+    term = JudgeTerm(kind="judge", model=str(roomy_model), max_new_tokens=8, temperature=1.0)  # pyright: ignore[reportCallIssue]
+    judge = judges.of_reward(term, stage_run, dtype="float32", trust_remote_code=False)
+    asked = [questions.pointwise(judge.rubric, "p", reply) for reply in ("a", "b", "c", "b")]
+    said: list[tuple[int, ...]] = []
+    monkeypatch.setattr(judges.Local, "_read", lambda own, question, told: said.append(tuple(told.ids)))
+    judge.asked.ask(asked)
+    together = said[:]
+    said.clear()
+    for question in reversed(asked):
+        judge.asked.ask([question])
+    assert said[::-1] == together
+    assert together[1] == together[3]
+    assert len(set(together)) == 3
+
+
+@pytest.mark.parametrize(("concurrency", "ranks", "each"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_the_requests_at_the_same_time_are_those_of_all_ranks(
+    concurrency: int, ranks: int, each: int, stage_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    term = JudgeTerm(kind="judge", model="m", address="http://localhost:1/v1", concurrency=concurrency)  # pyright: ignore[reportCallIssue]
+    monkeypatch.setattr(group, "_group", group.Group(0, ranks))
+    judge = judges.of_reward(term, stage_run, dtype="float32", trust_remote_code=False)
+    assert judge.asked.endpoint.concurrency == each
 
 
 # ---------------------------------------------------------------- an annotator

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from keel.config.judge import AnnotatorJudge, JudgeSettings
 from keel.config.rewards import JudgeTerm
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.questions import Criterion, Question, Rubric, Verdict
+from keel.distributed import group
 from keel.errors import UsageError
 from keel.models.load import (
     ModelSource,
@@ -26,6 +31,7 @@ from keel.rewards.judge.judging import Asked, Judge
 from keel.rewards.judge.ledger import FILE, Ledger
 from keel.rollout import GenerationRequest, KeelEngine
 from keel.rollout.engine import text_of
+from keel.rollout.sampling import uniform_draws
 from keel.rundir.stage_run import StageRun
 from keel.types import Sampling
 
@@ -111,7 +117,8 @@ def _asked(
         return Local(settings, stage_run, dtype, trust_remote_code)
     endpoint = Endpoint(
         str(settings.address), settings.model, key_of(settings), settings.temperature,
-        settings.max_new_tokens, settings.tries, settings.timeout, settings.concurrency,
+        settings.max_new_tokens, settings.tries, settings.timeout,
+        max(1, settings.concurrency // group.size()),  # each rank asks about its own samples
     )  # fmt: skip
     ledger = Ledger(
         ledger_file(stage_run), f"{stage_run.name}/{name}", calls=settings.budget.calls,
@@ -160,9 +167,18 @@ class Local:
         if fitting:
             prompts = [ids[i] for i in fitting]
             request = GenerationRequest.of(self.tokenizer, prompts, self.sampling, self.seed)
+            request = replace(request, draws=self._draws(prompts))
             for i, completion in zip(fitting, self.engine.generate(request), strict=True):
                 found[i] = self._read(questions[i], completion)
         return found
+
+    def _draws(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """(N, max_new_tokens) what each answer is drawn with: of the question alone, whatever else is asked
+        beside it, since on several ranks each asks about its own samples."""
+        if self.sampling.temperature == 0:
+            return None
+        seeds = [derive_seed(self.seed, *ids) for ids in prompts]
+        return torch.cat([uniform_draws(1, self.sampling, seed) for seed in seeds])
 
     def _ids(self, question: Question) -> list[int]:
         """As a turn of a chat; as plain text for a model without a chat template."""
