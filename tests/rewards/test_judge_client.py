@@ -359,7 +359,11 @@ def test_calls_that_other_processes_have_under_way_are_spent(tmp_path: Path) -> 
     Ledger(file, "s/judge", calls=4).begin("d")
 
 
-def test_processes_that_ask_at_once_do_not_both_take_the_last_call(tmp_path: Path) -> None:
+def test_processes_that_ask_at_once_do_not_both_take_the_last_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Ledger._check
+    monkeypatch.setattr(Ledger, "_check", lambda ledger: (check(ledger), time.sleep(0.005)))
     begun: list[int] = []
     ready = threading.Barrier(6)
 
