@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from keel.cli import doctor_ranks, ranks
+import keel as keel_package
+from keel.cli import consent, dashboard, doctor_ranks, ranks
 from keel.cli import launch as launching
+from keel.cli import main as command_line
 from keel.cli.main import app
-from keel.distributed import launch, nodes
+from keel.distributed import group, launch, nodes, records
 from keel.distributed.launch import Node, Outcome
 from keel.distributed.nodes import Host
 from keel.distributed.records import Record
@@ -221,32 +224,62 @@ def test_the_store_listens_where_the_other_ranks_are_and_nowhere_else(
 # ---------------------------------------------------------------- SLURM
 
 
-def test_a_script_for_slurm_starts_one_launcher_a_machine_and_starts_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By stand-ins for srun and scontrol: the first attempt fails, the second does not."""
+@pytest.fixture
+def slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the script of a config with stand-ins for scontrol, srun and keel. codes: of each attempt, those
+    that the launchers of the two machines end with. srun returns the highest of its tasks' codes, and keel
+    leaves the code of a launcher that knows the cause."""
     monkeypatch.chdir(tmp_path)
-    text = launching.slurm(["run", "my config.yaml", "--fresh"], "demo", "2", 4, 1)
-    job, stand_ins = script(tmp_path / "job.sh", text), tmp_path / "bin"
-    subprocess.run(["bash", "-n", str(job)], check=True)
-    assert "#SBATCH --nodes=2" in text
-    assert "#SBATCH --job-name=keel-demo" in text
+    stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
     script(stand_ins / "scontrol", "#!/bin/sh\nprintf 'node-a\\nnode-b\\n'\n")
     script(
         stand_ins / "srun",
         "#!/bin/bash\n"
+        'echo "$*" > options\n'
         "while [[ $1 == --* ]]; do shift; done\n"
-        'for node in 0 1; do SLURM_NODEID=$node "$@" >> said; done\n'
-        "echo >> attempts; exit $(( $(wc -l < attempts) == 1 ))\n",
+        "echo >> attempts\n"
+        "highest=0\n"
+        "for node in 0 1; do\n"
+        '  code=0; SLURM_NODEID=$node "$@" >> said || code=$?\n'
+        "  ((highest = code > highest ? code : highest))\n"
+        "done\n"
+        "exit $highest\n",
     )
-    python = script(stand_ins / "python", '#!/bin/sh\nprintf "%s|" "$@"; echo\n')
-    job.write_text(text.replace(sys.executable, str(python)))
+    python = script(
+        stand_ins / "python",
+        f"#!{sys.executable}\n"
+        "import json, os, sys\n"
+        f"sys.path.insert(0, {str(Path(keel_package.__file__).parents[1])!r})\n"
+        "from keel.distributed import records\n"
+        "print(*sys.argv[1:], sep='|', end='|\\n')\n"
+        "attempt = len(open('attempts').readlines()) - 1\n"
+        "code = json.load(open('codes.json'))[attempt][int(os.environ['SLURM_NODEID'])]\n"
+        "records.leave_code(os.environ[records.CODES], code)\n"
+        "sys.exit(code)\n",
+    )
     environment = {
         **os.environ, "PATH": f"{stand_ins}:{os.environ['PATH']}", "SLURM_JOB_ID": "20007",
         "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]",
     }  # fmt: skip
-    done = subprocess.run(["bash", str(job)], env=environment, capture_output=True, text=True, timeout=60)
+
+    def run(text: str, codes: list[list[int]]) -> subprocess.CompletedProcess[str]:
+        job = script(tmp_path / "job.sh", text.replace(sys.executable, str(python)))
+        (tmp_path / "codes.json").write_text(json.dumps(codes))
+        return subprocess.run(["bash", str(job)], env=environment, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def test_a_script_for_slurm_starts_one_launcher_a_machine_and_starts_it_again(
+    tmp_path: Path, slurm_job: Callable[..., Any]
+) -> None:
+    """The first attempt fails, the second does not."""
+    text = launching.slurm(["run", "my config.yaml", "--fresh"], Path("runs/demo"), "2", 4, 1)
+    done = slurm_job(text, [[1, nodes.LOST], [0, 0]])
+    subprocess.run(["bash", "-n", "job.sh"], check=True)
+    assert "#SBATCH --nodes=2" in text
+    assert "#SBATCH --job-name=keel-demo" in text
     assert done.returncode == 0, done.stderr
     assert "keel: starting again, 1 of at most 1 times" in done.stderr
     of_first, of_second, *again = (tmp_path / "said").read_text().splitlines()
@@ -254,9 +287,111 @@ def test_a_script_for_slurm_starts_one_launcher_a_machine_and_starts_it_again(
     assert of_first == f"{start}--fresh|--nproc|4|--node|0/8@node-a:20007|"
     assert of_second == f"{start}--fresh|--nproc|4|--node|4/8@node-a:20007|"
     assert again == [f"{start}--nproc|4|--node|{first}/8@node-a:20007|" for first in (0, 4)]
+    assert not list((tmp_path / "runs" / "demo").iterdir())
     for wrong in ({"count": "hosts.txt", "nproc": 1}, {"count": "2", "nproc": None}):
         with pytest.raises(UsageError, match="--slurm"):
-            launching.slurm([], "demo", restarts=0, **wrong)
+            launching.slurm([], Path("runs/demo"), restarts=0, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("codes", "ended", "attempts"),
+    [
+        ([1, 130], 1, 2),  # a rank died on one machine, and somebody ended the launcher of the other
+        ([nodes.LOST, 137], 137, 2),  # a launcher was killed
+        ([nodes.LOST, 2], 2, 1),  # a wrong config, data that are missing
+        ([3, nodes.LOST], 3, 1),  # it waits for people
+        ([130, 130], 130, 1),
+        ([nodes.LOST, 130], 130, 1),
+    ],
+)
+def test_a_script_for_slurm_goes_by_the_machine_that_knows_the_cause(
+    codes: list[int], ended: int, attempts: int, tmp_path: Path, slurm_job: Callable[..., Any]
+) -> None:
+    """Not by the highest code, which srun returns: that may be of a machine that was only ended."""
+    text = launching.slurm(["run", "c.yaml"], Path("runs/my run"), "2", 4, 1)
+    done = slurm_job(text, [codes] * 2)
+    assert done.returncode == ended, done.stderr
+    assert len((tmp_path / "attempts").read_text().splitlines()) == attempts
+    assert "--kill-on-bad-exit=0" in (tmp_path / "options").read_text()
+
+
+@pytest.mark.parametrize(("code", "left"), [(0, []), (1, ["1\n"]), (2, ["2\n"]), (130, []), (nodes.LOST, [])])
+def test_a_launcher_leaves_the_code_of_a_cause_that_it_knows(
+    code: int, left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks do not: the folder is not in their environment."""
+    monkeypatch.setenv(records.CODES, str(tmp_path))
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        command_line.boundary, "guarded", lambda work: seen.append(records.CODES in os.environ) or code
+    )
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert (ended.value.code, seen) == (code, [False])
+    assert [file.read_text() for file in tmp_path.iterdir()] == left
+
+
+# ---------------------------------------------------------------- ranks that somebody else has started
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_of_torchruns_ranks_the_first_one_asks_and_the_others_go_by_what_it_is_told(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank after the other in this process; a mapping stands for torch's store."""
+    asked: list[bool] = []
+
+    def asks(place: Path, settings: Any, given: bool) -> None:
+        asked.append(group.is_first())
+        if answer == "n":
+            raise UsageError("nothing was run")
+
+    class Store(dict[str, bytes]):
+        set, check, get = dict.__setitem__, lambda self, keys: keys[0] in self, dict.__getitem__
+
+    monkeypatch.setattr(consent, "to_run", asks)
+    store = Store()
+    for rank in (0, 1):
+        monkeypatch.setattr(group, "_group", group.Group(rank, 2, store=store))
+        monkeypatch.setattr(group, "_words", 0)
+        with (
+            contextlib.nullcontext() if answer == "y" else pytest.raises(UsageError, match="nothing was run")
+        ):
+            consent.of_first(tmp_path, Any, False)
+    assert asked == [True]
+
+
+def test_of_torchruns_ranks_the_first_one_opens_the_dashboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        dashboard, "beside", lambda run, say, keep: opened.append(run) or contextlib.nullcontext()
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with command_line._watched(tmp_path, True, False):
+            assert opened == ([] if rank == "1" else [tmp_path])
+
+
+def test_one_rank_is_started_again_too(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--nproc 1 --max-restarts N` is watched by a launcher, as more ranks are."""
+    started: list[tuple[Any, ...]] = []
+
+    def start(command: Any, size: int, environment: Any, node: Any) -> Outcome:
+        started.append((command, size, dict(environment), node))
+        return Outcome(1, "rank 0 of 1 on h was killed") if len(started) < 3 else Outcome(0)
+
+    asked: list[Any] = []
+    monkeypatch.setattr(consent, "of_first", lambda *about: asked.append(about))
+    monkeypatch.setattr(launch, "run", start)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    line = ["run", str(config), "--runs", str(tmp_path), "--nproc", "1"]
+    outcome = CliRunner().invoke(app, [*line, "--max-restarts", "2"])
+    assert outcome.exit_code == 0, outcome.output
+    assert [(size, environment, node) for _, size, environment, node in started] == [(1, {}, None)] * 3
+    assert len(asked) == 1
 
 
 # ---------------------------------------------------------------- what the doctor makes of it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -304,7 +306,7 @@ def test_a_torn_or_changed_line_is_passed_over_and_asked_again(scripted_judge: A
 def test_a_strange_ledger_is_no_ledger(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "judge.jsonl").write_bytes(content)
     ledger = Ledger(tmp_path / "judge.jsonl", "s/judge")
-    ledger.begin()
+    ledger.begin("k")
     ledger.end("k", "told", 3)
     assert Ledger(tmp_path / "judge.jsonl", "s/judge").answers == {"k": "told"}
 
@@ -337,6 +339,48 @@ def test_processes_of_a_run_share_answers_and_budget(scripted_judge: Ask, tmp_pa
     other.ledger.most_calls = 9
     other.ask(asked("grey"))
     assert other.ledger.calls == 4
+
+
+def test_calls_that_other_processes_have_under_way_are_spent(tmp_path: Path) -> None:
+    """Also those that nobody ends, whose process was killed."""
+    file = tmp_path / "judge.jsonl"
+    one, other = (Ledger(file, "s/judge", calls=3) for _ in range(2))
+    one.begin("a")
+    other.begin("b")
+    other.end("b", "told", 7)
+    Ledger(file, "t/judge", calls=1).begin("a")  # a budget is a stage's
+    one.begin("c")
+    for ledger in (one, other):
+        with pytest.raises(BudgetError, match="3 of 3 calls"):
+            ledger.begin("d")
+    one.end("a", None, 5)
+    again = Ledger(file, "s/judge")
+    assert (again.calls, again.tokens, again.answers) == (3, 12, {"b": "told"})
+    Ledger(file, "s/judge", calls=4).begin("d")
+
+
+def test_processes_that_ask_at_once_do_not_both_take_the_last_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Ledger._check
+    monkeypatch.setattr(Ledger, "_check", lambda ledger: (check(ledger), time.sleep(0.005)))
+    begun: list[int] = []
+    ready = threading.Barrier(6)
+
+    def ask(number: int) -> None:
+        ledger = Ledger(tmp_path / "judge.jsonl", "s/judge", calls=20)  # one a thread, as one a process
+        ready.wait()
+        with contextlib.suppress(BudgetError):
+            for _ in range(21):
+                ledger.begin("k")
+                begun.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(begun) == 20
 
 
 def test_a_budget_of_tokens_ends_after_what_is_under_way(scripted_judge: Ask) -> None:

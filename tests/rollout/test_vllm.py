@@ -31,7 +31,7 @@ from keel.rollout import GenerationRequest, TokenCount
 from keel.rollout.protocol import Rows
 from keel.rollout.reference_engine import ReferenceEngine
 from keel.rollout.score_responses import score
-from keel.rollout.vllm import ServerSettings, VllmEngine, holding, server, weights, wire
+from keel.rollout.vllm import ServerSettings, VllmEngine, holding, push_check, server, weights, wire
 from keel.stages.samplers import print_of
 from keel.types import Sampling
 
@@ -172,6 +172,26 @@ def test_a_push_that_fails_is_noticed_and_nothing_is_sampled(
         sampler.generate(asked())
     bodies = [body for at, body in one.calls if at == GENERATE][drawn:]
     assert all(body["sampling_params"].get("prompt_logprobs") is not None for body in bodies)
+
+
+@pytest.mark.parametrize("way", ["all", "adapters folded in"])
+def test_a_push_of_a_small_step_that_loads_nothing_is_noticed(
+    way: str, start: Any, opened: Any, policy: Any
+) -> None:
+    """The step moves the log-probabilities by less than what another precision would; a server that loads it
+    is sampled from."""
+    one = start()
+    model = policy if way == "all" else add_adapters(policy, Adapters(r=2), 0)
+    sampler = opened(one.address, model, whole=True)
+    for _ in range(2):
+        sampler.generate(asked())
+        moved(model, 1e-3)
+    one.script = lambda at, body, number: (200, {"results": [None]}) if at == "/collective_rpc" else None
+    drawn = sampler.server.pushes
+    with pytest.raises(EngineError, match=r"does not hold the policy's weights: .* keeps older weights"):
+        sampler.generate(asked())
+    assert 0 < sampler.server.gap < push_check.APART[torch.float32]
+    assert sampler.server.pushes == drawn + 1
 
 
 def test_a_head_with_the_embeddings_weights_can_be_written_with_its_own(

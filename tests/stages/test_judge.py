@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from keel.config import parse
+from keel.config.rewards import JudgeTerm
+from keel.data import questions
+from keel.distributed import group
 from keel.errors import BudgetError, RewardError, UsageError
 from keel.pipeline.pipeline import Pipeline
 from keel.rewards.judge import client, ledger
 from keel.stages import collect as collect_stage
-from keel.stages import evaluate, judged_pairs
+from keel.stages import evaluate, judged_pairs, judges
 from keel.stages.judged_pairs import JudgeVotes
 from keel.stages.people import Voted
 
@@ -253,10 +256,6 @@ def test_a_model_in_this_process_without_room_for_a_question_is_said_before_anyt
 def test_a_model_in_this_process_is_read_as_a_server_is(
     stage_run: Any, roomy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keel.config.rewards import JudgeTerm
-    from keel.data import questions
-    from keel.stages import judges
-
     term = JudgeTerm(kind="judge", model=str(roomy_model), max_new_tokens=8)  # pyright: ignore[reportCallIssue]
     judge = judges.of_reward(term, stage_run, dtype="float32", trust_remote_code=False)
     asked = questions.pairwise(judge.rubric, "p", "a", "b")
@@ -288,6 +287,16 @@ def test_what_a_model_in_this_process_draws_follows_from_the_question(
     judge.asked.ask([one, other, one])
     judge.asked.ask([other])
     assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
+
+
+@pytest.mark.parametrize(("concurrency", "ranks", "each"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_the_requests_at_the_same_time_are_those_of_all_ranks(
+    concurrency: int, ranks: int, each: int, stage_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    term = JudgeTerm(kind="judge", model="m", address="http://localhost:1/v1", concurrency=concurrency)  # pyright: ignore[reportCallIssue]
+    monkeypatch.setattr(group, "_group", group.Group(0, ranks))
+    judge = judges.of_reward(term, stage_run, dtype="float32", trust_remote_code=False)
+    assert judge.asked.endpoint.concurrency == each
 
 
 # ---------------------------------------------------------------- an annotator

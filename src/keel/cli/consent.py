@@ -8,8 +8,9 @@ from pathlib import Path
 from keel.api.terminal import show
 from keel.cli.progress import say
 from keel.config import RunConfig
+from keel.distributed import group
 from keel.errors import UsageError
-from keel.pipeline import trust
+from keel.pipeline import following, trust
 
 
 def to_run(place: Path, config: RunConfig, given: bool) -> None:
@@ -29,6 +30,13 @@ def to_run(place: Path, config: RunConfig, given: bool) -> None:
     if sys.stdin.readline().strip().casefold() not in ("y", "yes"):
         raise UsageError("nothing was run")
     trust.remember(place)
+
+
+def of_first(place: Path, config: RunConfig, given: bool) -> None:
+    """As `to_run`; of ranks that somebody else has started (torchrun) the first one asks, and all others wait
+    for what it is told, however long that takes."""
+    with following.joined(config):
+        group.from_first_or_error(lambda: to_run(place, config, given))
 
 
 def to_plan(place: Path, config: RunConfig, given: bool) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from keel.api.terminal import show
 from keel.cli import ranks
 from keel.cli.progress import say
-from keel.distributed import nodes
+from keel.distributed import nodes, records
 from keel.distributed.launch import Node, Outcome
 from keel.distributed.nodes import Host
 from keel.errors import UsageError
@@ -147,11 +147,17 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 command=({command})
 
 for ((attempt = 0; ; attempt++)); do
-  # one task a machine: it starts the ranks there and watches them
-  code=0
-  RANKS="$ranks" MEET="$first:$port" srun --kill-on-bad-exit=1 --cpu-bind=none \\
+  # One task a machine: it starts the ranks there and watches them. None is ended for another's sake, since
+  # ranks that lose the others end by themselves. srun returns the highest code, be it of a machine that only
+  # lost the others; so each one that knows the cause leaves its own code in a file.
+  code=0 codes={directory}/slurm-$SLURM_JOB_ID-$attempt
+  rm -rf -- "$codes" && mkdir -p -- "$codes"
+  RANKS="$ranks" MEET="$first:$port" {codes}="$codes" srun --kill-on-bad-exit=0 --cpu-bind=none \\
     bash -c 'exec "$@" --nproc "$RANKS" --node "$((SLURM_NODEID * RANKS))/$((SLURM_NNODES * RANKS))@$MEET"' \\
     keel "${{command[@]}}" || code=$?
+  cause=$(cat -- "$codes"/* 2> /dev/null | sort -n | tail -n 1) || true
+  rm -rf -- "$codes"
+  if ((code)); then code=${{cause:-$code}}; fi
   # 0: done. 2: bad usage, config or data. 3: it waits for people. 130: interrupted.
   case "$code" in 0 | 2 | 3 | 130) exit "$code" ;; esac
   if ((attempt >= restarts)); then exit "$code"; fi
@@ -160,8 +166,11 @@ done
 """
 
 
-def slurm(arguments: Sequence[str], name: str, count: str | None, nproc: int | None, restarts: int) -> str:
-    """A script for sbatch that runs keel with these arguments on `count` machines."""
+def slurm(
+    arguments: Sequence[str], directory: Path, count: str | None, nproc: int | None, restarts: int
+) -> str:
+    """A script for sbatch that runs keel with these arguments on `count` machines. directory: the run's,
+    which all of them see."""
     if count is not None and not re.fullmatch(r"[1-9]\d{0,3}", count):
         raise UsageError(f"--nodes {count} with --slurm: give a number of machines; SLURM chooses which")
     if nproc is None:
@@ -172,11 +181,13 @@ def slurm(arguments: Sequence[str], name: str, count: str | None, nproc: int | N
         shlex.join([sys.executable, "-m", "keel", *(a for a in arguments if a != ranks.FRESH)])
     )
     return _SCRIPT.format(
-        job=f"keel-{name}" if _PLAIN.fullmatch(name) else "keel",
+        job=f"keel-{directory.name}" if _PLAIN.fullmatch(directory.name) else "keel",
         nodes=count or "1",
         ranks=nproc,
         restarts=restarts,
         folder=shlex.quote(str(Path.cwd())),
+        directory=shlex.quote(str(directory)),
+        codes=records.CODES,
         command=shlex.join([sys.executable, "-m", "keel", *arguments]),
         fresh=again if ranks.FRESH in arguments else "",
     )

@@ -18,6 +18,7 @@ import keel
 from keel.api.terminal import show, show_json
 from keel.cli import bench, boundary, engine, interrupts, label, startup
 from keel.cli.progress import progress, say
+from keel.distributed import records
 from keel.errors import UsageError
 from keel.rundir import run_status
 
@@ -66,7 +67,11 @@ def main() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     warnings.showwarning = _show_warning
-    sys.exit(boundary.guarded(lambda: app(standalone_mode=True)))
+    codes = os.environ.pop(records.CODES, None)  # for this process, not for the ranks that it starts
+    code = boundary.guarded(lambda: app(standalone_mode=True))
+    if codes is not None:
+        records.leave_code(codes, code)
+    sys.exit(code)
 
 
 _show_with_place = warnings.showwarning
@@ -131,20 +136,18 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of CONFIG; skip what is unchanged, go on with what was cut off."""
-    from keel.distributed import records
-
     if while_stdin:
         interrupts.end_with_stdin()
     pipeline = pipeline_of(config, overrides, runs, name)
     from keel import report  # these after what they import, too: see `startup`
     from keel.cli import consent, ranks
 
-    if not records.is_watched():  # else whoever started this rank has asked
-        consent.to_run(_place(config), pipeline.config, trust)
     place = ranks.place_of(node, nproc, max_restarts)
     if nproc is not None:
         ranks.check(nproc)
-    if nproc is not None and (nproc > 1 or place):
+    if not records.is_watched():  # else whoever started this rank has asked
+        consent.of_first(_place(config), pipeline.config, trust)
+    if nproc is not None and (nproc > 1 or place or max_restarts):
         flags = {"--fresh": fresh, "--yes": yes, "--wait": wait, "--json": as_json}
         named = {"--runs": str(runs), "--name": name, "--only": only}
         command = ["run", str(config), *(overrides or []), *(flag for flag, on in flags.items() if on)]
@@ -218,7 +221,7 @@ def launch(
     command += [part for flag, value in named.items() if value is not None for part in (flag, value)]
     if slurm:
         _unused({**elsewhere, "--dry-run": dry_run}, "--slurm, which prints a script and runs nothing")
-        return show(launching.slurm(command, pipeline.config.name, nodes, nproc, max_restarts), end="")
+        return show(launching.slurm(command, pipeline.directory, nodes, nproc, max_restarts), end="")
     found, chosen = launching.parts(launching.hosts_of(nodes), nproc, port), launching.words(ssh)
     if dry_run:
         return show("\n".join(shlex.join(line) for _, line in launching.commands(found, command, chosen)))
@@ -709,8 +712,8 @@ def _agreed(question: str) -> bool:
 
 
 def _watched(run: Path, watch: bool, keep: bool) -> contextlib.AbstractContextManager[None]:
-    """A dashboard of a run beside it, where one is asked for."""
-    if not watch and not keep:
+    """A dashboard of a run beside it, where one is asked for: by the first rank alone."""
+    if records.rank() or not (watch or keep):
         return contextlib.nullcontext()
     from keel.cli import dashboard as watching
 

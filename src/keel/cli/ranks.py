@@ -67,10 +67,10 @@ def again(start: Callable[[Sequence[str]], Outcome], arguments: Sequence[str], r
 
 
 def _environment(count: int, config: RunConfig) -> dict[str, str]:
-    """A rank's share of the cores, where neither the config nor the environment says how many threads; and
-    `--traceback`."""
+    """A rank's share of the cores, where neither the config nor the environment says how many threads (one
+    that is alone on its machine takes those of a run without ranks); and `--traceback`."""
     more = {launch.TRACEBACK: "1"} if boundary.shows_tracebacks() else {}
-    if config.threads is not None or "OMP_NUM_THREADS" in os.environ:
+    if count == 1 or config.threads is not None or "OMP_NUM_THREADS" in os.environ:
         return more
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {**more, "OMP_NUM_THREADS": str(max(1, cores // count))}

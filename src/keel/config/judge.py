@@ -85,7 +85,9 @@ class JudgeSettings(Settings):
     timeout: float = Field(
         120.0, gt=0, allow_inf_nan=False, description="Seconds that one request may take, to its end."
     )
-    concurrency: int = Field(8, ge=1, le=1024, description="Requests at the same time.")
+    concurrency: int = Field(
+        8, ge=1, le=1024, description="Requests at the same time, on several ranks of all together."
+    )
     budget: BudgetConfig = Field(
         default_factory=lambda: BudgetConfig.model_validate({}),
         description=(

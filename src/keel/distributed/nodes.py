@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO
 
 from keel.distributed.launch import FOR_OTHERS, TO_END, Outcome
+from keel.distributed.records import LOST
 from keel.errors import UsageError
 
-LOST = 75  # exit code of a launcher whose ranks only know that others are gone (sysexits' EX_TEMPFAIL)
 LOOK = 0.05  # seconds between looks
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3")
 NO_CONNECTION = 255  # ssh's exit code of its own errors

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 FOLDER = "KEEL_RANKS"  # in the environment of a rank that keel started
+CODES = "KEEL_CODES"  # in that of a launcher: a folder for its exit code, where several machines share a run
+LOST = 75  # exit code of a launcher whose ranks only know that others are gone (sysexits' EX_TEMPFAIL)
 # own: what it raised itself; lost: others were gone; hung: another did not answer; interrupted: by a signal
 Kind = Literal["own", "lost", "hung", "interrupted"]
 
@@ -61,6 +63,19 @@ def leave(kind: Kind, line: str, code: int, *, rank: int | None = None, host: st
         partial.write_text(json.dumps(asdict(record)), encoding="utf-8")
         partial.replace(path)
     except OSError:  # a full disk: the exit code still tells that it failed
+        return
+
+
+def leave_code(folder: str, code: int) -> None:
+    """Leave a launcher's exit code for whoever started those of all machines, where it knows the cause: not
+    where it was ended, or its ranks only know that others are gone. Who sees the highest of all exit codes
+    (srun) could not tell a rank that died from a job that was ended."""
+    if code in (0, LOST, 130):
+        return
+    path = Path(folder) / f"{socket.gethostname()}-{os.getpid()}"
+    try:
+        path.write_text(f"{code}\n", encoding="utf-8")
+    except OSError:  # as above: the exit code is there
         return
 
 

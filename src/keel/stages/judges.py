@@ -16,6 +16,7 @@ from keel.config.rewards import JudgeTerm
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.data.questions import Criterion, Question, Rubric, Verdict
+from keel.distributed import group
 from keel.errors import UsageError
 from keel.models.load import (
     ModelSource,
@@ -116,7 +117,8 @@ def _asked(
         return Local(settings, stage_run, dtype, trust_remote_code)
     endpoint = Endpoint(
         str(settings.address), settings.model, key_of(settings), settings.temperature,
-        settings.max_new_tokens, settings.tries, settings.timeout, settings.concurrency,
+        settings.max_new_tokens, settings.tries, settings.timeout,
+        max(1, settings.concurrency // group.size()),  # each rank asks about its own samples
     )  # fmt: skip
     ledger = Ledger(
         ledger_file(stage_run), f"{stage_run.name}/{name}", calls=settings.budget.calls,

@@ -224,7 +224,7 @@ class Remote:
 
     async def _counted(self, client: Any, key: str, question: Question, *, again: bool) -> Verdict:
         """One request, in the ledger whatever becomes of it."""
-        self.ledger.begin()
+        self.ledger.begin(key)
         told, tokens = None, 0
         try:
             told, tokens = await self._request(client, question, again=again)

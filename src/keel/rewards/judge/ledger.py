@@ -6,15 +6,19 @@ something. Each line ends with a sum of itself; one that was cut off or changed 
 again. Equal questions have one answer, also at a temperature above 0.
 
 Several processes of a run write into one file, each line in one write, and read what the others have added
-before they ask or spend: a budget is that of all of them.
+before they ask or spend: a budget is that of all of them. Where calls are limited, a request is a line when
+it begins, too, written under a lock of the file, so that processes that ask at once do not both take the last
+call; a request that was cut off has been spent.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ class Ledger:
         self.path, self.who, self.most_calls, self.most_tokens = path, who, calls, tokens
         self.answers: dict[str, str] = {}
         self.calls = self.tokens = 0  # that `who` has spent, in all attempts at this run
-        self.waiting = 0  # requests of this process that are under way
+        self.waiting = 0  # requests of this process that are under way, and no line yet
         self._read_to = 0  # bytes of the file
         broken = self.catch_up()
         if path is not None and path.exists() and path.stat().st_size > self._read_to:
@@ -73,12 +77,28 @@ class Ledger:
         if row["told"] is not None:
             self.answers[row["key"]] = row["told"]
         if row["who"] == self.who:
-            self.calls += 1
+            self.calls += row.get("part") != "end"
             self.tokens += row["tokens"]
 
-    def begin(self) -> None:
+    @property
+    def _in_parts(self) -> bool:
+        """Whether the beginning of a request is a line of its own."""
+        return self.path is not None and self.most_calls is not None
+
+    def begin(self, key: str) -> None:
         """Before a request. BudgetError where it would be one too many."""
-        self.catch_up()
+        if not self._in_parts:
+            self.catch_up()
+            self._check()
+            self.waiting += 1
+            return
+        with self._locked():
+            self.catch_up()
+            self._check()
+            self._write({"key": key, "told": None, "who": self.who, "tokens": 0, "part": "begin"})
+
+    def _check(self) -> None:
+        """BudgetError where nothing is left."""
         over = [
             f"{spent:,} of {most:,} {what}"
             for what, spent, most in (
@@ -92,12 +112,27 @@ class Ledger:
                 f"{self.who}: its budget is spent ({' and '.join(over)}); what is done is kept: raise "
                 "`budget` and the same command goes on"
             )
-        self.waiting += 1
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Within it no other process begins a request. A file system without locks goes without."""
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as handle:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def end(self, key: str, told: str | None, tokens: int) -> None:
         """After a request: keep what was told, or that nothing usable was."""
-        self.waiting -= 1
         row = {"key": key, "told": told, "who": self.who, "tokens": tokens}
+        if self._in_parts:
+            row["part"] = "end"
+        else:
+            self.waiting -= 1
+        self._write(row)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
         if self.path is None:
             self._take(row)
             return

@@ -6,7 +6,8 @@ often as it takes. A push counts only once
 
 1. every step of it was answered,
 2. the server's version token (or the adapter's name, which is new with each push) is the one that was set,
-3. the server gives a short text the log-probabilities that the trainer gives it.
+3. the server gives a short text the log-probabilities that the trainer gives it, and not those of older
+   weights (`push_check`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from keel.models.precision import compute_dtype, computing
 from keel.models.tokenizer import known_ids
 from keel.rollout.vllm import asking, served, weights
 from keel.rollout.vllm.asking import StaleError, Weights
+from keel.rollout.vllm.push_check import PushCheck
 from keel.rollout.vllm.server import Launch, Server, is_cpu, program_of, wait_until_ready
 from keel.rollout.vllm.wire import DownError, FailedError, RefusedError, Wire
 
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
 
 PAUSE = 0.5  # seconds before a server that answers nothing of use is asked again
 PROBED = 32  # tokens of the text that a push is checked with
-APART = {torch.float32: 0.05, torch.float64: 0.05}  # nats a token that a probe may differ
-APART_HALF = 0.5  # in 16 bit
 CLEARING = 20  # tries to clear the prefix cache, which fails while a request is being let go
 
 
@@ -78,8 +78,7 @@ class ServerSettings:
 class Holder:
     """A server with the model's weights. Arguments as of `VllmEngine`.
 
-    `pushes`, `restarts`: how often weights were pushed, and the server came back. `gap`: |log π of the
-    trainer − of the server| a token at the last push.
+    `pushes`, `restarts`: how often weights were pushed, and the server came back.
     """
 
     def __init__(
@@ -95,13 +94,14 @@ class Holder:
         self.tokenizer, self.length, self.say = tokenizer, length, say
         self.adapters = weights.has_adapters(model) and not settings.whole
         self.pushes = self.restarts = 0
-        self.version, self.gap = "", 0.0  # the server's own version, as 0.32.0
+        self.version = ""  # the server's own, as 0.32.0
         self.wire: Wire | None = None
         self.vocab = int(model.config.get_text_config().vocab_size)
         self._server: Server | ActorServer | None = None
         self._base = ""  # the name of the served model
         self._taken: Taken | None = None  # what is sampled with
         self._held: tuple[Taken, Weights] | None = None  # what the server was given last
+        self._arrived = PushCheck()
         self._untied = False  # whether a head that shares its weights is written with its own
         self._at_start = False  # whether it has the weights that it was started on
         self._adapters_there: list[str] = []
@@ -213,7 +213,7 @@ class Holder:
 
     def _check(self, new: Weights, taken: Taken) -> None:
         """EngineError where the server does not give a text the trainer's log-probabilities: it holds other
-        weights, or computes another model."""
+        weights, older ones perhaps, or computes another model."""
         assert self.wire is not None
         try:
             told = self.wire.post(asking.ROUTE, asking.probe(self._text, new))
@@ -222,16 +222,18 @@ class Holder:
                 f"{self.where()} does not answer for new weights: {refused}{self.hint(refused)}"
             ) from None
         theirs = torch.tensor(asking.probed(told, self._text), dtype=torch.float64)
-        self.gap = (taken.logps - theirs).abs().mean().item()
         widths = {self._dtype(), compute_dtype(self.model, sharded.device_of(self.model))}
-        most = max(APART.get(width, APART_HALF) for width in widths)
-        if not self.gap <= most:
+        if fault := self._arrived.fault(taken.logps, theirs, widths):
             raise EngineError(
-                f"{self.where()} does not hold the policy's weights: its log-probabilities of a text differ "
-                f"by {self.gap:.3g} nats a token (at most {most} is rounding); nothing was sampled. It "
+                f"{self.where()} does not hold the policy's weights: {fault}; nothing was sampled. It "
                 "serves another model, or cannot load this one in place (vLLM's CPU package: one whose head "
                 "shares its weights with the embeddings, unless keel starts the server)"
             )
+
+    @property
+    def gap(self) -> float:
+        """|log π of the trainer − of the server| a token at the last push."""
+        return self._arrived.gap
 
     def _dtype(self) -> torch.dtype:
         """The server's precision, where keel says it."""
