@@ -59,6 +59,12 @@ def test_the_cost_of_models_that_rest_on_the_cpu_is_named():
     assert "offload: false" in found.remedy
 
 
+def test_the_reading_of_a_reference_is_a_phase():
+    found = speed.finding([{**SLOW, "reference": 200.0, "reference/roofline": 0.1}], {})
+    assert found is not None
+    assert found.evidence.startswith("reference (log-probabilities of the reference) took 200 of 290 s")
+
+
 def test_a_phase_without_a_floor_is_part_of_the_time():
     """A server's, say: a stage that mostly waits for it is not slow by what little it does itself."""
     found = speed.finding([{**SLOW, "rollout/roofline": None}], {})

@@ -124,6 +124,10 @@ def test_costs_are_those_of_the_models_sizes():
         decode_cost(model, torch.float32).pair_bytes == 2 * 2 * (2 * 2) * 4
     )  # k and v, layers, heads × width
     assert optimizer_cost([*model.parameters()]).passed == 32 * (whole + 5 * 8)
+    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    assert optimizer_cost([*half.parameters()]).passed == 16 * (whole + 5 * 8)
+    gradients = train_cost(half, torch.bfloat16, adapters=False).passed - 2 * 2 * weights
+    assert gradients == 4 * whole
     assert once + once == PhaseCost(4 * weights, 8 * 2 * 8, 4 * weights)
     assert forward_cost(nn.Linear(2, 3), torch.float32).pair == 0  # of what has no config nobody knows
 

@@ -21,6 +21,7 @@ WORDS = {
     "rollout": "sampling",
     "forward": "log-probabilities and values of the responses",
     "score": "what the rewards say of the responses",
+    "reference": "log-probabilities of the reference",
 }
 
 Settings = Mapping[str, Any]
@@ -61,7 +62,7 @@ def _rows(settings: Settings) -> int | None:
     return rows if isinstance(rows, int) and isinstance(parts, int) and parts < rows else None
 
 
-MODEL_PHASES = ("train", "rollout", "forward", "score")
+MODEL_PHASES = ("train", "rollout", "forward", "score", "reference")
 SETTINGS: tuple[Setting, ...] = (
     Setting(
         MODEL_PHASES,
