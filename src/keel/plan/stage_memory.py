@@ -454,8 +454,8 @@ def _rollout(
     kept: float = 0.0,
 ) -> Phase:
     """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache,
-    of which one layer is there twice while it grows. kept: the share of the cache that rows which wait for a
-    slot have besides."""
+    of which one layer is counted twice, for copies of rows that enter and move. kept: the share of the cache
+    that rows which wait for a slot have besides."""
     model = models[role]
     copies = model_memory.casts(model) + model_memory.laid_out(model)
     base = with_parts(resident(models), role, casts=copies)
