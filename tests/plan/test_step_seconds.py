@@ -16,7 +16,7 @@ from keel.cli.main import app
 from keel.config import Training, parse
 from keel.models.machine_speed import Speed
 from keel.pipeline.pipeline import Pipeline
-from keel.plan import model_shapes, rank_memory, step_seconds
+from keel.plan import model_shapes, rank_memory, stage_memory, step_seconds
 from keel.plan.rank_memory import Asked
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 
@@ -133,6 +133,18 @@ def test_a_server_reads_its_weights_once_for_the_rows_that_it_is_asked_for_at_a_
         for n in (64, 512)
     }
     assert passes == {64: 8 * 1024, 512: 1024}
+
+
+def test_keels_slots_are_those_that_the_config_says() -> None:
+    counted: dict[int, tuple[float, float]] = {}
+    for slots in (64, 256):
+        settings, refs, lengths = llama(rollout={"concurrency": slots})
+        found = stage_memory.phases(settings, refs, lengths, "cuda") or []
+        (rollout,) = (phase for phase in found if phase.name == "rollout")
+        passes = step_seconds.works(settings, refs, lengths)["rollout"].passes
+        counted[slots] = passes, rollout.parts["policy"]["kv_cache"]
+    assert counted[256] == pytest.approx((counted[64][0] / 4, counted[64][1] * 4))
+    assert llama()[0].rollout.rows_at_once == 64
 
 
 def test_a_pair_has_two_sides_and_an_example_of_ktos_one() -> None:

@@ -307,7 +307,7 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     policy, whole = models["policy"], stage.batch_size
     kept = _head_inputs(stage, policy, lengths)
     on_the_way, read = _in_a_round(stage, lengths)
-    sampled = _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, on_the_way), read)
+    sampled = _sampled(stage, models, "policy", min(stage.rollout.rows_at_once, on_the_way), read)
     judged = _judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
     found = [
         Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
@@ -349,7 +349,7 @@ def distillation(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: D
     student, teacher, whole = models["policy"], models["reference"], stage.batch_size
     kept = _head_inputs(stage, student, lengths)
     before = [
-        _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, whole), lengths),
+        _sampled(stage, models, "policy", min(stage.rollout.rows_at_once, whole), lengths),
         *_judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt),
     ]
     found = [Phase(p.name, with_parts(p.parts, "policy", activations=kept)) for p in before]

@@ -86,8 +86,7 @@ def _sampling(
     roles = stage_memory.roles(stage, refs, "cuda")
     policy, rewards = roles["policy"], [model for name, model in roles.items() if name in refs.rewards]
     sampler = stage.rollout
-    slots = sampler.concurrency if sampler.vllm else stage_memory.SAMPLED_AT_ONCE
-    rounds = math.ceil(stage.batch_size / slots)
+    rounds = math.ceil(stage.batch_size / sampler.rows_at_once)
     distinct = stage.batch_size / stage.samples_per_prompt
     cached = stage.batch_size * (pairs_of(lengths.total) - pairs_of(lengths.prompt))
     cached += distinct * pairs_of(lengths.prompt)
