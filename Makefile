@@ -8,7 +8,7 @@ LATEST ?= .venv-latest
 VLLM   ?= .venv-vllm
 SUPPLY ?= .venv-supply
 
-.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks test-vllm fuzz audit lock check check-latest docs tutorials build bench bench-guard bench-data bench-gpu format clean
+.PHONY: demo install test test-slow test-real test-architectures test-browser test-load test-attack test-evening test-ranks test-vllm fuzz audit lock check check-latest docs tutorials build bench bench-guard bench-speed bench-data bench-gpu format clean
 
 demo: $(VENV)/.installed           ## install, run all stages on the embedded world, say where the report is
 	$(BIN)/keel run helpdesk
@@ -137,8 +137,19 @@ bench: $(VENV)/.installed $(PEERS)/.installed  ## against peers, in pairs in one
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scaling.py
 
+# What `bench` leaves out: vLLM's CPU package (in VLLM, 1 GB), long responses, a start, half a billion parameters, memory by
+# the length of a response. An hour and more on an idle machine.
+bench-speed: $(VENV)/.installed $(PEERS)/.installed  ## engine beside vLLM, long responses, start-up, 0.5 B parameters
+	$(BIN)/keel engine install vllm --device cpu --at $(VLLM) $(VLLM_ARGS)
+	$(BIN)/python benchmarks/engine_vllm.py --vllm $(VLLM)/bin/python
+	$(BIN)/python benchmarks/engine_vllm.py --vllm $(VLLM)/bin/python --size half --prompts 64 --pairs 1
+	$(BIN)/python benchmarks/engine.py --long
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/peers.py grpo --size half --steps 1 --new 256 --pairs 1 --peer $(PEERS)/bin/python
+	$(BIN)/python benchmarks/memory.py --lengths 250,500,1000,2000
+
 # AGAINST: a wheel of the last release, or a git ref. Some minutes; processor time, so other work disturbs little.
-bench-guard: $(VENV)/.installed    ## five short pairs against an earlier keel; fails where one is 10 % slower
+bench-guard: $(VENV)/.installed    ## short stages and sampling, five pairs each, against an earlier keel; fails at 10 % loss
 	$(BIN)/python benchmarks/guard.py $(AGAINST)
 
 # SEED: comparisons with prompt, chosen and rejected; MODEL: a small language model. Half an hour on two idle cores.

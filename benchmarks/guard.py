@@ -1,12 +1,13 @@
 """This keel against an earlier one, in pairs in one run: processor's seconds of a step, and of `keel --help`.
 
-    make bench-guard AGAINST=dist/keel_rlhf-0.2.0-py3-none-any.whl
+    make bench-guard AGAINST=HEAD~20
     python benchmarks/guard.py WHEEL_OR_GIT_REF [KIND …] [--pairs 5] [--threads 1] [--loss 0.10]
 
 Each measurement is a process of its own, and the two take turns; the one that goes first changes with each
 pair. Processor time is counted and not the clock's, so that other work on the machine says less; a pair's
 ratio is new over old. Ends with 3 where the median ratio of any kind is above 1 + LOSS. Models, rows and
-settings are those of `peers.py`, with fewer steps; kinds are its kinds, and `help`.
+settings are those of `peers.py`, with fewer steps; kinds are its kinds, `engine` (64 responses, sampled and
+nothing else) and `help`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import peers  # pyright: ignore[reportImplicitRelativeImport]
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("help", "sft", "dpo", "ppo-auto", "grpo")  # the short list that runs by default
-EVERY = ("help", *peers.KINDS)
+KINDS = ("help", "sft", "reward", "dpo", "ppo-auto", "grpo", "engine")  # the short list that runs by default
+EVERY = ("help", "engine", *peers.KINDS)
 STEPS = 4  # or updates; the first is the warm-up
 
 
@@ -64,6 +66,26 @@ def stage_seconds(kind: str, folder: Path) -> float:
     with tempfile.TemporaryDirectory() as temporary:
         progress = lambda *step: ends.append(time.process_time())  # noqa: E731
         Pipeline(parse(config), Path(temporary), say=lambda line: None, progress=progress).run()
+    return statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+def engine_seconds(folder: Path) -> float:
+    """In a process of its own: seconds of the processor for 64 responses, the median without the first."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from keel.rollout.engine import generate
+    from keel.types import Sampling
+
+    policy: Any = AutoModelForCausalLM.from_pretrained(folder / "ending").eval()
+    drawn = torch.Generator().manual_seed(1)
+    shape = (peers.BATCH, peers.PROMPT)
+    prompts = torch.randint(4, policy.config.vocab_size, shape, generator=drawn).tolist()
+    asked: Any = {"stop_ids": [2], "pad_id": 0, "seed": 0, "batch_size": peers.BATCH}
+    ends: list[float] = []
+    for _ in range(STEPS + 1):
+        generate(policy, prompts, Sampling(peers.RESPONSE), **asked)
+        ends.append(time.process_time())
     return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
@@ -154,7 +176,8 @@ def _side(settings: Any) -> None:
         import torch
 
         torch.set_num_threads(settings.threads)
-        seconds = stage_seconds(settings.side, settings.folder)
+        of_side = engine_seconds if settings.side == "engine" else partial(stage_seconds, settings.side)
+        seconds = of_side(settings.folder)
     print(json.dumps({"seconds": seconds}))
 
 

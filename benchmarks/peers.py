@@ -271,11 +271,15 @@ def of_keel(kind: str, folder: Path, device: str, at_once: int) -> None:
 def floor(times: Path) -> float:
     """Seconds that a step needs at least on this machine: of all phases arithmetic at the speed of large
     matrix products, or bytes at the speed of memory, whichever is longer (docs/speed.md). The median of the
-    steps."""
+    steps, and each one's share of what the reference reads before the first."""
     rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
     phases = [name.partition("/")[0] for name in rows[-1] if name.endswith("/roofline")]
     counted = rows[1:] or rows
-    return statistics.median(sum(row[p] * row[f"{p}/roofline"] for p in phases) for row in counted)
+    before = rows[0].get("reference", 0.0) * rows[0].get("reference/roofline", 0.0)
+    step = statistics.median(
+        sum(row[p] * row[f"{p}/roofline"] for p in phases if p != "reference") for row in counted
+    )
+    return step + before / len(rows)
 
 
 def _mark_phases(device: str) -> list[float]:

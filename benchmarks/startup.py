@@ -1,6 +1,6 @@
-"""What a start costs: processor's seconds of `keel run` to the first line of its log, and of commands that
-train nothing. Each in a new process, one thread; with `--against SRC`, the `src` folder of another keel, in
-turns.
+"""What a start costs, in the processor's seconds and the clock's: `keel run` to the first line of its log,
+and commands that train nothing. Each in a new process, one thread; with `--against SRC`, the `src` folder of
+another keel, in turns. Where other work goes on, the clock says more than a start takes.
 
     python benchmarks/startup.py --repeats 3 --against ../keel-0.1/src
 """
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import yaml
@@ -46,25 +47,28 @@ command.main()
 """
 
 
-def _keel(source: Path, place: Path, *arguments: str, code: str | None = None) -> tuple[float, str]:
-    """Processor's seconds of a command in a new process, and its last line on stdout."""
+Seconds = tuple[float, float]  # the processor's and the clock's
+
+
+def _keel(source: Path, place: Path, *arguments: str, code: str | None = None) -> tuple[Seconds, str]:
+    """Seconds of a command in a new process, and its last line on stdout."""
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [sys.executable, *(["-c", code] if code else ["-m", "keel"]), *arguments]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 2):  # 2: a command that is meant to be refused
         raise SystemExit(f"{' '.join(arguments)}: {done.stderr}")
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, (done.stdout.splitlines() or [""])[-1]
+    return (seconds, clock), (done.stdout.splitlines() or [""])[-1]
 
 
-def measured(source: Path, place: Path) -> dict[str, float]:
+def measured(source: Path, place: Path) -> dict[str, Seconds]:
     """Seconds by what is started."""
     shutil.rmtree(place / "runs" / "first", ignore_errors=True)
-    first = float(_keel(source, place, "run", "first.yaml", code=TO_FIRST_STEP)[1])
+    (_, clock), used = _keel(source, place, "run", "first.yaml", code=TO_FIRST_STEP)
     return {
-        "run, to its first step": first,
+        "run, to its first step": (float(used), clock),
         "run, refused for a setting": _keel(source, place, "run", "first.yaml", "dpo.lrr=1")[0],
         "plan": _keel(source, place, "plan", "first.yaml")[0],
         "--help": _keel(source, place, "--help")[0],
@@ -92,19 +96,23 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="the src folder of another keel")
     options = parser.parse_args()
     sources = {"keel": OWN, **({"other": options.against.resolve()} if options.against else {})}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
+    found: dict[str, list[dict[str, Seconds]]] = {name: [] for name in sources}
     with tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder))
         for _ in range(options.repeats):
             for name, source in sources.items():
                 found[name].append(measured(source, Path(folder)))
+    print("seconds of the processor (each), and by the clock")
     for what in found["keel"][0]:
-        cells = [
-            f"{name} {statistics.median(row[what] for row in rows):.2f} "
-            f"({', '.join(f'{row[what]:.2f}' for row in rows)})"
-            for name, rows in found.items()
-        ]
+        cells = [cell(name, [row[what] for row in rows]) for name, rows in found.items()]
         print(f"{what:<38} {'   '.join(cells)}")
+
+
+def cell(name: str, seconds: list[Seconds]) -> str:
+    """Medians of one side, with each of the processor's."""
+    processor, clock = (statistics.median(times) for times in zip(*seconds, strict=True))
+    each = ", ".join(f"{used:.2f}" for used, _ in seconds)
+    return f"{name} {processor:.2f} ({each}), clock {clock:.2f}"
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "guard.py"
 
@@ -52,6 +55,16 @@ def test_a_wheel_is_unpacked_and_what_is_none_ends_it(guard, tmp_path):
     assert (guard.unpacked(str(wheel), tmp_path / "out") / "keel" / "__init__.py").exists()
     with pytest.raises(subprocess.CalledProcessError):
         guard.unpacked("no-such-ref", tmp_path)
+
+
+def test_sampling_is_guarded_by_itself(guard, monkeypatch, tmp_path, capsys):
+    assert set(guard.KINDS) <= set(guard.EVERY)
+    assert {"reward", "engine"} <= set(guard.KINDS)
+    guard.peers.prepare(tmp_path, "tiny")
+    monkeypatch.setattr(guard, "STEPS", 1)
+    monkeypatch.setattr(guard.peers, "RESPONSE", 4)
+    guard._side(Namespace(side="engine", folder=tmp_path, threads=torch.get_num_threads()))
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
 
 
 def test_something_to_compare_with_must_be_named():

@@ -60,6 +60,16 @@ def test_trl_computes_as_asked(peers, monkeypatch, tmp_path):
     assert ["--peer-bf16" in command for command in commands] == [False, True]
 
 
+def test_a_steps_floor_has_its_share_of_what_the_reference_read_before_the_first(peers, tmp_path):
+    rows = [{"step": n + 1, "train": 2.0, "train/roofline": 0.5, "optimizer": 1.0} for n in range(4)]
+    rows[0] |= {"reference": 8.0, "reference/roofline": 0.25}
+    times = tmp_path / "times.jsonl"
+    times.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert peers.floor(times) == 1.0 + 2.0 / 4
+    times.write_text(json.dumps(rows[0]))
+    assert peers.floor(times) == 1.0 + 2.0
+
+
 @pytest.mark.parametrize("kind", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_one_step_is_as_long_as_its_phases(peers, monkeypatch, tmp_path, capsys, kind):
     """By the processor's clock here: the sum of the log's phases is by another one."""

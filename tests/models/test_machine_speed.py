@@ -8,6 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keel import user_cache
+from keel.cli.doctor import bench_text
 from keel.data.batches import pairs_of, useful_pairs
 from keel.models import machine_speed
 from keel.models.machine_speed import Speed, speed
@@ -31,7 +32,8 @@ def test_a_run_takes_what_was_measured_with_care_for_its_threads_and_else_measur
     found = machine_speed.bench(CPU)
     assert found["kept_in"] == str(user_cache.folder() / machine_speed.KEPT)
     kept = speed(CPU, torch.bfloat16)
-    assert (kept.kept, kept.flops) == (True, 7e9 + machine_speed.BENCH_TRIES)
+    assert (kept.kept, kept.flops) == (True, 7e9 + machine_speed._tries(CPU, "bfloat16"))
+    assert next(iter(user_cache.read(machine_speed.KEPT).values()))["busy"] == found["busy"]
     assert set(kept.bytes_per_second) == set(machine_speed.BLOCKS)
     assert not speed(CPU, torch.float64).kept
     threads = torch.get_num_threads()
@@ -40,6 +42,36 @@ def test_a_run_takes_what_was_measured_with_care_for_its_threads_and_else_measur
         assert not speed(CPU, torch.float32).kept
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_product_that_takes_seconds_is_made_once(fast, monkeypatch):
+    monkeypatch.setattr(machine_speed, "has_half_products", lambda: fast)
+    many = machine_speed.BENCH_TRIES
+    flops = machine_speed.bench(CPU)["flops"]
+    assert flops == {"float32": 7e9 + many, "bfloat16": 7e9 + (many if fast else 0)}
+    made = []
+    assert machine_speed._best(lambda: made.append(1), CPU, 0) > 0
+    assert len(made) == 1
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(machine_speed.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine_speed, "_load", lambda: 3.9)
+    rates = {2**20: 50.0, 2**23: 60.0, 2**26: 20.0, 2**28: 21.0}
+    monkeypatch.setattr(machine_speed, "reading", lambda device, size, tries=0: rates[size])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert machine_speed.bench(CPU)["busy"] == ["1 MiB were read slower than 8"]
+        torch.set_num_threads(2)  # for whom 1 MiB is too little
+        assert machine_speed.bench(CPU)["busy"] == []
+        monkeypatch.setattr(machine_speed, "_load", lambda: 4.1)
+        found = machine_speed.bench(CPU)
+    finally:
+        torch.set_num_threads(threads)
+    assert found["busy"] == ["4.1 processes wanted one of 4 cores"]
+    assert "look: 4.1 processes wanted one of 4 cores; measure again on an idle" in bench_text(found)
 
 
 def test_a_speed_is_kept_for_the_library_that_multiplied(monkeypatch):
@@ -124,6 +156,10 @@ def test_costs_are_those_of_the_models_sizes():
         decode_cost(model, torch.float32).pair_bytes == 2 * 2 * (2 * 2) * 4
     )  # k and v, layers, heads × width
     assert optimizer_cost([*model.parameters()]).passed == 32 * (whole + 5 * 8)
+    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    assert optimizer_cost([*half.parameters()]).passed == 16 * (whole + 5 * 8)
+    gradients = train_cost(half, torch.bfloat16, adapters=False).passed - 2 * 2 * weights
+    assert gradients == 4 * whole
     assert once + once == PhaseCost(4 * weights, 8 * 2 * 8, 4 * weights)
     assert forward_cost(nn.Linear(2, 3), torch.float32).pair == 0  # of what has no config nobody knows
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from keel.cli.main import app
 from keel.config import Training, parse
 from keel.models.machine_speed import Speed
 from keel.pipeline.pipeline import Pipeline
-from keel.plan import model_shapes, rank_memory, step_seconds
+from keel.plan import model_shapes, rank_memory, stage_memory, step_seconds
 from keel.plan.rank_memory import Asked
 from keel.plan.stage_memory import Lengths, ModelRef, StageModels
 
@@ -66,6 +68,43 @@ def test_arithmetic_is_what_a_run_counts(
         assert planned[phase] == pytest.approx(seconds, rel=0.15), (phase, planned, counted)
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "dpo"])
+def test_attention_is_part_of_the_floor_where_rows_are_given(
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of some 500 tokens of a narrow model: attention is as much as its weights."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    sizes = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 512}
+    (model / "config.json").write_text(json.dumps(sizes))
+    monkeypatch.setattr("keel.stages.supervised_loop.speed", lambda device, dtype: FLOPS)
+    rows = [{"prompt": f"{a} b", "chosen": "c d " * 124, "rejected": "f e " * 124} for a in "abcd"]
+    if kind == "pretrain":
+        rows = [{"text": row["prompt"] + row["chosen"]} for row in rows]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "prompt", "completion": "chosen"}
+    settings: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"}, "batch_size": 4, "micro_batch": 4, "lr": 1e-4,
+        "data": {"source": str(data), "columns": columns} if kind == "sft" else str(data), "max_steps": 1,
+        "holdout": 0, "max_length": 512,
+    }  # fmt: skip
+    config = {"name": "x", "device": "cpu", "threads": 1, "stages": {kind: {"kind": kind, **settings}}}
+    pipeline = Pipeline(parse(config), tmp_path / "run", say=lambda line: None)
+    pipeline.run()
+    row = json.loads((pipeline.stage_directory(kind) / "times.jsonl").read_text().splitlines()[0])
+    lengths = _longest(pipeline, kind)
+    assert lengths.total > 400
+    shape = model_shapes.of_config(AutoConfig.from_pretrained(model))
+    assert shape is not None
+    refs = StageModels(ModelRef(shape), None, {})
+    found = step_seconds.works(stage(kind, **settings), refs, lengths)
+    for phase in ("train", "reference") if kind == "dpo" else ("train",):
+        planned, counted = found[phase].seconds(FLOPS), row[phase] * row[f"{phase}/roofline"]
+        assert planned == pytest.approx(counted, rel=0.05), phase
+        without = replace(found[phase], pairs=0).seconds(FLOPS)
+        assert planned > 1.3 * without
+
+
 def llama(**settings: Any) -> tuple[Training, StageModels, Lengths]:
     """GRPO of a model of 8 B parameters: 64 prompts with 8 samples of up to 1,024 tokens."""
     common: dict[str, Any] = {
@@ -95,6 +134,18 @@ def test_a_server_reads_its_weights_once_for_the_rows_that_it_is_asked_for_at_a_
         for n in (64, 512)
     }
     assert passes == {64: 8 * 1024, 512: 1024}
+
+
+def test_keels_slots_are_those_that_the_config_says() -> None:
+    counted: dict[int, tuple[float, float]] = {}
+    for slots in (64, 256):
+        settings, refs, lengths = llama(rollout={"concurrency": slots})
+        found = stage_memory.phases(settings, refs, lengths, "cuda") or []
+        (rollout,) = (phase for phase in found if phase.name == "rollout")
+        passes = step_seconds.works(settings, refs, lengths)["rollout"].passes
+        counted[slots] = passes, rollout.parts["policy"]["kv_cache"]
+    assert counted[256] == pytest.approx((counted[64][0] / 4, counted[64][1] * 4))
+    assert llama()[0].rollout.rows_at_once == 64
 
 
 def test_a_pair_has_two_sides_and_an_example_of_ktos_one() -> None:

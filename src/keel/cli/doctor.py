@@ -69,6 +69,7 @@ def bench_text(found: dict[str, Any]) -> str:
         f"{f'reading {int(size) / 2**20:.0f} MiB':<20} {rate / 1e9:,.1f} GB/s"
         for size, rate in found["bytes_per_second"].items()
     ]
+    lines += [f"look: {reason}; measure again on an idle machine" for reason in found["busy"]]
     place = found["kept_in"]
     lines.append(f"kept in {place}" if place else "not kept: the cache folder cannot be written (KEEL_CACHE)")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 class RolloutConfig(SamplerConfig):
     """How the responses of an update are sampled, and when."""
 
+    of_keel: ClassVar[tuple[str, ...]] = ("engine", "concurrency")
+    concurrency: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description=(
+            "Rows that are sampled at the same time: requests to a vLLM server (null: 256), or slots of "
+            "keel's own engine (null: 64). More read the weights less often and take more memory for keys "
+            "and values; results differ by rounding."
+        ),
+    )
     ahead: int = Field(
         0,
         ge=0,
@@ -85,8 +96,10 @@ def check_older_weights(config: OnPolicy) -> None:
 
 
 def check_sampler(config: OnPolicy) -> None:
-    """ValueError where `rollout.engine` does not go with a stage's other settings."""
+    """ValueError where `rollout` does not go with a stage's other settings."""
     if not config.rollout.vllm:
+        if config.rollout.concurrency is not None and config.changes("engine"):
+            raise ValueError(f"`rollout.concurrency` has no effect with `engine: {config.engine}`")
         return
     if config.changes("engine"):
         raise ValueError(

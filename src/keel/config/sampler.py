@@ -12,6 +12,7 @@ from keel.config.addresses import plain_address
 from keel.config.settings import LONGEST_PATH, Settings
 
 EXAMPLE = "http://localhost:8000"
+AT_ONCE = {"vllm": 256, "keel": 64}  # rows that an engine samples at the same time, where nobody says
 # arguments that a started server is given by keel, and the setting that says each
 GIVEN = {
     "--host": "", "--port": "", "--uds": "", "--api-key": "", "--model": "", "--logprobs-mode": "",
@@ -36,6 +37,7 @@ class SamplerConfig(Settings):
             "patience", "restarts", "sleep",
         }
     )  # fmt: skip
+    of_keel: ClassVar[tuple[str, ...]] = ("engine",)  # what keel's own engine is told, too
     started_only: ClassVar[tuple[str, ...]] = ("environment", "devices", "dtype", "args", "restarts")
 
     engine: Literal["keel", "vllm"] = Field(
@@ -98,7 +100,9 @@ class SamplerConfig(Settings):
             "own. On one machine one in memory (/dev/shm) is fastest."
         ),
     )
-    concurrency: int = Field(256, ge=1, le=4096, description="vllm: requests at the same time.")
+    concurrency: int | None = Field(
+        None, ge=1, le=4096, description="vllm: requests at the same time; null: 256."
+    )
     timeout: float = Field(600.0, gt=0, description="vllm: seconds that one request may take, to its end.")
     patience: float = Field(
         900.0,
@@ -126,7 +130,7 @@ class SamplerConfig(Settings):
     @model_validator(mode="after")
     def _sound_sampler(self) -> SamplerConfig:
         self._check_args()
-        own = [name for name in SamplerConfig.model_fields if name != "engine"]
+        own = [name for name in SamplerConfig.model_fields if name not in self.of_keel]
         if self.engine == "keel" and (idle := next((name for name in own if self.changes(name)), None)):
             raise ValueError(f"`rollout.{idle}` has no effect with `rollout.engine: keel`; set engine: vllm")
         if self.address is not None:
@@ -153,6 +157,11 @@ class SamplerConfig(Settings):
     def vllm(self) -> bool:
         """Whether a vLLM server samples."""
         return self.engine == "vllm"
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that are sampled at the same time."""
+        return self.concurrency or AT_ONCE[self.engine]
 
     @property
     def placeable(self) -> bool:

@@ -12,6 +12,7 @@ from keel.diagnosis.findings import Finding
 
 CHECK = "time_above_floor"
 LEAST = 60.0  # seconds of a stage below which nobody waits for it
+FILLED = 8  # rows of a forward and backward in float32 from which more of them win nothing
 SHARE = 0.2  # of a stage's time that a phase must spend above its floor
 # phase → the one whose seconds it is counted in
 WITHIN = {"optimizer": "train"}
@@ -21,6 +22,7 @@ WORDS = {
     "rollout": "sampling",
     "forward": "log-probabilities and values of the responses",
     "score": "what the rewards say of the responses",
+    "reference": "log-probabilities of the reference",
 }
 
 Settings = Mapping[str, Any]
@@ -61,12 +63,30 @@ def _rows(settings: Settings) -> int | None:
     return rows if isinstance(rows, int) and isinstance(parts, int) and parts < rows else None
 
 
-MODEL_PHASES = ("train", "rollout", "forward", "score")
+def _fast_half() -> bool:
+    """Whether the card or the processor, here and now, is faster in bfloat16."""
+    import torch  # which those who are told nothing need not wait for
+
+    from keel.models.precision import fast_in_bfloat16
+
+    return fast_in_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _small_parts(settings: Settings) -> bool:
+    """Whether parts of more rows would take less time: in float32 8 rows without padding fill the products,
+    in bfloat16 more do (docs/notes.md)."""
+    if _rows(settings) is None:
+        return False
+    dtype = _model(settings).get("dtype", "auto")
+    return settings["micro_batch"] < FILLED or dtype == "bfloat16" or (dtype == "auto" and _fast_half())
+
+
+MODEL_PHASES = ("train", "rollout", "forward", "score", "reference")
 SETTINGS: tuple[Setting, ...] = (
     Setting(
         MODEL_PHASES,
-        lambda settings, _: _model(settings).get("dtype") == "float32",
-        "`dtype: auto` multiplies in bfloat16, where the processor or the card is fast at it (models of a "
+        lambda settings, _: _model(settings).get("dtype") == "float32" and _fast_half(),
+        "`dtype: auto` multiplies in bfloat16, which the processor or the card here is fast at (models of a "
         "few hundred channels gain little)",
     ),
     Setting(
@@ -101,7 +121,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("train",),
-        lambda settings, _: _rows(settings) is not None,
+        lambda settings, _: _small_parts(settings),
         "a larger `micro_batch` (or `auto`) fills the products, and takes more memory",
     ),
     Setting(

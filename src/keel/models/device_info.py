@@ -7,22 +7,54 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from keel.models.freed_memory import give_back_freed_memory
 from keel.models.load import size_of
+from keel.models.lora_targets import EXPERT_COUNTS
+
+# what configs call the experts that a token takes
+TAKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def forward_flops(model: nn.Module) -> float:
     """FLOPs of a token's forward by the weights that it is multiplied with: 2 for each (2001.08361). An
     embedding is only looked up, unless the head is the same matrix; what attention adds with the length of
-    the text is left out."""
+    the text is left out. Of a mixture's experts those count that a token takes; where the config does not say
+    how many, none, since this is what is needed at least."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     idle = looked_up - multiplied
-    return 2.0 * sum(size_of(p) for p in model.parameters() if p.dim() > 1 and id(p) not in idle)
+    of_all, taken = _experts(model)
+
+    def share(name: str, weight: torch.Tensor) -> float:
+        stacked = weight.dim() == 3 and weight.shape[0] == of_all
+        return taken if stacked or "experts" in name.split(".") else 1.0
+
+    return 2.0 * sum(
+        share(name, p) * size_of(p)
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and id(p) not in idle
+    )
+
+
+def _experts(model: Any) -> tuple[int | None, float]:
+    """How many experts a layer has, and the share of them that a token takes; None and 0 where the config
+    does not say."""
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    places = [config, getattr(config, "ffn_config", None)]
+
+    def first(names: tuple[str, ...]) -> int | None:
+        with contextlib.suppress(RuntimeError):  # by transformers, of numbers that differ by layer
+            values = (getattr(place, name, None) for place in places for name in names)
+            return next((value for value in values if isinstance(value, int) and value > 0), None)
+        return None
+
+    taken, of_all = first(TAKEN), first(EXPERT_COUNTS)
+    return (None, 0.0) if taken is None or of_all is None else (of_all, min(1.0, taken / of_all))
 
 
 def free_memory(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ import torch
 
 from keel import user_cache
 from keel.accel import cpu_products
+from keel.accel.processor import has_half_products
 
 KEPT = "machine.json"  # in the user's cache
 SIDE, TRIES = {"cuda": 8192}, 3  # of the matrices that are multiplied to find out; elsewhere 1024
@@ -28,6 +30,7 @@ SIDE, TRIES = {"cuda": 8192}, 3  # of the matrices that are multiplied to find o
 # holds
 BLOCKS = (2**20, 2**23, 2**26, 2**28)
 BENCH_TRIES = 25
+NOISE = 0.9  # of the speed of a larger block, below which a smaller one's is no accident
 DTYPES = ("float32", "bfloat16")
 
 
@@ -70,19 +73,46 @@ def speed(device: torch.device, dtype: torch.dtype) -> Speed:
 
 def bench(device: torch.device) -> dict[str, Any]:
     """Measure with care and keep it; what is kept, with the file's path as `kept_in` (None where it cannot be
-    written). Takes some seconds."""
+    written). `busy`: what speaks against an idle machine. Takes some seconds."""
+    load = _load()
     found: dict[str, Any] = {
         "processor": processor(device),
         "torch": torch.__version__,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "measured": datetime.date.today().isoformat(),
-        "flops": {name: fastest(device, getattr(torch, name), BENCH_TRIES) for name in DTYPES},
+        "flops": {name: fastest(device, getattr(torch, name), _tries(device, name)) for name in DTYPES},
         "bytes_per_second": {str(size): reading(device, size, BENCH_TRIES) for size in BLOCKS},
     }
+    found["busy"] = _busy(found, load)
     whole = user_cache.read(KEPT) | {_key(device, found["threads"]): found}
     place = user_cache.write(KEPT, whole)
     return {**found, "kept_in": None if place is None else str(place)}
+
+
+def _tries(device: torch.device, dtype: str) -> int:
+    """How often a product is tried beside the first time: never where the processor converts every number, so
+    that one takes seconds and nobody asks for it."""
+    slow = dtype == "bfloat16" and device.type == "cpu" and not has_half_products()
+    return 0 if slow else BENCH_TRIES
+
+
+def _load() -> float:
+    """Processes that want a core, over the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def _busy(found: Mapping[str, Any], load: float) -> list[str]:
+    """What speaks against an idle machine: more processes than cores, or a block of memory that was read
+    slower than a larger one (of those with a MiB and more for each thread, on a processor)."""
+    cores, reasons = os.cpu_count() or 1, list[str]()
+    if load > cores:
+        reasons.append(f"{load:.1f} processes wanted one of {cores} cores")
+    sizes = [size for size in BLOCKS if size >= found["threads"] * 2**20 and found["device"] == "cpu"]
+    rates = [found["bytes_per_second"][str(size)] for size in sizes]
+    slower = [i for i in range(1, len(rates)) if rates[i - 1] < NOISE * rates[i]]
+    reasons += [f"{sizes[i - 1] >> 20} MiB were read slower than {sizes[i] >> 20}" for i in slower]
+    return reasons
 
 
 def fastest(device: torch.device, dtype: torch.dtype, tries: int = TRIES) -> float:
@@ -136,7 +166,7 @@ def processor(device: torch.device) -> str:
 
 
 def _best(work: Callable[[], object], device: torch.device, tries: int) -> float:
-    """The seconds of the fastest of some tries, after one that does not count."""
+    """The seconds of the fastest of some tries, after one that does not count; without tries its own."""
     seconds: list[float] = []
     for _ in range(tries + 1):
         _wait(device)
@@ -144,7 +174,7 @@ def _best(work: Callable[[], object], device: torch.device, tries: int) -> float
         work()
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    return max(min(seconds[1:]), 1e-9)
+    return max(min(seconds[1:] or seconds), 1e-9)
 
 
 def _wait(device: torch.device) -> None:

@@ -19,10 +19,9 @@ from torch import nn
 from keel.models.device_info import forward_flops
 from keel.models.load import size_of
 
-GRADIENT = 8.0  # bytes of a weight's gradient, read and written in float32
-# bytes of a trained weight in a step of AdamW: weight and both moments read and written, the gradient read
-# for the step, and once more for its norm
-ADAMW = 4.0 * 8
+# numbers for each weight, in its precision: its gradient, read and written; and a step of AdamW, with weight
+# and both moments read and written, the gradient read for the step, and once more for its norm
+GRADIENT, ADAMW = 2.0, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,8 @@ def train_cost(model: nn.Module, dtype: torch.dtype, *, adapters: bool) -> Phase
     """Of forward and backward, which is two forwards, or one where no weight but an adapter's has a
     gradient."""
     once, passes = forward_cost(model, dtype), 2 if adapters else 3
-    trained = sum(size_of(p) for p in model.parameters() if p.requires_grad and p.dim() > 1)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    trained = sum(size_of(p) * p.element_size() for p in matrices)
     return PhaseCost(passes * once.token, 3 * once.pair, 2 * once.passed + GRADIENT * trained)
 
 
@@ -70,9 +70,9 @@ def optimizer_cost(parameters: Sequence[nn.Parameter]) -> PhaseCost:
 
 
 def _here(parameter: Any) -> int:
-    """Numbers of a parameter that lie on this rank."""
+    """Bytes of a parameter that lie on this rank."""
     part = getattr(parameter, "to_local", None)  # of a DTensor
-    return size_of(parameter if part is None else part())
+    return size_of(parameter if part is None else part()) * parameter.element_size()
 
 
 def _heads(model: Any) -> tuple[float, float]:

@@ -307,7 +307,7 @@ def on_policy(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: Devi
     policy, whole = models["policy"], stage.batch_size
     kept = _head_inputs(stage, policy, lengths)
     on_the_way, read = _in_a_round(stage, lengths)
-    sampled = _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, on_the_way), read)
+    sampled = _sampled(stage, models, "policy", min(stage.rollout.rows_at_once, on_the_way), read)
     judged = _judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt)
     found = [
         Phase(phase.name, with_parts(phase.parts, "policy", activations=kept)) for phase in [sampled, *judged]
@@ -349,7 +349,7 @@ def distillation(stage: OnPolicy, refs: StageModels, lengths: Lengths, device: D
     student, teacher, whole = models["policy"], models["reference"], stage.batch_size
     kept = _head_inputs(stage, student, lengths)
     before = [
-        _sampled(stage, models, "policy", min(SAMPLED_AT_ONCE, whole), lengths),
+        _sampled(stage, models, "policy", min(stage.rollout.rows_at_once, whole), lengths),
         *_judging(models, rows_at_once(stage, whole, lengths.total), lengths, stage.samples_per_prompt),
     ]
     found = [Phase(p.name, with_parts(p.parts, "policy", activations=kept)) for p in before]
@@ -454,8 +454,8 @@ def _rollout(
     kept: float = 0.0,
 ) -> Phase:
     """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache,
-    of which one layer is there twice while it grows. kept: the share of the cache that rows which wait for a
-    slot have besides."""
+    of which one layer is counted twice, for copies of rows that enter and move. kept: the share of the cache
+    that rows which wait for a slot have besides."""
     model = models[role]
     copies = model_memory.casts(model) + model_memory.laid_out(model)
     base = with_parts(resident(models), role, casts=copies)

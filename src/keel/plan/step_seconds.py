@@ -20,7 +20,7 @@ from keel.data.batches import pairs_of
 from keel.models.machine_speed import Speed
 from keel.models.phase_cost import ADAMW, GRADIENT, PhaseCost
 from keel.plan import stage_memory
-from keel.plan.model_memory import WEIGHT, Model
+from keel.plan.model_memory import TRAINED, WEIGHT, Model
 from keel.plan.stage_memory import Lengths, StageModels
 
 AUTO = 2.0  # bytes of a number as `dtype: auto` multiplies it on CUDA
@@ -70,7 +70,7 @@ def works(stage: Training, refs: StageModels, lengths: Lengths, ranks: int = 1) 
     steps = epochs * math.ceil(stage.batch_size / rows)
     found = {
         "train": Work(train, epochs * tokens, epochs * pairs, epochs * parts),
-        "optimizer": Work(PhaseCost(passed=ADAMW * trained / ranks), passes=steps),
+        "optimizer": Work(PhaseCost(passed=ADAMW * TRAINED * trained / ranks), passes=steps),
     }
     if stage.on_policy:
         return _sampling(stage, refs, lengths, tokens, pairs) | found
@@ -86,8 +86,7 @@ def _sampling(
     roles = stage_memory.roles(stage, refs, "cuda")
     policy, rewards = roles["policy"], [model for name, model in roles.items() if name in refs.rewards]
     sampler = stage.rollout
-    slots = sampler.concurrency if sampler.vllm else stage_memory.SAMPLED_AT_ONCE
-    rounds = math.ceil(stage.batch_size / slots)
+    rounds = math.ceil(stage.batch_size / sampler.rows_at_once)
     distinct = stage.batch_size / stage.samples_per_prompt
     cached = stage.batch_size * (pairs_of(lengths.total) - pairs_of(lengths.prompt))
     cached += distinct * pairs_of(lengths.prompt)
@@ -150,7 +149,7 @@ def _training(model: Model) -> PhaseCost:
     """Of forward and backward, as `models.phase_cost.train_cost`."""
     once, passes = reading(model), 2 if model.lora else 3
     own = min(float(model.trained_parameters), multiplied(model))
-    return PhaseCost(passes * once.token, 3 * once.pair, 2 * once.passed + GRADIENT * own)
+    return PhaseCost(passes * once.token, 3 * once.pair, 2 * once.passed + GRADIENT * TRAINED * own)
 
 
 # ---------------------------------------------------------------- engine and trainer

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keel.config import OnPolicy, methods
+from keel.config.sampler import AT_ONCE
 from keel.data import chat
 from keel.data.batches import derive_seed
 from keel.distributed import group, sharded
@@ -128,7 +129,8 @@ def open_engine(
         )  # fmt: skip
     opener = methods.engine(config.engine, config.engine_args)
     if opener is None:
-        return KeelEngine(policy) if config.engine == "keel" else ReferenceEngine(policy)
+        slots = config.rollout.concurrency or AT_ONCE["keel"]
+        return KeelEngine(policy, slots) if config.engine == "keel" else ReferenceEngine(policy)
     engine = opener(policy)
     if not isinstance(engine, Engine):
         raise UsageError(

@@ -83,7 +83,7 @@ class Drawn:
         self.logps[where] = logps.to(self.logps.dtype)
         if last is None:
             return
-        if self.hidden is None:  # as zeros, which take no memory before they are written
+        if self.hidden is None:  # zeros are written, so all of it is resident from here on
             self.hidden = last.new_zeros(*self.tokens.shape, last.shape[-1])
         self.hidden[where] = last
 

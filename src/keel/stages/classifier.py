@@ -354,6 +354,7 @@ def _fit(
         size=_size,
         length=_size,
         evaluate=lambda rows: evaluate(model, rows, pad_id, config)[0],
+        sequences=lambda row: [((), _size(row) + 1)],  # scores are read at the last token
     )
     supervised_loop.fit(stage_run, config, model, rows, held_out, objective)
     return evaluate(model, held_out, pad_id, config)[1] if held_out else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def fit(
         return value, {"mean_token_accuracy": measured.pop("accuracy"), **_of_experts(measured)}
 
     objective: supervised_loop.Objective[LanguageRow] = supervised_loop.Objective(
-        loss=part, weight=lambda row: row.counted, size=_size, length=_size,
+        loss=part, weight=lambda row: row.counted, size=_size, length=_size, sequences=_sequences,
         evaluate=lambda rows: evaluate(model, rows, pad_id, config),
     )  # fmt: skip
     supervised_loop.fit(stage_run, config, model, rows, held_out, objective)
@@ -110,6 +111,13 @@ def _of_experts(measured: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _size(row: LanguageRow) -> int:
     return len(row.ids)
+
+
+def _sequences(row: LanguageRow) -> list[tuple[tuple[int, ...], int]]:
+    """The row, or each of its packed examples: none has a prompt that another one shares."""
+    if row.segments is None:
+        return [((), len(row.ids))]
+    return [((), len(list(own))) for _, own in itertools.groupby(row.segments)]
 
 
 @cast_cache()

@@ -266,12 +266,14 @@ def _objective(setup: PreferenceSetup) -> supervised_loop.Objective[Any]:
             evaluate=lambda rows: evaluate_unpaired(setup, rows),
             named=_unpaired_metrics,
             begin=step.begin,
+            sequences=preference_rows.sequences,
         )
     return supervised_loop.Objective(
         loss=lambda part, denominator: loss(setup, part, denominator),
         weight=lambda pair: 1,
         size=preference_rows.size,
         evaluate=lambda pairs: evaluate(setup, pairs),
+        sequences=preference_rows.sequences,
     )
 
 

@@ -19,7 +19,7 @@ from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
 from keel.algorithms.masked import masked_sum
 from keel.config import DPOConfig
-from keel.data.batches import by_length, length_mask, pad, rows_of_step
+from keel.data.batches import by_length, length_mask, pad, rows_of_step, useful_pairs, useful_tokens
 from keel.data.stored.records import Rows, numbers_of, picked
 from keel.data.stored.tokens import Tokens
 from keel.distributed import group
@@ -33,6 +33,8 @@ from keel.models.logprobs import (
     scatter_to_mask,
     token_logprobs,
 )
+from keel.models.phase_cost import forward_cost
+from keel.models.precision import compute_dtype
 from keel.rundir.checkpoint import write_json
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
@@ -326,7 +328,9 @@ def reference_logps(
             model = policy if other is None else causal_lm(other, language.model_seed(stage_run))
             cast("torch.nn.Module", model).to(stage_run.device).eval()
         stage_run.say(f"{stage_run.name}: the reference reads {len(responses):,} responses")
-        found = scores(model, responses, pad_id, stage_run.device, **forward_rows(config))
+        with stage_run.timed("reference"), batch_layout.counting() as read:
+            found = scores(model, responses, pad_id, stage_run.device, **forward_rows(config))
+        _count_reference(stage_run, model, responses, read)
         if not all(map(math.isfinite, found)):
             raise KeelError(
                 f"{stage_run.name}: the reference's log-probability of a response is not finite; look at its "
@@ -339,6 +343,17 @@ def reference_logps(
         gc.collect()
         group.only_first(lambda: write_json(path, in_order.tolist()))
     return reference
+
+
+def _count_reference(
+    stage_run: StageRun, model: PreTrainedModel, responses: Sequence[Response], read: batch_layout.Counted
+) -> None:
+    """What the reference's reading takes at least, and this rank's part of it: it stands beside the first
+    step in times.jsonl."""
+    rows = [one for response in responses for one in sequences(response)]
+    useful, pairs = useful_tokens(rows) // group.size(), useful_pairs(rows) // group.size()
+    stage_run.costs["reference"] = forward_cost(model, compute_dtype(model, stage_run.device))
+    stage_run.count("reference", min(useful, read()), read(), passes=read.passes, pairs=pairs)
 
 
 def forget_reference(stage_run: StageRun) -> None:
@@ -381,6 +396,16 @@ def size(row: Response | Pair | Example) -> int:
         case Example():
             return size(row.response)
     return len(row.prompt) + len(row.ids)
+
+
+def sequences(row: Response | Pair | Example) -> list[tuple[tuple[int, ...], int]]:
+    """Each response of a row: its prompt, and its length with it."""
+    match row:
+        case Pair():
+            return [*sequences(row.chosen), *sequences(row.rejected)]
+        case Example():
+            return sequences(row.response)
+    return [(row.prompt, size(row))]
 
 
 def logps(model: PreTrainedModel, responses: Sequence[Response], pad_id: int, device: torch.device) -> Tensor:

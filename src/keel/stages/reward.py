@@ -241,6 +241,7 @@ def _fit(
         size=_size,
         evaluate=lambda pairs: evaluate(reward, pairs, config)[0],
         named=_named,
+        sequences=_sequences,
     )
     supervised_loop.fit(stage_run, config, reward.model, pairs, held_out, objective)
     return evaluate(reward, held_out, config)[1] if held_out else {}
@@ -249,6 +250,14 @@ def _fit(
 def _size(pair: RewardPair) -> int:
     """Tokens of both sides, with the padding."""
     return 2 * max(len(side["input_ids"]) for side in (pair.chosen, pair.rejected))
+
+
+def _sequences(pair: RewardPair) -> list[tuple[tuple[int, ...], int]]:
+    """Both sides with what they begin with. One token more each: the score is read at the last one."""
+    sides = [side["input_ids"] for side in (pair.chosen, pair.rejected)]
+    differ = (i for i, tokens in enumerate(zip(*sides)) if tokens[0] != tokens[1])
+    common = tuple(sides[0][: next(differ, min(map(len, sides)))])
+    return [(common, len(side) + 1) for side in sides]
 
 
 def loss(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from keel.config.sampler import SamplerConfig
+from keel.config.sampler import AT_ONCE, SamplerConfig
 from keel.distributed import engine_place, group, sharded
 from keel.errors import UsageError
 from keel.models.precision import compute_dtype
@@ -124,7 +124,8 @@ def _open_server(
             address=settings.address, key=key_of(settings), key_named=settings.api_key_env is not None,
             environment=settings.environment, devices=settings.devices, dtype=dtype,
             group=engine_place.reserved() if settings.placeable else None,
-            args=tuple(settings.args), whole=settings.push == "whole", concurrency=settings.concurrency,
+            args=tuple(settings.args), whole=settings.push == "whole",
+            concurrency=settings.concurrency or AT_ONCE["vllm"],
             timeout=settings.timeout, patience=settings.patience, restarts=settings.restarts,
             sleep=settings.sleep, trust_remote_code=trust_remote_code,
         ),

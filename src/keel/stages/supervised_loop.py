@@ -14,7 +14,7 @@ from keel import accel
 from keel.accel import batch_layout
 from keel.accel.cpu_linear import cast_cache
 from keel.config import Supervised
-from keel.data.batches import rows_of_step
+from keel.data.batches import rows_of_step, useful_pairs
 from keel.distributed import gradients, group, sharded
 from keel.models import optim
 from keel.models.load import count_parameters, score_head
@@ -63,6 +63,8 @@ class Objective(Generic[RowT]):
     named: Callable[[dict[str, float]], dict[str, float]] = dict
     # gets all rows of a step, before the first micro-batch
     begin: Callable[[Sequence[RowT]], None] | None = None
+    # what a row's tokens attend within, as `useful_pairs` takes it; None: attention is no part of the floor
+    sequences: Callable[[RowT], Sequence[tuple[tuple[int, ...], int]]] | None = None
 
 
 class Stream(Generic[RowT]):
@@ -155,7 +157,7 @@ def _opened(stage_run: StageRun, config: Supervised, model: PreTrainedModel) -> 
     among_ranks(model)
     dtype = compute_dtype(model, stage_run.device)
     stage_run.computes_in = str(dtype).removeprefix("torch.")
-    stage_run.costs = {
+    stage_run.costs |= {
         "train": train_cost(model, dtype, adapters=config.lora is not None),
         "optimizer": optimizer_cost(list(model.parameters())),
     }
@@ -231,7 +233,10 @@ def _gradient(
             add_metrics(sums, {"loss": value.detach(), **measured})
         for part in share.borrowed:
             optim.backward(0.0 * objective.loss(part, denominator)[0])
-    sizes = [objective.size(row) for part in share.parts for row in part]
+    own = [row for part in share.parts for row in part]
+    size, attended = sum(map(objective.size, own)), 0
+    if objective.sequences is not None:
+        attended = useful_pairs([one for row in own for one in objective.sequences(row)])
     # rows that begin alike are read together, and then less is read than they have tokens
-    stage_run.count("train", min(sum(sizes), read()), read(), passes=read.passes)
+    stage_run.count("train", min(size, read()), read(), passes=read.passes, pairs=attended)
     return sums

@@ -260,7 +260,7 @@ function findings(stage) {
 // ------------------------------------------------------------ time
 
 const PHASES = ["--train", "--held-out", "--model-3", "--model-4", "--model-5", "--model-0"];
-const RATES = { tokens_per_second: ["Throughput", "useful tokens a second"], useful: ["Useful tokens", "share of those computed"], mfu: ["Model-FLOP utilisation", "share of the machine’s speed"] };
+const RATES = { tokens_per_second: ["Throughput", "useful tokens a second"], useful: ["Useful tokens", "share of those computed"], mfu: ["Model-FLOP utilisation", "share of the machine’s speed"], roofline: ["Roofline", "share of the time that the machine needs at least"] };
 
 function times() {
   const all = [...curves.times.curves.keys()];
