@@ -100,7 +100,7 @@ class Ahead:
         if self.drawn is None or self.update <= done:
             return {}, {}
         dealt = rollout.deal_out(self.setup, self.prompts_of(self.update))
-        parts = group.gathered((dealt.rows, list(self.drawn.completions)))
+        parts = group.gathered_late((dealt.rows, list(self.drawn.completions)))
         rows = dict(pair for numbers, found in parts for pair in zip(numbers, found, strict=True))
         found = [rows[number] for number in sorted(rows)]
         tensors = {

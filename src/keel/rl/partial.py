@@ -147,7 +147,7 @@ class Partial:
             again = sum(map(len, {c.prompt_ids for (*_, row), c in zip(own, completions) if row.ids}))
             useful = count.useful - again
             setup.run.count("rollout", useful, count.computed, passes=count.passes, pairs=count.pairs)
-        told = group.gathered((dealt.rows, [replace(c, prompt_ids=()) for c in completions]))
+        told = group.gathered_late((dealt.rows, [replace(c, prompt_ids=()) for c in completions]))
         by_number = {n: c for numbers, found in told for n, c in zip(numbers, found, strict=True)}
         return [by_number[number] for number in range(len(going))]
 

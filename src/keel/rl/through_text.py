@@ -159,7 +159,7 @@ def lend(teacher: Any, device: torch.device, parts: int = 0) -> None:
         return
     nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
     with torch.no_grad():
-        for _ in range(max(group.gathered(parts)) - parts):
+        for _ in range(max(group.gathered_late(parts)) - parts):
             head_inputs(teacher, nothing, nothing[0])
 
 
