@@ -532,10 +532,12 @@ def test_the_doctor_tells_of_ranks_that_do_not_meet_and_of_a_port_that_is_taken(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("count", [1, 2])
 def test_ranks_on_one_machine_are_started_again(
-    config: Path, tmp_path: Path, differences: Differences
+    count: int, config: Path, tmp_path: Path, differences: Differences
 ) -> None:
-    command = [sys.executable, "-m", "keel", "run", str(config), "--nproc", "2", "--runs", str(tmp_path)]
+    command = [sys.executable, "-m", "keel", "run", str(config), "--nproc", str(count)]
+    command += ["--runs", str(tmp_path)]
     command += ["--name", "again", "--max-restarts", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -546,6 +548,6 @@ def test_ranks_on_one_machine_are_started_again(
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said[-3000:]
     assert said.count("keel: starting again") == 1
-    one = keel("run", config, "--nproc", 2, "--runs", tmp_path, "--name", "one")
+    one = keel("run", config, "--nproc", count, "--runs", tmp_path, "--name", "one")
     assert one.returncode == 0
     assert differences(tmp_path / "one", tmp_path / "again") == ["config.yaml"]

@@ -60,7 +60,7 @@ def test_a_server_that_stays_behind_is_found_once_the_weights_have_moved_visibly
 ) -> None:
     """At once where rounding is small; in 16 bit with the updates, far below the gap that alone is an error.
     last: of the pushes that were loaded."""
-    check, older, found = PushCheck(), None, None
+    check, older, found = PushCheck(), logps(policy), None
     for number in updates(policy, 200, 5e-5):
         if number <= last:
             served, older = logps(copy.deepcopy(policy).to(dtype)), logps(policy)
