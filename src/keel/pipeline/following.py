@@ -29,7 +29,7 @@ from keel.pipeline.device import cores, deterministic
 from keel.pipeline.preflight import Judged, Sources
 from keel.pipeline.stage_graph import accel_switched
 from keel.pipeline.stage_kinds import OWN_KINDS, kind_of, resolve
-from keel.rundir.stage_run import RESPONSES_CUT, StageRun
+from keel.rundir.stage_run import StageRun
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -150,9 +150,9 @@ def _of_offload() -> str:
 
 def _share_facts(run: StageRun) -> None:
     """Have the first rank, which writes the record, know what others met in their part of the rows."""
-    found = group.gathered((run.facts.get("notes", []), run.facts.get(RESPONSES_CUT, 0)))
+    found = group.gathered((run.facts.get("notes", []), run.facts.get("responses_cut_for_reward", 0)))
     if cut := sum(number for _, number in found):
-        run.facts[RESPONSES_CUT] = cut
+        run.facts["responses_cut_for_reward"] = cut
     for notes, _ in found:
         for text in notes if group.is_first() else ():
             run.note(text)

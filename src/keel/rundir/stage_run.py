@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "times.jsonl")
 PRECISION = "computes_in"  # a checkpoint's value
-RESPONSES_CUT = "responses_cut_for_reward"  # a fact: how often a response was not read to its end
 Progress = Callable[[str, int, int, Mapping[str, float]], None]  # stage, step, steps, metrics
 
 

@@ -46,7 +46,7 @@ from keel.rewards.rules import OWN_LENGTHS
 from keel.rewards.similarity import Similarity
 from keel.rewards.trainer import TrainingState
 from keel.rollout.engine import text_of
-from keel.rundir.stage_run import RESPONSES_CUT, StageRun
+from keel.rundir.stage_run import StageRun
 from keel.stages import judges
 from keel.types import Completion, Conversation, Prompt
 
@@ -344,12 +344,13 @@ def _ensemble(
             if said := learned.other_form(model, conversational):
                 stage_run.note(f"the reward model {one.term.model} {said}")
         rows, cut = _rows(model, ids, batch)
-        if cut and not stage_run.facts.get(RESPONSES_CUT):
+        earlier = stage_run.facts.get("responses_cut_for_reward", 0)
+        if cut and not earlier:
             stage_run.say(
                 f"{stage_run.name}: responses longer than the reward model reads are scored by their start"
             )
         if cut:
-            stage_run.facts[RESPONSES_CUT] = stage_run.facts.get(RESPONSES_CUT, 0) + cut
+            stage_run.facts["responses_cut_for_reward"] = earlier + cut
         with on_device(model.model):
             prompts = [tuple(ids) for ids in batch.prompt_ids]
             return learned.score(model, rows, batch_size=batch_size, together=prompts)
