@@ -25,6 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from keel.accel.kv_slots import Slots
 from keel.accel.patches import difference, enabled, refuse, tried
 
+_products: Any = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
+_sums: Any = torch.ops.aten._embedding_bag_forward_only.default
 LEAST = 16  # rows
 MOST = 256  # columns
 
@@ -49,17 +51,13 @@ class Spans:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """(n, H, D) queries, a layer's keys and values → (n, H · D)."""
-        ops: Any = torch.ops.aten
-        flat, width = (q * scale).flatten(0, 1), q.shape[-1]
-        scores = ops._embedding_bag_per_sample_weights_backward(
-            flat, keys.view(-1, width), self._tokens, self._offsets, self._query, 0
-        )
-        square = self._scores.index_copy_(0, self._places, scores).view(len(flat), self._width)
-        weights = square.softmax(dim=-1).flatten()[self._places]
-        summed = ops._embedding_bag_forward_only(
-            values.view(-1, width), self._tokens, self._offsets, False, 0, False, weights
-        )
-        return summed[0].view(len(q), -1)
+        width = q.shape[-1]
+        flat = (q if scale == 1 else q * scale).reshape(-1, width)
+        scores = _products(flat, keys.view(-1, width), self._tokens, self._offsets, self._query, 0)
+        square = self._scores.index_copy_(0, self._places, scores).view(-1, self._width)
+        weights = square.softmax(dim=-1).view(-1).index_select(0, self._places)
+        summed, *_ = _sums(values.view(-1, width), self._tokens, self._offsets, False, 0, False, weights)
+        return summed.view(len(q), -1)
 
 
 def spans_of(slots: Slots, heads: int) -> Spans | None:
