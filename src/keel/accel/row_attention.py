@@ -25,8 +25,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from keel.accel.kv_slots import Slots
 from keel.accel.patches import difference, enabled, refuse, tried
 
-_products: Any = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
-_sums: Any = torch.ops.aten._embedding_bag_forward_only.default
 LEAST = 16  # rows
 MOST = 256  # columns
 
@@ -51,12 +49,14 @@ class Spans:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """(n, H, D) queries, a layer's keys and values → (n, H · D)."""
-        width = q.shape[-1]
+        ops: Any = torch.ops.aten  # looked for here, so that a torch without them fails the trial alone
+        products = ops._embedding_bag_per_sample_weights_backward.default
+        sums, width = ops._embedding_bag_forward_only.default, q.shape[-1]
         flat = (q if scale == 1 else q * scale).reshape(-1, width)
-        scores = _products(flat, keys.view(-1, width), self._tokens, self._offsets, self._query, 0)
+        scores = products(flat, keys.view(-1, width), self._tokens, self._offsets, self._query, 0)
         square = self._scores.index_copy_(0, self._places, scores).view(-1, self._width)
         weights = square.softmax(dim=-1).view(-1).index_select(0, self._places)
-        summed, *_ = _sums(values.view(-1, width), self._tokens, self._offsets, False, 0, False, weights)
+        summed, *_ = sums(values.view(-1, width), self._tokens, self._offsets, False, 0, False, weights)
         return summed.view(len(q), -1)
 
 
