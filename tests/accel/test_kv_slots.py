@@ -14,15 +14,15 @@ from keel.accel.kv_slots import Slots
 HEADS, WIDTH = 2, 4
 
 
-def prompt_cache(names: list[int], lengths: list[int]) -> DynamicCache:
-    """Prompts padded on the left; a key is its row's name and its token's number."""
+def prompt_cache(names: list[int], lengths: list[int], wider: int = 0) -> DynamicCache:
+    """Prompts padded on the left; a key is its row's name and its token's number. Values are `wider`."""
     cache, most = DynamicCache(), max(lengths)
     keys = torch.full((len(names), HEADS, most, WIDTH), -1.0)
     for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
         keys[row, :, most - length :, 0] = name
         keys[row, :, most - length :, 1] = torch.arange(float(length))
     for layer in range(2):
-        cache.update(keys, -keys, layer)
+        cache.update(keys, -torch.nn.functional.pad(keys, (0, wider)), layer)
     return cache
 
 
@@ -46,7 +46,7 @@ def check(slots: Slots, names: list[int], made: list[int]) -> None:
                 assert own[:, 1].tolist() == list(range(count))
 
 
-def stream(slots: Slots, lengths: list[int], seed: int) -> tuple[int, int]:
+def stream(slots: Slots, lengths: list[int], seed: int, wider: int = 0) -> tuple[int, int]:
     """Rows that take so many steps; the columns that are read, and those that are needed."""
     draw = random.Random(seed)
     waiting, names, made, ends = list(enumerate(lengths)), list[int](), list[int](), list[int]()
@@ -56,7 +56,7 @@ def stream(slots: Slots, lengths: list[int], seed: int) -> tuple[int, int]:
         if waiting and (not names or free >= max(1, slots.capacity // 8)):
             fresh, waiting = waiting[:free], waiting[free:]
             sizes = [draw.randrange(1, 5) for _ in fresh]
-            slots.admit(prompt_cache([name for name, _ in fresh], sizes), sizes, range(len(fresh)))
+            slots.admit(prompt_cache([name for name, _ in fresh], sizes, wider), sizes, range(len(fresh)))
             names += [name for name, _ in fresh]
             made += sizes
             ends += [size + length for size, (_, length) in zip(sizes, fresh, strict=True)]
@@ -78,15 +78,19 @@ def stream(slots: Slots, lengths: list[int], seed: int) -> tuple[int, int]:
     return read, needed
 
 
+@pytest.mark.parametrize("wider", [0, 3])  # all layers' keys and values in one tensor, or not
 @pytest.mark.parametrize(("group", "far", "slots"), [(1, 1, 5), (2, 3, 7), (4, 64, 8)])
 def test_rows_keep_their_own_keys_and_values_wherever_they_are_moved(
-    monkeypatch: pytest.MonkeyPatch, group: int, far: int, slots: int
+    monkeypatch: pytest.MonkeyPatch, group: int, far: int, slots: int, wider: int
 ) -> None:
     monkeypatch.setattr(kv_slots, "GROUP", group)
     monkeypatch.setattr(kv_slots, "FAR", far)
     draw = random.Random(group)
     lengths = [draw.randrange(1, 30) for _ in range(25)]
-    stream(Slots(slots, 36, torch.device("cpu")), lengths, seed=far)
+    held = Slots(slots, 36, torch.device("cpu"))
+    stream(held, lengths, seed=far, wider=wider)
+    memory = {side.untyped_storage().data_ptr() for layer in held.layers for side in (layer.k, layer.v)}
+    assert len(memory) == (4 if wider else 1)
 
 
 def test_rows_of_different_age_are_not_read_from_the_oldest_ones_first_column(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
-from keel.accel import decode_step, packed_layers, patches, row_attention
+from keel.accel import cpu_products, decode_step, packed_layers, patches, row_attention
 from keel.accel.decode_step import Step, by_itself, fits
 from keel.accel.decode_trial import decoded_otherwise
 from keel.accel.kv_slots import Slots
@@ -40,12 +41,13 @@ def model_of(kind: str, groups: int) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("held", ["laid out", "its own"])
+@pytest.mark.parametrize("held", ["by oneDNN", "by columns", "its own"])
 @pytest.mark.parametrize("spans", [True, False])
 @pytest.mark.parametrize(("kind", "groups"), [("llama", 4), ("llama", 2), ("qwen2", 4), ("qwen3", 4)])
 def test_steps_and_prompts_are_the_models_own(
     kind: str, groups: int, spans: bool, held: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packed_layers, "prefers_columns", lambda: held == "by columns")
     if held == "its own":
         monkeypatch.setattr(packed_layers, "laid_out", lambda model: (False, False))
     monkeypatch.setattr(row_attention, "LEAST", 1 if spans else 10**6)
@@ -60,6 +62,28 @@ def test_steps_and_prompts_are_the_models_own(
         assert layers.has_head
     assert all((found is not None) == (spans and groups == 4) for found in taken)
     assert taken
+
+
+def test_columns_are_laid_out_where_mkl_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On AMD's processors with AVX2 alone: Wᵀ, with a norm's weights in it and queries scaled; rows are not
+    filled up."""
+    model = model_of("llama", 4)
+    monkeypatch.setattr(cpu_products, "_is_slow_at_once", lambda: True)
+    own, norm = model.model.layers[0].self_attn, model.model.layers[0].input_layernorm
+    with torch.no_grad():
+        layers = Step(model, 16).whole
+        assert layers is not None
+        (columns, _), *_ = layers.layers[0].qkv._parts
+        factor = norm.weight * math.sqrt(len(norm.weight))
+        expected = torch.cat([own.q_proj.weight * own.scaling, own.k_proj.weight, own.v_proj.weight])
+        torch.testing.assert_close(columns, (expected * factor).t())
+        assert layers._size(5) == 5
+        with patches.disabled("column_products"):
+            filled = Step(model, 16).whole
+    assert filled is not None
+    assert filled._size(5) == 8
+    monkeypatch.setattr(cpu_products, "_is_slow_at_once", lambda: False)
+    assert not cpu_products.prefers_columns()
 
 
 def test_what_prompts_keep_holds_nothing_else() -> None:

@@ -255,6 +255,7 @@ def test_ranks_share_a_round_and_know_all_of_it(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(rollout, "completed", completed)
     monkeypatch.setattr(partial.group, "_group", Group(1, 2))
+    monkeypatch.setattr(partial.group, "all_here", lambda: None)
     monkeypatch.setattr(partial.group, "gathered", gathered)
     setup: Any = SimpleNamespace(
         config=config, tokenizer=tokenizer, engine=None, rewards=None, roles=SimpleNamespace(policy=None),

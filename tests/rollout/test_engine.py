@@ -617,3 +617,22 @@ def test_tokens_by_blocks_are_those_of_the_whole_cumulative_sum(
     assert tokens[there].tolist() == their_tokens[there].tolist()
     torch.testing.assert_close(logp[there], their_logp[there])
     assert inside.gather(1, tokens[:, None])[there].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_p=0.6), Sampling(top_p=0.9, top_k=12), Sampling(top_p=0.2)]
+)
+def test_a_nucleus_is_that_of_all_tokens_ranked(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose nucleus is among the few that are ranked first, and rows whose is not."""
+    monkeypatch.setattr(sampling_module, "LEAST", 1)
+    monkeypatch.setattr(sampling_module, "RANKED", 20)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.linspace(0.1, 6, 24)[:, None] * torch.randn(24, 300, generator=generator)
+    logits[3, 1:] = float("-inf")
+    sorts, sort = list[int](), torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda x, **how: sorts.append(len(x)) or sort(x, **how))
+    ours = sampling_module._cut(logits, sampling)
+    assert [0 < rows < 24 for rows in sorts] == ([] if sampling.top_k else [True])
+    with patches.disabled("token_blocks"):
+        theirs = sampling_module._cut(logits, sampling)
+    assert ours.tolist() == theirs.tolist()

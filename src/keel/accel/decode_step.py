@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 from transformers.activations import SiLUActivation
 
 from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
+from keel.accel.cpu_products import prefers_columns
 from keel.accel.decode_trial import COLUMNS, decoded_otherwise, precision_of
 from keel.accel.decode_trial import Step as AnyStep
 from keel.accel.kv_slots import Slots
@@ -190,7 +191,7 @@ def fits(model: nn.Module) -> bool:
 
 def _tried_as(plain: nn.Module) -> tuple[object, ...]:
     """What a trial of the step and of the reading depends on."""
-    return *precision_of(plain), *laid_out(plain)
+    return *precision_of(plain), *laid_out(plain), prefers_columns()
 
 
 def by_itself(model: nn.Module, columns: int) -> Step | None:

@@ -47,6 +47,7 @@ class Slots:
         self._blocks: list[tuple[slice, int]] | None = None  # not looked at yet
         self._moved = 0  # columns by which everything was moved to the left
         self.layers: list[_Layer] = []
+        self._held: list[Tensor] = []  # what they keep, (any number, slots, heads, columns, D) each
         self.lent: Sequence[tuple[Tensor, Tensor]] = ()  # each layer's k, v, at least as large as needed
         self.cache = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
 
@@ -114,8 +115,10 @@ class Slots:
         """As `admit`, of each layer's keys and values, (prompts, heads, max(lengths), d)."""
         width = max(lengths)
         if not self.layers:
-            lent = self.lent or [self._room(*sides) for sides in kept]
+            lent = self.lent or self._room(kept)
             self.layers.extend(_Layer(self, k, v) for k, v in lent)
+            if self.lent:
+                self._held = [side[None] for sides in lent for side in sides]
         if self.column < width:
             self._move(width)
         first, end = len(self), len(self) + len(source)
@@ -153,15 +156,14 @@ class Slots:
         pairs = list(zip(gaps.tolist(), moved.tolist(), strict=True)) if self._sorts else []
         if pairs and not {place for place, _ in pairs} & {row for _, row in pairs}:
             starts = self.starts.tolist()
-            for layer in self.layers:
-                for held in (layer.k, layer.v):
-                    for place, row in pairs:
-                        held[place, :, starts[row] : self.column] = held[row, :, starts[row] : self.column]
+            for held in self._held:
+                for place, row in pairs:
+                    own = slice(starts[row], self.column)
+                    held[:, place, :, own] = held[:, row, :, own]
             return
         low = int(self.starts[moved].min()) if self._sorts else self.low
-        for layer in self.layers:
-            for held in (layer.k, layer.v):
-                held[gaps, :, low : self.column] = held[moved, :, low : self.column]
+        for held in self._held:
+            held[:, gaps, :, low : self.column] = held[:, moved, :, low : self.column]
 
     def _in_order(self, going: Tensor, left: int) -> Tensor | None:
         """(m,) as `keep` returns it; None where all that go on came at about the same time."""
@@ -198,25 +200,36 @@ class Slots:
         """Move everything to the left, so that nothing is before the first column in use."""
         self._move(self.column - self.low)
 
-    def _room(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """For all slots, like a layer's keys and values of prompts. Zeros: rows read columns that none of
-        them has written (they came later, or another had the slot), and what is masked counts as nothing only
-        where it is finite."""
+    def _room(self, kept: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """For all slots, like each layer's keys and values of prompts; side by side where all are alike, so
+        that a row is moved at once. Zeros: rows read columns that none of them has written (they came later,
+        or another had the slot), and what is masked counts as nothing only where it is finite."""
         # rotations may leave keys in float32 where values are in half precision: that is not kept
-        dtype = self.dtype or values.dtype
-        return tuple(
-            held.new_zeros(self.capacity, held.shape[1], self.columns, held.shape[3], dtype=dtype)
-            for held in (keys, values)
-        )  # pyright: ignore[reportReturnType]
+        kinds = [
+            (side.shape[1], side.shape[3], self.dtype or values.dtype)
+            for keys, values in kept
+            for side in (keys, values)
+        ]
+        alike = len(set(kinds)) == 1
+        counts = [(len(kinds), kinds[0])] if alike else [(1, kind) for kind in kinds]
+        self._held = [
+            kept[0][0].new_zeros(count, self.capacity, heads, self.columns, width, dtype=dtype)
+            for count, (heads, width, dtype) in counts
+        ]
+        sides = [side for held in self._held for side in held]
+        return [*zip(sides[::2], sides[1::2], strict=True)]
 
     def _move(self, column: int) -> None:
         """Shift the columns in use so that `column` is the next one to be written: some rows at a time, as
-        the old and the new place overlap."""
-        by = column - self.column
-        for layer in self.layers:
-            for held in (layer.k, layer.v):
-                for rows in held[: len(self)].split(GROUP):
-                    rows[:, :, self.low + by : column] = rows[:, :, self.low : self.column].clone()
+        the old and the new place overlap; on the CPU each row's own columns alone."""
+        by, n = column - self.column, len(self)
+        parts = [(first, min(first + GROUP, n), self.low) for first in range(0, n, GROUP)]
+        if self._sorts:
+            parts = [(row, row + 1, start) for row, start in enumerate(self.starts.tolist())]
+        for held in self._held:
+            for first, end, low in parts:
+                own = held[:, first:end, :, low : self.column].clone()
+                held[:, first:end, :, low + by : column] = own
         self.column = column
         self._moved -= by
         self._set(self.starts + by)

@@ -5,8 +5,12 @@ Matrices are laid out once a call of the engine, as oneDNN wants them; without i
 out anew, which for 64 rows takes as long as the product. Queries, keys and values are one product. A norm's
 weights are multiplied into the matrices behind it, so that what is left of the norm is a division of each row
 by √(|x|² + d·eps), and silu, the product of the gated halves and the sums with the residual stream are taken
-by oneDNN where it writes a product's result. Of the last layer of prompts only the last position goes on
-behind its keys and values, as only that makes logits.
+by oneDNN where it writes a product's result. Queries come scaled. Of the last layer of prompts only the last
+position goes on behind its keys and values, as only that makes logits.
+
+On AMD's processors with AVX2 alone a call of oneDNN's takes some 40 µs besides the product, and its products
+of many rows are slower than MKL's: there Wᵀ is laid out instead, row by row, and MKL multiplies. Rows are not
+filled up to a size then.
 
 What it costs: as much memory as the weights, as long as a call takes. So larger matrices than 256 MiB stay as
 the model has them (`laid_out`), and are multiplied with as `cpu_products` does. The numbers are the model's
@@ -24,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
-from keel.accel.cpu_linear import PACKED_AT_MOST, USUAL, packs, sized
-from keel.accel.cpu_products import product
+from keel.accel.cpu_linear import PACKED_AT_MOST, PACKS_FLOAT32, USUAL, packs, sized
+from keel.accel.cpu_products import prefers_columns, product
 from keel.accel.decode_trial import SEQUENCES, STEPS, own_logits, prompts_read
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import undisturbed
@@ -35,24 +39,42 @@ from keel.accel.row_attention import Look
 KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer: (B, groups, S, D)
 
 
+_reorder: Any = torch.ops.mkldnn._reorder_linear_weight if PACKS_FLOAT32 else None
+_onednn: Any = torch.ops.mkldnn._linear_pointwise.default if PACKS_FLOAT32 else None
+_onednn_with: Any = torch.ops.mkldnn._linear_pointwise.binary if PACKS_FLOAT32 else None
+
+
 class Matrix:
     """x Wᵀ + b with W (n, k). factor: (k,) that x is multiplied by before."""
 
-    def __init__(self, layers: Sequence[Any], factor: Tensor | None = None, *, laid_out: bool = True) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        factor: Tensor | None = None,
+        *,
+        laid_out: bool = True,
+        scales: Sequence[float] = (),
+    ) -> None:
         """layers: linear layers with one input, whose results stand side by side. laid_out: W once more, as
-        oneDNN wants it, with the factor in it; else the layers' own weights are read."""
+        oneDNN wants it, or Wᵀ where MKL is faster, with the factor in it; else the layers' own weights are
+        read. scales: by which the results of the first layers are multiplied, if they are laid out."""
         weights = [layer.weight.detach() for layer in layers]
         biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
-        self._factor = None if laid_out else factor
+        for i, scale in enumerate(scales if laid_out else ()):
+            bias = biases[i]
+            weights[i], biases[i] = weights[i] * scale, None if bias is None else bias * scale
+        self._factor, turned = None if laid_out else factor, False
         if laid_out:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             weight = weight if factor is None else weight * factor
             if any(bias is not None for bias in biases):
                 zeros = zip(biases, weights, strict=True)
                 biases = [torch.cat([torch.zeros(len(w)) if b is None else b for b, w in zeros])]
-            weights, biases = [torch.ops.mkldnn._reorder_linear_weight(weight, USUAL)], biases[:1]
+            turned = prefers_columns()
+            weight = weight.t().contiguous() if turned else _reorder(weight, USUAL)
+            weights, biases = [weight], biases[:1]
         self._parts = [*zip(weights, biases, strict=True)]
-        self._laid_out = laid_out
+        self._by_onednn, self._turned = laid_out and not turned, turned
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:
         """(M, k) → (M, n). then: "swish" is silu."""
@@ -61,19 +83,26 @@ class Matrix:
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
-        if self._laid_out:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
-        found = product(x, weight, bias)
+        if self._by_onednn:
+            return _onednn(x, weight, bias, then, [], "")
+        found = self._mkl(x, weight, bias)
         return silu(found, inplace=True) if then == "swish" else found
 
     def with_other(self, x: Tensor, other: Tensor, how: str) -> Tensor:
         """(M, k) → (M, n), times or plus another (M, n): "mul", "add"."""
         (weight, bias), *_ = self._parts
         x = x if self._factor is None else x * self._factor
-        if self._laid_out:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, how)
-        found = product(x, weight, bias)
+        if self._by_onednn:
+            return _onednn_with(x, other, weight, bias, how)
+        if self._turned and how == "add" and bias is None:
+            return torch.addmm(other, x, weight)
+        found = self._mkl(x, weight, bias)
         return found.mul_(other) if how == "mul" else found.add_(other)
+
+    def _mkl(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._turned:
+            return product(x, weight, bias)
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 class Layer(NamedTuple):
@@ -87,23 +116,25 @@ class Layer(NamedTuple):
     before: Tensor  # () √(d · eps) of the norm before attention
     between: Tensor  # and of the one before the gated part
     heads: tuple[Tensor, Tensor] | None  # of norms of queries and keys: (H + G, D) weights, and √(D · eps)
-    scaling: float
+    scaling: float  # of scores; 1 where queries come scaled
 
     @classmethod
     def of(cls, layer: Any, queries: int, groups: int, *, laid_out: bool = True) -> Layer:
         own, mlp = layer.self_attn, layer.mlp
         first, second = layer.input_layernorm, layer.post_attention_layernorm
-        heads = None
-        if hasattr(own, "q_norm"):
-            norms = own.q_norm, own.k_norm
-            sides = (_factor(norm).expand(count, -1) for norm, count in zip(norms, (queries, groups)))
-            heads = torch.cat([*sides]), _least(own.q_norm)
+        heads, scales, scaling = None, (own.scaling,), 1.0 if laid_out else own.scaling
+        if hasattr(own, "q_norm"):  # which takes a scale away again that comes before it
+            sides = _factor(own.q_norm) * own.scaling, _factor(own.k_norm)
+            heads = torch.cat([side.expand(n, -1) for side, n in zip(sides, (queries, groups))])
+            heads, scales, scaling = (heads, _least(own.q_norm)), (), 1.0
+        read = [own.q_proj, own.k_proj, own.v_proj]
         parts = (
-            ([own.q_proj, own.k_proj, own.v_proj], _factor(first)), ([own.o_proj], None),
-            ([mlp.gate_proj], _factor(second)), ([mlp.up_proj], _factor(second)), ([mlp.down_proj], None),
+            ([own.o_proj], None), ([mlp.gate_proj], _factor(second)), ([mlp.up_proj], _factor(second)),
+            ([mlp.down_proj], None),
         )  # fmt: skip
-        read, out, gate, up, down = (Matrix(*part, laid_out=laid_out) for part in parts)
-        return cls(read, out, gate, up, down, _least(first), _least(second), heads, own.scaling)
+        qkv = Matrix(read, _factor(first), laid_out=laid_out, scales=scales)
+        out, gate, up, down = (Matrix(*part, laid_out=laid_out) for part in parts)
+        return cls(qkv, out, gate, up, down, _least(first), _least(second), heads, scaling)
 
     def behind(self, x: Tensor, attended: Tensor) -> Tensor:
         """(M, d) residual stream and (M, H · D) what was attended → (M, d), the layer's result."""
@@ -128,9 +159,15 @@ class PackedLayers:
         self._norm, self._head = trunk.norm, model.lm_head
         self._least = _least(trunk.norm)
         self.nbytes = _nbytes(*_parts(model))
+        self._fills_up = not (layers and prefers_columns())
         self._packed_head = None
         if packs_head(model):
             self._packed_head = Matrix([model.lm_head], _factor(trunk.norm), laid_out=head)
+
+    def _size(self, rows: int) -> int:
+        """To how many rows so many are filled up: oneDNN makes a program for each number of them, MKL does
+        not."""
+        return sized(rows) if self._fills_up else rows
 
     @property
     def has_head(self) -> bool:
@@ -152,7 +189,7 @@ class PackedLayers:
     def step(self, ids: Tensor, slots: Slots, seen: list[Tensor] | None = None) -> Tensor:
         """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`."""
         n, positions = len(ids), slots.positions
-        size = sized(n)  # rows behind the n fill a size up; nobody reads them
+        size = self._size(n)  # rows behind the n fill a size up; nobody reads them
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (n, 1, D)
         look = Look.of(slots, self.heads)
         x = self.embed(_filled(ids, size))
@@ -167,8 +204,9 @@ class PackedLayers:
 
     def _parts(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """(…, (H + 2 G) · D) → (…, H + G, D) queries and keys, (…, G, D) values."""
-        parts = qkv.unflatten(-1, (self.heads + 2 * self.groups, -1))
-        return parts[..., : self.heads + self.groups, :], parts[..., self.heads + self.groups :, :]
+        parts = qkv.view(*qkv.shape[:-1], self.heads + 2 * self.groups, -1)
+        both, v = parts.split_with_sizes((self.heads + self.groups, self.groups), dim=-2)
+        return both, v
 
     def _rotated(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
         """(M, …, D) queries, or keys, or both, the head number `first` of them first."""
@@ -192,7 +230,7 @@ class PackedLayers:
         if own is not None:  # what stands before a row's own tokens looks at itself, so that it is finite
             before = torch.ones(width, width, dtype=torch.bool).tril()
             mask = own[:, None, None, :] & before | torch.eye(width, dtype=torch.bool)
-        size, kept = sized(count), KeysAndValues()
+        size, kept = self._size(count), KeysAndValues()
         x = self.embed(_filled(ids.flatten(), size))
         for layer in self.layers[:-1]:
             both, v = self._parts(layer.qkv(_normed(x, layer.before))[:count].view(rows, width, -1))
@@ -225,7 +263,7 @@ class PackedLayers:
         k = self._rotated(layer, both[:, :, : self.groups], cos, sin, self.heads).transpose(1, 2)
         v = both[:, :, self.groups :].transpose(1, 2).contiguous()
         kept.append((k, v))
-        last, size = torch.arange(width - 1, rows * width, width), sized(rows)
+        last, size = torch.arange(width - 1, rows * width, width), self._size(rows)
         q = self._parts(layer.qkv(_filled(h[last], size))[:rows])[0][:, : self.heads]
         q = self._rotated(layer, q, cos[:, -1], sin[:, -1])[:, :, None]
         seen = None if mask is None else mask[:, :, -1:]

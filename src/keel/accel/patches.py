@@ -88,6 +88,13 @@ PATCHES: Mapping[str, Patch] = {
             "MKL takes no longer at once than in parts there",
         ),
         Patch(
+            "column_products",
+            "keel.accel.cpu_products",
+            "oneDNN's products in decode steps and prompts in float32: by MKL, on AMD with AVX2 alone",
+            "with `decode_step` and `prompt_reading`",
+            "a call of oneDNN's takes no longer than one of MKL's there",
+        ),
+        Patch(
             "norm_and_rope",
             "keel.accel.norm_and_rope",
             "forward of RMS norms, and the rotation inside attention modules, on the CPU in float32",

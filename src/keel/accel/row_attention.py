@@ -49,17 +49,15 @@ class Spans:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """(n, H, D) queries, a layer's keys and values → (n, H · D)."""
-        ops: Any = torch.ops.aten
-        flat, width = (q * scale).flatten(0, 1), q.shape[-1]
-        scores = ops._embedding_bag_per_sample_weights_backward(
-            flat, keys.view(-1, width), self._tokens, self._offsets, self._query, 0
-        )
-        square = self._scores.index_copy_(0, self._places, scores).view(len(flat), self._width)
-        weights = square.softmax(dim=-1).flatten()[self._places]
-        summed = ops._embedding_bag_forward_only(
-            values.view(-1, width), self._tokens, self._offsets, False, 0, False, weights
-        )
-        return summed[0].view(len(q), -1)
+        ops: Any = torch.ops.aten  # looked for here, so that a torch without them fails the trial alone
+        products = ops._embedding_bag_per_sample_weights_backward.default
+        sums, width = ops._embedding_bag_forward_only.default, q.shape[-1]
+        flat = (q if scale == 1 else q * scale).reshape(-1, width)
+        scores = products(flat, keys.view(-1, width), self._tokens, self._offsets, self._query, 0)
+        square = self._scores.index_copy_(0, self._places, scores).view(-1, self._width)
+        weights = square.softmax(dim=-1).view(-1).index_select(0, self._places)
+        summed, *_ = sums(values.view(-1, width), self._tokens, self._offsets, False, 0, False, weights)
+        return summed.view(len(q), -1)
 
 
 def spans_of(slots: Slots, heads: int) -> Spans | None:

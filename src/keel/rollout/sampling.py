@@ -15,8 +15,11 @@ from keel.models.load import context_length
 from keel.rollout.protocol import Rows
 from keel.types import Sampling
 
-BLOCK = 512  # tokens whose probabilities are summed, and one of which blocks is looked into
-LEAST = 2**14  # tokens of a vocabulary from which that pays
+LEAST = 2**14  # tokens of a vocabulary from which it pays to sum blocks of them, and to look into one
+RANKED, LARGE = (
+    512,
+    2**14,
+)  # likeliest tokens that are ranked first, of vocabularies of so many tokens or more
 AT_ONCE = 2**20  # probabilities that are made at a time, so that they stay in the cache
 
 
@@ -80,15 +83,16 @@ def _by_blocks(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     the border of a token may fall on its other side."""
     rows, tokens = max(1, AT_ONCE // logits.shape[-1], torch.get_num_threads()), logits.shape[-1]
     p = torch.empty(min(rows, len(logits)), tokens)
-    blocks, within = -(-tokens // BLOCK), torch.arange(BLOCK)
-    whole = tokens // BLOCK * BLOCK
+    size = 1 << tokens.bit_length() // 2  # of a block: about the root, so that there are as many
+    blocks, within = -(-tokens // size), torch.arange(size)
+    whole = tokens // size * size
     chosen, logp = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
     for first in range(0, len(logits), rows):
         part = slice(first, first + rows)
         n = len(logits[part])
         torch.softmax(logits[part], dim=-1, out=p[:n])
         sums = torch.zeros(n, blocks, dtype=torch.float64)
-        sums[:, : tokens // BLOCK] = p[:n, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
+        sums[:, : tokens // size] = p[:n, :whole].unflatten(1, (-1, size)).sum(dim=-1)
         if whole < tokens:
             sums[:, -1] = p[:n, whole:].sum(dim=-1)
         upto = sums.cumsum(dim=-1)
@@ -97,11 +101,11 @@ def _by_blocks(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         # how far into the block, as a share of it
         mass = sums.gather(-1, block)
         share = ((target - upto.gather(-1, block) + mass) / mass).clamp_(0, 1 - 2**-52)
-        index = block * BLOCK + within
+        index = block * size + within
         inside = p[:n].gather(-1, index.clamp(max=tokens - 1)).masked_fill_(index >= tokens, 0)
         inside = inside.cumsum(dim=-1, dtype=torch.float64)
-        place = torch.searchsorted(inside, share * inside[:, -1:], right=True).clamp_(max=BLOCK - 1)
-        token = (block * BLOCK + place).clamp_(max=tokens - 1)
+        place = torch.searchsorted(inside, share * inside[:, -1:], right=True).clamp_(max=size - 1)
+        token = (block * size + place).clamp_(max=tokens - 1)
         chosen[part], logp[part] = token.squeeze(-1), p[:n].gather(-1, token).squeeze(-1).log_()
     return chosen, logp
 
@@ -113,12 +117,34 @@ def _cut(logits: Tensor, sampling: Sampling) -> Tensor:
         worst = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < worst, float("-inf"))
     if sampling.top_p < 1:
-        ranked, index = logits.sort(dim=-1, descending=True)
-        mass = ranked.softmax(dim=-1)
-        cut = mass.cumsum(dim=-1) - mass >= sampling.top_p
-        logits = torch.empty_like(logits).scatter_(-1, index, ranked.masked_fill(cut, float("-inf")))
+        logits = _nucleus(logits, sampling.top_p)
     if sampling.min_p:
         logp = logits.log_softmax(dim=-1)
         least = logp.amax(dim=-1, keepdim=True) + torch.tensor(sampling.min_p).log()
         logits = logits.masked_fill(logp < least, float("-inf"))
     return logits
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """(B, V) logits with those at −∞ before which likelier tokens have a mass of `top_p`. On a CPU the
+    likeliest of a large vocabulary are ranked first, which takes a small part of the time to sort all; rows
+    of which they do not have that mass are sorted."""
+    whole, on_cpu = logits.shape[-1], logits.device.type == "cpu"
+    if not (on_cpu and whole >= LEAST and enabled("token_blocks")):
+        ranked, index = logits.sort(dim=-1, descending=True)
+        return _upto(logits, ranked, index, ranked.softmax(dim=-1), top_p)[0]
+    ranked, index = logits.topk(RANKED, dim=-1)
+    found, enough = _upto(logits, ranked, index, (ranked - logits.logsumexp(-1, keepdim=True)).exp(), top_p)
+    if not bool(enough.all()):
+        rows = (~enough).nonzero().flatten()
+        ranked, index = logits[rows].sort(dim=-1, descending=True)
+        found[rows] = _upto(logits[rows], ranked, index, ranked.softmax(dim=-1), top_p)[0]
+    return found
+
+
+def _upto(logits: Tensor, ranked: Tensor, index: Tensor, mass: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """As `_nucleus`, of (B, k) tokens `index`, the likeliest first, with their logits and probabilities; and
+    (B,) whether no other token belongs to it."""
+    cut = mass.cumsum(dim=-1) - mass >= top_p
+    kept = torch.full_like(logits, float("-inf"))
+    return kept.scatter_(-1, index, ranked.masked_fill(cut, float("-inf"))), cut[:, -1]

@@ -129,9 +129,8 @@ class Stream:
             chosen, logp = pick(logits, asked.draws[rows, made], asked.sampling)
             last = last_given(asked.seen, source) if asked.seen else None
             self.drawn.put((rows, made), chosen, logp, last)
-            self.newest, self.made = self.newest.clone(), self.made.clone()
-            self.newest[part] = chosen
-            self.made[part] += 1
+            self.newest = torch.cat([self.newest[:-fresh], chosen]) if fresh else chosen
+            self.made = torch.cat([self.made[:-fresh], made + 1]) if fresh else made + 1
             # 3. rows that have ended leave
             self._leave(part)
         return completions_of(asked.prompts, self.drawn, asked.limits) if self.turns is None else []
