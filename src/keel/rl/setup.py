@@ -25,7 +25,7 @@ from keel.models.lora_targets import notes
 from keel.models.machine_speed import speed
 from keel.models.offload import offload
 from keel.models.phase_cost import PhaseCost, decode_cost, forward_cost, optimizer_cost, train_cost
-from keel.models.precision import compute_dtype
+from keel.models.precision import compute_dtype, computing
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import Base, open_base
@@ -285,8 +285,9 @@ def _cutter(base: Base | None) -> Callable[[Any], None]:
         supervised_loop.among_ranks(model, shared)
         # a first forward of all ranks makes torch's streams, without which nobody has it whole again
         # (`sharded.whole_here`)
-        nothing = torch.zeros(1, 1, dtype=torch.long, device=sharded.device_of(model))
-        with torch.no_grad():
+        device = sharded.device_of(model)
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
+        with torch.no_grad(), computing(model, device):
             if model.can_generate():
                 model(input_ids=nothing)
             else:

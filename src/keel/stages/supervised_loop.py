@@ -21,7 +21,7 @@ from keel.models.load import count_parameters, score_head
 from keel.models.logprobs import backbone
 from keel.models.machine_speed import speed
 from keel.models.phase_cost import optimizer_cost, train_cost
-from keel.models.precision import compute_dtype
+from keel.models.precision import autocast_on, compute_dtype
 from keel.models.row_trial import check_rows, take_as_tried
 from keel.rundir.stage_run import StageRun
 from keel.stages.loop_utils import (
@@ -193,7 +193,18 @@ def among_ranks(model: PreTrainedModel, shared: sharded.SharedParts | None = Non
     if head is None and plain.can_generate():
         _check_rows(model)  # while its weights are whole: a trial does without hooks
     # a scorer is never called itself: its trunk and its head are
-    sharded.shard(model, None if head is None else [backbone(model), head], shared)
+    casts = autocast_on(model, sharded.computes_on())
+    group.agree("whether they multiply in bfloat16", casts)
+    sharded.shard(model, None if head is None else [backbone(model), head], shared, casts=casts)
+
+
+def say_units(stage_run: StageRun, model: Any) -> None:
+    """Say where a model that is cut is in one piece while it computes."""
+    if sharded.is_cut(model) and not sharded.layers_of(model):
+        stage_run.note(
+            f"no layers were found in a {type(model).__name__}: each rank has all of its weights whole while "
+            "it computes"
+        )
 
 
 def _check_rows(model: Any) -> None:
