@@ -273,10 +273,11 @@ def whole_here(model: Any) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers, by the names that transformers gives to what must stay in one piece."""
+    """The decoder layers, by the names that transformers gives to what must stay in one piece; of a model
+    that names none the modules of the list with most of the weights."""
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     names = set(getattr(plain, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    found = [module for module in model.modules() if type(module).__name__ in names] or _largest_list(model)
     inside = {id(child) for module in found for child in module.modules() if child is not module}
     uses = _uses(model)
     return [
@@ -284,6 +285,27 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         for module in found
         if id(module) not in inside and all(uses[key] == count for key, count in _uses(module).items())
     ]
+
+
+def _largest_list(model: nn.Module) -> list[nn.Module]:
+    """The modules of one kind in the list that holds most weights, and at least half of the model's; none
+    where there is no such list."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    alike = [children for children in lists if len({type(child) for child in children}) == 1]
+    largest = max(alike, key=lambda children: sum(map(size, children)), default=[])
+    return largest if 2 * sum(map(size, largest)) >= size(model) else []
+
+
+def layers_of(model: Any) -> int:
+    """How many units a cut model has besides what is no layer; 0: it is gathered whole at a time."""
+    from torch.distributed.fsdp import FSDPModule
+
+    roots = {id(root) for root in model.keel_roots}
+    return sum(isinstance(module, FSDPModule) and id(module) not in roots for module in model.modules())
 
 
 def _uses(module: nn.Module) -> Counter[int]:

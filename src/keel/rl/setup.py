@@ -195,6 +195,8 @@ def _told(
     through_text: bool,
 ) -> None:
     """Say how large the models are, what each phase costs at least, and what the machine can do."""
+    for model in (roles.policy, roles.critic):
+        supervised_loop.say_units(run, model)
     dtype = compute_dtype(roles.policy, run.device)
     run.computes_in = str(dtype).removeprefix("torch.")
     run.costs = _costs(config, roles, opened, dtype, through_text=through_text)

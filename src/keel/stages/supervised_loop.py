@@ -153,6 +153,7 @@ def _opened(stage_run: StageRun, config: Supervised, model: PreTrainedModel) -> 
     stage_run.facts["parameters"] = count_parameters(model)
     stage_run.facts["trained_parameters"] = count_parameters(model, trainable=True)
     among_ranks(model)
+    say_units(stage_run, model)
     dtype = compute_dtype(model, stage_run.device)
     stage_run.computes_in = str(dtype).removeprefix("torch.")
     stage_run.costs = {
