@@ -245,8 +245,8 @@ def open_stage(
         seed=seed,
         base=base,
         cut=cut,
-        # adapters are made by each rank, on weights that it has
-        opened=(lambda work: work()) if source.trust_remote_code or config.lora else sharded.opened,
+        # code that a model brings is imported by each rank
+        opened=(lambda work: work()) if source.trust_remote_code else sharded.opened,
         same_vocabulary=not config.imitates,  # a head may have more rows than its tokenizer has tokens
     )
     for scorer in on_base:

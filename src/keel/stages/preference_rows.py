@@ -22,7 +22,7 @@ from keel.config import DPOConfig
 from keel.data.batches import by_length, length_mask, pad, rows_of_step
 from keel.data.stored.records import Rows, numbers_of, picked
 from keel.data.stored.tokens import Tokens
-from keel.distributed import group
+from keel.distributed import group, sharded
 from keel.errors import DataError, KeelError, UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
 from keel.models.logprobs import (
@@ -36,7 +36,7 @@ from keel.models.logprobs import (
 from keel.rundir.checkpoint import write_json
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
-from keel.stages import language, lazy_rows, prepare
+from keel.stages import language, lazy_rows, prepare, supervised_loop
 from keel.stages.lazy_rows import LazyRows
 from keel.stages.loop_utils import forward_rows, total_steps
 from keel.types import PreferenceRecord, Record
@@ -310,7 +310,8 @@ def reference_logps(
     compact: bool = False,
 ) -> Mapping[Response, float]:
     """log π_ref of each response, from the policy before any training or from the `other` model, which is
-    then freed. compact: as a `Reference`, for very many.
+    then freed. Adapters that are on the policy already add nothing yet. compact: as a `Reference`, for very
+    many.
 
     A run that was cut off finds them in its directory, which belongs to these very settings and data.
     """
@@ -323,8 +324,10 @@ def reference_logps(
             reference.update(zip(responses, found, strict=True))
             continue
         if model is None:
-            model = policy if other is None else causal_lm(other, language.model_seed(stage_run))
-            cast("torch.nn.Module", model).to(stage_run.device).eval()
+            model = policy if other is None else _opened(config, stage_run, other)
+            if not sharded.is_cut(model):
+                cast("torch.nn.Module", model).to(stage_run.device)
+            cast("torch.nn.Module", model).eval()
         stage_run.say(f"{stage_run.name}: the reference reads {len(responses):,} responses")
         found = scores(model, responses, pad_id, stage_run.device, **forward_rows(config))
         if not all(map(math.isfinite, found)):
@@ -339,6 +342,14 @@ def reference_logps(
         gc.collect()
         group.only_first(lambda: write_json(path, in_order.tolist()))
     return reference
+
+
+def _opened(config: DPOConfig, stage_run: StageRun, other: ModelSource) -> PreTrainedModel:
+    """Another model as the reference, cut over ranks where the policy is."""
+    model = prepare.opened(lambda: causal_lm(other, language.model_seed(stage_run)), other, config)
+    model.requires_grad_(False)
+    supervised_loop.among_ranks(model)
+    return model
 
 
 def forget_reference(stage_run: StageRun) -> None:

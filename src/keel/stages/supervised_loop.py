@@ -180,8 +180,9 @@ def _save(
 
 def among_ranks(model: PreTrainedModel, shared: sharded.SharedParts | None = None) -> None:
     """Make the model one of all ranks: the first one's weights on each, or cut over them, as the config asks.
-    Nothing for a process alone. shared: of frozen weights that other models have, too."""
-    if group.size() == 1:
+    Nothing for a process alone, and for a model that is cut already. shared: of frozen weights that other
+    models have, too."""
+    if group.size() == 1 or sharded.is_cut(model):
         return
     if not sharded.is_from_first(model):
         gradients.same_weights(model)
@@ -209,14 +210,16 @@ def say_units(stage_run: StageRun, model: Any) -> None:
 
 
 def _check_rows(model: Any) -> None:
-    if sharded.is_from_first(model):
-        group.only_first(lambda: check_rows(model))
-        if not group.is_first():
-            take_as_tried(model)
-        return
-    check_rows(model)
+    models = [model]
     if hasattr(model, "peft_config"):  # what is under the adapters is a reference where they are off
-        check_rows(model.get_base_model())
+        models.append(model.get_base_model())
+    for one in models:
+        if not sharded.is_from_first(model):
+            check_rows(one)
+            continue
+        group.only_first(lambda one=one: check_rows(one))
+        if not group.is_first():
+            take_as_tried(one)
 
 
 def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: int) -> list[RowT]:
