@@ -3,13 +3,19 @@ on the device or in host memory."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from keel.config import parse
 from keel.distributed import group, launch, sharded
+from keel.stages import prepare
 
 RANK = """
 import sys
@@ -18,6 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from keel.distributed import group, sharded
+from keel.models.lora import Adapters, add_adapters
 
 offload = sys.argv[2] == "offload"
 with group.joined("cpu", "fsdp", 30, offload=offload):
@@ -27,10 +34,13 @@ with group.joined("cpu", "fsdp", 30, offload=offload):
 
     model = sharded.opened(work)
     plain = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)  # what it must be
+    if sys.argv[2] == "lora":
+        model, plain = add_adapters(model, Adapters(r=2), 5), add_adapters(plain, Adapters(r=2), 5)
+        assert sharded.is_from_first(model)
     assert all(p.is_meta != group.is_first() for p in model.parameters())
     sharded.shard(model)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    assert len(units) == len(model.model.layers) + 1
+    assert len(units) == model.config.num_hidden_layers + 1
     for unit in units:  # as torch was told
         for parameters in unit._get_fsdp_state()._fsdp_param_groups:
             assert isinstance(parameters.offload_policy, CPUOffloadPolicy) == offload
@@ -41,7 +51,7 @@ with group.joined("cpu", "fsdp", 30, offload=offload):
         chunks = whole.detach().chunk(group.size(), 0)
         mine = chunks[group.rank()] if group.rank() < len(chunks) else whole.detach()[:0]
         assert torch.equal(own.detach().to_local(), mine), name
-        assert own.requires_grad
+        assert own.requires_grad == whole.requires_grad
     for (name, own), (_, whole) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
         assert torch.equal(own, whole), name
     ids = torch.arange(5)[None]
@@ -51,7 +61,7 @@ with group.joined("cpu", "fsdp", 30, offload=offload):
     kept = {name: tensor.full_tensor().clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(input_ids=ids).logits.sum().backward()
-    assert all(p.grad.to_local().device.type == "cpu" for p in model.parameters())
+    assert all(p.grad.to_local().device.type == "cpu" for p in model.parameters() if p.requires_grad)
     optimizer.step()
     optimizer.zero_grad()
     states = [x for state in optimizer.state.values() for x in state.values()]
@@ -69,16 +79,66 @@ with group.joined("cpu", "fsdp", 30, offload=offload):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("ranks", "where"), [(2, "here"), (3, "here"), (2, "offload"), (3, "offload")])
+@pytest.mark.parametrize(
+    ("ranks", "where"), [(2, "here"), (3, "here"), (2, "offload"), (3, "offload"), (2, "lora")]
+)
 def test_a_model_that_one_rank_opens_is_cut_as_if_all_had(
     ranks: int, where: str, tied_model: Path, tmp_path: Path
 ) -> None:
-    """Tied weights, and a number of rows that the ranks do not share evenly."""
+    """Tied weights, a number of rows that the ranks do not share evenly, and adapters, which each rank puts
+    on what it has."""
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, str(tmp_path / "rank.py"), str(tied_model), where]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     outcome = launch.run(command, ranks, environment)
     assert outcome.code == 0, outcome.line
+
+
+def test_a_model_that_will_be_cut_is_not_moved_whole(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    """With adapters or without; alone, and where weights are whole, it is."""
+    for strategy, adapters in itertools.product(("ddp", "fsdp"), (None, {"r": 2})):
+        monkeypatch.setattr(group, "_group", group.Group(0, 2, strategy))
+        settings = {"kind": "sft", "model": str(tiny_model), "data": "d", "lora": adapters}
+        config: Any = parse({"name": "x", "stages": {"sft": settings}}).stages["sft"]
+        elsewhere: Any = SimpleNamespace(device=torch.device("meta"), seed=0, name="sft")
+        model = LlamaForCausalLM.from_pretrained(tiny_model)
+        made = prepare.to_train(model, config, elsewhere)
+        assert any(p.is_meta for p in made.parameters()) == (strategy == "ddp")
+
+
+def test_a_rank_computes_on_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "_group", group.Group(1, 2, "fsdp", device_type="cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert sharded.computes_on() == torch.device("cuda", 1)
+
+
+class Named(torch.nn.Module):
+    """Four layers, of which each has experts; transformers' names of them, or none."""
+
+    def __init__(self, names: list[str] | None) -> None:
+        super().__init__()
+        self._no_split_modules = names
+        self.embed = torch.nn.Embedding(8, 2)
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(4))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(6))
+        self.norm = torch.nn.LayerNorm(3)
+
+
+@pytest.mark.parametrize("names", [["Layer"], None, ["NoSuchLayer"]])
+def test_layers_are_found_without_their_names(names: list[str] | None) -> None:
+    model = Named(names)
+    assert sharded._layers(model) == list(model.layers)
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), Layer()])
+    if names is None:  # not of one kind; the experts are few
+        model.embed = torch.nn.Embedding(4096, 2)
+        assert sharded._layers(model) == []
 
 
 class Unsendable(torch.nn.Linear):

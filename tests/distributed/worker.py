@@ -7,7 +7,7 @@ does so where the third gradient is none on the last rank. `python worker.py fau
 FAULT RANK STEP ARGS …` is `keel ARGS`, where RANK meets FAULT in its optimiser step number STEP: raise, kill,
 stop, spin, nan. `python worker.py bytes OUT ARGS …` is `keel ARGS`, and the first rank keeps what it had sent
 over the network at each optimiser step. `python worker.py late OUT` deals out work that takes the last rank
-longer than the timeout.
+longer than the timeout. `half-bytes`: as `bytes`, on a processor that is fast in bfloat16.
 """
 
 from __future__ import annotations
@@ -152,6 +152,13 @@ def sent() -> int:
     return total
 
 
+def multiply_in_bfloat16() -> None:
+    """As on a processor that is fast in it."""
+    from keel.models import precision
+
+    precision.fast_in_bfloat16 = lambda device: True
+
+
 def count_bytes(out: str, *arguments: str) -> None:
     from keel.cli.main import main
     from keel.models import optim
@@ -193,7 +200,9 @@ if __name__ == "__main__":
         float64(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
     elif sys.argv[1] == "late":
         late(sys.argv[2])
-    elif sys.argv[1] == "bytes":
+    elif sys.argv[1] in ("bytes", "half-bytes"):
+        if sys.argv[1] == "half-bytes":
+            multiply_in_bfloat16()
         count_bytes(*sys.argv[2:])
     else:
         fault(*sys.argv[2:])

@@ -28,6 +28,14 @@ class DistributedConfig(Settings):
             "anyway."
         ),
     )
+    mixed_precision: bool = Field(
+        True,
+        description=(
+            "fsdp: where a model with float32 weights multiplies in bfloat16 (`dtype: auto`), ranks gather "
+            "its matrices in bfloat16, and sum gradients in float32; the numbers are the same. false: they "
+            "gather them in float32."
+        ),
+    )
     timeout: float = Field(
         60.0,
         ge=5,
@@ -44,5 +52,10 @@ class DistributedConfig(Settings):
             raise ValueError(
                 "`offload` is of weights that are cut over ranks: set `strategy: fsdp` with it, or leave it "
                 "out"
+            )
+        if not self.mixed_precision and self.strategy != "fsdp":
+            raise ValueError(
+                "`mixed_precision` is of weights that are cut over ranks: set `strategy: fsdp` with it, or "
+                "leave it out"
             )
         return self

@@ -27,7 +27,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from keel.distributed import group
+from keel.distributed import group, half_gather
 from keel.errors import UsageError
 
 M = TypeVar("M")
@@ -96,13 +96,18 @@ class SharedParts:
 
 
 def shard(
-    model: nn.Module, roots: Sequence[nn.Module] | None = None, shared: SharedParts | None = None
+    model: nn.Module,
+    roots: Sequence[nn.Module] | None = None,
+    shared: SharedParts | None = None,
+    *,
+    casts: bool = False,
 ) -> None:
     """Cut a model's weights over the ranks, in place. Optimisers are made afterwards.
 
     roots: the modules that are called from outside, where that is not the model itself: a scorer's trunk and
-    head. shared: by which models with the same frozen weights keep one part of them. UsageError for quantised
-    weights.
+    head. shared: by which models with the same frozen weights keep one part of them. casts: every forward of
+    the model casts its matrices to bfloat16, so that they are gathered in it (`half_gather`). UsageError for
+    quantised weights.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -124,10 +129,18 @@ def shard(
     where = OffloadPolicy()
     if group.is_offloaded():  # pinned pages can be copied while a card computes; without a card are none
         where = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    half = half_gather.matrices(model, (roots or [model])[1:]) if casts else set[nn.Parameter]()
     units = [*_layers(model), *(roots or [model])]
     for unit in units:
-        if any(True for _ in unit.parameters()):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=where)
+        if not any(True for _ in unit.parameters()):
+            continue
+        in_half = [parameter for parameter in unit.parameters() if parameter in half]
+        fully_shard(
+            unit, mesh=mesh, reshard_after_forward=True, offload_policy=where, ignored_params=half or None
+        )
+        if in_half:
+            half_gather.cut(unit, in_half, mesh, where, computes_on())
+            half.difference_update(in_half)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # a factor alone would be multiplied on the way, which gloo cannot
@@ -136,7 +149,10 @@ def shard(
             # experts that one rank has no tokens for: all ranks sum the same weights
             module.set_reduce_scatter_unused_params(True)
             if group.device_type() == "cpu":
-                module.set_custom_reduce_scatter(SumByParts())
+                if casts:
+                    half_gather.sum_by(module, SumByParts())
+                else:
+                    module.set_custom_reduce_scatter(SumByParts())
                 # a next layer that is gathered early only takes memory: nothing is computed meanwhile
                 module.set_modules_to_backward_prefetch([module])
     if named is not None:
@@ -145,7 +161,7 @@ def shard(
         shared.join(model, before)
 
 
-def _device() -> torch.device:
+def computes_on() -> torch.device:
     """What this rank computes on."""
     kind = group.device_type()
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
@@ -153,13 +169,13 @@ def _device() -> torch.device:
 
 def device_of(model: Any) -> torch.device:
     """Where a model computes: the weights of one that is cut may lie elsewhere."""
-    return _device() if is_cut(model) else next(model.parameters()).device
+    return computes_on() if is_cut(model) else next(model.parameters()).device
 
 
 def _settle(model: nn.Module) -> None:
     """Have FSDP2 look at parts that were put in the place of others, where they are to lie; buffers lie where
     the model computes."""
-    device = _device()
+    device = computes_on()
     model.to(torch.device("cpu") if group.is_offloaded() else device)
     for module in model.modules() if group.is_offloaded() else ():
         for name, buffer in module._buffers.items():
@@ -207,7 +223,7 @@ def _dealt(like: Any) -> Tensor:
     if part.numel():
         with group.talking():
             torch.distributed.recv(part, 0)
-    return _as_part(part if group.is_offloaded() else part.to(_device()), like)
+    return _as_part(part if group.is_offloaded() else part.to(computes_on()), like)
 
 
 def _as_part(part: Tensor, like: Any) -> Tensor:
@@ -257,10 +273,11 @@ def whole_here(model: Any) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers, by the names that transformers gives to what must stay in one piece."""
+    """The decoder layers, by the names that transformers gives to what must stay in one piece; of a model
+    that names none the modules of the list with most of the weights."""
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     names = set(getattr(plain, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    found = [module for module in model.modules() if type(module).__name__ in names] or _largest_list(model)
     inside = {id(child) for module in found for child in module.modules() if child is not module}
     uses = _uses(model)
     return [
@@ -268,6 +285,27 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         for module in found
         if id(module) not in inside and all(uses[key] == count for key, count in _uses(module).items())
     ]
+
+
+def _largest_list(model: nn.Module) -> list[nn.Module]:
+    """The modules of one kind in the list that holds most weights, and at least half of the model's; none
+    where there is no such list."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    alike = [children for children in lists if len({type(child) for child in children}) == 1]
+    largest = max(alike, key=lambda children: sum(map(size, children)), default=[])
+    return largest if 2 * sum(map(size, largest)) >= size(model) else []
+
+
+def layers_of(model: Any) -> int:
+    """How many units a cut model has besides what is no layer; 0: it is gathered whole at a time."""
+    from torch.distributed.fsdp import FSDPModule
+
+    roots = {id(root) for root in model.keel_roots}
+    return sum(isinstance(module, FSDPModule) and id(module) not in roots for module in model.modules())
 
 
 def _uses(module: nn.Module) -> Counter[int]:

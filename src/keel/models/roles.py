@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from keel.data.batches import derive_seed
-from keel.distributed import sharded
+from keel.distributed import group
 from keel.errors import UsageError
 from keel.models.load import (
     ModelSource,
@@ -147,8 +147,8 @@ def _critic(
 
 
 def _to(model: Any, device: torch.device) -> None:
-    """On its device; not yet, where the first rank alone has its weights."""
-    if not sharded.is_from_first(model):
+    """On its device; not yet, where its weights are cut over ranks: they go there unit by unit."""
+    if not group.is_sharded():
         model.to(device)
 
 

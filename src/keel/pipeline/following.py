@@ -22,7 +22,7 @@ from keel.config import RunConfig, Stage
 from keel.data import chat
 from keel.data.stored.cache import Cache
 from keel.data.stored.tokens import Preparation
-from keel.distributed import group
+from keel.distributed import group, half_gather
 from keel.errors import UsageError
 from keel.models.freed_memory import keep_freed_memory
 from keel.pipeline.device import cores, deterministic
@@ -58,7 +58,10 @@ def joined(config: RunConfig) -> Generator[None]:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     strategy: group.Strategy = "fsdp" if chosen.strategy == "fsdp" else "ddp"
-    with group.joined(name, strategy, chosen.timeout, offload=chosen.offload):
+    with (
+        half_gather.wanted(chosen.mixed_precision),
+        group.joined(name, strategy, chosen.timeout, offload=chosen.offload),
+    ):
         yield
 
 

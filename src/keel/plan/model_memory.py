@@ -186,6 +186,15 @@ def casts(model: Model) -> float:
     )
 
 
+def halved(model: Model) -> tuple[float, float]:
+    """Weights of what is no layer, and of a layer, that ranks gather in bfloat16 in place of float32
+    (`distributed.half_gather`): matrices that are cast, but for a head that is the embedding."""
+    if not casts(model) or model.shape.kind == "gpt2":  # whose matrices are no nn.Linear
+        return 0.0, 0.0
+    head = model.shape.vocab * model.shape.hidden if model.head == "lm" and not model.shape.tied else 0
+    return head, sum(x.inputs * x.outputs for x in model.shape.linears())
+
+
 def laid_out(model: Model) -> float:
     """The matrices of a model that samples on the CPU in float32, laid out for products with few rows
     (`accel.decode_step`), where they are not large."""

@@ -102,7 +102,8 @@ def _on_ranks(
         return None  # the last: what trains nothing has its models whole on each rank
     if micro_batch is not None:
         stage = stage.model_copy(update={"micro_batch": micro_batch})
-    asked = replace(asked, offload=pipeline.config.distributed.offload)
+    chosen = pipeline.config.distributed
+    asked = replace(asked, offload=chosen.offload, mixed_precision=chosen.mixed_precision)
     found = rank_memory.on_ranks(stage, refs, lengths, asked)
     return rank_memory.as_dict(found, asked, rank_memory.split_of(stage, refs, lengths, asked, found))
 

@@ -3,9 +3,10 @@ a rank sends and receives.
 
 ddp: every rank has weights, gradients and optimiser whole, and 1/n of the rows. fsdp: 1/n of weights,
 gradients and optimiser, and whole at a time the embeddings with the head and two layers: the one that
-computes and the next, whose weights are on their way. Each has the policy whole while it samples (not where a
-vLLM server does), the base whole while reward models on it score, and what `_opened_by_each` names before it
-is cut.
+computes and the next, whose weights are on their way; with `dtype: auto` their matrices in bfloat16. Each
+has the policy whole while it samples (not where a vLLM server does), the base whole while reward models on it
+score, and what `_opened_by_each` names before it is cut. The first has a model whole in host memory when it
+is opened and saved.
 
 Bytes are those of ring algorithms: a sum of S bytes over n ranks (all-reduce) makes each send
 2 (n − 1) / n · S and receive as much, gathering or scattering them half of it. So NCCL does, and
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from keel.config import Stage, Training
+from keel.distributed import half_gather
 from keel.distributed.gradients import BUCKET
 from keel.errors import UsageError
 from keel.models import machine_speed
@@ -36,6 +38,9 @@ from keel.plan.stage_memory import Lengths, StageModels
 Strategy = Literal["ddp", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
 LAYERS_AT_ONCE = 2
+SAVED = (
+    model_memory.WEIGHT["auto"] - model_memory.WEIGHT["bfloat16"]
+)  # bytes of a weight gathered in bfloat16
 GB = 10**9
 
 
@@ -48,6 +53,7 @@ class Asked:
     bandwidth: float | None = None  # bytes a second in and out of a rank
     speed: Speed | None = None  # of a card; None: seconds are not reckoned
     offload: bool = False  # fsdp: what is cut lies in host memory
+    mixed_precision: bool = True  # fsdp: matrices are gathered in bfloat16, where models multiply in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,7 @@ class OnRanks:
     steps: int = 1  # optimiser steps of an update; 1 where a step is one
     seconds: Mapping[str, float] = field(default_factory=dict)  # of a step or update: `step_seconds`
     host: float = 0.0  # bytes in host memory of a rank, where what is cut lies there
+    opened: float = 0.0  # fsdp: bytes in the first rank's host memory, where it opens a model and saves one
 
 
 def card_of(text: str) -> int:
@@ -87,7 +94,8 @@ def speed_of(tflops: float | None, reading: float | None) -> Speed | None:
 
 def on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked) -> dict[str, OnRanks]:
     """By strategy. refs, lengths: as of `stage_memory.phases`."""
-    return {strategy: _on_ranks(stage, refs, lengths, asked, strategy) for strategy in STRATEGIES}
+    with half_gather.wanted(asked.mixed_precision):
+        return {strategy: _on_ranks(stage, refs, lengths, asked, strategy) for strategy in STRATEGIES}
 
 
 def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, strategy: Strategy) -> OnRanks:
@@ -110,6 +118,7 @@ def _on_ranks(stage: Stage, refs: StageModels, lengths: Lengths, asked: Asked, s
         True, fullest.total, fullest.name, {phase.name: phase.total for phase in found}, fit.fits,
         fit.settings, bytes_of_step(stage, refs, lengths, asked.ranks, strategy), _steps_of_update(stage),
         seconds_of_step(stage, refs, lengths, asked, strategy), host,
+        whole_in_host_memory(stage, refs) if strategy == "fsdp" else 0.0,
     )  # fmt: skip
 
 
@@ -156,16 +165,13 @@ def phases(
     with predicted_layout.plain():
         found = stage_memory.phases(own, refs, lengths, "cuda") or []
     shared = stage_memory.cut_over_ranks(stage, refs, "cuda")
-    # dpo asks its reference before the model is cut
-    before = set[str]() if stage.on_policy else {"reference"}
+    all_cut = stage_memory.reads_first(stage, refs, "cuda") | shared
     sampler = getattr(stage, "rollout", None)
     by_server = sampler is not None and sampler.vllm
-    cut = [
-        p if p.name in before else Phase(p.name, _cut(p, shared, ranks, by_server=by_server)) for p in found
-    ]
+    cut = [Phase(p.name, _cut(p, all_cut, ranks, by_server=by_server)) for p in found]
     last = [*cut, _last_gradients(cut[-1], models, ranks)]
     all_of_it = [_opening(cut[-1].parts, shared), *last] if _opened_by_each(stage) else last
-    return [_offloaded(p, shared, models, ranks) for p in all_of_it] if offload else all_of_it
+    return [_offloaded(p, all_cut, models, ranks) for p in all_of_it] if offload else all_of_it
 
 
 def _offloaded(phase: Phase, cut: Mapping[str, Model], trained: Mapping[str, Model], ranks: int) -> Phase:
@@ -194,6 +200,12 @@ def in_host_memory(stage: Training, refs: StageModels, ranks: int) -> float:
     return kept / ranks
 
 
+def whole_in_host_memory(stage: Training, refs: StageModels) -> float:
+    """fsdp: bytes of the largest model that is cut, which the first rank opens in its host memory, and
+    gathers there at the end to save it."""
+    return max(map(model_memory.weights, stage_memory.cut_over_ranks(stage, refs, "cuda").values()))
+
+
 def _summing(train: Phase, models: Mapping[str, Model]) -> Phase:
     """ddp: gradients that are summed in buckets, each a copy; one larger than a bucket is one by itself."""
     parts = _after_backward(train.parts)
@@ -210,10 +222,9 @@ def _after_backward(parts: Parts) -> Parts:
 
 
 def _opened_by_each(stage: Training) -> bool:
-    """fsdp: whether each rank has the model whole on its card before it is cut. Else it lies in the first
-    one's host memory (`stages.prepare.opened`)."""
-    packing, remote = getattr(stage, "packing", False), stage.model.trust_remote_code
-    return stage.kind == "dpo" or stage.lora is not None or bool(packing or remote)
+    """fsdp: whether each rank has the model whole on its card before it is cut: packed rows are tried on it,
+    several roles are put on it. Else it lies in host memory (`stages.prepare.to_train`)."""
+    return bool(getattr(stage, "packing", False) or getattr(stage, "sharing", None) == "adapters")
 
 
 def _opening(cut: Parts, models: Mapping[str, Model]) -> Phase:
@@ -228,7 +239,7 @@ def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bo
     compute one after the other, of all of the policy while it samples, unless a server does, and of the base
     while reward models that are cut with it score."""
     found: Parts = {}
-    working = next(iter(models))  # one of them at a time
+    working = next((role for role in models if role in phase.parts), "")  # one of them at a time
     wholly = phase.name in ("rollout", "samples")
     wholly |= phase.name == "score" and any(role.startswith("reward") for role in models)
     for role, kinds in phase.parts.items():
@@ -237,17 +248,21 @@ def _cut(phase: Phase, models: Mapping[str, Model], ranks: int, *, by_server: bo
             found[role] = dict(kinds)
             continue
         per_weight = model_memory.weights(model) / max(1, model.parameters)
-        root, layer = _units(model)
+        (root, layer), (root_in_half, layer_in_half) = _units(model), _in_half(model)
         own = {k: v / ranks if k in ("weights", "optimizer", "copy") else v for k, v in kinds.items()}
+        if layer_in_half:  # what is multiplied is what was gathered
+            own.pop("casts", None)
         if role == working and wholly:
-            served = by_server and phase.name != "score"
-            own["gathered"] = 0.0 if served else model_memory.weights(model) * (1 - 1 / ranks)
+            own["gathered"] = 0.0 if by_server and phase.name != "score" else gathered(model)
         elif role == working:
-            own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer)
+            at_once = root_in_half + LAYERS_AT_ONCE * layer_in_half
+            own["gathered"] = per_weight * (root + LAYERS_AT_ONCE * layer) - SAVED * at_once
         if "gradients" in kinds:
             own["gradients"] = model_memory.gradients(model) / ranks + TRAINED * (
                 _trained(model, root) + LAYERS_AT_ONCE * _trained(model, layer)
             )
+            if model.lora is None:
+                own["gradients"] -= SAVED * (root_in_half + LAYERS_AT_ONCE * layer_in_half)
         found[role] = own
     return found
 
@@ -259,7 +274,20 @@ def _last_gradients(train: Phase, models: Mapping[str, Model], ranks: int) -> Ph
     for role, model in models.items():
         whole = model_memory.gradients(model) / ranks
         parts[role]["gradients"] = whole + TRAINED * 2 * _trained(model, _units(model)[0])
+        if model.lora is None:
+            parts[role]["gradients"] -= SAVED * _in_half(model)[0]
     return Phase("end of backward", parts)
+
+
+def _in_half(model: Model) -> tuple[float, float]:
+    """Of the weights of `_units` those that are gathered in bfloat16."""
+    return model_memory.halved(model) if half_gather.is_wanted() else (0.0, 0.0)
+
+
+def gathered(model: Model) -> float:
+    """Bytes of a model as ranks gather it, whole; also of one whose base is another role's."""
+    root, layer = _in_half(model)
+    return model_memory.weights(replace(model, base=True)) - SAVED * (root + model.shape.layers * layer)
 
 
 def _units(model: Model) -> tuple[float, float]:
@@ -280,7 +308,7 @@ def bytes_of_step(
     stage: Training, refs: StageModels, lengths: Lengths, ranks: int, strategy: Strategy
 ) -> dict[str, float]:
     """What a rank sends for an optimiser step, and receives, by what it is; the fewer bytes of metrics and,
-    in RL, of sampled responses left out."""
+    in RL, of sampled responses left out, and what held-out rows take."""
     models = stage_memory.learners(stage, refs, "cuda").values()
     trained = sum(model_memory.gradients(model) for model in models)
     way = (ranks - 1) / ranks  # of what is gathered or scattered
@@ -290,8 +318,31 @@ def bytes_of_step(
     rows = getattr(own, "mini_batch", None) or own.batch_size
     parts = math.ceil(rows / stage_memory.rows_at_once(own, rows, lengths.total))
     # each role on one base gathers all of it for itself
-    weights = sum(model_memory.weights(replace(model, base=True)) for model in models)
-    return {"weights": parts * 2 * way * weights, "gradients": parts * way * trained}
+    weights = sum(map(gathered, models))
+    found = {"weights": parts * 2 * way * weights, "gradients": parts * way * trained}
+    if not stage.on_policy:
+        return found
+    cut = stage_memory.cut_over_ranks(stage, refs, "cuda")
+    reference = cut.get("reference", cut["policy"])  # it may be the policy with its adapters off
+    if getattr(stage, "imitates", False):
+        teacher = {"teacher": parts * way * gathered(reference)}
+        return found | teacher | _for_samples(stage, own, cut, [], lengths, way)
+    scoring = [cut["policy"], reference, *(model for role, model in cut.items() if role == "critic")]
+    return found | _for_samples(stage, own, cut, scoring, lengths, way)
+
+
+def _for_samples(
+    stage: Training, own: Training, cut: Mapping[str, Model], scoring: Sequence[Model], lengths: Lengths,
+    way: float,
+) -> dict[str, float]:  # fmt: skip
+    """fsdp, in RL: bytes of an update before it trains, as part of an optimiser step's. The policy is
+    gathered once to sample from it, and whoever scores the samples for each part of them. own: a rank's
+    share."""
+    served = getattr(stage, "rollout").vllm  # noqa: B009  stages that sample have one
+    parts = math.ceil(own.batch_size / stage_memory.rows_at_once(own, own.batch_size, lengths.total))
+    sampling = 0.0 if served else gathered(cut["policy"])
+    found = {"sampling": sampling, "scoring": parts * sum(map(gathered, scoring))}
+    return {name: way * value / _steps_of_update(stage) for name, value in found.items()}
 
 
 # ---------------------------------------------------------------- seconds
@@ -358,6 +409,7 @@ def as_dict(
             "seconds_a_step": asked.bandwidth and sum(one.sent.values()) / asked.bandwidth,
             "seconds_by_phase": dict(one.seconds),
             "host_memory": round(one.host),
+            "host_memory_of_first": round(one.opened),
         }
     shared = {} if split is None else {"split": asdict(split)}
     return {"nproc": asked.ranks, "card_gb": asked.card, "strategies": strategies, **shared}
@@ -385,6 +437,10 @@ def as_lines(ranks: Mapping[str, Any]) -> list[str]:
         peak = f"{_gb(one['peak'])} GB a rank at its peak, {one['peak_phase']}"
         if one["host_memory"]:
             peak += f", and {_gb(one['host_memory'])} GB in host memory"
+        if one["host_memory_of_first"]:
+            peak += (
+                f" (the first rank: {_gb(one['host_memory_of_first'])} GB in host memory to open and save)"
+            )
         lines.append(f"{where}, {name}: {peak}; {fits}; {sent}")
         if by_phase := one["seconds_by_phase"]:
             each = ", ".join(f"{phase} {seconds:.2g}" for phase, seconds in by_phase.items())

@@ -149,6 +149,14 @@ def cut_over_ranks(stage: Training, refs: StageModels, device: Device) -> dict[s
     return learners(stage, refs, device)
 
 
+def reads_first(stage: Training, refs: StageModels, device: Device) -> dict[str, Model]:
+    """A reference with weights of its own that reads all rows before anything is trained, and is gone
+    then."""
+    if stage.on_policy or refs.reference is None or not getattr(stage, "asks_reference", False):
+        return {}
+    return {"reference": _frozen(refs.reference, stage.model.dtype, device)}
+
+
 def _frozen(found: ModelRef, dtype: str, device: Device, head: Head = "lm") -> Model:
     return Model(found.shape, dtype, head=head, device=device, counted=found.counted)
 

@@ -26,7 +26,7 @@ from keel.models.lora_targets import notes
 from keel.models.machine_speed import speed
 from keel.models.offload import offload
 from keel.models.phase_cost import PhaseCost, decode_cost, forward_cost, optimizer_cost, train_cost
-from keel.models.precision import compute_dtype
+from keel.models.precision import compute_dtype, computing
 from keel.models.quantize import rest_in
 from keel.models.roles import Roles, open_roles
 from keel.models.shared_base import Base, open_base
@@ -197,6 +197,8 @@ def _told(
     through_text: bool,
 ) -> None:
     """Say how large the models are, what each phase costs at least, and what the machine can do."""
+    for model in (roles.policy, roles.critic):
+        supervised_loop.say_units(run, model)
     dtype = compute_dtype(roles.policy, run.device)
     run.computes_in = str(dtype).removeprefix("torch.")
     run.costs = _costs(config, roles, opened, dtype, through_text=through_text)
@@ -245,8 +247,8 @@ def open_stage(
         seed=seed,
         base=base,
         cut=cut,
-        # adapters are made by each rank, on weights that it has
-        opened=(lambda work: work()) if source.trust_remote_code or config.lora else sharded.opened,
+        # code that a model brings is imported by each rank
+        opened=(lambda work: work()) if source.trust_remote_code else sharded.opened,
         same_vocabulary=not config.imitates,  # a head may have more rows than its tokenizer has tokens
     )
     for scorer in on_base:
@@ -287,8 +289,9 @@ def _cutter(base: Base | None) -> Callable[[Any], None]:
         supervised_loop.among_ranks(model, shared)
         # a first forward of all ranks makes torch's streams, without which nobody has it whole again
         # (`sharded.whole_here`)
-        nothing = torch.zeros(1, 1, dtype=torch.long, device=sharded.device_of(model))
-        with torch.no_grad():
+        device = sharded.device_of(model)
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
+        with torch.no_grad(), computing(model, device):
             if model.can_generate():
                 model(input_ids=nothing)
             else:

@@ -73,13 +73,17 @@ def run(config: DPOConfig, stage_run: StageRun) -> dict[str, Any]:
     pad_id = chat.ensure_pad(tokenizer)
     rows, held_out_rows = preference_rows.encode(config, stage_run, tokenizer, limit, records, held_out)
 
-    model = causal_lm(source, language.model_seed(stage_run))
+    model = prepare.opened(lambda: causal_lm(source, language.model_seed(stage_run)), source, config)
     disable_dropout(model)
+    if group.is_sharded():  # before it reads, so that no rank has it whole for that
+        model = prepare.to_train(model, config, stage_run)
+        supervised_loop.among_ranks(model)
     asked = preference_rows.to_score(config, stage_run, rows, held_out_rows, limit)
     reference = preference_rows.reference_logps(
         config, stage_run, model, other, asked, pad_id, compact=isinstance(rows, LazyRows)
     )
-    model = prepare.to_train(model, config, stage_run)
+    if not group.is_sharded():
+        model = prepare.to_train(model, config, stage_run)
     setup = PreferenceSetup(config, model, pad_id, stage_run.device, reference, limit)
     supervised_loop.fit(stage_run, config, model, rows, held_out_rows, _objective(setup))
     result = _result(setup, held_out_rows, paired=dataset.kind == "preference") if held_out_rows else {}

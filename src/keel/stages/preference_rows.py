@@ -22,7 +22,7 @@ from keel.config import DPOConfig
 from keel.data.batches import by_length, length_mask, pad, rows_of_step, useful_pairs, useful_tokens
 from keel.data.stored.records import Rows, numbers_of, picked
 from keel.data.stored.tokens import Tokens
-from keel.distributed import group
+from keel.distributed import group, sharded
 from keel.errors import DataError, KeelError, UsageError
 from keel.models.load import ModelSource, causal_lm, context_length, model_config
 from keel.models.logprobs import (
@@ -38,7 +38,7 @@ from keel.models.precision import compute_dtype
 from keel.rundir.checkpoint import write_json
 from keel.rundir.stage_files import read_own
 from keel.rundir.stage_run import StageRun
-from keel.stages import language, lazy_rows, prepare
+from keel.stages import language, lazy_rows, prepare, supervised_loop
 from keel.stages.lazy_rows import LazyRows
 from keel.stages.loop_utils import forward_rows, total_steps
 from keel.types import PreferenceRecord, Record
@@ -312,7 +312,8 @@ def reference_logps(
     compact: bool = False,
 ) -> Mapping[Response, float]:
     """log π_ref of each response, from the policy before any training or from the `other` model, which is
-    then freed. compact: as a `Reference`, for very many.
+    then freed. Adapters that are on the policy already add nothing yet. compact: as a `Reference`, for very
+    many.
 
     A run that was cut off finds them in its directory, which belongs to these very settings and data.
     """
@@ -325,8 +326,10 @@ def reference_logps(
             reference.update(zip(responses, found, strict=True))
             continue
         if model is None:
-            model = policy if other is None else causal_lm(other, language.model_seed(stage_run))
-            cast("torch.nn.Module", model).to(stage_run.device).eval()
+            model = policy if other is None else _opened(config, stage_run, other)
+            if not sharded.is_cut(model):
+                cast("torch.nn.Module", model).to(stage_run.device)
+            cast("torch.nn.Module", model).eval()
         stage_run.say(f"{stage_run.name}: the reference reads {len(responses):,} responses")
         with stage_run.timed("reference"), batch_layout.counting() as read:
             found = scores(model, responses, pad_id, stage_run.device, **forward_rows(config))
@@ -354,6 +357,14 @@ def _count_reference(
     useful, pairs = useful_tokens(rows) // group.size(), useful_pairs(rows) // group.size()
     stage_run.costs["reference"] = forward_cost(model, compute_dtype(model, stage_run.device))
     stage_run.count("reference", min(useful, read()), read(), passes=read.passes, pairs=pairs)
+
+
+def _opened(config: DPOConfig, stage_run: StageRun, other: ModelSource) -> PreTrainedModel:
+    """Another model as the reference, cut over ranks where the policy is."""
+    model = prepare.opened(lambda: causal_lm(other, language.model_seed(stage_run)), other, config)
+    model.requires_grad_(False)
+    supervised_loop.among_ranks(model)
+    return model
 
 
 def forget_reference(stage_run: StageRun) -> None:

@@ -131,8 +131,10 @@ def adapters_of(config: LoraConfig) -> Adapters:
 def to_train(
     model: PreTrainedModel, config: Training, stage_run: StageRun, *, train_head: bool = False
 ) -> Any:
-    """The model on its device, with adapters and checkpointed activations where the config asks for them."""
-    if not sharded.is_from_first(model):  # else it goes there as it is cut
+    """The model on its device, with adapters and checkpointed activations where the config asks for them. One
+    that is cut over ranks goes there as it is cut, unit by unit, so that no card has it whole; but for packed
+    rows, which are tried on it first."""
+    if not group.is_sharded() or getattr(config, "packing", False):
         cast("nn.Module", model).to(stage_run.device)
     if config.lora:
         seed = derive_seed(stage_run.seed, "model")
@@ -146,12 +148,9 @@ def to_train(
 
 def opened(work: Callable[[], Any], source: ModelSource, config: Training) -> Any:
     """A model that is to be trained. Where its weights will be cut over ranks the first one alone opens it;
-    but for adapters, which each rank makes, for code that a model brings, which each imports, and for packed
-    rows, which are tried on it first."""
-    by_each = config.lora or source.trust_remote_code or source.quantize or getattr(config, "packing", False)
-    if by_each:
-        return work()
-    return sharded.opened(work)
+    but for code that a model brings, which each imports, and for packed rows, which are tried on it first."""
+    by_each = source.trust_remote_code or source.quantize or getattr(config, "packing", False)
+    return work() if by_each else sharded.opened(work)
 
 
 def read(stage_run: StageRun, data: Sequence[DataConfig], accept: Sequence[RecordType]) -> Dataset:

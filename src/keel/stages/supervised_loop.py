@@ -21,7 +21,7 @@ from keel.models.load import count_parameters, score_head
 from keel.models.logprobs import backbone
 from keel.models.machine_speed import speed
 from keel.models.phase_cost import optimizer_cost, train_cost
-from keel.models.precision import compute_dtype
+from keel.models.precision import autocast_on, compute_dtype
 from keel.models.row_trial import check_rows, take_as_tried
 from keel.rundir.stage_run import StageRun
 from keel.stages.loop_utils import (
@@ -155,6 +155,7 @@ def _opened(stage_run: StageRun, config: Supervised, model: PreTrainedModel) -> 
     stage_run.facts["parameters"] = count_parameters(model)
     stage_run.facts["trained_parameters"] = count_parameters(model, trainable=True)
     among_ranks(model)
+    say_units(stage_run, model)
     dtype = compute_dtype(model, stage_run.device)
     stage_run.computes_in = str(dtype).removeprefix("torch.")
     stage_run.costs |= {
@@ -181,8 +182,9 @@ def _save(
 
 def among_ranks(model: PreTrainedModel, shared: sharded.SharedParts | None = None) -> None:
     """Make the model one of all ranks: the first one's weights on each, or cut over them, as the config asks.
-    Nothing for a process alone. shared: of frozen weights that other models have, too."""
-    if group.size() == 1:
+    Nothing for a process alone, and for a model that is cut already. shared: of frozen weights that other
+    models have, too."""
+    if group.size() == 1 or sharded.is_cut(model):
         return
     if not sharded.is_from_first(model):
         gradients.same_weights(model)
@@ -195,18 +197,31 @@ def among_ranks(model: PreTrainedModel, shared: sharded.SharedParts | None = Non
     if head is None and plain.can_generate():
         _check_rows(model)  # while its weights are whole: a trial does without hooks
     # a scorer is never called itself: its trunk and its head are
-    sharded.shard(model, None if head is None else [backbone(model), head], shared)
+    casts = autocast_on(model, sharded.computes_on())
+    group.agree("whether they multiply in bfloat16", casts)
+    sharded.shard(model, None if head is None else [backbone(model), head], shared, casts=casts)
+
+
+def say_units(stage_run: StageRun, model: Any) -> None:
+    """Say where a model that is cut is in one piece while it computes."""
+    if sharded.is_cut(model) and not sharded.layers_of(model):
+        stage_run.note(
+            f"no layers were found in a {type(model).__name__}: each rank has all of its weights whole while "
+            "it computes"
+        )
 
 
 def _check_rows(model: Any) -> None:
-    if sharded.is_from_first(model):
-        group.only_first(lambda: check_rows(model))
-        if not group.is_first():
-            take_as_tried(model)
-        return
-    check_rows(model)
+    models = [model]
     if hasattr(model, "peft_config"):  # what is under the adapters is a reference where they are off
-        check_rows(model.get_base_model())
+        models.append(model.get_base_model())
+    for one in models:
+        if not sharded.is_from_first(model):
+            check_rows(one)
+            continue
+        group.only_first(lambda one=one: check_rows(one))
+        if not group.is_first():
+            take_as_tried(one)
 
 
 def _rows_of(rows: Sequence[RowT] | Stream[RowT], count: int, step: int, seed: int) -> list[RowT]:
