@@ -54,10 +54,12 @@ def of_keel(folder: str, dtype: str, asked: list[list[int]]) -> Callable[[int], 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from keel.models.freed_memory import keep_freed_memory
     from keel.models.precision import prepare_model
     from keel.rollout.engine import generate
     from keel.types import Sampling
 
+    keep_freed_memory()  # as in every run
     policy: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if dtype != "float32":
         policy = prepare_model(policy, dtype)
