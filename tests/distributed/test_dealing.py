@@ -336,6 +336,14 @@ def test_settings_of_ranks_are_read_and_change_no_fingerprint():
             parse({"name": "t", "distributed": settings, "stages": {"s": {"kind": "sft"}}})
 
 
+def test_in_which_precision_ranks_gather_is_of_weights_that_are_cut() -> None:
+    stages = {"s": {"kind": "sft", "model": "a/b", "data": "rows.jsonl"}}
+    settings = {"strategy": "fsdp", "mixed_precision": False}
+    assert not parse({"name": "t", "distributed": settings, "stages": stages}).distributed.mixed_precision
+    with pytest.raises(UsageError, match="`mixed_precision` is of weights that are cut over ranks"):
+        parse({"name": "t", "distributed": {"mixed_precision": False}, "stages": stages})
+
+
 def test_parts_in_host_memory_are_said_to_be_there(monkeypatch):
     for kind, words in (("cuda", "they lie in host memory"), ("cpu", "changes nothing on the CPU")):
         monkeypatch.setattr(group, "_group", group.Group(0, 2, "fsdp", None, kind, True))

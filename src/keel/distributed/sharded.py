@@ -112,8 +112,6 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-    from keel.distributed.scatter import SumByParts
-
     if not all(hasattr(FSDPModule, name) for name in _NEEDED):
         raise UsageError(
             f"distributed.strategy: fsdp needs a newer torch than {torch.__version__} (2.13 is tested)"
@@ -143,22 +141,29 @@ def shard(
             half.difference_update(in_half)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # a factor alone would be multiplied on the way, which gloo cannot
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
-            # experts that one rank has no tokens for: all ranks sum the same weights
-            module.set_reduce_scatter_unused_params(True)
-            if group.device_type() == "cpu":
-                if casts:
-                    half_gather.sum_by(module, SumByParts())
-                else:
-                    module.set_custom_reduce_scatter(SumByParts())
-                # a next layer that is gathered early only takes memory: nothing is computed meanwhile
-                module.set_modules_to_backward_prefetch([module])
+            _settings(module, casts=casts)
     if named is not None:
         _fill(model, named)
     if shared is not None:
         shared.join(model, before)
+
+
+def _settings(unit: Any, *, casts: bool) -> None:
+    """How a unit sums its gradients, and when it is gathered. casts: as of `shard`."""
+    from keel.distributed.scatter import SumByParts
+
+    # a factor alone would be multiplied on the way, which gloo cannot
+    unit.set_force_sum_reduction_for_comms(True)
+    unit.set_gradient_divide_factor(1.0)
+    # experts that one rank has no tokens for: all ranks sum the same weights
+    unit.set_reduce_scatter_unused_params(True)
+    if group.device_type() == "cpu":
+        if casts:
+            half_gather.sum_by(unit, SumByParts())
+        else:
+            unit.set_custom_reduce_scatter(SumByParts())
+        # a next layer that is gathered early only takes memory: nothing is computed meanwhile
+        unit.set_modules_to_backward_prefetch([unit])
 
 
 def computes_on() -> torch.device:
