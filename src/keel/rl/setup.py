@@ -218,12 +218,9 @@ def open_stage(
     seed = derive_seed(run.seed, "model")
     base = open_base(source, seed, run.device) if config.sharing == "adapters" else None
     opened = build_rewards.load_rewards(
-        config.reward,
-        run,
-        dtype=config.model.dtype,
-        trust_remote_code=config.model.trust_remote_code,
+        config.reward, run, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code,
         base=base,
-    )
+    )  # fmt: skip
     if tools:
         build_rewards.check_episodes(opened, tokenizer, run.name)
     lengths = (lazy_rows.sizes(rows, lambda task: len(task.ids)) for rows in (tasks, held))
