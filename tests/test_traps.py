@@ -878,7 +878,8 @@ def test_trap_every_setting_is_read_by_something(
         f"VerdictsConfig.{key}" for key in ("mode", "rubric", "reasons", "scale")
     }  # handed on as a mapping
     # by several processes alone: tests/distributed
-    read |= {f"DistributedConfig.{key}" for key in ("strategy", "timeout", "offload") if key in elsewhere}
+    keys = ("strategy", "timeout", "offload", "mixed_precision")
+    read |= {f"DistributedConfig.{key}" for key in keys if key in elsewhere}
     read |= {"RunConfig.distributed"} & {f"RunConfig.{name}" for name in elsewhere}
     read |= {"ControlConfig.reward_bound"} & {
         f"ControlConfig.{name}" for name in elsewhere

@@ -22,7 +22,8 @@ def test_what_another_rank_notes_stands_in_the_record_once(
     said: list[str] = []
     stage_run.say = said.append
     monkeypatch.setattr(following, "resolve", lambda place: stage)
-    monkeypatch.setattr(following.group, "gathered", lambda notes: [notes, [*notes, "of another rank"]])
+    others = lambda own: [own, ([*own[0], "of another rank"], 0)]  # noqa: E731
+    monkeypatch.setattr(following.group, "gathered", others)
     config = SFTConfig.model_validate({"kind": "sft", "model": "a/b", "data": "d.jsonl"})
     assert following.run_stage(config, stage_run) == {"done": True}
     assert stage_run.facts["notes"] == ["of this rank", "of another rank"]
