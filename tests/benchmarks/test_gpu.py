@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -16,15 +15,11 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, script):
     """The script, with sides that take a second a step, and keel's own where `really` is set."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     before = sys.modules.copy()
-    spec = importlib.util.spec_from_file_location("gpu", BENCHMARKS / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("gpu")
     measured = module.peers.measured
 
     def taken(python, kind, side, *given, **named):

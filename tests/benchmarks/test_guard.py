@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,12 +16,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "guard.py"
 
 
 @pytest.fixture(scope="module")
-def guard():
-    spec = importlib.util.spec_from_file_location("guard", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def guard(script):
+    module = script("guard")
     yield module
     sys.path.remove(str(SCRIPT.parent))
 

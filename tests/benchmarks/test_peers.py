@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "peers.py"
-
 
 @pytest.fixture
-def peers():
-    spec = importlib.util.spec_from_file_location("peers_of_trl", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def peers(script):
+    return script("peers")
 
 
 def settings(peers, monkeypatch, *arguments: str):

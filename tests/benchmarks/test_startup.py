@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "startup.py"
 
 
 @pytest.fixture
-def startup():
-    spec = importlib.util.spec_from_file_location("startup", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def startup(script):
+    return script("startup")
 
 
 def test_the_clock_stands_beside_the_processors_seconds(startup, tmp_path):
