@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "episodes.py"
 
-
-def test_keels_side_plays_episodes_of_several_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("episodes", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    episodes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(episodes)
+def test_keels_side_plays_episodes_of_several_turns(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    episodes = script("episodes")
     monkeypatch.setattr(episodes, "LLAMA", episodes.LLAMA | {"hidden_size": 64, "num_hidden_layers": 1})
     monkeypatch.setattr(episodes, "TEXTS", 200)
     episodes.prepare(tmp_path, prompts=1, mean=3)
