@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from keel.accel import cpu_linear, cpu_products
-from keel.accel.cpu_linear import PrepackedWeight, cast_cache, patch_linears, sized
+from keel.accel.cpu_linear import PrepackedWeight, cast_cache, lay_out, patch_linears, sized
 from keel.accel.modules import is_patched
+from keel.accel.patches import disabled
 from keel.models.lora import Adapters, add_adapters
 
 SIZES = {
@@ -252,3 +253,86 @@ def test_without_gradient_the_result_is_the_same() -> None:
             frozen = layer(x)
     assert not frozen.requires_grad
     same(frozen, learning.detach(), 1e-2)
+
+
+# ---------------------------------------------------------------- matrices laid out while a model samples
+
+
+def laid_out_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each product by a matrix that is laid out."""
+    monkeypatch.setattr(cpu_linear, "prefers_columns", lambda: False)
+    monkeypatch.setattr(cpu_linear, "WORTH", 256 * 256)  # of queries and gated parts, not of keys and values
+    taken, plainly = list[int](), PrepackedWeight.__call__
+    monkeypatch.setattr(PrepackedWeight, "__call__", lambda self, x: taken.append(len(x)) or plainly(self, x))
+    return taken
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "opt"])
+def test_few_rows_are_multiplied_with_matrices_that_are_laid_out(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = patch_linears(
+        model_of(kind, **({"ffn_dim": 320, "word_embed_proj_dim": 256} if kind == "opt" else {}))
+    )
+    taken = laid_out_products(monkeypatch)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with lay_out(model, 8):
+            same(model(IDS).logits, expected, 1e-5)
+        assert set(taken) == {24}  # 21 rows, filled up
+        count = len(taken)
+        with lay_out(model, 8), disabled("cpu_linear"):
+            model(IDS)
+        with disabled("linear_layouts"), lay_out(model, 8):
+            model(IDS)
+        with lay_out(model, 8):
+            model(IDS.repeat(13, 1))  # many rows
+            with torch.autocast("cpu", torch.bfloat16):
+                count -= len(taken)
+                model(IDS)
+                count += len(taken)
+        model(IDS)
+    with lay_out(model, 8):
+        model(IDS).logits.sum().backward()
+    assert len(taken) == count
+    assert any(
+        layer.weight.grad is not None for layer in model.modules() if type(layer) is cpu_linear._Linear
+    )
+
+
+def test_adapters_stay_in_effect_on_matrices_that_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = patch_linears(add_adapters(model_of(), Adapters(r=4), 0).eval())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+        expected, taken = model(IDS).logits, laid_out_products(monkeypatch)
+        with lay_out(model, 8):
+            same(model(IDS).logits, expected, 1e-5)
+            with model.disable_adapter():
+                assert not torch.allclose(model(IDS).logits, expected)
+    assert taken
+
+
+def test_matrices_that_are_laid_out_take_what_memory_there_is_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = patch_linears(model_of())
+    taken = laid_out_products(monkeypatch)
+    layers = [layer.weight for layer in model.modules() if type(layer) is cpu_linear._Linear]
+    size = sum(weight.nbytes for weight in layers if weight.numel() >= 256 * 256)
+    monkeypatch.setattr(cpu_linear, "PACKED_AT_MOST", 1)
+    for memory, times, expected in ((8 * size, 31, False), (8 * size - 8, 32, False), (8 * size, 32, True)):
+        monkeypatch.setattr(cpu_linear, "memory", lambda memory=memory: memory)
+        with torch.no_grad(), lay_out(model, times):
+            model(IDS)
+        assert bool(taken) is expected
+    taken.clear()
+    monkeypatch.setattr(cpu_linear, "prefers_columns", lambda: True)  # where small ones are MKL's
+    with torch.no_grad(), lay_out(model, 32):
+        model(IDS)
+    assert not taken
+    monkeypatch.setattr(cpu_linear, "LARGE", 256 * 256)
+    with torch.no_grad(), lay_out(model, 32):
+        model(IDS)
+    assert taken

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
-from keel.accel import cpu_products, decode_step, packed_layers, patches, row_attention
+from keel.accel import cpu_linear, cpu_products, decode_step, packed_layers, patches, row_attention
 from keel.accel.decode_step import Step, by_itself, fits
 from keel.accel.decode_trial import decoded_otherwise
 from keel.accel.kv_slots import Slots
@@ -41,15 +41,22 @@ def model_of(kind: str, groups: int) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("held", ["by oneDNN", "by columns", "its own"])
+@pytest.mark.parametrize("held", ["by oneDNN", "by columns", "large", "large head", "its own"])
 @pytest.mark.parametrize("spans", [True, False])
 @pytest.mark.parametrize(("kind", "groups"), [("llama", 4), ("llama", 2), ("qwen2", 4), ("qwen3", 4)])
 def test_steps_and_prompts_are_the_models_own(
     kind: str, groups: int, spans: bool, held: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_layers, "prefers_columns", lambda: held == "by columns")
+    monkeypatch.setattr(
+        packed_layers, "prefers_columns", lambda: held in ("by columns", "large", "large head")
+    )
+    if "large" in held:
+        monkeypatch.setattr(packed_layers, "LARGE", 60 * 32 if held == "large head" else 32 * 32)
+        monkeypatch.setattr(
+            packed_layers, "MANY", 20
+        )  # tokens of the prompts of one length, not of the others
     if held == "its own":
-        monkeypatch.setattr(packed_layers, "laid_out", lambda model: (False, False))
+        monkeypatch.setattr(packed_layers, "laid_out", lambda model, steps: (False, False))
     monkeypatch.setattr(row_attention, "LEAST", 1 if spans else 10**6)
     taken = list[Any]()
     monkeypatch.setattr(row_attention, "spans_of", lambda *given: taken.append(spans_of(*given)) or taken[-1])
@@ -84,6 +91,40 @@ def test_columns_are_laid_out_where_mkl_is_faster(monkeypatch: pytest.MonkeyPatc
     assert filled._size(5) == 8
     monkeypatch.setattr(cpu_products, "_is_slow_at_once", lambda: False)
     assert not cpu_products.prefers_columns()
+
+
+def test_large_matrices_are_onednns_where_small_ones_are_mkls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MKL is preferred. Prompts of many tokens are read with the layers' own weights then."""
+    model = model_of("llama", 4)
+    monkeypatch.setattr(packed_layers, "prefers_columns", lambda: True)
+    monkeypatch.setattr(packed_layers, "LARGE", 60 * 32)
+    with torch.no_grad():
+        layers = Step(model, 16).whole
+        assert layers is not None
+        assert [m.by_onednn for m in layers.layers[0][:5]] == [
+            True,
+            False,
+            True,
+            True,
+            True,
+        ]  # 96 × 32, 64 × 32
+        assert layers._packed_head is not None
+        assert layers._packed_head.by_onednn
+        assert (layers._size(5), layers._size(9), layers._size(65)) == (8, 12, 72)
+        assert layers._many is not None
+        held = [weight.data_ptr() for weight, _ in layers._many.layers[0].qkv._parts]
+        own = model.model.layers[0].self_attn
+        assert held == [part.weight.data_ptr() for part in (own.q_proj, own.k_proj, own.v_proj)]
+        given = list[int]()
+        plainly = packed_layers.product
+        monkeypatch.setattr(
+            packed_layers, "product", lambda x, *more: given.append(len(x)) or plainly(x, *more)
+        )
+        layers.read(torch.full((2, 5), 7), None)
+        assert not given
+        monkeypatch.setattr(packed_layers, "MANY", 10)
+        layers.read(torch.full((2, 5), 7), None)
+        assert set(given) == {10, 4}  # the last tokens, filled up
 
 
 def test_what_prompts_keep_holds_nothing_else() -> None:
@@ -144,12 +185,13 @@ def test_a_head_of_another_kind_is_called_and_nothing_is_laid_out_in_vain(
 
 def test_large_matrices_stay_as_the_model_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("qwen2", 2)
-    assert packed_layers.laid_out(model) == (True, True)
+    assert packed_layers.laid_out(model, 0) == (True, True)
     layers = sum(p.nbytes for p in model.model.layers.parameters() if p.dim() == 2)
-    monkeypatch.setattr(packed_layers, "PACKED_AT_MOST", layers)
-    assert packed_layers.laid_out(model) == (True, False)
-    monkeypatch.setattr(packed_layers, "PACKED_AT_MOST", 1)
-    assert packed_layers.laid_out(model) == (False, False)
+    monkeypatch.setattr(cpu_linear, "memory", lambda: 0)
+    monkeypatch.setattr(cpu_linear, "PACKED_AT_MOST", layers)
+    assert packed_layers.laid_out(model, 64) == (True, False)
+    monkeypatch.setattr(cpu_linear, "PACKED_AT_MOST", 1)
+    assert packed_layers.laid_out(model, 64) == (False, False)
     with torch.no_grad():
         step = by_itself(model, 16)
         assert step is not None
@@ -157,6 +199,25 @@ def test_large_matrices_stay_as_the_model_has_them(monkeypatch: pytest.MonkeyPat
         held = [weight.data_ptr() for weight, _ in step.whole.layers[0].qkv._parts]
     own = model.model.layers[0].self_attn
     assert held == [part.weight.data_ptr() for part in (own.q_proj, own.k_proj, own.v_proj)]
+
+
+def test_large_matrices_are_laid_out_for_many_steps_where_there_is_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("qwen2", 2)
+    size = sum(p.nbytes for p in [*model.model.layers.parameters(), model.lm_head.weight] if p.dim() == 2)
+    monkeypatch.setattr(cpu_linear, "PACKED_AT_MOST", 1)
+    monkeypatch.setattr(cpu_linear, "memory", lambda: 8 * size)
+    with torch.no_grad():
+        for steps, expected in ((31, False), (32, True)):
+            assert packed_layers.laid_out(model, steps) == (expected, expected)
+            step = by_itself(model, 64, steps)
+            assert step is not None
+            assert step.whole is not None
+            assert step.whole.layers[0].qkv.large is False  # they are small ones, of a large model
+            assert (len(step.whole.layers[0].qkv._parts) == 1) is expected
+    monkeypatch.setattr(cpu_linear, "memory", lambda: 8 * size - 8)
+    assert packed_layers.laid_out(model, 32) == (True, False)
 
 
 def test_each_row_reads_its_own_tokens() -> None:

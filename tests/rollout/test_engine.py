@@ -196,7 +196,7 @@ def test_the_lean_step_is_taken_by_the_models_it_is_made_for(monkeypatch: pytest
     model = tiny("qwen3").eval()
     options: Any = {"stop_ids": [EOS], "pad_id": PAD, "seed": 5}
     lean_done = generate(model, PROMPTS_60, Sampling(16), **options)
-    monkeypatch.setattr(decode_step, "fits", lambda model: False)
+    monkeypatch.setattr(decode_step, "fits", lambda model, steps=0: False)
     modules_done = generate(model, PROMPTS_60, Sampling(16), **options)
     assert [c.ids for c in lean_done] == [c.ids for c in modules_done]
     hooked = tiny("llama")
@@ -212,7 +212,7 @@ def test_a_step_in_float32_multiplies_with_matrices_that_are_laid_out_once(
     with torch.no_grad():
         assert decode_step.Step(model, 8).dtype == torch.float32
         laid_out = generate(model, PROMPTS_60, Sampling(16), **options)
-        monkeypatch.setattr(packed_layers, "laid_out", lambda model: (False, False))
+        monkeypatch.setattr(packed_layers, "laid_out", lambda model, steps: (False, False))
         assert decode_step.Step(model, 8).packed is None
     assert [c.ids for c in generate(model, PROMPTS_60, Sampling(16), **options)] == [c.ids for c in laid_out]
     with patches.disabled():

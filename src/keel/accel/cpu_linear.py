@@ -33,7 +33,7 @@ from torch.nn.functional import linear, silu
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from keel.accel.cpu_products import faster, in_parts, product, size_of
+from keel.accel.cpu_products import faster, in_parts, prefers_columns, product, size_of
 from keel.accel.modules import (
     Kept,
     Patched,
@@ -46,6 +46,7 @@ from keel.accel.modules import (
     twin_parameters,
 )
 from keel.accel.patches import difference, disabled, enabled, gradients_differ, refuse, tried
+from keel.accel.processor import memory
 
 LEAST = 8  # rows, and the step between sizes up to 64
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # classes that are known to be gated so
@@ -60,12 +61,17 @@ PACKS_FLOAT32 = all(
     hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
 ) and bool(torch.backends.mkldnn.is_available())
 USUAL = 64  # rows that the layout is chosen for
-PACKED_AT_MOST = 2**28  # bytes of matrices laid out in float32, which is as much as the weights themselves
+LARGE = 2**20  # weights of a matrix from which oneDNN multiplies few rows faster than MKL on any processor
+BETWEEN = 4  # rows from one size to the next, up to 64, of products with them, each of which takes long
+FEW = 256  # rows from which a product takes much longer than to lay its matrix out
+# bytes of matrices laid out in float32, which is as much as the weights themselves; for so many products of
+# each, or more, also a share of the machine's memory: a second of copying is paid back then
+PACKED_AT_MOST, MANY, SHARE = 2**28, 32, 1 / 8
 
 
-def sized(rows: int) -> int:
-    """The least size that holds so many rows: at most an eighth more of them, or fewer than 8."""
-    step = max(LEAST, 1 << max(0, (rows - 1).bit_length() - 4))
+def sized(rows: int, least: int = LEAST) -> int:
+    """The least size that holds so many rows: at most an eighth more of them, or fewer than `least`."""
+    step = max(least, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
 
@@ -95,6 +101,8 @@ def patch_linears(model: nn.Module) -> nn.Module:
 
 
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    if (found := _by_layout(self, input)) is not None:
+        return found
     dtype = _computed_in(input, self.weight)
     if dtype is None:
         return nn.Linear.forward(self, input)
@@ -205,6 +213,11 @@ def _is_plain(layer: Any) -> bool:
         and layer.weight.device.type == "cpu"
         and not surrounded(layer)
     )
+
+
+def packed_at_most(times: int) -> int:
+    """Bytes of matrices that may be laid out in float32 for whoever multiplies `times` with each of them."""
+    return PACKED_AT_MOST if times < MANY else max(PACKED_AT_MOST, int(memory() * SHARE))
 
 
 def packs(layer: Any) -> torch.dtype | None:
@@ -422,6 +435,47 @@ def prepacked(layer: nn.Linear, dtype: torch.dtype = torch.bfloat16) -> Prepacke
     if dtype == torch.float32:
         return PrepackedWeight(layer, dtype)
     return (_casts.get() or _CastCache()).packed(layer)
+
+
+_laid_out: ContextVar[dict[int, PrepackedWeight | None] | None] = ContextVar("laid_out", default=None)
+
+
+@contextlib.contextmanager
+def lay_out(model: nn.Module, times: int) -> Iterator[None]:
+    """Within it the model's own linear layers multiply few rows in float32 with matrices that are laid out at
+    their first product, without gradient: for whoever multiplies up to `times` with each of them, and changes
+    no weight meanwhile. Nothing where that would take more memory than `packed_at_most`, or a layer is
+    divided among processes. What `packed_layers` is for a few kinds of models, for all others, and for those
+    with adapters; the layers' own forward, hooks and adapters stay in effect."""
+    found: list[Any] = [module for module in model.modules() if type(module) is _Linear]
+    layers = [layer for layer in found if _lays_out(layer)]
+    size = sum(layer.weight.nbytes for layer in layers)
+    fits = enabled("linear_layouts") and PACKS_FLOAT32 and size <= packed_at_most(times)
+    token = _laid_out.set(dict.fromkeys(map(id, layers)) if fits else None)
+    try:
+        yield
+    finally:
+        _laid_out.reset(token)
+
+
+def _lays_out(layer: nn.Linear) -> bool:
+    weight, least = layer.weight, LARGE if prefers_columns() else WORTH
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32
+    return plain and weight.device.type == "cpu" and weight.numel() >= least
+
+
+def _by_layout(layer: nn.Linear, x: Tensor) -> Tensor | None:
+    """A product by a matrix that is laid out, within `lay_out`; None where it is not taken so."""
+    held = _laid_out.get()
+    if held is None or id(layer) not in held or not 0 < (count := x.shape[:-1].numel()) < FEW:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
+        return None
+    if transformed() or not enabled("cpu_linear"):
+        return None
+    if (packed := held[id(layer)]) is None:
+        packed = held[id(layer)] = PrepackedWeight(layer, torch.float32)
+    return _like(packed(_filled(x, torch.float32, sized(count, BETWEEN))), x)
 
 
 _optimiser_steps = 0  # of all optimisers of the process

@@ -34,11 +34,12 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not depend 
 
 
 class Step:
-    """The step for one model, up to `columns` positions. Made anew for each call of the engine, as weights
-    change. On a CPU its matrices are laid out once; where that is in float32, the step and the reading of
-    prompts are those of `packed_layers`, which leaves some as they are."""
+    """The step for one model, up to `columns` positions. Made anew for each call of the engine, which takes
+    up to `steps` of them, as weights change. On a CPU its matrices are laid out once; where that is in
+    float32, the step and the reading of prompts are those of `packed_layers`, which leaves some as they
+    are."""
 
-    def __init__(self, model: nn.Module, columns: int) -> None:
+    def __init__(self, model: nn.Module, columns: int, steps: int = 0) -> None:
         self.model = plain_of(model)
         config, trunk = self.model.config, self.model.model
         positions = torch.arange(max(columns, COLUMNS), device=trunk.embed_tokens.weight.device)
@@ -50,10 +51,10 @@ class Step:
         )  # signed, for halves that swap places
         self.half, self.groups = half, config.num_key_value_heads
         self.heads = config.num_attention_heads
-        self.dtype = _packs(self.model)
+        self.dtype, self._steps = _packs(self.model), steps
         self.whole = self.packed = None
         if self.dtype == torch.float32:
-            self.whole = PackedLayers(self.model, self.cos, self.sin)
+            self.whole = PackedLayers(self.model, self.cos, self.sin, steps)
         elif self.dtype:
             self.packed = [_Layer.of(layer, self.dtype) for layer in trunk.layers]
 
@@ -61,8 +62,9 @@ class Step:
     def reads(self) -> bool:
         """Whether `read` may be called: switched on, and tried against the model's own forward."""
         plain, whole = self.model, self.whole
+        as_now = _tried_as(plain, self._steps)
         return whole is not None and trusted(
-            "prompt_reading", plain, lambda: prompts_differ(plain, whole), depends_on=_tried_as(plain)
+            "prompt_reading", plain, lambda: prompts_differ(plain, whole), depends_on=as_now
         )
 
     @property
@@ -179,28 +181,33 @@ def _packs(model: Any) -> torch.dtype | None:
     return found.pop() if len(found) == 1 else None
 
 
-def fits(model: nn.Module) -> bool:
+def fits(model: nn.Module, steps: int = 0) -> bool:
     """Whether the step is this model's: switched on, of the right shape, and tried against the model's own
-    forward."""
+    forward, as it is for up to so many steps."""
     if not enabled("decode_step") or not enabled("kv_slots") or not has_shape(model):
         return False
     plain = plain_of(model)
-    trial = lambda: decoded_otherwise(plain, lambda slots, columns: Step(plain, columns))  # noqa: E731
-    return trusted("decode_step", plain, trial, depends_on=_tried_as(plain))
+    trial = lambda: decoded_otherwise(plain, lambda slots, columns: Step(plain, columns, steps))  # noqa: E731
+    return trusted("decode_step", plain, trial, depends_on=_tried_as(plain, steps))
 
 
-def _tried_as(plain: nn.Module) -> tuple[object, ...]:
+def _tried_as(plain: nn.Module, steps: int) -> tuple[object, ...]:
     """What a trial of the step and of the reading depends on."""
-    return *precision_of(plain), *laid_out(plain), prefers_columns()
+    return *precision_of(plain), *laid_out(plain, steps), prefers_columns()
 
 
-def by_itself(model: nn.Module, columns: int) -> Step | None:
-    """A step for up to `columns` positions that calls nothing of the model's own; None where there is none
-    for this model. To be asked before a hook is put on the head."""
-    if not fits(model) or _packs(plain := plain_of(model)) != torch.float32 or not packs_head(plain):
+def by_itself(model: nn.Module, columns: int, steps: int = 0) -> Step | None:
+    """A step for up to `columns` positions that calls nothing of the model's own, of which `steps` are taken
+    at most; None where there is none for this model. To be asked before a hook is put on the head."""
+    if not fits(model, steps) or _packs(plain := plain_of(model)) != torch.float32 or not packs_head(plain):
         return None  # before anything is laid out, which whoever samples otherwise does once more
-    step = Step(model, columns)
+    step = Step(model, columns, steps)
     return step if step.by_itself else None
+
+
+def lays_out(model: nn.Module, steps: int = 0) -> bool:
+    """Whether the step's matrices are laid out, and none of the model's own modules multiplies in it."""
+    return fits(model, steps) and _packs(plain_of(model)) is not None
 
 
 def has_shape(model: nn.Module) -> bool:

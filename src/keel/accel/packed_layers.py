@@ -9,11 +9,14 @@ by oneDNN where it writes a product's result. Queries come scaled. Of the last l
 position goes on behind its keys and values, as only that makes logits.
 
 On AMD's processors with AVX2 alone a call of oneDNN's takes some 40 µs besides the product, and its products
-of many rows are slower than MKL's: there Wᵀ is laid out instead, row by row, and MKL multiplies. Rows are not
-filled up to a size then.
+of many rows are slower than MKL's: there Wᵀ of a small matrix is laid out instead, row by row, and MKL
+multiplies; rows are not filled up to a size then. Of a large one MKL copies all in every product: with 8 rows
+and a matrix of 17 MB oneDNN takes a third of its time, with 64 rows two thirds. Prompts of many tokens are
+read with the layers' own weights there.
 
-What it costs: as much memory as the weights, as long as a call takes. So larger matrices than 256 MiB stay as
-the model has them (`laid_out`), and are multiplied with as `cpu_products` does. The numbers are the model's
+What it costs: as much memory as the weights, as long as a call takes. So what is larger than 256 MiB, and
+than an eighth of the machine's memory where a response may have 32 tokens or more, stays as the model has it
+(`laid_out`), and is multiplied with as `cpu_products` does. The numbers are the model's
 own up to rounding; they are tried before the first use with a model (`decode_step.fits`, `prompts_differ`).
 Left out: layers with adapters, hooks or other precisions, whose own forward runs.
 """
@@ -28,13 +31,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
-from keel.accel.cpu_linear import PACKED_AT_MOST, PACKS_FLOAT32, USUAL, packs, sized
+from keel.accel.cpu_linear import BETWEEN, LARGE, LEAST, PACKS_FLOAT32, USUAL, packed_at_most, packs, sized
 from keel.accel.cpu_products import prefers_columns, product
 from keel.accel.decode_trial import SEQUENCES, STEPS, own_logits, prompts_read
 from keel.accel.kv_slots import Slots
 from keel.accel.modules import undisturbed
 from keel.accel.patches import difference, disabled
 from keel.accel.row_attention import Look
+
+MANY = 512  # tokens of prompts from which MKL is faster where it is preferred at all
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer: (B, groups, S, D)
 
@@ -64,17 +69,18 @@ class Matrix:
             bias = biases[i]
             weights[i], biases[i] = weights[i] * scale, None if bias is None else bias * scale
         self._factor, turned = None if laid_out else factor, False
+        self.large = laid_out and sum(weight.numel() for weight in weights) >= LARGE
         if laid_out:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             weight = weight if factor is None else weight * factor
             if any(bias is not None for bias in biases):
                 zeros = zip(biases, weights, strict=True)
                 biases = [torch.cat([torch.zeros(len(w)) if b is None else b for b, w in zeros])]
-            turned = prefers_columns()
+            turned = prefers_columns() and not self.large
             weight = weight.t().contiguous() if turned else _reorder(weight, USUAL)
             weights, biases = [weight], biases[:1]
         self._parts = [*zip(weights, biases, strict=True)]
-        self._by_onednn, self._turned = laid_out and not turned, turned
+        self.by_onednn, self._turned = laid_out and not turned, turned
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:
         """(M, k) → (M, n). then: "swish" is silu."""
@@ -83,7 +89,7 @@ class Matrix:
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
-        if self._by_onednn:
+        if self.by_onednn:
             return _onednn(x, weight, bias, then, [], "")
         found = self._mkl(x, weight, bias)
         return silu(found, inplace=True) if then == "swish" else found
@@ -92,7 +98,7 @@ class Matrix:
         """(M, k) → (M, n), times or plus another (M, n): "mul", "add"."""
         (weight, bias), *_ = self._parts
         x = x if self._factor is None else x * self._factor
-        if self._by_onednn:
+        if self.by_onednn:
             return _onednn_with(x, other, weight, bias, how)
         if self._turned and how == "add" and bias is None:
             return torch.addmm(other, x, weight)
@@ -136,6 +142,11 @@ class Layer(NamedTuple):
         out, gate, up, down = (Matrix(*part, laid_out=laid_out) for part in parts)
         return cls(qkv, out, gate, up, down, _least(first), _least(second), heads, scaling)
 
+    @property
+    def large(self) -> bool:
+        """Whether one of its matrices is, and is laid out."""
+        return any(matrix.large for matrix in (self.qkv, self.out, self.gate, self.up, self.down))
+
     def behind(self, x: Tensor, attended: Tensor) -> Tensor:
         """(M, d) residual stream and (M, H · D) what was attended → (M, d), the layer's result."""
         x = self.out.with_other(attended, x, "add")
@@ -143,31 +154,50 @@ class Layer(NamedTuple):
         return self.down.with_other(self.up.with_other(h, self.gate(h, "swish"), "mul"), x, "add")
 
 
+class Stack(NamedTuple):
+    """All layers, and the matrix of the keys and values of the last one, of which prompts need no more."""
+
+    layers: list[Layer]
+    last: Matrix
+
+    @property
+    def large(self) -> bool:
+        """Whether one of the matrices is, and is laid out."""
+        return any(layer.large for layer in self.layers)
+
+
 class PackedLayers:
     """All layers of a model, its last norm, and its head where that can be laid out, too."""
 
-    def __init__(self, model: Any, cos: Tensor, sin: Tensor) -> None:
-        """cos, sin: (positions, D), the sine signed for halves that swap places."""
+    def __init__(self, model: Any, cos: Tensor, sin: Tensor, steps: int = 0) -> None:
+        """cos, sin: (positions, D), the sine signed for halves that swap places. steps: how many are taken,
+        at most."""
         config, trunk = model.config, model.model
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.cos, self.sin, self.embed = cos, sin, trunk.embed_tokens
-        layers, head = laid_out(model)
-        self.layers = [Layer.of(layer, self.heads, self.groups, laid_out=layers) for layer in trunk.layers]
-        last = trunk.layers[-1]
-        parts = [last.self_attn.k_proj, last.self_attn.v_proj]
-        self._last = Matrix(parts, _factor(last.input_layernorm), laid_out=layers)
+        layers, head = laid_out(model, steps)
+        self._few, self._many = self._stack(trunk, laid_out=layers), None
+        self.layers = self._few.layers
+        if prefers_columns() and self._few.large:
+            self._many = self._stack(trunk, laid_out=False)
         self._norm, self._head = trunk.norm, model.lm_head
         self._least = _least(trunk.norm)
         self.nbytes = _nbytes(*_parts(model))
-        self._fills_up = not (layers and prefers_columns())
+        self._fills_up = not (layers and prefers_columns()) or self._few.large
         self._packed_head = None
         if packs_head(model):
             self._packed_head = Matrix([model.lm_head], _factor(trunk.norm), laid_out=head)
 
+    def _stack(self, trunk: Any, *, laid_out: bool) -> Stack:
+        last = trunk.layers[-1]
+        parts = [last.self_attn.k_proj, last.self_attn.v_proj]
+        layers = [Layer.of(layer, self.heads, self.groups, laid_out=laid_out) for layer in trunk.layers]
+        return Stack(layers, Matrix(parts, _factor(last.input_layernorm), laid_out=laid_out))
+
     def _size(self, rows: int) -> int:
         """To how many rows so many are filled up: oneDNN makes a program for each number of them, MKL does
         not."""
-        return sized(rows) if self._fills_up else rows
+        return sized(rows, BETWEEN if self._few.large else LEAST) if self._fills_up else rows
 
     @property
     def has_head(self) -> bool:
@@ -182,6 +212,8 @@ class PackedLayers:
             return self._head(unit[:n] * _factor(self._norm))
         if seen is not None:
             seen.append(unit[:n] * _factor(self._norm))
+        if self._packed_head.by_onednn:
+            unit = _filled(unit, sized(len(unit), BETWEEN))
         return self._packed_head(unit)[:n]
 
     # ---------------------------------------------------------------- one token of each row
@@ -230,9 +262,11 @@ class PackedLayers:
         if own is not None:  # what stands before a row's own tokens looks at itself, so that it is finite
             before = torch.ones(width, width, dtype=torch.bool).tril()
             mask = own[:, None, None, :] & before | torch.eye(width, dtype=torch.bool)
-        size, kept = self._size(count), KeysAndValues()
+        stack, size, kept = self._few, self._size(count), KeysAndValues()
+        if self._many is not None and count >= MANY:
+            stack, size = self._many, count
         x = self.embed(_filled(ids.flatten(), size))
-        for layer in self.layers[:-1]:
+        for layer in stack.layers[:-1]:
             both, v = self._parts(layer.qkv(_normed(x, layer.before))[:count].view(rows, width, -1))
             both = self._rotated(layer, both, cos, sin)
             q, k, v = (
@@ -243,11 +277,12 @@ class PackedLayers:
             kept.append((k, v))
             attended = _attended(q, k, v, mask, layer.scaling).transpose(1, 2).reshape(count, -1)
             x = layer.behind(x, _filled(attended, size))
-        x = self._read_last(x, (rows, width), cos, sin, mask, kept)
+        x = self._read_last(stack, x, (rows, width), cos, sin, mask, kept)
         return self.logits(x, rows, seen), kept
 
     def _read_last(
         self,
+        stack: Stack,
         x: Tensor,
         shape: tuple[int, int],
         cos: Tensor,
@@ -257,9 +292,9 @@ class PackedLayers:
     ) -> Tensor:
         """The last layer: the keys and values of all tokens, which are put to those kept, and all else at the
         last token of each row. (M, d) → (B or more, d)."""
-        layer, (rows, width) = self.layers[-1], shape
+        layer, (rows, width) = stack.layers[-1], shape
         h = _normed(x, layer.before)
-        both = self._last(h)[: rows * width].view(rows, width, 2 * self.groups, -1)
+        both = stack.last(h)[: rows * width].view(rows, width, 2 * self.groups, -1)
         k = self._rotated(layer, both[:, :, : self.groups], cos, sin, self.heads).transpose(1, 2)
         v = both[:, :, self.groups :].transpose(1, 2).contiguous()
         kept.append((k, v))
@@ -301,9 +336,11 @@ def packs_head(model: Any) -> bool:
     return packs(model.lm_head) == torch.float32
 
 
-def laid_out(model: Any) -> tuple[bool, bool]:
-    """Whether a model's layers are laid out, and its head: up to `PACKED_AT_MOST` of all that is."""
-    return _nbytes(*model.model.layers) <= PACKED_AT_MOST, _nbytes(*_parts(model)) <= PACKED_AT_MOST
+def laid_out(model: Any, steps: int) -> tuple[bool, bool]:
+    """Whether a model's layers are laid out for so many steps, and its head: up to `packed_at_most` of all
+    that is."""
+    most = packed_at_most(steps)
+    return _nbytes(*model.model.layers) <= most, _nbytes(*_parts(model)) <= most
 
 
 def _parts(model: Any) -> tuple[Any, ...]:

@@ -95,6 +95,13 @@ PATCHES: Mapping[str, Patch] = {
             "a call of oneDNN's takes no longer than one of MKL's there",
         ),
         Patch(
+            "linear_layouts",
+            "keel.accel.cpu_linear",
+            "products of few rows inside `cpu_linear` while a model samples in float32: by oneDNN, laid out",
+            "once: products with a matrix that is laid out against torch's",
+            "torch lays a matrix out once for many products without gradient",
+        ),
+        Patch(
             "norm_and_rope",
             "keel.accel.norm_and_rope",
             "forward of RMS norms, and the rotation inside attention modules, on the CPU in float32",

@@ -1,13 +1,16 @@
-"""What the processor computes fast in bfloat16.
+"""What the processor computes fast in bfloat16, and how much memory there is beside it.
 
-It is what torch says that the processor can, never a measurement: a run that is resumed on the same kind of
-machine computes in the same precision.
+It is what torch says that the processor can, and what the machine has, never a measurement: a run that is
+resumed on the same kind of machine computes in the same precision, by the same products.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +41,25 @@ def multiplies_half(has: Mapping[str, Any]) -> str | None:
     if has.get("amx_bf16"):
         return "tiles"
     return "vectors" if has.get("avx512_bf16") else None
+
+
+@cache
+def memory() -> int:
+    """Bytes of this machine, or of the control group (Docker, Kubernetes, Slurm) that this process is in; 0
+    where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min([whole, *_granted(Path("/sys/fs/cgroup"))])
+    return 0
+
+
+def _granted(group: Path) -> list[int]:
+    """What a control group may have; nothing where it has no limit."""
+    found: list[int] = []
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found.append(int((group / name).read_text()))
+    return found
 
 
 def _of_cpu() -> Mapping[str, Any]:

@@ -195,17 +195,18 @@ def halved(model: Model) -> tuple[float, float]:
     return head, sum(x.inputs * x.outputs for x in model.shape.linears())
 
 
-def laid_out(model: Model) -> float:
-    """The matrices of a model that samples on the CPU in float32, laid out for products with few rows
-    (`accel.decode_step`), where they are not large."""
+def laid_out(model: Model, steps: int) -> float:
+    """The matrices of a model that samples up to so many tokens a response on the CPU in float32, laid out
+    for products with few rows (`accel.decode_step`), where they are not large."""
     known = model.shape.kind in last_layer.KINDS and model.shape.window is None and model.lora is None
     if not known or model.device != "cpu" or model.dtype not in ("float32", "auto") or casts(model):
         return 0
     size = FLOAT32 * model.shape.layers * sum(x.inputs * x.outputs for x in model.shape.linears())
-    if size > cpu_linear.PACKED_AT_MOST:
+    most = cpu_linear.packed_at_most(steps)
+    if size > most:
         return 0
     head = FLOAT32 * model.shape.vocab * model.shape.hidden if model.head == "lm" else 0
-    return size + (head if size + head <= cpu_linear.PACKED_AT_MOST else 0)
+    return size + (head if size + head <= most else 0)
 
 
 def kv_cache(model: Model, rows: int, length: int) -> float:

@@ -465,7 +465,7 @@ def _rollout(
     of which one layer is counted twice, for copies of rows that enter and move. kept: the share of the cache
     that rows which wait for a slot have besides."""
     model = models[role]
-    copies = model_memory.casts(model) + model_memory.laid_out(model)
+    copies = model_memory.casts(model) + model_memory.laid_out(model, lengths.total - lengths.prompt)
     base = with_parts(resident(models), role, casts=copies)
     one_layer = 1 + 1 / model.shape.layers
     prefill = with_parts(

@@ -33,6 +33,11 @@ class Asked:
     step: Step | None = None
 
     @property
+    def steps(self) -> int:
+        """The most tokens of a response."""
+        return int(self.limits.max()) if len(self.limits) else 0
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt and its response."""
         whole = (len(p) + n for p, n in zip(self.prompts, self.limits.tolist(), strict=True))

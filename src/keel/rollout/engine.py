@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keel.accel import decode_graphs, decode_step, kept_turns, own_cache
+from keel.accel import cpu_linear, decode_graphs, decode_step, kept_turns, own_cache
 from keel.accel.modules import evaluating
 from keel.data.batches import pairs_of
 from keel.data.chat import own_text, reply_text
@@ -127,11 +127,13 @@ def _opened(
     )  # fmt: skip
     with evaluating(model), keep_bf16_copies(model), torch.no_grad(), computing(model, device):
         plainly = request.prompts and not turns and not decode_graphs.records(device)
-        step = decode_step.by_itself(model, asked.longest) if plainly else None
+        step = decode_step.by_itself(model, asked.longest, asked.steps) if plainly else None
         if step is not None:
             yield replace(asked, step=step), None
             return
+        lays_out = device.type != "cpu" or decode_step.lays_out(model, asked.steps)
         with (
+            nullcontext() if lays_out else cpu_linear.lay_out(model, asked.steps),
             nullcontext() if head is None else capture_head_input(head) as seen,
             decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
         ):
@@ -164,7 +166,7 @@ def way_of(model: PreTrainedModel, longest: int) -> Way:
 
 
 def _sampled(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None) -> list[Completion]:
-    way = way_of(asked.model, asked.longest)
+    way = way_of(asked.model, asked.longest) if asked.step is None else "slots"
     if way == "whole forwards":
         return reference_engine.sample(asked)
     if way == "slots":

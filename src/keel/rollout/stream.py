@@ -108,8 +108,8 @@ class Stream:
             self._forward = decode_graphs.Step(model, steps, self.slots, longest, asked.seen)
         else:
             self._forward = asked.step
-            if asked.step is None and decode_step.fits(model):
-                self._forward = decode_step.Step(model, longest)
+            if asked.step is None and decode_step.fits(model, asked.steps):
+                self._forward = decode_step.Step(model, longest, asked.steps)
         self._seen = asked.seen if asked.step else None  # a hook fills it otherwise
         self.drawn = Drawn.open(asked.draws, asked.stop_ids, asked.stop_texts)
         # of similar length, so that little is padded; equal ones side by side, so that they are read once
