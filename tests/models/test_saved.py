@@ -164,20 +164,22 @@ def test_a_stage_whose_model_cannot_be_saved_is_not_done_and_keeps_its_checkpoin
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_the_check_has_the_memory_that_training_freed(
+def test_merging_and_the_check_have_the_memory_that_training_freed(
     tiny_model: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weights go, and what the heap kept of freed memory, before the saved ones are read."""
-    order: list[Any] = []
+    """What the heap kept of freed memory goes before adapters are merged, which makes weights anew; its
+    weights go before the saved ones are read."""
+    order, merge = list[Any](), saved_check.merged
     model = causal_lm(ModelSource(str(tiny_model)), 0)
     monkeypatch.setattr(
         saved_check,
         "give_back_freed_memory",
         lambda: order.append({p.device.type for p in model.parameters()}),
     )
+    monkeypatch.setattr(saved_check, "merged", lambda model: order.append("merged") or merge(model))
     monkeypatch.setattr(saved_check, "compare", lambda *given: order.append("compared"))
     save_checked(model, tokenizer, tmp_path / "out", "card")
-    assert order == [{"meta"}, "compared"]
+    assert order == [{"cpu"}, "merged", {"meta"}, "compared"]
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])

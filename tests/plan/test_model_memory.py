@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from keel.accel import cpu_linear, processor
+from keel.accel import cpu_linear, decode_step, processor
 from keel.data.batches import pad
 from keel.models import logprobs, precision
 from keel.models.load import checkpoint_activations, disable_dropout
@@ -274,6 +274,38 @@ def test_keys_and_values_are_as_large_as_they_are_kept(config_of, monkeypatch):
         monkeypatch.setattr(processor, "has_half_tiles", lambda tiles=tiles: tiles)
         assert model_memory.kv_cache(model, 3, 10) == share * whole
     assert model_memory.kv_cache(replace(model, device="cuda"), 3, 10) == 0.5 * whole
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "phi3"])
+def test_what_is_laid_out_for_sampling_is_counted(config_of, kind, lora, monkeypatch):
+    """All of a Llama's kind, but under adapters; of others what their linear layers lay out."""
+    monkeypatch.setattr(cpu_linear, "PACKS_FLOAT32", True)
+    monkeypatch.setattr(cpu_linear, "prefers_columns", lambda: False)
+    monkeypatch.setattr(cpu_linear, "WORTH", 64 * 64)
+    built = _built(config_of(kind), torch.float32, lora=lora).eval()
+    held = list[torch.Tensor]()
+    plainly = cpu_linear.PrepackedWeight.__init__
+
+    def laid_out(self, layer, dtype=torch.bfloat16):
+        held.append(layer.weight)
+        plainly(self, layer, dtype)
+
+    monkeypatch.setattr(cpu_linear.PrepackedWeight, "__init__", laid_out)
+    model = _model(config_of(kind), lora=Lora(4) if lora else None)
+    with torch.no_grad(), cpu_linear.lay_out(built, 1):
+        built(input_ids=torch.ones(ROWS, 3, dtype=torch.long))
+    found = sum(weight.nbytes for weight in held)
+    assert found  # of GPT-2 the head, whose layers are no nn.Linear
+    if kind in ("llama", "qwen3") and not lora:
+        step = decode_step.Step(built, 8)
+        assert step.whole is not None
+        found = step.whole.nbytes
+    assert model_memory.laid_out(model, 1) == found
+    monkeypatch.setattr(cpu_linear, "PACKED_AT_MOST", 0)
+    monkeypatch.setattr(cpu_linear, "memory", lambda: 8 * found)
+    assert model_memory.laid_out(model, 31) == 0
+    assert model_memory.laid_out(model, 32) == found
 
 
 def test_the_peak_of_a_step_is_its_fullest_moment(config_of):

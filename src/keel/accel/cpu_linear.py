@@ -458,8 +458,13 @@ def lay_out(model: nn.Module, times: int) -> Iterator[None]:
         _laid_out.reset(token)
 
 
+def lays_out_from() -> int:
+    """Weights of a matrix from which `lay_out` takes it."""
+    return LARGE if prefers_columns() else WORTH
+
+
 def _lays_out(layer: nn.Linear) -> bool:
-    weight, least = layer.weight, LARGE if prefers_columns() else WORTH
+    weight, least = layer.weight, lays_out_from()
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32
     return plain and weight.device.type == "cpu" and weight.numel() >= least
 

@@ -65,6 +65,7 @@ def save_checked(
 ) -> None:
     """Merge adapters, save, load again, compare; `directory` is replaced only if all agree. The model is used
     up: its weights are freed. NotSavedError otherwise."""
+    give_back_freed_memory()  # merging takes as much as the weights beside what training left behind
     whole = with_own_weights(model)
     try:
         probe = ask(whole, tokenizer)

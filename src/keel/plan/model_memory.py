@@ -197,16 +197,21 @@ def halved(model: Model) -> tuple[float, float]:
 
 def laid_out(model: Model, steps: int) -> float:
     """The matrices of a model that samples up to so many tokens a response on the CPU in float32, laid out
-    for products with few rows (`accel.decode_step`), where they are not large."""
-    known = model.shape.kind in last_layer.KINDS and model.shape.window is None and model.lora is None
-    if not known or model.device != "cpu" or model.dtype not in ("float32", "auto") or casts(model):
+    for products with few rows, where there is memory for them: all of a Llama's kind
+    (`accel.packed_layers`); of other kinds and under adapters those of linear layers (`cpu_linear.lay_out`).
+    """
+    if model.device != "cpu" or model.dtype not in ("float32", "auto") or casts(model):
         return 0
-    size = FLOAT32 * model.shape.layers * sum(x.inputs * x.outputs for x in model.shape.linears())
-    most = cpu_linear.packed_at_most(steps)
-    if size > most:
-        return 0
-    head = FLOAT32 * model.shape.vocab * model.shape.hidden if model.head == "lm" else 0
-    return size + (head if size + head <= most else 0)
+    shape, most = model.shape, cpu_linear.packed_at_most(steps)
+    head = shape.vocab * shape.hidden if model.head == "lm" else 0
+    matrices = [x.inputs * x.outputs for x in shape.linears()]
+    if shape.kind in last_layer.KINDS and shape.window is None and model.lora is None:
+        size = FLOAT32 * shape.layers * sum(matrices)
+        return next((all_of_it for all_of_it in (size + FLOAT32 * head, size) if all_of_it <= most), 0)
+    least = cpu_linear.lays_out_from()
+    matrices = [] if shape.kind == "gpt2" else [size for size in matrices if size >= least]  # no nn.Linear
+    size = FLOAT32 * (shape.layers * sum(matrices) + (head if head >= least else 0))
+    return size if size <= most else 0
 
 
 def kv_cache(model: Model, rows: int, length: int) -> float:
