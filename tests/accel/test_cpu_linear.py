@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from keel.accel import cpu_linear, cpu_products
@@ -262,6 +263,7 @@ def laid_out_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each product by a matrix that is laid out."""
     monkeypatch.setattr(cpu_linear, "prefers_columns", lambda: False)
     monkeypatch.setattr(cpu_linear, "WORTH", 256 * 256)  # of queries and gated parts, not of keys and values
+    monkeypatch.setattr(cpu_linear, "AFTER", 0)
     taken, plainly = list[int](), PrepackedWeight.__call__
     monkeypatch.setattr(PrepackedWeight, "__call__", lambda self, x: taken.append(len(x)) or plainly(self, x))
     return taken
@@ -298,6 +300,35 @@ def test_few_rows_are_multiplied_with_matrices_that_are_laid_out(
     assert any(
         layer.weight.grad is not None for layer in model.modules() if type(layer) is cpu_linear._Linear
     )
+
+
+def test_a_matrix_is_laid_out_when_it_pays_and_anew_when_it_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reply that may be long is often short. What is multiplied with is what the weight is now."""
+    layer: Any = patch_linears(nn.Sequential(nn.Linear(256, 256)))
+    taken, x = laid_out_products(monkeypatch), torch.randn(3, 256)
+    monkeypatch.setattr(cpu_linear, "AFTER", 2)
+    with torch.no_grad(), lay_out(layer, 8):
+        for number, expected in enumerate((0, 0, 1, 2)):
+            same(layer(x), linear(x, layer[0].weight, layer[0].bias), 1e-5)
+            assert len(taken) == expected, number
+        layer[0].weight.mul_(2)
+        layer[0].bias.add_(1)
+        same(layer(x), linear(x, layer[0].weight, layer[0].bias), 1e-5)
+        assert len(taken) == 3
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), lay_out(layer, 8):
+        for _ in range(4):
+            layer(x)
+    assert len(taken) == 3
+
+
+def test_who_compiles_a_model_gets_one_graph() -> None:
+    layer = patch_linears(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    x = torch.randn(3, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_adapters_stay_in_effect_on_matrices_that_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from keel.accel import cpu_linear, cpu_products, decode_step, packed_layers, pat
 from keel.accel.decode_step import Step, by_itself, fits
 from keel.accel.decode_trial import decoded_otherwise
 from keel.accel.kv_slots import Slots
-from keel.accel.packed_layers import prompts_differ
+from keel.accel.packed_layers import PackedLayers, prompts_differ
 from keel.accel.row_attention import Spans, spans_of
 
 pytestmark = pytest.mark.usefixtures("accel_on")
@@ -127,6 +127,25 @@ def test_large_matrices_are_onednns_where_small_ones_are_mkls(monkeypatch: pytes
         assert set(given) == {10, 4}  # the last tokens, filled up
 
 
+def test_a_way_to_read_many_tokens_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", 4)
+    monkeypatch.setattr(packed_layers, "prefers_columns", lambda: True)
+    monkeypatch.setattr(packed_layers, "LARGE", 60 * 32)
+    made = PackedLayers._stack
+
+    def wrong(self: Any, trunk: Any, *, laid_out: bool) -> Any:
+        found = made(self, trunk, laid_out=laid_out)
+        if not laid_out:
+            found.layers[0] = found.layers[0]._replace(between=found.layers[0].between + 1)
+        return found
+
+    with torch.no_grad():
+        assert by_itself(model, 16) is not None
+        monkeypatch.setattr(PackedLayers, "_stack", wrong)
+        with pytest.warns(patches.AccelWarning, match="prompt_reading is off"):
+            assert by_itself(model_of("llama", 4), 16) is None
+
+
 def test_what_prompts_keep_holds_nothing_else() -> None:
     """Keys and values of all layers wait for their slots; queries beside them would be as much again, or
     several times as much where heads share keys and values."""
@@ -213,9 +232,22 @@ def test_large_matrices_are_laid_out_for_many_steps_where_there_is_memory(
             assert packed_layers.laid_out(model, steps) == (expected, expected)
             step = by_itself(model, 64, steps)
             assert step is not None
-            assert step.whole is not None
-            assert step.whole.layers[0].qkv.large is False  # they are small ones, of a large model
-            assert (len(step.whole.layers[0].qkv._parts) == 1) is expected
+            slots, given = Slots(2, 64, torch.device("cpu"), None), torch.tensor([[5, 6, 7], [8, 9, 7]])
+            logits, kept = step.read(given, None)
+            slots.take(kept, [3, 3], [0, 1])
+            whole, newest = model(given).logits, given
+            for number in range(cpu_linear.AFTER + 2):  # the large ones of a reply that turns out to be long
+                assert step.whole is not None
+                assert (len(step.whole.layers[0].qkv._parts) == 1) is (
+                    expected and number >= cpu_linear.AFTER
+                )
+                torch.testing.assert_close(logits, whole[:, -1], rtol=1e-4, atol=1e-4)
+                newest = torch.cat([newest, logits.argmax(-1, keepdim=True)], dim=1)
+                slots.make_room()
+                logits, whole = step(newest[:, -1], slots), model(newest).logits
+                slots.step()
+        with patches.disabled("linear_layouts"):
+            assert packed_layers.laid_out(model, 32) == (False, False)
     monkeypatch.setattr(cpu_linear, "memory", lambda: 8 * size - 8)
     assert packed_layers.laid_out(model, 32) == (True, False)
 

@@ -283,6 +283,7 @@ def test_what_is_laid_out_for_sampling_is_counted(config_of, kind, lora, monkeyp
     monkeypatch.setattr(cpu_linear, "PACKS_FLOAT32", True)
     monkeypatch.setattr(cpu_linear, "prefers_columns", lambda: False)
     monkeypatch.setattr(cpu_linear, "WORTH", 64 * 64)
+    monkeypatch.setattr(cpu_linear, "AFTER", 0)
     built = _built(config_of(kind), torch.float32, lora=lora).eval()
     held = list[torch.Tensor]()
     plainly = cpu_linear.PrepackedWeight.__init__

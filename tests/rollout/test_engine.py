@@ -35,7 +35,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from keel.accel import attention, decode_step, kv_slots, packed_layers, patches, processor
+from keel.accel import attention, cpu_linear, decode_step, kv_slots, packed_layers, patches, processor
 from keel.accel.row_attention import Look
 from keel.algorithms.masked import token_logp
 from keel.data.stops import stop_texts
@@ -43,6 +43,7 @@ from keel.errors import UsageError
 from keel.models import precision
 from keel.models.head import capture_head_input, head_of
 from keel.models.lora import Adapters, add_adapters
+from keel.models.precision import prepare_model
 from keel.rollout import reference_engine
 from keel.rollout import sampling as sampling_module
 from keel.rollout.engine import KeelEngine, TokenCount, generate, text_of
@@ -220,6 +221,33 @@ def test_a_step_in_float32_multiplies_with_matrices_that_are_laid_out_once(
     hooked = tiny("qwen2")
     hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
     assert decode_step.Step(hooked, 8).packed is None
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_rows_that_go_on_try_a_model_once_and_their_head_is_laid_out(
+    hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what the head is given is kept, so that its own module is called."""
+    monkeypatch.setattr(cpu_linear, "PACKED_AT_MOST", 1)
+    monkeypatch.setattr(cpu_linear, "AFTER", 0)
+    monkeypatch.setattr(cpu_linear, "lays_out_from", lambda: 1)
+    trials, tried_otherwise = list[int](), decode_step.decoded_otherwise
+    monkeypatch.setattr(
+        decode_step, "decoded_otherwise", lambda *given: trials.append(1) or tried_otherwise(*given)
+    )
+    model: Any = prepare_model(tiny("llama").eval(), "float32")
+    head, made = model.lm_head, list[Any]()
+    lay_out = cpu_linear.PrepackedWeight.__init__
+
+    def laid_out(self: Any, layer: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+        made.append(layer)
+        lay_out(self, layer, dtype)
+
+    monkeypatch.setattr(cpu_linear.PrepackedWeight, "__init__", laid_out)
+    request = GenerationRequest(PROMPTS_60, Sampling(40), [EOS], PAD, 0, keep_head_inputs=hidden)
+    KeelEngine(model).converse(request, lambda row, completion: None)
+    assert len(trials) == 2  # as it is at first, and with its matrices laid out
+    assert made == [head] * hidden  # those of the layers, and of a head that nobody reads, are the step's own
 
 
 def test_adapters_stay_in_effect_in_the_lean_step() -> None:

@@ -65,8 +65,9 @@ LARGE = 2**20  # weights of a matrix from which oneDNN multiplies few rows faste
 BETWEEN = 4  # rows from one size to the next, up to 64, of products with them, each of which takes long
 FEW = 256  # rows from which a product takes much longer than to lay its matrix out
 # bytes of matrices laid out in float32, which is as much as the weights themselves; for so many products of
-# each, or more, also a share of the machine's memory: a second of copying is paid back then
-PACKED_AT_MOST, MANY, SHARE = 2**28, 32, 1 / 8
+# each, or more, also a share of the machine's memory: a second of copying is paid back then. These are laid
+# out after so many: a reply that may be long is often short
+PACKED_AT_MOST, MANY, SHARE, AFTER = 2**28, 32, 1 / 8, 8
 
 
 def sized(rows: int, least: int = LEAST) -> int:
@@ -217,7 +218,8 @@ def _is_plain(layer: Any) -> bool:
 
 def packed_at_most(times: int) -> int:
     """Bytes of matrices that may be laid out in float32 for whoever multiplies `times` with each of them."""
-    return PACKED_AT_MOST if times < MANY else max(PACKED_AT_MOST, int(memory() * SHARE))
+    large = times >= MANY and enabled("linear_layouts")
+    return PACKED_AT_MOST if not large else max(PACKED_AT_MOST, int(memory() * SHARE))
 
 
 def packs(layer: Any) -> torch.dtype | None:
@@ -437,21 +439,41 @@ def prepacked(layer: nn.Linear, dtype: torch.dtype = torch.bfloat16) -> Prepacke
     return (_casts.get() or _CastCache()).packed(layer)
 
 
-_laid_out: ContextVar[dict[int, PrepackedWeight | None] | None] = ContextVar("laid_out", default=None)
+class _LaidOut:
+    """A layer's matrix within `lay_out`: how many products it had, and what it was when it was laid out."""
+
+    def __init__(self) -> None:
+        self.times, self._of = 0, None
+        self._packed: PrepackedWeight | None = None
+
+    def __call__(self, layer: nn.Linear) -> PrepackedWeight | None:
+        """Laid out, from the product on that pays for it."""
+        self.times += 1
+        if self.times <= AFTER:
+            return None
+        weights = [w for w in (layer.weight, layer.bias) if w is not None]
+        now = [(id(w), 0 if w.is_inference() else w._version) for w in weights]
+        if self._packed is None or self._of != now:
+            self._packed, self._of = PrepackedWeight(layer, torch.float32), now
+        return self._packed
+
+
+_laid_out: ContextVar[dict[int, _LaidOut] | None] = ContextVar("laid_out", default=None)
 
 
 @contextlib.contextmanager
 def lay_out(model: nn.Module, times: int) -> Iterator[None]:
-    """Within it the model's own linear layers multiply few rows in float32 with matrices that are laid out at
-    their first product, without gradient: for whoever multiplies up to `times` with each of them, and changes
-    no weight meanwhile. Nothing where that would take more memory than `packed_at_most`, or a layer is
-    divided among processes. What `packed_layers` is for a few kinds of models, for all others, and for those
-    with adapters; the layers' own forward, hooks and adapters stay in effect."""
+    """Within it the model's own linear layers multiply few rows in float32 with matrices that are laid out
+    once, without gradient: for whoever multiplies up to `times` with each of them. Nothing where that would
+    take more memory than `packed_at_most`, or a layer is divided among processes. What `packed_layers` is for
+    a few kinds of models, for all others, and for those with adapters; the layers' own forward, hooks and
+    adapters stay in effect."""
     found: list[Any] = [module for module in model.modules() if type(module) is _Linear]
     layers = [layer for layer in found if _lays_out(layer)]
     size = sum(layer.weight.nbytes for layer in layers)
-    fits = enabled("linear_layouts") and PACKS_FLOAT32 and size <= packed_at_most(times)
-    token = _laid_out.set(dict.fromkeys(map(id, layers)) if fits else None)
+    fits = enabled("linear_layouts") and PACKS_FLOAT32 and torch.backends.mkldnn.enabled
+    fits = fits and size <= packed_at_most(times)
+    token = _laid_out.set({id(layer): _LaidOut() for layer in layers} if fits else None)
     try:
         yield
     finally:
@@ -471,15 +493,17 @@ def _lays_out(layer: nn.Linear) -> bool:
 
 def _by_layout(layer: nn.Linear, x: Tensor) -> Tensor | None:
     """A product by a matrix that is laid out, within `lay_out`; None where it is not taken so."""
+    if torch.compiler.is_compiling():  # which cannot read what stands behind it
+        return None
     held = _laid_out.get()
     if held is None or id(layer) not in held or not 0 < (count := x.shape[:-1].numel()) < FEW:
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
         return None
-    if transformed() or not enabled("cpu_linear"):
+    if transformed() or not enabled("cpu_linear") or x.device.type != "cpu":
         return None
-    if (packed := held[id(layer)]) is None:
-        packed = held[id(layer)] = PrepackedWeight(layer, torch.float32)
+    if (packed := held[id(layer)](layer)) is None:
+        return None
     return _like(packed(_filled(x, torch.float32, sized(count, BETWEEN))), x)
 
 

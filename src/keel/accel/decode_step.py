@@ -18,7 +18,7 @@ from torch.nn.functional import pad, rms_norm, silu
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import SiLUActivation
 
-from keel.accel.cpu_linear import PrepackedWeight, packs, prepacked, sized
+from keel.accel.cpu_linear import AFTER, PrepackedWeight, packs, prepacked, sized
 from keel.accel.cpu_products import prefers_columns
 from keel.accel.decode_trial import COLUMNS, decoded_otherwise, precision_of
 from keel.accel.decode_trial import Step as AnyStep
@@ -39,7 +39,8 @@ class Step:
     float32, the step and the reading of prompts are those of `packed_layers`, which leaves some as they
     are."""
 
-    def __init__(self, model: nn.Module, columns: int, steps: int = 0) -> None:
+    def __init__(self, model: nn.Module, columns: int, steps: int = 0, *, at_once: bool = False) -> None:
+        """at_once: large matrices are laid out before the first step, not after some (`cpu_linear.AFTER`)."""
         self.model = plain_of(model)
         config, trunk = self.model.config, self.model.model
         positions = torch.arange(max(columns, COLUMNS), device=trunk.embed_tokens.weight.device)
@@ -54,18 +55,28 @@ class Step:
         self.dtype, self._steps = _packs(self.model), steps
         self.whole = self.packed = None
         if self.dtype == torch.float32:
-            self.whole = PackedLayers(self.model, self.cos, self.sin, steps)
+            self._before = 0 if at_once or not _waits(self.model, steps) else AFTER
+            self.whole = self._layers(0 if self._before else steps)
         elif self.dtype:
             self.packed = [_Layer.of(layer, self.dtype) for layer in trunk.layers]
 
+    def _layers(self, steps: int) -> PackedLayers:
+        return PackedLayers(self.model, self.cos, self.sin, steps)
+
     @property
     def reads(self) -> bool:
-        """Whether `read` may be called: switched on, and tried against the model's own forward."""
+        """Whether `read` may be called: switched on, and tried against the model's own forward, as it is now
+        and as it will be."""
         plain, whole = self.model, self.whole
-        as_now = _tried_as(plain, self._steps)
-        return whole is not None and trusted(
-            "prompt_reading", plain, lambda: prompts_differ(plain, whole), depends_on=as_now
-        )
+        if whole is None:
+            return False
+
+        def trial() -> str | None:
+            why = prompts_differ(plain, whole)
+            later = why is None and _waits(plain, self._steps)
+            return prompts_differ(plain, self._layers(self._steps)) if later else why
+
+        return trusted("prompt_reading", plain, trial, depends_on=_tried_as(plain, self._steps))
 
     @property
     def by_itself(self) -> bool:
@@ -84,6 +95,10 @@ class Step:
         """(n,) newest tokens → (n, V) logits; the keys and values go into the newest column of `slots`. seen:
         where what the head is given is put, if the step is one `by_itself`."""
         if self.whole is not None:
+            if self._before:
+                self._before -= 1
+                if not self._before:
+                    self.whole = self._layers(self._steps)
             return self.whole.step(ids, slots, seen)
         trunk, positions, look = self.model.model, slots.positions, Look.of(slots, self.heads)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (n, 1, d)
@@ -187,13 +202,27 @@ def fits(model: nn.Module, steps: int = 0) -> bool:
     if not enabled("decode_step") or not enabled("kv_slots") or not has_shape(model):
         return False
     plain = plain_of(model)
-    trial = lambda: decoded_otherwise(plain, lambda slots, columns: Step(plain, columns, steps))  # noqa: E731
+
+    def trial() -> str | None:
+        def step(at_once: bool) -> str | None:
+            make = lambda slots, columns: Step(plain, columns, steps, at_once=at_once)  # noqa: E731
+            return decoded_otherwise(plain, make)
+
+        why = step(at_once=False)
+        return step(at_once=True) if why is None and _waits(plain, steps) else why
+
     return trusted("decode_step", plain, trial, depends_on=_tried_as(plain, steps))
 
 
 def _tried_as(plain: nn.Module, steps: int) -> tuple[object, ...]:
     """What a trial of the step and of the reading depends on."""
-    return *precision_of(plain), *laid_out(plain, steps), prefers_columns()
+    held = laid_out(plain, steps) if _packs(plain) == torch.float32 else ()
+    return *precision_of(plain), *held, prefers_columns()
+
+
+def _waits(plain: nn.Module, steps: int) -> bool:
+    """Whether more of a model is laid out for so many steps than for a few."""
+    return _packs(plain) == torch.float32 and laid_out(plain, steps) != laid_out(plain, 0)
 
 
 def by_itself(model: nn.Module, columns: int, steps: int = 0) -> Step | None:
@@ -206,7 +235,8 @@ def by_itself(model: nn.Module, columns: int, steps: int = 0) -> Step | None:
 
 
 def lays_out(model: nn.Module, steps: int = 0) -> bool:
-    """Whether the step's matrices are laid out, and none of the model's own modules multiplies in it."""
+    """Whether the step multiplies with matrices of its own, and of the model's modules only the head does, if
+    that."""
     return fits(model, steps) and _packs(plain_of(model)) is not None
 
 
@@ -234,13 +264,14 @@ def _passed_by(plain: Any) -> Iterator[nn.Module]:
         yield from (norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)))
 
 
-def keeps_slots(model: nn.Module, longest: int = 0) -> bool:
+def keeps_slots(model: nn.Module, longest: int = 0, steps: int = 0) -> bool:
     """Whether prompts are sampled through `Slots`: switched on, and the model's own forward computes with
     them as its cache what it computes without one, in sequences of up to `longest` tokens (tried once more
-    where longer ones meet a window). Models with a decode step of their own are tried with that."""
+    where longer ones meet a window). Models with a decode step of their own are tried with that, for up to
+    so many steps."""
     if not enabled("kv_slots"):
         return False
-    if fits(model):
+    if fits(model, steps):
         return True
     plain = plain_of(model)
     longer = beyond_windows(plain.config, longest)

@@ -16,15 +16,16 @@ read with the layers' own weights there.
 
 What it costs: as much memory as the weights, as long as a call takes. So what is larger than 256 MiB, and
 than an eighth of the machine's memory where a response may have 32 tokens or more, stays as the model has it
-(`laid_out`), and is multiplied with as `cpu_products` does. The numbers are the model's
-own up to rounding; they are tried before the first use with a model (`decode_step.fits`, `prompts_differ`).
+(`laid_out`), and is multiplied with as `cpu_products` does; so it is in the first steps of a call, as many
+replies that may be long end soon (`decode_step`). The numbers are the model's own up to rounding; they are
+tried before the first use with a model (`decode_step.fits`, `prompts_differ`).
 Left out: layers with adapters, hooks or other precisions, whose own forward runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -254,17 +255,34 @@ class PackedLayers:
     ) -> tuple[Tensor, KeysAndValues]:
         """Read prompts: (B, W) ids, padded on the left; own: (B, W) True at a row's own tokens, or None where
         all are. (B, V) logits behind the last tokens, and each layer's keys and values."""
+        if self.reads_many and ids.numel() >= MANY:
+            return self.read_many(ids, own, seen)
+        return self._read(self._few, self._size(ids.numel()), ids, own, seen)
+
+    @property
+    def reads_many(self) -> bool:
+        """Whether prompts of many tokens are read with the layers' own weights."""
+        return self._many is not None
+
+    def read_many(
+        self, ids: Tensor, own: Tensor | None, seen: list[Tensor] | None = None
+    ) -> tuple[Tensor, KeysAndValues]:
+        """`read`, with the layers' own weights."""
+        assert self._many is not None
+        return self._read(self._many, ids.numel(), ids, own, seen)
+
+    def _read(
+        self, stack: Stack, size: int, ids: Tensor, own: Tensor | None, seen: list[Tensor] | None
+    ) -> tuple[Tensor, KeysAndValues]:
+        """size: rows of the products."""
         rows, width = ids.shape
-        count = rows * width
+        count, kept = rows * width, KeysAndValues()
         places = torch.arange(width)[None] if own is None else (own.cumsum(1) - 1).clamp_(min=0)
         cos, sin = (table[places].unsqueeze(2) for table in (self.cos, self.sin))  # (1 or B, W, 1, D)
         mask = None
         if own is not None:  # what stands before a row's own tokens looks at itself, so that it is finite
             before = torch.ones(width, width, dtype=torch.bool).tril()
             mask = own[:, None, None, :] & before | torch.eye(width, dtype=torch.bool)
-        stack, size, kept = self._few, self._size(count), KeysAndValues()
-        if self._many is not None and count >= MANY:
-            stack, size = self._many, count
         x = self.embed(_filled(ids.flatten(), size))
         for layer in stack.layers[:-1]:
             both, v = self._parts(layer.qkv(_normed(x, layer.before))[:count].view(rows, width, -1))
@@ -307,8 +325,13 @@ class PackedLayers:
 
 
 def prompts_differ(model: Any, layers: PackedLayers) -> str | None:
-    """What differs between `read` and the model's own forward, for prompts of several lengths and of one;
-    None if nothing does."""
+    """What differs between `read` and the model's own forward, for prompts of several lengths and of one, in
+    each way in which it reads; None if nothing does."""
+    ways = (layers.read, layers.read_many) if layers.reads_many else (layers.read,)
+    return next((why for read in ways if (why := _read_otherwise(model, read)) is not None), None)
+
+
+def _read_otherwise(model: Any, read: Callable[..., tuple[Tensor, KeysAndValues]]) -> str | None:
     device = next(model.parameters()).device
     lengths = ([len(row) - STEPS for row in SEQUENCES], [min(map(len, SEQUENCES))] * len(SEQUENCES))
     for counts in lengths:
@@ -320,7 +343,7 @@ def prompts_differ(model: Any, layers: PackedLayers) -> str | None:
             with disabled():
                 theirs = torch.cat(own_logits(model, prompts, device, 1))
                 cache: Any = prompts_read(model, prompts, device)
-            ours, kept = layers.read(ids, None if bool(own.all()) else own)
+            ours, kept = read(ids, None if bool(own.all()) else own)
         if (why := difference("logits behind prompts", ours, theirs)) is not None:
             return why
         for (k, v), layer in zip(kept, cache.layers, strict=True):

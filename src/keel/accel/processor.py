@@ -43,22 +43,33 @@ def multiplies_half(has: Mapping[str, Any]) -> str | None:
     return "vectors" if has.get("avx512_bf16") else None
 
 
-@cache
 def memory() -> int:
-    """Bytes of this machine, or of the control group (Docker, Kubernetes, Slurm) that this process is in; 0
-    where the system does not say."""
+    """Bytes for this process: those of the machine, or of the control groups (Docker, Kubernetes, Slurm) that
+    it is in, shared with the other ranks there; 0 where the system does not say."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return _memory() // max(1, int(ranks) if ranks.isdecimal() else 1)
+
+
+@cache
+def _memory() -> int:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min([whole, *_granted(Path("/sys/fs/cgroup"))])
+        return min([whole, *_granted(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
     return 0
 
 
-def _granted(group: Path) -> list[int]:
-    """What a control group may have; nothing where it has no limit."""
+def _granted(root: Path, groups: Path) -> list[int]:
+    """What the control groups of a process, and those they stand in, may have; nothing where none has a
+    limit. groups: the file of the system that names them (cgroups(7)), absent on others."""
+    named = [""]
+    with contextlib.suppress(OSError):
+        named += [line.split(":", 2)[-1] for line in groups.read_text().splitlines()]
     found: list[int] = []
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            found.append(int((group / name).read_text()))
+    for mount, name in ((root, "memory.max"), (root / "memory", "memory.limit_in_bytes")):
+        places = [mount / path.lstrip("/") for path in named]
+        for group in {above for place in places for above in (place, *place.parents)}:
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                found.append(int((group / name).read_text()))
     return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
+from keel.accel.cpu_linear import MANY
 from keel.config import (
     BestOfNConfig,
     ClassifierConfig,
@@ -460,12 +461,16 @@ def _rollout(
     *,
     name: str = "rollout",
     kept: float = 0.0,
+    steps: int | None = None,
 ) -> Phase:
     """The prompts' forward, with logits of every prompt token; then one token at a time with the whole cache,
     of which one layer is counted twice, for copies of rows that enter and move. kept: the share of the cache
-    that rows which wait for a slot have besides."""
+    that rows which wait for a slot have besides. steps: the most tokens of a response, if not what `lengths`
+    says."""
     model = models[role]
-    copies = model_memory.casts(model) + model_memory.laid_out(model, lengths.total - lengths.prompt)
+    copies = model_memory.casts(model) + model_memory.laid_out(
+        model, lengths.total - lengths.prompt if steps is None else steps
+    )
     base = with_parts(resident(models), role, casts=copies)
     one_layer = 1 + 1 / model.shape.layers
     prefill = with_parts(
@@ -517,7 +522,8 @@ def _judging(models: dict[str, Model], rows: int, lengths: Lengths, samples: int
         if role.startswith("reward") and model.head == "lm":
             question = lengths.prompt + 2 * lengths.answer + QUESTION
             asked = Lengths(question, lengths.answer).within(model.shape.context)
-            found.append(_rollout(models, role, min(SAMPLED_AT_ONCE, rows), asked, name="score"))
+            rows_of_it = min(SAMPLED_AT_ONCE, rows)  # whose answers may be longer, and mostly are not
+            found.append(_rollout(models, role, rows_of_it, asked, name="score", steps=MANY))
         elif role.startswith("reward"):
             own = lengths.within(model.shape.context)
             reads = [Forward(CLASSIFIED_AT_ONCE, own.total)]

@@ -54,7 +54,7 @@ class KeelEngine:
             return
         work, outside = count or TokenCount(), as_here(answer)
         with _opened(self.model, request, work, turns=True) as (asked, steps):
-            slots = way_of(self.model, asked.longest) == "slots"
+            slots = way_of(self.model, asked.longest, asked.steps) == "slots"
             if slots and kept_turns.fits(self.model, asked.longest):
                 turns = Turns(asked, request, outside)
                 Stream(asked, self.batch_size, steps, turns).run()
@@ -131,9 +131,13 @@ def _opened(
         if step is not None:
             yield replace(asked, step=step), None
             return
-        lays_out = device.type != "cpu" or decode_step.lays_out(model, asked.steps)
+        laid = (
+            model  # of which linear layers multiply: under a step that does it itself the head, if it is read
+        )
+        if device.type == "cpu" and decode_step.lays_out(model, asked.steps):
+            laid = None if head is None else head.linear
         with (
-            nullcontext() if lays_out else cpu_linear.lay_out(model, asked.steps),
+            nullcontext() if laid is None else cpu_linear.lay_out(laid, asked.steps),
             nullcontext() if head is None else capture_head_input(head) as seen,
             decode_graphs.recorded_steps(model, device, reading=seen is not None) as steps,
         ):
@@ -154,10 +158,11 @@ def text_of(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 Way = Literal["slots", "own cache", "own cache, one row at a time", "whole forwards"]
 
 
-def way_of(model: PreTrainedModel, longest: int) -> Way:
-    """How `generate` samples sequences of up to `longest` tokens: by the fastest way in which the model's
-    logits are those of its own forward. Tried at first use, under the model's precision (`computing`)."""
-    if decode_step.keeps_slots(model, longest):
+def way_of(model: PreTrainedModel, longest: int, steps: int = 0) -> Way:
+    """How `generate` samples sequences of up to `longest` tokens, `steps` of them new: by the fastest way in
+    which the model's logits are those of its own forward. Tried at first use, under the model's precision
+    (`computing`)."""
+    if decode_step.keeps_slots(model, longest, steps):
         return "slots"
     together = own_cache.rows_at_once(model, longest)
     if together is None:
@@ -166,7 +171,7 @@ def way_of(model: PreTrainedModel, longest: int) -> Way:
 
 
 def _sampled(asked: Asked, batch_size: int, steps: decode_graphs.Captured | None) -> list[Completion]:
-    way = way_of(asked.model, asked.longest) if asked.step is None else "slots"
+    way = way_of(asked.model, asked.longest, asked.steps) if asked.step is None else "slots"
     if way == "whole forwards":
         return reference_engine.sample(asked)
     if way == "slots":
