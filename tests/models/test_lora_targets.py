@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from keel.config.parts import LoraConfig
 from keel.errors import UsageError
 from keel.models import lora_targets
 from keel.models.load import ModelSource, causal_lm
-from keel.models.lora import Adapters, add_adapters, merged
+from keel.models.lora import Adapters, add_adapters, merged, put_on
 
 MOE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -120,3 +122,21 @@ def test_adapters_that_break_a_models_forward_are_found_before_training(
 def test_dropout_has_no_place_on_weights() -> None:
     with pytest.raises(ValueError, match="`target_parameters` needs `dropout: 0`"):
         LoraConfig(target_parameters="experts", dropout=0.1)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_embeddings_that_peft_saved_goes_on_its_base_alone(target: str, tmp_path: Path) -> None:
+    """peft saves the base's matrix beside it."""
+    base, ids = _model("llama", tie_word_embeddings=False), IDS
+    plain = copy.deepcopy(base)
+    wrapped: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", target])).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = wrapped(ids).logits
+        torch.testing.assert_close(put_on(copy.deepcopy(plain), tmp_path)(ids).logits, expected)
+        plain.get_submodule("model.embed_tokens" if target == "embed_tokens" else target).weight.add_(1)
+    with pytest.raises(UsageError, match=rf"trained on another base_model.*{target}.*weight"):
+        put_on(plain, tmp_path)

@@ -268,10 +268,17 @@ def put_on(model: PreTrainedModel, folder: Path) -> Any:
     try:
         tensors = load_file(folder / WEIGHTS)
         wrapped = with_adapters(model, settings)
-        lacks = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys() ^ tensors.keys()
-        if lacks:
+        own = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+        # peft saves the base's matrix beside an adapter on embeddings or the head
+        whole = get_peft_model_state_dict(wrapped, save_embedding_layers=True)
+        beside = (tensors.keys() - own) & whole.keys()
+        if lacks := own ^ (tensors.keys() - beside):
             raise UsageError(f"adapter {str(folder)!r} does not fit its base: {min(lacks)}")
-        set_peft_model_state_dict(wrapped, tensors)
+        if others := [name for name in beside if not torch.equal(tensors[name].to(whole[name]), whole[name])]:
+            raise UsageError(
+                f"adapter {str(folder)!r} does not fit its base: it was trained on another {min(others)}"
+            )
+        set_peft_model_state_dict(wrapped, {name: tensors[name] for name in own})
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = fault_in(str(folder)) or error
         raise UsageError(f"adapter {str(folder)!r} cannot be loaded: {reason}") from None
