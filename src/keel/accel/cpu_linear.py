@@ -6,6 +6,9 @@ number of rows. Here the rows of a product are filled up with zeros to one of ei
 two and the next (they are copied anyway, to cast them), and cut off again behind it. Weights are cast once in
 a gradient step; for products without gradient they are laid out as oneDNN wants them, too.
 
+**In float32** a sampler's products of few rows have their matrices laid out, too (`lay_out`): otherwise a
+matrix is copied in every product, and of a large one no cache holds the copy.
+
 **In both precisions** a gated feed-forward part is one step of autograd that keeps its input and its two
 products and nothing else. Within `grads_in_place`, which only keel's own training loops enter, the gradient
 of a weight is added where it is kept, instead of being made, added and thrown away in every micro-batch.

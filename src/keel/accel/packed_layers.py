@@ -185,6 +185,7 @@ class PackedLayers:
         self._least = _least(trunk.norm)
         self.nbytes = _nbytes(*_parts(model))
         self._fills_up = not (layers and prefers_columns()) or self._few.large
+        self._between = BETWEEN if self._few.large else LEAST
         self._packed_head = None
         if packs_head(model):
             self._packed_head = Matrix([model.lm_head], _factor(trunk.norm), laid_out=head)
@@ -198,7 +199,7 @@ class PackedLayers:
     def _size(self, rows: int) -> int:
         """To how many rows so many are filled up: oneDNN makes a program for each number of them, MKL does
         not."""
-        return sized(rows, BETWEEN if self._few.large else LEAST) if self._fills_up else rows
+        return sized(rows, self._between) if self._fills_up else rows
 
     @property
     def has_head(self) -> bool:

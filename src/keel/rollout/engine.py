@@ -131,9 +131,8 @@ def _opened(
         if step is not None:
             yield replace(asked, step=step), None
             return
-        laid = (
-            model  # of which linear layers multiply: under a step that does it itself the head, if it is read
-        )
+        # whose linear layers multiply: under a step with matrices of its own only a head that is read
+        laid = model
         if device.type == "cpu" and decode_step.lays_out(model, asked.steps):
             laid = None if head is None else head.linear
         with (
