@@ -185,7 +185,7 @@ def test_tokens_are_those_of_the_rows_one_by_one_whoever_makes_them(
     assert tokenised(rows, tokenizer, preparation, "x")[2499] == expected[2499]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_first_row_that_cannot_be_tokenised_is_the_error(
     workers: int, few: None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +285,7 @@ def test_a_disk_that_is_full_is_a_plain_error(tmp_path: Path) -> None:
 def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
     data: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"model": str(tiny_model), "max_steps": 3, "batch_size": 4}
+    common = {"model": str(tiny_model), "max_steps": 2, "batch_size": 4}
     pairs = str(data.pairs)
     config = {
         "name": "twins",
@@ -301,7 +301,7 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
                 "kind": "grpo",
                 "model": str(tiny_model),
                 "data": str(data.prompts),
-                "updates": 2,
+                "updates": 1,
                 "batch_size": 4,
                 "samples_per_prompt": 2,
                 "reward": {"kind": "length", "high": 2},
