@@ -294,6 +294,7 @@ def logs(keel, write, chain):
         if reward is not None:
             term = {"kind": "learned", "model": str(reward), "name": "reward"}
             changed["ppo"]["reward"] = changed["judge"]["reward"] = [term]
+            del changed["reward"]
         done = keel("run", write(f"{name}.yaml", changed))
         assert done.code == 0, done.err
         files = Path("runs", name, "stages").glob("*/*.jsonl")

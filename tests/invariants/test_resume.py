@@ -108,7 +108,7 @@ def killed(request: Any, short: Mapping[str, Any], watched: Mapping[str, Any], t
     if request.param == "in the middle":
         rolled = {**stages["rolled"], "updates": 7}
         rolled["control"] = {**rolled["control"], "attempts": 1}
-        stages = {"sft": stages["sft"], "ppo-adapters": stages["ppo-adapters"], "rolled": rolled}
+        stages = {"ppo-adapters": stages["ppo-adapters"], "rolled": rolled}
         stride, first = 251, MIDDLE
     folder = tmp_path_factory.mktemp("killed")
     kills = killed_and_resumed(folder, stages, "each", str(stride), str(first))

@@ -37,7 +37,7 @@ def stages(data: Any) -> dict[str, dict[str, Any]]:
         "batch_size": 48,
         "mini_batch": 24,
         "epochs": 2,
-        "updates": 32,
+        "updates": 24,
         "sampling": {"max_new_tokens": 6},
         "kl": {"coef": 0.05},
     }
@@ -81,7 +81,7 @@ def stages(data: Any) -> dict[str, dict[str, Any]]:
         },
         "ppo": ppo,
         # at 0.1 the value loss pulls at the trunk: see docs/notes.md
-        "ppo-trunk": {**ppo, "sharing": "trunk", "value_coef": 0.01},
+        "ppo-trunk": {**ppo, "updates": 32, "sharing": "trunk", "value_coef": 0.01},
         "judge": {
             "kind": "evaluate",
             "models": ["base", "sft", "ppo", "ppo-trunk"],
