@@ -295,7 +295,6 @@ def test_stages_end_with_the_same_bytes_from_files_as_from_memory(
             "sft": {"kind": "sft", "data": str(data.demonstrations), **common},
             "packed": {"kind": "sft", "data": str(data.chats), "packing": True, "max_length": 48, **common},
             "rm": {"kind": "reward", "data": pairs, "normalize": 0, **common},
-            "orpo": {"kind": "dpo", "loss": "orpo", "data": pairs, **common},
             "dpo": {"kind": "dpo", "data": pairs, "votes": "soft", **common},
             "grpo": {
                 "kind": "grpo",

@@ -139,7 +139,11 @@ def test_stop_keeps_the_weights_that_the_judge_liked_best(stages, run, tmp_path,
 
 @pytest.mark.parametrize(
     ("control", "kept"),
-    [("rollback", 0), pytest.param("stop", 0, marks=pytest.mark.slow), ("warn", None)],  # as rollback
+    [
+        ("rollback", 0),
+        pytest.param("stop", 0, marks=pytest.mark.slow),  # as rollback
+        pytest.param("warn", None, marks=pytest.mark.slow),  # test_off_and_warn_give_the_same_numbers_…
+    ],
 )
 def test_where_control_goes_back_a_stage_ends_no_worse_than_it_began(
     stages, run, tmp_path, tiny_model, control, kept
