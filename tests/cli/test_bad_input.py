@@ -161,7 +161,7 @@ def test_all_rows_too_long_is_no_success(keel, write, sft):
     assert "no usable row is left of 2" in outcome.err
 
 
-@pytest.mark.parametrize("policy", ["error", "skip", "truncate"])
+@pytest.mark.parametrize("policy", ["error", pytest.param("skip", marks=pytest.mark.slow), "truncate"])
 def test_comparisons_and_prompts_longer_than_the_context(keel, write, chain, policy):
     short = [
         {"prompt": f"the {a}?", "chosen": " it is red.", "rejected": " it is pink."}

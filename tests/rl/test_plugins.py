@@ -408,6 +408,7 @@ def test_an_estimator_that_returns_something_else_is_named(
 # ---------------------------------------------------------------- engines
 
 
+@pytest.mark.slow  # as tests/rollout/test_engine.py, by its name in a config
 def test_the_reference_engine_samples_the_same_tokens(trained: Any) -> None:
     texts = []
     for engine in ("keel", "reference"):

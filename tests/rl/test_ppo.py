@@ -282,6 +282,7 @@ def test_the_pretraining_mix_pulls_towards_its_texts(run_ppo: Any, data: Any) ->
     assert rows[0]["loss/ptx"] == pytest.approx(math.log(300), rel=0.2)
 
 
+@pytest.mark.slow  # numbers: tests/golden; a KL in the loss: trap 16
 def test_dual_clip_entropy_bonus_and_a_kl_in_the_loss_run(run_ppo: Any) -> None:
     settings = {"dual_clip": 3.0, "entropy_coef": 0.01, "mini_batch": 4}
     for estimator in ("k2", "k3"):

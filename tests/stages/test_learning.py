@@ -152,6 +152,7 @@ def test_ppo_learns_to_say_that_token(learned: Path, stage: str) -> None:
     assert rows[-1]["objective/scores"] > rows[0]["objective/scores"]
 
 
+@pytest.mark.slow  # a run that was cut off and an undisturbed one: tests/pipeline/test_pipeline.py
 @pytest.mark.parametrize("stage", ["base", "sft", "reward", "ppo", "ppo-trunk", "judge"])
 def test_two_runs_of_one_config_leave_the_same_bytes(twice: tuple[Path, Path], stage: str) -> None:
     one, other = (results(folder / stage) for folder in twice)

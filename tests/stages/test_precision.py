@@ -16,7 +16,9 @@ from keel.models.precision import fast_in_bfloat16  # itself: `precision`'s is a
 
 
 @pytest.mark.usefixtures("accel_on")
-@pytest.mark.parametrize("kind", ["sft", pytest.param("kto", marks=pytest.mark.slow), "ppo"])
+@pytest.mark.parametrize(
+    "kind", ["ppo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sft", "kto"))]
+)
 def test_weights_cast_once_in_a_step_are_those_of_the_step(
     kind: str,
     run: Any,

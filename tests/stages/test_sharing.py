@@ -85,7 +85,7 @@ def metrics_of(stage: Path) -> list[dict[str, float]]:
     ("kind", "checkpointing"),
     [
         ("ppo", True),
-        ("grpo", False),
+        pytest.param("grpo", False, marks=pytest.mark.slow),
         pytest.param("ppo", False, marks=pytest.mark.slow),
         pytest.param("grpo", True, marks=pytest.mark.slow),
     ],
