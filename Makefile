@@ -31,7 +31,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 test: $(VENV)/.installed-dev       ## what every change must pass; under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-slow: $(VENV)/.installed-dev  ## minutes each: killed runs, whole recipes
+test-slow: $(VENV)/.installed-dev  ## killed runs, whole recipes, twins of what `test` covers in kind
 	$(BIN)/python -m pytest -m slow
 
 test-real: $(VENV)/.installed-dev  ## on real models and data, in the folder KEEL_REAL_DATA

@@ -147,8 +147,14 @@ def assert_as_exact(recorded: list[Completion], lean: list[Completion], model: A
     assert errors[1] < 5e-5  # rounding, and no more
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("slots", "temperature"), [(1, 1.5), (5, 0), (5, 1.5), (64, 1.5)])
+@pytest.mark.parametrize(
+    ("slots", "temperature", "architecture"),
+    [
+        pytest.param(slots, temperature, name, marks=() if (one + other) % 2 else pytest.mark.slow)
+        for one, (slots, temperature) in enumerate([(1, 1.5), (5, 0), (5, 1.5), (64, 1.5)])
+        for other, name in enumerate(ARCHITECTURES)
+    ],
+)
 def test_recorded_steps_sample_what_the_lean_step_samples(
     architecture: str, slots: int, temperature: float, recorder: Recorder
 ) -> None:

@@ -515,7 +515,7 @@ def test_each_path_can_be_off_by_itself(name: str, on: Any) -> None:
         assert_agree(keels(plain_model()), on)
 
 
-@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("changed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_without_agrees_and_is_another_run(
     changed: bool, whole: dict[str, Any], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -596,8 +596,14 @@ def on_gate(model: Any) -> None:
 AROUND = (on_attention, around_attention, on_norm, on_last_norm, around_product, on_gate, on_logits)
 
 
-@pytest.mark.parametrize("used_before", [False, True])
-@pytest.mark.parametrize("put", AROUND)
+@pytest.mark.parametrize(
+    ("put", "used_before"),
+    [
+        pytest.param(put, used, marks=() if (number + used) % 2 else pytest.mark.slow)  # each once by default
+        for number, put in enumerate(AROUND)
+        for used in (False, True)
+    ],
+)
 def test_hooks_and_forwards_of_others_stay_in_effect(put: Callable[[Any], None], used_before: bool) -> None:
     model = plain_model()
     unchanged = keels(copy.deepcopy(model))

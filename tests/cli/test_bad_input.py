@@ -161,7 +161,7 @@ def test_all_rows_too_long_is_no_success(keel, write, sft):
     assert "no usable row is left of 2" in outcome.err
 
 
-@pytest.mark.parametrize("policy", ["error", "skip", "truncate"])
+@pytest.mark.parametrize("policy", ["error", pytest.param("skip", marks=pytest.mark.slow), "truncate"])
 def test_comparisons_and_prompts_longer_than_the_context(keel, write, chain, policy):
     short = [
         {"prompt": f"the {a}?", "chosen": " it is red.", "rejected": " it is pink."}
@@ -294,6 +294,7 @@ def logs(keel, write, chain):
         if reward is not None:
             term = {"kind": "learned", "model": str(reward), "name": "reward"}
             changed["ppo"]["reward"] = changed["judge"]["reward"] = [term]
+            del changed["reward"]
         done = keel("run", write(f"{name}.yaml", changed))
         assert done.code == 0, done.err
         files = Path("runs", name, "stages").glob("*/*.jsonl")

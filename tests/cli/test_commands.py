@@ -41,13 +41,14 @@ def _process(arguments: list[object], **more: object) -> subprocess.Popen[str]:
 
 
 def test_run_says_the_result_on_stdout_and_the_rest_on_stderr(keel, write, chain):
-    done = keel("run", write("tiny.yaml", chain))
+    judge = {**chain["judge"], "models": ["sft"], "reward": {"kind": "length", "high": 9}}
+    done = keel("run", write("tiny.yaml", {"sft": chain["sft"], "judge": judge}))
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert lines[-1] == "report: runs/tiny/report.html"
     assert any(line.startswith("judge") for line in lines)  # the table of measures
-    assert "ppo: done in" not in done.out
-    assert "ppo: done in" in done.err
+    assert "sft: done in" not in done.out
+    assert "sft: done in" in done.err
     assert "sft: 48 rows · prompt-completion, standard · data0/demonstrations.jsonl" in done.err
     assert Path("runs/tiny/report.html").stat().st_size > 10_000
 
@@ -71,6 +72,7 @@ def test_run_as_json(keel, write, chain):
     assert Path(report.json["report"]).exists()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_progress_is_lines_when_nobody_watches(keel, write, chain):
     done = keel("run", write("tiny.yaml", {"sft": {**chain["sft"], "max_steps": 20}}))
     steps = [line for line in done.err.splitlines() if line.startswith("sft ")]
@@ -81,6 +83,7 @@ def test_progress_is_lines_when_nobody_watches(keel, write, chain):
     assert "\x1b" not in done.out
 
 
+@pytest.mark.usefixtures("no_report")
 def test_overrides_and_name_reach_the_run(keel, write, chain):
     path = write("tiny.yaml", {"sft": chain["sft"]})
     assert keel("run", path, "sft.max_steps=1", "seed=4", "--name", "other").code == 0
@@ -88,6 +91,7 @@ def test_overrides_and_name_reach_the_run(keel, write, chain):
     assert (config.seed, config.stages["sft"].max_steps, config.name) == (4, 1, "other")  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_only_and_fresh(keel, write, chain):
     path = write("tiny.yaml", {"sft": chain["sft"], "again": {**chain["sft"], "model": "sft"}})
     early = keel("run", path, "--only", "again")
@@ -160,6 +164,7 @@ def test_plan_as_text(keel, write, chain):
     assert "2 updates · 4 episodes · 2 gradient steps" in planned.out
 
 
+@pytest.mark.usefixtures("no_report")
 def test_plan_counts_the_steps_that_run_takes(keel, write, chain):
     stages = {
         "base": {
@@ -225,6 +230,7 @@ def test_chat_answers_one_prompt(keel, tiny_model):
     assert answers[0].json["completion"] == answers[1].json["completion"] != answers[2].json["completion"]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_chat_finds_the_model_of_a_stage_and_takes_a_line_a_turn(keel, write, chain, monkeypatch):
     keel("run", write("tiny.yaml", {"sft": chain["sft"]}))
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat?\nthe dog?\n"))
@@ -443,12 +449,12 @@ def test_stdout_of_a_process_is_json_and_nothing_else_and_it_loads_what_it_needs
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_130_and_the_same_command_goes_on(write, chain, tmp_path, number, keel):
-    path = write("tiny.yaml", {"sft": {**chain["sft"], "max_steps": 300, "save_every": 10, "epochs": 100}})
+    path = write("tiny.yaml", {"sft": {**chain["sft"], "max_steps": 100, "save_every": 5, "epochs": 100}})
     process = _process(["run", path], cwd=tmp_path)
     checkpoints = tmp_path / "runs" / "tiny" / "stages" / "sft" / "checkpoints"
     deadline = time.monotonic() + 60
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -456,7 +462,7 @@ def test_an_interrupted_run_ends_with_130_and_the_same_command_goes_on(write, ch
     assert "Traceback" not in err
     assert out == ""
     reached = int(max(checkpoints.glob("step-*")).name.removeprefix("step-"))
-    assert 10 <= reached < 300
+    assert 5 <= reached < 100
     if number == signal.SIGTERM:
         return
     again = keel("run", path)
@@ -466,7 +472,7 @@ def test_an_interrupted_run_ends_with_130_and_the_same_command_goes_on(write, ch
         json.loads(line)["step"]
         for line in Path("runs/tiny/stages/sft/metrics.jsonl").read_text().splitlines()
     ]
-    assert steps == [*range(1, 301)]
+    assert steps == [*range(1, 101)]
 
 
 def test_a_terminal_gets_bars_and_stdout_does_not(write, chain, tmp_path):

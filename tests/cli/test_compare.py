@@ -292,6 +292,7 @@ def test_a_page_that_has_no_place_is_refused(keel: Any, write_run: WriteRun) -> 
     assert "there is no folder nowhere" in refused.err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_real_run_with_its_time_and_memory(keel: Any, write: Any, chain: Any) -> None:
     done = keel("run", write("tiny.yaml", chain))
     assert done.code == 0, done.err

@@ -44,7 +44,7 @@ def logged(run: Path, stage: str) -> dict[str, float]:
 
 TOGETHER = [
     ("few_kinds", 2, "ddp"),
-    ("few_kinds", 2, "fsdp"),
+    pytest.param(("few_kinds", 2, "fsdp"), marks=pytest.mark.ranks),
     *(
         pytest.param((kinds, ranks, strategy), marks=pytest.mark.ranks)
         for kinds, ranks in (("all_kinds", 2), ("few_kinds", 3), ("all_kinds", 4))
@@ -58,7 +58,8 @@ def runs(request: Any, in_float64: Callable[..., Path]) -> tuple[dict[str, Any],
     """Stages; their run on one process, and on several."""
     kinds, ranks, strategy = request.param
     stages = request.getfixturevalue(kinds)
-    return stages, in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, ranks, "ddp", "fsdp") / strategy
+    strategies = (strategy,) if kinds == "few_kinds" else ("ddp", "fsdp")
+    return stages, in_float64(stages, 1, "ddp") / "ddp", in_float64(stages, ranks, *strategies) / strategy
 
 
 def compare(alone: Path, together: Path, stages: Iterable[str], gradient: float, number: float) -> None:

@@ -81,8 +81,14 @@ def _logits(model: Any) -> torch.Tensor:
         return model(TEXT).logits[0]
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "head", "embeddings", "both"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        pytest.param(kind, targets, marks=() if (one + other) % 2 else pytest.mark.slow)
+        for one, kind in enumerate(KINDS)
+        for other, targets in enumerate(["all-linear", "head", "embeddings", "both"])
+    ],
+)
 def test_an_adapter_on_tied_weights_is_the_same_merged_reloaded_and_in_peft(
     kind: str, targets: str, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -228,8 +234,14 @@ def _gpt2_like() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
 
 
-@pytest.mark.parametrize("spare", [0, 8])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gpt_neox", "opt", "qwen2"])
+@pytest.mark.parametrize(
+    ("kind", "spare"),
+    [
+        pytest.param(kind, spare, marks=() if (number + bool(spare)) % 2 else pytest.mark.slow)
+        for number, kind in enumerate(["llama", "gpt2", "gemma2", "gpt_neox", "opt", "qwen2"])
+        for spare in (0, 8)
+    ],
+)
 def test_transformers_own_class_scores_as_keel_also_where_pad_was_eos(
     kind: str, spare: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

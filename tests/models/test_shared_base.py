@@ -164,8 +164,16 @@ def test_what_is_trained_stays_so_whatever_is_used_in_between(tiny_model: Path) 
     assert trained() == before
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gpt_neo", "qwen2", "gemma2", "opt"])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        pytest.param(
+            kind, tied, marks=() if (number + tied) % 2 else pytest.mark.slow
+        )  # each once by default
+        for number, kind in enumerate(["llama", "gpt2", "gpt_neox", "gpt_neo", "qwen2", "gemma2", "opt"])
+        for tied in (False, True)
+    ],
+)
 def test_a_scorer_on_the_base_is_the_scorer_that_would_be_loaded(
     kind: str, tied: bool, tmp_path: Path
 ) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from keel.pipeline import code_graph
+from keel.pipeline import code_graph, fingerprint
 from keel.pipeline.code_graph import CodeGraph
-from keel.pipeline.fingerprint import code_prints, modules_of
+from keel.pipeline.fingerprint import code_prints, modules_of, versions
 from keel.pipeline.stage_kinds import OWN_KINDS
 
 STATED = Path(__file__).with_name("modules.txt")
@@ -154,3 +154,19 @@ def test_other_code_is_another_print(package, text):
 
 if __name__ == "__main__":
     STATED.write_text(table(), encoding="utf-8")
+
+
+def test_what_stays_the_same_in_a_process_is_found_once(package, monkeypatch):
+    """Every stage of a run asks for it several times."""
+    asked: list[str] = []
+    monkeypatch.setattr(fingerprint, "version", lambda name: asked.append(name) or "1.0")
+    versions.cache_clear()
+    try:
+        assert versions() == versions() == dict.fromkeys([*fingerprint.VERSIONS, "bitsandbytes"], "1.0")
+    finally:
+        versions.cache_clear()
+    assert asked == [*fingerprint.VERSIONS, "bitsandbytes"]
+    graph = code_graph.of_keel()
+    used = graph.used_by(["keel.pipeline.fingerprint"])
+    used.clear()  # the caller's own
+    assert "keel.pipeline.code_graph" in graph.used_by(["keel.pipeline.fingerprint"])

@@ -137,6 +137,23 @@ def test_a_row_that_the_template_cannot_write_is_found(rows, check, tiny_model):
         )
 
 
+def test_a_row_without_turns_has_no_template_around_it(rows, check, monkeypatch):
+    """Rows that cannot be too long are not encoded: all but the first one of their form, and the long one."""
+    encoded: list[str] = []
+    measure = lengths._measure_one
+
+    def measured(reader: Any, record: Any, *more: Any) -> Any:
+        encoded.append(record.prompt)
+        return measure(reader, record, *more)
+
+    monkeypatch.setattr(lengths, "_measure_one", measured)
+    short = [{"prompt": f"the cat is {n}?", "completion": " it is so, so it is."} for n in range(10, 20)]
+    room = 48 - len(short[0]["prompt"]) - len(short[0]["completion"])
+    assert lengths._AROUND <= room < 16  # fewer than a template writes around one turn
+    check({"kind": "sft"}, data=rows(*short, {"prompt": "the " * 7, "completion": " it is so, so it is."}))
+    assert encoded == ["the cat is 10?", "the " * 7]
+
+
 def test_a_limit_on_time_is_said(rows, check, monkeypatch):
     monkeypatch.setattr(lengths, "BUDGET", -1.0)
     monkeypatch.setattr(lengths, "EVERY", 2)

@@ -121,6 +121,7 @@ def test_a_second_run_trains_nothing_and_touches_nothing(go, chain, tmp_path):
     assert {facts["status"] for facts in manifest["stages"].values()} == {"done before"}
 
 
+@pytest.mark.slow  # why, and that nothing else runs: test_a_stage_that_is_run_again_says_why
 @pytest.mark.usefixtures("finished")
 def test_a_changed_setting_reruns_its_stage_and_what_follows_from_it(go, chain):
     assert go(_config(chain, **{"reward.lr": 2e-3})) == ["reward", "ppo", "judge"]
@@ -134,11 +135,12 @@ def test_what_all_stages_depend_on_reruns_all(go, chain, tmp_path, change):
 
 
 def test_changed_data_reruns_what_reads_it(go, chain, tmp_path):
-    copies = {}
+    copies: dict[str, Any] = {}
     for stage, settings in chain["stages"].items():
         target = tmp_path / f"{stage}.jsonl"
         shutil.copyfile(settings["data"], target)
         copies[f"{stage}.data"] = str(target)
+    copies["ppo.updates"] = 1
     go(_config(chain, **copies))
     with (tmp_path / "reward.jsonl").open("a") as handle:
         handle.write(json.dumps({"prompt": "the cat?", "chosen": " it is red.", "rejected": " no."}) + "\n")
@@ -257,7 +259,9 @@ def test_the_mark_of_being_done_is_written_last(chain, chain_run, name):
 @pytest.mark.usefixtures("finished")
 def test_fresh_forgets_what_was_done(go, chain, tmp_path):
     before = _content(tmp_path / "run")
-    assert go(_config(chain), fresh=True) == list(STAGES)
+    first = _config(chain)
+    first["stages"] = {name: first["stages"][name] for name in ("base", "sft")}
+    assert go(first, fresh=True) == ["base", "sft"]
     assert _content(tmp_path / "run") == before
     assert go(_config(chain), fresh=True, only="ppo") == ["ppo"]
     assert go(_config(chain)) == []
@@ -331,6 +335,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_with(go, chain, chain_run
     with pytest.raises(Stopped):
         go(_config(chain), stop_at=("ppo", 3))
     changed = _config(chain, **{"ppo.lr": 5e-4})
+    del changed["stages"]["judge"]
     go(changed)
     continued = _content(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")

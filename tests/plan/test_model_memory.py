@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,24 @@ def _model(config: Any, **settings: Any) -> Model:
     return Model(shape, trained=True, device="cpu", **settings)
 
 
-@pytest.mark.parametrize("kind", model_shapes.FAMILIES)
-@pytest.mark.parametrize(
-    ("dtype", "lora", "dropout"),
-    [
-        ("float32", False, False),
-        ("float32", False, True),
-        ("float32", True, False),
-        ("bfloat16", True, False),
-    ],
-)
+def each_with_half(kinds: Sequence[str], ways: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Every kind with every other way, so that each way meets half of the kinds; the rest is slow."""
+    return [
+        pytest.param(kind, *way, marks=() if (one + other) % 2 else pytest.mark.slow)
+        for one, kind in enumerate(kinds)
+        for other, way in enumerate(ways)
+    ]
+
+
+WAYS = [
+    ("float32", False, False),
+    ("float32", False, True),
+    ("float32", True, False),
+    ("bfloat16", True, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "lora", "dropout"), each_with_half([*model_shapes.FAMILIES], WAYS))
 def test_activations_are_those_that_autograd_saves(config_of, kind, dtype, lora, dropout):
     """To 4 %: the first block saves less where the embeddings are frozen, and token ids are not counted."""
     built = _built(config_of(kind), getattr(torch, dtype), lora=lora, dropout=dropout)
@@ -130,15 +138,17 @@ def _pairs() -> tuple[torch.Tensor, torch.Tensor, list[predicted_layout.Row]]:
     return ids, torch.tensor(index), known
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma2", "phi3"])
+READ_AS_ONE = [
+    ("float32", False, cpu_linear.WORTH),
+    ("float32", False, 0),
+    ("float32", True, 0),
+    ("bfloat16", True, 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "lora", "worth"),
-    [
-        ("float32", False, cpu_linear.WORTH),
-        ("float32", False, 0),
-        ("float32", True, 0),
-        ("bfloat16", True, 0),
-    ],
+    ("kind", "dtype", "lora", "worth"),
+    each_with_half(["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma2", "phi3"], READ_AS_ONE),
 )
 def test_activations_of_rows_that_are_read_as_one(config_of, kind, dtype, lora, worth, monkeypatch):
     """And of a last layer at some positions alone, where that is done: in the first three. The last reads
@@ -159,8 +169,13 @@ def test_activations_of_rows_that_are_read_as_one(config_of, kind, dtype, lora, 
         assert activation_memory.saved(model, read) == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize(("dtype", "lora"), [("float32", False), ("float32", True), ("bfloat16", True)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "lora"),
+    each_with_half(
+        ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"],
+        [("float32", False), ("float32", True), ("bfloat16", True)],
+    ),
+)
 def test_activations_of_rows_without_padding(config_of, kind, dtype, lora, monkeypatch):
     monkeypatch.setattr(cpu_linear, "WORTH", 0)
     lengths = [40, 12, 20]

@@ -72,8 +72,14 @@ def _batch(draws: random.Random, *, scored: bool) -> tuple[Tensor, Tensor, list[
     return ids, torch.tensor(where), known
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox", "mistral"])
-@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "scored"),
+    [
+        pytest.param(kind, scored, marks=() if (number + scored) % 2 else pytest.mark.slow)
+        for number, kind in enumerate(["llama", "qwen3", "gpt2", "gpt_neox", "mistral"])
+        for scored in (False, True)
+    ],
+)
 def test_it_is_what_the_model_is_given(config_of, kind, scored):
     config = config_of(kind, num_labels=1)  # a Mistral's window is wider than its rows here, but there is one
     family: Any = AutoModelForSequenceClassification if scored else AutoModelForCausalLM

@@ -32,7 +32,9 @@ def stage(kind: str, **settings: Any) -> Training:
     return found
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize(
+    "kind", ["sft", "ppo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dpo", "grpo"))]
+)
 def test_arithmetic_is_what_a_run_counts(
     kind: str, run: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +70,9 @@ def test_arithmetic_is_what_a_run_counts(
         assert planned[phase] == pytest.approx(seconds, rel=0.15), (phase, planned, counted)
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "dpo"])
+@pytest.mark.parametrize(
+    "kind", ["sft", "reward", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pretrain", "dpo"))]
+)
 def test_attention_is_part_of_the_floor_where_rows_are_given(
     kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel.data import questions
@@ -97,6 +97,7 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2]))
 
 
+@settings(max_examples=40)
 @given(st.text(), st.text(), st.text())
 def test_what_people_and_policies_write_stays_where_it_belongs(prompt: str, one: str, other: str) -> None:
     """Whatever a text holds, the parts of a question are those that keel has made, in their order."""

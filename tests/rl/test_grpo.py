@@ -78,8 +78,8 @@ def with_samples(monkeypatch: pytest.MonkeyPatch, ids: list[list[int]], scores: 
 # ---------------------------------------------------------------- learning
 
 
-# groups, ratios of whole sequences, no groups; the others by `make test-slow`
-ALWAYS = ("grpo", "gspo", "reinforce++")
+# with groups and without; the others by `make test-slow`
+ALWAYS = ("grpo", "reinforce++")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,17 @@ def test_two_runs_are_the_same_bytes(run_grpo: Any, differences: Any, tmp_path: 
     assert differences(tmp_path / "one", tmp_path / "two") == []
 
 
-@pytest.mark.parametrize("reduce", ["token", "sequence", 5.0])
-@pytest.mark.parametrize("policy_loss", ["clipped", "cispo"])
+@pytest.mark.parametrize(
+    ("policy_loss", "reduce"),
+    [
+        ("clipped", "token"),
+        ("cispo", "sequence"),
+        ("clipped", 5.0),
+        pytest.param("clipped", "sequence", marks=pytest.mark.slow),
+        pytest.param("cispo", "token", marks=pytest.mark.slow),
+        pytest.param("cispo", 5.0, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("read_apart")
 def test_the_micro_batch_does_not_change_the_gradient(
     reduce: Any, policy_loss: str, open_grpo: Any, monkeypatch: pytest.MonkeyPatch

@@ -30,7 +30,7 @@ def stage(data: Any, tiny_model: Path, tiny_reward: Path, **settings: Any) -> di
     return {"stages": {"ppo": ppo | settings}}
 
 
-@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize("held_out", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_judge_is_asked_at_every_evaluation_and_trains_nothing(
     held_out, data, tiny_model, tiny_reward, run, tmp_path
 ):

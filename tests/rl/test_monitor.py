@@ -64,8 +64,8 @@ BOUND = {"reward_bound": -1e6}  # above which every reward is, so that the check
 
 
 def test_off_and_warn_give_the_same_numbers_and_weights(stages, run, tmp_path):
-    run(stages(control="off"), tmp_path / "off")
-    run(stages(control={"on_finding": "warn", **BOUND}), tmp_path / "warn")
+    run(stages(control="off", updates=4), tmp_path / "off")
+    run(stages(control={"on_finding": "warn", **BOUND}, updates=4), tmp_path / "warn")
     assert metrics(tmp_path / "off") == metrics(tmp_path / "warn")
     one, other = weights(tmp_path / "off"), weights(tmp_path / "warn")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -137,7 +137,14 @@ def test_stop_keeps_the_weights_that_the_judge_liked_best(stages, run, tmp_path,
     assert all(torch.equal(one[name], stopped[name]) for name in one)
 
 
-@pytest.mark.parametrize(("control", "kept"), [("rollback", 0), ("stop", 0), ("warn", None)])
+@pytest.mark.parametrize(
+    ("control", "kept"),
+    [
+        ("rollback", 0),
+        pytest.param("stop", 0, marks=pytest.mark.slow),  # as rollback
+        pytest.param("warn", None, marks=pytest.mark.slow),  # test_off_and_warn_give_the_same_numbers_…
+    ],
+)
 def test_where_control_goes_back_a_stage_ends_no_worse_than_it_began(
     stages, run, tmp_path, tiny_model, control, kept
 ):

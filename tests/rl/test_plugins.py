@@ -145,6 +145,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     packages.install(tmp_path / "site", "my_estimators", ESTIMATORS, {"keel.advantages": estimators})
     engines = {"backwards": "Backwards", "own": "own", "script": "script", "nothing": "nothing"}
     packages.install(tmp_path / "site", "my_engines", ENGINES, {"keel.engines": engines})
+    os.utime(tmp_path / "site", (1, 1))  # as packages that have been there: they are looked for once
     monkeypatch.syspath_prepend(tmp_path / "site")
     return tmp_path / "site"
 
@@ -213,7 +214,7 @@ def test_a_policy_loss_of_another_package_is_what_trains(trained: Any) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_policy_loss_that_does_what_keels_does_trains_the_same_weights(kind: str, trained: Any) -> None:
     settings = {"dual_clip": 3.0, "importance_cap": 2.0}
     one, rows = trained("plugin", kind, policy_loss="same", **settings)
@@ -229,7 +230,7 @@ def test_a_policy_loss_gets_the_reference_where_it_asks_for_it(trained: Any) -> 
     assert rows[0]["loss/policy_avg"] >= 0
 
 
-@pytest.mark.parametrize("policy_loss", ["clipped", "cispo"])
+@pytest.mark.parametrize("policy_loss", [pytest.param("clipped", marks=pytest.mark.slow), "cispo"])
 def test_ppo_and_grpo_take_each_of_keels_own(policy_loss: str, trained: Any) -> None:
     for kind in ("ppo", "grpo"):
         assert len(trained(kind, kind, policy_loss=policy_loss)[1]) == 2
@@ -407,6 +408,7 @@ def test_an_estimator_that_returns_something_else_is_named(
 # ---------------------------------------------------------------- engines
 
 
+@pytest.mark.slow  # as tests/rollout/test_engine.py, by its name in a config
 def test_the_reference_engine_samples_the_same_tokens(trained: Any) -> None:
     texts = []
     for engine in ("keel", "reference"):
@@ -491,6 +493,7 @@ def test_what_was_installed_a_moment_ago_is_found_and_the_rest_is_not_read_again
     assert len(reads) == 3
 
 
+@pytest.mark.slow  # a process that finds a kind of stage: tests/pipeline/test_plugins.py
 def test_the_command_finds_what_is_installed(installed: Path, stage: Any, tmp_path: Path) -> None:
     settings = stage(policy_loss="reinforce", advantage="to_go", engine="script", updates=1)
     config = {"name": "mine", "device": "cpu", "threads": 1, "stages": {"rl": settings}}

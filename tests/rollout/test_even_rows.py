@@ -46,7 +46,13 @@ def said(completions: list[Completion]) -> list[Any]:
     return [(one.prompt_ids, one.ids, one.stop_reason, one.stop) for one in completions]
 
 
-@pytest.mark.parametrize("kind", WAYS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in ("lfm2", "bamba", "minimax") else ())
+        for kind in WAYS
+    ],
+)
 def test_tokens_are_those_of_the_reference_engine(kind: str) -> None:
     model = zoo.build(kind)
     for temperature in (0.0, 1.0):

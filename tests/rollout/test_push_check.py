@@ -43,8 +43,17 @@ def updates(model: Any, count: int, by: float) -> Iterator[int]:
                 parameter.add_(by * (its + torch.randn_like(its)))
 
 
-@pytest.mark.parametrize("by", [1e-6, 1e-4, 1e-3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "by"),
+    [
+        (torch.float32, 1e-3),
+        (torch.bfloat16, 1e-6),
+        (torch.bfloat16, 1e-4),
+        pytest.param(torch.float32, 1e-6, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 1e-4, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 1e-3, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_that_arrive_raise_no_alarm(policy: Any, dtype: torch.dtype, by: float) -> None:
     check = PushCheck()
     for _ in updates(policy, 100, by):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_a_push_that_fails_is_noticed_and_nothing_is_sampled(
     assert all(body["sampling_params"].get("prompt_logprobs") is not None for body in bodies)
 
 
-@pytest.mark.parametrize("way", ["all", "adapters folded in"])
+@pytest.mark.parametrize("way", ["all", pytest.param("adapters folded in", marks=pytest.mark.slow)])
 def test_a_push_of_a_small_step_that_loads_nothing_is_noticed(
     way: str, start: Any, opened: Any, policy: Any
 ) -> None:
@@ -284,21 +285,20 @@ def test_a_server_that_stays_away_ends_with_one_line(start: Any, opened: Any) ->
     assert len(sampler.generate(asked(1))) == len(PROMPTS)  # the same engine goes on
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (lambda choice: choice | {"token_ids": ["cat"]}, "'cat' among the token ids"),
-        (lambda choice: choice | {"token_ids": [5] * 99}, "99 tokens, where 1 to 3"),
-        (lambda choice: choice | {"token_ids": []}, "0 tokens"),
-        (lambda choice: choice | {"logprobs": None}, "no completion"),
-        (lambda choice: choice | {"finish_reason": "abort"}, "ended by 'abort'"),
-        (lambda choice: choice | {"token_ids": [*choice["token_ids"][:-1], 9]}, "of other tokens"),
-        (lambda choice: choice | _with_logp(choice, 0.5), "0.5 as the log-probability"),
-        (lambda choice: choice | _with_logp(choice, -9999.0), "-9999.0 as the log-probability"),
-        (lambda choice: {}, "no completion"),
-    ],
+GARBAGE = (
+    (lambda choice: choice | {"token_ids": ["cat"]}, "'cat' among the token ids"),
+    (lambda choice: choice | {"token_ids": [5] * 99}, "99 tokens, where 1 to 3"),
+    (lambda choice: choice | {"token_ids": []}, "0 tokens"),
+    (lambda choice: choice | {"logprobs": None}, "no completion"),
+    (lambda choice: choice | {"finish_reason": "abort"}, "ended by 'abort'"),
+    (lambda choice: choice | {"token_ids": [*choice["token_ids"][:-1], 9]}, "of other tokens"),
+    (lambda choice: choice | _with_logp(choice, 0.5), "0.5 as the log-probability"),
+    (lambda choice: choice | _with_logp(choice, -9999.0), "-9999.0 as the log-probability"),
+    (lambda choice: {}, "no completion"),
 )
-def test_garbage_is_no_response(wrong: Any, said: str, start: Any, opened: Any, monkeypatch: Any) -> None:
+
+
+def test_garbage_is_no_response(start: Any, opened: Any, monkeypatch: Any) -> None:
     """Once, it is asked again; always, it ends with what was wrong."""
     monkeypatch.setattr(holding, "PAUSE", 0.0)
     one = start()
@@ -306,18 +306,19 @@ def test_garbage_is_no_response(wrong: Any, said: str, start: Any, opened: Any, 
     request = GenerationRequest(PROMPTS[:1], Sampling(3), [1], 0, 0)
     expected = sampler.generate(request)
 
-    def change(answer: Any) -> Any:
+    def change(wrong: Any, answer: Any) -> Any:
         if answer["prompt_logprobs"] is None and times[0]:
             times[0] -= 1
             answer["choices"] = [wrong(choice) for choice in answer["choices"]]
         return answer
 
-    one.change = change
-    times[0] = 1
-    assert sampler.generate(request) == expected
-    times[0] = 1_000
-    with pytest.raises(EngineError, match=f"gives no responses: .*{re.escape(said)}"):
-        sampler.generate(request)
+    for wrong, said in GARBAGE:
+        one.change = partial(change, wrong)
+        times[0] = 1
+        assert sampler.generate(request) == expected, said
+        times[0] = 1_000
+        with pytest.raises(EngineError, match=f"gives no responses: .*{re.escape(said)}"):
+            sampler.generate(request)
 
 
 def _with_logp(choice: Any, value: float) -> dict[str, Any]:

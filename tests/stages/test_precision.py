@@ -16,7 +16,9 @@ from keel.models.precision import fast_in_bfloat16  # itself: `precision`'s is a
 
 
 @pytest.mark.usefixtures("accel_on")
-@pytest.mark.parametrize("kind", ["sft", "kto", "ppo"])
+@pytest.mark.parametrize(
+    "kind", ["ppo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sft", "kto"))]
+)
 def test_weights_cast_once_in_a_step_are_those_of_the_step(
     kind: str,
     run: Any,
@@ -43,7 +45,7 @@ def test_weights_cast_once_in_a_step_are_those_of_the_step(
             "kind": "ppo",
             "data": str(data.prompts),
             "reward": str(tiny_reward),
-            "updates": 3,
+            "updates": 2,
             "epochs": 2,
             "mini_batch": 4,
             "sampling": {"max_new_tokens": 5},

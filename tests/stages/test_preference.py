@@ -141,7 +141,9 @@ def test_each_loss_learns_to_prefer_one_word(loss: str, run_dpo: Any, tiny_model
     assert found["eval_loss"] == pytest.approx(lines[-1]["eval_loss"])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=[] if loss == "kto" else [pytest.mark.slow]) for loss in LOSSES]
+)
 def test_each_loss_is_the_same_twice(loss: str, run_dpo: Any) -> None:
     settings = {"loss": loss, "max_steps": 3, "batch_size": 12, "holdout": 0.25, "eval_every": 2}
     one, other = run_dpo("one", **settings), run_dpo("other", **settings)
@@ -189,7 +191,7 @@ def test_a_policy_goes_on_from_another_and_is_judged(
 @pytest.mark.parametrize(
     ("loss", "lora"),
     [
-        pytest.param("sigmoid", None, id="sigmoid"),
+        pytest.param("sigmoid", None, id="sigmoid", marks=pytest.mark.slow),
         pytest.param("kto", {"r": 4, "alpha": 64}, id="kto-lora"),
         pytest.param("sigmoid", {"r": 4, "alpha": 64}, id="sigmoid-lora", marks=pytest.mark.slow),
         pytest.param("kto", None, id="kto", marks=pytest.mark.slow),
@@ -267,7 +269,7 @@ def test_losses_without_a_reference_take_none(loss: str, run_dpo: Any, looked_in
     assert looked_into[0][0].reference == {}
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+@pytest.mark.parametrize("loss", ["sigmoid", pytest.param("kto", marks=pytest.mark.slow)])
 def test_a_run_that_was_cut_off_ends_the_same_and_reads_its_reference_again_from_the_disk(
     loss: str, stage_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +307,7 @@ def test_a_run_that_was_cut_off_ends_the_same_and_reads_its_reference_again_from
 @pytest.mark.parametrize(
     ("loss", "lora"),
     [
-        pytest.param("sigmoid", None, id="sigmoid"),
+        pytest.param("sigmoid", None, id="sigmoid", marks=pytest.mark.slow),
         pytest.param("kto", {"r": 4}, id="kto-lora"),
         pytest.param("sigmoid", {"r": 4}, id="sigmoid-lora", marks=pytest.mark.slow),
         pytest.param("kto", None, id="kto", marks=pytest.mark.slow),

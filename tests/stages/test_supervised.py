@@ -65,7 +65,7 @@ def run_stage(run: Any, tiny_model: Path, data: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("kind", "lora"),
     [
-        pytest.param("pretrain", None, id="pretrain"),
+        pytest.param("pretrain", None, id="pretrain", marks=pytest.mark.slow),
         pytest.param("sft", LORA, id="sft-lora"),
         pytest.param("reward", None, id="reward"),
         pytest.param("pretrain", LORA, id="pretrain-lora", marks=pytest.mark.slow),
@@ -331,9 +331,18 @@ def test_the_scale_is_that_of_samples_of_the_starting_model(
 
 
 @pytest.mark.parametrize(
-    "lora", [None, LORA, LORA | {"target_modules": ["query"]}], ids=["full", "lora", "lora on queries"]
+    ("normalize", "lora"),
+    [
+        pytest.param(0, None, id="0-full"),
+        pytest.param(256, LORA, id="256-lora"),
+        pytest.param(0, LORA | {"target_modules": ["query"]}, id="0-lora on queries"),
+        pytest.param(256, None, id="256-full", marks=pytest.mark.slow),
+        pytest.param(0, LORA, id="0-lora", marks=pytest.mark.slow),
+        pytest.param(
+            256, LORA | {"target_modules": ["query"]}, id="256-lora on queries", marks=pytest.mark.slow
+        ),
+    ],
 )
-@pytest.mark.parametrize("normalize", [0, 256])
 def test_an_encoder_becomes_a_reward_model(
     lora: Any, normalize: int, run_stage: Any, tiny_bert: Path
 ) -> None:
@@ -359,7 +368,7 @@ def test_a_classifier_of_several_classes_is_refused_as_a_start(
         run_stage("reward", model=str(tmp_path / "three"), normalize=0, sampling={})
 
 
-@pytest.mark.parametrize("which", ["tiny_model", "tiny_bert"])
+@pytest.mark.parametrize("which", ["tiny_model", pytest.param("tiny_bert", marks=pytest.mark.slow)])
 def test_a_head_on_a_backbone_in_half_precision_learns_by_small_steps(
     which: str, run_stage: Any, request: pytest.FixtureRequest
 ) -> None:

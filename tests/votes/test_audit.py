@@ -33,38 +33,47 @@ def _do(store, statement):
     assert rows > 0
 
 
+CHANGES = [
+    ("UPDATE versions SET answer = '{\"choice\":\"b\"}' WHERE id = 2", "versions:2 was changed"),
+    ("UPDATE versions SET comment = 'other' WHERE id = 2", "the text of versions:2 was changed"),
+    ("UPDATE versions SET comment = '', salt = '' WHERE id = 2", "the text of versions:2 was changed"),
+    ("UPDATE votes SET withdrawn = true WHERE id = 1", "votes:1 was changed"),
+    ("UPDATE tallies SET counted = 7", "the counts of p are not those of its votes"),
+    ("UPDATE slots SET vote_id = NULL", "the counts of p are not those of its votes"),
+    ("INSERT INTO votes (id, project_id, item_id, person_id, status, withdrawn, version, at)"
+     " VALUES (77, 1, 1, 3, 'gold', false, 1, 0)", "votes:77 is not in the log"),
+    ("UPDATE votes SET status = 'surplus' WHERE id = 1", "votes:1 was changed"),
+    ("DELETE FROM adjudications", "adjudications:1 was removed"),
+    ("UPDATE adjudications SET answer = '{\"choice\":\"a\"}'", "adjudications:1 was changed"),
+    ("UPDATE flags SET reason = 'fine'", "the text of flags:1 was changed"),
+    ("UPDATE items SET prompt = '\"other\"' WHERE id = 2", "items:2 was changed"),
+    ("UPDATE items SET gold = NULL WHERE id = 5", "items:5 was changed"),
+    ("UPDATE projects SET settings = '{}'", "projects:1 was changed"),
+    ("UPDATE people SET role = 'admin' WHERE id = 1", "people:1 was changed"),
+    ("UPDATE people SET name = 'Eve' WHERE id = 1", "the text of people:1 was changed"),
+    ("UPDATE seats SET paused = NULL WHERE paused = 'tired'", "was changed"),
+    ("UPDATE invitations SET withdrawn = 5", "invitations:1 was changed"),
+    ("UPDATE invitations SET origin = 'first'", "invitations:1 was changed"),
+    ("UPDATE credentials SET person_id = 3", "credentials:1 was changed"),
+    ("INSERT INTO credentials (id, hash, kind, person_id, created) VALUES (9, 'x', 'api', 3, 0)",
+     "credentials:9 is not in the log"),
+    ("UPDATE audit SET at = 1 WHERE n = 4", "row 4 of the log was changed"),
+    ("UPDATE audit SET hash = previous WHERE n = 4", "row 4 of the log was changed"),
+    ("DELETE FROM audit WHERE n = 4", "row 4 of the log is missing"),
+    ("DELETE FROM audit WHERE n = (SELECT max(n) FROM audit)", "the log ends at row"),
+]  # fmt: skip
+
+
+# each in SQLite, every third one in PostgreSQL as well; the others there by `make test-slow`
 @pytest.mark.parametrize(
-    ("statement", "reason"),
+    ("any_store", "statement", "reason"),
     [
-        ("UPDATE versions SET answer = '{\"choice\":\"b\"}' WHERE id = 2", "versions:2 was changed"),
-        ("UPDATE versions SET comment = 'other' WHERE id = 2", "the text of versions:2 was changed"),
-        ("UPDATE versions SET comment = '', salt = '' WHERE id = 2", "the text of versions:2 was changed"),
-        ("UPDATE votes SET withdrawn = true WHERE id = 1", "votes:1 was changed"),
-        ("UPDATE tallies SET counted = 7", "the counts of p are not those of its votes"),
-        ("UPDATE slots SET vote_id = NULL", "the counts of p are not those of its votes"),
-        ("INSERT INTO votes (id, project_id, item_id, person_id, status, withdrawn, version, at)"
-         " VALUES (77, 1, 1, 3, 'gold', false, 1, 0)", "votes:77 is not in the log"),
-        ("UPDATE votes SET status = 'surplus' WHERE id = 1", "votes:1 was changed"),
-        ("DELETE FROM adjudications", "adjudications:1 was removed"),
-        ("UPDATE adjudications SET answer = '{\"choice\":\"a\"}'", "adjudications:1 was changed"),
-        ("UPDATE flags SET reason = 'fine'", "the text of flags:1 was changed"),
-        ("UPDATE items SET prompt = '\"other\"' WHERE id = 2", "items:2 was changed"),
-        ("UPDATE items SET gold = NULL WHERE id = 5", "items:5 was changed"),
-        ("UPDATE projects SET settings = '{}'", "projects:1 was changed"),
-        ("UPDATE people SET role = 'admin' WHERE id = 1", "people:1 was changed"),
-        ("UPDATE people SET name = 'Eve' WHERE id = 1", "the text of people:1 was changed"),
-        ("UPDATE seats SET paused = NULL WHERE paused = 'tired'", "was changed"),
-        ("UPDATE invitations SET withdrawn = 5", "invitations:1 was changed"),
-        ("UPDATE invitations SET origin = 'first'", "invitations:1 was changed"),
-        ("UPDATE credentials SET person_id = 3", "credentials:1 was changed"),
-        ("INSERT INTO credentials (id, hash, kind, person_id, created) VALUES (9, 'x', 'api', 3, 0)",
-         "credentials:9 is not in the log"),
-        ("UPDATE audit SET at = 1 WHERE n = 4", "row 4 of the log was changed"),
-        ("UPDATE audit SET hash = previous WHERE n = 4", "row 4 of the log was changed"),
-        ("DELETE FROM audit WHERE n = 4", "row 4 of the log is missing"),
-        ("DELETE FROM audit WHERE n = (SELECT max(n) FROM audit)", "the log ends at row"),
+        pytest.param(kind, *change, marks=pytest.mark.slow if kind == "postgresql" and number % 3 else ())
+        for kind in ("sqlite", "postgresql")
+        for number, change in enumerate(CHANGES)
     ],
-)  # fmt: skip
+    indirect=["any_store"],
+)
 def test_what_is_changed_behind_keels_back_is_named(used, statement, reason):
     _do(used, statement)
     report = used.verify()

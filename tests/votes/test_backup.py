@@ -25,7 +25,15 @@ def _work(store, fill):
     return store.accept(store.invite("annotator", "p", None), "guest")
 
 
-@pytest.mark.parametrize("into", ["sqlite", "postgresql"])
+@pytest.mark.parametrize(
+    ("any_store", "into"),
+    [
+        ("sqlite", "postgresql"),
+        ("postgresql", "sqlite"),
+        *(pytest.param(one, one, marks=pytest.mark.slow) for one in ("sqlite", "postgresql")),
+    ],
+    indirect=["any_store"],
+)
 def test_a_backup_is_read_into_either_database(any_store, fill, tmp_path, into, request):
     session = _work(any_store, fill)
     path = tmp_path / "backup.keel"

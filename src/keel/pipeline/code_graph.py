@@ -84,12 +84,15 @@ class CodeGraph:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._modules: dict[str, Module] = {}
+        self._files: dict[str, str] = {}
+        self._used: dict[tuple[frozenset[str], frozenset[str]], frozenset[str]] = {}
         for path in sorted(root.rglob("*.py")):
             parts = (root.name, *path.relative_to(root).with_suffix("").parts)
             is_package = parts[-1] == "__init__"
             name = ".".join(parts[:-1] if is_package else parts)
             package = name if is_package else name.rpartition(".")[0]
             self._modules[name] = Module(path, package)
+            self._files[name] = path.relative_to(root).as_posix()
 
     def modules(self) -> list[str]:
         """The names of all modules, sorted."""
@@ -97,11 +100,17 @@ class CodeGraph:
 
     def file_of(self, module: str) -> str:
         """Where a module stands: keel.rl.loop → rl/loop.py."""
-        return self._modules[module].path.relative_to(self._root).as_posix()
+        return self._files[module]
 
     def used_by(self, roots: Collection[str], but: Collection[str] = ()) -> set[str]:
         """The modules called `roots` and all that they import, directly or not. but: modules that are passed
-        over, with what only they import."""
+        over, with what only they import. Found once for the same, since files are read once."""
+        asked = frozenset(roots), frozenset(but)
+        if asked not in self._used:
+            self._used[asked] = frozenset(self._found(roots, but))
+        return set(self._used[asked])
+
+    def _found(self, roots: Collection[str], but: Collection[str]) -> set[str]:
         used: set[str] = set()
         waiting = [module for module in roots if module in self._modules]
         while waiting:

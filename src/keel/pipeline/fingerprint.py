@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 from keel import plugins
 from keel.config import Stage
@@ -27,12 +29,13 @@ TIMING = ("keel.user_cache", "keel.models.machine_speed", "keel.models.phase_cos
 BY_CONTENT = "keel.votes"  # what it gives is part of a fingerprint by its content, so its code need not be
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on."""
+@lru_cache(maxsize=1)
+def versions() -> Mapping[str, str]:
+    """Versions of the libraries that results depend on. Read once: a process keeps its own."""
     numbers = {package: version(package) for package in VERSIONS}
     with contextlib.suppress(PackageNotFoundError):
         numbers["bitsandbytes"] = version("bitsandbytes")
-    return numbers
+    return MappingProxyType(numbers)
 
 
 def modules_of(kind: StageKind) -> set[str]:

@@ -28,6 +28,7 @@ BUDGET = 30.0  # seconds of a stage's rows; it meets the others itself
 BEYOND = 2.0  # seconds of rows behind the first that is too long: what helps it must help them, too
 EVERY = 256  # rows between two looks at the clock
 _PLAIN = {"role", "content"}
+_AROUND = 8  # tokens that stand around a row without turns, at most: BOS, EOS, SentencePiece's spaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,8 @@ def _measure(sources: Sources, reader: _Reader, records: Sequence[Record]) -> No
         room = reader.limit - new if isinstance(record, PromptRecord) else reader.limit
         turns, size = _size(record)
         shape = frozenset(key for turn in turns for key in turn)
-        if shape in shapes and shape <= _PLAIN and size + header * (len(turns) + 1) <= room:
+        around = header * (len(turns) + 1) if turns else _AROUND
+        if shape in shapes and shape <= _PLAIN and size + around <= room:
             continue
         shapes.add(shape)
         found = filter(None, (_measure_one(reader, record, one, room) for one in reader.tokenizers))
