@@ -152,10 +152,6 @@ def test_other_code_is_another_print(package, text):
     assert _print(package, text) != _print(package, BEFORE)
 
 
-if __name__ == "__main__":
-    STATED.write_text(table(), encoding="utf-8")
-
-
 def test_what_stays_the_same_in_a_process_is_found_once(package, monkeypatch):
     """Every stage of a run asks for it several times."""
     asked: list[str] = []
@@ -170,3 +166,7 @@ def test_what_stays_the_same_in_a_process_is_found_once(package, monkeypatch):
     used = graph.used_by(["keel.pipeline.fingerprint"])
     used.clear()  # the caller's own
     assert "keel.pipeline.code_graph" in graph.used_by(["keel.pipeline.fingerprint"])
+
+
+if __name__ == "__main__":
+    STATED.write_text(table(), encoding="utf-8")
