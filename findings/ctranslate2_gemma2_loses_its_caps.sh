@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CTranslate2 converts a Gemma 2 model without a word and leaves out what its config says of logits: final_logit_softcapping,
+# CTranslate2 converts a Gemma 2 model and leaves out what its config says of logits: final_logit_softcapping,
 # attn_logit_softcapping and query_pre_attn_scalar, for which it takes the size of a head (in Gemma 2 27B they differ). What is
 # served is another distribution than what was trained: log-probabilities are those of the logits before the cap, off by nats
 # where logits come near it, and replies are drawn from something sharper. Without caps, and with that scalar, both agree to 1e-3.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Inspect's scorer match(numeric=True) writes the target and the last number of a reply with five significant digits and
-# compares what it wrote. Its documentation speaks of numeric equality, and so do its comments; of numbers below 100,000 it is.
+# compares what it wrote. Its documentation speaks of numeric equality, and so do its comments; of whole numbers below 100,000 it is.
 # Of sums and products it counts wrong ones as right: 123456 for 123457, 1,000,003 for 1000000, and with location="exact" too.
 # Of four products that are wrong by 1 to 9 all are right.
 # Needs Python 3.11 or newer. Fails if this no longer happens.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A task of lighteval asks for as many replies to a question as the metric that wants most, and hands all of them to each
-# metric. exact_match, f1 and the other metrics of one reply take the best of those. So a model that answers one time in eight has
+# metric. exact_match, a metric of one reply, takes the best of those. So a model that answers one time in eight has
 # an exact match of 0.125 by itself, and of 1.0 as soon as pass@k of n = 8 stands beside it, under the same name; pass@1 of the
-# same replies is 0.125. Beside it avg@n reads replies as they came, with their reasoning and spaces, which are taken off for
-# all others: replies that are all right have pass@1 of 1 and avg@n of 0.
+# same replies is 0.125. Beside it avg@n reads replies as they came, with their reasoning and spaces, and pass@k what is left
+# without: replies that are all right have pass@1 of 1 and avg@n of 0.
 # Needs Python 3.11 or newer. Fails if this no longer happens.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -3,7 +3,7 @@
 # F.cross_entropy then takes on each rank the mean over its own tokens and averages those means: of four tokens on two
 # ranks, one of them masked, the loss is 1.937 where it is 2.066, and a rank with nothing but masked tokens makes it NaN.
 # Gradients are right all the while: what is wrong is the loss that is logged, compared and turned into a perplexity. reduction="sum"
-# divided by the count is right. Nothing warns.
+# divided by the count is right.
 # Needs Python 3.11 or newer. Fails if this no longer happens.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -2,8 +2,8 @@
 # The rows of a DTensor are dealt out evenly to ranks. F.mse_loss of them is right, and its gradient is as many times too large
 # as there are ranks: twice on two, three times on three, with loss.backward() and full_tensor().backward() alike. So it is for
 # huber_loss, smooth_l1_loss and binary_cross_entropy, a critic's losses among them, and in the weights
-# of a layer below. ((x - y) ** 2).mean(), l1_loss, binary_cross_entropy_with_logits and sums have the right one. Adam hides it;
-# clipping, SGD and a sum with another loss, as policy and critic have on one trunk, do not. Nothing warns.
+# of a layer below. ((x - y) ** 2).mean(), l1_loss, binary_cross_entropy_with_logits and sums have the right one. A step
+# of Adam does not depend on the size of a gradient; clipping, SGD and a sum with another loss, as policy and critic have, do.
 # Needs Python 3.11 or newer. Fails if this no longer happens.
 set -euo pipefail
 folder=$(mktemp -d)

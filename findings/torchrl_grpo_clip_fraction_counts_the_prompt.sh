@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPOLoss of torchrl takes its loss over the tokens of the reply, and what it logs over all of them: clip_fraction and kl_approx
-# are means over the prompt and the padding too, where every log-ratio is zero. Of a reply of four tokens two are clipped: the
+# are means over the prompt too, where every log-ratio is zero. Of a reply of four tokens two are clipped: the
 # share is 0.5 by itself, 0.125 behind twelve other tokens and 0.05 behind 36. The loss is the same three times. So the same
 # policy drifts less the longer its prompts are, and a KL that is held against a bound is out by as much.
 # Needs Python 3.11 or newer. Fails if this no longer happens.

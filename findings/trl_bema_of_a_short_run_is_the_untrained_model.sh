@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # BEMACallback of TRL averages weights every `update_freq` steps, 400 unless given, and never at the end: a run of 399 steps
-# saves as its averaged model the one that training began with, bit for bit, and one of 799 steps that of step 400. The bias
+# saves as its averaged model the one that training began with, bit for bit, and one of 799 steps the average made at step 400. The bias
 # correction, which is there to keep the average near the trained weights, changes nothing of that.
 # Needs Python 3.11 or newer. Fails if this no longer happens.
 set -euo pipefail

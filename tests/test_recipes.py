@@ -200,9 +200,9 @@ def _term(term: Any, stand_ins: StandIns) -> dict[str, Any]:
     return {**term.model_dump(exclude_none=True), **changes}
 
 
-LONG = (  # by `make test-slow`; what the others run has the same kinds of stages, rewards and data
+LONG = (  # by `make test-slow`; what the others run has the same kinds of stages
     "arithmetic", "distill", "generative-rm", "gsm8k-grpo", "gsm8k-sft-ppo", "gym", "hh-rlhf", "llama2-7b",
-    "llama3.2-1b", "mini-rlhf", "multi-task", "overoptimization", "rounds", "showdown",
+    "llama3.2-1b", "mini-rlhf", "overoptimization", "rounds", "showdown",
 )  # fmt: skip
 
 

@@ -89,7 +89,6 @@ def test_a_run_again_does_nothing_and_a_change_runs_again(text_run: dict[str, An
     assert len(seen) == 3 * first
 
 
-@pytest.mark.slow  # as the pipeline below it does: tests/pipeline/test_pipeline.py
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     text_run: dict[str, Any], tmp_path: Path, differences: Callable[[Path, Path], list[str]]
 ) -> None:

@@ -16,8 +16,8 @@ import checks
 import zoo
 
 ROOT = Path(__file__).parents[2]
-# one of each way to remember what was read: full, windowed and chunked attention, state space, linear
-# attention, convolution; with one of experts. The others are run by `make test-architectures`.
+# full, windowed and chunked attention, state space. All others are run by `make test-architectures`; linear
+# attention, convolution and experts are sampled and trained by default in tests/rollout and tests/models.
 ALWAYS = ("llama", "gemma3_text", "llama4_text", "mamba2")
 MANY = pytest.mark.architectures
 # parameters of types that cannot be smaller, most of them for pictures and sounds

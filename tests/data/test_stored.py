@@ -168,12 +168,18 @@ def test_a_mixture_of_large_sources_is_drawn_as_in_memory(
 # ---------------------------------------------------------------- tokens
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "count", "task"), [(1, 1100, 1024), (2, 300, 128)])
 def test_tokens_are_those_of_the_rows_one_by_one_whoever_makes_them(
-    workers: int, few: None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    workers: int,
+    count: int,
+    task: int,
+    few: None,
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(token_rows, "TASK", 128)  # three tasks
-    path = pairs_file(tmp_path / "pairs.jsonl", 300)
+    monkeypatch.setattr(token_rows, "TASK", task)  # alone a task with a whole block; two have three tasks
+    path = pairs_file(tmp_path / "pairs.jsonl", count)
     preparation = Preparation(Cache(tmp_path / "cache"), workers)
     rows = load([DataSource(str(path))], ("preference",), 0, preparation).records
     assert isinstance(rows, StoredRows)
@@ -182,17 +188,18 @@ def test_tokens_are_those_of_the_rows_one_by_one_whoever_makes_them(
     assert [made[i] for i in range(len(made))] == expected
     assert made.lengths().tolist() == [[len(part) for part in tokens] for tokens in expected]
     monkeypatch.setattr(token_rows, "work", None)  # a second time nothing is made
-    assert tokenised(rows, tokenizer, preparation, "x")[299] == expected[299]
+    assert tokenised(rows, tokenizer, preparation, "x")[count - 1] == expected[count - 1]
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_first_row_that_cannot_be_tokenised_is_the_error(
     workers: int, few: None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_rows, "TASK", 16)
     said = [{"role": "user", "content": "the cat?"}]
     rows: list[Record] = [TextRecord((*said, {"role": "assistant", "content": "red"})) for _ in range(100)]  # type: ignore[arg-type]
-    rows[40] = rows[90] = TextRecord(tuple(said), origin="talks:41")  # type: ignore[arg-type]
+    for at in (40, 90):
+        rows[at] = TextRecord(tuple(said), origin=f"talks:{at + 1}")  # type: ignore[arg-type]
     preparation = Preparation(Cache(tmp_path / "cache"), workers)
     with pytest.raises(DataError, match='talks:41: "messages" has no assistant turn to learn from'):
         tokenised(kept(rows, tmp_path), tokenizer, preparation, "x")
@@ -375,7 +382,10 @@ def test_a_pass_is_shown_on_a_terminal_once_it_has_taken_two_seconds(monkeypatch
     assert len(seen) == 1
 
 
-def test_reading_and_tokenising_tell_how_far_they_are(few: None, tmp_path: Path, tokenizer: Any) -> None:
+def test_reading_and_tokenising_tell_how_far_they_are(
+    few: None, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_rows, "TASK", 512)  # three tasks: two workers have them
     told: list[tuple[str, int, int]] = []
     preparation = Preparation(
         Cache(tmp_path / "cache"), 2, lambda what, done, of: told.append((what, done, of))

@@ -44,7 +44,7 @@ def logged(run: Path, stage: str) -> dict[str, float]:
 
 TOGETHER = [
     ("few_kinds", 2, "ddp"),
-    pytest.param(("few_kinds", 2, "fsdp"), marks=pytest.mark.ranks),
+    ("few_kinds", 2, "fsdp"),
     *(
         pytest.param((kinds, ranks, strategy), marks=pytest.mark.ranks)
         for kinds, ranks in (("all_kinds", 2), ("few_kinds", 3), ("all_kinds", 4))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import keel
 from keel.pipeline import code_graph, fingerprint
 from keel.pipeline.code_graph import CodeGraph
 from keel.pipeline.fingerprint import code_prints, modules_of, versions
@@ -156,16 +157,19 @@ def test_what_stays_the_same_in_a_process_is_found_once(package, monkeypatch):
     """Every stage of a run asks for it several times."""
     asked: list[str] = []
     monkeypatch.setattr(fingerprint, "version", lambda name: asked.append(name) or "1.0")
-    versions.cache_clear()
+    fingerprint._imported.cache_clear()
     try:
         assert versions() == versions() == dict.fromkeys([*fingerprint.VERSIONS, "bitsandbytes"], "1.0")
     finally:
-        versions.cache_clear()
-    assert asked == [*fingerprint.VERSIONS, "bitsandbytes"]
-    graph = code_graph.of_keel()
+        fingerprint._imported.cache_clear()
+    # what a process may not have imported yet is looked for each time
+    assert asked == [*fingerprint.VERSIONS, "bitsandbytes", "bitsandbytes"]
+    graph, found = code_graph.CodeGraph(Path(keel.__file__).parent), []
+    monkeypatch.setattr(graph, "_found", lambda *asked, look=graph._found: found.append(1) or look(*asked))
     used = graph.used_by(["keel.pipeline.fingerprint"])
     used.clear()  # the caller's own
     assert "keel.pipeline.code_graph" in graph.used_by(["keel.pipeline.fingerprint"])
+    assert found == [1]
 
 
 if __name__ == "__main__":

@@ -108,7 +108,6 @@ def test_long_work_is_asked_about_before_anything_is_touched(go: Go, tmp_path: P
     go(3e-3, confirm=lambda question: pytest.fail("short work is not asked about"))
 
 
-@pytest.mark.slow  # tests/pipeline/test_pipeline.py has `fresh`
 def test_fresh_forgets_what_is_there_and_what_is_kept_of_these_settings(go: Go, tmp_path: Path) -> None:
     run = tmp_path / "run"
     go()

@@ -297,7 +297,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(go, chain, tmp_path, mo
     assert any("are in bfloat16 from there on" in line for line in said)
 
 
-@pytest.mark.parametrize("place", [pytest.param(("reward", 3), marks=pytest.mark.slow), ("ppo", 3)])
+@pytest.mark.parametrize("place", [("reward", 3), ("ppo", 3)])
 def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(go, chain, chain_run, tmp_path, place):
     with pytest.raises(Stopped):
         go(_config(chain), stop_at=place)

@@ -127,7 +127,6 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.slow  # what else is kept over a stop: test_ahead.py, test_partial.py
 def test_a_run_keeps_its_rates_over_a_stop(run, stage, tmp_path, monkeypatch):
     from keel.rl.loop import OnPolicyLoop
 

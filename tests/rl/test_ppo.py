@@ -55,7 +55,7 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     ("sharing", "lora"),
     [
-        pytest.param("separate", None, id="separate", marks=pytest.mark.slow),
+        pytest.param("separate", None, id="separate"),
         pytest.param("trunk", {"r": 4, "alpha": 8}, id="trunk-lora"),
         pytest.param("separate", {"r": 4, "alpha": 8}, id="separate-lora", marks=pytest.mark.slow),
         pytest.param("trunk", None, id="trunk", marks=pytest.mark.slow),

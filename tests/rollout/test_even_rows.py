@@ -48,10 +48,7 @@ def said(completions: list[Completion]) -> list[Any]:
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.slow if kind in ("lfm2", "bamba", "minimax") else ())
-        for kind in WAYS
-    ],
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("lfm2", "minimax") else ()) for kind in WAYS],
 )
 def test_tokens_are_those_of_the_reference_engine(kind: str) -> None:
     model = zoo.build(kind)

@@ -191,7 +191,7 @@ def test_a_policy_goes_on_from_another_and_is_judged(
 @pytest.mark.parametrize(
     ("loss", "lora"),
     [
-        pytest.param("sigmoid", None, id="sigmoid", marks=pytest.mark.slow),
+        pytest.param("sigmoid", None, id="sigmoid"),
         pytest.param("kto", {"r": 4, "alpha": 64}, id="kto-lora"),
         pytest.param("sigmoid", {"r": 4, "alpha": 64}, id="sigmoid-lora", marks=pytest.mark.slow),
         pytest.param("kto", None, id="kto", marks=pytest.mark.slow),
@@ -307,7 +307,7 @@ def test_a_run_that_was_cut_off_ends_the_same_and_reads_its_reference_again_from
 @pytest.mark.parametrize(
     ("loss", "lora"),
     [
-        pytest.param("sigmoid", None, id="sigmoid", marks=pytest.mark.slow),
+        pytest.param("sigmoid", None, id="sigmoid"),
         pytest.param("kto", {"r": 4}, id="kto-lora"),
         pytest.param("sigmoid", {"r": 4}, id="sigmoid-lora", marks=pytest.mark.slow),
         pytest.param("kto", None, id="kto", marks=pytest.mark.slow),

@@ -30,7 +30,8 @@ def _work(store, fill):
     [
         ("sqlite", "postgresql"),
         ("postgresql", "sqlite"),
-        *(pytest.param(one, one, marks=pytest.mark.slow) for one in ("sqlite", "postgresql")),
+        ("sqlite", "sqlite"),
+        pytest.param("postgresql", "postgresql", marks=pytest.mark.slow),
     ],
     indirect=["any_store"],
 )

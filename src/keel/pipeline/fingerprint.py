@@ -11,10 +11,9 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import MappingProxyType
 
 from keel import plugins
 from keel.config import Stage
@@ -29,13 +28,18 @@ TIMING = ("keel.user_cache", "keel.models.machine_speed", "keel.models.phase_cos
 BY_CONTENT = "keel.votes"  # what it gives is part of a fingerprint by its content, so its code need not be
 
 
-@lru_cache(maxsize=1)
-def versions() -> Mapping[str, str]:
-    """Versions of the libraries that results depend on. Read once: a process keeps its own."""
-    numbers = {package: version(package) for package in VERSIONS}
-    with contextlib.suppress(PackageNotFoundError):
+def versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    numbers = dict(_imported())
+    with contextlib.suppress(PackageNotFoundError):  # which may come while a notebook runs
         numbers["bitsandbytes"] = version("bitsandbytes")
-    return MappingProxyType(numbers)
+    return numbers
+
+
+@cache
+def _imported() -> Mapping[str, str]:
+    """Read once: a process keeps those that it has imported."""
+    return {package: version(package) for package in VERSIONS}
 
 
 def modules_of(kind: StageKind) -> set[str]:

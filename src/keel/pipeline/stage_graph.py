@@ -88,7 +88,7 @@ class StageGraph:
                 **outside,
                 "inputs": {**outside["inputs"], **made_here},
                 "code": code_prints(stage.kind),
-                "versions": dict(versions()),
+                "versions": versions(),
             }
             if self.asks_for_date(name):
                 parts["date"] = str(self.day())
