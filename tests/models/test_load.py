@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from keel.errors import UsageError
+from keel.models import load
 from keel.models.load import (
     ModelSource,
     causal_lm,
@@ -22,6 +23,7 @@ from keel.models.load import (
     context_length,
     disable_dropout,
     load_tokenizer,
+    model_config,
     scorer,
 )
 from keel.models.lora import Adapters, add_adapters, merged
@@ -435,3 +437,28 @@ def test_positions_that_count_from_the_id_of_padding_are_still_counted(tmp_path:
         ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (opened, model))
     torch.testing.assert_close(ours, theirs)
     assert opened.get_input_embeddings().padding_idx is None
+
+
+def test_a_config_is_read_once_for_as_long_as_its_files_stand(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage asks a dozen times; a look at the headers of seventy billion weights takes a while."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    read, looked = list[str](), load.fault_of_dtypes
+    monkeypatch.setattr(load, "fault_of_dtypes", lambda place: read.append(place.name) or looked(place))
+    one = model_config(ModelSource(path=str(folder)))
+    expected = one.to_dict()
+    one.vocab_size = 7  # the caller's own
+    other = model_config(ModelSource(path=str(folder)))
+    assert (type(other), other.name_or_path) == (type(one), str(folder))
+    assert other.to_dict() == expected
+    assert read == ["model"]
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 12345}))
+    assert model_config(ModelSource(path=str(folder))).max_position_embeddings == 12345
+    save_file({"a.weight": torch.zeros(2, dtype=torch.int8)}, folder / "more.safetensors")
+    with pytest.raises(UsageError, match="holds whole numbers"):
+        model_config(ModelSource(path=str(folder)))
+    (folder / "config.json").unlink()
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        model_config(ModelSource(path=str(folder)))

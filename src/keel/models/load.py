@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +48,7 @@ COUNT_FROM_PAD = (
     "mpnet",
     "longformer",
 )
+CONFIG = "config.json"
 GENERIC = (
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
@@ -89,7 +91,7 @@ def _declared_ends(path: str, revision: str | None, special: set[int]) -> list[i
     """The EOS ids of a model's config and generation_config. An id that stands for ordinary text is a default
     that nobody has set for this vocabulary, and ends nothing."""
     ends: list[Any] = []
-    for name in ("generation_config.json", "config.json"):
+    for name in ("generation_config.json", CONFIG):
         try:
             file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         except OSError:  # a tokenizer without a model
@@ -131,14 +133,39 @@ def model_config(source: ModelSource) -> Any:
                 raise UsageError(f"model.init: `{key}`: {str(value).lower()} is no number")
         return config
     with explained(str(source.path), "model"):
-        place = Path(str(source.path)) / "config.json"
-        if place.is_file() and (fault := fault_of_sizes(json_object(place))):
-            raise UsageError(f"{place}: {fault}")
-        if place.is_file() and (fault := fault_of_dtypes(place.parent)):
-            raise UsageError(fault)
-        return AutoConfig.from_pretrained(
-            str(source.path), trust_remote_code=source.trust_remote_code, revision=source.revision
-        )
+        stamp = None if source.trust_remote_code else _stamp(Path(str(source.path)))
+        if stamp is None:  # a hub's, whose snapshot transformers looks up, or of the folder's own code
+            return _read_config(source)
+        known = str(source.path), os.path.abspath(str(source.path)), source.revision
+        if known not in _configs or _configs[known][0] != stamp:
+            _configs[known] = stamp, _read_config(source)
+        return copy.deepcopy(_configs[known][1])
+
+
+# a stage asks for it a dozen times, and reading it looks into each file of weights
+_configs: dict[tuple[str, str, str | None], tuple[Any, Any]] = {}
+
+
+def _stamp(folder: Path) -> tuple[Any, ...] | None:
+    """By what the files behind a folder's config are told from changed ones; None without such a folder."""
+    try:
+        paths = (folder / CONFIG, *sorted(folder.glob("*.safetensors")))
+        found = [(path.name, path.stat()) for path in paths]
+    except OSError:
+        return None
+    return tuple((name, at.st_mtime_ns, at.st_size, at.st_ino) for name, at in found)
+
+
+def _read_config(source: ModelSource) -> Any:
+    """UsageError for sizes or weights that cannot be, and transformers' own errors."""
+    place = Path(str(source.path)) / CONFIG
+    if place.is_file() and (fault := fault_of_sizes(json_object(place))):
+        raise UsageError(f"{place}: {fault}")
+    if place.is_file() and (fault := fault_of_dtypes(place.parent)):
+        raise UsageError(fault)
+    return AutoConfig.from_pretrained(
+        str(source.path), trust_remote_code=source.trust_remote_code, revision=source.revision
+    )
 
 
 def causal_lm(source: ModelSource, seed: int, *, vocab: PreTrainedTokenizerBase | None = None) -> Any:
